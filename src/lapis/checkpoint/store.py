@@ -1,0 +1,235 @@
+"""A model folder as named tensors. Opening reads headers only; a tensor is read into memory of its own when asked for.
+
+Nothing is mapped into memory, so a file that shrinks while it is read is an error and not a crash. Leaves out: what
+the names mean to a model (families/, model/load.py) and how anything is written (commit.py).
+"""
+
+import hashlib
+import os
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lapis.checkpoint.files import SHARD_NAME, Header, TensorInfo, contained, read_header, read_json
+from lapis.errors import CheckpointError
+from lapis.families import find
+from lapis.families.base import Family, Part, fallback_part
+
+if TYPE_CHECKING:
+    import torch
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+@dataclass
+class Checkpoint:
+    """A folder that was opened and checked; made by `open_checkpoint`.
+
+    source: what the user typed. root: the folder. config: config.json as it stands (families/ reads what it allows).
+    index: name on disk -> TensorInfo. notes: what a reader should be told once (files ignored, tensors not indexed).
+    """
+
+    source: str
+    root: Path
+    config: dict[str, Any]
+    family: Family | None
+    index: dict[str, TensorInfo]
+    headers: dict[str, Header]
+    notes: list[str] = field(default_factory=list)
+    _stats: dict[Path, tuple[int, int, int]] = field(default_factory=dict, repr=False)
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.index)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors together."""
+        return sum(info.nbytes for info in self.index.values())
+
+    def part(self, name: str) -> Part:
+        """Where a tensor belongs; for an unknown family, or a name its table lacks, read from the name itself."""
+        return (self.family.part(name) if self.family else None) or fallback_part(name)
+
+    def read(self, name: str) -> "torch.Tensor":
+        """The whole tensor, in its own dtype and memory."""
+        info = self.info(name)
+        return self.read_range(name, 0, info.elements).view(info.shape)
+
+    def read_rows(self, name: str, first: int, last: int) -> "torch.Tensor":
+        """Rows [first, last) of a tensor of two or more dimensions."""
+        shape = self.info(name).shape
+        if len(shape) < 2 or not 0 <= first <= last <= shape[0]:
+            raise CheckpointError(f"{self.source}: {name} is {list(shape)}; it has no rows {first} to {last}")
+        row = self.info(name).elements // max(shape[0], 1)
+        return self.read_range(name, first * row, last * row).view(last - first, *shape[1:])
+
+    def read_range(self, name: str, first: int, last: int) -> "torch.Tensor":
+        """Elements [first, last) of the flattened tensor, shape [last - first]. Thread-safe."""
+        import torch
+
+        info = self.info(name)
+        dtype = torch_dtype(info.dtype)
+        if dtype is None:
+            raise CheckpointError(f"{self.source}: {name} is {info.dtype}, which cannot be computed with here")
+        result = torch.empty(last - first, dtype=dtype)
+        self.read_into(name, first * dtype.itemsize, memoryview(result.view(torch.uint8).numpy()))
+        return result
+
+    def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
+        """Fills `buffer` (bytes) from `offset` bytes into the tensor. Raises if the file changed since it was opened."""
+        info = self.info(name)
+        if offset + len(buffer) > info.nbytes:
+            raise CheckpointError(f"{self.source}: {name} has {info.nbytes:,} bytes; asked for {offset + len(buffer):,}")
+        handle = os.open(info.file, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            done = 0
+            while done < len(buffer):
+                got = os.preadv(handle, [buffer[done:]], info.start + offset + done)
+                if got == 0:
+                    break
+                done += got
+            if done < len(buffer) or _stamp(os.fstat(handle)) != self._stats[info.file]:
+                raise CheckpointError(f"{info.file}: changed while it was being read; run again when it is at rest")
+        finally:
+            os.close(handle)
+
+    def info(self, name: str) -> TensorInfo:
+        try:
+            return self.index[name]
+        except KeyError:
+            raise CheckpointError(f"{self.source}: has no tensor {name}") from None
+
+    def file(self, name: str) -> Path | None:
+        """A file beside the weights (tokenizer.json, ...), or None where there is none. Contained like all others."""
+        return contained(self.root, name) if os.path.lexists(self.root / name) else None
+
+    def json(self, name: str) -> Any:
+        """A JSON file beside the weights, or None where there is none."""
+        path = self.file(name)
+        return None if path is None else read_json(path)
+
+    def digest(self) -> str:
+        """sha256 over the names and headers of all weight files: which tensors, where; not their values."""
+        total = hashlib.sha256()
+        for name, header in sorted(self.headers.items()):
+            total.update(f"{name}\0{header.size}\0".encode() + header.raw)
+        return total.hexdigest()
+
+
+def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
+    """Opens a model folder: config and headers are read and checked, no weight is.
+
+    Raises CheckpointError for every damage that headers, index and config can show, before anything is allocated.
+    """
+    root = Path(source)
+    if not root.is_dir():
+        what = "is a file; give the folder that holds it" if root.exists() else "there is no such folder"
+        raise CheckpointError(f"{source}: {what}")
+    config_path = contained(root, "config.json")
+    config = read_json(config_path)
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{config_path}: holds a {type(config).__name__}, not an object")
+    notes: list[str] = []
+    headers = {name: read_header(contained(root, name)) for name in _weight_files(root, notes)}
+    index: dict[str, TensorInfo] = {}
+    for file, header in headers.items():
+        for name, info in header.tensors.items():
+            if name in index:
+                raise CheckpointError(f"{root}: {name} stands in both {index[name].file.name} and {file}")
+            index[name] = info
+    _check_against_index(root, headers, notes)
+    stats = {info.file: _stamp(info.file.stat()) for info in index.values()}
+    return Checkpoint(str(source), root, config, find(config), index, headers, notes, stats)
+
+
+def _weight_files(root: Path, notes: list[str]) -> list[str]:
+    """Names of the safetensors files that make up the model; says what lies beside them and is not read."""
+    present = sorted(p.name for p in root.iterdir())
+    pickles = [name for name in present if name.endswith((".bin", ".pt", ".pth", ".ckpt")) and "train" not in name]
+    if INDEX in present:
+        files = sorted(set(_weight_map(root).values()))
+        missing = [name for name in files if not os.path.lexists(root / name)]
+        if missing:
+            raise CheckpointError(f"{root}: {len(missing)} of {len(files)} shards are missing: {', '.join(missing[:4])}")
+        if SINGLE in present and SINGLE not in files:
+            _refuse_ambiguous(root, files)
+            notes.append(f"{SINGLE} stands beside {INDEX} and lists the same tensors; the index was followed")
+    elif SINGLE in present:
+        files = [SINGLE]
+    else:
+        files = [name for name in present if SHARD_NAME.fullmatch(name)]
+        if files and len(files) != int(SHARD_NAME.fullmatch(files[0])[2]):  # type: ignore[index]
+            raise CheckpointError(f"{root}: {len(files)} shards, but {files[0]} says otherwise; fetch the others")
+    if not files:
+        if pickles:
+            raise CheckpointError(
+                f"{root}: {pickles[0]} is a pickle, which can run code and is never read; convert it to safetensors"
+            )
+        raise CheckpointError(f"{root}: there is no {SINGLE} and no {INDEX}")
+    aside = [n for n in present if n.endswith(".safetensors") and n not in files and n != SINGLE]
+    for names, why in ((pickles, "pickles are never read"), (aside, "not part of the index")):
+        if names:
+            notes.append(f"ignored {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}: {why}")
+    return files
+
+
+def _weight_map(root: Path) -> dict[str, str]:
+    path = contained(root, INDEX)
+    index = read_json(path)
+    names = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(names, dict) or not names or not all(isinstance(v, str) for v in names.values()):
+        raise CheckpointError(f"{path}: weight_map must map each tensor to a file")
+    return names
+
+
+def _check_against_index(root: Path, headers: dict[str, Header], notes: list[str]) -> None:
+    if not os.path.lexists(root / INDEX):
+        return
+    names = _weight_map(root)
+    lacking = [n for n, file in names.items() if n not in headers[file].tensors]
+    if lacking:
+        file = names[lacking[0]]
+        raise CheckpointError(f"{root}: {INDEX} puts {lacking[0]} in {file}, which lacks it ({len(lacking)} such in all)")
+    extra = [n for header in headers.values() for n in header.tensors if n not in names]
+    if extra:
+        notes.append(f"{len(extra)} tensors are in the shards but not in {INDEX}: {', '.join(extra[:3])}")
+
+
+def _refuse_ambiguous(root: Path, shards: list[str]) -> None:
+    def table(names: list[str]) -> dict[str, tuple[str, tuple[int, ...]]]:
+        headers = [read_header(contained(root, name)) for name in names]
+        return {n: (info.dtype, info.shape) for header in headers for n, info in header.tensors.items()}
+
+    if table([SINGLE]) != table(shards):
+        raise CheckpointError(f"{root}: {SINGLE} and {INDEX} are both there and differ; remove the one that is stale")
+
+
+def _stamp(status: os.stat_result) -> tuple[int, int, int]:
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+@cache
+def torch_dtype(name: str) -> "torch.dtype | None":
+    """The torch dtype for a safetensors dtype name; None where torch has none that can be computed with."""
+    import torch
+
+    return {
+        "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
+        "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
+        "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "U16": torch.uint16, "U32": torch.uint32,
+        "U64": torch.uint64, "F8_E8M0": torch.float8_e8m0fnu, "C64": torch.complex64,
+    }.get(name)  # fmt: skip
+
+
+@cache
+def dtype_name(dtype: "torch.dtype") -> str:
+    """The safetensors name of a torch dtype."""
+    from lapis.checkpoint.files import BITS
+
+    for name in BITS:
+        if torch_dtype(name) is dtype:
+            return name
+    raise CheckpointError(f"{dtype} has no place in a safetensors file")
