@@ -1,0 +1,66 @@
+"""`lapis`: the table of commands, and how errors end.
+
+A command's module is imported when the command is run, so `lapis --help` is quick and imports no torch. Exit status:
+0 = done, 1 = a refusal (one line), 2 = wrong usage, 130 = stopped by Ctrl-C.
+"""
+
+import os
+import sys
+
+from cyclopts import App, CycloptsError
+
+from lapis import __version__
+from lapis.errors import LapisError
+
+# name -> (where it lives, what `lapis --help` says of it), in the order in which a user meets them
+COMMANDS = {
+    "tour": ("lapis.cli.tour:tour", "The whole story in minutes: build, tune, move, graft, measure, show."),
+    "inspect": ("lapis.cli.inspect:inspect", "Parameters, memory and FLOPs, without reading a weight."),
+    "tokens": ("lapis.cli.tokens:tokens", "Text as tokens, ids and vectors, and the way back."),
+    "tokenizer train": ("lapis.cli.tokenizer:train", "Train a byte-level BPE tokenizer on text files."),
+    "data pack": ("lapis.cli.data:pack", "Text or chats as rows of tokens on disk."),
+    "data show": ("lapis.cli.data:show", "Rows in color: loss, document borders, end tokens, padding."),
+    "train": ("lapis.cli.train:train", "Train from a YAML file and key=value."),
+    "eval": ("lapis.cli.eval:evaluate", "Bits per byte, response NLL, stop rate, choices."),
+    "diff": ("lapis.cli.diff:diff", "What a fine-tune changed: direction and magnitude."),
+    "graft": ("lapis.cli.graft:graft", "Add chat - base to a model: the chat vector."),
+    "merge": ("lapis.cli.merge:merge", "Merge models by a recipe or a formula."),
+    "generate": ("lapis.cli.generate:generate", "Continue a prompt."),
+    "chat": ("lapis.cli.chat:chat", "Talk with a model in the terminal."),
+}
+
+GROUPS = {"tokenizer": "Train a tokenizer.", "data": "Pack text into rows, and look at them."}
+
+
+def make_app() -> App:
+    """The command tree, with every command still unimported."""
+    app = App(name="lapis", version=__version__, help="See inside, train and graft language models, layer by layer.")
+    groups: dict[str, App] = {}
+    for order, (name, (place, text)) in enumerate(COMMANDS.items()):
+        group, _, last = name.rpartition(" ")
+        if group and group not in groups:
+            groups[group] = App(name=group, help=GROUPS[group], sort_key=order)
+            app.command(groups[group])
+        (groups[group] if group else app).command(place, name=last, help=text, sort_key=order)
+    return app
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one command line and exit."""
+    app = make_app()
+    try:
+        app(arguments, exit_on_error=False, print_error=False, result_action="return_none")
+    except CycloptsError as error:
+        _end(f"{error} (see lapis --help)", 2)
+    except LapisError as error:
+        _end(str(error), 1)
+    except KeyboardInterrupt:
+        _end("stopped", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left; nothing more to say
+        sys.exit(1)
+
+
+def _end(message: str, status: int) -> None:
+    print("lapis: " + " ".join(message.split()), file=sys.stderr)
+    sys.exit(status)

@@ -1,0 +1,31 @@
+"""Shared fixtures. Everything is made here; nothing is fetched. Real text is read in place where LAPIS_DATA has it."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # xdist fills the cores; also what makes sums repeat bit for bit
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of real text; tests that use it carry the marker `real_data`."""
+    place = Path(os.environ.get("LAPIS_DATA", ROOT.parent / "shared" / "data"))
+    if not place.is_dir():
+        pytest.skip(f"no real text at {place}; set LAPIS_DATA")
+    return place
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    """A headless browser; tests that use it carry the marker `browser`."""
+    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if not found:
+        pytest.skip("no chromium on this machine")
+    return found
