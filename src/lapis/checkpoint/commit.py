@@ -23,6 +23,7 @@ from lapis.errors import OutputError
 MANIFEST = "lapis-manifest.json"
 JOURNAL = ".journal"  # entries of a staging folder whose names start so are dropped at the commit
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
 
 
 @dataclass
@@ -115,7 +116,7 @@ def full_disk_told(out: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in _FULL:
             raise OutputError(f"{out}: the disk is full ({error.strerror}); nothing was left half-written") from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if error.errno in _CLOSED:
             raise OutputError(f"{out}: cannot be written: {error.strerror}; give another --out") from error
         raise
 
@@ -134,7 +135,7 @@ def _lock(staging: Path) -> int:
                     return handle
             except BlockingIOError:
                 os.close(handle)
-                raise OutputError(f"{staging.parent}: another lapis is writing {staging.name} now; wait for it") from None
+                raise OutputError(f"{staging.parent}: another lapis is writing {staging.name}; wait for it") from None
             except BaseException:
                 os.close(handle)
                 raise
@@ -184,7 +185,7 @@ def sha256_of(path: Path) -> str:
 
 
 def verify(folder: Path) -> list[str]:
-    """What in a committed folder differs from its manifest: names that are missing, cut or changed. Reads everything."""
+    """Names of the files of a committed folder that are missing, cut or changed. Reads everything."""
     files = json.loads((folder / MANIFEST).read_bytes())["files"]
     wrong = []
     for name, entry in files.items():

@@ -116,7 +116,7 @@ def read_header(path: Path) -> Header:
                 raise CheckpointError(f"{path}: claims a header of {length:,} bytes; the limit is {HEADER_LIMIT:,}")
             if 8 + length > size:
                 raise CheckpointError(
-                    f"{path}: claims a header of {length:,} bytes but has {size:,} in all; it is truncated, fetch it again"
+                    f"{path}: claims a header of {length:,} bytes but has {size:,} in all; truncated, fetch it again"
                 )
             raw = file.read(length)
     except OSError as error:
@@ -204,7 +204,7 @@ def _check_layout(path: Path, tensors: Mapping[str, TensorInfo], data: int, size
             raise CheckpointError(f"{path}: a hole of {info.start - position:,} bytes before {name}")
         position, before = info.end, name
     if position > size:
-        raise CheckpointError(f"{path}: {before} ends at byte {position:,} of {size:,}; it is truncated, fetch it again")
+        raise CheckpointError(f"{path}: {before} ends at byte {position:,} of {size:,}; truncated, fetch it again")
     if position < size:
         raise CheckpointError(f"{path}: {size - position:,} bytes after the last tensor belong to none")
 

@@ -75,14 +75,14 @@ class Checkpoint:
         if dtype is None:
             raise CheckpointError(f"{self.source}: {name} is {info.dtype}, which cannot be computed with here")
         result = torch.empty(last - first, dtype=dtype)
-        self.read_into(name, first * dtype.itemsize, memoryview(result.view(torch.uint8).numpy()))
+        self.read_into(name, first * dtype.itemsize, result.view(torch.uint8).numpy().data)
         return result
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
-        """Fills `buffer` (bytes) from `offset` bytes into the tensor. Raises if the file changed since it was opened."""
+        """Fills `buffer` (bytes) from `offset` bytes into the tensor. Raises if the file changed since opening."""
         info = self.info(name)
         if offset + len(buffer) > info.nbytes:
-            raise CheckpointError(f"{self.source}: {name} has {info.nbytes:,} bytes; asked for {offset + len(buffer):,}")
+            raise CheckpointError(f"{self.source}: {name} has {info.nbytes:,} bytes, not {offset + len(buffer):,}")
         handle = os.open(info.file, os.O_RDONLY | os.O_CLOEXEC)
         try:
             done = 0
@@ -153,7 +153,9 @@ def _weight_files(root: Path, notes: list[str]) -> list[str]:
         files = sorted(set(_weight_map(root).values()))
         missing = [name for name in files if not os.path.lexists(root / name)]
         if missing:
-            raise CheckpointError(f"{root}: {len(missing)} of {len(files)} shards are missing: {', '.join(missing[:4])}")
+            raise CheckpointError(
+                f"{root}: {len(missing)} of {len(files)} shards are missing: {', '.join(missing[:4])}"
+            )
         if SINGLE in present and SINGLE not in files:
             _refuse_ambiguous(root, files)
             notes.append(f"{SINGLE} stands beside {INDEX} and lists the same tensors; the index was followed")
@@ -192,7 +194,9 @@ def _check_against_index(root: Path, headers: dict[str, Header], notes: list[str
     lacking = [n for n, file in names.items() if n not in headers[file].tensors]
     if lacking:
         file = names[lacking[0]]
-        raise CheckpointError(f"{root}: {INDEX} puts {lacking[0]} in {file}, which lacks it ({len(lacking)} such in all)")
+        raise CheckpointError(
+            f"{root}: {INDEX} puts {lacking[0]} in {file}, which lacks it ({len(lacking)} such in all)"
+        )
     extra = [n for header in headers.values() for n in header.tensors if n not in names]
     if extra:
         notes.append(f"{len(extra)} tensors are in the shards but not in {INDEX}: {', '.join(extra[:3])}")
