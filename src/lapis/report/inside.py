@@ -1,0 +1,135 @@
+"""Pictures of a forward pass: what each layer would say, how ranks move, where attention looks.
+
+Rows in, plotly figure out; the shape of a row stands in each docstring. All are reached through plots.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from lapis.report import theme
+from lapis.report.theme import Row, color, plain
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+
+def lens_grid(rows: Iterable[Row], title: str) -> go.Figure:
+    """Layer by position: in each cell the token that this layer would say next; color = its probability.
+
+    Row, one per cell: `layer` (int; 0 or the lowest is drawn at the foot), `position` (int), `token` (what stands in
+    the prompt there), `top`: list of (token, probability), best first; up to ten of them show on hovering.
+    """
+    cells = {(row["layer"], row["position"]): row for row in rows}
+    layers, positions = sorted({key[0] for key in cells}), sorted({key[1] for key in cells})
+    tokens = {row["position"]: plain(row["token"], 12) for row in cells.values()}
+    z: list[list[float | None]] = []
+    words: list[list[str]] = []
+    hover: list[list[str]] = []
+    for layer in layers:
+        line = [cells.get((layer, position)) for position in positions]
+        z.append([cell["top"][0][1] if cell else None for cell in line])
+        words.append([plain(cell["top"][0][0], 9) if cell else "" for cell in line])
+        hover.append([_top(cell["top"]) if cell else "" for cell in line])
+    height = 26 * len(layers) + 150
+    figure = theme.new_figure(title, height=height, min_width=64 * len(positions) + 70)
+    figure.add_heatmap(
+        x=positions, y=layers, z=z, text=words, customdata=hover, texttemplate="%{text}", textfont={"size": 12},
+        coloraxis="coloraxis", xgap=1, ygap=1, hoverongaps=False,
+        hovertemplate="<b>layer %{y}, after position %{x}</b><br>%{customdata}<extra></extra>",
+    )  # fmt: skip
+    bar: dict[str, Any] = {
+        "orientation": "h", "thickness": 8, "len": 180, "lenmode": "pixels", "x": 0, "xanchor": "left", "y": 1,
+        "yanchor": "bottom", "ypad": 6, "xpad": 0, "tickvals": [0, 0.5, 1], "tickformat": ".0%", "ticks": "",
+        "title": {"text": "probability", "side": "top", "font": {"size": 12, "color": color("quiet")}},
+    }  # fmt: skip
+    figure.update_layout(coloraxis={"colorscale": theme.scale(), "cmin": 0, "cmax": 1, "colorbar": bar}, margin_t=96)
+    theme.axis_title(figure, "prompt, token by token", "layer")
+    figure.update_xaxes(tickvals=positions, ticktext=[tokens[p] for p in positions], showgrid=False, tickangle=0)
+    figure.update_yaxes(tickvals=layers[:: -(-len(layers) // 16)], showgrid=False)
+    return figure
+
+
+def _top(top: Sequence[tuple[str, float]]) -> str:
+    return "<br>".join(f"{probability:6.1%}  {plain(token, 30)}" for token, probability in top[:10])
+
+
+def rank_trajectories(rows: Iterable[Row], title: str) -> go.Figure:
+    """The rank of each tracked word over the layers; rank 1 is on top, the axis is logarithmic.
+
+    Row: `word`, `layer` (int), `rank` (int, 1 = best), optionally `model` (a dash style each: before and after).
+    """
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["word"], str(row.get("model", ""))), []).append(row)
+    places = theme.series(word for word, _ in groups)
+    models = list(dict.fromkeys(model for _, model in groups))
+    figure = theme.new_figure(title, height=440)
+    worst = 1
+    for (word, model), points in groups.items():
+        ordered = sorted(points, key=lambda row: row["layer"])
+        place = places[word]
+        paint = color(theme.SERIES[place])
+        worst = max(worst, *(row["rank"] for row in ordered))
+        dash = theme.DASHES[models.index(model) % len(theme.DASHES)]
+        figure.add_scatter(
+            x=[row["layer"] for row in ordered],
+            y=[row["rank"] for row in ordered],
+            name=plain(f"{word}, {model}" if len(models) > 1 else word, 30),
+            mode="lines+markers",
+            line={"color": paint, "width": 2, "dash": dash},
+            marker={"color": paint, "size": 7, "symbol": theme.SYMBOLS[place]},
+            hovertemplate="<b>%{fullData.name}</b><br>layer %{x}: rank %{y:,}<extra></extra>",
+            cliponaxis=False,
+        )
+    theme.axis_title(figure, "layer", "rank of the word (1 = said next)")
+    powers = range(len(str(worst)))
+    figure.update_yaxes(
+        type="log", autorange="reversed", tickvals=[10**power for power in powers],
+        ticktext=[f"{10**power:,}" for power in powers],
+    )  # fmt: skip
+    figure.update_xaxes(tickformat="d", nticks=14)
+    theme.adapt(figure, height=380, xaxis__nticks=7)
+    return figure
+
+
+def attention_map(rows: Iterable[Row], tokens: Sequence[str], title: str) -> go.Figure:
+    """Where each position looks: a panel per head, rows = the token that looks, columns = what it looks at.
+
+    Row: `head` (its label), `weights` (T x T, rows sum to 1; what a causal mask hides may be None or 0). `tokens`: the
+    T tokens of the prompt.
+    """
+    kept = list(rows)
+    labels = [plain(token, 12) for token in tokens]
+    count = len(labels)
+    figure = theme.new_figure(title)
+    one = len(kept) == 1
+    theme.panels(
+        figure, [str(row["head"]) for row in kept], height=max(30 * count, 240) if one else 230, wide=min(4, len(kept)),
+        narrow=1 if one else 2, gap=50,
+    )  # fmt: skip
+    ticks = list(range(count))
+    for i, row in enumerate(kept, 1):
+        number = "" if i == 1 else str(i)
+        hidden = [
+            [None if w is None or (w == 0 and source > target) else w for source, w in enumerate(line)]
+            for target, line in enumerate(row["weights"])
+        ]
+        figure.add_heatmap(
+            x=ticks, y=ticks, z=hidden, coloraxis="coloraxis", xaxis=f"x{number}", yaxis=f"y{number}", xgap=1, ygap=1,
+            customdata=[[[target, source] for source in labels] for target in labels], hoverongaps=False,
+            hovertemplate="%{customdata[0]} looks at <b>%{customdata[1]}</b><br>%{z:.1%}<extra></extra>",
+        )  # fmt: skip
+        axis: dict[str, Any] = {"showgrid": False, "tickvals": ticks, "ticktext": labels, "showticklabels": one}
+        figure.update_layout(
+            {f"xaxis{number}": {**axis, "tickangle": -60}, f"yaxis{number}": {**axis, "autorange": "reversed"}}
+        )
+        if one:
+            theme.axis_title(figure, "looked at", "looking")
+    bar: dict[str, Any] = {
+        "orientation": "h", "thickness": 8, "len": 150, "lenmode": "pixels", "x": 1, "xanchor": "right", "y": 1,
+        "yanchor": "bottom", "ypad": 22, "xpad": 0, "tickvals": [0, 0.5, 1], "tickformat": ".0%", "ticks": "",
+    }  # fmt: skip
+    figure.update_layout(coloraxis={"colorscale": theme.scale(), "cmin": 0, "cmax": 1, "colorbar": bar})
+    return figure

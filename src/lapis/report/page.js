@@ -1,0 +1,97 @@
+// Draws the figures of a lapis page, again when the width, the color scheme or the medium changes, and sorts tables.
+// Reads three data blocks of the page: #plotly (the library, deflated), #look (template, dark colors), and one per figure.
+(async () => {
+  "use strict";
+
+  for (const button of document.querySelectorAll("button.sort")) {
+    button.addEventListener("click", () => sortBy(button.closest("th")));
+  }
+
+  function sortBy(head) {
+    const table = head.closest("table");
+    const down = head.getAttribute("aria-sort") !== "descending";
+    for (const other of table.querySelectorAll("th[aria-sort]")) other.removeAttribute("aria-sort");
+    head.setAttribute("aria-sort", down ? "descending" : "ascending");
+    const key = row => row.cells[Number(head.dataset.column)].dataset.value ?? "";
+    const order = (a, b) => {
+      const [p, q] = [key(a), key(b)];
+      if (p === "" || q === "") return (p === "") - (q === "");   // what was not measured stays last
+      const numbers = Number(p) - Number(q);
+      return (down ? -1 : 1) * (Number.isNaN(numbers) ? p.localeCompare(q) : numbers);
+    };
+    const body = table.tBodies[0];
+    body.append(...[...body.rows].sort(order));
+  }
+
+  const plots = [...document.querySelectorAll(".plot")];
+  if (!plots.length) return;
+  await loadPlotly();
+  const look = JSON.parse(document.getElementById("look").textContent);
+  const dark = matchMedia("(prefers-color-scheme: dark)");
+  const touch = matchMedia("(hover: none)");
+  let printing = false;
+
+  async function loadPlotly() {
+    const packed = Uint8Array.from(atob(document.getElementById("plotly").textContent.trim()), c => c.charCodeAt(0));
+    const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("deflate"));
+    const script = document.createElement("script");
+    script.textContent = await new Response(stream).text();
+    document.head.append(script);
+  }
+
+  // Every color of ours has a dark twin; data arrays are left as they are.
+  const data = new Set(["x", "y", "z", "text", "hovertext", "customdata", "labels", "ids", "parents", "values", "ticktext", "tickvals"]);
+  function darken(value, key) {
+    if (typeof value === "string") return look.dark[value] ?? value;
+    if (value === null || typeof value !== "object" || data.has(key)) return value;
+    if (Array.isArray(value)) return value.map(item => darken(item, ""));
+    return Object.fromEntries(Object.entries(value).map(([name, item]) => [name, darken(item, name)]));
+  }
+
+  function put(target, path, value) {
+    const keys = path.split(".");
+    const last = keys.pop();
+    for (const key of keys) target = target[key] ??= {};
+    target[last] = value;
+  }
+
+  async function draw(plot) {
+    const { data: traces, layout } = JSON.parse(plot.parentElement.querySelector("script").textContent);
+    const meta = layout.meta ?? {};
+    const room = printing ? 680 : plot.parentElement.clientWidth;
+    const narrow = room < 600;
+    if (narrow) for (const [path, value] of Object.entries(meta.narrow ?? {})) put(layout, path, value);
+    const width = printing ? room : Math.max(room, meta.min_width ?? 0);
+    plot.style.width = `${width}px`;
+    plot.style.height = `${layout.height}px`;
+    let spec = { data: traces, layout: { ...layout, template: look.template } };
+    if (dark.matches && !printing) spec = darken(spec, "");
+    Object.assign(spec.layout, { width, autosize: false });
+    if (narrow || touch.matches) spec.layout.dragmode = false;   // a finger scrolls the page
+    const config = {
+      displaylogo: false, responsive: false, displayModeBar: narrow || touch.matches ? false : "hover",
+      modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d", "zoomIn2d", "zoomOut2d", "pan2d", "zoom2d"],
+      toImageButtonOptions: { format: "png", scale: 2 },
+    };
+    plot.dataset.room = room;
+    for (const note of plot.querySelectorAll(":scope > p")) note.remove();
+    await Plotly.react(plot, spec.data, spec.layout, config);
+    plot.dataset.drawn = dark.matches && !printing ? "dark" : "light";
+  }
+
+  const drawAll = () => Promise.all(plots.map(draw));
+  await drawAll();
+  document.documentElement.dataset.ready = "yes";
+
+  const resize = new ResizeObserver(entries => {
+    if (printing) return;
+    for (const { target } of entries) {
+      const plot = target.querySelector(".plot");
+      if (Number(plot.dataset.room) !== target.clientWidth) draw(plot);
+    }
+  });
+  for (const plot of plots) resize.observe(plot.parentElement);
+  dark.addEventListener("change", drawAll);
+  addEventListener("beforeprint", () => { printing = true; drawAll(); });
+  addEventListener("afterprint", () => { printing = false; drawAll(); });
+})();

@@ -1,0 +1,282 @@
+"""Pictures of training and of scores: learning curves, the scale of a graft, models compared, the choice of layers.
+
+Rows in, plotly figure out; the shape of a row stands in each docstring. Pictures of weights are in weights.py, of what
+happens inside a forward pass in inside.py; all of them are reached through plots.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from lapis.report import theme
+from lapis.report.theme import Row, color, plain
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+AXES = {
+    "tokens": "tokens seen",
+    "seconds": "seconds of training",
+    "step": "optimizer steps",
+    "loss": "loss (nats per token)",
+    "bits_per_byte": "bits per byte",
+    "response_nll": "response NLL (nats per token)",
+    "stop_rate": "stop rate (share of replies that end)",
+    "answers": "answers exactly right (share)",
+    "gap_closed": "gap closed (share)",
+    "parameters": "parameters",
+    "flops": "FLOPs",
+}
+POINTS = 1000
+
+
+def learning_curves(
+    rows: Iterable[Row], title: str, *, x: str = "tokens", y: str = "loss", log_x: bool = False
+) -> go.Figure:
+    """Loss (or any `y`) against tokens, seconds or steps, one color per run.
+
+    Row: `run`, the keys `x` and `y`, and optionally `split` ("train" or "validation"). Validation is drawn as points on
+    a strong line. A training curve of more than 40 points is drawn faint, with its running average (over a twentieth
+    of the curve) on top; of more than 1000, every n-th point is kept.
+    """
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        if row.get(x) is not None and row.get(y) is not None:
+            groups.setdefault((row["run"], row.get("split", "train")), []).append(row)
+    places = theme.series(run for run, _ in groups)
+    figure = theme.new_figure(title, height=420)
+    x_name, y_name = AXES.get(x, x), AXES.get(y, y)
+    several = len({split for _, split in groups}) > 1
+    for (run, split), points in groups.items():
+        kept = points[:: -(-len(points) // POINTS)]
+        if kept[-1] is not points[-1]:
+            kept = [*kept, points[-1]]
+        xs, ys = [row[x] for row in kept], [row[y] for row in kept]
+        paint, dash = color(theme.SERIES[places[run]]), theme.DASHES[places[run]]
+        name = plain(f"{run}, {split}" if several else run)
+        common: dict[str, Any] = {
+            "x": xs,
+            "name": name,
+            "legendgroup": name,
+            "hovertemplate": f"<b>%{{fullData.name}}</b><br>%{{x:,}} {x_name}<br>%{{y:.3f}} {y_name}<extra></extra>",
+        }
+        noisy = split == "train" and len(kept) > 40
+        if noisy:
+            figure.add_scatter(
+                **common, y=ys, mode="lines", line={"color": paint, "width": 1}, opacity=0.28, showlegend=False
+            )
+            smooth = running_average(ys, len(ys) // 20)
+            figure.add_scatter(
+                **common, y=smooth, mode="lines", line={"color": paint, "width": 2.2, "dash": dash}, meta="average"
+            )
+        else:
+            figure.add_scatter(
+                **common,
+                y=ys,
+                mode="lines+markers" if split != "train" or len(kept) < 20 else "lines",
+                line={"color": paint, "width": 2, "dash": dash},
+                marker={"color": paint, "size": 7, "symbol": theme.SYMBOLS[places[run]]},
+            )
+    theme.axis_title(figure, x_name, y_name)
+    figure.update_xaxes(type="log" if log_x else "linear", exponentformat="SI" if x != "seconds" else "none", nticks=7)
+    theme.adapt(figure, height=340, xaxis__nticks=4, yaxis__nticks=5)
+    return figure
+
+
+def running_average(values: Sequence[float], window: int) -> list[float]:
+    """The mean of the last `window` values at each place (of fewer at the start)."""
+    means, total = [], 0.0
+    window = max(window, 1)
+    for i, value in enumerate(values):
+        total += value - (values[i - window] if i >= window else 0.0)
+        means.append(total / min(i + 1, window))
+    return means
+
+
+def scale_sweep(
+    rows: Iterable[Row], title: str, *, chosen: float | None = None, budget: float | None = None
+) -> go.Figure:
+    """The trade of a graft: gap closed (up is good) against its cost in the target language (left is good).
+
+    Row: `scale`, `gap_closed` (share of the way from adapted to tuned), `cost` (how much worse the target language's
+    bits per byte became, as a share: 0.03 = 3 %), and optionally `language` (of the gap; one curve each). Each point
+    carries its scale. `chosen` rings the scale that was taken; `budget` draws the largest cost that is allowed.
+    """
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(str(row.get("language", "")), []).append(row)
+    figure = theme.new_figure(title, height=420)
+    for place, (language, points) in enumerate(groups.items()):
+        ordered = sorted(points, key=lambda row: row["scale"])
+        paint = color(theme.SERIES[place % len(theme.SERIES)])
+        taken = [chosen is not None and math.isclose(row["scale"], chosen) for row in ordered]
+        figure.add_scatter(
+            x=[row["cost"] for row in ordered],
+            y=[row["gap_closed"] for row in ordered],
+            text=[f"{'× ' if place == 0 else ''}{row['scale']:g}" for row in ordered],
+            customdata=[row["scale"] for row in ordered],
+            name=plain(language),
+            mode="lines+markers+text",
+            textposition="top center",
+            textfont={"size": 12, "color": color("quiet")},
+            line={"color": paint, "width": 2, "dash": theme.DASHES[place % len(theme.DASHES)]},
+            marker={
+                "color": paint,
+                "symbol": theme.SYMBOLS[place % len(theme.SYMBOLS)],
+                "size": [15 if ring else 8 for ring in taken],
+                "line": {"width": [3 if ring else 0 for ring in taken], "color": color("gold")},
+            },
+            hovertemplate="scale %{customdata}<br>gap closed %{y:.2f}<br>cost %{x:.1%}<extra></extra>",
+            showlegend=bool(language),
+            cliponaxis=False,
+        )
+    if budget is not None:
+        figure.add_vline(x=budget, line={"color": color("quiet"), "width": 1, "dash": "dot"})
+        figure.add_annotation(x=budget, y=0, yref="paper", text="budget", xanchor="left", yanchor="bottom", xshift=4)
+    theme.axis_title(figure, "cost: target language's bits per byte, worse by", "gap closed (share of adapted → tuned)")
+    figure.update_xaxes(tickformat=".1~%", nticks=8)
+    theme.adapt(figure, height=360, xaxis__nticks=4, xaxis__title__text="cost in the target language (bits per byte)")
+    return figure
+
+
+def scores(
+    rows: Iterable[Row], title: str, *, metric: str, kind: str = "bar", format: str = ".2f", label: str = ""
+) -> go.Figure:
+    """One metric per model, a panel per language, the value written beside each mark.
+
+    Row: `model`, `language`, and the key `metric` (None = not measured, left out). kind "bar" starts at zero; "dot"
+    is for metrics that live far from zero. `label` names the axis, with its unit (default: known metrics are named).
+    """
+    known = [row for row in rows if row.get(metric) is not None]
+    models = list(dict.fromkeys(row["model"] for row in known))
+    languages = list(dict.fromkeys(row["language"] for row in known))
+    figure = theme.new_figure(title)
+    theme.panels(figure, languages, height=34 * len(models) + 10, wide=min(3, len(languages)), gap=96)
+    places = theme.series(models)
+    top = max((row[metric] for row in known), default=1.0)
+    bottom = min((row[metric] for row in known), default=0.0)
+    span = (top - bottom) or abs(top) or 1.0
+    for i, language in enumerate(languages, 1):
+        mine = [row for row in known if row["language"] == language]
+        paints = [color(theme.SERIES[places[row["model"]]]) for row in mine]
+        number = "" if i == 1 else str(i)
+        marks: dict[str, Any] = {
+            "x": [row[metric] for row in mine],
+            "y": [plain(row["model"]) for row in mine],
+            "text": [f"{row[metric]:{format}}" for row in mine],
+            "xaxis": f"x{number}",
+            "yaxis": f"y{number}",
+            "hovertemplate": f"<b>%{{y}}</b><br>%{{x:{format}}} {label or AXES.get(metric, metric)}<extra></extra>",
+            "showlegend": False,
+            "cliponaxis": False,
+        }
+        if kind == "bar":
+            figure.add_bar(
+                **marks, orientation="h", marker={"color": paints}, textposition="outside", width=0.62,
+                textfont={"color": color("ink")},
+            )  # fmt: skip
+            reach = [min(0.0, bottom - 0.2 * span), max(0.0, top) + 0.2 * max(span, abs(top))]
+        else:
+            figure.add_scatter(
+                **marks, mode="markers+text", marker={"color": paints, "size": 13}, textposition="middle right",
+                textfont={"color": color("ink")},
+            )  # fmt: skip
+            reach = [bottom - 0.12 * span, top + 0.35 * span]
+        theme.axis_title(figure, label or AXES.get(metric, metric), panel=i)
+        figure.update_layout(
+            {
+                f"xaxis{number}": {"range": reach, "nticks": 5},
+                f"yaxis{number}": {
+                    "type": "category",
+                    "categoryarray": [plain(model) for model in models],
+                    "range": [len(models) - 0.4, -0.6],
+                    "showgrid": kind == "dot",
+                    "tickfont": {"color": color("ink"), "size": 13},
+                },
+            }
+        )
+    return figure
+
+
+def plan_scatter(rows: Iterable[Row], title: str) -> go.Figure:
+    """Each layer by what it does for style and for knowledge; the chosen ones stand out.
+
+    Row: `layer`, `style`, `knowledge` (scores of `lapis plan`, no unit), `chosen` (bool), optionally `control` (bool:
+    in the random choice of equal size).
+    """
+    figure = theme.new_figure(title, height=460)
+    kept = list(rows)
+    looks = (
+        ("chosen", "chosen", "lapis", "circle", [row for row in kept if row.get("chosen")]),
+        ("control", "random control", "orange", "diamond-open", [row for row in kept if row.get("control")]),
+        ("rest", "not chosen", "quiet", "circle-open",
+         [row for row in kept if not row.get("chosen") and not row.get("control")]),
+    )  # fmt: skip
+    for key, name, role, symbol, points in looks:
+        if points:
+            figure.add_scatter(
+                x=[row["knowledge"] for row in points],
+                y=[row["style"] for row in points],
+                text=[plain(row["layer"]) for row in points] if key != "control" else None,
+                customdata=[plain(row["layer"]) for row in points],
+                name=name,
+                mode="markers" if key == "control" else "markers+text",
+                textposition="top center",
+                textfont={"size": 11, "color": color("quiet")},
+                marker={"color": color(role), "symbol": symbol, "size": 16 if key == "control" else 10,
+                        "line": {"width": 1.5, "color": color(role)}},
+                hovertemplate="layer %{customdata}<br>style %{y:.3g}<br>knowledge %{x:.3g}<extra></extra>",
+                cliponaxis=False,
+            )  # fmt: skip
+    theme.axis_title(figure, "knowledge score of the layer", "style score of the layer")
+    theme.adapt(figure, height=400, xaxis__nticks=5)
+    return figure
+
+
+def mixers(rows: Iterable[Row], title: str, *, metrics: Sequence[str] = ("parameters", "flops")) -> go.Figure:
+    """Ways to mix the same input compared: a panel per metric on a log axis (they differ by powers of ten).
+
+    Row: `mixer` (its name) and a positive number for each of `metrics`.
+    """
+    kept = list(rows)
+    figure = theme.new_figure(title)
+    theme.panels(
+        figure, [AXES.get(metric, metric) for metric in metrics], height=38 * len(kept) + 10, wide=len(metrics), gap=96
+    )
+    names = [plain(row["mixer"]) for row in kept]
+    for i, metric in enumerate(metrics, 1):
+        number = "" if i == 1 else str(i)
+        values = [row[metric] for row in kept]
+        figure.add_scatter(
+            x=values,
+            y=names,
+            text=[short(value) for value in values],
+            customdata=[f"{value:,}" for value in values],
+            mode="markers+text",
+            textposition="middle right",
+            textfont={"color": color("ink")},
+            marker={"color": color("lapis"), "size": 13, "symbol": "circle"},
+            hovertemplate=f"<b>%{{y}}</b><br>%{{customdata}} {AXES.get(metric, metric)}<extra></extra>",
+            xaxis=f"x{number}",
+            yaxis=f"y{number}",
+            showlegend=False,
+            cliponaxis=False,
+        )
+        low, high = math.log10(min(values)), math.log10(max(values))
+        reach = [math.floor(low) - 0.2, high + 0.35 * max(high - low, 1)]
+        theme.axis_title(figure, f"{AXES.get(metric, metric)} (log scale)", panel=i)
+        step = max(1, round((high - low) / 4))
+        x_axis = {"type": "log", "range": reach, "exponentformat": "SI", "dtick": step}
+        y_axis = {"type": "category", "range": [len(kept) - 0.4, -0.6], "tickfont": {"color": color("ink")}}
+        figure.update_layout({f"xaxis{number}": x_axis, f"yaxis{number}": y_axis})
+    return figure
+
+
+def short(value: float) -> str:
+    """A count in four characters or so: 124439808 -> 124M."""
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.3g}"

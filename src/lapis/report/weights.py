@@ -1,0 +1,299 @@
+"""Pictures of weights: where a fine-tune changed them, in direction and magnitude, and what a model is made of.
+
+Rows in, plotly figure out; the shape of a row stands in each docstring. All are reached through plots.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from lapis.report import theme
+from lapis.report.theme import Row, color, plain
+from lapis.report.training import short
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+# The order in which a forward pass meets them; anything else follows by name.
+ORDER = (
+    "embed", "embed.position", "embed.type", "norm.embed",
+    "norm.attn", "attn.qkv", "attn.q", "attn.k", "attn.v", "attn.q_norm", "attn.k_norm", "attn.o",
+    "norm.mlp", "mlp.gate", "mlp.up", "mlp.down", "norm.final", "head",
+)  # fmt: skip
+SCATTER_LIMIT = 4000
+
+
+def layer_heatmap(rows: Iterable[Row], title: str) -> go.Figure:
+    """Two panels, layer by component: how far the direction turned, and how large the change is.
+
+    Row (a tensor of `lapis diff`, or a mean over several): `layer` (int, or None for what stands outside the layers),
+    `component`, `cosine` (or `direction` = 1 - cosine) and `relative_norm` (norm of the difference over norm of the
+    first model's tensor); `kind` "bias" makes a line of its own. One row per cell. A panel whose values span more than
+    a factor of 30 has a logarithmic color scale.
+    """
+    cells: dict[tuple[str, int | None], Row] = {}
+    for row in rows:
+        component = row["component"] + (" bias" if row.get("kind") == "bias" else "")
+        key = (component, row["layer"])
+        if key in cells:
+            raise ValueError(f"layer_heatmap: two rows for {component} of layer {row['layer']}; average them first")
+        cells[key] = row
+    layers = sorted({layer for _, layer in cells if layer is not None})
+    components = sorted({component for component, _ in cells}, key=_place)
+    outside = any(layer is None for _, layer in cells)
+    columns = ["in", *map(str, layers), "out"] if outside else [str(layer) for layer in layers]
+    figure = theme.new_figure(title)
+    theme.panels(
+        figure,
+        ["direction: 1 − cosine", "magnitude: ‖difference‖ / ‖before‖"],
+        height=22 * len(components) + 10, wide=2, gap=110,
+    )  # fmt: skip
+    measures = (("direction", theme.BLUES), ("relative_norm", theme.AMBERS))
+    for panel, (measure, shades) in enumerate(measures, 1):
+        grid: list[list[float | None]] = [[None] * len(columns) for _ in components]
+        for (component, layer), row in cells.items():
+            early = layer is None and component.startswith(("embed", "norm.embed"))
+            column = columns.index(str(layer)) if layer is not None else (0 if early else len(columns) - 1)
+            value = row.get(measure, 1 - row["cosine"] if measure == "direction" and "cosine" in row else None)
+            grid[components.index(component)][column] = None if value is None else float(value)
+        _heat(figure, panel, columns, components, grid, shades)
+    return figure
+
+
+def _place(component: str) -> tuple[int, str]:
+    base = component.removesuffix(" bias")
+    return (ORDER.index(base) if base in ORDER else len(ORDER), component)
+
+
+def _heat(
+    figure: go.Figure,
+    panel: int,
+    columns: Sequence[str],
+    lines: Sequence[str],
+    grid: list[list[float | None]],
+    shades: Sequence[tuple[str, str]],
+) -> None:
+    """One heatmap on axes x{panel}, y{panel}, its color bar above it on the right."""
+    number = "" if panel == 1 else str(panel)
+    positive = [value for line in grid for value in line if value is not None and value > 0]
+    low, high = (min(positive), max(positive)) if positive else (0.0, 1.0)
+    logarithmic = bool(positive) and high > 30 * low
+    floor = math.floor(math.log10(low)) if logarithmic else 0.0
+    shown = [
+        [None if v is None else (math.log10(v) if v > 0 else floor) if logarithmic else v for v in line]
+        for line in grid
+    ]
+    figure.add_heatmap(
+        x=list(columns), y=[plain(line) for line in lines], z=shown, customdata=grid, xgap=1, ygap=1,
+        coloraxis=f"coloraxis{number}", xaxis=f"x{number}", yaxis=f"y{number}", hoverongaps=False,
+        hovertemplate="layer %{x}, %{y}<br>%{customdata:.3g}<extra></extra>",
+    )  # fmt: skip
+    bar: dict[str, Any] = {
+        "orientation": "h", "thickness": 8, "len": 0.17, "ypad": 0, "xpad": 0, "ticks": "",
+        "x": figure.layout[f"xaxis{number}"].domain[1], "xanchor": "right",
+        "y": figure.layout[f"yaxis{number}"].domain[1], "yanchor": "bottom", "ticklabelposition": "outside",
+    }  # fmt: skip
+    narrow = dict(figure.layout.meta)["narrow"]
+    theme.adapt(
+        figure,
+        **{
+            f"coloraxis{number}__colorbar__x": narrow[f"xaxis{number}.domain"][1],
+            f"coloraxis{number}__colorbar__y": narrow[f"yaxis{number}.domain"][1],
+            f"coloraxis{number}__colorbar__len": 0.34,
+        },
+    )
+    span: dict[str, Any] = {"cmin": 0, "cmax": high}
+    if logarithmic:
+        span = {"cmin": math.log10(low), "cmax": math.log10(high)}
+        marks = list(range(math.ceil(span["cmin"]), math.floor(span["cmax"]) + 1))
+        step = -(-len(marks) // 3) if marks else 1
+        bar |= {"tickvals": marks[::step], "ticktext": [f"{10.0**power:g}" for power in marks[::step]]}
+    else:
+        bar |= {"tickvals": [0, high], "ticktext": ["0", f"{high:.2g}"]}
+    figure.update_layout(
+        {
+            f"coloraxis{number}": {"colorscale": theme.scale(shades), **span, "colorbar": bar},
+            f"xaxis{number}": {"type": "category", "showgrid": False, "title": {"text": "layer"}, "nticks": 16},
+            f"yaxis{number}": {"type": "category", "autorange": "reversed", "showgrid": False, "title": {"text": ""}},
+        }
+    )
+    theme.adapt(figure, **{f"xaxis{number}__nticks": 9})
+
+
+def embedding_rows(rows: Iterable[Row], title: str, *, label: int = 12) -> go.Figure:
+    """How far each row of the embedding moved, by token id; special tokens are drawn apart and named.
+
+    Row (of `lapis diff --rows`): `token` (its text), `id`, `special` (bool), `relative_norm`, optionally `cosine`.
+    Beyond 4000 ordinary tokens, the bulk is drawn as a band (smallest to largest in each of 400 ranges of ids) and
+    only the 200 rows that moved most as points. The `label` rows that moved most are named besides the special ones.
+    """
+    everything = list(rows)
+    special = [row for row in everything if row.get("special")]
+    ordinary = [row for row in everything if not row.get("special")]
+    figure = theme.new_figure(title, height=440)
+    points = ordinary
+    if len(ordinary) > SCATTER_LIMIT:
+        width = -(-len(ordinary) // 400)
+        bins = [ordinary[i : i + width] for i in range(0, len(ordinary), width)]
+        middle = [chunk[len(chunk) // 2]["id"] for chunk in bins]
+        figure.add_scatter(
+            x=middle, y=[min(row["relative_norm"] for row in chunk) for chunk in bins], mode="lines", line={"width": 0},
+            hoverinfo="skip", showlegend=False,
+        )  # fmt: skip
+        figure.add_scatter(
+            x=middle, y=[max(row["relative_norm"] for row in chunk) for chunk in bins], mode="lines", fill="tonexty",
+            line={"width": 1, "color": theme.BLUES[2][0]}, fillcolor=theme.BLUES[1][0], hoverinfo="skip",
+            name=f"smallest to largest of {width} tokens",
+        )  # fmt: skip
+        points = sorted(ordinary, key=lambda row: -row["relative_norm"])[:200]
+    top = {row["id"] for row in sorted(ordinary, key=lambda row: -row["relative_norm"])[:label]}
+    groups = (
+        ("tokens", points, "lapis", "circle", 4, [row["id"] in top for row in points]),
+        ("special tokens", special, "orange", "diamond", 11, [True] * len(special)),
+    )
+    for name, group, role, symbol, size, named in groups:
+        if group:
+            figure.add_scatter(
+                x=[row["id"] for row in group],
+                y=[row["relative_norm"] for row in group],
+                customdata=[
+                    [plain(row["token"], 40), "–" if row.get("cosine") is None else f"{row['cosine']:.4f}"]
+                    for row in group
+                ],
+                text=[plain(row["token"], 16) if show else "" for row, show in zip(group, named, strict=True)],
+                name=name,
+                mode="markers+text",
+                textposition="top center" if role == "lapis" else "middle right",
+                textfont={"size": 11, "color": color("quiet") if role == "lapis" else color(role)},
+                marker={
+                    "color": color(role),
+                    "symbol": symbol,
+                    "size": size,
+                    "opacity": 0.55 if role == "lapis" else 1,
+                },
+                hovertemplate="<b>%{customdata[0]}</b>  id %{x}<br>moved by %{y:.3f} of its length"
+                "<br>cosine %{customdata[1]}<extra></extra>",
+                cliponaxis=False,
+            )
+    theme.axis_title(figure, "token id", "relative norm of the row's change")
+    figure.update_xaxes(exponentformat="none", separatethousands=True, nticks=8)
+    figure.update_yaxes(rangemode="tozero")
+    theme.adapt(figure, height=380, xaxis__nticks=4)
+    return figure
+
+
+def spectra(rows: Iterable[Row], title: str, *, log_x: bool = True) -> go.Figure:
+    """Singular values, largest first, each divided by the first: how many directions a change really has.
+
+    Row: `name`, `values` (singular values in falling order, all > 0).
+    """
+    kept = list(rows)
+    places = theme.series(row["name"] for row in kept)
+    figure = theme.new_figure(title, height=420)
+    for row in kept:
+        paint, dash = color(theme.SERIES[places[row["name"]]]), theme.DASHES[places[row["name"]]]
+        figure.add_scatter(
+            x=list(range(1, len(row["values"]) + 1)),
+            y=[value / row["values"][0] for value in row["values"]],
+            customdata=list(row["values"]),
+            name=plain(row["name"]),
+            mode="lines",
+            line={"color": paint, "width": 2, "dash": dash},
+            hovertemplate="<b>%{fullData.name}</b><br>number %{x}: %{customdata:.4g}"
+            "<br>%{y:.1%} of the largest<extra></extra>",
+        )
+    theme.axis_title(figure, "singular value, by rank", "share of the largest")
+    figure.update_xaxes(type="log" if log_x else "linear", dtick=1 if log_x else None)
+    figure.update_yaxes(type="log", tickformat=".3~%", dtick=1)
+    theme.adapt(figure, height=360)
+    return figure
+
+
+def tensor_errors(rows: Iterable[Row], title: str, *, y: str = "error", label: str = "relative error") -> go.Figure:
+    """One point per tensor: the error of a merge or graft (against an exact one) by layer, colored by component.
+
+    Row: `name`, `layer` (int or None), `component`, and the key `y` (>= 0; an exact zero is drawn at the foot).
+    """
+    kept = list(rows)
+    groups: dict[str, list[Row]] = {}
+    for row in kept:
+        groups.setdefault(row["component"].split(".")[0], []).append(row)
+    positive = [row[y] for row in kept if row[y] > 0]
+    foot = min(positive) / 3 if positive else 1e-12
+    last = max((row["layer"] for row in kept if row["layer"] is not None), default=0)
+    figure = theme.new_figure(title, height=420)
+    for place, (group, points) in enumerate(sorted(groups.items(), key=lambda item: _place(item[1][0]["component"]))):
+        figure.add_scatter(
+            x=[_column(row, last) for row in points],
+            y=[row[y] or foot for row in points],
+            customdata=[[plain(row["name"]), row[y]] for row in points],
+            name=plain(group),
+            mode="markers",
+            marker={
+                "color": color(theme.SERIES[place % len(theme.SERIES)]),
+                "symbol": theme.SYMBOLS[place % len(theme.SYMBOLS)],
+                "size": 8,
+                "opacity": 0.85,
+            },
+            hovertemplate="<b>%{customdata[0]}</b><br>%{customdata[1]:.3g}<extra></extra>",
+            cliponaxis=False,
+        )
+    theme.axis_title(figure, "layer (in = before the first, out = after the last)", label)
+    step = max(1, -(-(last + 1) // 12))
+    ticks = [-1, *range(0, last + 1, step), last + 1]
+    figure.update_xaxes(tickvals=ticks, ticktext=["in", *map(str, ticks[1:-1]), "out"], range=[-1.6, last + 1.6])
+    figure.update_yaxes(type="log", exponentformat="power", dtick=1 if positive and max(positive) / foot < 1e7 else 2)
+    theme.adapt(figure, height=360, xaxis__title__text="layer")
+    return figure
+
+
+def _column(row: Row, last: int) -> int:
+    if row["layer"] is not None:
+        return int(row["layer"])
+    return -1 if row["component"].startswith("embed") else last + 1
+
+
+def parameter_treemap(rows: Iterable[Row], title: str) -> go.Figure:
+    """What a model is made of: area = parameters, first by layer, then by component.
+
+    Row (of `lapis inspect`): `layer` (int or None), `component`, `parameters` (> 0). Rows of one layer and component
+    are added up.
+    """
+    sizes: dict[tuple[int | None, str], int] = {}
+    for row in rows:
+        key = (row["layer"], row["component"])
+        sizes[key] = sizes.get(key, 0) + row["parameters"]
+    total = sum(sizes.values())
+    roles = {"attn": "lapis", "mlp": "teal", "embed": "gold", "head": "orange", "norm": "slate"}
+    nodes: list[tuple[str, str, str, int, str]] = [("model", plain("all"), "", total, color("wash"))]
+    for layer in sorted({layer for layer, _ in sizes if layer is not None}):
+        inside = sum(size for (other, _), size in sizes.items() if other == layer)
+        nodes.append((f"layer {layer}", f"layer {layer}", "model", inside, color("wash")))
+    for (layer, component), size in sizes.items():
+        parent = "model" if layer is None else f"layer {layer}"
+        paint = color(roles.get(component.split(".")[0], "purple"))
+        nodes.append((f"{parent}/{component}", plain(component), parent, size, paint))
+    figure = theme.new_figure(title, height=520)
+    figure.add_treemap(
+        ids=[node[0] for node in nodes],
+        labels=[node[1] for node in nodes],
+        parents=[node[2] for node in nodes],
+        values=[node[3] for node in nodes],
+        customdata=[[short(node[3]), f"{node[3]:,}", node[3] / total] for node in nodes],
+        marker={
+            "colors": [node[4] for node in nodes],
+            "line": {"width": 1, "color": color("paper")},
+            "cornerradius": 2,
+        },
+        branchvalues="total",
+        texttemplate="%{label}<br>%{customdata[0]}",
+        hovertemplate="<b>%{id}</b><br>%{customdata[1]} parameters<br>%{customdata[2]:.2%} of the model<extra></extra>",
+        tiling={"pad": 1, "packing": "squarify"},
+        pathbar={"visible": False},
+        root={"color": "rgba(0,0,0,0)"},
+    )
+    figure.update_layout(margin={"l": 0, "r": 0, "b": 0})
+    theme.adapt(figure, height=560)
+    return figure
