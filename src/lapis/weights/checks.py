@@ -1,0 +1,142 @@
+"""Proof, before a weight is read, that models fit together; every problem is told, not only the first."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lapis.checkpoint import Checkpoint
+from lapis.weights.parts import is_vocabulary
+from lapis.weights.vocabulary import Vocabulary
+
+# fields that make the same shapes mean another computation, and fields that only shift it
+_DECISIVE = ("model_type", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act", "sliding_window")
+_TOLERABLE = ("rope_theta", "rope_scaling", "rms_norm_eps", "layer_norm_epsilon", "tie_word_embeddings")
+_SHOWN = 12
+
+
+def told(what: str, problems: Sequence[str]) -> str:
+    """All problems as one line."""
+    if len(problems) == 1:
+        return f"{what}: {problems[0]}"
+    listed = "; ".join(f"({i + 1}) {line}" for i, line in enumerate(problems[:_SHOWN]))
+    more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+    return f"{what}: {len(problems)} problems: {listed}{more}"
+
+
+def name_in(checkpoint: Checkpoint, name: str, owner: Checkpoint) -> str | None:
+    """The name in `checkpoint` of the tensor that `owner` calls `name`: the same, the same part under another prefix,
+    or the embedding for the head of a model whose head is tied. None where it has none."""
+    if name in checkpoint.index:
+        return name
+    part = owner.part(name)
+    same = [other for other in checkpoint.names if checkpoint.part(other) == part]
+    if len(same) == 1:
+        return same[0]
+    if part.component == "head" and part.kind == "weight":
+        embeds = [n for n in checkpoint.names if checkpoint.part(n).component == "embed"]
+        heads = [n for n in checkpoint.names if checkpoint.part(n).component == "head"]
+        if not heads and len(embeds) == 1:
+            return embeds[0]
+    return None
+
+
+def check_configs(inputs: Mapping[str, Checkpoint]) -> tuple[list[str], list[str]]:
+    """Problems and notes from comparing config.json and dtypes of all inputs with onto's."""
+    problems, notes = [], []
+    onto = inputs["onto"]
+    for role, checkpoint in inputs.items():
+        if checkpoint is onto:
+            continue
+        for key in _DECISIVE:
+            ours, theirs = _setting(onto.config, key), _setting(checkpoint.config, key)
+            if ours != theirs and None not in (ours, theirs):
+                problems.append(f"{key} is {ours} in onto and {theirs} in {role}; both must be fine-tunes of one model")
+        for key in _TOLERABLE:
+            ours, theirs = _setting(onto.config, key), _setting(checkpoint.config, key)
+            if ours != theirs:
+                notes.append(f"{key} is {ours} in onto and {theirs} in {role}; onto's is kept")
+    dtypes = {role: sorted({info.dtype for info in c.index.values()}) for role, c in inputs.items()}
+    if len({tuple(found) for found in dtypes.values()}) > 1:
+        spelled = ", ".join(f"{role} {'/'.join(found)}" for role, found in dtypes.items())
+        notes.append(f"dtypes differ ({spelled}); computed in float32, written in onto's")
+    return problems, notes
+
+
+def check_tensors(inputs: Mapping[str, Checkpoint], fates: Mapping[str, str]) -> list[str]:
+    """Problems with names, shapes and dtypes. fates: what becomes of each tensor of onto (graft.py)."""
+    problems = []
+    onto = inputs["onto"]
+    for name, fate in fates.items():
+        if fate not in ("merge", "rows"):
+            continue
+        info = onto.info(name)
+        found = {"onto": info}
+        for role, checkpoint in inputs.items():
+            if checkpoint is onto:
+                continue
+            other = name_in(checkpoint, name, onto)
+            if other is None:
+                problems.append(f"{name} is in onto and not in {role} ({checkpoint.source}); is it a whole model?")
+                continue
+            found[role] = checkpoint.info(other)
+            ours, theirs = info.shape, found[role].shape
+            if (ours[1:] if fate == "rows" else ours) != (theirs[1:] if fate == "rows" else theirs):
+                problems.append(f"{name} is {_x(ours)} in onto and {_x(theirs)} in {role}; a graft needs equal shapes")
+        for role, each in found.items():
+            if each.dtype not in ("F32", "F16", "BF16", "F64"):
+                problems.append(
+                    f"{name} is {each.dtype} in {role}: numbers without a known scale; give the unquantized model"
+                )
+    return problems
+
+
+def check_vocabularies(
+    inputs: Mapping[str, Checkpoint],
+    words: Mapping[str, Vocabulary | None],
+    template: Sequence[str],
+    embeddings: str,
+) -> list[str]:
+    """Problems of tokenizers against embedding rows, and of the template's tokens in onto."""
+    problems = []
+    for role, checkpoint in inputs.items():
+        vocabulary, rows = words[role], embedding_rows(checkpoint)
+        size = _setting(checkpoint.config, "vocab_size")
+        if rows is not None and isinstance(size, int) and size != rows:
+            problems.append(f"{role}: config.json says vocab_size {size:,}, the embedding has {rows:,} rows")
+        if vocabulary and rows is not None and vocabulary.size > rows:
+            last = max(vocabulary.ids, key=lambda token: vocabulary.ids[token])
+            problems.append(
+                f'{role}: the token "{last}" has id {vocabulary.size - 1:,}, the embedding has {rows:,} rows'
+            )
+    onto = words["onto"]
+    if onto is not None:
+        lacking = [token for token in template if token not in onto.ids]
+        if lacking:
+            problems.append(
+                f"onto's tokenizer lacks {', '.join(lacking)} of chat's template; "
+                "add them with lapis tokenizer extend, then graft"
+            )
+    unread = [role for role in inputs if words[role] is None]
+    if unread and embeddings == "add":
+        problems.append(f"no tokenizer.json in {', '.join(unread)}; embeddings can be added by token string only")
+    return problems
+
+
+def embedding_rows(checkpoint: Checkpoint) -> int | None:
+    """Rows of the token embedding; None where no tensor is known as one."""
+    for name, info in checkpoint.index.items():
+        part = checkpoint.part(name)
+        if part.component == "embed" and is_vocabulary(part) and len(info.shape) == 2:
+            return info.shape[0]
+    return None
+
+
+def _setting(config: Mapping[str, Any], key: str) -> Any:
+    """A field of config.json, or of its text_config, where models of several kinds keep it."""
+    if key in config:
+        return config[key]
+    inner = config.get("text_config")
+    return inner.get(key) if isinstance(inner, Mapping) else None
+
+
+def _x(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape)) or "a scalar"

@@ -1,0 +1,381 @@
+"""The engine: tensors in, tensors out, tile by tile, in memory that does not grow with the model.
+
+An output file's header is known before any weight is read, so the file is laid out in full and filled in order. A few
+threads each take the next tile: read the inputs' bytes into buffers of their own, widen to float32, compute, round once
+to the output's dtype, write. Finished tiles are hashed in order while they are still in the cache, which gives the
+manifest's sha256 and the journal's checkpoints for one pass. A method that needs figures of the whole tensor (a norm, a
+threshold) declares passes; these run over the same tiles before its result does.
+
+Memory: THREADS x TILE x (4 x inputs + 20) bytes, whatever the model's size; a row longer than a tile makes the tile
+one row. Leaves out: what is computed (graft.py, methods.py) and where to write (checkpoint/commit.py).
+"""
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from math import isfinite, prod, sqrt
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import Any
+
+import torch
+
+from lapis.checkpoint.files import header_bytes
+from lapis.checkpoint.store import dtype_name
+from lapis.errors import CheckpointError
+from lapis.weights.journal import Journal, Progress
+from lapis.weights.sources import COMPUTABLE, Source
+from lapis.weights.tiles import THREADS, Buffer, Reader, Tile, dot, finite, one_thread_each, spans
+
+RECORD = 64 << 20  # bytes of output between two lines of the journal
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """How a tensor is computed.
+
+    apply(tile, state) -> (result, delta): float32 vectors; delta is what was added to the tensor that is being changed,
+    or None where that means nothing. passes: functions (tile, state) -> partial that see every tile before `apply`
+    does; after pass i, fold(i, partials in the order of tiles, state) -> state. rows: tiles hold whole rows.
+    whole: one tile holds the whole tensor; memory then grows with the largest one.
+    """
+
+    apply: Callable[[Tile, Any], tuple[torch.Tensor, torch.Tensor | None]]
+    passes: tuple[Callable[[Tile, Any], Any], ...] = ()
+    fold: Callable[[int, list[Any], Any], Any] | None = None
+    rows: bool = False
+    whole: bool = False
+
+
+@dataclass(frozen=True)
+class Output:
+    """One tensor to write. kernel None copies the bytes of the first source.
+
+    patch(first, last, values): overwrites parts of elements [first, last), given in the output's dtype, after rounding.
+    """
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    sources: tuple[Source, ...]
+    kernel: Kernel | None = None
+    patch: Callable[[int, int, torch.Tensor], None] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass
+class Figures:
+    """What the engine saw of one tensor: sums of squares of the delta and of its rounding error; NaN and Inf."""
+
+    delta_sq: float = 0.0
+    error_sq: float = 0.0
+    nonfinite: int = 0
+    has_delta: bool = False
+
+    @property
+    def lost(self) -> float | None:
+        """Share of the delta lost to rounding: |rounded - exact| / |delta|; None where there is no delta."""
+        if not self.has_delta:
+            return None
+        return sqrt(self.error_sq / self.delta_sq) if self.delta_sq else 0.0
+
+
+@dataclass
+class Account:
+    """What a run did. figures: by tensor. digests: sha256 of each file written."""
+
+    figures: dict[str, Figures]
+    digests: dict[str, str]
+    bytes_read: int = 0
+    bytes_written: int = 0
+    bytes_resumed: int = 0
+
+
+def stream(
+    files: dict[str, Sequence[Output]],
+    folder: Path,
+    journal: Journal,
+    *,
+    metadata: dict[str, str] | None = None,
+    allow_nonfinite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Account:
+    """Writes safetensors files (name -> tensors in order) into `folder`, going on from the journal.
+
+    progress(done, total) is called in bytes of output. Raises CheckpointError for NaN or Inf in what is read or
+    written, unless allow_nonfinite, which counts them.
+    """
+    run = _Run(files, folder, journal, metadata or {"format": "pt"}, allow_nonfinite, progress)
+    with one_thread_each():
+        return run()
+
+
+@dataclass
+class _File:
+    """An output file on its way. pending: tiles that are written but wait for an earlier one to be hashed."""
+
+    name: str
+    handle: int
+    start: int
+    progress: Progress
+    pending: dict[int, tuple["Buffer", int, str, Figures]] = field(default_factory=dict)
+    changed: dict[str, Any] = field(default_factory=dict)
+    recorded: int = 0
+    end: int = 0
+
+
+@dataclass
+class _Sweep:
+    """A tensor's state between its passes: partial results, and how many tiles a pass still lacks."""
+
+    partials: list[list[Any]]
+    left: list[int]
+    ready: list[threading.Event]
+    state: Any = None
+
+
+@dataclass(frozen=True)
+class _Task:
+    output: Output
+    first: int
+    last: int
+    file: _File
+    offset: int  # in the file
+    sweep: _Sweep | None
+    step: int  # the pass; -1 computes and writes
+    number: int
+
+
+class _Run:
+    def __init__(
+        self,
+        files: dict[str, Sequence[Output]],
+        folder: Path,
+        journal: Journal,
+        metadata: dict[str, str],
+        allow_nonfinite: bool,
+        progress: Callable[[int, int], None] | None,
+    ) -> None:
+        self.journal, self.allow_nonfinite, self.tell = journal, allow_nonfinite, progress
+        self.lock = threading.Lock()
+        self.failure: BaseException | None = None
+        self.free: SimpleQueue[Buffer] = SimpleQueue()
+        self.figures = {output.name: Figures() for outputs in files.values() for output in outputs}
+        self.account = Account(self.figures, {})
+        self.files = [self._prepare(name, outputs, folder, metadata) for name, outputs in files.items()]
+        self.total = sum(file.end for file in self.files)
+        self.done = sum(file.progress.done for file in self.files)
+        self.account.bytes_resumed = journal.resumed_bytes
+        self.outputs = list(files.values())
+        self.tasks = self._tasks()
+
+    def __call__(self) -> Account:
+        workers = [threading.Thread(target=self._work, daemon=True) for _ in range(THREADS)]
+        for _ in range(3 * THREADS):
+            self.free.put(Buffer())
+        try:
+            for worker in workers:
+                worker.start()
+            for worker in workers:
+                while worker.is_alive():
+                    worker.join(0.2)
+        except BaseException as error:  # Ctrl-C: let the threads leave what they write whole
+            self.failure = self.failure or error
+            for worker in workers:
+                worker.join()
+        finally:
+            for file in self.files:
+                os.close(file.handle)
+        if self.failure:
+            raise self.failure
+        self.account.digests = {file.name: file.progress.sha256.hexdigest() for file in self.files}
+        return self.account
+
+    def _prepare(self, name: str, outputs: Sequence[Output], folder: Path, metadata: dict[str, str]) -> _File:
+        """Lays the file out in full, or finds how far an earlier run came."""
+        head = header_bytes({o.name: (dtype_name(o.dtype), o.shape) for o in outputs}, metadata)
+        progress = self.journal.progress(name)
+        end = len(head) + sum(output.nbytes for output in outputs)
+        handle = os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        os.posix_fallocate(handle, 0, end)
+        if progress.done == 0:
+            os.pwrite(handle, head, 0)
+            progress.sha256.update(head)
+            progress.done = len(head)
+        for tensor, numbers in progress.figures.items():
+            self.figures[tensor] = Figures(*numbers)
+        return _File(name, handle, len(head), progress, recorded=progress.done, end=end)
+
+    def _tasks(self) -> Iterator[_Task]:
+        """Every tile in the order of the files; a tensor's passes run before the tensor ahead of it is computed."""
+        waiting: list[_Task] = []
+        for file, outputs in zip(self.files, self.outputs, strict=True):
+            offset = file.start
+            for output in outputs:
+                passes, writes = self._tensor_tasks(file, output, offset)
+                offset += output.nbytes
+                yield from passes
+                yield from waiting
+                waiting = writes
+        yield from waiting
+
+    def _tensor_tasks(self, file: _File, output: Output, offset: int) -> tuple[list[_Task], list[_Task]]:
+        kernel, item = output.kernel, output.dtype.itemsize
+        every = spans(output.shape, rows=bool(kernel and kernel.rows), whole=bool(kernel and kernel.whole))
+        todo = [span for span in every if offset + span[1] * item > file.progress.done]
+        steps = len(kernel.passes) if kernel and todo else 0
+        sweep = None
+        if steps:
+            empty: list[list[Any]] = [[None] * len(every) for _ in range(steps)]
+            sweep = _Sweep(empty, [len(every)] * steps, [threading.Event() for _ in range(steps)])
+        passes = [
+            _Task(output, first, last, file, 0, sweep, step, i)
+            for step in range(steps)
+            for i, (first, last) in enumerate(every)
+        ]
+        return passes, [_Task(output, a, b, file, offset + a * item, sweep, -1, 0) for a, b in todo]
+
+    def _work(self) -> None:
+        reader, spare = Reader(), Buffer()
+        try:
+            while self.failure is None:
+                buffer = self._buffer()  # before the task: who holds the earliest tile can then always finish it
+                with self.lock:
+                    task = next(self.tasks, None)
+                if task is None:
+                    self.free.put(buffer)
+                    return
+                if task.step >= 0:
+                    self.free.put(buffer)
+                    self._reduce(task, reader)
+                else:
+                    self._produce(task, buffer, reader, spare)
+        except BaseException as error:
+            self.failure = self.failure or error
+
+    def _await(self, event: threading.Event) -> None:
+        while not event.wait(0.1):
+            if self.failure:
+                raise self.failure
+
+    def _reduce(self, task: _Task, reader: Reader) -> None:
+        sweep, kernel = task.sweep, task.output.kernel
+        assert sweep is not None and kernel is not None
+        if task.step:
+            self._await(sweep.ready[task.step - 1])
+        partial = kernel.passes[task.step](self._read(task, reader), sweep.state)
+        with self.lock:
+            sweep.partials[task.step][task.number] = partial
+            sweep.left[task.step] -= 1
+            last = sweep.left[task.step] == 0
+        if last:
+            if kernel.fold:
+                sweep.state = kernel.fold(task.step, sweep.partials[task.step], sweep.state)
+            sweep.partials[task.step] = []
+            sweep.ready[task.step].set()
+
+    def _produce(self, task: _Task, buffer: Buffer, reader: Reader, spare: Buffer) -> None:
+        output, count = task.output, task.last - task.first
+        values = buffer.of(count, output.dtype)
+        figures = Figures()
+        if output.kernel is None:
+            read = output.sources[0].read(task.first, task.last, buffer.bytes(count * output.dtype.itemsize))
+            if output.dtype in COMPUTABLE and not finite(values):
+                figures.nonfinite = self._nonfinite(task, values)
+        else:
+            if task.sweep:
+                self._await(task.sweep.ready[-1])
+            tile, read = self._read(task, reader), 0
+            result, delta = output.kernel.apply(tile, task.sweep.state if task.sweep else None)
+            values.copy_(result)
+            if delta is None:
+                sound = finite(values)
+            else:
+                figures.has_delta, figures.delta_sq = True, dot(delta, delta)
+                if output.dtype is not torch.float32:
+                    error = spare.of(count, torch.float32).copy_(values).sub_(result)
+                    figures.error_sq = dot(error, error)
+                    sound = isfinite(figures.error_sq)  # NaN or Inf in the result, or made by rounding, shows here
+                else:
+                    sound = finite(values)
+                sound = sound and isfinite(figures.delta_sq)
+            if not sound:
+                figures.nonfinite = self._nonfinite(task, values)
+                figures.delta_sq = figures.error_sq = 0.0
+        if output.patch:
+            output.patch(task.first, task.last, values)
+        self._write(task, buffer.bytes(count * output.dtype.itemsize))
+        self._finish(task, buffer, count * output.dtype.itemsize, figures, read)
+
+    def _read(self, task: _Task, reader: Reader) -> Tile:
+        tile = reader.read(task.output.name, task.output.sources, task.first, task.last, task.output.shape)
+        with self.lock:
+            self.account.bytes_read += reader.taken()
+        return tile
+
+    def _nonfinite(self, task: _Task, values: torch.Tensor) -> int:
+        """How many NaN and Inf an output tile holds; raises, naming the input that they came from, unless allowed."""
+        count = int((~torch.isfinite(values)).sum())
+        if count and not self.allow_nonfinite:
+            for source in task.output.sources:
+                buffer = Buffer()
+                seen = buffer.of(task.last - task.first, source.dtype)
+                source.read(task.first, task.last, buffer.bytes(seen.numel() * source.dtype.itemsize))
+                if bad := int((~torch.isfinite(seen.float())).sum()):
+                    where = f"{source.name} in {source.role} holds {bad:,} NaN or Inf"
+                    break
+            else:
+                where = f"{task.output.name}: {count:,} results are NaN or too large for {task.output.dtype}"
+            raise CheckpointError(f"{where} (elements {task.first:,} to {task.last:,}); --allow-nonfinite keeps them")
+        return count
+
+    def _buffer(self) -> Buffer:
+        while True:
+            try:
+                return self.free.get(timeout=0.1)
+            except Empty:
+                if self.failure:
+                    raise self.failure from None
+
+    def _write(self, task: _Task, data: memoryview) -> None:
+        offset = task.offset
+        while data:
+            written = os.pwrite(task.file.handle, data, offset)
+            data, offset = data[written:], offset + written
+
+    def _finish(self, task: _Task, buffer: Buffer, size: int, figures: Figures, read: int) -> None:
+        """Hands a written tile to the hash, which goes in order: whoever brings the next one hashes all that wait."""
+        file = task.file
+        with self.lock:
+            self.account.bytes_read += read
+            self.account.bytes_written += size
+            file.pending[task.offset] = (buffer, size, task.output.name, figures)
+            if file.progress.done not in file.pending:
+                return
+            taken = file.pending.pop(file.progress.done)
+        while True:
+            buffer, size, name, figures = taken
+            file.progress.sha256.update(buffer.bytes(size))
+            self.free.put(buffer)
+            total = self.figures[name]
+            total.delta_sq += figures.delta_sq
+            total.error_sq += figures.error_sq
+            total.nonfinite += figures.nonfinite
+            total.has_delta |= figures.has_delta
+            file.changed[name] = [total.delta_sq, total.error_sq, total.nonfinite, total.has_delta]
+            with self.lock:
+                file.progress.done += size
+                self.done += size
+                if file.progress.done - file.recorded >= RECORD or file.progress.done == file.end:
+                    self.journal.record(file.name, file.progress, file.changed)
+                    file.recorded, file.changed = file.progress.done, {}
+                if self.tell:
+                    self.tell(self.done, self.total)
+                following = file.pending.pop(file.progress.done, None)
+            if following is None:
+                return
+            taken = following

@@ -1,0 +1,162 @@
+"""Tiles: the pieces in which tensors are read and computed, and the buffers they are read into.
+
+A tile is a run of elements short enough to stay in a core's share of the cache. How a tensor is cut depends on its shape
+alone, so the result of a sum over tiles does not depend on threads. Leaves out: writing (stream.py).
+"""
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from typing import TypeVar
+
+import torch
+
+from lapis.weights.sources import Source, as_bytes, columns_of
+
+TILE = 1 << 19  # elements
+THREADS = min(4, max(2, os.cpu_count() or 2))
+_CHUNK = 1 << 15  # elements that are summed in float32 before the sum goes on in float64
+
+T = TypeVar("T")
+
+
+@dataclass
+class Tile:
+    """One piece of a tensor. inputs: float32 vectors, one per source, which may be overwritten.
+
+    first, last: the elements of the flattened tensor; columns: the length of its rows.
+    """
+
+    name: str
+    first: int
+    last: int
+    columns: int
+    inputs: list[torch.Tensor]
+
+
+def spans(shape: Sequence[int], *, rows: bool = False, whole: bool = False) -> list[tuple[int, int]]:
+    """Where the tiles of a tensor begin and end. rows: at whole rows, at least one. whole: one tile."""
+    count, columns = prod(shape), columns_of(shape)
+    size = max(count, 1) if whole else max(TILE // max(columns, 1), 1) * max(columns, 1) if rows else TILE
+    return [(first, min(first + size, count)) for first in range(0, count, size)]
+
+
+class Buffer:
+    """Bytes that grow to the largest need and are used again; seen as a tensor of any dtype."""
+
+    def __init__(self) -> None:
+        self._tensor = torch.empty(0, dtype=torch.uint8)
+        self._view = memoryview(b"")
+
+    def of(self, count: int, dtype: torch.dtype) -> torch.Tensor:
+        """A vector of `count` elements in this memory; what was there before is lost."""
+        need = count * dtype.itemsize
+        if need > self._tensor.numel():
+            self._tensor = torch.empty(need, dtype=torch.uint8)
+            self._view = as_bytes(self._tensor)
+        return self._tensor[:need].view(dtype)
+
+    def bytes(self, size: int) -> memoryview:
+        return self._view[:size]
+
+
+class Reader:
+    """Reads tiles into buffers of its own, widened to float32; one per thread."""
+
+    def __init__(self) -> None:
+        self._stored, self._wide = Buffer(), [Buffer()]
+        self._taken = 0
+
+    def read(self, name: str, sources: Sequence[Source], first: int, last: int, shape: Sequence[int]) -> Tile:
+        """The tile [first, last) of every source. The last tile's memory is used again."""
+        count, inputs = last - first, []
+        while len(self._wide) < len(sources):
+            self._wide.append(Buffer())
+        for source, buffer in zip(sources, self._wide, strict=False):
+            vector = buffer.of(count, torch.float32)
+            if source.dtype is torch.float32:
+                self._taken += source.read(first, last, buffer.bytes(count * 4))
+            else:
+                stored = self._stored.of(count, source.dtype)
+                self._taken += source.read(first, last, self._stored.bytes(count * source.dtype.itemsize))
+                vector.copy_(stored)
+            inputs.append(vector)
+        return Tile(name, first, last, columns_of(shape), inputs)
+
+    def taken(self) -> int:
+        """Bytes read since this was last asked."""
+        result, self._taken = self._taken, 0
+        return result
+
+
+def dot(one: torch.Tensor, other: torch.Tensor) -> float:
+    """The dot product of two float32 vectors, accumulated in float64 over short stretches (relative error near 1e-8)."""
+    if one.numel() <= _CHUNK:
+        return float(torch.dot(one, other))
+    return float(sum(float(torch.dot(a, b)) for a, b in zip(one.split(_CHUNK), other.split(_CHUNK), strict=True)))
+
+
+def finite(values: torch.Tensor) -> bool:
+    """Whether a vector is free of NaN and Inf; its sum tells, and is far cheaper than looking at each element."""
+    total = float(values.sum(dtype=torch.float32))
+    return abs(total) < float("inf") or bool(torch.isfinite(values).all())
+
+
+@contextmanager
+def one_thread_each() -> Iterator[None]:
+    """Inside, torch computes each operation on one thread: the threads here share the cores by tiles."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def each(
+    tasks: Sequence[T], work: Callable[[Reader, T], None], progress: Callable[[int, int], None] | None = None
+) -> int:
+    """Runs work(reader, task) for every task on a few threads, each with its own reader; returns the bytes read.
+
+    The first error stops all and is raised. progress(done, total) counts tasks.
+    """
+    lock, waiting = threading.Lock(), iter(tasks)
+    failures: list[BaseException] = []
+    read = done = 0
+
+    def run() -> None:
+        nonlocal read, done
+        reader = Reader()
+        try:
+            while not failures:
+                with lock:
+                    task = next(waiting, None)
+                if task is None:
+                    return
+                work(reader, task)
+                with lock:
+                    read += reader.taken()
+                    done += 1
+                    if progress:
+                        progress(done, len(tasks))
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=run, daemon=True) for _ in range(THREADS)]
+    with one_thread_each():
+        for thread in threads:
+            thread.start()
+        try:
+            for thread in threads:
+                while thread.is_alive():
+                    thread.join(0.2)
+        except BaseException as error:
+            failures.insert(0, error)
+            for thread in threads:
+                thread.join()
+    if failures:
+        raise failures[0]
+    return read
