@@ -1,0 +1,1 @@
+"""Text: tokenizers, chat templates, corpora, and rows of tokens to train on."""

@@ -1,0 +1,224 @@
+"""Rows of tokens to train on, and the exact place in them.
+
+Tokens lie in one flat array, document after document; a row is made when it is asked for. So a packed folder is little
+more than its tokens, opens in no time, and is mapped, not read. The order of rows is a seeded permutation that can be
+asked for any place (a Feistel network), so a cursor is three numbers and resuming costs nothing.
+Leaves out: how rows come to be (packing.py). Shape suffixes: B rows of a batch, T places of a row.
+"""
+
+import dataclasses
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lapis.checkpoint.files import contained, read_json
+from lapis.errors import DataError
+
+IGNORE = -100  # a target without loss, as torch's cross_entropy has it
+MANIFEST = "rows.json"
+_DTYPES = {
+    "tokens": ("uint16", "uint32"),
+    "starts": ("int64",),
+    "said": ("uint8",),
+    "order": ("int64",),
+    "rows": ("int64",),
+}
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """The next row to be read: how many rows of which epoch are behind, in the order that the seed gives."""
+
+    epoch: int = 0
+    row: int = 0
+    seed: int = 0
+
+    def to_json(self) -> dict[str, int]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Any) -> "Cursor":
+        """Raises DataError where `value` is not what to_json gave."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        good = isinstance(value, dict) and set(value) == names
+        if not good or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in value.values()):
+            raise DataError(f"the data cursor is {value!r:.80}; expected {', '.join(sorted(names))}")
+        return cls(**value)
+
+
+@dataclass(frozen=True)
+class RowBatch:
+    """ids_BT: int64. targets_BT: int64, the token that follows, or -100 for no loss. segments_BT: int32, 1, 2, ... for
+    the documents of a row, 0 for padding; a token attends only to its own. positions_BT: int64, from 0 in each."""
+
+    ids_BT: torch.Tensor
+    targets_BT: torch.Tensor
+    segments_BT: torch.Tensor
+    positions_BT: torch.Tensor
+
+    @property
+    def supervised(self) -> int:
+        """Tokens that carry loss."""
+        return int((self.targets_BT != IGNORE).sum())
+
+    def to(self, device: str | torch.device) -> "RowBatch":
+        return RowBatch(*(getattr(self, f.name).to(device, non_blocking=True) for f in dataclasses.fields(self)))
+
+
+class Rows:
+    """Packed data: in memory (pack without `out`) or mapped from a folder (`Rows.open`).
+
+    info: what rows.json says: kind ("documents" or "chats"), length, rows, digest, counts, vocab, tokenizer.
+    arrays: tokens; starts, the place in tokens where each document begins, and the end of all. For chats also: said, 1
+    for the assistant's tokens; order, the chats in the order of rows; rows, where in `order` each row begins.
+    """
+
+    def __init__(self, info: dict[str, Any], arrays: dict[str, NDArray[Any]], source: str = "rows in memory") -> None:
+        self.info = info
+        self.source = source
+        self._arrays = arrays
+        self.length = int(info["length"])
+        self.count = int(info["rows"])
+        self.chats = info["kind"] == "chats"
+
+    @classmethod
+    def open(cls, folder: str | Path) -> "Rows":
+        """Maps a packed folder. Raises DataError where it is not one, or a file has not the size it should have."""
+        root = Path(folder)
+        if not (root / MANIFEST).is_file():
+            raise DataError(
+                f"{root}: there is no {MANIFEST}; make one with: lapis data pack FILES --tokenizer DIR --out {root}"
+            )
+        info = read_json(contained(root, MANIFEST))
+        try:
+            arrays = {name: _mapped(root, name, *entry) for name, entry in info["arrays"].items()}
+            needs = {"tokens", "starts"} | ({"said", "order", "rows"} if info["kind"] == "chats" else set())
+            if set(arrays) != needs or not all(
+                isinstance(info[k], int) and info[k] > 0 for k in ("length", "rows", "vocab")
+            ):
+                raise KeyError("arrays")
+            return cls(info, arrays, str(root))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DataError(f"{root / MANIFEST}: {error} is missing or wrong; pack the data again") from None
+
+    def __len__(self) -> int:
+        return self.count
+
+    @property
+    def digest(self) -> str:
+        """sha256 of tokens, borders and masks: the same data in the same rows."""
+        return str(self.info["digest"])
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """What was packed: documents or chats, tokens, supervised, padding, cut, dropped, bytes."""
+        return dict(self.info["counts"])
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes of text for each token that carries loss, for bits per byte (documents only)."""
+        return self.counts["bytes"] / max(1, self.counts["supervised"])
+
+    def batch(self, cursor: Cursor, size: int) -> tuple[RowBatch, Cursor]:
+        """The next `size` rows and the cursor after them. At the end of an epoch the next one follows at once."""
+        rows, after = self.indices(cursor, size)
+        return self.take(rows), after
+
+    def indices(self, cursor: Cursor, size: int) -> tuple[NDArray[np.int64], Cursor]:
+        """Which rows `batch` takes; each rank may `take` its own share of them. Constant time per row."""
+        if cursor.row > self.count:
+            raise DataError(
+                f"{self.source}: the cursor stands at row {cursor.row:,} of {self.count:,}; the data changed"
+            )
+        parts, epoch, row, left = [], cursor.epoch, cursor.row, size
+        while left:
+            if row == self.count:
+                epoch, row = epoch + 1, 0
+            now = min(left, self.count - row)
+            parts.append(shuffled(np.arange(row, row + now), self.count, cursor.seed, epoch))
+            row, left = row + now, left - now
+        return np.concatenate(parts or [np.empty(0, np.int64)]), Cursor(epoch, row, cursor.seed)
+
+    def take(self, rows: NDArray[np.int64]) -> RowBatch:
+        """These rows, by number."""
+        shape = (len(rows), self.length)
+        ids = np.full(shape, self.info["pad"], np.int64)
+        targets = np.full(shape, IGNORE, np.int64)
+        segments = np.zeros(shape, np.int32)
+        positions = np.zeros(shape, np.int64)
+        fill = self._fill_chats if self.chats else self._fill_documents
+        for i, row in enumerate(rows):
+            fill(int(row), ids[i], targets[i], segments[i], positions[i])
+        return RowBatch(*(torch.from_numpy(a) for a in (ids, targets, segments, positions)))
+
+    def _fill_documents(self, row: int, ids: Any, targets: Any, segments: Any, positions: Any) -> None:
+        """A row is a stretch of the stream. What follows a document's last token is the end-of-text token."""
+        tokens, starts = self._arrays["tokens"], self._arrays["starts"]
+        begin = row * self.length
+        end = min(begin + self.length, len(tokens))
+        n = end - begin
+        ids[:n] = tokens[begin:end]
+        targets[: min(n, len(tokens) - begin - 1)] = tokens[begin + 1 : end + 1]
+        first, last = np.searchsorted(starts, [begin, end], side="right")
+        borders = starts[first:last] - begin  # where in (begin, end] a document ends; the last one ends the stream
+        targets[borders - 1] = self.info["end"]
+        marks = np.zeros(n, np.int32)
+        marks[borders[borders < n]] = 1
+        segments[:n] = 1 + np.cumsum(marks)
+        places = np.arange(n)
+        positions[:n] = places - np.maximum.accumulate(np.where(marks == 1, places, 0))
+
+    def _fill_chats(self, row: int, ids: Any, targets: Any, segments: Any, positions: Any) -> None:
+        """A row is some whole chats. The last token of each is only ever a target."""
+        tokens, starts, said = self._arrays["tokens"], self._arrays["starts"], self._arrays["said"]
+        at = 0
+        for segment, chat in enumerate(self._arrays["order"][slice(*self._arrays["rows"][row : row + 2])], 1):
+            a, b = int(starts[chat]), int(starts[chat + 1])
+            n = b - a - 1
+            ids[at : at + n] = tokens[a : b - 1]
+            targets[at : at + n] = np.where(said[a + 1 : b] == 1, tokens[a + 1 : b], IGNORE)
+            segments[at : at + n] = segment
+            positions[at : at + n] = np.arange(n)
+            at += n
+
+
+def _mapped(root: Path, name: str, dtype: str, size: int) -> NDArray[Any]:
+    if dtype not in _DTYPES[name] or not isinstance(size, int) or size < 1:
+        raise ValueError(f"arrays.{name}")
+    path = contained(root, f"{name}.bin")
+    if path.stat().st_size != size * np.dtype(dtype).itemsize:
+        raise DataError(f"{path}: has {path.stat().st_size:,} bytes, not {size:,} x {dtype}; pack the data again")
+    return np.memmap(path, dtype, "r", shape=(size,))
+
+
+def shuffled(places: NDArray[np.int64], count: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """Where the rows at these places of an epoch's order are: a permutation of range(count), at any place for itself.
+
+    A balanced Feistel network over the next power of four, walked until it lands inside (Black and Rogaway, "Ciphers
+    with arbitrary finite domains", 2002): under four steps on average.
+    """
+    half = max(1, ((count - 1).bit_length() + 1) // 2)
+    mask = np.uint64((1 << half) - 1)
+    digest = hashlib.sha256(f"lapis rows {seed} {epoch}".encode()).digest()
+    keys = np.frombuffer(digest + hashlib.sha256(digest).digest(), np.uint64)
+    values = places.astype(np.uint64)
+    outside = np.ones(len(values), bool)
+    while outside.any():
+        left, right = values[outside] >> np.uint64(half), values[outside] & mask
+        for key in keys:
+            left, right = right, left ^ (_mixed(right ^ key) & mask)
+        values[outside] = (left << np.uint64(half)) | right
+        outside = values >= count
+    return values.astype(np.int64)
+
+
+def _mixed(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The finalizer of splitmix64 (Steele et al., 2014): every bit of the input moves every bit of the output."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
