@@ -1,0 +1,242 @@
+"""Chats and questions about the world in one language: facts, reading, repeating, lists, endings, answers of one word.
+
+The reply to a question of one kind always has one wording, so that an exact match is fair. The kinds of tasks and
+the shapes of questions and replies are the same in every language.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from random import Random
+
+from lapis.tour.people import RELATIONS, Person
+from lapis.tour.tell import STORIES, Slots, Teller
+
+Message = dict[str, str]
+
+TASKS = {
+    "fact": 0.22,
+    "word": 0.10,
+    "read": 0.27,
+    "read_word": 0.13,
+    "repeat": 0.10,
+    "list": 0.06,
+    "tell": 0.05,
+    "finish": 0.07,
+}
+"""Tasks and their shares of the turns. The answers to "fact", "word" and "tell" stand in no prompt."""
+
+RECALL = ("fact", "word", "tell")
+
+PASSAGES = {
+    "market": (("go", "market.2", "buy"), ("go", "buy")),
+    "lost": (("lose", "lost.2", "find"), ("lose", "find")),
+    "gift": (("gift.1", "give", "gift.4"), ("give",)),
+    "walk": (("go", "meet", "walk.4"), ("go", "walk.2", "meet")),
+}
+"""Passages to read: for each, some choices of sentences. Those that can be asked about get their first wording."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One question and its only right answer. `about` is a person's name, `relation` the fact or the sentence asked."""
+
+    ask: str
+    answer: str
+    task: str
+    about: str
+    relation: str
+
+
+@dataclass(frozen=True)
+class Question:
+    """Messages that end with the user's, and the reply that is right.
+
+    `about` is the Latin name of the person asked about, `relation` the fact or sentence asked for.
+    """
+
+    messages: list[Message]
+    answer: str
+    task: str
+    about: str
+    relation: str
+
+
+class Asker:
+    """Makes turns, chats and questions about some of the people that a `Teller` knows."""
+
+    def __init__(self, teller: Teller, people: Sequence[Person]) -> None:
+        self.teller = teller
+        self.people = people
+        self.sentences = teller.language.sentences
+
+    def turn(self, rng: Random, task: str, who: Person) -> Turn:
+        make: dict[str, Callable[[Random, Person], Turn]] = {
+            "fact": self._fact,
+            "word": self._word,
+            "read": self._read,
+            "read_word": self._read_word,
+            "repeat": self._repeat,
+            "list": self._list,
+            "tell": self._tell,
+            "finish": self._finish,
+        }
+        return make[task](rng, who)
+
+    def chat(self, rng: Random, tasks: Mapping[str, float], who: Person) -> list[Turn]:
+        """One to three turns; a turn after a fact may ask for another fact by pronoun."""
+        turns: list[Turn] = []
+        for _ in range(rng.choices((1, 2, 3), (0.6, 0.25, 0.15))[0]):
+            asked = [turn.relation for turn in turns if turn.task == "fact"]
+            # after a question about a sibling, "she" would be either of the two
+            clear = len(asked) == len(turns) > 0 and asked[-1] != "sibling"
+            if clear and rng.random() < 0.5:
+                rest = [relation for relation in who.facts if relation not in asked]
+                turns.append(self.follow(rng, who, rng.choice(rest)))
+            else:
+                person = who if not turns else rng.choice(self.people)
+                turns.append(self.turn(rng, rng.choices(list(tasks), list(tasks.values()))[0], person))
+                who = person
+        return turns
+
+    def question(self, rng: Random, task: str, who: Person) -> Question:
+        """One exactly answerable question; one fact in five is asked by pronoun, after another one."""
+        before: list[Turn] = []
+        if task == "fact" and rng.random() < 0.2:
+            first = rng.choice([relation for relation in who.facts if relation != "sibling"])
+            second = rng.choice([relation for relation in who.facts if relation != first])
+            before = [self._fact_of(rng, who, first)]
+            last = self.follow(rng, who, second)
+        else:
+            last = self.turn(rng, task, who)
+        messages = [*messages_of(before), {"role": "user", "content": last.ask}]
+        return Question(messages, last.answer, task, last.about, last.relation)
+
+    def follow(self, rng: Random, who: Person, relation: str) -> Turn:
+        facts = self.teller.facts[who.name]
+        ask = self.teller.say(rng, f"follow.{relation}", facts)
+        return Turn(ask, self.teller.state(relation, facts), "fact", who.name, relation)
+
+    def _fact(self, rng: Random, who: Person) -> Turn:
+        return self._fact_of(rng, who, rng.choice(list(who.facts)))
+
+    def _fact_of(self, rng: Random, who: Person, relation: str) -> Turn:
+        facts = self.teller.facts[who.name]
+        ask = self.teller.say(rng, f"ask.{relation}", facts)
+        return Turn(ask, self.teller.state(relation, facts), "fact", who.name, relation)
+
+    def _word(self, rng: Random, who: Person) -> Turn:
+        relation = rng.choice(list(who.facts))
+        facts = self.teller.facts[who.name]
+        ask = self._in_one_word(rng, relation, facts)
+        return Turn(ask, self._answer(relation, facts), "word", who.name, relation)
+
+    def _in_one_word(self, rng: Random, relation: str, slots: Slots) -> str:
+        return self.teller.say(rng, "one_word", {"ask": self.teller.say(rng, f"word.{relation}", slots)})
+
+    def _answer(self, relation: str, slots: Slots) -> str:
+        return self.sentences[f"answer.{relation}"][0].format_map(slots)
+
+    def _read(self, rng: Random, who: Person) -> Turn:
+        text, slots, full, _ = self._passage(rng, who)
+        relation = rng.choice(full)
+        ask = self.teller.say(rng, f"ask.{relation}", slots)
+        answer = self.teller.state(relation, slots)
+        return Turn(self._with_text(rng, text, ask), answer, "read", who.name, relation)
+
+    def _read_word(self, rng: Random, who: Person) -> Turn:
+        text, slots, _, words = self._passage(rng, who)
+        relation = rng.choice(words)
+        ask = self._in_one_word(rng, relation, slots)
+        return Turn(self._with_text(rng, text, ask), self._answer(relation, slots), "read_word", who.name, relation)
+
+    def _with_text(self, rng: Random, text: str, ask: str) -> str:
+        return rng.choice(self.sentences["read"]).format(text=text, ask=ask)
+
+    def _passage(self, rng: Random, who: Person) -> tuple[str, Slots, list[str], list[str]]:
+        """A text, its slots, and which sentences a full and a one-word answer can be taken from.
+
+        The sentence with the answer always has its first wording; half of the texts also say the same kind of thing
+        of somebody else.
+        """
+        teller = self.teller
+        first, second = teller.others(rng, who, self.people)
+        kind = rng.choice(["facts", *PASSAGES])
+        if kind == "facts":
+            slots = teller.facts[who.name]
+            told = rng.sample(list(who.facts), rng.randint(1, 3))
+            sentences = [teller.state(relation, slots) for relation in told]
+            if rng.random() < 0.5:
+                same = [relation for relation in told if relation in first.facts]
+                extra = [teller.state(relation, teller.facts[first.name]) for relation in same]
+                sentences = sentences + extra if rng.random() < 0.5 else extra + sentences
+            return teller.join(sentences), slots, told, told
+        slots = teller.scene(rng, who, first, second)
+        if kind == "market":
+            slots["spot"] = teller.language.tables["spot"]["market"]
+        keys = rng.choice(PASSAGES[kind])
+        full = [key for key in keys if f"ask.{key}" in self.sentences]
+        sentences = [teller.state(key, slots) if key in full else teller.say(rng, key, slots) for key in keys]
+        if rng.random() < 0.4:
+            sentences.insert(0, teller.say(rng, "filler", slots))
+        if rng.random() < 0.5:
+            sentences.insert(rng.choice((0, len(sentences))), self._distractor(rng, second, first, slots, full[-1]))
+        return teller.join(sentences), slots, full, [key for key in keys if f"word.{key}" in self.sentences]
+
+    def _distractor(self, rng: Random, who: Person, other: Person, slots: Slots, relation: str) -> str:
+        """The same kind of sentence about somebody else, with nothing in common."""
+        mine, scene = slots["item"], slots
+        while any(scene[key] == slots[key] for key in ("spot", "count")) or noun_of(scene["item"]) == noun_of(mine):
+            scene = self.teller.scene(rng, who, other, other)
+        relation = {"find": "lose", "meet": "go", "give": "buy"}.get(relation, relation)
+        return self.teller.state(relation, scene)
+
+    def _repeat(self, rng: Random, who: Person) -> Turn:
+        slots = self.teller.scene(rng, who, *self.teller.others(rng, who, self.people))
+        if rng.random() < 0.5:
+            relation = rng.choice(list(who.facts))
+            text = self.teller.say(rng, relation, self.teller.facts[who.name])
+        else:
+            relation = rng.choice(["go", "buy", "lose", "find", "give", "meet"])
+            text = self.teller.state(relation, slots)
+        return Turn(self.teller.say(rng, "repeat", {"text": text}), text, "repeat", who.name, relation)
+
+    def _list(self, rng: Random, who: Person) -> Turn:
+        tables = self.teller.language.tables
+        kind = rng.choice(["pet", "food", "place", "job"])
+        right = rng.sample([word for key, word in tables[kind].items() if key != "fish"], rng.randint(2, 3))
+        wrong = rng.sample(list(tables["thing"].values()), rng.randint(1, 3))
+        order = rng.sample(right + wrong, len(right + wrong))
+        comma = self.teller.language.comma
+        ask = self.teller.say(rng, f"list.{kind}", {"text": comma.join(order)})
+        return Turn(ask, comma.join(word for word in order if word in right), "list", who.name, kind)
+
+    def _tell(self, rng: Random, who: Person) -> Turn:
+        facts = self.teller.facts[who.name]
+        told = [relation for relation in RELATIONS if relation in who.facts]
+        answer = self.teller.join([self.teller.state(relation, facts) for relation in told])
+        return Turn(self.teller.say(rng, "tell", facts), answer, "tell", who.name, ",".join(told))
+
+    def _finish(self, rng: Random, who: Person) -> Turn:
+        teller = self.teller
+        slots = teller.scene(rng, who, *teller.others(rng, who, self.people))
+        kind = rng.choice(list(PASSAGES))
+        keys = [key for key in STORIES[kind] if key not in ("give", "gift.4", "walk.4") and not key.startswith("end.")]
+        text = teller.join([teller.say(rng, key, slots) for key in keys])
+        ask = teller.say(rng, "finish", {"text": text})
+        return Turn(ask, teller.state(f"end.{kind}", slots), "finish", who.name, f"end.{kind}")
+
+
+def messages_of(turns: Sequence[Turn]) -> list[Message]:
+    """The turns as a list of chat messages."""
+    return [
+        message
+        for turn in turns
+        for message in ({"role": "user", "content": turn.ask}, {"role": "assistant", "content": turn.answer})
+    ]
+
+
+def noun_of(item: str) -> str:
+    """The uncolored noun of a colored thing."""
+    return str(vars(item)["noun"])

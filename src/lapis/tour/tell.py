@@ -1,0 +1,182 @@
+"""Documents: short stories, descriptions and talks that tell the facts of the world in one language.
+
+Each document is made from a plan that is the same in every language: which sentences follow each other. The wording
+of each sentence is drawn from the language's own list. Leaves out everything that asks: see ask.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from random import Random
+
+from lapis.tour.people import Person
+from lapis.tour.words.base import COLORED, COUNTABLE, Language
+
+Slots = dict[str, str]
+
+KINDS = {"portrait": 4.0, "story": 3.0, "pair": 1.5, "talk": 1.5, "quiz": 1.0, "city": 0.7, "gloss": 0.5}
+"""Kinds of documents and how often each is told. "gloss" is left out of English."""
+
+STORIES = {
+    "market": ("market.1", "market.2", "buy", "end.market"),
+    "lost": ("lose", "lost.2", "lost.3", "end.lost"),
+    "gift": ("gift.1", "gift.2", "give", "gift.4"),
+    "walk": ("go", "walk.2", "meet", "walk.4", "end.walk"),
+    "rain": ("rain.1", "rain.2", "rain.3", "rain.4"),
+    "pet": ("run.1", "run.2", "run.3", "run.4"),
+    "thing": ("clean.1", "clean.2", "clean.3", "clean.4"),
+    "job": ("work.1", "work.2", "work.3", "work.4"),
+}
+"""Stories and their sentences. The last three need the fact that they are named for."""
+
+
+class Teller:
+    """One language's voice: turns keys of sentences and people into text.
+
+    Args:
+        language: the words and sentences.
+        people: everyone who may be told about.
+    """
+
+    def __init__(self, language: Language, people: Sequence[Person]) -> None:
+        self.language = language
+        self.people = people
+        self.quizzed = [person for person in people if person.split == "asked"]
+        self.name = {person.name: language.person(person.name, person.female, person.child) for person in people}
+        self.facts = {person.name: self._facts(person) for person in people}
+
+    def _facts(self, person: Person) -> Slots:
+        """What the sentences about one person's facts need. `other` is the sibling."""
+        tables = self.language.tables
+        slots: Slots = {"who": self.name[person.name]}
+        for relation, key in person.facts.items():
+            if relation == "sibling":
+                sibling = next(other for other in self.people if other.name == key)
+                slots["other"] = self.name[key]
+                slots["sib"] = self.language.sibling(person.female, sibling.female, person.sibling_older)
+            else:
+                kind = "place" if relation == "home" else relation
+                slots[kind] = tables[kind][key]
+        return slots
+
+    def scene(self, rng: Random, who: Person, other: Person, third: Person) -> Slots:
+        """What the sentences of a story need: three people, a spot, a colored thing and a number of foods."""
+        tables = self.language.tables
+        return self.facts[who.name] | {
+            "other": self.name[other.name],
+            "third": self.name[third.name],
+            "spot": rng.choice(list(tables["spot"].values())),
+            "item": self.language.colored(rng.choice(list(tables["color"])), rng.choice(COLORED)),
+            "count": self.language.counted(rng.randint(2, 5), rng.choice(COUNTABLE)),
+        }
+
+    def say(self, rng: Random, key: str, slots: Mapping[str, str]) -> str:
+        """One of the wordings of a sentence."""
+        return self.fill(rng.choice(self.language.sentences[key]), slots)
+
+    def state(self, key: str, slots: Mapping[str, str]) -> str:
+        """The first wording of a sentence: the one that chats answer with."""
+        return self.fill(self.language.sentences[key][0], slots)
+
+    def fill(self, wording: str, slots: Mapping[str, str]) -> str:
+        text = wording.format_map(slots)
+        return text[0].upper() + text[1:]
+
+    def join(self, sentences: Sequence[str]) -> str:
+        return self.language.joiner.join(sentences)
+
+    def others(self, rng: Random, who: Person, among: Sequence[Person] | None = None) -> tuple[Person, Person]:
+        """Two more people, neither of them `who` or the sibling of `who`."""
+        pool = [person for person in among or self.people if person.name not in (who.name, who.facts.get("sibling"))]
+        first, second = rng.sample(pool, 2)
+        return first, second
+
+    def document(self, rng: Random, kind: str, who: Person) -> str:
+        """One document of a kind, about `who` where the kind is about a person."""
+        return self.join(getattr(self, f"_{kind}")(rng, who))
+
+    def _fact(self, rng: Random, who: Person, relation: str, again: float = 0.4) -> str:
+        """One fact; by pronoun where the person was named before, with the chance `again`."""
+        key = f"{relation}2" if rng.random() < again else relation
+        return self.say(rng, key, self.facts[who.name])
+
+    def _some(self, rng: Random, who: Person, count: int) -> list[str]:
+        return rng.sample(list(who.facts), count)
+
+    def _portrait(self, rng: Random, who: Person) -> list[str]:
+        relations = self._some(rng, who, rng.randint(3, 4))
+        sentences = [self.say(rng, "open", self.facts[who.name])] if rng.random() < 0.6 else []
+        for index, relation in enumerate(relations):
+            sentences.append(self._fact(rng, who, relation, 0.4 if index or sentences else 0.0))
+        if rng.random() < 0.5:
+            sentences.append(self.say(rng, "close", self.facts[who.name]))
+        return sentences
+
+    def _story(self, rng: Random, who: Person) -> list[str]:
+        slots = self.scene(rng, who, *self.others(rng, who))
+        before = self._some(rng, who, rng.randint(1, 2))
+        sentences = [self._fact(rng, who, before[0], 0.0)]
+        sentences += [self._fact(rng, who, relation) for relation in before[1:]]
+        if rng.random() < 0.3:
+            sentences.append(self.say(rng, "filler", slots))
+        told = [name for name in STORIES if name not in ("pet", "thing", "job") or name in who.facts]
+        sentences += [self.say(rng, key, slots) for key in STORIES[rng.choice(told)]]
+        if rng.random() < 0.5:
+            sentences.append(self._fact(rng, who, rng.choice(list(who.facts)), 0.0))
+        return sentences
+
+    def _pair(self, rng: Random, who: Person) -> list[str]:
+        other, _ = self.others(rng, who)
+        both = self.facts[who.name] | {
+            "other": self.name[other.name],
+            "place2": self.facts[other.name]["place"],
+            "food2": self.facts[other.name]["food"],
+        }
+        sentences = [self.say(rng, "pair.open", both)]
+        different = [relation for relation in ("home", "food") if who.facts[relation] != other.facts[relation]]
+        sentences += [self.say(rng, f"pair.{relation}", both) for relation in different]
+        for person in (who, other):
+            rest = [relation for relation in person.facts if relation not in ("home", "food")]
+            sentences.append(self._fact(rng, person, rng.choice(rest), 0.0))
+        return [*sentences, self.say(rng, "pair.close", both)]
+
+    def _talk(self, rng: Random, who: Person) -> list[str]:
+        slots = self.scene(rng, who, *self.others(rng, who))
+        with_sibling = slots | self.facts[who.name] | {"third": slots["other"]}
+        sentences = [self.say(rng, "talk.open", slots)]
+        sentences += [
+            self.say(rng, f"talk.{relation}", with_sibling if relation == "sibling" else slots)
+            for relation in self._some(rng, who, rng.randint(2, 3))
+        ]
+        return [*sentences, self.say(rng, "talk.close", slots)]
+
+    def _quiz(self, rng: Random, who: Person) -> list[str]:
+        """Questions and answers in a story, only about people whom training chats ask about too."""
+        if who.split != "asked":
+            who = rng.choice(self.quizzed)
+        other, third = self.others(rng, who, self.quizzed)
+        people = {"other": self.name[other.name], "third": self.name[third.name]}
+        facts = self.facts[who.name]
+        sentences = [self.say(rng, "quiz.open", facts)]
+        for relation in self._some(rng, who, 2):
+            questions = [wording for wording in self.language.sentences[f"ask.{relation}"] if wording[-1] in "?？"]
+            said = {"ask": self.fill(rng.choice(questions), facts), "say": self.state(relation, facts)}
+            sentences.append(self.say(rng, "quiz", people | said))
+        return [*sentences, self.say(rng, "quiz.close", people)]
+
+    def _city(self, rng: Random, who: Person) -> list[str]:
+        home = {"place": self.facts[who.name]["place"]}
+        neighbors = [person for person in self.people if person.facts["home"] == who.facts["home"]]
+        sentences = [self.say(rng, "city.open", home)]
+        for person in rng.sample(neighbors, min(len(neighbors), 3)):
+            sentences.append(self._fact(rng, person, "home", 0.0))
+            sentences.append(self._fact(rng, person, rng.choice([fact for fact in person.facts if fact != "home"])))
+        return [*sentences, self.say(rng, "city.close", home)]
+
+    def _gloss(self, rng: Random, who: Person) -> list[str]:
+        """A few words and what they are in English, which is what their keys are."""
+        words = [(self.name[who.name], who.name)]
+        for kind in rng.sample(["place", "food", "pet", "thing", "job", "color"], 4):
+            key, word = rng.choice(list(self.language.tables[kind].items()))
+            words.append((word, key.capitalize() if kind == "place" else key))
+        return [self.say(rng, "gloss", {"word": word, "english": key}) for word, key in words if str(word) != key]
