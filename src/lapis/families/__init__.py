@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-from lapis.families.base import Family, Part, Rule, fallback_part
+from lapis.families.base import Family, Part, Rule, fallback_part, part_of
+from lapis.families.llama import LLAMA
 
-FAMILIES: tuple[Family, ...] = ()
+FAMILIES: tuple[Family, ...] = (LLAMA,)
 
 
 def find(config: Mapping[str, Any]) -> Family | None:
@@ -14,4 +15,4 @@ def find(config: Mapping[str, Any]) -> Family | None:
     return next((family for family in FAMILIES if model_type in family.model_types), None)
 
 
-__all__ = ["FAMILIES", "Family", "Part", "Rule", "fallback_part", "find"]
+__all__ = ["FAMILIES", "Family", "Part", "Rule", "fallback_part", "find", "part_of"]

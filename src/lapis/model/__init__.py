@@ -1,0 +1,8 @@
+"""The one configurable transformer: its shape, its parts, and how it is loaded and saved."""
+
+from lapis.model.cache import Cache
+from lapis.model.config import Image, ModelConfig, Rope
+from lapis.model.load import load, save
+from lapis.model.transformer import Transformer
+
+__all__ = ["Cache", "Image", "ModelConfig", "Rope", "Transformer", "load", "save"]

@@ -1,0 +1,110 @@
+"""The keys and values of the tokens seen so far, passed to the model as an argument.
+
+A layer with a sliding window keeps only what its window can still see, in the order of the tokens. Padding may stand
+anywhere: the cache remembers which of its slots hold real tokens. Leaves out: pages shared between sequences.
+
+Shapes: B batch, T new tokens, S all tokens, K heads of keys, E head dim.
+"""
+
+import torch
+from torch import Tensor
+
+from lapis.model.config import ModelConfig
+
+
+class Cache:
+    """`cache = Cache(model.config, batch=1)`; `model(ids_BT, cache=cache)` appends to it, in place.
+
+    length: tokens appended so far, padding included. capacity: room to start with; it grows by itself.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch: int,
+        capacity: int = 256,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.config, self.batch, self.length = config, batch, 0
+        self.real_BS: Tensor | None = None  # None while every slot holds a real token
+        self.positions_BS: Tensor | None = None  # None while positions are 0, 1, 2, ...
+        windows = [config.window if config.windowed(layer) else None for layer in range(config.layers)]
+        self._layers = [_Layer(config, batch, capacity, window, dtype, device) for window in windows]
+
+    def update(self, layer: int, k_BKTE: Tensor, v_BKTE: Tensor) -> tuple[Tensor, Tensor]:
+        """Appends one layer's new keys and values; all that this layer's new tokens can see, [B, K, S, E]."""
+        return self._layers[layer].append(k_BKTE, v_BKTE)
+
+    def advance(self, tokens: int) -> None:
+        """The model calls this once per forward, after all layers appended."""
+        self.length += tokens
+
+    def truncate(self, length: int) -> None:
+        """Forgets all but the first `length` tokens. Raises ValueError where a sliding window has dropped them."""
+        dropped = self.length - length
+        if dropped < 0:
+            raise ValueError(f"the cache holds {self.length} tokens; it cannot be cut to {length}")
+        for layer in self._layers:
+            layer.drop(dropped, length)
+        self.length = length
+        self.real_BS = None if self.real_BS is None else self.real_BS[:, :length]
+        self.positions_BS = None if self.positions_BS is None else self.positions_BS[:, :length]
+
+    def select(self, rows: Tensor) -> None:
+        """Keeps these sequences of the batch, in this order (beams, or rows that are not finished); int64 [B']."""
+        self.batch = len(rows)
+        for layer in self._layers:
+            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+        self.real_BS = None if self.real_BS is None else self.real_BS[rows]
+        self.positions_BS = None if self.positions_BS is None else self.positions_BS[rows]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self._layers)
+
+
+class _Layer:
+    """One layer's keys and values: a buffer whose slots [start, end) are filled, in the order of the tokens."""
+
+    def __init__(
+        self, config: ModelConfig, batch: int, capacity: int, window: int | None, dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:  # fmt: skip
+        self.window, self.start, self.end = window, 0, 0
+        self.room = capacity if window is None else min(capacity, window + max(window // 4, 16))
+        shape = (batch, config.kv_heads, max(self.room, 1), config.head_dim)
+        self.keys = torch.empty(shape, dtype=dtype, device=device)
+        self.values = torch.empty(shape, dtype=dtype, device=device)
+
+    def append(self, k_BKTE: Tensor, v_BKTE: Tensor) -> tuple[Tensor, Tensor]:
+        T = k_BKTE.shape[2]
+        if self.window is not None:
+            self.start = max(self.start, self.end - (self.window - 1))  # older ones are out of sight for ever
+        size = self.keys.shape[2]
+        if self.end + T > size or (self.window is not None and size > self.room >= self.end - self.start + T):
+            self._make_room(T)
+        first, self.end = self.end, self.end + T
+        self.keys[:, :, first : self.end] = k_BKTE
+        self.values[:, :, first : self.end] = v_BKTE
+        return self.keys[:, :, self.start : self.end], self.values[:, :, self.start : self.end]
+
+    def drop(self, count: int, left: int) -> None:
+        if self.window is not None and self.end - count - self.start < min(left, self.window - 1):
+            raise ValueError("a sliding window has dropped what would come into sight again; start with a new cache")
+        self.end -= count
+
+    def _make_room(self, T: int) -> None:
+        """Moves what is in sight to the front of a buffer with room for T more, and no larger than it needs to be."""
+        kept = self.end - self.start
+        if self.window is None:
+            self.room = max(2 * self.room, kept + T)
+        else:
+            self.room = max(self.room, min(kept + T, self.window + max(self.window // 4, 16)))
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            new = old.new_empty(*old.shape[:2], max(self.room, kept + T), old.shape[3])
+            new[:, :, :kept] = old[:, :, self.start : self.end]
+            setattr(self, name, new)
+        self.start, self.end = 0, kept

@@ -1,0 +1,93 @@
+"""What stands on top of the last hidden state: logits over a vocabulary, classes, or nothing.
+
+A head is applied to hidden states of any leading shape, so a loss can run it only where there is loss, or in chunks.
+Leaves out: which token a classifier looks at (transformer.py).
+
+Shapes: B batch, T time, D model dim, V vocabulary, C classes.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lapis.model.config import MLP_KINDS, ModelConfig
+from lapis.model.norm import make_norm
+
+ACTIVATIONS = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
+}
+
+
+class LanguageHead(nn.Module):
+    """hidden -> logits over the vocabulary. Tied: the embedding is the weight, looked up at every call."""
+
+    def __init__(self, config: ModelConfig, embed: nn.Module) -> None:
+        super().__init__()
+        if config.tied:
+            self.register_parameter("weight", None)
+        else:
+            self.weight = nn.Parameter(torch.empty(config.vocab, config.dim))
+        if config.head == "masked":
+            self.bias = nn.Parameter(torch.zeros(config.vocab))
+        else:
+            self.register_parameter("bias", None)
+        self._embed = (embed,)  # in a tuple: not a second home for its parameters
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        weight = self._embed[0].weight if self.weight is None else self.weight
+        return F.linear(hidden, weight, self.bias)
+
+
+class MaskedHead(LanguageHead):
+    """BERT's: dense, activation, norm, then logits with a bias (Devlin et al. 2018)."""
+
+    def __init__(self, config: ModelConfig, embed: nn.Module) -> None:
+        super().__init__(config, embed)
+        self.transform = nn.Linear(config.dim, config.dim)
+        self.norm = make_norm(config, config.dim)
+        self.activation = ACTIVATIONS[MLP_KINDS[config.mlp][1]]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return super().forward(self.norm(self.activation(self.transform(hidden))))
+
+
+class ClassHead(nn.Module):
+    """hidden -> scores of classes, or one number; through BERT's pooler where there is one."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.pooler = nn.Linear(config.dim, config.dim) if config.pooler else None
+        self.classes = nn.Linear(config.dim, config.classes, bias=not config.causal)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        if self.pooler is not None:
+            hidden = torch.tanh(self.pooler(hidden))
+        return self.classes(hidden)
+
+
+class NoHead(nn.Module):
+    """hidden -> hidden. A pooler that the folder holds is kept, for `pooled`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.pooler = nn.Linear(config.dim, config.dim) if config.pooler else None
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden
+
+    def pooled(self, hidden_BTD: Tensor) -> Tensor:
+        """The pooler's view of the first token, [B, D]."""
+        assert self.pooler is not None
+        return torch.tanh(self.pooler(hidden_BTD[:, 0]))
+
+
+def make_head(config: ModelConfig, embed: nn.Module) -> nn.Module:
+    if config.head == "lm":
+        return LanguageHead(config, embed)
+    if config.head == "masked":
+        return MaskedHead(config, embed)
+    return ClassHead(config) if config.head in ("classes", "scalar") else NoHead(config)

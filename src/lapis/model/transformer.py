@@ -1,0 +1,307 @@
+"""The one transformer: embed, blocks, final norm, head. Every family is a setting of it.
+
+The model knows one device and keeps no state between calls: a cache is an argument. Leaves out: dropout, sharding and
+checkpointing (applied from outside, train/parallel.py), sampling (generate/).
+
+Shapes: B batch, T time, S time of keys, D model dim, V vocabulary, C classes.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lapis.errors import DataError
+from lapis.model.attention import Attention, Shared, View, additive
+from lapis.model.cache import Cache
+from lapis.model.config import MLP_KINDS, ModelConfig
+from lapis.model.heads import ACTIVATIONS, make_head
+from lapis.model.norm import make_norm
+from lapis.model.rope import rope_tables
+
+INIT_STD = 0.02
+NOTHING_HIDDEN = View(None, False)
+
+
+class Embed(nn.Module):
+    """Tokens (or picture patches) as vectors, with learned positions and token types where the family has them."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        image = config.image
+        if image is None:
+            self.weight = nn.Parameter(torch.empty(config.vocab, config.dim))
+        else:
+            self.cls = nn.Parameter(torch.empty(1, 1, config.dim))
+            self.patch = nn.Conv2d(image.channels, config.dim, image.patch, stride=image.patch)
+        rows = config.context if image is None else image.patches + 1
+        self.position = nn.Embedding(rows, config.dim) if config.positions == "learned" else None
+        self.type = nn.Embedding(config.types, config.dim) if config.types else None
+
+    def forward(self, ids_BT: Tensor, positions: Tensor, types_BT: Tensor | None) -> Tensor:
+        x_BTD = F.embedding(ids_BT, self.weight)
+        if self.type is not None:
+            x_BTD = x_BTD + (self.type.weight[0] if types_BT is None else self.type(types_BT))
+        return x_BTD if self.position is None else x_BTD + self.position(positions)
+
+    def pixels(self, pixels_BCHW: Tensor) -> Tensor:
+        """[B, channels, size, size] -> [B, 1 + patches, D], the class token first (Dosovitskiy et al. 2020)."""
+        patches_BTD = self.patch(pixels_BCHW).flatten(2).transpose(1, 2)
+        x_BTD = torch.cat((self.cls.to(patches_BTD.dtype).expand(len(patches_BTD), -1, -1), patches_BTD), 1)
+        return x_BTD if self.position is None else x_BTD + self.position.weight
+
+
+class Mlp(nn.Module):
+    """down(act(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202), or down(act(up(x))) where there is no gate."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        bias = config.bias in ("mlp", "all")
+        gated, activation = MLP_KINDS[config.mlp]
+        self.gate = nn.Linear(config.dim, config.ffn_dim, bias=bias) if gated else None
+        self.up = nn.Linear(config.dim, config.ffn_dim, bias=bias)
+        self.down = nn.Linear(config.ffn_dim, config.dim, bias=bias)
+        self.activation = ACTIVATIONS[activation]
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        if self.gate is None:
+            return self.down(self.activation(self.up(x_BTD)))
+        return self.down(self.activation(self.gate(x_BTD)) * self.up(x_BTD))
+
+
+class Norms(nn.Module):
+    """The norms of a block (attn, mlp) or of a model (embed, final), so that a name here is a component's name."""
+
+    def __init__(self, config: ModelConfig, *names: str) -> None:
+        super().__init__()
+        for name in names:
+            self.add_module(name, make_norm(config, config.dim))
+
+
+class Block(nn.Module):
+    """Attention and MLP, each added to the residual stream; normed before (most) or after (BERT)."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.norm = Norms(config, "attn", "mlp")
+        self.attn = Attention(config, layer)
+        self.mlp = Mlp(config)
+        self.post = config.norm_place == "post"
+
+    def forward(self, x_BTD: Tensor, shared: Shared, cache: Cache | None = None) -> Tensor:
+        norm = self.norm
+        if self.post:
+            x_BTD = norm.attn(x_BTD + self.attn(x_BTD, shared, cache))
+            return norm.mlp(x_BTD + self.mlp(x_BTD))
+        x_BTD = x_BTD + self.attn(norm.attn(x_BTD), shared, cache)
+        return x_BTD + self.mlp(norm.mlp(x_BTD))
+
+
+class Transformer(nn.Module):
+    """`model(ids_BT, mask_BT)` -> logits_BTV (or scores_BC of a classifier, or hidden_BTD where there is no head).
+
+    hidden = model.hidden(ids_BT, ...), logits = model.head(hidden): in two steps, where a loss wants the head on some
+    tokens only. notes: what loading had to say. Made with random weights (normal, 0.02; what writes to the residual
+    stream by 1/sqrt(2 layers) less, as in GPT-2); under `torch.device("meta")` nothing is allocated.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.notes: list[str] = []
+        self.embed = Embed(config)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
+        self.norm = Norms(config, "final" if config.norm_place == "pre" else "embed")
+        self.head = make_head(config, self.embed)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws all weights anew from torch's generator."""
+        residual_std = INIT_STD / math.sqrt(2 * self.config.layers)
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif "norm" in name:
+                parameter.fill_(1.0)
+            else:
+                parameter.normal_(
+                    0.0, residual_std if name.endswith(("attn.o.weight", "mlp.down.weight")) else INIT_STD
+                )
+
+    def forward(
+        self,
+        ids_BT: Tensor,
+        mask_BT: Tensor | None = None,
+        *,
+        positions_BT: Tensor | None = None,
+        segments_BT: Tensor | None = None,
+        types_BT: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """ids_BT: int64 token ids (float pixels [B, C, H, W] for pictures). mask_BT: bool, True = a real token.
+
+        positions_BT: int64; where not given they count the real tokens of each row (or segment). segments_BT: a token
+        attends only within its segment. types_BT: BERT's token types. cache: these tokens follow those in it.
+        Raises DataError for more tokens than a model with learned positions has.
+        """
+        hidden_BTD = self.hidden(ids_BT, mask_BT, positions_BT=positions_BT, segments_BT=segments_BT,
+                                 types_BT=types_BT, cache=cache)  # fmt: skip
+        if self.config.head in ("classes", "scalar"):
+            hidden_BTD = self.summary(hidden_BTD, mask_BT)
+        logits: Tensor = self.head(hidden_BTD)
+        return logits
+
+    def hidden(
+        self,
+        ids_BT: Tensor,
+        mask_BT: Tensor | None = None,
+        *,
+        positions_BT: Tensor | None = None,
+        segments_BT: Tensor | None = None,
+        types_BT: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """The last hidden state, [B, T, D], after the final norm; the arguments are `forward`'s."""
+        if self.config.image is not None:
+            x_BTD = self.embed.pixels(ids_BT)
+            shared = Shared(None, None, NOTHING_HIDDEN, NOTHING_HIDDEN)
+        else:
+            positions, shared = self._prepare(ids_BT, mask_BT, positions_BT, segments_BT, cache)
+            x_BTD = self.embed(ids_BT, positions, types_BT)
+        if self.config.norm_place == "post":
+            x_BTD = self.norm.embed(x_BTD)
+        for block in self.blocks:
+            x_BTD = block(x_BTD, shared, cache)
+        if cache is not None:
+            cache.advance(ids_BT.shape[1])
+        return self.norm.final(x_BTD) if self.config.norm_place == "pre" else x_BTD
+
+    def summary(self, hidden_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:
+        """The hidden state that a classifier looks at, [B, D]: the last real token where causal, else the first."""
+        if not self.config.causal or mask_BT is None:
+            return hidden_BTD[:, -1 if self.config.causal else 0]
+        places = torch.arange(mask_BT.shape[1], device=mask_BT.device)
+        last_B = torch.where(mask_BT, places, 0).amax(1)
+        return hidden_BTD[torch.arange(len(last_B), device=last_B.device), last_B]
+
+    def _prepare(
+        self,
+        ids_BT: Tensor,
+        mask_BT: Tensor | None,
+        positions_BT: Tensor | None,
+        segments_BT: Tensor | None,
+        cache: Cache | None,
+    ) -> tuple[Tensor, Shared]:
+        """Positions, rotary tables and masks, once for all layers."""
+        config = self.config
+        T, past = ids_BT.shape[1], 0 if cache is None else cache.length
+        if segments_BT is not None and cache is not None:
+            raise ValueError("segments and a cache do not go together: a cached sequence is one document")
+        if mask_BT is not None and (cache is None or past == 0) and is_whole(mask_BT, config.causal and cache is None):
+            mask_BT = None
+        positions = positions_BT if positions_BT is not None else count_positions(ids_BT, mask_BT, segments_BT, cache)
+        if config.positions == "learned" and past + T > config.context and int(positions.max()) >= config.context:
+            raise DataError(f"{past + T} tokens; the model has {config.context} learned positions, cut the text")
+        if cache is not None and (cache.positions_BS is not None or positions.dim() == 2):
+            remember(cache, positions, mask_BT, T)
+        dtype = compute_dtype(self.embed.weight)
+        full = make_view(T, past, config.causal, None, mask_BT, positions, segments_BT, cache, dtype)
+        near = full
+        if config.window is not None and past + T > config.window:
+            near = make_view(T, past, True, config.window, mask_BT, positions, segments_BT, cache, dtype)
+        if config.positions != "rotary":
+            return positions, Shared(None, None, full, near)
+        length = int(positions.max()) + 1 if config.rope.kind == "dynamic" else past + T
+        cos, sin = rope_tables(config, positions, dtype, length)
+        return positions, Shared(cos, sin, full, near)
+
+
+def compute_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype that linear layers compute in: autocast's where it is on."""
+    kind = weight.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+
+
+def is_whole(mask_BT: Tensor, causal: bool) -> bool:
+    """Whether the mask hides nothing that would be seen: all real, or (causal) padding on the right only.
+
+    Looks at the values only where that is cheap, which is on the CPU and outside of a compiled graph.
+    """
+    if mask_BT.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    if causal:
+        return bool((mask_BT[:, 1:] <= mask_BT[:, :-1]).all())
+    return bool(mask_BT.all())
+
+
+def count_positions(ids_BT: Tensor, mask_BT: Tensor | None, segments_BT: Tensor | None, cache: Cache | None) -> Tensor:
+    """Positions [T], or [B, T] where rows differ: the number of real tokens before, in the row or in the segment."""
+    B, T = ids_BT.shape
+    past = 0 if cache is None else cache.length
+    places = torch.arange(past, past + T, device=ids_BT.device)
+    if segments_BT is not None:
+        begins = torch.ones_like(segments_BT, dtype=torch.bool)
+        begins[:, 1:] = segments_BT[:, 1:] != segments_BT[:, :-1]
+        return places - torch.where(begins, places, 0).cummax(1).values
+    before = 0 if cache is None or cache.real_BS is None else cache.real_BS.sum(1, keepdim=True)
+    if mask_BT is not None:
+        before = past if isinstance(before, int) else before
+        return (before + mask_BT.long().cumsum(1) - 1).clamp_(min=0)
+    if isinstance(before, int):
+        return places
+    return before + torch.arange(T, device=ids_BT.device)
+
+
+def remember(cache: Cache, positions: Tensor, mask_BT: Tensor | None, T: int) -> None:
+    """From the first padding (or given position) on, the cache keeps each slot's position and whether it is real."""
+    if cache.positions_BS is None or cache.real_BS is None:
+        before = torch.arange(cache.length, device=positions.device).expand(cache.batch, -1)
+        cache.positions_BS, cache.real_BS = before, torch.ones_like(before, dtype=torch.bool)
+    new = positions.expand(cache.batch, T)
+    real = torch.ones_like(new, dtype=torch.bool) if mask_BT is None else mask_BT
+    cache.positions_BS = torch.cat((cache.positions_BS, new), 1)
+    cache.real_BS = torch.cat((cache.real_BS, real), 1)
+
+
+def make_view(
+    T: int,
+    past: int,
+    causal: bool,
+    window: int | None,
+    mask_BT: Tensor | None,
+    positions: Tensor,
+    segments_BT: Tensor | None,
+    cache: Cache | None,
+    dtype: torch.dtype,
+) -> View:
+    """Who sees whom: the causal order by place, the window by position, padding and other segments not at all.
+
+    A layer with a window finds in the cache only its last `window - 1` keys, then the new ones.
+    """
+    key_mask = mask_BT if cache is None else cache.real_BS
+    S = past + T if window is None else min(past, window - 1) + T
+    if key_mask is None and segments_BT is None:
+        if not causal or (T == 1 and (window is None or window >= S)):
+            return NOTHING_HIDDEN
+        if past == 0 and (window is None or window >= T):
+            return View(None, True)
+    device = positions.device
+    places = torch.arange(past, past + T, device=device)
+    keys = torch.arange(past + T - S, past + T, device=device)
+    seen = torch.ones(1, 1, 1, S, dtype=torch.bool, device=device)
+    if causal:
+        seen = (keys <= places[:, None])[None, None]
+    if window is not None:
+        if cache is not None and cache.positions_BS is not None:
+            key_positions = cache.positions_BS[:, -S:]
+        else:
+            key_positions = keys if cache is not None else positions
+        near = positions[..., :, None] - key_positions[..., None, :] < window
+        seen = seen & (near[None, None] if near.dim() == 2 else near[:, None])
+    if key_mask is not None:
+        seen = seen & key_mask[:, None, None, -S:]
+    if segments_BT is not None:
+        seen = seen & (segments_BT[:, :, None] == segments_BT[:, None, :])[:, None]
+    return View(additive(seen, dtype), False)
