@@ -119,9 +119,8 @@ def files(paths: Source | Iterable[Source]) -> list[Path]:
                 raise DataError(f"{source}: no file matches")
             found.update(dict.fromkeys(files(matches)))
         else:
-            beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-            hint = f"; {nearest(path.name, beside)}" if 0 < len(beside) < 30 else ""
-            raise DataError(f"{path}: there is no such file{hint}")
+            hint = nearest(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else ""
+            raise DataError(f"{path}: there is no such file{f'; {hint}' if hint.startswith('did') else ''}")
     if not found:
         raise DataError("no files were given")
     return list(found)

@@ -1,0 +1,52 @@
+"""`lapis tokenizer train`: a byte-level BPE from text files."""
+
+from pathlib import Path
+from typing import Any
+
+
+def train(files: list[Path], /, *, vocab: int, out: Path, overwrite: bool = False, json: bool = False) -> None:
+    """Train a byte-level BPE tokenizer with ChatML's special tokens and chat template.
+
+    Args:
+        files: Text files, jsonl of documents or chats, .gz of these, folders or globs.
+        vocab: Entries in all: 256 bytes, 3 special tokens, and merges.
+        out: The folder to write; transformers' AutoTokenizer loads it.
+        overwrite: Replace the folder if it exists.
+        json: Print one JSON object.
+    """
+    import time
+
+    from lapis.checkpoint.commit import check_output, commit
+    from lapis.cli.output import console, number, show, stderr
+    from lapis.text.corpus import texts
+    from lapis.text.tokenizer import train_tokenizer
+
+    check_output(out, overwrite=overwrite)
+    begin = time.monotonic()
+    read = {"bytes": 0}
+
+    def counted() -> Any:
+        for text in texts(files):
+            read["bytes"] += len(text.encode(errors="replace"))
+            yield text
+
+    with stderr.status("reading and merging"), commit(out, overwrite=overwrite) as staging:
+        tokenizer = train_tokenizer(counted(), vocab)
+        tokenizer.save(staging.path)
+    result = {
+        "out": str(out),
+        "vocab": tokenizer.vocab_size,
+        "special": tokenizer.special,
+        "bytes": read["bytes"],
+        "seconds": time.monotonic() - begin,
+    }
+
+    def render() -> None:
+        console.print(
+            f"{out}: {number(tokenizer.vocab_size)} tokens from {number(read['bytes'])} bytes of text "
+            f"in {result['seconds']:.1f} s"
+        )
+        if tokenizer.vocab_size < vocab:
+            console.print(f"fewer than {number(vocab)}: the text has no more pairs that occur twice")
+
+    show(result, json, render)

@@ -1,0 +1,45 @@
+"""`lapis tokens`: text -> tokens -> ids -> vectors -> ids again, through the output embedding."""
+
+from typing import Any
+
+
+def tokens(model: str, text: str, /, *, json: bool = False) -> None:
+    """Show how a model reads a text, and the way back: which token each vector gives through the output embedding.
+
+    Args:
+        model: A model folder.
+        text: The text; what spells a special token is plain text, as in every prompt.
+        json: Print one JSON object.
+    """
+    from lapis.checkpoint import open_checkpoint
+    from lapis.cli.output import console, show, table
+    from lapis.text.roundtrip import round_trip
+    from lapis.text.tokenizer import Tokenizer
+
+    checkpoint = open_checkpoint(model)
+    result: dict[str, Any] = {"model": model, "text": text, **round_trip(checkpoint, Tokenizer.open(checkpoint), text)}
+
+    def render() -> None:
+        rows = [
+            [
+                entry["text"],
+                str(entry["id"]),
+                " ".join(f"{x:+.3f}" for x in entry["vector"]),
+                f"{entry['norm']:.3f}",
+                entry["back_text"] if entry["back"] != entry["id"] else "same",
+            ]
+            for entry in result["tokens"]
+        ]
+        from rich.markup import escape
+
+        table(
+            "",
+            ("token", "id", f"first of {result['dim']} numbers", "norm", "back"),
+            [[escape(c) for c in r] for r in rows],
+        )
+        head = "the input embedding itself (tied)" if result["tied"] else result["head"]
+        console.print(
+            f"{result['returned']} of {len(rows)} tokens come back as themselves, through {head}", markup=False
+        )
+
+    show(result, json, render)
