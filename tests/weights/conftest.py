@@ -3,11 +3,12 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 LAYERS, DIM, FFN, WORDS = 2, 16, 24, 40
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -86,9 +87,11 @@ def write_model(
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     if vocab is not None:
         added = [
-            {"id": i, "content": t, "special": True, "lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
-            for t, i in vocab.items() if t.startswith("<")
-        ]  # fmt: skip
+            {"id": i, "content": t, "special": True}
+            | dict.fromkeys(("lstrip", "rstrip", "normalized", "single_word"), False)
+            for t, i in vocab.items()
+            if t.startswith("<")
+        ]
         plain = {token: i for token, i in vocab.items() if not token.startswith("<")}
         model = {"type": "WordLevel", "vocab": plain, "unk_token": "w0"}
         document = {"version": "1.0", "added_tokens": added, "pre_tokenizer": {"type": "Whitespace"}, "model": model}
@@ -102,9 +105,21 @@ def write_model(
     return folder
 
 
+def read_model(folder: Path) -> Tensors:
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+@pytest.fixture
+def folders() -> SimpleNamespace:
+    """The functions above, for tests that make their own models."""
+    return SimpleNamespace(
+        weights=weights, near=near, words=words, write=write_model, read=read_model, template=TEMPLATE
+    )
+
+
 @pytest.fixture
 def trio(tmp_path: Path) -> Callable[..., dict[str, Path]]:
-    """make(**options) -> folders of a base, its chat version and a continuation: one vocabulary, chat has the template."""
+    """make(**options) -> folders of base, chat and onto: one vocabulary, and chat has a template."""
 
     def make(shards: int = 1, tied: bool = True, dtype: torch.dtype = torch.bfloat16) -> dict[str, Path]:
         base = weights(1, tied=tied, dtype=dtype)

@@ -1,24 +1,17 @@
 """A graft is exact arithmetic on the right tensors, and says what it did with the others."""
 
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from lapis.weights.graft import graft
 
 
-def read(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
-
-
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("scale", [1.0, 0.7])
-def test_graft_equals_float64(trio, tmp_path, shards, scale):
+def test_graft_equals_float64(trio, folders, tmp_path, shards, scale):
     models = trio(shards=shards)
     result = graft(**models, out=tmp_path / "out", scale=scale)
-    base, chat, onto, out = (read(folder) for folder in [*models.values(), tmp_path / "out"])
+    base, chat, onto, out = (folders.read(folder) for folder in [*models.values(), tmp_path / "out"])
     assert out.keys() == onto.keys()
     for name, tensor in out.items():
         if "norm" in name:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lapis.checkpoint import Checkpoint
+from lapis.weights.pairs import counterparts
 from lapis.weights.parts import is_vocabulary
 from lapis.weights.vocabulary import Vocabulary
 
@@ -20,23 +21,6 @@ def told(what: str, problems: Sequence[str]) -> str:
     listed = "; ".join(f"({i + 1}) {line}" for i, line in enumerate(problems[:_SHOWN]))
     more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
     return f"{what}: {len(problems)} problems: {listed}{more}"
-
-
-def name_in(checkpoint: Checkpoint, name: str, owner: Checkpoint) -> str | None:
-    """The name in `checkpoint` of the tensor that `owner` calls `name`: the same, the same part under another prefix,
-    or the embedding for the head of a model whose head is tied. None where it has none."""
-    if name in checkpoint.index:
-        return name
-    part = owner.part(name)
-    same = [other for other in checkpoint.names if checkpoint.part(other) == part]
-    if len(same) == 1:
-        return same[0]
-    if part.component == "head" and part.kind == "weight":
-        embeds = [n for n in checkpoint.names if checkpoint.part(n).component == "embed"]
-        heads = [n for n in checkpoint.names if checkpoint.part(n).component == "head"]
-        if not heads and len(embeds) == 1:
-            return embeds[0]
-    return None
 
 
 def check_configs(inputs: Mapping[str, Checkpoint]) -> tuple[list[str], list[str]]:
@@ -65,6 +49,7 @@ def check_tensors(inputs: Mapping[str, Checkpoint], fates: Mapping[str, str]) ->
     """Problems with names, shapes and dtypes. fates: what becomes of each tensor of onto (graft.py)."""
     problems = []
     onto = inputs["onto"]
+    names = {role: counterparts(onto, checkpoint) for role, checkpoint in inputs.items()}
     for name, fate in fates.items():
         if fate not in ("merge", "rows"):
             continue
@@ -73,7 +58,7 @@ def check_tensors(inputs: Mapping[str, Checkpoint], fates: Mapping[str, str]) ->
         for role, checkpoint in inputs.items():
             if checkpoint is onto:
                 continue
-            other = name_in(checkpoint, name, onto)
+            other = names[role].get(name)
             if other is None:
                 problems.append(f"{name} is in onto and not in {role} ({checkpoint.source}); is it a whole model?")
                 continue

@@ -31,8 +31,9 @@ from lapis.errors import CheckpointError, ConfigError
 from lapis.families.base import Part
 from lapis.weights.account import Entry, MergeResult, count, lost_in_all, write_account
 from lapis.weights.carry import carry, write_json
-from lapis.weights.checks import check_configs, check_tensors, check_vocabularies, embedding_rows, name_in, told
+from lapis.weights.checks import check_configs, check_tensors, check_vocabularies, embedding_rows, told
 from lapis.weights.journal import Journal
+from lapis.weights.pairs import counterparts
 from lapis.weights.parts import is_norm, is_vocabulary
 from lapis.weights.scale import Scale, read_scale
 from lapis.weights.sources import Rows, Source, Stored, columns_of, read_rows
@@ -148,8 +149,8 @@ def plan_graft(
     for option, value in (("embeddings", embeddings), ("norms", norms)):
         if value not in ("keep", "add"):
             raise ConfigError(f'graft: {option} is "{value}"; give keep or add')
-    chats = list(chat) if isinstance(chat, (list, tuple)) else [chat]
-    scales = [read_scale(s) for s in (scale if isinstance(scale, (list, tuple)) else [scale])]
+    chats = _listed(chat)
+    scales = [read_scale(each) for each in _listed(scale)]
     if len(scales) == 1:
         scales *= len(chats)
     if len(scales) != len(chats) or not chats:
@@ -200,6 +201,7 @@ class _Layout:
         self.template = template_tokens(chat, base) if own and chat else []
         self.entries: list[Entry] = []
         self._tokens = embedding_rows(self.onto)
+        self._names = {role: counterparts(self.onto, checkpoint) for role, checkpoint in inputs.items()}
 
     def fate(self, name: str) -> str:
         """merge, keep: (norm) or rows: (vocabulary), or zero: (its scales are 0)."""
@@ -216,11 +218,7 @@ class _Layout:
             ordered = sorted(header.tensors.items(), key=lambda item: (item[1].start, item[1].end))
             result[file] = [self._output(name) for name, _ in ordered]
         taken = {(s.role, s.name) for outputs in result.values() for o in outputs for s in o.sources}
-        taken |= {
-            ("chat", name_in(self.inputs["chat"], name, self.onto) or "")
-            for name in self.parts
-            if self.fate(name) == "rows"
-        }
+        taken |= {("chat", self._names["chat"].get(name, "")) for name in self.parts if self.fate(name) == "rows"}
         for role in ("base", *self.chats):
             for name in self.inputs[role].names:
                 if (role, name) not in taken:
@@ -275,9 +273,7 @@ class _Layout:
         return Output(name, own.dtype, own.shape, (own, *others), Kernel(add_difference(scales), rows=True), patch)
 
     def _stored(self, role: str, name: str) -> Stored:
-        found = name_in(self.inputs[role], name, self.onto)
-        assert found is not None  # check_tensors has seen to it
-        return Stored(role, self.inputs[role], found)
+        return Stored(role, self.inputs[role], self._names[role][name])
 
     def _unused(self, role: str, name: str) -> str:
         part = self.inputs[role].part(name)
@@ -336,6 +332,10 @@ def write_index(folder: Path, files: Mapping[str, Sequence[Output]]) -> None:
     total = sum(output.nbytes for outputs in files.values() for output in outputs)
     names = {output.name: file for file, outputs in files.items() for output in outputs}
     write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(names.items()))})
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def _opened(model: Model) -> Checkpoint:

@@ -1,7 +1,7 @@
 """Tiles: the pieces in which tensors are read and computed, and the buffers they are read into.
 
-A tile is a run of elements short enough to stay in a core's share of the cache. How a tensor is cut depends on its shape
-alone, so the result of a sum over tiles does not depend on threads. Leaves out: writing (stream.py).
+A tile is a run of elements short enough to stay in a core's share of the cache. How a tensor is cut depends on its
+shape alone, so the result of a sum over tiles does not depend on threads. Leaves out: writing (stream.py).
 """
 
 import os
@@ -93,7 +93,7 @@ class Reader:
 
 
 def dot(one: torch.Tensor, other: torch.Tensor) -> float:
-    """The dot product of two float32 vectors, accumulated in float64 over short stretches (relative error near 1e-8)."""
+    """The dot product of two float32 vectors, in float64 over short stretches (relative error near 1e-8)."""
     if one.numel() <= _CHUNK:
         return float(torch.dot(one, other))
     return float(sum(float(torch.dot(a, b)) for a, b in zip(one.split(_CHUNK), other.split(_CHUNK), strict=True)))

@@ -4,6 +4,7 @@ Reads tokenizer.json and the small files beside it as plain JSON; nothing is enc
 Leaves out: vocabularies that exist only as a SentencePiece model.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +29,25 @@ class Vocabulary:
     template: str | None = None
     named: Mapping[str, str] = field(default_factory=dict)
     ends: tuple[int, ...] = ()
+    byte_level: bool = False
+
+    def text(self, token: str) -> str:
+        """The token as it reads: bytes decoded, marks of a space shown as a space."""
+        if token in self.added:
+            return token
+        if self.byte_level:
+            return bytes(_BYTES.get(c, 0x3F) for c in token).decode("utf-8", errors="replace")
+        return token.replace("▁", " ")
+
+    def kind(self, token: str) -> str:
+        """special, unused (a reserved place), added, byte (a piece of a character) or word."""
+        if token in self.added and _UNUSED.search(token):
+            return "unused"
+        if token in self.special:
+            return "special"
+        if token in self.added:
+            return "added"
+        return "byte" if "\ufffd" in self.text(token) or _BYTE.fullmatch(token) else "word"
 
     @property
     def size(self) -> int:
@@ -79,6 +99,7 @@ def open_vocabulary(checkpoint: Checkpoint) -> Vocabulary | None:
         _template(checkpoint, settings),
         named,
         _ends(checkpoint, ids, named),
+        _is_byte_level(tokenizer, ids),
     )
 
 
@@ -117,6 +138,25 @@ def relation(one: Vocabulary, other: Vocabulary, rows: tuple[int, int] = (0, 0))
 def rows_for(tokens: Sequence[str | None], other: Vocabulary) -> list[int]:
     """For each token its row in `other`; -1 where it has none."""
     return [-1 if token is None else other.ids.get(token, -1) for token in tokens]
+
+
+def _is_byte_level(tokenizer: Any, ids: Mapping[str, int]) -> bool:
+    """Whether token strings spell bytes in GPT-2's alphabet (a space is written Ġ)."""
+    decoder = tokenizer.get("decoder") if isinstance(tokenizer, dict) else None
+    steps = [decoder, *(decoder.get("decoders") or [])] if isinstance(decoder, dict) else []
+    return any(isinstance(s, dict) and s.get("type") == "ByteLevel" for s in steps) or "Ġ" in ids
+
+
+def _gpt2_bytes() -> dict[str, int]:
+    """Character -> byte in GPT-2's alphabet, where bytes that do not print stand 256 places higher."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [b for b in range(256) if b not in plain]
+    return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(hidden)}
+
+
+_BYTES = _gpt2_bytes()
+_BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+_UNUSED = re.compile(r"unused|reserved|extra_id|placeholder|dummy", re.IGNORECASE)
 
 
 def _is_tag(token: str) -> bool:
