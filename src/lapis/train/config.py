@@ -1,0 +1,63 @@
+"""TrainConfig: every option of a run, in one place. The objective's own options are its constructor's."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lapis.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train. Give one of steps, epochs or minutes.
+
+    batch: rows of one step. accumulate: parts that a step's rows are computed in, to save memory; the result is the
+    same. lr: peak learning rate; Muon's updates are scaled so that AdamW's rate serves it too. warmup: steps (at most
+    a tenth of the run). decay: share of the run over which the rate falls to zero. clip: largest norm of the gradient,
+    0 = none. precision, threads: "auto" and 0 measure a few steps and keep what is fastest. save_every: steps between
+    checkpoints, 0 = every five minutes. keep: checkpoints kept. log_every: steps per entry of the learning curve.
+    sample_every: seconds between samples of text, 0 = none. save_dtype: of the final folder.
+    """
+
+    steps: int | None = None
+    epochs: float | None = None
+    minutes: float | None = None
+    batch: int = 16
+    accumulate: int = 1
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    lr: float = 3e-4
+    weight_decay: float = 0.1
+    warmup: int = 50
+    decay: float = 0.4
+    clip: float = 1.0
+    seed: int = 0
+    precision: Literal["auto", "float32", "bf16"] = "auto"
+    threads: int = 0
+    save_every: int = 0
+    keep: int = 2
+    log_every: int = 10
+    sample_every: float = 30.0
+    save_dtype: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self) -> None:
+        bounds = [self.steps, self.epochs, self.minutes]
+        if sum(bound is not None for bound in bounds) != 1:
+            raise ConfigError("train: give one of steps, epochs or minutes")
+        if any(bound is not None and bound <= 0 for bound in bounds):
+            raise ConfigError("train: steps, epochs and minutes must be above 0")
+        for name in ("batch", "accumulate", "keep", "log_every", "lr"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"train: {name} is {getattr(self, name)}; it must be above 0")
+        for name in ("weight_decay", "warmup", "clip", "threads", "save_every", "sample_every"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"train: {name} is {getattr(self, name)}; it must not be below 0")
+        if not 0 <= self.decay <= 1:
+            raise ConfigError(f"train: decay is {self.decay}; it is a share of the run, from 0 to 1")
+        if self.batch % self.accumulate:
+            raise ConfigError(
+                f"train: batch {self.batch} does not divide into accumulate {self.accumulate} equal parts"
+            )
+
+    def decisive(self) -> dict[str, Any]:
+        """The options on which the weights depend; a rerun that differs in one of them is another run."""
+        idle = ("save_every", "keep", "log_every", "sample_every", "save_dtype")
+        return {name: value for name, value in vars(self).items() if name not in idle}
