@@ -6,14 +6,16 @@ Leaves out: which token a classifier looks at (transformer.py).
 Shapes: B batch, T time, D model dim, V vocabulary, C classes.
 """
 
+from collections.abc import Callable
+
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from lapis.model.config import MLP_KINDS, ModelConfig
 from lapis.model.norm import make_norm
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -37,9 +39,13 @@ class LanguageHead(nn.Module):
             self.register_parameter("bias", None)
         self._embed = (embed,)  # in a tuple: not a second home for its parameters
 
+    @property
+    def matrix(self) -> Tensor:
+        """The output embedding, [V, D]; the input's where they are tied."""
+        return self._embed[0].weight if self.weight is None else self.weight
+
     def forward(self, hidden: Tensor) -> Tensor:
-        weight = self._embed[0].weight if self.weight is None else self.weight
-        return F.linear(hidden, weight, self.bias)
+        return F.linear(hidden, self.matrix, self.bias)
 
 
 class MaskedHead(LanguageHead):
@@ -66,7 +72,8 @@ class ClassHead(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         if self.pooler is not None:
             hidden = torch.tanh(self.pooler(hidden))
-        return self.classes(hidden)
+        scores: Tensor = self.classes(hidden)
+        return scores
 
 
 class NoHead(nn.Module):
