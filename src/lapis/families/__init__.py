@@ -4,9 +4,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from lapis.families.base import Family, Part, Rule, fallback_part, part_of
+from lapis.families.bert import BERT
+from lapis.families.gpt2 import GPT2
 from lapis.families.llama import LLAMA
+from lapis.families.vit import VIT
 
-FAMILIES: tuple[Family, ...] = (LLAMA,)
+FAMILIES: tuple[Family, ...] = (LLAMA, GPT2, BERT, VIT)
 
 
 def find(config: Mapping[str, Any]) -> Family | None:

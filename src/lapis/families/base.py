@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from lapis.errors import ConfigError
 from lapis.families.fields import Fields
 
 
@@ -33,7 +34,8 @@ class Rule:
     disk: the name in the file without the family's prefix, `{layer}` for the block's number. names: the parameters here
     that it fills, in order; more than one where the disk holds them fused. component: for Part. transform: how the
     tensor on disk becomes them (and back); a name that model/load.py knows. outside: the family's prefix is never
-    written before it (heads). twin: a second spelling of a parameter that another rule lists; read where it is there.
+    written before it (heads). twin: a second spelling of a parameter that another rule lists; where both are there,
+    it is the one that counts.
     """
 
     disk: str
@@ -134,8 +136,18 @@ class Family:
         return result
 
     def write_config(self, config: Any) -> dict[str, Any]:
-        """A config.json that transformers >= 4.51 and 5 read; `config` is a ModelConfig. ConfigError where none fits."""
+        """A config.json that transformers >= 4.51 and 5 read, from a ModelConfig. ConfigError where none fits."""
         return self.writer(config)
+
+
+def refuse_shape(config: Any, wanted: Mapping[str, tuple[Any, ...]]) -> None:
+    """Raises ConfigError where a ModelConfig's field has a value that a family's folder cannot say."""
+    for name, allowed in wanted.items():
+        if getattr(config, name) not in allowed:
+            known = " or ".join(map(str, allowed))
+            raise ConfigError(
+                f"{name}={getattr(config, name)!r} has no place in a {config.family} folder; it can be {known}"
+            )
 
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block)\.(\d+)\.(.+)")

@@ -14,13 +14,14 @@ LARGEST = 2**31 - 1
 # written into config.json by one version of transformers or another, and without meaning for the numbers
 GENERIC = frozenset(
     """transformers_version torch_dtype dtype model_type architectures use_cache return_dict output_hidden_states
-    output_attentions torchscript use_bfloat16 pruned_heads chunk_size_feed_forward is_encoder_decoder tie_encoder_decoder
-    max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p
-    typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
-    num_return_sequences output_scores return_dict_in_generate forced_bos_token_id forced_eos_token_id
-    remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens finetuning_task
-    tokenizer_class prefix sep_token_id decoder_start_token_id task_specific_params problem_type tf_legacy_loss
-    cross_attention_hidden_size gradient_checkpointing pretraining_tp n_ctx encoder_stride num_labels""".split()
+    output_attentions torchscript use_bfloat16 pruned_heads chunk_size_feed_forward is_encoder_decoder
+    tie_encoder_decoder max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty
+    temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
+    encoder_no_repeat_ngram_size bad_words_ids num_return_sequences output_scores return_dict_in_generate
+    forced_bos_token_id forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens
+    begin_suppress_tokens finetuning_task tokenizer_class prefix sep_token_id decoder_start_token_id
+    task_specific_params problem_type tf_legacy_loss cross_attention_hidden_size gradient_checkpointing
+    pretraining_tp n_ctx encoder_stride num_labels""".split()
 )
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 CODE = ("auto_map", "trust_remote_code", "custom_pipelines")

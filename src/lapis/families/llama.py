@@ -5,11 +5,10 @@ RMSNorm before each half of a block, rotary positions, grouped-query attention, 
 Leaves out: Llama 4, Qwen3's experts, and windows that alternate in another order than config.json's layer_types.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 from lapis.errors import CheckpointError, ConfigError
-from lapis.families.base import Family, rules
+from lapis.families.base import Family, refuse_shape, rules
 from lapis.families.fields import TOKENS, Fields
 
 BLOCK = "layers.{layer}."
@@ -99,15 +98,10 @@ def write_config(config: Any) -> dict[str, Any]:
         "llama": ("none", "attention", "mlp", "all"),
         "qwen3": ("none", "attention"),
     }
-    wanted = {
+    refuse_shape(config, {
         "norm": ("rms",), "norm_place": ("pre",), "positions": ("rotary",), "causal": (True,), "qk_norm": (qk_norm,),
         "mlp": tuple(GATE_NAMES), "bias": biases[kind], "types": (0,), "image": (None,), "head": tuple(HEAD_NAMES),
-    }  # fmt: skip
-    for name, allowed in wanted.items():
-        if getattr(config, name) not in allowed:
-            raise ConfigError(
-                f"{name}={getattr(config, name)!r} has no place in a {kind} folder; it can be {' or '.join(map(str, allowed))}"
-            )
+    })  # fmt: skip
     result: dict[str, Any] = {
         "architectures": [CLASSES[kind] + HEAD_NAMES[config.head]],
         "model_type": kind,

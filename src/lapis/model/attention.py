@@ -10,7 +10,7 @@ Shapes: B batch, T time, S time of keys, D model dim, H heads, K heads of keys, 
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from lapis.model.cache import Cache
@@ -65,7 +65,8 @@ class AttentionCore(nn.Module):
             scores = scores.masked_fill(~torch.ones(T, S, dtype=torch.bool, device=scores.device).tril(), -torch.inf)
         if mask is not None:
             scores = scores + mask.float()
-        return scores.softmax(-1)
+        weights: Tensor = scores.softmax(-1)
+        return weights
 
 
 class Attention(nn.Module):
@@ -99,7 +100,8 @@ class Attention(nn.Module):
             k_BKSE, v_BKSE = cache.update(self.layer, k_BKSE, v_BKSE)
         mask, causal = shared.near if self.near else shared.full
         mixed_BHTE = self.core(q_BHTE, k_BKSE, v_BKSE, mask, causal)
-        return self.o(mixed_BHTE.transpose(1, 2).reshape(B, T, -1))
+        out_BTD: Tensor = self.o(mixed_BHTE.transpose(1, 2).reshape(B, T, -1))
+        return out_BTD
 
 
 def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:

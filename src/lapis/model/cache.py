@@ -30,25 +30,41 @@ class Cache:
         self.config, self.batch, self.length = config, batch, 0
         self.real_BS: Tensor | None = None  # None while every slot holds a real token
         self.positions_BS: Tensor | None = None  # None while positions are 0, 1, 2, ...
+        self.in_sight = 0  # of the slots, how many a layer with a window still keeps
+        self._slack = 0  # how many of a row's slots hold padding, at most: they take no place in a window
         windows = [config.window if config.windowed(layer) else None for layer in range(config.layers)]
         self._layers = [_Layer(config, batch, capacity, window, dtype, device) for window in windows]
 
     def update(self, layer: int, k_BKTE: Tensor, v_BKTE: Tensor) -> tuple[Tensor, Tensor]:
         """Appends one layer's new keys and values; all that this layer's new tokens can see, [B, K, S, E]."""
-        return self._layers[layer].append(k_BKTE, v_BKTE)
+        return self._layers[layer].append(k_BKTE, v_BKTE, self.in_sight)
+
+    def remember(self, positions_BT: Tensor, mask_BT: Tensor | None) -> None:
+        """From the first padding (or given position) on, keeps each new slot's position and whether it is real."""
+        if self.positions_BS is None or self.real_BS is None:
+            before = torch.arange(self.length, device=positions_BT.device).expand(self.batch, -1)
+            self.positions_BS, self.real_BS = before, torch.ones_like(before, dtype=torch.bool)
+        real_BT = torch.ones_like(positions_BT, dtype=torch.bool) if mask_BT is None else mask_BT
+        self.positions_BS = torch.cat((self.positions_BS, positions_BT), 1)
+        self.real_BS = torch.cat((self.real_BS, real_BT), 1)
+        if self.config.window is not None and mask_BT is not None:
+            self._slack = int((~self.real_BS).sum(1).max())
 
     def advance(self, tokens: int) -> None:
         """The model calls this once per forward, after all layers appended."""
         self.length += tokens
+        if self.config.window is not None:
+            self.in_sight = min(self.in_sight + tokens, self.config.window - 1 + self._slack)
 
     def truncate(self, length: int) -> None:
         """Forgets all but the first `length` tokens. Raises ValueError where a sliding window has dropped them."""
         dropped = self.length - length
         if dropped < 0:
             raise ValueError(f"the cache holds {self.length} tokens; it cannot be cut to {length}")
+        in_sight = min(length, (self.config.window or 1) - 1 + self._slack)
         for layer in self._layers:
-            layer.drop(dropped, length)
-        self.length = length
+            layer.drop(dropped, in_sight)
+        self.length, self.in_sight = length, in_sight
         self.real_BS = None if self.real_BS is None else self.real_BS[:, :length]
         self.positions_BS = None if self.positions_BS is None else self.positions_BS[:, :length]
 
@@ -78,10 +94,10 @@ class _Layer:
         self.keys = torch.empty(shape, dtype=dtype, device=device)
         self.values = torch.empty(shape, dtype=dtype, device=device)
 
-    def append(self, k_BKTE: Tensor, v_BKTE: Tensor) -> tuple[Tensor, Tensor]:
+    def append(self, k_BKTE: Tensor, v_BKTE: Tensor, in_sight: int) -> tuple[Tensor, Tensor]:
         T = k_BKTE.shape[2]
         if self.window is not None:
-            self.start = max(self.start, self.end - (self.window - 1))  # older ones are out of sight for ever
+            self.start = self.end - in_sight  # older ones are out of sight for ever
         size = self.keys.shape[2]
         if self.end + T > size or (self.window is not None and size > self.room >= self.end - self.start + T):
             self._make_room(T)
@@ -90,8 +106,8 @@ class _Layer:
         self.values[:, :, first : self.end] = v_BKTE
         return self.keys[:, :, self.start : self.end], self.values[:, :, self.start : self.end]
 
-    def drop(self, count: int, left: int) -> None:
-        if self.window is not None and self.end - count - self.start < min(left, self.window - 1):
+    def drop(self, count: int, in_sight: int) -> None:
+        if self.window is not None and self.end - count - self.start < in_sight:
             raise ValueError("a sliding window has dropped what would come into sight again; start with a new cache")
         self.end -= count
 

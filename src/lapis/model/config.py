@@ -1,5 +1,6 @@
 """The shape of a model: a few numbers and a few enumerated fields. Leaves out dropout; all else that shapes is here."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ MLP_KINDS = {
     "silu": (False, "silu"),
 }
 Mlp = Literal["swiglu", "geglu", "geglu_tanh", "gelu", "gelu_tanh", "relu", "relu2", "silu"]
+Head = Literal["lm", "masked", "classes", "scalar", "none"]
 Bias = Literal["none", "qkv", "attention", "mlp", "all"]
 
 
@@ -88,7 +90,7 @@ class ModelConfig:
     bias: Bias = "none"
     qk_norm: bool = False
     tied: bool = False
-    head: Literal["lm", "masked", "classes", "scalar", "none"] = "lm"
+    head: Head = "lm"
     classes: int = 0
     types: int = 0
     pooler: bool = False
@@ -96,10 +98,6 @@ class ModelConfig:
     extra: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        if isinstance(self.rope, dict):  # from a family's table, which knows no classes of this room
-            object.__setattr__(self, "rope", Rope(**self.rope))
-        if isinstance(self.image, dict):
-            object.__setattr__(self, "image", Image(**self.image))
         for name in ("dim", "layers", "heads", "ffn_dim", "context"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"model: {name} is {getattr(self, name)}; expected 1 or more")
@@ -121,6 +119,12 @@ class ModelConfig:
             raise ConfigError(f'model: mlp is "{self.mlp}"; known: {", ".join(MLP_KINDS)}')
         if self.image is None and self.vocab < 1:
             raise ConfigError(f"model: vocab is {self.vocab}; expected 1 or more")
+
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> "ModelConfig":
+        """From a family's table, which knows no classes of this room: `rope` and `image` are mappings there."""
+        rope, image = fields.get("rope"), fields.get("image")
+        return cls(**{**fields, "rope": Rope(**(rope or {})), "image": Image(**image) if image else None})
 
     @property
     def gated(self) -> bool:

@@ -19,7 +19,7 @@ from lapis.checkpoint.store import dtype_name, torch_dtype
 from lapis.errors import CheckpointError, ConfigError
 from lapis.families import FAMILIES, Family, Rule, part_of
 from lapis.families.base import layers_of
-from lapis.model.config import ModelConfig
+from lapis.model.config import Head, ModelConfig
 from lapis.model.transformer import Transformer
 
 CHUNK = 4 << 20  # elements converted at a time
@@ -66,7 +66,7 @@ def load(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     *,
-    head: str | None = None,
+    head: Head | None = None,
     classes: int = 0,
 ) -> Transformer:
     """The model of a folder, with the weights in `dtype` (default: that of the folder).
@@ -97,12 +97,12 @@ def read_config(checkpoint: Checkpoint, notes: list[str] | None = None) -> Model
         kind = str(checkpoint.config.get("model_type"))
         raise CheckpointError(f"{checkpoint.source}: config.json: model_type is {kind:.40}; lapis builds {known}")
     try:
-        return ModelConfig(**checkpoint.family.read_config(checkpoint.config, notes))
+        return ModelConfig.of(checkpoint.family.read_config(checkpoint.config, notes))
     except (CheckpointError, ConfigError) as error:
         raise CheckpointError(f"{checkpoint.source}: {error}") from None
 
 
-def plan_load(checkpoint: Checkpoint, *, head: str | None = None, classes: int = 0) -> Plan:
+def plan_load(checkpoint: Checkpoint, *, head: Head | None = None, classes: int = 0) -> Plan:
     """Everything about loading that headers and config can show. Reads weights only to compare a tied head."""
     notes: list[str] = []
     config = read_config(checkpoint, notes)
@@ -124,14 +124,17 @@ def plan_load(checkpoint: Checkpoint, *, head: str | None = None, classes: int =
             raise ConfigError(f"{checkpoint.source}: {error}") from None
     config = _settle_tie(checkpoint, config, found, notes)
     shapes = _shapes(checkpoint.source, config)
-    steps, used = [], set()
-    for canonical, (name, rule, layer) in found.items():
+    steps: list[tuple[str, Rule, tuple[str, ...]]] = []
+    used: set[str] = set()
+    aside: list[str] = []
+    twins = {rule.names[0] for _, rule, _ in found.values() if rule.twin}
+    for name, rule, layer in found.values():
         targets = tuple(target.replace("{layer}", str(layer)) for target in rule.names)
         template = [target.replace("{layer}", "0") for target in rule.names]
         if any(target not in shapes for target in template):
             if rule.component.startswith("head"):
                 if not (config.tied and rule.component == "head"):
-                    notes.append(f"{name} belongs to another head than {config.head}; left out")
+                    aside.append(name)
             else:
                 problems.append(f"{name} has no place by config.json")
             continue
@@ -140,10 +143,9 @@ def plan_load(checkpoint: Checkpoint, *, head: str | None = None, classes: int =
         if actual != expected:
             field = " (vocab_size)" if rule.component in ("embed", "head") and actual[1:] == expected[1:] else ""
             problems.append(f"{name} is {_spelled(actual)} but {_spelled(expected)} by config.json{field}")
-        if rule.twin and any(target in used for target in targets):
-            continue
         used.update(targets)
-        steps.append((name, rule, targets))
+        if rule.twin or targets[0] not in twins:
+            steps.append((name, rule, targets))
     wanted = {name.replace("blocks.0.", f"blocks.{i}.") for name in shapes for i in range(layers)}
     lacking = sorted(wanted - used)
     fresh = tuple(name for name in lacking if head is not None and name.startswith("head"))
@@ -152,6 +154,8 @@ def plan_load(checkpoint: Checkpoint, *, head: str | None = None, classes: int =
     if problems:
         more = f" ... and {len(problems) - 6} more" if len(problems) > 6 else ""
         raise CheckpointError(f"{checkpoint.source}: {'; '.join(problems[:6])}{more}")
+    if aside:
+        notes.append(f"left out, for another head than {config.head}: {', '.join(aside[:4])}")
     if fresh:
         notes.append(f"a new head ({config.head}) was drawn at random: {', '.join(fresh)}")
     return Plan(config, tuple(steps), fresh, tuple(notes))
@@ -334,7 +338,7 @@ def _write_shard(
         for sources, rule in shard.values():
             pieces = tuple(tensors[source].detach().to("cpu", dtype) for source in sources)
             tensor = TRANSFORMS[rule.transform].disk(pieces).contiguous()
-            file.write(memoryview(tensor.view(-1).view(torch.uint8).numpy()))
+            file.write(tensor.view(-1).view(torch.uint8).numpy().data)
 
 
 def _spelled(shape: tuple[int, ...]) -> str:

@@ -4,7 +4,7 @@ Leaves out: BatchNorm, norms without weights.
 """
 
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from lapis.model.config import ModelConfig
@@ -35,5 +35,8 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
 
-def make_norm(config: ModelConfig, dim: int) -> RMSNorm | LayerNorm:
+Norm = RMSNorm | LayerNorm
+
+
+def make_norm(config: ModelConfig, dim: int) -> Norm:
     return (RMSNorm if config.norm == "rms" else LayerNorm)(dim, config.norm_eps)

@@ -9,7 +9,7 @@ Shapes: B batch, T time, S time of keys, D model dim, V vocabulary, C classes.
 import math
 
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from lapis.errors import DataError
@@ -17,7 +17,7 @@ from lapis.model.attention import Attention, Shared, View, additive
 from lapis.model.cache import Cache
 from lapis.model.config import MLP_KINDS, ModelConfig
 from lapis.model.heads import ACTIVATIONS, make_head
-from lapis.model.norm import make_norm
+from lapis.model.norm import Norm, make_norm
 from lapis.model.rope import rope_tables
 
 INIT_STD = 0.02
@@ -37,12 +37,12 @@ class Embed(nn.Module):
             self.patch = nn.Conv2d(image.channels, config.dim, image.patch, stride=image.patch)
         rows = config.context if image is None else image.patches + 1
         self.position = nn.Embedding(rows, config.dim) if config.positions == "learned" else None
-        self.type = nn.Embedding(config.types, config.dim) if config.types else None
+        self.types = nn.Embedding(config.types, config.dim) if config.types else None
 
     def forward(self, ids_BT: Tensor, positions: Tensor, types_BT: Tensor | None) -> Tensor:
         x_BTD = F.embedding(ids_BT, self.weight)
-        if self.type is not None:
-            x_BTD = x_BTD + (self.type.weight[0] if types_BT is None else self.type(types_BT))
+        if self.types is not None:
+            x_BTD = x_BTD + (self.types.weight[0] if types_BT is None else self.types(types_BT))
         return x_BTD if self.position is None else x_BTD + self.position(positions)
 
     def pixels(self, pixels_BCHW: Tensor) -> Tensor:
@@ -65,13 +65,19 @@ class Mlp(nn.Module):
         self.activation = ACTIVATIONS[activation]
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        if self.gate is None:
-            return self.down(self.activation(self.up(x_BTD)))
-        return self.down(self.activation(self.gate(x_BTD)) * self.up(x_BTD))
+        up: Tensor = self.up(x_BTD)
+        inner = self.activation(up) if self.gate is None else self.activation(self.gate(x_BTD)) * up
+        out: Tensor = self.down(inner)
+        return out
 
 
 class Norms(nn.Module):
     """The norms of a block (attn, mlp) or of a model (embed, final), so that a name here is a component's name."""
+
+    attn: Norm
+    mlp: Norm
+    embed: Norm
+    final: Norm
 
     def __init__(self, config: ModelConfig, *names: str) -> None:
         super().__init__()
@@ -93,9 +99,11 @@ class Block(nn.Module):
         norm = self.norm
         if self.post:
             x_BTD = norm.attn(x_BTD + self.attn(x_BTD, shared, cache))
-            return norm.mlp(x_BTD + self.mlp(x_BTD))
-        x_BTD = x_BTD + self.attn(norm.attn(x_BTD), shared, cache)
-        return x_BTD + self.mlp(norm.mlp(x_BTD))
+            x_BTD = norm.mlp(x_BTD + self.mlp(x_BTD))
+        else:
+            x_BTD = x_BTD + self.attn(norm.attn(x_BTD), shared, cache)
+            x_BTD = x_BTD + self.mlp(norm.mlp(x_BTD))
+        return x_BTD
 
 
 class Transformer(nn.Module):
@@ -179,12 +187,12 @@ class Transformer(nn.Module):
         return self.norm.final(x_BTD) if self.config.norm_place == "pre" else x_BTD
 
     def summary(self, hidden_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:
-        """The hidden state that a classifier looks at, [B, D]: the last real token where causal, else the first."""
-        if not self.config.causal or mask_BT is None:
+        """The hidden state that a classifier looks at, [B, D]: of the last real token where causal, else the first."""
+        if mask_BT is None:
             return hidden_BTD[:, -1 if self.config.causal else 0]
         places = torch.arange(mask_BT.shape[1], device=mask_BT.device)
-        last_B = torch.where(mask_BT, places, 0).amax(1)
-        return hidden_BTD[torch.arange(len(last_B), device=last_B.device), last_B]
+        chosen_B = torch.where(mask_BT, places, 0).amax(1) if self.config.causal else mask_BT.int().argmax(1)
+        return hidden_BTD[torch.arange(len(chosen_B), device=chosen_B.device), chosen_B]
 
     def _prepare(
         self,
@@ -205,7 +213,7 @@ class Transformer(nn.Module):
         if config.positions == "learned" and past + T > config.context and int(positions.max()) >= config.context:
             raise DataError(f"{past + T} tokens; the model has {config.context} learned positions, cut the text")
         if cache is not None and (cache.positions_BS is not None or positions.dim() == 2):
-            remember(cache, positions, mask_BT, T)
+            cache.remember(positions.expand(cache.batch, T), mask_BT)
         dtype = compute_dtype(self.embed.weight)
         full = make_view(T, past, config.causal, None, mask_BT, positions, segments_BT, cache, dtype)
         near = full
@@ -238,7 +246,7 @@ def is_whole(mask_BT: Tensor, causal: bool) -> bool:
 
 def count_positions(ids_BT: Tensor, mask_BT: Tensor | None, segments_BT: Tensor | None, cache: Cache | None) -> Tensor:
     """Positions [T], or [B, T] where rows differ: the number of real tokens before, in the row or in the segment."""
-    B, T = ids_BT.shape
+    T = ids_BT.shape[1]
     past = 0 if cache is None else cache.length
     places = torch.arange(past, past + T, device=ids_BT.device)
     if segments_BT is not None:
@@ -254,17 +262,6 @@ def count_positions(ids_BT: Tensor, mask_BT: Tensor | None, segments_BT: Tensor 
     return before + torch.arange(T, device=ids_BT.device)
 
 
-def remember(cache: Cache, positions: Tensor, mask_BT: Tensor | None, T: int) -> None:
-    """From the first padding (or given position) on, the cache keeps each slot's position and whether it is real."""
-    if cache.positions_BS is None or cache.real_BS is None:
-        before = torch.arange(cache.length, device=positions.device).expand(cache.batch, -1)
-        cache.positions_BS, cache.real_BS = before, torch.ones_like(before, dtype=torch.bool)
-    new = positions.expand(cache.batch, T)
-    real = torch.ones_like(new, dtype=torch.bool) if mask_BT is None else mask_BT
-    cache.positions_BS = torch.cat((cache.positions_BS, new), 1)
-    cache.real_BS = torch.cat((cache.real_BS, real), 1)
-
-
 def make_view(
     T: int,
     past: int,
@@ -278,10 +275,10 @@ def make_view(
 ) -> View:
     """Who sees whom: the causal order by place, the window by position, padding and other segments not at all.
 
-    A layer with a window finds in the cache only its last `window - 1` keys, then the new ones.
+    A layer with a window finds in the cache only the keys that are in sight, then the new ones.
     """
     key_mask = mask_BT if cache is None else cache.real_BS
-    S = past + T if window is None else min(past, window - 1) + T
+    S = past + T if window is None or cache is None else cache.in_sight + T
     if key_mask is None and segments_BT is None:
         if not causal or (T == 1 and (window is None or window >= S)):
             return NOTHING_HIDDEN

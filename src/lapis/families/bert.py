@@ -1,0 +1,116 @@
+"""BERT (Devlin et al. 2018): sees both ways, norms after each half, token types, a pooler, a masked-word head.
+
+Old folders spell the norms' weights gamma and beta. Leaves out: BERT as a decoder, relative positions, the
+next-sentence head (known, and left out), heads that mark tokens or spans.
+"""
+
+from typing import Any
+
+from lapis.errors import ConfigError
+from lapis.families.base import Family, refuse_shape, rules
+from lapis.families.fields import TOKENS, Fields
+
+BLOCK = "encoder.layer.{layer}."
+BOTH = "weight bias"
+RULES = (
+    *rules("embeddings.word_embeddings", "embed"),
+    *rules("embeddings.position_embeddings", "embed.position"),
+    *rules("embeddings.token_type_embeddings", "embed.types"),
+    *rules("embeddings.LayerNorm", "norm.embed", BOTH),
+    *rules(BLOCK + "attention.self.query", "attn.q", BOTH),
+    *rules(BLOCK + "attention.self.key", "attn.k", BOTH),
+    *rules(BLOCK + "attention.self.value", "attn.v", BOTH),
+    *rules(BLOCK + "attention.output.dense", "attn.o", BOTH),
+    *rules(BLOCK + "attention.output.LayerNorm", "norm.attn", BOTH),
+    *rules(BLOCK + "intermediate.dense", "mlp.up", BOTH),
+    *rules(BLOCK + "output.dense", "mlp.down", BOTH),
+    *rules(BLOCK + "output.LayerNorm", "norm.mlp", BOTH),
+    *rules("pooler.dense", "head.pooler", BOTH),
+    *rules("cls.predictions.transform.dense", "head.transform", BOTH, outside=True),
+    *rules("cls.predictions.transform.LayerNorm", "head.norm", BOTH, outside=True),
+    *rules("cls.predictions", "head", "bias", outside=True),
+    *rules("cls.predictions.decoder", "head", outside=True),
+    *rules("cls.predictions.decoder", "head", "bias", outside=True, twin=True),
+    *rules("classifier", "head.classes", BOTH, outside=True),
+)
+
+ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu",
+               "relu2": "relu2", "silu": "silu", "swish": "silu"}  # fmt: skip
+ACTIVATION_NAMES = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu", "relu2": "relu2", "silu": "silu"}
+HEADS = {"ForMaskedLM": "masked", "ForPreTraining": "masked", "ForSequenceClassification": "classes", "Model": "none"}
+HEAD_NAMES = {"masked": "ForMaskedLM", "classes": "ForSequenceClassification", "scalar": "ForSequenceClassification",
+              "none": "Model"}  # fmt: skip
+
+
+def read_config(fields: Fields) -> dict[str, Any]:
+    head = fields.head(HEADS, "none")
+    classes = fields.labels() if head == "classes" else 0
+    fields.only("position_embedding_type", "absolute")
+    fields.only("is_decoder", False)
+    fields.only("add_cross_attention", False)
+    fields.keep(*TOKENS, "initializer_range", "hidden_dropout_prob", "attention_probs_dropout_prob")
+    fields.asked.update(name for name in fields.config if name.startswith("pooler_"))
+    fields.asked.update(("directionality", "classifier_dropout", "vocab_size"))
+    return {
+        "family": "bert",
+        "dim": fields.integer("hidden_size"),
+        "layers": fields.integer("num_hidden_layers"),
+        "heads": fields.integer("num_attention_heads"),
+        "ffn_dim": fields.integer("intermediate_size"),
+        "vocab": fields.integer("vocab_size"),
+        "context": fields.integer("max_position_embeddings"),
+        "norm": "layer",
+        "norm_eps": fields.number("layer_norm_eps", 1e-12),
+        "norm_place": "post",
+        "mlp": fields.choice("hidden_act", ACTIVATIONS, "gelu"),
+        "positions": "learned",
+        "causal": False,
+        "bias": "all",
+        "tied": fields.flag("tie_word_embeddings", True),
+        "head": "scalar" if classes == 1 else head,
+        "classes": classes,
+        "types": fields.integer("type_vocab_size", 2),
+        "pooler": head in ("none", "classes"),
+    }
+
+
+def write_config(config: Any) -> dict[str, Any]:
+    refuse_shape(config, {
+        "norm": ("layer",), "norm_place": ("post",), "positions": ("learned",), "causal": (False,), "qk_norm": (False,),
+        "mlp": tuple(ACTIVATION_NAMES), "bias": ("all",), "image": (None,), "window": (None,),
+        "head": tuple(HEAD_NAMES), "kv_heads": (config.heads,),
+    })  # fmt: skip
+    if config.head_dim * config.heads != config.dim or not config.types:
+        raise ConfigError("a bert folder has head_dim = dim / heads, and at least one token type")
+    result: dict[str, Any] = {
+        "architectures": ["Bert" + HEAD_NAMES[config.head]],
+        "model_type": "bert",
+        "vocab_size": config.vocab,
+        "hidden_size": config.dim,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "intermediate_size": config.ffn_dim,
+        "hidden_act": ACTIVATION_NAMES[config.mlp],
+        "max_position_embeddings": config.context,
+        "type_vocab_size": config.types,
+        "layer_norm_eps": config.norm_eps,
+        "tie_word_embeddings": config.tied,
+        "position_embedding_type": "absolute",
+        **config.extra,
+    }
+    result.setdefault("pad_token_id", None)
+    if config.classes:
+        result["num_labels"] = config.classes
+    return result
+
+
+BERT = Family(
+    name="bert",
+    model_types=("bert",),
+    rules=RULES,
+    reader=read_config,
+    writer=write_config,
+    prefix="bert.",
+    ignored=(r"embeddings\.position_ids$", r"^cls\.seq_relationship\.(?:weight|bias)$"),
+    spellings=((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias")),
+)

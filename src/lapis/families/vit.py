@@ -1,0 +1,113 @@
+"""ViT (Dosovitskiy et al. 2020): a picture as patches, a class token before them, an encoder like BERT's, pre-norm.
+
+Leaves out: pictures of another size than config.json's, mask tokens, reading image files (bring pixels).
+"""
+
+from typing import Any
+
+from lapis.errors import CheckpointError, ConfigError
+from lapis.families.base import Family, Rule, refuse_shape, rules
+from lapis.families.bert import ACTIVATION_NAMES, ACTIVATIONS
+from lapis.families.fields import Fields
+
+BLOCK = "encoder.layer.{layer}."
+BOTH = "weight bias"
+RULES = (
+    Rule("embeddings.cls_token", ("embed.cls",), "embed.cls"),
+    Rule("embeddings.position_embeddings", ("embed.position.weight",), "embed.position", "first"),
+    *rules("embeddings.patch_embeddings.projection", "embed.patch", BOTH),
+    *rules(BLOCK + "layernorm_before", "norm.attn", BOTH),
+    *rules(BLOCK + "attention.attention.query", "attn.q", BOTH),
+    *rules(BLOCK + "attention.attention.key", "attn.k", BOTH),
+    *rules(BLOCK + "attention.attention.value", "attn.v", BOTH),
+    *rules(BLOCK + "attention.output.dense", "attn.o", BOTH),
+    *rules(BLOCK + "layernorm_after", "norm.mlp", BOTH),
+    *rules(BLOCK + "intermediate.dense", "mlp.up", BOTH),
+    *rules(BLOCK + "output.dense", "mlp.down", BOTH),
+    *rules("layernorm", "norm.final", BOTH),
+    *rules("pooler.dense", "head.pooler", BOTH),
+    *rules("classifier", "head.classes", BOTH, outside=True),
+)
+HEADS = {"ForImageClassification": "classes", "Model": "none"}
+HEAD_NAMES = {"classes": "ForImageClassification", "scalar": "ForImageClassification", "none": "Model"}
+
+
+def read_config(fields: Fields) -> dict[str, Any]:
+    head = fields.head(HEADS, "none")
+    classes = fields.labels() if head == "classes" else 0
+    size, patch = square(fields, "image_size"), square(fields, "patch_size")
+    if size % patch:
+        raise CheckpointError(f"config.json: image_size {size} is not a multiple of patch_size {patch}")
+    dim = fields.integer("hidden_size")
+    fields.only("qkv_bias", True)
+    fields.only("pooler_output_size", dim, None)
+    fields.only("pooler_act", "tanh")
+    fields.keep("initializer_range", "hidden_dropout_prob", "attention_probs_dropout_prob")
+    return {
+        "family": "vit",
+        "dim": dim,
+        "layers": fields.integer("num_hidden_layers"),
+        "heads": fields.integer("num_attention_heads"),
+        "ffn_dim": fields.integer("intermediate_size"),
+        "vocab": 0,
+        "context": (size // patch) ** 2 + 1,
+        "norm": "layer",
+        "norm_eps": fields.number("layer_norm_eps", 1e-12),
+        "mlp": fields.choice("hidden_act", ACTIVATIONS, "gelu"),
+        "positions": "learned",
+        "causal": False,
+        "bias": "all",
+        "head": "scalar" if classes == 1 else head,
+        "classes": classes,
+        "pooler": head == "none",
+        "image": {"size": size, "patch": patch, "channels": fields.integer("num_channels", 3)},
+    }
+
+
+def square(fields: Fields, name: str) -> int:
+    """A side in pixels, written as one number or as two that are equal."""
+    value = fields.config.get(name)
+    if isinstance(value, (list, tuple)) and len(value) == 2:
+        if value[0] != value[1]:
+            raise CheckpointError(f"config.json: {name} is {value!r:.40}; lapis reads squares only")
+        return Fields({name: value[0]}).integer(name)
+    return fields.integer(name)
+
+
+def write_config(config: Any) -> dict[str, Any]:
+    refuse_shape(config, {
+        "norm": ("layer",), "norm_place": ("pre",), "positions": ("learned",), "causal": (False,), "qk_norm": (False,),
+        "mlp": tuple(ACTIVATION_NAMES), "bias": ("all",), "types": (0,), "window": (None,), "head": tuple(HEAD_NAMES),
+        "kv_heads": (config.heads,),
+    })  # fmt: skip
+    if config.image is None or config.head_dim * config.heads != config.dim:
+        raise ConfigError("a vit folder has an image, and head_dim = dim / heads")
+    result: dict[str, Any] = {
+        "architectures": ["ViT" + HEAD_NAMES[config.head]],
+        "model_type": "vit",
+        "hidden_size": config.dim,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "intermediate_size": config.ffn_dim,
+        "hidden_act": ACTIVATION_NAMES[config.mlp],
+        "layer_norm_eps": config.norm_eps,
+        "image_size": config.image.size,
+        "patch_size": config.image.patch,
+        "num_channels": config.image.channels,
+        "qkv_bias": True,
+        **config.extra,
+    }
+    if config.classes:
+        result["num_labels"] = config.classes
+    return result
+
+
+VIT = Family(
+    name="vit",
+    model_types=("vit",),
+    rules=RULES,
+    reader=read_config,
+    writer=write_config,
+    prefix="vit.",
+    ignored=(r"embeddings\.mask_token$",),
+)

@@ -1,0 +1,214 @@
+"""Every family against transformers: small random models, the same logits, the same keys on disk, both ways."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors import safe_open
+
+from lapis.model import Cache, Transformer, load, save
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+DECODER = dict(hidden_size=48, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=3, intermediate_size=80,
+               vocab_size=97, max_position_embeddings=64)  # fmt: skip
+ENCODER = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=3, intermediate_size=80)
+GPT2 = dict(n_embd=48, n_layer=3, n_head=3, vocab_size=97, n_positions=40)
+BERT = dict(**ENCODER, vocab_size=97, max_position_embeddings=40)
+VIT = dict(**ENCODER, image_size=24, patch_size=8)
+
+
+def rope(kind: str, **numbers: float) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 10_000.0, **numbers}}
+
+
+LLAMA3 = rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
+YARN = rope("yarn", factor=4.0, original_max_position_embeddings=16)
+YARN_FULL = rope("yarn", factor=4.0, original_max_position_embeddings=16, beta_fast=16.0, beta_slow=2.0, mscale=0.7,
+                 mscale_all_dim=1.2, truncate=False)  # fmt: skip
+
+# name -> (model class in transformers, its config's options)
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaForCausalLM", {**DECODER}),
+    "llama-tied-biases-headdim": (
+        "LlamaForCausalLM",
+        {**DECODER, "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True, "head_dim": 20},
+    ),
+    "llama-odd-heads-mqa": (
+        "LlamaForCausalLM",
+        {**DECODER, "hidden_size": 40, "num_attention_heads": 5, "num_key_value_heads": 1, "mlp_bias": True},
+    ),
+    "llama-mha-gelu": (
+        "LlamaForCausalLM",
+        {**DECODER, "num_key_value_heads": 6, "hidden_act": "gelu", "attention_bias": True},
+    ),
+    "llama-rope-llama3": ("LlamaForCausalLM", {**DECODER, **LLAMA3}),
+    "llama-rope-linear": ("LlamaForCausalLM", {**DECODER, **rope("linear", factor=3.0)}),
+    "llama-rope-dynamic": (
+        "LlamaForCausalLM",
+        {**DECODER, **rope("dynamic", factor=4.0), "max_position_embeddings": 8},
+    ),
+    "llama-rope-yarn": ("LlamaForCausalLM", {**DECODER, **YARN}),
+    "llama-rope-yarn-all": ("LlamaForCausalLM", {**DECODER, **YARN_FULL}),
+    "llama-bare": ("LlamaModel", {**DECODER}),
+    "llama-classes": ("LlamaForSequenceClassification", {**DECODER, "num_labels": 3, "pad_token_id": 96}),
+    "llama-scalar": ("LlamaForSequenceClassification", {**DECODER, "num_labels": 1, "pad_token_id": 96}),
+    "mistral": ("MistralForCausalLM", {**DECODER, "sliding_window": None}),
+    "mistral-window": ("MistralForCausalLM", {**DECODER, "sliding_window": 5, "tie_word_embeddings": True}),
+    "mistral-headdim": ("MistralForCausalLM", {**DECODER, "sliding_window": 12, "head_dim": 24}),
+    "qwen2-tied": ("Qwen2ForCausalLM", {**DECODER, "tie_word_embeddings": True}),
+    "qwen2-window-of-later-layers": (
+        "Qwen2ForCausalLM",
+        {**DECODER, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+    ),
+    "qwen2-yarn": ("Qwen2ForCausalLM", {**DECODER, **YARN, "num_attention_heads": 3, "num_key_value_heads": 1}),
+    "qwen3-tied": ("Qwen3ForCausalLM", {**DECODER, "head_dim": 32, "tie_word_embeddings": True}),
+    "qwen3-biases": ("Qwen3ForCausalLM", {**DECODER, "head_dim": 10, "attention_bias": True}),
+    "qwen3-window": (
+        "Qwen3ForCausalLM",
+        {**DECODER, "head_dim": 16, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2},
+    ),
+    "gpt2": ("GPT2LMHeadModel", {**GPT2}),
+    "gpt2-untied-inner": ("GPT2LMHeadModel", {**GPT2, "tie_word_embeddings": False, "n_inner": 70}),
+    "gpt2-relu2": ("GPT2LMHeadModel", {**GPT2, "activation_function": "relu2", "n_head": 1}),
+    "gpt2-bare": ("GPT2Model", {**GPT2}),
+    "gpt2-classes": ("GPT2ForSequenceClassification", {**GPT2, "num_labels": 4, "pad_token_id": 96}),
+    "bert": ("BertModel", {**BERT}),
+    "bert-masked": ("BertForMaskedLM", {**BERT, "hidden_act": "gelu_new"}),
+    "bert-masked-untied": ("BertForMaskedLM", {**BERT, "tie_word_embeddings": False, "type_vocab_size": 3}),
+    "bert-classes": ("BertForSequenceClassification", {**BERT, "num_labels": 5, "num_attention_heads": 1}),
+    "vit": ("ViTModel", {**VIT}),
+    "vit-classes": ("ViTForImageClassification", {**VIT, "num_labels": 7}),
+    "vit-gray-scalar": (
+        "ViTForImageClassification",
+        {**VIT, "num_labels": 1, "num_channels": 1, "patch_size": 4, "hidden_act": "relu"},
+    ),
+}
+CAUSAL = [name for name, (kind, _) in CASES.items() if kind.endswith(("CausalLM", "LMHeadModel"))]
+
+
+@dataclass
+class Pair:
+    """A model of transformers, the folder it saved, and ours, loaded from that folder."""
+
+    name: str
+    theirs: Any
+    ours: Transformer
+    folder: Path
+
+    def inputs(self, batch: int = 2, length: int = 20) -> torch.Tensor:
+        torch.manual_seed(1)
+        image = self.ours.config.image
+        if image:
+            return torch.randn(batch, image.channels, image.size, image.size)
+        return torch.randint(0, 96, (batch, length))
+
+    def expected(self, model: Any, inputs: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """What transformers gives; positions count real tokens, as its own `generate` and ours do."""
+        options: dict[str, Any] = {}
+        if mask is not None:
+            options["attention_mask"] = mask.long()
+            if "Sequence" not in type(model).__name__ or self.ours.config.positions == "learned":
+                options["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)
+        out = model(inputs, **options)
+        return out.logits if hasattr(out, "logits") else out.last_hidden_state
+
+
+@pytest.fixture(scope="module", params=CASES)
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    kind, options = CASES[request.param]
+    model_class = getattr(transformers, kind)
+    torch.manual_seed(0)
+    theirs = model_class(model_class.config_class(**options)).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():  # norms and biases away from 1 and 0, so that a mix-up shows
+            parameter.add_(torch.randn_like(parameter) * (0.1 if parameter.dim() == 1 else 0.05))
+        folder = tmp_path_factory.mktemp("model")
+        theirs.save_pretrained(folder)
+        yield Pair(request.param, theirs, load(folder), folder)
+
+
+def keys(folder: Path) -> dict[str, list[int]]:
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+
+
+def gap(a: torch.Tensor, b: torch.Tensor) -> float:
+    return (a.float() - b.float()).abs().max().item()
+
+
+def test_logits_equal_transformers(pair: Pair) -> None:
+    inputs = pair.inputs()
+    if "classes" in pair.name or "scalar" in pair.name:
+        inputs = inputs[:1]  # transformers wants a pad token to know where rows of a batch end
+    assert gap(pair.ours(inputs), pair.expected(pair.theirs, inputs)) <= 1e-5
+
+
+def test_padding_on_either_side_changes_nothing(pair: Pair) -> None:
+    if pair.ours.config.image:
+        return
+    ids = pair.inputs()
+    for side in ("left", "right"):
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        mask[0, :7] = False
+        padded = ids.masked_fill(~mask, 96)
+        if side == "right":
+            mask, padded = mask.flip(1), padded.flip(1)
+        ours, theirs = pair.ours(padded, mask), pair.expected(pair.theirs, padded, mask)
+        alone = pair.ours(padded[:1, mask[0]])
+        if ours.dim() == 2:
+            assert gap(ours[:1], alone) <= 1e-5, side
+            if pair.ours.config.causal or side == "right":  # their encoders look at the first token, padding or not
+                assert gap(ours, theirs) <= 1e-5, side
+        elif "dynamic" in pair.name:  # its angles depend on the longest row of the batch, in transformers too
+            assert gap(ours[mask], theirs[mask]) <= 1e-5, side
+        else:
+            assert gap(ours[mask], theirs[mask]) <= 1e-5 and gap(ours[0, mask[0]], alone[0]) <= 1e-5, side
+
+
+def test_bf16_stays_close_to_transformers_bf16(pair: Pair) -> None:
+    inputs = pair.inputs(1)
+    inputs = inputs.bfloat16() if inputs.is_floating_point() else inputs
+    ours = load(pair.folder, torch.bfloat16)
+    assert ours(inputs).dtype == torch.bfloat16
+    theirs = type(pair.theirs).from_pretrained(pair.folder, dtype=torch.bfloat16)
+    assert gap(ours(inputs), pair.expected(theirs, inputs)) <= 2e-2 * max(1.0, ours(inputs).abs().max().item())
+
+
+def test_a_saved_folder_loads_in_transformers_with_the_same_keys(pair: Pair, tmp_path: Path) -> None:
+    save(pair.ours, tmp_path)
+    assert keys(tmp_path) == keys(pair.folder)
+    again, info = type(pair.theirs).from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    inputs = pair.inputs(1)
+    assert gap(pair.expected(again, inputs), pair.ours(inputs)) <= 1e-5
+    assert load(tmp_path).config == pair.ours.config
+    assert load(tmp_path).notes == []
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        assert getattr(again.config, name, None) == getattr(pair.theirs.config, name, None)
+
+
+@pytest.mark.parametrize("pair", CAUSAL, indirect=True)
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
+def test_cached_logits_equal_uncached(pair: Pair, padding: str) -> None:
+    """Prefill, a second chunk, then token by token; past the window, where there is one."""
+    if "dynamic" in pair.name:
+        return  # keys are turned by the angles of the time they came in; transformers does the same
+    ids = pair.inputs(length=24)
+    mask = None
+    if padding != "none":
+        mask = torch.ones(2, 24, dtype=torch.bool)
+        mask[0, slice(0, 4) if padding == "left" else slice(6, 10)] = False
+    cache = Cache(pair.ours.config, 2, 4)
+    chunks = [slice(0, 10), slice(10, 13), *(slice(i, i + 1) for i in range(13, 24))]
+    parts = []
+    for chunk in chunks:
+        part_mask = mask[:, chunk] if mask is not None and chunk.start == 0 else None
+        parts.append(pair.ours(ids[:, chunk], part_mask, cache=cache))
+    real = torch.ones(2, 24, dtype=torch.bool) if mask is None else mask
+    assert gap(torch.cat(parts, 1)[real], pair.ours(ids, mask)[real]) <= 1e-5
