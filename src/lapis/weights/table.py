@@ -13,6 +13,7 @@ from lapis.weights.measures import Sums, direction, ratio
 
 if TYPE_CHECKING:
     import pandas
+    import plotly.graph_objects as go
 
 OUTLIER = 6.0  # robust z-score from which a row stands apart
 
@@ -119,6 +120,26 @@ class DiffTable:
             raise MissingExtra("pandas", "data") from None
         return pandas.DataFrame(self.to_json()["rows"] if rows else self.tensors)
 
+    def finding(self) -> str:
+        """One sentence: where the change is largest, and how far the direction turned."""
+        cells = [cell for cell in self.by("layer", "component", "kind") if cell["kind"] == "weight"]
+        most = max(cells, key=lambda cell: cell["relative_norm"])
+        turned = max(cells, key=lambda cell: cell["angle"])
+        return (
+            f"{_place(most)} changed most, by {most['relative_norm']:.2%} of its length; "
+            f"{'it' if turned is most else _place(turned)} turned most, by {turned['angle']:.2f} degrees"
+        )
+
+    def plot(self, rows: bool = False) -> "go.Figure":
+        """A picture: layer by component, or, with rows, how far each token's row moved."""
+        from lapis.report import plots
+
+        if not rows:
+            return plots.layer_heatmap(self.by("layer", "component", "kind"), self.finding())
+        first = self.rows[0]["tensor"] if self.rows else ""
+        named = ", ".join(row["token"] for row in self.moved(3))
+        return plots.embedding_rows([row for row in self.rows if row["tensor"] == first], f"{named} moved most")
+
     def __str__(self) -> str:
         lines = [f"{'layer':>6} {'cosine':>9} {'|b-a|/|a|':>10} {'identical':>10}"]
         for group in self.by("layer"):
@@ -127,6 +148,10 @@ class DiffTable:
                 f"{layer:>6} {group['cosine']:>9.6f} {group['relative_norm']:>10.3e} {group['identical']:>10.1%}"
             )
         return "\n".join(lines + self.notes)
+
+
+def _place(cell: dict[str, Any]) -> str:
+    return cell["component"] if cell["layer"] is None else f"{cell['component']} of layer {cell['layer']}"
 
 
 def _of_rows(rows: Sequence[dict[str, Any]]) -> dict[str, float]:

@@ -1,0 +1,98 @@
+"""`lapis graft`: the chat vector from the command line."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any, Literal
+
+from cyclopts import Parameter
+
+from lapis.cli.output import console, progress, show, size
+
+
+def graft(
+    *,
+    base: str,
+    chat: Annotated[list[str], Parameter(negative="")],
+    onto: str,
+    out: str,
+    scale: Annotated[list[str] | None, Parameter(negative="")] = None,
+    embeddings: Literal["keep", "add"] = "keep",
+    norms: Literal["keep", "add"] = "keep",
+    overwrite: bool = False,
+    allow_nonfinite: bool = False,
+    dry_run: bool = False,
+    smoke: bool = True,
+    json: bool = False,
+) -> None:
+    """Write onto + scale * (chat - base): a model's ability to chat, added to another by arithmetic on weights.
+
+    Parameters
+    ----------
+    base
+        The model that chat was tuned from.
+    chat
+        Its chat version. Given several times, their differences are stacked.
+    onto
+        The continuation of base that is to chat.
+    out
+        A new folder.
+    scale
+        1.0, or 0-7=0.5,8-23=1, or attn=1,mlp=0.5, or a YAML file; one for all chats, or one for each.
+    embeddings
+        keep: onto's, with chat's rows for the template's tokens. add: the difference as well, for shared tokens.
+    norms
+        keep: onto's. add: the difference as well.
+    overwrite
+        Swap an existing folder for the new one, whole.
+    allow_nonfinite
+        Count NaN and Inf instead of stopping.
+    dry_run
+        Check everything and say what would be done; read no weights, write nothing.
+    smoke
+        At the end load the result and compare its predictions with onto's and chat's on a few prompts.
+    json
+        Print one JSON object.
+    """
+    from lapis.weights.graft import graft as run
+
+    with bar("grafting") as tell:
+        result = run(
+            base, chat, onto, out, scale or ["1.0"], embeddings, norms,
+            overwrite=overwrite, allow_nonfinite=allow_nonfinite, dry_run=dry_run, progress=tell,
+        )  # fmt: skip
+    show(result.to_json(), json, lambda: told(result))
+
+
+@contextmanager
+def bar(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar for jobs that count bytes of output; yields progress(done, total)."""
+    with progress() as shown:
+        task = shown.add_task(what, total=None, rate="")
+
+        def tell(done: int, total: int) -> None:
+            speed = shown.tasks[task].speed
+            shown.update(task, completed=done, total=total, rate=f"{size(speed)}/s" if speed else "")
+
+        yield tell
+
+
+def told(result: Any) -> None:
+    """What a graft or merge did, in a few lines."""
+    counts = ", ".join(f"{number:,} tensors {action}" for action, number in result.tensors.items())
+    if result.dry_run:
+        needs = result.needs
+        console.print(f"would write {result.out}: {counts}")
+        console.print(f"needs {size(needs['disk_bytes'])} of disk and {size(needs['memory_bytes'])} of buffers")
+    else:
+        console.print(f"{result.out}: {counts}")
+        resumed = f" ({size(result.bytes_resumed)} were there from before)" if result.bytes_resumed else ""
+        console.print(
+            f"read {size(result.bytes_read)}, wrote {size(result.bytes_written)}{resumed} in {result.seconds:.1f} s; "
+            f"peak memory {size(result.peak_memory_bytes)}"
+        )
+    if result.lost_to_rounding is not None:
+        console.print(f"rounding took {result.lost_to_rounding:.2%} of the difference (by norm)")
+    if result.nonfinite:
+        console.print(f"{result.nonfinite:,} NaN or Inf were kept")
+    for note in result.notes:
+        console.print(f"- {note}")
