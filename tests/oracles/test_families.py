@@ -15,10 +15,12 @@ from lapis.model import Cache, Transformer, load, save
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
-DECODER = dict(hidden_size=48, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=3, intermediate_size=80,
-               vocab_size=97, max_position_embeddings=64)  # fmt: skip
-ENCODER = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=3, intermediate_size=80)
-GPT2 = dict(n_embd=48, n_layer=3, n_head=3, vocab_size=97, n_positions=40)
+DECODER = {
+    "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 3,
+    "intermediate_size": 80, "vocab_size": 97, "max_position_embeddings": 64,
+}  # fmt: skip
+ENCODER = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 80}
+GPT2 = {"n_embd": 48, "n_layer": 3, "n_head": 3, "vocab_size": 97, "n_positions": 40}
 BERT = dict(**ENCODER, vocab_size=97, max_position_embeddings=40)
 VIT = dict(**ENCODER, image_size=24, patch_size=8)
 
@@ -127,7 +129,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     theirs = model_class(model_class.config_class(**options)).eval()
     with torch.no_grad():
         for parameter in theirs.parameters():  # norms and biases away from 1 and 0, so that a mix-up shows
-            parameter.add_(torch.randn_like(parameter) * (0.1 if parameter.dim() == 1 else 0.05))
+            parameter.add_(torch.randn_like(parameter) * (0.1 if parameter.dim() == 1 else 0.04))
         folder = tmp_path_factory.mktemp("model")
         theirs.save_pretrained(folder)
         yield Pair(request.param, theirs, load(folder), folder)
@@ -135,7 +137,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 def keys(folder: Path) -> dict[str, list[int]]:
     with safe_open(folder / "model.safetensors", "pt") as file:
-        return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+        return {name: file.get_slice(name).get_shape() for name in file.keys()}
 
 
 def gap(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -177,7 +179,9 @@ def test_bf16_stays_close_to_transformers_bf16(pair: Pair) -> None:
     ours = load(pair.folder, torch.bfloat16)
     assert ours(inputs).dtype == torch.bfloat16
     theirs = type(pair.theirs).from_pretrained(pair.folder, dtype=torch.bfloat16)
-    assert gap(ours(inputs), pair.expected(theirs, inputs)) <= 2e-2 * max(1.0, ours(inputs).abs().max().item())
+    got = ours(inputs)
+    scale = got.abs().max().item() if pair.ours.config.head == "none" else 1.0  # states, unlike logits, are large
+    assert gap(got, pair.expected(theirs, inputs)) <= 2e-2 * scale
 
 
 def test_a_saved_folder_loads_in_transformers_with_the_same_keys(pair: Pair, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ Shapes: B batch, T time, S time of keys, D model dim, H heads, K heads of keys, 
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lapis.model.cache import Cache

@@ -9,7 +9,7 @@ Shapes: B batch, T time, D model dim, V vocabulary, C classes.
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lapis.model.config import MLP_KINDS, ModelConfig

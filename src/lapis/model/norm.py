@@ -4,7 +4,7 @@ Leaves out: BatchNorm, norms without weights.
 """
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lapis.model.config import ModelConfig

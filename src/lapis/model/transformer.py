@@ -9,7 +9,7 @@ Shapes: B batch, T time, S time of keys, D model dim, V vocabulary, C classes.
 import math
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lapis.errors import DataError
