@@ -129,6 +129,8 @@ class Transformer(nn.Module):
         """Draws all weights anew from torch's generator."""
         residual_std = INIT_STD / math.sqrt(2 * self.config.layers)
         for name, parameter in self.named_parameters():
+            if parameter.is_meta:
+                continue  # nothing to draw; and torch would import its compiler for it, which takes a second
             if name.endswith("bias"):
                 parameter.zero_()
             elif "norm" in name:
