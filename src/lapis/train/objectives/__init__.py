@@ -3,7 +3,7 @@
 A new objective is one class and one line in OBJECTIVES; its options and their help come from its signature.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
@@ -45,6 +45,6 @@ class Objective(Protocol):
 
 from lapis.train.objectives.supervised import Causal, Chat  # noqa: E402  (they follow the protocol above)
 
-OBJECTIVES: dict[str, type[Objective]] = {"causal": Causal, "chat": Chat}
+OBJECTIVES: dict[str, Callable[..., Objective]] = {"causal": Causal, "chat": Chat}
 
 __all__ = ["OBJECTIVES", "Causal", "Chat", "Cursor", "Metrics", "Objective"]
