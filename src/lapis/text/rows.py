@@ -181,7 +181,7 @@ class Rows:
             a, b = int(starts[chat]), int(starts[chat + 1])
             n = b - a - 1
             ids[at : at + n] = tokens[a : b - 1]
-            targets[at : at + n] = np.where(said[a + 1 : b] == 1, tokens[a + 1 : b], IGNORE)
+            targets[at : at + n] = np.where(said[a + 1 : b] == 1, tokens[a + 1 : b].astype(np.int64), IGNORE)
             segments[at : at + n] = segment
             positions[at : at + n] = np.arange(n)
             at += n
