@@ -7,6 +7,7 @@ theme.py   the colors, fonts and axes that all of them share
 Nothing here knows of models or tensors, and plotly is imported when the first figure is made, not before.
 """
 
-from lapis.report.page import Column, Page
+from lapis.report.markup import Column
+from lapis.report.page import Page
 
 __all__ = ["Column", "Page"]

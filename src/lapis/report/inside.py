@@ -32,22 +32,48 @@ def lens_grid(rows: Iterable[Row], title: str) -> go.Figure:
         z.append([cell["top"][0][1] if cell else None for cell in line])
         words.append([plain(cell["top"][0][0], 9) if cell else "" for cell in line])
         hover.append([_top(cell["top"]) if cell else "" for cell in line])
-    height = 26 * len(layers) + 150
-    figure = theme.new_figure(title, height=height, min_width=64 * len(positions) + 70)
+    inner = 26 * len(layers)
+    figure = theme.new_figure(
+        title, height=inner + theme.TITLE + 56 + 58, min_width=64 * len(positions) + 70, legend=False
+    )
+    figure.update_layout(margin={"t": theme.TITLE + 56, "b": 58}, dragmode=False)
     figure.add_heatmap(
-        x=positions, y=layers, z=z, text=words, customdata=hover, texttemplate="%{text}", textfont={"size": 12},
-        coloraxis="coloraxis", xgap=1, ygap=1, hoverongaps=False,
-        hovertemplate="<b>layer %{y}, after position %{x}</b><br>%{customdata}<extra></extra>",
+        x=positions, y=layers, z=z, customdata=hover, coloraxis="coloraxis", xgap=1, ygap=1, hoverongaps=False,
+        hovertemplate="<b>layer %{y}, after %{x}</b><br>%{customdata}<extra></extra>",
     )  # fmt: skip
-    bar: dict[str, Any] = {
-        "orientation": "h", "thickness": 8, "len": 180, "lenmode": "pixels", "x": 0, "xanchor": "left", "y": 1,
-        "yanchor": "bottom", "ypad": 6, "xpad": 0, "tickvals": [0, 0.5, 1], "tickformat": ".0%", "ticks": "",
-        "title": {"text": "probability", "side": "top", "font": {"size": 12, "color": color("quiet")}},
-    }  # fmt: skip
-    figure.update_layout(coloraxis={"colorscale": theme.scale(), "cmin": 0, "cmax": 1, "colorbar": bar}, margin_t=96)
-    theme.axis_title(figure, "prompt, token by token", "layer")
-    figure.update_xaxes(tickvals=positions, ticktext=[tokens[p] for p in positions], showgrid=False, tickangle=0)
-    figure.update_yaxes(tickvals=layers[:: -(-len(layers) // 16)], showgrid=False)
+    for role, bright in (("ink", False), ("paper", True)):
+        # Words on strong cells take the color of the paper, so that they read in light and in dark.
+        mine = [
+            (position, layer, words[i][j])
+            for i, layer in enumerate(layers)
+            for j, position in enumerate(positions)
+            if words[i][j] and ((z[i][j] or 0.0) > 0.5) == bright
+        ]
+        figure.add_scatter(
+            x=[place[0] for place in mine], y=[place[1] for place in mine], text=[place[2] for place in mine],
+            mode="text", textfont={"size": 12, "color": color(role)}, hoverinfo="skip", showlegend=False,
+        )  # fmt: skip
+    figure.update_layout(
+        coloraxis=theme.color_axis(
+            theme.BLUES, 0, 1, x=0, xanchor="left", y=1 + 4 / inner, len=180, lenmode="pixels",
+            tickvals=[0, 0.5, 1], tickformat=".0%",
+            title={"text": "probability", "side": "top", "font": {"size": 12, "color": color("quiet")}},
+        )
+    )  # fmt: skip
+    figure.add_annotation(
+        text="prompt, token by token →", xref="x domain", yref="y domain", x=0, y=0, xanchor="left", yshift=-40,
+        font={"size": 13},
+    )  # fmt: skip
+    theme.axis_title(figure, "", "layer")
+    edge = 0.5
+    figure.update_xaxes(
+        tickvals=positions, ticktext=[tokens[p] for p in positions], showgrid=False, tickangle=0,
+        range=[positions[0] - edge, positions[-1] + edge] if positions else None,
+    )  # fmt: skip
+    figure.update_yaxes(
+        tickvals=layers[:: -(-len(layers) // 16)], showgrid=False,
+        range=[layers[0] - edge, layers[-1] + edge] if layers else None,
+    )  # fmt: skip
     return figure
 
 
@@ -84,11 +110,7 @@ def rank_trajectories(rows: Iterable[Row], title: str) -> go.Figure:
             cliponaxis=False,
         )
     theme.axis_title(figure, "layer", "rank of the word (1 = said next)")
-    powers = range(len(str(worst)))
-    figure.update_yaxes(
-        type="log", autorange="reversed", tickvals=[10**power for power in powers],
-        ticktext=[f"{10**power:,}" for power in powers],
-    )  # fmt: skip
+    figure.update_yaxes(type="log", autorange="reversed", **theme.powers(1, worst))
     figure.update_xaxes(tickformat="d", nticks=14)
     theme.adapt(figure, height=380, xaxis__nticks=7)
     return figure
@@ -103,12 +125,14 @@ def attention_map(rows: Iterable[Row], tokens: Sequence[str], title: str) -> go.
     kept = list(rows)
     labels = [plain(token, 12) for token in tokens]
     count = len(labels)
-    figure = theme.new_figure(title)
     one = len(kept) == 1
-    theme.panels(
-        figure, [str(row["head"]) for row in kept], height=max(30 * count, 240) if one else 230, wide=min(4, len(kept)),
-        narrow=1 if one else 2, gap=50,
+    figure = theme.new_figure(title, max_width=48 * count + 220 if one else 0, legend=False)
+    height = 34 * count + 20 if one else 165
+    wide, small = theme.panels(
+        figure, [str(row["head"]) for row in kept], height=height, wide=min(4, len(kept)), narrow=1 if one else 2,
+        gap=46, top=58,
     )  # fmt: skip
+    figure.update_layout(margin_r=28)
     ticks = list(range(count))
     for i, row in enumerate(kept, 1):
         number = "" if i == 1 else str(i)
@@ -127,9 +151,11 @@ def attention_map(rows: Iterable[Row], tokens: Sequence[str], title: str) -> go.
         )
         if one:
             theme.axis_title(figure, "looked at", "looking")
-    bar: dict[str, Any] = {
-        "orientation": "h", "thickness": 8, "len": 150, "lenmode": "pixels", "x": 1, "xanchor": "right", "y": 1,
-        "yanchor": "bottom", "ypad": 22, "xpad": 0, "tickvals": [0, 0.5, 1], "tickformat": ".0%", "ticks": "",
-    }  # fmt: skip
-    figure.update_layout(coloraxis={"colorscale": theme.scale(), "cmin": 0, "cmax": 1, "colorbar": bar})
+    figure.update_layout(
+        coloraxis=theme.color_axis(
+            theme.BLUES, 0, 1, x=1, xanchor="right", y=1 + 26 / wide, len=150, lenmode="pixels",
+            tickvals=[0, 0.5, 1], tickformat=".0%",
+        )
+    )  # fmt: skip
+    theme.adapt(figure, coloraxis__colorbar__y=1 + 26 / small)
     return figure

@@ -84,9 +84,10 @@ def table(
     heads = [column if isinstance(column, Column) else Column(column) for column in columns]
     numeric = [_numeric(rows, head.key) for head in heads]
     best = [_best(rows, head) for head in heads]
-    lines = [f'<div class="table wide" role="region" tabindex="0" aria-label="{escape(title or "table")}">', "<table>"]
-    if title:
-        lines.append(f"<caption><h{level}>{prose(title)}</h{level}></caption>")
+    words = escape(title or "The numbers")
+    lines = ['<div class="table">', f"<h{level}>{prose(title)}</h{level}>" if title else ""]
+    lines += [f'<div class="wide" role="region" tabindex="0" aria-label="{words}">']
+    lines += [f'<table class="marked" aria-label="{words}">' if mark else f'<table aria-label="{words}">']
     lines += ["<thead>", *_head(heads, numeric, sortable), "</thead>", "<tbody>"]
     for row in rows:
         cells = []
@@ -104,7 +105,7 @@ def table(
         name = str(row.get(heads[0].key))
         css_row = ' class="mark"' if name in mark else ""
         lines.append(f"<tr{css_row}>{''.join(cells)}</tr>")
-    lines += ["</tbody>", "</table>"]
+    lines += ["</tbody>", "</table>", "</div>"]
     if caption:
         lines.append(f'<p class="caption">{prose(caption)}</p>')
     return "\n".join([*lines, "</div>"])
@@ -119,7 +120,8 @@ def _best(rows: Sequence[Row], column: Column) -> float | None:
     values = [row[column.key] for row in rows if column.show(row.get(column.key)) != "–"]
     if not column.best or len(values) < 2:
         return None
-    return min(values) if column.best == "min" else max(values)
+    best: float = min(values) if column.best == "min" else max(values)
+    return best
 
 
 def _head(heads: Sequence[Column], numeric: Sequence[bool], sortable: bool) -> list[str]:

@@ -61,22 +61,33 @@
     const room = printing ? 680 : plot.parentElement.clientWidth;
     const narrow = room < 600;
     if (narrow) for (const [path, value] of Object.entries(meta.narrow ?? {})) put(layout, path, value);
-    const width = printing ? room : Math.max(room, meta.min_width ?? 0);
+    const width = printing ? room : Math.max(Math.min(room, meta.max_width || room), meta.min_width || 0);
     plot.style.width = `${width}px`;
     plot.style.height = `${layout.height}px`;
     let spec = { data: traces, layout: { ...layout, template: look.template } };
     if (dark.matches && !printing) spec = darken(spec, "");
     Object.assign(spec.layout, { width, autosize: false });
     if (narrow || touch.matches) spec.layout.dragmode = false;   // a finger scrolls the page
-    const config = {
-      displaylogo: false, responsive: false, displayModeBar: narrow || touch.matches ? false : "hover",
-      modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d", "zoomIn2d", "zoomOut2d", "pan2d", "zoom2d"],
-      toImageButtonOptions: { format: "png", scale: 2 },
-    };
     plot.dataset.room = room;
     for (const note of plot.querySelectorAll(":scope > p")) note.remove();
-    await Plotly.react(plot, spec.data, spec.layout, config);
+    await Plotly.react(plot, spec.data, spec.layout, { displayModeBar: false, responsive: false });
     plot.dataset.drawn = dark.matches && !printing ? "dark" : "light";
+  }
+
+  // A picture to keep: always light, with its title, as wide as it is shown.
+  function keep(plot) {
+    const { data: traces, layout } = JSON.parse(plot.parentElement.querySelector("script").textContent);
+    const title = plot.closest("figure").querySelector("h2, h3")?.textContent ?? "";
+    const text = title.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
+    const [width, height] = [Math.max(plot.clientWidth, 720), layout.height + 40];
+    const margin = { ...layout.margin, t: (layout.margin?.t ?? 40) + 40 };
+    const whole = { ...layout, template: look.template, title: { text }, margin, width, height, paper_bgcolor: "#ffffff" };
+    const filename = title.toLowerCase().replace(/[^\p{L}\p{N}]+/gu, "-").replace(/^-|-$/g, "").slice(0, 60) || "figure";
+    return Plotly.downloadImage({ data: traces, layout: whole }, { format: "png", width, height, scale: 2, filename });
+  }
+  for (const button of document.querySelectorAll("button.keep")) {
+    button.addEventListener("click", () => keep(button.closest("figure").querySelector(".plot")));
+    button.hidden = false;
   }
 
   const drawAll = () => Promise.all(plots.map(draw));

@@ -16,6 +16,7 @@ Writing the string to disk is the caller's (checkpoint/commit.py), so that a rep
 from __future__ import annotations
 
 import base64
+import copy
 import hashlib
 import json
 import zlib
@@ -115,13 +116,19 @@ class Page:
         alt: what a reader who cannot see it should know (default: title and caption). rows: the numbers behind the
         figure, offered as a folded table (all keys of the first row, or `columns`).
         """
-        spec: dict[str, Any] = json.loads(figure.to_json()) if hasattr(figure, "to_json") else dict(figure)
+        spec: dict[str, Any] = (
+            json.loads(figure.to_json()) if hasattr(figure, "to_json") else copy.deepcopy(dict(figure))
+        )
         layout = dict(spec.get("layout", {}))
         layout.pop("template", None)
         meta = layout.get("meta") or {}
         title = meta.get("title", "") or (layout.get("title") or {}).get("text", "")
-        if layout.pop("title", None) and meta:
-            layout["margin"] = {**layout.get("margin", {}), "t": layout.get("margin", {}).get("t", 76) - 36}
+        layout.pop("title", None)
+        if "title" in meta:
+            layout["margin"] = {**layout["margin"], "t": layout["margin"]["t"] - theme.TITLE}
+            layout["height"] -= theme.TITLE
+            if "height" in meta["narrow"]:
+                meta["narrow"]["height"] -= theme.TITLE
         height = layout.setdefault("height", 400)
         self._figures += 1
         level = self._level()
@@ -136,6 +143,7 @@ class Page:
         )
         if caption:
             block += f"<figcaption>{prose(caption)}</figcaption>\n"
+        block += '<div class="tools"><button class="keep" type="button" hidden>Save as PNG</button></div>\n'
         if rows:
             inner = markup.table(rows, columns or list(rows[0]), "", sortable=True)
             block += f"<details><summary>The numbers</summary>\n{inner}\n</details>\n"

@@ -3,7 +3,7 @@
 A figure is made in the light colors. A page swaps each of them for its dark twin when the reader prefers dark, so a
 color is written once, by its role. What a figure does on a narrow screen stands in `layout.meta`: `narrow` holds the
 layout settings (dotted path -> value) that replace the wide ones there, `min_width` the pixels below which the
-picture scrolls sideways inside its own box.
+picture scrolls sideways inside its own box, `max_width` those beyond which it does not grow.
 
 The six series colors keep apart under protanopia, deuteranopia and tritanopia (tests/report/test_theme.py measures
 it), and each series also has its own dash and marker. This file leaves out which picture shows what: see plots.py.
@@ -12,6 +12,7 @@ it), and each series also has its own dash and marker. This file leaves out whic
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -27,12 +28,13 @@ COLORS: dict[str, tuple[str, str]] = {
     "rule": ("#e3dfd4", "#2f343e"),
     "quiet": ("#5b616b", "#a4acb9"),
     "ink": ("#1c2026", "#e7e9ed"),
-    "lapis": ("#1a3aa8", "#5c9dff"),
+    "lapis": ("#1633a8", "#4590ff"),
     "orange": ("#b04310", "#ef7526"),
-    "teal": ("#1b9d92", "#2cc4b3"),
+    "teal": ("#1b9d92", "#3cceb8"),
     "gold": ("#bc8805", "#e6c83a"),
     "purple": ("#854698", "#b862ab"),
     "slate": ("#3b4048", "#dfe5f2"),
+    "on_bright": ("#14171b", "#101317"),  # text on teal and gold, which are bright in both modes
 }
 SERIES = ("lapis", "orange", "teal", "gold", "purple", "slate")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
@@ -58,6 +60,8 @@ AMBERS = (
     ("#8e5317", "#e3b252"),
     ("#4d2a09", "#fdecc2"),
 )
+
+TITLE, LEGEND = 36, 40  # pixels above a plot; a page writes the title itself and takes TITLE away again
 
 SANS = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Noto Sans', 'Noto Sans CJK SC', 'Liberation Sans', sans-serif"
 
@@ -112,16 +116,18 @@ def _visible(character: str) -> str:
 
 def template() -> dict[str, Any]:
     """The plotly template (light); a page swaps its colors for dark ones."""
+    title = {"font": {"color": color("quiet"), "size": 13}, "standoff": 8}
     axis = {
         "gridcolor": color("rule"),
         "linecolor": color("rule"),
         "zerolinecolor": color("rule"),
         "tickcolor": color("rule"),
         "tickfont": {"color": color("quiet"), "size": 12},
-        "title": {"font": {"color": color("quiet"), "size": 13}, "standoff": 8},
+        "title": title,
         "zeroline": False,
         "automargin": True,
         "ticks": "",
+        "ticklabelstandoff": 4,
     }
     return {
         "layout": {
@@ -131,7 +137,7 @@ def template() -> dict[str, Any]:
             "paper_bgcolor": "rgba(0,0,0,0)",
             "plot_bgcolor": "rgba(0,0,0,0)",
             "margin": {"l": 8, "r": 12, "t": 40, "b": 8},
-            "xaxis": axis,
+            "xaxis": {**axis, "title": {**title, "standoff": 14}},
             "yaxis": axis,
             "legend": {"orientation": "h", "x": 0, "y": 1.02, "xanchor": "left", "yanchor": "bottom", "title": {}},
             "hoverlabel": {
@@ -142,23 +148,48 @@ def template() -> dict[str, Any]:
             },
             "hovermode": "closest",
             "annotationdefaults": {"font": {"color": color("quiet"), "size": 12}, "showarrow": False},
-            "coloraxis": {"colorbar": {"outlinewidth": 0, "tickfont": {"color": color("quiet"), "size": 11}}},
         }
     }
 
 
-def new_figure(title: str, *, height: int = 400, narrow: Row | None = None, min_width: int = 0) -> go.Figure:
-    """An empty figure in the house look. `title` is plain text and states the finding.
+def new_figure(
+    title: str, *, height: int = 400, min_width: int = 0, max_width: int = 0, legend: bool = True
+) -> go.Figure:
+    """An empty figure in the house look. `title` is plain text and states the finding; `legend` leaves room for one.
 
-    `narrow` and `min_width` are explained at the top of this file.
+    `min_width` and `max_width` (pixels; 0 = none) are explained at the top of this file.
     """
     import plotly.graph_objects as go
 
-    meta = {"title": title, "narrow": dict(narrow or {}), "min_width": min_width}
+    meta = {"title": title, "narrow": {}, "min_width": min_width, "max_width": max_width}
     figure = go.Figure(layout={"template": template(), "height": height, "meta": meta})
-    if title:
-        figure.update_layout(title_text=plain(title), margin_t=76)
+    figure.update_layout(title_text=plain(title), margin_t=TITLE + (LEGEND if legend else 8))
     return figure
+
+
+def color_axis(shades: Sequence[tuple[str, str]], low: float, high: float, **bar: Any) -> dict[str, Any]:
+    """A color axis with a slim horizontal color bar; `bar` places it and sets its ticks."""
+    house: dict[str, Any] = {
+        "orientation": "h",
+        "thickness": 8,
+        "outlinewidth": 0,
+        "ypad": 0,
+        "xpad": 0,
+        "ticks": "",
+        "tickangle": 0,
+    }
+    house |= {"yanchor": "bottom", "ticklabeloverflow": "allow", "tickfont": {"color": color("quiet"), "size": 11}}
+    return {"colorscale": scale(shades), "cmin": low, "cmax": high, "colorbar": {**house, **bar}}
+
+
+def powers(low: float, high: float, most: int = 8) -> dict[str, list[Any]]:
+    """Ticks at powers of ten from `low` to `high` (> 0), at most `most` of them: 1, 0.01, 1e-4."""
+    exponents = list(range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1))
+    exponents = exponents[:: -(-len(exponents) // most) or 1]
+    texts = [
+        f"{10**power:,}" if power >= 0 else f"{10.0**power:g}" if power > -4 else f"1e{power}" for power in exponents
+    ]
+    return {"tickvals": [10.0**power for power in exponents], "ticktext": texts}
 
 
 def adapt(figure: go.Figure, **overrides: Any) -> None:
@@ -176,16 +207,27 @@ def axis_title(figure: go.Figure, x: str = "", y: str = "", panel: int = 1) -> N
     )
 
 
-def panels(figure: go.Figure, titles: Sequence[str], *, height: int, wide: int, narrow: int = 1, gap: int = 78) -> None:
+def panels(
+    figure: go.Figure,
+    titles: Sequence[str],
+    *,
+    height: int,
+    wide: int,
+    narrow: int = 1,
+    gap: int = 78,
+    top: int = 30,
+) -> tuple[int, int]:
     """Lay `len(titles)` panels out in `wide` columns, and in `narrow` columns on a narrow screen.
 
-    `height` is the pixels of one row of panels, `gap` the pixels between rows (room for axis and panel titles).
-    Panel i (from 1) uses the axes x{i}, y{i}.
+    `height` is the pixels of one row of panels, `gap` the pixels between rows (room for axis and panel titles), `top`
+    those above the first. Panel i (from 1) uses the axes x{i}, y{i}. Returns the pixels from the top of the first row
+    to the foot of the last, wide and narrow. Dragging does not zoom: panels are for reading across.
     """
     total, boxes = _boxes(len(titles), wide, height, gap)
     total_narrow, boxes_narrow = _boxes(len(titles), narrow, height, gap)
-    figure.update_layout(height=total + 130)
-    adapt(figure, height=total_narrow + 130)
+    above, below = TITLE + top, 54
+    figure.update_layout(height=total + above + below, margin={"t": above, "b": below}, dragmode=False)
+    adapt(figure, height=total_narrow + above + below)
     for i, title in enumerate(titles):
         n = "" if i == 0 else str(i + 1)
         figure.update_layout(
@@ -199,6 +241,7 @@ def panels(figure: go.Figure, titles: Sequence[str], *, height: int, wide: int, 
             text=plain(title), xref=f"x{n} domain", yref=f"y{n} domain", x=0, y=1, yshift=6,
             xanchor="left", yanchor="bottom", font={"color": color("ink"), "size": 13},
         )  # fmt: skip
+    return total, total_narrow
 
 
 def _boxes(count: int, columns: int, height: int, gap: int) -> tuple[int, list[tuple[list[float], list[float]]]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from lapis.report import theme
@@ -38,8 +39,8 @@ def learning_curves(
     """Loss (or any `y`) against tokens, seconds or steps, one color per run.
 
     Row: `run`, the keys `x` and `y`, and optionally `split` ("train" or "validation"). Validation is drawn as points on
-    a strong line. A training curve of more than 40 points is drawn faint, with its running average (over a twentieth
-    of the curve) on top; of more than 1000, every n-th point is kept.
+    a strong line. A training curve of more than 40 points is drawn faint, with its moving average (over a twentieth
+    of the curve, centered) on top; of more than 1000, every n-th point is kept.
     """
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
@@ -54,7 +55,7 @@ def learning_curves(
         if kept[-1] is not points[-1]:
             kept = [*kept, points[-1]]
         xs, ys = [row[x] for row in kept], [row[y] for row in kept]
-        paint, dash = color(theme.SERIES[places[run]]), theme.DASHES[places[run]]
+        paint, dash = color(theme.SERIES[places[run]]), theme.DASHES[list(places).index(run) % len(theme.DASHES)]
         name = plain(f"{run}, {split}" if several else run)
         common: dict[str, Any] = {
             "x": xs,
@@ -67,7 +68,7 @@ def learning_curves(
             figure.add_scatter(
                 **common, y=ys, mode="lines", line={"color": paint, "width": 1}, opacity=0.28, showlegend=False
             )
-            smooth = running_average(ys, len(ys) // 20)
+            smooth = moving_average(ys, len(ys) // 20)
             figure.add_scatter(
                 **common, y=smooth, mode="lines", line={"color": paint, "width": 2.2, "dash": dash}, meta="average"
             )
@@ -85,13 +86,13 @@ def learning_curves(
     return figure
 
 
-def running_average(values: Sequence[float], window: int) -> list[float]:
-    """The mean of the last `window` values at each place (of fewer at the start)."""
-    means, total = [], 0.0
-    window = max(window, 1)
-    for i, value in enumerate(values):
-        total += value - (values[i - window] if i >= window else 0.0)
-        means.append(total / min(i + 1, window))
+def moving_average(values: Sequence[float], window: int) -> list[float]:
+    """The mean of about `window` values around each place; towards the ends the window shrinks, always centered."""
+    totals = [0.0, *accumulate(values)]
+    means = []
+    for i in range(len(values)):
+        reach = min(window // 2, i, len(values) - 1 - i)
+        means.append((totals[i + reach + 1] - totals[i - reach]) / (2 * reach + 1))
     return means
 
 
@@ -101,8 +102,9 @@ def scale_sweep(
     """The trade of a graft: gap closed (up is good) against its cost in the target language (left is good).
 
     Row: `scale`, `gap_closed` (share of the way from adapted to tuned), `cost` (how much worse the target language's
-    bits per byte became, as a share: 0.03 = 3 %), and optionally `language` (of the gap; one curve each). Each point
-    carries its scale. `chosen` rings the scale that was taken; `budget` draws the largest cost that is allowed.
+    bits per byte became, as a share: 0.03 = 3 %), and optionally `language` (of the gap; one curve each). The points
+    of the first curve carry their scale. `chosen` rings the scale that was taken; `budget` draws the largest cost that
+    is allowed.
     """
     groups: dict[str, list[Row]] = {}
     for row in rows:
@@ -115,18 +117,19 @@ def scale_sweep(
         figure.add_scatter(
             x=[row["cost"] for row in ordered],
             y=[row["gap_closed"] for row in ordered],
-            text=[f"{'× ' if place == 0 else ''}{row['scale']:g}" for row in ordered],
+            text=[f"× {row['scale']:g}" if place == 0 and row["scale"] else "" for row in ordered],
             customdata=[row["scale"] for row in ordered],
             name=plain(language),
             mode="lines+markers+text",
-            textposition="top center",
+            textposition="top left",
             textfont={"size": 12, "color": color("quiet")},
             line={"color": paint, "width": 2, "dash": theme.DASHES[place % len(theme.DASHES)]},
             marker={
                 "color": paint,
                 "symbol": theme.SYMBOLS[place % len(theme.SYMBOLS)],
-                "size": [15 if ring else 8 for ring in taken],
-                "line": {"width": [3 if ring else 0 for ring in taken], "color": color("gold")},
+                "size": [14 if ring else 8 for ring in taken],
+                "opacity": 1,
+                "line": {"width": [3 if ring else 0 for ring in taken], "color": color("ink")},
             },
             hovertemplate="scale %{customdata}<br>gap closed %{y:.2f}<br>cost %{x:.1%}<extra></extra>",
             showlegend=bool(language),
@@ -137,7 +140,7 @@ def scale_sweep(
         figure.add_annotation(x=budget, y=0, yref="paper", text="budget", xanchor="left", yanchor="bottom", xshift=4)
     theme.axis_title(figure, "cost: target language's bits per byte, worse by", "gap closed (share of adapted → tuned)")
     figure.update_xaxes(tickformat=".1~%", nticks=8)
-    theme.adapt(figure, height=360, xaxis__nticks=4, xaxis__title__text="cost in the target language (bits per byte)")
+    theme.adapt(figure, height=360, xaxis__nticks=5, xaxis__title__text="cost in the target language (bits per byte)")
     return figure
 
 
@@ -152,7 +155,7 @@ def scores(
     known = [row for row in rows if row.get(metric) is not None]
     models = list(dict.fromkeys(row["model"] for row in known))
     languages = list(dict.fromkeys(row["language"] for row in known))
-    figure = theme.new_figure(title)
+    figure = theme.new_figure(title, legend=False)
     theme.panels(figure, languages, height=34 * len(models) + 10, wide=min(3, len(languages)), gap=96)
     places = theme.series(models)
     top = max((row[metric] for row in known), default=1.0)
@@ -219,10 +222,10 @@ def plan_scatter(rows: Iterable[Row], title: str) -> go.Figure:
             figure.add_scatter(
                 x=[row["knowledge"] for row in points],
                 y=[row["style"] for row in points],
-                text=[plain(row["layer"]) for row in points] if key != "control" else None,
+                text=[plain(row["layer"]) if key != "control" or not row.get("chosen") else "" for row in points],
                 customdata=[plain(row["layer"]) for row in points],
                 name=name,
-                mode="markers" if key == "control" else "markers+text",
+                mode="markers+text",
                 textposition="top center",
                 textfont={"size": 11, "color": color("quiet")},
                 marker={"color": color(role), "symbol": symbol, "size": 16 if key == "control" else 10,
@@ -241,7 +244,7 @@ def mixers(rows: Iterable[Row], title: str, *, metrics: Sequence[str] = ("parame
     Row: `mixer` (its name) and a positive number for each of `metrics`.
     """
     kept = list(rows)
-    figure = theme.new_figure(title)
+    figure = theme.new_figure(title, legend=False)
     theme.panels(
         figure, [AXES.get(metric, metric) for metric in metrics], height=38 * len(kept) + 10, wide=len(metrics), gap=96
     )
@@ -267,7 +270,7 @@ def mixers(rows: Iterable[Row], title: str, *, metrics: Sequence[str] = ("parame
         low, high = math.log10(min(values)), math.log10(max(values))
         reach = [math.floor(low) - 0.2, high + 0.35 * max(high - low, 1)]
         theme.axis_title(figure, f"{AXES.get(metric, metric)} (log scale)", panel=i)
-        step = max(1, round((high - low) / 4))
+        step = max(1, math.ceil((high - low) / 3))
         x_axis = {"type": "log", "range": reach, "exponentformat": "SI", "dtick": step}
         y_axis = {"type": "category", "range": [len(kept) - 0.4, -0.6], "tickfont": {"color": color("ink")}}
         figure.update_layout({f"xaxis{number}": x_axis, f"yaxis{number}": y_axis})

@@ -44,10 +44,10 @@ def layer_heatmap(rows: Iterable[Row], title: str) -> go.Figure:
     components = sorted({component for component, _ in cells}, key=_place)
     outside = any(layer is None for _, layer in cells)
     columns = ["in", *map(str, layers), "out"] if outside else [str(layer) for layer in layers]
-    figure = theme.new_figure(title)
+    figure = theme.new_figure(title, legend=False)
     theme.panels(
         figure,
-        ["direction: 1 − cosine", "magnitude: ‖difference‖ / ‖before‖"],
+        ["direction (1 − cosine)", "magnitude (relative norm)"],
         height=22 * len(components) + 10, wide=2, gap=110,
     )  # fmt: skip
     measures = (("direction", theme.BLUES), ("relative_norm", theme.AMBERS))
@@ -91,43 +91,43 @@ def _heat(
         hovertemplate="layer %{x}, %{y}<br>%{customdata:.3g}<extra></extra>",
     )  # fmt: skip
     bar: dict[str, Any] = {
-        "orientation": "h", "thickness": 8, "len": 0.17, "ypad": 0, "xpad": 0, "ticks": "",
-        "x": figure.layout[f"xaxis{number}"].domain[1], "xanchor": "right",
-        "y": figure.layout[f"yaxis{number}"].domain[1], "yanchor": "bottom", "ticklabelposition": "outside",
+        "x": figure.layout[f"xaxis{number}"].domain[1], "xanchor": "right", "len": 0.13,
+        "y": figure.layout[f"yaxis{number}"].domain[1] + 0.012,
+        "tickvals": [0, high], "ticktext": ["0", f"{high:.2g}"],
     }  # fmt: skip
+    ends = (0.0, high)
+    if logarithmic:
+        ends = (math.log10(low), math.log10(high))
+        ticks = theme.powers(low, high, most=3)
+        bar |= {"tickvals": [math.log10(value) for value in ticks["tickvals"]], "ticktext": ticks["ticktext"]}
+    axis = {"type": "category", "showgrid": False}
+    figure.update_layout(
+        {
+            f"coloraxis{number}": theme.color_axis(shades, *ends, **bar),
+            f"xaxis{number}": {**axis, "title": {"text": "layer"}, "nticks": 16},
+            f"yaxis{number}": {**axis, "autorange": "reversed"},
+        }
+    )
     narrow = dict(figure.layout.meta)["narrow"]
+    place = f"coloraxis{number}__colorbar__"
     theme.adapt(
         figure,
         **{
-            f"coloraxis{number}__colorbar__x": narrow[f"xaxis{number}.domain"][1],
-            f"coloraxis{number}__colorbar__y": narrow[f"yaxis{number}.domain"][1],
-            f"coloraxis{number}__colorbar__len": 0.34,
+            f"{place}x": narrow[f"xaxis{number}.domain"][1],
+            f"{place}y": narrow[f"yaxis{number}.domain"][1] + 0.006,
+            f"{place}len": 0.3,
+            f"xaxis{number}__nticks": 9,
         },
     )
-    span: dict[str, Any] = {"cmin": 0, "cmax": high}
-    if logarithmic:
-        span = {"cmin": math.log10(low), "cmax": math.log10(high)}
-        marks = list(range(math.ceil(span["cmin"]), math.floor(span["cmax"]) + 1))
-        step = -(-len(marks) // 3) if marks else 1
-        bar |= {"tickvals": marks[::step], "ticktext": [f"{10.0**power:g}" for power in marks[::step]]}
-    else:
-        bar |= {"tickvals": [0, high], "ticktext": ["0", f"{high:.2g}"]}
-    figure.update_layout(
-        {
-            f"coloraxis{number}": {"colorscale": theme.scale(shades), **span, "colorbar": bar},
-            f"xaxis{number}": {"type": "category", "showgrid": False, "title": {"text": "layer"}, "nticks": 16},
-            f"yaxis{number}": {"type": "category", "autorange": "reversed", "showgrid": False, "title": {"text": ""}},
-        }
-    )
-    theme.adapt(figure, **{f"xaxis{number}__nticks": 9})
 
 
-def embedding_rows(rows: Iterable[Row], title: str, *, label: int = 12) -> go.Figure:
+def embedding_rows(rows: Iterable[Row], title: str, *, label: int = 8) -> go.Figure:
     """How far each row of the embedding moved, by token id; special tokens are drawn apart and named.
 
     Row (of `lapis diff --rows`): `token` (its text), `id`, `special` (bool), `relative_norm`, optionally `cosine`.
-    Beyond 4000 ordinary tokens, the bulk is drawn as a band (smallest to largest in each of 400 ranges of ids) and
-    only the 200 rows that moved most as points. The `label` rows that moved most are named besides the special ones.
+    Beyond 4000 ordinary tokens the bulk is drawn as a band (the middle nine tenths in each of 200 ranges of ids), and
+    only the 200 rows that moved most as points. Besides the special tokens, up to `label` ordinary ones that moved
+    most are named, where there is room.
     """
     everything = list(rows)
     special = [row for row in everything if row.get("special")]
@@ -135,53 +135,83 @@ def embedding_rows(rows: Iterable[Row], title: str, *, label: int = 12) -> go.Fi
     figure = theme.new_figure(title, height=440)
     points = ordinary
     if len(ordinary) > SCATTER_LIMIT:
-        width = -(-len(ordinary) // 400)
-        bins = [ordinary[i : i + width] for i in range(0, len(ordinary), width)]
-        middle = [chunk[len(chunk) // 2]["id"] for chunk in bins]
-        figure.add_scatter(
-            x=middle, y=[min(row["relative_norm"] for row in chunk) for chunk in bins], mode="lines", line={"width": 0},
-            hoverinfo="skip", showlegend=False,
-        )  # fmt: skip
-        figure.add_scatter(
-            x=middle, y=[max(row["relative_norm"] for row in chunk) for chunk in bins], mode="lines", fill="tonexty",
-            line={"width": 1, "color": theme.BLUES[2][0]}, fillcolor=theme.BLUES[1][0], hoverinfo="skip",
-            name=f"smallest to largest of {width} tokens",
-        )  # fmt: skip
         points = sorted(ordinary, key=lambda row: -row["relative_norm"])[:200]
-    top = {row["id"] for row in sorted(ordinary, key=lambda row: -row["relative_norm"])[:label]}
-    groups = (
-        ("tokens", points, "lapis", "circle", 4, [row["id"] in top for row in points]),
-        ("special tokens", special, "orange", "diamond", 11, [True] * len(special)),
-    )
-    for name, group, role, symbol, size, named in groups:
-        if group:
-            figure.add_scatter(
-                x=[row["id"] for row in group],
-                y=[row["relative_norm"] for row in group],
-                customdata=[
-                    [plain(row["token"], 40), "–" if row.get("cosine") is None else f"{row['cosine']:.4f}"]
-                    for row in group
-                ],
-                text=[plain(row["token"], 16) if show else "" for row, show in zip(group, named, strict=True)],
-                name=name,
-                mode="markers+text",
-                textposition="top center" if role == "lapis" else "middle right",
-                textfont={"size": 11, "color": color("quiet") if role == "lapis" else color(role)},
-                marker={
-                    "color": color(role),
-                    "symbol": symbol,
-                    "size": size,
-                    "opacity": 0.55 if role == "lapis" else 1,
-                },
-                hovertemplate="<b>%{customdata[0]}</b>  id %{x}<br>moved by %{y:.3f} of its length"
-                "<br>cosine %{customdata[1]}<extra></extra>",
-                cliponaxis=False,
-            )
-    theme.axis_title(figure, "token id", "relative norm of the row's change")
-    figure.update_xaxes(exponentformat="none", separatethousands=True, nticks=8)
-    figure.update_yaxes(rangemode="tozero")
+        _band(figure, ordinary)
+    widest = max((row["id"] for row in everything), default=1) or 1
+    tallest = max((row["relative_norm"] for row in everything), default=1.0) or 1.0
+    named = _spread(ordinary, special, label, widest, tallest)
+    groups = (("tokens", points, "lapis", "circle", 4), ("special tokens", special, "orange", "diamond", 11))
+    for name, group, role, symbol, size in groups:
+        if not group:
+            continue
+        strong = role == "orange"
+        beside = _beside(group, widest, tallest) if strong else ["top center"] * len(group)
+        shown = beside if strong else [row["id"] in named for row in group]
+        cosines = ["–" if row.get("cosine") is None else f"{row['cosine']:.4f}" for row in group]
+        figure.add_scatter(
+            x=[row["id"] for row in group],
+            y=[row["relative_norm"] for row in group],
+            customdata=[[plain(row["token"], 40), cosine] for row, cosine in zip(group, cosines, strict=True)],
+            text=[plain(row["token"], 16) if show else "" for row, show in zip(group, shown, strict=True)],
+            name=name,
+            mode="markers+text",
+            textposition=[place or "middle right" for place in beside],
+            textfont={"size": 11, "color": color("ink" if strong else "quiet")},
+            marker={"color": color(role), "symbol": symbol, "size": size, "opacity": 1 if strong else 0.55},
+            hovertemplate="<b>%{customdata[0]}</b>  id %{x}<br>moved by %{y:.3f} of its length"
+            "<br>cosine %{customdata[1]}<extra></extra>",
+            cliponaxis=False,
+        )
+    theme.axis_title(figure, "token id", "change of the row (relative norm)")
+    figure.update_xaxes(exponentformat="none", separatethousands=True, nticks=8, range=[-0.02 * widest, 1.02 * widest])
+    figure.update_yaxes(range=[0, 1.08 * tallest])
     theme.adapt(figure, height=380, xaxis__nticks=4)
     return figure
+
+
+def _band(figure: go.Figure, rows: Sequence[Row]) -> None:
+    """The middle nine tenths of the rows in each of 200 ranges of ids."""
+    width = -(-len(rows) // 200)
+    chunks = [rows[i : i + width] for i in range(0, len(rows), width)]
+    middle = [chunk[len(chunk) // 2]["id"] for chunk in chunks]
+    sizes = [sorted(row["relative_norm"] for row in chunk) for chunk in chunks]
+    low, high = ([size[int(share * (len(size) - 1))] for size in sizes] for share in (0.05, 0.95))
+    paint = theme.BLUES[2][0]
+    common: dict[str, Any] = {"x": middle, "mode": "lines", "line": {"width": 1, "color": paint}, "hoverinfo": "skip"}
+    figure.add_scatter(**common, y=low, showlegend=False)
+    figure.add_scatter(**common, y=high, fill="tonexty", fillcolor=paint, name=f"middle 90 % of every {width} tokens")
+
+
+def _spread(rows: Sequence[Row], special: Sequence[Row], count: int, widest: float, tallest: float) -> set[int]:
+    """The ids of up to `count` rows that moved most and whose names do not overlap, on a narrow screen either."""
+    chosen: list[Row] = []
+    for row in sorted(rows, key=lambda row: -row["relative_norm"])[: 8 * count]:
+        clear = all(
+            abs(row["id"] - other["id"]) > 0.24 * widest
+            or abs(row["relative_norm"] - other["relative_norm"]) > 0.07 * tallest
+            for other in (*chosen, *special)
+        )
+        if clear and len(chosen) < count:
+            chosen.append(row)
+    return {row["id"] for row in chosen}
+
+
+def _beside(rows: Sequence[Row], widest: float, tallest: float) -> list[str]:
+    """Where each special token's name stands: towards the middle of the picture, higher or lower where two are close.
+
+    "" where there is no room; the name then shows on hovering.
+    """
+    places, taken = [""] * len(rows), dict[str, float]()
+    order = sorted(range(len(rows)), key=lambda i: -rows[i]["relative_norm"])
+    heights = [row["relative_norm"] / tallest for row in rows]
+    for i, below in zip(order, [*order[1:], None], strict=False):
+        side = "left" if rows[i]["id"] > widest / 2 else "right"
+        crowded = below is not None and heights[i] - heights[below] < 0.05
+        for level, shift in (("top", 0.04), ("middle", 0.0), ("bottom", -0.04))[0 if crowded else 1 :]:
+            if taken.get(side, 9.0) - (heights[i] + shift) >= 0.05:
+                places[i], taken[side] = f"{level} {side}", heights[i] + shift
+                break
+    return places
 
 
 def spectra(rows: Iterable[Row], title: str, *, log_x: bool = True) -> go.Figure:
@@ -202,11 +232,12 @@ def spectra(rows: Iterable[Row], title: str, *, log_x: bool = True) -> go.Figure
             mode="lines",
             line={"color": paint, "width": 2, "dash": dash},
             hovertemplate="<b>%{fullData.name}</b><br>number %{x}: %{customdata:.4g}"
-            "<br>%{y:.1%} of the largest<extra></extra>",
+            "<br>%{y:.3g} of the largest<extra></extra>",
         )
-    theme.axis_title(figure, "singular value, by rank", "share of the largest")
+    theme.axis_title(figure, "singular values, largest first", "share of the largest")
     figure.update_xaxes(type="log" if log_x else "linear", dtick=1 if log_x else None)
-    figure.update_yaxes(type="log", tickformat=".3~%", dtick=1)
+    least = min((row["values"][-1] / row["values"][0] for row in kept), default=1.0)
+    figure.update_yaxes(type="log", **theme.powers(least, 1))
     theme.adapt(figure, height=360)
     return figure
 
@@ -244,7 +275,9 @@ def tensor_errors(rows: Iterable[Row], title: str, *, y: str = "error", label: s
     step = max(1, -(-(last + 1) // 12))
     ticks = [-1, *range(0, last + 1, step), last + 1]
     figure.update_xaxes(tickvals=ticks, ticktext=["in", *map(str, ticks[1:-1]), "out"], range=[-1.6, last + 1.6])
-    figure.update_yaxes(type="log", exponentformat="power", dtick=1 if positive and max(positive) / foot < 1e7 else 2)
+    if len(positive) < len(kept):
+        figure.add_annotation(text="exactly zero", x=0, xref="paper", y=math.log10(foot), xanchor="left")
+    figure.update_yaxes(type="log", **theme.powers(foot, max(positive, default=1.0)))
     theme.adapt(figure, height=360, xaxis__title__text="layer")
     return figure
 
@@ -267,23 +300,25 @@ def parameter_treemap(rows: Iterable[Row], title: str) -> go.Figure:
         sizes[key] = sizes.get(key, 0) + row["parameters"]
     total = sum(sizes.values())
     roles = {"attn": "lapis", "mlp": "teal", "embed": "gold", "head": "orange", "norm": "slate"}
-    nodes: list[tuple[str, str, str, int, str]] = [("model", plain("all"), "", total, color("wash"))]
+    nodes: list[tuple[str, str, str, int, str]] = [("model", "all", "", total, "wash")]
     for layer in sorted({layer for layer, _ in sizes if layer is not None}):
         inside = sum(size for (other, _), size in sizes.items() if other == layer)
-        nodes.append((f"layer {layer}", f"layer {layer}", "model", inside, color("wash")))
-    for (layer, component), size in sizes.items():
-        parent = "model" if layer is None else f"layer {layer}"
-        paint = color(roles.get(component.split(".")[0], "purple"))
-        nodes.append((f"{parent}/{component}", plain(component), parent, size, paint))
-    figure = theme.new_figure(title, height=520)
+        nodes.append((f"layer {layer}", f"layer {layer}", "model", inside, "wash"))
+    for (where, component), size in sizes.items():
+        parent = "model" if where is None else f"layer {where}"
+        role = roles.get(component.split(".")[0], "purple")
+        nodes.append((f"{parent}/{component}", plain(component), parent, size, role))
+    text = {"wash": "ink", "teal": "on_bright", "gold": "on_bright"}
+    figure = theme.new_figure(title, height=520, legend=False)
     figure.add_treemap(
         ids=[node[0] for node in nodes],
         labels=[node[1] for node in nodes],
         parents=[node[2] for node in nodes],
         values=[node[3] for node in nodes],
         customdata=[[short(node[3]), f"{node[3]:,}", node[3] / total] for node in nodes],
+        textfont={"color": [color(text.get(node[4], "paper")) for node in nodes]},
         marker={
-            "colors": [node[4] for node in nodes],
+            "colors": [color(node[4]) for node in nodes],
             "line": {"width": 1, "color": color("paper")},
             "cornerradius": 2,
         },
@@ -294,6 +329,6 @@ def parameter_treemap(rows: Iterable[Row], title: str) -> go.Figure:
         pathbar={"visible": False},
         root={"color": "rgba(0,0,0,0)"},
     )
-    figure.update_layout(margin={"l": 0, "r": 0, "b": 0})
+    figure.update_layout(margin={"l": 0, "r": 0, "b": 0}, dragmode=False, uniformtext={"minsize": 9, "mode": "hide"})
     theme.adapt(figure, height=560)
     return figure

@@ -1,0 +1,164 @@
+"""Rows in, figure out: the numbers of a figure are the numbers of the rows, and foreign text stays text."""
+
+import math
+import subprocess
+import sys
+
+import pytest
+
+from lapis.report import plots
+from lapis.report.training import moving_average, short
+
+DIFF = [
+    {"layer": layer, "component": part, "cosine": 1 - 0.01 * (layer + 1), "relative_norm": 0.1 * (layer + 1)}
+    for layer in range(3)
+    for part in ("mlp.down", "attn.q")
+] + [
+    {"layer": None, "component": "embed", "cosine": 0.5, "relative_norm": 0.9},
+    {"layer": None, "component": "norm.final", "cosine": 1.0, "relative_norm": 0.0},
+]
+MODELS = ("base", "adapted", "grafted")
+SCORES = [{"model": m, "language": g, "nll": i + 1.5} for i, m in enumerate(MODELS) for g in ("English", "Malay")]
+SWEEP = [{"scale": s, "gap_closed": s / 2, "cost": s / 100} for s in (0.0, 1.0, 0.5)]
+EMBED = [
+    {"token": f"w{i}", "id": i, "special": i < 2, "relative_norm": 1.0 if i < 2 else 0.01 * (i % 7), "cosine": 0.9}
+    for i in range(60)
+]
+LENS = [
+    {"layer": layer, "position": p, "token": t, "top": [(f"{t}{layer}", 0.2 + 0.3 * layer), ("x", 0.1)]}
+    for layer in range(3)
+    for p, t in enumerate(("a", "<b>", "a"))
+]
+PLAN = [{"layer": i, "style": i / 9, "knowledge": 1 - i / 9, "chosen": i > 6, "control": i == 2} for i in range(10)]
+MIXERS = [{"mixer": name, "parameters": p, "flops": 2 * p} for name, p in (("full", 10**11), ("attention", 10**6))]
+SPECTRA = [{"name": "attn.q", "values": [4.0, 2.0, 1.0]}, {"name": "mlp.up", "values": [3.0, 2.9]}]
+ERRORS = [{**row, "name": str(i), "error": 10.0**-i if i else 0.0} for i, row in enumerate(DIFF)]
+SIZES = [{"layer": row["layer"], "component": row["component"], "parameters": 10 + i} for i, row in enumerate(DIFF)]
+CURVES = [{"run": r, "tokens": i, "loss": 3 - i / 50} for r in ("base", "chat") for i in range(10)]
+RANKS = [{"word": w, "layer": i, "rank": 10 ** (4 - i)} for w in ("Kuala", "Bangkok") for i in range(5)]
+HEADS = [{"head": f"head {h}", "weights": [[1.0, 0.0], [0.25, 0.75]]} for h in range(3)]
+
+FIGURES = {
+    "curves": lambda: plots.learning_curves(CURVES, "t"),
+    "sweep": lambda: plots.scale_sweep(SWEEP, "t", chosen=0.5, budget=0.03),
+    "bars": lambda: plots.scores(SCORES, "t", metric="nll"),
+    "dots": lambda: plots.scores(SCORES, "t", metric="nll", kind="dot"),
+    "plan": lambda: plots.plan_scatter(PLAN, "t"),
+    "mixers": lambda: plots.mixers(MIXERS, "t"),
+    "heatmap": lambda: plots.layer_heatmap(DIFF, "t"),
+    "rows": lambda: plots.embedding_rows(EMBED, "t"),
+    "spectra": lambda: plots.spectra(SPECTRA, "t"),
+    "errors": lambda: plots.tensor_errors(ERRORS, "t"),
+    "treemap": lambda: plots.parameter_treemap(SIZES, "t"),
+    "lens": lambda: plots.lens_grid(LENS, "t"),
+    "ranks": lambda: plots.rank_trajectories(RANKS, "t"),
+    "attention": lambda: plots.attention_map(HEADS, ["a", "b"], "t"),
+}
+
+
+def test_nothing_of_plotly_is_imported_before_a_figure_is_made():
+    code = "import sys, lapis, lapis.report, lapis.report.plots; sys.exit('plotly' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_every_figure_serializes_states_its_finding_and_has_settings_for_narrow_screens(name):
+    figure = FIGURES[name]()
+    assert figure.layout.meta["title"] == figure.layout.title.text == "t"
+    assert figure.to_json() and len(figure.data) > 0
+    for path in figure.layout.meta["narrow"]:
+        assert path.split(".")[0] in figure.layout, path  # a mistyped path would be silently without effect
+
+
+@pytest.mark.parametrize("name", set(FIGURES) - {"treemap", "heatmap", "lens", "attention"})
+def test_axes_are_named(name):
+    figure = FIGURES[name]()
+    assert figure.layout.xaxis.title.text
+    assert figure.layout.yaxis.title.text or name in ("bars", "dots", "mixers")  # there the lines are named themselves
+
+
+def test_learning_curves_hold_the_rows():
+    figure = FIGURES["curves"]()
+    assert [trace.name for trace in figure.data] == ["base", "chat"]
+    assert list(figure.data[0].y) == [row["loss"] for row in CURVES[:10]]
+    long = [{"run": "r", "seconds": i, "loss": float(i % 5)} for i in range(5001)]
+    raw, smooth = plots.learning_curves(long, "t", x="seconds").data
+    assert len(raw.x) <= 1001 and raw.x[-1] == 5000 and len(smooth.y) == len(raw.x)
+
+
+def test_moving_average_is_centered_and_keeps_a_straight_line():
+    line = [0.5 * i for i in range(30)]
+    assert moving_average(line, 7) == pytest.approx(line)
+    assert moving_average([0.0, 3.0, 0.0], 3) == pytest.approx([0.0, 1.0, 0.0])
+    assert moving_average([], 3) == []
+
+
+def test_scale_sweep_is_ordered_by_scale():
+    trace = FIGURES["sweep"]().data[0]
+    assert list(trace.customdata) == [0.0, 0.5, 1.0] and list(trace.y) == [0.0, 0.25, 0.5]
+
+
+def test_scores_have_a_panel_per_language_and_leave_out_what_was_not_measured():
+    figure = plots.scores([*SCORES, {"model": "tuned", "language": "Malay", "nll": None}], "t", metric="nll")
+    assert [list(trace.x) for trace in figure.data] == [[1.5, 2.5, 3.5]] * 2
+    assert list(figure.data[0].y) == list(MODELS)
+
+
+def test_layer_heatmap_holds_direction_and_magnitude_where_they_belong():
+    direction, magnitude = FIGURES["heatmap"]().data
+    assert list(direction.x) == ["in", "0", "1", "2", "out"]
+    assert list(direction.y) == ["embed", "attn.q", "mlp.down", "norm.final"]
+    assert direction.customdata[1][1:4] == pytest.approx([0.01, 0.02, 0.03])
+    assert magnitude.customdata[0][0] == 0.9 and magnitude.customdata[3][4] == 0.0
+    assert math.log10(0.5) == pytest.approx(direction.z[0][0])  # more than a factor of 30: a logarithmic scale
+    with pytest.raises(ValueError, match=r"two rows for attn\.q of layer 0"):
+        plots.layer_heatmap([*DIFF, DIFF[1]], "t")
+
+
+def test_embedding_rows_name_the_special_tokens_and_thin_out_large_vocabularies():
+    tokens, special = FIGURES["rows"]().data
+    assert list(special.text) == ["w0", "w1"] and list(special.x) == [0, 1] and len(tokens.x) == 58
+    many = [{"token": "t", "id": i, "special": False, "relative_norm": i / 9000} for i in range(9000)]
+    *band, points = plots.embedding_rows(many, "t").data
+    assert len(points.x) == 200 and min(points.x) == 8800 and len(band[0].x) == 200
+
+
+def test_lens_grid_holds_probabilities_words_and_the_top_ten():
+    grid, weak, strong = FIGURES["lens"]().data
+    assert [list(line) for line in grid.z] == [pytest.approx([0.2 + 0.3 * layer] * 3) for layer in range(3)]
+    assert [*weak.text, *strong.text] == ["a0", "&lt;b&gt;0", "a0", "a1", "&lt;b&gt;1", "a1", "a2", "&lt;b&gt;2", "a2"]
+    assert "20.0%" in grid.customdata[0][1] and "&lt;b&gt;0" in grid.customdata[0][1]
+
+
+def test_ranks_run_downwards_on_a_logarithmic_axis():
+    figure = FIGURES["ranks"]()
+    assert figure.layout.yaxis.type == "log" and figure.layout.yaxis.autorange == "reversed"
+    assert list(figure.data[0].y) == [10000, 1000, 100, 10, 1]
+
+
+def test_attention_hides_what_the_mask_hid():
+    assert [list(line) for line in FIGURES["attention"]().data[0].z] == [[1.0, None], [0.25, 0.75]]
+
+
+def test_treemap_adds_up():
+    figure = FIGURES["treemap"]()
+    sizes = dict(zip(figure.data[0].ids, figure.data[0].values, strict=True))
+    assert sizes["model"] == sum(row["parameters"] for row in SIZES)
+    assert sizes["layer 1"] == sizes["layer 1/attn.q"] + sizes["layer 1/mlp.down"]
+
+
+def test_spectra_and_errors_keep_the_measured_numbers_for_hovering():
+    assert list(FIGURES["spectra"]().data[0].y) == [1.0, 0.5, 0.25]
+    shown = {point[0]: point[1] for trace in FIGURES["errors"]().data for point in trace.customdata}
+    assert shown == {row["name"]: row["error"] for row in ERRORS}
+
+
+@pytest.mark.parametrize(
+    "empty", ["learning_curves", "spectra", "embedding_rows", "tensor_errors", "rank_trajectories"]
+)
+def test_no_rows_make_an_empty_figure(empty):
+    assert getattr(plots, empty)([], "nothing was measured").to_json()
+
+
+def test_short_counts():
+    assert [short(n) for n in (7, 1500, 124439808, 1.55e11)] == ["7", "1.5k", "124M", "155G"]
