@@ -111,8 +111,18 @@ def test_layer_heatmap_holds_direction_and_magnitude_where_they_belong():
     assert direction.customdata[1][1:4] == pytest.approx([0.01, 0.02, 0.03])
     assert magnitude.customdata[0][0] == 0.9 and magnitude.customdata[3][4] == 0.0
     assert math.log10(0.5) == pytest.approx(direction.z[0][0])  # more than a factor of 30: a logarithmic scale
-    with pytest.raises(ValueError, match=r"two rows for attn\.q of layer 0"):
-        plots.layer_heatmap([*DIFF, DIFF[1]], "t")
+
+
+def test_layer_heatmap_averages_experts_and_parts_biases():
+    rows = [
+        {"name": f"m.{i}.weight", "layer": 0, "component": "mlp.up", "cosine": 1 - d, "relative_norm": d}
+        for i, d in enumerate((0.1, 0.3))
+    ]
+    rows += [{"name": "m.bias", "layer": 0, "component": "mlp.up", "cosine": float("nan"), "relative_norm": 0.5}]
+    direction, magnitude = plots.layer_heatmap(rows, "t").data
+    assert list(magnitude.y) == ["mlp.up", "mlp.up bias"]
+    assert [line[0] for line in magnitude.customdata] == pytest.approx([0.2, 0.5])
+    assert magnitude.text[0][0] == ", mean of 2" and direction.z[1][0] is None
 
 
 def test_embedding_rows_name_the_special_tokens_and_thin_out_large_vocabularies():
@@ -153,11 +163,19 @@ def test_spectra_and_errors_keep_the_measured_numbers_for_hovering():
     assert shown == {row["name"]: row["error"] for row in ERRORS}
 
 
-@pytest.mark.parametrize(
-    "empty", ["learning_curves", "spectra", "embedding_rows", "tensor_errors", "rank_trajectories"]
-)
-def test_no_rows_make_an_empty_figure(empty):
-    assert getattr(plots, empty)([], "nothing was measured").to_json()
+EMPTY = {
+    **{name: getattr(plots, name) for name in plots.__all__},
+    "scores": lambda rows, title: plots.scores(
+        [{"model": "m", "language": "ms", "answers": None}], title, metric="answers"
+    ),
+    "attention_map": lambda rows, title: plots.attention_map(rows, [], title),
+}
+
+
+@pytest.mark.parametrize("name", EMPTY)
+def test_what_was_not_measured_says_so(name):
+    figure = EMPTY[name]([], "t")
+    assert figure.layout.annotations[0].text == "nothing was measured" and figure.to_json()
 
 
 def test_short_counts():

@@ -22,6 +22,8 @@ def lens_grid(rows: Iterable[Row], title: str) -> go.Figure:
     the prompt there), `top`: list of (token, probability), best first; up to ten of them show on hovering.
     """
     cells = {(row["layer"], row["position"]): row for row in rows}
+    if not cells:
+        return theme.nothing(title)
     layers, positions = sorted({key[0] for key in cells}), sorted({key[1] for key in cells})
     tokens = {row["position"]: plain(row["token"], 12) for row in cells.values()}
     z: list[list[float | None]] = []
@@ -68,11 +70,11 @@ def lens_grid(rows: Iterable[Row], title: str) -> go.Figure:
     edge = 0.5
     figure.update_xaxes(
         tickvals=positions, ticktext=[tokens[p] for p in positions], showgrid=False, tickangle=0,
-        range=[positions[0] - edge, positions[-1] + edge] if positions else None,
+        range=[positions[0] - edge, positions[-1] + edge],
     )  # fmt: skip
     figure.update_yaxes(
         tickvals=layers[:: -(-len(layers) // 16)], showgrid=False,
-        range=[layers[0] - edge, layers[-1] + edge] if layers else None,
+        range=[layers[0] - edge, layers[-1] + edge],
     )  # fmt: skip
     return figure
 
@@ -89,6 +91,8 @@ def rank_trajectories(rows: Iterable[Row], title: str) -> go.Figure:
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((row["word"], str(row.get("model", ""))), []).append(row)
+    if not groups:
+        return theme.nothing(title)
     places = theme.series(word for word, _ in groups)
     models = list(dict.fromkeys(model for _, model in groups))
     figure = theme.new_figure(title, height=440)
@@ -123,6 +127,8 @@ def attention_map(rows: Iterable[Row], tokens: Sequence[str], title: str) -> go.
     T tokens of the prompt.
     """
     kept = list(rows)
+    if not kept:
+        return theme.nothing(title)
     labels = [plain(token, 12) for token in tokens]
     count = len(labels)
     one = len(kept) == 1

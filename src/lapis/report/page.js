@@ -25,6 +25,10 @@
 
   const plots = [...document.querySelectorAll(".plot")];
   if (!plots.length) return;
+  if (!("DecompressionStream" in window)) {
+    for (const note of document.querySelectorAll(".plot > p")) note.textContent = "This browser is too old to draw the picture.";
+    return;
+  }
   await loadPlotly();
   const look = JSON.parse(document.getElementById("look").textContent);
   const dark = matchMedia("(prefers-color-scheme: dark)");

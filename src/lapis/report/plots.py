@@ -1,16 +1,18 @@
 """Every picture of lapis, by name: plain rows (lists of dicts) in, a plotly figure out.
 
-    learning_curves, scale_sweep, scores, plan_scatter, mixers             training.py
-    layer_heatmap, embedding_rows, spectra, tensor_errors, parameter_treemap   weights.py
-    lens_grid, rank_trajectories, attention_map                            inside.py
+    learning_curves, scale_sweep, scores, plan_scatter, mixers    training.py
+    layer_heatmap, spectra, tensor_errors, parameter_treemap      weights.py
+    embedding_rows                                                embedding.py
+    lens_grid, rank_trajectories, attention_map                   inside.py
 
 Each takes the rows and a title that states the finding, and says in its docstring what a row holds. A figure shows
 itself in a notebook; Page.figure puts it on a page. A figure made elsewhere with plotly fits on a page as well.
 """
 
+from lapis.report.embedding import embedding_rows
 from lapis.report.inside import attention_map, lens_grid, rank_trajectories
 from lapis.report.training import learning_curves, mixers, plan_scatter, scale_sweep, scores
-from lapis.report.weights import embedding_rows, layer_heatmap, parameter_treemap, spectra, tensor_errors
+from lapis.report.weights import layer_heatmap, parameter_treemap, spectra, tensor_errors
 
 __all__ = [
     "attention_map",

@@ -136,7 +136,7 @@ def template() -> dict[str, Any]:
             "colorway": [color(role) for role in SERIES],
             "paper_bgcolor": "rgba(0,0,0,0)",
             "plot_bgcolor": "rgba(0,0,0,0)",
-            "margin": {"l": 8, "r": 12, "t": 40, "b": 8},
+            "margin": {"l": 8, "r": 18, "t": 40, "b": 8},
             "xaxis": {**axis, "title": {**title, "standoff": 14}},
             "yaxis": axis,
             "legend": {"orientation": "h", "x": 0, "y": 1.02, "xanchor": "left", "yanchor": "bottom", "title": {}},
@@ -164,6 +164,14 @@ def new_figure(
     meta = {"title": title, "narrow": {}, "min_width": min_width, "max_width": max_width}
     figure = go.Figure(layout={"template": template(), "height": height, "meta": meta})
     figure.update_layout(title_text=plain(title), margin_t=TITLE + (LEGEND if legend else 8))
+    return figure
+
+
+def nothing(title: str) -> go.Figure:
+    """The figure of no rows: it says so."""
+    figure = new_figure(title, height=160, legend=False)
+    figure.update_layout(xaxis_visible=False, yaxis_visible=False, dragmode=False)
+    figure.add_annotation(text="nothing was measured", x=0, y=0.5, xref="paper", yref="paper", xanchor="left")
     return figure
 
 

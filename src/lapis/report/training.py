@@ -46,6 +46,8 @@ def learning_curves(
     for row in rows:
         if row.get(x) is not None and row.get(y) is not None:
             groups.setdefault((row["run"], row.get("split", "train")), []).append(row)
+    if not groups:
+        return theme.nothing(title)
     places = theme.series(run for run, _ in groups)
     figure = theme.new_figure(title, height=420)
     x_name, y_name = AXES.get(x, x), AXES.get(y, y)
@@ -109,6 +111,8 @@ def scale_sweep(
     groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault(str(row.get("language", "")), []).append(row)
+    if not groups:
+        return theme.nothing(title)
     figure = theme.new_figure(title, height=420)
     for place, (language, points) in enumerate(groups.items()):
         ordered = sorted(points, key=lambda row: row["scale"])
@@ -153,13 +157,14 @@ def scores(
     is for metrics that live far from zero. `label` names the axis, with its unit (default: known metrics are named).
     """
     known = [row for row in rows if row.get(metric) is not None]
+    if not known:
+        return theme.nothing(title)
     models = list(dict.fromkeys(row["model"] for row in known))
     languages = list(dict.fromkeys(row["language"] for row in known))
     figure = theme.new_figure(title, legend=False)
     theme.panels(figure, languages, height=34 * len(models) + 10, wide=min(3, len(languages)), gap=96)
     places = theme.series(models)
-    top = max((row[metric] for row in known), default=1.0)
-    bottom = min((row[metric] for row in known), default=0.0)
+    top, bottom = max(row[metric] for row in known), min(row[metric] for row in known)
     span = (top - bottom) or abs(top) or 1.0
     for i, language in enumerate(languages, 1):
         mine = [row for row in known if row["language"] == language]
@@ -209,8 +214,10 @@ def plan_scatter(rows: Iterable[Row], title: str) -> go.Figure:
     Row: `layer`, `style`, `knowledge` (scores of `lapis plan`, no unit), `chosen` (bool), optionally `control` (bool:
     in the random choice of equal size).
     """
-    figure = theme.new_figure(title, height=460)
     kept = list(rows)
+    if not kept:
+        return theme.nothing(title)
+    figure = theme.new_figure(title, height=460)
     looks = (
         ("chosen", "chosen", "lapis", "circle", [row for row in kept if row.get("chosen")]),
         ("control", "random control", "orange", "diamond-open", [row for row in kept if row.get("control")]),
@@ -244,6 +251,8 @@ def mixers(rows: Iterable[Row], title: str, *, metrics: Sequence[str] = ("parame
     Row: `mixer` (its name) and a positive number for each of `metrics`.
     """
     kept = list(rows)
+    if not kept:
+        return theme.nothing(title)
     figure = theme.new_figure(title, legend=False)
     theme.panels(
         figure, [AXES.get(metric, metric) for metric in metrics], height=38 * len(kept) + 10, wide=len(metrics), gap=96

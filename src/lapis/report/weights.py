@@ -22,24 +22,23 @@ ORDER = (
     "norm.attn", "attn.qkv", "attn.q", "attn.k", "attn.v", "attn.q_norm", "attn.k_norm", "attn.o",
     "norm.mlp", "mlp.gate", "mlp.up", "mlp.down", "norm.final", "head",
 )  # fmt: skip
-SCATTER_LIMIT = 4000
 
 
 def layer_heatmap(rows: Iterable[Row], title: str) -> go.Figure:
     """Two panels, layer by component: how far the direction turned, and how large the change is.
 
-    Row (a tensor of `lapis diff`, or a mean over several): `layer` (int, or None for what stands outside the layers),
-    `component`, `cosine` (or `direction` = 1 - cosine) and `relative_norm` (norm of the difference over norm of the
-    first model's tensor); `kind` "bias" makes a line of its own. One row per cell. A panel whose values span more than
-    a factor of 30 has a logarithmic color scale.
+    Row (a tensor of `lapis diff`): `layer` (int, or None for what stands outside the layers), `component`, `cosine`
+    (or `direction` = 1 - cosine) and `relative_norm` (norm of the difference over norm of the first model's tensor).
+    Biases (by `kind`, or by `name`) make lines of their own; where several tensors share a cell (experts), it shows
+    their mean and says so. A panel whose values span more than a factor of 30 has a logarithmic color scale; what is
+    not known (None, NaN) stays blank.
     """
-    cells: dict[tuple[str, int | None], Row] = {}
+    cells: dict[tuple[str, int | None], list[Row]] = {}
     for row in rows:
-        component = row["component"] + (" bias" if row.get("kind") == "bias" else "")
-        key = (component, row["layer"])
-        if key in cells:
-            raise ValueError(f"layer_heatmap: two rows for {component} of layer {row['layer']}; average them first")
-        cells[key] = row
+        bias = row.get("kind") == "bias" or str(row.get("name", "")).endswith((".bias", ".beta"))
+        cells.setdefault((row["component"] + (" bias" if bias else ""), row["layer"]), []).append(row)
+    if not cells:
+        return theme.nothing(title)
     layers = sorted({layer for _, layer in cells if layer is not None})
     components = sorted({component for component, _ in cells}, key=_place)
     outside = any(layer is None for _, layer in cells)
@@ -53,13 +52,24 @@ def layer_heatmap(rows: Iterable[Row], title: str) -> go.Figure:
     measures = (("direction", theme.BLUES), ("relative_norm", theme.AMBERS))
     for panel, (measure, shades) in enumerate(measures, 1):
         grid: list[list[float | None]] = [[None] * len(columns) for _ in components]
-        for (component, layer), row in cells.items():
+        notes = [[""] * len(columns) for _ in components]
+        for (component, layer), group in cells.items():
             early = layer is None and component.startswith(("embed", "norm.embed"))
             column = columns.index(str(layer)) if layer is not None else (0 if early else len(columns) - 1)
-            value = row.get(measure, 1 - row["cosine"] if measure == "direction" and "cosine" in row else None)
-            grid[components.index(component)][column] = None if value is None else float(value)
-        _heat(figure, panel, columns, components, grid, shades)
+            values = [value for value in (_measure(row, measure) for row in group) if value is not None]
+            if values:
+                line = components.index(component)
+                grid[line][column] = sum(values) / len(values)
+                notes[line][column] = f", mean of {len(values)}" if len(values) > 1 else ""
+        _heat(figure, panel, columns, components, grid, notes, shades)
     return figure
+
+
+def _measure(row: Row, measure: str) -> float | None:
+    value = row.get(measure)
+    if value is None and measure == "direction" and row.get("cosine") is not None:
+        value = 1 - row["cosine"]
+    return None if value is None or math.isnan(value) else float(value)
 
 
 def _place(component: str) -> tuple[int, str]:
@@ -73,6 +83,7 @@ def _heat(
     columns: Sequence[str],
     lines: Sequence[str],
     grid: list[list[float | None]],
+    notes: list[list[str]],
     shades: Sequence[tuple[str, str]],
 ) -> None:
     """One heatmap on axes x{panel}, y{panel}, its color bar above it on the right."""
@@ -86,9 +97,9 @@ def _heat(
         for line in grid
     ]
     figure.add_heatmap(
-        x=list(columns), y=[plain(line) for line in lines], z=shown, customdata=grid, xgap=1, ygap=1,
+        x=list(columns), y=[plain(line) for line in lines], z=shown, customdata=grid, text=notes, xgap=1, ygap=1,
         coloraxis=f"coloraxis{number}", xaxis=f"x{number}", yaxis=f"y{number}", hoverongaps=False,
-        hovertemplate="layer %{x}, %{y}<br>%{customdata:.3g}<extra></extra>",
+        hovertemplate="layer %{x}, %{y}<br>%{customdata:.3g}%{text}<extra></extra>",
     )  # fmt: skip
     bar: dict[str, Any] = {
         "x": figure.layout[f"xaxis{number}"].domain[1], "xanchor": "right", "len": 0.13,
@@ -121,105 +132,14 @@ def _heat(
     )
 
 
-def embedding_rows(rows: Iterable[Row], title: str, *, label: int = 8) -> go.Figure:
-    """How far each row of the embedding moved, by token id; special tokens are drawn apart and named.
-
-    Row (of `lapis diff --rows`): `token` (its text), `id`, `special` (bool), `relative_norm`, optionally `cosine`.
-    Beyond 4000 ordinary tokens the bulk is drawn as a band (the middle nine tenths in each of 200 ranges of ids), and
-    only the 200 rows that moved most as points. Besides the special tokens, up to `label` ordinary ones that moved
-    most are named, where there is room.
-    """
-    everything = list(rows)
-    special = [row for row in everything if row.get("special")]
-    ordinary = [row for row in everything if not row.get("special")]
-    figure = theme.new_figure(title, height=440)
-    points = ordinary
-    if len(ordinary) > SCATTER_LIMIT:
-        points = sorted(ordinary, key=lambda row: -row["relative_norm"])[:200]
-        _band(figure, ordinary)
-    widest = max((row["id"] for row in everything), default=1) or 1
-    tallest = max((row["relative_norm"] for row in everything), default=1.0) or 1.0
-    named = _spread(ordinary, special, label, widest, tallest)
-    groups = (("tokens", points, "lapis", "circle", 4), ("special tokens", special, "orange", "diamond", 11))
-    for name, group, role, symbol, size in groups:
-        if not group:
-            continue
-        strong = role == "orange"
-        beside = _beside(group, widest, tallest) if strong else ["top center"] * len(group)
-        shown = beside if strong else [row["id"] in named for row in group]
-        cosines = ["–" if row.get("cosine") is None else f"{row['cosine']:.4f}" for row in group]
-        figure.add_scatter(
-            x=[row["id"] for row in group],
-            y=[row["relative_norm"] for row in group],
-            customdata=[[plain(row["token"], 40), cosine] for row, cosine in zip(group, cosines, strict=True)],
-            text=[plain(row["token"], 16) if show else "" for row, show in zip(group, shown, strict=True)],
-            name=name,
-            mode="markers+text",
-            textposition=[place or "middle right" for place in beside],
-            textfont={"size": 11, "color": color("ink" if strong else "quiet")},
-            marker={"color": color(role), "symbol": symbol, "size": size, "opacity": 1 if strong else 0.55},
-            hovertemplate="<b>%{customdata[0]}</b>  id %{x}<br>moved by %{y:.3f} of its length"
-            "<br>cosine %{customdata[1]}<extra></extra>",
-            cliponaxis=False,
-        )
-    theme.axis_title(figure, "token id", "change of the row (relative norm)")
-    figure.update_xaxes(exponentformat="none", separatethousands=True, nticks=8, range=[-0.02 * widest, 1.02 * widest])
-    figure.update_yaxes(range=[0, 1.08 * tallest])
-    theme.adapt(figure, height=380, xaxis__nticks=4)
-    return figure
-
-
-def _band(figure: go.Figure, rows: Sequence[Row]) -> None:
-    """The middle nine tenths of the rows in each of 200 ranges of ids."""
-    width = -(-len(rows) // 200)
-    chunks = [rows[i : i + width] for i in range(0, len(rows), width)]
-    middle = [chunk[len(chunk) // 2]["id"] for chunk in chunks]
-    sizes = [sorted(row["relative_norm"] for row in chunk) for chunk in chunks]
-    low, high = ([size[int(share * (len(size) - 1))] for size in sizes] for share in (0.05, 0.95))
-    paint = theme.BLUES[2][0]
-    common: dict[str, Any] = {"x": middle, "mode": "lines", "line": {"width": 1, "color": paint}, "hoverinfo": "skip"}
-    figure.add_scatter(**common, y=low, showlegend=False)
-    figure.add_scatter(**common, y=high, fill="tonexty", fillcolor=paint, name=f"middle 90 % of every {width} tokens")
-
-
-def _spread(rows: Sequence[Row], special: Sequence[Row], count: int, widest: float, tallest: float) -> set[int]:
-    """The ids of up to `count` rows that moved most and whose names do not overlap, on a narrow screen either."""
-    chosen: list[Row] = []
-    for row in sorted(rows, key=lambda row: -row["relative_norm"])[: 8 * count]:
-        clear = all(
-            abs(row["id"] - other["id"]) > 0.24 * widest
-            or abs(row["relative_norm"] - other["relative_norm"]) > 0.07 * tallest
-            for other in (*chosen, *special)
-        )
-        if clear and len(chosen) < count:
-            chosen.append(row)
-    return {row["id"] for row in chosen}
-
-
-def _beside(rows: Sequence[Row], widest: float, tallest: float) -> list[str]:
-    """Where each special token's name stands: towards the middle of the picture, higher or lower where two are close.
-
-    "" where there is no room; the name then shows on hovering.
-    """
-    places, taken = [""] * len(rows), dict[str, float]()
-    order = sorted(range(len(rows)), key=lambda i: -rows[i]["relative_norm"])
-    heights = [row["relative_norm"] / tallest for row in rows]
-    for i, below in zip(order, [*order[1:], None], strict=False):
-        side = "left" if rows[i]["id"] > widest / 2 else "right"
-        crowded = below is not None and heights[i] - heights[below] < 0.05
-        for level, shift in (("top", 0.04), ("middle", 0.0), ("bottom", -0.04))[0 if crowded else 1 :]:
-            if taken.get(side, 9.0) - (heights[i] + shift) >= 0.05:
-                places[i], taken[side] = f"{level} {side}", heights[i] + shift
-                break
-    return places
-
-
 def spectra(rows: Iterable[Row], title: str, *, log_x: bool = True) -> go.Figure:
     """Singular values, largest first, each divided by the first: how many directions a change really has.
 
     Row: `name`, `values` (singular values in falling order, all > 0).
     """
     kept = list(rows)
+    if not kept:
+        return theme.nothing(title)
     places = theme.series(row["name"] for row in kept)
     figure = theme.new_figure(title, height=420)
     for row in kept:
@@ -236,7 +156,7 @@ def spectra(rows: Iterable[Row], title: str, *, log_x: bool = True) -> go.Figure
         )
     theme.axis_title(figure, "singular values, largest first", "share of the largest")
     figure.update_xaxes(type="log" if log_x else "linear", dtick=1 if log_x else None)
-    least = min((row["values"][-1] / row["values"][0] for row in kept), default=1.0)
+    least = min(row["values"][-1] / row["values"][0] for row in kept)
     figure.update_yaxes(type="log", **theme.powers(least, 1))
     theme.adapt(figure, height=360)
     return figure
@@ -248,6 +168,8 @@ def tensor_errors(rows: Iterable[Row], title: str, *, y: str = "error", label: s
     Row: `name`, `layer` (int or None), `component`, and the key `y` (>= 0; an exact zero is drawn at the foot).
     """
     kept = list(rows)
+    if not kept:
+        return theme.nothing(title)
     groups: dict[str, list[Row]] = {}
     for row in kept:
         groups.setdefault(row["component"].split(".")[0], []).append(row)
@@ -299,6 +221,8 @@ def parameter_treemap(rows: Iterable[Row], title: str) -> go.Figure:
         key = (row["layer"], row["component"])
         sizes[key] = sizes.get(key, 0) + row["parameters"]
     total = sum(sizes.values())
+    if not total:
+        return theme.nothing(title)
     roles = {"attn": "lapis", "mlp": "teal", "embed": "gold", "head": "orange", "norm": "slate"}
     nodes: list[tuple[str, str, str, int, str]] = [("model", "all", "", total, "wash")]
     for layer in sorted({layer for layer, _ in sizes if layer is not None}):
