@@ -41,9 +41,10 @@ NAMED = {
 }
 SPECIAL = [
     "<s>", "</s>", "<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>", "<|begin_of_text|>", "<|eot_id|>",
-    "<|eom_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|python_tag|>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>",
-    "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>",
-    "[INST]", "[/INST]", "[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]",
+    "<|eom_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|python_tag|>", "<|user|>", "<|assistant|>",
+    "<|system|>", "<|end|>", "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>",
+    "[INST]", "[/INST]", "[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]",
+    "[/TOOL_RESULTS]",
 ]  # fmt: skip
 NOT_SPECIAL = ["<tool_call>", "</tool_call>", "<think>", "</think>"]
 

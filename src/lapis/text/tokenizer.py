@@ -95,8 +95,9 @@ class Tokenizer:
             self._backend.encode_special_tokens = not special
             try:
                 found = self._backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
-            except UnicodeEncodeError as error:
-                raise _half_character(error) from None
+            except (UnicodeEncodeError, TypeError):  # the library has a TypeError for half characters
+                _refuse_half_characters(texts)
+                raise
         return [encoding.ids for encoding in found]
 
     def encode_spans(self, text: str, special: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
@@ -105,8 +106,9 @@ class Tokenizer:
             self._backend.encode_special_tokens = not special
             try:
                 found = self._backend.encode(text, add_special_tokens=False)
-            except UnicodeEncodeError as error:
-                raise _half_character(error) from None
+            except (UnicodeEncodeError, TypeError):
+                _refuse_half_characters([text])
+                raise
         return found.ids, found.offsets
 
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
@@ -283,10 +285,8 @@ def _texts(items: Iterable[str | Path]) -> Iterator[str]:
 def _batches(texts: Iterable[str], seen: list[int]) -> Iterator[list[str]]:
     batch, size = [], 0
     for text in texts:
-        try:
-            seen[0] += len(text.encode())
-        except UnicodeEncodeError as error:
-            raise _half_character(error) from None
+        _refuse_half_characters([text])
+        seen[0] += len(text)
         batch.append(text)
         size += len(text)
         if size > 1_000_000:
@@ -295,9 +295,13 @@ def _batches(texts: Iterable[str], seen: list[int]) -> Iterator[list[str]]:
     yield batch
 
 
-def _half_character(error: UnicodeEncodeError) -> DataError:
-    code = ord(error.object[error.start])
-    return DataError(f"character {error.start} is half a surrogate pair (U+{code:04X}); remove it")
+def _refuse_half_characters(texts: Iterable[str]) -> None:
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            code = ord(text[error.start])
+            raise DataError(f"character {error.start} is half a surrogate pair (U+{code:04X}); remove it") from None
 
 
 def _bytes_of_characters() -> dict[str, int]:
