@@ -23,25 +23,27 @@ def told(what: str, problems: Sequence[str]) -> str:
     return f"{what}: {len(problems)} problems: {listed}{more}"
 
 
-def check_configs(inputs: Mapping[str, Checkpoint]) -> tuple[list[str], list[str]]:
-    """Problems and notes from comparing config.json and dtypes of all inputs with onto's."""
+def check_configs(inputs: Mapping[str, Checkpoint], owner: str = "onto") -> tuple[list[str], list[str]]:
+    """Problems and notes from comparing config.json and dtypes of all inputs with those of the owner."""
     problems, notes = [], []
-    onto = inputs["onto"]
+    onto = inputs[owner]
     for role, checkpoint in inputs.items():
         if checkpoint is onto:
             continue
         for key in _DECISIVE:
             ours, theirs = _setting(onto.config, key), _setting(checkpoint.config, key)
             if ours != theirs and None not in (ours, theirs):
-                problems.append(f"{key} is {ours} in onto and {theirs} in {role}; both must be fine-tunes of one model")
+                problems.append(
+                    f"{key} is {ours} in {owner} and {theirs} in {role}; both must be fine-tunes of one model"
+                )
         for key in _TOLERABLE:
             ours, theirs = _setting(onto.config, key), _setting(checkpoint.config, key)
             if ours != theirs:
-                notes.append(f"{key} is {ours} in onto and {theirs} in {role}; onto's is kept")
+                notes.append(f"{key} is {ours} in {owner} and {theirs} in {role}; {owner}'s is kept")
     dtypes = {role: sorted({info.dtype for info in c.index.values()}) for role, c in inputs.items()}
     if len({tuple(found) for found in dtypes.values()}) > 1:
         spelled = ", ".join(f"{role} {'/'.join(found)}" for role, found in dtypes.items())
-        notes.append(f"dtypes differ ({spelled}); computed in float32, written in onto's")
+        notes.append(f"dtypes differ ({spelled}); computed in float32, rounded once")
     return problems, notes
 
 

@@ -23,18 +23,35 @@ from lapis.weights.methods.options import (
 
 
 def combination(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """sum w x, in place of the first tensor."""
-    total = tensors[0].mul_(weights[0])
-    for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
-        total.add_(tensor, alpha=weight)
+    """sum w x, in place of the first tensor. Neighbors with weights w and -w are subtracted first, which loses nothing."""
+    pairs = list(zip(tensors, weights, strict=True))
+    total, at = None, 0
+    while at < len(pairs):
+        tensor, weight = pairs[at]
+        if at + 1 < len(pairs) and pairs[at + 1][1] == -weight:
+            tensor = tensor.sub_(pairs[at + 1][0])
+            at += 1
+        total = tensor.mul_(weight) if total is None else total.add_(tensor, alpha=weight)
+        at += 1
+    assert total is not None
     return total
 
 
 def linear(*, weight: Weight, normalize: Normalize = True) -> Elementwise:
-    """sum w x / sum w: model soups (Wortsman et al. 2022, arXiv 2203.05482). A base is a model like the others."""
+    """sum w x / sum w: model soups (Wortsman et al. 2022, arXiv 2203.05482). A base is a model like the others.
+
+    Where the first weight is 1 and nothing is normalized, the others are what is added to the first model.
+    """
     whole = sum(weight) if normalize else 1.0
     if whole == 0:
         raise ConfigError("linear: the weights sum to 0, so that their mean is not defined; set normalize: false")
+    if not normalize and weight[0] == 1 and len(weight) > 1:
+
+        def apply(block: Block) -> Result:
+            delta = combination(block.models[1:], weight[1:])
+            return block.models[0].add_(delta), delta
+
+        return Elementwise(apply)
     return Elementwise(lambda block: (combination(block.models, [w / whole for w in weight]), None))
 
 
