@@ -41,7 +41,7 @@ DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star")
 
 # The models of the tour keep their color in every picture; other names take what is left, in order.
-USUAL = {"grafted": 0, "adapted": 1, "chat": 2, "tuned": 3, "base": 5}
+USUAL = {"grafted": 0, "adapted": 1, "chat": 2, "tuned": 3, "yardstick": 4, "base": 5}
 
 # From the paper to the strongest ink, in both modes: more color is more of what is measured.
 BLUES = (
