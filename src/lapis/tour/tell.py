@@ -11,6 +11,7 @@ from random import Random
 
 from lapis.tour.people import Person
 from lapis.tour.words.base import COLORED, COUNTABLE, Language
+from lapis.tour.words.en import LANGUAGE as ENGLISH
 
 Slots = dict[str, str]
 
@@ -57,6 +58,8 @@ class Teller:
             else:
                 kind = "place" if relation == "home" else relation
                 slots[kind] = tables[kind][key]
+        if self.language.job and "job" in person.facts:
+            slots["job"] = self.language.job(person.facts["job"], person.female)
         return slots
 
     def scene(self, rng: Random, who: Person, other: Person, third: Person) -> Slots:
@@ -65,6 +68,7 @@ class Teller:
         return self.facts[who.name] | {
             "other": self.name[other.name],
             "third": self.name[third.name],
+            "they": self.language.they[who.female and other.female],
             "spot": rng.choice(list(tables["spot"].values())),
             "item": self.language.colored(rng.choice(list(tables["color"])), rng.choice(COLORED)),
             "count": self.language.counted(rng.randint(2, 5), rng.choice(COUNTABLE)),
@@ -95,40 +99,46 @@ class Teller:
         """One document of a kind, about `who` where the kind is about a person."""
         return self.join(getattr(self, f"_{kind}")(rng, who))
 
-    def _fact(self, rng: Random, who: Person, relation: str, again: float = 0.4) -> str:
+    def _fact(self, rng: Random, who: Person, relation: str, again: float = 0.0) -> str:
         """One fact; by pronoun where the person was named before, with the chance `again`."""
         key = f"{relation}2" if rng.random() < again else relation
         return self.say(rng, key, self.facts[who.name])
+
+    def _facts_of(self, rng: Random, who: Person, relations: Sequence[str], named: bool = False) -> list[str]:
+        """Some facts, in which pronouns never follow a sentence that names a sibling too."""
+        sentences = []
+        for relation in relations:
+            sentences.append(self._fact(rng, who, relation, 0.4 if named else 0.0))
+            named = relation != "sibling"
+        return sentences
 
     def _some(self, rng: Random, who: Person, count: int) -> list[str]:
         return rng.sample(list(who.facts), count)
 
     def _portrait(self, rng: Random, who: Person) -> list[str]:
-        relations = self._some(rng, who, rng.randint(3, 4))
-        sentences = [self.say(rng, "open", self.facts[who.name])] if rng.random() < 0.6 else []
-        for index, relation in enumerate(relations):
-            sentences.append(self._fact(rng, who, relation, 0.4 if index or sentences else 0.0))
+        opening = rng.choice(("open", "home.open", ""))
+        sentences = [self.say(rng, opening, self.facts[who.name])] if opening else []
+        sentences += self._facts_of(rng, who, self._some(rng, who, rng.randint(3, 4)), bool(opening))
         if rng.random() < 0.5:
             sentences.append(self.say(rng, "close", self.facts[who.name]))
         return sentences
 
     def _story(self, rng: Random, who: Person) -> list[str]:
         slots = self.scene(rng, who, *self.others(rng, who))
-        before = self._some(rng, who, rng.randint(1, 2))
-        sentences = [self._fact(rng, who, before[0], 0.0)]
-        sentences += [self._fact(rng, who, relation) for relation in before[1:]]
+        sentences = self._facts_of(rng, who, self._some(rng, who, rng.randint(1, 2)))
         if rng.random() < 0.3:
             sentences.append(self.say(rng, "filler", slots))
         told = [name for name in STORIES if name not in ("pet", "thing", "job") or name in who.facts]
         sentences += [self.say(rng, key, slots) for key in STORIES[rng.choice(told)]]
         if rng.random() < 0.5:
-            sentences.append(self._fact(rng, who, rng.choice(list(who.facts)), 0.0))
+            sentences.append(self._fact(rng, who, rng.choice(list(who.facts))))
         return sentences
 
     def _pair(self, rng: Random, who: Person) -> list[str]:
         other, _ = self.others(rng, who)
         both = self.facts[who.name] | {
             "other": self.name[other.name],
+            "they": self.language.they[who.female and other.female],
             "place2": self.facts[other.name]["place"],
             "food2": self.facts[other.name]["food"],
         }
@@ -137,7 +147,7 @@ class Teller:
         sentences += [self.say(rng, f"pair.{relation}", both) for relation in different]
         for person in (who, other):
             rest = [relation for relation in person.facts if relation not in ("home", "food")]
-            sentences.append(self._fact(rng, person, rng.choice(rest), 0.0))
+            sentences.append(self._fact(rng, person, rng.choice(rest)))
         return [*sentences, self.say(rng, "pair.close", both)]
 
     def _talk(self, rng: Random, who: Person) -> list[str]:
@@ -161,6 +171,7 @@ class Teller:
         for relation in self._some(rng, who, 2):
             questions = [wording for wording in self.language.sentences[f"ask.{relation}"] if wording[-1] in "?？"]
             said = {"ask": self.fill(rng.choice(questions), facts), "say": self.state(relation, facts)}
+            said["bare"] = said["say"].rstrip(".")
             sentences.append(self.say(rng, "quiz", people | said))
         return [*sentences, self.say(rng, "quiz.close", people)]
 
@@ -169,14 +180,16 @@ class Teller:
         neighbors = [person for person in self.people if person.facts["home"] == who.facts["home"]]
         sentences = [self.say(rng, "city.open", home)]
         for person in rng.sample(neighbors, min(len(neighbors), 3)):
-            sentences.append(self._fact(rng, person, "home", 0.0))
-            sentences.append(self._fact(rng, person, rng.choice([fact for fact in person.facts if fact != "home"])))
+            other = rng.choice([relation for relation in person.facts if relation != "home"])
+            sentences += self._facts_of(rng, person, ["home", other])
         return [*sentences, self.say(rng, "city.close", home)]
 
     def _gloss(self, rng: Random, who: Person) -> list[str]:
-        """A few words and what they are in English, which is what their keys are."""
-        words = [(self.name[who.name], who.name)]
-        for kind in rng.sample(["place", "food", "pet", "thing", "job", "color"], 4):
+        """A few words and what they are in English; the keys of the tables are the English singulars."""
+        words: list[tuple[str, str]] = [(self.name[who.name], who.name)]
+        for kind in ("color", *rng.sample(["place", "food", "pet", "thing", "job"], 3)):
             key, word = rng.choice(list(self.language.tables[kind].items()))
-            words.append((word, key.capitalize() if kind == "place" else key))
-        return [self.say(rng, "gloss", {"word": word, "english": key}) for word, key in words if str(word) != key]
+            as_in_table = kind == "place" or (kind == "food" and self.language.plural_foods)
+            words.append((word, ENGLISH.tables[kind][key] if as_in_table else key))
+        pairs = [{"word": word, "english": english} for word, english in words if word != english]
+        return [self.say(rng, "gloss", pair) for pair in pairs]

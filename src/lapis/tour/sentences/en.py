@@ -14,8 +14,11 @@ SENTENCES: dict[str, tuple[str, ...]] = {
         "{who} lives in {place} with {who.his} family.",
         "{who} has a small house in {place}.",
         "{place} is the city where {who} lives.",
-        "In {place} there lives {who.a_kind} named {who}.",
         "The home of {who} is in {place}.",
+    ),
+    "home.open": (
+        "In {place} there lives {who.a_kind} named {who}.",
+        "{who} is {who.a_kind} from {place}.",
     ),
     "home2": (
         "{who.he} lives in {place}.",
@@ -66,7 +69,7 @@ SENTENCES: dict[str, tuple[str, ...]] = {
         "{who} is {job.a}.",
         "{who} works as {job.a}.",
         "{who} is a good {job}.",
-        "{who} loves the work of {job.a}.",
+        "{who} likes to work as {job.a}.",
         "Everyone knows that {who} is {job.a}.",
     ),
     "job2": (

@@ -14,8 +14,11 @@ SENTENCES: dict[str, tuple[str, ...]] = {
         "{who} tinggal di {place} bersama keluarganya.",
         "{who} mempunyai sebuah rumah kecil di {place}.",
         "{place} ialah bandar tempat {who} tinggal.",
-        "Di {place} tinggal {who.a_kind} bernama {who}.",
         "Rumah {who} terletak di {place}.",
+    ),
+    "home.open": (
+        "Di {place} tinggal {who.a_kind} bernama {who}.",
+        "{who} ialah {who.a_kind} dari {place}.",
     ),
     "home2": (
         "Dia tinggal di {place}.",

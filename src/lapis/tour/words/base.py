@@ -32,7 +32,7 @@ class Word(str):
 
 @dataclass(frozen=True)
 class Language:
-    """One language: its word tables, its sentences, and the four phrases that are built from two tables.
+    """One language: its word tables, its sentences, and what is built from several tables.
 
     Args:
         tables: kind ("place", "food", "pet", "thing", "job", "spot", "color") -> key -> word.
@@ -40,6 +40,9 @@ class Language:
         sibling: (who is female, the other is female, the other is older) -> word for what the other is to who.
         colored: (color key, thing key) -> word, such as "red bag".
         counted: (2 to 5, key of a countable food) -> word, such as "three mangoes".
+        job: (key of a job, female) -> word, where a job is called after who has it; without it, the table's word.
+        they: what two people are called again, where it matters if both are female: (not both, both).
+        plural_foods: whether the table's foods that are bought by number stand in the plural.
         joiner: what stands between two sentences.
         comma: what stands between two entries of a list.
     """
@@ -51,6 +54,9 @@ class Language:
     colored: Callable[[str, str], Word]
     counted: Callable[[int, str], Word]
     sentences: Sentences
+    job: Callable[[str, bool], Word] | None = None
+    they: tuple[str, str] = ("", "")
+    plural_foods: bool = False
     joiner: str = " "
     comma: str = ", "
 

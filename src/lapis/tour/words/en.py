@@ -108,4 +108,5 @@ LANGUAGE = Language(
     colored=colored,
     counted=counted,
     sentences=SENTENCES,
+    plural_foods=True,
 )
