@@ -105,25 +105,23 @@ def test_one_token_as_a_reader_sees_it(trained: Tokenizer) -> None:
         trained.encode("half \ud83d")
 
 
+PLAIN = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
+OBJECT = {"__type": "AddedToken", **PLAIN, "special": True}
 TOKENS = {
     "text": {"eos_token": "<|im_end|>", "additional_special_tokens": ["<|a|>", "<|b|>"]},
     "objects": {
-        "eos_token": {"__type": "AddedToken", "content": "<|im_end|>", "lstrip": False, "normalized": False,
-                      "rstrip": False, "single_word": False},
-        "bos_token": {"__type": "AddedToken", "content": "<s>", "lstrip": False, "normalized": False, "rstrip": False, "single_word": False},
-        "additional_special_tokens": [{"__type": "AddedToken", "content": "<|a|>", "lstrip": False, "normalized": False, "rstrip": True,
-                                       "single_word": False}],
+        "eos_token": {"content": "<|im_end|>", **OBJECT},
+        "bos_token": {"content": "<s>", **OBJECT},
+        "additional_special_tokens": [{"content": "<|a|>", **OBJECT, "rstrip": True}],
     },
     "decoder": {
         "eos_token": "<|im_end|>",
         "added_tokens_decoder": {
-            "340": {"content": "<think>", "lstrip": False, "normalized": False, "rstrip": False, "single_word": False,
-                    "special": False},
-            "341": {"content": "<|c|>", "lstrip": False, "normalized": False, "rstrip": False, "single_word": False,
-                    "special": True},
+            "340": {"content": "<think>", **PLAIN, "special": False},
+            "341": {"content": "<|c|>", **PLAIN, "special": True},
         },
     },
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", TOKENS)
@@ -141,8 +139,7 @@ def test_older_folders_name_special_tokens_in_a_file_of_their_own(folder: Path) 
     config = json.loads((folder / "tokenizer_config.json").read_text())
     del config["added_tokens_decoder"], config["eos_token"]
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
-    older = {"eos_token": {"content": "<|im_end|>", **flags}}
+    older = {"eos_token": {"content": "<|im_end|>", **PLAIN}}
     (folder / "special_tokens_map.json").write_text(json.dumps(older))
     assert Tokenizer.open(folder).eos_id == AutoTokenizer.from_pretrained(folder).eos_token_id == 2
 
