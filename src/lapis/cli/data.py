@@ -86,10 +86,11 @@ def show(
         packed = Rows.open(source)
         opened = Tokenizer.open(tokenizer or source / "tokenizer")
     else:
+        kind = kind_of(source)
         if tokenizer is None:
             raise ConfigError(f"{source}: is not packed; give --tokenizer DIR to look at a file")
         opened = Tokenizer.open(tokenizer)
-        if kind_of(source) == "chats":
+        if kind == "chats":
             packed = pack_items(islice(chats(source), first), opened, length=length)
         else:
             packed = pack_items(islice(documents(source), first), opened, length=length)

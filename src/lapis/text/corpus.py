@@ -178,20 +178,21 @@ def _pieces(path: Path) -> Iterator[Document]:
     with _Opened(path) as file:
         while True:
             raw = file.read(PIECE)
-            if position == 0:
-                raw = raw.removeprefix(codecs.BOM_UTF8)
+            ended = not raw
+            if position == 0 and raw.startswith(codecs.BOM_UTF8):
+                raw, position = raw[3:], 3
             waiting = len(decoder.getstate()[0])
             _refuse_nul(raw, path, lines, position)
             try:
-                fresh = decoder.decode(raw, final=not raw)
+                fresh = decoder.decode(raw, final=ended)
             except UnicodeDecodeError as error:
                 at = lines + error.object[: error.start].count(b"\n")
                 raise _not_utf8(path, at, position - waiting + error.start, error) from None
             position += len(raw)
             lines += raw.count(b"\n")
             held += fresh
-            any_text = any_text or not (not fresh or fresh.isspace())
-            if not raw:
+            any_text = any_text or bool(fresh.strip())
+            if ended:
                 break
             cut = _cut(held) if len(held) >= PIECE // 4 else 0
             if cut:
@@ -222,10 +223,8 @@ def _records(path: Path) -> Iterator[tuple[int, Any]]:
                 raise DataError(
                     f"{path} line {number}: longer than {LINE_LIMIT >> 20} MB; split the record, or give it as .txt"
                 )
-            if position == 0:
-                position = len(raw)
-                raw = raw.removeprefix(codecs.BOM_UTF8)
-                position -= len(raw)
+            if position == 0 and raw.startswith(codecs.BOM_UTF8):
+                raw, position = raw[3:], 3
             if raw.strip():
                 count += 1
                 yield number, _parse(raw, path, number, position)

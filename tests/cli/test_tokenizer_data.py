@@ -1,0 +1,146 @@
+"""`lapis tokenizer train`, `data pack`, `data show`, `tokens`: what they write and print, and how they refuse."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lapis.cli.main import main
+from lapis.text.rows import Rows
+from lapis.text.tokenizer import Tokenizer, train_tokenizer
+
+TEXTS = ["Saya suka makan nasi lemak di Kuala Lumpur. ", "나는 밥을 좋아한다. ", "Я люблю читати книжки. "] * 8
+CHAT = {"messages": [{"role": "user", "content": "Apa khabar?"}, {"role": "assistant", "content": "Khabar baik."}]}
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text * 3}) + "\n" for text in TEXTS))
+    (tmp_path / "chats.jsonl").write_text((json.dumps(CHAT) + "\n") * 6)
+    (tmp_path / "tokenizer").mkdir()
+    train_tokenizer(TEXTS, 320).save(tmp_path / "tokenizer")
+    return tmp_path
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
+    main([str(a) for a in arguments])
+    return capsys.readouterr().out
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
+    with pytest.raises(SystemExit) as ended:
+        main([str(a) for a in arguments])
+    printed = capsys.readouterr()
+    assert ended.value.code == 1 and printed.out == ""
+    assert printed.err.count("\n") == 1 and printed.err.startswith("lapis: ")
+    return printed.err
+
+
+def test_train_pack_show(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = place / "new"
+    result = json.loads(run(capsys, "tokenizer", "train", place / "text.jsonl", place / "chats.jsonl", "--vocab", 330,
+                            "--out", out, "--json"))  # fmt: skip
+    assert result["vocab"] == Tokenizer.open(out).vocab_size == 330 and result["out"] == str(out)
+    for name in ("text", "chats"):
+        packed = place / f"packed-{name}"
+        result = json.loads(run(capsys, "data", "pack", place / f"{name}.jsonl", "--tokenizer", out, "--out", packed,
+                                "--length", 64, "--json"))  # fmt: skip
+        rows = Rows.open(packed)
+        assert (result["rows"], result["digest"], result["counts"]) == (len(rows), rows.digest, rows.counts)
+        shown = json.loads(run(capsys, "data", "show", packed, "--json"))
+        assert shown["coverage"] == result["coverage"]
+        said = [entry["text"] for entry in shown["shown"][0] if entry["loss"] and entry["segment"] == 1]
+        if name == "chats":
+            assert "".join(said) == "Khabar baik.<|im_end|>"
+            assert run(capsys, "data", "show", packed, "--rows", 1).count("Khabar baik.") == 1
+        else:
+            assert "".join(said).startswith("Saya suka makan")
+            assert "100.0% of tokens carry loss" in run(capsys, "data", "show", packed)
+    direct = json.loads(
+        run(capsys, "data", "show", place / "chats.jsonl", "--tokenizer", out, "--length", 64, "--json")
+    )
+    assert direct["coverage"] == shown["coverage"] and direct["shown"] == shown["shown"]
+
+
+def test_data_show_colors_what_carries_loss(place: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "lapis",
+        "data",
+        "show",
+        "chats.jsonl",
+        "--tokenizer",
+        "tokenizer",
+        "--length",
+        "64",
+    ]
+    shown = subprocess.run(
+        command, cwd=place, capture_output=True, text=True, env={"FORCE_COLOR": "1", "TERM": "xterm-256color"}
+    ).stdout
+    assert "\x1b[32m" in shown and "\x1b[90m" in shown and "\x1b[1;4;35m" in shown
+
+
+def make_model(folder: Path, tokenizer: Path, tied: bool) -> Path:
+    """A Llama folder whose embedding rows are orthogonal but for one, so that the way back is known."""
+    rows = Tokenizer.open(tokenizer).rows + 8
+    embed_VD = torch.eye(rows, 512)
+    embed_VD[5] = embed_VD[6] * 0.5  # token 5 comes back as token 6
+    tensors = {"model.embed_tokens.weight": embed_VD}
+    if not tied:
+        tensors["lm_head.weight"] = embed_VD.roll(1, 0).contiguous()
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors")
+    config = {"model_type": "llama", "vocab_size": rows, "hidden_size": 512, "tie_word_embeddings": tied}
+    (folder / "config.json").write_text(json.dumps(config))
+    for file in tokenizer.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+def test_tokens_shows_the_way_back(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lapis.text.roundtrip._BLOCK", 512 * 50)  # several blocks of the vocabulary
+    tokenizer = Tokenizer.open(place / "tokenizer")
+    tied = make_model(place / "tied", place / "tokenizer", tied=True)
+    text = "nasi " + tokenizer.token(5) + "<|im_end|>"
+    result = json.loads(run(capsys, "tokens", tied, text, "--json"))
+    assert [entry["id"] for entry in result["tokens"]] == tokenizer.encode(text)
+    assert [entry["back"] for entry in result["tokens"]] == [6 if i == 5 else i for i in tokenizer.encode(text)]
+    assert result["returned"] == len(result["tokens"]) - 1 and result["tied"]
+    assert {entry["norm"] for entry in result["tokens"]} == {0.5, 1.0}
+    untied = make_model(place / "untied", place / "tokenizer", tied=False)
+    result = json.loads(run(capsys, "tokens", untied, "nasi", "--json"))
+    assert result["returned"] == 0 and not result["tied"] and result["head"] == "lm_head.weight"
+    assert "0 of" in run(capsys, "tokens", untied, "nasi")
+
+
+def test_refusals_are_one_line_and_leave_nothing(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(p.name for p in place.iterdir())
+    out = place / "out"
+    (place / "empty.txt").touch()
+    (place / "latin.txt").write_bytes(b"caf\xe9")
+    tokenizer = ("--tokenizer", place / "tokenizer", "--out", out)
+    assert "no such file" in refused(capsys, "data", "pack", place / "nothing.txt", *tokenizer)
+    assert "is empty" in refused(capsys, "data", "pack", place / "empty.txt", *tokenizer)
+    assert "line 1: not UTF-8 at byte 3" in refused(capsys, "data", "pack", place / "latin.txt", *tokenizer)
+    assert "line 1: not UTF-8" in refused(
+        capsys, "tokenizer", "train", place / "latin.txt", "--vocab", 300, "--out", out
+    )
+    assert "least is 259" in refused(capsys, "tokenizer", "train", place / "text.jsonl", "--vocab", 9, "--out", out)
+    exists = ("--out", place / "tokenizer")
+    assert "exists already" in refused(capsys, "tokenizer", "train", place / "text.jsonl", "--vocab", 300, *exists)
+    assert "is the input" in refused(capsys, "data", "pack", place / "text.jsonl", "--tokenizer", exists[1], *exists)
+    assert "give --tokenizer" in refused(capsys, "data", "show", place / "text.jsonl")
+    assert "no such file" in refused(capsys, "data", "show", place / "nothing.jsonl")
+    assert "no such" in refused(capsys, "tokens", place / "nothing", "text")
+    model = make_model(place / "model", place / "tokenizer", tied=True)
+    assert "the text is empty" in refused(capsys, "tokens", model, "")
+    (place / "empty.txt").unlink(), (place / "latin.txt").unlink()
+    assert sorted(p.name for p in place.iterdir()) == sorted([*before, "model"])
