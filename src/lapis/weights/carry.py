@@ -8,6 +8,7 @@ text, templates, SentencePiece models. Code is left behind.
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from lapis.weights.vocabulary import Vocabulary
 
 ACCOUNT = "lapis-merge.json"
 _DATA = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".vocab")
+_PLAIN = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
 _OWN = {ACCOUNT, MANIFEST, "README.md", "config.json", "generation_config.json"}
 
 
@@ -28,10 +30,12 @@ def carry(
     words: Vocabulary | None = None,
     chat_words: Vocabulary | None = None,
     config: Mapping[str, Any] | None = None,
+    new_tokens: Mapping[str, int] | None = None,
 ) -> list[str]:
     """Writes every file that is not a weight into `folder`; returns lines that say what was done.
 
-    words, chat_words: the vocabularies of onto and chat. config: keys of config.json that change.
+    words, chat_words: the vocabularies of onto and chat. config: what config.json holds instead of onto's. new_tokens:
+    tokens of chat that onto's tokenizer gains, with their ids.
     """
     notes = []
     for path in sorted(onto.root.iterdir()):
@@ -44,29 +48,62 @@ def carry(
                 shutil.copyfile(found, folder / name)
         elif name.endswith(".py"):
             notes.append(f"{name} was not copied: it is code")
-    settings = {**onto.config, **(config or {})}
+    settings = dict(onto.config if config is None else config)
     generation = onto.json("generation_config.json")
     if chat and words and chat_words:
-        if chat_words.template and not words.template:
-            _give_template(chat, chat_words, words, folder)
-            notes.append("the chat template comes from chat")
-        theirs = chat.json("generation_config.json")
-        if generation is None and theirs is not None:
-            generation = _renumbered(theirs, chat_words, words)
-            notes.append("generation_config.json comes from chat")
-        ends = [words.ids[t] for t in _tokens(chat_words, chat_words.ends) if t in words.ids]
-        if ends and (chat_words.template or not words.template):
-            generation = dict(generation or {})
-            had = generation.get("eos_token_id", settings.get("eos_token_id"))
-            had = had if isinstance(had, list) else [] if had is None else [had]
-            both = list(dict.fromkeys([*ends, *had]))
-            if both != had:
-                generation["eos_token_id"] = both if len(both) > 1 else both[0]
-                notes.append(f"generation ends at {', '.join(_tokens(words, both))}")
+        if new_tokens:
+            _add_tokens(chat, folder, new_tokens)
+            words = replace(words, ids={**words.ids, **new_tokens})
+        generation, more = _speech(chat, words, chat_words, generation, settings, folder)
+        notes += more
     if generation is not None:
         write_json(folder / "generation_config.json", generation)
     write_json(folder / "config.json", settings)
     return notes
+
+
+def _speech(
+    chat: Checkpoint,
+    words: Vocabulary,
+    chat_words: Vocabulary,
+    generation: dict[str, Any] | None,
+    settings: Mapping[str, Any],
+    folder: Path,
+) -> tuple[dict[str, Any] | None, list[str]]:
+    """Template, generation settings and end tokens of chat where onto has none; generation_config.json and notes."""
+    notes = []
+    if chat_words.template and not words.template:
+        _give_template(chat, chat_words, words, folder)
+        notes.append("the chat template comes from chat")
+    theirs = chat.json("generation_config.json")
+    if generation is None and theirs is not None:
+        generation = _renumbered(theirs, chat_words, words)
+        notes.append("generation_config.json comes from chat")
+    ends = [words.ids[token] for token in _tokens(chat_words, chat_words.ends) if token in words.ids]
+    if ends and (chat_words.template or not words.template):
+        generation = dict(generation or {})
+        had = generation.get("eos_token_id", settings.get("eos_token_id"))
+        had = had if isinstance(had, list) else [] if had is None else [had]
+        both = list(dict.fromkeys([*ends, *had]))
+        if both != had:
+            generation["eos_token_id"] = both if len(both) > 1 else both[0]
+            notes.append(f"generation ends at {', '.join(_tokens(words, both))}")
+    return generation, notes
+
+
+def _add_tokens(chat: Checkpoint, folder: Path, new_tokens: Mapping[str, int]) -> None:
+    """Enters chat's added tokens into the tokenizer's files, under the ids that they have here."""
+    document, theirs = json.loads((folder / "tokenizer.json").read_bytes()), chat.json("tokenizer.json")
+    by_text = {token["content"]: token for token in theirs.get("added_tokens", [])}
+    entries = [{**by_text.get(token, _PLAIN), "content": token, "id": i} for token, i in new_tokens.items()]
+    document["added_tokens"] = (document.get("added_tokens") or []) + entries
+    write_json(folder / "tokenizer.json", document)
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_bytes()) if path.is_file() else {}
+    if "added_tokens_decoder" in settings:
+        for entry in entries:
+            settings["added_tokens_decoder"][str(entry["id"])] = {k: v for k, v in entry.items() if k != "id"}
+        write_json(path, settings)
 
 
 def write_json(path: Path, value: Any) -> None:

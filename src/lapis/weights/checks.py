@@ -6,6 +6,7 @@ from typing import Any
 from lapis.checkpoint import Checkpoint
 from lapis.weights.pairs import counterparts
 from lapis.weights.parts import is_vocabulary
+from lapis.weights.scaled import is_number
 from lapis.weights.vocabulary import Vocabulary
 
 # fields that make the same shapes mean another computation, and fields that only shift it
@@ -69,7 +70,8 @@ def check_tensors(inputs: Mapping[str, Checkpoint], fates: Mapping[str, str]) ->
             if (ours[1:] if fate == "rows" else ours) != (theirs[1:] if fate == "rows" else theirs):
                 problems.append(f"{name} is {_x(ours)} in onto and {_x(theirs)} in {role}; a graft needs equal shapes")
         for role, each in found.items():
-            if each.dtype not in ("F32", "F16", "BF16", "F64"):
+            owner = name if role == "onto" else names[role][name]
+            if not is_number(inputs[role], owner):
                 problems.append(
                     f"{name} is {each.dtype} in {role}: numbers without a known scale; give the unquantized model"
                 )
@@ -77,12 +79,9 @@ def check_tensors(inputs: Mapping[str, Checkpoint], fates: Mapping[str, str]) ->
 
 
 def check_vocabularies(
-    inputs: Mapping[str, Checkpoint],
-    words: Mapping[str, Vocabulary | None],
-    template: Sequence[str],
-    embeddings: str,
+    inputs: Mapping[str, Checkpoint], words: Mapping[str, Vocabulary | None], embeddings: str
 ) -> list[str]:
-    """Problems of tokenizers against embedding rows, and of the template's tokens in onto."""
+    """Problems of configs and tokenizers against embedding rows."""
     problems = []
     for role, checkpoint in inputs.items():
         vocabulary, rows = words[role], embedding_rows(checkpoint)
@@ -93,14 +92,6 @@ def check_vocabularies(
             last = max(vocabulary.ids, key=lambda token: vocabulary.ids[token])
             problems.append(
                 f'{role}: the token "{last}" has id {vocabulary.size - 1:,}, the embedding has {rows:,} rows'
-            )
-    onto = words["onto"]
-    if onto is not None:
-        lacking = [token for token in template if token not in onto.ids]
-        if lacking:
-            problems.append(
-                f"onto's tokenizer lacks {', '.join(lacking)} of chat's template; "
-                "add them with lapis tokenizer extend, then graft"
             )
     unread = [role for role in inputs if words[role] is None]
     if unread and embeddings == "add":

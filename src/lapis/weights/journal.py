@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lapis.errors import OutputError
+
 if TYPE_CHECKING:
     from hashlib import _Hash
 
@@ -44,9 +46,11 @@ class Journal:
             end = sum(len(_dump(line)) for line in lines)
             os.truncate(self._path, end)  # a line that a kill cut in two
         else:
-            for entry in folder.iterdir():  # another job's remains; the lock says that nobody is at work on them
-                if entry.is_file():
-                    entry.unlink()
+            entries = list(folder.iterdir())  # another job's remains; the lock says that nobody is at work on them
+            if any(entry.is_dir() for entry in entries):
+                raise OutputError(f"{folder}: holds what a training has saved; finish it, or give another --out")
+            for entry in entries:
+                entry.unlink()
             self._path.write_bytes(_dump({"job": job}))
         self._handle = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
 

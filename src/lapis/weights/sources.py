@@ -1,20 +1,21 @@
 """Where a tile's numbers come from: a stored tensor, or its rows in another order.
 
 A source answers "elements [first, last) of the flattened tensor" with raw bytes, into memory that the caller owns, so
-that a sweep over a model allocates nothing. Leaves out: arithmetic (stream.py) and which rows belong together
-(vocabulary.py).
+that a sweep over a model allocates nothing. FP8 tensors with known scales answer in float32. Leaves out: arithmetic
+(stream.py) and which rows belong together (vocabulary.py).
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from lapis.checkpoint import Checkpoint
 from lapis.checkpoint.store import torch_dtype
 from lapis.errors import CheckpointError
+from lapis.weights.scaled import COMPUTABLE, FP8, Scales, read_scales, scale_name
 
-COMPUTABLE = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+__all__ = ["COMPUTABLE", "Rows", "Source", "Stored", "as_bytes", "columns_of", "read_rows"]
 
 
 class Source(Protocol):
@@ -31,53 +32,61 @@ class Source(Protocol):
 
 
 class Stored:
-    """A tensor as it lies in a checkpoint."""
+    """A tensor as it lies in a checkpoint, in its own dtype; FP8 with scales as float32. scaled: whether it is that."""
 
     def __init__(self, role: str, checkpoint: Checkpoint, name: str) -> None:
         info = checkpoint.info(name)
         dtype = torch_dtype(info.dtype)
         if dtype is None:
             raise CheckpointError(f"{checkpoint.source}: {name} is {info.dtype}, which cannot be computed with here")
-        self.role, self.name, self.dtype, self.shape = role, name, dtype, info.shape
-        self._checkpoint = checkpoint
+        self.role, self.name, self.shape = role, name, info.shape
+        self.scaled = info.dtype in FP8 and scale_name(checkpoint, name) is not None
+        self.dtype = torch.float32 if self.scaled else dtype
+        self._checkpoint, self._stored = checkpoint, dtype
+        self._scales: Scales | None = None
 
     def read(self, first: int, last: int, into: memoryview) -> int:
-        self._checkpoint.read_into(self.name, first * self.dtype.itemsize, into)
-        return len(into)
+        if not self.scaled:
+            self._checkpoint.read_into(self.name, first * self.dtype.itemsize, into)
+            return len(into)
+        if self._scales is None:
+            self._scales = read_scales(self._checkpoint, self.name)
+        values = torch.frombuffer(into, dtype=torch.float32)
+        values.copy_(self._checkpoint.read_range(self.name, first, last))
+        self._scales.apply(values, first, columns_of(self.shape))
+        return last - first
 
 
 class Rows:
-    """A tensor's rows in the order that `rows` gives; -1 is a row of zeros. Read in whole rows.
+    """A tensor's rows in the order that `rows` gives; -1 is a row of zeros.
 
     rows: for each row of the result, the row of the stored tensor (dimension 0).
     """
 
     def __init__(self, role: str, checkpoint: Checkpoint, name: str, rows: Sequence[int]) -> None:
-        self._stored = Stored(role, checkpoint, name)
-        self.role, self.name, self.dtype = role, name, self._stored.dtype
-        self.shape = (len(rows), *self._stored.shape[1:])
-        self._columns = columns_of(self._stored.shape)
+        self._tensor = Stored(role, checkpoint, name)
+        self.role, self.name, self.dtype = role, name, self._tensor.dtype
+        self.shape = (len(rows), *self._tensor.shape[1:])
+        self._columns = columns_of(self._tensor.shape)
         self._rows = rows
 
     def read(self, first: int, last: int, into: memoryview) -> int:
-        columns, width = self._columns, self._columns * self.dtype.itemsize
-        row, end, done = first // columns, last // columns, 0
-        while row < end:
-            run = row + 1
-            start = self._rows[row]
+        columns, item, at, read = self._columns, self.dtype.itemsize, first, 0
+        while at < last:
+            row, column = divmod(at, columns)
+            start, run = self._rows[row], row + 1
+            # neighbors are read in one go
+            while run * columns < last and self._rows[run] == (start + run - row if start >= 0 else -1):
+                run += 1
+            end = min(run * columns, last)
+            piece = into[(at - first) * item : (end - first) * item]
             if start < 0:
-                while run < end and self._rows[run] < 0:
-                    run += 1
-                into[done : done + (run - row) * width] = bytes((run - row) * width)
+                piece[:] = bytes(len(piece))
             else:
-                while run < end and self._rows[run] == start + run - row:
-                    run += 1
-                self._stored.read(
-                    start * columns, (start + run - row) * columns, into[done : done + (run - row) * width]
-                )
-            done += (run - row) * width
-            row = run
-        return done
+                origin = start * columns + column
+                read += self._tensor.read(origin, origin + end - at, piece)
+            at = end
+        return read
 
 
 def columns_of(shape: Sequence[int]) -> int:
@@ -99,4 +108,5 @@ def read_rows(source: Source, rows: Sequence[int]) -> torch.Tensor:
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous tensor as writable bytes."""
-    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
+    memory: Any = tensor.view(-1).view(torch.uint8).numpy()
+    return memoryview(memory)

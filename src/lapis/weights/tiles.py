@@ -96,7 +96,8 @@ def dot(one: torch.Tensor, other: torch.Tensor) -> float:
     """The dot product of two float32 vectors, in float64 over short stretches (relative error near 1e-8)."""
     if one.numel() <= _CHUNK:
         return float(torch.dot(one, other))
-    return float(sum(float(torch.dot(a, b)) for a, b in zip(one.split(_CHUNK), other.split(_CHUNK), strict=True)))
+    pairs = zip(torch.split(one, _CHUNK), torch.split(other, _CHUNK), strict=True)
+    return sum((float(torch.dot(a, b)) for a, b in pairs), 0.0)
 
 
 def finite(values: torch.Tensor) -> bool:

@@ -88,8 +88,8 @@ def open_vocabulary(checkpoint: Checkpoint) -> Vocabulary | None:
         ids[token["content"]] = token["id"]
     named = {}
     for role in ("bos", "eos", "pad", "unk"):
-        token = settings.get(f"{role}_token")
-        text = token.get("content") if isinstance(token, dict) else token
+        entry = settings.get(f"{role}_token")
+        text = entry.get("content") if isinstance(entry, dict) else entry
         if isinstance(text, str) and text in ids:
             named[role] = text
     return Vocabulary(
