@@ -1,8 +1,11 @@
 """`lapis tokenizer train`, `data pack`, `data show`, `tokens`: what they write and print, and how they refuse."""
 
 import json
+import resource
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -144,3 +147,31 @@ def test_refusals_are_one_line_and_leave_nothing(place: Path, capsys: pytest.Cap
     assert "the text is empty" in refused(capsys, "tokens", model, "")
     (place / "empty.txt").unlink(), (place / "latin.txt").unlink()
     assert sorted(p.name for p in place.iterdir()) == sorted([*before, "model"])
+
+
+def test_faults_60_and_63_a_full_disk_and_a_kill_leave_nothing(place: Path) -> None:
+    command = [sys.executable, "-m", "lapis", "data", "pack", "text.jsonl", "--tokenizer", "tokenizer", "--out", "out"]
+    before = sorted(p.name for p in place.iterdir())
+
+    def small_files() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    full = subprocess.run(command, cwd=place, capture_output=True, text=True, preexec_fn=small_files)
+    assert (
+        full.returncode == 1
+        and full.stdout == ""
+        and "the disk is full" in full.stderr
+        and full.stderr.count("\n") == 1
+    )
+    assert sorted(p.name for p in place.iterdir()) == before
+    (place / "big.txt").write_text("Saya suka makan nasi lemak.\n" * 800_000)  # seconds of work
+    killed = subprocess.Popen([*command, "big.txt"], cwd=place)
+    while not (place / ".out.lapis").exists() and killed.poll() is None:
+        time.sleep(0.02)
+    killed.kill()
+    assert killed.wait() == -signal.SIGKILL
+    (place / "big.txt").unlink()
+    assert not (place / "out").exists()
+    again = subprocess.run(command, cwd=place, capture_output=True, text=True)
+    assert again.returncode == 0 and sorted(p.name for p in place.iterdir()) == sorted([*before, "out"])

@@ -351,3 +351,8 @@ def test_the_rendering_process_holds_no_secret_and_no_files(ours: Any, monkeypat
         pytest.skip("no /proc here")
     assert b"secret" not in (place / "environ").read_bytes()
     assert len(list((place / "fd").iterdir())) == 3
+
+
+def test_a_chat_of_hundreds_of_turns_is_no_bomb(ours: Any) -> None:
+    ids, mask = encode_chat(ours["llama31"], say(*("word " * 20 for _ in range(400))))
+    assert sum(i == ours["llama31"].id("<|eot_id|>") for i, own in zip(ids, mask, strict=True) if own) == 200

@@ -94,9 +94,8 @@ def show(
             packed = pack_items(islice(chats(source), first), opened, length=length)
         else:
             packed = pack_items(islice(documents(source), first), opened, length=length)
-    batch = packed.take(np.arange(min(rows, len(packed))))
-    shown = [_row(packed, opened, *(a[i].tolist() for a in (batch.ids_BT, batch.targets_BT, batch.segments_BT)))
-             for i in range(len(batch.ids_BT))]  # fmt: skip
+    ids, targets, segments, _ = packed.arrays(np.arange(min(rows, len(packed))))
+    shown = [_row(packed, opened, *row) for row in zip(ids.tolist(), targets.tolist(), segments.tolist(), strict=True)]
 
     def render() -> None:
         console.print("\n".join(_lines(packed)), markup=False)

@@ -10,14 +10,16 @@ import dataclasses
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from lapis.checkpoint.files import contained, read_json
 from lapis.errors import DataError
+
+if TYPE_CHECKING:
+    import torch
 
 IGNORE = -100  # a target without loss, as torch's cross_entropy has it
 MANIFEST = "rows.json"
@@ -56,17 +58,17 @@ class RowBatch:
     """ids_BT: int64. targets_BT: int64, the token that follows, or -100 for no loss. segments_BT: int32, 1, 2, ... for
     the documents of a row, 0 for padding; a token attends only to its own. positions_BT: int64, from 0 in each."""
 
-    ids_BT: torch.Tensor
-    targets_BT: torch.Tensor
-    segments_BT: torch.Tensor
-    positions_BT: torch.Tensor
+    ids_BT: "torch.Tensor"
+    targets_BT: "torch.Tensor"
+    segments_BT: "torch.Tensor"
+    positions_BT: "torch.Tensor"
 
     @property
     def supervised(self) -> int:
         """Tokens that carry loss."""
         return int((self.targets_BT != IGNORE).sum())
 
-    def to(self, device: str | torch.device) -> "RowBatch":
+    def to(self, device: "str | torch.device") -> "RowBatch":
         return RowBatch(*(getattr(self, f.name).to(device, non_blocking=True) for f in dataclasses.fields(self)))
 
 
@@ -146,6 +148,12 @@ class Rows:
 
     def take(self, rows: NDArray[np.int64]) -> RowBatch:
         """These rows, by number."""
+        import torch  # here, so that packing need not wait for it
+
+        return RowBatch(*(torch.from_numpy(array) for array in self.arrays(rows)))
+
+    def arrays(self, rows: NDArray[np.int64]) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]:
+        """These rows as ids, targets, segments and positions, for who needs no tensors."""
         shape = (len(rows), self.length)
         ids = np.full(shape, self.info["pad"], np.int64)
         targets = np.full(shape, IGNORE, np.int64)
@@ -154,7 +162,7 @@ class Rows:
         fill = self._fill_chats if self.chats else self._fill_documents
         for i, row in enumerate(rows):
             fill(int(row), ids[i], targets[i], segments[i], positions[i])
-        return RowBatch(*(torch.from_numpy(a) for a in (ids, targets, segments, positions)))
+        return ids, targets, segments, positions
 
     def _fill_documents(self, row: int, ids: Any, targets: Any, segments: Any, positions: Any) -> None:
         """A row is a stretch of the stream. What follows a document's last token is the end-of-text token."""
