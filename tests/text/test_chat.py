@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -261,6 +263,31 @@ def test_whatever_is_typed_the_text_comes_back(ours: Any, contents: list[str]) -
     assert tokenizer.decode(ids) == render(tokenizer, messages, add_generation_prompt=True)
     assert ids.count(tokenizer.id("<|im_start|>")) == len(messages) + 1
     assert ids.count(tokenizer.id("<|im_end|>")) == len(messages)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_fault_46_where_a_text_alone_begins_with_a_space(legacy: bool) -> None:
+    """SentencePiece vocabularies, both ways in which tokenizer.json writes them."""
+    backend = tokenizers.Tokenizer(models.BPE(unk_token="<unk>"))
+    if legacy:
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    strip = decoders.Strip(" ", 1, 0)
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), strip])
+    trainer = trainers.BpeTrainer(vocab_size=200, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
+    backend.train_from_iterator(["hello there I am fine INST \n [a / s] <u> thanks"] * 9, trainer)
+    named = {"bos_token": "<s>", "eos_token": "</s>"}
+    template = (TEMPLATES / "llama2.jinja").read_text()
+    theirs = PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template, **named)
+    tokenizer = Tokenizer(tokenizers.Tokenizer.from_str(backend.to_str()), named, {"default": template})
+    clean, typed = say("hello there", "I am fine", "thanks", "hello"), say("hello </s> there<s>", "I am </s>fine")
+    assert encode_chat(tokenizer, clean)[0] == theirs.apply_chat_template(clean, return_dict=False)
+    ids = encode_chat(tokenizer, typed)[0]
+    assert (ids.count(1), ids.count(2)) == (1, 1), "the template's own"
+    assert "".join(tokenizer.decode(ids).split()) == "".join(render(tokenizer, typed).split())
+    assert ids == theirs.apply_chat_template(typed, return_dict=False, sanitize_control_tokens=True)
+    assert sum(tokenizer.byte_lengths[i] for i in tokenizer.encode("hello")) == len(" hello")
 
 
 def test_a_chat_without_anything_to_learn_is_refused(ours: Any) -> None:
