@@ -1,0 +1,115 @@
+"""`lapis inspect`: parameters, memory and FLOPs of a model, or what ways of mixing an input cost. Reads no weight."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lapis.cli.output import console, number, show, size, table
+from lapis.errors import ConfigError
+
+if TYPE_CHECKING:
+    from lapis.model.size import Size
+
+
+def inspect(
+    model: str | None = None, /, *, context: int | None = None, mixers: str | None = None, json: bool = False
+) -> None:
+    """Count parameters, memory and FLOPs, by component and layer; no weight is read.
+
+    Args:
+        model: A model folder, or the name of a published size (gpt2, bert-base-uncased, qwen2.5-0.5b, llama-3-8b ...).
+        context: Tokens in the sequence; default: what the model was made for.
+        mixers: TOKENSxFEATURES, as 512x768: compare a fully connected layer, a per-token layer and attention there.
+        json: Print one JSON object.
+    """
+    if mixers is not None:
+        compare_mixers(mixers, json)
+        return
+    if model is None:
+        raise ConfigError("inspect: give a model folder, the name of a published size, or --mixers 512x768")
+    if context is not None and context < 1:
+        raise ConfigError(f"inspect: context is {context}; expected 1 or more")
+    result, measured, notes = measure_source(model, context)
+    show({"model": model, **result, "notes": notes}, json, lambda: render(model, result, measured))
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+
+
+def measure_source(model: str, context: int | None) -> "tuple[dict[str, Any], Size | None, list[str]]":
+    """The JSON object, the size (None for an unknown family), and what there is to tell."""
+    from lapis.families import find
+    from lapis.families.presets import PRESETS
+    from lapis.model.config import ModelConfig
+    from lapis.model.size import measure, measure_headers
+
+    if model.lower() in PRESETS and not Path(model).exists():
+        preset = PRESETS[model.lower()]
+        family = find(preset)
+        assert family is not None
+        measured = measure(ModelConfig.of(family.read_config(preset)), context)
+        return measured.to_json(), measured, []
+    from lapis.checkpoint import open_checkpoint
+    from lapis.model.check import plan_load
+
+    if not Path(model).exists() and "/" not in model:
+        from lapis.config import nearest
+
+        raise ConfigError(f'inspect: "{model}" is no folder and no published size; {nearest(model, PRESETS)}')
+    checkpoint = open_checkpoint(model)
+    if checkpoint.family is None:
+        kind = str(checkpoint.config.get("model_type"))
+        notes = [*checkpoint.notes, f"model_type {kind:.40} is not known here: counted from names, without FLOPs"]
+        return measure_headers(checkpoint.index, checkpoint.part), None, notes
+    plan = plan_load(checkpoint, compare_head=False)
+    measured = measure(plan.config, context)
+    result = measured.to_json(plan.dtype)
+    result["memory"]["folder_bytes"] = checkpoint.nbytes
+    return result, measured, [*checkpoint.notes, *plan.notes]
+
+
+def render(model: str, result: dict[str, Any], measured: "Size | None") -> None:
+    parameters = result["parameters"]
+    layers = result["layers"]
+    console.print(f"[bold]{model}[/bold]: {parameters['total']:,} parameters, {len(layers)} layers\n")
+    block = layers[0]["components"] if layers else {}
+    rows = [(name, n, len(layers), n * len(layers)) for name, n in block.items()]
+    rows += [(name, n, 1, n) for name, n in parameters["components"].items()]
+    shares = [(*row, f"{100 * row[3] / parameters['total']:.1f} %") for row in rows]
+    shares.append(("one block", parameters["block"], len(layers), parameters["block"] * len(layers), ""))
+    table("Parameters", ("component", "each", "times", "in all", "share"), shares)
+    if measured is None:
+        return
+    for name, total in parameters["with_head"].items():
+        console.print(f"with the {name} head: {total:,}")
+    memory, flops = result["memory"], result["flops"]
+    console.print()
+    cost = [(f"weights in {name}", size(n)) for name, n in memory["weights_bytes_by_dtype"].items()]
+    cost += [
+        (f"KV cache at {measured.context:,} tokens, bfloat16", size(memory["kv_cache_bytes"])),
+        (f"activations of a training step, one row of {measured.context:,} tokens", size(memory["activation_bytes"])),
+        ("FLOPs per token, forward", number(flops["per_token"])),
+        ("  of which attention", number(flops["attention_per_token"])),
+        ("FLOPs per token, training", number(flops["per_token_training"])),
+        (f"FLOPs for {measured.context:,} tokens, forward", f"{flops['per_sequence']:.3g}"),
+    ]
+    table("Memory and work", ("", ""), cost)
+    from lapis.model.size import GROWTH
+
+    console.print()
+    table("What grows with the context", ("", ""), GROWTH)
+
+
+def compare_mixers(spelled: str, json: bool) -> None:
+    from lapis.model.size import mixers
+
+    try:
+        tokens, features = (int(part) for part in spelled.lower().split("x"))
+        if not (0 < tokens < 10**9 and 0 < features < 10**9):
+            raise ValueError
+    except ValueError:
+        raise ConfigError(f'inspect: --mixers is "{spelled}"; expected TOKENSxFEATURES, as 512x768') from None
+    rows = mixers(tokens, features)
+    result = {"tokens": tokens, "features": features, "mixers": [vars(row) for row in rows]}
+    heads = ("layer", "parameters", "FLOPs", "mixes")
+    body = [(row.name, number(row.parameters), number(row.flops), row.mixes) for row in rows]
+    show(result, json, lambda: table(f"{tokens} tokens x {features} features", heads, body))

@@ -1,0 +1,214 @@
+"""What loading a folder would do, from config.json and headers alone: everything that can be wrong is told at once.
+
+No torch is imported and nothing is allocated, whatever sizes config.json claims. Leaves out: reading the tensors
+(load.py).
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+from lapis.checkpoint import Checkpoint, open_checkpoint
+from lapis.errors import CheckpointError, ConfigError
+from lapis.families import FAMILIES, Family, Rule
+from lapis.families.base import layers_of
+from lapis.model.config import Head, ModelConfig
+from lapis.model.size import parameter_shapes
+
+Shape = tuple[int, ...]
+Found = dict[str, tuple[str, Rule, int | None]]  # canonical name on disk -> as it is spelled, its rule, its layer
+
+FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
+COMPARED = 1 << 24  # bytes at a time
+TOLD = 6
+
+
+def _stacked(shapes: list[Shape]) -> Shape:
+    return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+
+
+# the shape on disk, from the shapes of the parameters that a tensor becomes
+DISK_SHAPES: dict[str, Callable[[list[Shape]], Shape]] = {
+    "same": lambda shapes: shapes[0],
+    "transpose": lambda shapes: shapes[0][::-1],
+    "split": _stacked,
+    "split_transpose": lambda shapes: _stacked(shapes)[::-1],
+    "first": lambda shapes: (1, *shapes[0]),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """steps: which tensor on disk fills which parameters. fresh: parameters of a new head, to be drawn at random.
+
+    dtype: that of most of the weights on disk, by torch's name.
+    """
+
+    config: ModelConfig
+    steps: tuple[tuple[str, Rule, tuple[str, ...]], ...]
+    fresh: tuple[str, ...]
+    dtype: str
+    notes: tuple[str, ...]
+
+
+def read_config(source: Checkpoint | str | Path, notes: list[str] | None = None) -> ModelConfig:
+    """The shape that config.json gives. Raises CheckpointError for an unknown family or a field that is wrong."""
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    if checkpoint.family is None:
+        kind = str(checkpoint.config.get("model_type"))
+        raise CheckpointError(f"{checkpoint.source}: config.json: model_type is {kind:.40}; lapis builds {_known()}")
+    try:
+        return ModelConfig.of(checkpoint.family.read_config(checkpoint.config, notes))
+    except (CheckpointError, ConfigError) as error:
+        raise CheckpointError(f"{checkpoint.source}: {error}") from None
+
+
+def family_of(config: ModelConfig) -> Family:
+    """The family that a model of this shape is saved as."""
+    for family in FAMILIES:
+        if config.family in family.model_types:
+            return family
+    raise ConfigError(f'model: family is "{config.family}"; known: {_known()}')
+
+
+def plan_load(checkpoint: Checkpoint, *, head: Head | None = None, classes: int = 0, compare_head: bool = True) -> Plan:
+    """Everything about loading that headers and config can show.
+
+    head, classes: put another head on top. compare_head: read the head and the embedding where config.json ties them
+    and both are there. Raises CheckpointError listing all tensors that are missing, unknown or of a wrong shape.
+    """
+    notes: list[str] = []
+    config = read_config(checkpoint, notes)
+    family = checkpoint.family
+    assert family is not None
+    found, problems = _find(checkpoint, family, notes)
+    layers = layers_of(found, family)
+    if layers != config.layers:
+        raise CheckpointError(
+            f"{checkpoint.source}: config.json says {config.layers} layers, the tensors have {layers}; fetch both again"
+        )
+    config = _with_head(checkpoint, config, found, head, classes)
+    if compare_head:
+        config = _settle_tie(checkpoint, config, found, notes)
+    shapes = parameter_shapes(config)
+    steps: list[tuple[str, Rule, tuple[str, ...]]] = []
+    used: set[str] = set()
+    aside: list[str] = []
+    twins = {rule.names[0] for _, rule, _ in found.values() if rule.twin}
+    for name, rule, layer in found.values():
+        targets = tuple(target.replace("{layer}", str(layer)) for target in rule.names)
+        template = [target.replace("{layer}", "0") for target in rule.names]
+        if any(target not in shapes for target in template):
+            if not rule.component.startswith("head"):
+                problems.append(f"{name} has no place by config.json")
+            elif not (config.tied and rule.component == "head"):
+                aside.append(name)
+            continue
+        expected = DISK_SHAPES[rule.transform]([shapes[target] for target in template])
+        actual = checkpoint.index[name].shape
+        if actual != expected:
+            rows = rule.component in ("embed", "head") and len(actual) == 2 and actual[1:] == expected[1:]
+            field = f" (vocab_size {config.vocab})" if rows else ""
+            problems.append(f"{name} is {_spelled(actual)} but {_spelled(expected)} by config.json{field}")
+        if checkpoint.index[name].dtype not in FLOATS:
+            problems.append(f"{name} is {checkpoint.index[name].dtype}; quantized weights cannot be run here")
+        used.update(targets)
+        if rule.twin or targets[0] not in twins:
+            steps.append((name, rule, targets))
+    wanted = {name.replace("blocks.0.", f"blocks.{i}.") for name in shapes for i in range(layers)}
+    lacking = sorted(wanted - used)
+    fresh = tuple(name for name in lacking if head is not None and name.startswith("head"))
+    missing = sorted({family.disk_name(*family.rule_for(name)) for name in lacking if name not in fresh})
+    problems += [f"{name} is missing" for name in missing]
+    if problems:
+        more = f" ... and {len(problems) - TOLD} more" if len(problems) > TOLD else ""
+        raise CheckpointError(f"{checkpoint.source}: {'; '.join(problems[:TOLD])}{more}")
+    if aside:
+        notes.append(f"left out, for another head than {config.head}: {', '.join(aside[:4])}")
+    if fresh:
+        notes.append(f"a new head ({config.head}) was drawn at random: {', '.join(fresh)}")
+    return Plan(config, tuple(steps), fresh, _dtype_of(checkpoint, steps), tuple(notes))
+
+
+def _find(checkpoint: Checkpoint, family: Family, notes: list[str]) -> tuple[Found, list[str]]:
+    """Every tensor by its canonical name, and what is wrong with the names."""
+    found: Found = {}
+    problems = []
+    ignored = 0
+    for name in checkpoint.names:
+        matched = family.match(name)
+        if matched is None:
+            if family.is_ignored(name):
+                ignored += 1
+            else:
+                problems.append(f"{name} is not a tensor of {family.name}")
+            continue
+        canonical = family.disk_name(*matched)
+        if canonical in found:
+            problems.append(f"{name} and {found[canonical][0]} are the same tensor twice")
+        found[canonical] = (name, *matched)
+    if ignored:
+        notes.append(f"{ignored} tensors are buffers or unused heads; left out")
+    return found, problems
+
+
+def _with_head(
+    checkpoint: Checkpoint, config: ModelConfig, found: Found, head: Head | None, classes: int
+) -> ModelConfig:
+    """The head that was asked for in place of the folder's, and a pooler only where it has one."""
+    if config.head == "none" and config.pooler and not any("pooler" in name for name in found):
+        config = dataclasses.replace(config, pooler=False)
+    if head is None or (head == config.head and classes in (0, config.classes)):
+        return config
+    pooler = head in ("classes", "scalar") and not config.causal and config.image is None
+    try:
+        return dataclasses.replace(config, head=head, classes=classes, pooler=pooler, extra=_unlabeled(config))
+    except ConfigError as error:
+        raise ConfigError(f"{checkpoint.source}: {error}") from None
+
+
+def _unlabeled(config: ModelConfig) -> dict[str, object]:
+    """What config.json hands on, without the names of another head's classes."""
+    return {name: value for name, value in config.extra.items() if name not in ("id2label", "label2id", "problem_type")}
+
+
+def _settle_tie(checkpoint: Checkpoint, config: ModelConfig, found: Found, notes: list[str]) -> ModelConfig:
+    """A tied model whose folder holds a head that differs from the embedding is untied, and said to be."""
+    if not config.tied or config.head not in ("lm", "masked"):
+        return config
+    by_target = {rule.names[0]: name for name, rule, _ in found.values()}
+    head, embed = by_target.get("head.weight"), by_target.get("embed.weight")
+    if head is None or embed is None or _equal(checkpoint, head, embed):
+        return config
+    notes.append(f"config.json ties the head to the embedding, but {head} differs from {embed}; both are kept")
+    return dataclasses.replace(config, tied=False)
+
+
+def _equal(checkpoint: Checkpoint, first: str, second: str) -> bool:
+    """Whether two tensors are the same, byte for byte."""
+    one, other = checkpoint.index[first], checkpoint.index[second]
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    for start in range(0, one.nbytes, COMPARED):
+        buffers = [bytearray(min(COMPARED, one.nbytes - start)) for _ in range(2)]
+        for name, buffer in zip((first, second), buffers, strict=True):
+            checkpoint.read_into(name, start, memoryview(buffer))
+        if buffers[0] != buffers[1]:
+            return False
+    return True
+
+
+def _dtype_of(checkpoint: Checkpoint, steps: list[tuple[str, Rule, tuple[str, ...]]]) -> str:
+    sizes: dict[str, int] = {}
+    for name, _, _ in steps:
+        info = checkpoint.index[name]
+        sizes[info.dtype] = sizes.get(info.dtype, 0) + info.elements
+    return FLOATS[max(sizes, key=lambda kind: sizes[kind])]
+
+
+def _known() -> str:
+    return ", ".join(kind for family in FAMILIES for kind in family.model_types)
+
+
+def _spelled(shape: Shape) -> str:
+    return "x".join(map(str, shape)) or "a scalar"

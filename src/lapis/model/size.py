@@ -1,0 +1,260 @@
+"""Parameters, memory and FLOPs, counted from a ModelConfig. No weight is read and no torch is imported.
+
+Conventions: a multiply and an add are two FLOPs; only matrix products and attention are counted, since the rest is
+below 1 %; training costs three times a forward pass (Kaplan et al. 2020, section 2.1). Leaves out: optimizer state,
+and what frameworks add.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from lapis.families import part_of
+from lapis.model.config import ModelConfig
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+BLOCK = "blocks.0."
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every parameter's name and shape, with the first block standing for all; what `Transformer` would make."""
+    dim, image = config.dim, config.image
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def linear(name: str, rows: int, columns: int, bias: bool) -> None:
+        shapes[f"{name}.weight"] = (rows, columns)
+        if bias:
+            shapes[f"{name}.bias"] = (rows,)
+
+    def norm(name: str, width: int = dim) -> None:
+        shapes[f"{name}.weight"] = (width,)
+        if config.norm == "layer":
+            shapes[f"{name}.bias"] = (width,)
+
+    if image is None:
+        shapes["embed.weight"] = (config.vocab, dim)
+    else:
+        shapes["embed.cls"] = (1, 1, dim)
+        shapes["embed.patch.weight"] = (dim, image.channels, image.patch, image.patch)
+        shapes["embed.patch.bias"] = (dim,)
+    if config.positions == "learned":
+        shapes["embed.position.weight"] = (config.context if image is None else image.patches + 1, dim)
+    if config.types:
+        shapes["embed.types.weight"] = (config.types, dim)
+    inner, inner_kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    qkv_bias, out_bias = config.bias in ("qkv", "attention", "all"), config.bias in ("attention", "all")
+    mlp_bias = config.bias in ("mlp", "all")
+    norm(BLOCK + "norm.attn")
+    norm(BLOCK + "norm.mlp")
+    linear(BLOCK + "attn.q", inner, dim, qkv_bias)
+    linear(BLOCK + "attn.k", inner_kv, dim, qkv_bias)
+    linear(BLOCK + "attn.v", inner_kv, dim, qkv_bias)
+    linear(BLOCK + "attn.o", dim, inner, out_bias)
+    if config.qk_norm:
+        norm(BLOCK + "attn.q_norm", config.head_dim)
+        norm(BLOCK + "attn.k_norm", config.head_dim)
+    if config.gated:
+        linear(BLOCK + "mlp.gate", config.ffn_dim, dim, mlp_bias)
+    linear(BLOCK + "mlp.up", config.ffn_dim, dim, mlp_bias)
+    linear(BLOCK + "mlp.down", dim, config.ffn_dim, mlp_bias)
+    norm("norm.final" if config.norm_place == "pre" else "norm.embed")
+    if config.head in ("lm", "masked") and not config.tied:
+        shapes["head.weight"] = (config.vocab, dim)
+    if config.head == "masked":
+        shapes["head.bias"] = (config.vocab,)
+        linear("head.transform", dim, dim, True)
+        norm("head.norm")
+    if config.pooler and config.head in ("none", "classes", "scalar"):
+        linear("head.pooler", dim, dim, True)
+    if config.head in ("classes", "scalar"):
+        linear("head.classes", config.classes, dim, not config.causal)
+    return shapes
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a model weighs. components: parameters by component, outside the blocks and in one block.
+
+    flops_per_token: one token's forward pass, averaged over a sequence of `context` tokens. activation_bytes: what a
+    training step keeps for one sequence of that length in bfloat16 (logits in float32), without checkpointing.
+    """
+
+    config: ModelConfig
+    context: int
+    components: dict[str, int]
+    block_components: dict[str, int]
+    flops_per_token: int
+    attention_flops_per_token: int
+    kv_cache_bytes: int
+    activation_bytes: int
+
+    @property
+    def block(self) -> int:
+        return sum(self.block_components.values())
+
+    @property
+    def total(self) -> int:
+        return sum(self.components.values()) + self.config.layers * self.block
+
+    def group(self, prefix: str) -> int:
+        """Parameters outside the blocks of a component and of what belongs to it: "embed" counts "embed.types" too."""
+        return sum(n for name, n in self.components.items() if name == prefix or name.startswith(prefix + "."))
+
+    def to_json(self, dtype: str = "bfloat16") -> dict[str, Any]:
+        """The object that `lapis inspect --json` prints."""
+        position = self.components.get("embed.position", 0)
+        return {
+            "family": self.config.family,
+            "parameters": {
+                "total": self.total,
+                "embedding": self.group("embed") - position,
+                "position": position,
+                "block": self.block,
+                "norm": self.group("norm"),
+                "head": self.group("head"),
+                "block_components": self.block_components,
+                "components": self.components,
+                "with_head": other_heads(self.config),
+            },
+            "memory": {
+                "weights_bytes": self.total * DTYPE_BYTES[dtype],
+                "weights_bytes_by_dtype": {name: self.total * size for name, size in DTYPE_BYTES.items()},
+                "kv_cache_bytes": self.kv_cache_bytes,
+                "activation_bytes": self.activation_bytes,
+                "dtype": dtype,
+            },
+            "flops": {
+                "per_token": self.flops_per_token,
+                "per_token_training": 3 * self.flops_per_token,
+                "attention_per_token": self.attention_flops_per_token,
+                "per_sequence": self.flops_per_token * self.context,
+            },
+            "context": self.context,
+            "layers": [
+                {"layer": layer, "parameters": self.block, "components": self.block_components,
+                 "window": self.config.window if self.config.windowed(layer) else None}
+                for layer in range(self.config.layers)
+            ],
+        }  # fmt: skip
+
+
+def measure(config: ModelConfig, context: int | None = None) -> Size:
+    """What a model of this shape weighs at a context length (default: the one it was made for)."""
+    context = context or config.context
+    components: dict[str, int] = {}
+    block: dict[str, int] = {}
+    products = 0  # weights that a token is multiplied with
+    for name, shape in parameter_shapes(config).items():
+        part = part_of(name)
+        into = components if part.layer is None else block
+        into[part.component] = into.get(part.component, 0) + prod(shape)
+        is_product = len(shape) > 1 and (not name.startswith("embed.") or name == "embed.patch.weight")
+        products += prod(shape) * (config.layers if part.layer is not None else is_once(config, name)) * is_product
+    if config.tied and config.head in ("lm", "masked"):
+        products += config.vocab * config.dim
+    seen = [visible_keys(config, layer, context) for layer in range(config.layers)]
+    attention = int(sum(4 * config.heads * config.head_dim * keys for keys in seen))
+    slots = [min(context, config.window or context) if config.windowed(i) else context for i in range(config.layers)]
+    kv_cache = sum(slots) * 2 * config.kv_heads * config.head_dim * 2 if config.causal else 0
+    return Size(
+        config, context, components, block, 2 * products + attention, attention, kv_cache,
+        activation_bytes(config, context),
+    )  # fmt: skip
+
+
+def is_once(config: ModelConfig, name: str) -> bool:
+    """Whether a product outside the blocks is done for every token; a classifier's is done once in a sequence."""
+    return not name.startswith(("head.pooler", "head.classes"))
+
+
+def visible_keys(config: ModelConfig, layer: int, context: int) -> float:
+    """How many keys a token of this layer sees, averaged over a sequence of `context` tokens."""
+    if not config.causal:
+        return context
+    window = min(config.window or context, context) if config.windowed(layer) else context
+    return (window * (window + 1) / 2 + (context - window) * window) / context
+
+
+def activation_bytes(config: ModelConfig, context: int) -> int:
+    """What autograd keeps of one sequence: the inputs of each product, norm, activation and attention, in bfloat16.
+
+    Attention's own scores are never kept whole (FlashAttention, Dao et al. 2022, arXiv:2205.14135).
+    """
+    inner, inner_kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    mlp = 4 * config.ffn_dim if config.gated else 2 * config.ffn_dim
+    per_layer = 4 * config.dim + 2 * inner + 2 * inner_kv + mlp
+    logits = config.vocab * 4 if config.head in ("lm", "masked") else 0
+    return context * (config.layers * per_layer * 2 + 2 * config.dim * 2 + logits)
+
+
+def other_heads(config: ModelConfig) -> dict[str, int]:
+    """The total with another head of the family, where the name of a published size means more than one of them."""
+    if config.family != "bert":
+        return {}
+    masked = dataclasses.replace(config, head="masked", pooler=False, tied=True)
+    return {"masked": sum(prod(shape) * (config.layers if name.startswith(BLOCK) else 1)
+                          for name, shape in parameter_shapes(masked).items())}  # fmt: skip
+
+
+GROWTH = (
+    ("weights", "none, but for learned positions"),
+    ("FLOPs per token, products", "none"),
+    ("FLOPs per token, attention", "linear, up to the window"),
+    ("KV cache", "linear, up to the window"),
+    ("activations of a training step", "linear"),
+    ("FLOPs of a whole sequence", "linear, and a quadratic part from attention"),
+)
+
+
+@dataclass(frozen=True)
+class Mixer:
+    """What one way of mixing an input of `tokens` x `features` costs. mixes: what can reach what."""
+
+    name: str
+    parameters: int
+    flops: int
+    mixes: str
+
+
+def mixers(tokens: int, features: int) -> list[Mixer]:
+    """Three layers that map tokens x features to the same shape: what each costs, with biases.
+
+    A fully connected layer has a weight from every number to every other. A per-token layer (a 1x1 convolution) mixes
+    features only. Attention mixes both, with parameters that do not depend on the number of tokens.
+    """
+    numbers = tokens * features
+    return [
+        Mixer("fully connected", numbers * numbers + numbers, 2 * numbers * numbers, "all tokens and features"),
+        Mixer("per token (1x1 convolution)", features * features + features, 2 * tokens * features * features,
+              "features within a token"),
+        Mixer("attention", 4 * (features * features + features), 8 * tokens * features**2 + 4 * tokens**2 * features,
+              "all tokens, by content; features"),
+    ]  # fmt: skip
+
+
+def measure_headers(index: Mapping[str, Any], part: Any) -> dict[str, Any]:
+    """What headers alone say of a model whose family is not known. part: name -> Part (Checkpoint.part)."""
+    layers: dict[int, dict[str, int]] = {}
+    outside: dict[str, int] = {}
+    for name, info in index.items():
+        place = part(name)
+        into = outside if place.layer is None else layers.setdefault(place.layer, {})
+        into[place.component] = into.get(place.component, 0) + info.elements
+    return {
+        "family": None,
+        "parameters": {
+            "total": sum(info.elements for info in index.values()),
+            "embedding": outside.get("embed", 0),
+            "position": outside.get("embed.position", 0),
+            "block": sum(layers[min(layers)].values()) if layers else 0,
+            "head": outside.get("head", 0),
+            "components": outside,
+        },
+        "memory": {"weights_bytes": sum(info.nbytes for info in index.values()), "kv_cache_bytes": None},
+        "flops": {"per_token": None},
+        "layers": [
+            {"layer": i, "parameters": sum(layers[i].values()), "components": layers[i]} for i in sorted(layers)
+        ],
+    }
