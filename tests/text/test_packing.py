@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lapis.errors import ConfigError, DataError, OutputError
+from lapis.errors import ConfigError, DataError, OutputError, TemplateError
 from lapis.text.chat import encode_chat
 from lapis.text.corpus import Chat, Document
 from lapis.text.packing import best_fit, pack
@@ -231,6 +231,9 @@ def test_what_cannot_be_packed_is_said(tokenizer: Tokenizer, tmp_path: Path) -> 
         pack([talk("a", "b"), *docs("a")], tokenizer)  # type: ignore[list-item]
     with pytest.raises(ConfigError, match="length is 1"):
         pack(docs("a"), tokenizer, length=1)
+    picky = Tokenizer(tokenizer._backend, tokenizer.named, {"default": "{{ raise_exception('no such chats') }}"})
+    with pytest.raises(TemplateError, match=r"here\.jsonl line 1: .*no such chats"):
+        pack([talk("a", "b")], picky)
     nameless = Tokenizer(tokenizer._backend, {}, {})
     with pytest.raises(ConfigError, match="no eos_token"):
         pack(docs("a"), nameless)

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lapis.checkpoint.commit import commit
-from lapis.errors import ConfigError, DataError
+from lapis.errors import ConfigError, DataError, TemplateError
 from lapis.text.chat import encode_turns
 from lapis.text.corpus import Chat, Document, Source, chats, documents, kind_of
 from lapis.text.rows import MANIFEST, Rows
@@ -214,8 +214,8 @@ def _write_chats(
             raise DataError(f"{item.where}: holds a document where the files before hold chats; pack them apart")
         try:
             ids, mask = encode_turns(tokenizer, item.messages, tools=item.tools)
-        except DataError as error:
-            raise DataError(f"{item.where}: {error}") from None
+        except (DataError, TemplateError) as error:
+            raise type(error)(f"{item.where}: {error}") from None
         mask[0] = False  # nothing stands before it from which it could be told
         if len(ids) > length + 1:
             if too_long == "drop":
