@@ -1,7 +1,11 @@
 """Sampling filters equal transformers' processors, and greedy text equals its `generate`, token for token."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.generation.logits_process import (
@@ -13,7 +17,14 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from lapis.generate.sampling import Sampling, filtered, penalize
+from lapis.generate import Sampling, generate, generate_batch, ready
+from lapis.generate.sampling import filtered, penalize
+from lapis.model.load import load
+from lapis.model.transformer import Transformer
+from lapis.text.tokenizer import Tokenizer, train_tokenizer
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
 
 
 @given(
@@ -46,3 +57,113 @@ def test_repetition_penalty_equals_transformers(penalty):
     seen_BV = torch.zeros(4, 50, dtype=torch.bool).scatter_(1, ids_BT, True)
     theirs = RepetitionPenaltyLogitsProcessor(penalty)(ids_BT, logits_BV)
     assert torch.equal(penalize(logits_BV, seen_BV, penalty), theirs)
+
+
+# -- whole replies
+
+SHAPE = {
+    "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 3,
+    "intermediate_size": 80, "vocab_size": 300, "max_position_embeddings": 64, "initializer_range": 0.3,
+}  # fmt: skip
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 10_000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}  # fmt: skip
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 4.0}
+
+CAUSAL: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaForCausalLM", SHAPE),
+    "llama-llama3": ("LlamaForCausalLM", {**SHAPE, "rope_parameters": LLAMA3}),
+    "llama-tied-mqa": ("LlamaForCausalLM", {**SHAPE, "tie_word_embeddings": True, "num_key_value_heads": 1}),
+    "mistral-window": ("MistralForCausalLM", {**SHAPE, "sliding_window": 6}),
+    "qwen2": ("Qwen2ForCausalLM", {**SHAPE, "tie_word_embeddings": True}),
+    "qwen2-window-later": (
+        "Qwen2ForCausalLM",
+        {**SHAPE, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    ),
+    "qwen3": ("Qwen3ForCausalLM", {**SHAPE, "head_dim": 16}),
+    "gpt2": (
+        "GPT2LMHeadModel",
+        {"n_embd": 48, "n_layer": 3, "n_head": 3, "vocab_size": 300, "n_positions": 64, "initializer_range": 0.3},
+    ),
+}
+WORDS = "the cat sat on the mat and the dog ate the fish while a bird sang in the old tree by the river"
+TEXTS = ["the cat", "a bird sang in the old tree", "dog", "the fish and the mat and the fish and the river"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train_tokenizer([WORDS] * 4, 300)
+
+
+def pair(name: str, folder: Path) -> tuple[Any, Transformer]:
+    """transformers' model with random weights, and ours from the folder that it saved."""
+    kind, options = CAUSAL[name]
+    torch.manual_seed(1)
+    cls = getattr(transformers, kind)
+    theirs = cls(cls.config_class(**options)).eval()
+    theirs.save_pretrained(folder)
+    return theirs, load(folder)
+
+
+def their_ids(theirs: Any, prompts: list[list[int]], ends: tuple[int, ...], **options: Any) -> list[list[int]]:
+    """What transformers generates, each row cut after its first end token."""
+    longest = max(map(len, prompts))
+    ids_BT = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
+    mask_BT = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+    out = theirs.generate(
+        ids_BT, attention_mask=mask_BT, do_sample=False, pad_token_id=0, eos_token_id=list(ends), **options
+    )
+    rows = [row[longest:].tolist() for row in out]
+    return [row[: next((i + 1 for i, t in enumerate(row) if t in ends), len(row))] for row in rows]
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_greedy_equals_transformers(name, tmp_path, tokenizer):
+    theirs, model = pair(name, tmp_path)
+    prompts = [tokenizer.encode(text) for text in TEXTS]
+    # the end token is one that random weights say now and then, so that rows end at different times
+    ends = tuple({their_ids(theirs, [prompts[0]], (), max_new_tokens=9)[0][-1], *tokenizer.end_ids})
+    wanted = their_ids(theirs, prompts, ends, max_new_tokens=24)
+    tokenizer.__dict__["end_ids"] = ends
+    try:
+        replies = generate_batch(model, tokenizer, TEXTS, Sampling(max_tokens=24))
+        assert [list(reply.ids) for reply in replies] == wanted
+        assert {reply.stop_reason for reply in replies} == {"end" if row[-1] in ends else "length" for row in wanted}
+        assert [generate(model, tokenizer, text, Sampling(max_tokens=24)) for text in TEXTS] == [
+            reply.text for reply in replies
+        ]
+        packed = generate_batch(ready(model), tokenizer, TEXTS, Sampling(max_tokens=24))
+        assert [list(reply.ids) for reply in packed] == wanted
+    finally:
+        del tokenizer.__dict__["end_ids"]
+
+
+def test_dynamic_rope_beyond_its_first_context_equals_transformers(tmp_path, tokenizer):
+    CAUSAL["dynamic"] = ("LlamaForCausalLM", {**SHAPE, "max_position_embeddings": 12, "rope_parameters": DYNAMIC})
+    theirs, model = pair("dynamic", tmp_path)
+    prompt = tokenizer.encode(TEXTS[1])
+    (reply,) = generate_batch(model, tokenizer, [prompt], Sampling(max_tokens=20))
+    assert list(reply.ids) == their_ids(theirs, [prompt], tokenizer.end_ids, max_new_tokens=20)[0]
+
+
+def test_repetition_penalty_in_a_reply_equals_transformers(tmp_path, tokenizer):
+    theirs, model = pair("llama", tmp_path)
+    for text in TEXTS:  # one by one: in a batch transformers also punishes its padding
+        prompt = tokenizer.encode(text)
+        (wanted,) = their_ids(theirs, [prompt], tokenizer.end_ids, max_new_tokens=24, repetition_penalty=1.4)
+        (reply,) = generate_batch(model, tokenizer, [prompt], Sampling(max_tokens=24, repetition_penalty=1.4))
+        assert list(reply.ids) == wanted
+    together = generate_batch(model, tokenizer, TEXTS, Sampling(max_tokens=24, repetition_penalty=1.4))
+    assert list(together[-1].ids) == wanted
+
+
+def test_logprobs_are_those_of_the_whole_sequence(tmp_path, tokenizer):
+    theirs, model = pair("qwen2", tmp_path)
+    replies = generate_batch(model, tokenizer, TEXTS, Sampling(max_tokens=12, temperature=1.0, seed=5), logprobs=True)
+    for text, reply in zip(TEXTS, replies, strict=True):
+        prompt = tokenizer.encode(text)
+        with torch.no_grad():
+            logits_TV = theirs(torch.tensor([prompt + list(reply.ids)])).logits[0, len(prompt) - 1 : -1]
+        wanted = logits_TV.log_softmax(-1).gather(1, torch.tensor(reply.ids)[:, None])[:, 0]
+        assert torch.allclose(torch.tensor(reply.logprobs), wanted, atol=2e-4)

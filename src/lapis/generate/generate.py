@@ -13,16 +13,16 @@ Shapes: B rows, T new tokens, S tokens in the cache, V vocabulary.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from lapis.errors import DataError
+from lapis.errors import ConfigError, DataError
 from lapis.generate.sampling import Sampling, choose, generators
 from lapis.generate.text import Pieces
 from lapis.model.cache import Cache
-from lapis.model.transformer import Transformer
+from lapis.model.transformer import Transformer, compute_dtype
 from lapis.text.chat import encode_prompt
 from lapis.text.tokenizer import Tokenizer
 
@@ -66,7 +66,7 @@ def stream(
     memory: what earlier turns of the same chat have read; only what is new is read, and the memory goes on from here.
     """
     memory = memory or Memory()
-    row = _Row(tokenizer, encode(model, tokenizer, prompt), sampling, model.config.context)
+    row = _Row(tokenizer, encode(model, tokenizer, prompt), sampling, context(model))
     decoding = Decoding(model, [row.prompt], sampling, cache=memory.recall(row.prompt))
     while not row.stop_reason:
         (token,) = decoding.step()
@@ -88,7 +88,7 @@ def generate_batch(
 
     batch_size: rows decoded at once; those of like length share a batch. logprobs: fill in Reply.logprobs.
     """
-    rows = [_Row(tokenizer, encode(model, tokenizer, p), sampling, model.config.context) for p in prompts]
+    rows = [_Row(tokenizer, encode(model, tokenizer, p), sampling, context(model)) for p in prompts]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt))
     for start in range(0, len(order), batch_size):
         numbers = order[start : start + batch_size]
@@ -112,24 +112,37 @@ def generate_batch(
 
 
 def encode(model: Transformer, tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
-    """Ids of a prompt. Raises DataError where it is empty or leaves no room in the model's context."""
+    """Ids of a prompt. Raises DataError where it is empty or leaves no room, ConfigError for a model without text."""
+    config = model.config
+    if config.head != "lm" or not config.causal:
+        raise ConfigError(f"generate: a {config.family} model with the head {config.head} does not continue text")
     if isinstance(prompt, str):
         ids = tokenizer.encode(prompt, add_special_tokens=True)
         if not ids:  # an empty text begins as training documents do
             start = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
             ids = [] if start is None else [start]
     elif prompt and isinstance(prompt[0], Mapping):
-        ids = encode_prompt(tokenizer, prompt)  # type: ignore[arg-type]
+        ids = encode_prompt(tokenizer, cast(Sequence[Mapping[str, Any]], prompt))
     else:
-        ids = [int(i) for i in prompt]  # type: ignore[call-overload]
+        ids = list(cast(Sequence[int], prompt))
+        if ids and not 0 <= min(ids) <= max(ids) < config.vocab:
+            raise DataError(
+                f"generate: the prompt's ids go from {min(ids)} to {max(ids)}; the vocabulary has {config.vocab:,}"
+            )
     if not ids:
         raise DataError("generate: the prompt is empty; give a text, a chat or token ids")
-    if len(ids) >= model.config.context:
+    if len(ids) >= (most := context(model)):
         raise DataError(
-            f"generate: the prompt has {len(ids):,} tokens and the model's context is {model.config.context:,}; "
-            f"shorten it to {model.config.context - 1:,} or fewer"
+            f"generate: the prompt has {len(ids):,} tokens and the model's context is {most:,}; "
+            f"shorten it to {most - 1:,} or fewer"
         )
     return ids
+
+
+def context(model: Transformer) -> int:
+    """Tokens that prompt and reply may have together. Dynamic rope stretches what config.json says by its factor."""
+    config = model.config
+    return int(config.context * (config.rope.factor or 1)) if config.rope.kind == "dynamic" else config.context
 
 
 class Decoding:
@@ -152,28 +165,28 @@ class Decoding:
         self._model = model
         self._sampling = sampling
         self._draws = generators(sampling, rows)
-        self._start(prompts)
-        weight = next(model.parameters())
+        self._ids_BT, self._mask_BT, self._seen_BV = self._begin(prompts)
         if cache is None:
-            room = self._ids_BT.shape[1] + sampling.max_tokens
-            cache = Cache(model.config, len(prompts), room, dtype=weight.dtype, device=weight.device)
+            room = min(self._ids_BT.shape[1] + sampling.max_tokens, context(model))
+            weight = model.embed.weight
+            cache = Cache(model.config, len(prompts), room, dtype=compute_dtype(weight), device=weight.device)
         self.cache = cache
         self._ids_BT = self._ids_BT[:, cache.length :]
 
-    def _start(self, prompts: Sequence[Sequence[int]]) -> None:
-        device = next(self._model.parameters()).device
+    def _begin(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Ids padded on the left, what of them is real, and which tokens each row has seen (where that matters)."""
+        device = self._model.embed.weight.device
         longest = max(map(len, prompts))
         padded = [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
-        self._ids_BT = torch.tensor(padded, device=device)
+        ids_BT = torch.tensor(padded, device=device)
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
         real_BT = torch.arange(longest, device=device) >= longest - lengths[:, None]
-        self._mask_BT = None if all(len(prompt) == longest for prompt in prompts) else real_BT
-        self._seen_BV: Tensor | None = None
-        if self._sampling.repetition_penalty != 1:
-            # one column more, which takes the padding
-            seen_BV = torch.zeros(len(prompts), self._model.config.vocab + 1, dtype=torch.bool, device=device)
-            seen_BV.scatter_(1, self._ids_BT.where(real_BT, self._model.config.vocab), True)
-            self._seen_BV = seen_BV[:, :-1]
+        mask_BT = None if all(len(prompt) == longest for prompt in prompts) else real_BT
+        if self._sampling.repetition_penalty == 1:
+            return ids_BT, mask_BT, None
+        vocab = self._model.config.vocab
+        seen_BV = torch.zeros(len(prompts), vocab + 1, dtype=torch.bool, device=device)  # the last takes the padding
+        return ids_BT, mask_BT, seen_BV.scatter_(1, ids_BT.where(real_BT, vocab), True)[:, :vocab]
 
     @torch.inference_mode()
     def step(self) -> list[int]:
@@ -184,14 +197,16 @@ class Decoding:
         self._ids_BT, self._mask_BT = ids_B[:, None], None
         if self._seen_BV is not None:
             self._seen_BV.scatter_(1, self._ids_BT, True)
-        return ids_B.tolist()
+        tokens: list[int] = ids_B.tolist()
+        return tokens
 
     @torch.inference_mode()
     def logprobs(self) -> list[float]:
         """Log-probability of each row's last token under the model itself, at temperature 1 and without filters."""
         logits_BV = self._logits_BV.float()
         chosen_B = logits_BV.gather(1, self._ids_BT)[:, 0]
-        return (chosen_B - logits_BV.logsumexp(-1)).tolist()
+        found: list[float] = (chosen_B - logits_BV.logsumexp(-1)).tolist()
+        return found
 
     @torch.inference_mode()
     def keep(self, places: Sequence[int]) -> None:

@@ -41,15 +41,13 @@ def ready(model: Transformer) -> Transformer:
             if type(child) is nn.Linear:
                 setattr(module, name, PackedLinear(child.weight, child.bias))
             elif type(child) is LanguageHead:
-                setattr(
-                    module, name, PackedLinear(model.embed.weight if child.weight is None else child.weight, child.bias)
-                )
+                setattr(module, name, PackedLinear(child.matrix, child.bias))
     return model
 
 
 def _packs(dtype: torch.dtype) -> bool:
     """Whether this build of torch, on this processor, has packed linear layers that give the usual results."""
-    if not torch.backends.mkldnn.is_available() or dtype not in (torch.bfloat16, torch.float32):
+    if dtype not in (torch.bfloat16, torch.float32):
         return False
     try:
         weight, x = torch.eye(8, dtype=dtype), torch.arange(8, dtype=dtype)[None]
