@@ -5,11 +5,18 @@ speed and the usual layout at two thirds of it (benchmarks/results/), with the s
 it has no weights left to train, save or look into. Leaves out quantization; GPUs, where nothing needs packing.
 """
 
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 
+from lapis.checkpoint import open_checkpoint
 from lapis.model.heads import LanguageHead
+from lapis.model.load import load
 from lapis.model.transformer import Transformer
+from lapis.text.tokenizer import Tokenizer
 
 
 class PackedLinear(nn.Module):
@@ -25,6 +32,24 @@ class PackedLinear(nn.Module):
         return y
 
 
+def open_ready(
+    folder: str | Path, dtype: torch.dtype | None = None, device: str | None = None
+) -> tuple[Transformer, Tokenizer]:
+    """A folder's model, packed, and its tokenizer, which is opened while the weights are read.
+
+    dtype: None keeps that of the folder. device: None takes a GPU where there is one. Raises CheckpointError for what
+    is damaged, and for a tokenizer with more tokens than the embedding has rows.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    checkpoint = open_checkpoint(folder)
+    with ThreadPoolExecutor(1) as pool:
+        opening = pool.submit(Tokenizer.open, checkpoint)
+        model = ready(load(checkpoint, dtype, device))
+        tokenizer = opening.result()
+    tokenizer.check_rows(model.config.vocab)
+    return model, tokenizer
+
+
 @torch.inference_mode()
 def ready(model: Transformer) -> Transformer:
     """The same model, packed in place and in evaluation mode. Does nothing more where packing does not apply.
@@ -32,19 +57,21 @@ def ready(model: Transformer) -> Transformer:
     Each weight is dropped as soon as it is packed, so the peak is one weight more. A tied embedding stays beside the
     packed head, since its rows are looked up.
     """
-    model.eval()
-    weight = next(model.parameters())
-    if weight.device.type != "cpu" or not _packs(weight.dtype):
-        return model
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if type(child) is nn.Linear:
-                setattr(module, name, PackedLinear(child.weight, child.bias))
-            elif type(child) is LanguageHead:
-                setattr(module, name, PackedLinear(child.matrix, child.bias))
-    return model
+    for name in [name for name, _ in model.named_modules()]:  # names only: a list of modules would keep their weights
+        module = model.get_submodule(name)
+        if type(module) is nn.Linear:
+            weight = module.weight
+        elif type(module) is LanguageHead:
+            weight = module.matrix
+        else:
+            continue
+        if weight.device.type == "cpu" and _packs(weight.dtype):
+            parent, _, last = name.rpartition(".")
+            setattr(model.get_submodule(parent), last, PackedLinear(weight, module.bias))
+    return model.eval()
 
 
+@cache
 def _packs(dtype: torch.dtype) -> bool:
     """Whether this build of torch, on this processor, has packed linear layers that give the usual results."""
     if dtype not in (torch.bfloat16, torch.float32):
