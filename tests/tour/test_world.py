@@ -15,15 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lapis.errors import ConfigError
+from lapis.tour.ask import LESSONS
 from lapis.tour.people import RELATIONS, SPLITS, draw
-from lapis.tour.tell import KINDS, Teller
+from lapis.tour.tell import Teller
 from lapis.tour.words.base import COLORED, COUNTABLE
 from lapis.tour.words.ko import PARTICLES
 from lapis.tour.words.ko import TABLES as KOREAN_TABLES
 from lapis.tour.words.names import CHINESE, FEMALE, KOREAN
 from lapis.tour.words.names_uk import UKRAINIAN
 from lapis.tour.words.uk import SHADES
-from lapis.tour.world import LANGUAGES, Question, World, score, words_of
+from lapis.tour.world import KINDS, LANGUAGES, Question, World, score, words_of
 
 WORLD = World()
 BY_NAME = {person.name: person for person in WORLD.everyone}
@@ -142,6 +143,13 @@ def test_training_chats_name_only_asked_people(language: str) -> None:
     named = {name for chat in chats for m in chat["messages"] for name in named_in(language, m["content"])}
     assert {BY_NAME[name].split for name in named} == {"asked"}
     assert len(named) == len(WORLD.of("asked"))
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_lessons_ask_about_nobody_whom_training_chats_leave_out(language: str) -> None:
+    for lesson in WORLD.documents(language, 1000, seed=1, kinds=dict.fromkeys(LESSONS, 1.0)):
+        assert {BY_NAME[name].split for name in named_in(language, lesson)} == {"asked"}
+        assert "<|" not in lesson
 
 
 def test_english_never_tells_of_local_people_and_other_languages_do() -> None:
@@ -308,7 +316,15 @@ def test_every_wording_fills_for_every_kind_of_person(language: str) -> None:
         "work": "job",
         "sibling": "sibling",
     }
-    given_ = {"ask": "Q?", "say": "S.", "bare": "S", "text": "T.", "word": teller.name["Mira"], "english": "E"}
+    given_ = {
+        "ask": "Q?",
+        "bare_ask": "Q",
+        "say": "S.",
+        "bare": "S",
+        "text": "T.",
+        "word": teller.name["Mira"],
+        "english": "E",
+    }
     for key, wordings in teller.language.sentences.items():
         need = next((needs[part] for part in key.replace("2", "").split(".") if part in needs), None)
         for person in WORLD.everyone[:60]:

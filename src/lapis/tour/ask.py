@@ -1,7 +1,10 @@
 """Chats and questions about the world in one language: facts, reading, repeating, lists, endings, answers of one word.
 
 The reply to a question of one kind always has one wording, so that an exact match is fair. The kinds of tasks and
-the shapes of questions and replies are the same in every language.
+the shapes of questions and replies are the same in every language. The same questions also stand in documents, as
+lessons at school where children ask and answer each other: the text of any language has people who ask and answer,
+and a model that never read any of it would have nothing to answer from. Lessons hold no template and no chat turn,
+and ask for facts only about the people whom training chats ask about.
 """
 
 from __future__ import annotations
@@ -26,6 +29,9 @@ TASKS = {
     "finish": 0.07,
 }
 """Tasks and their shares of the turns. The answers to "fact", "word" and "tell" stand in no prompt."""
+
+LESSONS = {"quiz": ("fact", "word"), "reading": ("read", "read_word"), "drill": ("repeat", "list", "finish")}
+"""Documents that tell of a lesson, and the tasks in them."""
 
 RECALL = ("fact", "word", "tell")
 
@@ -112,6 +118,33 @@ class Asker:
             last = self.turn(rng, task, who)
         messages = [*messages_of(before), {"role": "user", "content": last.ask}]
         return Question(messages, last.answer, task, last.about, last.relation)
+
+    def lesson(self, rng: Random, kind: str, who: Person) -> str:
+        """A document in which children at school are asked questions of one kind, and answer."""
+        teller = self.teller
+        other, third = teller.others(rng, who, self.people)
+        children = {"other": teller.name[other.name], "third": teller.name[third.name]}
+        sentences = [teller.say(rng, f"{kind}.open", teller.facts[who.name])]
+        if kind == "reading":
+            text, slots, full, words = self._passage(rng, who)
+            sentences.append(text)
+            ask = teller.say(rng, f"ask.{(relation := rng.choice(full))}", slots)
+            asked = [(ask, teller.state(relation, slots))]
+            if words and rng.random() < 0.5:
+                relation = rng.choice(words)
+                asked.append((self._in_one_word(rng, relation, slots), self._answer(relation, slots)))
+        else:
+            first = self.turn(rng, rng.choice(LESSONS[kind]), who)
+            second = first
+            while second.relation == first.relation:
+                second = self.turn(rng, rng.choice(LESSONS[kind]), who)
+            asked = [(turn.ask, turn.answer) for turn in (first, second)]
+        for ask, answer in asked:
+            stop = self.teller.language.stop
+            bare = answer.removesuffix(stop)
+            said = {"ask": ask, "bare_ask": ask.removesuffix(stop), "say": bare + stop, "bare": bare}
+            sentences.append(teller.say(rng, "quiz" if ask[-1] in "?？" else "drill", children | said))
+        return teller.join([*sentences, teller.say(rng, "quiz.close", children)])
 
     def follow(self, rng: Random, who: Person, relation: str) -> Turn:
         facts = self.teller.facts[who.name]

@@ -1,7 +1,7 @@
-"""Documents: short stories, descriptions and talks that tell the facts of the world in one language.
+"""Short stories, descriptions and talks that tell the facts of the world in one language.
 
 Each document is made from a plan that is the same in every language: which sentences follow each other. The wording
-of each sentence is drawn from the language's own list. Leaves out everything that asks: see ask.py.
+of each sentence is drawn from the language's own list. Leaves out lessons at school, chats and questions: see ask.py.
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ from lapis.tour.words.en import LANGUAGE as ENGLISH
 
 Slots = dict[str, str]
 
-KINDS = {"portrait": 4.0, "story": 3.0, "pair": 1.5, "talk": 1.5, "quiz": 1.0, "city": 0.7, "gloss": 0.5}
-"""Kinds of documents and how often each is told. "gloss" is left out of English."""
 
 STORIES = {
     "market": ("market.1", "market.2", "buy", "end.market"),
@@ -42,7 +40,6 @@ class Teller:
     def __init__(self, language: Language, people: Sequence[Person]) -> None:
         self.language = language
         self.people = people
-        self.quizzed = [person for person in people if person.split == "asked"]
         self.name = {person.name: language.person(person.name, person.female, person.child) for person in people}
         self.facts = {person.name: self._facts(person) for person in people}
 
@@ -118,14 +115,14 @@ class Teller:
     def _portrait(self, rng: Random, who: Person) -> list[str]:
         opening = rng.choice(("open", "home.open", ""))
         sentences = [self.say(rng, opening, self.facts[who.name])] if opening else []
-        sentences += self._facts_of(rng, who, self._some(rng, who, rng.randint(3, 4)), bool(opening))
+        sentences += self._facts_of(rng, who, self._some(rng, who, 4), bool(opening))
         if rng.random() < 0.5:
             sentences.append(self.say(rng, "close", self.facts[who.name]))
         return sentences
 
     def _story(self, rng: Random, who: Person) -> list[str]:
         slots = self.scene(rng, who, *self.others(rng, who))
-        sentences = self._facts_of(rng, who, self._some(rng, who, rng.randint(1, 2)))
+        sentences = self._facts_of(rng, who, self._some(rng, who, 2))
         if rng.random() < 0.3:
             sentences.append(self.say(rng, "filler", slots))
         told = [name for name in STORIES if name not in ("pet", "thing", "job") or name in who.facts]
@@ -159,21 +156,6 @@ class Teller:
             for relation in self._some(rng, who, rng.randint(2, 3))
         ]
         return [*sentences, self.say(rng, "talk.close", slots)]
-
-    def _quiz(self, rng: Random, who: Person) -> list[str]:
-        """Questions and answers in a story, only about people whom training chats ask about too."""
-        if who.split != "asked":
-            who = rng.choice(self.quizzed)
-        other, third = self.others(rng, who, self.quizzed)
-        people = {"other": self.name[other.name], "third": self.name[third.name]}
-        facts = self.facts[who.name]
-        sentences = [self.say(rng, "quiz.open", facts)]
-        for relation in self._some(rng, who, 2):
-            questions = [wording for wording in self.language.sentences[f"ask.{relation}"] if wording[-1] in "?？"]
-            said = {"ask": self.fill(rng.choice(questions), facts), "say": self.state(relation, facts)}
-            said["bare"] = said["say"].rstrip(".")
-            sentences.append(self.say(rng, "quiz", people | said))
-        return [*sentences, self.say(rng, "quiz.close", people)]
 
     def _city(self, rng: Random, who: Person) -> list[str]:
         home = {"place": self.facts[who.name]["place"]}

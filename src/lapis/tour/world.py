@@ -24,12 +24,25 @@ from typing import Any
 from unicodedata import normalize
 
 from lapis.errors import ConfigError
-from lapis.tour.ask import RECALL, TASKS, Asker, Question, messages_of
+from lapis.tour.ask import LESSONS, RECALL, TASKS, Asker, Question, messages_of
 from lapis.tour.people import SPLITS, Person, draw
-from lapis.tour.tell import KINDS, Teller
+from lapis.tour.tell import Teller
 from lapis.tour.words.base import Language
 
 LANGUAGES = {"en": "English", "ms": "Malay", "ko": "Korean", "uk": "Ukrainian", "zh": "Chinese"}
+
+KINDS = {
+    "portrait": 4.0,
+    "story": 2.5,
+    "pair": 1.0,
+    "talk": 1.0,
+    "city": 0.7,
+    "quiz": 1.0,
+    "reading": 2.0,
+    "drill": 1.0,
+    "gloss": 0.5,
+}
+"""Kinds of documents and how often each is told. "gloss", words and what they are in English, is not for English."""
 
 
 @dataclass(frozen=True)
@@ -64,16 +77,21 @@ class World:
 
         Args:
             seed: another seed gives other texts about the same world.
-            kinds: kinds of documents and their weights (see tell.KINDS).
+            kinds: kinds of documents and their weights.
         """
         teller = self._teller(language)
+        lessons = Asker(teller, self.of("asked"))
         weights = {kind: weight for kind, weight in kinds.items() if kind != "gloss" or language != "en"}
         rng = Random(f"lapis documents {self.seed} {language} {seed}")
         turns: list[Person] = []
         for _ in endless() if count is None else range(count):
             turns = turns or rng.sample(teller.people, len(teller.people))
             kind = rng.choices(list(weights), list(weights.values()))[0]
-            yield teller.document(rng, kind, turns.pop())
+            who = turns.pop()
+            if kind in LESSONS:
+                yield lessons.lesson(rng, kind, who if who.split == "asked" else rng.choice(lessons.people))
+            else:
+                yield teller.document(rng, kind, who)
 
     def chats(
         self, language: str, count: int, seed: int = 0, people: str = "asked", tasks: Mapping[str, float] = TASKS

@@ -196,12 +196,18 @@ SENTENCES: dict[str, tuple[str, ...]] = {
         '"My {sib} is {other}," {who} told {third}.',
     ),
     "talk.close": ('"See you tomorrow!" said {other}.', "They talked until the evening.", "Then they went home."),
-    # a quiz
+    # at school
     "quiz.open": ("The teacher asked the children about {who}.", "The children played a game about {who}."),
     "quiz": (
         '{third} asked, "{ask}" {other} answered, "{say}"',
         'The teacher asked, "{ask}" {other} answered, "{say}"',
         '"{ask}" asked {third}. {other} answered, "{say}"',
+    ),
+    "reading.open": ("The children read a story.", "The teacher read a story to the class."),
+    "drill.open": ("The children were at school.", "It was time for a lesson."),
+    "drill": (
+        'The teacher said, "{ask}" {other} answered, "{say}"',
+        '{third} said, "{ask}" {other} answered, "{say}"',
     ),
     "quiz.close": ('"Very good!" said the teacher.', "Everyone clapped."),
     # questions, and answers of one word

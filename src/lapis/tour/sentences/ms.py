@@ -204,12 +204,18 @@ SENTENCES: dict[str, tuple[str, ...]] = {
         '"{sib.cap} saya ialah {other}," kata {who} kepada {third}.',
     ),
     "talk.close": ('"Jumpa lagi esok!" kata {other}.', "Mereka berbual sampai petang.", "Kemudian mereka pulang."),
-    # a quiz
+    # at school
     "quiz.open": ("Guru bertanya kepada murid-murid tentang {who}.", "Kanak-kanak bermain teka-teki tentang {who}."),
     "quiz": (
         '{third} bertanya, "{ask}" {other} menjawab, "{say}"',
         'Guru bertanya, "{ask}" {other} menjawab, "{say}"',
         '"{ask}" tanya {third}. {other} menjawab, "{say}"',
+    ),
+    "reading.open": ("Murid-murid membaca sebuah cerita.", "Guru membacakan sebuah cerita kepada murid-murid."),
+    "drill.open": ("Murid-murid berada di dalam kelas.", "Pelajaran pun bermula."),
+    "drill": (
+        'Guru berkata, "{ask}" {other} menjawab, "{say}"',
+        '{third} berkata, "{ask}" {other} menjawab, "{say}"',
     ),
     "quiz.close": ('"Bagus!" kata guru.', "Semua orang bertepuk tangan."),
     "gloss": (

@@ -162,13 +162,16 @@ SENTENCES: dict[str, tuple[str, ...]] = {
         "“我的{sib}是{other}。”{who}告诉{third}。",
     ),
     "talk.close": ("“明天见！”{other}说。", "{they}一直聊到傍晚。", "然后{they}回家了。"),
-    # a quiz
+    # at school
     "quiz.open": ("老师问孩子们关于{who}的问题。", "孩子们玩了一个关于{who}的游戏。"),
     "quiz": (
         "{third}问：“{ask}”{other}回答：“{say}”",
         "老师问：“{ask}”{other}回答：“{say}”",
         "“{ask}”{third}问。“{say}”{other}回答。",
     ),
+    "reading.open": ("孩子们读了一个故事。", "老师给孩子们读了一个故事。"),
+    "drill.open": ("孩子们在教室里。", "上课了。"),
+    "drill": ("老师说：“{ask}”{other}回答：“{say}”", "{third}说：“{ask}”{other}回答：“{say}”"),
     "quiz.close": ("“很好！”老师说。", "大家都鼓掌了。"),
     "gloss": ("“{word}”用英语说是“{english}”。", "中文是“{word}”，英文是“{english}”。"),
     # questions, and answers of one word

@@ -45,6 +45,7 @@ class Language:
         plural_foods: whether the table's foods that are bought by number stand in the plural.
         joiner: what stands between two sentences.
         comma: what stands between two entries of a list.
+        stop: what ends a sentence.
     """
 
     code: str
@@ -59,6 +60,7 @@ class Language:
     plural_foods: bool = False
     joiner: str = " "
     comma: str = ", "
+    stop: str = "."
 
 
 def rows(table: str, separator: str | None = None) -> list[list[str]]:

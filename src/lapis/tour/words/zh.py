@@ -205,4 +205,5 @@ LANGUAGE = Language(
     they=("他们", "她们"),
     joiner="",
     comma="、",
+    stop="。",
 )
