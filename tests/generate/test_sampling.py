@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lapis.errors import ConfigError, LapisError
-from lapis.generate.sampling import Sampling, choose, filtered, generators, top_p
+from lapis.generate.options import Sampling
+from lapis.generate.sampling import choose, filtered, generators, top_p
 
 
 @pytest.mark.parametrize(

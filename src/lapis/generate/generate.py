@@ -19,10 +19,12 @@ import torch
 from torch import Tensor
 
 from lapis.errors import ConfigError, DataError
-from lapis.generate.sampling import Sampling, choose, generators
+from lapis.generate.options import Sampling
+from lapis.generate.sampling import choose, generators
 from lapis.generate.text import Pieces
 from lapis.model.cache import Cache
-from lapis.model.transformer import Transformer, compute_dtype
+from lapis.model.norm import compute_dtype
+from lapis.model.transformer import Transformer
 from lapis.text.chat import encode_prompt
 from lapis.text.tokenizer import Tokenizer
 

@@ -8,53 +8,15 @@ out beam search, contrastive search and bans on single tokens.
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from lapis.errors import ConfigError, LapisError
+from lapis.errors import LapisError
+from lapis.generate.options import Sampling
 
 # The nucleus is nearly always among this many tokens; sorting a whole vocabulary of 150,000 takes a third of a step.
 _NUCLEUS = 1024
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How to choose tokens, and when to stop. Raises ConfigError for a value out of range."""
-
-    temperature: float = 0.0
-    """0 takes the most likely token; higher is freer."""
-    top_k: int = 0
-    """Keep the k most likely tokens; 0 keeps all."""
-    top_p: float = 1.0
-    """Keep the fewest tokens whose probabilities reach p."""
-    min_p: float = 0.0
-    """Drop tokens less likely than this share of the likeliest."""
-    repetition_penalty: float = 1.0
-    """Above 1: tokens seen before, in prompt or reply, become less likely."""
-    max_tokens: int = 256
-    """New tokens at most."""
-    stop: tuple[str, ...] = ()
-    """A text that ends the reply and is left out of it; may be given again."""
-    seed: int | None = None
-    """Row i of a batch draws from seed + i; none draws anew each time."""
-
-    def __post_init__(self) -> None:
-        stop: Any = self.stop
-        object.__setattr__(self, "stop", (stop,) if isinstance(stop, str) else tuple(stop))
-        for name, fits, wanted in (
-            ("temperature", 0 <= self.temperature < math.inf, "0 (greedy) or more"),
-            ("top_k", self.top_k >= 0, "0 (all) or more"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
-            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0"),
-            ("max_tokens", self.max_tokens >= 1, "1 or more"),
-            ("stop", all(isinstance(text, str) and text for text in self.stop), "texts that are not empty"),
-        ):
-            if not fits:
-                raise ConfigError(f"sampling: {name} is {getattr(self, name)!r}; expected {wanted}")
 
 
 def generators(sampling: Sampling, rows: Sequence[int]) -> list[random.Random]:
