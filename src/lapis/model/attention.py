@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lapis.model.cache import Cache
 from lapis.model.config import ModelConfig
+from lapis.model.dense import dense_attention, prefers_dense
 from lapis.model.norm import make_norm
 from lapis.model.rope import rotate
 
@@ -51,6 +52,8 @@ class AttentionCore(nn.Module):
             # one token: the heads that share a key are stacked along time, and no key is repeated
             folded = F.scaled_dot_product_attention(q_BHTE.reshape(B, K, H // K, E), k_BKSE, v_BKSE, attn_mask=mask)
             return folded.reshape(B, H, 1, E)
+        if prefers_dense(q_BHTE, k_BKSE.shape[2]):
+            return dense_attention(q_BHTE, k_BKSE, v_BKSE, mask, causal)
         return F.scaled_dot_product_attention(
             q_BHTE, k_BKSE, v_BKSE, attn_mask=mask, is_causal=causal, enable_gqa=H != K
         )

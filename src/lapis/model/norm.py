@@ -1,7 +1,10 @@
-"""RMSNorm and LayerNorm. Statistics are taken in float32; under autocast the output has the lower dtype at once.
+"""RMSNorm and LayerNorm, with statistics in float32.
 
-Leaves out: BatchNorm, norms without weights.
+Under autocast a norm that feeds projections gives the lower dtype at once, so that they need not each cast it; one that
+stands on the residual stream (BERT's) keeps the stream's dtype. Leaves out: BatchNorm, norms without weights.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,30 +16,62 @@ from lapis.model.config import ModelConfig
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich 2019, arXiv:1910.07467)."""
 
-    def __init__(self, dim: int, eps: float) -> None:
+    def __init__(self, dim: int, eps: float, on_stream: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
-        self.eps = eps
+        self.eps, self.on_stream = eps, on_stream
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        dtype = x.dtype if self.on_stream else compute_dtype(x)
+        if x.dtype == torch.float32 and x.requires_grad and x.device.type == "cpu":
+            out: Tensor = _TrainedRMSNorm.apply(x, self.weight, self.eps, dtype)
+            return out
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps).to(dtype)
 
 
 class LayerNorm(nn.Module):
     """(x - mean) / sqrt(var + eps) * weight + bias (Ba et al. 2016, arXiv:1607.06450)."""
 
-    def __init__(self, dim: int, eps: float) -> None:
+    def __init__(self, dim: int, eps: float, on_stream: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
         self.bias = nn.Parameter(torch.zeros(dim))
-        self.eps = eps
+        self.eps, self.on_stream = eps, on_stream
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        out = F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        return out if self.on_stream else out.to(compute_dtype(x))
+
+
+class _TrainedRMSNorm(torch.autograd.Function):
+    """RMSNorm with a backward pass of few kernels; torch's own has no fused one on the CPU."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        inverse = (norm * norm / x.shape[-1] + eps).rsqrt_()
+        ctx.save_for_backward(x, weight, inverse)
+        return (x * inverse).mul_(weight).to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        x, weight, inverse = ctx.saved_tensors
+        dim, grad = x.shape[-1], grads[0]
+        normed = x * inverse
+        product = (grad * normed).view(-1, dim)
+        mean = torch.mv(product, weight.to(product.dtype)).view(inverse.shape).div_(dim)
+        grad_x = torch.addcmul(grad * weight, normed, mean, value=-1).mul_(inverse)
+        return grad_x, product.sum(0).to(weight.dtype), None, None
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that the next linear layer computes in: autocast's where it is on."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 Norm = RMSNorm | LayerNorm
 
 
 def make_norm(config: ModelConfig, dim: int) -> Norm:
-    return (RMSNorm if config.norm == "rms" else LayerNorm)(dim, config.norm_eps)
+    return (RMSNorm if config.norm == "rms" else LayerNorm)(dim, config.norm_eps, config.norm_place == "post")

@@ -17,7 +17,7 @@ from lapis.model.attention import Attention, Shared, View, additive
 from lapis.model.cache import Cache
 from lapis.model.config import MLP_KINDS, ModelConfig
 from lapis.model.heads import ACTIVATIONS, make_head
-from lapis.model.norm import Norm, make_norm
+from lapis.model.norm import Norm, compute_dtype, make_norm
 from lapis.model.rope import rope_tables
 
 INIT_STD = 0.02
@@ -226,12 +226,6 @@ class Transformer(nn.Module):
         length = int(positions.max()) + 1 if config.rope.kind == "dynamic" else past + T
         cos, sin = rope_tables(config, positions, dtype, length)
         return positions, Shared(cos, sin, full, near)
-
-
-def compute_dtype(weight: Tensor) -> torch.dtype:
-    """The dtype that linear layers compute in: autocast's where it is on."""
-    kind = weight.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 
 
 def is_whole(mask_BT: Tensor, causal: bool) -> bool:
