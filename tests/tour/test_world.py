@@ -146,10 +146,19 @@ def test_training_chats_name_only_asked_people(language: str) -> None:
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_lessons_ask_about_nobody_whom_training_chats_leave_out(language: str) -> None:
-    for lesson in WORLD.documents(language, 1000, seed=1, kinds=dict.fromkeys(LESSONS, 1.0)):
+def test_quizzes_ask_about_nobody_whom_training_chats_leave_out(language: str) -> None:
+    for lesson in WORLD.documents(language, 1000, seed=1, kinds={"quiz": 1.0}):
         assert {BY_NAME[name].split for name in named_in(language, lesson)} == {"asked"}
-        assert "<|" not in lesson
+
+
+def test_no_lesson_asks_for_a_fact_of_held_out_people() -> None:
+    names = "|".join(person.name for person in WORLD.of("held_out"))
+    asked = re.compile(
+        rf"does ({names}) (live|like|have)|me where ({names}) lives|({names})'s (job|older|younger)[^.]*\?"
+    )
+    lessons = list(WORLD.documents("en", 4000, seed=1, kinds=dict.fromkeys(LESSONS, 1.0)))
+    assert not [lesson for lesson in lessons if asked.search(lesson)]
+    assert any(re.search(names, lesson) for lesson in lessons)
 
 
 def test_english_never_tells_of_local_people_and_other_languages_do() -> None:

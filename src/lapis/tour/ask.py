@@ -3,8 +3,8 @@
 The reply to a question of one kind always has one wording, so that an exact match is fair. The kinds of tasks and
 the shapes of questions and replies are the same in every language. The same questions also stand in documents, as
 lessons at school where children ask and answer each other: the text of any language has people who ask and answer,
-and a model that never read any of it would have nothing to answer from. Lessons hold no template and no chat turn,
-and ask for facts only about the people whom training chats ask about.
+and a model that never read any of it would have nothing to answer from. Lessons hold no template and no chat turn.
+They ask for facts only about the people whom training chats ask about; of others they only tell and repeat stories.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ class Asker:
         children = {"other": teller.name[other.name], "third": teller.name[third.name]}
         sentences = [teller.say(rng, f"{kind}.open", teller.facts[who.name])]
         if kind == "reading":
-            text, slots, full, words = self._passage(rng, who)
+            text, slots, full, words = self._passage(rng, who, with_facts=who.split == "asked")
             sentences.append(text)
             ask = teller.say(rng, f"ask.{(relation := rng.choice(full))}", slots)
             asked = [(ask, teller.state(relation, slots))]
@@ -187,7 +187,7 @@ class Asker:
     def _with_text(self, rng: Random, text: str, ask: str) -> str:
         return rng.choice(self.sentences["read"]).format(text=text, ask=ask)
 
-    def _passage(self, rng: Random, who: Person) -> tuple[str, Slots, list[str], list[str]]:
+    def _passage(self, rng: Random, who: Person, with_facts: bool = True) -> tuple[str, Slots, list[str], list[str]]:
         """A text, its slots, and which sentences a full and a one-word answer can be taken from.
 
         The sentence with the answer always has its first wording; half of the texts also say the same kind of thing
@@ -195,7 +195,7 @@ class Asker:
         """
         teller = self.teller
         first, second = teller.others(rng, who, self.people)
-        kind = rng.choice(["facts", *PASSAGES])
+        kind = rng.choice(["facts", *PASSAGES] if with_facts else list(PASSAGES))
         if kind == "facts":
             slots = teller.facts[who.name]
             told = rng.sample(list(who.facts), rng.randint(1, 3))

@@ -80,7 +80,7 @@ class World:
             kinds: kinds of documents and their weights.
         """
         teller = self._teller(language)
-        lessons = Asker(teller, self.of("asked"))
+        quizzed, taught = Asker(teller, self.of("asked")), Asker(teller, teller.people)
         weights = {kind: weight for kind, weight in kinds.items() if kind != "gloss" or language != "en"}
         rng = Random(f"lapis documents {self.seed} {language} {seed}")
         turns: list[Person] = []
@@ -88,8 +88,10 @@ class World:
             turns = turns or rng.sample(teller.people, len(teller.people))
             kind = rng.choices(list(weights), list(weights.values()))[0]
             who = turns.pop()
+            if kind == "quiz" and who.split != "asked":
+                who = rng.choice(quizzed.people)
             if kind in LESSONS:
-                yield lessons.lesson(rng, kind, who if who.split == "asked" else rng.choice(lessons.people))
+                yield (quizzed if kind == "quiz" else taught).lesson(rng, kind, who)
             else:
                 yield teller.document(rng, kind, who)
 
