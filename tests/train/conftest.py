@@ -10,7 +10,9 @@ from lapis.model import ModelConfig, Transformer
 from lapis.text.corpus import Chat, Document
 from lapis.text.tokenizer import Tokenizer, train_tokenizer
 
-TEXTS = [f"The cat number {i} sat on the mat and counted to {i * 7 % 13}. It slept under tree {i % 5}." for i in range(90)]
+TEXTS = [
+    f"The cat number {i} sat on the mat and counted to {i * 7 % 13}. It slept under tree {i % 5}." for i in range(90)
+]
 
 
 @pytest.fixture(scope="session")

@@ -65,9 +65,7 @@ def test_the_package_can_be_called_as_the_function(new_model: Make, objective: C
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_accumulated_equals_not_accumulated(
-    new_model: Make, objective: Causal, tmp_path: Path, optimizer: Any
-) -> None:
+def test_accumulated_equals_not_accumulated(new_model: Make, objective: Causal, tmp_path: Path, optimizer: Any) -> None:
     config = replace(CONFIG, optimizer=optimizer, lr=1e-3)
     whole = trained(new_model, objective, config, tmp_path / "whole")
     parts = trained(new_model, objective, replace(config, accumulate=4), tmp_path / "parts")

@@ -78,8 +78,8 @@ def restore(state: TrainState, folder: Path) -> None:
     """Put a verified checkpoint's numbers into `state`, its model and torch's random generators."""
     saved = load_model(folder).state_dict()
     state.model.load_state_dict(saved)
-    state.optimizers.restore(_read_tensors(folder / _OPTIMIZER))
-    rng = _read_tensors(folder / _RNG)
+    state.optimizers.restore(read_tensors(folder / _OPTIMIZER))
+    rng = read_tensors(folder / _RNG)
     torch.set_rng_state(rng["cpu"])
     if "cuda" in rng and state.device.type == "cuda":
         torch.cuda.set_rng_state(rng["cuda"], state.device)
@@ -195,7 +195,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
             file.write(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The reverse of `write_tensors`."""
     from safetensors.torch import load_file
 
     tensors: dict[str, Tensor] = load_file(path)
