@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 JOBS ?= auto
 
-.PHONY: tour test lint bench clean
+.PHONY: tour test lint bench-merge bench-kill bench-faults clean
 
 .venv/.core: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -25,6 +25,17 @@ lint: .venv/.dev
 
 test: lint                   ## types, style, and every test
 	$(BIN)/python -m pytest -q -n $(JOBS)
+
+bench-merge: .venv/.dev       ## graft and merge beside mergekit; PEER=/path/to/python with mergekit 0.1.5
+	$(BIN)/python benchmarks/merge.py --size 0.5b --table benchmarks/results/merge.md $(if $(PEER),--peer-python $(PEER))
+	$(BIN)/python benchmarks/merge.py --size 1.1b --table benchmarks/results/merge.md \
+		--methods task_arithmetic,slerp,dare_ties,ties $(if $(PEER),--peer-python $(PEER))
+
+bench-kill: .venv/.dev        ## 200 kills at random moments, each run again
+	$(BIN)/python benchmarks/kill.py --kills 200 --seed 0
+
+bench-faults: .venv/.dev      ## damaged checkpoints given to lapis, mergekit and transformers
+	$(BIN)/python benchmarks/faults.py --table benchmarks/results/faults.md $(if $(PEER),--peer-python $(PEER))
 
 clean:
 	rm -rf .venv build runs

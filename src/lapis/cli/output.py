@@ -62,6 +62,7 @@ def progress(unit: str = "") -> Progress:
         TimeRemainingColumn(),
         console=stderr,
         transient=True,
+        disable=not stderr.is_terminal,  # a log gets lines, not bars
     )
 
 

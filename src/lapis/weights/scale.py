@@ -76,7 +76,8 @@ class Scale:
                 known = sorted({part.component for part in parts})
                 odd = [c for c in rule.components or () if not any(k == c or k.startswith(c + ".") for k in known)]
                 what = f'component "{odd[0]}"' if odd else f"layers {_spelled(rule.layers or ())}"
-                have = nearest(odd[0], known) if odd else f"the model has layers {_spelled(layers)}"
+                groups = {name.rpartition(".")[0] for name in known} - {""}
+                have = nearest(odd[0], [*known, *groups]) if odd else f"the model has layers {_spelled(layers)}"
                 found.append(f"scale: {what} matches nothing; {have}")
         return found
 
