@@ -161,19 +161,25 @@ def _check_space(place: Path, needs_bytes: int) -> None:
 
 
 def _seal(staging: Staging) -> None:
-    """fsync every file, write the manifest, fsync every folder."""
-    for entry in staging.path.iterdir():
-        if entry.name.startswith(JOURNAL) or entry.name == MANIFEST:
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    """fsync every file, write the manifest, drop the journal, fsync every folder.
+
+    The journal goes last: a kill before that moment finds it, and goes on from it.
+    """
+    (staging.path / MANIFEST).unlink(missing_ok=True)
+    journal = [entry for entry in staging.path.iterdir() if entry.name.startswith(JOURNAL)]
     files = {}
     for path in sorted(p for p in staging.path.rglob("*") if p.is_file()):
         name = path.relative_to(staging.path).as_posix()
+        if name.startswith(JOURNAL):
+            continue
         _sync(path)
         files[name] = {"size": path.stat().st_size, "sha256": staging.digests.get(name) or sha256_of(path)}
     manifest = json.dumps({"files": files}, indent=1, ensure_ascii=False).encode() + b"\n"
     (staging.path / MANIFEST).write_bytes(manifest)
     staging.manifest_sha256 = hashlib.sha256(manifest).hexdigest()
     _sync(staging.path / MANIFEST)
+    for entry in journal:
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     for folder in [staging.path, *(p for p in staging.path.rglob("*") if p.is_dir())]:
         _sync(folder)
 
