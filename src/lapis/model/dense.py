@@ -28,7 +28,7 @@ def dense_attention(q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask: Tensor
     """softmax(q k^T / sqrt(E) + mask) v; scores are rounded to the input's dtype."""
     if causal:
         mask = _triangle(q_BHTE.shape[2], q_BHTE.dtype)
-    out: Tensor = _DenseAttention.apply(q_BHTE, k_BKSE, v_BKSE, mask)
+    out: Tensor = _DenseAttention.apply(q_BHTE, k_BKSE, v_BKSE, mask)  # type: ignore[no-untyped-call]
     return out
 
 

@@ -24,7 +24,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         dtype = x.dtype if self.on_stream else compute_dtype(x)
         if x.dtype == torch.float32 and x.requires_grad and x.device.type == "cpu":
-            out: Tensor = _TrainedRMSNorm.apply(x, self.weight, self.eps, dtype)
+            out: Tensor = _TrainedRMSNorm.apply(x, self.weight, self.eps, dtype)  # type: ignore[no-untyped-call]
             return out
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps).to(dtype)
 
@@ -51,7 +51,8 @@ class _TrainedRMSNorm(torch.autograd.Function):
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         inverse = (norm * norm / x.shape[-1] + eps).rsqrt_()
         ctx.save_for_backward(x, weight, inverse)
-        return (x * inverse).mul_(weight).to(dtype)
+        out: Tensor = (x * inverse).mul_(weight).to(dtype)
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
