@@ -129,16 +129,15 @@ class Cut:
     equals: dict[int, tuple[int, int]]
 
     def upper(self, block: Block, score: Tensor) -> Tensor:
-        """A bool mask, True from this rank upwards."""
+        """A float mask, 1 from this rank upwards and 0 below, in place of the scores."""
         ahead, here = self.equals[block.first]
         left = self.quota - ahead
         if left <= 0:
-            return score > self.value
-        mask = score >= self.value
+            return score.gt_(self.value)
         if left < here:
-            equal = score == self.value
-            mask &= ~equal | (equal.view(-1).cumsum(0).view(equal.shape) <= left)
-        return mask
+            late = (score == self.value).view(-1).nonzero()[left:, 0]
+            score.view(-1)[late] = -1.0
+        return score.ge_(self.value)
 
 
 def cuts(
@@ -164,10 +163,9 @@ def cuts(
     def lower(block: Block) -> tuple[Any, ...]:
         found: list[Any] = []
         for score, tops in zip(scores(block), places, strict=True):
-            bits = _bits(score)
+            bits = _bits(score).numpy()
             for top, _ in tops:
-                values, count = torch.unique(bits[bits >> 16 == top] & 0xFFFF, return_counts=True)
-                found.append({block.first: (values.numpy(), count.numpy())})
+                found.append({block.first: np.unique(bits[bits >> 16 == top] & 0xFFFF, return_counts=True)})
         return tuple(found)
 
     found = iter((yield lower))

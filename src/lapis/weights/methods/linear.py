@@ -23,7 +23,7 @@ from lapis.weights.methods.options import (
 
 
 def combination(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """sum w x, in place of the first tensor. Neighbors of weights w and -w are subtracted first, which loses nothing."""
+    """sum w x, in place of the first tensor. Neighbors weighted w and -w are subtracted first, which loses nothing."""
     pairs = list(zip(tensors, weights, strict=True))
     total, at = None, 0
     while at < len(pairs):

@@ -26,6 +26,7 @@ from lapis.weights.methods.options import (
 )
 
 LERP_ABOVE = 0.9995
+_PIECE = 1 << 14  # elements that are widened to float64 at a time, so that they stay in the cache
 
 
 def slerp(*, t: Interpolation) -> Steps:
@@ -187,11 +188,11 @@ def _stock_ratio(gram: Tensor) -> Tensor:
 
 def _gram(tensors: list[Tensor]) -> Tensor:
     """All dot products of N tensors, float64 [N, N]."""
-    vectors = [tensor.reshape(-1).double() for tensor in tensors]
-    gram = torch.empty(len(vectors), len(vectors), dtype=torch.float64)
-    for i, first in enumerate(vectors):
-        for j, second in enumerate(vectors[: i + 1]):
-            gram[i, j] = gram[j, i] = torch.dot(first, second)
+    gram = torch.zeros(len(tensors), len(tensors), dtype=torch.float64)
+    flat = [tensor.reshape(-1) for tensor in tensors]
+    for first in range(0, flat[0].numel(), _PIECE):
+        vectors = torch.stack([tensor[first : first + _PIECE] for tensor in flat]).double()
+        gram.addmm_(vectors, vectors.T)
     return gram
 
 
