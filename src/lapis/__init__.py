@@ -4,24 +4,64 @@ The public API. Everything here is imported when it is first used, so that `impo
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import os
+
+    import torch
+
+    from lapis.model import Transformer
+    from lapis.text.tokenizer import Tokenizer
 
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "LapisError": "lapis.errors:LapisError",
+    "Causal": "lapis.train.objectives",
+    "Chat": "lapis.train.objectives",
+    "Checkpoint": "lapis.checkpoint",
+    "LapisError": "lapis.errors",
+    "ModelConfig": "lapis.model",
+    "Sampling": "lapis.generate",
+    "Tokenizer": "lapis.text.tokenizer",
+    "TrainConfig": "lapis.train",
+    "Transformer": "lapis.model",
+    "diff": "lapis.weights.diff",
+    "graft": "lapis.weights.graft",
+    "merge": "lapis.weights.merge",
+    "open": "lapis.checkpoint:open_checkpoint",
 }
+_ROOMS = ("generate", "train")  # packages that are called as functions
 
-__all__ = ["__version__", *sorted(_PUBLIC)]
+__all__ = sorted(["__version__", "load", *_PUBLIC, *_ROOMS])
+
+
+def load(
+    source: "str | os.PathLike[str]", dtype: "torch.dtype | None" = None, device: str = "cpu"
+) -> "tuple[Transformer, Tokenizer]":
+    """The model and the tokenizer of a folder, to run, train or look into. dtype: None keeps that of the folder.
+
+    Raises CheckpointError, before anything is allocated, for whatever files, config or tokenizer do not agree on.
+    """
+    from lapis.checkpoint import open_checkpoint
+    from lapis.model.load import load as load_model
+    from lapis.text.tokenizer import Tokenizer
+
+    checkpoint = open_checkpoint(source)
+    tokenizer = Tokenizer.open(checkpoint)
+    model = load_model(checkpoint, dtype, device)
+    tokenizer.check_rows(model.config.vocab)
+    return model, tokenizer
 
 
 def __getattr__(name: str) -> Any:
-    try:
-        module, _, attribute = _PUBLIC[name].partition(":")
-    except KeyError:
-        raise AttributeError(f"module 'lapis' has no attribute {name!r}") from None
-    return getattr(import_module(module), attribute)
+    if name in _ROOMS:
+        return import_module(f"lapis.{name}")
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'lapis' has no attribute {name!r}")
+    module, _, attribute = _PUBLIC[name].partition(":")
+    return getattr(import_module(module), attribute or name)
 
 
 def __dir__() -> list[str]:
-    return list(__all__)
+    return __all__
