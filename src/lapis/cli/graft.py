@@ -1,12 +1,13 @@
 """`lapis graft`: the chat vector from the command line."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
 from lapis.cli.output import console, progress, show, size
+from lapis.errors import CheckpointError
 
 
 def graft(
@@ -60,7 +61,13 @@ def graft(
             base, chat, onto, out, scale or ["1.0"], embeddings, norms,
             overwrite=overwrite, allow_nonfinite=allow_nonfinite, dry_run=dry_run, progress=tell,
         )  # fmt: skip
+    if smoke and not dry_run:
+        from lapis.evaluate.agree import agreement
+
+        result.smoke = agreement(out, {"onto": onto, "chat": chat[0]})
     show(result.to_json(), json, lambda: told(result))
+    if result.smoke and result.smoke.get("finite") is False:
+        raise CheckpointError(f"{out}: its predictions are not numbers; look at lapis-merge.json for what was merged")
 
 
 @contextmanager
@@ -94,5 +101,17 @@ def told(result: Any) -> None:
         console.print(f"rounding took {result.lost_to_rounding:.2%} of the difference (by norm)")
     if result.nonfinite:
         console.print(f"{result.nonfinite:,} NaN or Inf were kept")
+    if result.smoke:
+        console.print(_smoke(result.smoke))
     for note in result.notes:
         console.print(f"- {note}")
+
+
+def _smoke(seen: Mapping[str, Any]) -> str:
+    if "skipped" in seen:
+        return f"not tried out: {seen['skipped']}"
+    distances = [
+        f"{kl:.3g} nats from {name}" if kl is not None else f"{name} reads the prompts as other tokens"
+        for name, kl in seen["kl_from"].items()
+    ]
+    return f"tried out on {seen['prompts']} prompts: its predictions are {', '.join(distances)} (KL per token)"
