@@ -4,11 +4,13 @@
     layer_heatmap, spectra, tensor_errors, parameter_treemap      weights.py
     embedding_rows                                                embedding.py
     lens_grid, rank_trajectories, attention_map                   inside.py
+    contributions                                                 contributions.py
 
 Each takes the rows and a title that states the finding, and says in its docstring what a row holds. A figure shows
 itself in a notebook; Page.figure puts it on a page. A figure made elsewhere with plotly fits on a page as well.
 """
 
+from lapis.report.contributions import contributions
 from lapis.report.embedding import embedding_rows
 from lapis.report.inside import attention_map, lens_grid, rank_trajectories
 from lapis.report.training import learning_curves, mixers, plan_scatter, scale_sweep, scores
@@ -16,6 +18,7 @@ from lapis.report.weights import layer_heatmap, parameter_treemap, spectra, tens
 
 __all__ = [
     "attention_map",
+    "contributions",
     "embedding_rows",
     "layer_heatmap",
     "learning_curves",

@@ -1,0 +1,131 @@
+"""Where a model keeps what the lens looks at: its blocks, the two halves of each, the final norm and the head.
+
+One description serves lapis' own Transformer and the causal models of transformers, which are found by their structure
+and never imported. What cannot be found is an error that names it; what does not add up is found out by the trace.
+Leaves out: encoders, encoder-decoders, state-space and mixture models whose blocks have no attention or MLP module.
+
+Shapes: B batch, T time, P asked places, D model dim, V vocabulary.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lapis.errors import LapisError
+from lapis.model.cache import Cache
+from lapis.model.heads import LanguageHead
+from lapis.model.transformer import Transformer
+
+Places = tuple[Tensor, Tensor]  # rows and positions in a batch, int64 each
+# ids, cache, places -> a function that gives the model's own logits at some of the places, [p, V]
+Run = Callable[[Tensor, Cache | None, Places], Callable[[slice], Tensor]]
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """The parts of a causal model. matrix: the output embedding, [V, D]. mixers: the linear maps after each attention.
+
+    heads: of each attention; 0 where it is not known. own: the model is lapis' own, with an AttentionCore and a Cache.
+    """
+
+    name: str
+    model: nn.Module
+    blocks: Sequence[nn.Module]
+    attention: Sequence[nn.Module]
+    mlp: Sequence[nn.Module]
+    mixers: Sequence[nn.Module]
+    heads: int
+    norm: nn.Module
+    matrix: Tensor
+    bias: Tensor | None
+    context: int
+    run: Run
+    own: bool
+
+    @property
+    def layers(self) -> int:
+        return len(self.blocks)
+
+
+def anatomy(model: nn.Module, name: str = "") -> Anatomy:
+    """The parts of `model`. Raises LapisError for an encoder, and for what has no head over a vocabulary."""
+    if isinstance(model, Transformer):
+        return _own(model, name or f"this {model.config.family} model")
+    if isinstance(model, nn.Module):
+        return _foreign(model, name or type(model).__name__)
+    raise LapisError(f"lens: {type(model).__name__} is no model; give one of lapis.load, or a causal one of transformers")
+
+
+def refuse(name: str, family: str, causal: bool, head: str) -> None:
+    """Raises LapisError where a model of this shape says no next token."""
+    if not causal:
+        raise LapisError(f"lens: {name} is an encoder ({family}), which says no next token; give a causal model")
+    if head != "lm":
+        what = "no head" if head == "none" else f"a head for {head}"
+        raise LapisError(f"lens: {name} has {what}, not one over the vocabulary; give a causal language model")
+
+
+def _own(model: Transformer, name: str) -> Anatomy:
+    config, head = model.config, model.head
+    refuse(name, config.family, config.causal, config.head)
+    if not isinstance(head, LanguageHead):
+        raise LapisError(f"lens: {name} was packed to generate and cannot be looked into; load it again")
+
+    def run(ids_BT: Tensor, cache: Cache | None, places: Places) -> Callable[[slice], Tensor]:
+        kept_PD = model.hidden(ids_BT, cache=cache)[places]
+
+        def logits(some: slice) -> Tensor:
+            found: Tensor = head(kept_PD[some])
+            return found
+
+        return logits
+
+    attention = [block.attn for block in model.blocks]
+    return Anatomy(
+        name, model, list(model.blocks), attention, [block.mlp for block in model.blocks],
+        [part.o for part in attention], config.heads, model.norm.final, head.matrix, head.bias, config.context, run, True,
+    )  # fmt: skip
+
+
+def _foreign(model: nn.Module, name: str) -> Anatomy:
+    """A causal model of transformers, or one built like it."""
+    config: Any = getattr(model, "config", None)
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if config is not None and getattr(config, "is_encoder_decoder", False):
+        raise LapisError(f"lens: {name} is an encoder-decoder; give a causal model")
+    weight = getattr(head, "weight", None)
+    if config is None or not isinstance(weight, Tensor):
+        raise LapisError(f"lens: {name} has no head over a vocabulary; give a causal language model")
+    layers = int(getattr(config, "num_hidden_layers", 0))
+    stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
+    blocks = list(stacks[0]) if stacks else []
+    trunk = next((m for m in model.modules() if stacks and stacks[0] in m.children()), None)
+    norm = _child(trunk, "norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f")
+    attention = [_child(block, "self_attn", "attn", "attention", "self_attention") for block in blocks]
+    mlp = [_child(block, "mlp", "feed_forward", "ffn", "block_sparse_moe") for block in blocks]
+    if norm is None or not blocks or None in attention or None in mlp:
+        lacks = "a final norm" if blocks and norm is None else "blocks of attention and MLP"
+        raise LapisError(f"lens: {name} has no {lacks} where lapis looks for them; give a causal decoder")
+    mixers = [_child(part, "o_proj", "out_proj", "c_proj", "dense", "wo") for part in attention]
+    takes = inspect.signature(model.forward).parameters
+
+    def run(ids_BT: Tensor, cache: Cache | None, places: Places) -> Callable[[slice], Tensor]:
+        asked = torch.unique(places[1])
+        options = {"logits_to_keep": asked} if "logits_to_keep" in takes else {}
+        logits_BTV = model(input_ids=ids_BT, use_cache=False, **options).logits
+        columns = torch.searchsorted(asked, places[1]) if options else places[1]
+        return lambda some: logits_BTV[places[0][some], columns[some]]
+
+    return Anatomy(
+        name, model, blocks, [part for part in attention if part], [part for part in mlp if part],
+        [part for part in mixers if part], int(getattr(config, "num_attention_heads", 0)), norm, weight,
+        getattr(head, "bias", None), int(getattr(config, "max_position_embeddings", 0) or 1 << 30), run, False,
+    )  # fmt: skip
+
+
+def _child(module: nn.Module | None, *names: str) -> nn.Module | None:
+    return next((child for name in names if isinstance(child := getattr(module, name, None), nn.Module)), None)

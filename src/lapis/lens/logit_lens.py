@@ -1,0 +1,277 @@
+"""The logit lens: what every layer would say next, if the model ended there.
+
+The state after each attention and each MLP goes through the model's own final norm and head (nostalgebraist 2020). One
+traced pass gives the states; words of several tokens are read on from it with the cache, all of them in one batch; and
+one walk over the head reads all states together. Leaves out: attention maps (attention_map.py).
+
+Shapes: B batch, T time, P asked places, M states, D model dim, L layers, R tracked tokens, V vocabulary.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lapis.errors import DataError
+from lapis.lens.anatomy import Anatomy, Places, anatomy
+from lapis.lens.contributions import Contribution, contributions
+from lapis.lens.prompts import Prompt, as_tokenizer, encode
+from lapis.lens.readout import Readout, read
+from lapis.lens.table import LensTrace, Reading
+from lapis.lens.trace import Trace, trace
+from lapis.lens.tuned import TunedLens
+from lapis.lens.words import Spelling, Word, as_words, token_text, token_word
+from lapis.model.cache import Cache
+from lapis.text.tokenizer import Tokenizer
+
+GROUP = 64  # places of the grid that are read at once
+
+
+@dataclass
+class Seen:
+    """A prompt that ran through a model: the states at the asked positions, and at the words' later tokens.
+
+    later: (what stands before, after the prompt) -> its place in `onward`.
+    """
+
+    parts: Anatomy
+    tokenizer: Tokenizer
+    ids: list[int]
+    positions: list[int]
+    trace: Trace
+    onward: Trace | None
+    later: dict[tuple[int, ...], int]
+
+
+def lens(
+    model: nn.Module,
+    tokenizer: Any,
+    prompt: Prompt,
+    track: str | Iterable[str | Word] = (),
+    *,
+    positions: int = 1,
+    top: int = 10,
+    tuned: TunedLens | None = None,
+    name: str = "",
+) -> LensTrace:
+    """What each layer would say after `prompt` (a text, a chat, or token ids), and how tracked words fare.
+
+    track: words, or "Malaysia,Indonesia"; where none is given, the words that are best in any layer. positions: of so
+    many of the last tokens the grid is read; 1 is cheap, and each more costs a walk over the head. tuned: maps that put
+    each layer's states into the last one's terms. model: lapis' own, or a loaded causal model of transformers with its
+    tokenizer, whose hidden states are read by hooks.
+    Raises DataError for a prompt longer than the context, ConfigError for a word that the tokenizer cannot express, and
+    LapisError for an encoder, for NaN, and where the last row is not the model's own logits, which each call checks.
+    """
+    parts, words_of = anatomy(model, name), as_tokenizer(tokenizer)
+    ids = encode(parts, words_of, prompt)
+    words = as_words(track, words_of, len(parts.matrix))
+    seen = see(parts, words_of, ids, words, positions)
+    given = bool(words)
+    if not given:
+        words = best_anywhere(seen, tuned=tuned)
+    return look(seen, words, given, top=top, tuned=tuned)
+
+
+@torch.inference_mode()
+def see(
+    parts: Anatomy, tokenizer: Tokenizer, ids: Sequence[int], words: Sequence[Word], positions: int = 1
+) -> Seen:  # fmt: skip
+    """Runs the prompt, and then the beginnings of words that have more than one token."""
+    paths = [spelling.ids[:-1] for word in words for spelling in word.spellings if len(spelling.ids) > 1]
+    paths = list(dict.fromkeys(paths))
+    longest = max(map(len, paths), default=0)
+    if len(ids) + longest > parts.context:
+        what = f" and {longest} more for a tracked word" if longest else ""
+        raise DataError(
+            f"lens: the prompt has {len(ids):,} tokens{what}, and the context of {parts.name} is {parts.context:,}; "
+            "shorten it"
+        )
+    device = parts.matrix.device
+    wanted = list(range(max(0, len(ids) - max(1, positions)), len(ids)))
+    training = parts.model.training
+    parts.model.eval()
+    try:
+        cache = None
+        if paths and parts.own:
+            config: Any = parts.model.config
+            weight = next(parts.model.parameters())
+            cache = Cache(config, 1, len(ids) + longest, dtype=weight.dtype, device=weight.device)
+        prompt_BT = torch.tensor([list(ids)], device=device)
+        found = trace(parts, prompt_BT, _places([(0, t) for t in wanted], device), cache)
+        onward, later = None, {}
+        if paths:
+            # Padding stands to the right, where a causal model does not see it
+            rows_BT = torch.tensor([[*path, *[0] * (longest - len(path))] for path in paths], device=device)
+            for row, path in enumerate(paths):
+                later.update({path[: t + 1]: (row, t) for t in range(len(path)) if path[: t + 1] not in later})
+            start = 0
+            if cache is not None:
+                cache.select(torch.zeros(len(paths), dtype=torch.long, device=device))
+            else:
+                start = len(ids)
+                rows_BT = torch.cat((prompt_BT.expand(len(paths), -1), rows_BT), 1)
+            onward = trace(parts, rows_BT, _places([(r, start + t) for r, t in later.values()], device), cache)
+    finally:
+        parts.model.train(training)
+    numbered = {path: number for number, path in enumerate(later)}
+    return Seen(parts, tokenizer, list(ids), wanted, found, onward, numbered)
+
+
+@torch.inference_mode()
+def look(
+    seen: Seen,
+    words: Sequence[Word],
+    given: bool,
+    *,
+    top: int = 10,
+    head: Anatomy | None = None,
+    tuned: TunedLens | None = None,
+) -> LensTrace:
+    """Reads what was seen. head: another model whose final norm and head read the states."""
+    parts, last = head or seen.parts, len(seen.positions) - 1
+    if tuned is not None:
+        tuned.check(seen.parts)
+    if head is not None:
+        check_fits(seen.parts, head)
+        _read(seen.parts, [_stack(seen.trace, last, False, None)[-1:]], seen.trace.own(slice(last, last + 1)))
+    halves = seen.trace.adds_up and tuned is None
+    stacks = [_stack(seen.trace, last, halves, tuned)]
+    own = [seen.trace.own(slice(last, last + 1))]
+    if seen.onward is not None:
+        stacks += [_stack(seen.onward, place, False, tuned) for place in range(len(seen.later))]
+        own.append(seen.onward.own(slice(0, len(seen.later))))
+    tracked = list(dict.fromkeys(i for word in words for spelling in word.spellings for i in spelling.ids))
+    found = _read(parts, stacks, None if head else torch.cat(own), tracked, len(stacks[0]), top)
+    layers: list[tuple[int | None, str]] = [(None, "embedding")]
+    for layer in range(parts.layers):
+        layers += [(layer, "attention"), (layer, "mlp")] if halves else [(layer, "mlp")]
+    chances = _Chances(found, {index: column for column, index in enumerate(tracked)}, seen.later, layers)
+    position = seen.positions[last]
+    readings = []
+    for row, (layer_, after) in enumerate(layers):
+        spellings = {s.text: chances.of(s, row) for word in words for s in word.spellings}
+        readings.append(
+            Reading(
+                layer_, after, position, _top(found, row, seen.tokenizer), float(found.entropy_M[row]),
+                float(found.kl_M[row]), {w.text: min(spellings[s.text]["rank"] for s in w.spellings) for w in words},
+                {w.text: _total([spellings[s.text]["logprob"] for s in w.spellings]) for w in words}, spellings,
+            )
+        )  # fmt: skip
+    written: list[Contribution] = []
+    notes = [] if seen.trace.adds_up else ["its blocks are not plain sums: no states after attention, no contributions"]
+    if tuned is None and head is None:
+        firsts = [(w.text, min(w.spellings, key=lambda s: readings[-1].spellings[s.text]["rank"]).ids[0]) for w in words]
+        final = found.logits_MR[len(layers) - 1]
+        logits_R = torch.stack([final[tracked.index(i)] for _, i in firsts]) if firsts else final[:0]
+        written = contributions(parts, seen.trace, last, firsts, logits_R)
+    grid = [*_grid(seen, parts, last, top, tuned, head is None), *(r for r in readings if r.after != "attention")]
+    return LensTrace(
+        seen.parts.name, [seen.tokenizer.text(i) for i in seen.ids], seen.ids, list(words), given, readings, grid,
+        written, parts.name if head else "own", tuned.source if tuned else "", notes,
+    )  # fmt: skip
+
+
+@torch.inference_mode()
+def best_anywhere(seen: Seen, head: Anatomy | None = None, tuned: TunedLens | None = None) -> list[Word]:
+    """The tokens that are best at the end of any layer, the last layer's first."""
+    last = len(seen.positions) - 1
+    stack_MD = _stack(seen.trace, last, False, tuned)
+    own = None if head else seen.trace.own(slice(last, last + 1))
+    found = _read(head or seen.parts, [stack_MD], own, top=1)
+    words = [token_word(i, seen.tokenizer) for i in dict.fromkeys(found.top_ids_MK[1:, 0].flip(0).tolist())]
+    return list({word.text: word for word in words}.values())
+
+
+def check_fits(one: Anatomy, other: Anatomy) -> None:
+    """Raises DataError where the states of one model cannot go through the head of the other."""
+    if one.matrix.shape[1] != other.matrix.shape[1]:
+        raise DataError(
+            f"lens: {one.name} is {one.matrix.shape[1]} wide and {other.name} {other.matrix.shape[1]}; "
+            "a head is swapped between versions of one model only"
+        )
+
+
+class _Chances:
+    """Ranks and log-probabilities of spellings, from the readout of the prompt's end and of the words' later tokens."""
+
+    def __init__(self, found: Readout, columns: Mapping[int, int], later: Mapping[tuple[int, ...], int],
+                 layers: Sequence[tuple[int | None, str]]) -> None:  # fmt: skip
+        self._ranks, self._logprobs = found.ranks_QR.tolist(), found.logprobs_MR.tolist()
+        self._columns, self._later, self._layers = columns, later, layers
+        ends = [row for row, (_, after) in enumerate(layers) if after != "attention"]
+        self._ends = {row: number for number, row in enumerate(ends)}
+
+    def of(self, spelling: Spelling, row: int) -> dict[str, Any]:
+        """Rank of the first token, and log-probability of all; the latter is measured at the ends of layers only."""
+        first, *rest = spelling.ids
+        column = self._columns[first]
+        total: float | None = self._logprobs[row][column]
+        if rest and row not in self._ends:
+            total = None
+        elif rest:
+            for count, index in enumerate(rest, 1):
+                place = self._later[spelling.ids[:count]]
+                there = len(self._layers) + place * len(self._ends) + self._ends[row]
+                total = (total or 0.0) + self._logprobs[there][self._columns[index]]
+        return {"rank": self._ranks[row][column], "logprob": total}
+
+
+def _read(
+    parts: Anatomy, stacks: Sequence[Tensor], own_FV: Tensor | None, tracked: Sequence[int] = (), ranked: int = 0,
+    top: int = 10,
+) -> Readout:  # fmt: skip
+    """Stacks of states, one per place and each ending with its final state, through norm and head."""
+    ends = torch.tensor([len(stack) for stack in stacks], device=stacks[0].device)
+    reference_M = torch.repeat_interleave(ends.cumsum(0) - 1, ends)
+    rows_MD = parts.norm(torch.cat(list(stacks)))
+    return read(rows_MD, reference_M, parts.matrix, parts.bias, own_FV, tracked, slice(ranked), top)
+
+
+def _stack(found: Trace, place: int, halves: bool, tuned: TunedLens | None) -> Tensor:
+    """The states at one place, first to last: embedding, then (after attention and) after each layer."""
+    states = [found.embed_PD[place]]
+    for layer, after_PD in enumerate(found.after_LPD):
+        states += [found.middle_LPD[layer][place], after_PD[place]] if halves else [after_PD[place]]
+    return torch.stack(states) if tuned is None else tuned.translate(torch.stack(states))
+
+
+def _grid(seen: Seen, parts: Anatomy, last: int, top: int, tuned: TunedLens | None, own: bool) -> list[Reading]:
+    """Readings at the end of each layer, for the places before the last."""
+    rows = []
+    for start in range(0, last, GROUP):
+        some = slice(start, min(start + GROUP, last))
+        stacks = [_stack(seen.trace, place, False, tuned) for place in range(some.start, some.stop)]
+        found = _read(parts, stacks, seen.trace.own(some) if own else None, top=top)
+        each = parts.layers + 1
+        for row in range(len(stacks) * each):
+            layer, position = row % each - 1, seen.positions[start + row // each]
+            rows.append(
+                Reading(
+                    None if layer < 0 else layer, "embedding" if layer < 0 else "mlp", position,
+                    _top(found, row, seen.tokenizer), float(found.entropy_M[row]), float(found.kl_M[row]),
+                )
+            )  # fmt: skip
+    return rows
+
+
+def _top(found: Readout, row: int, tokenizer: Tokenizer) -> tuple[tuple[str, int, float], ...]:
+    ids, chances = found.top_ids_MK[row].tolist(), found.top_logprobs_MK[row].exp().tolist()
+    return tuple((token_text(i, tokenizer), i, chance) for i, chance in zip(ids, chances, strict=True))
+
+
+def _total(logprobs: Sequence[float | None]) -> float | None:
+    """log of the sum of probabilities."""
+    if any(logprob is None for logprob in logprobs):
+        return None
+    values = [logprob for logprob in logprobs if logprob is not None]
+    high = max(values)
+    return high + math.log(sum(math.exp(value - high) for value in values))
+
+
+def _places(pairs: Sequence[tuple[int, int]], device: torch.device) -> Places:
+    rows, columns = zip(*pairs, strict=True)
+    return torch.tensor(rows, device=device), torch.tensor(columns, device=device)

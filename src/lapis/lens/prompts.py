@@ -1,0 +1,50 @@
+"""What the lens is asked about: a prompt as token ids, and the tokenizer that goes with the model.
+
+Leaves out: tracked words (words.py).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import tokenizers
+
+from lapis.errors import DataError, LapisError
+from lapis.lens.anatomy import Anatomy
+from lapis.text.chat import encode_prompt
+from lapis.text.tokenizer import NAMED, Tokenizer
+
+Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
+
+
+def as_tokenizer(tokenizer: Any) -> Tokenizer:
+    """lapis' own tokenizer, also around the fast one of transformers, which is left as it is."""
+    if isinstance(tokenizer, Tokenizer):
+        return tokenizer
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if not isinstance(backend, tokenizers.Tokenizer):
+        raise LapisError(f"lens: {type(tokenizer).__name__} is no tokenizer with a fast backend; give lapis' or a fast one")
+    special = getattr(tokenizer, "special_tokens_map", {})
+    named = {name: str(special[name]) for name in NAMED if isinstance(special.get(name), str)}
+    template = getattr(tokenizer, "chat_template", None)
+    templates = {"default": template} if isinstance(template, str) else {}
+    return Tokenizer(tokenizers.Tokenizer.from_str(backend.to_str()), named, templates)
+
+
+def encode(parts: Anatomy, tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
+    """Ids of a text (with what the tokenizer puts before one), of a chat up to the reply, or ids as they are.
+
+    Raises DataError where there are none, or one has no row in the model's head.
+    """
+    if isinstance(prompt, str):
+        ids = tokenizer.encode(prompt, add_special_tokens=True) if prompt else []
+    elif prompt and isinstance(prompt[0], Mapping):
+        ids = encode_prompt(tokenizer, prompt)  # type: ignore[arg-type]
+    else:
+        ids = [int(i) for i in prompt]  # type: ignore[call-overload]
+    if not ids:
+        raise DataError("lens: the prompt is empty; give a text, a chat or token ids")
+    rows = len(parts.matrix)
+    if not 0 <= min(ids) <= max(ids) < rows:
+        bad = min(ids) if min(ids) < 0 else max(ids)
+        raise DataError(f"lens: token {bad} has no row in {parts.name}, which has {rows:,}; is the tokenizer its own?")
+    return ids

@@ -1,0 +1,108 @@
+"""One forward pass, with the residual stream kept at the asked places and nowhere else.
+
+Hooks are put on for the length of one pass, so the plain path stays as it was. Kept are the stream before the first
+block, after each attention and after each MLP, and what each of the two added; the state after an attention is the
+model's own sum, bit for bit. Leaves out: what the states would say (readout.py).
+
+Shapes: B batch, T time, P asked places, D model dim, L layers, I heads x head dim.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lapis.errors import LapisError
+from lapis.lens.anatomy import Anatomy, Places
+from lapis.model.cache import Cache
+
+
+@dataclass
+class Trace:
+    """The residual stream at P places. own: the model's own logits at a slice of the places, [p, V].
+
+    middle_LPD is what stands after each attention; empty where the model's halves do not simply add up (`adds_up`).
+    mixed_LPI: the heads' mixed values, side by side, before the linear map that adds them to the stream.
+    """
+
+    embed_PD: Tensor
+    middle_LPD: list[Tensor]
+    after_LPD: list[Tensor]
+    attention_LPD: list[Tensor]
+    mlp_LPD: list[Tensor]
+    mixed_LPI: list[Tensor]
+    adds_up: bool
+    own: Callable[[slice], Tensor] = field(repr=False)
+
+
+@torch.inference_mode()
+def trace(parts: Anatomy, ids_BT: Tensor, places: Places, cache: Cache | None = None) -> Trace:
+    """Runs the model on ids_BT (int64) and keeps the stream at `places`. A cache is read and appended to.
+
+    Raises LapisError, naming the place in the model, where a state is not a number.
+    """
+    kept: dict[tuple[str, int], Tensor] = {}
+    handles: list[Any] = []
+
+    def keep(key: tuple[str, int], value: Any) -> None:
+        kept[key] = (value[0] if isinstance(value, tuple) else value)[places]
+
+    def after(module: nn.Module, name: str, layer: int) -> None:
+        handles.append(module.register_forward_hook(lambda _m, _a, out: keep((name, layer), out)))
+
+    def before(module: nn.Module, name: str, layer: int) -> None:
+        def hook(_module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+            keep((name, layer), args[0] if args else options["hidden_states"])
+
+        handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+
+    try:
+        before(parts.blocks[0], "embed", 0)
+        for layer in range(parts.layers):
+            after(parts.attention[layer], "attention", layer)
+            after(parts.mlp[layer], "mlp", layer)
+            after(parts.blocks[layer], "after", layer)
+        for layer, mixer in enumerate(parts.mixers):
+            before(mixer, "mixed", layer)
+        own = parts.run(ids_BT, cache, places)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+    def each(name: str) -> list[Tensor]:
+        return [kept[name, layer] for layer in range(parts.layers) if (name, layer) in kept]
+
+    embed, after_, attention, mlp = kept["embed", 0], each("after"), each("attention"), each("mlp")
+    middle = [x + added for x, added in zip([embed, *after_[:-1]], attention, strict=True)]
+    adds_up = parts.own or _adds_up(middle, mlp, after_)
+    found = Trace(embed, middle if adds_up else [], after_, attention, mlp, each("mixed"), adds_up, own)
+    _check_finite(parts, found)
+    return found
+
+
+def _adds_up(middle_LPD: list[Tensor], mlp_LPD: list[Tensor], after_LPD: list[Tensor]) -> bool:
+    """Whether every block is x + attention, then + MLP: not so where outputs are normed or scaled before the sum."""
+    return all(
+        bool(((x + added - out).abs() <= 4 * torch.finfo(out.dtype).eps * out.abs().amax().clamp(min=1)).all())
+        for x, added, out in zip(middle_LPD, mlp_LPD, after_LPD, strict=True)
+    )
+
+
+def _check_finite(parts: Anatomy, found: Trace) -> None:
+    """Names the first place where the stream is not a number, and a parameter there that is none."""
+    if bool(found.after_LPD[-1].isfinite().all()):
+        return  # whatever is not a number stays in the stream to its end
+    if not bool(found.embed_PD.isfinite().all()):
+        raise LapisError(f"lens: {parts.name}: the embedding of the prompt holds NaN or Inf; fetch the weights again")
+    for layer in range(parts.layers):
+        for half, states in (("attention", found.attention_LPD), ("MLP", found.mlp_LPD)):
+            if not bool(states[layer].isfinite().all()):
+                damaged = [n for n, p in parts.blocks[layer].named_parameters() if not bool(p.isfinite().all())]
+                why = f"{damaged[0]} of that layer does" if damaged else "the sums there overflow"
+                raise LapisError(
+                    f"lens: {parts.name}: what the {half} of layer {layer} adds holds NaN or Inf, because {why}; "
+                    "fetch the weights again, or load them in float32"
+                )
+    raise LapisError(f"lens: {parts.name}: the residual stream overflows {found.embed_PD.dtype}; load it in float32")
