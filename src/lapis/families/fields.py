@@ -10,6 +10,7 @@ from typing import Any
 from lapis.errors import CheckpointError
 
 LARGEST = 2**31 - 1
+MOST_LAYERS = 10_000
 
 # written into config.json by one version of transformers or another, and without meaning for the numbers
 GENERIC = frozenset(
@@ -35,12 +36,18 @@ class Fields:
         self.asked: set[str] = set()
         self.kept: dict[str, Any] = {}
 
-    def integer(self, name: str, default: int | None = None, *, least: int = 1) -> int:
+    def integer(self, name: str, default: int | None = None, *, least: int = 1, most: int = LARGEST) -> int:
         """A whole number; without a default the field must be there."""
         value = self._value(name, default)
-        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= LARGEST:
-            raise CheckpointError(f"config.json: {name} is {value!r:.40}; expected a whole number from {least}")
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            raise CheckpointError(
+                f"config.json: {name} is {value!r:.40}; expected a whole number from {least} to {most:,}"
+            )
         return value
+
+    def layers(self, name: str) -> int:
+        """How many blocks; limited, since they are counted one by one."""
+        return self.integer(name, most=MOST_LAYERS)
 
     def optional(self, name: str, *, least: int = 1) -> int | None:
         """A whole number, or None where the field is null or not there."""
@@ -60,9 +67,9 @@ class Fields:
             raise CheckpointError(f"config.json: {name} is {value!r:.40}; expected true or false")
         return value
 
-    def choice(self, name: str, options: Mapping[str, str], default: str | None = None) -> str:
+    def choice(self, name: str, options: Mapping[str, str]) -> str:
         """The option's value; CheckpointError names those that can be read."""
-        value = self._value(name, default)
+        value = self._value(name, None)
         if not isinstance(value, str) or value not in options:
             raise CheckpointError(f"config.json: {name} is {value!r:.40}; lapis reads {', '.join(sorted(options))}")
         return options[value]

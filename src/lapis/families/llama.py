@@ -53,7 +53,7 @@ def read_config(fields: Fields) -> dict[str, Any]:
     dim, heads, layers = (
         fields.integer("hidden_size"),
         fields.integer("num_attention_heads"),
-        fields.integer("num_hidden_layers"),
+        fields.layers("num_hidden_layers"),
     )
     context = fields.integer("max_position_embeddings")
     head_dim = fields.optional("head_dim") or (128 if kind == "qwen3" else 0)
@@ -74,9 +74,9 @@ def read_config(fields: Fields) -> dict[str, Any]:
         "vocab": fields.integer("vocab_size"),
         "context": context,
         "norm": "rms",
-        "norm_eps": fields.number("rms_norm_eps", 1e-6),
+        "norm_eps": fields.number("rms_norm_eps"),
         "norm_place": "pre",
-        "mlp": fields.choice("hidden_act", GATES, "silu"),
+        "mlp": fields.choice("hidden_act", GATES),
         "positions": "rotary",
         "rope": read_rope(fields, context),
         "window": window,
@@ -133,6 +133,7 @@ def write_config(config: Any) -> dict[str, Any]:
 def _read_bias(fields: Fields, kind: str) -> str:
     if kind == "qwen2":
         fields.only("attention_bias", True)
+        fields.only("use_mrope", False)
         return "qkv"
     if kind == "mistral":
         fields.only("attention_bias", False)

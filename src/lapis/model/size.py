@@ -177,16 +177,16 @@ def visible_keys(config: ModelConfig, layer: int, context: int) -> float:
     return (window * (window + 1) / 2 + (context - window) * window) / context
 
 
-def activation_bytes(config: ModelConfig, context: int) -> int:
-    """What autograd keeps of one sequence: the inputs of each product, norm, activation and attention, in bfloat16.
+def activation_bytes(config: ModelConfig, context: int, width: int = 2) -> int:
+    """What autograd keeps of one sequence: what goes into each product, norm, activation and attention.
 
-    Attention's own scores are never kept whole (FlashAttention, Dao et al. 2022, arXiv:2205.14135).
+    width: bytes of each number. Attention's scores are never kept whole (Dao et al. 2022, arXiv:2205.14135).
     """
     inner, inner_kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
     mlp = 4 * config.ffn_dim if config.gated else 2 * config.ffn_dim
     per_layer = 4 * config.dim + 2 * inner + 2 * inner_kv + mlp
     logits = config.vocab * 4 if config.head in ("lm", "masked") else 0
-    return context * (config.layers * per_layer * 2 + 2 * config.dim * 2 + logits)
+    return context * ((config.layers * per_layer + 2 * config.dim) * width + logits)
 
 
 def other_heads(config: ModelConfig) -> dict[str, int]:

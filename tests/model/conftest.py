@@ -1,0 +1,84 @@
+"""Small models of every family, made here, and folders of them to damage."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lapis.model import Image, ModelConfig, Rope, Transformer, save
+
+LLAMA = ModelConfig(dim=16, layers=2, heads=4, kv_heads=2, ffn_dim=24, vocab=31, context=32)
+SHAPES = {
+    "llama": LLAMA,
+    "llama-biases": dataclasses.replace(LLAMA, bias="all", tied=True, head_dim=6, rope=Rope(kind="linear", factor=2.0)),
+    "mistral": dataclasses.replace(LLAMA, family="mistral", window=5),
+    "qwen2": dataclasses.replace(LLAMA, family="qwen2", bias="qkv", window=5, window_layers=(1,), tied=True),
+    "qwen3": dataclasses.replace(LLAMA, family="qwen3", qk_norm=True, head_dim=8, head="classes", classes=3),
+    "gpt2": ModelConfig(
+        dim=16, layers=2, heads=2, ffn_dim=24, vocab=31, context=32, family="gpt2", norm="layer", norm_eps=1e-5,
+        mlp="gelu_tanh", positions="learned", bias="all", tied=True,
+    ),
+    "bert": ModelConfig(
+        dim=16, layers=2, heads=2, ffn_dim=24, vocab=31, context=32, family="bert", norm="layer", norm_eps=1e-12,
+        norm_place="post", mlp="gelu", positions="learned", bias="all", tied=True, causal=False, head="masked", types=2,
+    ),
+    "bert-classes": ModelConfig(
+        dim=16, layers=2, heads=2, ffn_dim=24, vocab=31, context=32, family="bert", norm="layer", norm_eps=1e-12,
+        norm_place="post", mlp="gelu", positions="learned", bias="all", tied=True, causal=False, head="classes",
+        types=2, classes=4, pooler=True,
+    ),
+    "vit": ModelConfig(
+        dim=16, layers=2, heads=2, ffn_dim=24, vocab=0, context=17, family="vit", norm="layer", norm_eps=1e-12,
+        mlp="gelu", positions="learned", bias="all", causal=False, head="classes", classes=4, image=Image(8, 2),
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(params=SHAPES)
+def shape(request: pytest.FixtureRequest) -> ModelConfig:
+    """A small shape of each family."""
+    return SHAPES[request.param]
+
+
+@dataclasses.dataclass
+class Folder:
+    """A saved model, and the means to damage it."""
+
+    path: Path
+    model: Transformer
+
+    def set(self, **fields: Any) -> None:
+        """Fields of config.json; `...` takes one away."""
+        path = self.path / "config.json"
+        config = {**json.loads(path.read_text()), **fields}
+        path.write_text(json.dumps({name: value for name, value in config.items() if value is not ...}))
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return load_file(self.path / "model.safetensors")
+
+    def put(self, tensors: dict[str, torch.Tensor]) -> None:
+        save_file(
+            {name: t.contiguous() for name, t in tensors.items()}, self.path / "model.safetensors", {"format": "pt"}
+        )
+
+
+@pytest.fixture
+def make_folder(tmp_path: Path) -> Callable[..., Folder]:
+    def make(kind: str = "llama", **fields: Any) -> Folder:
+        torch.manual_seed(0)
+        model = Transformer(dataclasses.replace(SHAPES[kind], **fields)).eval()
+        save(model, tmp_path / "model")
+        return Folder(tmp_path / "model", model)
+
+    return make
+
+
+@pytest.fixture
+def shapes() -> dict[str, ModelConfig]:
+    return SHAPES

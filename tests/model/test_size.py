@@ -1,0 +1,149 @@
+"""Counts: the published numbers, the model's own parameters, and what autograd and the cache really keep."""
+
+import dataclasses
+import subprocess
+import sys
+from collections.abc import Callable
+from math import prod
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from lapis.checkpoint import open_checkpoint
+from lapis.families import find
+from lapis.families.presets import PRESETS
+from lapis.model import Cache, ModelConfig, Transformer
+from lapis.model.size import Mixer, activation_bytes, measure, measure_headers, mixers, parameter_shapes
+
+PUBLISHED = {
+    "gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080, "gpt2-xl": 1_557_611_200,
+    "bert-base-uncased": 109_482_240, "bert-large-uncased": 335_141_888, "vit-base-patch16-224": 86_567_656,
+    "vit-large-patch16-224": 304_326_632, "vit-huge-patch14-224": 632_045_800, "qwen2.5-0.5b": 494_032_768,
+    "qwen3-0.6b": 596_049_920, "mistral-7b": 7_241_732_096, "llama-3-8b": 8_030_261_248, "llama-2-7b": 6_738_415_616,
+    "llama-3.1-8b": 8_030_261_248, "llama-3.2-1b": 1_235_814_400, "qwen2.5-1.5b": 1_543_714_304,
+    "qwen2.5-7b": 7_615_616_512, "qwen3-1.7b": 1_720_574_976,
+}  # fmt: skip
+
+
+def preset(name: str) -> ModelConfig:
+    family = find(PRESETS[name])
+    assert family is not None
+    return ModelConfig.of(family.read_config(PRESETS[name]))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_published_sizes_are_counted_exactly(name: str) -> None:
+    size = measure(preset(name)).to_json()
+    parameters = size["parameters"]
+    assert parameters["total"] == PUBLISHED[name]
+    assert PUBLISHED[name] == sum(parameters[part] for part in ("embedding", "position", "norm", "head")) + (
+        parameters["block"] * len(size["layers"])
+    )
+
+
+def test_what_is_told_of_gpt2_and_bert() -> None:
+    gpt2 = measure(preset("gpt2")).to_json()
+    assert gpt2["parameters"]["block"] == 7_087_872
+    assert gpt2["parameters"]["position"] == 1024 * 768 and gpt2["parameters"]["embedding"] == 50257 * 768
+    assert measure(preset("bert-base-uncased")).to_json()["parameters"]["with_head"] == {"masked": 109_514_298}
+
+
+def test_only_learned_positions_grow_with_the_context() -> None:
+    for name in ("gpt2", "llama-3-8b", "bert-base-uncased"):
+        shape = preset(name)
+        longer = dataclasses.replace(shape, context=shape.context + 1000)
+        learned = 1000 * shape.dim if shape.positions == "learned" else 0
+        assert measure(longer).total - measure(shape).total == learned
+
+
+def test_shapes_are_those_of_the_model(shape: ModelConfig) -> None:
+    with torch.device("meta"):
+        model = Transformer(dataclasses.replace(shape, layers=1))
+    real = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    assert parameter_shapes(shape) == real
+    assert measure(shape).total == sum(p.numel() for p in Transformer(shape).parameters())
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama-biases", "qwen2", "gpt2", "bert"])
+def test_flops_are_those_that_torch_counts(kind: str, shapes: dict[str, ModelConfig]) -> None:
+    shape = dataclasses.replace(shapes[kind], window=None, window_layers=None)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # it counts the whole square
+        Transformer(shape)(torch.zeros(1, 12, dtype=torch.long))
+    size = measure(shape, 12)
+    products = size.flops_per_token - size.attention_flops_per_token
+    assert counter.get_total_flops() == 12 * (products + 4 * shape.layers * shape.heads * shape.head_dim * 12)
+
+
+def test_a_causal_token_sees_half_of_the_sequence_and_a_window_less() -> None:
+    shape = preset("mistral-7b")
+    whole = dataclasses.replace(shape, causal=False, window=None)
+    assert measure(shape, 1).attention_flops_per_token == measure(whole, 1).attention_flops_per_token
+    assert measure(shape, 4095).attention_flops_per_token == measure(whole, 4096 // 2).attention_flops_per_token
+    assert measure(shape, 10**6).attention_flops_per_token < measure(whole, 4096).attention_flops_per_token
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2"])
+def test_the_kv_cache_takes_the_bytes_that_are_told(kind: str, shapes: dict[str, ModelConfig]) -> None:
+    cache = Cache(shapes[kind], 1, 20, dtype=torch.bfloat16)
+    assert cache.nbytes == measure(shapes[kind], 20).kv_cache_bytes
+    windowed = dataclasses.replace(shapes[kind], window=7)
+    assert measure(windowed, 20).kv_cache_bytes == measure(shapes[kind], 7).kv_cache_bytes
+
+
+@pytest.mark.parametrize("fields", [{}, {"ffn_dim": 700}, {"kv_heads": 2}, {"layers": 2}])
+def test_activations_are_about_what_autograd_keeps(fields: dict[str, Any]) -> None:
+    shape = ModelConfig(dim=128, layers=4, heads=8, ffn_dim=344, vocab=512, context=64, tied=True)
+    shape = dataclasses.replace(shape, **fields)
+    model = Transformer(shape)
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    ids = torch.zeros(1, 64, dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        logits = model(ids)
+        loss = torch.nn.functional.cross_entropy(logits[0], ids[0])
+    assert loss.isfinite()
+    assert sum(kept.values()) == pytest.approx(activation_bytes(shape, 64, width=4), rel=0.05)
+
+
+def test_mixers_cost_what_such_layers_cost() -> None:
+    tokens, features = 6, 4
+    dense, per_token, attention = mixers(tokens, features)
+    layers = {dense: torch.nn.Linear(24, 24), per_token: torch.nn.Conv1d(4, 4, 1),
+              attention: torch.nn.MultiheadAttention(4, 1)}  # fmt: skip
+    for mixer, layer in layers.items():
+        assert mixer.parameters == sum(p.numel() for p in layer.parameters())
+    with FlopCounterMode(display=False) as counter:
+        layers[dense](torch.zeros(1, 24))
+    assert counter.get_total_flops() == dense.flops
+    with FlopCounterMode(display=False) as counter:
+        layers[per_token](torch.zeros(1, 4, 6))
+    assert counter.get_total_flops() == per_token.flops
+    assert attention.flops == 4 * per_token.flops + 2 * 2 * tokens * tokens * features
+    assert mixers(512, 768)[0] == Mixer("fully connected", 154_619_215_872, 309_237_645_312, "all tokens and features")
+
+
+def test_an_unknown_family_is_counted_from_headers(make_folder: Callable[..., Any]) -> None:
+    folder = make_folder("llama")
+    folder.set(model_type="someone-elses")
+    checkpoint = open_checkpoint(folder.path)
+    counted = measure_headers(checkpoint.index, checkpoint.part)
+    known = measure(folder.model.config).to_json()
+    assert counted["parameters"]["total"] == known["parameters"]["total"]
+    assert counted["parameters"]["block"] == known["parameters"]["block"] and len(counted["layers"]) == 2
+    assert counted["memory"]["weights_bytes"] == sum(prod(t.shape) * 4 for t in folder.tensors.values())
+
+
+def test_counting_imports_no_torch() -> None:
+    code = "import sys; from lapis.cli.inspect import inspect as i; i('gpt2', json=True); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
