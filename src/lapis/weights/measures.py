@@ -80,9 +80,10 @@ def measure(tile: Tile, bits: int) -> Sums:
     a, b = tile.inputs
     aa, bb, d = dot(a, a), dot(b, b), b.sub_(a)
     dd = dot(d, d)
-    same = d.numel() - int(torch.count_nonzero(d))
     d.abs_()
-    da, most = float(d.sum()), float(d.max())
+    values = d.numpy()  # numpy counts and finds the largest several times faster
+    same = d.numel() - int(np.count_nonzero(values != 0))
+    da, most = float(d.sum()), float(values.max())
     return Sums(d.numel(), aa, bb, dd, da, most, same, _half_ulps(a, bits))
 
 

@@ -16,9 +16,9 @@ import torch
 
 from lapis.weights.sources import Source, as_bytes, columns_of
 
-TILE = 1 << 19  # elements
+TILE = 1 << 18  # elements
 THREADS = min(4, max(2, os.cpu_count() or 2))
-_CHUNK = 1 << 15  # elements that are summed in float32 before the sum goes on in float64
+_CHUNK = 1 << 16  # elements that are summed in float32 before the sum goes on in float64
 
 T = TypeVar("T")
 
