@@ -129,7 +129,7 @@ def test_mixers_cost_what_such_layers_cost() -> None:
         layers[per_token](torch.zeros(1, 4, 6))
     assert counter.get_total_flops() == per_token.flops
     assert attention.flops == 4 * per_token.flops + 2 * 2 * tokens * tokens * features
-    assert mixers(512, 768)[0] == Mixer("fully connected", 154_619_215_872, 309_237_645_312, "all tokens and features")
+    assert mixers(512, 768)[0] == Mixer("fully connected", 154_619_215_872, 309_237_645_312, "everything")
 
 
 def test_an_unknown_family_is_counted_from_headers(make_folder: Callable[..., Any]) -> None:

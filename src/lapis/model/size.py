@@ -226,11 +226,11 @@ def mixers(tokens: int, features: int) -> list[Mixer]:
     """
     numbers = tokens * features
     return [
-        Mixer("fully connected", numbers * numbers + numbers, 2 * numbers * numbers, "all tokens and features"),
-        Mixer("per token (1x1 convolution)", features * features + features, 2 * tokens * features * features,
-              "features within a token"),
+        Mixer("fully connected", numbers * numbers + numbers, 2 * numbers * numbers, "everything"),
+        Mixer("per token (1x1)", features * features + features, 2 * tokens * features * features,
+              "features"),
         Mixer("attention", 4 * (features * features + features), 8 * tokens * features**2 + 4 * tokens**2 * features,
-              "all tokens, by content; features"),
+              "tokens, features"),
     ]  # fmt: skip
 
 
