@@ -1,5 +1,8 @@
 """One-line recipes: sums of multiples of models, equal to plain arithmetic, and nothing else."""
 
+import ast
+import operator
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -72,8 +75,6 @@ def test_nothing_else_is(text, message):
     max_leaves=8,
 ))  # fmt: skip
 def test_equals_the_same_sum_of_numbers(text):
-    import ast
-
     given_numbers = {"A": 3, "B": 50, "C": 700}
     tree = ast.parse(text, mode="eval")
     expected = _number(tree.body, given_numbers)
@@ -86,12 +87,10 @@ def test_equals_the_same_sum_of_numbers(text):
 
 
 def _number(node, names):
-    import ast
-
     if isinstance(node, ast.Name):
         return names[node.id]
     if isinstance(node, ast.Constant):
         return node.value
     left, right = _number(node.left, names), _number(node.right, names)
-    kind = type(node.op)
-    return {ast.Add: left + right, ast.Sub: left - right, ast.Mult: left * right, ast.Div: left / right}[kind]
+    apply = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+    return apply[type(node.op)](left, right)
