@@ -5,11 +5,22 @@ from typing import TYPE_CHECKING
 from lapis.cli.output import console, progress, show, table
 
 if TYPE_CHECKING:
+    from lapis.weights.lineage import Lineage
     from lapis.weights.table import DiffTable
 
 
-def diff(a: str, b: str, /, *, rows: bool = False, top: int = 20, html: str | None = None, json: bool = False) -> None:
-    """Direction and magnitude of b - a, per tensor, layer and component.
+def diff(
+    a: str,
+    b: str,
+    /,
+    *others: str,
+    rows: bool = False,
+    spectra: bool = False,
+    top: int = 20,
+    html: str | None = None,
+    json: bool = False,
+) -> None:
+    """Direction and magnitude of b - a, per tensor, layer and component; with more models, who descends from whom.
 
     Parameters
     ----------
@@ -17,8 +28,12 @@ def diff(a: str, b: str, /, *, rows: bool = False, top: int = 20, html: str | No
         The model to start from: a base, a parent.
     b
         The model to compare with it.
+    others
+        More models: then the cosines between what each of them changed of the first.
     rows
         Also row by row for the embedding and the head, with the tokens.
+    spectra
+        Also stable rank, rank for 90 % of the energy, and signal-to-noise ratio of each matrix. Slow.
     top
         How many of the rows that moved most are shown.
     html
@@ -29,10 +44,21 @@ def diff(a: str, b: str, /, *, rows: bool = False, top: int = 20, html: str | No
     from lapis.errors import CheckpointError
     from lapis.weights.diff import diff as run
     from lapis.weights.diff import unrelated
+    from lapis.weights.lineage import lineage
 
     with progress() as shown:
         task = shown.add_task("reading", total=None, rate="")
-        found = run(a, b, rows, progress=lambda done, total: shown.update(task, completed=done, total=total))
+
+        def tell(done: int, total: int) -> None:
+            shown.update(task, completed=done, total=total)
+
+        if others:
+            descent = lineage(a, [b, *others], progress=tell)
+        else:
+            found = run(a, b, rows, spectra, progress=tell)
+    if others:
+        show(descent.to_json(), json, lambda: tell_lineage(descent))
+        return
     if unrelated(found):
         raise CheckpointError(f"{a} and {b}: cosine 0.00 in every layer: these are not parent and child")
 
@@ -66,6 +92,19 @@ def diff(a: str, b: str, /, *, rows: bool = False, top: int = 20, html: str | No
     show(found.to_json(), json, render)
     if html:
         write_page(found, a, b, html)
+
+
+def tell_lineage(found: "Lineage") -> None:
+    table(
+        f"what each changed of {found.base}: cosines between the differences",
+        ["model", "|d|/|base|", *(str(i + 1) for i in range(len(found.models)))],
+        [
+            [f"{i + 1} {model}", norm, *row]
+            for i, (model, norm, row) in enumerate(zip(found.models, found.relative_norms, found.cosines, strict=True))
+        ],
+    )
+    for note in found.notes:
+        console.print(f"- {note}")
 
 
 def write_page(found: "DiffTable", a: str, b: str, path: str) -> None:

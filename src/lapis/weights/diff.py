@@ -13,14 +13,15 @@ from typing import Any
 import numpy as np
 
 from lapis.checkpoint import Checkpoint, open_checkpoint
-from lapis.checkpoint.store import torch_dtype
 from lapis.errors import CheckpointError
 from lapis.families.base import Part
+from lapis.weights import spectrum
 from lapis.weights.checks import embedding_rows, told
 from lapis.weights.measures import Sums, direction, mantissa, measure, measure_rows, ratio
 from lapis.weights.pairs import counterparts
 from lapis.weights.parts import is_vocabulary
-from lapis.weights.sources import COMPUTABLE, Rows, Source, Stored
+from lapis.weights.scaled import is_number
+from lapis.weights.sources import Rows, Source, Stored
 from lapis.weights.table import DiffTable, Line
 from lapis.weights.tiles import Reader, each, spans
 from lapis.weights.vocabulary import Vocabulary, open_vocabulary, relation
@@ -47,10 +48,18 @@ class _Pair:
         self.partial, self.rows = [Sums()] * len(self.tiles), [None] * len(self.tiles)
 
 
-def diff(a: Model, b: Model, rows: bool = False, *, progress: Callable[[int, int], None] | None = None) -> DiffTable:
+def diff(
+    a: Model,
+    b: Model,
+    rows: bool = False,
+    spectra: bool = False,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> DiffTable:
     """The differences b - a of every tensor that both models have, as a table.
 
-    rows: also row by row for embedding and head, with the token of each. progress(done, total) counts tiles.
+    rows: also row by row for embedding and head, with the token of each. spectra: also stable rank, the rank that holds
+    90 % of the energy, and SNR, for the matrices of the blocks; takes far longer. progress(done, total) counts tiles.
     Raises CheckpointError, naming all, where tensors of the blocks differ in shape, and for NaN or Inf.
     """
     one, two = (model if isinstance(model, Checkpoint) else open_checkpoint(model) for model in (a, b))
@@ -78,7 +87,13 @@ def diff(a: Model, b: Model, rows: bool = False, *, progress: Callable[[int, int
             pair.partial[number], pair.rows[number] = sums, by_row
 
     read = each([(pair, i) for pair in pairs for i in range(len(pair.tiles))], work, progress)
-    lines = [Line(p.name, p.part, sum(p.partial, Sums()), tuple(p.a.shape)) for p in pairs]
+    lines = []
+    for done, pair in enumerate(pairs):
+        wanted = spectra and pair.part.layer is not None and len(pair.a.shape) == 2
+        extra = spectrum.spectra(pair.a, pair.b) if wanted else {}
+        lines.append(Line(pair.name, pair.part, sum(pair.partial, Sums()), tuple(pair.a.shape), extra))
+        if progress and spectra:
+            progress(done + 1, len(pairs))
     table = DiffTable(
         lines,
         rows=[line for pair in pairs if pair.tokens is not None for line in _row_lines(pair, words)],
@@ -113,7 +128,7 @@ def _pair_up(
     table = embedding_rows(one)
     for name, other in names.items():
         here, there, part = one.info(name), two.info(other), one.part(name)
-        if not all(torch_dtype(info.dtype) in COMPUTABLE for info in (here, there)):
+        if not (is_number(one, name) and is_number(two, other)):
             odd.append(name)
             continue
         of_tokens = is_vocabulary(part) and bool(here.shape) and here.shape[0] == table
