@@ -254,6 +254,21 @@ def test_fault_16_17_numbers_without_a_scale(dtype, family, tmp_path):
     refused(family, bad, tmp_path, UP, "numbers without a known scale", str(bad))
 
 
+def test_fault_16_fp8_with_scales_is_read_as_what_it_stands_for(family, tmp_path):
+    values = torch.randn(24, DIM).to(torch.float8_e4m3fn)
+    scale = torch.tensor([[0.01]])
+    bad = spoiled(family, "two", **{UP: values, f"{UP}_scale_inv": scale})
+    result = merge(recipe_of(family | {"bad": bad}, "linear", ("one", "bad"), None, weight=0.5), tmp_path / "out")
+    one, out = tensors_of(family["one"]), tensors_of(tmp_path / "out")
+    assert torch.equal(out[UP], ((one[UP].float() + values.float() * scale) / 2).bfloat16())
+    assert result.tensors == {"merged": 21, "copied": 0, "skipped": 1}
+
+
+def test_fault_37_38_tokens_beyond_the_rows(family, tmp_path):
+    folder = write_model(tmp_path / "bad", tensors_of(family["two"]), vocab=words(count=39), config={"vocab_size": 41})
+    refused(family, folder, tmp_path, "vocab_size 41", "the embedding has 40 rows", "has id 41")
+
+
 def test_fault_18_dtypes_differ_and_it_is_told(family, tmp_path):
     bad = spoiled(family, "two", **{UP: tensors_of(family["two"])[UP].float()})
     recipe = recipe_of(family | {"bad": bad}, "task_arithmetic", ("one", "bad"), weight=1.0)

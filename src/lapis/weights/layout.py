@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from lapis.checkpoint import Checkpoint
-from lapis.checkpoint.store import torch_dtype
 from lapis.errors import ConfigError
 from lapis.weights.account import Entry
 from lapis.weights.checks import embedding_rows
@@ -21,6 +20,7 @@ from lapis.weights.parameters import Resolver
 from lapis.weights.parts import is_vocabulary
 from lapis.weights.placing import Placed, Placing
 from lapis.weights.recipe import Recipe, recipe_scopes
+from lapis.weights.scaled import is_number
 from lapis.weights.sources import COMPUTABLE, Source, Stored
 from lapis.weights.stream import Output
 from lapis.weights.union import Aligned, Words, output_words, rows_of
@@ -118,10 +118,7 @@ class Layout:
                 )
             else:
                 values[name] = self.resolver.value(parameter, placed.name, placed.t, shared)
-        dtype = getattr(torch, recipe.dtype) if recipe.dtype else sources[0].dtype
-        if not recipe.dtype:
-            for source in sources:
-                dtype = torch.promote_types(dtype, source.dtype)
+        dtype = getattr(torch, recipe.dtype) if recipe.dtype else _widest(stored)
         shape = sources[0].shape
         if method.name == "passthrough" and values["scale"] == (1.0,) and not aligned and dtype == sources[0].dtype:
             self.entries.append(Entry(placed.name, "copied", f"{pairs[0][0][1]} of {pairs[0][0][0].model}"))
@@ -166,7 +163,7 @@ class Layout:
     def _readable(self, model: str, name: str) -> bool:
         """Whether a tensor holds numbers that mean something by themselves; notes the problem where not."""
         info = self.inputs[model].info(name)
-        if torch_dtype(info.dtype) in COMPUTABLE or info.dtype in _BUFFERS:
+        if is_number(self.inputs[model], name) or info.dtype in _BUFFERS:
             return True
         self.problems.append(
             f"{name} is {info.dtype} in {model}: numbers without a known scale; give the unquantized model"
@@ -184,6 +181,15 @@ class Layout:
                 return None
         self.entries.append(Entry(placed.name, "copied", "whole numbers, the same in all"))
         return Output(placed.name, stored[0].dtype, stored[0].shape, (stored[0],))
+
+
+def _widest(stored: list[Stored]) -> torch.dtype:
+    """The dtype that holds all the sources' numbers; FP8 with its scales counts as bfloat16."""
+    dtypes = [torch.bfloat16 if source.scaled else source.dtype for source in stored]
+    result = dtypes[0]
+    for dtype in dtypes[1:]:
+        result = torch.promote_types(result, dtype)
+    return result
 
 
 def sharded(outputs: list[Output]) -> dict[str, list[Output]]:

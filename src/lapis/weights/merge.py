@@ -25,7 +25,7 @@ from lapis.checkpoint.store import INDEX
 from lapis.errors import CheckpointError, ConfigError
 from lapis.weights.account import Entry, MergeResult, count, lost_in_all, write_account
 from lapis.weights.carry import carry, write_json
-from lapis.weights.checks import check_configs, told
+from lapis.weights.checks import check_configs, check_vocabularies, told
 from lapis.weights.expression import parse_expression
 from lapis.weights.graft import write_index
 from lapis.weights.journal import Journal
@@ -147,7 +147,7 @@ def plan_merge(recipe: Recipe | Mapping[str, Any] | str | os.PathLike[str], seed
     problems, notes = problems + found, notes + more
     words = {model: open_vocabulary(checkpoint) for model, checkpoint in inputs.items()}
     layout = Layout(recipe, inputs, placing, words)
-    problems += layout.check_vocabularies()
+    problems += check_vocabularies(inputs, words, "keep") + layout.check_vocabularies()
     outputs = [layout.output(each) for each in placing.placed] if not problems else []
     problems += layout.problems
     if placing.placed and not placing.problems:

@@ -13,6 +13,7 @@ from lapis.checkpoint import Checkpoint
 from lapis.families.base import Part
 from lapis.weights.pairs import counterparts
 from lapis.weights.recipe import Input, Recipe, Slice
+from lapis.weights.scaled import is_scale
 
 
 @dataclass(frozen=True)
@@ -98,8 +99,8 @@ class _Slot:
     ) -> None:
         """Adds the tensor that the reference calls `name`, or the problem that an input lacks it."""
         owner = self.models[self.reference]
-        if owner.family and owner.family.is_ignored(name):
-            result.unused[self.reference, name] = "a buffer that models compute themselves"
+        if why := _no_weight(owner, name):
+            result.unused[self.reference, name] = why
             return
         part, found = owner.part(name), []
         for entry in self.within.inputs:
@@ -166,8 +167,8 @@ def _account_for_the_rest(result: Placing, models: Mapping[str, Checkpoint], sli
             if (model, name) in taken or (model, name) in result.unused:
                 continue
             part = checkpoint.part(name)
-            if checkpoint.family and checkpoint.family.is_ignored(name):
-                why = "a buffer that models compute themselves"
+            if why := _no_weight(checkpoint, name):
+                pass
             elif model not in picked:
                 why = "the model gives its config and tokenizer only"
             elif part.layer is not None and part.layer not in picked[model]:
@@ -181,6 +182,14 @@ def _account_for_the_rest(result: Placing, models: Mapping[str, Checkpoint], sli
                 result.problems.append(f"{name} of {model} is not in {lacking}; {_near(name, models[lacking])}")
                 continue
             result.unused[model, name] = why
+
+
+def _no_weight(checkpoint: Checkpoint, name: str) -> str:
+    """Why a tensor is no weight to merge; empty where it is one."""
+    if is_scale(checkpoint, name):
+        return "scales of an FP8 weight, which is written dequantized"
+    ignored = checkpoint.family is not None and checkpoint.family.is_ignored(name)
+    return "a buffer that models compute themselves" if ignored else ""
 
 
 def _near(name: str, checkpoint: Checkpoint) -> str:

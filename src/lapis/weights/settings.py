@@ -11,6 +11,7 @@ from lapis.errors import ConfigError
 from lapis.families.base import Part
 from lapis.weights.carry import write_json
 from lapis.weights.placing import Placing
+from lapis.weights.scaled import without_quantization
 from lapis.weights.stream import Output
 from lapis.weights.vocabulary import Vocabulary
 
@@ -28,7 +29,7 @@ def output_config(
     owner: Checkpoint, donor: Checkpoint, placing: Placing, outputs: Sequence[Output], dtype: str | None
 ) -> tuple[dict[str, Any], list[str]]:
     """config.json of the output, and lines that say what changed. donor: the model whose tokens it has."""
-    config, notes = {**owner.config}, []
+    config, notes = without_quantization(owner.config), []
     inner = dict(config["text_config"]) if isinstance(config.get("text_config"), Mapping) else None
     if inner is not None:
         config["text_config"] = inner
