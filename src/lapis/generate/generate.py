@@ -10,7 +10,7 @@ user's text are plain text. Leaves out the server, speculative decoding and beam
 Shapes: B rows, T new tokens, S tokens in the cache, V vocabulary.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, cast
@@ -62,19 +62,22 @@ def stream(
     sampling: Sampling = Sampling(),  # noqa: B008
     *,
     memory: "Memory | None" = None,
-) -> Iterator[str]:
+) -> "Generator[str, None, Reply]":
     """The text of `generate` in pieces, each as soon as it is certain: no character is split, no stop text half shown.
 
     memory: what earlier turns of the same chat have read; only what is new is read, and the memory goes on from here.
+    The generator's own value (`reply = yield from stream(...)`) is the Reply.
     """
     memory = memory or Memory()
     row = _Row(tokenizer, encode(model, tokenizer, prompt), sampling, context(model))
     decoding = Decoding(model, [row.prompt], sampling, cache=memory.recall(row.prompt))
     while not row.stop_reason:
+        memory.forget()  # a step that is interrupted leaves a cache in which nothing is certain
         (token,) = decoding.step()
         memory.keep(decoding.cache, row.prompt + row.ids)
         if piece := row.add(token):
             yield piece
+    return row.reply()
 
 
 def generate_batch(
@@ -229,7 +232,7 @@ class Memory:
 
     def recall(self, ids: Sequence[int]) -> Cache | None:
         """The cache, cut to what `ids` begins with, and short of its last token, which has to be read; or None."""
-        cache, self.cache = self.cache, None  # until a step has ended, what the cache holds is not certain
+        cache, self.cache = self.cache, None
         shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(self.ids, ids[:-1], strict=False)))
         if cache is None or not shared:
             return None
@@ -241,6 +244,9 @@ class Memory:
 
     def keep(self, cache: Cache, ids: list[int]) -> None:
         self.cache, self.ids = cache, ids
+
+    def forget(self) -> None:
+        self.cache = None
 
 
 class _Row:

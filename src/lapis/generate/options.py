@@ -1,11 +1,11 @@
-"""What can be asked of a reply. Needs no torch, so that the command line can read it at once.
+"""What can be asked of a reply, and of the machine. Needs no torch, so that the command line can read it at once.
 
-Leaves out what the options do: sampling.py chooses tokens, generate.py stops.
+Leaves out what the options do: sampling.py chooses tokens, generate.py stops, ready.py loads.
 """
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from lapis.errors import ConfigError
 
@@ -45,3 +45,13 @@ class Sampling:
         ):
             if not fits:
                 raise ConfigError(f"sampling: {name} is {getattr(self, name)!r}; expected {wanted}")
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where a model runs, and in which precision."""
+
+    device: str | None = None
+    """cpu or cuda; default: a GPU where there is one."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Precision of the weights; default: that of the folder."""

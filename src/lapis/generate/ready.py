@@ -12,7 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lapis.checkpoint import open_checkpoint
+from lapis.checkpoint import Checkpoint, open_checkpoint
+from lapis.errors import ConfigError
+from lapis.generate.options import Runtime
 from lapis.model.heads import LanguageHead
 from lapis.model.load import load
 from lapis.model.transformer import Transformer
@@ -32,22 +34,40 @@ class PackedLinear(nn.Module):
         return y
 
 
-def open_ready(
-    folder: str | Path, dtype: torch.dtype | None = None, device: str | None = None
-) -> tuple[Transformer, Tokenizer]:
+def open_ready(folder: str | Path, runtime: Runtime = Runtime()) -> tuple[Transformer, Tokenizer]:  # noqa: B008
     """A folder's model, packed, and its tokenizer, which is opened while the weights are read.
 
-    dtype: None keeps that of the folder. device: None takes a GPU where there is one. Raises CheckpointError for what
-    is damaged, and for a tokenizer with more tokens than the embedding has rows.
+    Raises CheckpointError for what is damaged, and for a tokenizer with more tokens than the embedding has rows;
+    ConfigError for a device that is not there.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = _device(runtime.device)
     checkpoint = open_checkpoint(folder)
     with ThreadPoolExecutor(1) as pool:
-        opening = pool.submit(Tokenizer.open, checkpoint)
+        opening = pool.submit(_tokenizer, checkpoint)
+        dtype: torch.dtype | None = getattr(torch, runtime.dtype) if runtime.dtype else None
         model = ready(load(checkpoint, dtype, device))
         tokenizer = opening.result()
     tokenizer.check_rows(model.config.vocab)
     return model, tokenizer
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise ConfigError(
+            f'device is "{name}"; this machine has {"cpu, cuda" if torch.cuda.is_available() else "cpu"}'
+        ) from None
+    return device
+
+
+def _tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+    tokenizer = Tokenizer.open(checkpoint)
+    _ = tokenizer.end_ids  # asks the chat template, in a process that takes a moment to start
+    return tokenizer
 
 
 @torch.inference_mode()

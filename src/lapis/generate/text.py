@@ -6,6 +6,15 @@ Leaves out which tokens end a reply (generate.py) and how text becomes tokens (l
 from collections.abc import Sequence
 from typing import Protocol
 
+# what would move a terminal's cursor, change its title or ring its bell, as pictures of itself
+_CONTROLS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
+_CONTROLS |= dict.fromkeys(range(0x7F, 0xA0), 0xFFFD)
+
+
+def for_terminal(text: str) -> str:
+    """The text with control characters made visible: a model's words must not steer the reader's terminal."""
+    return text.translate(_CONTROLS)
+
 
 class Decoder(Protocol):
     """What is needed of a tokenizer."""

@@ -1,0 +1,252 @@
+"""`lapis chat`: talk with a model in the terminal, or with two side by side.
+
+Reads lines, shows pieces. Ctrl-C stops the reply and not the chat. Works from a pipe too: one line, one turn. Leaves
+out what a conversation is (generate/conversation.py).
+"""
+
+import os
+import sys
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+
+from lapis.cli.generate import ENDS
+from lapis.config import nearest
+from lapis.errors import DataError, LapisError, OutputError
+from lapis.generate.options import Runtime, Sampling
+
+if TYPE_CHECKING:
+    from lapis.generate.conversation import Conversation
+
+HELP = {
+    "/system [TEXT]": "show the system's message, or set it",
+    "/reset": "forget the conversation",
+    "/retry": "another reply to the last turn",
+    "/save FILE": "write the conversation as jsonl, as lapis train reads it",
+    "/help": "this list",
+    "/quit": "leave (so does Ctrl-D)",
+}
+INDENT = 14  # columns for a command's name in that list
+
+
+@dataclass(frozen=True)
+class ChatSampling(Sampling):
+    """As Sampling, a little freer and longer, as talk is."""
+
+    temperature: float = 0.7
+    """0 takes the most likely token; higher is freer."""
+    max_tokens: int = 1024
+    """New tokens at most in a reply."""
+    seed: int | None = None
+    """Reply n draws from seed + n; none draws anew each time."""
+
+
+def chat(
+    model: str,
+    /,
+    *,
+    against: str | None = None,
+    system: str = "",
+    sampling: Annotated[ChatSampling, Parameter(name="*")] = ChatSampling(),
+    runtime: Annotated[Runtime, Parameter(name="*")] = Runtime(),  # noqa: B008
+) -> None:
+    """Talk with a model in the terminal. Type /help there for its commands; Ctrl-C stops a reply.
+
+    Args:
+        model: A model folder with a chat template.
+        against: A second model, which answers beside the first.
+        system: The system's message.
+    """
+    from lapis.cli.output import console
+
+    conversations: dict[str, Conversation] = {}
+    for folder in (model, against):
+        if folder is not None:
+            conversations[_name(folder, conversations)] = meet(folder, system, sampling, runtime)
+    interactive = sys.stdin.isatty()
+    if interactive:
+        with suppress(ImportError):
+            import readline  # noqa: F401  arrow keys and history in input()
+        console.print(f"{' and '.join(conversations)}: /help lists commands, Ctrl-D leaves", style="dim", markup=False)
+    talk(conversations, Lines(interactive))
+
+
+def meet(folder: str, system: str, sampling: Sampling, runtime: Runtime) -> "Conversation":
+    """Opens a model to talk with, and passes on what loading had to say."""
+    from lapis.cli.output import stderr
+
+    with stderr.status(f"reading {folder}"):
+        from lapis.generate.conversation import Conversation
+        from lapis.generate.ready import open_ready
+
+        model, tokenizer = open_ready(folder, runtime)
+        conversation = Conversation(model, tokenizer, sampling, system)
+    for note in model.notes:
+        stderr.print(f"note: {note}", style="dim", markup=False)
+    return conversation
+
+
+def talk(conversations: "dict[str, Conversation]", lines: "Lines") -> None:
+    """Reads turns and commands until there are no more."""
+    while (line := lines.read()) is not None:
+        text = line.strip()
+        if not text or text == "/quit":
+            if text:
+                return
+            continue
+        try:
+            if text.startswith("/") and not text.startswith("//"):
+                command(conversations, text)
+            else:
+                said = text.removeprefix("/")  # "//" begins a turn with a slash
+                answer(conversations, lambda conversation, said=said: conversation.say(said))  # type: ignore[misc]
+        except LapisError as error:
+            say(str(error))
+
+
+class Lines:
+    """What the user types, line by line; a line that ends in a backslash goes on in the next."""
+
+    def __init__(self, interactive: bool) -> None:
+        self._interactive = interactive
+
+    def read(self) -> str | None:
+        """The next turn; None at the end of input (Ctrl-D). Ctrl-C throws the line away."""
+        line, prompt = "", "> "
+        while True:
+            try:
+                line += self._line(prompt)
+            except EOFError:
+                if self._interactive:
+                    print()
+                return line or None
+            except KeyboardInterrupt:
+                print()
+                say("Ctrl-D or /quit leaves")
+                line, prompt = "", "> "
+                continue
+            if not line.endswith("\\"):
+                return line
+            line, prompt = line[:-1] + "\n", ". "
+
+    def _line(self, prompt: str) -> str:
+        if self._interactive:
+            return input(prompt)
+        line = sys.stdin.readline()
+        if not line:
+            raise EOFError
+        return line.removesuffix("\n")
+
+
+def command(conversations: "dict[str, Conversation]", text: str) -> None:
+    """One slash command."""
+    word, _, rest = text.partition(" ")
+    rest = rest.strip()
+    first = next(iter(conversations.values()))
+    if word == "/help":
+        for name, meaning in HELP.items():
+            say(f"{name:{INDENT + 2}}{meaning}")
+    elif word == "/system":
+        if rest:
+            for conversation in conversations.values():
+                conversation.system = rest
+        say(f"system: {first.system or '(none)'}")
+    elif word == "/reset":
+        for conversation in conversations.values():
+            conversation.reset()
+        say("the conversation is forgotten")
+    elif word == "/retry":
+        answer(conversations, lambda conversation: conversation.retry())
+    elif word == "/save":
+        if not rest:
+            raise DataError("/save needs a file: /save chat.jsonl")
+        say(f"saved {save(conversations, Path(rest).expanduser())}")
+    else:
+        known = [name.split()[0] for name in HELP]
+        raise DataError(f"there is no {word}; {nearest(word, known)}")
+
+
+def save(conversations: "dict[str, Conversation]", path: Path) -> Path:
+    """Writes one line per model. Raises OutputError where the file exists, DataError where nothing was said."""
+    import json
+
+    from lapis.checkpoint.commit import commit_file
+
+    if not any(conversation.turns for conversation in conversations.values()):
+        raise DataError("there is nothing to save yet")
+    if os.path.lexists(path):
+        raise OutputError(f"{path}: exists already; give another name")
+    with commit_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for name, conversation in conversations.items():
+            file.write(json.dumps({"messages": conversation.messages, "model": name}, ensure_ascii=False) + "\n")
+    return path
+
+
+def answer(
+    conversations: "dict[str, Conversation]", ask: "Callable[[Conversation], Generator[str, None, None]]"
+) -> None:
+    """Shows the reply, or both side by side where there is a terminal; Ctrl-C stops them."""
+    replies = {name: ask(conversation) for name, conversation in conversations.items()}
+    with no_echo():
+        if len(replies) > 1 and sys.stdout.isatty():
+            from lapis.cli.side_by_side import side_by_side
+
+            side_by_side(replies)
+        else:
+            for name, pieces in replies.items():
+                if len(replies) > 1:
+                    say(name)
+                one(pieces)
+    told = [conversation.told for conversation in conversations.values()]
+    if sys.stdout.isatty():
+        say(" | ".join(f"{t.tokens} tokens, {t.tokens / t.seconds:.0f}/s, {ENDS[t.stop_reason]}" for t in told if t))
+
+
+@contextmanager
+def no_echo() -> Iterator[None]:
+    """While a reply comes, typed keys (and ^C) are not shown in the midst of it."""
+    if not sys.stdin.isatty():
+        yield
+        return
+    import termios
+
+    before = termios.tcgetattr(sys.stdin)
+    quiet = [*before]
+    quiet[3] = before[3] & ~termios.ECHO
+    termios.tcsetattr(sys.stdin, termios.TCSADRAIN, quiet)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
+
+
+def one(pieces: Generator[str, None, None]) -> None:
+    """Prints one reply as it comes."""
+    from lapis.generate.text import for_terminal
+
+    shown = for_terminal if sys.stdout.isatty() else str
+    try:
+        for piece in pieces:
+            sys.stdout.write(shown(piece))
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        pieces.close()
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+
+
+def say(text: str) -> None:
+    """What lapis itself says, apart from what the model says: dim, or to standard error where output is a pipe."""
+    from lapis.cli.output import console, stderr
+
+    (console if sys.stdout.isatty() else stderr).print(text, style="dim", markup=False)
+
+
+def _name(folder: str, taken: "dict[str, Conversation]") -> str:
+    """A model's short name; the whole path where two would share it."""
+    short = Path(folder).resolve().name
+    return folder if short in taken else short

@@ -1,0 +1,89 @@
+"""`lapis generate`: continue a prompt, or answer it in the model's chat template."""
+
+import sys
+import time
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from lapis.generate.options import Runtime, Sampling
+
+
+def generate(
+    model: str,
+    prompt: Annotated[str, Parameter(allow_leading_hyphen=True)],
+    /,
+    *,
+    chat: bool = False,
+    system: str = "",
+    sampling: Annotated[Sampling, Parameter(name="*")] = Sampling(),  # noqa: B008
+    runtime: Annotated[Runtime, Parameter(name="*")] = Runtime(),  # noqa: B008
+    json: bool = False,
+) -> None:
+    """Continue a prompt with a model, or answer it.
+
+    Args:
+        model: A model folder.
+        prompt: The text to continue; "-" reads it from standard input. What spells a special token is plain text.
+        chat: Answer the prompt in the model's chat template.
+        system: The system's message, with --chat.
+        json: Print one JSON object.
+    """
+    from lapis.cli.output import show, stderr
+    from lapis.errors import ConfigError
+
+    if system and not chat:
+        raise ConfigError("generate: --system is for --chat; plain text has no system message")
+    if prompt == "-":
+        prompt = sys.stdin.read()
+    start = time.perf_counter()
+    with stderr.status(f"reading {model}"):
+        from lapis.generate.generate import Prompt, stream
+        from lapis.generate.ready import open_ready
+        from lapis.generate.text import for_terminal
+
+        opened, tokenizer = open_ready(model, runtime)
+    turns = [{"role": "system", "content": system}] * bool(system) + [{"role": "user", "content": prompt}]
+    asked: Prompt = turns if chat else prompt
+    live, shown = not json, for_terminal if sys.stdout.isatty() else str
+    loaded = time.perf_counter()
+    first = 0.0
+    pieces = stream(opened, tokenizer, asked, sampling)
+    while True:
+        try:
+            piece = next(pieces)
+        except StopIteration as end:
+            reply = end.value
+            break
+        first = first or time.perf_counter()
+        if live:
+            sys.stdout.write(shown(piece))
+            sys.stdout.flush()
+    done = time.perf_counter()
+    result = {
+        "model": model,
+        "prompt": prompt,
+        "text": reply.text,
+        "ids": list(reply.ids),
+        "stop_reason": reply.stop_reason,
+        "prompt_tokens": reply.prompt_tokens,
+        "tokens": len(reply.ids),
+        "load_seconds": loaded - start,
+        "first_text_seconds": (first or done) - start,
+        "seconds": done - start,
+        "tokens_per_second": len(reply.ids) / (done - loaded),
+        "notes": opened.notes,
+    }
+
+    def render() -> None:
+        sys.stdout.write("\n")
+        if stderr.is_terminal:
+            speed = f"{result['tokens']} tokens, {result['tokens_per_second']:.1f} a second, {ENDS[reply.stop_reason]}"
+            stderr.print(speed, style="dim", markup=False)
+
+    show(result, json, render)
+    for note in opened.notes:
+        stderr.print(f"note: {note}", style="dim", markup=False)
+
+
+ENDS = {"end": "complete", "stop": "ended at a stop text", "length": "cut short", "stopped": "stopped"}
