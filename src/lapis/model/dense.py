@@ -27,7 +27,8 @@ def prefers_dense(q_BHTE: Tensor, keys: int) -> bool:
 def dense_attention(q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
     """softmax(q k^T / sqrt(E) + mask) v; scores are rounded to the input's dtype."""
     if causal:
-        mask = _triangle(q_BHTE.shape[2], q_BHTE.dtype)
+        make = triangle if torch.compiler.is_compiling() else _cached_triangle
+        mask = make(q_BHTE.shape[2], q_BHTE.dtype)
     out: Tensor = _DenseAttention.apply(q_BHTE, k_BKSE, v_BKSE, mask)  # type: ignore[no-untyped-call]
     return out
 
@@ -62,7 +63,9 @@ class _DenseAttention(torch.autograd.Function):
         return grad_q.view(B, H, T, E), grad_k.view(B, -1, S, E), grad_v.view(B, -1, S, E), None
 
 
-@lru_cache(maxsize=4)
-def _triangle(size: int, dtype: torch.dtype) -> Tensor:
+def triangle(size: int, dtype: torch.dtype) -> Tensor:
     """[T, T]: 0 where a token sees a key, very low above the diagonal."""
     return torch.full((size, size), torch.finfo(dtype).min, dtype=dtype).triu_(1)
+
+
+_cached_triangle = lru_cache(maxsize=4)(triangle)

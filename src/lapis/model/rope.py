@@ -29,7 +29,7 @@ def rope_tables(config: ModelConfig, positions: Tensor, dtype: torch.dtype, leng
 
 def rotate(x_BTHE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Each head's pairs turned by their angle: (a, b) -> (a cos - b sin, b cos + a sin)."""
-    return torch.addcmul(x_BTHE * cos, x_BTHE.roll(x_BTHE.shape[-1] // 2, -1), sin)
+    return (x_BTHE * cos).addcmul_(x_BTHE.roll(x_BTHE.shape[-1] // 2, -1), sin)
 
 
 def inverse_frequencies(config: ModelConfig, length: int, device: torch.device) -> tuple[Tensor, float]:
