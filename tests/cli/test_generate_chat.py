@@ -199,23 +199,23 @@ def test_ctrl_c_stops_the_reply_and_not_the_chat(folder, tmp_path):
     process = subprocess.Popen(command, stdin=side, stdout=side, stderr=side, start_new_session=True, cwd=tmp_path,
                                env={**os.environ, "TERM": "xterm", "COLUMNS": "200"})  # fmt: skip
     os.close(side)
-    seen = ""
+    seen, place = "", 0
 
     def until(sign: str) -> None:
-        """Reads the terminal until `sign` is new in it."""
-        nonlocal seen
+        """Reads the terminal until `sign` comes after the sign before."""
+        nonlocal seen, place
         end = time.monotonic() + 90
-        start = len(seen)
-        while sign not in seen[start:]:
+        while sign not in seen[place:]:
             assert time.monotonic() < end and process.poll() is None, f"waited for {sign!r} in {seen[-500:]!r}"
             if select.select([terminal], [], [], 0.2)[0]:
                 seen += os.read(terminal, 4096).decode(errors="replace")
+        place = seen.index(sign, place) + len(sign)
 
     try:
         until("> ")
         os.write(terminal, b"the cat\n")
-        until("the cat")
-        until(" ")  # words come, and would go on coming
+        until("the cat\r\n")
+        until("a")  # words come, and would go on coming
         os.killpg(process.pid, signal.SIGINT)  # Ctrl-C goes to all of the terminal's processes
         until("stopped")
         until("> ")
