@@ -71,14 +71,13 @@ def cut(place: Path) -> None:
 
 
 def twice(place: Path) -> None:
-    """Rewrites the header so that a name stands twice, the second time with the bytes of another tensor."""
+    """Names a tensor twice in the header, first with the bytes of another: a reader that keeps the last is content."""
     path = place / "chat" / "model.safetensors"
     data = path.read_bytes()
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
-    gate = header.pop(UP.replace("up_proj", "gate_proj"))
-    text = json.dumps(header)[:-1] + f', "{UP}": {json.dumps(gate)}}}'
-    raw = text.encode()
+    false = json.dumps(header[UP.replace("up_proj", "gate_proj")])
+    raw = (f'{{"{UP}": {false}, ' + json.dumps(header)[1:]).encode()
     path.write_bytes(len(raw).to_bytes(8, "little") + raw + data[8 + length :])
 
 

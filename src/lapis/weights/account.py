@@ -14,7 +14,7 @@ from typing import Any
 from lapis import __version__
 from lapis.checkpoint import Checkpoint
 from lapis.weights.carry import ACCOUNT, write_json
-from lapis.weights.stream import Figures
+from lapis.weights.outputs import Figures
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,15 @@ text, templates, SentencePiece models. Code is left behind.
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lapis.checkpoint import Checkpoint
 from lapis.checkpoint.commit import MANIFEST
+from lapis.checkpoint.store import INDEX
+from lapis.weights.outputs import Output
 from lapis.weights.vocabulary import Vocabulary
 
 ACCOUNT = "lapis-merge.json"
@@ -108,6 +110,13 @@ def _add_tokens(chat: Checkpoint, folder: Path, new_tokens: Mapping[str, int]) -
 
 def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_index(folder: Path, files: Mapping[str, Sequence[Output]]) -> None:
+    """model.safetensors.index.json for a model in several files."""
+    total = sum(output.nbytes for outputs in files.values() for output in outputs)
+    names = {output.name: file for file, outputs in files.items() for output in outputs}
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(names.items()))})
 
 
 def _tokens(words: Vocabulary, ids: list[int] | tuple[int, ...]) -> list[str]:

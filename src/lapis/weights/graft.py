@@ -3,31 +3,27 @@
 What is added: every tensor of the blocks, biases and unknown components included. What is not: norms (unless
 norms="add") and what belongs to tokens. Embedding and head stay `onto`'s, for it has learned its own language's words,
 except the rows of the chat template's tokens, which nobody trained in `onto`: these are `chat`'s, unscaled (the
-published script takes the base's, and shrinks them). embeddings="add" adds the difference for the tokens that all models
-share, matched by string. Rows that are padding stay, unless the template has tokens that `onto` lacks: these move in.
+published script takes the base's, and shrinks them). embeddings="add" adds the difference for the tokens that all
+models share, matched by string. Rows that are padding stay, unless the template has tokens that `onto` lacks: these
+move in.
 
 Everything is proved from headers, configs and tokenizers before a weight is read (graft_plan.py). Leaves out: building
 a model, so the last proof, that the output talks, belongs to the caller (cli/graft.py).
 """
 
-import hashlib
-import json
 import os
-import resource
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
-from lapis import __version__
-from lapis.checkpoint.commit import check_output, commit
+from lapis.checkpoint.commit import check_output
 from lapis.checkpoint.store import INDEX
-from lapis.weights.account import MergeResult, count, lost_in_all, write_account
-from lapis.weights.carry import carry, write_json
+from lapis.weights.account import MergeResult, count, write_account
+from lapis.weights.carry import carry, write_index
 from lapis.weights.graft_plan import GraftPlan, Model, ScaleLike, changed_config, plan_graft
-from lapis.weights.journal import Journal
-from lapis.weights.stream import Output, stream
-from lapis.weights.tiles import TILE
+from lapis.weights.outputs import Account
+from lapis.weights.produce import produce
 
 
 def graft(
@@ -53,45 +49,29 @@ def graft(
     """
     started = time.perf_counter()
     plan = plan_graft(base, chat, onto, scale, embeddings, norms)
-    target = Path(out)
-    folders = [checkpoint.root for checkpoint in plan.inputs.values()]
     needs = {"disk_bytes": plan.disk_bytes, "memory_bytes": plan.memory_bytes}
     result = MergeResult(
         str(out), count(plan.entries), needs=needs, vocabulary=plan.vocabulary, notes=plan.notes, dry_run=dry_run
     )
     if dry_run:
-        check_output(Path(os.path.abspath(target)), overwrite=overwrite, inputs=folders)
+        folders = [checkpoint.root for checkpoint in plan.inputs.values()]
+        check_output(Path(os.path.abspath(out)), overwrite=overwrite, inputs=folders)
         result.seconds = time.perf_counter() - started
         return result
-    with commit(target, overwrite=overwrite, needs_bytes=plan.disk_bytes, inputs=folders, resumable=True) as staging:
-        journal = Journal(staging.path, _job(plan, allow_nonfinite))
-        try:
-            account = stream(
-                dict(plan.files), staging.path, journal, allow_nonfinite=allow_nonfinite, progress=progress
-            )
-        finally:
-            journal.close()
-        _write_beside(plan, staging.path)
+
+    def beside(folder: Path, account: Account) -> None:
+        _write_beside(plan, folder)
         write_account(
-            staging.path, "graft", plan.recipe, plan.inputs, plan.entries, account.figures, plan.notes,
+            folder, "graft", plan.recipe, plan.inputs, plan.entries, account.figures, plan.notes,
             vocabulary=plan.vocabulary,
         )  # fmt: skip
-        staging.digests.update(account.digests)
-    result.bytes_read, result.bytes_written = account.bytes_read, account.bytes_written
-    result.bytes_resumed = account.bytes_resumed
-    result.lost_to_rounding = lost_in_all(account.figures)
-    result.nonfinite = sum(seen.nonfinite for seen in account.figures.values())
-    result.sha256 = staging.manifest_sha256
-    result.peak_memory_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    produce(
+        result, plan.files, plan.inputs, [plan.recipe, plan.vocabulary], beside,
+        overwrite=overwrite, allow_nonfinite=allow_nonfinite, progress=progress,
+    )  # fmt: skip
     result.seconds = time.perf_counter() - started
     return result
-
-
-def write_index(folder: Path, files: Mapping[str, Sequence[Output]]) -> None:
-    """model.safetensors.index.json for a model in several files."""
-    total = sum(output.nbytes for outputs in files.values() for output in outputs)
-    names = {output.name: file for file, outputs in files.items() for output in outputs}
-    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(names.items()))})
 
 
 def _write_beside(plan: GraftPlan, folder: Path) -> None:
@@ -104,13 +84,3 @@ def _write_beside(plan: GraftPlan, folder: Path) -> None:
     )
     if onto.file(INDEX):
         write_index(folder, plan.files)
-
-
-def _job(plan: GraftPlan, allow_nonfinite: bool) -> str:
-    """A digest of all that decides the output's bytes: a journal of another job is not gone on with."""
-    stamps = {}
-    for role, checkpoint in plan.inputs.items():
-        files = sorted({info.file for info in checkpoint.index.values()})
-        stamps[role] = [checkpoint.digest(), [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files]]
-    everything = [__version__, TILE, plan.recipe, stamps, plan.vocabulary, allow_nonfinite]
-    return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()

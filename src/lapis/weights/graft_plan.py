@@ -18,12 +18,12 @@ from lapis.errors import CheckpointError, ConfigError
 from lapis.families.base import Part
 from lapis.weights.account import Entry
 from lapis.weights.checks import check_configs, check_tensors, check_vocabularies, embedding_rows, told
+from lapis.weights.outputs import Kernel, Output
 from lapis.weights.pairs import counterparts
 from lapis.weights.parts import is_norm, is_vocabulary
 from lapis.weights.scale import Scale, read_scale
 from lapis.weights.scaled import is_scale, without_quantization
 from lapis.weights.sources import Rows, Source, Stored, columns_of, read_rows
-from lapis.weights.stream import Kernel, Output
 from lapis.weights.tiles import THREADS, TILE, Tile
 from lapis.weights.vocabulary import Vocabulary, open_vocabulary, relation, rows_for, template_tokens
 

@@ -5,10 +5,7 @@ recipe's grammar (recipe.py), which tensors meet (placing.py) and how (layout.py
 (methods/), the engine (stream.py).
 """
 
-import hashlib
-import json
 import os
-import resource
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -17,23 +14,21 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from lapis import __version__
 from lapis.checkpoint import Checkpoint, open_checkpoint
-from lapis.checkpoint.commit import check_output, commit
+from lapis.checkpoint.commit import check_output
 from lapis.checkpoint.files import header_bytes
 from lapis.checkpoint.store import INDEX
 from lapis.errors import CheckpointError, ConfigError
-from lapis.weights.account import Entry, MergeResult, count, lost_in_all, write_account
-from lapis.weights.carry import carry, write_json
+from lapis.weights.account import Entry, MergeResult, count, write_account
+from lapis.weights.carry import carry, write_index, write_json
 from lapis.weights.checks import check_configs, check_vocabularies, told
 from lapis.weights.expression import parse_expression
-from lapis.weights.graft import write_index
-from lapis.weights.journal import Journal
 from lapis.weights.layout import Layout, sharded
+from lapis.weights.outputs import Account, Output
 from lapis.weights.placing import place
+from lapis.weights.produce import produce
 from lapis.weights.recipe import Recipe, parse_recipe, read_recipe
 from lapis.weights.settings import chat_template, output_config, write_template
-from lapis.weights.stream import Output, stream
 from lapis.weights.tiles import THREADS, TILE
 from lapis.weights.union import Words
 from lapis.weights.vocabulary import open_vocabulary
@@ -87,35 +82,27 @@ def merge(
     """
     started = time.perf_counter()
     plan = plan_merge(recipe, seed)
-    target = Path(out)
-    folders = [checkpoint.root for checkpoint in plan.inputs.values()]
     needs = {"disk_bytes": plan.disk_bytes, "memory_bytes": plan.memory_bytes}
     result = MergeResult(str(out), count(plan.entries), needs=needs, notes=plan.notes, dry_run=dry_run)
     if dry_run:
-        check_output(Path(os.path.abspath(target)), overwrite=overwrite, inputs=folders)
+        folders = [checkpoint.root for checkpoint in plan.inputs.values()]
+        check_output(Path(os.path.abspath(out)), overwrite=overwrite, inputs=folders)
         result.seconds = time.perf_counter() - started
         return result
-    with commit(target, overwrite=overwrite, needs_bytes=plan.disk_bytes, inputs=folders, resumable=True) as staging:
-        journal = Journal(staging.path, _job(plan, allow_nonfinite))
-        try:
-            account = stream(
-                dict(plan.files), staging.path, journal, allow_nonfinite=allow_nonfinite, progress=progress
-            )
-        finally:
-            journal.close()
-        _write_beside(plan, staging.path)
+
+    def beside(folder: Path, account: Account) -> None:
+        _write_beside(plan, folder)
         write_account(
-            staging.path, "merge", plan.recipe.written, plan.inputs, plan.entries, account.figures, plan.notes,
+            folder, "merge", plan.recipe.written, plan.inputs, plan.entries, account.figures, plan.notes,
             seed=plan.recipe.seed,
         )  # fmt: skip
-        staging.digests.update(account.digests)
+
+    tokens = sorted(plan.words.ids.items()) if plan.words else None
+    produce(
+        result, plan.files, plan.inputs, [plan.recipe.written, plan.recipe.seed, tokens], beside,
+        overwrite=overwrite, allow_nonfinite=allow_nonfinite, progress=progress,
+    )  # fmt: skip
     result.notes = plan.notes + [f"{number:,} tensors {what}" for what, number in sorted(plan.told.items())]
-    result.bytes_read, result.bytes_written = account.bytes_read, account.bytes_written
-    result.bytes_resumed = account.bytes_resumed
-    result.lost_to_rounding = lost_in_all(account.figures)
-    result.nonfinite = sum(seen.nonfinite for seen in account.figures.values())
-    result.sha256 = staging.manifest_sha256
-    result.peak_memory_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     result.seconds = time.perf_counter() - started
     return result
 
@@ -196,14 +183,3 @@ def _write_beside(plan: MergePlan, folder: Path) -> None:
     (folder / INDEX).unlink(missing_ok=True)
     if len(plan.files) > 1:
         write_index(folder, plan.files)
-
-
-def _job(plan: MergePlan, allow_nonfinite: bool) -> str:
-    """A digest of all that decides the output's bytes: a journal of another job is not gone on with."""
-    stamps = {}
-    for model, checkpoint in plan.inputs.items():
-        files = sorted({info.file for info in checkpoint.index.values()})
-        stamps[model] = [checkpoint.digest(), [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files]]
-    tokens = sorted(plan.words.ids.items()) if plan.words else None
-    everything = [__version__, TILE, plan.recipe.written, plan.recipe.seed, stamps, tokens, allow_nonfinite]
-    return hashlib.sha256(json.dumps(everything, sort_keys=True, default=str).encode()).hexdigest()

@@ -56,6 +56,11 @@ class Stored:
         self._scales.apply(values, first, columns_of(self.shape))
         return last - first
 
+    def prefetch(self, first: int, last: int) -> None:
+        """Elements [first, last) will be read soon."""
+        item = self._stored.itemsize
+        self._checkpoint.prefetch(self.name, first * item, (last - first) * item)
+
 
 class Rows:
     """A tensor's rows in the order that `rows` gives; -1 is a row of zeros.

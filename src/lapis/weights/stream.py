@@ -14,7 +14,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from math import isfinite, prod, sqrt
+from math import isfinite
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -25,74 +25,13 @@ from lapis.checkpoint.files import header_bytes
 from lapis.checkpoint.store import dtype_name
 from lapis.errors import CheckpointError
 from lapis.weights.journal import Journal, Progress
+from lapis.weights.outputs import Account, Figures, Kernel, Output
 from lapis.weights.sources import COMPUTABLE, Source
-from lapis.weights.tiles import THREADS, Buffer, Reader, Tile, dot, finite, one_thread_each, spans
+from lapis.weights.tiles import THREADS, Buffer, Reader, Tile, dot, finite, one_thread_each, prefetch, spans
+
+__all__ = ["Account", "Figures", "Kernel", "Output", "stream"]
 
 RECORD = 64 << 20  # bytes of output between two lines of the journal
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """How a tensor is computed.
-
-    apply(tile, state) -> (result, delta): float32 vectors; delta is what was added to the tensor that is being changed,
-    or None where that means nothing. passes: functions (tile, state) -> partial that see every tile before `apply`
-    does; after pass i, fold(i, partials in the order of tiles, state) -> state. rows: tiles hold whole rows.
-    whole: one tile holds the whole tensor; memory then grows with the largest one.
-    """
-
-    apply: Callable[[Tile, Any], tuple[torch.Tensor, torch.Tensor | None]]
-    passes: tuple[Callable[[Tile, Any], Any], ...] = ()
-    fold: Callable[[int, list[Any], Any], Any] | None = None
-    rows: bool = False
-    whole: bool = False
-
-
-@dataclass(frozen=True)
-class Output:
-    """One tensor to write. kernel None copies the bytes of the first source.
-
-    patch(first, last, values): overwrites parts of elements [first, last), given in the output's dtype, after rounding.
-    """
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    sources: tuple[Source, ...]
-    kernel: Kernel | None = None
-    patch: Callable[[int, int, torch.Tensor], None] | None = None
-
-    @property
-    def nbytes(self) -> int:
-        return prod(self.shape) * self.dtype.itemsize
-
-
-@dataclass
-class Figures:
-    """What the engine saw of one tensor: sums of squares of the delta and of its rounding error; NaN and Inf."""
-
-    delta_sq: float = 0.0
-    error_sq: float = 0.0
-    nonfinite: int = 0
-    has_delta: bool = False
-
-    @property
-    def lost(self) -> float | None:
-        """Share of the delta lost to rounding: |rounded - exact| / |delta|; None where there is no delta."""
-        if not self.has_delta:
-            return None
-        return sqrt(self.error_sq / self.delta_sq) if self.delta_sq else 0.0
-
-
-@dataclass
-class Account:
-    """What a run did. figures: by tensor. digests: sha256 of each file written."""
-
-    figures: dict[str, Figures]
-    digests: dict[str, str]
-    bytes_read: int = 0
-    bytes_written: int = 0
-    bytes_resumed: int = 0
 
 
 def stream(
@@ -148,6 +87,7 @@ class _Task:
     sweep: _Sweep | None
     step: int  # the pass; -1 computes and writes
     number: int
+    following: tuple[Source, ...]  # what the next tensor is made from
 
 
 class _Run:
@@ -215,15 +155,17 @@ class _Run:
         waiting: list[_Task] = []
         for file, outputs in zip(self.files, self.outputs, strict=True):
             offset = file.start
-            for output in outputs:
-                passes, writes = self._tensor_tasks(file, output, offset)
+            for output, after in zip(outputs, [*outputs[1:], None], strict=True):
+                passes, writes = self._tensor_tasks(file, output, offset, after.sources if after else ())
                 offset += output.nbytes
                 yield from passes
                 yield from waiting
                 waiting = writes
         yield from waiting
 
-    def _tensor_tasks(self, file: _File, output: Output, offset: int) -> tuple[list[_Task], list[_Task]]:
+    def _tensor_tasks(
+        self, file: _File, output: Output, offset: int, following: tuple[Source, ...]
+    ) -> tuple[list[_Task], list[_Task]]:
         kernel, item = output.kernel, output.dtype.itemsize
         every = spans(output.shape, rows=bool(kernel and kernel.rows), whole=bool(kernel and kernel.whole))
         todo = [span for span in every if offset + span[1] * item > file.progress.done]
@@ -233,11 +175,11 @@ class _Run:
             empty: list[list[Any]] = [[None] * len(every) for _ in range(steps)]
             sweep = _Sweep(empty, [len(every)] * steps, [threading.Event() for _ in range(steps)])
         passes = [
-            _Task(output, first, last, file, 0, sweep, step, i)
+            _Task(output, first, last, file, 0, sweep, step, i, following)
             for step in range(steps)
             for i, (first, last) in enumerate(every)
         ]
-        return passes, [_Task(output, a, b, file, offset + a * item, sweep, -1, 0) for a, b in todo]
+        return passes, [_Task(output, a, b, file, offset + a * item, sweep, -1, 0, following) for a, b in todo]
 
     def _work(self) -> None:
         reader, spare = Reader(), Buffer()
@@ -267,6 +209,8 @@ class _Run:
         assert sweep is not None and kernel is not None
         if task.step:
             self._await(sweep.ready[task.step - 1])
+        else:
+            prefetch(task.output.sources, task.first, task.following)
         partial = kernel.passes[task.step](self._read(task, reader), sweep.state)
         with self.lock:
             sweep.partials[task.step][task.number] = partial
@@ -280,6 +224,8 @@ class _Run:
 
     def _produce(self, task: _Task, buffer: Buffer, reader: Reader, spare: Buffer) -> None:
         output, count = task.output, task.last - task.first
+        if task.sweep is None:
+            prefetch(output.sources, task.first, task.following)
         values = buffer.of(count, output.dtype)
         figures = Figures()
         if output.kernel is None:
@@ -372,6 +318,9 @@ class _Run:
                 self.done += size
                 if file.progress.done - file.recorded >= RECORD or file.progress.done == file.end:
                     self.journal.record(file.name, file.progress, file.changed)
+                    stretch = file.recorded, file.progress.done - file.recorded
+                    # begins to write it out, so that the disk works along and the last fsync is short
+                    os.posix_fadvise(file.handle, *stretch, os.POSIX_FADV_DONTNEED)
                     file.recorded, file.changed = file.progress.done, {}
                 if self.tell:
                     self.tell(self.done, self.total)

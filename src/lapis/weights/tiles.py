@@ -14,11 +14,13 @@ from typing import TypeVar
 
 import torch
 
-from lapis.weights.sources import Source, as_bytes, columns_of
+from lapis.weights.sources import Source, Stored, as_bytes, columns_of
 
 TILE = 1 << 18  # elements
 THREADS = min(4, max(2, os.cpu_count() or 2))
 _CHUNK = 1 << 16  # elements that are summed in float32 before the sum goes on in float64
+
+_STRIDE, _AHEAD = 8 * TILE, 32 * TILE  # how much is asked for at a time, and how far before it is read
 
 T = TypeVar("T")
 
@@ -90,6 +92,21 @@ class Reader:
         """Bytes read since this was last asked."""
         result, self._taken = self._taken, 0
         return result
+
+
+def prefetch(sources: Sequence[Source], first: int, following: Sequence[Source] = ()) -> None:
+    """Called before each tile is read: now and then asks for what comes later, so that disks work while we compute.
+
+    following: the sources of the next tensor, whose beginning is asked for at the beginning of this one.
+    """
+    if first == 0:
+        for source in following:
+            if isinstance(source, Stored):
+                source.prefetch(0, _AHEAD)
+    if first % _STRIDE < TILE:
+        for source in sources:
+            if isinstance(source, Stored) and prod(source.shape) > first + _AHEAD:
+                source.prefetch(first + _AHEAD, first + _AHEAD + _STRIDE + TILE)
 
 
 def dot(one: torch.Tensor, other: torch.Tensor) -> float:
