@@ -68,7 +68,7 @@ def test_other_libraries_stay_outside() -> None:
 def test_public_names_are_pinned() -> None:
     assert lapis.__all__ == [
         "Causal", "Chat", "Checkpoint", "LapisError", "ModelConfig", "Sampling", "Tokenizer", "TrainConfig",
-        "Transformer", "__version__", "diff", "generate", "graft", "load", "merge", "open", "train",
+        "Transformer", "__version__", "diff", "generate", "graft", "lens", "load", "merge", "open", "train",
     ]  # fmt: skip
     for name in lapis.__all__:
         assert getattr(lapis, name) is not None

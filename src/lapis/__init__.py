@@ -31,7 +31,7 @@ _PUBLIC = {
     "merge": "lapis.weights.merge",
     "open": "lapis.checkpoint:open_checkpoint",
 }
-_ROOMS = ("generate", "train")  # packages that are called as functions
+_ROOMS = ("generate", "lens", "train")  # packages that are called as functions
 
 __all__ = sorted(["__version__", "load", *_PUBLIC, *_ROOMS])
 

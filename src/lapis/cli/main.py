@@ -23,6 +23,7 @@ COMMANDS = {
     "train": ("lapis.cli.train:train", "Train from a YAML file and key=value."),
     "eval": ("lapis.cli.eval:evaluate", "Bits per byte, response NLL, stop rate, choices."),
     "diff": ("lapis.cli.diff:diff", "What a fine-tune changed: direction and magnitude."),
+    "lens": ("lapis.cli.lens:lens", "What every layer would say, and how words rank on the way."),
     "graft": ("lapis.cli.graft:graft", "Add chat - base to a model: the chat vector."),
     "merge": ("lapis.cli.merge:merge", "Merge models by a recipe or a formula."),
     "generate": ("lapis.cli.generate:generate", "Continue a prompt."),

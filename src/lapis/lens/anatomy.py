@@ -57,7 +57,9 @@ def anatomy(model: nn.Module, name: str = "") -> Anatomy:
         return _own(model, name or f"this {model.config.family} model")
     if isinstance(model, nn.Module):
         return _foreign(model, name or type(model).__name__)
-    raise LapisError(f"lens: {type(model).__name__} is no model; give one of lapis.load, or a causal one of transformers")
+    raise LapisError(
+        f"lens: {type(model).__name__} is no model; give one of lapis.load, or a causal one of transformers"
+    )
 
 
 def refuse(name: str, family: str, causal: bool, head: str) -> None:
@@ -84,14 +86,15 @@ def _own(model: Transformer, name: str) -> Anatomy:
 
         return logits
 
-    attention = [block.attn for block in model.blocks]
+    blocks: list[Any] = list(model.blocks)
     return Anatomy(
-        name, model, list(model.blocks), attention, [block.mlp for block in model.blocks],
-        [part.o for part in attention], config.heads, model.norm.final, head.matrix, head.bias, config.context, run, True,
+        name, model, blocks, [block.attn for block in blocks], [block.mlp for block in blocks],
+        [block.attn.o for block in blocks], config.heads, model.norm.final, head.matrix, head.bias, config.context,
+        run, True,
     )  # fmt: skip
 
 
-def _foreign(model: nn.Module, name: str) -> Anatomy:
+def _foreign(model: Any, name: str) -> Anatomy:
     """A causal model of transformers, or one built like it."""
     config: Any = getattr(model, "config", None)
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None

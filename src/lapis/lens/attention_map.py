@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lapis.errors import ConfigError, DataError, LapisError, MissingExtra
+from lapis.errors import ConfigError, LapisError, MissingExtra
 from lapis.lens.anatomy import Anatomy, anatomy
-from lapis.lens.prompts import Prompt, as_tokenizer, encode
+from lapis.lens.prompts import Prompt, as_tokenizer, check_length, encode
 from lapis.model.attention import AttentionCore
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def attention_maps(
     Raises ConfigError for a head that the model lacks, LapisError for a model of another library.
     """
     parts, words = anatomy(model), as_tokenizer(tokenizer)
-    ids = encode(parts, words, prompt)
+    ids = encode(words, prompt, len(parts.matrix), parts.name)
     return maps_of(parts, ids, [words.text(i) for i in ids], list(heads))
 
 
@@ -99,8 +99,7 @@ def maps_of(parts: Anatomy, ids: list[int], tokens: list[str], heads: list[tuple
     """`attention_maps` for a prompt that is encoded."""
     if not parts.own:
         raise LapisError(f"lens: {parts.name} is not lapis' own; attention maps need a model that lapis loads")
-    if len(ids) > parts.context:
-        raise DataError(f"lens: the prompt has {len(ids):,} tokens, and the context is {parts.context:,}; shorten it")
+    check_length(ids, 0, parts.context, parts.name)
     for layer, head in heads:
         if not (0 <= layer < parts.layers and 0 <= head < parts.heads):
             raise ConfigError(f"lens: there is no head {layer}.{head}; {parts.layers} layers have {parts.heads} each")
@@ -112,7 +111,7 @@ def maps_of(parts: Anatomy, ids: list[int], tokens: list[str], heads: list[tuple
             for head in wanted:
                 found[layer, head] = _one(parts, tokens, (layer, head), q_BHTE, k_BKSE, v_BKSE, mask, causal)
 
-        return parts.attention[layer].core.register_forward_hook(hook)  # type: ignore[union-attr, operator]
+        return parts.attention[layer].core.register_forward_hook(hook)  # type: ignore[union-attr]
 
     layers = sorted({layer for layer, _ in heads})
     handles = [watch(layer, sorted({h for at, h in heads if at == layer})) for layer in layers]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lapis.errors import DataError
 from lapis.lens.anatomy import Anatomy, Places, anatomy
 from lapis.lens.contributions import Contribution, contributions
-from lapis.lens.prompts import Prompt, as_tokenizer, encode
+from lapis.lens.prompts import Prompt, as_tokenizer, check_length, encode
 from lapis.lens.readout import Readout, read
 from lapis.lens.table import LensTrace, Reading
 from lapis.lens.trace import Trace, trace
@@ -67,7 +67,7 @@ def lens(
     LapisError for an encoder, for NaN, and where the last row is not the model's own logits, which each call checks.
     """
     parts, words_of = anatomy(model, name), as_tokenizer(tokenizer)
-    ids = encode(parts, words_of, prompt)
+    ids = encode(words_of, prompt, len(parts.matrix), parts.name)
     words = as_words(track, words_of, len(parts.matrix))
     seen = see(parts, words_of, ids, words, positions)
     given = bool(words)
@@ -84,12 +84,7 @@ def see(
     paths = [spelling.ids[:-1] for word in words for spelling in word.spellings if len(spelling.ids) > 1]
     paths = list(dict.fromkeys(paths))
     longest = max(map(len, paths), default=0)
-    if len(ids) + longest > parts.context:
-        what = f" and {longest} more for a tracked word" if longest else ""
-        raise DataError(
-            f"lens: the prompt has {len(ids):,} tokens{what}, and the context of {parts.name} is {parts.context:,}; "
-            "shorten it"
-        )
+    check_length(ids, longest, parts.context, parts.name)
     device = parts.matrix.device
     wanted = list(range(max(0, len(ids) - max(1, positions)), len(ids)))
     training = parts.model.training
@@ -164,7 +159,9 @@ def look(
     written: list[Contribution] = []
     notes = [] if seen.trace.adds_up else ["its blocks are not plain sums: no states after attention, no contributions"]
     if tuned is None and head is None:
-        firsts = [(w.text, min(w.spellings, key=lambda s: readings[-1].spellings[s.text]["rank"]).ids[0]) for w in words]
+        firsts = [
+            (w.text, min(w.spellings, key=lambda s: readings[-1].spellings[s.text]["rank"]).ids[0]) for w in words
+        ]
         final = found.logits_MR[len(layers) - 1]
         logits_R = torch.stack([final[tracked.index(i)] for _, i in firsts]) if firsts else final[:0]
         written = contributions(parts, seen.trace, last, firsts, logits_R)

@@ -10,6 +10,7 @@ Shapes: M states, Q ranked states, R tracked tokens, K best tokens, V vocabulary
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -151,8 +152,8 @@ def _check_own(gap: float, scale: float, dtype: torch.dtype) -> None:
     allowed = max(torch.finfo(dtype).eps, 2e-5) * scale
     if not gap <= allowed:
         raise LapisError(
-            f"lens: the last state through norm and head is {gap:.3g} off the model's own logits (allowed {allowed:.1g});"
-            " this model does more at its end than norm and head, so a lens would mislead"
+            f"lens: the last state through norm and head is {gap:.3g} off the model's own logits (allowed "
+            f"{allowed:.1g}); this model does more at its end than norm and head, so a lens would mislead"
         )
 
 
@@ -165,9 +166,8 @@ def _products_as_exact_as(matrix: Tensor) -> Iterator[None]:
     if matrix.dtype != torch.bfloat16:
         yield
         return
-    unit, fast = (
-        (torch.backends.cuda.matmul, "tf32") if matrix.is_cuda else (torch.backends.mkldnn.matmul, "bf16")
-    )  # fmt: skip
+    backends: Any = torch.backends
+    unit, fast = (backends.cuda.matmul, "tf32") if matrix.is_cuda else (backends.mkldnn.matmul, "bf16")
     before = unit.fp32_precision
     unit.fp32_precision = fast
     try:

@@ -1,7 +1,6 @@
-"""What a lens saw: a reading per state, as JSON, pandas, text or a picture. Leaves out: how it was read (logit_lens.py).
+"""What a lens saw: a reading per state, as JSON, pandas, text or a picture. Leaves out: how it is read (logit_lens.py).
 
-    trace = lapis.lens(model, tokenizer, "The capital of Malaysia is", track=["Kuala"])
-    print(trace); trace.plot(); trace.plot("grid"); trace.to_pandas()
+`print(trace)`, `trace.plot()`, `trace.plot("grid")`, `trace.plot("contributions")` and `trace.to_pandas()` show it.
 """
 
 from collections.abc import Iterable, Sequence
@@ -208,10 +207,15 @@ class LensTrace:
             token, _, share = reading.top[0]
             label = "embed" if reading.layer is None else str(reading.layer)
             lines.append(
-                f"{label:>6}  {f'"{token}"':<18.18} {share:>6.1%} {reading.entropy:>8.3f} {reading.kl_to_final:>8.3f}"
+                f"{label:>6}  {quoted(token):<18} {share:>6.1%} {reading.entropy:>8.3f} {reading.kl_to_final:>8.3f}"
                 + "".join(f"{reading.ranks[name]:>{width},}" for name in names)
             )
         return "\n".join([*lines, self.finding(), *self.notes])
+
+
+def quoted(token: str, width: int = 16) -> str:
+    """A token with its spaces to be seen, cut where it is long."""
+    return f'"{token}"' if len(token) <= width else f'"{token[: width - 1]}…"'
 
 
 def sum_of(rows: Iterable[dict[str, Any]]) -> float:

@@ -73,7 +73,9 @@ class TunedLens:
         try:
             L, D, _ = int(info["layers"]), int(info["dim"]), str(info["fingerprint"])
         except (TypeError, KeyError, ValueError):
-            raise CheckpointError(f"{root / INFO}: layers, dim and fingerprint are missing; make the lens again") from None
+            raise CheckpointError(
+                f"{root / INFO}: layers, dim and fingerprint are missing; make the lens again"
+            ) from None
         if shapes != {"maps": (L, D, D), "shifts": (L, D)}:
             raise CheckpointError(f"{path}: holds {shapes}, not {L} maps of {D}x{D}; make the lens again")
         tensors = load_file(path)

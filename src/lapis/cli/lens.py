@@ -1,0 +1,151 @@
+"""`lapis lens`: what every layer would say next, from the command line.
+
+Models of other libraries are for Python: lapis.lens takes a causal model that transformers has loaded, and its
+tokenizer.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import Parameter
+
+from lapis.generate.options import Runtime
+
+if TYPE_CHECKING:
+    from lapis.lens.opening import Opened
+    from lapis.lens.table import LensTrace
+    from lapis.lens.tuned import TunedLens
+
+GRID = 24  # tokens of the prompt that a page shows
+
+
+def lens(
+    model: str,
+    prompt: str,
+    /,
+    *,
+    track: str = "",
+    against: str | None = None,
+    head: Literal["own", "swapped"] = "own",
+    chat: bool = False,
+    positions: int | None = None,
+    top: int = 10,
+    tuned: Path | None = None,
+    tune: Annotated[list[Path] | None, Parameter(consume_multiple=True)] = None,
+    html: Path | None = None,
+    overwrite: bool = False,
+    runtime: Annotated[Runtime, Parameter(name="*")] = Runtime(),  # noqa: B008
+    json: bool = False,
+) -> None:
+    """Show what each layer would say next, and how tracked words rank on the way.
+
+    Args:
+        model: A model folder.
+        prompt: The text to look into; what spells a special token is plain text.
+        track: Words, parted by commas; without it, the words that are best in any layer.
+        against: A second model on the same prompt, side by side.
+        head: With --against: whether each model is read by its own head or by the other's.
+        chat: Put the prompt into the model's chat template, as a user's turn.
+        positions: Of how many of the last tokens the grid is read; 1, or 24 for a page.
+        top: Tokens named per layer.
+        tuned: A tuned lens: a folder with one map per layer. With --tune it is made there first.
+        tune: Text files from which to make the tuned lens, in about a minute.
+        html: Write a page with the pictures to this file.
+        overwrite: Replace an existing page or tuned lens.
+        json: Print one JSON object.
+    """
+    import torch
+
+    from lapis.checkpoint.commit import check_output
+    from lapis.cli.output import console, show, stderr
+    from lapis.errors import ConfigError
+    from lapis.lens.logit_lens import lens as look
+    from lapis.lens.opening import open_models
+    from lapis.lens.side_by_side import side_by_side
+
+    for name, value in (("positions", positions), ("top", top)):
+        if value is not None and value < 1:
+            raise ConfigError(f"lens: {name} is {value}; expected 1 or more")
+    if head == "swapped" and against is None:
+        raise ConfigError("lens: --head swapped is for --against MODEL2; there is no other head")
+    if against is not None and tuned is not None:
+        raise ConfigError("lens: a tuned lens belongs to one model; leave out --tuned or --against")
+    if tune and tuned is None:
+        raise ConfigError("lens: --tune makes a tuned lens; say with --tuned DIR where it is to lie")
+    for out in (html, tuned if tune else None):
+        if out is not None:
+            check_output(out, overwrite=overwrite, inputs=[model, *([against] if against else [])])
+    asked: Any = [{"role": "user", "content": prompt}] if chat else prompt
+    width = positions or (GRID if html else 1)
+    sources = [model, *([against] if against else [])]
+    device = runtime.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = getattr(torch, runtime.dtype) if runtime.dtype else None
+    with stderr.status("reading " + " and ".join(sources)):
+        opened = open_models(sources, asked, track, device=device, dtype=dtype)
+    maps = _tuned(opened[0], tuned, tune, overwrite)
+    with stderr.status("looking"):
+        if against is None:
+            first = opened[0]
+            traces = [
+                look(first.model, first.tokenizer, asked, track, positions=width, top=top, tuned=maps, name=model)
+            ]
+        else:
+            one, other = opened
+            swapped = head == "swapped"
+            traces = list(side_by_side(one, other, asked, track, swapped=swapped, positions=width, top=top))
+    result = traces[0].to_json()
+    if against is not None:
+        result["against"] = traces[1].to_json()
+
+    def render() -> None:
+        for trace in traces:
+            console.print(f"{trace.model}\n{trace}\n", markup=False, soft_wrap=True)
+            _print_contributions(trace)
+
+    show(result, json, render)
+    if html is not None:
+        with stderr.status("drawing"):
+            _write_page(opened[0], traces, html, overwrite)
+
+
+def _tuned(opened: "Opened", folder: Path | None, files: list[Path] | None, overwrite: bool) -> "TunedLens | None":
+    """The tuned lens of a folder, made first where there are files to make it from."""
+    from lapis.cli.output import progress
+    from lapis.lens.tuned import TunedLens, tune
+
+    if folder is None:
+        return None
+    if files:
+        with progress("tokens") as bar:
+            task = bar.add_task("tuning", total=None, rate="")
+
+            def tell(done: int, total: int) -> None:
+                bar.update(task, completed=done, total=total, rate=f"{done:,}/{total:,}")
+
+            tune(opened.model, opened.tokenizer, files, name=opened.name, progress=tell).save(
+                folder, overwrite=overwrite
+            )
+    return TunedLens.open(folder)
+
+
+def _print_contributions(trace: "LensTrace") -> None:
+    """The parts that did most for the word that leads, or against it."""
+    from lapis.cli.output import console, table
+
+    words = trace.leading(1)
+    rows = sorted(trace.contribution_rows(words[0]), key=lambda row: -abs(row["logit"]))[:8] if words else []
+    if rows:
+        console.print(trace.contributions_finding(words), markup=False)
+        table("", ["part", "added to the logit"], [[row["label"], f"{row['logit']:+.3f}"] for row in rows])
+
+
+def _write_page(opened: "Opened", traces: "list[LensTrace]", path: Path, overwrite: bool) -> None:
+    from lapis.checkpoint.commit import commit_file
+    from lapis.lens.anatomy import anatomy
+    from lapis.lens.attention_map import maps_of
+    from lapis.lens.page import make_page, strongest_heads
+
+    heads = strongest_heads(traces[0])
+    maps = maps_of(anatomy(opened.model, opened.name), traces[0].ids, traces[0].tokens, heads) if heads else []
+    with commit_file(path, overwrite=overwrite) as temporary:
+        temporary.write_text(make_page(traces, maps).render(), encoding="utf-8")
