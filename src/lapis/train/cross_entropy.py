@@ -32,39 +32,50 @@ class _HeadCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         x_RD, w_VD = hidden_RD.detach().to(dtype), weight_VD.detach().to(dtype)
-        bias = None if bias_V is None else bias_V.detach().to(dtype)
+        bias = None if bias_V is None else bias_V.detach().float()
+        device, size = x_RD.device, len(w_VD)
+        rows = min(max(64, _ELEMENTS.get(device.type, 2**20) // size), len(x_RD))
+        # every block uses the same memory: on a CPU, fresh pages for each would cost as much as the arithmetic
+        low, high = x_RD.new_empty(rows, size), torch.empty(rows, size, dtype=torch.float32, device=device)
         d_hidden = torch.empty_like(x_RD) if needs_hidden else None
-        d_weight = torch.zeros(weight_VD.shape, dtype=torch.float32, device=x_RD.device) if needs_weight else None
-        d_bias = torch.zeros(len(w_VD), dtype=torch.float32, device=x_RD.device) if needs_bias else None
-        total = torch.zeros((), dtype=torch.float64, device=x_RD.device)
-        rows = max(64, _ELEMENTS.get(x_RD.device.type, 2**20) // len(w_VD))
-        with torch.autocast(x_RD.device.type, enabled=False):
+        d_weight = torch.zeros(weight_VD.shape, dtype=torch.float32, device=device) if needs_weight else None
+        product = torch.empty_like(w_VD) if needs_weight and dtype != torch.float32 else None
+        d_bias = torch.zeros(size, dtype=torch.float32, device=device) if needs_bias else None
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        with torch.autocast(device.type, enabled=False):
             for first in range(0, len(x_RD), rows):
                 x, target = x_RD[first : first + rows], targets_R[first : first + rows, None]
-                logits = F.linear(x, w_VD, bias).float()
-                logits.sub_(logits.amax(-1, keepdim=True))
-                picked = logits.gather(1, target)
-                p = logits.exp_()
-                z = p.sum(-1, keepdim=True)
+                block, p = low[: len(x)], high[: len(x)]
+                p.copy_(torch.mm(x, w_VD.T, out=block))
+                if bias is not None:
+                    p.add_(bias)
+                p.sub_(p.amax(-1, keepdim=True))
+                picked = p.gather(1, target)
+                z = p.exp_().sum(-1, keepdim=True)
                 total += (z.log() - picked).sum(dtype=torch.float64)
                 if d_hidden is None and d_weight is None and d_bias is None:
                     continue
                 p.div_(z).scatter_add_(1, target, p.new_full((1, 1), -1.0).expand(len(x), 1))  # softmax - one-hot
                 if d_bias is not None:
                     d_bias += p.sum(0)
-                p = p.to(dtype)
+                block.copy_(p)
                 if d_hidden is not None:
-                    torch.mm(p, w_VD, out=d_hidden[first : first + rows])
-                if d_weight is not None:
-                    d_weight += p.T @ x
+                    torch.mm(block, w_VD, out=d_hidden[first : first + rows])
+                if d_weight is not None and product is None:
+                    d_weight.addmm_(block.T, x)
+                elif d_weight is not None and product is not None:
+                    wide = high.view(-1)[: product.numel()].view_as(product) if high.numel() >= product.numel() else None
+                    torch.mm(block.T, x, out=product)
+                    d_weight.add_(product if wide is None else wide.copy_(product))
         ctx.save_for_backward(d_hidden, d_weight, d_bias)
         ctx.dtypes = hidden_RD.dtype, weight_VD.dtype, None if bias_V is None else bias_V.dtype
         return total.float()
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
+        same = scale.device.type == "cpu" and scale.item() == 1  # the loop divides at the end of a step
         grads = (
-            None if grad is None else (grad * scale).to(dtype)
+            None if grad is None else (grad if same else grad * scale).to(dtype)
             for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
         return (*grads, None, None)
