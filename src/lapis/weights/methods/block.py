@@ -151,13 +151,18 @@ def cuts(
     """
 
     def upper(block: Block) -> tuple[Any, ...]:
-        return tuple(torch.bincount(_bits(score) >> 16, minlength=1 << 15) for score in scores(block))
+        found: list[Any] = []
+        for score in scores(block):
+            count = torch.bincount(_bits(score) >> 16, minlength=1 << 15).numpy()
+            values = np.flatnonzero(count)  # few of the 32,768: a block's counts stay small
+            found.append({block.first: (values.astype(np.uint16), count[values].astype(np.int32))})
+        return tuple(found)
 
-    counts = yield upper
     places: list[list[tuple[int, int]]] = []  # (upper bits, rank among the elements that have them)
-    for i, count in enumerate(counts):
-        upto = count.cumsum(0)
-        tops = [(int(torch.searchsorted(upto, rank, right=True)), rank) for rank in ranks(i, int(upto[-1]))]
+    for i, blocks in enumerate((yield upper)):
+        count = _counted(blocks)
+        upto = count.cumsum()
+        tops = [(int(np.searchsorted(upto, rank, side="right")), rank) for rank in ranks(i, int(upto[-1]))]
         places.append([(top, rank - int(upto[top] - count[top])) for top, rank in tops])
 
     def lower(block: Block) -> tuple[Any, ...]:
@@ -178,10 +183,7 @@ def _bits(score: Tensor) -> Tensor:
 
 def _cut(blocks: dict[int, tuple["_Ints", "_Ints"]], top: int, rank: int) -> Cut:
     """The cut at a rank among the elements whose upper bits are `top`. blocks: their lower bits, and how often."""
-    counts = np.zeros(1 << 16, np.int64)
-    for values, count in blocks.values():
-        counts[values] += count
-    upto = counts.cumsum()
+    upto = _counted(blocks).cumsum()
     low = int(np.searchsorted(upto, rank, side="right"))
     equals, ahead = {}, 0
     for first, (values, count) in blocks.items():
@@ -190,6 +192,14 @@ def _cut(blocks: dict[int, tuple["_Ints", "_Ints"]], top: int, rank: int) -> Cut
         ahead += here
     value = np.array([top << 16 | low], np.uint32).view(np.float32)[0]
     return Cut(float(value), int(upto[low] - rank), equals)
+
+
+def _counted(blocks: dict[int, tuple["_Ints", "_Ints"]]) -> "_Ints":
+    """How often each 16-bit value occurs, from each block's values and counts."""
+    result = np.zeros(1 << 16, np.int64)
+    for values, count in blocks.values():
+        result[values] += count
+    return result
 
 
 _Ints = np.ndarray[Any, np.dtype[np.integer[Any]]]
