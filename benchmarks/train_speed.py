@@ -137,7 +137,8 @@ def main() -> None:
         f"Python {platform.python_version()}, {options.threads} threads of {_cpu()}.",
         "",
         f"A Llama of {SHAPE['layers']} layers, {SHAPE['dim']} wide, vocabulary {SHAPE['vocab']}, "
-        f"{SHAPE['context']} tokens x {BATCH} rows, bfloat16 autocast. Median of {options.rounds} rounds of {options.steps} steps, in turn "
+        f"{SHAPE['context']} tokens x {BATCH} rows, bfloat16 autocast. "
+        f"Median of {options.rounds} rounds of {options.steps} steps, in turn "
         "(`python benchmarks/train_speed.py --write`).",
         "",
         "| loop | tokens/s | ms per step | against transformers |",

@@ -7,7 +7,6 @@ takes half the time of logits followed by F.cross_entropy. Leaves out: label smo
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 # elements of one block of logits: what a core's cache holds, and what a GPU needs to be busy (128 MB in float32)
@@ -40,6 +39,8 @@ class _HeadCrossEntropy(torch.autograd.Function):
         d_hidden = torch.empty_like(x_RD) if needs_hidden else None
         d_weight = torch.zeros(weight_VD.shape, dtype=torch.float32, device=device) if needs_weight else None
         product = torch.empty_like(w_VD) if needs_weight and dtype != torch.float32 else None
+        fits = product is not None and high.numel() >= product.numel()
+        spare = high.view(-1)[: weight_VD.numel()].view(weight_VD.shape) if fits else None
         d_bias = torch.zeros(size, dtype=torch.float32, device=device) if needs_bias else None
         total = torch.zeros((), dtype=torch.float64, device=device)
         with torch.autocast(device.type, enabled=False):
@@ -64,9 +65,8 @@ class _HeadCrossEntropy(torch.autograd.Function):
                 if d_weight is not None and product is None:
                     d_weight.addmm_(block.T, x)
                 elif d_weight is not None and product is not None:
-                    wide = high.view(-1)[: product.numel()].view_as(product) if high.numel() >= product.numel() else None
                     torch.mm(block.T, x, out=product)
-                    d_weight.add_(product if wide is None else wide.copy_(product))
+                    d_weight.add_(product if spare is None else spare.copy_(product))
         ctx.save_for_backward(d_hidden, d_weight, d_bias)
         ctx.dtypes = hidden_RD.dtype, weight_VD.dtype, None if bias_V is None else bias_V.dtype
         return total.float()
