@@ -32,7 +32,7 @@ bench-merge: .venv/.dev       ## graft and merge beside mergekit; PEER=/path/to/
 		--methods task_arithmetic,slerp,dare_ties,ties $(if $(PEER),--peer-python $(PEER))
 
 bench-kill: .venv/.dev        ## 200 kills at random moments, each run again
-	$(BIN)/python benchmarks/kill.py --kills 200 --seed 0
+	$(BIN)/python benchmarks/kill.py --rounds 200 --seed 0
 
 bench-faults: .venv/.dev      ## damaged checkpoints given to lapis, mergekit and transformers
 	$(BIN)/python benchmarks/faults.py --table benchmarks/results/faults.md $(if $(PEER),--peer-python $(PEER))

@@ -1,6 +1,6 @@
 """Kill a graft at random moments and run it again: the same bytes, and nothing half-done to be seen?
 
-    python benchmarks/kill.py --kills 200 --seed 0
+    python benchmarks/kill.py --rounds 200 --seed 0
 
 Each round starts the graft in a process of its own, ends it with SIGKILL after a seeded random time (now and then the
 rerun too), looks at the output path, and runs it to the end. Every other round swaps an existing output (--overwrite).
@@ -71,7 +71,7 @@ def content(folder: Path) -> dict[str, str]:
 
 def main() -> int:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    options.add_argument("--kills", type=int, default=200)
+    options.add_argument("--rounds", type=int, default=200)
     options.add_argument("--seed", type=int, default=0)
     given = options.parse_args()
     torch.set_num_threads(1)
@@ -87,7 +87,7 @@ def main() -> int:
     usual = min(times)
     wanted, old = content(reference), content(before)
     result = {"kills": 0, "killed_at_work": 0, "resumed": 0, "identical": 0, "wrong_visible": 0, "rounds": 0}
-    while result["kills"] < given.kills:
+    while result["rounds"] < given.rounds:
         result["rounds"] += 1
         overwrite = result["rounds"] % 2 == 0
         if overwrite:

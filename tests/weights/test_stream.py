@@ -104,7 +104,7 @@ def test_saved_training_at_the_same_place_is_not_swept_away(trio, tmp_path):
 def test_faults_73_74_and_79_killed_at_random_moments(tmp_path):
     """The short version of benchmarks/kill.py, which kills 200 times."""
     done = subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / "kill.py", "--kills", "6", "--seed", "3"],
+        [sys.executable, ROOT / "benchmarks" / "kill.py", "--rounds", "5", "--seed", "3"],
         capture_output=True, text=True, env={**os.environ, "TMPDIR": str(tmp_path)},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

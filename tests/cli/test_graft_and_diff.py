@@ -1,0 +1,81 @@
+"""`lapis graft` and `lapis diff` as a user types them: JSON on standard output, one line for a refusal, a page."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import lapis
+from lapis.cli.main import main
+from lapis.model import ModelConfig, Transformer
+from lapis.model.load import save
+from lapis.text.tokenizer import train_tokenizer
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """run(*arguments) -> exit status, standard output, standard error; in this process, which has torch already."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        status = 0
+        try:
+            main([str(argument) for argument in arguments])
+        except SystemExit as end:
+            status = int(end.code or 0)
+        return status, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Three small models that were never trained, with one tokenizer, as lapis itself writes them."""
+    place = tmp_path_factory.mktemp("models")
+    tokenizer = train_tokenizer(["a few words of text, said again and again: " * 20], 300)
+    config = ModelConfig(dim=32, layers=2, heads=4, kv_heads=2, ffn_dim=64, vocab=300, context=64)
+    torch.manual_seed(0)
+    base = Transformer(config)
+    folders = {}
+    for role in ("base", "chat", "onto"):
+        with torch.no_grad():
+            for weight in base.parameters():
+                weight += 0.01 * torch.randn_like(weight)
+        folders[role] = place / role
+        save(base, folders[role])
+        tokenizer.save(folders[role])
+    return folders
+
+
+def test_graft_prints_one_object_and_tries_the_result_out(run: Run, models: dict[str, Path], tmp_path: Path) -> None:
+    options = [part for role, folder in models.items() for part in (f"--{role}", folder)]
+    status, out, err = run("graft", *options, "--out", tmp_path / "out", "--scale", "0=0.5,1=1", "--json")
+    assert status == 0 and err == ""
+    result = json.loads(out)
+    keys = {"out", "tensors", "bytes_read", "bytes_written", "seconds", "peak_memory_bytes", "sha256"}
+    assert keys <= result.keys() and result["tensors"].keys() == {"merged", "copied", "skipped"}
+    smoke = result["smoke"]
+    assert smoke["finite"] and 0 < smoke["kl_from"]["onto"] < 1 and 0 < smoke["kl_from"]["chat"] < 1
+    model, tokenizer = lapis.load(tmp_path / "out")
+    assert lapis.generate(model, tokenizer, "a few", lapis.Sampling(max_tokens=2, temperature=0.0)) is not None
+    status, out, err = run("graft", *options, "--out", tmp_path / "out")
+    assert (status, out) == (1, "") and err.count("\n") == 1 and "exists already" in err
+
+
+def test_diff_prints_one_object_and_writes_a_page(run: Run, models: dict[str, Path], tmp_path: Path) -> None:
+    page = tmp_path / "diff.html"
+    status, out, err = run("diff", models["base"], models["chat"], "--rows", "--html", page, "--json")
+    assert status == 0 and err == ""
+    result = json.loads(out)
+    assert {"tensors", "rows", "same_shape", "only_in_a", "only_in_b"} <= result.keys()
+    names = ("name", "layer", "component", "cosine", "relative_norm", "mean_abs", "max_abs", "identical")
+    assert set(names) <= result["tensors"][0].keys()
+    assert {"token", "id", "special", "relative_norm", "cosine"} <= result["rows"][0].keys()
+    assert "changed most" in page.read_text(encoding="utf-8")
+    status, out, _ = run("diff", models["base"], models["chat"], models["onto"], "--json")
+    assert status == 0 and json.loads(out)["cosines"][0][0] == pytest.approx(1)
+    status, out, err = run("diff", models["base"], tmp_path / "nothing")
+    assert (status, out) == (1, "") and err.count("\n") == 1
