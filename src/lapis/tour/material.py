@@ -1,0 +1,159 @@
+"""What a tour is made from: a folder of texts and chats, the built-in world's or the user's own.
+
+    DIR/corpus/<language>/*.jsonl           one document per line, {"text": ...}; "valid" in the name = held out
+    DIR/instruct/<language>.jsonl           chats, {"messages": [...]}; <language>.valid.jsonl = held out
+    DIR/questions/<language>.jsonl          optional: questions with one right answer (the built-in world has them)
+
+Leaves out: how documents become rows (text/packing.py).
+"""
+
+import json
+import random
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from lapis.checkpoint.commit import commit
+from lapis.errors import DataError
+from lapis.text.corpus import documents
+from lapis.tour.world import World
+
+ENGLISH = "en"
+TALKS = 6000  # training chats of the built-in world
+
+
+@dataclass(frozen=True)
+class Material:
+    """The texts and chats of English and one target language, checked to be there. root: a folder as drawn above."""
+
+    root: Path
+    target: str
+
+    def __post_init__(self) -> None:
+        if not self.root.is_dir():
+            raise DataError(f"{self.root}: there is no such folder; --data wants corpus/ and instruct/ in it")
+        if self.target == ENGLISH:
+            raise DataError("the tour moves from English to another language; choose --language from the others")
+        held = {place.name for place in (self.root / "corpus").glob("*") if place.is_dir()} - {ENGLISH}
+        if self.target not in held:
+            raise DataError(
+                f"{self.root}: has no corpus/{self.target}; --language may be {', '.join(sorted(held)) or '-'}"
+            )
+        for language in self.languages:
+            self.texts(language, held_out=False)
+            self.texts(language, held_out=True)
+            self.chats(language, held_out=True)
+        self.chats(ENGLISH, held_out=False)
+
+    @property
+    def languages(self) -> tuple[str, str]:
+        return ENGLISH, self.target
+
+    def texts(self, language: str, *, held_out: bool) -> list[Path]:
+        """The files of documents of one language."""
+        files = sorted((self.root / "corpus" / language).glob("*.jsonl"))
+        found = [path for path in files if ("valid" in path.stem) == held_out]
+        if not found:
+            raise DataError(f"{self.root}: corpus/{language} has no {'*valid' if held_out else ''}*.jsonl")
+        return found
+
+    def chats(self, language: str, *, held_out: bool) -> Path:
+        """The file of chats of one language."""
+        path = self.root / "instruct" / f"{language}{'.valid' if held_out else ''}.jsonl"
+        if not path.is_file():
+            raise DataError(f"{path}: there is no such file; a tour needs it")
+        return path
+
+    @property
+    def yardstick(self) -> Path | None:
+        """Chats of the target language for training a yardstick; None where the folder has none."""
+        path = self.root / "instruct" / f"{self.target}.jsonl"
+        return path if path.is_file() else None
+
+    def questions(self, language: str) -> Path | None:
+        """The file of questions with one right answer, where the folder has one."""
+        path = self.root / "questions" / f"{language}.jsonl"
+        return path if path.is_file() else None
+
+    def mix(self, shares: Mapping[str, float], path: Path, characters: int, seed: int) -> None:
+        """Writes documents to `path` until `characters` are reached, each language by its share of the characters.
+
+        A language whose documents run out starts again, in another order.
+        """
+        sources = {language: self._endless(language, seed) for language in shares}
+        written = dict.fromkeys(shares, 0)
+        with path.open("w", encoding="utf-8") as file:
+            while sum(written.values()) < characters:
+                language = min(shares, key=lambda name: written[name] / shares[name])
+                text = next(sources[language])
+                written[language] += len(text)
+                file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+
+    def _endless(self, language: str, seed: int) -> Iterator[str]:
+        texts = [document.text for document in documents(self.texts(language, held_out=False))]
+        for turn in count():
+            random.Random(f"{seed} {language} {turn}").shuffle(texts)
+            yield from texts
+
+    def held_out_texts(self, language: str, characters: int) -> tuple[list[str], list[str]]:
+        """Two disjoint halves of the held-out documents, for choosing and for reporting, of `characters` each at most.
+
+        Documents are cut into pieces of about 2,000 characters at paragraph ends, which then go to either half in turn.
+        """
+        halves: tuple[list[str], list[str]] = ([], [])
+        sizes = [0, 0]
+        for document in documents(self.texts(language, held_out=True)):
+            for piece in _pieces(document.text, 2000):
+                half = 0 if sizes[0] <= sizes[1] else 1
+                if sizes[half] + len(piece) <= characters:
+                    halves[half].append(piece)
+                    sizes[half] += len(piece)
+        return halves
+
+
+def write_world(world: World, root: Path, target: str, characters: int) -> None:
+    """Lays the built-in world out as a folder of material: `characters` of text in each language, chats, questions.
+
+    Training chats are in English only; the held-out ones, and the questions, are about people whom no training chat
+    names. The chats of the target language that are written for training are for a yardstick, and marked so.
+    """
+    with commit(root) as staging:
+        for language in (ENGLISH, target):
+            corpus = staging.path / "corpus" / language
+            corpus.mkdir(parents=True)
+            _write(corpus / "train.jsonl", _texts(world.documents(language, seed=1), characters))
+            _write(corpus / "valid.jsonl", _texts(world.documents(language, seed=2), 130_000))
+            talks = staging.path / "instruct"
+            talks.mkdir(exist_ok=True)
+            _write(talks / f"{language}.jsonl", world.chats(language, TALKS, seed=1))
+            _write(talks / f"{language}.valid.jsonl", world.chats(language, 200, seed=2, people="held_out"))
+            asked = staging.path / "questions"
+            asked.mkdir(exist_ok=True)
+            splits = ("held_out",) if language == ENGLISH else ("held_out", "local")
+            questions = [(split, q) for split in splits for q in world.questions(language, 300, seed=3, split=split)]
+            _write(asked / f"{language}.jsonl", ({"split": split, **asdict(question)} for split, question in questions))
+
+
+def _write(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
+def _texts(texts: Iterator[str], characters: int) -> Iterator[dict[str, str]]:
+    while characters > 0:
+        text = next(texts)
+        characters -= len(text)
+        yield {"text": text}
+
+
+def _pieces(text: str, size: int) -> Iterator[str]:
+    piece = ""
+    for paragraph in text.split("\n\n"):
+        if piece and len(piece) + len(paragraph) > size:
+            yield piece
+            piece = ""
+        piece += ("\n\n" if piece else "") + paragraph
+    if piece:
+        yield piece

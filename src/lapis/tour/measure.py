@@ -1,0 +1,141 @@
+"""What a model of the tour can do, by held-out text, chats and questions of both languages; and which scale to take.
+
+Held-out material is halved: one half chooses the scale of the graft, the other reports. Leaves out the page.
+"""
+
+import json
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lapis.errors import TrainingError
+from lapis.evaluate import answer, bits_per_byte, score_chats
+from lapis.model import Transformer
+from lapis.model.load import load
+from lapis.text.corpus import Chat, chats
+from lapis.text.tokenizer import Tokenizer
+from lapis.tour.material import ENGLISH, Material
+from lapis.tour.world import Question, score
+from lapis.weights.graft import graft
+
+CHARACTERS = 60_000  # of held-out text of one language in each half
+CHATS = 100  # of one language in each half
+REPLY_TOKENS = 48
+COST = 0.025  # how much worse the graft may make the target language's bits per byte, on the half that chooses
+
+Scores = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Exam:
+    """Held-out material, by language."""
+
+    texts: Mapping[str, Sequence[str]]
+    chats: Mapping[str, Sequence[Chat]]
+    questions: Mapping[str, Sequence[tuple[str, Question]]]
+    """(split, question): "held_out" = about people whom no chat names, "local" = told in the target language only."""
+
+    def response_nll(self, model: Transformer, tokenizer: Tokenizer, language: str) -> float:
+        replies: list[None] = [None] * len(self.chats[language])
+        return float(score_chats(model, tokenizer, self.chats[language], replies=replies)["response_nll"])
+
+    def take(self, model: Transformer, tokenizer: Tokenizer) -> Scores:
+        """language -> {bits_per_byte, response_nll, stop_rate, answers, by_task}; answers is None without questions."""
+        scores: Scores = {}
+        for language, texts in self.texts.items():
+            found = score_chats(model, tokenizer, self.chats[language], max_tokens=REPLY_TOKENS)
+            scores[language] = {
+                "bits_per_byte": bits_per_byte(model, tokenizer, texts),
+                "response_nll": found["response_nll"],
+                "stop_rate": found["stop_rate"],
+                **self._answers(model, tokenizer, language),
+            }
+        return scores
+
+    def _answers(self, model: Transformer, tokenizer: Tokenizer, language: str) -> dict[str, Any]:
+        asked = self.questions.get(language, ())
+        if not asked:
+            return {"answers": None, "by_task": {}}
+        replies = answer(model, tokenizer, [_as_chat(question) for _, question in asked], max_tokens=REPLY_TOKENS)
+        groups: dict[str, list[bool]] = {}
+        for (split, question), reply in zip(asked, replies, strict=True):
+            right = reply is not None and reply.stop_reason == "end" and score(reply.text, question)
+            groups.setdefault(f"{split}: {question.task}", []).append(right)
+        marks = [right for group in groups.values() for right in group]
+        by_task = {name: {"right": sum(group), "asked": len(group)} for name, group in sorted(groups.items())}
+        return {"answers": sum(marks) / len(marks), "by_task": by_task}
+
+
+def exams(material: Material) -> tuple[Exam, Exam]:
+    """The half that chooses and the half that reports."""
+    texts = {language: material.held_out_texts(language, CHARACTERS) for language in material.languages}
+    talks = {name: list(chats(material.chats(name, held_out=True)))[: 2 * CHATS] for name in material.languages}
+    asked = {language: _questions(material.questions(language)) for language in material.languages}
+    first, second = (
+        Exam(
+            {language: pieces[half] for language, pieces in texts.items()},
+            {language: found[half::2] for language, found in talks.items()},
+            {language: found[half::2] for language, found in asked.items()},
+        )
+        for half in (0, 1)
+    )
+    return first, second
+
+
+def gap_closed(adapted: float, grafted: float, tuned: float) -> float | None:
+    """How much of the way from `adapted` to `tuned` the graft went, by response NLL; None where there is no way."""
+    return (adapted - grafted) / (adapted - tuned) if adapted > tuned else None
+
+
+def sweep(
+    models: Mapping[str, Path], exam: Exam, tokenizer: Tokenizer, scales: Sequence[float], say: Callable[[str], None]
+) -> list[dict[str, float]]:
+    """Grafts at every scale, each measured on the half that chooses: a row a scale.
+
+    Row: scale, gap_closed (English), response_nll per language, bits_per_byte of the target language, cost (how much
+    worse that is than adapted's, as a share).
+    """
+    target = next(language for language in exam.texts if language != ENGLISH)
+
+    def figures(model: Transformer) -> dict[str, float]:
+        nll = {f"nll_{language}": exam.response_nll(model, tokenizer, language) for language in exam.chats}
+        return {**nll, "bits_per_byte": bits_per_byte(model, tokenizer, exam.texts[target])}
+
+    adapted, tuned = (figures(load(models[name])) for name in ("adapted", "tuned"))
+    rows = []
+    with tempfile.TemporaryDirectory(prefix=".sweep-", dir=models["base"].parent) as folder:
+        for scale in scales:
+            out = Path(folder) / f"{scale:g}"
+            graft(models["base"], models["chat"], models["adapted"], out, scale)
+            row = {"scale": scale, **figures(load(out))}
+            gap = gap_closed(adapted[f"nll_{ENGLISH}"], row[f"nll_{ENGLISH}"], tuned[f"nll_{ENGLISH}"])
+            row |= {"gap_closed": gap or 0.0, "cost": row["bits_per_byte"] / adapted["bits_per_byte"] - 1}
+            rows.append(row)
+            say(f"scale {scale:g}: gap closed {row['gap_closed']:.2f} for {row['cost']:+.1%} bits per byte of {target}")
+    return rows
+
+
+def choose(rows: Sequence[Mapping[str, float]], cost: float = COST) -> float:
+    """The scale that closes most of English's gap at no more than `cost`; the cheapest where all cost more."""
+    if not rows:
+        raise TrainingError("tour: no scale was tried")
+    fair = [row for row in rows if row["cost"] <= cost]
+    if not fair:
+        return min(rows, key=lambda row: row["cost"])["scale"]
+    return max(fair, key=lambda row: row["gap_closed"])["scale"]
+
+
+def _as_chat(question: Question) -> list[dict[str, str]]:
+    return [*question.messages, {"role": "assistant", "content": question.answer}]
+
+
+def _questions(path: Path | None) -> list[tuple[str, Question]]:
+    if path is None:
+        return []
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        found.append((record.pop("split"), Question(**record)))
+    return found

@@ -1,0 +1,133 @@
+"""The whole tour as a user types it, short: every model loads elsewhere, every number is there, a stop loses nothing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lapis.checkpoint.commit import verify
+from lapis.errors import DataError
+from lapis.model.load import load
+from lapis.tour import measure
+from lapis.tour.material import Material, write_world
+from lapis.tour.world import World
+
+MODELS = ["base", "chat", "adapted", "tuned", "yardstick", "grafted"]
+
+
+def lapis(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "lapis", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A tour that was killed on its way and run again."""
+    out = tmp_path_factory.mktemp("tour") / "run"
+    command = [sys.executable, "-m", "lapis", "tour", "--minutes", "0.3", "--out", str(out), "--json"]
+    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (out / "chat").exists() and first.poll() is None:
+        time.sleep(0.05)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    before = (out / "base" / "model.safetensors").stat().st_mtime_ns
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (out / "base" / "model.safetensors").stat().st_mtime_ns == before, "base was trained again"
+    return out, json.loads(done.stdout)
+
+
+def test_the_findings_are_all_there(finished: tuple[Path, dict[str, Any]]) -> None:
+    _, found = finished
+    assert sorted(found["models"]) == sorted(MODELS)
+    for part in found["scores"].values():
+        assert set(part) == {"en", "ms"}
+        for scores in part.values():
+            assert 0 < scores["bits_per_byte"] < 8 and scores["response_nll"] > 0
+            assert 0 <= scores["stop_rate"] <= 1 and 0 <= scores["answers"] <= 1
+    assert set(found["gap_closed"]) == {"en", "ms"}
+    assert found["scale"] in {row["scale"] for row in found["sweep"]}
+    assert found["seconds"] > 0
+
+
+def test_every_model_is_whole_and_loads_in_transformers(finished: tuple[Path, dict[str, Any]]) -> None:
+    _, found = finished
+    for folder in found["models"].values():
+        assert verify(Path(folder)) == []
+        theirs = AutoModelForCausalLM.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        ids = tokenizer("This is a story about Mira.", return_tensors="pt").input_ids
+        with torch.no_grad():
+            assert (theirs(ids).logits - load(folder)(ids)).abs().max() <= 1e-5
+
+
+def test_the_graft_is_the_arithmetic_it_says(finished: tuple[Path, dict[str, Any]]) -> None:
+    _, found = finished
+    base, chat, adapted, grafted = (
+        load(found["models"][name]).state_dict() for name in ("base", "chat", "adapted", "grafted")
+    )
+    for name in (n for n in grafted if ".attn." in n or ".mlp." in n):
+        wanted = adapted[name].double() + found["scale"] * (chat[name].double() - base[name].double())
+        assert (grafted[name] - wanted).abs().max() <= 1e-6, name
+
+
+def test_the_report_is_one_file_that_asks_for_nothing(finished: tuple[Path, dict[str, Any]]) -> None:
+    _, found = finished
+    html = Path(found["report"]).read_text(encoding="utf-8")
+    assert "grafted" in html and "<script src" not in html and '<link rel="stylesheet"' not in html
+
+
+def test_a_finished_tour_is_shown_again_and_another_is_refused(finished: tuple[Path, dict[str, Any]]) -> None:
+    out, found = finished
+    again = lapis("tour", "--minutes", 0.3, "--out", out)
+    assert again.returncode == 0 and "lapis chat" in again.stdout
+    other = lapis("tour", "--minutes", 1, "--out", out)
+    assert other.returncode == 1 and "holds another tour (minutes was 0.3)" in other.stderr
+    assert other.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--data", "nowhere"], "there is no such folder"),
+        (["--language", "xx"], "xx"),
+        (["--language", "en"], "from English to another language"),
+        (["--minutes", "0"], "minutes"),
+    ],
+)
+def test_what_cannot_be_a_tour_is_one_line(tmp_path: Path, arguments: list[str], says: str) -> None:
+    done = lapis("tour", "--out", tmp_path / "run", *arguments)
+    assert done.returncode == 1 and says in done.stderr and done.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists() or os.listdir(tmp_path / "run") == []
+
+
+def test_material_is_mixed_by_share_and_halved_without_overlap(tmp_path: Path) -> None:
+    write_world(World(0, 20), tmp_path / "world", "ko", 40_000)
+    material = Material(tmp_path / "world", "ko")
+    material.mix({"en": 0.25, "ko": 0.75}, tmp_path / "mixed.jsonl", 100_000, seed=0)
+    texts = [json.loads(line)["text"] for line in (tmp_path / "mixed.jsonl").read_text().splitlines()]
+    hangul = sum(len(text) for text in texts if any("가" <= letter <= "힣" for letter in text))
+    assert abs(hangul / sum(map(len, texts)) - 0.75) < 0.01
+    first, second = measure.exams(material)
+    for language in material.languages:
+        assert not {id(chat) for chat in first.chats[language]} & {id(chat) for chat in second.chats[language]}
+        assert first.questions[language] and second.questions[language]
+    (tmp_path / "world" / "instruct" / "en.jsonl").unlink()
+    with pytest.raises(DataError, match=r"en\.jsonl: there is no such file"):
+        Material(tmp_path / "world", "ko")
+
+
+def test_the_scale_with_most_gain_at_a_fair_cost_is_taken() -> None:
+    rows = [
+        {"scale": s, "gap_closed": g, "cost": c} for s, g, c in ((0.5, 0.4, 0.01), (1.0, 0.5, 0.02), (1.5, 0.7, 0.2))
+    ]
+    assert measure.choose(rows) == 1.0
+    assert measure.choose([{"scale": 2.0, "gap_closed": 0.1, "cost": 0.3}]) == 2.0
