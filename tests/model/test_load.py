@@ -24,7 +24,7 @@ Q0 = "model.layers.0.self_attn.q_proj.weight"
 def refusal(folder: Folder) -> str:
     """The one line that both counting and loading refuse with."""
     with pytest.raises(CheckpointError) as planned:
-        plan_load(open_checkpoint(folder.path), compare_head=False)
+        plan_load(open_checkpoint(folder.path))
     with pytest.raises(CheckpointError) as loaded:
         load(folder.path)
     assert str(planned.value) == str(loaded.value)
@@ -83,7 +83,17 @@ def test_a_shape_that_no_family_has_is_not_saved(tmp_path: Path) -> None:
 def test_fault_17_quantized_weights_are_refused(make_folder: Make) -> None:
     folder = make_folder()
     folder.put({**folder.tensors, Q0: torch.zeros(16, 16, dtype=torch.int8)})
-    assert refusal(folder) == f"{Q0} is I8; quantized weights cannot be run here"
+    assert refusal(folder) == f"{Q0} is I8: such weights cannot be run here; convert them to bfloat16"
+
+
+def test_fault_16_float8_weights_are_counted_and_not_run(make_folder: Make) -> None:
+    folder = make_folder()
+    tensors = {n: t.to(torch.float8_e4m3fn) if t.dim() == 2 else t for n, t in folder.tensors.items()}
+    folder.put({**tensors, "model.layers.0.self_attn.q_proj.weight_scale_inv": torch.ones(1, 1)})
+    assert " is F8_E4M3 and 15 more are quantized: such weights cannot be run here" in refusal(folder)
+    plan = plan_load(open_checkpoint(folder.path), to_run=False)
+    assert plan.dtype == "float8" and plan.config == folder.model.config
+    assert plan.notes == ("1 tensors are the scales of quantized weights; not counted",)
 
 
 def test_fault_18_dtypes_that_differ_are_read_as_most_are(make_folder: Make) -> None:

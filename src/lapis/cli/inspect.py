@@ -60,7 +60,7 @@ def measure_source(model: str, context: int | None) -> "tuple[dict[str, Any], Si
         kind = str(checkpoint.config.get("model_type"))
         notes = [*checkpoint.notes, f"model_type {kind:.40} is not known here: counted from names, without FLOPs"]
         return measure_headers(checkpoint.index, checkpoint.part), None, notes
-    plan = plan_load(checkpoint, compare_head=False)
+    plan = plan_load(checkpoint, to_run=False)
     measured = measure(plan.config, context)
     result = measured.to_json(plan.dtype)
     result["memory"]["folder_bytes"] = checkpoint.nbytes

@@ -19,6 +19,8 @@ Shape = tuple[int, ...]
 Found = dict[str, tuple[str, Rule, int | None]]  # canonical name on disk -> as it is spelled, its rule, its layer
 
 FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
+SMALL = {"F8_E4M3": "float8", "F8_E5M2": "float8", "I8": "int8", "U8": "uint8"}  # counted, not run
+SCALES = ("_scale", "_scale_inv")  # how the names of quantized weights' factors end
 COMPARED = 1 << 24  # bytes at a time
 TOLD = 6
 
@@ -71,29 +73,31 @@ def family_of(config: ModelConfig) -> Family:
     raise ConfigError(f'model: family is "{config.family}"; known: {_known()}')
 
 
-def plan_load(checkpoint: Checkpoint, *, head: Head | None = None, classes: int = 0, compare_head: bool = True) -> Plan:
+def plan_load(checkpoint: Checkpoint, *, head: Head | None = None, classes: int = 0, to_run: bool = True) -> Plan:
     """Everything about loading that headers and config can show.
 
-    head, classes: put another head on top. compare_head: read the head and the embedding where config.json ties them
-    and both are there. Raises CheckpointError listing all tensors that are missing, unknown or of a wrong shape.
+    head, classes: put another head on top. to_run: False only counts: quantized weights pass, and no weight is read (to
+    run, the head is compared with the embedding where config.json ties them and both are there). Raises CheckpointError
+    listing all tensors that are missing, unknown or of a wrong shape.
     """
     notes: list[str] = []
     config = read_config(checkpoint, notes)
     family = checkpoint.family
     assert family is not None
-    found, problems = _find(checkpoint, family, notes)
+    found, problems = _find(checkpoint, family, notes, to_run)
     layers = layers_of(found, family)
     if layers != config.layers:
         raise CheckpointError(
             f"{checkpoint.source}: config.json says {config.layers} layers, the tensors have {layers}; fetch both again"
         )
     config = _with_head(checkpoint, config, found, head, classes)
-    if compare_head:
+    if to_run:
         config = _settle_tie(checkpoint, config, found, notes)
     shapes = parameter_shapes(config)
     steps: list[tuple[str, Rule, tuple[str, ...]]] = []
     used: set[str] = set()
     aside: list[str] = []
+    quantized: list[str] = []
     twins = {rule.names[0] for _, rule, _ in found.values() if rule.twin}
     for name, rule, layer in found.values():
         targets = tuple(target.replace("{layer}", str(layer)) for target in rule.names)
@@ -110,8 +114,8 @@ def plan_load(checkpoint: Checkpoint, *, head: Head | None = None, classes: int 
             rows = rule.component in ("embed", "head") and len(actual) == 2 and actual[1:] == expected[1:]
             field = f" (vocab_size {config.vocab})" if rows else ""
             problems.append(f"{name} is {_spelled(actual)} but {_spelled(expected)} by config.json{field}")
-        if checkpoint.index[name].dtype not in FLOATS:
-            problems.append(f"{name} is {checkpoint.index[name].dtype}; quantized weights cannot be run here")
+        if checkpoint.index[name].dtype not in (FLOATS if to_run else FLOATS | SMALL):
+            quantized.append(f"{name} is {checkpoint.index[name].dtype}")
         used.update(targets)
         if rule.twin or targets[0] not in twins:
             steps.append((name, rule, targets))
@@ -120,6 +124,9 @@ def plan_load(checkpoint: Checkpoint, *, head: Head | None = None, classes: int 
     fresh = tuple(name for name in lacking if head is not None and name.startswith("head"))
     missing = sorted({family.disk_name(*family.rule_for(name)) for name in lacking if name not in fresh})
     problems += [f"{name} is missing" for name in missing]
+    if quantized:
+        others = f" and {len(quantized) - 1} more are quantized" if len(quantized) > 1 else ""
+        problems.insert(0, f"{quantized[0]}{others}: such weights cannot be run here; convert them to bfloat16")
     if problems:
         more = f" ... and {len(problems) - TOLD} more" if len(problems) > TOLD else ""
         raise CheckpointError(f"{checkpoint.source}: {'; '.join(problems[:TOLD])}{more}")
@@ -130,16 +137,18 @@ def plan_load(checkpoint: Checkpoint, *, head: Head | None = None, classes: int 
     return Plan(config, tuple(steps), fresh, _dtype_of(checkpoint, steps), tuple(notes))
 
 
-def _find(checkpoint: Checkpoint, family: Family, notes: list[str]) -> tuple[Found, list[str]]:
+def _find(checkpoint: Checkpoint, family: Family, notes: list[str], to_run: bool) -> tuple[Found, list[str]]:
     """Every tensor by its canonical name, and what is wrong with the names."""
     found: Found = {}
     problems = []
-    ignored = 0
+    ignored = scales = 0
     for name in checkpoint.names:
         matched = family.match(name)
         if matched is None:
             if family.is_ignored(name):
                 ignored += 1
+            elif name.endswith(SCALES) and not to_run:
+                scales += 1
             else:
                 problems.append(f"{name} is not a tensor of {family.name}")
             continue
@@ -149,6 +158,8 @@ def _find(checkpoint: Checkpoint, family: Family, notes: list[str]) -> tuple[Fou
         found[canonical] = (name, *matched)
     if ignored:
         notes.append(f"{ignored} tensors are buffers or unused heads; left out")
+    if scales:
+        notes.append(f"{scales} tensors are the scales of quantized weights; not counted")
     return found, problems
 
 
@@ -203,7 +214,7 @@ def _dtype_of(checkpoint: Checkpoint, steps: list[tuple[str, Rule, tuple[str, ..
     for name, _, _ in steps:
         info = checkpoint.index[name]
         sizes[info.dtype] = sizes.get(info.dtype, 0) + info.elements
-    return FLOATS[max(sizes, key=lambda kind: sizes[kind])]
+    return (FLOATS | SMALL)[max(sizes, key=lambda kind: sizes[kind])]
 
 
 def _known() -> str:

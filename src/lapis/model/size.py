@@ -14,7 +14,8 @@ from typing import Any
 from lapis.families import part_of
 from lapis.model.config import ModelConfig
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+SHOWN = {"float32": 4, "bfloat16": 2, "int8": 1}
+DTYPE_BYTES = SHOWN | {"float64": 8, "float16": 2, "float8": 1, "uint8": 1}
 BLOCK = "blocks.0."
 
 
@@ -120,7 +121,7 @@ class Size:
             },
             "memory": {
                 "weights_bytes": self.total * DTYPE_BYTES[dtype],
-                "weights_bytes_by_dtype": {name: self.total * size for name, size in DTYPE_BYTES.items()},
+                "weights_bytes_by_dtype": {name: self.total * size for name, size in SHOWN.items()},
                 "kv_cache_bytes": self.kv_cache_bytes,
                 "activation_bytes": self.activation_bytes,
                 "dtype": dtype,
