@@ -30,7 +30,7 @@ TASKS = {
 }
 """Tasks and their shares of the turns. The answers to "fact", "word" and "tell" stand in no prompt."""
 
-LESSONS = {"quiz": ("fact", "word"), "reading": ("read", "read_word"), "drill": ("repeat", "list", "finish")}
+LESSONS = {"quiz": ("fact", "word"), "reading": ("read", "read_word"), "drill": ("repeat", "repeat", "list", "finish")}
 """Documents that tell of a lesson, and the tasks in them."""
 
 RECALL = ("fact", "word", "tell")
@@ -128,17 +128,16 @@ class Asker:
         if kind == "reading":
             text, slots, full, words = self._passage(rng, who, with_facts=who.split == "asked")
             sentences.append(text)
-            ask = teller.say(rng, f"ask.{(relation := rng.choice(full))}", slots)
-            asked = [(ask, teller.state(relation, slots))]
-            if words and rng.random() < 0.5:
-                relation = rng.choice(words)
-                asked.append((self._in_one_word(rng, relation, slots), self._answer(relation, slots)))
+            asked = [(teller.say(rng, f"ask.{key}", slots), teller.state(key, slots)) for key in full]
+            asked += [(self._in_one_word(rng, key, slots), self._answer(key, slots)) for key in words]
+            asked = rng.sample(asked, min(len(asked), 3))
         else:
-            first = self.turn(rng, rng.choice(LESSONS[kind]), who)
-            second = first
-            while second.relation == first.relation:
-                second = self.turn(rng, rng.choice(LESSONS[kind]), who)
-            asked = [(turn.ask, turn.answer) for turn in (first, second)]
+            turns = [self.turn(rng, rng.choice(LESSONS[kind]), who)]
+            while len(turns) < 3:
+                turn = self.turn(rng, rng.choice(LESSONS[kind]), who)
+                if turn.ask not in [earlier.ask for earlier in turns]:
+                    turns.append(turn)
+            asked = [(turn.ask, turn.answer) for turn in turns]
         for ask, answer in asked:
             stop = self.teller.language.stop
             bare = answer.removesuffix(stop)

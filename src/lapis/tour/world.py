@@ -32,15 +32,15 @@ from lapis.tour.words.base import Language
 LANGUAGES = {"en": "English", "ms": "Malay", "ko": "Korean", "uk": "Ukrainian", "zh": "Chinese"}
 
 KINDS = {
-    "portrait": 4.0,
-    "story": 2.5,
-    "pair": 1.0,
-    "talk": 1.0,
-    "city": 0.7,
+    "portrait": 3.0,
+    "story": 2.0,
+    "pair": 0.8,
+    "talk": 0.8,
+    "city": 0.6,
     "quiz": 1.0,
-    "reading": 2.0,
-    "drill": 1.0,
-    "gloss": 0.5,
+    "reading": 3.0,
+    "drill": 2.0,
+    "gloss": 0.4,
 }
 """Kinds of documents and how often each is told. "gloss", words and what they are in English, is not for English."""
 
