@@ -1,8 +1,8 @@
 """Where a model keeps what the lens looks at: its blocks, the two halves of each, the final norm and the head.
 
 One description serves lapis' own Transformer and the causal models of transformers, which are found by their structure
-and never imported. What cannot be found is an error that names it; what does not add up is found out by the trace.
-Leaves out: encoders, encoder-decoders, state-space and mixture models whose blocks have no attention or MLP module.
+and never imported. Layers, final norm and head must be there; where the halves of a layer cannot be found, or do not
+add up (trace.py finds out), the lens has the ends of layers only. Leaves out: encoders and encoder-decoders.
 
 Shapes: B batch, T time, P asked places, D model dim, V vocabulary.
 """
@@ -27,7 +27,8 @@ Run = Callable[[Tensor, Cache | None, Places], Callable[[slice], Tensor]]
 
 @dataclass(frozen=True)
 class Anatomy:
-    """The parts of a causal model. matrix: the output embedding, [V, D]. mixers: the linear maps after each attention.
+    """The parts of a causal model. matrix: the output embedding, [V, D]. attention, mlp: the halves of the blocks, empty
+    where they are not known. mixers: the linear maps after each attention.
 
     heads: of each attention; 0 where it is not known. own: the model is lapis' own, with an AttentionCore and a Cache.
     """
@@ -109,10 +110,12 @@ def _foreign(model: Any, name: str) -> Anatomy:
     trunk = next((m for m in model.modules() if stacks and stacks[0] in m.children()), None)
     norm = _child(trunk, "norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f")
     attention = [_child(block, "self_attn", "attn", "attention", "self_attention") for block in blocks]
-    mlp = [_child(block, "mlp", "feed_forward", "ffn", "block_sparse_moe") for block in blocks]
-    if norm is None or not blocks or None in attention or None in mlp:
-        lacks = "a final norm" if blocks and norm is None else "blocks of attention and MLP"
-        raise LapisError(f"lens: {name} has no {lacks} where lapis looks for them; give a causal decoder")
+    mlp = [_child(block, "mlp", "feed_forward", "ffn", "block_sparse_moe", "fc2") for block in blocks]
+    if norm is None:
+        lacks = "final norm" if blocks else "stack of layers"
+        raise LapisError(f"lens: {name} has no {lacks} where lapis looks for one; give a causal decoder")
+    if None in attention or None in mlp:
+        attention, mlp = [], []
     mixers = [_child(part, "o_proj", "out_proj", "c_proj", "dense", "wo") for part in attention]
     takes = inspect.signature(model.forward).parameters
 

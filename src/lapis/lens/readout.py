@@ -64,17 +64,20 @@ def read(
     tracked: Sequence[int] = (),
     ranked: slice = slice(0),
     top: int = 10,
+    width: int = 0,
 ) -> Readout:
     """Reads normed states through the head.
 
     reference_M: for each state the row of the last state at its place. own_FV: the model's own logits, for every row
     that is a reference, in their order; None where the head is another model's. tracked: token ids; ranked: the states
-    for which their ranks are counted. Raises LapisError where logits are no numbers, or differ from own_FV.
+    for which their ranks are counted. width: tokens per block; 0 takes what fits a cache.
+    Raises LapisError where logits are no numbers, or differ from own_FV.
     """
     finals_F = torch.unique(reference_M)
     size, device = len(matrix_VD), rows_MD.device
     rows_MD = rows_MD.float()
-    M, R, width = len(rows_MD), len(tracked), max(256, min(16384, ELEMENTS // len(rows_MD)))
+    M, R = len(rows_MD), len(tracked)
+    width = width or max(256, min(16384, ELEMENTS // M))
     zeros_M = torch.zeros(M, dtype=torch.float64, device=device)
     sums = _Sums(torch.full((M, 1), -torch.inf, dtype=torch.float64, device=device), *(zeros_M.clone() for _ in "abc"))
     best_MK, best_ids_MK = rows_MD.new_empty(M, 0), torch.empty(M, 0, dtype=torch.long, device=device)

@@ -47,7 +47,8 @@ def trace(parts: Anatomy, ids_BT: Tensor, places: Places, cache: Cache | None = 
     handles: list[Any] = []
 
     def keep(key: tuple[str, int], value: Any) -> None:
-        kept[key] = (value[0] if isinstance(value, tuple) else value)[places]
+        x = value[0] if isinstance(value, tuple) else value
+        kept[key] = x.view(*ids_BT.shape, -1)[places]  # some flatten rows and time
 
     def after(module: nn.Module, name: str, layer: int) -> None:
         handles.append(module.register_forward_hook(lambda _m, _a, out: keep((name, layer), out)))
@@ -61,9 +62,10 @@ def trace(parts: Anatomy, ids_BT: Tensor, places: Places, cache: Cache | None = 
     try:
         before(parts.blocks[0], "embed", 0)
         for layer in range(parts.layers):
-            after(parts.attention[layer], "attention", layer)
-            after(parts.mlp[layer], "mlp", layer)
             after(parts.blocks[layer], "after", layer)
+        for name, modules in (("attention", parts.attention), ("mlp", parts.mlp)):
+            for layer, module in enumerate(modules):
+                after(module, name, layer)
         for layer, mixer in enumerate(parts.mixers):
             before(mixer, "mixed", layer)
         own = parts.run(ids_BT, cache, places)
@@ -75,8 +77,8 @@ def trace(parts: Anatomy, ids_BT: Tensor, places: Places, cache: Cache | None = 
         return [kept[name, layer] for layer in range(parts.layers) if (name, layer) in kept]
 
     embed, after_, attention, mlp = kept["embed", 0], each("after"), each("attention"), each("mlp")
-    middle = [x + added for x, added in zip([embed, *after_[:-1]], attention, strict=True)]
-    adds_up = parts.own or _adds_up(middle, mlp, after_)
+    middle = [x + added for x, added in zip([embed, *after_[:-1]], attention, strict=False)]
+    adds_up = parts.own or (bool(middle) and _adds_up(middle, mlp, after_))
     found = Trace(embed, middle if adds_up else [], after_, attention, mlp, each("mixed"), adds_up, own)
     _check_finite(parts, found)
     return found
@@ -98,7 +100,7 @@ def _check_finite(parts: Anatomy, found: Trace) -> None:
         raise LapisError(f"lens: {parts.name}: the embedding of the prompt holds NaN or Inf; fetch the weights again")
     for layer in range(parts.layers):
         for half, states in (("attention", found.attention_LPD), ("MLP", found.mlp_LPD)):
-            if not bool(states[layer].isfinite().all()):
+            if states and not bool(states[layer].isfinite().all()):
                 damaged = [n for n, p in parts.blocks[layer].named_parameters() if not bool(p.isfinite().all())]
                 why = f"{damaged[0]} of that layer does" if damaged else "the sums there overflow"
                 raise LapisError(
