@@ -296,9 +296,13 @@ def test_fault_23_a_tensor_is_absent_from_one_model(family, tmp_path):
 
 
 def test_fault_24_all_shapes_that_differ_are_listed(family, tmp_path):
+    wide = {
+        name: torch.zeros(DIM, 25) if "down" in name else torch.zeros(25, DIM) if "mlp" in name else tensor
+        for name, tensor in tensors_of(family["two"]).items()
+    }
+    bad = write_model(tmp_path / "wide", wide, vocab=words(), config={"intermediate_size": 25})
     down = "model.layers.0.mlp.down_proj.weight"
-    bad = spoiled(family, "two", **{UP: torch.zeros(25, DIM), down: torch.zeros(DIM, 23)})
-    refused(family, bad, tmp_path, "2 problems", f"{UP} is 24x16 in", "25x16 in", f"{down} is 16x24 in")
+    refused(family, bad, tmp_path, "6 problems", f"{UP} is 24x16 in", "25x16 in", f"{down} is 16x24 in")
 
 
 def test_a_model_with_fewer_layers_is_told(family, tmp_path):

@@ -10,6 +10,7 @@ stack before the last are rows.
 """
 
 import hashlib
+import threading
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -71,6 +72,21 @@ class Block:
     def changed(self, delta: Tensor) -> Result:
         """base + delta, in place of the base, and the delta. The end of every method that changes a base."""
         return self.origin.add_(delta), delta
+
+
+_memory = threading.local()
+
+
+def scratch(like: Tensor, use: str) -> Tensor:
+    """A tensor of undefined content, shaped as `like`, in memory that this thread uses again under the same name.
+
+    Fresh memory costs more than arithmetic: the kernel clears each page of it.
+    """
+    vectors: dict[str, Tensor] = _memory.__dict__
+    held = vectors.get(use)
+    if held is None or held.numel() < like.numel():
+        held = vectors[use] = torch.empty(like.numel())
+    return held[: like.numel()].view(like.shape)
 
 
 Reduction = Callable[[Block], tuple[Any, ...]]
@@ -141,13 +157,14 @@ class Cut:
 
 
 def cuts(
-    scores: Callable[[Block], Sequence[Tensor]], ranks: Callable[[int, int], Sequence[int]]
+    scores: Callable[[Block], Iterable[Tensor]], ranks: Callable[[int, int], Sequence[int]]
 ) -> Generator[Reduction, tuple[Any, ...], list[list[Cut]]]:
     """The scores at some ascending ranks, exactly, in two sweeps and without sorting.
 
-    scores: a block's nonnegative float32 scores, a tensor for each thing that is ranked. ranks(i, count): the 0-based
-    ranks wanted of thing i, which has `count` elements. Nonnegative floats sort like their bits: the first sweep counts
-    the upper 16 bits of all, the second the lower 16 of the elements whose upper bits are the ones wanted.
+    scores: a block's nonnegative float32 scores, a tensor for each thing that is ranked, which may use the same memory
+    one after the other. ranks(i, count): the 0-based ranks wanted of thing i, which has `count` elements. Nonnegative
+    floats sort like their bits: the first sweep counts the upper 16 bits of all, the second the lower 16 of the
+    elements whose upper bits are the ones wanted.
     """
 
     def upper(block: Block) -> tuple[Any, ...]:
@@ -170,7 +187,9 @@ def cuts(
         for score, tops in zip(scores(block), places, strict=True):
             bits = _bits(score).numpy()
             for top, _ in tops:
-                found.append({block.first: np.unique(bits[bits >> 16 == top] & 0xFFFF, return_counts=True)})
+                low = bits - (top << 16)
+                low = np.compress(low.view(np.uint32) < 1 << 16, low)  # several times faster than an index
+                found.append({block.first: np.unique(low, return_counts=True)})
         return tuple(found)
 
     found = iter((yield lower))

@@ -15,7 +15,7 @@ Masks that depend on magnitude are exact: of equal magnitudes, common among bf16
 as the larger. (mergekit leaves equals to an unstable sort.) Random masks are drawn from seed, tensor name and model.
 """
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from lapis.errors import ConfigError
-from lapis.weights.methods.block import Block, Cut, Elementwise, Reduction, Result, Steps, cuts
+from lapis.weights.methods.block import Block, Cut, Elementwise, Reduction, Result, Steps, cuts, scratch
 from lapis.weights.methods.linear import combination
 from lapis.weights.methods.options import (
     Density,
@@ -203,23 +203,22 @@ def _thinned(
 
 def _elected(deltas: list[Tensor], weight: PerModel, ratios: list[float], normalize: bool, numerics: str) -> Tensor:
     """sum of those w d whose sign is the elected one; over the sum of their w where normalize is set."""
-    if numerics == "paper":
-        sign = torch.stack(deltas).sum(0).sign_()
+    sign = scratch(deltas[0], "sign").zero_()
     for delta, w, ratio in zip(deltas, weight, ratios, strict=True):
-        delta.mul_(w * ratio)
-    if numerics == "mergekit":
-        sign = deltas[0].clone()
-        for delta in deltas[1:]:
+        if numerics == "paper":
             sign.add_(delta)
-        sign = sign.ge_(0).mul_(2).sub_(1)
-    merged, divisor = torch.zeros_like(sign), torch.zeros_like(sign)
+        delta.mul_(w * ratio)
+        if numerics == "mergekit":
+            sign.add_(delta)
+    sign = sign.sign_() if numerics == "paper" else sign.ge_(0).mul_(2).sub_(1)
+    merged, divisor = scratch(sign, "merged").zero_(), scratch(sign, "divisor").zero_()
     for delta, w in zip(deltas, weight, strict=True):
         agreed = delta.mul_(sign).clamp_(min=0)  # abs(w d) where the signs agree, 0 elsewhere
         merged.add_(agreed)
         if normalize:
             divisor.add_(agreed.sign_(), alpha=w)
     if normalize:
-        merged.div_(divisor.add_(divisor.eq(0).to(divisor.dtype)))
+        merged.div_(divisor.add_(torch.eq(divisor, 0, out=scratch(sign, "zero"))))
     return merged.mul_(sign)
 
 
@@ -228,9 +227,9 @@ def _band(density: PerModel, gamma: Sequence[float], at_least: int = 0) -> Gener
     thin = [i for i, share in enumerate(density) if 0 < share < 1]
     bounds: dict[int, tuple[int, int, int]] = {}  # model -> the ranks [low, high) that stay, of how many
 
-    def sizes(block: Block) -> list[Tensor]:
+    def sizes(block: Block) -> Iterator[Tensor]:
         deltas = block.deltas()
-        return [deltas[i].abs() for i in thin]
+        return (torch.abs(deltas[i], out=scratch(deltas[i], "size")) for i in thin)
 
     def ranks(at: int, count: int) -> list[int]:
         kept = min(count, max(at_least, int(density[thin[at]] * count)))
@@ -247,7 +246,7 @@ def _band(density: PerModel, gamma: Sequence[float], at_least: int = 0) -> Gener
         if low == high:
             return np.zeros(delta.shape, np.bool_), 1.0
         edges = found[thin.index(i)]
-        mask = edges[0].upper(block, delta.abs())
+        mask = edges[0].upper(block, torch.abs(delta, out=scratch(delta, "size")))
         if high < count:
             mask.sub_(edges[1].upper(block, delta.abs()))
         return mask.numpy(), 1.0
