@@ -180,13 +180,13 @@ def test_a_dry_run_writes_nothing_and_says_what_it_needs(trio, tmp_path):
 
 def test_all_problems_are_told_at_once(trio, folders, tmp_path):
     models = trio()
-    wide = {n: torch.cat([t, t]) if "up_proj" in n else t for n, t in folders.read(models["chat"]).items()}
+    wide = {n: torch.cat([t, t]) if "1.mlp.up" in n else t for n, t in folders.read(models["chat"]).items()}
     del wide["model.layers.0.mlp.down_proj.weight"]
     models["chat"] = folders.write(tmp_path / "wide", wide, vocab=folders.words(), config={"num_attention_heads": 8})
     with pytest.raises(CheckpointError) as caught:
         graft(**models, out=tmp_path / "out")
     text = str(caught.value)
-    assert text.startswith("graft: 4 problems") and "\n" not in text
+    assert text.startswith("graft: 3 problems") and "\n" not in text
     assert "num_attention_heads is 4 in onto and 8 in chat" in text
     assert "model.layers.1.mlp.up_proj.weight is 24x16 in onto and 48x16 in chat; a graft needs equal shapes" in text
     assert "model.layers.0.mlp.down_proj.weight is in onto and not in chat" in text
@@ -296,6 +296,21 @@ def test_fault_24_every_shape_that_differs_is_listed(trio, folders, tmp_path):
     tensors = {n: t[:, :-1].contiguous() if "down_proj" in n else t for n, t in folders.read(models["base"]).items()}
     models["base"] = folders.write(tmp_path / "narrow", tensors, vocab=folders.words())
     with pytest.raises(CheckpointError, match=r"2 problems.*layers.0.mlp.down_proj.*layers.1.mlp.down_proj"):
+        graft(**models, out=tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"intermediate_size": 10**9}, r"chat: config.json says 1,000,000,000, but .*up_proj.weight is 24x16"),
+        ({"num_hidden_layers": 3}, "chat: config.json says 3 layers, the tensors have 2"),
+        ({"hidden_size": 32}, r"chat: config.json says 32, but model.embed_tokens.weight is 40x16"),
+    ],
+)
+def test_faults_35_and_36_sizes_in_the_config_against_the_tensors(trio, folders, tmp_path, change, message):
+    models = trio()
+    models["chat"] = folders.write(tmp_path / "odd", folders.read(models["chat"]), vocab=folders.words(), config=change)
+    with pytest.raises(CheckpointError, match=message):
         graft(**models, out=tmp_path / "out")
 
 

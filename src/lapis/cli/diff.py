@@ -122,7 +122,11 @@ def write_page(found: "DiffTable", a: str, b: str, path: str) -> None:
         Column("rounding_floor", "rounding floor", ".1e"),
         Column("identical", "identical", ".1%"),
     ]
-    page.table([{**g, "layer": str(g["layer"])} for g in found.by("layer")], ["layer", *figures], "By layer")
+    page.table(
+        [{**g, "layer": "outside" if g["layer"] is None else str(g["layer"])} for g in found.by("layer")],
+        ["layer", *figures],
+        "By layer",
+    )
     page.table(found.by("component"), ["component", *figures], "By component")
     if found.rows:
         page.section("Which tokens", "Rows of the embedding: how far each token's vector moved.")

@@ -12,6 +12,8 @@ from lapis.weights.vocabulary import Vocabulary
 # fields that make the same shapes mean another computation, and fields that only shift it
 _DECISIVE = ("model_type", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act", "sliding_window")
 _TOLERABLE = ("rope_theta", "rope_scaling", "rms_norm_eps", "layer_norm_epsilon", "tie_word_embeddings")
+_LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
+_WIDTH, _FFN = ("hidden_size", "n_embd"), ("intermediate_size", "n_inner")
 _SHOWN = 12
 
 
@@ -29,6 +31,7 @@ def check_configs(inputs: Mapping[str, Checkpoint], owner: str = "onto") -> tupl
     problems, notes = [], []
     onto = inputs[owner]
     for role, checkpoint in inputs.items():
+        problems += [f"{role}: {line}" for line in check_sizes(checkpoint)]
         if checkpoint is onto:
             continue
         for key in _DECISIVE:
@@ -46,6 +49,22 @@ def check_configs(inputs: Mapping[str, Checkpoint], owner: str = "onto") -> tupl
         spelled = ", ".join(f"{role} {'/'.join(found)}" for role, found in dtypes.items())
         notes.append(f"dtypes differ ({spelled}); computed in float32, rounded once")
     return problems, notes
+
+
+def check_sizes(checkpoint: Checkpoint) -> list[str]:
+    """Where config.json and the tensors of one model disagree on layers and widths."""
+    problems = []
+    parts = {name: checkpoint.part(name) for name in checkpoint.names}
+    layers = {part.layer for part in parts.values() if part.layer is not None}
+    said = next((n for key in _LAYERS if isinstance(n := _setting(checkpoint.config, key), int)), None)
+    if layers and said is not None and said != len(layers):
+        problems.append(f"config.json says {said:,} layers, the tensors have {len(layers):,}")
+    for keys, component in ((_WIDTH, "embed"), (_FFN, "mlp.up")):
+        size = next((n for key in keys if isinstance(n := _setting(checkpoint.config, key), int)), None)
+        names = [n for n, part in parts.items() if part.component == component and part.kind == "weight"]
+        if size is not None and names and not any(size in checkpoint.info(name).shape for name in names):
+            problems.append(f"config.json says {size:,}, but {names[0]} is {_x(checkpoint.info(names[0]).shape)}")
+    return problems
 
 
 def check_tensors(inputs: Mapping[str, Checkpoint], fates: Mapping[str, str]) -> list[str]:
