@@ -60,7 +60,7 @@ def test_fault_73_an_interrupted_graft_goes_on_and_gives_the_same_bytes(trio, tm
         graft(**models, out=out, scale=0.5, progress=stop_after(share))
     assert not out.exists()
     result = graft(**models, out=out, scale=0.5)
-    assert result.bytes_resumed > share * 0.5 * result.bytes_written if share else True
+    assert result.bytes_resumed > share * (result.bytes_written + result.bytes_resumed) - 1000
     assert files_of(out) == files_of(tmp_path / "whole")
     assert not staging_of(out).exists()
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from lapis.cli.output import console, progress, show, size
+from lapis.cli.output import console, progress, show, size, stderr
 from lapis.errors import CheckpointError
 
 
@@ -80,7 +80,11 @@ def bar(what: str) -> Iterator[Callable[[int, int], None]]:
             speed = shown.tasks[task].speed
             shown.update(task, completed=done, total=total, rate=f"{size(speed)}/s" if speed else "")
 
-        yield tell
+        try:
+            yield tell
+        except KeyboardInterrupt:
+            stderr.print("what is finished is kept: the same command goes on from there")
+            raise
 
 
 def told(result: Any) -> None:

@@ -129,6 +129,8 @@ class _Run:
                 worker.join()
         finally:
             for file in self.files:
+                if file.progress.done > file.recorded:  # stopped: the rerun goes on from the last whole tile
+                    self.journal.record(file.name, file.progress, file.changed)
                 os.close(file.handle)
         if self.failure:
             raise self.failure
