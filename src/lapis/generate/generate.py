@@ -172,7 +172,7 @@ class Decoding:
         self._draws = generators(sampling, rows)
         self._ids_BT, self._mask_BT, self._seen_BV = self._begin(prompts)
         if cache is None:
-            room = min(self._ids_BT.shape[1] + sampling.max_tokens, context(model))
+            room = self._ids_BT.shape[1] + min(sampling.max_tokens, 256)  # it grows where a reply is longer
             weight = model.embed.weight
             cache = Cache(model.config, len(prompts), room, dtype=compute_dtype(weight), device=weight.device)
         self.cache = cache
