@@ -1,4 +1,4 @@
-"""The whole tour as a user types it, short: every model loads elsewhere, every number is there, a stop loses nothing."""
+"""The whole tour as a user types it, short: every model loads elsewhere, every number is there, a stop is harmless."""
 
 import json
 import os
@@ -86,7 +86,7 @@ def test_the_report_is_one_file_that_asks_for_nothing(finished: tuple[Path, dict
 
 
 def test_a_finished_tour_is_shown_again_and_another_is_refused(finished: tuple[Path, dict[str, Any]]) -> None:
-    out, found = finished
+    out, _ = finished
     again = lapis("tour", "--minutes", 0.3, "--out", out)
     assert again.returncode == 0 and "lapis chat" in again.stdout
     other = lapis("tour", "--minutes", 1, "--out", out)

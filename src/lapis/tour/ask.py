@@ -70,11 +70,18 @@ class Question:
 
 
 class Asker:
-    """Makes turns, chats and questions about some of the people that a `Teller` knows."""
+    """Makes turns, chats and questions about some of the people that a `Teller` knows.
 
-    def __init__(self, teller: Teller, people: Sequence[Person]) -> None:
+    Args:
+        people: who may be named. Those who are not in `told` act in invented scenes only.
+        told: whose facts may be asked for, or stand in a text to read; all of `people` by default.
+    """
+
+    def __init__(self, teller: Teller, people: Sequence[Person], told: Sequence[Person] | None = None) -> None:
         self.teller = teller
         self.people = people
+        self.told = people if told is None else told
+        self._told = {person.name for person in self.told}
         self.sentences = teller.language.sentences
 
     def turn(self, rng: Random, task: str, who: Person) -> Turn:
@@ -90,9 +97,10 @@ class Asker:
         }
         return make[task](rng, who)
 
-    def chat(self, rng: Random, tasks: Mapping[str, float], who: Person) -> list[Turn]:
+    def chat(self, rng: Random, tasks: Mapping[str, float]) -> list[Turn]:
         """One to three turns; a turn after a fact may ask for another fact by pronoun."""
         turns: list[Turn] = []
+        who = self.told[0]
         for _ in range(rng.choices((1, 2, 3), (0.6, 0.25, 0.15))[0]):
             asked = [turn.relation for turn in turns if turn.task == "fact"]
             # after a question about a sibling, "she" would be either of the two
@@ -101,9 +109,9 @@ class Asker:
                 rest = [relation for relation in who.facts if relation not in asked]
                 turns.append(self.follow(rng, who, rng.choice(rest)))
             else:
-                person = who if not turns else rng.choice(self.people)
-                turns.append(self.turn(rng, rng.choices(list(tasks), list(tasks.values()))[0], person))
-                who = person
+                task = rng.choices(list(tasks), list(tasks.values()))[0]
+                who = rng.choice(self.told if task in RECALL else self.people)
+                turns.append(self.turn(rng, task, who))
         return turns
 
     def question(self, rng: Random, task: str, who: Person) -> Question:
@@ -126,7 +134,7 @@ class Asker:
         children = {"other": teller.name[other.name], "third": teller.name[third.name]}
         sentences = [teller.say(rng, f"{kind}.open", teller.facts[who.name])]
         if kind == "reading":
-            text, slots, full, words = self._passage(rng, who, with_facts=who.split == "asked")
+            text, slots, full, words = self._passage(rng, who)
             sentences.append(text)
             asked = [(teller.say(rng, f"ask.{key}", slots), teller.state(key, slots)) for key in full]
             asked += [(self._in_one_word(rng, key, slots), self._answer(key, slots)) for key in words]
@@ -186,15 +194,15 @@ class Asker:
     def _with_text(self, rng: Random, text: str, ask: str) -> str:
         return rng.choice(self.sentences["read"]).format(text=text, ask=ask)
 
-    def _passage(self, rng: Random, who: Person, with_facts: bool = True) -> tuple[str, Slots, list[str], list[str]]:
+    def _passage(self, rng: Random, who: Person) -> tuple[str, Slots, list[str], list[str]]:
         """A text, its slots, and which sentences a full and a one-word answer can be taken from.
 
         The sentence with the answer always has its first wording; half of the texts also say the same kind of thing
         of somebody else.
         """
         teller = self.teller
-        first, second = teller.others(rng, who, self.people)
-        kind = rng.choice(["facts", *PASSAGES] if with_facts else list(PASSAGES))
+        kind = rng.choice(["facts", *PASSAGES] if who.name in self._told else list(PASSAGES))
+        first, second = teller.others(rng, who, self.told if kind == "facts" else self.people)
         if kind == "facts":
             slots = teller.facts[who.name]
             told = rng.sample(list(who.facts), rng.randint(1, 3))
@@ -226,7 +234,7 @@ class Asker:
 
     def _repeat(self, rng: Random, who: Person) -> Turn:
         slots = self.teller.scene(rng, who, *self.teller.others(rng, who, self.people))
-        if rng.random() < 0.5:
+        if who.name in self._told and rng.random() < 0.5:
             relation = rng.choice(list(who.facts))
             text = self.teller.say(rng, relation, self.teller.facts[who.name])
         else:

@@ -80,7 +80,7 @@ class World:
             kinds: kinds of documents and their weights.
         """
         teller = self._teller(language)
-        quizzed, taught = Asker(teller, self.of("asked")), Asker(teller, teller.people)
+        quizzed, taught = Asker(teller, self.of("asked")), Asker(teller, teller.people, self.of("asked"))
         weights = {kind: weight for kind, weight in kinds.items() if kind != "gloss" or language != "en"}
         rng = Random(f"lapis documents {self.seed} {language} {seed}")
         turns: list[Person] = []
@@ -100,13 +100,15 @@ class World:
     ) -> list[dict[str, Any]]:
         """Chats of one to three turns: {"messages": [{"role", "content"}, ...], "task": task of the last turn}.
 
-        Only people of the split `people` are named in them.
+        Only facts about people of the split `people` are asked for or told. Everyone whom English tells of is named in
+        invented scenes, to read, to repeat, to finish; else a model would unlearn to answer with the other names.
         """
-        asker = self._asker(language, people)
+        named = [person for person in self.everyone if person.split != "local"]
+        asker = Asker(Teller(words_of(language), self.everyone), named, self.of(people))
         rng = Random(f"lapis chats {self.seed} {language} {people} {seed}")
         chats = []
         for _ in range(count):
-            turns = asker.chat(rng, tasks, rng.choice(asker.people))
+            turns = asker.chat(rng, tasks)
             chats.append({"messages": messages_of(turns), "task": turns[-1].task})
         return chats
 
@@ -123,7 +125,7 @@ class World:
         Questions on "local" people ask for facts that only the target language's texts tell; the tasks whose answer
         stands in the prompt are left out there, unless `tasks` names them.
         """
-        asker = self._asker(language, split)
+        asker = Asker(Teller(words_of(language), self.everyone), self.of(split))
         if tasks is None:
             tasks = {task: share for task, share in TASKS.items() if split != "local" or task in RECALL}
         rng = Random(f"lapis questions {self.seed} {language} {split} {seed}")
@@ -153,9 +155,6 @@ class World:
     def _teller(self, language: str) -> Teller:
         people = [person for person in self.everyone if language != "en" or person.split != "local"]
         return Teller(words_of(language), people)
-
-    def _asker(self, language: str, split: str) -> Asker:
-        return Asker(Teller(words_of(language), self.everyone), self.of(split))
 
 
 def words_of(language: str) -> Language:
