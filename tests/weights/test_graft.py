@@ -211,6 +211,24 @@ def test_wrong_scales(trio, tmp_path, scale, message):
         graft(**trio(), out=tmp_path / "out", scale=scale)
 
 
+def test_an_unknown_family_with_experts_is_grafted_by_name(folders, tmp_path):
+    names = ["backbone.embed_tokens.weight", "backbone.layers.0.input_layernorm.weight", "backbone.gate_bias"]
+    names += [f"backbone.layers.{i}.experts.{e}.w{k}.weight" for i in range(2) for e in range(3) for k in (1, 2)]
+    base = {name: torch.randn(8, 6) if name.endswith("weight") else torch.randn(3) for name in names}
+    models = {}
+    for role, tensors in (("base", base), ("chat", folders.near(base, 2)), ("onto", folders.near(base, 3))):
+        models[role] = tmp_path / role
+        models[role].mkdir()
+        save_file(tensors, models[role] / "model.safetensors")
+        (models[role] / "config.json").write_text('{"model_type": "strange"}')
+    result = graft(**models, out=tmp_path / "out", scale="1.experts.2=0.5,default=0")
+    assert any("strange is not known here" in note for note in result.notes)
+    base, chat, onto, out = (folders.read(folder) for folder in [*models.values(), tmp_path / "out"])
+    for name in names:
+        scale = 0.5 if "layers.1.experts.2." in name else 0.0
+        torch.testing.assert_close(out[name], onto[name] + scale * (chat[name] - base[name]))
+
+
 def test_fault_16_fp8_with_block_scales_is_dequantized(trio, folders, tmp_path):
     models = trio()
     onto = folders.read(models["onto"])

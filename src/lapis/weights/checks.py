@@ -44,11 +44,20 @@ def check_configs(inputs: Mapping[str, Checkpoint], owner: str = "onto") -> tupl
             ours, theirs = _setting(onto.config, key), _setting(checkpoint.config, key)
             if ours != theirs:
                 notes.append(f"{key} is {ours} in {owner} and {theirs} in {role}; {owner}'s is kept")
+    notes += family_notes(onto)
     dtypes = {role: sorted({info.dtype for info in c.index.values()}) for role, c in inputs.items()}
     if len({tuple(found) for found in dtypes.values()}) > 1:
         spelled = ", ".join(f"{role} {'/'.join(found)}" for role, found in dtypes.items())
         notes.append(f"dtypes differ ({spelled}); computed in float32, rounded once")
     return problems, notes
+
+
+def family_notes(checkpoint: Checkpoint) -> list[str]:
+    """A line where the architecture is not known, and parts are read from tensor names."""
+    if checkpoint.family is not None:
+        return []
+    kind = checkpoint.config.get("model_type")
+    return [f"model_type {kind} is not known here: layers and components are read from the tensors' names"]
 
 
 def check_sizes(checkpoint: Checkpoint) -> list[str]:

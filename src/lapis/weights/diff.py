@@ -16,7 +16,7 @@ from lapis.checkpoint import Checkpoint, open_checkpoint
 from lapis.errors import CheckpointError
 from lapis.families.base import Part
 from lapis.weights import spectrum
-from lapis.weights.checks import embedding_rows, told
+from lapis.weights.checks import embedding_rows, family_notes, told
 from lapis.weights.measures import Sums, direction, mantissa, measure, measure_rows, ratio
 from lapis.weights.pairs import counterparts
 from lapis.weights.parts import is_vocabulary
@@ -66,6 +66,7 @@ def diff(
     words = (open_vocabulary(one), open_vocabulary(two))
     names = counterparts(one, two)
     notes = [f"{role}: {note}" for role, model in (("a", one), ("b", two)) for note in model.notes]
+    notes += family_notes(one)
     pairs, mismatched = _pair_up(one, two, names, words, rows, notes)
     in_blocks = [text for name, text in mismatched.items() if one.part(name).layer is not None]
     if in_blocks or not pairs:
