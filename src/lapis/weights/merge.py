@@ -28,7 +28,7 @@ from lapis.weights.outputs import Account, Output
 from lapis.weights.placing import place
 from lapis.weights.produce import produce
 from lapis.weights.recipe import Recipe, parse_recipe, read_recipe
-from lapis.weights.settings import chat_template, output_config, write_template
+from lapis.weights.settings import chat_template, output_config, write_template, write_tokenizer
 from lapis.weights.tiles import THREADS, TILE
 from lapis.weights.union import Words
 from lapis.weights.vocabulary import open_vocabulary
@@ -138,7 +138,8 @@ def plan_merge(recipe: Recipe | Mapping[str, Any] | str | os.PathLike[str], seed
     outputs = [layout.output(each) for each in placing.placed] if not problems else []
     problems += layout.problems
     if placing.placed and not placing.problems:
-        problems += layout.resolver.problems({name for each in placing.placed for _, name in each.sources})
+        names = {name for each in placing.placed for _, name in each.sources}
+        problems += layout.resolver.problems(names | {each.name for each in placing.placed})
     donor = inputs[layout.words.donor if layout.words else placing.owner]
     try:
         template = chat_template(recipe.chat_template, words, donor)
@@ -177,7 +178,7 @@ def _write_beside(plan: MergePlan, folder: Path) -> None:
     plan.notes += carry(plan.donor, folder)
     write_json(folder / "config.json", plan.config)
     if plan.words and plan.words.document:
-        write_json(folder / "tokenizer.json", plan.words.document)
+        write_tokenizer(folder, plan.words.document)
     if plan.template:
         write_template(folder, plan.template)
     (folder / INDEX).unlink(missing_ok=True)

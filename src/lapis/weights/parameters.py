@@ -18,20 +18,11 @@ _ANYWHERE = {name for method in METHODS.values() for name in method.parameters} 
 
 @dataclass
 class Resolver:
-    """Answers what a parameter is for a tensor, and remembers which filters matched and which gradients began."""
+    """Answers what a parameter is for a tensor, and remembers which gradients gave their first value."""
 
     method: str
     scopes: Sequence[tuple[str, Mapping[str, Any]]]  # every mapping of parameters, with the place where it stands
-    unmatched: dict[tuple[int, str], str] = field(default_factory=dict)
     first_values: dict[str, list[str]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for place, parameters in self.scopes:
-            for name, setting in parameters.items():
-                for condition in _conditions(setting):
-                    word = condition.get("filter")
-                    if word not in (None, "*"):
-                        self.unmatched[id(setting), str(word)] = f"{place}: {name}"
 
     def value(
         self, parameter: Parameter, tensor: str, t: float | None, scopes: Sequence[Mapping[str, Any]], model: str = ""
@@ -56,15 +47,11 @@ class Resolver:
         conditions = _conditions(setting)
         if not conditions:
             return True, self._gradient(setting, parameter, tensor, t)
-        chosen = None
         for condition in conditions:
             word = condition.get("filter")
             if word in (None, "*") or str(word) in tensor:
-                self.unmatched.pop((id(setting), str(word)), None)
-                chosen = chosen or condition
-        if chosen is None:
-            return False, None
-        return True, self._gradient(chosen["value"], parameter, tensor, t)
+                return True, self._gradient(condition["value"], parameter, tensor, t)
+        return False, None
 
     def _gradient(self, value: Any, parameter: Parameter, tensor: str, t: float | None) -> Any:
         if not isinstance(value, list):
@@ -84,10 +71,15 @@ class Resolver:
     def problems(self, names: set[str]) -> list[str]:
         """Filters that are in no tensor's name, with the nearest word that is in one."""
         words = {word for name in names for word in (name, *name.split("."))}
-        return [
-            f'{place}: the filter "{word}" matches no tensor; {_near_word(word, words)}'
-            for (_, word), place in self.unmatched.items()
-        ]
+        found: dict[str, None] = {}
+        for place, parameters in self.scopes:
+            for parameter, setting in parameters.items():
+                for condition in _conditions(setting):
+                    word = condition.get("filter")
+                    if word not in (None, "*") and not any(str(word) in name for name in names):
+                        near = _near_word(str(word), words)
+                        found[f'{place}: {parameter}: the filter "{word}" matches no tensor; {near}'] = None
+        return list(found)
 
     def notes(self) -> list[str]:
         """What a gradient gave outside the blocks, which surprises for the head."""

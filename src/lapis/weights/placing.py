@@ -129,8 +129,7 @@ def renumbered(name: str, old: int, new: int) -> str:
 def _by_layer(checkpoint: Checkpoint) -> dict[int | None, list[str]]:
     """Names by layer in the order of the files; None holds what lies outside the layers, and is always there."""
     result: dict[int | None, list[str]] = {None: []}
-    for name, info in sorted(checkpoint.index.items(), key=lambda item: (item[1].file.name, item[1].start)):
-        del info
+    for name in sorted(checkpoint.names, key=lambda n: (checkpoint.info(n).file.name, checkpoint.info(n).start)):
         result.setdefault(checkpoint.part(name).layer, []).append(name)
     return result
 

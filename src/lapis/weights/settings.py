@@ -81,6 +81,17 @@ def chat_template(wish: str | None, words: Mapping[str, Vocabulary | None], dono
     return wish
 
 
+def write_tokenizer(folder: Path, document: Mapping[str, Any]) -> None:
+    """tokenizer.json with added tokens that the donor's lacks, and their table in tokenizer_config.json."""
+    write_json(folder / "tokenizer.json", document)
+    path = folder / "tokenizer_config.json"
+    settings = read_json(path) if path.is_file() else {}
+    if isinstance(settings.get("added_tokens_decoder"), dict):
+        for entry in document["added_tokens"]:
+            settings["added_tokens_decoder"][str(entry["id"])] = {k: v for k, v in entry.items() if k != "id"}
+        write_json(path, settings)
+
+
 def write_template(folder: Path, template: str) -> None:
     """Puts a chat template where the folder's tokenizer keeps it."""
     jinja, settings = folder / "chat_template.jinja", folder / "tokenizer_config.json"
