@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "model": {"checkpoint", "families", "text"},
     "weights": {"checkpoint", "families", "report"},
     "generate": {"checkpoint", "model", "text"},
-    "evaluate": {"model", "text", "generate", "checkpoint"},
+    "evaluate": {"checkpoint", "families", "generate", "model", "text"},
     "train": {"model", "text", "checkpoint", "families", "generate"},
     "lens": {"checkpoint", "families", "model", "text", "report"},
     "report": set(),
