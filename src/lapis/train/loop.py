@@ -261,7 +261,7 @@ class _Run:
             text = self.objective.sample(self.model)
         self.model.train()
         if text:
-            self.watch.note(f"  step {self.state.step}: {text}")
+            self.watch.note(f"  step {self.state.step}: {' '.join(text.split())}")
 
     def _stop(self) -> None:
         state = self.state

@@ -27,7 +27,7 @@ from lapis.text.tokenizer import Tokenizer
 from lapis.train.config import TrainConfig
 from lapis.train.loop import TrainResult, train
 from lapis.train.objectives import OBJECTIVES, Objective
-from lapis.train.watch import Watch
+from lapis.train.watch import Watch, watcher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +69,10 @@ def run(config: RunConfig, *, overwrite: bool = False, fresh: bool = False, watc
         )
     settings = TrainConfig(**{field.name: getattr(config, field.name) for field in fields(TrainConfig)})
     objective = _objective(config, tokenizer)
+    watch = watch or watcher(Path(config.out).name)
+    watch.note(
+        "data: " + ", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in objective.describe()["counts"].items())
+    )
     return train(model, objective, settings, config.out, overwrite=overwrite, fresh=fresh, watch=watch)
 
 

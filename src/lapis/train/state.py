@@ -182,8 +182,13 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
         if isinstance(was, Mapping) and isinstance(now, Mapping):
             found += differences(was, now, f"{prefix}{key}.")
         elif was != now:
-            found.append(f"{prefix}{key} was {json.dumps(was)}, is {json.dumps(now)}")
+            found.append(f"{prefix}{key} was {_short(was)}, is {_short(now)}")
     return found
+
+
+def _short(value: Any) -> str:
+    """A value as JSON; of a digest the first figures."""
+    return value[:12] if isinstance(value, str) and len(value) == 64 else json.dumps(value)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

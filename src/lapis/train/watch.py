@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+from rich.text import Text
 
 
 class Watch(Protocol):
@@ -50,7 +51,7 @@ class Bar:
         self.progress.update(self.task, completed=row["share"], said=spelled(row))
 
     def note(self, text: str) -> None:
-        self.progress.console.print(text, style="dim", markup=False)
+        self.progress.console.print(Text(text, "dim"))
 
     def close(self) -> None:
         self.progress.stop()

@@ -136,7 +136,13 @@ def _opened(data: Any) -> Rows | None:
 
 
 def _described(objective: str, tokenizer: Tokenizer, rows: Rows) -> dict[str, Any]:
-    return {"objective": objective, "data": rows.digest, "context": rows.length, "tokenizer": tokenizer.digest()}
+    return {
+        "objective": objective,
+        "data": rows.digest,
+        "counts": {"rows": len(rows), **rows.counts},
+        "context": rows.length,
+        "tokenizer": tokenizer.digest(),
+    }
 
 
 def _batches(rows: Rows, state: TrainState) -> Iterator[tuple[RowBatch, dict[str, Any]]]:
