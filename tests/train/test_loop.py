@@ -97,6 +97,13 @@ def test_frozen_weights_stay(new_model: Make, objective: Causal, tmp_path: Path)
     assert not torch.equal(before["blocks.0.mlp.up.weight"], after["blocks.0.mlp.up.weight"])
 
 
+def test_bfloat16_weights_are_trained_as_float32(new_model: Make, objective: Causal, tmp_path: Path) -> None:
+    result = train(new_model().bfloat16(), objective, CONFIG, tmp_path / "out", watch=Silent())
+    assert {p.dtype for p in load(result.out).parameters()} == {torch.float32}
+    train(new_model(), objective, replace(CONFIG, save_dtype="bfloat16"), tmp_path / "small", watch=Silent())
+    assert {p.dtype for p in load(tmp_path / "small").parameters()} == {torch.bfloat16}
+
+
 def test_a_budget_of_time_ends_with_a_decay(new_model: Make, objective: Causal, tmp_path: Path) -> None:
     config = replace(CONFIG, steps=None, minutes=0.02, log_every=1)
     result = train(new_model(), objective, config, tmp_path / "out", watch=Silent())

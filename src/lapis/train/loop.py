@@ -94,6 +94,10 @@ class _Run:
         self.model, self.objective, self.config = model, objective, config
         self.journal, self.watch, self.wish = journal, watch, wish
         self.begun = time.monotonic()
+        kinds = {p.dtype for p in model.parameters() if p.requires_grad} - {torch.float32, torch.float64}
+        if kinds:  # small updates would be lost in the rounding of such weights
+            watch.note(f"train: {', '.join(sorted(map(str, kinds)))} weights are trained as float32")
+            model.float()
         wanted = {"config": config.decisive(), "model": _digest(model), **objective.describe()}
         self.wanted: dict[str, Any] = json.loads(json.dumps(wanted))
         self.state = TrainState(
