@@ -102,10 +102,10 @@ def lens(
             console.print(f"{trace.model}\n{trace}\n", markup=False, soft_wrap=True)
             _print_contributions(trace)
 
-    show(result, json, render)
     if html is not None:
         with stderr.status("drawing"):
             _write_page(opened[0], traces, html, overwrite)
+    show(result, json, render)
 
 
 def _tuned(opened: "Opened", folder: Path | None, files: list[Path] | None, overwrite: bool) -> "TunedLens | None":

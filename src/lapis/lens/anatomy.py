@@ -27,10 +27,11 @@ Run = Callable[[Tensor, Cache | None, Places], Callable[[slice], Tensor]]
 
 @dataclass(frozen=True)
 class Anatomy:
-    """The parts of a causal model. matrix: the output embedding, [V, D]. attention, mlp: the halves of the blocks, empty
-    where they are not known. mixers: the linear maps after each attention.
+    """The parts of a causal model. matrix: the output embedding, [V, D].
 
-    heads: of each attention; 0 where it is not known. own: the model is lapis' own, with an AttentionCore and a Cache.
+    attention, mlp: the halves of the blocks; empty where they are not known. mixers: the linear map of each attention
+    that adds what its heads mixed. heads: of each attention; 0 where it is not known. own: the model is lapis' own,
+    with an AttentionCore and a Cache.
     """
 
     name: str

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lapis.errors import ConfigError, LapisError, MissingExtra
 from lapis.lens.anatomy import Anatomy, anatomy
 from lapis.lens.prompts import Prompt, as_tokenizer, check_length, encode
+from lapis.lens.words import token_text
 from lapis.model.attention import AttentionCore
 
 if TYPE_CHECKING:
@@ -91,10 +92,10 @@ def attention_maps(
     """
     parts, words = anatomy(model), as_tokenizer(tokenizer)
     ids = encode(words, prompt, len(parts.matrix), parts.name)
-    return maps_of(parts, ids, [words.text(i) for i in ids], list(heads))
+    return maps_of(parts, ids, [token_text(i, words) for i in ids], list(heads))
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def maps_of(parts: Anatomy, ids: list[int], tokens: list[str], heads: list[tuple[int, int]]) -> list[AttentionMap]:
     """`attention_maps` for a prompt that is encoded."""
     if not parts.own:

@@ -36,7 +36,8 @@ class Contribution:
     def label(self) -> str:
         if self.part == "head":
             return f"head {self.layer}.{self.head}"
-        return self.part if self.layer is None else f"{self.part} {self.layer}"
+        part = "MLP" if self.part == "mlp" else self.part
+        return part if self.layer is None else f"{part} {self.layer}"
 
 
 @torch.inference_mode()

@@ -21,7 +21,7 @@ from lapis.lens.contributions import Contribution, contributions
 from lapis.lens.prompts import Prompt, as_tokenizer, check_length, encode
 from lapis.lens.readout import Readout, read
 from lapis.lens.table import LensTrace, Reading
-from lapis.lens.trace import Trace, trace
+from lapis.lens.trace import Trace, not_numbers, trace
 from lapis.lens.tuned import TunedLens
 from lapis.lens.words import Spelling, Word, as_words, token_text, token_word
 from lapis.model.cache import Cache
@@ -167,9 +167,18 @@ def look(
         written = contributions(parts, seen.trace, last, firsts, logits_R)
     grid = [*_grid(seen, parts, last, top, tuned, head is None), *(r for r in readings if r.after != "attention")]
     return LensTrace(
-        seen.parts.name, [seen.tokenizer.text(i) for i in seen.ids], seen.ids, list(words), given, readings, grid,
-        written, parts.name if head else "own", tuned.source if tuned else "", notes,
-    )  # fmt: skip
+        model=seen.parts.name,
+        tokens=[token_text(i, seen.tokenizer) for i in seen.ids],
+        ids=seen.ids,
+        words=list(words),
+        given=given,
+        readings=readings,
+        grid=grid,
+        contributions=written,
+        head=parts.name if head else "own",
+        tuned=tuned.source if tuned else "",
+        notes=notes,
+    )
 
 
 @torch.inference_mode()
@@ -225,7 +234,10 @@ def _read(
     ends = torch.tensor([len(stack) for stack in stacks], device=stacks[0].device)
     reference_M = torch.repeat_interleave(ends.cumsum(0) - 1, ends)
     rows_MD = parts.norm(torch.cat(list(stacks)))
-    return read(rows_MD, reference_M, parts.matrix, parts.bias, own_FV, tracked, slice(ranked), top)
+    found = read(rows_MD, reference_M, parts.matrix, parts.bias, own_FV, tracked, slice(ranked), top)
+    if not bool(found.entropy_M.isfinite().all()):
+        raise not_numbers(parts, "a logit")
+    return found
 
 
 def _stack(found: Trace, place: int, halves: bool, tuned: TunedLens | None) -> Tensor:

@@ -4,6 +4,7 @@ Leaves out: writing it to disk (cli/lens.py).
 """
 
 from collections.abc import Sequence
+from pathlib import PurePath
 from typing import Any
 
 from lapis.lens.attention_map import AttentionMap
@@ -26,32 +27,28 @@ def strongest_heads(trace: LensTrace, count: int = HEADS) -> list[tuple[int, int
 
 def make_page(traces: Sequence[LensTrace], maps: Sequence[AttentionMap] = ()) -> Page:
     """The page of one trace, or of two on the same prompt. maps: of the first, as `strongest_heads` names them."""
-    first = traces[0]
-    beside = f" and {traces[1].model}" if len(traces) > 1 else ""
-    lead = f"What each layer of {first.model}{beside} would say next, if the model ended there."
-    page = Page("Layer by layer to the next token", lead)
-    page.samples(
-        ["".join(trace.tokens) for trace in traces[: 1 + (traces[0].tokens != traces[-1].tokens)]], "The prompt"
+    first, several = traces[0], len(traces) > 1
+    names = " and ".join(trace.model for trace in traces)
+    page = Page(
+        "Layer by layer to the next token", f"What each layer of {names} would say next, if the model ended there."
     )
+    page.samples(list(dict.fromkeys("".join(trace.tokens) for trace in traces)), "The prompt")
     page.section("What each layer would say", _how(first))
     for trace in traces:
-        end = trace.readings[-1]
+        end, start = trace.readings[-1], trace.readings[0]
         page.stats(
             [
-                (f"{trace.model} says", f"“{trace.said}”", f"with {end.top[0][2]:.0%}"),
-                ("entropy at the end", f"{end.entropy:.2f}", f"nats; {trace.readings[0].entropy:.2f} at the embedding"),
+                (f"{short(trace)} says", f"“{trace.said}”", f"with {end.top[0][2]:.0%}"),
+                ("entropy at the end", f"{end.entropy:.2f}", f"nats; {start.entropy:.2f} at the embedding"),
             ]
         )
-        page.figure(
-            plots.lens_grid(trace.grid_rows(), f"{trace.model}: {trace.finding()}"),
-            "Layer −1 is the embedding. Hover for the ten best tokens of a cell.",
-        )
+        page.figure(trace.plot("grid"), f"{short(trace)}. Hover for the best tokens of a cell.")
         page.table(
-            _layers(trace), _columns(trace), f"{trace.model}, at the last token", folded="Every layer in numbers"
+            _layers(trace), _columns(trace), f"{short(trace)}, at the last token", folded="Each layer in numbers"
         )
     page.section("How the words rank", _tracked(first))
-    names = first.leading() if len(traces) == 1 else _shared(traces)
-    rows = [row for trace in traces for row in trace.rank_rows(trace.model if len(traces) > 1 else "", names)]
+    tracked = _shared(traces) if several else first.leading()
+    rows = [row for trace in traces for row in trace.rank_rows(short(trace) if several else "", tracked)]
     page.figure(plots.rank_trajectories(rows, first.ranks_finding()), "Rank 1 is the word that would be said next.")
     _add_contributions(page, traces)
     if maps:
@@ -59,6 +56,11 @@ def make_page(traces: Sequence[LensTrace], maps: Sequence[AttentionMap] = ()) ->
     for note in dict.fromkeys(note for trace in traces for note in trace.notes):
         page.text(f"Note: {note}")
     return page
+
+
+def short(trace: LensTrace) -> str:
+    """A model's name without the folders that lead to it."""
+    return PurePath(trace.model).name or trace.model
 
 
 def _how(trace: LensTrace) -> str:
@@ -112,7 +114,7 @@ def _add_contributions(page: Page, traces: Sequence[LensTrace]) -> None:
     for trace in traces:
         for word in trace.leading(3 if len(traces) == 1 else 1):
             rows = sorted(trace.contribution_rows(word), key=lambda row: -abs(row["logit"]))
-            whose = f"{trace.model}: " if len(traces) > 1 else ""
+            whose = f"{short(trace)}: " if len(traces) > 1 else ""
             page.figure(
                 plots.contributions(rows, whose + trace.contributions_finding([word])),
                 rows=[{"part": r["label"], "logit": r["logit"]} for r in rows[:40]],

@@ -163,7 +163,9 @@ class LensTrace:
         from lapis.report import plots
 
         if what == "grid":
-            return plots.lens_grid(self.grid_rows(), self.finding())
+            figure = plots.lens_grid(self.grid_rows(), self.finding())
+            ticks = figure.layout.yaxis.tickvals or ()
+            return figure.update_yaxes(ticktext=["embed" if tick < 0 else str(tick) for tick in ticks])
         if what == "ranks":
             return plots.rank_trajectories(self.rank_rows(), self.ranks_finding())
         if what != "contributions":
@@ -183,7 +185,10 @@ class LensTrace:
         if not rows:
             return "Contributions were not measured"
         most = max(rows, key=lambda row: row["logit"])
-        return f'{most["label"]} did most to write "{word[0]}": {most["logit"]:+.2f} of {sum_of(rows):.2f}'
+        token = next(c.token for c in self.contributions if c.word == word[0])
+        known = {s.ids[0]: s for w in self.words if w.text == word[0] for s in w.spellings}
+        writes = "begin" if len(known[token].ids) > 1 else "write"
+        return f'{most["label"]} did most to {writes} "{word[0]}": {most["logit"]:+.2f} of {sum_of(rows):.2f}'
 
     def ranks_finding(self) -> str:
         """One sentence: how the word that ends best got there."""

@@ -41,7 +41,7 @@ class Trace:
 def trace(parts: Anatomy, ids_BT: Tensor, places: Places, cache: Cache | None = None) -> Trace:
     """Runs the model on ids_BT (int64) and keeps the stream at `places`. A cache is read and appended to.
 
-    Raises LapisError, naming the place in the model, where a state is not a number.
+    Raises LapisError, naming the damaged weight, where a state is not a number.
     """
     kept: dict[tuple[str, int], Tensor] = {}
     handles: list[Any] = []
@@ -93,18 +93,15 @@ def _adds_up(middle_LPD: list[Tensor], mlp_LPD: list[Tensor], after_LPD: list[Te
 
 
 def _check_finite(parts: Anatomy, found: Trace) -> None:
-    """Names the first place where the stream is not a number, and a parameter there that is none."""
-    if bool(found.after_LPD[-1].isfinite().all()):
-        return  # whatever is not a number stays in the stream to its end
-    if not bool(found.embed_PD.isfinite().all()):
-        raise LapisError(f"lens: {parts.name}: the embedding of the prompt holds NaN or Inf; fetch the weights again")
-    for layer in range(parts.layers):
-        for half, states in (("attention", found.attention_LPD), ("MLP", found.mlp_LPD)):
-            if states and not bool(states[layer].isfinite().all()):
-                damaged = [n for n, p in parts.blocks[layer].named_parameters() if not bool(p.isfinite().all())]
-                why = f"{damaged[0]} of that layer does" if damaged else "the sums there overflow"
-                raise LapisError(
-                    f"lens: {parts.name}: what the {half} of layer {layer} adds holds NaN or Inf, because {why}; "
-                    "fetch the weights again, or load them in float32"
-                )
-    raise LapisError(f"lens: {parts.name}: the residual stream overflows {found.embed_PD.dtype}; load it in float32")
+    """Looks at the end of the stream, where whatever is not a number stays."""
+    if not bool(found.after_LPD[-1].isfinite().all()):
+        layer = next(i for i, x_PD in enumerate(found.after_LPD) if not bool(x_PD.isfinite().all()))
+        raise not_numbers(parts, f"the residual stream in layer {layer}")
+
+
+def not_numbers(parts: Anatomy, where: str) -> LapisError:
+    """The error for NaN or Inf, naming the weight that is to blame, or saying that there is none."""
+    damaged = next((n for n, p in parts.model.named_parameters() if not bool(p.isfinite().all())), None)
+    if damaged:
+        return LapisError(f"lens: {parts.name}: {damaged} holds NaN or Inf; fetch the weights again")
+    return LapisError(f"lens: {parts.name}: {where} overflows {parts.matrix.dtype}; load the model in float32")

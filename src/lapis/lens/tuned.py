@@ -31,7 +31,7 @@ from lapis.text.corpus import Source, documents
 from lapis.text.tokenizer import Tokenizer
 
 WEIGHTS, INFO = "tuned_lens.safetensors", "tuned_lens.json"
-RIDGES = (0.01, 0.1, 1.0)  # in units of the features' variance
+RIDGES = (0.001, 0.01, 0.1, 1.0)  # in units of the features' variance
 JUDGES = 96  # held-out tokens on which the KL is measured
 
 
@@ -82,7 +82,7 @@ class TunedLens:
         return cls(tensors["maps"], tensors["shifts"], info, str(folder))
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def tune(
     model: nn.Module,
     tokenizer: Any,
