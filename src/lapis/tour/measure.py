@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lapis.errors import TrainingError
 from lapis.evaluate import answer, bits_per_byte, score_chats
 from lapis.model import Transformer
 from lapis.model.load import load
@@ -23,7 +22,7 @@ from lapis.weights.graft import graft
 CHARACTERS = 60_000  # of held-out text of one language in each half
 CHATS = 100  # of one language in each half
 REPLY_TOKENS = 48
-COST = 0.025  # how much worse the graft may make the target language's bits per byte, on the half that chooses
+BUDGET = 0.04  # bits per byte by which the graft may make text of the target language worse, on the half that chooses
 
 Scores = dict[str, dict[str, Any]]
 
@@ -94,8 +93,8 @@ def sweep(
 ) -> list[dict[str, float]]:
     """Grafts at every scale, each measured on the half that chooses: a row a scale.
 
-    Row: scale, gap_closed (English), response_nll per language, bits_per_byte of the target language, cost (how much
-    worse that is than adapted's, as a share).
+    Row: scale, gap_closed (English), nll per language, bits_per_byte of the target language, bits (how much worse that
+    is than adapted's) and cost (the same as a share).
     """
     target = next(language for language in exam.texts if language != ENGLISH)
 
@@ -111,19 +110,21 @@ def sweep(
             graft(models["base"], models["chat"], models["adapted"], out, scale)
             row = {"scale": scale, **figures(load(out))}
             gap = gap_closed(adapted[f"nll_{ENGLISH}"], row[f"nll_{ENGLISH}"], tuned[f"nll_{ENGLISH}"])
-            row |= {"gap_closed": gap or 0.0, "cost": row["bits_per_byte"] / adapted["bits_per_byte"] - 1}
+            bits = row["bits_per_byte"] - adapted["bits_per_byte"]
+            row |= {"gap_closed": gap or 0.0, "bits": bits, "cost": bits / adapted["bits_per_byte"]}
             rows.append(row)
             say(f"scale {scale:g}: gap closed {row['gap_closed']:.2f} for {row['cost']:+.1%} bits per byte of {target}")
     return rows
 
 
-def choose(rows: Sequence[Mapping[str, float]], cost: float = COST) -> float:
-    """The scale that closes most of English's gap at no more than `cost`; the cheapest where all cost more."""
-    if not rows:
-        raise TrainingError("tour: no scale was tried")
-    fair = [row for row in rows if row["cost"] <= cost]
+def choose(rows: Sequence[Mapping[str, float]], budget: float = BUDGET) -> float:
+    """The scale that closes most of English's gap within `budget` bits per byte; the cheapest where all cost more.
+
+    The budget is in bits and not a share, since text that is nearly certain costs few bits and any change many percent.
+    """
+    fair = [row for row in rows if row["bits"] <= budget]
     if not fair:
-        return min(rows, key=lambda row: row["cost"])["scale"]
+        return min(rows, key=lambda row: row["bits"])["scale"]
     return max(fair, key=lambda row: row["gap_closed"])["scale"]
 
 

@@ -45,7 +45,7 @@ def page(found: Found) -> str:
             found["sweep"],
             f"At scale {found['scale']:g} the graft closes {gaps[english] or 0:.0%} of English's gap",
             chosen=found["scale"],
-            budget=found["budget"],
+            budget=found["budget"] / found["scores"]["adapted"][target]["bits_per_byte"],
         ),
         f"Each point is a graft. Cost: how much worse it makes the bits per byte of {names[target]} text.",
         rows=found["sweep"],
