@@ -155,7 +155,7 @@ torch.save({n: t for n, t in state.items()}, sys.argv[2])
 
 def judge(place: Path, out: Path, status: int, told: str, before: dict[str, bytes]) -> str:
     """What came of a merge, in a few words."""
-    told = told.replace(f"{place}/", "").replace("lapis: graft: ", "").replace("lapis: ", "")
+    told = told.replace(f"{place}/", "").strip().removeprefix("lapis: ").removeprefix("graft: ")
     if status:
         after = {str(p.relative_to(place)): p.read_bytes() for p in place.rglob("*") if p.is_file()}
         changed = [n for n in before if n.startswith(("base/", "chat/", "onto/", "out")) and after.get(n) != before[n]]
