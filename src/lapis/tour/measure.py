@@ -91,7 +91,7 @@ def gap_closed(adapted: float, grafted: float, tuned: float) -> float | None:
 def sweep(
     models: Mapping[str, Path], exam: Exam, tokenizer: Tokenizer, scales: Sequence[float], say: Callable[[str], None]
 ) -> list[dict[str, float]]:
-    """Grafts at every scale, each measured on the half that chooses: a row a scale.
+    """Grafts at every scale, and at one between the best and the next: a row for each, on the half that chooses.
 
     Row: scale, gap_closed (English), nll per language, bits_per_byte of the target language, bits (how much worse that
     is than adapted's) and cost (the same as a share).
@@ -103,9 +103,10 @@ def sweep(
         return {**nll, "bits_per_byte": bits_per_byte(model, tokenizer, exam.texts[target])}
 
     adapted, tuned = (figures(load(models[name])) for name in ("adapted", "tuned"))
-    rows = []
+    rows: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory(prefix=".sweep-", dir=models["base"].parent) as folder:
-        for scale in scales:
+
+        def attempt(scale: float) -> None:
             out = Path(folder) / f"{scale:g}"
             graft(models["base"], models["chat"], models["adapted"], out, scale)
             row = {"scale": scale, **figures(load(out))}
@@ -114,7 +115,14 @@ def sweep(
             row |= {"gap_closed": gap or 0.0, "bits": bits, "cost": bits / adapted["bits_per_byte"]}
             rows.append(row)
             say(f"scale {scale:g}: gap closed {row['gap_closed']:.2f} for {row['cost']:+.1%} bits per byte of {target}")
-    return rows
+
+        for scale in scales:
+            attempt(scale)
+        best = choose(rows)
+        above = [scale for scale in scales if scale > best]
+        if above:
+            attempt((best + min(above)) / 2)
+    return sorted(rows, key=lambda row: row["scale"])
 
 
 def choose(rows: Sequence[Mapping[str, float]], budget: float = BUDGET) -> float:

@@ -154,13 +154,14 @@ def _answers(report: Page, found: Found, names: Mapping[str, str]) -> None:
 
 def _difference(report: Page, found: Found) -> None:
     table: Sequence[Found] = found["difference"]["tensors"]
-    moved = found["difference"]["rows"]
-    special = [row["token"] for row in moved[:3] if row["special"]]
+    rows = found["difference"]["rows"]
+    moved = sorted(rows, key=lambda row: -row["relative_norm"])[:3]
     report.section("What chat tuning changed", "The difference between base and chat, tensor by tensor.")
     largest = max((row for row in table if row["layer"] is not None), key=lambda row: row["relative_norm"])
     report.figure(
         plots.layer_heatmap(table, f"Most of the change is in {largest['component']} of layer {largest['layer']}"),
         "Direction: how far a tensor turned. Magnitude: length of the difference over the length of base's tensor.",
     )
-    title = "The template's tokens moved most" if special else "Which rows of the embedding moved"
-    report.figure(plots.embedding_rows(moved, title), "The rows of the embedding, each a token.")
+    names = ", ".join(f"`{row['token'].strip()}`" for row in moved)
+    title = "The template's tokens moved most" if all(row["special"] for row in moved[:2]) else f"{names} moved most"
+    report.figure(plots.embedding_rows(rows, title), "The rows of the embedding, each a token.")
