@@ -1,6 +1,6 @@
 """Tokens per second of lapis' training loop and of a plain transformers loop: same shape, batch, length, in turn.
 
-    python benchmarks/train_speed.py [--rounds 11] [--steps 4] [--threads N] [--write]
+    python benchmarks/train_speed.py [--rounds 7] [--steps 3] [--threads 1 2] [--write]
 
 transformers: LlamaForCausalLM (SDPA), fused AdamW, bfloat16 autocast, gradient clipping; one document per row, no mask.
 lapis: `lapis.train` as a user calls it, from packed rows to the optimizer. Once on the same rows, and once on short
@@ -107,51 +107,56 @@ def transformers_loop(data, threads: int):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, len(os.sched_getaffinity(0))}))
     parser.add_argument("--write", action="store_true", help="keep the table in benchmarks/results/train_speed.md")
     options = parser.parse_args()
-    whole, short = rows(1), rows(4)
-    loops = {
-        "transformers, AdamW": transformers_loop(whole, options.threads),
-        "lapis, AdamW": lapis_loop(whole, "adamw", options.threads),
-        "lapis, AdamW, documents kept apart": lapis_loop(short, "adamw", options.threads),
-        "lapis, Muon": lapis_loop(whole, "muon", options.threads),
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in loops}
-    for number in range(options.rounds):
-        for name, once in loops.items():
-            seconds[name].append(once(options.steps))
-            print(
-                f"round {number + 1}  {name:36} {BATCH * SHAPE['context'] / seconds[name][-1]:8,.0f} tokens/s",
-                flush=True,
-            )
     import transformers
 
-    base = statistics.median(seconds["transformers, AdamW"])
     lines = [
         "# Training speed",
         "",
         f"{date.today()}, torch {torch.__version__}, transformers {transformers.__version__}, "
-        f"Python {platform.python_version()}, {options.threads} threads of {_cpu()}.",
+        f"Python {platform.python_version()}, {_cpu()}; load before the run {os.getloadavg()[0]:.1f}.",
         "",
         f"A Llama of {SHAPE['layers']} layers, {SHAPE['dim']} wide, vocabulary {SHAPE['vocab']}, "
         f"{SHAPE['context']} tokens x {BATCH} rows, bfloat16 autocast. "
         f"Median of {options.rounds} rounds of {options.steps} steps, in turn "
         "(`python benchmarks/train_speed.py --write`).",
         "",
-        "| loop | tokens/s | ms per step | against transformers |",
-        "|---|---:|---:|---:|",
+        "| threads | loop | tokens/s | ms per step | against transformers |",
+        "|---:|---|---:|---:|---:|",
     ]
-    for name, found in seconds.items():
-        middle = statistics.median(found)
-        tokens = BATCH * SHAPE["context"] / middle
-        lines.append(f"| {name} | {tokens:,.0f} | {middle * 1000:,.0f} | {base / middle:.2f}x |")
+    for threads in options.threads:
+        seconds = measure(threads, options.rounds, options.steps)
+        base = statistics.median(seconds["transformers, AdamW"])
+        for name, found in seconds.items():
+            middle = statistics.median(found)
+            tokens = BATCH * SHAPE["context"] / middle
+            lines.append(f"| {threads} | {name} | {tokens:,.0f} | {middle * 1000:,.0f} | {base / middle:.2f}x |")
     text = "\n".join(lines) + "\n"
     print(text)
     if options.write:
         (Path(__file__).parent / "results" / "train_speed.md").write_text(text)
+
+
+def measure(threads: int, rounds: int, steps: int) -> dict[str, list[float]]:
+    """Seconds per step of each loop, one figure per round."""
+    whole, short = rows(1), rows(4)
+    loops = {
+        "transformers, AdamW": transformers_loop(whole, threads),
+        "lapis, AdamW": lapis_loop(whole, "adamw", threads),
+        "lapis, AdamW, documents kept apart": lapis_loop(short, "adamw", threads),
+        "lapis, Muon": lapis_loop(whole, "muon", threads),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in loops}
+    for number in range(rounds):
+        for name, once in loops.items():
+            seconds[name].append(once(steps))
+            rate = BATCH * SHAPE["context"] / seconds[name][-1]
+            print(f"threads {threads}  round {number + 1}  {name:36} {rate:8,.0f} tokens/s", flush=True)
+    return seconds
 
 
 def _cpu() -> str:
