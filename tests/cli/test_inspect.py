@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lapis.cli.inspect import inspect
-from lapis.errors import CheckpointError, ConfigError
+from lapis.errors import CheckpointError, ConfigError, OutputError
 from lapis.model import ModelConfig, Transformer, save
 
 TINY = ModelConfig(dim=16, layers=3, heads=4, kv_heads=2, ffn_dim=24, vocab=31, context=32, tied=True)
@@ -51,6 +51,15 @@ def test_mixers(capsys: pytest.CaptureFixture[str]) -> None:
     assert [row["parameters"] for row in rows] == [154_619_215_872, 590_592, 2_362_368]
     inspect(mixers="512x768")
     assert "154,619,215,872" in capsys.readouterr().out
+
+
+def test_the_pages_hold_the_numbers(tmp_path: Path) -> None:
+    inspect("gpt2", html=tmp_path / "gpt2.html", json=True)
+    assert "124,439,808 parameters" in (tmp_path / "gpt2.html").read_text()
+    inspect(mixers="512x768", html=tmp_path / "mixers.html", json=True)
+    assert "154,619,215,872" in (tmp_path / "mixers.html").read_text()
+    with pytest.raises(OutputError, match="exists already"):
+        inspect("gpt2", html=tmp_path / "gpt2.html")
 
 
 @pytest.mark.parametrize(

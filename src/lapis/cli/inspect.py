@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lapis.checkpoint.commit import check_output, commit_file
 from lapis.cli.output import console, number, show, size, table
 from lapis.errors import ConfigError
 
@@ -12,7 +13,13 @@ if TYPE_CHECKING:
 
 
 def inspect(
-    model: str | None = None, /, *, context: int | None = None, mixers: str | None = None, json: bool = False
+    model: str | None = None,
+    /,
+    *,
+    context: int | None = None,
+    mixers: str | None = None,
+    html: Path | None = None,
+    json: bool = False,
 ) -> None:
     """Count parameters, memory and FLOPs, by component and layer; no weight is read.
 
@@ -20,10 +27,13 @@ def inspect(
         model: A model folder, or the name of a published size (gpt2, bert-base-uncased, qwen2.5-0.5b, llama-3-8b ...).
         context: Tokens in the sequence; default: what the model was made for.
         mixers: TOKENSxFEATURES, as 512x768: compare a fully connected layer, a per-token layer and attention there.
+        html: Write a page with the picture to this file.
         json: Print one JSON object.
     """
+    if html is not None:
+        check_output(html)
     if mixers is not None:
-        compare_mixers(mixers, json)
+        compare_mixers(mixers, html, json)
         return
     if model is None:
         raise ConfigError("inspect: give a model folder, the name of a published size, or --mixers 512x768")
@@ -33,6 +43,8 @@ def inspect(
     show({"model": model, **result, "notes": notes}, json, lambda: render(model, result, measured))
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
+    if html is not None:
+        draw(model, result, html)
 
 
 def measure_source(model: str, context: int | None) -> "tuple[dict[str, Any], Size | None, list[str]]":
@@ -99,7 +111,27 @@ def render(model: str, result: dict[str, Any], measured: "Size | None") -> None:
     table("What grows with the context", ("", ""), GROWTH)
 
 
-def compare_mixers(spelled: str, json: bool) -> None:
+def draw(model: str, result: "dict[str, Any]", path: Path) -> None:
+    """A page with the treemap of parameters."""
+    from lapis.report import Page, plots
+
+    outside = [(None, component, count) for component, count in result["parameters"]["components"].items()]
+    inside = [(row["layer"], component, n) for row in result["layers"] for component, n in row["components"].items()]
+    rows = [{"layer": layer, "component": part, "parameters": n} for layer, part, n in [*outside, *inside] if n]
+    total = result["parameters"]["total"]
+    largest = max(
+        ("the layers", sum(n for _, _, n in inside)), *((part, n) for _, part, n in outside), key=lambda x: x[1]
+    )
+    title = f"{largest[0]} hold {largest[1] / total:.0%} of {total:,} parameters"
+    page = Page(f"What {model} is made of", "Counted from its shape; no weight was read.")
+    page.figure(
+        plots.parameter_treemap(rows, title[0].upper() + title[1:]), "Area is the number of parameters.", rows=rows
+    )
+    with commit_file(path) as temporary:
+        temporary.write_text(page.render(), encoding="utf-8")
+
+
+def compare_mixers(spelled: str, html: Path | None, json: bool) -> None:
     from lapis.model.size import mixers
 
     try:
@@ -113,3 +145,13 @@ def compare_mixers(spelled: str, json: bool) -> None:
     heads = ("layer", "parameters", "FLOPs", "mixes")
     body = [(row.name, number(row.parameters), number(row.flops), row.mixes) for row in rows]
     show(result, json, lambda: table(f"{tokens} tokens x {features} features", heads, body))
+    if html is not None:
+        from lapis.report import Page, plots
+
+        drawn = [{"mixer": row.name, "parameters": row.parameters, "flops": row.flops} for row in rows]
+        times = rows[0].parameters / rows[-1].parameters
+        title = f"Attention mixes everything with {times:,.0f} times fewer parameters than a fully connected layer"
+        page = Page(f"Mixing {tokens} tokens of {features} features", "What three layers with the same input cost.")
+        page.figure(plots.mixers(drawn, title), "FLOPs of one forward pass.", rows=drawn)
+        with commit_file(html) as temporary:
+            temporary.write_text(page.render(), encoding="utf-8")
