@@ -1,5 +1,7 @@
 """The lens against transformers' hidden states through their own norm and head, and against float64 recomputation."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import tokenizers
@@ -175,18 +177,21 @@ def test_figures_equal_float64_to_1e_6(seed, places, states, vocab, biased, dtyp
         rows_MD[states - 1 :: states].float(), matrix_VD.float(), None if bias_V is None else bias_V.float()
     )
     found = readout.read(
-        rows_MD, reference_M, matrix_VD, bias_V, own_FV, tracked, slice(places * states), 10, width=16
+        rows_MD.view(places, states, 24), matrix_VD, bias_V, own_FV, more_XD=rows_MD[:2], tracked=tracked, width=16
     )  # fmt: skip
+    found = SimpleNamespace(**{name.split("_P")[0]: value.flatten(0, 1) if "_PN" in name else value
+                               for name, value in vars(found).items()})  # fmt: skip
+    assert torch.equal(found.more_logprobs_XR, found.logprobs[:2])
     wanted = recomputed(rows_MD, matrix_VD, bias_V, reference_M)
-    np.testing.assert_allclose(found.entropy_M, wanted["entropy"], rtol=1e-6, atol=1e-7)
-    np.testing.assert_allclose(found.kl_M, wanted["kl"], rtol=1e-6, atol=2e-6)
-    np.testing.assert_allclose(found.logprobs_MR, wanted["logprobs"][:, tracked], rtol=1e-6, atol=2e-6)
-    np.testing.assert_array_equal(found.ranks_QR[:, 0], found.ranks_QR[:, 1])
+    np.testing.assert_allclose(found.entropy, wanted["entropy"], rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(found.kl, wanted["kl"], rtol=1e-6, atol=2e-6)
+    np.testing.assert_allclose(found.logprobs, wanted["logprobs"][:, tracked], rtol=1e-6, atol=2e-6)
+    np.testing.assert_array_equal(found.ranks[:, 0], found.ranks[:, 1])
     apart = np.abs(np.diff(np.sort(wanted["logprobs"], 1), axis=1))
     if apart[apart > 1e-9].min() > 1e-5:
-        np.testing.assert_array_equal(found.ranks_QR, wanted["ranks"][:, tracked])
+        np.testing.assert_array_equal(found.ranks, wanted["ranks"][:, tracked])
         best = np.sort(wanted["logprobs"], 1)[:, ::-1][:, :8]
-        np.testing.assert_allclose(found.top_logprobs_MK[:, : best.shape[1]][:, :8], best, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(found.top_logprobs[:, : best.shape[1]][:, :8], best, rtol=1e-5, atol=1e-5)
 
 
 def test_the_readings_of_a_model_equal_float64(words):

@@ -9,7 +9,7 @@ Shapes: B batch, T time, P asked places, M states, D model dim, L layers, R trac
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -128,43 +128,39 @@ def look(
 ) -> LensTrace:
     """Reads what was seen. head: another model whose final norm and head read the states."""
     parts, last = head or seen.parts, len(seen.positions) - 1
+    end = slice(last, last + 1)
     if tuned is not None:
         tuned.check(seen.parts)
     if head is not None:
         check_fits(seen.parts, head)
-        _read(seen.parts, [_stack(seen.trace, last, False, None)[-1:]], seen.trace.own(slice(last, last + 1)))
+        _read(seen.parts, _stack(seen.trace, end, False, None)[:, -1:], seen.trace.own(end))
     halves = seen.trace.adds_up and tuned is None
-    stacks = [_stack(seen.trace, last, halves, tuned)]
-    own = [seen.trace.own(slice(last, last + 1))]
-    if seen.onward is not None:
-        stacks += [_stack(seen.onward, place, False, tuned) for place in range(len(seen.later))]
-        own.append(seen.onward.own(slice(0, len(seen.later))))
-    tracked = list(dict.fromkeys(i for word in words for spelling in word.spellings for i in spelling.ids))
-    found = _read(parts, stacks, None if head else torch.cat(own), tracked, len(stacks[0]), top)
+    firsts = dict.fromkeys(spelling.ids[0] for word in words for spelling in word.spellings)
+    tracked = list(firsts | dict.fromkeys(i for w in words for s in w.spellings for i in s.ids))
+    later = None if seen.onward is None else _stack(seen.onward, slice(0, len(seen.later)), False, tuned)
+    own_PV = None if head else seen.trace.own(end)
+    found = _read(parts, _stack(seen.trace, end, halves, tuned), own_PV, later, tracked, len(firsts), top)
     layers: list[tuple[int | None, str]] = [(None, "embedding")]
     for layer in range(parts.layers):
         layers += [(layer, "attention"), (layer, "mlp")] if halves else [(layer, "mlp")]
-    chances = _Chances(found, {index: column for column, index in enumerate(tracked)}, seen.later, layers)
-    position = seen.positions[last]
-    readings = []
-    for row, (layer_, after) in enumerate(layers):
-        spellings = {s.text: chances.of(s, row) for word in words for s in word.spellings}
-        readings.append(
-            Reading(
-                layer_, after, position, _top(found, row, seen.tokenizer), float(found.entropy_M[row]),
-                float(found.kl_M[row]), {w.text: min(spellings[s.text]["rank"] for s in w.spellings) for w in words},
-                {w.text: _total([spellings[s.text]["logprob"] for s in w.spellings]) for w in words}, spellings,
-            )
-        )  # fmt: skip
+    chances = _Chances(found, tracked, seen.later, layers)
+    readings = [
+        replace(
+            _reading(found, 0, row, layer_, after, seen.positions[last], seen.tokenizer),
+            ranks={w.text: min(chances.of(s, row)["rank"] for s in w.spellings) for w in words},
+            logprobs={w.text: _total([chances.of(s, row)["logprob"] for s in w.spellings]) for w in words},
+            spellings={s.text: chances.of(s, row) for w in words for s in w.spellings},
+        )
+        for row, (layer_, after) in enumerate(layers)
+    ]
     written: list[Contribution] = []
     notes = [] if seen.trace.adds_up else ["its blocks are not plain sums: no states after attention, no contributions"]
     if tuned is None and head is None:
-        firsts = [
-            (w.text, min(w.spellings, key=lambda s: readings[-1].spellings[s.text]["rank"]).ids[0]) for w in words
-        ]
-        final = found.logits_MR[len(layers) - 1]
-        logits_R = torch.stack([final[tracked.index(i)] for _, i in firsts]) if firsts else final[:0]
-        written = contributions(parts, seen.trace, last, firsts, logits_R)
+        ends = [min(w.spellings, key=lambda s: readings[-1].spellings[s.text]["rank"]).ids[0] for w in words]
+        logits_R = found.logits_PNR[0, -1, [tracked.index(i) for i in ends]]
+        written = contributions(
+            parts, seen.trace, last, [(w.text, i) for w, i in zip(words, ends, strict=True)], logits_R
+        )
     grid = [*_grid(seen, parts, last, top, tuned, head is None), *(r for r in readings if r.after != "attention")]
     return LensTrace(
         model=seen.parts.name,
@@ -184,11 +180,11 @@ def look(
 @torch.inference_mode()
 def best_anywhere(seen: Seen, head: Anatomy | None = None, tuned: TunedLens | None = None) -> list[Word]:
     """The tokens that are best at the end of any layer, the last layer's first."""
-    last = len(seen.positions) - 1
-    stack_MD = _stack(seen.trace, last, False, tuned)
-    own = None if head else seen.trace.own(slice(last, last + 1))
-    found = _read(head or seen.parts, [stack_MD], own, top=1)
-    words = [token_word(i, seen.tokenizer) for i in dict.fromkeys(found.top_ids_MK[1:, 0].flip(0).tolist())]
+    end = slice(len(seen.positions) - 1, len(seen.positions))
+    found = _read(
+        head or seen.parts, _stack(seen.trace, end, False, tuned), None if head else seen.trace.own(end), top=1
+    )
+    words = [token_word(i, seen.tokenizer) for i in dict.fromkeys(found.top_ids_PNK[0, 1:, 0].flip(0).tolist())]
     return list({word.text: word for word in words}.values())
 
 
@@ -204,48 +200,47 @@ def check_fits(one: Anatomy, other: Anatomy) -> None:
 class _Chances:
     """Ranks and log-probabilities of spellings, from the readout of the prompt's end and of the words' later tokens."""
 
-    def __init__(self, found: Readout, columns: Mapping[int, int], later: Mapping[tuple[int, ...], int],
+    def __init__(self, found: Readout, tracked: Sequence[int], later: Mapping[tuple[int, ...], int],
                  layers: Sequence[tuple[int | None, str]]) -> None:  # fmt: skip
-        self._ranks, self._logprobs = found.ranks_QR.tolist(), found.logprobs_MR.tolist()
-        self._columns, self._later, self._layers = columns, later, layers
+        self._ranks, self._logprobs = found.ranks_PNR[0].tolist(), found.logprobs_PNR[0].tolist()
+        self._onward = found.more_logprobs_XR.tolist()
+        self._columns = {index: column for column, index in enumerate(tracked)}
         ends = [row for row, (_, after) in enumerate(layers) if after != "attention"]
-        self._ends = {row: number for number, row in enumerate(ends)}
+        self._later, self._ends = later, {row: number for number, row in enumerate(ends)}
 
     def of(self, spelling: Spelling, row: int) -> dict[str, Any]:
         """Rank of the first token, and log-probability of all; the latter is measured at the ends of layers only."""
-        first, *rest = spelling.ids
-        column = self._columns[first]
+        column = self._columns[spelling.ids[0]]
         total: float | None = self._logprobs[row][column]
-        if rest and row not in self._ends:
-            total = None
-        elif rest:
-            for count, index in enumerate(rest, 1):
-                place = self._later[spelling.ids[:count]]
-                there = len(self._layers) + place * len(self._ends) + self._ends[row]
-                total = (total or 0.0) + self._logprobs[there][self._columns[index]]
+        for count, index in enumerate(spelling.ids[1:], 1):
+            if row not in self._ends:
+                total = None
+                break
+            there = self._later[spelling.ids[:count]] * len(self._ends) + self._ends[row]
+            total = (total or 0.0) + self._onward[there][self._columns[index]]
         return {"rank": self._ranks[row][column], "logprob": total}
 
 
 def _read(
-    parts: Anatomy, stacks: Sequence[Tensor], own_FV: Tensor | None, tracked: Sequence[int] = (), ranked: int = 0,
-    top: int = 10,
+    parts: Anatomy, stack_PND: Tensor, own_PV: Tensor | None, later_PND: Tensor | None = None,
+    tracked: Sequence[int] = (), ranked: int = 0, top: int = 10,
 ) -> Readout:  # fmt: skip
-    """Stacks of states, one per place and each ending with its final state, through norm and head."""
-    ends = torch.tensor([len(stack) for stack in stacks], device=stacks[0].device)
-    reference_M = torch.repeat_interleave(ends.cumsum(0) - 1, ends)
-    rows_MD = parts.norm(torch.cat(list(stacks)))
-    found = read(rows_MD, reference_M, parts.matrix, parts.bias, own_FV, tracked, slice(ranked), top)
-    if not bool(found.entropy_M.isfinite().all()):
+    """States through norm and head; of the later ones only log-probabilities of tracked tokens."""
+    more_XD = None if later_PND is None else parts.norm(later_PND).flatten(0, 1)
+    found = read(parts.norm(stack_PND), parts.matrix, parts.bias, own_PV, more_XD=more_XD, tracked=tracked,
+                 ranked=ranked, top=top)  # fmt: skip
+    if not bool(found.entropy_PN.isfinite().all() and found.more_logprobs_XR.isfinite().all()):
         raise not_numbers(parts, "a logit")
     return found
 
 
-def _stack(found: Trace, place: int, halves: bool, tuned: TunedLens | None) -> Tensor:
-    """The states at one place, first to last: embedding, then (after attention and) after each layer."""
-    states = [found.embed_PD[place]]
+def _stack(found: Trace, some: slice, halves: bool, tuned: TunedLens | None) -> Tensor:
+    """The states at some places, first to last: embedding, then (after attention and) after each layer."""
+    states = [found.embed_PD[some]]
     for layer, after_PD in enumerate(found.after_LPD):
-        states += [found.middle_LPD[layer][place], after_PD[place]] if halves else [after_PD[place]]
-    return torch.stack(states) if tuned is None else tuned.translate(torch.stack(states))
+        states += [found.middle_LPD[layer][some], after_PD[some]] if halves else [after_PD[some]]
+    stack_PND = torch.stack(states, 1)
+    return stack_PND if tuned is None else tuned.translate(stack_PND)
 
 
 def _grid(seen: Seen, parts: Anatomy, last: int, top: int, tuned: TunedLens | None, own: bool) -> list[Reading]:
@@ -253,23 +248,19 @@ def _grid(seen: Seen, parts: Anatomy, last: int, top: int, tuned: TunedLens | No
     rows = []
     for start in range(0, last, GROUP):
         some = slice(start, min(start + GROUP, last))
-        stacks = [_stack(seen.trace, place, False, tuned) for place in range(some.start, some.stop)]
-        found = _read(parts, stacks, seen.trace.own(some) if own else None, top=top)
-        each = parts.layers + 1
-        for row in range(len(stacks) * each):
-            layer, position = row % each - 1, seen.positions[start + row // each]
-            rows.append(
-                Reading(
-                    None if layer < 0 else layer, "embedding" if layer < 0 else "mlp", position,
-                    _top(found, row, seen.tokenizer), float(found.entropy_M[row]), float(found.kl_M[row]),
-                )
-            )  # fmt: skip
+        found = _read(parts, _stack(seen.trace, some, False, tuned), seen.trace.own(some) if own else None, top=top)
+        for place, position in enumerate(seen.positions[some]):
+            rows.append(_reading(found, place, 0, None, "embedding", position, seen.tokenizer))
+            rows += [_reading(found, place, i + 1, i, "mlp", position, seen.tokenizer) for i in range(parts.layers)]
     return rows
 
 
-def _top(found: Readout, row: int, tokenizer: Tokenizer) -> tuple[tuple[str, int, float], ...]:
-    ids, chances = found.top_ids_MK[row].tolist(), found.top_logprobs_MK[row].exp().tolist()
-    return tuple((token_text(i, tokenizer), i, chance) for i, chance in zip(ids, chances, strict=True))
+def _reading(
+    found: Readout, place: int, row: int, layer: int | None, after: str, position: int, tokenizer: Tokenizer
+) -> Reading:  # fmt: skip
+    ids, chances = found.top_ids_PNK[place, row].tolist(), found.top_logprobs_PNK[place, row].exp().tolist()
+    top = tuple((token_text(i, tokenizer), i, chance) for i, chance in zip(ids, chances, strict=True))
+    return Reading(layer, after, position, top, float(found.entropy_PN[place, row]), float(found.kl_PN[place, row]))
 
 
 def _total(logprobs: Sequence[float | None]) -> float | None:

@@ -4,12 +4,13 @@ Nothing of the size states x vocabulary is kept, and nothing is sorted: ranks ar
 logit. Logits are float32 sums whatever the model's dtype, what is made of them is float64. Leaves out: the final norm,
 which comes before (logit_lens.py).
 
-Shapes: M states, Q ranked states, R tracked tokens, K best tokens, V vocabulary (v: one block), D model dim.
+Shapes: P places, N states of each (the final one last), X states more, M = P N + X rows, R tracked tokens, K best
+tokens, V vocabulary (v: one block), D model dim.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,128 +18,161 @@ from torch import Tensor
 
 from lapis.errors import LapisError
 
-ELEMENTS = 1 << 19  # of a block's logits, states x tokens: what a processor's cache holds
+ELEMENTS = 1 << 17  # of a block's logits, rows x tokens: a block, its weights and its exponentials fit a cache
+LEAST, MOST = 256, 2048  # tokens of a block
 
 
 @dataclass
 class Readout:
     """Of each state: entropy and KL in nats, the best tokens, and of tracked tokens log-probability and rank.
 
-    kl_M: of the state's distribution from that of its reference, KL(reference || state), as in Belrose et al. 2023
-    (arXiv:2303.08112). ranks_QR: 1 = best; tokens with equal logits share the better rank.
+    kl_PN: of the state's distribution from the final one's at its place, KL(final || state), as in Belrose et al. 2023
+    (arXiv:2303.08112). ranks_PNR: 1 = best; tokens with equal logits share the better rank.
     """
 
-    entropy_M: Tensor
-    kl_M: Tensor
-    top_ids_MK: Tensor
-    top_logprobs_MK: Tensor
-    logits_MR: Tensor
-    logprobs_MR: Tensor
-    ranks_QR: Tensor
+    entropy_PN: Tensor
+    kl_PN: Tensor
+    top_ids_PNK: Tensor
+    top_logprobs_PNK: Tensor
+    logits_PNR: Tensor
+    logprobs_PNR: Tensor
+    ranks_PNR: Tensor
+    more_logprobs_XR: Tensor
+
+
+class _Sums:
+    """Running sums of exp(logit - high) over the blocks so far, each row's `high` its highest logit yet; float64."""
+
+    def __init__(self, rows: int, places: int, states: int, device: torch.device) -> None:
+        zeros = torch.zeros(rows + 2 * places * states, dtype=torch.float64, device=device)
+        self.high_M1 = torch.full((rows, 1), -torch.inf, dtype=torch.float64, device=device)
+        self.total_M = zeros[:rows]
+        # logits weighted by a state's own exponentials (for the entropy) and by the final state's (for the KL)
+        self.own_PN, self.cross_PN = zeros[rows:].view(2, places, states)
+
+    def add(self, logits_Mv: Tensor) -> None:
+        """Takes in one block."""
+        P, N = self.own_PN.shape
+        high_M1 = torch.maximum(self.high_M1, logits_Mv.amax(1, keepdim=True).double())
+        shrink_M = (self.high_M1 - high_M1).exp()[:, 0]
+        self.high_M1 = high_M1
+        wide_Mv = logits_Mv.double()
+        weights_Mv = (wide_Mv - high_M1).exp_()
+        wide_PNv, weights_PNv = (x[: P * N].view(P, N, -1) for x in (wide_Mv, weights_Mv))
+        shrink_PN = shrink_M[: P * N].view(P, N)
+        self.total_M = self.total_M * shrink_M + weights_Mv.sum(1)
+        self.own_PN = self.own_PN * shrink_PN + torch.linalg.vecdot(weights_PNv, wide_PNv)
+        crossed_PN = (wide_PNv @ weights_PNv[:, -1, :, None])[..., 0]
+        self.cross_PN = self.cross_PN * shrink_PN[:, -1:] + crossed_PN
+
+    def log_totals(self) -> Tensor:
+        """log of the sum of exp(logit) over the vocabulary, [M]."""
+        return self.total_M.log() + self.high_M1[:, 0]
 
 
 @dataclass
-class _Sums:
-    """Running sums of exp(logit - high) over the blocks so far, each state's `high` its highest logit yet."""
+class _Ranks:
+    """Counts of higher logits. Until all tracked logits are known, blocks wait.
 
-    high_M1: Tensor
-    total_M: Tensor
-    logits_M: Tensor  # weighted by the state's own exponentials: for the entropy
-    cross_M: Tensor  # weighted by the reference's: for the KL
+    They are taken from the very products that the others come from, so that a token never outranks itself.
+    """
 
-    def raise_to(self, high_M1: Tensor, reference_M: Tensor) -> None:
-        shrink_M = (self.high_M1 - high_M1).exp()[:, 0]
-        self.total_M *= shrink_M
-        self.logits_M *= shrink_M
-        self.cross_M *= shrink_M[reference_M]
-        self.high_M1 = high_M1
+    tracked: Sequence[int]
+    logits_MR: Tensor
+    states: int
+    waiting: list[Tensor] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.missing = len(self.tracked)
+        self.ranks_SR = torch.ones_like(self.logits_MR[: self.states], dtype=torch.long)
+
+    def add(self, logits_Mv: Tensor, first: int) -> None:
+        for column, index in enumerate(self.tracked):
+            if first <= index < first + logits_Mv.shape[1]:
+                self.logits_MR[:, column] = logits_Mv[:, index - first]
+                self.missing -= 1
+        if self.tracked:
+            self.waiting.append(logits_Mv[: self.states])
+        if not self.missing:
+            for block_Sv in self.waiting:
+                above_Sv = torch.empty_like(block_Sv)  # float counts of a block are exact, and sums of bools are slow
+                for column in range(len(self.tracked)):
+                    torch.gt(block_Sv, self.logits_MR[: self.states, column, None], out=above_Sv)
+                    self.ranks_SR[:, column] += above_Sv.sum(1).long()
+            self.waiting = []
 
 
 @torch.inference_mode()
 def read(
-    rows_MD: Tensor,
-    reference_M: Tensor,
+    states_PND: Tensor,
     matrix_VD: Tensor,
-    bias_V: Tensor | None,
-    own_FV: Tensor | None,
+    bias_V: Tensor | None = None,
+    own_PV: Tensor | None = None,
+    *,
+    more_XD: Tensor | None = None,
     tracked: Sequence[int] = (),
-    ranked: slice = slice(0),
+    ranked: int | None = None,
     top: int = 10,
     width: int = 0,
 ) -> Readout:
-    """Reads normed states through the head.
+    """Reads normed states through the head, the last state of each place being its final one.
 
-    reference_M: for each state the row of the last state at its place. own_FV: the model's own logits, for every row
-    that is a reference, in their order; None where the head is another model's. tracked: token ids; ranked: the states
-    for which their ranks are counted. width: tokens per block; 0 takes what fits a cache.
-    Raises LapisError where the logits of references differ from own_FV. NaN in, NaN out.
+    own_PV: the model's own logits at the places; None where the head is another model's. more_XD: states of which only
+    log-probabilities of tracked tokens are wanted. tracked: token ids, of which the first `ranked` (default: all) are
+    ranked. width: tokens per block; 0 takes what fits a cache.
+    Raises LapisError where the final states' logits differ from own_PV. NaN in, NaN out.
     """
-    finals_F = torch.unique(reference_M)
-    size, device = len(matrix_VD), rows_MD.device
-    rows_MD = rows_MD.float()
-    M, R = len(rows_MD), len(tracked)
-    width = width or max(256, min(16384, ELEMENTS // M))
-    zeros_M = torch.zeros(M, dtype=torch.float64, device=device)
-    sums = _Sums(torch.full((M, 1), -torch.inf, dtype=torch.float64, device=device), *(zeros_M.clone() for _ in "abc"))
-    best_MK, best_ids_MK = rows_MD.new_empty(M, 0), torch.empty(M, 0, dtype=torch.long, device=device)
-    logits_MR = rows_MD.new_zeros(M, R)
-    ranks_QR = torch.ones_like(logits_MR[ranked], dtype=torch.long)
-    holders = {index // width for index in tracked}
-    # Blocks that hold a tracked token go first and wait, so that ranks compare bits that came from the same product
-    order = sorted(range(-(-size // width)), key=lambda block: block not in holders)
-    waiting: list[Tensor] = []
+    P, N, D = states_PND.shape
+    size, device = len(matrix_VD), states_PND.device
+    rows_MD = states_PND.reshape(P * N, D).float()
+    rows_MD = rows_MD if more_XD is None else torch.cat((rows_MD, more_XD.float()))
+    M = len(rows_MD)
+    width = width or max(LEAST, min(MOST, ELEMENTS // M))
+    sums = _Sums(M, P, N, device)
+    logits_MR = rows_MD.new_zeros(M, len(tracked))
+    ranks = _Ranks(tracked[:ranked], logits_MR, P * N)
+    best_SK, best_ids_SK = rows_MD.new_empty(P * N, 0), torch.empty(P * N, 0, dtype=torch.long, device=device)
+    holders = {index // width for index in tracked[:ranked]}
     gap, scale = torch.zeros((), device=device), torch.ones((), device=device)
-    weight_vD = torch.empty(width, matrix_VD.shape[1], device=device)
+    weight_vD = torch.empty(width, D, device=device)
     with _products_as_exact_as(matrix_VD):
-        for step, block in enumerate(order):
+        for block in sorted(range(-(-size // width)), key=lambda block: block not in holders):
             first, last = block * width, min((block + 1) * width, size)
             logits_Mv = rows_MD @ weight_vD[: last - first].copy_(matrix_VD[first:last]).T
             if bias_V is not None:
                 logits_Mv += bias_V[first:last].float()
-            if own_FV is not None:
-                own_Fv = own_FV[:, first:last].float()
-                gap = torch.maximum(gap, (logits_Mv[finals_F] - own_Fv).abs().max())  # NaN stays
-                scale = torch.maximum(scale, own_Fv.abs().max())
-            _add(sums, logits_Mv, reference_M)
-            values_MK, places_MK = logits_Mv.topk(min(top, last - first))
-            both_MK = torch.cat((best_MK, values_MK), 1)
-            best_MK, chosen_MK = both_MK.topk(min(top, both_MK.shape[1]))
-            best_ids_MK = torch.cat((best_ids_MK, places_MK + first), 1).gather(1, chosen_MK)
-            for column, index in enumerate(tracked):
+            if own_PV is not None:
+                own_Pv = own_PV[:, first:last].float()
+                final_Pv = logits_Mv[: P * N].view(P, N, -1)[:, -1]
+                gap = torch.maximum(gap, (final_Pv - own_Pv).abs().max())  # NaN stays
+                scale = torch.maximum(scale, own_Pv.abs().max())
+            sums.add(logits_Mv)
+            ranks.add(logits_Mv, first)
+            for column, index in enumerate(tracked[len(ranks.tracked) :], len(ranks.tracked)):
                 if first <= index < last:
                     logits_MR[:, column] = logits_Mv[:, index - first]
-            if R:
-                waiting.append(logits_Mv[ranked])
-            if step + 1 >= len(holders):
-                for seen_Qv in waiting:
-                    for column in range(R):
-                        ranks_QR[:, column] += (seen_Qv > logits_MR[ranked, column, None]).sum(1)
-                waiting = []
-    if own_FV is not None and bool(sums.total_M.isfinite().all()):
-        _check_own(gap.item(), scale.item(), own_FV.dtype)
-    log_total_M = sums.total_M.log() + sums.high_M1[:, 0]
-    mean_M, cross_M = sums.logits_M / sums.total_M, sums.cross_M / sums.total_M[reference_M]
-    kl_M = mean_M[reference_M] - cross_M - log_total_M[reference_M] + log_total_M
-    kl_M[finals_F] = 0
+            values_SK, places_SK = logits_Mv[: P * N].topk(min(top, last - first))
+            both_SK = torch.cat((best_SK, values_SK), 1)
+            best_SK, chosen_SK = both_SK.topk(min(top, both_SK.shape[1]))
+            best_ids_SK = torch.cat((best_ids_SK, places_SK + first), 1).gather(1, chosen_SK)
+    if own_PV is not None and bool(sums.total_M.isfinite().all()):
+        _check_own(gap.item(), scale.item(), own_PV.dtype)
+    log_total_M = sums.log_totals()
+    logprobs_MR = logits_MR - log_total_M[:, None]
+    log_total_PN, total_PN = (x[: P * N].view(P, N) for x in (log_total_M, sums.total_M))
+    mean_PN, cross_PN = sums.own_PN / total_PN, sums.cross_PN / total_PN[:, -1:]
+    kl_PN = mean_PN[:, -1:] - cross_PN - log_total_PN[:, -1:] + log_total_PN
+    kl_PN[:, -1] = 0
     return Readout(
-        entropy_M=log_total_M - mean_M,
-        kl_M=kl_M.clamp_(min=0),
-        top_ids_MK=best_ids_MK,
-        top_logprobs_MK=best_MK - log_total_M[:, None],
-        logits_MR=logits_MR,
-        logprobs_MR=logits_MR - log_total_M[:, None],
-        ranks_QR=ranks_QR,
+        entropy_PN=log_total_PN - mean_PN,
+        kl_PN=kl_PN.clamp_(min=0),
+        top_ids_PNK=best_ids_SK.view(P, N, -1),
+        top_logprobs_PNK=best_SK.view(P, N, -1) - log_total_PN[..., None],
+        logits_PNR=logits_MR[: P * N].view(P, N, -1),
+        logprobs_PNR=logprobs_MR[: P * N].view(P, N, -1),
+        ranks_PNR=ranks.ranks_SR.view(P, N, -1),
+        more_logprobs_XR=logprobs_MR[P * N :],
     )
-
-
-def _add(sums: _Sums, logits_Mv: Tensor, reference_M: Tensor) -> None:
-    """Takes one block into the sums."""
-    sums.raise_to(torch.maximum(sums.high_M1, logits_Mv.amax(1, keepdim=True).double()), reference_M)
-    wide_Mv = logits_Mv.double()
-    weights_Mv = (wide_Mv - sums.high_M1).exp_()
-    sums.total_M += weights_Mv.sum(1)
-    sums.logits_M += torch.linalg.vecdot(weights_Mv, wide_Mv)
-    sums.cross_M += torch.linalg.vecdot(weights_Mv[reference_M], wide_Mv)
 
 
 def _check_own(gap: float, scale: float, dtype: torch.dtype) -> None:

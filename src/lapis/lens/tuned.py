@@ -44,12 +44,12 @@ class TunedLens:
     info: dict[str, Any]
     source: str = "tuned"
 
-    def translate(self, states_SD: Tensor) -> Tensor:
-        """States of one place, [L + 1, D], from the embedding on; the last stays as it is."""
-        wide_LD = states_SD[:-1].float()
-        moved_LD = wide_LD + torch.bmm(wide_LD[:, None], self.maps_LDD.to(wide_LD.device))[:, 0]
-        moved_LD = moved_LD + self.shifts_LD.to(wide_LD.device)
-        return torch.cat((moved_LD.to(states_SD.dtype), states_SD[-1:]))
+    def translate(self, states_PND: Tensor) -> Tensor:
+        """States of P places, [P, L + 1, D], from the embedding on; the last ones stay as they are."""
+        wide_PLD = states_PND[:, :-1].float()
+        maps_LDD, shifts_LD = self.maps_LDD.to(wide_PLD.device), self.shifts_LD.to(wide_PLD.device)
+        moved_PLD = wide_PLD + torch.einsum("pld,lde->ple", wide_PLD, maps_LDD) + shifts_LD
+        return torch.cat((moved_PLD.to(states_PND.dtype), states_PND[:, -1:]), 1)
 
     def check(self, parts: Anatomy) -> None:
         """Raises LapisError where these maps were made for another model."""
@@ -174,11 +174,9 @@ class _Moments:
 
 def _kl(parts: Anatomy, states_LND: Tensor) -> list[float]:
     """Mean KL(final || layer) over the tokens, in nats, for the embedding and each layer but the last."""
-    S, N, D = states_LND.shape
-    rows_MD = parts.norm(states_LND.transpose(0, 1).reshape(N * S, D).to(parts.matrix.dtype))
-    reference_M = (torch.arange(N, device=rows_MD.device).repeat_interleave(S) + 1) * S - 1
-    found = read(rows_MD, reference_M, parts.matrix, parts.bias, None, top=1)
-    means: list[float] = found.kl_M.view(N, S).mean(0)[:-1].tolist()
+    states_NLD = states_LND.transpose(0, 1).to(parts.matrix.dtype)
+    found = read(parts.norm(states_NLD), parts.matrix, parts.bias, top=1)
+    means: list[float] = found.kl_PN.mean(0)[:-1].tolist()
     return means
 
 
