@@ -2,13 +2,13 @@
 
     python benchmarks/lens.py [--rounds 9] [--tokens 64] [--write]
 
-Weights are random, in the shape of Qwen2.5-0.5B; the prompt is random ids. Three words are tracked; with a leading
-space each is one token and without one several, as in Qwen's own tokenizer, so the words' later tokens are read too.
-After loading, a plain pass `model(ids)` and a lens (all layers and both halves, top tokens, ranks, entropy, KL,
-contributions, the check against the model's own logits) run in turn; the figures are medians over rounds, in seconds by
-the clock and in seconds of processor time, which other load on the machine disturbs less. Peak memory is that of a new
-process that loads a folder and looks once. Targets: 1.5 times the plain pass, and the weights plus 300 MB.
-Leaves out: the grid of a page, whose cost is one walk over the head per 64 of its tokens.
+Weights are random, in the shape of Qwen2.5-0.5B; the prompt is random ids. Three words are tracked, each with and
+without a leading space; two of them are two tokens without it, so that second tokens are read on too. The last columns
+track the same words with their space only. After loading, a plain pass `model(ids)` and a lens (all layers and both
+halves, top tokens, ranks, entropy, KL, contributions, the check against the model's own logits) run in turn; the
+figures are medians over rounds, in seconds by the clock and in seconds of processor time, which other load on the
+machine disturbs less. Peak memory is that of a new process that loads a folder and looks once. Targets: 1.5 times the
+plain pass, and the weights plus 300 MB. Leaves out: the grid of a page, a walk over the head per 64 of its tokens.
 """
 
 import argparse
@@ -46,13 +46,14 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - weights, weigh
 
 
 def make_folder(folder: Path) -> None:
-    """A model folder of that shape, and a small tokenizer in which " Malaysia" is one token and "Malaysia" is not."""
+    """A model folder of that shape, and a small tokenizer: " Malaysia" is one token, "Malaysia" two: "M", "alaysia"."""
     from lapis.model import ModelConfig, Rope, Transformer, save
     from lapis.text.tokenizer import train_tokenizer
 
     torch.manual_seed(0)
     save(Transformer(ModelConfig(**SHAPE, rope=Rope(theta=1_000_000.0))).to(torch.bfloat16), folder)
-    train_tokenizer([f"in {word} and from {word}. " for word in WORDS] * 50, 330).save(folder)
+    text = [f"in {word}, {a}{word[1:]} {b}{word[1:]}. " for word in WORDS for a, b in ("QX", "ZJ", "VK")]
+    train_tokenizer(text * 50, 340).save(folder)
 
 
 def times(folder: Path, dtype: torch.dtype, rounds: int, tokens: int) -> dict[str, dict[str, float]]:
@@ -69,9 +70,12 @@ def times(folder: Path, dtype: torch.dtype, rounds: int, tokens: int) -> dict[st
     def look() -> None:
         lapis.lens(model, tokenizer, ids_BT[0].tolist(), WORDS)
 
+    def look_spaced() -> None:
+        lapis.lens(model, tokenizer, ids_BT[0].tolist(), [" " + word for word in WORDS])
+
     found: dict[str, dict[str, list[float]]] = {}
     for turn in range(-2, rounds):  # the first rounds only warm up
-        for name, run in (("plain", plain), ("lens", look)):
+        for name, run in (("plain", plain), ("lens", look), ("spaced", look_spaced)):
             clock, processor = time.perf_counter(), time.process_time()
             run()
             spent = {"clock": time.perf_counter() - clock, "processor": time.process_time() - processor}
@@ -99,20 +103,26 @@ def main() -> None:
     if not (options.folder / "tokenizer.json").exists():
         make_folder(options.folder)
     lines = [
-        "| weights | plain, s | lens, s | ratio | ratio, processor | beyond weights: loaded | plain | lens, MB |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| weights | plain, s | lens, s | ratio | ratio, processor | MB beyond weights: loaded | plain | lens "
+        "| ratio, one token per word | its processor |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     result = {}
     for dtype in (torch.bfloat16, torch.float32):
         found = times(options.folder, dtype, options.rounds, options.tokens)
-        ratios = {kind: found["lens"][kind] / found["plain"][kind] for kind in ("clock", "processor")}
+        ratios = {
+            f"{what} {kind}": found[what][kind] / found["plain"][kind]
+            for what in ("lens", "spaced") for kind in ("clock", "processor")
+        }  # fmt: skip
         beyond = {
             what: peak(options.folder, dtype, what, options.tokens)[0] / 1e6 for what in ("load", "plain", "lens")
         }
         name = str(dtype).removeprefix("torch.")
         lines.append(
-            f"| {name} | {found['plain']['clock']:.3f} | {found['lens']['clock']:.3f} | {ratios['clock']:.2f} "
-            f"| {ratios['processor']:.2f} | {beyond['load']:.0f} | {beyond['plain']:.0f} | {beyond['lens']:.0f} |"
+            f"| {name} | {found['plain']['clock']:.3f} | {found['lens']['clock']:.3f} "
+            f"| {ratios['lens clock']:.2f} | {ratios['lens processor']:.2f} | {beyond['load']:.0f} "
+            f"| {beyond['plain']:.0f} | {beyond['lens']:.0f} "
+            f"| {ratios['spaced clock']:.2f} | {ratios['spaced processor']:.2f} |"
         )
         result[name] = {**ratios, "beyond_mb": beyond["lens"]}
     head = (
