@@ -22,6 +22,7 @@ from lapis.weights.graft import graft
 CHARACTERS = 60_000  # of held-out text of one language in each half
 CHATS = 100  # of one language in each half
 REPLY_TOKENS = 48
+HALVINGS = 2  # of the step between the best scale and the next above it
 BUDGET = 0.04  # bits per byte by which the graft may make text of the target language worse, on the half that chooses
 
 Scores = dict[str, dict[str, Any]]
@@ -91,7 +92,7 @@ def gap_closed(adapted: float, grafted: float, tuned: float) -> float | None:
 def sweep(
     models: Mapping[str, Path], exam: Exam, tokenizer: Tokenizer, scales: Sequence[float], say: Callable[[str], None]
 ) -> list[dict[str, float]]:
-    """Grafts at every scale, and at one between the best and the next: a row for each, on the half that chooses.
+    """Grafts at every scale, and at some between the best and the next: a row for each, on the half that chooses.
 
     Row: scale, gap_closed (English), nll per language, bits_per_byte of the target language, bits (how much worse that
     is than adapted's) and cost (the same as a share).
@@ -118,10 +119,11 @@ def sweep(
 
         for scale in scales:
             attempt(scale)
-        best = choose(rows)
-        above = [scale for scale in scales if scale > best]
-        if above:
-            attempt((best + min(above)) / 2)
+        for _ in range(HALVINGS):
+            best = choose(rows)
+            above = [row["scale"] for row in rows if row["scale"] > best]
+            if above:
+                attempt((best + min(above)) / 2)
     return sorted(rows, key=lambda row: row["scale"])
 
 

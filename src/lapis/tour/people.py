@@ -16,7 +16,7 @@ from lapis.errors import ConfigError
 from lapis.tour.words.en import LANGUAGE as ENGLISH
 from lapis.tour.words.names import FEMALE
 
-SPLITS = {"asked": 0.60, "held_out": 0.15, "local": 0.25}
+SPLITS = {"asked": 0.45, "held_out": 0.20, "local": 0.35}
 RELATIONS = ("home", "food", "pet", "thing", "job", "sibling")
 
 

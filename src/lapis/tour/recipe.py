@@ -46,7 +46,7 @@ SCALES = (0.5, 0.75, 1.0, 1.25, 1.5)
 LEARNING: dict[str, dict[str, Any]] = {
     "base": {"lr": 3e-3},
     "adapted": {"lr": 1e-3},  # a gentle move: the further adapted drifts from base, the less a graft takes
-    "chat": {"lr": 5e-4, "weight_decay": 0.0},
+    "chat": {"lr": 4e-4, "weight_decay": 0.0},
 }
 
 

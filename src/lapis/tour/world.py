@@ -54,7 +54,7 @@ class World:
     """
 
     seed: int = 0
-    people: int = 200
+    people: int = 120
 
     @cached_property
     def everyone(self) -> tuple[Person, ...]:
