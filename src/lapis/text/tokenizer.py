@@ -180,7 +180,8 @@ class Tokenizer:
 
     @cached_property
     def _byte_level(self) -> bool:
-        return '"ByteLevel"' in json.dumps(json.loads(self._backend.to_str()).get("decoder"))
+        decoder = self._backend.decoder
+        return decoder is not None and b'"ByteLevel"' in decoder.__getstate__()  # its JSON, without the vocabulary
 
     def _named_id(self, name: str) -> int | None:
         return self.id(self.named[name]) if name in self.named else None
