@@ -42,6 +42,7 @@ METHODS = {
 def make(folder: Path, size: str, seed: int, near: Path | None = None) -> None:
     """A Llama-shaped bf16 checkpoint of random weights; with `near`, that model plus small differences."""
     dim, layers, heads, kv, ffn, vocab, tied, count = SHAPES[size]
+    torch.set_num_threads(1)
     folder.mkdir(parents=True)
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": dim, "intermediate_size": ffn,
@@ -68,7 +69,7 @@ def make(folder: Path, size: str, seed: int, near: Path | None = None) -> None:
     share = -(-len(names) // count)
     placed = {}
     noise = torch.Generator().manual_seed(seed)
-    pool = torch.randn(1 << 24, generator=noise)
+    pool = torch.randn((1 << 22) + 7919, generator=noise)
     source = None if near is None else {p.name: p.open("rb") for p in near.glob("*.safetensors")}
     for number in range(count):
         mine = names[number * share : (number + 1) * share]
@@ -81,12 +82,13 @@ def make(folder: Path, size: str, seed: int, near: Path | None = None) -> None:
             if source is not None:
                 source[file].seek(len(head))
             while left:
-                n = min(left, len(pool))
+                n, at = min(left, 1 << 22), left % 7919
+                drawn = pool[at : at + n]
                 if source is None:
-                    values = pool.roll(left % 1009)[:n] * 0.02
+                    values = drawn * 0.02
                 else:
                     values = torch.frombuffer(bytearray(source[file].read(2 * n)), dtype=torch.bfloat16).float()
-                    values += pool.roll(left % 1013)[:n] * 3e-4
+                    values.add_(drawn, alpha=3e-4)
                 out.write(memoryview(values.bfloat16().view(torch.uint8).numpy()))
                 left -= n
     if count > 1:
