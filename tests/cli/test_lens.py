@@ -110,7 +110,7 @@ def test_an_existing_page_is_kept_unless_told(folders, tmp_path, capsys):
 
 
 @pytest.mark.browser
-def test_pages_draw_without_complaint_at_both_widths_and_hover(folders, tmp_path, chromium, capsys):
+def test_pages_draw_without_complaint_wide_and_narrow_and_hover(folders, tmp_path, chromium, capsys):
     sync = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install 'lapis[dev]'")
     alone, beside = tmp_path / "alone.html", tmp_path / "beside.html"
     run(capsys, folders[0], PROMPT, "--track", "Kuala,Jakarta", "--html", str(alone))
@@ -118,7 +118,7 @@ def test_pages_draw_without_complaint_at_both_widths_and_hover(folders, tmp_path
     complaints: list[str] = []
     with sync.sync_playwright() as play:
         browser = play.chromium.launch(executable_path=chromium, args=ARGUMENTS, env={**os.environ, "LANG": "C.UTF-8"})
-        for file, width in ((alone, 1280), (alone, 400), (beside, 400)):
+        for file, width in ((alone, 1280), (beside, 400)):
             page = browser.new_page(viewport={"width": width, "height": 900})
             page.on("console", lambda message: complaints.append(message.text))
             page.on("pageerror", lambda error: complaints.append(str(error)))
