@@ -74,9 +74,12 @@ def test_the_graft_is_the_arithmetic_it_says(finished: tuple[Path, dict[str, Any
     base, chat, adapted, grafted = (
         load(found["models"][name]).state_dict() for name in ("base", "chat", "adapted", "grafted")
     )
-    for name in (n for n in grafted if ".attn." in n or ".mlp." in n):
-        wanted = adapted[name].double() + found["scale"] * (chat[name].double() - base[name].double())
-        assert (grafted[name] - wanted).abs().max() <= 1e-6, name
+    for name, weight in grafted.items():
+        if "norm" in name:
+            assert torch.equal(weight, adapted[name]), name
+        elif "embed" not in name:
+            wanted = adapted[name].double() + found["scale"] * (chat[name].double() - base[name].double())
+            assert (weight - wanted).abs().max() <= 1e-6, name
 
 
 def test_the_report_is_one_file_that_asks_for_nothing(finished: tuple[Path, dict[str, Any]]) -> None:
