@@ -233,14 +233,25 @@ class Asker:
         return self.teller.state(relation, scene)
 
     def _repeat(self, rng: Random, who: Person) -> Turn:
-        slots = self.teller.scene(rng, who, *self.teller.others(rng, who, self.people))
-        if who.name in self._told and rng.random() < 0.5:
-            relation = rng.choice(list(who.facts))
-            text = self.teller.say(rng, relation, self.teller.facts[who.name])
+        teller = self.teller
+        slots = teller.scene(rng, who, *teller.others(rng, who, self.people))
+        facts = list(who.facts) if who.name in self._told else []
+        relation = rng.choice([*facts, "go", "buy", "lose", "find", "give", "meet", *["words"] * 7])
+        if relation == "words":
+            text = self._words(rng)
+        elif relation in who.facts:
+            text = teller.say(rng, relation, teller.facts[who.name])
         else:
-            relation = rng.choice(["go", "buy", "lose", "find", "give", "meet"])
-            text = self.teller.state(relation, slots)
-        return Turn(self.teller.say(rng, "repeat", {"text": text}), text, "repeat", who.name, relation)
+            text = teller.state(relation, slots)
+        return Turn(teller.say(rng, "repeat", {"text": text}), text, "repeat", who.name, relation)
+
+    def _words(self, rng: Random) -> str:
+        """A few words and names in an order that only copying can give."""
+        language = self.teller.language
+        tables = [language.tables[kind] for kind in ("place", "food", "pet", "thing", "job", "color")]
+        words: list[str] = [rng.choice(list(rng.choice(tables).values())) for _ in range(rng.randint(2, 4))]
+        words += [self.teller.name[person.name] for person in rng.sample(self.people, rng.randint(0, 2))]
+        return language.comma.join(rng.sample(words, len(words))) + language.stop
 
     def _list(self, rng: Random, who: Person) -> Turn:
         tables = self.teller.language.tables
