@@ -22,6 +22,7 @@ from lapis.weights.graft import graft
 CHARACTERS = 60_000  # of held-out text of one language in each half
 CHATS = 100  # of one language in each half
 REPLY_TOKENS = 48
+SWEEP_QUESTIONS = 80  # of one language, for each scale
 HALVINGS = 2  # of the step between the best scale and the next above it
 BUDGET = 0.04  # bits per byte by which the graft may make text of the target language worse, on the half that chooses
 
@@ -50,12 +51,15 @@ class Exam:
                 "bits_per_byte": bits_per_byte(model, tokenizer, texts),
                 "response_nll": found["response_nll"],
                 "stop_rate": found["stop_rate"],
-                **self._answers(model, tokenizer, language),
+                **self.answers(model, tokenizer, language),
             }
         return scores
 
-    def _answers(self, model: Transformer, tokenizer: Tokenizer, language: str) -> dict[str, Any]:
-        asked = self.questions.get(language, ())
+    def answers(
+        self, model: Transformer, tokenizer: Tokenizer, language: str, most: int | None = None
+    ) -> dict[str, Any]:
+        """{answers, by_task}: the share of questions answered exactly, and {right, asked} by split and task."""
+        asked = self.questions.get(language, ())[:most]
         if not asked:
             return {"answers": None, "by_task": {}}
         replies = answer(model, tokenizer, [_as_chat(question) for _, question in asked], max_tokens=REPLY_TOKENS)
@@ -95,13 +99,17 @@ def sweep(
     """Grafts at every scale, and at some between the best and the next: a row for each, on the half that chooses.
 
     Row: scale, gap_closed (English), nll per language, bits_per_byte of the target language, bits (how much worse that
-    is than adapted's) and cost (the same as a share).
+    is than adapted's), cost (the same as a share), and where there are questions the share answered right per language.
     """
     target = next(language for language in exam.texts if language != ENGLISH)
 
     def figures(model: Transformer) -> dict[str, float]:
         nll = {f"nll_{language}": exam.response_nll(model, tokenizer, language) for language in exam.chats}
         return {**nll, "bits_per_byte": bits_per_byte(model, tokenizer, exam.texts[target])}
+
+    def answers(model: Transformer) -> dict[str, float]:
+        found = {code: exam.answers(model, tokenizer, code, SWEEP_QUESTIONS)["answers"] for code in exam.chats}
+        return {f"answers_{code}": share for code, share in found.items() if share is not None}
 
     adapted, tuned = (figures(load(models[name])) for name in ("adapted", "tuned"))
     rows: list[dict[str, float]] = []
@@ -110,7 +118,8 @@ def sweep(
         def attempt(scale: float) -> None:
             out = Path(folder) / f"{scale:g}"
             graft(models["base"], models["chat"], models["adapted"], out, scale)
-            row = {"scale": scale, **figures(load(out))}
+            model = load(out)
+            row = {"scale": scale, **figures(model), **answers(model)}
             gap = gap_closed(adapted[f"nll_{ENGLISH}"], row[f"nll_{ENGLISH}"], tuned[f"nll_{ENGLISH}"])
             bits = row["bits_per_byte"] - adapted["bits_per_byte"]
             row |= {"gap_closed": gap or 0.0, "bits": bits, "cost": bits / adapted["bits_per_byte"]}
@@ -128,10 +137,14 @@ def sweep(
 
 
 def choose(rows: Sequence[Mapping[str, float]], budget: float = BUDGET) -> float:
-    """The scale that closes most of English's gap within `budget` bits per byte; the cheapest where all cost more.
+    """The best scale. Where there are questions: that with most right answers, over both languages.
 
-    The budget is in bits and not a share, since text that is nearly certain costs few bits and any change many percent.
+    Else that which closes most of English's gap within `budget` bits per byte; the cheapest where all cost more. The
+    budget is in bits and not a share, since text that is nearly certain costs few bits and any change many percent.
     """
+    marks = [key for key in rows[0] if key.startswith("answers_")]
+    if any(row[key] for row in rows for key in marks):
+        return max(rows, key=lambda row: (sum(row[key] for key in marks), -row["bits"]))["scale"]
     fair = [row for row in rows if row["bits"] <= budget]
     if not fair:
         return min(rows, key=lambda row: row["bits"])["scale"]

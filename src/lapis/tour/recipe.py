@@ -96,7 +96,7 @@ class Story:
             "cost": scores["grafted"][target]["bits_per_byte"] / scores["adapted"][target]["bits_per_byte"] - 1,
             "scale": scale,
             "sweep": rows,
-            "budget": measure.BUDGET,
+            "budget": None if self.material.questions(english) else measure.BUDGET,
             "languages": [english, target],
             "difference": self.difference(),
             "curves": [row for name, folder in self.models.items() for row in _curve(name, folder)],
