@@ -128,9 +128,13 @@ def test_material_is_mixed_by_share_and_halved_without_overlap(tmp_path: Path) -
         Material(tmp_path / "world", "ko")
 
 
-def test_the_scale_with_most_gain_within_the_budget_is_taken() -> None:
+def test_the_scale_with_most_gain_within_the_budget_is_taken_or_with_most_right_answers() -> None:
     rows = [
         {"scale": s, "gap_closed": g, "bits": c} for s, g, c in ((0.5, 0.4, 0.01), (1.0, 0.5, 0.04), (1.5, 0.7, 0.2))
     ]
     assert measure.choose(rows) == 1.0
     assert measure.choose([{"scale": 2.0, "gap_closed": 0.1, "bits": 0.3}]) == 2.0
+    marks = ((0.1, 0), (0.3, 0), (0.2, 0.2))
+    right = [row | {"answers_en": a, "answers_ms": b} for row, (a, b) in zip(rows, marks, strict=True)]
+    assert measure.choose(right) == 1.5
+    assert measure.choose([row | {"answers_en": 0, "answers_ms": 0} for row in rows]) == 1.0

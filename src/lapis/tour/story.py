@@ -37,15 +37,19 @@ def page(found: Found) -> str:
     report.section("Six models" if "yardstick" in scores else "Five models", _explained(scores))
     report.table(_score_rows(found, names), _score_columns(found), caption=SCORES_SAY, mark=("grafted",))
     _answers(report, found, names)
+    budget = found["budget"]
+    rule = (
+        f"for the largest gap closed at no more than {budget:g} bits per byte" if budget else "for most right answers"
+    )
     report.section(
-        "The graft", "The scale was chosen on one half of the held-out material; all scores are of the other."
+        "The graft", f"The scale was chosen {rule} on one half of the held-out texts; scores are of the other."
     )
     report.figure(
         plots.scale_sweep(
             found["sweep"],
             f"At scale {found['scale']:g} the graft closes {gaps[english] or 0:.0%} of English's gap",
             chosen=found["scale"],
-            budget=found["budget"] / found["scores"]["adapted"][target]["bits_per_byte"],
+            budget=budget and budget / scores["adapted"][target]["bits_per_byte"],
         ),
         f"Each point is a graft. Cost: how much worse it makes the bits per byte of {names[target]} text.",
         rows=found["sweep"],
