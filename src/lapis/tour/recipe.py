@@ -198,11 +198,21 @@ def tour(wanted: Tour, say: Callable[[str], None]) -> dict[str, Any]:
         Material(wanted.data, wanted.language)  # refused now, before a folder is made
     settings = {**asdict(wanted), "data": str(wanted.data) if wanted.data else None, "out": None}
     _claim(out, settings)
-    result = out / "tour.json"
-    if (out / "report.html").exists():
-        found: dict[str, Any] = json.loads(result.read_text())
-        return found
-    begun = time.monotonic()
+    result, report = out / "tour.json", out / "report.html"
+    if not result.exists():
+        ran = _run(wanted, say) | {"report": str(report), "folder": str(out)}
+        with commit_file(result) as path:
+            path.write_text(json.dumps(ran, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+    if not report.exists():
+        with commit_file(report) as path:
+            path.write_text(page(found), encoding="utf-8")
+    return found
+
+
+def _run(wanted: Tour, say: Callable[[str], None]) -> dict[str, Any]:
+    """What the story found, with the seconds that all sittings took together."""
+    out, begun = wanted.out, time.monotonic()
     clock = out / ".seconds"
     earlier = float(clock.read_text()) if clock.exists() else 0.0
     try:
@@ -211,19 +221,11 @@ def tour(wanted: Tour, say: Callable[[str], None]) -> dict[str, Any]:
             say(f"a world of its own, told in English and {LANGUAGES[wanted.language]}")
             write_world(World(wanted.seed), root, wanted.language, int(CHARACTERS * wanted.minutes))
         material = Material(root, wanted.language)
-        story = Story(wanted, material, _tokenizer(out / "tokenizer", material), say)
-        found = story.tell()
+        found = Story(wanted, material, _tokenizer(out / "tokenizer", material), say).tell()
     finally:
-        seconds = earlier + time.monotonic() - begun
-        clock.write_text(str(seconds))
+        clock.write_text(str(earlier + time.monotonic() - begun))
     names = {code: LANGUAGES.get(code, code) for code in material.languages}
-    found |= {"report": str(out / "report.html"), "seconds": seconds, "names": names, "folder": str(out)}
-    with commit_file(result, overwrite=True) as path:
-        path.write_text(json.dumps(found, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    with commit_file(out / "report.html") as path:
-        path.write_text(page(found), encoding="utf-8")
-    clock.unlink()
-    return found
+    return found | {"seconds": earlier + time.monotonic() - begun, "names": names}
 
 
 def _claim(out: Path, settings: Mapping[str, Any]) -> None:
