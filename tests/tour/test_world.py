@@ -149,6 +149,15 @@ def test_training_chats_ask_and_tell_facts_of_asked_people_only(language: str) -
     assert not [fact for fact in facts if fact in said]
 
 
+def test_no_held_out_question_stands_in_a_training_chat() -> None:
+    chats = [chat["messages"] for chat in WORLD.chats("en", 6000, seed=1)]
+    asked = {str(messages[: turn + 1]) for messages in chats for turn in range(0, len(messages), 2)}
+    alone = {m["content"] for messages in chats for m in messages if m["role"] == "user"}
+    for question in WORLD.questions("en", 300, seed=3):
+        assert str(question.messages) not in asked
+        assert len(question.messages) > 1 or question.messages[0]["content"] not in alone
+
+
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_quizzes_ask_about_nobody_whom_training_chats_leave_out(language: str) -> None:
     for lesson in WORLD.documents(language, 1000, seed=1, kinds={"quiz": 1.0}):

@@ -116,8 +116,9 @@ class Material:
 def write_world(world: World, root: Path, target: str, characters: int) -> None:
     """Lays the built-in world out as a folder of material: `characters` of text in each language, chats, questions.
 
-    Training chats are in English only; the held-out ones, and the questions, are about people whom no training chat
-    names. The chats of the target language that are written for training are for a yardstick, and marked so.
+    Training chats are in English only; the held-out ones, and the questions, are about people of whom no training chat
+    asks for a fact (it may name them in invented scenes). Chats of the target language that are written for training
+    are for a yardstick, and marked so.
     """
     with commit(root) as staging:
         for language in (ENGLISH, target):

@@ -36,7 +36,7 @@ class Exam:
     texts: Mapping[str, Sequence[str]]
     chats: Mapping[str, Sequence[Chat]]
     questions: Mapping[str, Sequence[tuple[str, Question]]]
-    """(split, question): "held_out" = about people whom no chat names, "local" = told in the target language only."""
+    """(split, question): "held_out" = no training chat tells their facts, "local" = the target language alone does."""
 
     def response_nll(self, model: Transformer, tokenizer: Tokenizer, language: str) -> float:
         replies: list[None] = [None] * len(self.chats[language])

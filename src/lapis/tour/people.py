@@ -1,9 +1,9 @@
 """Who lives in the built-in world, and the facts about them, drawn from a seed. No words here: names and keys only.
 
 Every person has four facts: a home, a food, a pet or a thing, and a job (adults) or a sibling (children). Values are
-dealt out evenly, so that no answer is a good guess. People fall into three splits: "asked" (training chats ask about
-them), "held_out" (every text tells about them, no training chat names them) and "local" (only the target language's
-texts tell about them).
+dealt out evenly, so that no answer is a good guess. People fall into three splits: "asked" (training chats ask for
+their facts), "held_out" (every text tells about them; training chats name them in invented scenes only, and neither
+ask for nor tell a fact of theirs) and "local" (only the target language's texts tell about them).
 """
 
 from __future__ import annotations
