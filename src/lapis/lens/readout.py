@@ -18,8 +18,9 @@ from torch import Tensor
 
 from lapis.errors import LapisError
 
-ELEMENTS = 1 << 17  # of a block's logits, rows x tokens: a block, its weights and its exponentials fit a cache
-LEAST, MOST = 256, 2048  # tokens of a block
+ELEMENTS = 1 << 18  # of a block's logits, rows x tokens: a block, its weights and its exponentials fit a cache
+LEAST, MOST = 256, 4096  # tokens of a block
+GROUP = 16  # tokens of which only the highest is looked at first, where the best are sought
 
 
 @dataclass
@@ -151,7 +152,7 @@ def read(
             for column, index in enumerate(tracked[len(ranks.tracked) :], len(ranks.tracked)):
                 if first <= index < last:
                     logits_MR[:, column] = logits_Mv[:, index - first]
-            values_SK, places_SK = logits_Mv[: P * N].topk(min(top, last - first))
+            values_SK, places_SK = _best(logits_Mv[: P * N], top)
             both_SK = torch.cat((best_SK, values_SK), 1)
             best_SK, chosen_SK = both_SK.topk(min(top, both_SK.shape[1]))
             best_ids_SK = torch.cat((best_ids_SK, places_SK + first), 1).gather(1, chosen_SK)
@@ -173,6 +174,17 @@ def read(
         ranks_PNR=ranks.ranks_SR.view(P, N, -1),
         more_logprobs_XR=logprobs_MR[P * N :],
     )
+
+
+def _best(logits_Sv: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """topk in two steps: the best tokens stand in the groups whose highest are best."""
+    S, size = logits_Sv.shape
+    if size % GROUP or size < 4 * GROUP * count:
+        return logits_Sv.topk(min(count, size))
+    grouped_SgG = logits_Sv.view(S, -1, GROUP)
+    groups_SK = grouped_SgG.amax(2).topk(count).indices
+    values_SK, among_SK = grouped_SgG.take_along_dim(groups_SK[..., None], 1).flatten(1).topk(count)
+    return values_SK, groups_SK.gather(1, among_SK // GROUP) * GROUP + among_SK % GROUP
 
 
 def _check_own(gap: float, scale: float, dtype: torch.dtype) -> None:
