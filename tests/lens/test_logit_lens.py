@@ -2,12 +2,13 @@
 
 import json
 import math
+import sys
 
 import pytest
 import torch
 
 import lapis
-from lapis.errors import ConfigError, DataError, LapisError
+from lapis.errors import ConfigError, DataError, LapisError, MissingExtra
 from lapis.lens import logit_lens
 from lapis.lens.opening import Opened
 from lapis.lens.side_by_side import side_by_side
@@ -268,3 +269,10 @@ def test_states_that_overflow_are_said_to(words):
         model.blocks[1].mlp.down.weight.fill_(6e4)
     with pytest.raises(LapisError, match=r"layer [12] overflows torch.float16; load the model in float32"):
         lapis.lens(model, words, PROMPT)
+
+
+def test_without_pandas_one_line_says_how_to_get_it(words, monkeypatch):
+    found = lapis.lens(make_model(), words, PROMPT)
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(MissingExtra, match="pandas is not installed; pip install"):
+        found.to_pandas()
