@@ -243,7 +243,7 @@ def say(text: str) -> None:
     """What lapis itself says, apart from what the model says: dim, or to standard error where output is a pipe."""
     from lapis.cli.output import console, stderr
 
-    (console if sys.stdout.isatty() else stderr).print(text, style="dim", markup=False)
+    (console if sys.stdout.isatty() else stderr).print(text, style="dim", markup=False, soft_wrap=True)
 
 
 def _name(folder: str, taken: "dict[str, Conversation]") -> str:
