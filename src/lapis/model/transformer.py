@@ -1,7 +1,7 @@
 """The one transformer: embed, blocks, final norm, head. Every family is a setting of it.
 
-The model knows one device and keeps no state between calls: a cache is an argument. Leaves out: dropout, sharding and
-checkpointing (applied from outside, train/parallel.py), sampling (generate/).
+The model knows one device and keeps no state between calls: a cache is an argument. Leaves out: sharding and
+checkpointing (applied from outside, train/parallel.py), dropout of attention weights, sampling (generate/).
 
 Shapes: B batch, T time, S time of keys, D model dim, V vocabulary, C classes.
 """
@@ -88,6 +88,8 @@ class Norms(nn.Module):
 class Block(nn.Module):
     """Attention and MLP, each added to the residual stream; normed before (most) or after (BERT)."""
 
+    dropout = 0.0
+
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.norm = Norms(config, "attn", "mlp")
@@ -98,12 +100,15 @@ class Block(nn.Module):
     def forward(self, x_BTD: Tensor, shared: Shared, cache: Cache | None = None) -> Tensor:
         norm = self.norm
         if self.post:
-            x_BTD = norm.attn(x_BTD + self.attn(x_BTD, shared, cache))
-            x_BTD = norm.mlp(x_BTD + self.mlp(x_BTD))
+            x_BTD = norm.attn(x_BTD + self._dropped(self.attn(x_BTD, shared, cache)))
+            x_BTD = norm.mlp(x_BTD + self._dropped(self.mlp(x_BTD)))
         else:
-            x_BTD = x_BTD + self.attn(norm.attn(x_BTD), shared, cache)
-            x_BTD = x_BTD + self.mlp(norm.mlp(x_BTD))
+            x_BTD = x_BTD + self._dropped(self.attn(norm.attn(x_BTD), shared, cache))
+            x_BTD = x_BTD + self._dropped(self.mlp(norm.mlp(x_BTD)))
         return x_BTD
+
+    def _dropped(self, x_BTD: Tensor) -> Tensor:
+        return F.dropout(x_BTD, self.dropout) if self.dropout and self.training else x_BTD
 
 
 class Transformer(nn.Module):
@@ -118,11 +123,22 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.notes: list[str] = []
+        self.dropout = 0.0
         self.embed = Embed(config)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.norm = Norms(config, "final" if config.norm_place == "pre" else "embed")
         self.head = make_head(config, self.embed)
         self.reset_parameters()
+
+    def drop(self, share: float) -> None:
+        """While training, leave out this share of what the embedding and each half of a block add to the stream.
+
+        (Srivastava et al. 2014; BERT's hidden_dropout_prob.) A setting of training, so no folder remembers it.
+        """
+        self.dropout = share
+        for module in self.modules():
+            if isinstance(module, Block):
+                module.dropout = share
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -174,18 +190,36 @@ class Transformer(nn.Module):
         cache: Cache | None = None,
     ) -> Tensor:
         """The last hidden state, [B, T, D], after the final norm; the arguments are `forward`'s."""
+        x_BTD, shared = self.start(
+            ids_BT, mask_BT, positions_BT=positions_BT, segments_BT=segments_BT, types_BT=types_BT, cache=cache
+        )
+        for block in self.blocks:
+            x_BTD = block(x_BTD, shared, cache)
+        if cache is not None:
+            cache.advance(ids_BT.shape[1])
+        return self.end(x_BTD)
+
+    def start(
+        self,
+        ids_BT: Tensor,
+        mask_BT: Tensor | None = None,
+        *,
+        positions_BT: Tensor | None = None,
+        segments_BT: Tensor | None = None,
+        types_BT: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[Tensor, Shared]:
+        """What enters the first block, [B, T, D], and what all blocks are given; the arguments are `forward`'s."""
         if self.config.image is not None:
             x_BTD = self.embed.pixels(ids_BT)
             shared = Shared(None, None, NOTHING_HIDDEN, NOTHING_HIDDEN)
         else:
             positions, shared = self._prepare(ids_BT, mask_BT, positions_BT, segments_BT, cache)
             x_BTD = self.embed(ids_BT, positions, types_BT)
-        if self.config.norm_place == "post":
-            x_BTD = self.norm.embed(x_BTD)
-        for block in self.blocks:
-            x_BTD = block(x_BTD, shared, cache)
-        if cache is not None:
-            cache.advance(ids_BT.shape[1])
+        return (self.norm.embed(x_BTD) if self.config.norm_place == "post" else x_BTD), shared
+
+    def end(self, x_BTD: Tensor) -> Tensor:
+        """The last hidden state from what left the last block."""
         return self.norm.final(x_BTD) if self.config.norm_place == "pre" else x_BTD
 
     def summary(self, hidden_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:
