@@ -37,7 +37,7 @@ def score_choices(
     found = list(questions)
     if not found:
         raise DataError("eval: there is no question to score")
-    sequences = [_scored(model, tokenizer, question, text) for question in found for text in question.choices]
+    sequences = [s for question in found for s in scored_choices(tokenizer, question, model.config.context)]
     nats = iter(nll(model, sequences, precision=precision))
     right = right_per_byte = 0
     for question in found:
@@ -91,7 +91,12 @@ def _question(line: str, where: str) -> Choice:
     return Choice(prompt, tuple(choices), answer)
 
 
-def _scored(model: Transformer, tokenizer: Tokenizer, question: Choice, text: str) -> Scored:
+def scored_choices(tokenizer: Tokenizer, question: Choice, context: int) -> list[Scored]:
+    """Each choice after its prompt, as ids of which the choice's are scored. DataError where one is too long."""
+    return [_scored(tokenizer, question, text, context) for text in question.choices]
+
+
+def _scored(tokenizer: Tokenizer, question: Choice, text: str, context: int) -> Scored:
     if isinstance(question.prompt, str):
         before = tokenizer.encode(question.prompt, add_special_tokens=True)
         ids = tokenizer.encode(question.prompt + text, add_special_tokens=True)
@@ -104,6 +109,6 @@ def _scored(model: Transformer, tokenizer: Tokenizer, question: Choice, text: st
     else:
         before = encode_prompt(tokenizer, question.prompt)
         ids, shared = before + tokenizer.encode(text), len(before)
-    if len(ids) > model.config.context + 1:
-        raise DataError(f"eval: a question has {len(ids)} tokens; the model's context is {model.config.context}")
+    if len(ids) > context + 1:
+        raise DataError(f"eval: a question has {len(ids)} tokens; the model's context is {context}")
     return Scored(ids, [place >= shared for place in range(len(ids))])
