@@ -1,4 +1,4 @@
-"""The shape of a model: a few numbers and a few enumerated fields. Leaves out dropout; all else that shapes is here."""
+"""The shape of a model: a few numbers and a few enumerated fields. All that shapes is here."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -1,19 +1,24 @@
 """What stands on top of the last hidden state: logits over a vocabulary, classes, or nothing.
 
 A head is applied to hidden states of any leading shape, so a loss can run it only where there is loss, or in chunks.
-Leaves out: which token a classifier looks at (transformer.py).
+`put_head` puts another one on a model. Leaves out: which token a classifier looks at (transformer.py).
 
 Shapes: B batch, T time, D model dim, V vocabulary, C classes.
 """
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lapis.model.config import MLP_KINDS, ModelConfig
+from lapis.model.config import MLP_KINDS, Head, ModelConfig
 from lapis.model.norm import make_norm
+
+if TYPE_CHECKING:
+    from lapis.model.transformer import Transformer
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -98,3 +103,55 @@ def make_head(config: ModelConfig, embed: nn.Module) -> nn.Module:
     if config.head == "masked":
         return MaskedHead(config, embed)
     return ClassHead(config) if config.head in ("classes", "scalar") else NoHead(config)
+
+
+def put_head(model: "Transformer", head: Head, classes: Sequence[str] = ()) -> list[str]:
+    """Another head on a model, in place; the names of its parameters that are new and drawn at random (0.02).
+
+    classes: their names in order, for head="classes"; config.json gets them, where transformers looks for them. What
+    the old head has of the same name and shape (a pooler, one's own embedding rows) is kept. A head that is the same
+    already keeps its weights.
+    """
+    if (head == "classes") != bool(classes):
+        raise ValueError("classes are given with the head of that name, and only with it")
+    config, old = model.config, model.head.state_dict()
+    extra = {name: value for name, value in config.extra.items() if name not in LABELS} | labels(classes)
+    pooler = head in ("classes", "scalar") and not config.causal and config.image is None
+    like = next(model.parameters())
+    model.config = dataclasses.replace(config, head=head, classes=len(classes), pooler=pooler, extra=extra)
+    model.head = make_head(model.config, model.embed).to(like.device, like.dtype)
+    fresh = []
+    with torch.no_grad():
+        for name, parameter in model.head.named_parameters():
+            if name in old and old[name].shape == parameter.shape:
+                parameter.copy_(old[name])
+                continue
+            fresh.append(f"head.{name}")
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif "norm" in name:
+                parameter.fill_(1.0)
+            else:
+                parameter.normal_(0.0, 0.02)
+    model.head.train(model.training)
+    return fresh
+
+
+LABELS = ("id2label", "label2id", "problem_type")
+
+
+def labels(classes: Sequence[str]) -> dict[str, Any]:
+    """The fields of config.json that name the classes."""
+    if not classes:
+        return {}
+    return {
+        "id2label": {str(i): name for i, name in enumerate(classes)},
+        "label2id": {name: i for i, name in enumerate(classes)},
+    }
+
+
+def class_names(config: ModelConfig) -> list[str]:
+    """The classes' names by their number; LABEL_0, LABEL_1, ... where the folder names none, as in transformers."""
+    named = config.extra.get("id2label")
+    named = named if isinstance(named, Mapping) else {}
+    return [str(named.get(str(i), named.get(i, f"LABEL_{i}"))) for i in range(config.classes)]

@@ -216,7 +216,9 @@ class Transformer(nn.Module):
         else:
             positions, shared = self._prepare(ids_BT, mask_BT, positions_BT, segments_BT, cache)
             x_BTD = self.embed(ids_BT, positions, types_BT)
-        return (self.norm.embed(x_BTD) if self.config.norm_place == "post" else x_BTD), shared
+        if self.config.norm_place == "post":
+            x_BTD = self.norm.embed(x_BTD)
+        return (F.dropout(x_BTD, self.dropout) if self.dropout and self.training else x_BTD), shared
 
     def end(self, x_BTD: Tensor) -> Tensor:
         """The last hidden state from what left the last block."""
