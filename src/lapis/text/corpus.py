@@ -61,7 +61,7 @@ def documents(paths: Source | Iterable[Source]) -> Iterator[Document]:
     """Every document of the files. Raises DataError where a file is empty, damaged, or holds something else."""
     for path in files(paths):
         if _suffix(path) == ".jsonl":
-            for number, record in _records(path):
+            for number, record in records(path):
                 yield Document(_text_of(record, path, number), path, number)
         else:
             yield from _pieces(path)
@@ -72,7 +72,7 @@ def chats(paths: Source | Iterable[Source]) -> Iterator[Chat]:
     for path in files(paths):
         if _suffix(path) != ".jsonl":
             raise DataError(f"{path}: holds plain text; chats are read from .jsonl with messages")
-        for number, record in _records(path):
+        for number, record in records(path):
             yield _chat_of(record, path, number)
 
 
@@ -91,7 +91,7 @@ def kind_of(paths: Source | Iterable[Source]) -> Literal["documents", "chats"]:
     first = files(paths)[0]
     if _suffix(first) != ".jsonl":
         return "documents"
-    number, record = next(_records(first))
+    number, record = next(records(first))
     if not isinstance(record, dict) or ("messages" in record) == ("text" in record):
         _text_of(record, first, number)
     return "chats" if "messages" in record else "documents"
@@ -213,8 +213,8 @@ def _cut(text: str) -> int:
     return len(text) if len(text) >= PIECE else 0
 
 
-def _records(path: Path) -> Iterator[tuple[int, Any]]:
-    """Line number and object of every line that is not blank."""
+def records(path: Path) -> Iterator[tuple[int, Any]]:
+    """Line number and object of every line of a jsonl file that is not blank, checked as JSON in UTF-8."""
     number, position, count = 0, 0, 0
     with _Opened(path) as file:
         while raw := file.readline(LINE_LIMIT + 1):
@@ -276,9 +276,10 @@ def _refuse_nul(raw: bytes, path: Path, line: int, position: int) -> None:
         raise DataError(f"{path} line {line}: a NUL byte at byte {position + at}; is it text in UTF-8? Remove the byte")
 
 
-def _checked_text(value: Any, field: str, path: Path, number: int) -> str:
+def checked_text(value: Any, field: str, path: Path, number: int) -> str:
+    """The field's text. Raises DataError where it is none, or no text that can be encoded."""
     if not isinstance(value, str):
-        raise DataError(f"{path} line {number}: {field} is {_spelled(value)}; expected text")
+        raise DataError(f"{path} line {number}: {field} is {spelled(value)}; expected text")
     if "\0" in value:
         raise DataError(f"{path} line {number}: {field} holds a NUL character; remove it")
     try:
@@ -290,27 +291,28 @@ def _checked_text(value: Any, field: str, path: Path, number: int) -> str:
     return value
 
 
-def _spelled(value: Any) -> str:
+def spelled(value: Any) -> str:
+    """What kind of JSON value this is, in words."""
     names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
     return names.get(type(value), "a number")
 
 
 def _text_of(record: Any, path: Path, number: int) -> str:
     if not isinstance(record, dict):
-        raise DataError(f"{path} line {number}: is {_spelled(record)}; expected an object with text")
+        raise DataError(f"{path} line {number}: is {spelled(record)}; expected an object with text")
     if "text" not in record:
         if "messages" in record:
             raise DataError(f"{path} line {number}: holds a chat (messages) where a document (text) was expected")
         raise DataError(f"{path} line {number}: the field text is missing; {nearest('text', record)}")
     if "messages" in record:
         raise DataError(f"{path} line {number}: has both text and messages; which is meant cannot be known")
-    return _checked_text(record["text"], "text", path, number)
+    return checked_text(record["text"], "text", path, number)
 
 
 def _chat_of(record: Any, path: Path, number: int) -> Chat:
     where = f"{path} line {number}"
     if not isinstance(record, dict):
-        raise DataError(f"{where}: is {_spelled(record)}; expected an object with messages")
+        raise DataError(f"{where}: is {spelled(record)}; expected an object with messages")
     if "messages" not in record:
         if "text" in record:
             raise DataError(f"{where}: holds a document (text) where a chat (messages) was expected")
@@ -318,22 +320,23 @@ def _chat_of(record: Any, path: Path, number: int) -> Chat:
     messages = record["messages"]
     if not isinstance(messages, list) or not messages:
         raise DataError(
-            f"{where}: messages is {_spelled(messages) if messages else 'empty'}; expected a list of messages"
+            f"{where}: messages is {spelled(messages) if messages else 'empty'}; expected a list of messages"
         )
     for i, message in enumerate(messages):
-        _check_message(message, f"messages[{i}]", path, number)
+        check_message(message, f"messages[{i}]", path, number)
     if not any(message["role"] == "assistant" for message in messages):
         raise DataError(f"{where}: no message is the assistant's; there is nothing to learn from it")
     tools = record.get("tools")
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise DataError(f"{where}: tools is {_spelled(tools)}; expected a list of objects")
+        raise DataError(f"{where}: tools is {spelled(tools)}; expected a list of objects")
     return Chat(messages, path, number, tools)
 
 
-def _check_message(message: Any, field: str, path: Path, number: int) -> None:
+def check_message(message: Any, field: str, path: Path, number: int) -> None:
+    """Raises DataError, naming line and field, for what is not a message of a chat."""
     where = f"{path} line {number}: {field}"
     if not isinstance(message, dict):
-        raise DataError(f"{where} is {_spelled(message)}; expected an object with role and content")
+        raise DataError(f"{where} is {spelled(message)}; expected an object with role and content")
     if "role" not in message:
         raise DataError(f"{where}.role is missing; {nearest('role', message)}")
     if message["role"] not in ROLES:
@@ -346,8 +349,8 @@ def _check_message(message: Any, field: str, path: Path, number: int) -> None:
     if isinstance(content, list):
         for j, part in enumerate(content):
             if not isinstance(part, dict) or "type" not in part:
-                raise DataError(f"{where}.content[{j}] is {_spelled(part)}; expected an object with type and text")
+                raise DataError(f"{where}.content[{j}] is {spelled(part)}; expected an object with type and text")
             if part["type"] == "text":
-                _checked_text(part.get("text"), f"{field}.content[{j}].text", path, number)
+                checked_text(part.get("text"), f"{field}.content[{j}].text", path, number)
     else:
-        _checked_text(content, f"{field}.content", path, number)
+        checked_text(content, f"{field}.content", path, number)
