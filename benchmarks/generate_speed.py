@@ -170,7 +170,7 @@ def main() -> None:
     if not (options.folder / "tokenizer.json").exists():
         make_folder(options.folder)
     found = speeds(options.folder, options)
-    starts = first_token(options.folder, min(options.rounds, 3))
+    starts = first_token(options.folder, options.rounds)
     weights = (options.folder / "model.safetensors").stat().st_size
     ceiling = bandwidth(options.device) / weights
     lines = ["| tokens per second | transformers | lapis | ratio |", "|---|---:|---:|---:|"]

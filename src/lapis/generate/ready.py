@@ -45,7 +45,7 @@ def open_ready(folder: str | Path, runtime: Runtime = Runtime()) -> tuple[Transf
     with ThreadPoolExecutor(1) as pool:
         opening = pool.submit(_tokenizer, checkpoint)
         dtype: torch.dtype | None = getattr(torch, runtime.dtype) if runtime.dtype else None
-        model = ready(load(checkpoint, dtype, device))
+        model = ready(load(checkpoint, dtype, device, placed=_pack))
         tokenizer = opening.result()
     tokenizer.check_rows(model.config.vocab)
     return model, tokenizer
@@ -78,17 +78,19 @@ def ready(model: Transformer) -> Transformer:
     packed head, since its rows are looked up.
     """
     for name in [name for name, _ in model.named_modules()]:  # names only: a list of modules would keep their weights
-        module = model.get_submodule(name)
-        if type(module) is nn.Linear:
-            weight = module.weight
-        elif type(module) is LanguageHead:
-            weight = module.matrix
-        else:
-            continue
-        if weight.device.type == "cpu" and _packs(weight.dtype):
-            parent, _, last = name.rpartition(".")
-            setattr(model.get_submodule(parent), last, PackedLinear(weight, module.bias))
+        _pack(model, name)
+    head = model.head
+    if type(head) is LanguageHead and head.matrix.device.type == "cpu" and _packs(head.matrix.dtype):
+        model.head = PackedLinear(head.matrix, head.bias)
     return model.eval()
+
+
+def _pack(model: nn.Module, name: str) -> None:
+    """Puts a packed layer in the place of the linear layer of that name, if it is one."""
+    module = model.get_submodule(name)
+    if type(module) is nn.Linear and module.weight.device.type == "cpu" and _packs(module.weight.dtype):
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, PackedLinear(module.weight, module.bias))
 
 
 @cache

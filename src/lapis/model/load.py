@@ -7,7 +7,9 @@ caller commits.
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -22,6 +24,7 @@ from lapis.model.config import Head, ModelConfig
 from lapis.model.transformer import Transformer
 
 CHUNK = 4 << 20  # elements converted at a time
+AHEAD = 2  # tensors that are read while one is put in place
 SHARD_BYTES = 5_000_000_000
 
 
@@ -49,11 +52,13 @@ def load(
     *,
     head: Head | None = None,
     classes: int = 0,
+    placed: Callable[[nn.Module, str], None] | None = None,
 ) -> Transformer:
     """The model of a folder, with the weights in `dtype` (default: that of the folder).
 
     head, classes: put another head on top; one that the folder lacks is drawn at random, and `model.notes` says so.
-    Raises CheckpointError, before anything is allocated, listing all tensors that are missing, unknown or of a wrong
+    placed: told the model and the name of each module as soon as all of its parameters are there; what it does with
+    them is done while the next ones are read. Raises CheckpointError, before anything is allocated, listing all tensors that are missing, unknown or of a wrong
     shape. Peak memory is that of the weights in the target dtype, and one chunk.
     """
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
@@ -61,10 +66,13 @@ def load(
     dtype = dtype or getattr(torch, plan.dtype)
     with torch.device("meta"):
         model = Transformer(plan.config)
-    for name, rule, targets in plan.steps:
-        tensor = _read(checkpoint, name, dtype)
-        for target, piece in zip(targets, TRANSFORMS[rule.transform].here(tensor, len(targets)), strict=True):
-            _assign(model, target, piece.to(device))
+    with ThreadPoolExecutor(1) as pool:
+        reads = _ahead(pool, (lambda name=name: _read(checkpoint, name, dtype) for name, _, _ in plan.steps))
+        for (_, rule, targets), tensor in zip(plan.steps, reads, strict=True):
+            for target, piece in zip(targets, TRANSFORMS[rule.transform].here(tensor, len(targets)), strict=True):
+                module = _assign(model, target, piece.to(device))
+                if placed and not any(p.is_meta for p in model.get_submodule(module).parameters(recurse=False)):
+                    placed(model, module)
     if plan.fresh:
         _draw(model, plan.fresh, dtype, device)
     model.notes = [*checkpoint.notes, *plan.notes]
@@ -145,9 +153,22 @@ def _read(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> Tensor:
     return result.view(info.shape)
 
 
-def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
+def _ahead(pool: ThreadPoolExecutor, jobs: Iterator[Callable[[], Tensor]]) -> Iterator[Tensor]:
+    """The results in order, with at most AHEAD jobs under way."""
+    waiting: deque[Future[Tensor]] = deque()
+    for job in jobs:
+        waiting.append(pool.submit(job))
+        if len(waiting) > AHEAD:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def _assign(model: nn.Module, name: str, tensor: Tensor) -> str:
+    """Puts the parameter in its place; the name of its module."""
     module, _, last = name.rpartition(".")
     setattr(model.get_submodule(module), last, nn.Parameter(tensor))
+    return module
 
 
 def _draw(model: Transformer, names: tuple[str, ...], dtype: torch.dtype, device: torch.device | str) -> None:
