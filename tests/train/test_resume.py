@@ -16,13 +16,13 @@ from typing import Any
 import pytest
 import torch
 
-from lapis.config import build, load_yaml, override
+from lapis.config import load_yaml, override
 from lapis.errors import OutputError, TrainingError
 from lapis.model import Transformer
 from lapis.text.corpus import Document
 from lapis.text.tokenizer import Tokenizer
 from lapis.train import Causal, TrainConfig, train
-from lapis.train.run import RunConfig, run
+from lapis.train.run import read_settings, run
 from lapis.train.state import Journal, read_tensors, write_tensors
 from lapis.train.watch import Silent
 
@@ -248,7 +248,7 @@ def test_fault_60_killed_and_run_again_gives_the_same_bytes(place: Path, monkeyp
 
     monkeypatch.chdir(place)
     settings = override(load_yaml("run.yaml"), ["out=whole"])
-    run(build(RunConfig, settings, "run.yaml"), watch=Silent())
+    run(read_settings(settings, "run.yaml"), watch=Silent())
     names = ["model.safetensors", "config.json", "tokenizer.json"]
     assert all((place / "out" / name).read_bytes() == (place / "whole" / name).read_bytes() for name in names)
 

@@ -9,13 +9,14 @@ from lapis.rooms import furnish
 
 if TYPE_CHECKING:
     from lapis.train.config import TrainConfig
-    from lapis.train.loop import TrainResult, train
+    from lapis.train.loop import train
     from lapis.train.objectives import Causal, Chat
+    from lapis.train.result import TrainResult
 
 __all__ = ["Causal", "Chat", "TrainConfig", "TrainResult", "train"]
 
 furnish(
     __name__,
-    {"Causal": "objectives", "Chat": "objectives", "TrainConfig": "config", "TrainResult": "loop", "train": "loop"},
+    {"Causal": "objectives", "Chat": "objectives", "TrainConfig": "config", "TrainResult": "result", "train": "loop"},
     verb="train",
 )

@@ -16,6 +16,11 @@ class TrainConfig:
     0 = none. precision, threads: "auto" and 0 measure a few steps and keep what is fastest. save_every: steps between
     checkpoints, 0 = every five minutes. keep: checkpoints kept. log_every: steps per entry of the learning curve.
     sample_every: seconds between samples of text, 0 = none. save_dtype: of the final folder.
+
+    eval_every: steps between the objective's held-out figures, 0 = at the end only. watch_metric: the figure that
+    early_stop and best look at (by default the first); less is better for a loss, nll, perplexity, error or bits per
+    byte, more for any other. early_stop: stop after so many evaluations without a better figure, 0 = never. best: end
+    with the weights of the best evaluation.
     """
 
     steps: int | None = None
@@ -37,6 +42,10 @@ class TrainConfig:
     log_every: int = 10
     sample_every: float = 30.0
     save_dtype: Literal["float32", "bfloat16"] = "float32"
+    eval_every: int = 0
+    watch_metric: str = ""
+    early_stop: int = 0
+    best: bool = False
 
     def __post_init__(self) -> None:
         bounds = [self.steps, self.epochs, self.minutes]
@@ -47,11 +56,22 @@ class TrainConfig:
         for name in ("batch", "accumulate", "keep", "log_every", "lr"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"train: {name} is {getattr(self, name)}; it must be above 0")
-        for name in ("weight_decay", "warmup", "clip", "threads", "save_every", "sample_every"):
+        for name in (
+            "weight_decay",
+            "warmup",
+            "clip",
+            "threads",
+            "save_every",
+            "sample_every",
+            "eval_every",
+            "early_stop",
+        ):
             if getattr(self, name) < 0:
                 raise ConfigError(f"train: {name} is {getattr(self, name)}; it must not be below 0")
         if not 0 <= self.decay <= 1:
             raise ConfigError(f"train: decay is {self.decay}; it is a share of the run, from 0 to 1")
+        if (self.early_stop or self.best) and not self.eval_every:
+            raise ConfigError("train: early_stop and best need eval_every, the steps between evaluations")
         if self.batch % self.accumulate:
             raise ConfigError(
                 f"train: batch {self.batch} does not divide into accumulate {self.accumulate} equal parts"

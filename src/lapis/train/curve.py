@@ -15,15 +15,18 @@ Row = dict[str, Any]
 
 
 class Window:
-    """Sums since the last entry. pace: seconds per step, smoothed over entries."""
+    """Sums since the last entry. pace: seconds per step, smoothed over entries. means: metrics that are no sums."""
 
-    def __init__(self, pace: float = 0.0) -> None:
+    def __init__(self, pace: float = 0.0, means: frozenset[str] = frozenset()) -> None:
+        self.means, self.parts = means, 0
         self.loss, self.count, self.norm, self.scale = 0.0, 0, 0.0, 0.0
         self.steps, self.seconds, self.before = 0, 0.0, pace
         self.sums: dict[str, float] = {}
 
-    def add(self, loss: float, count: int, norm: float, sums: Mapping[str, float]) -> None:
-        """One step: its summed loss over `count` tokens, the norm of its gradient, and the objective's metrics."""
+    def add(self, loss: float, count: int, norm: float, sums: Mapping[str, float], parts: int = 1) -> None:
+        """One step: its summed loss over `count` tokens, the norm of its gradient, and the objective's metrics, summed
+        over `parts` micro-batches."""
+        self.parts += parts
         self.loss, self.count, self.norm = self.loss + loss, self.count + count, norm
         for name, value in sums.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
@@ -36,7 +39,8 @@ class Window:
         return 0.7 * self.before + 0.3 * now if self.before else now
 
     def row(self, state: "TrainState", config: TrainConfig) -> Row:
-        """The entry. loss: nats per supervised token. share, seconds_left: of the whole run."""
+        """The entry. loss: for each supervised token (or whatever the objective counts). metrics: the objective's own,
+        for each of the same, or as means. share, seconds_left: of the whole run."""
         total = state.schedule.total
         if total is not None:
             share, left = state.step / total, self.pace * (total - state.step)
@@ -44,10 +48,16 @@ class Window:
             budget = (config.minutes or 0) * 60
             share, left = state.seconds / budget, budget - state.seconds
         size = self.sums.get("bytes")
+        metrics = {
+            name: value / max(1, self.parts if name in self.means else self.count)
+            for name, value in self.sums.items()
+            if name not in ("tokens", "bytes")
+        }
         return {
             "step": state.step,
             "loss": self.loss / self.count,
             "bits_per_byte": self.loss / math.log(2) / size if size else None,
+            "metrics": metrics,
             "lr": config.lr * self.scale,
             "grad_norm": self.norm,
             "tokens": state.tokens,

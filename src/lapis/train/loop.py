@@ -11,9 +11,8 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,37 +21,19 @@ from torch import Tensor
 
 from lapis.checkpoint.commit import JOURNAL, Staging, commit
 from lapis.errors import TrainingError
-from lapis.model import save as save_model
 from lapis.model.transformer import Transformer
 from lapis.train import probe
 from lapis.train.config import TrainConfig
-from lapis.train.curve import Window, write_curve
+from lapis.train.curve import Window
+from lapis.train.held_out import judge, watched
 from lapis.train.interrupt import Wish, interruptible
 from lapis.train.objectives import Objective
 from lapis.train.optim import Optimizers, Schedule
+from lapis.train.result import TrainResult, last_tenth, write_result
 from lapis.train.state import Journal, TrainState, restore
 from lapis.train.watch import Watch, watcher
 
 _SAVE_SECONDS = 300.0
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """A finished run. loss: mean over the last tenth of the steps, nats per supervised token. log: the learning curve.
-
-    threads, precision: what was used, so that a next run of the same shape need not measure again.
-    """
-
-    out: Path
-    steps: int
-    loss: float
-    bits_per_byte: float | None
-    tokens: int
-    seconds: float
-    tokens_per_second: float
-    threads: int
-    precision: str
-    log: list[dict[str, Any]]
 
 
 def train(
@@ -81,7 +62,7 @@ def train(
             interruptible() as wish,
         ):
             result = _Run(model, objective, config, journal, watch, wish).go(out)
-            _write_result(model, objective, config, staging, result)
+            write_result(model, objective, config, staging.path, result)
     finally:
         watch.close()
     return result
@@ -109,7 +90,7 @@ class _Run:
         )
         if not self.state.optimizers.parameters:
             raise TrainingError("train: every weight is frozen; leave some to train")
-        self.window = Window()
+        self.window = Window(means=getattr(objective, "means", frozenset()))
 
     def go(self, out: Path) -> TrainResult:
         config, state = self.config, self.state
@@ -131,20 +112,26 @@ class _Run:
         cpu = state.device.type == "cpu"
         with probe.threads(facts["threads"]) if cpu else nullcontext():
             self._steps()
+            if config.best and state.best.weights:
+                self._put(state.best.weights)
+            held_out = self._evaluate()
         self.model.eval()
-        tail = state.log[-max(1, len(state.log) // 10) :]
+        loss, metrics = last_tenth(state.log)
         spent = sum(row["train_seconds"] for row in state.log)
         return TrainResult(
             out=out,
             steps=state.step,
-            loss=sum(row["loss"] for row in tail) / len(tail),
-            bits_per_byte=tail[-1]["bits_per_byte"],
+            loss=loss,
+            bits_per_byte=state.log[-1]["bits_per_byte"],
             tokens=state.tokens,
             seconds=state.seconds,
             tokens_per_second=state.tokens / max(spent, 1e-9),
             threads=facts["threads"],
             precision=self.precision,
             log=state.log,
+            metrics=metrics,
+            held_out=held_out,
+            best_step=state.best.step if config.best else None,
         )
 
     def _steps(self) -> None:
@@ -164,6 +151,8 @@ class _Run:
             done = state.step == state.schedule.total
             if done or state.step % config.log_every == 0:
                 self._log()
+            if config.eval_every and state.step % config.eval_every == 0 and not done and self._judge():
+                return
             if self.wish.stop and not done:
                 self._stop()
             now = time.monotonic()
@@ -182,6 +171,7 @@ class _Run:
         state, config = self.state, self.config
         total, count, cursor = 0.0, 0, None
         sums: dict[str, float] = {}
+        parts = 0
         for _ in range(config.accumulate):
             if self.wish.stop:
                 state.optimizers.clear()
@@ -190,6 +180,7 @@ class _Run:
             with _memory_told():
                 loss, supervised = self._loss(batch, self.precision, sums)
                 if supervised:
+                    parts += 1
                     total, count = total + loss.item(), count + supervised
                     self._require_finite(total, "loss")
                     loss.backward()  # type: ignore[no-untyped-call]
@@ -205,7 +196,7 @@ class _Run:
         self.window.scale = state.schedule.scale(state.step)
         state.optimizers.step(self.window.scale)
         state.optimizers.clear()
-        self.window.add(total, count, norm, sums)
+        self.window.add(total, count, norm, sums, parts)
         return cursor
 
     def _loss(self, batch: Any, precision: str, sums: dict[str, float]) -> tuple[Tensor, int]:
@@ -257,13 +248,54 @@ class _Run:
         row = window.row(state, self.config)
         state.log.append(row)
         self.watch.row(row)
-        self.window = Window(window.pace)
+        self.window = Window(window.pace, window.means)
 
-    def _sample(self) -> None:
+    def _judge(self) -> bool:
+        """One evaluation within the run; True where the watched figure has not improved for long enough."""
+        state, config = self.state, self.config
+        figures = self._evaluate()
+        if not figures:
+            raise TrainingError("train: eval_every is set, but the objective has no held-out data; give it some")
+        name = watched(figures, config.watch_metric)
+        judge(state.best, state.step, name, figures[name], self.model, config.best)
+        if self.window.steps:
+            self._log()
+        state.log[-1]["held_out"] = figures
+        said = "  ".join(f"{key} {value:.4g}" for key, value in figures.items())
+        self.watch.note(f"  step {state.step}: held-out {said}")
+        if config.early_stop and state.best.stale >= config.early_stop:
+            self.watch.note(f"train: {name} was best at step {state.best.step} ({state.best.value:.4g}); stopped early")
+            return True
+        return False
+
+    def _evaluate(self) -> dict[str, float]:
+        """The objective's held-out figures for the weights as they are, or none."""
+        evaluate = getattr(self.objective, "evaluate", None)
+        if evaluate is None:
+            return {}
+        with self._aside(), torch.no_grad():
+            return {name: float(value) for name, value in (evaluate(self.model) or {}).items()}
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """Something that must not change the run: no dropout, and random generators put back."""
         self.model.eval()
         with torch.random.fork_rng(devices=[self.state.device] if self.state.device.type == "cuda" else []):
-            text = self.objective.sample(self.model)
+            yield
         self.model.train()
+
+    @torch.no_grad()
+    def _put(self, weights: dict[str, Tensor]) -> None:
+        for name, parameter in self.model.named_parameters():
+            if name in weights:
+                parameter.copy_(weights[name])
+
+    def _sample(self) -> None:
+        sample = getattr(self.objective, "sample", None)
+        if sample is None:
+            return
+        with self._aside():
+            text = sample(self.model)
         if text:
             self.watch.note(f"  step {self.state.step}: {' '.join(text.split())}")
 
@@ -321,20 +353,3 @@ def _digest(model: Transformer) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def _write_result(
-    model: Transformer, objective: Objective, config: TrainConfig, staging: Staging, result: TrainResult
-) -> None:
-    save_model(model, staging.path, dtype=getattr(torch, config.save_dtype))
-    objective.tokenizer.save(staging.path)
-    ends = list(objective.tokenizer.end_ids)
-    if ends:  # so that what is generated elsewhere stops where it was trained to
-        (staging.path / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}) + "\n")
-    write_curve(staging.path / "log.jsonl", result.log)
-    facts: Mapping[str, Any] = {
-        "config": asdict(config),
-        **objective.describe(),
-        **{name: value for name, value in vars(result).items() if name not in ("out", "log")},
-    }
-    (staging.path / "training.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n")

@@ -8,25 +8,29 @@
     out: runs/base
     steps: 500
 
-Leaves out: LoRA, freeze lists.
+A key is a field of TrainConfig (how to train), of RunConfig (what on what), or a keyword of the objective's
+constructor, by its own name and with its own default; an unknown one is refused with the nearest of all three. An
+objective needs no word here: it is a line in OBJECTIVES, and says by `head`, `classes`, `evaluate` and `write` what
+else it needs (see objectives/__init__.py). Leaves out: LoRA, freeze lists.
 """
 
-import inspect
-from dataclasses import dataclass, fields
+import dataclasses
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
-
-import torch
+from typing import Any
 
 from lapis.checkpoint.commit import check_output
-from lapis.config import build
+from lapis.config import build, nearest
 from lapis.errors import ConfigError
-from lapis.model import ModelConfig, Transformer, load
 from lapis.text.rows import MANIFEST, Rows
 from lapis.text.tokenizer import Tokenizer
 from lapis.train.config import TrainConfig
-from lapis.train.loop import TrainResult, train
-from lapis.train.objectives import OBJECTIVES, Objective
+from lapis.train.loop import train
+from lapis.train.objectives import OBJECTIVES, Objective, find, options
+from lapis.train.result import TrainResult
+from lapis.train.start import start_model
 from lapis.train.watch import Watch, watcher
 
 
@@ -34,63 +38,118 @@ from lapis.train.watch import Watch, watcher
 class RunConfig(TrainConfig):
     """TrainConfig, and what to train on what.
 
-    model: a folder to go on from; new: the shape of a model made anew (ModelConfig; vocab and context may be left
-    out). tokenizer: a folder, by default the model's. data: files, folders, globs, or one folder of packed rows.
-    context: tokens of a row. too_long: of a chat longer than a row.
+    model: a folder to go on from; new: the shape of a model made anew (ModelConfig; vocab, context and what the family
+    settles may be left out). tokenizer: a folder, by default the model's. data: files, folders, globs, or one folder of
+    packed rows. context: tokens of a row, by default the objective's. options: the objective's own, by name.
     """
 
-    objective: Literal["causal", "chat"]
+    objective: str
     out: str
-    data: str | list[str]
+    data: Any = None
     model: str | None = None
     new: dict[str, Any] | None = None
     tokenizer: str | None = None
-    context: int = 512
-    too_long: Literal["cut", "drop"] = "cut"
+    context: int | None = None
+    options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.objective not in OBJECTIVES:
+            raise ConfigError(f"objective is {self.objective!r}; {nearest(self.objective, OBJECTIVES)}")
         if (self.model is None) == (self.new is None):
             raise ConfigError("train: give one of model (a folder) and new (the shape of a model to make)")
-        if self.new is not None and self.tokenizer is None:
-            raise ConfigError("train: a new model needs tokenizer, a folder; make one with: lapis tokenizer train")
+
+
+def read_settings(settings: Mapping[str, Any], where: str) -> RunConfig:
+    """A run's settings from the flat mapping of a file: the objective's options are told from the rest by name.
+
+    Raises ConfigError for a key that nothing knows (the nearest is named), or a value of another type.
+    """
+    name = settings.get("objective")
+    if not isinstance(name, str) or name not in OBJECTIVES:
+        said = f"objective is {name!r}; {nearest(str(name), OBJECTIVES)}" if name else '"objective" is missing'
+        raise ConfigError(f"{where}: {said}")
+    taken = options(find(name))
+    fields = {entry.name for entry in dataclasses.fields(RunConfig)} - {"options"}
+    unknown = [key for key in settings if key not in taken and key not in fields]
+    if unknown:
+        raise ConfigError(f'{where}: unknown key "{unknown[0]}"; {nearest(str(unknown[0]), [*fields, *taken])}')
+    own = {key: parameter for key, parameter in taken.items() if key not in fields}
+    shape = dataclasses.make_dataclass(
+        "Options", [(key, p.annotation, field(default=p.default if p.default is not p.empty else dataclasses.MISSING))
+                    for key, p in own.items()], kw_only=True,
+    )  # fmt: skip
+    built: Any = build(shape, {key: value for key, value in settings.items() if key in own}, where)
+    rest = {key: value for key, value in settings.items() if key in fields}
+    return build(RunConfig, {**rest, "options": vars(built)}, where)
 
 
 def run(config: RunConfig, *, overwrite: bool = False, fresh: bool = False, watch: Watch | None = None) -> TrainResult:
     """Make or open the model, read the data, train. The errors are those of the rooms that are asked."""
     inputs = [Path(place) for place in (config.model, config.tokenizer) if place is not None]
     check_output(Path(config.out), overwrite=overwrite, inputs=inputs)
-    tokenizer = Tokenizer.open(config.tokenizer or config.model or "")
-    model = _new(config, tokenizer) if config.new is not None else load(str(config.model), dtype=torch.float32)
-    tokenizer.check_rows(model.config.vocab)
-    if config.context > model.config.context:
-        raise ConfigError(
-            f"train: context is {config.context}; the model has {model.config.context}, give that or less"
-        )
-    settings = TrainConfig(**{field.name: getattr(config, field.name) for field in fields(TrainConfig)})
-    objective = _objective(config, tokenizer)
+    tokenizer = _tokenizer(config)
+    objective, context = _objective(config, tokenizer)
+    model = start_model(config.model, config.new, objective, context=context, seed=config.seed)
+    settings = TrainConfig(**{entry.name: getattr(config, entry.name) for entry in dataclasses.fields(TrainConfig)})
     watch = watch or watcher(Path(config.out).name)
-    watch.note(
-        "data: " + ", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in objective.describe()["counts"].items())
-    )
+    counts = objective.describe().get("counts", {})
+    if counts:
+        watch.note("data: " + ", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in counts.items()))
+    for note in model.notes:
+        watch.note(f"model: {note}")
     return train(model, objective, settings, config.out, overwrite=overwrite, fresh=fresh, watch=watch)
 
 
-def _new(config: RunConfig, tokenizer: Tokenizer) -> Transformer:
-    shape = {"vocab": tokenizer.rows, "context": config.context, **(config.new or {})}
-    built = build(ModelConfig, shape, "train: new")
-    torch.manual_seed(config.seed)
-    return Transformer(built)
+def _tokenizer(config: RunConfig) -> Tokenizer | None:
+    """That of `tokenizer` or of the model; None where neither is, and the objective can do without."""
+    place = config.tokenizer or config.model
+    if place is not None and (config.tokenizer or not _does_without(config) or _has_tokenizer(place)):
+        return Tokenizer.open(place)
+    if _does_without(config):
+        return None
+    raise ConfigError("train: a new model needs tokenizer, a folder; make one with: lapis tokenizer train")
 
 
-def _objective(config: RunConfig, tokenizer: Tokenizer) -> Objective:
-    """The objective with those of its options that the settings name."""
-    make = OBJECTIVES[config.objective]
-    data: Any = config.data
+def _has_tokenizer(place: str) -> bool:
+    return not Path(place).is_dir() or (Path(place) / "tokenizer.json").is_file()
+
+
+def _does_without(config: RunConfig) -> bool:
+    make: Any = find(config.objective)
+    hint = typing.get_type_hints(make.__init__).get("tokenizer")
+    return type(None) in typing.get_args(hint)
+
+
+def _objective(config: RunConfig, tokenizer: Tokenizer | None) -> tuple[Objective, int | None]:
+    """The objective with its options, and the tokens of a row; None where it knows no such thing."""
+    make = find(config.objective)
+    takes = options(make)
+    context = config.context
+    if context is None and "context" in takes:
+        context = takes["context"].default
+        limit = _limit(config)
+        context = min(context, limit) if limit else context
+    data = config.data
     if isinstance(data, str) and (Path(data) / MANIFEST).is_file():
-        data = Rows.open(data)
-        if data.length != config.context:
-            raise ConfigError(f"train: context is {config.context}; {config.data} was packed with {data.length}")
-    takes = inspect.signature(make).parameters
-    options = {name: getattr(config, name) for name in ("context", "too_long") if name in takes}
-    return make(tokenizer, data, **options)
+        rows = Rows.open(data)
+        context = rows.length if config.context is None else context
+        if rows.length != context:
+            raise ConfigError(f"train: context is {context}; {data} was packed with {rows.length}")
+        data = rows
+    if data is None:
+        raise ConfigError('train: "data" is missing; give files, folders, or a folder of packed rows')
+    shared = {name: getattr(config, name) for name in takes if name not in config.options and hasattr(config, name)}
+    if "context" in takes:
+        shared["context"] = context
+    return make(tokenizer, data, **{**shared, **config.options}), context if "context" in takes else None
+
+
+def _limit(config: RunConfig) -> int | None:
+    """The largest context of the model, where that is known before it is loaded."""
+    from lapis.model.check import read_config
+
+    if config.model is not None:
+        return read_config(config.model).context
+    found = (config.new or {}).get("context")
+    return found if isinstance(found, int) else None

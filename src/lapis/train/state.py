@@ -22,9 +22,11 @@ from lapis.model import load as load_model
 from lapis.model import save as save_model
 from lapis.model.transformer import Transformer
 from lapis.train.curve import read_curve, write_curve
+from lapis.train.held_out import Best
 from lapis.train.optim import Optimizers, Schedule
 
 _STATE, _OPTIMIZER, _RNG, _LOG = "state.json", "optimizer.safetensors", "rng.safetensors", "log.jsonl"
+_BEST = "best.safetensors"
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64",
           torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8"}  # fmt: skip
 
@@ -41,7 +43,7 @@ class TrainState:
 
     step: updates done. cursor: the objective's place in its data, as JSON. rows: rows of one micro-batch. seed: of
     the data's order. seconds: time trained, over all sittings. tokens: positions processed. log: the learning curve,
-    one mapping per entry.
+    one mapping per entry. best: the best evaluation so far.
     """
 
     model: Transformer
@@ -54,6 +56,7 @@ class TrainState:
     seconds: float = 0.0
     tokens: int = 0
     log: list[dict[str, Any]] = field(default_factory=list)
+    best: Best = field(default_factory=Best)
 
     @property
     def device(self) -> torch.device:
@@ -69,7 +72,10 @@ def save(state: TrainState, folder: Path, facts: Mapping[str, Any], tokenizer: S
         write_tensors(staging.path / _OPTIMIZER, state.optimizers.tensors())
         write_tensors(staging.path / _RNG, _rng(state.device))
         write_curve(staging.path / _LOG, state.log)
-        numbers = {"step": state.step, "cursor": state.cursor, "seconds": state.seconds, "tokens": state.tokens}
+        if state.best.weights:
+            write_tensors(staging.path / _BEST, state.best.weights)
+        numbers = {"step": state.step, "cursor": state.cursor, "seconds": state.seconds, "tokens": state.tokens,
+                   "best": state.best.numbers()}  # fmt: skip
         text = json.dumps({**numbers, "schedule": asdict(state.schedule), "facts": facts}, indent=1, ensure_ascii=False)
         (staging.path / _STATE).write_text(text + "\n", encoding="utf-8")
 
@@ -88,6 +94,8 @@ def restore(state: TrainState, folder: Path) -> None:
     state.seconds, state.tokens = numbers["seconds"], numbers["tokens"]
     state.schedule = Schedule(**numbers["schedule"])
     state.log = read_curve(folder / _LOG)
+    weights = read_tensors(folder / _BEST) if (folder / _BEST).exists() else {}
+    state.best = Best(**numbers["best"], weights=weights)
 
 
 class Journal:

@@ -1,28 +1,53 @@
 """What is learned: an objective hands the loop its batches and their loss. The table of them by name.
 
-A new objective is one class and one line in OBJECTIVES; its options and their help come from its signature.
+A new objective is one class and one line in OBJECTIVES. Its constructor is `Name(tokenizer, data, *, context=512,
+...)`; every keyword is an option of the settings file, typed by its annotation (see `options`, and train/run.py).
 """
 
+import inspect
+import typing
 from collections.abc import Callable, Iterator, Mapping
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
+from lapis.rooms import furnish
+
 if TYPE_CHECKING:
     from lapis.model.transformer import Transformer
     from lapis.text.tokenizer import Tokenizer
+    from lapis.train.objectives.supervised import Causal, Chat
     from lapis.train.state import TrainState
 
 Cursor = dict[str, Any]
 Metrics = Mapping[str, float]
 
+# name -> module:class, imported when it is first used
+OBJECTIVES = {
+    "causal": "lapis.train.objectives.supervised:Causal",
+    "chat": "lapis.train.objectives.supervised:Chat",
+}
+
 
 class Objective(Protocol):
-    """What `train` is handed. The loop never looks inside a batch."""
+    """What `train` is handed. The loop never looks inside a batch, and an objective knows of no ranks.
 
-    tokenizer: "Tokenizer"
+    It may also have, and the loop and `lapis train` then heed:
+    head: "language", "masked", "classes" or "scalar", what must stand on top of the model.
+    classes: the labels, in order.
+    means: names of metrics that are means already; the others are sums, shown for each supervised count.
+    evaluate(model) -> {name: figure}: held-out figures.
+    write(folder): further files of the result.
+    sample(model) -> str: a few words of what the model says now.
+    """
+
     rows: int
     """Rows of one epoch."""
+
+    @property
+    def tokenizer(self) -> "Tokenizer | None":
+        """None where the data is no text."""
 
     def describe(self) -> dict[str, Any]:
         """The objective and a digest of its data, as JSON: a rerun on other data is refused."""
@@ -39,12 +64,26 @@ class Objective(Protocol):
         Metrics that the loop knows: "tokens" (positions computed), "bytes" (of text that the loss is over).
         """
 
-    def sample(self, model: "Transformer") -> str:
-        """A few words of what the model says now."""
+
+def find(name: str) -> Callable[..., Objective]:
+    """The objective's class. `name` is a key of OBJECTIVES."""
+    module, _, attribute = OBJECTIVES[name].partition(":")
+    made: Callable[..., Objective] = getattr(import_module(module), attribute)
+    return made
 
 
-from lapis.train.objectives.supervised import Causal, Chat  # noqa: E402  (they follow the protocol above)
+def options(objective: Callable[..., Objective]) -> dict[str, inspect.Parameter]:
+    """The options of an objective, from its constructor: name -> parameter, with the annotation resolved."""
+    make: Any = objective
+    hints = typing.get_type_hints(make.__init__ if inspect.isclass(make) else make)
+    parameters = inspect.signature(objective).parameters
+    return {
+        name: parameter.replace(annotation=hints.get(name, Any))
+        for name, parameter in parameters.items()
+        if name not in ("tokenizer", "data")
+    }
 
-OBJECTIVES: dict[str, Callable[..., Objective]] = {"causal": Causal, "chat": Chat}
 
-__all__ = ["OBJECTIVES", "Causal", "Chat", "Cursor", "Metrics", "Objective"]
+furnish(__name__, {"Causal": "supervised", "Chat": "supervised"})
+
+__all__ = ["OBJECTIVES", "Causal", "Chat", "Cursor", "Metrics", "Objective", "find", "options"]
