@@ -10,19 +10,30 @@ Shapes: B batch, T time, P asked places, D model dim, V vocabulary.
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lapis.errors import LapisError
+from lapis.model.attention import View, additive
 from lapis.model.cache import Cache
 from lapis.model.heads import LanguageHead
 from lapis.model.transformer import Transformer
 
 Places = tuple[Tensor, Tensor]  # rows and positions in a batch, int64 each
-# ids, cache, places -> a function that gives the model's own logits at some of the places, [p, V]
-Run = Callable[[Tensor, Cache | None, Places], Callable[[slice], Tensor]]
+
+
+class Branches(NamedTuple):
+    """Several ways to go on from one text, in one row. positions_BT: of each token in its own way. seen_TT: bool."""
+
+    positions_BT: Tensor
+    seen_TT: Tensor
+
+
+# ids, cache, branches, places -> a function that gives the model's own logits at some of the places, [p, V]
+Run = Callable[[Tensor, Cache | None, Branches | None, Places], "Logits"]
+Logits = Callable[[slice], Tensor]
 
 
 @dataclass(frozen=True)
@@ -79,8 +90,17 @@ def _own(model: Transformer, name: str) -> Anatomy:
     if not isinstance(head, LanguageHead):
         raise LapisError(f"lens: {name} was packed to generate and cannot be looked into; load it again")
 
-    def run(ids_BT: Tensor, cache: Cache | None, places: Places) -> Callable[[slice], Tensor]:
-        kept_PD = model.hidden(ids_BT, cache=cache)[places]
+    def run(
+        ids_BT: Tensor, cache: Cache | None, branches: Branches | None, places: Places
+    ) -> Callable[[slice], Tensor]:
+        if branches is None:
+            kept_PD = model.hidden(ids_BT, cache=cache)[places]
+        else:
+            x_BTD, shared = model.start(ids_BT, positions_BT=branches.positions_BT)
+            full, near = (_hide(view, branches.seen_TT, x_BTD.dtype) for view in (shared.full, shared.near))
+            for block in model.blocks:
+                x_BTD = block(x_BTD, shared._replace(full=full, near=near))
+            kept_PD = model.end(x_BTD)[places]
 
         def logits(some: slice) -> Tensor:
             found: Tensor = head(kept_PD[some])
@@ -94,6 +114,12 @@ def _own(model: Transformer, name: str) -> Anatomy:
         [block.attn.o for block in blocks], config.heads, model.norm.final, head.matrix, head.bias, config.context,
         run, True,
     )  # fmt: skip
+
+
+def _hide(view: View, seen_TT: Tensor, dtype: torch.dtype) -> View:
+    """A view in which, besides, a token sees only what `seen_TT` lets it see."""
+    mask = additive(seen_TT[None, None], dtype)
+    return View(mask if view.mask is None else torch.minimum(view.mask, mask), False)
 
 
 def _foreign(model: Any, name: str) -> Anatomy:
@@ -120,7 +146,9 @@ def _foreign(model: Any, name: str) -> Anatomy:
     mixers = [_child(part, "o_proj", "out_proj", "c_proj", "dense", "wo") for part in attention]
     takes = inspect.signature(model.forward).parameters
 
-    def run(ids_BT: Tensor, cache: Cache | None, places: Places) -> Callable[[slice], Tensor]:
+    def run(
+        ids_BT: Tensor, cache: Cache | None, branches: Branches | None, places: Places
+    ) -> Callable[[slice], Tensor]:
         asked = torch.unique(places[1])
         options = {"logits_to_keep": asked} if "logits_to_keep" in takes else {}
         logits_BTV = model(input_ids=ids_BT, use_cache=False, **options).logits

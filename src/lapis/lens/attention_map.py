@@ -118,7 +118,7 @@ def maps_of(parts: Anatomy, ids: list[int], tokens: list[str], heads: list[tuple
     handles = [watch(layer, sorted({h for at, h in heads if at == layer})) for layer in layers]
     try:
         ids_BT = torch.tensor([ids], device=parts.matrix.device)
-        parts.run(ids_BT, None, (ids_BT[0, :1] * 0, ids_BT[0, :1] * 0))
+        parts.run(ids_BT, None, None, (ids_BT[0, :1] * 0, ids_BT[0, :1] * 0))
     finally:
         for handle in handles:
             handle.remove()

@@ -1,8 +1,8 @@
 """The logit lens: what every layer would say next, if the model ended there.
 
 The state after each attention and each MLP goes through the model's own final norm and head (nostalgebraist 2020). One
-traced pass gives the states; words of several tokens are read on from it with the cache, all of them in one batch; and
-one walk over the head reads all states together. Leaves out: attention maps (attention_map.py).
+traced pass gives the states, those at the later tokens of tracked words too; and one walk over the head reads all
+states together. Leaves out: attention maps (attention_map.py).
 
 Shapes: B batch, T time, P asked places, M states, D model dim, L layers, R tracked tokens, V vocabulary.
 """
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lapis.errors import DataError
-from lapis.lens.anatomy import Anatomy, Places, anatomy
+from lapis.lens.anatomy import Anatomy, Branches, Places, anatomy
 from lapis.lens.contributions import Contribution, contributions
 from lapis.lens.prompts import Prompt, as_tokenizer, check_length, encode
 from lapis.lens.readout import Readout, read
@@ -28,6 +28,7 @@ from lapis.model.cache import Cache
 from lapis.text.tokenizer import Tokenizer
 
 GROUP = 64  # places of the grid that are read at once
+AT_ONCE = 1024  # tokens of a prompt up to which tracked words ride along; their mask grows with its square
 
 
 @dataclass
@@ -80,40 +81,64 @@ def lens(
 def see(
     parts: Anatomy, tokenizer: Tokenizer, ids: Sequence[int], words: Sequence[Word], positions: int = 1
 ) -> Seen:  # fmt: skip
-    """Runs the prompt, and then the beginnings of words that have more than one token."""
+    """Runs the prompt, and the beginnings of words that have more than one token: each of them once."""
     paths = [spelling.ids[:-1] for word in words for spelling in word.spellings if len(spelling.ids) > 1]
-    paths = list(dict.fromkeys(paths))
     longest = max(map(len, paths), default=0)
     check_length(ids, longest, parts.context, parts.name)
-    device = parts.matrix.device
     wanted = list(range(max(0, len(ids) - max(1, positions)), len(ids)))
+    later = {path: number for number, path in enumerate(sorted({p[: t + 1] for p in paths for t in range(len(p))}))}
+    run = _at_once if parts.own and len(ids) <= AT_ONCE else _one_after_another
     training = parts.model.training
     parts.model.eval()
     try:
-        cache = None
-        if paths and parts.own:
-            config: Any = parts.model.config
-            weight = next(parts.model.parameters())
-            cache = Cache(config, 1, len(ids) + longest, dtype=weight.dtype, device=weight.device)
-        prompt_BT = torch.tensor([list(ids)], device=device)
-        found = trace(parts, prompt_BT, _places([(0, t) for t in wanted], device), cache)
-        onward, later = None, {}
-        if paths:
-            # Padding stands to the right, where a causal model does not see it
-            rows_BT = torch.tensor([[*path, *[0] * (longest - len(path))] for path in paths], device=device)
-            for row, path in enumerate(paths):
-                later.update({path[: t + 1]: (row, t) for t in range(len(path)) if path[: t + 1] not in later})
-            start = 0
-            if cache is not None:
-                cache.select(torch.zeros(len(paths), dtype=torch.long, device=device))
-            else:
-                start = len(ids)
-                rows_BT = torch.cat((prompt_BT.expand(len(paths), -1), rows_BT), 1)
-            onward = trace(parts, rows_BT, _places([(r, start + t) for r, t in later.values()], device), cache)
+        found, onward = run(parts, list(ids), wanted, list(later))
     finally:
         parts.model.train(training)
-    numbered = {path: number for number, path in enumerate(later)}
-    return Seen(parts, tokenizer, list(ids), wanted, found, onward, numbered)
+    return Seen(parts, tokenizer, list(ids), wanted, found, onward, later)
+
+
+def _at_once(
+    parts: Anatomy, ids: list[int], wanted: list[int], later: list[tuple[int, ...]]
+) -> tuple[Trace, Trace | None]:  # fmt: skip
+    """One pass over the weights: the words' tokens stand behind the prompt, and see it and their own beginnings."""
+    device, T = parts.matrix.device, len(ids)
+    places = _places([(0, t) for t in [*wanted, *range(T, T + len(later))]], device)
+    row_BT = torch.tensor([[*ids, *(path[-1] for path in later)]], device=device)
+    if not later:
+        return trace(parts, row_BT, places), None
+    positions_BT = torch.tensor([[*range(T), *(T + len(path) - 1 for path in later)]], device=device)
+    seen_TT = torch.ones(row_BT.shape[1], row_BT.shape[1], dtype=torch.bool).tril()
+    for row, path in enumerate(later):
+        for column, other in enumerate(later):
+            seen_TT[T + row, T + column] = path[: len(other)] == other
+    found = trace(parts, row_BT, places, branches=Branches(positions_BT, seen_TT.to(device)))
+    return found.part(0, len(wanted)), found.part(len(wanted), len(wanted) + len(later))
+
+
+def _one_after_another(
+    parts: Anatomy, ids: list[int], wanted: list[int], later: list[tuple[int, ...]]
+) -> tuple[Trace, Trace | None]:  # fmt: skip
+    """The words' beginnings as a batch that goes on from the prompt: with the cache, where the model is lapis' own."""
+    device, longest = parts.matrix.device, max(map(len, later), default=0)
+    cache = None
+    if later and parts.own:
+        config: Any = parts.model.config
+        weight = next(parts.model.parameters())
+        cache = Cache(config, 1, len(ids) + longest, dtype=weight.dtype, device=weight.device)
+    prompt_BT = torch.tensor([ids], device=device)
+    found = trace(parts, prompt_BT, _places([(0, t) for t in wanted], device), cache)
+    if not later:
+        return found, None
+    # Padding stands to the right, where a causal model does not see it
+    rows_BT = torch.tensor([[*path, *[0] * (longest - len(path))] for path in later], device=device)
+    start = 0
+    if cache is not None:
+        cache.select(torch.zeros(len(later), dtype=torch.long, device=device))
+    else:
+        start = len(ids)
+        rows_BT = torch.cat((prompt_BT.expand(len(later), -1), rows_BT), 1)
+    places = [(row, start + len(path) - 1) for row, path in enumerate(later)]
+    return found, trace(parts, rows_BT, _places(places, device), cache)
 
 
 @torch.inference_mode()

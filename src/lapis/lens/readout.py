@@ -18,8 +18,9 @@ from torch import Tensor
 
 from lapis.errors import LapisError
 
-ELEMENTS = 1 << 18  # of a block's logits, rows x tokens: a block, its weights and its exponentials fit a cache
-LEAST, MOST = 256, 4096  # tokens of a block
+# Rows x tokens of a block, and tokens: its weights, logits and exponentials stay in the caches. Powers of two, because
+# products of other widths are slower.
+ELEMENTS, LEAST, MOST = 1 << 18, 256, 2048
 GROUP = 16  # tokens of which only the highest is looked at first, where the best are sought
 
 
@@ -42,33 +43,40 @@ class Readout:
 
 
 class _Sums:
-    """Running sums of exp(logit - high) over the blocks so far, each row's `high` its highest logit yet; float64."""
+    """Running sums of exp(logit - high) over the blocks so far, each row's `high` its highest logit yet; float64.
+
+    Of the rows behind the states, of which nothing else is wanted, log totals only; their logits are used up.
+    """
 
     def __init__(self, rows: int, places: int, states: int, device: torch.device) -> None:
-        zeros = torch.zeros(rows + 2 * places * states, dtype=torch.float64, device=device)
-        self.high_M1 = torch.full((rows, 1), -torch.inf, dtype=torch.float64, device=device)
-        self.total_M = zeros[:rows]
+        zeros = torch.zeros(3, places, states, dtype=torch.float64, device=device)
+        self.high_PN1 = torch.full((places, states, 1), -torch.inf, dtype=torch.float64, device=device)
+        self.more_X = torch.full((rows - places * states,), -torch.inf, dtype=torch.float64, device=device)
         # logits weighted by a state's own exponentials (for the entropy) and by the final state's (for the KL)
-        self.own_PN, self.cross_PN = zeros[rows:].view(2, places, states)
+        self.total_PN, self.own_PN, self.cross_PN = zeros
 
     def add(self, logits_Mv: Tensor) -> None:
         """Takes in one block."""
         P, N = self.own_PN.shape
-        high_M1 = torch.maximum(self.high_M1, logits_Mv.amax(1, keepdim=True).double())
-        shrink_M = (self.high_M1 - high_M1).exp()[:, 0]
-        self.high_M1 = high_M1
-        wide_Mv = logits_Mv.double()
-        weights_Mv = (wide_Mv - high_M1).exp_()
-        wide_PNv, weights_PNv = (x[: P * N].view(P, N, -1) for x in (wide_Mv, weights_Mv))
-        shrink_PN = shrink_M[: P * N].view(P, N)
-        self.total_M = self.total_M * shrink_M + weights_Mv.sum(1)
+        logits_PNv = logits_Mv[: P * N].view(P, N, -1)
+        high_PN1 = torch.maximum(self.high_PN1, logits_PNv.amax(2, keepdim=True).double())
+        shrink_PN = (self.high_PN1 - high_PN1).exp()[..., 0]
+        self.high_PN1 = high_PN1
+        wide_PNv = logits_PNv.double()
+        weights_PNv = (wide_PNv - high_PN1).exp_()
+        self.total_PN = self.total_PN * shrink_PN + weights_PNv.sum(2)
         self.own_PN = self.own_PN * shrink_PN + torch.linalg.vecdot(weights_PNv, wide_PNv)
         crossed_PN = (wide_PNv @ weights_PNv[:, -1, :, None])[..., 0]
         self.cross_PN = self.cross_PN * shrink_PN[:, -1:] + crossed_PN
+        if len(self.more_X):  # in float32, and in the place of the logits
+            logits_Xv = logits_Mv[P * N :]
+            high_X1 = logits_Xv.amax(1, keepdim=True)
+            total_X = logits_Xv.sub_(high_X1).exp_().sum(1).double()
+            self.more_X = torch.logaddexp(self.more_X, total_X.log() + high_X1[:, 0].double())
 
     def log_totals(self) -> Tensor:
         """log of the sum of exp(logit) over the vocabulary, [M]."""
-        return self.total_M.log() + self.high_M1[:, 0]
+        return torch.cat(((self.total_PN.log() + self.high_PN1[..., 0]).flatten(), self.more_X))
 
 
 @dataclass
@@ -128,13 +136,13 @@ def read(
     rows_MD = states_PND.reshape(P * N, D).float()
     rows_MD = rows_MD if more_XD is None else torch.cat((rows_MD, more_XD.float()))
     M = len(rows_MD)
-    width = width or max(LEAST, min(MOST, ELEMENTS // M))
+    width = width or max(LEAST, min(MOST, 1 << (ELEMENTS // M).bit_length() - 1))
     sums = _Sums(M, P, N, device)
     logits_MR = rows_MD.new_zeros(M, len(tracked))
     ranks = _Ranks(tracked[:ranked], logits_MR, P * N)
     best_SK, best_ids_SK = rows_MD.new_empty(P * N, 0), torch.empty(P * N, 0, dtype=torch.long, device=device)
     holders = {index // width for index in tracked[:ranked]}
-    gap, scale = torch.zeros((), device=device), torch.ones((), device=device)
+    final_PV = None if own_PV is None else rows_MD.new_empty(P, size)
     weight_vD = torch.empty(width, D, device=device)
     with _products_as_exact_as(matrix_VD):
         for block in sorted(range(-(-size // width)), key=lambda block: block not in holders):
@@ -142,26 +150,23 @@ def read(
             logits_Mv = rows_MD @ weight_vD[: last - first].copy_(matrix_VD[first:last]).T
             if bias_V is not None:
                 logits_Mv += bias_V[first:last].float()
-            if own_PV is not None:
-                own_Pv = own_PV[:, first:last].float()
-                final_Pv = logits_Mv[: P * N].view(P, N, -1)[:, -1]
-                gap = torch.maximum(gap, (final_Pv - own_Pv).abs().max())  # NaN stays
-                scale = torch.maximum(scale, own_Pv.abs().max())
-            sums.add(logits_Mv)
+            if final_PV is not None:
+                final_PV[:, first:last] = logits_Mv[: P * N].view(P, N, -1)[:, -1]
             ranks.add(logits_Mv, first)
             for column, index in enumerate(tracked[len(ranks.tracked) :], len(ranks.tracked)):
                 if first <= index < last:
                     logits_MR[:, column] = logits_Mv[:, index - first]
+            sums.add(logits_Mv)
             values_SK, places_SK = _best(logits_Mv[: P * N], top)
             both_SK = torch.cat((best_SK, values_SK), 1)
             best_SK, chosen_SK = both_SK.topk(min(top, both_SK.shape[1]))
             best_ids_SK = torch.cat((best_ids_SK, places_SK + first), 1).gather(1, chosen_SK)
-    if own_PV is not None and bool(sums.total_M.isfinite().all()):
-        _check_own(gap.item(), scale.item(), own_PV.dtype)
     log_total_M = sums.log_totals()
+    if own_PV is not None and final_PV is not None and bool(log_total_M.isfinite().all()):
+        _check_own(final_PV, own_PV)
     logprobs_MR = logits_MR - log_total_M[:, None]
-    log_total_PN, total_PN = (x[: P * N].view(P, N) for x in (log_total_M, sums.total_M))
-    mean_PN, cross_PN = sums.own_PN / total_PN, sums.cross_PN / total_PN[:, -1:]
+    log_total_PN = log_total_M[: P * N].view(P, N)
+    mean_PN, cross_PN = sums.own_PN / sums.total_PN, sums.cross_PN / sums.total_PN[:, -1:]
     kl_PN = mean_PN[:, -1:] - cross_PN - log_total_PN[:, -1:] + log_total_PN
     kl_PN[:, -1] = 0
     return Readout(
@@ -187,9 +192,10 @@ def _best(logits_Sv: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return values_SK, groups_SK.gather(1, among_SK // GROUP) * GROUP + among_SK % GROUP
 
 
-def _check_own(gap: float, scale: float, dtype: torch.dtype) -> None:
+def _check_own(final_PV: Tensor, own_PV: Tensor) -> None:
     """The model rounds its logits once, to its dtype; beyond that only the order of the sums differs."""
-    allowed = max(torch.finfo(dtype).eps, 2e-5) * scale
+    gap = float((final_PV - own_PV).abs().max())  # NaN stays
+    allowed = max(torch.finfo(own_PV.dtype).eps, 2e-5) * max(1.0, float(own_PV.abs().max()))
     if not gap <= allowed:
         raise LapisError(
             f"lens: the last state through norm and head is {gap:.3g} off the model's own logits (allowed "

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lapis.errors import LapisError
-from lapis.lens.anatomy import Anatomy, Places
+from lapis.lens.anatomy import Anatomy, Branches, Places
 from lapis.model.cache import Cache
 
 
@@ -36,10 +36,28 @@ class Trace:
     adds_up: bool
     own: Callable[[slice], Tensor] = field(repr=False)
 
+    def part(self, first: int, last: int) -> "Trace":
+        """The places from `first` to `last`, as a trace of their own."""
+        lists = (self.middle_LPD, self.after_LPD, self.attention_LPD, self.mlp_LPD, self.mixed_LPI)
+        middle, after, attention, mlp, mixed = ([x_PD[first:last] for x_PD in found] for found in lists)
+
+        def own(some: slice) -> Tensor:
+            return (
+                self.own(slice(first, last))[some]
+                if some.start is None
+                else self.own(slice(first + some.start, first + some.stop))
+            )
+
+        return Trace(self.embed_PD[first:last], middle, after, attention, mlp, mixed, self.adds_up, own)
+
 
 @torch.inference_mode()
-def trace(parts: Anatomy, ids_BT: Tensor, places: Places, cache: Cache | None = None) -> Trace:
+def trace(
+    parts: Anatomy, ids_BT: Tensor, places: Places, cache: Cache | None = None, branches: Branches | None = None
+) -> Trace:
     """Runs the model on ids_BT (int64) and keeps the stream at `places`. A cache is read and appended to.
+
+    branches: of lapis' own models only, and without a cache.
 
     Raises LapisError, naming the damaged weight, where a state is not a number.
     """
@@ -68,7 +86,7 @@ def trace(parts: Anatomy, ids_BT: Tensor, places: Places, cache: Cache | None = 
                 after(module, name, layer)
         for layer, mixer in enumerate(parts.mixers):
             before(mixer, "mixed", layer)
-        own = parts.run(ids_BT, cache, places)
+        own = parts.run(ids_BT, cache, branches, places)
     finally:
         for handle in handles:
             handle.remove()
