@@ -166,7 +166,8 @@ class Decoding:
         *,
         cache: Cache | None = None,
     ) -> None:
-        """rows: the number of each row, from which its draws follow. cache: of one row, with its prompt's beginning."""
+        """rows: the number of each row, from which its draws follow. cache: of these rows, with all that they begin with
+        but at least the last place."""
         self._model = model
         self._sampling = sampling
         self._draws = generators(sampling, rows)
@@ -177,6 +178,7 @@ class Decoding:
             cache = Cache(model.config, len(prompts), room, dtype=compute_dtype(weight), device=weight.device)
         self.cache = cache
         self._ids_BT = self._ids_BT[:, cache.length :]
+        self._mask_BT = None if self._mask_BT is None else self._mask_BT[:, cache.length :]
 
     def _begin(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Ids padded on the left, what of them is real, and which tokens each row has seen (where that matters)."""
@@ -206,9 +208,9 @@ class Decoding:
         return tokens
 
     @torch.inference_mode()
-    def logprobs(self) -> list[float]:
-        """Log-probability of each row's last token under the model itself, at temperature 1 and without filters."""
-        logits_BV = self._logits_BV.float()
+    def logprobs(self, temperature: float = 1.0) -> list[float]:
+        """Log-probability of each row's last token under the model itself, without filters."""
+        logits_BV = self._logits_BV.float() / temperature
         chosen_B = logits_BV.gather(1, self._ids_BT)[:, 0]
         found: list[float] = (chosen_B - logits_BV.logsumexp(-1)).tolist()
         return found
