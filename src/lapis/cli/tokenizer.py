@@ -1,15 +1,25 @@
 """`lapis tokenizer train`: a byte-level BPE from text files."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 
-def train(files: list[Path], /, *, vocab: int, out: Path, overwrite: bool = False, json: bool = False) -> None:
-    """Train a byte-level BPE tokenizer with ChatML's special tokens and chat template.
+def train(
+    files: list[Path],
+    /,
+    *,
+    vocab: int,
+    out: Path,
+    kind: Literal["chat", "masked"] = "chat",
+    overwrite: bool = False,
+    json: bool = False,
+) -> None:
+    """Train a byte-level BPE tokenizer.
 
     Args:
-        files: Text files, jsonl of documents or chats, .gz of these, folders or globs.
-        vocab: Entries in all: 256 bytes, 3 special tokens, and merges.
+        files: Text files, jsonl of documents or chats, tables of labeled texts, .gz of these, folders or globs.
+        vocab: Entries in all: 256 bytes, 3 or 4 special tokens, and merges.
+        kind: chat has ChatML's special tokens and chat template, masked has BERT's special tokens, for encoders.
         out: The folder to write; transformers' AutoTokenizer loads it.
         overwrite: Replace the folder if it exists.
         json: Print one JSON object.
@@ -18,7 +28,7 @@ def train(files: list[Path], /, *, vocab: int, out: Path, overwrite: bool = Fals
 
     from lapis.checkpoint.commit import check_output, commit
     from lapis.cli.output import console, number, show, stderr
-    from lapis.text.corpus import texts
+    from lapis.text.labels import bare_texts
     from lapis.text.tokenizer import train_tokenizer
 
     check_output(out, overwrite=overwrite)
@@ -26,12 +36,12 @@ def train(files: list[Path], /, *, vocab: int, out: Path, overwrite: bool = Fals
     read = {"bytes": 0}
 
     def counted() -> Any:
-        for text in texts(files):
+        for text in bare_texts(files):
             read["bytes"] += len(text.encode(errors="replace"))
             yield text
 
     with stderr.status("reading and merging"), commit(out, overwrite=overwrite) as staging:
-        tokenizer = train_tokenizer(counted(), vocab)
+        tokenizer = train_tokenizer(counted(), vocab, kind)
         tokenizer.save(staging.path)
     result = {
         "out": str(out),

@@ -18,28 +18,8 @@ from lapis.model.heads import class_names
 from lapis.model.transformer import Transformer
 from lapis.text.labels import Labeled, numbers_of
 from lapis.text.pictures import Pictures
-from lapis.text.together import Together, together
+from lapis.text.together import Together, encode_framed, together
 from lapis.text.tokenizer import Tokenizer
-
-
-def encode_texts(tokenizer: Tokenizer, texts: Sequence[str], context: int) -> tuple[list[list[int]], int]:
-    """Ids as the tokenizer frames a text ([CLS] ... [SEP], a BOS token), at most `context` of them; how many were cut.
-
-    What is cut is the end of the text; the frame stays. A text without any token gets the end-of-text token.
-    """
-    framed, bare = tokenizer.encode("a", add_special_tokens=True), tokenizer.encode("a")
-    at = next((i for i in range(len(framed)) if framed[i : i + len(bare)] == bare), 0)
-    before, after = framed[:at], framed[at + len(bare) :]
-    room = context - len(before) - len(after)
-    if room < 1:
-        raise ConfigError(f"context is {context}; the tokenizer alone puts {len(before) + len(after)} tokens around a text")
-    inner = tokenizer.encode_batch(texts)
-    found = [[*before, *ids[:room], *after] for ids in inner]
-    for ids in found:
-        if not ids:
-            start = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
-            ids.append(0 if start is None else start)
-    return found, sum(len(ids) > room for ids in inner)
 
 
 def class_scores(model: Transformer, batch: Together | Tensor) -> Tensor:
@@ -64,7 +44,7 @@ def class_scores(model: Transformer, batch: Together | Tensor) -> Tensor:
 def predict(
     model: Transformer, examples: Sequence[Sequence[int]] | Pictures, *, batch: int = 64
 ) -> NDArray[np.float32]:
-    """Logits of all examples, [N, C] float32, in their order. Texts are given as ids (`encode_texts`)."""
+    """Logits of all examples, [N, C] float32, in their order. Texts are given as ids (`encode_framed`)."""
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
@@ -106,7 +86,7 @@ def score_classes(
             raise ConfigError("classify: texts need a tokenizer; this model has none")
         truth = numbers_of([e.label for e in examples], [e.where for e in examples], names)
         room = min(context or model.config.context, model.config.context)
-        ids, _ = encode_texts(tokenizer, [e.text for e in examples], room)
+        ids, _ = encode_framed(tokenizer, [e.text for e in examples], room)
         logits = predict(model, ids)
     return {**figures(truth, logits.argmax(1).tolist(), names, positive), "loss": loss_of(logits, truth)}
 
@@ -135,10 +115,10 @@ def figures(
 ) -> dict[str, Any]:
     """{accuracy, f1_macro, f1, positive, n, classes, confusion, by_class}.
 
-    f1_macro: the mean over all classes; one that is neither there nor said counts as 0. f1: of the positive class, where
-    there are two (default: the second); else None. confusion[i][j]: how many of class i were taken for class j. by_class:
-    precision, recall, f1 and n of each; 0 where nothing was said or there. Raises ConfigError for a `positive` that is
-    no class.
+    f1_macro: the mean over all classes; one that is neither there nor said counts as 0. f1: of the positive class,
+    where there are two (default: the second); else None. confusion[i][j]: how many of class i were taken for class j.
+    by_class: precision, recall, f1 and n of each; 0 where nothing was said or there. Raises ConfigError for a
+    `positive` that is no class.
     """
     C = len(names)
     confusion: NDArray[np.int64] = np.zeros((C, C), np.int64)

@@ -18,6 +18,7 @@ from typing import Any
 
 from lapis.config import nearest
 from lapis.errors import DataError
+from lapis.text.corpus import texts
 
 KINDS = (".tsv", ".csv", ".jsonl")
 Source = str | Path
@@ -55,9 +56,13 @@ def labeled(paths: Source | Iterable[Source]) -> Iterator[Labeled]:
             raise DataError(f"{path}: holds no examples; there is nothing to read")
 
 
-def is_labeled(path: Source) -> bool:
-    """Whether a file's name is one that `labeled` reads."""
-    return _kind(Path(path)) in KINDS
+def bare_texts(paths: Source | Iterable[Source]) -> Iterator[str]:
+    """All text of files of documents, chats and labeled tables alike, for tokenizers and pre-training."""
+    for path in [paths] if isinstance(paths, (str, Path)) else paths:
+        if _kind(Path(path)) in (".tsv", ".csv"):
+            yield from (example.text for example in labeled(path))
+        else:
+            yield from texts(path)
 
 
 def classes_of(labels: Iterable[str]) -> list[str]:

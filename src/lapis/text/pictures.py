@@ -30,8 +30,8 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 class Pictures:
     """pixels: [N, C, H, W] of uint8 or float32, or the files to decode. labels, where: of each, the latter for errors.
 
-    shape: C, H, W. mean, std: what bytes (as 0 to 1) are shifted and divided by. resize: a side in pixels that files are
-    brought to. digest: sha256 of pixels and labels.
+    shape: C, H, W. mean, std: what bytes (as 0 to 1) are shifted and divided by. resize: a side in pixels that files
+    are brought to. digest: sha256 of pixels and labels.
     """
 
     pixels: NDArray[Any] | tuple[Path, ...]
@@ -97,15 +97,21 @@ def _of_arrays(pixels: Any, labels: Any, name: str, mean: float, std: float) -> 
     elif pixels.ndim == 4 and pixels.shape[1] not in (1, 3) and pixels.shape[3] in (1, 3):
         pixels = pixels.transpose(0, 3, 1, 2)
     if pixels.ndim != 4 or pixels.shape[1] not in (1, 3) or not len(pixels):
-        raise DataError(f"{name}: has the shape {pixels.shape}; expected pictures x height x width, with 1 or 3 channels")
+        raise DataError(
+            f"{name}: has the shape {pixels.shape}; expected pictures x height x width, with 1 or 3 channels"
+        )
     if labels.shape != (len(pixels),) or labels.dtype.kind not in "iuU":
-        raise DataError(f"{name}: {len(pixels)} pictures, labels {labels.shape} of {labels.dtype}; expected one word or number each")
+        raise DataError(
+            f"{name}: {len(pixels)} pictures, labels {labels.shape} of {labels.dtype}; expected one word or number each"
+        )
     if pixels.dtype != np.uint8:
         if pixels.dtype.kind not in "fiu":
             raise DataError(f"{name}: pixels are {pixels.dtype}; expected bytes or floats")
         pixels = pixels.astype(np.float32)
         if not np.isfinite(pixels).all():
-            raise DataError(f"{name}: picture {int((~np.isfinite(pixels)).any((1, 2, 3)).argmax())} holds NaN or infinity")
+            raise DataError(
+                f"{name}: picture {int((~np.isfinite(pixels)).any((1, 2, 3)).argmax())} holds NaN or infinity"
+            )
     names = tuple(str(label) for label in labels.tolist())
     digest = hashlib.sha256(repr((pixels.shape, str(pixels.dtype), names)).encode())
     digest.update(np.ascontiguousarray(pixels).data)

@@ -1,7 +1,7 @@
-"""Token sequences of many lengths as one batch with little padding: several share a row, kept apart by segments.
+"""Texts as framed token sequences, and many of them as one batch with little padding.
 
-Segments and positions make the model see each as if it were alone, so a batch costs about as many places as it has
-tokens. Leaves out: rows of a fixed length for whole corpora (packing.py).
+Several share a row; segments and positions make the model see each as if it were alone, so a batch costs about as many
+places as it has tokens. Leaves out: rows of a fixed length for whole corpora (packing.py).
 
 Shapes: B sequences, R rows, T places of a row.
 """
@@ -13,10 +13,40 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lapis.errors import ConfigError
 from lapis.text.packing import best_fit
+from lapis.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import torch
+
+
+def frame(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """What the tokenizer puts before and after every text: [CLS] and [SEP], a BOS token, or nothing."""
+    framed, bare = tokenizer.encode("a", add_special_tokens=True), tokenizer.encode("a")
+    at = next((i for i in range(len(framed)) if framed[i : i + len(bare)] == bare), 0)
+    return framed[:at], framed[at + len(bare) :]
+
+
+def encode_framed(tokenizer: Tokenizer, texts: Sequence[str], context: int) -> tuple[list[list[int]], int]:
+    """Ids of texts in their frames, at most `context` of them each; how many texts were cut.
+
+    What is cut is the end of the text; the frame stays. A text without any token is one BOS or end-of-text token.
+    """
+    before, after = frame(tokenizer)
+    room = room_within(context, before, after)
+    inner = tokenizer.encode_batch(texts)
+    start = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id or 0
+    found = [[*before, *ids[:room], *after] or [start] for ids in inner]
+    return found, sum(len(ids) > room for ids in inner)
+
+
+def room_within(context: int, before: Sequence[int], after: Sequence[int]) -> int:
+    """Tokens that a text itself may have. Raises ConfigError where the frame alone fills the context."""
+    room = context - len(before) - len(after)
+    if room < 1:
+        raise ConfigError(f"context is {context}; the tokenizer alone puts {context - room} tokens around a text")
+    return room
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,15 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import tokenizers
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 
 from lapis.errors import CheckpointError, ConfigError, DataError, LapisError
 
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+PAD, CLS, SEP, MASK = "[PAD]", "[CLS]", "[SEP]", "[MASK]"
 CHATML = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
@@ -248,17 +249,20 @@ class Tokenizer:
         }
 
 
-def train_tokenizer(files_or_texts: Iterable[str | Path], vocab: int) -> Tokenizer:
-    """A byte-level BPE (GPT-2's splitting) with ChatML's special tokens and template.
+def train_tokenizer(
+    files_or_texts: Iterable[str | Path], vocab: int, kind: Literal["chat", "masked"] = "chat"
+) -> Tokenizer:
+    """A byte-level BPE (GPT-2's splitting).
 
     files_or_texts: a Path is a file or folder of text or chats, a str is text itself. vocab: entries in all, at least
-    259 (256 bytes and 3 special tokens); fewer come out where the text has no more pairs. The same text gives the same
-    tokenizer. Raises DataError where there is no text.
+    260 (256 bytes and the special tokens); fewer come out where the text has no more pairs. kind: "chat" has ChatML's
+    special tokens and template, "masked" BERT's special tokens, [CLS] and [SEP] around every text. The same text gives
+    the same tokenizer. Raises DataError where there is no text.
     """
-    special = [END_OF_TEXT, TURN_START, TURN_END]
+    special = [PAD, CLS, SEP, MASK] if kind == "masked" else [END_OF_TEXT, TURN_START, TURN_END]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    if vocab < len(alphabet) + len(special):
-        raise ConfigError(f"vocab is {vocab}; the least is {len(alphabet) + len(special)}: 256 bytes, 3 special tokens")
+    if vocab < (least := len(alphabet) + len(special)):
+        raise ConfigError(f"vocab is {vocab}; the least is {least}: 256 bytes, {len(special)} special tokens")
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -270,6 +274,12 @@ def train_tokenizer(files_or_texts: Iterable[str | Path], vocab: int) -> Tokeniz
     backend.train_from_iterator(_batches(_texts(items), seen), trainer)
     if not seen[0]:
         raise DataError("there is no text to train a tokenizer on")
+    if kind == "masked":
+        around = [(token, special.index(token)) for token in (CLS, SEP)]
+        backend.post_processor = processors.TemplateProcessing(
+            f"{CLS} $A {SEP}", f"{CLS} $A {SEP} $B:1 {SEP}:1", around
+        )
+        return Tokenizer(backend, {"pad_token": PAD, "cls_token": CLS, "sep_token": SEP, "mask_token": MASK}, {})
     return Tokenizer(backend, {"eos_token": END_OF_TEXT, "pad_token": END_OF_TEXT}, {"default": CHATML})
 
 

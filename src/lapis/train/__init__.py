@@ -10,13 +10,21 @@ from lapis.rooms import furnish
 if TYPE_CHECKING:
     from lapis.train.config import TrainConfig
     from lapis.train.loop import train
-    from lapis.train.objectives import Causal, Chat
+    from lapis.train.objectives import Causal, Chat, Classify, Masked
     from lapis.train.result import TrainResult
 
-__all__ = ["Causal", "Chat", "TrainConfig", "TrainResult", "train"]
+__all__ = ["Causal", "Chat", "Classify", "Masked", "TrainConfig", "TrainResult", "train"]
 
 furnish(
     __name__,
-    {"Causal": "objectives", "Chat": "objectives", "TrainConfig": "config", "TrainResult": "result", "train": "loop"},
+    {
+        "Causal": "objectives",
+        "Chat": "objectives",
+        "Classify": "objectives",
+        "Masked": "objectives",
+        "TrainConfig": "config",
+        "TrainResult": "result",
+        "train": "loop",
+    },  # fmt: skip
     verb="train",
 )

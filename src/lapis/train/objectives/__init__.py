@@ -17,6 +17,8 @@ from lapis.rooms import furnish
 if TYPE_CHECKING:
     from lapis.model.transformer import Transformer
     from lapis.text.tokenizer import Tokenizer
+    from lapis.train.objectives.classify import Classify
+    from lapis.train.objectives.masked import Masked
     from lapis.train.objectives.supervised import Causal, Chat
     from lapis.train.state import TrainState
 
@@ -27,6 +29,8 @@ Metrics = Mapping[str, float]
 OBJECTIVES = {
     "causal": "lapis.train.objectives.supervised:Causal",
     "chat": "lapis.train.objectives.supervised:Chat",
+    "masked": "lapis.train.objectives.masked:Masked",
+    "classify": "lapis.train.objectives.classify:Classify",
 }
 
 
@@ -84,6 +88,6 @@ def options(objective: Callable[..., Objective]) -> dict[str, inspect.Parameter]
     }
 
 
-furnish(__name__, {"Causal": "supervised", "Chat": "supervised"})
+furnish(__name__, {"Causal": "supervised", "Chat": "supervised", "Classify": "classify", "Masked": "masked"})
 
-__all__ = ["OBJECTIVES", "Causal", "Chat", "Cursor", "Metrics", "Objective", "find", "options"]
+__all__ = ["OBJECTIVES", "Causal", "Chat", "Classify", "Cursor", "Masked", "Metrics", "Objective", "find", "options"]
