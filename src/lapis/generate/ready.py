@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lapis.checkpoint import Checkpoint, open_checkpoint
@@ -17,7 +18,7 @@ from lapis.errors import ConfigError
 from lapis.generate.options import Runtime
 from lapis.model.heads import LanguageHead
 from lapis.model.load import load
-from lapis.model.transformer import Transformer
+from lapis.model.transformer import Mlp, Transformer
 from lapis.text.tokenizer import Tokenizer
 
 
@@ -29,9 +30,27 @@ class PackedLinear(nn.Module):
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
         self._bias = None if bias is None else bias.detach()
 
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
+    def forward(self, x: Tensor, activation: str = "none") -> Tensor:
+        """activation: "none", or "swish", applied before the sum is rounded."""
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, activation, [], "")
         return y
+
+    def times(self, x: Tensor, other: Tensor) -> Tensor:
+        """y * other, multiplied before it is rounded."""
+        y: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, other, self._packed, self._bias, "mul")
+        return y
+
+
+class PackedSwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)) in three products; what lies between them takes no pass of its own."""
+
+    def __init__(self, gate: PackedLinear, up: PackedLinear, down: PackedLinear) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = gate, up, down
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        out: Tensor = self.down(self.up.times(x_BTD, self.gate(x_BTD, "swish")))
+        return out
 
 
 def open_ready(folder: str | Path, runtime: Runtime = Runtime()) -> tuple[Transformer, Tokenizer]:  # noqa: B008
@@ -79,6 +98,11 @@ def ready(model: Transformer) -> Transformer:
     """
     for name in [name for name, _ in model.named_modules()]:  # names only: a list of modules would keep their weights
         _pack(model, name)
+    for name, mlp in [(name, module) for name, module in model.named_modules() if isinstance(module, Mlp)]:
+        layers: list[nn.Module | None] = [mlp.gate, mlp.up, mlp.down]
+        packed = [layer for layer in layers if isinstance(layer, PackedLinear)]
+        if len(packed) == 3 and mlp.activation is F.silu:
+            model.set_submodule(name, PackedSwiGLU(*packed))
     head = model.head
     if type(head) is LanguageHead and head.matrix.device.type == "cpu" and _packs(head.matrix.dtype):
         model.head = PackedLinear(head.matrix, head.bias)
@@ -89,8 +113,7 @@ def _pack(model: nn.Module, name: str) -> None:
     """Puts a packed layer in the place of the linear layer of that name, if it is one."""
     module = model.get_submodule(name)
     if type(module) is nn.Linear and module.weight.device.type == "cpu" and _packs(module.weight.dtype):
-        parent, _, last = name.rpartition(".")
-        setattr(model.get_submodule(parent), last, PackedLinear(module.weight, module.bias))
+        model.set_submodule(name, PackedLinear(module.weight, module.bias))
 
 
 @cache

@@ -10,6 +10,7 @@ import json
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -58,8 +59,9 @@ def load(
 
     head, classes: put another head on top; one that the folder lacks is drawn at random, and `model.notes` says so.
     placed: told the model and the name of each module as soon as all of its parameters are there; what it does with
-    them is done while the next ones are read. Raises CheckpointError, before anything is allocated, listing all tensors that are missing, unknown or of a wrong
-    shape. Peak memory is that of the weights in the target dtype, and one chunk.
+    them is done while the next ones are read. Raises CheckpointError, before anything is allocated, listing all
+    tensors that are missing, unknown or of a wrong shape. Peak memory is that of the weights in the target dtype and
+    of the few tensors under way.
     """
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     plan = plan_load(checkpoint, head=head, classes=classes)
@@ -67,7 +69,7 @@ def load(
     with torch.device("meta"):
         model = Transformer(plan.config)
     with ThreadPoolExecutor(1) as pool:
-        reads = _ahead(pool, (lambda name=name: _read(checkpoint, name, dtype) for name, _, _ in plan.steps))
+        reads = _ahead(pool, (partial(_read, checkpoint, name, dtype) for name, _, _ in plan.steps))
         for (_, rule, targets), tensor in zip(plan.steps, reads, strict=True):
             for target, piece in zip(targets, TRANSFORMS[rule.transform].here(tensor, len(targets)), strict=True):
                 module = _assign(model, target, piece.to(device))
