@@ -25,6 +25,6 @@ furnish(
         "TrainConfig": "config",
         "TrainResult": "result",
         "train": "loop",
-    },  # fmt: skip
+    },
     verb="train",
 )
