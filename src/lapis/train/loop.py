@@ -100,6 +100,9 @@ class _Run:
         newest = self.journal.newest() if facts else None
         for warning in self.journal.warnings:
             self.watch.note(f"train: {warning}")
+        begin = getattr(self.objective, "begin", None)
+        if begin is not None:  # also where the run goes on: these are the weights that it started from
+            begin(self.model, self.journal.folder)
         if facts is None:
             count, precision = self._measure()
             facts = {"wanted": self.wanted, "threads": count, "precision": precision}

@@ -29,6 +29,12 @@ Metrics = Mapping[str, float]
 OBJECTIVES = {
     "causal": "lapis.train.objectives.supervised:Causal",
     "chat": "lapis.train.objectives.supervised:Chat",
+    "reward": "lapis.train.objectives.reward:Reward",
+    "dpo": "lapis.train.objectives.preference:Dpo",
+    "ipo": "lapis.train.objectives.preference:Ipo",
+    "kto": "lapis.train.objectives.preference:Kto",
+    "orpo": "lapis.train.objectives.preference:Orpo",
+    "simpo": "lapis.train.objectives.preference:Simpo",
     "masked": "lapis.train.objectives.masked:Masked",
     "classify": "lapis.train.objectives.classify:Classify",
 }
@@ -41,6 +47,8 @@ class Objective(Protocol):
     head: "language", "masked", "classes" or "scalar", what must stand on top of the model.
     classes: the labels, in order.
     means: names of metrics that are means already; the others are sums, shown for each supervised count.
+    begin(model, folder): before the first step, with the weights that the run starts from, also where it then goes on
+    from a checkpoint; what is costly may be kept in `folder`, beside the checkpoints.
     evaluate(model) -> {name: figure}: held-out figures.
     write(folder): further files of the result.
     sample(model) -> str: a few words of what the model says now.
