@@ -68,7 +68,8 @@ def test_other_libraries_stay_outside() -> None:
 def test_public_names_are_pinned() -> None:
     assert lapis.__all__ == [
         "Causal", "Chat", "Checkpoint", "Classify", "LapisError", "Masked", "ModelConfig", "Sampling", "Tokenizer",
-        "TrainConfig", "Transformer", "__version__", "diff", "generate", "graft", "lens", "load", "merge", "open", "train",
+        "TrainConfig", "Transformer", "__version__", "diff", "generate", "graft", "lens", "load", "merge", "open",
+        "train",
     ]  # fmt: skip
     for name in lapis.__all__:
         assert getattr(lapis, name) is not None
