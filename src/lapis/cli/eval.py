@@ -1,4 +1,4 @@
-"""`lapis eval`: bits per byte, response NLL and stop rate, multiple choice."""
+"""`lapis eval`: bits per byte, response NLL and stop rate, multiple choice, classes."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -11,22 +11,26 @@ def evaluate(
     text: list[Path] | None = None,
     chats: list[Path] | None = None,
     choices: Path | None = None,
+    classes: Path | None = None,
     context: int | None = None,
     limit: int | None = None,
     max_tokens: int = 64,
+    positive: str | None = None,
     precision: Literal["float32", "bf16"] = "float32",
     json: bool = False,
 ) -> None:
-    """Score a model on held-out text, chats and multiple choice.
+    """Score a model on held-out text, chats, multiple choice and classes.
 
     Args:
         model: A model folder.
         text: Files of documents: bits per byte.
         chats: jsonl of chats: response NLL, and the share of greedy replies that end.
         choices: jsonl of prompt (or messages), choices and answer: accuracy.
+        classes: Labeled texts (tsv, csv, jsonl) or pictures (npz, a folder of class folders): accuracy, F1, confusion.
         context: Tokens that the model sees at once; by default its own context.
-        limit: Look at so many documents, chats and questions only.
+        limit: Look at so many documents, chats, questions and examples only.
         max_tokens: Within which a reply has to end.
+        positive: The class that F1 is of, where there are two; by default the second.
         precision: bf16 is faster where the machine has it, and about 0.001 off.
         json: Print one JSON object.
     """
@@ -34,33 +38,77 @@ def evaluate(
 
     from lapis.cli.output import number, show, stderr, table
     from lapis.errors import ConfigError
-    from lapis.evaluate import read_choices, score_chats, score_choices, score_text
+    from lapis.evaluate import read_choices, score_chats, score_choices, score_classes, score_text
     from lapis.model import load
     from lapis.text import corpus
+    from lapis.text.labels import labeled
     from lapis.text.tokenizer import Tokenizer
 
-    if text is None and chats is None and choices is None:
-        raise ConfigError("eval: give --text, --chats or --choices, files to score the model on")
+    if text is None and chats is None and choices is None and classes is None:
+        raise ConfigError("eval: give --text, --chats, --choices or --classes, files to score the model on")
     questions = None if choices is None else read_choices(choices)[:limit]
-    opened, tokenizer = load(model), Tokenizer.open(model)
+    opened = load(model)
+    tokenizer = None if opened.config.image else Tokenizer.open(model)
+    if tokenizer is None and (text or chats or choices):
+        raise ConfigError(f"eval: {model} takes pictures; it is scored on --classes only")
     result: dict[str, Any] = {"model": model}
     with stderr.status("text") as status:
-        if text is not None:
+        if text is not None and tokenizer:
             documents = islice(corpus.documents(text), limit)
             result["text"] = score_text(opened, tokenizer, documents, context, precision=precision)
-        if chats is not None:
+        if chats is not None and tokenizer:
             status.update("chats")
             records = islice(corpus.chats(chats), limit)
             result["chats"] = score_chats(
                 opened, tokenizer, records, context=context, max_tokens=max_tokens, precision=precision
             )
-        if questions is not None:
+        if questions is not None and tokenizer:
             status.update("choices")
             result["choices"] = score_choices(opened, tokenizer, questions, precision=precision)
+        if classes is not None:
+            status.update("classes")
+            if tokenizer is None:
+                examples: Any = _pictures(classes, opened.config.image, model)
+            else:
+                examples = list(islice(labeled(classes), limit))
+            result["classes"] = score_classes(opened, tokenizer, examples, context=context, positive=positive)
 
     def render() -> None:
         rows = [(what, name, number(value)) for what, found in result.items() if what != "model"
-                for name, value in found.items()]  # fmt: skip
+                for name, value in found.items() if not isinstance(value, (list, dict))]  # fmt: skip
         table(model, ["on", "score", ""], rows)
+        if "classes" in result:
+            _render_classes(result["classes"])
 
     show(result, json, render)
+
+
+def _pictures(source: Path, image: Any, model: str) -> Any:
+    """Held-out pictures as the model takes them: the files of a folder are brought to its size and scale."""
+    from lapis.text.pictures import pictures, scaling
+
+    mean, std = scaling(Path(model))
+    return pictures(source, image.size if source.is_dir() else None, mean, std)
+
+
+def _render_classes(found: dict[str, Any]) -> None:
+    """Each class, and what was taken for what: the whole matrix where it is small, else the most frequent mistakes."""
+    from lapis.cli.output import number, table
+
+    names, confusion = found["classes"], found["confusion"]
+    rows = [(name, *(number(figure) for figure in found["by_class"][name].values())) for name in names]
+    if len(names) <= 12:
+        rows = [(*row, *map(str, line)) for row, line in zip(rows, confusion, strict=True)]
+        table("classes", ["is", "precision", "recall", "f1", "n", *(f"taken for {name}" for name in names)], rows)
+        return
+    table("classes", ["is", "precision", "recall", "f1", "n"], rows)
+    mistakes = sorted(
+        (
+            (count, names[i], names[j])
+            for i, line in enumerate(confusion)
+            for j, count in enumerate(line)
+            if i != j and count
+        ),
+        reverse=True,
+    )
+    table("the most frequent mistakes", ["is", "taken for", "times"], [(a, b, str(n)) for n, a, b in mistakes[:10]])

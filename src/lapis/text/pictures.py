@@ -18,28 +18,30 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lapis.errors import DataError, MissingExtra
+from lapis.checkpoint.files import read_json
+from lapis.errors import CheckpointError, ConfigError, DataError, MissingExtra
 
 if TYPE_CHECKING:
     import torch
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
+Numbers = tuple[float, ...]
 
 
 @dataclass(frozen=True)
 class Pictures:
     """pixels: [N, C, H, W] of uint8 or float32, or the files to decode. labels, where: of each, the latter for errors.
 
-    shape: C, H, W. mean, std: what bytes (as 0 to 1) are shifted and divided by. resize: a side in pixels that files
-    are brought to. digest: sha256 of pixels and labels.
+    shape: C, H, W. mean, std: what bytes (as 0 to 1) are shifted and divided by, per channel or one for all. resize: a
+    side in pixels that files are brought to. digest: sha256 of pixels and labels.
     """
 
     pixels: NDArray[Any] | tuple[Path, ...]
     labels: tuple[str, ...]
     where: tuple[str, ...]
     shape: tuple[int, int, int]
-    mean: float = 0.5
-    std: float = 0.5
+    mean: tuple[float, ...] = (0.5,)
+    std: tuple[float, ...] = (0.5,)
     resize: int | None = None
     digest: str = ""
 
@@ -60,17 +62,26 @@ class Pictures:
         else:
             taken = self.pixels[np.asarray(numbers, np.int64)]
         found = torch.from_numpy(np.ascontiguousarray(taken))
-        return (found.float() / 255 - self.mean) / self.std if taken.dtype == np.uint8 else found
+        if taken.dtype != np.uint8:
+            return found
+        mean, std = (torch.tensor(values, dtype=torch.float32)[:, None, None] for values in (self.mean, self.std))
+        return (found.float() / 255 - mean) / std
 
 
 def pictures(
-    source: "str | Path | tuple[Any, Any]", resize: int | None = None, mean: float = 0.5, std: float = 0.5
+    source: "str | Path | tuple[Any, Any]",
+    resize: int | None = None,
+    mean: Sequence[float] = (0.5,),
+    std: Sequence[float] = (0.5,),
 ) -> Pictures:
     """Pictures and labels: (pixels, labels) arrays, an .npz file of these two, or a folder with a folder per class.
 
     Pixels are [N, H, W], [N, C, H, W] or [N, H, W, C] with 1 or 3 channels, bytes or floats. resize: bring the files of
     a folder to this side; else they must be of one size. Raises DataError, MissingExtra where Pillow is needed.
     """
+    mean, std = tuple(mean), tuple(std)
+    if len(mean) not in (1, 3) or len(std) not in (1, 3) or not all(value > 0 for value in std):
+        raise ConfigError(f"mean is {list(mean)}, std {list(std)}; expected one number, or three, std above 0")
     if isinstance(source, tuple):
         return _of_arrays(*source, "pixels", mean, std)
     path = Path(source)
@@ -90,7 +101,21 @@ def pictures(
         raise DataError(f"{path}: cannot be read as .npz: {error}") from None
 
 
-def _of_arrays(pixels: Any, labels: Any, name: str, mean: float, std: float) -> Pictures:
+def scaling(folder: Path) -> tuple[list[float], list[float]]:
+    """Mean and std that a vision model's folder asks for: of preprocessor_config.json, 0.5 where it says nothing."""
+    path = folder / "preprocessor_config.json"
+    held = read_json(path) if path.is_file() else {}
+    found = []
+    for name in ("image_mean", "image_std"):
+        values = held.get(name, [0.5])
+        values = values if isinstance(values, list) else [values]
+        if not values or not all(isinstance(value, (int, float)) for value in values):
+            raise CheckpointError(f"{path}: {name} is {values!r:.60}; expected a list of numbers")
+        found.append([float(value) for value in values])
+    return found[0], found[1]
+
+
+def _of_arrays(pixels: Any, labels: Any, name: str, mean: Numbers, std: Numbers) -> Pictures:
     pixels, labels = np.asarray(pixels), np.asarray(labels)
     if pixels.ndim == 3:
         pixels = pixels[:, None]
@@ -120,7 +145,7 @@ def _of_arrays(pixels: Any, labels: Any, name: str, mean: float, std: float) -> 
     return Pictures(pixels, names, where, shape, mean, std, digest=digest.hexdigest())
 
 
-def _of_folder(root: Path, resize: int | None, mean: float, std: float) -> Pictures:
+def _of_folder(root: Path, resize: int | None, mean: Numbers, std: Numbers) -> Pictures:
     files = sorted(
         path
         for group in root.iterdir()

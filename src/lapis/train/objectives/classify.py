@@ -48,7 +48,8 @@ class Classify:
     those that occur, sorted. positive: the class that `f1` is of where there are two, by default the second. dropout:
     see Transformer.drop. smoothing: share of the target that goes to all classes alike. hide: share of the tokens that
     are hidden while training (as the tokenizer's mask token; left out where it has none). shift: pixels by which a
-    picture is moved at random. resize: side that the pictures of a folder are brought to.
+    picture is moved at random. resize: side that the pictures of a folder are brought to. mean, std: what bytes (as
+    0 to 1) are shifted and divided by, per channel; by default 0.5, as ViT has it.
     """
 
     head = "classes"
@@ -67,13 +68,16 @@ class Classify:
         hide: float = 0.0,
         shift: int = 0,
         resize: int | None = None,
+        mean: list[float] | None = None,
+        std: list[float] | None = None,
     ) -> None:
         for name, share in (("dropout", dropout), ("smoothing", smoothing), ("hide", hide)):
             if not 0 <= share < 1:
                 raise ConfigError(f"classify: {name} is {share}; it is a share, from 0 to below 1")
         self.tokenizer, self.context = tokenizer, context
         self.dropout, self.smoothing, self.hide, self.shift = dropout, smoothing, hide, shift
-        self.data = _Examples(tokenizer, data, context, resize)
+        seen = (resize, tuple(mean or [0.5]), tuple(std or [0.5]))
+        self.data = _Examples(tokenizer, data, context, seen)
         self.classes = classes or classes_of(self.data.labels)
         if len(self.classes) < 2 or len(set(self.classes)) < len(self.classes):
             raise ConfigError(
@@ -82,7 +86,7 @@ class Classify:
         figures([], [], self.classes, positive)  # refuses a positive that is no class
         self.positive = positive
         self.data.number(self.classes)
-        self.valid = None if valid is None else _Examples(tokenizer, valid, context, resize)
+        self.valid = None if valid is None else _Examples(tokenizer, valid, context, seen)
         if self.valid is not None:
             self.valid.number(self.classes)
         self.rows = len(self.data.labels)
@@ -206,11 +210,17 @@ class Classify:
 class _Examples:
     """Texts as ids, or pictures, with the number of each one's class."""
 
-    def __init__(self, tokenizer: Tokenizer | None, data: Any, context: int, resize: int | None) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        data: Any,
+        context: int,
+        seen: tuple[int | None, Sequence[float], Sequence[float]],
+    ) -> None:
         self.numbers: list[int] = []
         self.inputs: list[list[int]] | Pictures
         if tokenizer is None:
-            self.inputs = data if isinstance(data, Pictures) else pictures(data, resize)
+            self.inputs = data if isinstance(data, Pictures) else pictures(data, *seen)
             self.labels, self.where = list(self.inputs.labels), list(self.inputs.where)
             self.counts: dict[str, int] = {}
             self.digest = self.inputs.digest
@@ -245,6 +255,6 @@ def _processor(examples: Pictures) -> dict[str, Any]:
         "do_rescale": examples.bytes,
         "rescale_factor": 1 / 255,
         "do_normalize": examples.bytes,
-        "image_mean": [examples.mean] * C,
-        "image_std": [examples.std] * C,
+        "image_mean": list(examples.mean) * (C // len(examples.mean)),
+        "image_std": list(examples.std) * (C // len(examples.std)),
     }
