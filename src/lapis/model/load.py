@@ -24,7 +24,7 @@ from lapis.model.check import DISK_SHAPES, family_of, plan_load
 from lapis.model.config import Head, ModelConfig
 from lapis.model.transformer import Transformer
 
-CHUNK = 4 << 20  # elements converted at a time
+CHUNK = 1 << 20  # elements converted at a time
 AHEAD = 2  # tensors that are read while one is put in place
 SHARD_BYTES = 5_000_000_000
 
@@ -69,7 +69,9 @@ def load(
     with torch.device("meta"):
         model = Transformer(plan.config)
     with ThreadPoolExecutor(1) as pool:
-        reads = _ahead(pool, (partial(_read, checkpoint, name, dtype) for name, _, _ in plan.steps))
+        # One piece of memory for all that is converted: many that come and go leave holes between the weights
+        piece_N = torch.empty(CHUNK * 8, dtype=torch.uint8)
+        reads = _ahead(pool, (partial(_read, checkpoint, name, dtype, piece_N) for name, _, _ in plan.steps))
         for (_, rule, targets), tensor in zip(plan.steps, reads, strict=True):
             for target, piece in zip(targets, TRANSFORMS[rule.transform].here(tensor, len(targets)), strict=True):
                 module = _assign(model, target, piece.to(device))
@@ -142,16 +144,18 @@ def disk_layout(config: ModelConfig, names: Mapping[str, object]) -> dict[str, t
     return layout
 
 
-def _read(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> Tensor:
-    """A tensor in the target dtype; a large one is converted by pieces."""
+def _read(checkpoint: Checkpoint, name: str, dtype: torch.dtype, piece_N: Tensor) -> Tensor:
+    """A tensor in the target dtype; one that is converted goes through `piece_N`, bytes for a CHUNK of elements."""
     info = checkpoint.index[name]
     kind = torch_dtype(info.dtype)
-    if kind == dtype or info.elements <= CHUNK:
-        return checkpoint.read(name).to(dtype)
+    if kind is None or kind == dtype:
+        return checkpoint.read(name)
     result = torch.empty(info.elements, dtype=dtype)
     for first in range(0, info.elements, CHUNK):
         last = min(first + CHUNK, info.elements)
-        result[first:last] = checkpoint.read_range(name, first, last)
+        raw_N = piece_N[: (last - first) * kind.itemsize]
+        checkpoint.read_into(name, first * kind.itemsize, raw_N.numpy().data)
+        result[first:last] = raw_N.view(kind)
     return result.view(info.shape)
 
 
