@@ -7,7 +7,7 @@ JOBS ?= auto
 PEER ?= .venv-peers/bin/python
 SIZE ?= 0.5b
 
-.PHONY: tour test lint bench bench-train bench-generate bench-lens bench-merge bench-faults kill peers clean
+.PHONY: tour test lint bench bench-train bench-generate bench-diff-lens bench-merge bench-faults kill peers clean
 
 .venv/.core: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -32,7 +32,7 @@ test: lint                   ## types, style, and every test
 
 # Slow evidence. Each prints its table; the dated ones are kept in benchmarks/results/.
 
-bench: bench-train bench-generate bench-lens bench-merge bench-faults
+bench: bench-train bench-generate bench-diff-lens bench-merge bench-faults
 
 bench-train: .venv/.dev
 	$(BIN)/python benchmarks/train_speed.py --write
@@ -40,8 +40,8 @@ bench-train: .venv/.dev
 bench-generate: .venv/.dev
 	$(BIN)/python benchmarks/generate_speed.py --write
 
-bench-lens: .venv/.dev
-	$(BIN)/python benchmarks/lens.py --write
+bench-diff-lens: .venv/.dev
+	$(BIN)/python benchmarks/diff_lens.py --write
 
 bench-merge: .venv/.dev $(PEER)
 	$(BIN)/python benchmarks/merge.py --size $(SIZE) --peer-python $(PEER)
