@@ -206,18 +206,20 @@ def test_packed_folders_that_are_damaged_are_refused(tokenizer: Tokenizer, tmp_p
     pack(docs("saya suka"), tokenizer, folder, length=20)
     with pytest.raises(DataError, match=r"no rows\.json"):
         Rows.open(tmp_path)
-    tokens = (folder / "tokens.bin").read_bytes()
-    (folder / "tokens.bin").write_bytes(tokens[:-1])
-    with pytest.raises(DataError, match=r"tokens\.bin: has .* bytes"):
+    tokens = (folder / "tokens-00000.bin").read_bytes()
+    (folder / "tokens-00000.bin").write_bytes(tokens[:-1])
+    with pytest.raises(DataError, match=r"tokens-00000\.bin: has .* bytes"):
         Rows.open(folder)
-    (folder / "tokens.bin").write_bytes(tokens)
+    (folder / "tokens-00000.bin").write_bytes(tokens)
     info = json.loads((folder / "rows.json").read_text())
     for change in (
         {"length": 0},
         {"kind": "chats"},
-        {"arrays": {"tokens": ["object", 5]}},
+        {"shards": [{"rows": 0, "arrays": {"tokens": ["object", 5], "starts": ["int64", 2]}}]},
         {"rows": "x"},
-        {"arrays": 1},
+        {"shards": 1},
+        {"shards": []},
+        {"format": 1},
     ):
         (folder / "rows.json").write_text(json.dumps(info | change))
         with pytest.raises(DataError, match=r"rows\.json"):

@@ -26,6 +26,10 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
 
 
+class Busy(OutputError):
+    """Another process is writing there."""
+
+
 @dataclass
 class Staging:
     """A folder being built. path: where to write. digests: sha256 that the writer knows already, by relative name."""
@@ -135,7 +139,7 @@ def _lock(staging: Path) -> int:
                     return handle
             except BlockingIOError:
                 os.close(handle)
-                raise OutputError(f"{staging.parent}: another lapis is writing {staging.name}; wait for it") from None
+                raise Busy(f"{staging.parent}: another lapis is writing {staging.name}; wait for it") from None
             except BaseException:
                 os.close(handle)
                 raise

@@ -1,14 +1,17 @@
 """Rows of tokens to train on, and the exact place in them.
 
-Tokens lie in one flat array, document after document; a row is made when it is asked for. So a packed folder is little
-more than its tokens, opens in no time, and is mapped, not read. The order of rows is a seeded permutation that can be
-asked for any place (a Feistel network), so a cursor is three numbers and resuming costs nothing.
-Leaves out: how rows come to be (packing.py). Shape suffixes: B rows of a batch, T places of a row.
+Tokens lie in shards, document after document, as if they were one array; a row is made when it is asked for. So a
+packed folder is little more than its tokens, opens in no time, and is mapped, not read. The order of rows is a seeded
+permutation that can be asked for any place (a Feistel network), so a cursor is three numbers and resuming is free.
+Leaves out: how rows come to be (packing.py), several sources (mixture.py).
+Shape suffixes: B rows of a batch, T places of a row.
 """
 
 import dataclasses
 import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,17 +79,25 @@ class Rows:
     """Packed data: in memory (pack without `out`) or mapped from a folder (`Rows.open`).
 
     info: what rows.json says: kind ("documents" or "chats"), length, rows, digest, counts, vocab, tokenizer.
-    arrays: tokens; starts, the place in tokens where each document begins, and the end of all. For chats also: said, 1
-    for the assistant's tokens; order, the chats in the order of rows; rows, where in `order` each row begins.
+    shards: arrays of each: tokens; starts, the place in tokens where each document begins, and the end of all. For
+    chats also: said, 1 for the assistant's tokens; order, the chats in the order of rows; rows, where in `order` each
+    row begins, and the end of all. A document may go on in the next shard; a chat does not.
     """
 
-    def __init__(self, info: dict[str, Any], arrays: dict[str, NDArray[Any]], source: str = "rows in memory") -> None:
+    def __init__(
+        self,
+        info: dict[str, Any],
+        shards: Mapping[str, NDArray[Any]] | Sequence[Mapping[str, NDArray[Any]]],
+        source: str = "rows in memory",
+    ) -> None:
         self.info = info
         self.source = source
-        self._arrays = arrays
+        self._shards = [shards] if isinstance(shards, Mapping) else list(shards)
         self.length = int(info["length"])
         self.count = int(info["rows"])
         self.chats = info["kind"] == "chats"
+        sizes = [_size(shard, "rows") - 1 if self.chats else _size(shard, "tokens") for shard in self._shards]
+        self._begins = np.cumsum([0, *sizes], dtype=np.int64)  # rows of chats, tokens of documents before each shard
 
     @classmethod
     def open(cls, folder: str | Path) -> "Rows":
@@ -98,13 +109,21 @@ class Rows:
             )
         info = read_json(contained(root, MANIFEST))
         try:
-            arrays = {name: _mapped(root, name, *entry) for name, entry in info["arrays"].items()}
+            if info["format"] != 2:
+                raise ValueError(f"format {info['format']}")
             needs = {"tokens", "starts"} | ({"said", "order", "rows"} if info["kind"] == "chats" else set())
-            if set(arrays) != needs or not all(
-                isinstance(info[k], int) and info[k] > 0 for k in ("length", "rows", "vocab")
-            ):
-                raise KeyError("arrays")
-            return cls(info, arrays, str(root))
+            shards: list[Mapping[str, NDArray[Any]]] = []
+            for number, entry in enumerate(info["shards"]):
+                if set(entry["arrays"]) != needs:
+                    raise KeyError("arrays")
+                shards.append(_Mapped(root, number, {name: tuple(kind) for name, kind in entry["arrays"].items()}))
+            if not shards or not all(isinstance(info[k], int) and info[k] > 0 for k in ("length", "rows", "vocab")):
+                raise KeyError("shards")
+            rows = cls(info, shards, str(root))
+            had = int(rows._begins[-1]) if rows.chats else -(-int(rows._begins[-1]) // rows.length)
+            if had != rows.count:
+                raise ValueError("rows")
+            return rows
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DataError(f"{root / MANIFEST}: {error} is missing or wrong; pack the data again") from None
 
@@ -166,14 +185,15 @@ class Rows:
 
     def _fill_documents(self, row: int, ids: Any, targets: Any, segments: Any, positions: Any) -> None:
         """A row is a stretch of the stream. What follows a document's last token is the end-of-text token."""
-        tokens, starts = self._arrays["tokens"], self._arrays["starts"]
+        total = int(self._begins[-1])
         begin = row * self.length
-        end = min(begin + self.length, len(tokens))
+        end = min(begin + self.length, total)
         n = end - begin
-        ids[:n] = tokens[begin:end]
-        targets[: min(n, len(tokens) - begin - 1)] = tokens[begin + 1 : end + 1]
-        first, last = np.searchsorted(starts, [begin, end], side="right")
-        borders = starts[first:last] - begin  # where in (begin, end] a document ends; the last one ends the stream
+        tokens, borders = self._stretch(begin, min(end + 1, total))
+        ids[:n] = tokens[:n]
+        targets[: len(tokens) - 1] = tokens[1:]
+        if end == total:
+            borders = np.append(borders, n)  # the last document ends the stream
         targets[borders - 1] = self.info["end"]
         marks = np.zeros(n, np.int32)
         marks[borders[borders < n]] = 1
@@ -181,11 +201,29 @@ class Rows:
         places = np.arange(n)
         positions[:n] = places - np.maximum.accumulate(np.where(marks == 1, places, 0))
 
+    def _stretch(self, begin: int, end: int) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        """Tokens of the stream, and where after the first of them a document begins. It may span several shards."""
+        tokens, borders = [], []
+        at = int(np.searchsorted(self._begins, begin, side="right")) - 1
+        while begin < end:
+            shard, base = self._shards[at], int(self._begins[at])
+            stop = min(end, int(self._begins[at + 1]))
+            tokens.append(shard["tokens"][begin - base : stop - base])
+            starts = shard["starts"][:-1]
+            first, last = np.searchsorted(starts, [begin - base, stop - base], side="left")
+            borders.append(starts[first:last] + base)
+            begin, at = stop, at + 1
+        found = np.concatenate(borders) - (end - sum(map(len, tokens)))
+        return np.concatenate(tokens), found[found > 0]
+
     def _fill_chats(self, row: int, ids: Any, targets: Any, segments: Any, positions: Any) -> None:
         """A row is some whole chats. The last token of each is only ever a target."""
-        tokens, starts, said = self._arrays["tokens"], self._arrays["starts"], self._arrays["said"]
+        number = int(np.searchsorted(self._begins, row, side="right")) - 1
+        shard = self._shards[number]
+        row -= int(self._begins[number])
+        tokens, starts, said = shard["tokens"], shard["starts"], shard["said"]
         at = 0
-        for segment, chat in enumerate(self._arrays["order"][slice(*self._arrays["rows"][row : row + 2])], 1):
+        for segment, chat in enumerate(shard["order"][slice(*shard["rows"][row : row + 2])], 1):
             a, b = int(starts[chat]), int(starts[chat + 1])
             n = b - a - 1
             ids[at : at + n] = tokens[a : b - 1]
@@ -195,13 +233,42 @@ class Rows:
             at += n
 
 
-def _mapped(root: Path, name: str, dtype: str, size: int) -> NDArray[Any]:
-    if dtype not in _DTYPES[name] or not isinstance(size, int) or size < 1:
-        raise ValueError(f"arrays.{name}")
-    path = contained(root, f"{name}.bin")
-    if path.stat().st_size != size * np.dtype(dtype).itemsize:
-        raise DataError(f"{path}: has {path.stat().st_size:,} bytes, not {size:,} x {dtype}; pack the data again")
+def array_name(name: str, shard: int) -> str:
+    """The file of one array of a shard."""
+    return f"{name}-{shard:05}.bin"
+
+
+class _Mapped(Mapping[str, NDArray[Any]]):
+    """The arrays of a shard in a folder, mapped when they are first asked for. Their sizes are checked at once."""
+
+    def __init__(self, root: Path, number: int, types: dict[str, tuple[str, int]]) -> None:
+        self.root, self.number, self.types = root, number, types
+        for name, (dtype, size) in types.items():
+            if dtype not in _DTYPES[name] or not isinstance(size, int) or size < 1:
+                raise ValueError(f"arrays.{name}")
+            path = contained(root, array_name(name, number))
+            if path.stat().st_size != size * np.dtype(dtype).itemsize:
+                raise DataError(
+                    f"{path}: has {path.stat().st_size:,} bytes, not {size:,} x {dtype}; pack the data again"
+                )
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        return _map(self.root / array_name(name, self.number), *self.types[name])
+
+    def __iter__(self) -> Any:
+        return iter(self.types)
+
+    def __len__(self) -> int:
+        return len(self.types)
+
+
+@lru_cache(maxsize=4096)
+def _map(path: Path, dtype: str, size: int) -> NDArray[Any]:
     return np.memmap(path, dtype, "r", shape=(size,))
+
+
+def _size(shard: Mapping[str, NDArray[Any]], name: str) -> int:
+    return shard.types[name][1] if isinstance(shard, _Mapped) else len(shard[name])
 
 
 def shuffled(places: NDArray[np.int64], count: int, seed: int, epoch: int) -> NDArray[np.int64]:
