@@ -1,0 +1,402 @@
+"""What GRPO, RLOO and PPO share: prompts in order, rollouts by the policy itself, rewards, and the figures to watch.
+
+A step's prompts are replied to at once, before its first micro-batch; `updates` steps then learn from these replies.
+The replies lie in the checkpoint until the last of those steps, so a run that is stopped among them goes on exactly.
+Leaves out: advantages and losses (policy.py), replies that another engine writes.
+
+Shapes: B replies (the group of each prompt stands together), R tokens of a reply.
+"""
+
+import hashlib
+import json
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import KW_ONLY, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lapis.errors import ConfigError, TrainingError
+from lapis.model.transformer import Transformer
+from lapis.text.tokenizer import Tokenizer
+from lapis.train.experience import Experience, joined
+from lapis.train.guards import Guards, repetition
+from lapis.train.objectives.order import in_order
+from lapis.train.prompts import Prompt, read_prompts
+from lapis.train.ranks import added, mine
+from lapis.train.reference import Reference
+from lapis.train.rewards import Case, Judge, Scores, make_judge
+from lapis.train.rollouts import Rollouts, Said, read_again, roll
+from lapis.train.state import TrainState
+
+_ROWS = 512  # replies decoded at once
+_SHOWN = 8  # prompts whose replies before and after are kept for people
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One micro-batch: which rollouts (round), which of the steps that learn from them (update), which part of the
+    step, and the numbers of all prompts of the step."""
+
+    round: int
+    update: int
+    part: int
+    parts: int
+    rows: int
+    seed: int
+    prompts: list[int]
+
+
+@dataclass(eq=False)
+class OnPolicy(ABC):
+    """The options of every policy objective.
+
+    data: .jsonl with prompt (text or messages), messages or question; or such records. batch is counted in prompts.
+    rewards: functions (prompt, reply, record) -> float, or names, or mappings of name (number, json, length, language,
+    ends, exact) or path (a reward model's folder, or module:function), with weight and options. context: tokens of
+    prompt and reply. group: replies to a prompt. max_tokens: of a reply. temperature: of what is drawn and of what is
+    learned. updates: steps that learn from the same replies. epsilon, epsilon_high: how far a ratio goes before it is
+    clipped, down and up (0 = as down). kl: weight of the KL to the reference. reference: "start" (the model as it was
+    handed over), or a folder. too_long: what a prompt without room for max_tokens gets. plain: continue texts as they
+    are, without the chat template. reward_seconds: what one reward may take. guards: of collapse, reward hacking and
+    KL runaway. valid: held-out prompts.
+    """
+
+    tokenizer: Tokenizer
+    data: Any
+    _: KW_ONLY
+    rewards: Any
+    context: int = 512
+    group: int = 8
+    max_tokens: int = 128
+    temperature: float = 1.0
+    updates: int = 1
+    epsilon: float = 0.2
+    epsilon_high: float = 0.0
+    kl: float = 0.0
+    reference: str = "start"
+    too_long: Literal["refuse", "drop"] = "refuse"
+    plain: bool = False
+    reward_seconds: float = 5.0
+    guards: Literal["warn", "stop", "off"] = "warn"
+    valid: Any = None
+
+    name = ""
+    head = "language"
+    means = frozenset({
+        "reward", "kl", "length", "entropy", "clip_share", "ended", "unscored", "rollout_gap", "value_loss",
+        "kl_weight", "policy_shift",
+    })  # fmt: skip
+
+    def __post_init__(self) -> None:
+        self._check()
+        room = self.context - self.max_tokens
+        read = {"plain": self.plain, "too_long": self.too_long}
+        self.prompts = read_prompts(self.data, self.tokenizer, room, **read)
+        self.held = None if self.valid is None else read_prompts(self.valid, self.tokenizer, room, **read)
+        self.judge: Judge = make_judge(self.rewards, self.tokenizer, self.reward_seconds)
+        for prompts in (self.prompts, *([self.held] if self.held else [])):
+            self.judge.check([(row.record, row.where) for row in prompts.rows])
+        self.means = self.means | {f"reward_{name}" for name in self.judge.names}
+        self.rows = len(self.prompts.rows) * self.updates
+        self.notes: list[str] = list(self.judge.notes)
+        self.halt = ""
+        self.watching = Guards()
+        self._reference = Reference(self.reference, self.tokenizer) if self.needs_reference else None
+        self._experience: tuple[int, list[int], Experience] | None = None
+        self._before: list[dict[str, Any]] = []
+        self._told: set[str] = set()
+        self._gap = 0.0
+
+    # what the three objectives differ in
+
+    @abstractmethod
+    def loss(self, model: Transformer, batch: Any) -> tuple[Tensor, int, dict[str, float]]:
+        """See the protocol."""
+
+    @abstractmethod
+    def value(self, model: Transformer, experience: Experience, turn: Turn) -> Experience:
+        """The experience with its advantages."""
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.kl > 0 or self.reference != "start"
+
+    @property
+    def extra(self) -> nn.Module | None:
+        """What is trained beside the model."""
+        return None
+
+    # the protocol
+
+    def describe(self) -> dict[str, Any]:
+        told = {f.name: getattr(self, f.name) for f in fields(self)
+                if isinstance(getattr(self, f.name), (bool, int, float, str)) and f.name != "data"}  # fmt: skip
+        counts = {"prompts": len(self.prompts.rows), "dropped_prompts": self.prompts.dropped}
+        if self._reference is not None and self._reference.digest:
+            told["reference"] = self._reference.digest
+        return {
+            "objective": self.name,
+            "data": self.prompts.digest(),
+            "counts": counts,
+            "rewards": self.judge.described,
+            "tokenizer": self.tokenizer.digest(),
+            **told,
+        }
+
+    def begin(self, model: Transformer) -> None:
+        """Told once, of the model as it is handed over, before a run that was interrupted is put back."""
+        if self._reference is not None:
+            self._reference.begin(model)
+            self.notes += self._reference.notes
+        self._before = self._replies(model, self._shown())
+
+    def batches(self, state: TrainState) -> Iterator[tuple[Turn, dict[str, Any]]]:
+        cursor = state.cursor or {"order": None, "round": 0, "update": 0, "part": 0}
+        parts = state.parts
+        order, at, update, part = cursor["order"], cursor["round"], cursor["update"], cursor["part"]
+        stream = in_order(len(self.prompts.rows), state.rows * parts, order, state.seed)
+        while True:
+            numbers, _, behind = next(stream)
+            while update < self.updates:
+                turn = Turn(at, update, part, parts, state.rows, state.seed, numbers)
+                part = (part + 1) % parts
+                update += part == 0
+                now = {"order": order, "round": at, "update": update, "part": part}
+                if update == self.updates:
+                    now = {"order": behind, "round": at + 1, "update": 0, "part": 0}
+                yield turn, now
+            order, at, update = behind, at + 1, 0
+
+    def prepare(self, model: Transformer, batch: Turn) -> tuple[Turn, Experience]:
+        own = mine(batch.parts)
+        if batch.update == 0 and batch.part == own[0]:
+            self._experience = (batch.round, own, self._collect(model, batch, own))
+        if self._experience is None or self._experience[0] != batch.round:
+            raise TrainingError("the replies that this step learns from are lost; start anew with --fresh")
+        _, parts, experience = self._experience
+        size, place = batch.rows * self.group, parts.index(batch.part)
+        device = next(model.parameters()).device
+        piece = experience.rows(place * size, (place + 1) * size)
+        return batch, Experience.of({name: t.to(device) for name, t in piece.tensors().items()})
+
+    def evaluate(self, model: Transformer) -> dict[str, float]:
+        """Mean reward of the likeliest reply to each held-out prompt, in all and of each reward."""
+        if self.held is None:
+            return {}
+        rollouts = self._roll(model, self.held.rows, range(len(self.held.rows)), 0, group=1, temperature=0.0)
+        scores = self._score(self.held.rows, rollouts, 1)
+        found = {"reward": _mean(scores.total)}
+        if len(scores.parts) > 1:
+            found |= {f"reward_{name}": _mean(values) for name, values in scores.parts.items()}
+        return {**found, "length": rollouts.mask_BR.sum(1).double().mean().item()}
+
+    def sample(self, model: Transformer) -> str:
+        """The first reply of the last rollouts, with its reward."""
+        if self._experience is None:
+            return ""
+        rollouts, reward = self._experience[2].rollouts, self._experience[2].rewards_B[0].item()
+        asked = self.tokenizer.decode(rollouts.ids_BT[0, : int(rollouts.prompt_B[0])].tolist(), True)
+        said = self.tokenizer.decode(rollouts.reply_BR[0][rollouts.mask_BR[0]].tolist(), True)
+        return f"{asked[-60:]} -> {said[:120]} (reward {reward:.2f})"
+
+    def write(self, folder: Path) -> None:
+        """replies.jsonl: what was said before and after, for people."""
+        lines = [json.dumps(row, ensure_ascii=False) for row in self.replies]
+        (folder / "replies.jsonl").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+
+    def finish(self, model: Transformer) -> None:
+        """Told of the model as it is written."""
+        after = self._replies(model, self._shown())
+        self.replies = [
+            {"prompt": old["prompt"], "before": old["reply"], "before_reward": old["reward"], "after": new["reply"],
+             "after_reward": new["reward"]}
+            for old, new in zip(self._before, after, strict=True)
+        ]  # fmt: skip
+
+    replies: list[dict[str, Any]] = field(default_factory=list, init=False, repr=False)
+
+    # what a checkpoint holds beside the model
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """The replies that further steps learn from, and what the guards have seen; by name."""
+        held: dict[str, Tensor] = {f"guards.{name}": value for name, value in self.watching.tensors().items()}
+        if self._experience is not None and self.updates > 1:
+            at, parts, experience = self._experience
+            held |= {"round": torch.tensor(at), "parts": torch.tensor(parts)}
+            held |= {f"experience.{name}": value for name, value in experience.tensors().items()}
+        return held
+
+    def restore_tensors(self, held: dict[str, Tensor]) -> None:
+        """The reverse of `state_tensors`."""
+        self.watching = Guards.of({name[7:]: value for name, value in held.items() if name.startswith("guards.")})
+        experience = {name[11:]: value for name, value in held.items() if name.startswith("experience.")}
+        if experience:
+            self._experience = int(held["round"]), held["parts"].tolist(), Experience.of(experience)
+
+    # rollouts and rewards
+
+    def _collect(self, model: Transformer, turn: Turn, own: list[int]) -> Experience:
+        """Replies to this process's prompts of the step, scored."""
+        places = [part * turn.rows + i for part in own for i in range(turn.rows)]
+        prompts = [self.prompts.rows[turn.prompts[place]] for place in places]
+        draws = hashlib.sha256(f"{turn.seed}/{turn.round}".encode()).digest()
+        rollouts = self._roll(model, prompts, places, int.from_bytes(draws[:7]), self.group, self.temperature)
+        scores = self._score(prompts, rollouts, self.group)
+        self._tell(scores)
+        device = rollouts.ids_BT.device
+        rewards_B = torch.tensor(scores.total, dtype=torch.float32, device=device)
+        known = added(rewards_B.isfinite().sum().double().reshape(1))
+        if not known.item():
+            raise TrainingError(f"no reply of the step could be scored: {scores.first_failure}; mend the reward")
+        parts = {name: torch.tensor(values, dtype=torch.float32, device=device)
+                 for name, values in scores.parts.items()}  # fmt: skip
+        experience = Experience(rollouts, rewards_B, parts)
+        if self._reference is not None:
+            experience = self._reference.read(model, experience, self.temperature)
+        experience = self.value(model, experience, turn)
+        self._guard(turn, experience)
+        return experience
+
+    def _roll(
+        self, model: Transformer, prompts: list[Prompt], numbers: Any, seed: int, group: int, temperature: float
+    ) -> Rollouts:
+        training, pieces, size = model.training, [], max(1, _ROWS // group)
+        model.eval()
+        try:
+            for first in range(0, len(prompts), size):
+                some = prompts[first : first + size]
+                pieces.append(roll(model, [row.ids for row in some], list(numbers)[first : first + size],
+                                   self.tokenizer.end_ids, group=group, max_tokens=self.max_tokens,
+                                   temperature=temperature, seed=seed))  # fmt: skip
+        finally:
+            model.train(training)
+        return joined(pieces)
+
+    def _score(self, prompts: list[Prompt], rollouts: Rollouts, group: int) -> Scores:
+        cases = []
+        for i, (ids, mask, ended) in enumerate(
+            zip(rollouts.reply_BR.tolist(), rollouts.mask_BR.tolist(), rollouts.ended_B.tolist(), strict=True)
+        ):
+            row = prompts[i // group]
+            said = [token for token, real in zip(ids, mask, strict=True) if real]
+            text = self.tokenizer.decode(said[:-1] if ended else said, skip_special=True)
+            cases.append(Case(row.asked, text, row.record, row.where, ended, len(said)))
+        return self.judge.score(cases)
+
+    def _tell(self, scores: Scores) -> None:
+        """A note for the first failure of each reward."""
+        for name, why in scores.failures.items():
+            if name not in self._told:
+                self._told.add(name)
+                self.notes.append(f"reward {name} failed: {why}; such replies teach nothing and are counted (unscored)")
+
+    def _guard(self, turn: Turn, experience: Experience) -> None:
+        rollouts, known_B = experience.rollouts, experience.rewards_B.isfinite()
+        tokens = rollouts.mask_BR.sum().double()
+        repeats = repetition(rollouts.reply_BR.tolist(), rollouts.mask_BR.sum(1).tolist())
+        sums = torch.stack([
+            known_B.sum().double(), experience.rewards_B[known_B].double().sum(), tokens,
+            -rollouts.logprobs_BR.double().sum(), self._kl_sum(experience), tokens.new_tensor(float(len(experience))),
+            tokens.new_tensor(repeats),
+        ])  # fmt: skip
+        known, reward, tokens_, nats, kl, replies, repeated = added(sums).tolist()
+        figures = {"reward": reward / known, "entropy": nats / tokens_, "length": tokens_ / replies,
+                   "repetition": repeated / replies, "kl": kl / tokens_}  # fmt: skip
+        for kind, warning in self.watching.see(turn.round, figures):
+            if self.guards == "stop":
+                self.halt = warning
+            if self.guards != "off" and kind not in self._told:
+                self._told.add(kind)
+                self.notes.append(f"guard: {warning}")
+
+    def _kl_sum(self, experience: Experience) -> Tensor:
+        """Nats over all tokens, from the reference, for what was drawn; NaN where there is no reference."""
+        rollouts = experience.rollouts
+        if experience.reference_BR is None:
+            return rollouts.logprobs_BR.new_tensor(math.nan, dtype=torch.float64)
+        return ((rollouts.logprobs_BR - experience.reference_BR).double() * rollouts.mask_BR).sum()
+
+    def _read(self, model: Transformer, experience: Experience) -> Said:
+        r = experience.rollouts
+        return read_again(model, r.ids_BT, r.prompt_B, r.reply_BR, r.mask_BR, self.temperature)
+
+    def figures(self, turn: Turn, experience: Experience, said: Said, stopped: Tensor) -> dict[str, float]:
+        """What every policy objective reports. kl: nats per token from the reference, over what was drawn.
+        policy_shift: the same from the policy that drew. rollout_gap: the largest difference of a log-probability in
+        the rollout and in training, of replies that no step has learned from yet."""
+        rollouts, mask_BR = experience.rollouts, experience.rollouts.mask_BR
+        tokens = int(mask_BR.sum())
+        known_B = experience.rewards_B.isfinite()
+        logp_BR = said.logprobs_BR.detach()
+        difference_BR = (logp_BR - rollouts.logprobs_BR) * mask_BR
+        found = {
+            **_means({"reward": experience.rewards_B}),
+            "length": tokens / len(experience),
+            "entropy": said.entropy_BR.detach().sum().item() / tokens,
+            "clip_share": stopped.double().mean().item(),
+            "policy_shift": (difference_BR.neg().exp() - 1 + difference_BR).sum().item() / tokens,
+            "ended": rollouts.ended_B.double().mean().item(),
+            "unscored": 1 - known_B.double().mean().item(),
+            "tokens": float(rollouts.ids_BT.numel()),
+        }
+        if experience.reference_BR is not None:
+            found["kl"] = ((logp_BR - experience.reference_BR) * mask_BR).sum().item() / tokens
+        if turn.update == 0:
+            self._compare(difference_BR.abs().max().item(), torch.is_autocast_enabled(logp_BR.device.type))
+        found["rollout_gap"] = self._gap
+        if len(experience.parts) > 1:
+            found |= _means({f"reward_{name}": values for name, values in experience.parts.items()})
+        return found
+
+    def _compare(self, gap: float, lowered: bool) -> None:
+        """Rollout and training must say the same in float32; where a part is computed in less, the gap is only told."""
+        self._gap = gap
+        if not lowered and gap > 1e-4 and "gap" not in self._told:
+            self._told.add("gap")
+            self.notes.append(f"rollouts and training differ by {gap:.1e} in a log-probability; expected 1e-4 or less")
+
+    # before and after, for people
+
+    def _shown(self) -> list[Prompt]:
+        return (self.held or self.prompts).rows[:_SHOWN]
+
+    def _replies(self, model: Transformer, prompts: list[Prompt]) -> list[dict[str, Any]]:
+        rollouts = self._roll(model, prompts, range(len(prompts)), 0, group=1, temperature=0.0)
+        scores = self._score(prompts, rollouts, 1)
+        texts = [self.tokenizer.decode(ids[mask].tolist(), True)
+                 for ids, mask in zip(rollouts.reply_BR, rollouts.mask_BR, strict=True)]  # fmt: skip
+        return [{"prompt": row.shown, "reply": text, "reward": None if math.isnan(total) else total}
+                for row, text, total in zip(prompts, texts, scores.total, strict=True)]  # fmt: skip
+
+    def _check(self) -> None:
+        for name, fits, wanted in (
+            ("group", self.group >= 1, "1 or more"),
+            ("max_tokens", 1 <= self.max_tokens < self.context, "1 or more, and less than context"),
+            ("temperature", 0 < self.temperature < math.inf, "above 0"),
+            ("updates", self.updates >= 1, "1 or more"),
+            ("epsilon", 0 < self.epsilon < 1, "between 0 and 1"),
+            ("epsilon_high", self.epsilon_high >= 0, "0 (as epsilon) or more"),
+            ("kl", self.kl >= 0, "0 or more"),
+            ("reward_seconds", self.reward_seconds > 0, "above 0"),
+        ):
+            if not fits:
+                raise ConfigError(f"{self.name}: {name} is {getattr(self, name)}; expected {wanted}")
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        return self.epsilon, self.epsilon_high or self.epsilon
+
+
+def _means(named: dict[str, Tensor]) -> dict[str, float]:
+    """Of each that has a number."""
+    return {name: values.nanmean().item() for name, values in named.items() if bool(values.isfinite().any())}
+
+
+def _mean(values: list[float]) -> float:
+    """Of those that are numbers; NaN where none is."""
+    known = [value for value in values if not math.isnan(value)]
+    return sum(known) / len(known) if known else math.nan

@@ -1,0 +1,70 @@
+"""The process that runs a user's reward function. A script for functions.py; imports nothing of lapis.
+
+The first line in names the function, as JSON; every further one is a reply to score, and gets one line back. What the
+function prints goes to standard error.
+"""
+
+import importlib
+import importlib.util
+import inspect
+import json
+import os
+import sys
+from typing import Any
+
+
+def main() -> None:
+    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what a function prints must not be taken for an answer
+    sys.path[0] = os.getcwd()  # as for a script that lies there, and not where this one lies
+    function: Any = None
+    for line in sys.stdin:
+        asked = json.loads(line)
+        try:
+            if function is None:
+                function, options = find(asked["target"]), asked["options"]
+                inspect.signature(function).bind(None, "", {}, **options)
+                answer: dict[str, Any] = {"value": None}
+            else:
+                value = function(asked["prompt"], asked["reply"], asked["record"], **options)
+                answer = {"value": plain(value)}
+        except Exception as error:
+            said = " ".join(str(error).split())[:200]
+            answer = {"error": said if function is None else f"raised {type(error).__name__}: {said}"}
+        try:
+            text = json.dumps(answer)
+        except (TypeError, ValueError):
+            text = json.dumps({"error": f"returned {type(answer['value']).__name__}; expected a number"})
+        out.write(text + "\n")
+        out.flush()
+
+
+def find(target: str) -> Any:
+    """The function of `package.module:function` or `file.py:function`."""
+    place, _, name = target.rpartition(":")
+    if place.endswith(".py"):
+        spec = importlib.util.spec_from_file_location(os.path.basename(place)[:-3], place)
+        if spec is None or spec.loader is None or not os.path.isfile(place):
+            raise ImportError(f"{place}: there is no such file")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    else:
+        module = importlib.import_module(place)
+    found = getattr(module, name, None)
+    if not callable(found):
+        raise ImportError(f"{place} has no function {name}")
+    return found
+
+
+def plain(value: Any) -> Any:
+    """An array or tensor of one number as that number."""
+    if not isinstance(value, (int, float)) and hasattr(value, "item"):
+        try:
+            return float(value)
+        except (TypeError, ValueError, RuntimeError):
+            return value
+    return value
+
+
+if __name__ == "__main__":
+    main()
