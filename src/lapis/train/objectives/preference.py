@@ -209,8 +209,8 @@ class Kto(_Referenced):
 
 
 class Orpo(_Policy):
-    """Odds ratio preference optimization (arXiv:2403.07691; see orpo_loss): supervised tuning on the chosen chats, their
-    prompts included, and the odds of the replies, at once and without a reference. The options are those of Dpo; beta:
+    """Odds ratio preference optimization (arXiv:2403.07691; see orpo_loss): supervised tuning on the chosen chats, with
+    their prompts, and the odds of the replies, at once and without a reference. The options are those of Dpo; beta:
     weight of the odds."""
 
     name = "orpo"
