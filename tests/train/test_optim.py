@@ -6,7 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lapis.train.optim import Muon, Optimizers, Schedule, hidden_matrices, orthogonalize
+from lapis.train.muon import Muon, hidden_matrices, orthogonalize
+from lapis.train.optim import Optimizers
+from lapis.train.schedule import Schedule
 
 
 def test_muon_equals_torchs_muon() -> None:

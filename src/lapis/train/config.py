@@ -11,11 +11,17 @@ class TrainConfig:
     """How to train. Give one of steps, epochs or minutes.
 
     batch: rows of one step. accumulate: parts that a step's rows are computed in, to save memory; the result is the
-    same. lr: peak learning rate; Muon's updates are scaled so that AdamW's rate serves it too. warmup: steps (at most
-    a tenth of the run). decay: share of the run over which the rate falls to zero. clip: largest norm of the gradient,
-    0 = none. precision, threads: "auto" and 0 measure a few steps and keep what is fastest. save_every: steps between
-    checkpoints, 0 = every five minutes. keep: checkpoints kept. log_every: steps per entry of the learning curve.
-    sample_every: seconds between samples of text, 0 = none. save_dtype: of the final folder.
+    same, and so it is in several processes. lr: peak learning rate; Muon's updates are scaled so that AdamW's rate
+    serves it too. warmup: steps (at most a tenth of the run). schedule: how the rate goes on from there (schedule.py);
+    decay: the share of the run over which wsd falls to zero. clip: largest norm of the gradient, 0 = none. ema: decay
+    of a running average of the weights, which is then the result; 0 = none.
+
+    precision, threads: "auto" and 0 measure a few steps and keep what is fastest. weights: bf16 has no float32 master
+    but rounds at random (rounding.py). checkpointing: blocks that compute their activations twice to save memory.
+    compile: torch.compile for the blocks; auto where the run is long enough and it proves faster.
+
+    save_every: steps between checkpoints, 0 = every five minutes. keep: checkpoints kept. log_every: steps per entry of
+    the learning curve. sample_every: seconds between samples of text, 0 = none. save_dtype: of the final folder.
 
     eval_every: steps between the objective's held-out figures, 0 = at the end only. watch_metric: the figure that
     early_stop and best look at (by default the first); less is better for a loss, nll, perplexity, error or bits per
@@ -28,15 +34,20 @@ class TrainConfig:
     minutes: float | None = None
     batch: int = 16
     accumulate: int = 1
-    optimizer: Literal["adamw", "muon"] = "adamw"
+    optimizer: Literal["adamw", "muon", "sgd"] = "adamw"
     lr: float = 3e-4
     weight_decay: float = 0.1
     warmup: int = 50
+    schedule: Literal["wsd", "constant", "cosine", "linear"] = "wsd"
     decay: float = 0.4
     clip: float = 1.0
+    ema: float = 0.0
     seed: int = 0
     precision: Literal["auto", "float32", "bf16"] = "auto"
     threads: int = 0
+    weights: Literal["float32", "bf16"] = "float32"
+    checkpointing: Literal["none", "selective", "whole"] = "none"
+    compile: Literal["auto", "on", "off"] = "auto"
     save_every: int = 0
     keep: int = 2
     log_every: int = 10
@@ -68,6 +79,8 @@ class TrainConfig:
         ):
             if getattr(self, name) < 0:
                 raise ConfigError(f"train: {name} is {getattr(self, name)}; it must not be below 0")
+        if not 0 <= self.ema < 1:
+            raise ConfigError(f"train: ema is {self.ema}; it is a decay, from 0 to below 1, such as 0.999")
         if not 0 <= self.decay <= 1:
             raise ConfigError(f"train: decay is {self.decay}; it is a share of the run, from 0 to 1")
         if (self.early_stop or self.best) and not self.eval_every:

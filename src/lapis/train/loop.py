@@ -3,7 +3,8 @@
     result = train(model, Causal(tokenizer, ["corpus.jsonl"], context=256), TrainConfig(minutes=3), "runs/base")
 
 A run can be killed at any moment; the same call goes on from its newest whole checkpoint and gives the same bytes.
-Leaves out: more than one process.
+Under torchrun every process runs this loop, the first writes, and the weights are those of one process (parallel.py).
+Leaves out: the update itself (update.py), sharding.
 """
 
 import hashlib
@@ -13,6 +14,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +22,24 @@ import torch
 from torch import Tensor
 
 from lapis.checkpoint.commit import JOURNAL, Staging, commit
-from lapis.errors import TrainingError
+from lapis.errors import ConfigError, TrainingError
 from lapis.model.transformer import Transformer
-from lapis.train import probe
+from lapis.train import parallel, probe
+from lapis.train.compiled import compiled, pays
 from lapis.train.config import TrainConfig
 from lapis.train.curve import Window
+from lapis.train.ema import Average
 from lapis.train.held_out import judge, watched
 from lapis.train.interrupt import Wish, interruptible
+from lapis.train.memory import require_room
 from lapis.train.objectives import Objective
-from lapis.train.optim import Optimizers, Schedule
+from lapis.train.optim import Optimizers
+from lapis.train.recompute import recomputed
 from lapis.train.result import TrainResult, last_tenth, write_result
+from lapis.train.schedule import Schedule
 from lapis.train.state import Journal, TrainState, restore
-from lapis.train.watch import Watch, watcher
+from lapis.train.update import Batches, Updater, memory_told
+from lapis.train.watch import Silent, Watch, watcher
 
 _SAVE_SECONDS = 300.0
 
@@ -49,75 +57,90 @@ def train(
     """Train `model` in place and put the result at `out` as a model folder, with log.jsonl and training.json.
 
     overwrite: replace a folder at `out`. fresh: forget an interrupted run. watch: who is told of progress.
-    Raises TrainingError for a loss that is not finite, nothing supervised, another run's checkpoints, or a stop by
-    Ctrl-C or SIGTERM (after saving); OutputError where `out` cannot be written.
+    Raises TrainingError for a loss that is not finite, nothing supervised, a step that does not fit into memory,
+    another run's checkpoints, or a stop by Ctrl-C or SIGTERM (after saving); OutputError where `out` cannot be written.
     """
     out = Path(out)
-    watch = watch or watcher(out.name)
+    world = parallel.join()
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    if not world.leads:
+        with interruptible() as wish:
+            result = _Run(model, objective, config, world, None, Silent(), wish).go(out)
+            world.gather(None)  # until the first process has written
+            return result
+    watch = watch or watcher(out.name)
     try:
         with (
             commit(out, overwrite=overwrite, resumable=True, needs_bytes=(3 * config.keep + 4) * weights) as staging,
             _left_clean(staging, fresh) as journal,
             interruptible() as wish,
         ):
-            result = _Run(model, objective, config, journal, watch, wish).go(out)
+            result = _Run(model, objective, config, world, journal, watch, wish).go(out)
             write_result(model, objective, config, staging.path, result)
+        world.gather(None)
     finally:
         watch.close()
     return result
 
 
 class _Run:
+    """journal: of the process that writes; None in the others."""
+
     def __init__(
-        self, model: Transformer, objective: Objective, config: TrainConfig, journal: Journal, watch: Watch, wish: Wish
-    ) -> None:
-        self.model, self.objective, self.config = model, objective, config
-        self.journal, self.watch, self.wish = journal, watch, wish
+        self, model: Transformer, objective: Objective, config: TrainConfig, world: parallel.World,
+        journal: Journal | None, watch: Watch, wish: Wish,
+    ) -> None:  # fmt: skip
+        self.model, self.objective, self.config, self.world = model, objective, config, world
+        self.journal, self.watch = journal, watch
         self.begun = time.monotonic()
-        kinds = {p.dtype for p in model.parameters() if p.requires_grad} - {torch.float32, torch.float64}
-        if kinds:  # small updates would be lost in the rounding of such weights
-            watch.note(f"train: {', '.join(sorted(map(str, kinds)))} weights are trained as float32")
-            model.float()
-        wanted = {"config": config.decisive(), "model": _digest(model), **objective.describe()}
-        self.wanted: dict[str, Any] = json.loads(json.dumps(wanted))
+        self._set_dtype()
+        parts = config.accumulate * world.size
+        if config.batch % parts:
+            raise ConfigError(
+                f"train: batch {config.batch} does not divide into {parts} equal parts "
+                f"(accumulate {config.accumulate}, {world.size} processes)"
+            )
         self.state = TrainState(
             model,
-            Optimizers(model, config.optimizer, config.lr, config.weight_decay),
+            Optimizers(model, config.optimizer, config.lr, config.weight_decay, config.seed),
             self._schedule(),
-            rows=config.batch // config.accumulate,
+            rows=config.batch // parts,
             seed=config.seed,
+            average=Average(model, config.ema if world.leads else 0.0),
         )
         if not self.state.optimizers.parameters:
             raise TrainingError("train: every weight is frozen; leave some to train")
+        self.updater = Updater(self.state, objective, config, world, wish)
         self.window = Window(means=getattr(objective, "means", frozenset()))
+        self.facts: dict[str, Any] = {}
+
+    def _set_dtype(self) -> None:
+        trained = {p.dtype for p in self.model.parameters() if p.requires_grad}
+        if self.config.weights == "bf16":
+            self.model.bfloat16()
+        elif trained - {torch.float32, torch.float64}:  # small updates would be lost in the rounding of such weights
+            named = ", ".join(sorted(str(kind) for kind in trained if kind not in (torch.float32, torch.float64)))
+            self.watch.note(f"train: {named} weights are trained as float32")
+            for parameter in self.model.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.float()
 
     def go(self, out: Path) -> TrainResult:
         config, state = self.config, self.state
         torch.manual_seed(config.seed)
         self.model.train()
-        facts = self.journal.earlier(self.wanted)
-        newest = self.journal.newest() if facts else None
-        for warning in self.journal.warnings:
-            self.watch.note(f"train: {warning}")
-        begin = getattr(self.objective, "begin", None)
-        if begin is not None:  # also where the run goes on: these are the weights that it started from
-            begin(self.model, self.journal.folder)
-        if facts is None:
-            count, precision = self._measure()
-            facts = {"wanted": self.wanted, "threads": count, "precision": precision}
-            self.journal.begin(facts)
-        self.facts, self.precision = facts, str(facts["precision"])
-        if newest:
-            restore(state, newest)
-            self.watch.note(f"train: going on from {newest}")
-        self.begun -= state.seconds  # earlier sittings count
-        cpu = state.device.type == "cpu"
-        with probe.threads(facts["threads"]) if cpu else nullcontext():
-            self._steps()
-            if config.best and state.best.weights:
-                self._put(state.best.weights)
-            held_out = self._evaluate()
+        with recomputed(self.model, config.checkpointing):
+            self._begin()
+            self.begun -= state.seconds  # earlier sittings count
+            cpu = state.device.type == "cpu"
+            with probe.threads(self.facts["threads"]) if cpu else nullcontext():
+                with compiled(self.model, bool(self.facts.get("compile"))):
+                    self._steps()
+                if config.best and state.best.weights:
+                    self._put(state.best.weights)
+                else:
+                    state.average.put()
+                held_out = self._evaluate()
         self.model.eval()
         loss, metrics = last_tenth(state.log)
         spent = sum(row["train_seconds"] for row in state.log)
@@ -129,13 +152,50 @@ class _Run:
             tokens=state.tokens,
             seconds=state.seconds,
             tokens_per_second=state.tokens / max(spent, 1e-9),
-            threads=facts["threads"],
-            precision=self.precision,
+            threads=self.facts["threads"],
+            precision=self.updater.precision,
             log=state.log,
             metrics=metrics,
             held_out=held_out,
             best_step=state.best.step if config.best else None,
         )
+
+    def _begin(self) -> None:
+        """Goes on from a checkpoint, or measures how to compute; all processes with the weights of the first."""
+        state, world = self.state, self.world
+        newest = None
+        description = json.loads(json.dumps(self.objective.describe()))
+        if world.size > 1 and any(other != description for other in world.gather(description)):
+            raise TrainingError("train: the processes of this run do not read the same data; give each the same files")
+        if self.journal is not None:
+            wanted = {"config": self.config.decisive(), "model": _digest(self.model), **description}
+            self.facts = self.journal.earlier(json.loads(json.dumps(wanted))) or {}
+            newest = self.journal.newest() if self.facts else None
+            for warning in self.journal.warnings:
+                self.watch.note(f"train: {warning}")
+        if world.from_lead(not self.facts):
+            measured = self._measure()
+            if self.journal is not None:
+                self.facts = {"wanted": json.loads(json.dumps(wanted)), **measured}
+                self.journal.begin(self.facts)
+        self.facts = world.from_lead(self.facts)
+        self.updater.precision = str(self.facts["precision"])
+        if newest:
+            restore(state, newest)
+            self.watch.note(f"train: going on from {newest}")
+        if world.size > 1:
+            self._follow()
+
+    def _follow(self) -> None:
+        """Takes over the first process' weights, optimizer and place."""
+        state, world = self.state, self.world
+        world.spread(dict(self.model.state_dict()), state.device)
+        held = world.spread(state.optimizers.tensors(), state.device)
+        numbers = [state.step, state.cursor, state.seconds, state.tokens, asdict(state.schedule), state.log]
+        state.step, state.cursor, state.seconds, state.tokens, shape, state.log = world.from_lead(numbers)
+        if not world.leads:
+            state.schedule = Schedule(**shape)
+            state.optimizers.restore(held)
 
     def _steps(self) -> None:
         state, config = self.state, self.config
@@ -143,10 +203,8 @@ class _Run:
         saved = sampled = time.monotonic()
         while state.schedule.total is None or state.step < state.schedule.total:
             start = time.perf_counter()
-            cursor = self._step(batches)
-            if cursor is None:  # asked to stop: the weights are those of the last whole step
+            if not self._step(batches):  # asked to stop: the weights are those of the last whole step
                 self._stop()
-            state.step, state.cursor = state.step + 1, cursor
             state.seconds = time.monotonic() - self.begun
             self.window.seconds += time.perf_counter() - start
             self.window.steps += 1
@@ -156,84 +214,67 @@ class _Run:
                 self._log()
             if config.eval_every and state.step % config.eval_every == 0 and not done and self._judge():
                 return
-            if self.wish.stop and not done:
+            if self.updater.stop and not done:
                 self._stop()
             now = time.monotonic()
             due = state.step % config.save_every == 0 if config.save_every else now - saved > _SAVE_SECONDS
-            if due and not done:
+            if due and not done and self.journal is not None:
                 if self.window.steps:
                     self._log()  # a checkpoint holds the whole curve so far
                 self.journal.write(state, self.facts, self.objective.tokenizer, config.keep)
                 saved = now
-            if config.sample_every and now - sampled > config.sample_every and not done:
+            if config.sample_every and now - sampled > config.sample_every and not done and self.world.leads:
                 self._sample()
                 sampled = now
 
-    def _step(self, batches: Iterator[tuple[Any, dict[str, Any]]]) -> dict[str, Any] | None:
-        """One update; the cursor behind its data, or None where a stop was asked for before it was whole."""
-        state, config = self.state, self.config
-        total, count, cursor = 0.0, 0, None
-        sums: dict[str, float] = {}
-        parts = 0
-        for _ in range(config.accumulate):
-            if self.wish.stop:
-                state.optimizers.clear()
-                return None
-            batch, cursor = next(batches)
-            with _memory_told():
-                loss, supervised = self._loss(batch, self.precision, sums)
-                if supervised:
-                    parts += 1
-                    total, count = total + loss.item(), count + supervised
-                    self._require_finite(total, "loss")
-                    loss.backward()  # type: ignore[no-untyped-call]
-        if count == 0:
-            raise TrainingError(
-                f"train: no token of step {state.step + 1} is supervised; look at the rows with: lapis data show"
-            )
-        gradients = [p.grad for p in state.optimizers.parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients).item() / count
-        self._require_finite(norm, "norm of the gradient")
-        clipped = min(1.0, config.clip / (norm + 1e-6)) if config.clip else 1.0
-        torch._foreach_mul_(gradients, clipped / count)  # the one division, over all micro-batches
-        self.window.scale = state.schedule.scale(state.step)
-        state.optimizers.step(self.window.scale)
-        state.optimizers.clear()
-        self.window.add(total, count, norm, sums, parts)
-        return cursor
+    def _step(self, batches: Batches) -> bool:
+        """One update; False where a stop was asked for before it was whole."""
+        state = self.state
+        if not self.world.leads:
+            parallel.seed_step(state.seed, state.step, self.world.rank)
+        scale = state.schedule.scale(state.step)
+        sums = self.updater.update(batches, scale, self.journal.last_good() if self.journal else "")
+        if sums is None:
+            return False
+        state.step, state.cursor = state.step + 1, sums.cursor
+        state.average.update(state.step)
+        self.window.add(sums.loss, sums.count, sums.norm, sums.metrics, sums.parts)
+        self.window.scale = scale
+        return True
 
-    def _loss(self, batch: Any, precision: str, sums: dict[str, float]) -> tuple[Tensor, int]:
-        with probe.autocast(self.state.device, precision):
-            with torch.no_grad():
-                batch = self.objective.prepare(self.model, batch)
-            loss, count, metrics = self.objective.loss(self.model, batch)
-        for name, value in metrics.items():
-            sums[name] = sums.get(name, 0.0) + float(value)
-        return loss, count
-
-    def _measure(self) -> tuple[int, str]:
-        """Threads and precision: as configured, or as measured on the first micro-batch."""
-        batch, _ = next(self.objective.batches(self.state))
+    def _measure(self) -> dict[str, Any]:
+        """Threads, precision and compiling: as configured, or as measured on the first micro-batch."""
+        config, state = self.config, self.state
+        batch, _ = next(self.objective.batches(state))
 
         def compute() -> Tensor:
             with torch.no_grad():
                 prepared = self.objective.prepare(self.model, batch)
             return self.objective.loss(self.model, prepared)[0]
 
-        with _memory_told():
-            return probe.fastest(self.model, compute, self.config.precision, self.config.threads)
+        with memory_told():
+            require_room(state, self.objective, config, "float32" if config.precision == "float32" else "bf16")
+            threads, precision = probe.fastest(self.model, compute, config.precision, config.threads)
+            seconds = probe.timer(self.model, compute, threads, precision)
+            parts = (state.schedule.total or 0) * config.accumulate
+            budget = config.minutes * 60 if config.minutes else None
+            on, why = pays(self.model, config.compile, seconds, parts, budget, state.device.type)
+        if why:
+            self.watch.note(f"train: compile is {'on' if on else 'off'}: {why}")
+        return {"threads": threads, "precision": precision, "compile": on}
 
     def _schedule(self) -> Schedule:
         config = self.config
         if config.minutes is not None:
-            return Schedule(config.warmup, 0, None)
+            return Schedule(config.warmup, 0, None, kind=config.schedule)
         steps = config.steps or max(1, math.ceil((config.epochs or 0) * self.objective.rows / config.batch))
-        return Schedule(min(config.warmup, steps // 10), round(config.decay * steps), steps)
+        return Schedule(min(config.warmup, steps // 10), round(config.decay * steps), steps, kind=config.schedule)
 
     def _plan(self) -> None:
         """With a budget of time: fix the warm-up after three steps, and the length where the decay must begin.
 
-        From then on the run is a run of so many steps, and goes on exactly as such.
+        From then on the run is a run of so many steps, and goes on exactly as such. A shape that depends on the length
+        from the start has it after three steps, so that its end is an estimate.
         """
         state, config = self.state, self.config
         if config.minutes is None or state.schedule.total is not None:
@@ -241,9 +282,12 @@ class _Run:
         budget, pace = config.minutes * 60, self.window.pace
         if state.step == 3:
             state.schedule.warmup = min(config.warmup, int(budget / pace / 10))
-        if state.seconds + pace > budget * (1 - config.decay):
+        tail = config.decay if config.schedule == "wsd" else 0.0
+        if state.seconds + pace > budget * (1 - tail) or (state.step >= 3 and state.schedule.needs_total):
             left = max(0, int((budget - state.seconds) / pace))
             state.schedule.decay, state.schedule.total = left, state.step + left
+        if self.world.size > 1:
+            state.schedule = Schedule(**self.world.from_lead(asdict(state.schedule)))
 
     def _log(self) -> None:
         state, window = self.state, self.window
@@ -256,11 +300,12 @@ class _Run:
     def _judge(self) -> bool:
         """One evaluation within the run; True where the watched figure has not improved for long enough."""
         state, config = self.state, self.config
-        figures = self._evaluate()
-        if not figures:
-            raise TrainingError("train: eval_every is set, but the objective has no held-out data; give it some")
-        name = watched(figures, config.watch_metric)
-        judge(state.best, state.step, name, figures[name], self.model, config.best)
+        with state.average.in_place():
+            figures = self._evaluate()
+            if not figures:
+                raise TrainingError("train: eval_every is set, but the objective has no held-out data; give it some")
+            name = watched(figures, config.watch_metric)
+            judge(state.best, state.step, name, figures[name], self.model, config.best and self.world.leads)
         if self.window.steps:
             self._log()
         state.log[-1]["held_out"] = figures
@@ -272,12 +317,13 @@ class _Run:
         return False
 
     def _evaluate(self) -> dict[str, float]:
-        """The objective's held-out figures for the weights as they are, or none."""
+        """The objective's held-out figures for the weights as they are, or none; the first process computes them."""
         evaluate = getattr(self.objective, "evaluate", None)
-        if evaluate is None:
-            return {}
-        with self._aside(), torch.no_grad():
-            return {name: float(value) for name, value in (evaluate(self.model) or {}).items()}
+        figures: dict[str, float] = {}
+        if evaluate is not None and self.world.leads:
+            with self._aside(), torch.no_grad():
+                figures = {name: float(value) for name, value in (evaluate(self.model) or {}).items()}
+        return dict(self.world.from_lead(figures))
 
     @contextmanager
     def _aside(self) -> Iterator[None]:
@@ -306,19 +352,14 @@ class _Run:
         state = self.state
         if self.window.steps:
             self._log()
+        if self.journal is None:
+            parallel.leave()
         place = self.journal.write(state, self.facts, self.objective.tokenizer, self.config.keep)
         of = f" of {state.schedule.total}" if state.schedule.total else ""
         raise TrainingError(
-            f"train: stopped by {self.wish.stop} after step {state.step}{of}; saved in {place}. "
+            f"train: stopped by {self.updater.stop} after step {state.step}{of}; saved in {place}. "
             "Run the same command again to go on"
         )
-
-    def _require_finite(self, value: float, what: str) -> None:
-        if not math.isfinite(value):
-            raise TrainingError(
-                f"train: the {what} is {value} at step {self.state.step + 1}; {self.journal.last_good()}. "
-                f"Lower lr (now {self.config.lr:g}) or look at the data"
-            )
 
 
 @contextmanager
@@ -334,18 +375,6 @@ def _left_clean(staging: Staging, fresh: bool) -> Iterator[Journal]:
     except BaseException:
         if not journal.checkpoints:
             shutil.rmtree(staging.path, ignore_errors=True)
-        raise
-
-
-@contextmanager
-def _memory_told() -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            raise TrainingError(
-                "train: out of memory; raise accumulate (the result is the same), or lower batch or the context"
-            ) from None
         raise
 
 

@@ -19,19 +19,23 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import torch
 
 from lapis.checkpoint.commit import check_output
 from lapis.config import build, nearest
 from lapis.errors import ConfigError
+from lapis.model import Transformer
 from lapis.text.rows import MANIFEST, Rows
 from lapis.text.tokenizer import Tokenizer
+from lapis.train import parallel
 from lapis.train.config import TrainConfig
 from lapis.train.loop import train
 from lapis.train.objectives import OBJECTIVES, Objective, find, options
 from lapis.train.result import TrainResult
 from lapis.train.start import start_model
-from lapis.train.watch import Watch, watcher
+from lapis.train.watch import Silent, Watch, watcher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +44,8 @@ class RunConfig(TrainConfig):
 
     model: a folder to go on from; new: the shape of a model made anew (ModelConfig; vocab, context and what the family
     settles may be left out). tokenizer: a folder, by default the model's. data: files, folders, globs, or one folder of
-    packed rows. context: tokens of a row, by default the objective's. options: the objective's own, by name.
+    packed rows. context: tokens of a row, by default the objective's. device: auto takes a GPU where there is one.
+    options: the objective's own, by name.
     """
 
     objective: str
@@ -50,6 +55,7 @@ class RunConfig(TrainConfig):
     new: dict[str, Any] | None = None
     tokenizer: str | None = None
     context: int | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -86,19 +92,36 @@ def read_settings(settings: Mapping[str, Any], where: str) -> RunConfig:
 
 def run(config: RunConfig, *, overwrite: bool = False, fresh: bool = False, watch: Watch | None = None) -> TrainResult:
     """Make or open the model, read the data, train. The errors are those of the rooms that are asked."""
-    inputs = [Path(place) for place in (config.model, config.tokenizer) if place is not None]
-    check_output(Path(config.out), overwrite=overwrite, inputs=inputs)
-    tokenizer = _tokenizer(config)
-    objective, context = _objective(config, tokenizer)
-    model = start_model(config.model, config.new, objective, context=context, seed=config.seed)
+    world = parallel.join()
+    objective, model = world.together(lambda: _start(config, overwrite, world))
     settings = TrainConfig(**{entry.name: getattr(config, entry.name) for entry in dataclasses.fields(TrainConfig)})
-    watch = watch or watcher(Path(config.out).name)
+    watch = watch or (watcher(Path(config.out).name) if world.leads else Silent())
     counts = objective.describe().get("counts", {})
     if counts:
         watch.note("data: " + ", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in counts.items()))
     for note in model.notes:
         watch.note(f"model: {note}")
-    return train(model, objective, settings, config.out, overwrite=overwrite, fresh=fresh, watch=watch)
+    result = train(model, objective, settings, config.out, overwrite=overwrite, fresh=fresh, watch=watch)
+    parallel.part_ways()
+    return result
+
+
+def _start(config: RunConfig, overwrite: bool, world: parallel.World) -> tuple[Objective, Transformer]:
+    """The objective and the model. Everything that can be wrong with files and settings shows here."""
+    if world.leads:
+        inputs = [Path(place) for place in (config.model, config.tokenizer) if place is not None]
+        check_output(Path(config.out), overwrite=overwrite, inputs=inputs)
+    objective, context = _objective(config, _tokenizer(config))
+    model = start_model(config.model, config.new, objective, context=context, seed=config.seed)
+    return objective, model.to(_device(config.device))
+
+
+def _device(wanted: str) -> torch.device:
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError("train: device is cuda, but torch sees no GPU; use device: cpu")
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def _tokenizer(config: RunConfig) -> Tokenizer | None:

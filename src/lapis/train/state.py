@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lapis.checkpoint.commit import MANIFEST, commit, commit_file, verify
 from lapis.checkpoint.files import header_bytes, read_json
@@ -22,11 +22,13 @@ from lapis.model import load as load_model
 from lapis.model import save as save_model
 from lapis.model.transformer import Transformer
 from lapis.train.curve import read_curve, write_curve
+from lapis.train.ema import Average
 from lapis.train.held_out import Best
-from lapis.train.optim import Optimizers, Schedule
+from lapis.train.optim import Optimizers
+from lapis.train.schedule import Schedule
 
 _STATE, _OPTIMIZER, _RNG, _LOG = "state.json", "optimizer.safetensors", "rng.safetensors", "log.jsonl"
-_BEST = "best.safetensors"
+_BEST, _AVERAGE = "best.safetensors", "average.safetensors"
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64",
           torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8"}  # fmt: skip
 
@@ -43,7 +45,7 @@ class TrainState:
 
     step: updates done. cursor: the objective's place in its data, as JSON. rows: rows of one micro-batch. seed: of
     the data's order. seconds: time trained, over all sittings. tokens: positions processed. log: the learning curve,
-    one mapping per entry. best: the best evaluation so far.
+    one mapping per entry. best: the best evaluation so far. average: of the weights.
     """
 
     model: Transformer
@@ -57,6 +59,7 @@ class TrainState:
     tokens: int = 0
     log: list[dict[str, Any]] = field(default_factory=list)
     best: Best = field(default_factory=Best)
+    average: Average = field(default_factory=lambda: Average(nn.Module(), 0.0))
 
     @property
     def device(self) -> torch.device:
@@ -72,6 +75,8 @@ def save(state: TrainState, folder: Path, facts: Mapping[str, Any], tokenizer: S
         write_tensors(staging.path / _OPTIMIZER, state.optimizers.tensors())
         write_tensors(staging.path / _RNG, _rng(state.device))
         write_curve(staging.path / _LOG, state.log)
+        if state.average.tensors:
+            write_tensors(staging.path / _AVERAGE, state.average.tensors)
         if state.best.weights:
             write_tensors(staging.path / _BEST, state.best.weights)
         numbers = {"step": state.step, "cursor": state.cursor, "seconds": state.seconds, "tokens": state.tokens,
@@ -94,6 +99,8 @@ def restore(state: TrainState, folder: Path) -> None:
     state.seconds, state.tokens = numbers["seconds"], numbers["tokens"]
     state.schedule = Schedule(**numbers["schedule"])
     state.log = read_curve(folder / _LOG)
+    if state.average.tensors:
+        state.average.restore(read_tensors(folder / _AVERAGE))
     weights = read_tensors(folder / _BEST) if (folder / _BEST).exists() else {}
     state.best = Best(**numbers["best"], weights=weights)
 

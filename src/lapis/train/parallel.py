@@ -1,0 +1,190 @@
+"""One run in several processes, as torchrun starts them: each computes its share of a step; they add up gradients.
+
+    torchrun --nproc-per-node 2 -m lapis train run.yaml
+
+A step has accumulate x size micro-batches in one stream, and rank r computes the micro-batches r, r + size, ... Model
+and objectives know nothing of it. gloo on CPUs, NCCL for gradients on GPUs; all that is said between the processes
+besides tensors is JSON. Leaves out: sharding of weights (FSDP2), processes that come and go.
+"""
+
+import datetime
+import json
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lapis.errors import LapisError, TrainingError
+
+T = TypeVar("T")
+
+_BUCKET = 1 << 23  # elements added up in one message
+_SHORT = 2000  # bytes that most messages fit into
+_PATIENCE = datetime.timedelta(hours=2)  # while one process saves or evaluates
+
+
+class World:
+    """The processes of a run: this one's rank of size. With size 1 every method is the plain thing, at no cost."""
+
+    def __init__(self, rank: int = 0, size: int = 1) -> None:
+        self.rank, self.size = rank, size
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process is the one that writes."""
+        return self.rank == 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """Everybody's `value` (JSON), in the order of ranks."""
+        if self.size == 1:
+            return [value]
+        sent = json.dumps(value).encode()
+        with self._company():
+            received = self._all_gather(len(sent).to_bytes(8, "big") + sent[:_SHORT], 8 + _SHORT)
+            lengths = [int.from_bytes(part[:8], "big") for part in received]
+            if max(lengths) > _SHORT:
+                received = [b"-" * 8 + part for part in self._all_gather(sent, max(lengths))]
+        return [json.loads(part[8 : 8 + length]) for part, length in zip(received, lengths, strict=True)]
+
+    def _all_gather(self, sent: bytes, size: int) -> list[bytes]:
+        own = torch.frombuffer(bytearray(sent.ljust(size, b" ")), dtype=torch.uint8)
+        parts = [torch.empty_like(own) for _ in range(self.size)]
+        dist.all_gather(parts, own)
+        return [part.numpy().tobytes() for part in parts]
+
+    def from_lead(self, value: Any) -> Any:
+        """The first process' `value` (JSON)."""
+        return self.gather(value if self.leads else None)[0]
+
+    def together(self, act: Callable[[], T]) -> T:
+        """`act()` in every process. An error in one is an error of all, and is told once."""
+        if self.size == 1:
+            return act()
+        result, error = None, None
+        try:
+            result = act()
+        except LapisError as raised:
+            error = raised
+        self.tell(self.gather(error is not None), error)
+        return result  # type: ignore[return-value]
+
+    def tell(self, failed: list[bool], error: LapisError | None) -> None:
+        """Ends all processes where one failed: the lowest rank that did tells its error, the others say nothing."""
+        if any(failed):
+            if error is not None and failed.index(True) == self.rank:
+                raise error
+            leave()
+
+    def add_up(self, parameters: Sequence[Tensor], nowhere: Collection[int]) -> None:
+        """Gradients become their sum over all processes, in place; one that is missing counts as zero.
+
+        nowhere: the numbers of parameters that have none in any process.
+        """
+        if self.size == 1:
+            return
+        with self._company():
+            for number, parameter in enumerate(parameters):
+                if parameter.grad is None and number not in nowhere:
+                    parameter.grad = torch.zeros_like(parameter)
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            for bucket in _buckets(gradients):
+                flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
+                dist.all_reduce(flat)
+                place = 0
+                for gradient in bucket:
+                    gradient.copy_(flat[place : place + gradient.numel()].view_as(gradient))
+                    place += gradient.numel()
+
+    def spread(self, tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+        """The first process' tensors, everywhere. Those that are here already are filled in place."""
+        if self.size == 1:
+            return dict(tensors)
+        shapes = self.from_lead({n: [list(t.shape), str(t.dtype), t.device.type] for n, t in tensors.items()})
+        found = {}
+        with self._company():
+            for name, (shape, dtype, kind) in shapes.items():
+                there = tensors.get(name)
+                if there is None:
+                    there = torch.empty(
+                        shape,
+                        dtype=getattr(torch, dtype.removeprefix("torch.")),
+                        device=device if kind != "cpu" else "cpu",
+                    )
+                sent = there.detach().contiguous()
+                dist.broadcast(sent, 0)
+                if sent.data_ptr() != there.data_ptr():
+                    there.detach().copy_(sent)
+                found[name] = there
+        return found
+
+    @contextmanager
+    def _company(self) -> Iterator[None]:
+        """A process that died shows as a broken connection in the others."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not self.leads:
+                leave()
+            raise TrainingError(
+                "train: another process of this run has ended; run the same command again to go on from the last "
+                f"checkpoint ({str(error).splitlines()[0][:100]})"
+            ) from None
+
+
+def leave() -> NoReturn:
+    """Ends this process with a failure that another one has told already."""
+    raise SystemExit(1)
+
+
+def join() -> World:
+    """The processes that torchrun started together (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT), or this one alone.
+
+    Raises TrainingError where they cannot meet: the port is in use, or a process is missing.
+    """
+    if dist.is_initialized():
+        return World(dist.get_rank(), dist.get_world_size())
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1 or "RANK" not in os.environ:
+        return World()
+    place = f"{os.environ.get('MASTER_ADDR', 'localhost')}:{os.environ.get('MASTER_PORT', '29500')}"
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_PATIENCE)
+    except (RuntimeError, ValueError) as error:
+        if int(os.environ["RANK"]) != 0:
+            leave()
+        used = "EADDRINUSE" in str(error) or "already in use" in str(error).lower()
+        why = "the port is in use" if used else f"the processes cannot meet ({str(error).splitlines()[0][:120]})"
+        raise TrainingError(f"train: {place}: {why}; give torchrun another port: --master-port N") from None
+    return World(dist.get_rank(), dist.get_world_size())
+
+
+def part_ways() -> None:
+    """Closes the connections, so that a process ends without a complaint."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """torch's generators for a step of a process that is not the first: a function of the three, so never saved."""
+    mixed = (seed * 1_000_003 + step) * 65_537 + rank
+    torch.manual_seed(mixed % 2**63)
+
+
+def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    bucket: list[Tensor] = []
+    room = _BUCKET
+    for gradient in gradients:
+        if bucket and (gradient.numel() > room or gradient.dtype != bucket[0].dtype):
+            yield bucket
+            bucket, room = [], _BUCKET
+        bucket.append(gradient)
+        room -= gradient.numel()
+    if bucket:
+        yield bucket

@@ -1,0 +1,114 @@
+"""Several processes give the weights of one, only the first writes, and what goes wrong is told once."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from lapis.config import load_yaml, override
+from lapis.model import load
+from lapis.text.corpus import Document
+from lapis.text.tokenizer import Tokenizer
+from lapis.train.run import read_settings, run
+from lapis.train.watch import Silent
+
+YAML = """
+objective: causal
+new: {dim: 32, layers: 2, heads: 4, ffn_dim: 48, tied: true}
+tokenizer: tok
+data: texts.jsonl
+context: 32
+out: out
+steps: 50
+batch: 8
+lr: 0.003
+threads: 1
+precision: float32
+log_every: 1
+sample_every: 0
+"""
+
+
+@pytest.fixture
+def place(tokenizer: Tokenizer, documents: list[Document], tmp_path: Path) -> Path:
+    (tmp_path / "run.yaml").write_text(YAML)
+    (tmp_path / "tok").mkdir()
+    tokenizer.save(tmp_path / "tok")
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": d.text}) + "\n" for d in documents))
+    return tmp_path
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return int(found.getsockname()[1])
+
+
+def start(place: Path, size: int, *settings: str, port: int | None = None) -> list["subprocess.Popen[str]"]:
+    """The processes, in the environment that torchrun gives them."""
+    shared = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(size), "MASTER_ADDR": "localhost",
+              "MASTER_PORT": str(port or free_port())}  # fmt: skip
+    command = [sys.executable, "-m", "lapis", "train", "run.yaml", *settings]
+    return [
+        subprocess.Popen(command, cwd=place, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, text=True,
+                         stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+        for rank in range(size)
+    ]  # fmt: skip
+
+
+def finish(processes: list["subprocess.Popen[str]"]) -> list[str]:
+    return [process.communicate(timeout=100)[1] for process in processes]
+
+
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_two_processes_and_a_change_of_their_number_give_the_loss_of_one(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place)
+    run(read_settings(override(load_yaml("run.yaml"), ["out=one"]), "run.yaml"), watch=Silent())
+    two = start(place, 2)
+    said = finish(two)
+    assert [process.returncode for process in two] == [0, 0], said
+    assert losses(place / "out") == pytest.approx(losses(place / "one"), abs=1e-5)
+    for name, weight in load("one").state_dict().items():
+        torch.testing.assert_close(load("out").state_dict()[name], weight, rtol=1e-4, atol=1e-5)
+
+
+def test_fault_58_stopped_and_gone_on_with_by_another_number_of_processes(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal to one of two processes stops both at one step; one process finishes, and its curve is that of one."""
+    monkeypatch.chdir(place)
+    settings = override(load_yaml("run.yaml"), ["save_every=5", "steps=150"])
+    two = start(place, 2, "save_every=5", "steps=150")
+    journal = place / ".out.lapis" / ".journal"
+    while not list(journal.glob("step-*")):
+        assert two[0].poll() is None, two[0].communicate()
+        time.sleep(0.01)
+    two[1].terminate()
+    said = finish(two)
+    assert [process.returncode for process in two] == [1, 1]
+    assert "stopped by SIGTERM after step" in said[0] and "Run the same command again" in said[0]
+    assert said[1] == ""  # told once
+    run(read_settings(settings, "run.yaml"), watch=Silent())
+    run(read_settings({**settings, "out": "one"}, "run.yaml"), watch=Silent())
+    assert losses(place / "out") == pytest.approx(losses(place / "one"), abs=1e-5)
+
+
+def test_a_port_in_use_and_a_missing_file_are_one_line(place: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("localhost", 0))
+        taken.listen()
+        first, *_ = start(place, 2, port=int(taken.getsockname()[1]))[:1]
+        (said,) = finish([first])
+    assert first.returncode == 1 and "the port is in use; give torchrun another port" in said
+    assert len(said.strip().splitlines()) == 1
