@@ -173,6 +173,9 @@ class _Run:
             newest = self.journal.newest() if self.facts else None
             for warning in self.journal.warnings:
                 self.watch.note(f"train: {warning}")
+        begin = getattr(self.objective, "begin", None)
+        if begin is not None:  # also where the run goes on: these are the weights that it started from
+            begin(self.model, self.journal.folder if self.journal else None)
         if world.from_lead(not self.facts):
             measured = self._measure()
             if self.journal is not None:

@@ -23,7 +23,7 @@ from lapis.checkpoint.commit import commit_file
 from lapis.checkpoint.files import read_json
 from lapis.errors import ConfigError, LapisError
 from lapis.evaluate.preference import reply_log_probabilities
-from lapis.model import load
+from lapis.model import load, lora
 from lapis.model.transformer import Transformer
 from lapis.text.paired import Reply
 from lapis.text.tokenizer import Tokenizer
@@ -62,8 +62,6 @@ def references(
 
 def without_adapter(model: Transformer) -> AbstractContextManager[None]:
     """The model as it is without its LoRA adapter, for a moment. Raises ConfigError where it carries none."""
-    from lapis.train import lora
-
     if lora.of(model) is None:
         raise ConfigError('reference: it is "base", but the model carries no adapter; use "start"')
     return lora.off(model)
