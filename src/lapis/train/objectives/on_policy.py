@@ -147,7 +147,7 @@ class OnPolicy(ABC):
             **told,
         }
 
-    def begin(self, model: Transformer) -> None:
+    def begin(self, model: Transformer, folder: Path | None = None) -> None:
         """Told once, of the model as it is handed over, before a run that was interrupted is put back."""
         if self._reference is not None:
             self._reference.begin(model)

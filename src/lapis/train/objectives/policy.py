@@ -8,6 +8,7 @@ Shapes: B replies, R tokens of a reply, D model dim.
 """
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -30,11 +31,13 @@ class GRPO(OnPolicy):
 
     scale: divide a group's advantages by its standard deviation, or not ("none"; arXiv:2503.20783). average: the loss
     over all tokens of the step ("token"; DAPO, arXiv:2503.14476), over each reply and then over replies ("reply"; as
-    published), or by replies times max_tokens ("fixed"; Dr. GRPO). kl is the weight of k3 in the loss.
+    published), or by replies times max_tokens ("fixed"; Dr. GRPO). kl is the weight of k3 in the loss. kl_unbiased:
+    k3 times the ratio, whose gradient is that of the KL itself (arXiv:2512.02556, section 3.1); as published without.
     """
 
     scale: Literal["group", "none"] = "group"
     average: Literal["token", "reply", "fixed"] = "token"
+    kl_unbiased: bool = True
 
     name = "grpo"
 
@@ -53,7 +56,10 @@ class GRPO(OnPolicy):
         advantages_B1 = experience.advantages[:, None]
         loss_BR, stopped_BR = clipped(said.logprobs_BR, rollouts.logprobs_BR, advantages_B1, *self.bounds)
         if self.kl and experience.reference_BR is not None:
-            loss_BR = loss_BR + self.kl * k3(said.logprobs_BR, experience.reference_BR)
+            kl_BR = k3(said.logprobs_BR, experience.reference_BR)
+            if self.kl_unbiased:
+                kl_BR = kl_BR * (said.logprobs_BR - rollouts.logprobs_BR).exp()
+            loss_BR = loss_BR + self.kl * kl_BR
         mask_BR = rollouts.mask_BR
         figures = self.figures(turn, experience, said, stopped_BR[mask_BR])
         if self.average == "token":
@@ -143,12 +149,12 @@ class PPO(OnPolicy):
     def extra(self) -> nn.Module | None:
         return self._head
 
-    def begin(self, model: Transformer) -> None:
+    def begin(self, model: Transformer, folder: Path | None = None) -> None:
         weight = model.embed.weight
         self._head = nn.Linear(model.config.dim, 1, device=weight.device)
         nn.init.zeros_(self._head.weight)
         nn.init.zeros_(self._head.bias)
-        super().begin(model)
+        super().begin(model, folder)
 
     def values(self, hidden_ND: Tensor, mask_BR: Tensor) -> Tensor:
         """What the value head expects before each token, [B, R], 0 outside of the mask."""
