@@ -6,7 +6,7 @@ the names mean to a model (families/, model/load.py) and how anything is written
 
 import hashlib
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,8 @@ from lapis.families.base import Family, Part, fallback_part
 if TYPE_CHECKING:
     import torch
 
+    from lapis.checkpoint.adapter import Adapter
+
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
@@ -29,6 +31,7 @@ class Checkpoint:
 
     source: what the user typed. root: the folder. config: config.json as it stands (families/ reads what it allows).
     index: name on disk -> TensorInfo. notes: what a reader should be told once (files ignored, tensors not indexed).
+    adapter: what goes on top of the weights, where an adapter was opened; its files stand before the model's.
     """
 
     source: str
@@ -39,6 +42,7 @@ class Checkpoint:
     headers: dict[str, Header]
     notes: list[str] = field(default_factory=list)
     _stats: dict[Path, tuple[int, int, int]] = field(default_factory=dict, repr=False)
+    adapter: "Adapter | None" = None
 
     @property
     def names(self) -> list[str]:
@@ -115,6 +119,8 @@ class Checkpoint:
 
     def file(self, name: str) -> Path | None:
         """A file beside the weights (tokenizer.json, ...), or None where there is none. Contained like all others."""
+        if self.adapter is not None and os.path.lexists(self.adapter.root / name):
+            return contained(self.adapter.root, name)
         return contained(self.root, name) if os.path.lexists(self.root / name) else None
 
     def json(self, name: str) -> Any:
@@ -130,12 +136,21 @@ class Checkpoint:
         return total.hexdigest()
 
 
-def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
+def open_checkpoint(source: str | os.PathLike[str], *, adapters: bool = False) -> Checkpoint:
     """Opens a model folder: config and headers are read and checked, no weight is.
 
-    Raises CheckpointError for every damage that headers, index and config can show, before anything is allocated.
+    adapters: a folder that holds an adapter opens the model that it belongs to, with `adapter` set; otherwise it is
+    refused. Raises CheckpointError for every damage that headers, index and config can show, before anything is
+    allocated.
     """
     root = Path(source)
+    if os.path.lexists(root / "adapter_config.json") and not os.path.lexists(root / "config.json"):
+        from lapis.checkpoint.adapter import base_of, open_adapter
+
+        if not adapters:
+            raise CheckpointError(f"{source}: holds an adapter; make it a model with: lapis fuse {source} --out DIR")
+        adapter = open_adapter(root)
+        return replace(base_of(adapter), source=str(source), adapter=adapter)
     if not root.is_dir():
         what = "is a file; give the folder that holds it" if root.exists() else "there is no such folder"
         raise CheckpointError(f"{source}: {what}")

@@ -55,7 +55,7 @@ class Plan:
 
 def read_config(source: Checkpoint | str | Path, notes: list[str] | None = None) -> ModelConfig:
     """The shape that config.json gives. Raises CheckpointError for an unknown family or a field that is wrong."""
-    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source, adapters=True)
     if checkpoint.family is None:
         kind = str(checkpoint.config.get("model_type"))
         raise CheckpointError(f"{checkpoint.source}: config.json: model_type is {kind:.40}; lapis builds {_known()}")

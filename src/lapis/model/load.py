@@ -20,6 +20,7 @@ from lapis.checkpoint import Checkpoint, open_checkpoint
 from lapis.checkpoint.files import header_bytes
 from lapis.checkpoint.store import dtype_name, torch_dtype
 from lapis.families import Rule, part_of
+from lapis.model.adapter import attach, head_of
 from lapis.model.check import DISK_SHAPES, family_of, plan_load
 from lapis.model.config import Head, ModelConfig
 from lapis.model.transformer import Transformer
@@ -59,11 +60,14 @@ def load(
 
     head, classes: put another head on top; one that the folder lacks is drawn at random, and `model.notes` says so.
     placed: told the model and the name of each module as soon as all of its parameters are there; what it does with
-    them is done while the next ones are read. Raises CheckpointError, before anything is allocated, listing all
-    tensors that are missing, unknown or of a wrong shape. Peak memory is that of the weights in the target dtype and
-    of the few tensors under way.
+    them is done while the next ones are read. A folder that holds an adapter gives its base with the
+    adapter on it (and placed is told before). Raises CheckpointError, before anything is allocated, listing all tensors
+    that are missing, unknown or of a wrong shape. Peak memory is that of the weights in the target dtype and of the few
+    tensors under way.
     """
-    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source, adapters=True)
+    if checkpoint.adapter is not None and head is None:
+        head, classes = head_of(checkpoint)
     plan = plan_load(checkpoint, head=head, classes=classes)
     dtype = dtype or getattr(torch, plan.dtype)
     with torch.device("meta"):
@@ -80,6 +84,8 @@ def load(
     if plan.fresh:
         _draw(model, plan.fresh, dtype, device)
     model.notes = [*checkpoint.notes, *plan.notes]
+    if checkpoint.adapter is not None:
+        attach(model, checkpoint.adapter)
     return model.eval()
 
 

@@ -7,6 +7,7 @@ Shapes: B batch, T time, S time of keys, D model dim, V vocabulary, C classes.
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -123,6 +124,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.notes: list[str] = []
+        self.adapted: Any = None  # what lora.wrap did to it
         self.dropout = 0.0
         self.embed = Embed(config)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))

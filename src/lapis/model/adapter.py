@@ -1,0 +1,311 @@
+"""An adapted model <-> an adapter folder that PEFT reads and writes.
+
+Families whose folders hold q, k and v fused (GPT-2) have one adapter over the three: they share A, and B is stacked;
+what was not adapted of them is rows of zeros there. Leaves out: what LoRA computes (lora.py), the format's checks
+(checkpoint/adapter.py).
+"""
+
+import json
+import math
+import os
+from collections import defaultdict
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lapis.checkpoint import Checkpoint
+from lapis.checkpoint.adapter import CONFIG, LEAD, WEIGHTS, Adapter, open_adapter
+from lapis.checkpoint.files import header_bytes
+from lapis.checkpoint.store import dtype_name
+from lapis.errors import CheckpointError, ConfigError
+from lapis.families import Family, Rule
+from lapis.model.check import family_of
+from lapis.model.config import Head
+from lapis.model.lora import (
+    Adapted,
+    LoraConfig,
+    LoraLinear,
+    adapters,
+    begin,
+    of,
+    place,
+    put_rows,
+    row_lengths,
+    row_matrices,
+    token_rows,
+)  # fmt: skip
+from lapis.model.transformer import Transformer
+
+_TASKS = {"lm": "CAUSAL_LM", "classes": "SEQ_CLS", "scalar": "SEQ_CLS"}
+
+
+def write_adapter(model: Transformer, folder: Path | str) -> None:
+    """adapter_config.json and adapter_model.safetensors, as PEFT writes them, into a folder (made if not there)."""
+    adapted = of(model)
+    assert adapted is not None, "wrap the model first"
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors, config = _tensors(model), _config(model, adapted)
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    shapes = {name: (dtype_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in sorted(tensors.items())}
+    with (folder / WEIGHTS).open("wb") as file:
+        file.write(header_bytes(shapes, {"format": "pt"}))
+        for name in shapes:
+            tensor = tensors[name].detach().cpu().contiguous()
+            file.write(tensor.view(-1).view(torch.uint8).numpy().data)
+
+
+def attach(model: Transformer, adapter: Adapter) -> Transformer:
+    """Puts an adapter on the model that it was made for, in place; all of it stays trainable.
+
+    Raises CheckpointError for a module that the model does not have, or of another shape.
+    """
+    family = family_of(model.config)
+    config = LoraConfig(
+        rank=int(adapter.config["r"]), alpha=float(adapter.config["lora_alpha"]),
+        dropout=float(adapter.config.get("lora_dropout", 0.0)), rslora=bool(adapter.config.get("use_rslora")),
+        dora=adapter.dora, tokens=tuple(dict.fromkeys(i for ids, _ in adapter.rows.values() for i in ids)), whole=(),
+    )  # fmt: skip
+    begin(model, config, adapter.base)
+    for module, kinds in adapter.pairs.items():
+        names = _places(model, family, adapter, module)[1]
+        a_RI, b_OR = (adapter.weights.read(kinds[kind]).float() for kind in "AB")
+        length_O = adapter.weights.read(kinds["magnitude"]).float().flatten() if adapter.dora else None
+        linears = [_linear(model, name) for name in names]
+        sizes = [linear.out_features for linear in linears]
+        if any(type(linear) is not nn.Linear for linear in linears):
+            raise CheckpointError(f"{adapter.root}: {module} is adapted, which lapis runs for linear layers only; "
+                                  "make it a model with: lapis fuse")  # fmt: skip
+        if a_RI.shape[1] != linears[0].in_features or b_OR.shape[0] != sum(sizes):
+            raise CheckpointError(f"{adapter.root}: {module} has lora_A {list(a_RI.shape)} and lora_B "
+                                  f"{list(b_OR.shape)}; the base is {sum(sizes)}x{linears[0].in_features}")  # fmt: skip
+        device = linears[0].weight.device
+        shared = nn.Parameter(a_RI.to(device))
+        lengths = [None] * len(sizes) if length_O is None else torch.split(length_O, sizes)
+        for name, linear, b, length in zip(names, linears, torch.split(b_OR, sizes), lengths, strict=True):
+            magnitude = None if length is None else nn.Parameter(length.clone().to(device))
+            b_own = nn.Parameter(b.clone().to(device))
+            place(model, name, LoraLinear(linear, shared, b_own, adapter.scale(module), config.dropout, magnitude))
+    put_rows(model, {name: (ids, value) for name, (ids, value) in _rows(model, family, adapter).items()})
+    adapted = of(model)
+    assert adapted is not None
+    for name, tensor in _whole(model, family, adapter).items():
+        parameter = model.get_parameter(name)
+        adapted.originals[name] = parameter.detach().clone()
+        parameter.data = tensor.to(parameter.device, parameter.dtype)
+        parameter.requires_grad_(True)
+    return model
+
+
+def head_of(checkpoint: Checkpoint) -> tuple[Head | None, int]:
+    """The head, and its classes, that an adapter needs where its base has another: a classifier that it holds whole."""
+    adapter, family = checkpoint.adapter, checkpoint.family
+    for disk, name in (adapter.whole if adapter and family else {}).items():
+        assert adapter is not None and family is not None
+        matched = family.match(disk)
+        if matched and matched[0].component == "head.classes" and matched[0].kind == "weight":
+            classes = adapter.weights.info(name).shape[0]
+            return ("scalar", 1) if classes == 1 else ("classes", classes)
+    return None, 0
+
+
+@torch.no_grad()
+def restore_adapter(model: Transformer, folder: Path | str) -> None:
+    """The values of an adapter folder that `write_adapter` made of this very model, put back into it."""
+    adapter, family = open_adapter(folder), family_of(model.config)
+    here = adapters(model)
+    for module, kinds in adapter.pairs.items():
+        names = _places(model, family, adapter, module)[1]
+        sizes = [_linear(model, name).out_features for name in names]
+        slices = {kind: adapter.weights.read(name) for kind, name in kinds.items()}
+        for i, name in enumerate(names):
+            if name not in here:
+                continue
+            first = sum(sizes[:i])
+            here[name].lora_A.copy_(slices["A"])
+            here[name].lora_B.copy_(slices["B"][first : first + sizes[i]])
+            if (magnitude := here[name].magnitude) is not None:
+                magnitude.copy_(slices["magnitude"][first : first + sizes[i]])
+    rows = token_rows(model)
+    for name, (_, values) in _rows(model, family, adapter).items():
+        rows[name].rows.copy_(values)
+    for name, tensor in _whole(model, family, adapter).items():
+        model.get_parameter(name).copy_(tensor)
+
+
+@torch.no_grad()
+def fold(model: Transformer) -> Transformer:
+    """Adds the adapter to the weights, in place, rounded once to their dtype; what is left is a plain model."""
+    for name, module in adapters(model).items():
+        plain = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
+        plain.weight = nn.Parameter((module.weight.float() + module.delta()).to(module.weight.dtype))
+        plain.bias = module.bias
+        place(model, name, plain)
+    for name in token_rows(model):
+        torch.nn.utils.parametrize.remove_parametrizations(model.get_submodule(name.rpartition(".")[0]), "weight")
+    model.adapted = None
+    return model.requires_grad_(True)
+
+
+def _tensors(model: Transformer) -> dict[str, Tensor]:
+    """Every trained tensor by PEFT's name."""
+    from lapis.model.load import TRANSFORMS, disk_layout
+
+    config, family = model.config, family_of(model.config)
+    found: dict[str, Tensor] = {}
+    for module, (names, _) in _adapted(model).items():
+        group = [_linear(model, name) for name in names]
+        first = next(member for member in group if isinstance(member, LoraLinear))
+        b_OR = [m.lora_B if isinstance(m, LoraLinear) else m.weight.new_zeros(len(m.weight), len(first.lora_A))
+                for m in group]  # fmt: skip
+        found[f"{LEAD}{module}.lora_A.weight"] = first.lora_A
+        found[f"{LEAD}{module}.lora_B.weight"] = torch.cat([b.float() for b in b_OR])
+        if first.magnitude is not None:
+            lengths = [m.magnitude if isinstance(m, LoraLinear) else row_lengths(m.weight) for m in group]
+            found[f"{LEAD}{module}.lora_magnitude_vector"] = torch.cat([x for x in lengths if x is not None])
+    for name, rows in token_rows(model).items():
+        found[f"{LEAD}{_module(config, family, name)}.token_adapter.trainable_tokens_delta"] = rows.rows
+    adapted = of(model)
+    whole = {name: model.get_parameter(name) for name in (adapted.originals if adapted else {})}
+    for name, (sources, rule) in disk_layout(config, whole).items():
+        found[LEAD + name] = TRANSFORMS[rule.transform].disk(tuple(model.get_parameter(s).detach() for s in sources))
+    return found
+
+
+def _config(model: Transformer, adapted: Adapted) -> dict[str, Any]:
+    """adapter_config.json."""
+    config, family = adapted.config, family_of(model.config)
+    places = _adapted(model)
+    everything = {_module(model.config, family, f"{name}.weight") for name, module in model.named_modules()
+                  if isinstance(module, nn.Linear)}  # fmt: skip
+    ranks, alphas = {}, {}
+    for module, (names, _) in places.items():
+        lora = next(m for m in map(model.get_submodule, names) if isinstance(m, LoraLinear))
+        rank = len(lora.lora_A)
+        alpha = lora.scale * (math.sqrt(rank) if config.rslora else rank)
+        if rank != config.rank:
+            ranks[module] = rank
+        if not math.isclose(alpha, config.strength, rel_tol=1e-9):
+            alphas[module] = alpha
+    rows = {_module(model.config, family, name).rpartition(".")[2]: r.ids_N.tolist()
+            for name, r in token_rows(model).items()}  # fmt: skip
+    whole = sorted({_short(_module(model.config, family, name)) for name in adapted.originals})
+    base = os.path.abspath(adapted.base) if os.path.isdir(adapted.base) else adapted.base
+    alpha = config.strength
+    return {
+        "peft_type": "LORA",
+        "task_type": None if model.config.image else _TASKS.get(model.config.head),
+        "base_model_name_or_path": base or None,
+        "inference_mode": True,
+        "r": config.rank,
+        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+        "lora_dropout": config.dropout,
+        "use_rslora": config.rslora,
+        "use_dora": config.dora,
+        "bias": "none",
+        "fan_in_fan_out": any(rule.transform.endswith("transpose") for _, rule in places.values()),
+        "init_lora_weights": True,
+        "target_modules": _targets(set(places), everything),
+        "rank_pattern": ranks,
+        "alpha_pattern": alphas,
+        "modules_to_save": whole or None,
+        "trainable_token_indices": (next(iter(rows.values())) if len(rows) == 1 else rows) if rows else None,
+    }  # fmt: skip
+
+
+def _adapted(model: Transformer) -> dict[str, tuple[tuple[str, ...], Rule]]:
+    """Module on disk -> the modules here that it is, for those that are adapted."""
+    family, found = family_of(model.config), {}
+    for name in adapters(model):
+        rule, layer = family.rule_for(f"{name}.weight")
+        names = tuple(n.replace("{layer}", str(layer)).removesuffix(".weight") for n in rule.names)
+        found[_module(model.config, family, f"{name}.weight")] = names, rule
+    return found
+
+
+def _module(config: Any, family: Family, name: str) -> str:
+    """The module on disk that holds a parameter."""
+    rule, layer = family.rule_for(name)
+    return family.disk_name(rule, layer, bare=config.head == "none").rpartition(".")[0]
+
+
+def _targets(wanted: set[str], everything: set[str]) -> list[str]:
+    """target_modules: the shortest endings of names that mean just the wanted modules, or else their full names."""
+    endings: dict[str, set[str]] = defaultdict(set)
+    for module in wanted | everything:
+        pieces = module.split(".")
+        for i in range(len(pieces)):
+            endings[".".join(pieces[i:])].add(module)
+    found: set[str] = set()
+    for module in wanted:
+        pieces = module.split(".")
+        options = [".".join(pieces[i:]) for i in reversed(range(len(pieces)))]
+        found.add(next(ending for ending in options if endings[ending] <= wanted))
+    return sorted(found)
+
+
+def _short(module: str) -> str:
+    """The last piece of a module's name that says something."""
+    pieces = module.split(".")
+    return ".".join(pieces[-2:]) if pieces[-1] == "dense" else pieces[-1]
+
+
+def _linear(model: Transformer, name: str) -> nn.Linear:
+    return cast(nn.Linear, model.get_submodule(name))
+
+
+def _places(model: Transformer, family: Family, adapter: Adapter, module: str) -> tuple[Rule, list[str]]:
+    """The rule that an adapted module falls under, and the modules here that it is."""
+    found = family.match(f"{module}.weight")
+    if found is None or (found[1] is not None and found[1] >= model.config.layers):
+        raise CheckpointError(f"{adapter.root}: {module} is no module of the base ({family.name})")
+    rule, layer = found
+    names = [name.replace("{layer}", str(layer)).removesuffix(".weight") for name in rule.names]
+    try:
+        for name in names:
+            model.get_submodule(name)
+    except AttributeError:
+        raise CheckpointError(f"{adapter.root}: {module} is no module of the base as it is") from None
+    return rule, names
+
+
+def _rows(model: Transformer, family: Family, adapter: Adapter) -> dict[str, tuple[list[int], Tensor]]:
+    found = {}
+    for module, (ids, name) in adapter.rows.items():
+        rule, names = _places(model, family, adapter, module)
+        if rule.component not in ("embed", "head"):
+            raise CheckpointError(f"{adapter.root}: {module} has no row for each token")
+        values = adapter.weights.read(name)
+        if names[0] == "head" and "head.weight" not in row_matrices(model):  # tied: the embedding's rows serve both
+            continue
+        if values.shape[1:] != (model.config.dim,):
+            raise CheckpointError(
+                f"{adapter.root}: {name} is {list(values.shape)}; the base has {model.config.dim} columns"
+            )
+        found[f"{names[0]}.weight"] = ids, values
+    return found
+
+
+def _whole(model: Transformer, family: Family, adapter: Adapter) -> dict[str, Tensor]:
+    """The tensors that were saved whole, by parameter."""
+    from lapis.model.load import TRANSFORMS
+
+    found = {}
+    for disk, name in adapter.whole.items():
+        matched = family.match(disk)
+        if matched is None:
+            raise CheckpointError(f"{adapter.root}: {disk} has no place in the base ({family.name})")
+        rule, layer = matched
+        targets = [target.replace("{layer}", str(layer)) for target in rule.names]
+        pieces = TRANSFORMS[rule.transform].here(adapter.weights.read(name), len(targets))
+        for target, piece in zip(targets, pieces, strict=True):
+            try:
+                expected = model.get_parameter(target).shape
+            except AttributeError:
+                raise ConfigError(f"{adapter.root}: {disk} has no place in the model's head") from None
+            if piece.shape != expected:
+                raise CheckpointError(f"{adapter.root}: {disk} is {list(piece.shape)}; the base has {list(expected)}")
+            found[target] = piece.clone()
+    return found

@@ -1,0 +1,50 @@
+"""LoRA in a run: `lora: {rank: 8}` in the settings, an adapter folder as the result.
+
+    lora.wrap(model, LoraConfig(rank=8, targets=("attn.q", "attn.v")))
+    with lora.off(model): ...                                  # the base's function
+
+What is computed is in model/lora.py, the files are model/adapter.py's; this file joins them to a run's settings.
+"""
+
+from pathlib import Path
+
+import torch
+
+from lapis.config import nearest
+from lapis.errors import ConfigError
+from lapis.model import Transformer
+from lapis.model import load as load_model
+from lapis.model import save as save_model
+from lapis.model.adapter import fold, restore_adapter, write_adapter
+from lapis.model.lora import Adapted, LoraConfig, LoraLinear, of, off, wrap
+from lapis.text.tokenizer import Tokenizer
+
+__all__ = ["Adapted", "LoraConfig", "LoraLinear", "fold", "of", "off", "restore", "save", "token_ids", "wrap"]
+
+
+def save(model: Transformer, folder: Path | str, dtype: torch.dtype | None = None) -> None:
+    """What was trained: an adapter folder, or the model where it has no adapter. dtype: of a model's weights."""
+    if of(model) is None:
+        save_model(model, folder, dtype=dtype)
+    else:
+        write_adapter(model, folder)
+
+
+def restore(model: Transformer, folder: Path | str) -> None:
+    """The values that `save` wrote, put back into the same model."""
+    if of(model) is None:
+        model.load_state_dict(load_model(folder).state_dict())
+    else:
+        restore_adapter(model, folder)
+
+
+def token_ids(tokens: tuple[int | str, ...], tokenizer: Tokenizer | None) -> tuple[int, ...]:
+    """Ids of tokens that are given by id or by text. Raises ConfigError for a text that is no token."""
+    found = []
+    for token in tokens:
+        number = tokenizer.id(token) if isinstance(token, str) and tokenizer is not None else token
+        if not isinstance(number, int):
+            known = [] if tokenizer is None else list(tokenizer.special)
+            raise ConfigError(f'lora: tokens: "{token}" is no token; {nearest(str(token), known)}')
+        found.append(number)
+    return tuple(found)

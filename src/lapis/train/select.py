@@ -1,0 +1,121 @@
+"""Which parts of a model a run trains: patterns to tune or to freeze, or a plan that `lapis plan` wrote.
+
+    tune: [layers.4-7.mlp]        # these, and nothing else
+    freeze: [embed, layers.0-3]   # all but these
+    plan: plan.yaml               # what the plan chose; with LoRA, its targets
+
+Leaves out: making plans (plan/), what an adapter computes (model/lora.py).
+"""
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lapis.config import load_yaml
+from lapis.errors import ConfigError
+from lapis.families import part_of
+from lapis.families.patterns import chosen, read_patterns
+from lapis.model import ModelConfig, Transformer
+from lapis.text.tokenizer import Tokenizer
+from lapis.train import lora
+
+FORMAT = "lapis-plan/1"
+# not the vocabulary: what is said of layers holds when tokens were added
+_SHAPE = ("family", "dim", "layers", "heads", "kv_heads", "head_dim", "ffn_dim")
+
+
+def settle(
+    model: Transformer,
+    *,
+    lora_config: lora.LoraConfig | None = None,
+    tune: Iterable[str] = (),
+    freeze: Iterable[str] = (),
+    plan: str | Path | None = None,
+    base: str | None = None,
+    tokenizer: Tokenizer | None = None,
+    seed: int = 0,
+) -> None:
+    """Makes a model ready for what the settings want trained: some parts, an adapter, or (nothing given) all of it.
+
+    base: where the model comes from. Raises ConfigError for settings that exclude each other, a pattern that matches
+    nothing, a plan for another model.
+    """
+    tune, freeze = tuple(tune), tuple(freeze)
+    if plan is not None and tune:
+        raise ConfigError("train: give one of tune and plan; both say what is trained")
+    planned = plan_patterns(plan, model.config) if plan is not None else ()
+    if lora_config is None:
+        if lora.of(model) is not None and (planned or tune or freeze):
+            raise ConfigError(f"train: {base} is an adapter, all of which is trained; leave out tune, freeze and plan")
+        if lora.of(model) is None and (planned or tune or freeze):
+            choose(model, planned or tune, freeze)
+        return
+    if tune or freeze:
+        raise ConfigError("train: lora freezes the model itself; name its parts in lora.targets, not in tune or freeze")
+    if base is None:
+        raise ConfigError("train: lora needs model, a folder; an adapter on a new model could not be used again")
+    if planned:
+        lora_config = replace(lora_config, targets=planned)
+    torch.manual_seed(seed)
+    lora.wrap(model, replace(lora_config, tokens=lora.token_ids(lora_config.tokens, tokenizer)), base)
+
+
+def describe(model: Transformer) -> dict[str, Any]:
+    """What is trained, as JSON, for a rerun to agree with; empty where it is the whole model."""
+    adapted, names = lora.of(model), [name for name, p in model.named_parameters() if p.requires_grad]
+    found: dict[str, Any] = {} if adapted is None else {"lora": asdict(adapted.config)}
+    if adapted is not None or len(names) < sum(1 for _ in model.parameters()):
+        found["trained"] = hashlib.sha256("\n".join(names).encode()).hexdigest()
+    return found
+
+
+def choose(model: Transformer, tune: Iterable[str] = (), freeze: Iterable[str] = ()) -> int:
+    """Leaves what `tune` covers (all, where it is empty) and `freeze` does not to train; returns how many parameters.
+
+    Raises ConfigError for a pattern that matches nothing, with the nearest names, and where nothing is left.
+    """
+    tune, freeze = tuple(tune), tuple(freeze)
+    parts = {name: part_of(name) for name, _ in model.named_parameters()}
+    wanted = chosen(read_patterns(tune, "tune"), parts.values(), "tune") if tune else set(parts.values())
+    wanted -= chosen(read_patterns(freeze, "freeze"), parts.values(), "freeze")
+    if not wanted:
+        raise ConfigError("train: tune and freeze leave nothing to train")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parts[name] in wanted)
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def plan_patterns(place: str | Path, config: ModelConfig) -> tuple[str, ...]:
+    """The patterns of what a plan chose to tune. Raises ConfigError for a plan that was made for another model."""
+    plan = load_yaml(place)
+    if plan.get("format") != FORMAT:
+        raise ConfigError(f"{place}: is no plan ({FORMAT}); make one with: lapis plan")
+    _check_shape(place, plan.get("model"), config)
+    lines = plan.get("tune")
+    if not isinstance(lines, list) or not lines:
+        raise ConfigError(f"{place}: tune must list what to tune, as {{layer, component}}")
+    patterns = []
+    for i, line in enumerate(lines):
+        layer, component = (line.get(name) if isinstance(line, dict) else None for name in ("layer", "component"))
+        numbered = layer is None or (isinstance(layer, int) and not isinstance(layer, bool))
+        if not numbered or not isinstance(component, str | None) or (layer is None and component is None):
+            raise ConfigError(f"{place}: tune[{i}]: expected {{layer: NUMBER, component: NAME}}")
+        patterns.append(".".join(str(piece) for piece in ("layers" if layer is not None else None, layer, component)
+                                 if piece is not None))  # fmt: skip
+    return tuple(patterns)
+
+
+def _check_shape(place: str | Path, shape: Any, config: ModelConfig) -> None:
+    if not isinstance(shape, dict):
+        raise ConfigError(f"{place}: model is missing: the shape of the model that the plan was made for")
+    differ = [
+        f"{name} {shape[name]} there, {getattr(config, name)} here"
+        for name in _SHAPE
+        if name in shape and shape[name] != getattr(config, name)
+    ]
+    if differ:
+        raise ConfigError(f"{place}: was made for another model ({'; '.join(differ)}); plan for this one")

@@ -1,0 +1,107 @@
+"""LoRA beside PEFT: adapters that lapis writes, as PEFT loads them, and the other way round; the same logits."""
+
+import dataclasses
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lapis.model import ModelConfig, Transformer, load, save
+from lapis.model.adapter import write_adapter
+from lapis.model.lora import LoraConfig, LoraLinear, off, token_rows, wrap
+
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+
+LLAMA = ModelConfig(dim=16, layers=2, heads=4, kv_heads=2, ffn_dim=24, vocab=31, context=32)
+LEARNED: dict[str, Any] = {"norm": "layer", "positions": "learned", "bias": "all", "tied": True}
+SHAPES = {
+    "llama": LLAMA,
+    "qwen2": dataclasses.replace(LLAMA, family="qwen2", bias="qkv", tied=True),
+    "gpt2": ModelConfig(dim=16, layers=2, heads=2, ffn_dim=24, vocab=31, context=32, family="gpt2", norm_eps=1e-5,
+                        mlp="gelu_tanh", **LEARNED),
+    "bert": ModelConfig(dim=16, layers=2, heads=2, ffn_dim=24, vocab=31, context=32, family="bert", norm_eps=1e-12,
+                        norm_place="post", mlp="gelu", causal=False, head="classes", types=2, classes=4, pooler=True,
+                        **LEARNED),
+}  # fmt: skip
+KINDS = {
+    "lora": LoraConfig(rank=3),
+    "rslora": LoraConfig(rank=3, rslora=True, alpha=5.0, targets=("attn.q", "attn.v", "layers.1.mlp")),
+    "dora": LoraConfig(rank=3, dora=True, targets=("attn.q", "mlp")),
+    "tokens": LoraConfig(rank=3, targets=("attn",), tokens=(4, 30, 7)),
+}
+IDS = torch.tensor([[3, 4, 5, 30, 7, 8], [9, 30, 11, 4, 13, 14]])
+
+
+def shape_of(family: str) -> Any:
+    kind = "SequenceClassification" if family == "bert" else "CausalLM"
+    return getattr(transformers, f"AutoModelFor{kind}")
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    out: torch.Tensor = model.eval()(input_ids=IDS).logits
+    return out
+
+
+@torch.no_grad()
+def disturb(model: Transformer) -> None:
+    """Numbers that training might have put there."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", SHAPES)
+def test_what_lapis_writes_is_the_same_in_peft(family: str, kind: str, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    model = Transformer(SHAPES[family]).eval()
+    save(model, tmp_path / "base")
+    with torch.no_grad():
+        before = model(IDS)
+    wrap(model, KINDS[kind], str(tmp_path / "base"))
+    torch.testing.assert_close(model(IDS), before, rtol=0, atol=1e-6)
+    disturb(model)
+    write_adapter(model, tmp_path / "adapter")
+    with torch.no_grad(), off(model):
+        torch.testing.assert_close(model(IDS), before, rtol=0, atol=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # a key that is missing or left over is only warned of
+        theirs = shape_of(family).from_pretrained(tmp_path / "base", dtype=torch.float32)
+        theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter")
+    assert not torch.allclose(model(IDS), before, atol=1e-3)
+    torch.testing.assert_close(model(IDS), logits(theirs), rtol=0, atol=1e-5)
+    torch.testing.assert_close(load(tmp_path / "adapter")(IDS), model(IDS), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "patterns", "tokens"])
+@pytest.mark.parametrize("family", SHAPES)
+def test_what_peft_writes_is_the_same_here(family: str, kind: str, tmp_path: Path) -> None:
+    torch.manual_seed(2)
+    save(Transformer(SHAPES[family]), tmp_path / "base")
+    targets = {"gpt2": ["c_attn", "mlp.c_proj"], "bert": ["query", "attention.output.dense"]}.get(
+        family, ["q_proj", "down_proj"]
+    )
+    config = peft.LoraConfig(
+        r=4, lora_alpha=6, target_modules=targets, use_dora=kind == "dora", use_rslora=kind == "patterns",
+        task_type="SEQ_CLS" if family == "bert" else "CAUSAL_LM", init_lora_weights=False,
+        rank_pattern={targets[0]: 2} if kind == "patterns" else {},
+        alpha_pattern={targets[1]: 9} if kind == "patterns" else {},
+        trainable_token_indices=[30, 4] if kind == "tokens" else None, fan_in_fan_out=family == "gpt2",
+    )  # fmt: skip
+    theirs = peft.get_peft_model(shape_of(family).from_pretrained(tmp_path / "base", dtype=torch.float32), config)
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "tokens_delta" in name or ("modules_to_save" in name and "weight" in name):
+                parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    theirs.save_pretrained(tmp_path / "adapter")
+    ours = load(tmp_path / "adapter")
+    torch.testing.assert_close(ours(IDS), logits(theirs), rtol=0, atol=1e-5)
+    assert any(isinstance(module, LoraLinear) for module in ours.modules())
+    assert bool(token_rows(ours)) == (kind == "tokens")
+    write_adapter(ours, tmp_path / "again")  # what was read can be written
+    again = load(tmp_path / "again")
+    torch.testing.assert_close(again(IDS), ours(IDS), rtol=0, atol=1e-6)
