@@ -1,5 +1,6 @@
 """`lapis train`: a YAML file and key=value."""
 
+import os
 from pathlib import Path
 
 
@@ -9,6 +10,7 @@ def train(
     *settings: str,
     overwrite: bool = False,
     fresh: bool = False,
+    html: Path | None = None,
     json: bool = False,
 ) -> None:
     """Train a model. A run that was interrupted goes on where it was saved, when the same command is given again.
@@ -19,12 +21,16 @@ def train(
         settings: key=value, each in place of what the file says.
         overwrite: Replace the output if it exists.
         fresh: Forget an interrupted run, and start anew.
+        html: Write a page with the curves to this file.
         json: Print one JSON object.
     """
+    from lapis.checkpoint.commit import check_output
     from lapis.cli.output import console, show
     from lapis.config import load_yaml, override
     from lapis.train.run import read_settings, run
 
+    if html is not None:
+        check_output(html, overwrite=overwrite)
     result = run(read_settings(override(load_yaml(config), settings), str(config)), overwrite=overwrite, fresh=fresh)
 
     def render() -> None:
@@ -36,4 +42,17 @@ def train(
         console.print(f"{said}, {result.tokens_per_second:,.0f} tokens/s, {result.seconds:,.0f} s", markup=False)
         console.print(f'next: lapis generate {result.out} "..."', style="dim", markup=False)
 
+    if html is not None and os.environ.get("RANK", "0") == "0":
+        _write_page(result.out, html, overwrite)
     show({"out": str(result.out), **result.figures()}, json, render)
+
+
+def _write_page(run: Path, path: Path, overwrite: bool) -> None:
+    from lapis.checkpoint.commit import commit_file
+    from lapis.checkpoint.files import read_json
+    from lapis.report.runs import run_page
+    from lapis.train.curve import read_curve
+
+    page = run_page(read_curve(run / "log.jsonl"), read_json(run / "training.json"), run.name)
+    with commit_file(path, overwrite=overwrite) as temporary:
+        temporary.write_text(page.render(), encoding="utf-8")

@@ -52,6 +52,11 @@ class Page:
         self._sections: list[str] = []
         self._figures = 0
 
+    @property
+    def sections(self) -> list[str]:
+        """The titles of the sections so far."""
+        return list(self._sections)
+
     def section(self, title: str, text: str = "") -> Self:
         """Begin a section."""
         if self._sections:
@@ -60,6 +65,15 @@ class Page:
         number = len(self._sections)
         self._blocks.append(f'<section aria-labelledby="s{number}">\n<h2 id="s{number}">{prose(title)}</h2>')
         return self.text(text)
+
+    def chapter(self, title: str, blocks: str, figures: int) -> Self:
+        """A section made of blocks of another page of ours, as joined.py reads them. figures: how many are among them.
+
+        Sections of the other page are headings here.
+        """
+        self.section(title)
+        self._figures += figures
+        return self._add(blocks)
 
     def text(self, text: str) -> Self:
         """Paragraphs, parted by blank lines."""
@@ -134,12 +148,12 @@ class Page:
         level = self._level()
         heading = f"<h{level}>{prose(title)}</h{level}>\n" if title else ""
         words = alt or ". ".join(part.rstrip(".") for part in (title, caption) if part) or "figure"
-        data = _json({"data": spec.get("data", []), "layout": layout})
+        data = data_block({"data": spec.get("data", []), "layout": layout})
         block = (
             f'<figure>\n{heading}<div class="wide">'
             f'<div class="plot" role="img" aria-label="{escape(words)}" style="--height:{int(height)}px">'
             f"<p>The picture is drawn here once the page has loaded.</p></div>\n"
-            f'<script type="application/json">{data}</script></div>\n'
+            f"{data}</div>\n"
         )
         if caption:
             block += f"<figcaption>{prose(caption)}</figcaption>\n"
@@ -175,7 +189,8 @@ class Page:
             f'<!doctype html>\n<html lang="{escape(self._language)}">\n<head>\n<meta charset="utf-8">\n'
             f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
             f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-            f'<meta name="color-scheme" content="light dark">\n<meta name="referrer" content="no-referrer">\n'
+            f'<meta name="generator" content="lapis">\n<meta name="color-scheme" content="light dark">\n'
+            f'<meta name="referrer" content="no-referrer">\n'
             f'<title>{escape(self.title)}</title>\n<link rel="icon" href="data:,">\n'
             f"<style>{_styles()}</style>\n</head>\n"
             f'<body>\n<header class="top">\n<h1>{prose(self.title)}</h1>\n{lead}\n{self._contents()}'
@@ -197,6 +212,11 @@ class Page:
             return ""
         items = "\n".join(f'<li><a href="#s{i}">{prose(title)}</a></li>' for i, title in enumerate(self._sections, 1))
         return f'<nav aria-label="On this page"><ol>\n{items}\n</ol></nav>\n'
+
+
+def data_block(value: Any) -> str:
+    """The data of a figure as a script element that runs nothing."""
+    return f'<script type="application/json">{_json(value)}</script>'
 
 
 def _json(value: Any) -> str:

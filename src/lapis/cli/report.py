@@ -1,0 +1,26 @@
+"""`lapis report`: what some folders hold, as one page."""
+
+from pathlib import Path
+
+
+def report(*folders: Path, out: Path, overwrite: bool = False, json: bool = False) -> None:
+    """Put the pages of some runs together: learning curves, merges, diffs, lenses, as one file that works offline.
+
+    Args:
+        folders: Folders that lapis has written, or that hold its pages (--html) and its JSON (--json > FILE.json).
+        out: The HTML file to write.
+        overwrite: Replace it if it exists.
+        json: Print one JSON object.
+    """
+    from lapis.checkpoint.commit import check_output, commit_file
+    from lapis.cli.output import console, show
+    from lapis.errors import ConfigError
+    from lapis.report.folders import report_of
+
+    if not folders:
+        raise ConfigError("report: no folder given; lapis report DIR... --out FILE")
+    check_output(out, overwrite=overwrite)
+    page = report_of(folders)
+    with commit_file(out, overwrite=overwrite) as temporary:
+        temporary.write_text(page.render(), encoding="utf-8")
+    show({"out": str(out), "sections": page.sections}, json, lambda: console.print(f"{out}", markup=False))
