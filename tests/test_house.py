@@ -20,10 +20,12 @@ MAY_IMPORT = {
     "evaluate": {"checkpoint", "families", "generate", "model", "text"},
     "train": {"model", "text", "checkpoint", "families", "generate", "evaluate"},
     "lens": {"checkpoint", "families", "model", "text", "report"},
+    "plan": {"checkpoint", "evaluate", "families", "model", "report", "text", "weights"},
     "report": set(),
     "tour": {"checkpoint", "evaluate", "generate", "model", "report", "text", "train", "weights"},
     "cli": {
-        "checkpoint", "evaluate", "families", "generate", "lens", "model", "report", "text", "tour", "train", "weights",
+        "checkpoint", "evaluate", "families", "generate", "lens", "model", "plan", "report", "text", "tour", "train",
+        "weights",
     },
 }  # fmt: skip
 
@@ -69,7 +71,7 @@ def test_public_names_are_pinned() -> None:
     assert lapis.__all__ == [
         "Causal", "Chat", "Checkpoint", "Classify", "LapisError", "Masked", "ModelConfig", "Sampling", "Tokenizer",
         "TrainConfig", "Transformer", "__version__", "diff", "generate", "graft", "lens", "load", "merge", "open",
-        "train",
+        "plan", "train",
     ]  # fmt: skip
     for name in lapis.__all__:
         assert getattr(lapis, name) is not None

@@ -33,7 +33,7 @@ _PUBLIC = {
     "merge": "lapis.weights.merge",
     "open": "lapis.checkpoint:open_checkpoint",
 }
-_ROOMS = ("generate", "lens", "train")  # packages that are called as functions
+_ROOMS = ("generate", "lens", "plan", "train")  # packages that are called as functions
 
 __all__ = sorted(["__version__", "load", *_PUBLIC, *_ROOMS])
 
@@ -43,13 +43,15 @@ def load(
 ) -> "tuple[Transformer, Tokenizer]":
     """The model and the tokenizer of a folder, to run, train or look into. dtype: None keeps that of the folder.
 
+    A folder that holds an adapter (PEFT's format) gives the model that it belongs to with the adapter on it.
+
     Raises CheckpointError, before anything is allocated, for whatever files, config or tokenizer do not agree on.
     """
     from lapis.checkpoint import open_checkpoint
     from lapis.model.load import load as load_model
     from lapis.text.tokenizer import Tokenizer
 
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_checkpoint(source, adapters=True)
     tokenizer = Tokenizer.open(checkpoint)
     model = load_model(checkpoint, dtype, device)
     tokenizer.check_rows(model.config.vocab)

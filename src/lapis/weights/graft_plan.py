@@ -80,7 +80,8 @@ def plan_graft(
     for role, checkpoint in inputs.items():
         notes += [f"{role}: {note}" for note in checkpoint.notes]
     layout = _Layout(inputs, words, scales, embeddings, norms)
-    problems += [line for each in scales for line in each.problems(layout.parts.values())]
+    shape = _shape(inputs["onto"])
+    problems += [line for each in scales for line in each.problems(layout.parts.values(), shape)]
     problems += check_vocabularies(inputs, words, embeddings)
     problems += check_tensors(inputs, {name: layout.fate(name) for name in layout.parts})
     if problems:
@@ -302,6 +303,14 @@ def _open(models: Mapping[str, Model]) -> dict[str, Checkpoint]:
     if problems:
         raise CheckpointError(told("graft", problems))
     return inputs
+
+
+def _shape(model: Checkpoint) -> dict[str, Any]:
+    """What config.json says of the model's shape; empty where its family is not known or does not say."""
+    try:
+        return model.family.read_config(model.config) if model.family else {}
+    except CheckpointError:
+        return {}
 
 
 def _role(number: int) -> str:

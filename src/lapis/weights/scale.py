@@ -13,13 +13,15 @@ Later lines win over earlier ones. A component stands for those below it too: "a
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lapis.config import load_yaml, nearest
 from lapis.errors import ConfigError
 from lapis.families.base import Part
+
+SHAPE = ("layers", "dim", "heads", "kv_heads", "ffn_dim")  # what a plan and the model that it is used on must share
 
 
 @dataclass(frozen=True)
@@ -40,10 +42,11 @@ class ScaleRule:
 
 @dataclass(frozen=True)
 class Scale:
-    """A scale for every part of a model."""
+    """A scale for every part of a model. shape: of the model that it was made for, where it says so (a plan does)."""
 
     default: float = 1.0
     rules: tuple[ScaleRule, ...] = ()
+    shape: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     def of(self, part: Part) -> float:
         result = self.default
@@ -66,10 +69,16 @@ class Scale:
             lines.append(line)
         return {"default": self.default, "scales": lines}
 
-    def problems(self, parts: Iterable[Part]) -> list[str]:
-        """Rules that apply to nothing in a model, each as a line that names what is there."""
+    def problems(self, parts: Iterable[Part], shape: Mapping[str, Any] | None = None) -> list[str]:
+        """Rules that apply to nothing in a model, each as a line that names what is there; or that its shape differs.
+
+        shape: the model's dim, layers and so on, where its family is known.
+        """
         parts = list(parts)
         found = []
+        for key in SHAPE:
+            if shape and key in self.shape and shape.get(key) != self.shape[key]:
+                return [f"scale: the plan was made for a model of {self.shape[key]} {key}; onto has {shape.get(key)}"]
         for rule in self.rules:
             if not any(rule.covers(part) for part in parts):
                 layers = sorted({part.layer for part in parts if part.layer is not None})
@@ -132,7 +141,12 @@ def _from_mapping(settings: Mapping[str, Any], where: str) -> Scale:
                 None if components is None else tuple([components] if isinstance(components, str) else components),
             )
         )
-    return Scale(_number(settings.get("default", 1.0), f"{where}: default"), tuple(rules))
+    shape = settings.get("model")
+    return Scale(
+        _number(settings.get("default", 1.0), f"{where}: default"),
+        tuple(rules),
+        shape if isinstance(shape, Mapping) else {},
+    )
 
 
 def _layers(value: Any, where: str) -> tuple[int, ...]:

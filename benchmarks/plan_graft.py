@@ -1,0 +1,110 @@
+"""Graft by plan: a scale for each piece, learned, against the best single scale, on the models of a tour.
+
+    python benchmarks/plan_graft.py runs/tour ... [--data DIR --language ms] [--cost 0.03] [--pieces components]
+
+Scales of both kinds are chosen on one half of the held-out material, at most `cost` of its bits per byte, and every
+figure printed is of the other half. Where a tour has its own world, --data is not needed. Prints one JSON line a tour.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import yaml
+
+from lapis.checkpoint import open_checkpoint
+from lapis.evaluate import bits_per_byte
+from lapis.model.load import load
+from lapis.plan.exam import Runner, make_exam
+from lapis.plan.make import _template_rows
+from lapis.plan.pieces import outside, pieces_of
+from lapis.plan.scales import learn_scales
+from lapis.plan.swap import Bench
+from lapis.text.tokenizer import Tokenizer
+from lapis.tour.material import ENGLISH, Material
+from lapis.tour.measure import exams, gap_closed
+from lapis.weights.graft import graft
+
+SINGLE = (0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("tours", nargs="+", type=Path)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--language", default="ms")
+    parser.add_argument("--cost", type=float, default=0.03)
+    parser.add_argument("--aim", type=float, default=0.95, help="of the cost, on the half that chooses")
+    parser.add_argument("--pieces", default="components", choices=("layers", "halves", "components"))
+    parser.add_argument("--embeddings", action="store_true", help="also a scale for the embedding")
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--no-singles", action="store_true")
+    options = parser.parse_args()
+    for tour in options.tours:
+        print(json.dumps(compare(tour, options)), flush=True)
+
+
+def compare(tour: Path, options: argparse.Namespace) -> dict:
+    language, limit = options.language, options.cost * options.aim
+    material = Material(options.data or tour / "world", language)
+    choosing, reporting = exams(material)
+    tokenizer = Tokenizer.open(tour / "tokenizer")
+
+    def figures(folder: Path, exam) -> tuple[float, float]:
+        model = load(folder)
+        return exam.response_nll(model, tokenizer, ENGLISH), bits_per_byte(model, tokenizer, exam.texts[language])
+
+    ends = {(name, half): figures(tour / name, exam) for name in ("adapted", "tuned")
+            for half, exam in (("choosing", choosing), ("reporting", reporting))}  # fmt: skip
+
+    def row(folder: Path, half: str, exam) -> dict[str, float]:
+        nll, bits = figures(folder, exam)
+        (adapted, own), (tuned, _) = ends["adapted", half], ends["tuned", half]
+        return {"gap_closed": round(gap_closed(adapted, nll, tuned) or 0, 4), "cost": round(bits / own - 1, 4)}
+
+    result = {"tour": tour.name, "pieces": options.pieces, "embeddings": options.embeddings, "limit": options.cost}
+    with tempfile.TemporaryDirectory(prefix="plan-graft-") as scratch:
+        singles = []
+        for scale in () if options.no_singles else SINGLE:
+            out = Path(scratch) / f"single-{scale}"
+            graft(tour / "base", tour / "chat", tour / "adapted", out, scale)
+            singles.append(
+                {"scale": scale, **row(out, "choosing", choosing), "reporting": row(out, "reporting", reporting)}
+            )
+        fair = [one for one in singles if one["cost"] <= limit]
+        if fair:
+            result["single"] = max(fair, key=lambda one: one["gap_closed"])
+        result["singles"] = singles
+        started = time.perf_counter()
+        onto, base, chat = (open_checkpoint(tour / name) for name in ("adapted", "base", "chat"))
+        exam = make_exam(
+            tokenizer,
+            choosing.chats[ENGLISH],
+            choosing.texts[language],
+            context=256,
+            limit=len(choosing.chats[ENGLISH]),
+        )
+        bench = Bench(onto, base, chat, _template_rows(onto, base, chat))
+        pieces = pieces_of(onto, options.pieces) + (outside(onto) if options.embeddings else [])
+        learned = learn_scales(bench, Runner(bench.model, exam), pieces, limit, options.steps)
+        lines = [
+            {"components": [piece.component] if piece.component else ["attn", "mlp"], "scale": round(scale, 4)}
+            | ({} if piece.layer is None else {"layers": [piece.layer]})
+            for piece, scale in zip(pieces, learned.scales.values(), strict=True)
+        ]
+        plan = Path(scratch) / "plan.yaml"
+        plan.write_text(yaml.safe_dump({"default": 0.0, "scales": lines}))
+        out = Path(scratch) / "by-plan"
+        graft(tour / "base", tour / "chat", tour / "adapted", out, plan, "add" if options.embeddings else "keep")
+        result |= {
+            "plan": {"scales": {k: round(v, 3) for k, v in learned.scales.items()}, "tried": learned.rows,
+                     **row(out, "choosing", choosing), "reporting": row(out, "reporting", reporting)},
+            "seconds": round(time.perf_counter() - started, 1), "tokens": exam.tokens,
+        }  # fmt: skip
+    return result
+
+
+if __name__ == "__main__":
+    main()

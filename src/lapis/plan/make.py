@@ -1,0 +1,274 @@
+"""`lapis.plan`: the signals, the choice and the control, put together. Leaves out: writing (result.py, cli/plan.py)."""
+
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+from lapis.checkpoint import Checkpoint, open_checkpoint
+from lapis.errors import CheckpointError, ConfigError, DataError
+from lapis.evaluate.chats import answer
+from lapis.evaluate.choices import Choice, read_choices
+from lapis.model.check import read_config
+from lapis.model.config import ModelConfig
+from lapis.plan.causal import Effects, measure_set, sweep
+from lapis.plan.choose import Goal, at_random, choose, worth
+from lapis.plan.exam import WINDOW, Exam, Runner, make_exam
+from lapis.plan.gradient import Gradients
+from lapis.plan.pieces import Piece, Size, outside, pieces_of
+from lapis.plan.result import PlanResult
+from lapis.plan.scales import learn_scales
+from lapis.plan.signals import differences, tensor_signals
+from lapis.plan.swap import Bench
+from lapis.text import corpus
+from lapis.text.corpus import Chat
+from lapis.text.tokenizer import Tokenizer
+from lapis.weights.parts import is_norm, is_vocabulary
+from lapis.weights.vocabulary import open_vocabulary, template_tokens
+
+Model = str | os.PathLike[str] | Checkpoint
+Files = str | Path | Sequence[str | Path]
+Progress = Callable[[str, int, int], None]
+Sweeps = Literal["both", "in", "out"]
+SHAPE = ("dim", "layers", "heads", "kv_heads", "ffn_dim", "vocab")
+REPLIES, REPLY_TOKENS = 32, 48  # generated for the stop rate
+
+
+def plan(
+    base: Model,
+    chat: Model,
+    goal: Goal = "style",
+    budget: float = 0.25,
+    *,
+    chats: Files | Sequence[Chat] | None = None,
+    text: Files | None = None,
+    choices: str | Path | Sequence[Choice] | None = None,
+    onto: Model | None = None,
+    cost: float = 0.03,
+    pieces: Size = "halves",
+    sweeps: Sweeps = "both",
+    spectra: bool = False,
+    gradients: bool = True,
+    replies: bool = True,
+    limit: int = 64,
+    context: int = WINDOW,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> PlanResult:
+    """Which pieces of a model to tune or merge, for a goal, within a share of the blocks' parameters.
+
+    chats, text: files to measure with (chats may be Chat objects); without chats the choice rests on the tensors alone.
+    choices: questions of facts, as in `lapis eval`. onto: the model of a coming graft: effects are measured there, and
+    a scale for each piece is learned that makes its text at most `cost` harder (a share of bits per byte). pieces:
+    layers, halves (attention, MLP) or components. sweeps: put differences in, take them out, or both. limit: chats to
+    measure with, and 128 tokens of text for each. progress(what, done, total).
+    Raises ConfigError, CheckpointError or DataError, one line each.
+    """
+    started = time.perf_counter()
+    _check_settings(goal, budget, cost, limit)
+    if onto is not None and (chats is None or text is None):
+        raise ConfigError("plan: a scale for each piece is learned from chats and text; with onto give both")
+    tell = progress or (lambda what, done, total: None)
+    one, two = _opened(base), _opened(chat)
+    home = one if onto is None else _opened(onto)
+    shape = _check_models(one, two, home)
+    everywhere = pieces_of(home, "layers")
+    parts = everywhere if pieces == "layers" else pieces_of(home, pieces)
+    room = int(budget * sum(piece.parameters for piece in everywhere))
+    least = min(piece.parameters for piece in parts)
+    if room < least:
+        raise ConfigError(
+            f"plan: budget {budget:g} is {room:,} parameters and the smallest piece has {least:,}; give more, or "
+            f"smaller pieces (components)"
+        )
+    study = None
+    if chats is not None:  # all that can be wrong with the data is told before a weight is read
+        tokenizer = Tokenizer.open(two)
+        exam = _exam(tokenizer, chats, text, choices, min(context, shape.context), limit)
+    table = differences(one, two, spectra, lambda done, total: tell("tensors", done, total))
+    rows = {p.label: tensor_signals(table, p) for p in [*everywhere, *parts]}
+    result = PlanResult(
+        goal, budget, one.source, two.source, {key: getattr(shape, key) for key in SHAPE},
+        seed=seed, notes=list(table.notes),
+    )  # fmt: skip
+    if chats is not None:
+        candidates = list(dict.fromkeys([*everywhere, *parts, *(outside(home) if onto is None else [])]))
+        study = _Study(Bench(home, one, two, _template_rows(home, one, two)), exam, tokenizer, home is one, replies)
+        study.sweep(candidates, sweeps, lambda done, total: tell("pieces", done, total))
+        study.fill(rows, candidates)
+        if gradients:
+            study.fill_gradients(rows, list(dict.fromkeys([*everywhere, *parts])))
+        result.signal, result.tokens = "causal", exam.tokens
+        if text is None and choices is None:
+            result.notes.append("no text and no choices were given: what plain text loses is not measured")
+    else:
+        result.notes.append("no chats were given: the choice rests on the size of the differences alone")
+        for row in rows.values():
+            row.update(style=row["energy"], knowledge=None)
+    chosen = choose(parts, worth(goal, parts, rows), room)
+    size = sum(piece.parameters for piece in chosen)
+    control = at_random(parts, size, seed)
+    result.share = size / sum(piece.parameters for piece in everywhere)
+    result.tune, result.control = ([e for p in set_ for e in p.entries()] for set_ in (chosen, control))
+    result.scales = [_scale(piece, 1.0) for piece in chosen]
+    if study is not None:
+        if onto is not None:
+            learned = learn_scales(
+                study.bench, study.runner, parts, cost, tell=lambda done, total: tell("scales", done, total)
+            )
+            result.scales = [_scale(piece, learned.scales[piece.label]) for piece in parts]
+            for piece in parts:
+                rows[piece.label]["scale"] = learned.scales[piece.label]
+        result.measured = study.measure({"chosen": chosen, "control": control})
+        result.passes = study.runner.passes
+    taken, drawn = {piece.label for piece in chosen}, {piece.label for piece in control}
+    others = [piece for piece in outside(home) if piece.label in rows]
+    result.pieces = [
+        {"layer": p.label, "parameters": p.parameters, **rows[p.label], "chosen": p.label in taken,
+         "control": p.label in drawn}
+        for p in [*parts, *others]
+    ]  # fmt: skip
+    result.scores = [
+        {"layer": p.layer, "parameters": p.parameters, **rows[p.label], "chosen": p.layer in result.layers,
+         "control": p.layer in {entry["layer"] for entry in result.control}}
+        for p in everywhere
+    ]  # fmt: skip
+    result.seconds = time.perf_counter() - started
+    return result
+
+
+@dataclass
+class _Study:
+    """Everything that is measured with the model in memory."""
+
+    bench: Bench
+    exam: Exam
+    tokenizer: Tokenizer
+    is_base: bool  # home is base itself: the whole difference is chat
+    replies: bool
+    effects: Effects = field(init=False)
+    runner: Runner = field(init=False)
+    moved: list[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        home = self.bench.home
+        self.runner = Runner(self.bench.model, self.exam)
+        self.moved = [
+            name
+            for name in home.names
+            if self.is_base or not (is_norm(home.part(name)) or is_vocabulary(home.part(name)))
+        ]
+
+    def sweep(self, candidates: Sequence[Piece], sweeps: Sweeps, tell: Callable[[int, int], None]) -> None:
+        sides = ("in", "out") if sweeps == "both" else (sweeps,)
+        self.effects = sweep(self.bench, self.runner, candidates, self.moved, sides, tell)
+
+    def fill(self, rows: dict[str, dict[str, Any]], pieces: Iterable[Piece]) -> None:
+        """Adds style and knowledge, and the figures behind them, to each piece's row."""
+        for piece in pieces:
+            row = rows.setdefault(piece.label, {})
+            row.update(self.effects.both(piece.label))
+            for side, found in (("in", self.effects.into), ("out", self.effects.out)):
+                row.update({f"{key}_{side}": value for key, value in found.get(piece.label, {}).items()})
+
+    def fill_gradients(self, rows: dict[str, dict[str, Any]], pieces: Sequence[Piece]) -> None:
+        """Adds gradient x difference at home: what replies and text would gain (+) or lose (-), in nats per token."""
+        gradients = Gradients(self.bench, {name for piece in pieces for name in piece.names})
+        gradients.run(batch for batch in self.runner.batches if batch.kind in ("chats", "text"))
+        for piece in pieces:
+            for kind in ("chats", "text"):
+                if self.exam.tokens[kind]:
+                    for what, table, sign in (("gradient", gradients.dots, -1), ("pull", gradients.squares, 1)):
+                        total = sum(table[name].get(kind, 0.0) for name in piece.names if name in table)
+                        rows[piece.label][f"{what}_{kind}"] = sign * total
+
+    def measure(self, sets: dict[str, Sequence[Piece]]) -> dict[str, dict[str, Any]]:
+        """home, each set, and the whole difference, with the stop rate of greedy replies."""
+        effects, bench = self.effects, self.bench
+        bench.put(self.moved, "home")
+        result: dict[str, dict[str, Any]] = {"home": {**_plain(effects.home), **self._stop_rate()}}
+        for name, pieces in sets.items():
+            found = measure_set(bench, self.runner, effects, pieces, self.moved)
+            result[name] = {**found, **self._stop_rate()}
+        bench.put(self.moved, "chat")
+        whole = {"style": 1.0, "knowledge": effects.knowledge(effects.full, "in")}
+        result["full"] = {**whole, **_plain(effects.full), **self._stop_rate()}
+        return result
+
+    def _stop_rate(self) -> dict[str, float]:
+        if not (self.replies and self.exam.prompts):
+            return {}
+        said = answer(self.bench.model, self.tokenizer, self.exam.prompts[:REPLIES], max_tokens=REPLY_TOKENS)
+        ended = [reply.stop_reason == "end" for reply in said if reply is not None]
+        return {"stop_rate": sum(ended) / len(ended)} if ended else {}
+
+
+def _check_settings(goal: str, budget: float, cost: float, limit: int) -> None:
+    if goal not in ("style", "knowledge"):
+        raise ConfigError(f'plan: goal is "{goal}"; give style or knowledge')
+    if not 0 < budget <= 1:
+        raise ConfigError(f"plan: budget is {budget:g}; it is a share of the parameters, above 0 and at most 1")
+    if limit < 1 or not 0 < cost <= 1:
+        raise ConfigError(f"plan: limit is {limit} and cost {cost:g}; give 1 or more chats, and a share above 0")
+
+
+def _opened(model: Model) -> Checkpoint:
+    return model if isinstance(model, Checkpoint) else open_checkpoint(model)
+
+
+def _check_models(base: Checkpoint, chat: Checkpoint, home: Checkpoint) -> ModelConfig:
+    """The shape that all share; raises CheckpointError where they do not."""
+    shapes = [read_config(model) for model in (base, chat, home)]
+    for model, shape in zip((base, chat, home), shapes, strict=True):
+        if shape.head != "lm" or not shape.causal or shape.image is not None:
+            raise CheckpointError(f"plan: {model.source} is no causal language model; plans are made for these only")
+        for key in SHAPE:
+            mine, first = getattr(shape, key), getattr(shapes[1], key)
+            if mine != first:
+                raise CheckpointError(
+                    f"plan: {key} is {mine} in {model.source} and {first} in {chat.source}; these are not parent and "
+                    f"child"
+                )
+    return shapes[2]
+
+
+def _exam(
+    tokenizer: Tokenizer,
+    chats: Files | Sequence[Chat],
+    text: Files | None,
+    choices: str | Path | Sequence[Choice] | None,
+    context: int,
+    limit: int,
+) -> Exam:
+    given = [chats] if isinstance(chats, (str, Path)) else list(chats)
+    if given and all(isinstance(chat, Chat) for chat in given):
+        talks: Iterable[Chat] = (chat for chat in given if isinstance(chat, Chat))
+    else:
+        talks = corpus.chats([path for path in given if not isinstance(path, Chat)])
+    texts = () if text is None else (document.text for document in corpus.documents(text))
+    questions = [] if choices is None else read_choices(choices) if isinstance(choices, (str, Path)) else list(choices)
+    exam = make_exam(tokenizer, islice(talks, 50 * limit), texts, questions, context=context, limit=limit)
+    if text is not None and not exam.text:
+        raise DataError("plan: the files of text hold none; give other --text")
+    return exam
+
+
+def _template_rows(home: Checkpoint, base: Checkpoint, chat: Checkpoint) -> list[int]:
+    """Ids of the chat template's tokens, whose rows are chat's throughout."""
+    words, origin = open_vocabulary(chat), open_vocabulary(base)
+    if words is None:
+        return []
+    rows = min(chat.info(name).shape[0] for name in chat.names if is_vocabulary(chat.part(name)))
+    return [words.ids[token] for token in template_tokens(words, origin) if words.ids[token] < rows]
+
+
+def _scale(piece: Piece, scale: float) -> dict[str, Any]:
+    components = [piece.component] if piece.component else ["attn", "mlp"]
+    return {"layers": [piece.layer], "components": components, "scale": round(scale, 4)}
+
+
+def _plain(figures: dict[str, float]) -> dict[str, float]:
+    return {key: value for key, value in figures.items() if not key.startswith("kl_")}
