@@ -145,6 +145,13 @@ class Rows:
         """Bytes of text for each token that carries loss, for bits per byte (documents only)."""
         return self.counts["bytes"] / max(1, self.counts["supervised"])
 
+    def start(self, seed: int) -> Cursor:
+        return Cursor(seed=seed)
+
+    def resumed(self, value: Any) -> Cursor:
+        """The cursor that to_json gave. Raises DataError for another."""
+        return Cursor.from_json(value)
+
     def batch(self, cursor: Cursor, size: int) -> tuple[RowBatch, Cursor]:
         """The next `size` rows and the cursor after them. At the end of an epoch the next one follows at once."""
         rows, after = self.indices(cursor, size)

@@ -11,7 +11,7 @@
 A key is a field of TrainConfig (how to train), of RunConfig (what on what), or a keyword of the objective's
 constructor, by its own name and with its own default; an unknown one is refused with the nearest of all three. An
 objective needs no word here: it is a line in OBJECTIVES, and says by `head`, `classes`, `evaluate` and `write` what
-else it needs (see objectives/__init__.py). Leaves out: LoRA, freeze lists.
+else it needs (see objectives/__init__.py).
 """
 
 import dataclasses
@@ -32,8 +32,10 @@ from lapis.text.tokenizer import Tokenizer
 from lapis.train import parallel
 from lapis.train.config import TrainConfig
 from lapis.train.loop import train
+from lapis.train.lora import LoraConfig
 from lapis.train.objectives import OBJECTIVES, Objective, find, options
 from lapis.train.result import TrainResult
+from lapis.train.select import settle
 from lapis.train.start import start_model
 from lapis.train.watch import Silent, Watch, watcher
 
@@ -45,7 +47,8 @@ class RunConfig(TrainConfig):
     model: a folder to go on from; new: the shape of a model made anew (ModelConfig; vocab, context and what the family
     settles may be left out). tokenizer: a folder, by default the model's. data: files, folders, globs, or one folder of
     packed rows. context: tokens of a row, by default the objective's. device: auto takes a GPU where there is one.
-    options: the objective's own, by name.
+    lora: train an adapter (LoraConfig), which is then the result. tune, freeze: patterns of parts (select.py). plan: a
+    file of `lapis plan`: what it chose is tuned, or adapted. options: the objective's own, by name.
     """
 
     objective: str
@@ -56,6 +59,10 @@ class RunConfig(TrainConfig):
     tokenizer: str | None = None
     context: int | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    lora: LoraConfig | None = None
+    tune: tuple[str, ...] = ()
+    freeze: tuple[str, ...] = ()
+    plan: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -97,7 +104,10 @@ def run(config: RunConfig, *, overwrite: bool = False, fresh: bool = False, watc
     settings = TrainConfig(**{entry.name: getattr(config, entry.name) for entry in dataclasses.fields(TrainConfig)})
     watch = watch or (watcher(Path(config.out).name) if world.leads else Silent())
     counts = objective.describe().get("counts", {})
-    if counts:
+    if hasattr(objective, "coverage"):
+        for line in objective.coverage():
+            watch.note(f"data: {line}")
+    elif counts:
         watch.note("data: " + ", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in counts.items()))
     for note in model.notes:
         watch.note(f"model: {note}")
@@ -113,6 +123,10 @@ def _start(config: RunConfig, overwrite: bool, world: parallel.World) -> tuple[O
         check_output(Path(config.out), overwrite=overwrite, inputs=inputs)
     objective, context = _objective(config, _tokenizer(config))
     model = start_model(config.model, config.new, objective, context=context, seed=config.seed)
+    settle(
+        model, lora_config=config.lora, tune=config.tune, freeze=config.freeze, plan=config.plan, base=config.model,
+        tokenizer=objective.tokenizer, seed=config.seed,
+    )  # fmt: skip
     return objective, model.to(_device(config.device))
 
 

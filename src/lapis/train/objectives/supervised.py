@@ -6,47 +6,70 @@ them apart, so the loss is what it would be for each document alone. Leaves out:
 Shapes: B rows, T places, R places with loss, D model dim.
 """
 
-from collections.abc import Iterable, Iterator
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 from torch import Tensor
 
-from lapis.errors import DataError, LapisError
+from lapis.errors import LapisError
 from lapis.generate import Sampling, generate
 from lapis.model.heads import LanguageHead, MaskedHead
 from lapis.model.transformer import Transformer
 from lapis.text.corpus import Chat as ChatRecord
 from lapis.text.corpus import Document
-from lapis.text.packing import pack
-from lapis.text.rows import IGNORE, Cursor, RowBatch, Rows
+from lapis.text.coverage import lines
+from lapis.text.mixture import Data, Draw, Mixture, draws
+from lapis.text.packing import Report
+from lapis.text.rows import IGNORE, RowBatch
+from lapis.text.sources import Wanted, open_data
 from lapis.text.tokenizer import Tokenizer
 from lapis.train.cross_entropy import head_cross_entropy
 from lapis.train.state import TrainState
 
-Files = str | Path | Iterable[str | Path]
+Files = str | Path | Sequence[str | Path]
+Weights = Mapping[str, float] | Sequence[Mapping[str, Any]]
 
 
 class Causal:
     """Continued text: every token of every document, and its end.
 
-    data: files or folders of text, documents, or rows that are packed already. context: tokens of a row.
+    data: files or folders of text, documents, rows that are packed already, or several of these by weights: {place:
+    weight} or a list of {path, weight} (text/sources.py). context: tokens of a row. field: what holds the text in a
+    record, where it is not plain. workers: processes that pack large files, 0 = one for each processor.
     """
 
-    def __init__(self, tokenizer: Tokenizer, data: Files | Iterable[Document] | Rows, context: int = 512) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        data: Files | Weights | Iterable[Document] | Data,
+        *,
+        context: int = 512,
+        field: str | None = None,
+        workers: int = 0,
+    ) -> None:
         self.tokenizer = tokenizer
-        self.data = _packed(tokenizer, data, context, "documents", "cut")
+        with _progress() as report:
+            self.data = open_data(data, Wanted(tokenizer, "documents", context, "cut", field, workers, report))
         self.rows = len(self.data)
 
     def describe(self) -> dict[str, Any]:
         return _described("causal", self.tokenizer, self.data)
 
-    def batches(self, state: TrainState) -> Iterator[tuple[RowBatch, dict[str, Any]]]:
-        return _batches(self.data, state)
+    def coverage(self) -> list[str]:
+        """What of the data carries loss, in lines to be read before a run starts."""
+        return lines(self.data)
 
-    def prepare(self, model: Transformer, batch: RowBatch) -> RowBatch:
+    def batches(self, state: TrainState) -> Iterator[tuple[Draw, dict[str, Any]]]:
+        return draws(self.data, state.rows, state.seed, state.cursor)
+
+    def prepare(self, model: Transformer, batch: Draw | RowBatch) -> RowBatch:
         return batch.to(next(model.parameters()).device)
 
     def loss(self, model: Transformer, batch: RowBatch) -> tuple[Tensor, int, dict[str, float]]:
@@ -60,28 +83,37 @@ class Causal:
 class Chat:
     """Instruction tuning: the assistant's tokens and its end token, in every turn.
 
-    data: .jsonl files of chats, chats, or rows that are packed already. context: tokens of a row. too_long: a chat that
-    is longer than a row is cut at its end, or dropped; both are counted.
+    data: files of chats, chats, rows that are packed already, or several of these by weights, as for Causal. context:
+    tokens of a row. too_long: a chat that is longer than a row is cut at its end, or dropped; both are counted. field:
+    what holds the messages in a record, where it is not plain. workers: processes that pack large files.
     """
 
     def __init__(
         self,
         tokenizer: Tokenizer,
-        data: Files | Iterable[ChatRecord] | Rows,
+        data: Files | Weights | Iterable[ChatRecord] | Data,
+        *,
         context: int = 512,
         too_long: Literal["cut", "drop"] = "cut",
+        field: str | None = None,
+        workers: int = 0,
     ) -> None:
         self.tokenizer = tokenizer
-        self.data = _packed(tokenizer, data, context, "chats", too_long)
+        with _progress() as report:
+            self.data = open_data(data, Wanted(tokenizer, "chats", context, too_long, field, workers, report))
         self.rows = len(self.data)
 
     def describe(self) -> dict[str, Any]:
         return _described("chat", self.tokenizer, self.data)
 
-    def batches(self, state: TrainState) -> Iterator[tuple[RowBatch, dict[str, Any]]]:
-        return _batches(self.data, state)
+    def coverage(self) -> list[str]:
+        """What of the data carries loss, in lines to be read before a run starts."""
+        return lines(self.data)
 
-    def prepare(self, model: Transformer, batch: RowBatch) -> RowBatch:
+    def batches(self, state: TrainState) -> Iterator[tuple[Draw, dict[str, Any]]]:
+        return draws(self.data, state.rows, state.seed, state.cursor)
+
+    def prepare(self, model: Transformer, batch: Draw | RowBatch) -> RowBatch:
         return batch.to(next(model.parameters()).device)
 
     def loss(self, model: Transformer, batch: RowBatch) -> tuple[Tensor, int, dict[str, float]]:
@@ -90,9 +122,10 @@ class Chat:
 
     def sample(self, model: Transformer) -> str:
         """What the model replies to the first chat of the data."""
-        batch, _ = self.data.batch(Cursor(), 1)
-        supervised = (batch.targets_BT[0] != IGNORE).nonzero()
-        prompt = batch.ids_BT[0, : int(supervised[0]) + 1].tolist()
+        batch, _ = next(draws(self.data, 1, 0, None))
+        first = batch.to("cpu")
+        supervised = (first.targets_BT[0] != IGNORE).nonzero()
+        prompt = first.ids_BT[0, : int(supervised[0]) + 1].tolist()
         return f"{self.tokenizer.decode(prompt, True)} -> {_continued(model, self.tokenizer, prompt)}"
 
 
@@ -119,37 +152,24 @@ def summed_cross_entropy(model: Transformer, hidden_RD: Tensor, targets_R: Tenso
     return F.cross_entropy(head(hidden_RD).float(), targets_R, reduction="sum")
 
 
-def _packed(tokenizer: Tokenizer, data: Any, context: int, kind: str, too_long: Literal["cut", "drop"]) -> Rows:
-    rows = data if isinstance(data, Rows) else _opened(data) or pack(data, tokenizer, None, context, too_long=too_long)
-    if rows.chats != (kind == "chats"):
-        raise DataError(f"{rows.source}: holds {rows.info['kind']}; this objective learns from {kind}")
-    if rows.info["tokenizer"] != tokenizer.digest():
-        raise DataError(f"{rows.source}: was packed with another tokenizer; pack the data again")
-    return rows
-
-
-def _opened(data: Any) -> Rows | None:
-    """A folder that `lapis data pack` made."""
-    if isinstance(data, (str, Path)) and (Path(data) / "rows.json").is_file():
-        return Rows.open(data)
-    return None
-
-
-def _described(objective: str, tokenizer: Tokenizer, rows: Rows) -> dict[str, Any]:
+def _described(objective: str, tokenizer: Tokenizer, data: Data) -> dict[str, Any]:
     return {
         "objective": objective,
-        "data": rows.digest,
-        "counts": {"rows": len(rows), **rows.counts},
-        "context": rows.length,
+        "data": data.facts if isinstance(data, Mixture) else data.digest,
+        "counts": {"rows": len(data), **data.counts},
+        "context": data.length,
         "tokenizer": tokenizer.digest(),
     }
 
 
-def _batches(rows: Rows, state: TrainState) -> Iterator[tuple[RowBatch, dict[str, Any]]]:
-    cursor = Cursor(seed=state.seed) if state.cursor is None else Cursor.from_json(state.cursor)
-    while True:
-        batch, cursor = rows.batch(cursor, state.rows)
-        yield batch, cursor.to_json()
+@contextmanager
+def _progress() -> Iterator[Report | None]:
+    """A line that says how far packing is, where somebody looks."""
+    if not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
+        yield None
+        return
+    with Console(stderr=True).status("reading data") as status:
+        yield lambda texts, tokens: status.update(f"packing: {texts:,} texts, {tokens:,} tokens")
 
 
 def _continued(model: Transformer, tokenizer: Tokenizer, prompt: str | list[int]) -> str:
