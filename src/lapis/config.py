@@ -94,6 +94,8 @@ def _fit(hint: Any, value: Any, where: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
             return None
+        if len(options := [option for option in args if option is not type(None)]) == 1:
+            return _fit(options[0], value, where)  # its own words say best what is wrong
         for option in args:
             if option is not type(None):
                 try:

@@ -100,7 +100,7 @@ def attach(model: Transformer, adapter: Adapter) -> Transformer:
 
 
 def head_of(checkpoint: Checkpoint) -> tuple[Head | None, int]:
-    """The head, and its classes, that an adapter needs where its base has another: a classifier that it holds whole."""
+    """The head, and its classes, that an adapter needs, where it holds it whole; None where the base's serves."""
     adapter, family = checkpoint.adapter, checkpoint.family
     for disk, name in (adapter.whole if adapter and family else {}).items():
         assert adapter is not None and family is not None
@@ -108,6 +108,8 @@ def head_of(checkpoint: Checkpoint) -> tuple[Head | None, int]:
         if matched and matched[0].component == "head.classes" and matched[0].kind == "weight":
             classes = adapter.weights.info(name).shape[0]
             return ("scalar", 1) if classes == 1 else ("classes", classes)
+        if matched and matched[0].component == "head.transform":
+            return "masked", 0
     return None, 0
 
 

@@ -60,10 +60,9 @@ def load(
 
     head, classes: put another head on top; one that the folder lacks is drawn at random, and `model.notes` says so.
     placed: told the model and the name of each module as soon as all of its parameters are there; what it does with
-    them is done while the next ones are read. A folder that holds an adapter gives its base with the
-    adapter on it (and placed is told before). Raises CheckpointError, before anything is allocated, listing all tensors
-    that are missing, unknown or of a wrong shape. Peak memory is that of the weights in the target dtype and of the few
-    tensors under way.
+    them is done while the next ones are read. A folder that holds an adapter gives its base with the adapter on it.
+    Raises CheckpointError, before anything is allocated, listing all tensors that are missing, unknown or of a wrong
+    shape. Peak memory is that of the weights in the target dtype and of the few tensors under way.
     """
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source, adapters=True)
     if checkpoint.adapter is not None and head is None:
@@ -83,7 +82,7 @@ def load(
                     placed(model, module)
     if plan.fresh:
         _draw(model, plan.fresh, dtype, device)
-    model.notes = [*checkpoint.notes, *plan.notes]
+    model.notes, model.fresh = [*checkpoint.notes, *plan.notes], plan.fresh
     if checkpoint.adapter is not None:
         attach(model, checkpoint.adapter)
     return model.eval()

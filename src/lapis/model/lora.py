@@ -37,7 +37,7 @@ class LoraConfig:
     rank), with rslora by alpha / sqrt(rank). dropout: of the adapter's input. targets: patterns of components and
     layers (families/patterns.py). dora: magnitude and direction apart. tokens: ids (in a run's settings also texts) of
     tokens whose rows of the embedding, and of an untied head, are trained. whole: patterns of parts that are trained
-    in full, by default a classifier's head. base: what the frozen weights are held in.
+    in full, by default the head of a classifier, or one that the base lacks. base: what the frozen weights are held in.
     """
 
     rank: int = 8
@@ -231,7 +231,7 @@ def begin(model: Transformer, config: LoraConfig, base: str) -> None:
     model.requires_grad_(False)
     patterns = config.whole
     if patterns is None:
-        patterns = ("head",) if model.config.head in ("classes", "scalar") else ()
+        patterns = ("head",) if model.fresh or model.config.head in ("classes", "scalar") else ()
     named = {name: part_of(name) for name, _ in model.named_parameters()}
     whole = chosen(read_patterns(patterns, "lora: whole"), named.values(), "lora: whole")
     originals = {name: model.get_parameter(name).detach().clone() for name, part in named.items() if part in whole}

@@ -125,6 +125,7 @@ class Transformer(nn.Module):
         self.config = config
         self.notes: list[str] = []
         self.adapted: Any = None  # what lora.wrap did to it
+        self.fresh: tuple[str, ...] = ()  # parameters that the folder lacked
         self.dropout = 0.0
         self.embed = Embed(config)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))

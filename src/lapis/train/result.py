@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from lapis.model import save as save_model
 from lapis.model.transformer import Transformer
+from lapis.train import lora
 from lapis.train.config import TrainConfig
 from lapis.train.curve import write_curve
 from lapis.train.objectives import Objective
@@ -52,7 +52,7 @@ def write_result(
     model: Transformer, objective: Objective, config: TrainConfig, folder: Path, result: TrainResult
 ) -> None:
     """The model, its tokenizer, the curve and the figures, into a folder that the caller commits."""
-    save_model(model, folder, dtype=getattr(torch, config.save_dtype))
+    lora.save(model, folder, dtype=getattr(torch, config.save_dtype))
     tokenizer = objective.tokenizer
     if tokenizer is not None:
         tokenizer.save(folder)
