@@ -1,8 +1,11 @@
 """The head's loss in blocks equals logits followed by F.cross_entropy: value and gradients."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lapis.train.cross_entropy import head_cross_entropy
 
@@ -49,3 +52,21 @@ def test_under_autocast_it_is_near_float32() -> None:
         loss = head_cross_entropy(hidden, weight, targets)
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(F.cross_entropy(hidden @ weight.T, targets, reduction="sum").item(), rel=5e-3)
+
+
+def test_logits_of_a_large_vocabulary_never_exceed_300_mb() -> None:
+    """Blocks do not grow with the rows, so a few rows show what 8 x 1024 of them take."""
+    live: dict[int, int] = {}
+
+    class Largest(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.shape[-1:] == (151_936,) and out.dim() == 2:
+                live[out.untyped_storage().data_ptr()] = out.untyped_storage().nbytes()
+            return out
+
+    hidden = torch.randn(200, 2, requires_grad=True)
+    weight = torch.randn(151_936, 2, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16), Largest():
+        head_cross_entropy(hidden, weight, torch.arange(200)).backward()
+    assert 0 < sum(live.values()) <= 300e6

@@ -27,6 +27,7 @@ def train(
     from lapis.checkpoint.commit import check_output
     from lapis.cli.output import console, show
     from lapis.config import load_yaml, override
+    from lapis.train.parallel import leads
     from lapis.train.run import read_settings, run
 
     if html is not None:
@@ -44,7 +45,8 @@ def train(
 
     if html is not None and os.environ.get("RANK", "0") == "0":
         _write_page(result.out, html, overwrite)
-    show({"out": str(result.out), **result.figures()}, json, render)
+    if leads():
+        show({"out": str(result.out), **result.figures()}, json, render)
 
 
 def _write_page(run: Path, path: Path, overwrite: bool) -> None:

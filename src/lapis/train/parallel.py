@@ -135,6 +135,11 @@ class World:
             ) from None
 
 
+def leads() -> bool:
+    """Whether this process is the one that speaks, also where it has not joined the others yet, or left them."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def leave() -> NoReturn:
     """Ends this process with a failure that another one has told already."""
     raise SystemExit(1)
