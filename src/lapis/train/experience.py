@@ -81,13 +81,20 @@ class Experience:
 
 def joined(pieces: Sequence[Rollouts]) -> Rollouts:
     """Rollouts one after the other, padded to the longest."""
-    if len(pieces) == 1:
-        return pieces[0]
+    return pieces[0] if len(pieces) == 1 else Rollouts(**_below([piece.tensors() for piece in pieces]))
+
+
+def appended(pieces: Sequence[Experience]) -> Experience:
+    """Experience one after the other, padded to the longest."""
+    return pieces[0] if len(pieces) == 1 else Experience.of(_below([piece.tensors() for piece in pieces]))
+
+
+def _below(pieces: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     whole: dict[str, Tensor] = {}
-    for name in pieces[0].tensors():
-        tensors = [piece.tensors()[name] for piece in pieces]
+    for name in pieces[0]:
+        tensors = [piece[name] for piece in pieces]
         if tensors[0].dim() == 2:
             width = max(tensor.shape[1] for tensor in tensors)
             tensors = [F.pad(tensor, (0, width - tensor.shape[1])) for tensor in tensors]
         whole[name] = torch.cat(tensors)
-    return Rollouts(**whole)
+    return whole

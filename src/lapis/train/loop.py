@@ -37,7 +37,8 @@ from lapis.train.optim import Optimizers
 from lapis.train.recompute import recomputed
 from lapis.train.result import TrainResult, last_tenth, write_result
 from lapis.train.schedule import Schedule
-from lapis.train.state import Journal, TrainState, restore
+from lapis.train.select import describe
+from lapis.train.state import Journal, TrainState, kept_by_objective, restore
 from lapis.train.update import Batches, Updater, memory_told
 from lapis.train.watch import Silent, Watch, watcher
 
@@ -100,11 +101,15 @@ class _Run:
                 f"train: batch {config.batch} does not divide into {parts} equal parts "
                 f"(accumulate {config.accumulate}, {world.size} processes)"
             )
+        getattr(objective, "begin", lambda model: None)(model)
+        extra = getattr(objective, "extra", None)
         self.state = TrainState(
             model,
-            Optimizers(model, config.optimizer, config.lr, config.weight_decay, config.seed),
+            Optimizers(model, config.optimizer, config.lr, config.weight_decay, config.seed, extra),
             self._schedule(),
             rows=config.batch // parts,
+            parts=parts,
+            objective=objective,
             seed=config.seed,
             average=Average(model, config.ema if world.leads else 0.0),
         )
@@ -168,7 +173,8 @@ class _Run:
         if world.size > 1 and any(other != description for other in world.gather(description)):
             raise TrainingError("train: the processes of this run do not read the same data; give each the same files")
         if self.journal is not None:
-            wanted = {"config": self.config.decisive(), "model": _digest(self.model), **description}
+            start = {"model": _digest(self.model), **describe(self.model)}
+            wanted = {"config": self.config.decisive(), **start, **description}
             self.facts = self.journal.earlier(json.loads(json.dumps(wanted))) or {}
             newest = self.journal.newest() if self.facts else None
             for warning in self.journal.warnings:
@@ -194,11 +200,14 @@ class _Run:
         state, world = self.state, self.world
         world.spread(dict(self.model.state_dict()), state.device)
         held = world.spread(state.optimizers.tensors(), state.device)
+        kept = world.spread(kept_by_objective(state), state.device)
         numbers = [state.step, state.cursor, state.seconds, state.tokens, asdict(state.schedule), state.log]
         state.step, state.cursor, state.seconds, state.tokens, shape, state.log = world.from_lead(numbers)
         if not world.leads:
             state.schedule = Schedule(**shape)
             state.optimizers.restore(held)
+            if kept:
+                self.objective.restore_tensors(kept)  # type: ignore[attr-defined]
 
     def _steps(self) -> None:
         state, config = self.state, self.config
@@ -212,12 +221,13 @@ class _Run:
             self.window.seconds += time.perf_counter() - start
             self.window.steps += 1
             self._plan()
+            self._hear()
             done = state.step == state.schedule.total
             if done or state.step % config.log_every == 0:
                 self._log()
             if config.eval_every and state.step % config.eval_every == 0 and not done and self._judge():
                 return
-            if self.updater.stop and not done:
+            if (self.updater.stop or getattr(self.objective, "halt", "")) and not done:
                 self._stop()
             now = time.monotonic()
             due = state.step % config.save_every == 0 if config.save_every else now - saved > _SAVE_SECONDS
@@ -261,9 +271,11 @@ class _Run:
             seconds = probe.timer(self.model, compute, threads, precision)
             parts = (state.schedule.total or 0) * config.accumulate
             budget = config.minutes * 60 if config.minutes else None
-            on, why = pays(self.model, config.compile, seconds, parts, budget, state.device.type)
+            wish = config.compile if getattr(self.objective, "compiles", True) else "off"
+            on, why = pays(self.model, wish, seconds, parts, budget, state.device.type)
         if why:
             self.watch.note(f"train: compile is {'on' if on else 'off'}: {why}")
+        state.optimizers.clear()
         return {"threads": threads, "precision": precision, "compile": on}
 
     def _schedule(self) -> Schedule:
@@ -299,6 +311,13 @@ class _Run:
         state.log.append(row)
         self.watch.row(row)
         self.window = Window(window.pace, window.means)
+
+    def _hear(self) -> None:
+        """Says what the objective has to say."""
+        notes: list[str] = getattr(self.objective, "notes", [])
+        for note in notes:
+            self.watch.note(f"train: {note}")
+        notes.clear()
 
     def _judge(self) -> bool:
         """One evaluation within the run; True where the watched figure has not improved for long enough."""
@@ -360,8 +379,8 @@ class _Run:
         place = self.journal.write(state, self.facts, self.objective.tokenizer, self.config.keep)
         of = f" of {state.schedule.total}" if state.schedule.total else ""
         raise TrainingError(
-            f"train: stopped by {self.updater.stop} after step {state.step}{of}; saved in {place}. "
-            "Run the same command again to go on"
+            f"train: stopped by {self.updater.stop or self.objective.halt} after step {state.step}{of}; "  # type: ignore[attr-defined]
+            f"saved in {place}. Run the same command again to go on"
         )
 
 

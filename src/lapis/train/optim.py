@@ -17,17 +17,20 @@ from lapis.train.rounding import RoundedAdamW
 class Optimizers:
     """One or two optimizers that act as one; state is named by the parameter, not by a number.
 
-    Weights in bfloat16 are updated with random rounding (rounding.py); SGD has none. seed: of that rounding.
+    Weights in bfloat16 are updated with random rounding (rounding.py); SGD has none. seed: of that rounding. extra:
+    what an objective trains beside the model.
     """
 
     def __init__(
-        self, model: nn.Module, kind: Literal["adamw", "muon", "sgd"], lr: float, weight_decay: float, seed: int = 0
-    ) -> None:
+        self, model: nn.Module, kind: Literal["adamw", "muon", "sgd"], lr: float, weight_decay: float, seed: int = 0,
+        extra: nn.Module | None = None,
+    ) -> None:  # fmt: skip
         self.lr, self.seed = lr, seed
+        beside = [] if extra is None else [(f"objective.{name}", p) for name, p in extra.named_parameters()]
         self.names: dict[Tensor, str] = {
-            parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad
+            parameter: name for name, parameter in [*model.named_parameters(), *beside] if parameter.requires_grad
         }
-        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.parameters: list[nn.Parameter] = list(self.names)  # type: ignore[arg-type]
         matrices = [p for p in self.parameters if p.ndim >= 2]
         vectors = [p for p in self.parameters if p.ndim < 2]
         hidden = hidden_matrices(model) if kind == "muon" else set()

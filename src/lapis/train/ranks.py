@@ -1,37 +1,39 @@
 """The little that an objective with rollouts must know of ranks: which parts of a step are its own, and sums over all.
 
-With one process everything is its own and nothing is summed. Leaves out: sharding (parallel.py).
+With one process everything is its own and nothing is said. Leaves out: gradients (parallel.py).
 """
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+
+from lapis.train.experience import Experience, appended
+from lapis.train.parallel import join
 
 
 def mine(parts: int) -> list[int]:
-    """The micro-batches of a step that this process computes: rank, rank + world, ..."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return list(range(parts))
-    return list(range(dist.get_rank(), parts, dist.get_world_size()))
+    """The micro-batches of a step that this process computes: rank, rank + size, ..."""
+    world = join()
+    return list(range(world.rank, parts, world.size))
 
 
 def added(sums: Tensor) -> Tensor:
-    """The tensor, summed over all processes; every process must call this, with the same shape."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        sums = sums.clone()
-        dist.all_reduce(sums)
-    return sums
+    """The vector, summed over all processes; every process must call this."""
+    world = join()
+    if world.size == 1:
+        return sums
+    shares = torch.tensor(world.gather(sums.tolist()), dtype=sums.dtype, device=sums.device)
+    return shares.sum(0)
 
 
-def gathered(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-    """Every process's tensors, in the order of ranks; every process must call this."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return [tensors]
-    found: list[dict[str, Tensor] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, {name: tensor.cpu() for name, tensor in tensors.items()})
-    return [piece for piece in found if piece is not None]
-
-
-def everyone_done(done: bool, device: torch.device) -> bool:
-    """Whether every process is done; a process that is must go on with the forward passes that others wait for."""
-    return not added(torch.tensor(0.0 if done else 1.0, device=device)).item()
+def everybodys(own: list[int], experience: Experience) -> tuple[list[int], Experience]:
+    """The parts and the experience of all processes, in the order of ranks, so that one of them can save it all."""
+    world = join()
+    if world.size == 1:
+        return own, experience
+    said = {name: [str(t.dtype)[6:], t.tolist()] for name, t in experience.tensors().items()}
+    shares = world.gather([own, said])
+    pieces = [
+        Experience.of({name: torch.tensor(value, dtype=getattr(torch, kind)) for name, (kind, value) in said.items()})
+        for _, said in shares
+    ]
+    return [part for parts, _ in shares for part in parts], appended(pieces)

@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from lapis.checkpoint.commit import MANIFEST, commit, commit_file, verify
 from lapis.checkpoint.files import header_bytes, read_json
 from lapis.errors import LapisError, OutputError, TrainingError
-from lapis.model import load as load_model
-from lapis.model import save as save_model
 from lapis.model.transformer import Transformer
+from lapis.train import lora
 from lapis.train.curve import read_curve, write_curve
 from lapis.train.ema import Average
 from lapis.train.held_out import Best
@@ -28,7 +27,7 @@ from lapis.train.optim import Optimizers
 from lapis.train.schedule import Schedule
 
 _STATE, _OPTIMIZER, _RNG, _LOG = "state.json", "optimizer.safetensors", "rng.safetensors", "log.jsonl"
-_BEST, _AVERAGE = "best.safetensors", "average.safetensors"
+_BEST, _AVERAGE, _OBJECTIVE = "best.safetensors", "average.safetensors", "objective.safetensors"
 _NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64",
           torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8"}  # fmt: skip
 
@@ -43,15 +42,17 @@ class Saves(Protocol):
 class TrainState:
     """A run between two steps.
 
-    step: updates done. cursor: the objective's place in its data, as JSON. rows: rows of one micro-batch. seed: of
-    the data's order. seconds: time trained, over all sittings. tokens: positions processed. log: the learning curve,
-    one mapping per entry. best: the best evaluation so far. average: of the weights.
+    step: updates done. cursor: the objective's place in its data, as JSON. rows: rows of one micro-batch. parts:
+    micro-batches of one step, over all processes. seed: of the data's order. seconds: time trained, over all sittings.
+    tokens: positions processed. log: the learning curve, one mapping per entry. best: the best evaluation so far.
+    average: of the weights. objective: the one that is learned, for what it keeps between steps (state_tensors).
     """
 
     model: Transformer
     optimizers: Optimizers
     schedule: Schedule
     rows: int
+    parts: int = 1
     seed: int = 0
     step: int = 0
     cursor: dict[str, Any] | None = None
@@ -60,6 +61,7 @@ class TrainState:
     log: list[dict[str, Any]] = field(default_factory=list)
     best: Best = field(default_factory=Best)
     average: Average = field(default_factory=lambda: Average(nn.Module(), 0.0))
+    objective: Any = None
 
     @property
     def device(self) -> torch.device:
@@ -69,7 +71,7 @@ class TrainState:
 def save(state: TrainState, folder: Path, facts: Mapping[str, Any], tokenizer: Saves | None) -> None:
     """Write a checkpoint, whole or not at all. facts: what a rerun must agree with (see `Journal`)."""
     with commit(folder, overwrite=True) as staging:
-        save_model(state.model, staging.path)
+        lora.save(state.model, staging.path)
         if tokenizer is not None:
             tokenizer.save(staging.path)
         write_tensors(staging.path / _OPTIMIZER, state.optimizers.tensors())
@@ -77,6 +79,8 @@ def save(state: TrainState, folder: Path, facts: Mapping[str, Any], tokenizer: S
         write_curve(staging.path / _LOG, state.log)
         if state.average.tensors:
             write_tensors(staging.path / _AVERAGE, state.average.tensors)
+        if kept := kept_by_objective(state):
+            write_tensors(staging.path / _OBJECTIVE, kept)
         if state.best.weights:
             write_tensors(staging.path / _BEST, state.best.weights)
         numbers = {"step": state.step, "cursor": state.cursor, "seconds": state.seconds, "tokens": state.tokens,
@@ -87,8 +91,7 @@ def save(state: TrainState, folder: Path, facts: Mapping[str, Any], tokenizer: S
 
 def restore(state: TrainState, folder: Path) -> None:
     """Put a verified checkpoint's numbers into `state`, its model and torch's random generators."""
-    saved = load_model(folder).state_dict()
-    state.model.load_state_dict(saved)
+    lora.restore(state.model, folder)
     state.optimizers.restore(read_tensors(folder / _OPTIMIZER))
     rng = read_tensors(folder / _RNG)
     torch.set_rng_state(rng["cpu"])
@@ -101,8 +104,16 @@ def restore(state: TrainState, folder: Path) -> None:
     state.log = read_curve(folder / _LOG)
     if state.average.tensors:
         state.average.restore(read_tensors(folder / _AVERAGE))
+    if (folder / _OBJECTIVE).exists():
+        state.objective.restore_tensors(read_tensors(folder / _OBJECTIVE))
     weights = read_tensors(folder / _BEST) if (folder / _BEST).exists() else {}
     state.best = Best(**numbers["best"], weights=weights)
+
+
+def kept_by_objective(state: TrainState) -> dict[str, Tensor]:
+    """What the objective keeps between steps beside its cursor; nothing for most."""
+    kept = getattr(state.objective, "state_tensors", dict)
+    return dict(kept())
 
 
 class Journal:

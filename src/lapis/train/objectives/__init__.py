@@ -37,6 +37,9 @@ OBJECTIVES = {
     "simpo": "lapis.train.objectives.preference:Simpo",
     "masked": "lapis.train.objectives.masked:Masked",
     "classify": "lapis.train.objectives.classify:Classify",
+    "grpo": "lapis.train.objectives.policy:GRPO",
+    "rloo": "lapis.train.objectives.policy:RLOO",
+    "ppo": "lapis.train.objectives.policy:PPO",
 }
 
 
@@ -52,6 +55,11 @@ class Objective(Protocol):
     evaluate(model) -> {name: figure}: held-out figures.
     write(folder): further files of the result.
     sample(model) -> str: a few words of what the model says now.
+    begin(model): told once, of the model as it is handed over.
+    extra: a module that is trained beside the model (a value head), after `begin`.
+    state_tensors() and restore_tensors(tensors): what a checkpoint must hold beside the cursor.
+    notes: sentences for the person who waits; halt: why the run must stop, or "".
+    compiles: whether the model's blocks may run compiled; not where replies grow token by token.
     """
 
     rows: int

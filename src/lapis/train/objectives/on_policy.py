@@ -26,7 +26,7 @@ from lapis.train.experience import Experience, joined
 from lapis.train.guards import Guards, repetition
 from lapis.train.objectives.order import in_order
 from lapis.train.prompts import Prompt, read_prompts
-from lapis.train.ranks import added, mine
+from lapis.train.ranks import added, everybodys, mine
 from lapis.train.reference import Reference
 from lapis.train.rewards import Case, Judge, Scores, make_judge
 from lapis.train.rollouts import Rollouts, Said, read_again, roll
@@ -86,6 +86,7 @@ class OnPolicy(ABC):
 
     name = ""
     head = "language"
+    compiles = False
     means = frozenset({
         "reward", "kl", "length", "entropy", "clip_share", "ended", "unscored", "rollout_gap", "value_loss",
         "kl_weight", "policy_shift",
@@ -152,6 +153,7 @@ class OnPolicy(ABC):
         if self._reference is not None:
             self._reference.begin(model)
             self.notes += self._reference.notes
+        self._model = model
         self._before = self._replies(model, self._shown())
 
     def batches(self, state: TrainState) -> Iterator[tuple[Turn, dict[str, Any]]]:
@@ -174,7 +176,9 @@ class OnPolicy(ABC):
     def prepare(self, model: Transformer, batch: Turn) -> tuple[Turn, Experience]:
         own = mine(batch.parts)
         if batch.update == 0 and batch.part == own[0]:
-            self._experience = (batch.round, own, self._collect(model, batch, own))
+            experience = self._collect(model, batch, own)
+            kept = everybodys(own, experience) if self.updates > 1 else (own, experience)
+            self._experience = (batch.round, *kept)
         if self._experience is None or self._experience[0] != batch.round:
             raise TrainingError("the replies that this step learns from are lost; start anew with --fresh")
         _, parts, experience = self._experience
@@ -205,19 +209,12 @@ class OnPolicy(ABC):
 
     def write(self, folder: Path) -> None:
         """replies.jsonl: what was said before and after, for people."""
-        lines = [json.dumps(row, ensure_ascii=False) for row in self.replies]
+        lines = []
+        for old, new in zip(self._before, self._replies(self._model, self._shown()), strict=True):
+            said = {"before": old["reply"], "before_reward": old["reward"], "after": new["reply"]}
+            row = {"prompt": old["prompt"], **said, "after_reward": new["reward"]}
+            lines.append(json.dumps(row, ensure_ascii=False))
         (folder / "replies.jsonl").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-
-    def finish(self, model: Transformer) -> None:
-        """Told of the model as it is written."""
-        after = self._replies(model, self._shown())
-        self.replies = [
-            {"prompt": old["prompt"], "before": old["reply"], "before_reward": old["reward"], "after": new["reply"],
-             "after_reward": new["reward"]}
-            for old, new in zip(self._before, after, strict=True)
-        ]  # fmt: skip
-
-    replies: list[dict[str, Any]] = field(default_factory=list, init=False, repr=False)
 
     # what a checkpoint holds beside the model
 

@@ -62,7 +62,7 @@ def language(code: str, among: list[str] = [], samples: dict[str, str] = {}) -> 
     """How sure it is that the reply is in a language: the share of its letters in that language's script, times the
     probability of the language among those of the script. code: "ms". among: the languages to tell apart, by default
     all that are known. samples: files of text by language, in place of what is built in."""
-    known = {**{name: () for name in SCRIPTS}, **SAMPLES, **samples}
+    known = {**dict.fromkeys(SCRIPTS, ""), **SAMPLES, **samples}
     for name in (code, *among):
         if name not in known:
             raise ConfigError(f'reward language: "{name}" is not known; {nearest(name, known)}, or give samples of it')
