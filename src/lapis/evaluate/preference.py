@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from lapis.errors import DataError
+from lapis.errors import ConfigError, DataError
 from lapis.evaluate.replies import reply_rewards
 from lapis.evaluate.score import Precision, Scored, nll
+from lapis.model import load
 from lapis.model.transformer import Transformer
 from lapis.text.paired import Paired, Reply
 from lapis.text.pairs import Pair
@@ -30,15 +31,16 @@ def score_pairs(
     tokenizer: Tokenizer,
     pairs: Paired | Iterable[Pair] | Path | str,
     *,
-    reference: Transformer | None = None,
+    reference: Transformer | Path | str | None = None,
     beta: float = 0.1,
     context: int | None = None,
     precision: Precision = "float32",
 ) -> dict[str, Any]:
     """What `pair_figures` says, with `by` (what was compared) and the counts of pairs, cut_replies and dropped_long.
 
-    reference: for a language model; it has to read the same ids. beta: the scale of implicit rewards, for calibration.
-    Raises DataError where no pair can be scored, or the model has neither a scalar nor a language head.
+    reference: for a language model: a model, or its folder, whose tokenizer has to be the same. beta: the scale of
+    implicit rewards, for calibration. Raises DataError where no pair can be scored, or the model has neither a scalar
+    nor a language head, and ConfigError for a reference with another tokenizer.
     """
     context = min(context or model.config.context, model.config.context)
     found = pairs if isinstance(pairs, Paired) else Paired.read(pairs, tokenizer, context)
@@ -49,14 +51,22 @@ def score_pairs(
         if reference is None:
             values = values / [len(reply) for reply in found.replies]
         else:
-            by = "log-ratio to the reference"
-            values = beta * (values - reply_log_probabilities(reference, found.replies, precision=precision))
+            by, other = "log-ratio to the reference", _opened(reference, tokenizer)
+            values = beta * (values - reply_log_probabilities(other, found.replies, precision=precision))
     else:
         raise DataError(f"eval: a model with the head {model.config.head} does not rank replies; give one with a "
                         "scalar head, or a language model")  # fmt: skip
     sizes = [len(reply) for reply in found.replies]
     counts = {name: found.counts[name] for name in ("pairs", "cut_replies", "dropped_long")}
     return {"by": by, **pair_figures(values[::2], values[1::2], sizes[::2], sizes[1::2]), **counts}
+
+
+def _opened(reference: Transformer | Path | str, tokenizer: Tokenizer) -> Transformer:
+    if isinstance(reference, Transformer):
+        return reference
+    if Tokenizer.open(reference).digest() != tokenizer.digest():
+        raise ConfigError(f"eval: {reference} has another tokenizer than the model; a reference reads the same ids")
+    return load(reference)
 
 
 def reply_log_probabilities(

@@ -43,8 +43,9 @@ class ReplyBatch:
     sizes_S: Tensor
 
     def to(self, device: torch.device) -> "ReplyBatch":
-        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return ReplyBatch(**{name: value if value is None else value.to(device) for name, value in values.items()})
+        values = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self))
+        moved: dict[str, Any] = {name: None if value is None else value.to(device) for name, value in values}
+        return ReplyBatch(**moved)
 
     @property
     def tokens(self) -> int:
