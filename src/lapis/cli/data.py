@@ -1,5 +1,6 @@
 """`lapis data pack` and `lapis data show`: text as rows of tokens, and what of them carries loss."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,17 +17,25 @@ def pack(
     out: Path,
     length: int = 512,
     too_long: Literal["cut", "drop"] = "cut",
+    field: str | None = None,
+    workers: int = 0,
     overwrite: bool = False,
     json: bool = False,
 ) -> None:
     """Pack documents or chats into rows of one length, as files that training maps into memory.
 
+    Under torchrun, and wherever else the same command runs several times on one disk, all share the files; what one
+    that died had begun is done by the others. A pack that was killed goes on where it was.
+
     Args:
-        files: Text files, jsonl of documents (text) or chats (messages), .gz of these, folders or globs.
+        files: .txt, .md, .jsonl or .parquet of documents (text) or chats (messages), .gz or .zst of these, folders,
+            globs, or hub:OWNER/NAME.
         tokenizer: A folder with a tokenizer.
         out: The folder to write.
         length: Tokens of a row.
         too_long: What becomes of a chat longer than a row: cut at its end, or dropped. Both are counted.
+        field: What holds the text or the messages, where the files call it otherwise.
+        workers: Processes that tokenize; 0 = one for each processor. The result is the same for any number.
         overwrite: Replace the folder if it exists.
         json: Print one JSON object.
     """
@@ -34,10 +43,12 @@ def pack(
 
     from lapis.checkpoint.commit import check_output
     from lapis.cli.output import console, show, stderr
+    from lapis.text.coverage import figures, lines
     from lapis.text.packing import pack as pack_files
     from lapis.text.tokenizer import Tokenizer
 
-    check_output(out, overwrite=overwrite, inputs=[tokenizer])
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    check_output(out, overwrite=overwrite or not alone, inputs=[tokenizer])  # another rank may be done already
     opened = Tokenizer.open(tokenizer)
     begin = time.monotonic()
     with stderr.status("packing") as status:
@@ -45,9 +56,20 @@ def pack(
         def report(texts: int, tokens: int) -> None:
             status.update(f"packing: {texts:,} texts, {tokens:,} tokens, {tokens / (time.monotonic() - begin):,.0f}/s")
 
-        rows = pack_files(files, opened, out, length, too_long=too_long, overwrite=overwrite, report=report)
-    result = {"out": str(out), **_figures(rows), "seconds": time.monotonic() - begin}
-    show(result, json, lambda: console.print("\n".join(_lines(rows)), markup=False))
+        rows = pack_files(
+            files,
+            opened,
+            out,
+            length,
+            too_long=too_long,
+            field=field,
+            workers=workers,
+            overwrite=overwrite,
+            report=report,
+        )
+    if os.environ.get("RANK", "0") == "0":
+        result = {"out": str(out), **figures(rows), "seconds": time.monotonic() - begin}
+        show(result, json, lambda: console.print("\n".join(lines(rows)), markup=False))
 
 
 def show(
@@ -58,16 +80,18 @@ def show(
     rows: int = 3,
     length: int = 512,
     first: int = 1000,
+    field: str | None = None,
     json: bool = False,
 ) -> None:
     """Show rows in color: what carries loss, where documents end, end tokens, padding. Coverage comes first.
 
     Args:
-        source: A packed folder, or a file of documents or chats.
+        source: A packed folder, or a file or hub:OWNER/NAME of documents or chats.
         tokenizer: For a file: a folder with a tokenizer.
         rows: How many rows to show.
         length: For a file: tokens of a row.
         first: For a file: how many of its documents or chats to look at.
+        field: For a file: what holds the text or the messages, where it calls them otherwise.
         json: Print one JSON object.
     """
     from itertools import islice
@@ -78,6 +102,7 @@ def show(
     from lapis.cli.output import show as output
     from lapis.errors import ConfigError
     from lapis.text.corpus import chats, documents, kind_of
+    from lapis.text.coverage import figures, lines
     from lapis.text.packing import pack as pack_items
     from lapis.text.rows import MANIFEST, Rows
     from lapis.text.tokenizer import Tokenizer
@@ -86,19 +111,19 @@ def show(
         packed = Rows.open(source)
         opened = Tokenizer.open(tokenizer or source / "tokenizer")
     else:
-        kind = kind_of(source)
+        kind = kind_of(source, field)
         if tokenizer is None:
             raise ConfigError(f"{source}: is not packed; give --tokenizer DIR to look at a file")
         opened = Tokenizer.open(tokenizer)
         if kind == "chats":
-            packed = pack_items(islice(chats(source), first), opened, length=length)
+            packed = pack_items(islice(chats(source, field), first), opened, length=length)
         else:
-            packed = pack_items(islice(documents(source), first), opened, length=length)
+            packed = pack_items(islice(documents(source, field), first), opened, length=length)
     ids, targets, segments, _ = packed.arrays(np.arange(min(rows, len(packed))))
     shown = [_row(packed, opened, *row) for row in zip(ids.tolist(), targets.tolist(), segments.tolist(), strict=True)]
 
     def render() -> None:
-        console.print("\n".join(_lines(packed)), markup=False)
+        console.print("\n".join(lines(packed)), markup=False)
         console.print("loss", style=_LOSS, end="  ")
         console.print("no loss", style=_QUIET, end="  ")
         console.print("end token", style=_END, end="  ")
@@ -108,7 +133,7 @@ def show(
             console.print(f"\nrow {number}", style="bold")
             console.print(_painted(row))
 
-    output({"source": str(source), **_figures(packed), "shown": shown}, json, render)
+    output({"source": str(source), **figures(packed), "shown": shown}, json, render)
 
 
 _LOSS, _QUIET, _END, _BORDER, _PADDING = "green", "bright_black", "bold magenta", "bold yellow", "blue"
@@ -156,39 +181,3 @@ def _painted(row: list[dict[str, Any]]) -> Any:
     if padding:
         text.append(f"· x {padding}", style=_PADDING)
     return text
-
-
-def _figures(rows: "Rows") -> dict[str, Any]:
-    counts = rows.counts
-    places = len(rows) * rows.length
-    cut = counts.get("cut_tokens", 0)
-    return {
-        "kind": rows.info["kind"],
-        "rows": len(rows),
-        "length": rows.length,
-        "counts": counts,
-        "coverage": {
-            "supervised": counts["supervised"] / max(1, counts["tokens"]),
-            "padding": counts["padding"] / places,
-            "cut": cut / max(1, counts["tokens"] + cut),
-        },
-        "digest": rows.digest,
-    }
-
-
-def _lines(rows: "Rows") -> list[str]:
-    counts, figures = rows.counts, _figures(rows)["coverage"]
-    texts = counts["chats"] if rows.chats else counts["documents"]
-    lines = [
-        f"{len(rows):,} rows of {rows.length:,} tokens from {texts:,} {rows.info['kind']}",
-        f"{figures['supervised']:.1%} of tokens carry loss, {figures['padding']:.1%} of places are padding, "
-        f"{figures['cut']:.1%} of tokens were cut",
-    ]
-    if rows.chats:
-        lines.append(
-            f"cut: {counts['cut_chats']:,} chats; dropped: {counts['dropped_long']:,} too long, "
-            f"{counts['dropped_silent']:,} with nothing of the assistant left"
-        )
-    if counts.get("empty"):
-        lines.append(f"skipped: {counts['empty']:,} documents without text")
-    return lines
