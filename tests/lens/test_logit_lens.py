@@ -202,6 +202,8 @@ def test_it_draws_itself_and_gives_rows(words):
     assert len(found.to_pandas("grid")) == 12 and found.to_pandas("contributions")["logit"].abs().sum() > 0
     for what in ("ranks", "grid", "contributions"):
         assert found.plot(what).data
+    shown = found._repr_mimebundle_()
+    assert shown["text/plain"] == str(found) and "Kuala" in shown["text/html"]
     with pytest.raises(ConfigError, match="cannot plot"):
         found.plot("pie")
 

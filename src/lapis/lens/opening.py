@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from lapis.checkpoint import open_checkpoint
+from lapis.errors import LapisError
 from lapis.lens.anatomy import refuse
 from lapis.lens.prompts import Prompt, check_length, encode
 from lapis.lens.words import as_words
@@ -41,6 +42,12 @@ def open_models(
     checked = []
     for source in sources:
         checkpoint = open_checkpoint(source)
+        if checkpoint.family is None:
+            kind = checkpoint.config.get("model_type", "unknown")
+            raise LapisError(
+                f'lens: {source}: lapis runs no model of the type "{kind}"; load it with transformers and give it to '
+                "lapis.lens(model, tokenizer, ...) in Python: pip install 'lapis[hf]'"
+            )
         config = read_config(checkpoint)
         refuse(str(source), config.family, config.causal, config.head)
         tokenizer = Tokenizer.open(checkpoint)

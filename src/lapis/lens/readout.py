@@ -143,11 +143,13 @@ def read(
     best_SK, best_ids_SK = rows_MD.new_empty(P * N, 0), torch.empty(P * N, 0, dtype=torch.long, device=device)
     holders = {index // width for index in tracked[:ranked]}
     final_PV = None if own_PV is None else rows_MD.new_empty(P, size)
-    weight_vD = torch.empty(width, D, device=device)
+    wide = matrix_VD.dtype == torch.float32
+    weight_vD = torch.empty(0 if wide else width, D, device=device)
     with _products_as_exact_as(matrix_VD):
         for block in sorted(range(-(-size // width)), key=lambda block: block not in holders):
             first, last = block * width, min((block + 1) * width, size)
-            logits_Mv = rows_MD @ weight_vD[: last - first].copy_(matrix_VD[first:last]).T
+            block_vD = matrix_VD[first:last]
+            logits_Mv = rows_MD @ (block_vD if wide else weight_vD[: last - first].copy_(block_vD)).T
             if bias_V is not None:
                 logits_Mv += bias_V[first:last].float()
             if final_PV is not None:

@@ -203,6 +203,24 @@ class LensTrace:
             + (f" and at {ranks[worst]:,} after layer {worst}" if ranks[worst] > max(ranks[0], ranks[-1]) else "")
         )  # fmt: skip
 
+    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
+        """What a notebook shows: the finding, and a row per layer."""
+        from lapis.report.markup import Column
+        from lapis.report.notebook import bundle
+
+        names = self.leading()
+        rows = [
+            {"layer": "embedding" if r.layer is None else str(r.layer), "says": r.top[0][0], "p": r.top[0][2],
+             "entropy": r.entropy, "kl": r.kl_to_final, **{f"rank {n}": r.ranks[n] for n in names}}
+            for r in (self.readings[0], *self.layers)
+        ]  # fmt: skip
+        columns = [
+            Column("layer"), Column("says", "would say"), Column("p", "probability", ".1%"),
+            Column("entropy", "entropy", ".3f", unit="nats"), Column("kl", "KL to the end", ".3f", unit="nats"),
+            *(Column(f"rank {n}", n, ",", group="rank") for n in names),
+        ]  # fmt: skip
+        return bundle(str(self), self.finding(), rows, columns, "`.plot()` draws it, `.to_pandas()` gives the rows")
+
     def __str__(self) -> str:
         names = self.leading()
         width = max([12, *(len(name) + 1 for name in names)])
