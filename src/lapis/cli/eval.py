@@ -1,4 +1,4 @@
-"""`lapis eval`: bits per byte, response NLL and stop rate, multiple choice, classes."""
+"""`lapis eval`: bits per byte, response NLL and stop rate, choices, classes, preference pairs, lm-eval's tasks."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -12,14 +12,20 @@ def evaluate(
     chats: list[Path] | None = None,
     choices: Path | None = None,
     classes: Path | None = None,
+    pairs: list[Path] | None = None,
+    reference: str | None = None,
     context: int | None = None,
     limit: int | None = None,
     max_tokens: int = 64,
     positive: str | None = None,
+    tasks: list[str] | None = None,
+    task_folder: Path | None = None,
+    fewshot: int | None = None,
+    chat: bool = False,
     precision: Literal["float32", "bf16"] = "float32",
     json: bool = False,
 ) -> None:
-    """Score a model on held-out text, chats, multiple choice and classes.
+    """Score a model on held-out text, chats, multiple choice, classes and preference pairs.
 
     Args:
         model: A model folder.
@@ -27,10 +33,17 @@ def evaluate(
         chats: jsonl of chats: response NLL, and the share of greedy replies that end.
         choices: jsonl of prompt (or messages), choices and answer: accuracy.
         classes: Labeled texts (tsv, csv, jsonl) or pictures (npz, a folder of class folders): accuracy, F1, confusion.
+        pairs: jsonl of prompt, chosen and rejected: how often the model prefers the chosen reply, how sure it is, and
+            what length has to do with it; by rewards, or by the log-probabilities of a language model.
+        reference: A model folder; pairs are then compared by the log-ratio to it (a policy's implicit reward).
         context: Tokens that the model sees at once; by default its own context.
-        limit: Look at so many documents, chats, questions and examples only.
+        limit: Look at so many documents, chats, questions, examples and pairs only.
         max_tokens: Within which a reply has to end.
         positive: The class that F1 is of, where there are two; by default the second.
+        tasks: Names of tasks of lm-evaluation-harness (needs lapis[eval]); may be given again.
+        task_folder: Task files of one's own; they may name Python that is run.
+        fewshot: Examples before each question of a task; by default as the task says.
+        chat: Ask the tasks' questions through the chat template.
         precision: bf16 is faster where the machine has it, and about 0.001 off.
         json: Print one JSON object.
     """
@@ -38,18 +51,21 @@ def evaluate(
 
     from lapis.cli.output import number, show, stderr, table
     from lapis.errors import ConfigError
-    from lapis.evaluate import read_choices, score_chats, score_choices, score_classes, score_text
+    from lapis.evaluate import read_choices, score_chats, score_choices, score_classes, score_pairs, score_text
     from lapis.model import load
     from lapis.text import corpus
     from lapis.text.labels import labeled
+    from lapis.text.pairs import pairs as read_pairs
     from lapis.text.tokenizer import Tokenizer
 
-    if text is None and chats is None and choices is None and classes is None:
-        raise ConfigError("eval: give --text, --chats, --choices or --classes, files to score the model on")
+    if all(given is None for given in (text, chats, choices, classes, pairs, tasks)):
+        raise ConfigError("eval: give --text, --chats, --choices, --classes, --pairs or --tasks, to score the model on")
+    if tasks is not None:
+        import lapis.evaluate.harness  # says at once where lm-eval is not installed
     questions = None if choices is None else read_choices(choices)[:limit]
     opened = load(model)
     tokenizer = None if opened.config.image else Tokenizer.open(model)
-    if tokenizer is None and (text or chats or choices):
+    if tokenizer is None and (text or chats or choices or pairs or tasks):
         raise ConfigError(f"eval: {model} takes pictures; it is scored on --classes only")
     result: dict[str, Any] = {"model": model}
     with stderr.status("text") as status:
@@ -65,6 +81,17 @@ def evaluate(
         if questions is not None and tokenizer:
             status.update("choices")
             result["choices"] = score_choices(opened, tokenizer, questions, precision=precision)
+        if pairs is not None and tokenizer:
+            status.update("pairs")
+            found = islice(read_pairs(pairs), limit)
+            result["pairs"] = score_pairs(
+                opened, tokenizer, found, reference=reference, context=context, precision=precision
+            )
+        if tasks and tokenizer:
+            status.update("tasks")
+            run_tasks = lapis.evaluate.harness.run_tasks
+            options: Any = {"folder": task_folder, "fewshot": fewshot, "limit": limit, "chat": chat}
+            result["tasks"] = run_tasks(opened, tokenizer, tasks, precision=precision, **options)
         if classes is not None:
             status.update("classes")
             if tokenizer is None:
@@ -74,7 +101,8 @@ def evaluate(
             result["classes"] = score_classes(opened, tokenizer, examples, context=context, positive=positive)
 
     def render() -> None:
-        rows = [(what, name, number(value)) for what, found in result.items() if what != "model"
+        told = {**result, **result.get("tasks", {})}
+        rows = [(what, name, number(value)) for what, found in told.items() if what not in ("model", "tasks")
                 for name, value in found.items() if not isinstance(value, (list, dict))]  # fmt: skip
         table(model, ["on", "score", ""], rows)
         if "classes" in result:

@@ -31,7 +31,6 @@ class Scored:
     said: Sequence[bool]
 
 
-@torch.inference_mode()
 def nll(
     model: Transformer, sequences: Sequence[Scored], *, batch_tokens: int = 8192, precision: Precision = "float32"
 ) -> list[float]:
@@ -40,7 +39,15 @@ def nll(
     batch_tokens: places computed at once. precision: "bf16" is faster where the machine has it, and about 1e-3 off.
     Raises DataError for an id that the model has no row for.
     """
-    totals = [0.0] * len(sequences)
+    return [nats for nats, _ in likelihoods(model, sequences, batch_tokens=batch_tokens, precision=precision)]
+
+
+@torch.inference_mode()
+def likelihoods(
+    model: Transformer, sequences: Sequence[Scored], *, batch_tokens: int = 8192, precision: Precision = "float32"
+) -> list[tuple[float, bool]]:
+    """As `nll`, with whether each scored id of the sequence is the model's likeliest."""
+    found = [(0.0, True)] * len(sequences)
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i].ids))
     device = next(model.parameters()).device
     was_training = model.training
@@ -54,13 +61,13 @@ def nll(
                     count += 1
                 batch, order = order[:count], order[count:]
                 for i, value in zip(batch, _batch(model, [sequences[i] for i in batch], device), strict=True):
-                    totals[i] = value
+                    found[i] = value
     finally:
         model.train(was_training)
-    return totals
+    return found
 
 
-def _batch(model: Transformer, sequences: Sequence[Scored], device: torch.device) -> list[float]:
+def _batch(model: Transformer, sequences: Sequence[Scored], device: torch.device) -> list[tuple[float, bool]]:
     longest = max(len(s.ids) for s in sequences)
     ids_BT = torch.zeros(len(sequences), longest, dtype=torch.int64)
     said_BT = torch.zeros(len(sequences), longest, dtype=torch.bool)
@@ -73,21 +80,23 @@ def _batch(model: Transformer, sequences: Sequence[Scored], device: torch.device
         )
     said_BT[:, 0] = False
     if not bool(said_BT.any()):
-        return [0.0] * len(sequences)
+        return [(0.0, True)] * len(sequences)
     ids_BT, said_BT = ids_BT.to(device), said_BT.to(device)
     hidden_BTD = model.hidden(ids_BT[:, :-1])
     rows_R, places_R = said_BT[:, 1:].nonzero(as_tuple=True)
-    nats_R = _token_nll(model, hidden_BTD[rows_R, places_R], ids_BT[rows_R, places_R + 1])
+    nats_R, others_R = _token_nll(model, hidden_BTD[rows_R, places_R], ids_BT[rows_R, places_R + 1])
     sums_B = torch.zeros(len(sequences), dtype=torch.float64, device=device).index_add_(0, rows_R, nats_R.double())
-    return [float(value) for value in sums_B]
+    others_B = torch.zeros(len(sequences), dtype=torch.int64, device=device).index_add_(0, rows_R, others_R.long())
+    return list(zip(sums_B.tolist(), (others_B == 0).tolist(), strict=True))
 
 
-def _token_nll(model: Transformer, hidden_RD: Tensor, targets_R: Tensor) -> Tensor:
-    """Nats of each target, [R] float32."""
+def _token_nll(model: Transformer, hidden_RD: Tensor, targets_R: Tensor) -> tuple[Tensor, Tensor]:
+    """Nats of each target, [R] float32, and whether another is likelier, [R] bool."""
     rows = max(16, _LOGITS // model.config.vocab)
-    parts = []
+    parts, others = [], []
     for first in range(0, len(hidden_RD), rows):
         logits_RV = model.head(hidden_RD[first : first + rows]).float()
         picked_R = logits_RV.gather(1, targets_R[first : first + rows, None])[:, 0]
         parts.append(logits_RV.logsumexp(-1) - picked_R)
-    return torch.cat(parts)
+        others.append(logits_RV.amax(-1) > picked_R)
+    return torch.cat(parts), torch.cat(others)
