@@ -23,11 +23,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from lapis.weights import stream
+from lapis.weights import stream, writer
 from lapis.weights.graft import graft
 
 LAYERS, DIM = 6, 512
-stream.RECORD = 1 << 19
+stream.RECORD, writer.BLOCK = 1 << 19, 1 << 16
 
 
 def make(folder: Path, seed: int, shards: int = 1) -> Path:

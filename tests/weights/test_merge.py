@@ -349,16 +349,17 @@ def test_fault_76_77_78_outputs_that_must_not_be(family, tmp_path):
 
 KILLED = """
 import os, signal, sys
-from lapis.weights import stream
-stream.RECORD = 2000
-whole = stream._Run._write
-def write(self, task, data):
-    whole(self, task, data)
+from lapis.weights import stream, writer
+stream.RECORD, writer.BLOCK = 2000, 4096
+whole = writer.Writer.write
+def write(self, data):
+    whole(self, data)
     write.left -= 1
     if write.left == 0:
+        self._wait()  # the blocks before this one are in the file
         os.kill(os.getpid(), signal.SIGKILL)
 write.left = int(sys.argv[3])
-stream._Run._write = write
+writer.Writer.write = write
 from lapis.weights.merge import merge
 merge(sys.argv[1], sys.argv[2])
 """
@@ -370,7 +371,7 @@ def test_fault_73_a_killed_merge_goes_on_to_the_same_bytes(method, family, tmp_p
     path = tmp_path / "recipe.yaml"
     path.write_text(json.dumps(recipe_of(family, method, **parameters)))
     merge(path, tmp_path / "whole")
-    for moment in (3, 12):
+    for moment in (3, 20):
         run = [sys.executable, "-c", KILLED, str(path), str(tmp_path / "out"), str(moment)]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         assert subprocess.run(run, env=environment, check=False).returncode == -signal.SIGKILL

@@ -2,7 +2,7 @@
 
 An output file's header is known before any weight is read, so the file is laid out in full and filled in order. A few
 threads each take the next tile: read the inputs' bytes into buffers of their own, widen to float32, compute, round once
-to the output's dtype, write. Finished tiles are hashed in order while they are still in the cache, which gives the
+to the output's dtype. Finished tiles are hashed and written in order while they are still in the cache, which gives the
 manifest's sha256 and the journal's checkpoints for one pass. A method that needs figures of the whole tensor (a norm, a
 threshold) declares passes; these run over the same tiles before its result does.
 
@@ -10,7 +10,6 @@ Memory: THREADS x TILE x (4 x inputs + 20) bytes, whatever the model's size; a r
 one row. Leaves out: what is computed (graft.py, methods.py) and where to write (checkpoint/commit.py).
 """
 
-import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +27,7 @@ from lapis.weights.journal import Journal, Progress
 from lapis.weights.outputs import Account, Figures, Kernel, Output
 from lapis.weights.sources import COMPUTABLE, Source
 from lapis.weights.tiles import THREADS, Buffer, Reader, Tile, dot, finite, one_thread_each, prefetch, spans
+from lapis.weights.writer import Writer
 
 __all__ = ["Account", "Figures", "Kernel", "Output", "stream"]
 
@@ -55,10 +55,10 @@ def stream(
 
 @dataclass
 class _File:
-    """An output file on its way. pending: tiles that are written but wait for an earlier one to be hashed."""
+    """An output file on its way. pending: tiles that are computed but wait for an earlier one."""
 
     name: str
-    handle: int
+    writer: Writer
     start: int
     progress: Progress
     pending: dict[int, tuple["Buffer", int, str, Figures]] = field(default_factory=dict)
@@ -129,9 +129,9 @@ class _Run:
                 worker.join()
         finally:
             for file in self.files:
+                file.writer.close()
                 if file.progress.done > file.recorded:  # stopped: the rerun goes on from the last whole tile
                     self.journal.record(file.name, file.progress, file.changed)
-                os.close(file.handle)
         if self.failure:
             raise self.failure
         self.account.digests = {file.name: file.progress.sha256.hexdigest() for file in self.files}
@@ -142,15 +142,14 @@ class _Run:
         head = header_bytes({o.name: (dtype_name(o.dtype), o.shape) for o in outputs}, metadata)
         progress = self.journal.progress(name)
         end = len(head) + sum(output.nbytes for output in outputs)
-        handle = os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        os.posix_fallocate(handle, 0, end)
+        writer = Writer(folder / name, end, progress.done)
         if progress.done == 0:
-            os.pwrite(handle, head, 0)
+            writer.write(head)
             progress.sha256.update(head)
             progress.done = len(head)
         for tensor, numbers in progress.figures.items():
             self.figures[tensor] = Figures(*numbers)
-        return _File(name, handle, len(head), progress, recorded=progress.done, end=end)
+        return _File(name, writer, len(head), progress, recorded=progress.done, end=end)
 
     def _tasks(self) -> Iterator[_Task]:
         """Every tile in the order of the files; a tensor's passes run before the tensor ahead of it is computed."""
@@ -256,7 +255,6 @@ class _Run:
                 figures.delta_sq = figures.error_sq = 0.0
         if output.patch:
             output.patch(task.first, task.last, values)
-        self._write(task, buffer.bytes(count * output.dtype.itemsize))
         self._finish(task, buffer, count * output.dtype.itemsize, figures, read)
 
     def _read(self, task: _Task, reader: Reader) -> Tile:
@@ -289,14 +287,8 @@ class _Run:
                 if self.failure:
                     raise self.failure from None
 
-    def _write(self, task: _Task, data: memoryview) -> None:
-        offset = task.offset
-        while data:
-            written = os.pwrite(task.file.handle, data, offset)
-            data, offset = data[written:], offset + written
-
     def _finish(self, task: _Task, buffer: Buffer, size: int, figures: Figures, read: int) -> None:
-        """Hands a written tile to the hash, which goes in order: whoever brings the next one hashes all that wait."""
+        """Hands on a tile to be hashed and written, in order: whoever brings the next one does all that wait."""
         file = task.file
         with self.lock:
             self.account.bytes_read += read
@@ -308,6 +300,7 @@ class _Run:
         while True:
             buffer, size, name, figures = taken
             file.progress.sha256.update(buffer.bytes(size))
+            file.writer.write(buffer.bytes(size))
             self.free.put(buffer)
             total = self.figures[name]
             total.delta_sq += figures.delta_sq
@@ -318,11 +311,8 @@ class _Run:
             with self.lock:
                 file.progress.done += size
                 self.done += size
-                if file.progress.done - file.recorded >= RECORD or file.progress.done == file.end:
+                if file.progress.done - file.recorded >= RECORD:
                     self.journal.record(file.name, file.progress, file.changed)
-                    stretch = file.recorded, file.progress.done - file.recorded
-                    # begins to write it out, so that the disk works along and the last fsync is short
-                    os.posix_fadvise(file.handle, *stretch, os.POSIX_FADV_DONTNEED)
                     file.recorded, file.changed = file.progress.done, {}
                 if self.tell:
                     self.tell(self.done, self.total)

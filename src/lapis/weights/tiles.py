@@ -17,7 +17,7 @@ import torch
 from lapis.weights.sources import Source, Stored, as_bytes, columns_of
 
 TILE = 1 << 18  # elements
-THREADS = min(4, max(2, os.cpu_count() or 2))
+THREADS = min(4, 1 + (os.cpu_count() or 1))  # one more than cores, since one is often waiting for the disk
 _CHUNK = 1 << 16  # elements that are summed in float32 before the sum goes on in float64
 
 _STRIDE, _AHEAD = 8 * TILE, 32 * TILE  # how much is asked for at a time, and how far before it is read
