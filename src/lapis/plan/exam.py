@@ -24,7 +24,7 @@ from lapis.text.corpus import Chat
 from lapis.text.tokenizer import Tokenizer
 
 BATCH = 4096  # places of one batch
-LOGITS = 1 << 21  # elements of logits at once
+LOGITS = 1 << 23  # elements of logits at once
 COMPARED = 512  # places of each kind at which whole distributions are compared
 WINDOW = 256  # tokens of a window of text
 

@@ -91,7 +91,7 @@ def plan(
     table = differences(one, two, spectra, lambda done, total: tell("tensors", done, total))
     rows = {p.label: tensor_signals(table, p) for p in [*everywhere, *parts]}
     result = PlanResult(
-        goal, budget, one.source, two.source, {key: getattr(shape, key) for key in SHAPE},
+        goal, budget, one.source, two.source, {key: getattr(shape, key) for key in ("family", "head_dim", *SHAPE)},
         seed=seed, notes=list(table.notes),
     )  # fmt: skip
     if chats is not None:

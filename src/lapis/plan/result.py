@@ -32,7 +32,7 @@ class PlanResult:
     budget: float
     base: str
     chat: str
-    model: dict[str, int]
+    model: dict[str, Any]
     tune: list[dict[str, Any]] = field(default_factory=list)
     control: list[dict[str, Any]] = field(default_factory=list)
     scales: list[dict[str, Any]] = field(default_factory=list)
