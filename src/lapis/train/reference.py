@@ -15,6 +15,7 @@ from lapis.model import load
 from lapis.model.transformer import Transformer
 from lapis.text.tokenizer import Tokenizer
 from lapis.train.experience import Experience
+from lapis.train.ranks import added
 from lapis.train.rollouts import read_again
 
 _FAR = 1.0  # nats per token between policy and reference at the first rollout: no fine-tune starts there
@@ -69,13 +70,15 @@ class Reference:
             found = _read(self._model, experience, temperature)
         rollouts = found.rollouts
         assert found.reference_BR is not None
-        far = ((rollouts.logprobs_BR - found.reference_BR) * rollouts.mask_BR).sum() / rollouts.mask_BR.sum()
-        if not self._checked and self.source != "start" and far > _FAR:
-            raise TrainingError(
-                f"reference: {self.source} differs by {far:.2f} nats per token from the policy before its first step; "
-                "a reference is the policy's parent"
-            )
-        self._checked = True
+        if self.source != "start" and not self._checked:
+            nats = ((rollouts.logprobs_BR - found.reference_BR) * rollouts.mask_BR).sum()
+            nats, tokens = added(torch.stack((nats.double(), rollouts.mask_BR.sum().double())))
+            if nats / tokens > _FAR:
+                raise TrainingError(
+                    f"reference: {self.source} differs by {nats / tokens:.2f} nats per token from the policy before "
+                    "its first step; a reference is the policy's parent"
+                )
+            self._checked = True
         return found
 
 

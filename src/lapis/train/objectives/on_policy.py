@@ -12,7 +12,7 @@ import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import KW_ONLY, dataclass, field, fields
+from dataclasses import KW_ONLY, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +31,7 @@ from lapis.train.reference import Reference
 from lapis.train.rewards import Case, Judge, Scores, make_judge
 from lapis.train.rollouts import Rollouts, Said, read_again, roll
 from lapis.train.state import TrainState
+from lapis.train.surrogate import k3
 
 _ROWS = 512  # replies decoded at once
 _SHOWN = 8  # prompts whose replies before and after are kept for people
@@ -322,8 +323,8 @@ class OnPolicy(ABC):
         return read_again(model, r.ids_BT, r.prompt_B, r.reply_BR, r.mask_BR, self.temperature)
 
     def figures(self, turn: Turn, experience: Experience, said: Said, stopped: Tensor) -> dict[str, float]:
-        """What every policy objective reports. kl: nats per token from the reference, over what was drawn.
-        policy_shift: the same from the policy that drew. rollout_gap: the largest difference of a log-probability in
+        """What every policy objective reports. kl: nats per token to the reference, estimated by k3 on what was drawn.
+        policy_shift: the same to the policy that drew. rollout_gap: the largest difference of a log-probability in
         the rollout and in training, of replies that no step has learned from yet."""
         rollouts, mask_BR = experience.rollouts, experience.rollouts.mask_BR
         tokens = int(mask_BR.sum())
@@ -335,13 +336,13 @@ class OnPolicy(ABC):
             "length": tokens / len(experience),
             "entropy": said.entropy_BR.detach().sum().item() / tokens,
             "clip_share": stopped.double().mean().item(),
-            "policy_shift": (difference_BR.neg().exp() - 1 + difference_BR).sum().item() / tokens,
+            "policy_shift": (k3(logp_BR, rollouts.logprobs_BR) * mask_BR).sum().item() / tokens,
             "ended": rollouts.ended_B.double().mean().item(),
             "unscored": 1 - known_B.double().mean().item(),
             "tokens": float(rollouts.ids_BT.numel()),
         }
         if experience.reference_BR is not None:
-            found["kl"] = ((logp_BR - experience.reference_BR) * mask_BR).sum().item() / tokens
+            found["kl"] = (k3(logp_BR, experience.reference_BR) * mask_BR).sum().item() / tokens
         if turn.update == 0:
             self._compare(difference_BR.abs().max().item(), torch.is_autocast_enabled(logp_BR.device.type))
         found["rollout_gap"] = self._gap

@@ -104,7 +104,12 @@ class InWorker:
                 found.append(Failure("not tried: it hung before in this batch"))
                 continue
             if self._process is None:
-                self._start()
+                try:
+                    self._start()
+                except ConfigError as error:  # it began before, so this is not the user's spelling
+                    found.append(Failure(f"did not begin again: {error}"))
+                    hangs += 1
+                    continue
             answer = self._ask({"prompt": case.prompt, "reply": case.reply, "record": case.told}, self.seconds)
             if answer is None:
                 died = self._process is not None and self._process.poll() is not None
