@@ -18,7 +18,7 @@ from lapis.checkpoint import open_checkpoint
 from lapis.evaluate import bits_per_byte
 from lapis.model.load import load
 from lapis.plan.exam import Runner, make_exam
-from lapis.plan.make import _template_rows
+from lapis.plan.make import template_rows
 from lapis.plan.pieces import outside, pieces_of
 from lapis.plan.scales import learn_scales
 from lapis.plan.swap import Bench
@@ -86,7 +86,7 @@ def compare(tour: Path, options: argparse.Namespace) -> dict:
             context=256,
             limit=len(choosing.chats[ENGLISH]),
         )
-        bench = Bench(onto, base, chat, _template_rows(onto, base, chat))
+        bench = Bench(onto, base, chat, template_rows(onto, base, chat))
         pieces = pieces_of(onto, options.pieces) + (outside(onto) if options.embeddings else [])
         learned = learn_scales(bench, Runner(bench.model, exam), pieces, limit, options.steps)
         lines = [

@@ -12,7 +12,7 @@ from lapis.model.load import save
 from lapis.plan.causal import sweep
 from lapis.plan.exam import Runner, make_exam
 from lapis.plan.gradient import Gradients
-from lapis.plan.make import _template_rows
+from lapis.plan.make import template_rows
 from lapis.plan.pieces import outside, pieces_of
 from lapis.plan.scales import learn_scales
 from lapis.plan.swap import Bench
@@ -22,7 +22,7 @@ from lapis.text.corpus import chats
 @pytest.fixture
 def bench(pair):
     base, chat = open_checkpoint(pair.base), open_checkpoint(pair.chat)
-    return Bench(base, base, chat, _template_rows(base, base, chat))
+    return Bench(base, base, chat, template_rows(base, base, chat))
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ def test_gradient_times_difference_is_the_slope(bench, runner):
 
 def test_learned_scales_beat_the_single_scale_of_their_cost(pair):
     onto, base, chat = (open_checkpoint(folder) for folder in (pair.onto, pair.base, pair.chat))
-    bench = Bench(onto, base, chat, _template_rows(onto, base, chat))
+    bench = Bench(onto, base, chat, template_rows(onto, base, chat))
     runner = Runner(bench.model, make_exam(pair.tokenizer, chats(pair.chats), pair.texts, context=63))
     pieces = pieces_of(onto, "halves")
     learned = learn_scales(bench, runner, pieces, 0.05, steps=25)

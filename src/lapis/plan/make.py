@@ -86,7 +86,8 @@ def plan(
         )
     study = None
     if chats is not None:  # all that can be wrong with the data is told before a weight is read
-        tokenizer = Tokenizer.open(two)
+        tokenizer, rows_of_template = _tokenizer(home, two), template_rows(home, one, two)
+        tokenizer.check_rows(shape.vocab)
         exam = _exam(tokenizer, chats, text, choices, min(context, shape.context), limit)
     table = differences(one, two, spectra, lambda done, total: tell("tensors", done, total))
     rows = {p.label: tensor_signals(table, p) for p in [*everywhere, *parts]}
@@ -96,7 +97,7 @@ def plan(
     )  # fmt: skip
     if chats is not None:
         candidates = list(dict.fromkeys([*everywhere, *parts, *(outside(home) if onto is None else [])]))
-        study = _Study(Bench(home, one, two, _template_rows(home, one, two)), exam, tokenizer, home is one, replies)
+        study = _Study(Bench(home, one, two, rows_of_template), exam, tokenizer, home is one, replies)
         study.sweep(candidates, sweeps, lambda done, total: tell("pieces", done, total))
         study.fill(rows, candidates)
         if gradients:
@@ -222,12 +223,17 @@ def _opened(model: Model) -> Checkpoint:
 def _check_models(base: Checkpoint, chat: Checkpoint, home: Checkpoint) -> ModelConfig:
     """The shape that all share; raises CheckpointError where they do not."""
     shapes = [read_config(model) for model in (base, chat, home)]
-    for model, shape in zip((base, chat, home), shapes, strict=True):
+    for role, model, shape in zip(("base", "chat", "onto"), (base, chat, home), shapes, strict=True):
         if shape.head != "lm" or not shape.causal or shape.image is not None:
             raise CheckpointError(f"plan: {model.source} is no causal language model; plans are made for these only")
         for key in SHAPE:
             mine, first = getattr(shape, key), getattr(shapes[1], key)
-            if mine != first:
+            if key == "vocab" and role == "base" and mine != first:
+                raise CheckpointError(
+                    f"plan: {base.source} has {mine:,} rows of tokens and {chat.source} {first:,}; chats cannot be "
+                    f"measured on base before it has chat's tokens (lapis tokenizer extend)"
+                )
+            if mine != first and key != "vocab":
                 raise CheckpointError(
                     f"plan: {key} is {mine} in {model.source} and {first} in {chat.source}; these are not parent and "
                     f"child"
@@ -256,13 +262,32 @@ def _exam(
     return exam
 
 
-def _template_rows(home: Checkpoint, base: Checkpoint, chat: Checkpoint) -> list[int]:
-    """Ids of the chat template's tokens, whose rows are chat's throughout."""
-    words, origin = open_vocabulary(chat), open_vocabulary(base)
-    if words is None:
-        return []
-    rows = min(chat.info(name).shape[0] for name in chat.names if is_vocabulary(chat.part(name)))
-    return [words.ids[token] for token in template_tokens(words, origin) if words.ids[token] < rows]
+def template_rows(home: Checkpoint, base: Checkpoint, chat: Checkpoint) -> dict[int, int]:
+    """Row in home -> row in chat of the chat template's tokens; these rows are chat's throughout.
+
+    Raises CheckpointError where home has no place for one.
+    """
+    words, origin, own = (open_vocabulary(model) for model in (chat, base, home))
+    if words is None or own is None:
+        return {}
+    tokens = template_tokens(words, origin)
+    if lacking := [token for token in tokens if token not in own.ids]:
+        raise CheckpointError(
+            f"plan: {home.source} has no {', '.join(lacking)}, which chat's template writes; add it with lapis "
+            f"tokenizer extend, or plan without onto"
+        )
+    return {own.ids[token]: words.ids[token] for token in tokens}
+
+
+def _tokenizer(home: Checkpoint, chat: Checkpoint) -> Tokenizer:
+    """The tokenizer to measure with: chat's, or where home has other tokens home's, with chat's template."""
+    words, own = open_vocabulary(chat), open_vocabulary(home)
+    tokenizer = Tokenizer.open(chat)
+    if words is None or own is None or words.ids == own.ids:
+        return tokenizer
+    other = Tokenizer.open(home)
+    other.templates = other.templates or dict(tokenizer.templates)
+    return other
 
 
 def _scale(piece: Piece, scale: float) -> dict[str, Any]:

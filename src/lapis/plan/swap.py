@@ -5,7 +5,7 @@ without a trace. At most one tensor of each model is held beside the model, larg
 template's tokens are chat's from the start, as in a graft: base never trained them. Leaves out: measuring.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 import torch
@@ -25,12 +25,14 @@ CHUNK = 1 << 22  # elements of a large tensor that are mixed at a time
 class Bench:
     """The model of `home` (base itself, or a continuation of it), loaded; differences are chat - base.
 
-    template: token ids whose rows are chat's throughout. model: the Transformer, in float32.
+    template: rows of home -> rows of chat that they are throughout. model: the Transformer, in float32.
     """
 
-    def __init__(self, home: Checkpoint, base: Checkpoint, chat: Checkpoint, template: Iterable[int] = ()) -> None:
+    def __init__(
+        self, home: Checkpoint, base: Checkpoint, chat: Checkpoint, template: Mapping[int, int] | None = None
+    ) -> None:
         self.home, self.base, self.chat = home, base, chat
-        self.template = sorted(template)
+        self.template = dict(template or {})
         self._names = {"base": counterparts(home, base), "chat": counterparts(home, chat)}
         self._targets = {name: (rule, targets) for name, rule, targets in plan_load(home).steps}
         self.model: Transformer = load(home, torch.float32)
@@ -74,7 +76,7 @@ class Bench:
         rule, targets = self._targets[name]
         found = self._delta(name, 0, self.home.info(name).elements).view(self.home.info(name).shape)
         if name in self.vocabulary:
-            found[self.template] = 0
+            found[list(self.template)] = 0
         return TRANSFORMS[rule.transform].here(found, len(targets))
 
     def _mixed(self, name: str, side: Side, scale: float, first: int, last: int) -> Tensor:
@@ -89,5 +91,5 @@ class Bench:
 
     def _put_template(self, name: str) -> None:
         (target,) = self._targets[name][1]
-        for row in self.template:
-            self._parameters[target][row] = self.chat.read_rows(self._names["chat"][name], row, row + 1)[0].float()
+        for row, other in self.template.items():
+            self._parameters[target][row] = self.chat.read_rows(self._names["chat"][name], other, other + 1)[0].float()
