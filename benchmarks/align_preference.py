@@ -47,7 +47,7 @@ NEW = {"dim": 192, "layers": 4, "heads": 4, "ffn_dim": 512, "tied": True, "conte
 BASE: dict[str, Any] = {"steps": 1000, "batch": 16, "optimizer": "muon", "lr": 3e-3}
 TUNE: dict[str, Any] = {"epochs": 3, "batch": 16, "lr": 1e-3}
 ALIGN: dict[str, dict[str, Any]] = {
-    "reward": {"epochs": 5, "batch": 32, "lr": 1e-3},
+    "reward": {"epochs": 3, "batch": 32, "lr": 1e-3},
     "dpo": {"epochs": 4, "batch": 32, "lr": 3e-4},
     "ipo": {"epochs": 4, "batch": 32, "lr": 3e-4},
     "kto": {"epochs": 4, "batch": 32, "lr": 3e-4},
@@ -116,7 +116,7 @@ def by_source(held_out: list[Pair]) -> dict[str, list[Pair]]:
 
 
 def memory(threads: int) -> dict[str, Any]:
-    """Peak memory of three steps of each, less what the process holds with the model in it."""
+    """Peak memory of two steps of each, and how much more that is than the process held with the model in it."""
     found: dict[str, Any] = {"run": "memory"}
     for kind in ("chat", "dpo"):
         command = [sys.executable, __file__, f"memory-{kind}", "--threads", str(threads)]
@@ -127,12 +127,12 @@ def memory(threads: int) -> dict[str, Any]:
 
 
 def memory_of(kind: str, threads: int) -> dict[str, Any]:
-    """3 steps of 4,096 places: 16 chats of 256 tokens, or 8 pairs of them, half of each the reply's."""
+    """Two steps of 2,048 places: 8 chats of 256 tokens, or 4 pairs of them, half of each the reply's."""
     torch.set_num_threads(threads)
     words = [f"word{i} " for i in range(4000)]
     tokenizer = train_tokenizer(["".join(words)], 8192)
     torch.manual_seed(0)
-    shape = {"dim": 512, "layers": 8, "heads": 8, "ffn_dim": 1408, "tied": True, "context": 256}
+    shape = {"dim": 384, "layers": 6, "heads": 6, "ffn_dim": 1024, "tied": True, "context": 256}
     model = Transformer(ModelConfig(vocab=tokenizer.rows, **shape))
     lora.wrap(model, lora.LoraConfig(rank=8))
     random = np.random.default_rng(0)
@@ -142,16 +142,16 @@ def memory_of(kind: str, threads: int) -> dict[str, Any]:
 
     objective: Any
     if kind == "chat":
-        chats = [corpus.Chat([half(tokenizer, said("user")), said("assistant")], Path("made"), i) for i in range(48)]
+        chats = [corpus.Chat([half(tokenizer, said("user")), said("assistant")], Path("made"), i) for i in range(16)]
         objective = Chat(tokenizer, chats, context=256)
     else:
         made = [Pair([half(tokenizer, said("user"))], said("assistant"), said("assistant"), Path("made"), i)
-                for i in range(24)]  # fmt: skip
+                for i in range(8)]  # fmt: skip
         objective = Dpo(tokenizer, made, context=256)
     gc.collect()
     before = resident()
-    batch = 16 if kind == "chat" else 8
-    config = TrainConfig(steps=3, batch=batch, precision="float32", threads=threads, sample_every=0, log_every=1)
+    batch = 8 if kind == "chat" else 4
+    config = TrainConfig(steps=2, batch=batch, precision="float32", threads=threads, sample_every=0, log_every=1)
     with tempfile.TemporaryDirectory() as folder:
         result = train(model, objective, config, Path(folder) / "out", watch=Silent())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lapis.cli.main import main
 from lapis.errors import ConfigError, DataError, LapisError, TrainingError
 from lapis.evaluate.preference import calibration_error, pair_figures, reply_log_probabilities, score_pairs
 from lapis.evaluate.replies import collate, log_probabilities, reply_rewards, rewards
@@ -258,6 +259,26 @@ def test_figures_of_pairs_by_hand() -> None:
     assert found["loss"] == pytest.approx(np.mean(np.log1p(np.exp([-2, 1, 0, -2]))))
     assert calibration_error([0.75] * 4, [1, 1, 1, 0]) == 0 and calibration_error([0.95] * 2, [0, 0]) == 0.95
     assert pair_figures([1.0], [0.0], [4], [4])["longer_preferred"] is None
+
+
+def test_lapis_eval_scores_pairs(
+    tokenizer: Tokenizer, new_model: NewModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = new_model()
+    save(model, tmp_path / "base")
+    with torch.no_grad():
+        next(model.parameters()).add_(0.01)
+    save(model, tmp_path / "tuned")
+    for name in ("base", "tuned"):
+        tokenizer.save(tmp_path / name)
+    lines = [{"prompt": p.prompt, "chosen": p.chosen["content"], "rejected": p.rejected["content"]} for p in PAIRS]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    told = ["eval", str(tmp_path / "tuned"), "--pairs", str(tmp_path / "pairs.jsonl"), "--json"]
+    main([*told, "--reference", str(tmp_path / "base")])
+    found = json.loads(capsys.readouterr().out)["pairs"]
+    assert found["by"] == "log-ratio to the reference" and found["pairs"] == 12 and found["margin"] != 0
+    main(told)
+    assert json.loads(capsys.readouterr().out)["pairs"]["by"] == "log-probability per token"
 
 
 def _state() -> Any:
