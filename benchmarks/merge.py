@@ -150,14 +150,17 @@ open(sys.argv[1], "w").write(json.dumps(figures))
 """
 
 
-def measured(command: list[str], log: Path, touch: int) -> tuple[float, int, float, int]:
+def measured(command: list[str], log: Path, touch: int, warm: list[str]) -> tuple[float, int, float, int]:
     """Seconds, peak resident bytes, CPU seconds and exit status of one process.
 
     A small launcher starts it: the kernel counts the parent's pages at the time of the fork as the child's. Before it,
-    `touch` bytes are written and freed, so that on a virtual machine no contestant waits for memory from the host.
+    `touch` bytes are written and freed, so that on a virtual machine no contestant waits for memory from the host, and
+    the files `warm` are read into the page cache.
     """
     figures = log.with_suffix(".json")
     subprocess.run([sys.executable, "-S", "-c", TOUCH.format(size=touch)], check=True)
+    if warm:
+        subprocess.run(["cat", *warm], stdout=subprocess.DEVNULL, check=True)
     with log.open("wb") as told:
         subprocess.run(
             [sys.executable, "-S", "-c", LAUNCH, str(figures), *command], stdout=told, stderr=told, check=True
@@ -219,17 +222,21 @@ def main() -> None:
     model_bytes = sum(p.stat().st_size for p in (place / "onto").glob("*.safetensors"))
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     touch = min(model_bytes + (1 << 30), int(0.8 * free))  # never so much that inputs leave the page cache
+    inputs = [str(p) for name in ("base", "chat", "onto") for p in sorted((place / name).glob("*.safetensors"))]
+    warm = inputs if 5 * model_bytes < free else []  # inputs that do not fit stay on the disk for everybody
     seen: dict[str, list[tuple[float, int, float]]] = {}
     failed: dict[str, str] = {}
     for turn in range(given.rounds):
-        for name, command in contestants(place, methods, given.peer_python).items():
+        for name, template in contestants(place, methods, given.peer_python).items():
             if given.only not in name or name in failed:
                 continue
             out = place / "out"
             shutil.rmtree(out, ignore_errors=True)
             out.unlink(missing_ok=True) if out.is_file() else None
             log = place / "log.txt"
-            seconds, peak, cpu, status = measured([part.replace("{out}", str(out)) for part in command], log, touch)
+            seconds, peak, cpu, status = measured(
+                [part.replace("{out}", str(out)) for part in command], log, touch, warm
+            )
             if status:
                 failed[name] = log.read_text(errors="replace").strip().splitlines()[-1][:200]
                 print(f"{name}: exit {status}: {failed[name]}", file=sys.stderr)
