@@ -2,15 +2,19 @@
 
 import gzip
 import json
+import random
+import sys
 import tracemalloc
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lapis.errors import DataError
+from lapis.errors import DataError, MissingExtra
 from lapis.text import corpus
 from lapis.text.corpus import chats, documents, files, kind_of, texts
 
@@ -193,3 +197,63 @@ def test_files_that_are_not_there_or_unknown(tmp_path: Path) -> None:
     assert 'no such file; did you mean "train.jsonl"?' in refused(documents, tmp_path / "trian.jsonl")
     assert "no file matches" in refused(documents, f"{tmp_path}/*.txt")
     assert "not known" in refused(documents, put(tmp_path, "a.csv", "a"))
+
+
+def parquet(folder: Path, name: str, columns: dict[str, Any], **options: Any) -> Path:
+    pyarrow.parquet.write_table(pyarrow.table(columns), folder / name, **options)
+    return folder / name
+
+
+def test_fault_58_truncated_or_false_zst_and_parquet(tmp_path: Path) -> None:
+    whole = pyarrow.Codec("zstd").compress(random.Random(0).randbytes(300).hex().encode() * 500, asbytes=True)
+    assert "the zstd stream ends too early" in refused(documents, put(tmp_path, "a.txt.zst", whole[: len(whole) // 2]))
+    assert "not zstd, or damaged" in refused(documents, put(tmp_path, "b.txt.zst", b"plain text"))
+    texts = [random.Random(i).randbytes(200).hex() for i in range(300)]
+    raw = parquet(tmp_path, "whole.parquet", {"text": texts}, row_group_size=100).read_bytes()
+    for cut in (0, 3, len(raw) // 2, len(raw) - 1):
+        assert "not parquet, or truncated" in refused(documents, put(tmp_path, "c.parquet", raw[:cut]))
+    at = len(raw) // 2
+    damaged = raw[:at] + bytes(200) + raw[at + 200 :]
+    line = refused(documents, put(tmp_path, "d.parquet", damaged))
+    assert "damaged after row" in line or "NUL" in line or "not UTF-8" in line
+
+
+def test_parquet_that_is_not_text(tmp_path: Path) -> None:
+    one = parquet(tmp_path, "one.parquet", {"id": [1], "body": ["a"], "n": [2]})
+    assert [d.text for d in documents(one)] == ["a"] and kind_of(one) == "documents"
+    assert "is empty" in refused(documents, parquet(tmp_path, "none.parquet", {"text": pyarrow.array([], "string")}))
+    assert "row 2: text is null" in refused(documents, parquet(tmp_path, "null.parquet", {"text": ["a", None]}))
+    assert "row 1: text is a number" in refused(documents, parquet(tmp_path, "n.parquet", {"text": [1]}))
+    assert 'field text is missing; did you mean "txt"' in refused(
+        documents, parquet(tmp_path, "m.parquet", {"txt": ["a"]})
+    )
+    latin = pyarrow.Array.from_buffers(pyarrow.string(), 2, pyarrow.array([b"fine", b"caf\xe9"], "binary").buffers())
+    assert "row 2: text is not UTF-8 at byte 3 (0xe9)" in refused(
+        documents, parquet(tmp_path, "latin.parquet", {"text": latin})
+    )
+
+
+def test_two_fields_that_could_be_the_text_are_both_named(tmp_path: Path) -> None:
+    both = {"text": "a", "content": "b"}
+    for path in (
+        put(tmp_path, "both.jsonl", json.dumps({"text": "a"}) + "\n" + json.dumps(both)),
+        parquet(tmp_path, "both.parquet", {name: [value] for name, value in both.items()}),
+    ):
+        assert "text and content could both be the text; say which with field" in refused(documents, path)
+    assert [d.text for d in documents(tmp_path / "both.parquet", field="content")] == ["b"]
+    assert "the field body is missing" in refused(lambda p: documents(p, field="body"), tmp_path / "both.parquet")
+    body = put(tmp_path, "body.jsonl", json.dumps({"body": "a", "text_id": 3}))
+    assert [d.text for d in documents(body)] == ["a"]
+    talk = put(tmp_path, "talk.jsonl", json.dumps({"messages": GOOD["messages"], "conversations": GOOD["messages"]}))
+    assert "messages and conversations could both be the chat" in refused(chats, talk)
+    named = put(tmp_path, "named.jsonl", json.dumps({"dialog": GOOD["messages"], "text": "x"}))
+    assert kind_of(named, "dialog") == "chats" and len(list(chats(named, "dialog"))) == 1
+
+
+def test_a_missing_extra_names_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = parquet(tmp_path, "a.parquet", {"text": ["a"]})
+    pressed = put(tmp_path, "a.txt.zst", pyarrow.Codec("zstd").compress(b"abc", asbytes=True))
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    for source in (path, pressed):
+        with pytest.raises(MissingExtra, match=r"pyarrow is not installed; pip install 'lapis\[data\]'"):
+            list(documents(source))

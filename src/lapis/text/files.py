@@ -57,6 +57,11 @@ def files(paths: Source | Iterable[Source]) -> list[Path]:
     return list(found)
 
 
+def cache_folder() -> Path:
+    """Where what was made from data is kept for later runs: $LAPIS_CACHE, by default ~/.cache/lapis."""
+    return Path(os.environ.get("LAPIS_CACHE") or "~/.cache/lapis").expanduser()
+
+
 def suffix(path: Path) -> str:
     """The kind of a file, whether it is compressed or not: ".txt", ".jsonl", ..."""
     return Path(path.stem).suffix.lower() if pressed(path) else path.suffix.lower()

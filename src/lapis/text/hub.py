@@ -6,13 +6,17 @@ in a format that lapis does not read is taken as the hub's own conversion to par
 Leaves out: reading (corpus.py), models (checkpoint/hub.py).
 """
 
+import json
 import re
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
+from urllib.parse import quote
 
+from lapis.checkpoint.commit import commit_file
+from lapis.checkpoint.files import read_json
 from lapis.config import nearest
 from lapis.errors import DataError
-from lapis.text.files import KINDS, suffix
+from lapis.text.files import KINDS, cache_folder, suffix
 
 CONVERTED = "refs/convert/parquet"
 _SPEC = re.compile(rf"hub:([\w.-]+/[\w.-]+)(?:@({CONVERTED}|[^/]+))?(?:/(.+))?")
@@ -61,36 +65,46 @@ def _folders(names: list[str]) -> list[str]:
 
 
 def _listing(spec: str, repository: str, revision: str | None) -> tuple[str, list[str]]:
-    """The commit, and the names of the files in it."""
+    """The commit, and the names of the files in it; those of last time where the hub must not be asked."""
     import huggingface_hub
     from huggingface_hub import errors
 
+    known = cache_folder() / "hub" / f"{repository.replace('/', '--')}@{quote(revision or 'main', safe='')}.json"
     try:
         info = huggingface_hub.HfApi().dataset_info(repository, revision=revision)
-        return str(info.sha), [entry.rfilename for entry in info.siblings or []]
     except errors.OfflineModeIsEnabled:
-        pass
-    except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
+        if not known.is_file():
+            raise DataError(f"{spec}: is not in the cache, and HF_HUB_OFFLINE forbids to fetch it") from None
+        listed = read_json(known)
+        return str(listed["commit"]), list(listed["files"])
+    except Exception as error:
+        if not _of_network(error):
+            raise
         raise _refusal(spec, repository, revision, error) from None
-    try:
-        root = Path(
-            huggingface_hub.snapshot_download(
-                repository, repo_type="dataset", revision=revision, local_files_only=True, token=False
-            )
-        )
-    except (errors.LocalEntryNotFoundError, OSError):
-        raise DataError(f"{spec}: is not in the cache, and HF_HUB_OFFLINE forbids to fetch it") from None
-    return root.name, [path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()]
+    commit, names = str(info.sha), [entry.rfilename for entry in info.siblings or []]
+    known.parent.mkdir(parents=True, exist_ok=True)
+    with commit_file(known, overwrite=True) as temporary:
+        temporary.write_text(json.dumps({"commit": commit, "files": names}))
+    return commit, names
 
 
 def _download(spec: str, repository: str, commit: str, name: str) -> Path:
     import huggingface_hub
-    from huggingface_hub import errors
 
     try:
         return Path(huggingface_hub.hf_hub_download(repository, name, repo_type="dataset", revision=commit))
-    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.HFValidationError, OSError) as error:
+    except Exception as error:
+        if not _of_network(error):
+            raise
         raise _refusal(f"{spec}: {name}", repository, commit, error) from None
+
+
+def _of_network(error: Exception) -> bool:
+    """True for what the hub or the way to it raises; the HTTP library beneath huggingface_hub has had several names."""
+    from huggingface_hub import errors
+
+    known = (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.HFValidationError, OSError)
+    return isinstance(error, known) or type(error).__module__.startswith(("httpx", "httpcore", "requests", "urllib3"))
 
 
 def _refusal(spec: str, repository: str, revision: str | None, error: Exception) -> DataError:

@@ -11,7 +11,6 @@ Leaves out: packing itself (packing.py), drawing from a mixture (mixture.py).
 """
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Any, Literal
 from lapis.checkpoint.files import read_json
 from lapis.errors import ConfigError, DataError
 from lapis.text.corpus import kind_of
-from lapis.text.files import files
+from lapis.text.files import cache_folder, files
 from lapis.text.mixture import Data, Mixture
 from lapis.text.packing import Report, pack, processors
 from lapis.text.rows import MANIFEST, Rows
@@ -145,7 +144,7 @@ def _cached(listed: list[Path], wanted: Wanted) -> Rows:
 
     shape = Shape(wanted.kind, wanted.length, wanted.too_long)
     job = Job(shape, wanted.field, parts([path.absolute() for path in listed]), wanted.tokenizer.digest())
-    folder = Path(os.environ.get("LAPIS_CACHE") or "~/.cache/lapis").expanduser() / "rows" / job.key[:24]
+    folder = cache_folder() / "rows" / job.key[:24]
     if (folder / MANIFEST).is_file() and read_json(folder / MANIFEST).get("job") == job.key:
         return Rows.open(folder)
     workers = wanted.workers or processors()
