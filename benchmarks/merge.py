@@ -203,7 +203,7 @@ def main() -> None:
     options.add_argument("--size", choices=SHAPES, default="0.5b")
     options.add_argument("--rounds", type=int, default=3)
     options.add_argument("--methods", default="task_arithmetic", help=f"comma list of {', '.join(METHODS)}, or none")
-    options.add_argument("--only", default="", help="run contestants whose name holds this text")
+    options.add_argument("--only", default="", help="comma list: run contestants whose name holds one of these")
     options.add_argument("--peer-python", help="an interpreter that has mergekit 0.1.5")
     options.add_argument("--work", type=Path, default=ROOT / "build" / "bench")
     options.add_argument("--keep", action="store_true", help="keep the checkpoints for the next run")
@@ -228,15 +228,14 @@ def main() -> None:
     failed: dict[str, str] = {}
     for turn in range(given.rounds):
         for name, template in contestants(place, methods, given.peer_python).items():
-            if given.only not in name or name in failed:
+            if not any(part in name for part in given.only.split(",")) or name in failed:
                 continue
             out = place / "out"
             shutil.rmtree(out, ignore_errors=True)
             out.unlink(missing_ok=True) if out.is_file() else None
             log = place / "log.txt"
-            seconds, peak, cpu, status = measured(
-                [part.replace("{out}", str(out)) for part in command], log, touch, warm
-            )
+            command = [part.replace("{out}", str(out)) for part in template]
+            seconds, peak, cpu, status = measured(command, log, touch, warm)
             if status:
                 failed[name] = log.read_text(errors="replace").strip().splitlines()[-1][:200]
                 print(f"{name}: exit {status}: {failed[name]}", file=sys.stderr)
