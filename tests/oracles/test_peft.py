@@ -10,7 +10,8 @@ import torch
 
 from lapis.model import ModelConfig, Transformer, load, save
 from lapis.model.adapter import write_adapter
-from lapis.model.lora import LoraConfig, LoraLinear, off, token_rows, wrap
+from lapis.model.lora import LoraConfig, LoraLinear, of, off, token_rows, wrap
+from lapis.weights.fuse import fuse
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -105,3 +106,34 @@ def test_what_peft_writes_is_the_same_here(family: str, kind: str, tmp_path: Pat
     write_adapter(ours, tmp_path / "again")  # what was read can be written
     again = load(tmp_path / "again")
     torch.testing.assert_close(again(IDS), ours(IDS), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", SHAPES)
+def test_fuse_gives_the_weights_of_merge_and_unload(family: str, kind: str, dtype: str, tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    base = dataclasses.replace(SHAPES[family], **({"head": "masked", "classes": 0, "pooler": False}
+                                                  if family == "bert" else {}))  # fmt: skip
+    stored = getattr(torch, dtype)
+    save(Transformer(base).to(stored), tmp_path / "base")
+    head: dict[str, Any] = {"head": "classes", "classes": 4} if family == "bert" else {}
+    model = load(tmp_path / "base", dtype=torch.float32, **head)  # the classifier is one that the base lacks
+    wrap(model, KINDS[kind], str(tmp_path / "base"))
+    disturb(model)
+    write_adapter(model, tmp_path / "adapter")
+    result = fuse(tmp_path / "adapter", tmp_path / "fused")
+    labels = {"num_labels": 4} if family == "bert" else {}
+    theirs = shape_of(family).from_pretrained(tmp_path / "base", dtype=stored, **labels)
+    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").merge_and_unload()
+    ours = shape_of(family).from_pretrained(tmp_path / "fused", dtype=stored)
+    assert type(ours) is type(theirs) and result.tensors["merged"] > 0
+    # PEFT computes DoRA's lengths in the base's dtype, we in float32 whatever that is
+    tolerance = torch.finfo(stored).eps * (4 if kind == "dora" and dtype == "bfloat16" else 1)
+    for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
+    assert ours.config.tie_word_embeddings == base.tied
+    here = load(tmp_path / "fused")
+    assert here.config.tied == base.tied and not of(here)
+    if dtype == "float32":
+        torch.testing.assert_close(here(IDS), model(IDS), rtol=0, atol=1e-5)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lapis.checkpoint import Checkpoint, open_checkpoint
 from lapis.errors import ConfigError
 from lapis.generate.options import Runtime
+from lapis.model.adapter import fold
 from lapis.model.heads import LanguageHead
 from lapis.model.load import load
 from lapis.model.transformer import Mlp, Transformer
@@ -60,11 +61,13 @@ def open_ready(folder: str | Path, runtime: Runtime = Runtime()) -> tuple[Transf
     ConfigError for a device that is not there.
     """
     device = _device(runtime.device)
-    checkpoint = open_checkpoint(folder)
+    checkpoint = open_checkpoint(folder, adapters=True)
     with ThreadPoolExecutor(1) as pool:
         opening = pool.submit(_tokenizer, checkpoint)
         dtype: torch.dtype | None = getattr(torch, runtime.dtype) if runtime.dtype else None
-        model = ready(load(checkpoint, dtype, device, placed=_pack))
+        adapted = checkpoint.adapter is not None
+        model = load(checkpoint, dtype, device, placed=None if adapted else _pack)
+        model = ready(fold(model) if adapted else model)
         tokenizer = opening.result()
     tokenizer.check_rows(model.config.vocab)
     return model, tokenizer

@@ -41,7 +41,7 @@ def open_models(
     """
     checked = []
     for source in sources:
-        checkpoint = open_checkpoint(source)
+        checkpoint = open_checkpoint(source, adapters=True)
         if checkpoint.family is None:
             kind = checkpoint.config.get("model_type", "unknown")
             raise LapisError(

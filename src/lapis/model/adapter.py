@@ -5,6 +5,7 @@ what was not adapted of them is rows of zeros there. Leaves out: what LoRA compu
 (checkpoint/adapter.py).
 """
 
+import dataclasses
 import json
 import math
 import os
@@ -51,7 +52,7 @@ def write_adapter(model: Transformer, folder: Path | str) -> None:
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     shapes = {name: (dtype_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in sorted(tensors.items())}
     with (folder / WEIGHTS).open("wb") as file:
-        file.write(header_bytes(shapes, {"format": "pt"}))
+        file.write(header_bytes(shapes, {"format": "pt", **_labels(model)}))
         for name in shapes:
             tensor = tensors[name].detach().cpu().contiguous()
             file.write(tensor.view(-1).view(torch.uint8).numpy().data)
@@ -96,6 +97,7 @@ def attach(model: Transformer, adapter: Adapter) -> Transformer:
         adapted.originals[name] = parameter.detach().clone()
         parameter.data = tensor.to(parameter.device, parameter.dtype)
         parameter.requires_grad_(True)
+    _read_labels(model, adapter)
     return model
 
 
@@ -174,6 +176,23 @@ def _tensors(model: Transformer) -> dict[str, Tensor]:
     for name, (sources, rule) in disk_layout(config, whole).items():
         found[LEAD + name] = TRANSFORMS[rule.transform].disk(tuple(model.get_parameter(s).detach() for s in sources))
     return found
+
+
+def _labels(model: Transformer) -> dict[str, str]:
+    """The names of a classifier's classes, for which adapter_config.json has no place."""
+    names = model.config.extra.get("id2label") if model.config.head == "classes" else None
+    return {"id2label": json.dumps(names, ensure_ascii=False)} if names else {}
+
+
+def _read_labels(model: Transformer, adapter: Adapter) -> None:
+    text = adapter.weights.headers[WEIGHTS].metadata.get("id2label", "null")
+    try:
+        names = json.loads(text)
+    except ValueError:
+        names = None
+    if isinstance(names, dict) and len(names) == model.config.classes and all(map(str.isdecimal, names)):
+        extra = {"id2label": names, "label2id": {str(label): int(number) for number, label in names.items()}}
+        model.config = dataclasses.replace(model.config, extra={**model.config.extra, **extra})
 
 
 def _config(model: Transformer, adapted: Adapted) -> dict[str, Any]:

@@ -1,0 +1,31 @@
+"""`lapis fuse`: an adapter added to its base."""
+
+from lapis.cli.graft import bar, told
+from lapis.cli.output import show
+
+
+def fuse(
+    adapter: str,
+    /,
+    *,
+    out: str,
+    base: str | None = None,
+    overwrite: bool = False,
+    allow_nonfinite: bool = False,
+    json: bool = False,
+) -> None:
+    """Add an adapter (LoRA, DoRA; PEFT's format) to the model that it was trained on, as a model of its own.
+
+    Args:
+        adapter: An adapter folder.
+        out: A new folder.
+        base: The model that the adapter belongs to, where it is not at the place that the adapter names.
+        overwrite: Swap an existing folder for the new one, whole.
+        allow_nonfinite: Count NaN and Inf instead of stopping.
+        json: Print one JSON object.
+    """
+    from lapis.weights.fuse import fuse as run
+
+    with bar("fusing") as tell:
+        result = run(adapter, out, base=base, overwrite=overwrite, allow_nonfinite=allow_nonfinite, progress=tell)
+    show(result.to_json(), json, lambda: told(result))
