@@ -2,9 +2,9 @@
 
     python benchmarks/align_policy.py [--seeds 0 1 2] [--folder DIR] [--write]
 
-The model is made here, in about a minute: chats that ask to sort some digits, a quarter of them answered right and the
-rest with the digits in any order, so that it knows the form of a reply and is right about as often. The reward is 1
-where the reply is the sorted digits and nothing else. Held-out requests are in no training chat and no rollout. Told are
+The model is made here, in about a minute: chats that ask to sort some digits, a quarter of them answered right and
+the rest with the digits in any order, so that it knows the form of a reply and is right about as often. The reward is
+1 where the reply is the sorted digits and nothing else. Held-out requests are in no training chat and no rollout. Told are
 the mean reward of replies drawn at temperature 1 to held-out requests, before and after, that of the likeliest reply,
 and minutes of training on this machine. Leaves out: tasks that need a larger model.
 """
@@ -79,7 +79,9 @@ def mean_reward(model: Transformer, tokenizer: Tokenizer, rows: list[dict[str, A
     return sum(right) / len(right)
 
 
-def one_run(name: str, seed: int, options: argparse.Namespace, lists: list[list[str]], held: list[dict[str, Any]]) -> dict[str, float]:
+def one_run(
+    name: str, seed: int, options: argparse.Namespace, lists: list[list[str]], held: list[dict[str, Any]]
+) -> dict[str, float]:
     model = load(options.folder / "start", dtype=torch.float32)
     tokenizer = Tokenizer.open(options.folder / "start")
     shared: dict[str, Any] = {"rewards": REWARD, "context": 64, "max_tokens": 12}
@@ -89,8 +91,10 @@ def one_run(name: str, seed: int, options: argparse.Namespace, lists: list[list[
         "ppo": lambda: PPO(tokenizer, records(lists), group=1, updates=4, kl=0.01, **shared),
     }[name]()
     batch = 128 if name == "ppo" else 16
-    config = TrainConfig(steps=options.steps, batch=batch, lr=options.lr, warmup=5, decay=0.2, seed=seed, weight_decay=0.0,
-                         precision="float32", threads=1, sample_every=60, log_every=10)  # fmt: skip
+    config = TrainConfig(
+        steps=options.steps, batch=batch, lr=options.lr, warmup=5, decay=0.2, seed=seed, weight_decay=0.0,
+        precision="float32", threads=1, sample_every=60, log_every=10,
+    )  # fmt: skip
     start = time.perf_counter()
     result = train(model, made, config, options.folder / f"{name}-{seed}", overwrite=True, fresh=True,
                    watch=Lines(f"{name} {seed}", 20))  # fmt: skip
@@ -121,15 +125,22 @@ def main() -> None:
     tokenizer, start = Tokenizer.open(options.folder / "start"), load(options.folder / "start", dtype=torch.float32)
     before = {"drawn": mean_reward(start, tokenizer, held, 1.0), "likeliest": mean_reward(start, tokenizer, held, 0.0)}
     print(f"before: {before}", file=sys.stderr)
-    lines = ["| method | seed | mean reward, drawn | likeliest reply | minutes | rollout gap |", "|---|---|---:|---:|---:|---:|",
-             f"| start | | {before['drawn']:.2f} | {before['likeliest']:.2f} | | |"]  # fmt: skip
+    lines = [
+        "| method | seed | mean reward, drawn | likeliest reply | minutes | rollout gap |",
+        "|---|---|---:|---:|---:|---:|",
+        f"| start | | {before['drawn']:.2f} | {before['likeliest']:.2f} | | |",
+    ]
     for name in options.methods:
         runs = [one_run(name, seed, options, lists, held) for seed in options.seeds]
         for seed, run in zip(options.seeds, runs, strict=True):
-            lines.append(f"| {name} | {seed} | {run['drawn']:.2f} | {run['likeliest']:.2f} | {run['minutes']:.1f} | {run['gap']:.0e} |")
+            figures = f"{run['drawn']:.2f} | {run['likeliest']:.2f} | {run['minutes']:.1f} | {run['gap']:.0e}"
+            lines.append(f"| {name} | {seed} | {figures} |")
         middle = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
-        lines.append(f"| **{name}** | median | **{middle['drawn']:.2f}** | **{middle['likeliest']:.2f}** | {middle['minutes']:.1f} | |")
-    head = f"{date.today()}: {platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}; {' '.join(sys.argv)}"
+        figures = f"**{middle['drawn']:.2f}** | **{middle['likeliest']:.2f}** | {middle['minutes']:.1f}"
+        lines.append(f"| **{name}** | median | {figures} | |")
+    head = (
+        f"{date.today()}: {platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}; {' '.join(sys.argv)}"
+    )
     print("\n".join([head, "", *lines]))
     if options.write:
         place = Path(__file__).with_name("results") / "align_policy.md"

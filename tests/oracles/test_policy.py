@@ -150,7 +150,7 @@ def test_grpo_is_trls(
                 epsilon_high=0.15,
                 use_bias_correction_kl=unbiased,
             )
-        ),  # fmt: skip
+        ),
         train_dataset=datasets.Dataset.from_list(DATA * GROUP),
     )
     trainer.model.train()

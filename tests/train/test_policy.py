@@ -70,7 +70,9 @@ def test_a_step_in_parts_is_the_step(kind: Any, new_model: Make, tokenizer: Toke
     logs = []
     for accumulate in (1, 2):
         made = objective(kind, tokenizer, kl=0.1)
-        result = train(new_model(), made, settings(4, accumulate=accumulate), tmp_path / str(accumulate), watch=Silent())
+        result = train(
+            new_model(), made, settings(4, accumulate=accumulate), tmp_path / str(accumulate), watch=Silent()
+        )
         logs.append(result.log)
     for one, two in zip(*logs, strict=True):
         assert one["loss"] == pytest.approx(two["loss"], abs=2e-5)
@@ -148,10 +150,10 @@ def test_a_reference_that_is_not_the_policys_parent_is_refused(
     folder = tmp_path / "other"
     save(Transformer(ModelConfig(dim=16, layers=1, heads=2, ffn_dim=16, vocab=tokenizer.rows, context=64)), folder)
     tokenizer.save(folder)
-    with pytest.raises(CheckpointError, match="dim 16 and the policy 32"):
+    with pytest.raises(CheckpointError, match=r"dim 16 and the policy 32"):
         objective(GRPO, tokenizer, kl=0.1, reference=str(folder)).begin(model)
     train_tokenizer(["another text altogether"], 270).save(folder)
-    with pytest.raises(CheckpointError, match="another tokenizer"):
+    with pytest.raises(CheckpointError, match=r"another tokenizer"):
         objective(GRPO, tokenizer, kl=0.1, reference=str(folder))
     far = new_model()
     with torch.no_grad():
@@ -161,7 +163,7 @@ def test_a_reference_that_is_not_the_policys_parent_is_refused(
     tokenizer.save(tmp_path / "far")
     made = objective(GRPO, tokenizer, kl=0.1, reference=str(tmp_path / "far"))
     made.begin(model)
-    with pytest.raises(TrainingError, match="nats per token from the policy before its first step"):
+    with pytest.raises(TrainingError, match=r"nats per token from the policy before its first step"):
         made.prepare(model, next(made.batches(_State(model)))[0])
 
 
@@ -194,7 +196,7 @@ def test_where_nothing_can_be_scored_the_run_ends_in_one_line(
         raise ValueError("no\nway")
 
     made = objective(RLOO, tokenizer, rewards=broken)
-    with pytest.raises(TrainingError, match="no reply of the step could be scored: broken raised ValueError .*no way"):
+    with pytest.raises(TrainingError, match=r"no reply of the step could be scored: broken raised ValueError .*no way"):
         train(new_model(), made, settings(1), tmp_path / "out", watch=Silent())
 
 
@@ -209,9 +211,9 @@ def test_prompts_that_cannot_be_replied_to_are_refused_by_record(tokenizer: Toke
     path.write_text(json.dumps({"promt": "x"}) + "\n")
     with pytest.raises(DataError, match=r'line 1: the field prompt is missing; did you mean "promt"'):
         GRPO(tokenizer, str(path), rewards=worth)
-    with pytest.raises(DataError, match="record 1: prompt is empty"):
+    with pytest.raises(DataError, match=r"record 1: prompt is empty"):
         GRPO(tokenizer, [{"prompt": " "}], rewards=worth)
-    with pytest.raises(ConfigError, match="group is 1"):
+    with pytest.raises(ConfigError, match=r"group is 1"):
         GRPO(tokenizer, DATA, rewards=worth, group=1)
 
 

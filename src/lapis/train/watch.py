@@ -85,7 +85,7 @@ def spelled(row: Mapping[str, Any]) -> str:
     said = f"loss {row['loss']:.3f}"
     if row.get("bits_per_byte") is not None:
         said += f"  {row['bits_per_byte']:.3f} bits/byte"
-    for name, value in list(row.get("metrics", {}).items())[:3]:
+    for name, value in list(row.get("metrics", {}).items())[:5]:
         said += f"  {name.replace('_', ' ')} {value:.3g}"
     left = round(row["seconds_left"])
     return f"{said}  {row['tokens_per_second']:,.0f} tok/s  {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"

@@ -22,18 +22,18 @@ from torch import Tensor, nn
 from lapis.errors import ConfigError, TrainingError
 from lapis.model.transformer import Transformer
 from lapis.text.tokenizer import Tokenizer
-from lapis.train.experience import Experience, joined
-from lapis.train.guards import Guards, repetition
+from lapis.train.experience import Experience
+from lapis.train.guards import Guards
 from lapis.train.objectives.order import in_order
-from lapis.train.prompts import Prompt, read_prompts
+from lapis.train.policy_figures import guard_figures, step_figures
+from lapis.train.prompts import Prompt, Prompts, read_prompts
 from lapis.train.ranks import added, everybodys, mine
 from lapis.train.reference import Reference
-from lapis.train.rewards import Case, Judge, Scores, make_judge
-from lapis.train.rollouts import Rollouts, Said, read_again, roll
+from lapis.train.replying import Replier
+from lapis.train.rewards import Judge, Scores, make_judge
+from lapis.train.rollouts import Said, read_again
 from lapis.train.state import TrainState
-from lapis.train.surrogate import k3
 
-_ROWS = 512  # replies decoded at once
 _SHOWN = 8  # prompts whose replies before and after are kept for people
 
 
@@ -95,13 +95,12 @@ class OnPolicy(ABC):
 
     def __post_init__(self) -> None:
         self._check()
-        room = self.context - self.max_tokens
-        read = {"plain": self.plain, "too_long": self.too_long}
-        self.prompts = read_prompts(self.data, self.tokenizer, room, **read)
-        self.held = None if self.valid is None else read_prompts(self.valid, self.tokenizer, room, **read)
+        self.prompts = self._prompts(self.data)
+        self.held = None if self.valid is None else self._prompts(self.valid)
         self.judge: Judge = make_judge(self.rewards, self.tokenizer, self.reward_seconds)
         for prompts in (self.prompts, *([self.held] if self.held else [])):
             self.judge.check([(row.record, row.where) for row in prompts.rows])
+        self.replier = Replier(self.tokenizer, self.judge, self.max_tokens)
         self.means = self.means | {f"reward_{name}" for name in self.judge.names}
         self.rows = len(self.prompts.rows) * self.updates
         self.notes: list[str] = list(self.judge.notes)
@@ -155,7 +154,7 @@ class OnPolicy(ABC):
             self._reference.begin(model)
             self.notes += self._reference.notes
         self._model = model
-        self._before = self._replies(model, self._shown())
+        self._before = self.replier.likeliest(model, self._shown())
 
     def batches(self, state: TrainState) -> Iterator[tuple[Turn, dict[str, Any]]]:
         cursor = state.cursor or {"order": None, "round": 0, "update": 0, "part": 0}
@@ -192,8 +191,8 @@ class OnPolicy(ABC):
         """Mean reward of the likeliest reply to each held-out prompt, in all and of each reward."""
         if self.held is None:
             return {}
-        rollouts = self._roll(model, self.held.rows, range(len(self.held.rows)), 0, group=1, temperature=0.0)
-        scores = self._score(self.held.rows, rollouts, 1)
+        rollouts = self.replier.roll(model, self.held.rows, range(len(self.held.rows)))
+        scores = self.replier.score(self.held.rows, rollouts)
         found = {"reward": _mean(scores.total)}
         if len(scores.parts) > 1:
             found |= {f"reward_{name}": _mean(values) for name, values in scores.parts.items()}
@@ -211,7 +210,7 @@ class OnPolicy(ABC):
     def write(self, folder: Path) -> None:
         """replies.jsonl: what was said before and after, for people."""
         lines = []
-        for old, new in zip(self._before, self._replies(self._model, self._shown()), strict=True):
+        for old, new in zip(self._before, self.replier.likeliest(self._model, self._shown()), strict=True):
             said = {"before": old["reply"], "before_reward": old["reward"], "after": new["reply"]}
             row = {"prompt": old["prompt"], **said, "after_reward": new["reward"]}
             lines.append(json.dumps(row, ensure_ascii=False))
@@ -242,8 +241,9 @@ class OnPolicy(ABC):
         places = [part * turn.rows + i for part in own for i in range(turn.rows)]
         prompts = [self.prompts.rows[turn.prompts[place]] for place in places]
         draws = hashlib.sha256(f"{turn.seed}/{turn.round}".encode()).digest()
-        rollouts = self._roll(model, prompts, places, int.from_bytes(draws[:7]), self.group, self.temperature)
-        scores = self._score(prompts, rollouts, self.group)
+        rollouts = self.replier.roll(model, prompts, places, group=self.group, temperature=self.temperature,
+                                     seed=int.from_bytes(draws[:7]))  # fmt: skip
+        scores = self.replier.score(prompts, rollouts)
         self._tell(scores)
         device = rollouts.ids_BT.device
         rewards_B = torch.tensor(scores.total, dtype=torch.float32, device=device)
@@ -259,32 +259,6 @@ class OnPolicy(ABC):
         self._guard(turn, experience)
         return experience
 
-    def _roll(
-        self, model: Transformer, prompts: list[Prompt], numbers: Any, seed: int, group: int, temperature: float
-    ) -> Rollouts:
-        training, pieces, size = model.training, [], max(1, _ROWS // group)
-        model.eval()
-        try:
-            for first in range(0, len(prompts), size):
-                some = prompts[first : first + size]
-                pieces.append(roll(model, [row.ids for row in some], list(numbers)[first : first + size],
-                                   self.tokenizer.end_ids, group=group, max_tokens=self.max_tokens,
-                                   temperature=temperature, seed=seed))  # fmt: skip
-        finally:
-            model.train(training)
-        return joined(pieces)
-
-    def _score(self, prompts: list[Prompt], rollouts: Rollouts, group: int) -> Scores:
-        cases = []
-        for i, (ids, mask, ended) in enumerate(
-            zip(rollouts.reply_BR.tolist(), rollouts.mask_BR.tolist(), rollouts.ended_B.tolist(), strict=True)
-        ):
-            row = prompts[i // group]
-            said = [token for token, real in zip(ids, mask, strict=True) if real]
-            text = self.tokenizer.decode(said[:-1] if ended else said, skip_special=True)
-            cases.append(Case(row.asked, text, row.record, row.where, ended, len(said)))
-        return self.judge.score(cases)
-
     def _tell(self, scores: Scores) -> None:
         """A note for the first failure of each reward."""
         for name, why in scores.failures.items():
@@ -293,62 +267,24 @@ class OnPolicy(ABC):
                 self.notes.append(f"reward {name} failed: {why}; such replies teach nothing and are counted (unscored)")
 
     def _guard(self, turn: Turn, experience: Experience) -> None:
-        rollouts, known_B = experience.rollouts, experience.rewards_B.isfinite()
-        tokens = rollouts.mask_BR.sum().double()
-        repeats = repetition(rollouts.reply_BR.tolist(), rollouts.mask_BR.sum(1).tolist())
-        sums = torch.stack([
-            known_B.sum().double(), experience.rewards_B[known_B].double().sum(), tokens,
-            -rollouts.logprobs_BR.double().sum(), self._kl_sum(experience), tokens.new_tensor(float(len(experience))),
-            tokens.new_tensor(repeats),
-        ])  # fmt: skip
-        known, reward, tokens_, nats, kl, replies, repeated = added(sums).tolist()
-        figures = {"reward": reward / known, "entropy": nats / tokens_, "length": tokens_ / replies,
-                   "repetition": repeated / replies, "kl": kl / tokens_}  # fmt: skip
-        for kind, warning in self.watching.see(turn.round, figures):
+        for kind, warning in self.watching.see(turn.round, guard_figures(experience)):
             if self.guards == "stop":
                 self.halt = warning
             if self.guards != "off" and kind not in self._told:
                 self._told.add(kind)
                 self.notes.append(f"guard: {warning}")
 
-    def _kl_sum(self, experience: Experience) -> Tensor:
-        """Nats over all tokens, from the reference, for what was drawn; NaN where there is no reference."""
-        rollouts = experience.rollouts
-        if experience.reference_BR is None:
-            return rollouts.logprobs_BR.new_tensor(math.nan, dtype=torch.float64)
-        return ((rollouts.logprobs_BR - experience.reference_BR).double() * rollouts.mask_BR).sum()
-
     def _read(self, model: Transformer, experience: Experience) -> Said:
         r = experience.rollouts
         return read_again(model, r.ids_BT, r.prompt_B, r.reply_BR, r.mask_BR, self.temperature)
 
     def figures(self, turn: Turn, experience: Experience, said: Said, stopped: Tensor) -> dict[str, float]:
-        """What every policy objective reports. kl: nats per token to the reference, estimated by k3 on what was drawn.
-        policy_shift: the same to the policy that drew. rollout_gap: the largest difference of a log-probability in
-        the rollout and in training, of replies that no step has learned from yet."""
-        rollouts, mask_BR = experience.rollouts, experience.rollouts.mask_BR
-        tokens = int(mask_BR.sum())
-        known_B = experience.rewards_B.isfinite()
-        logp_BR = said.logprobs_BR.detach()
-        difference_BR = (logp_BR - rollouts.logprobs_BR) * mask_BR
-        found = {
-            **_means({"reward": experience.rewards_B}),
-            "length": tokens / len(experience),
-            "entropy": said.entropy_BR.detach().sum().item() / tokens,
-            "clip_share": stopped.double().mean().item(),
-            "policy_shift": (k3(logp_BR, rollouts.logprobs_BR) * mask_BR).sum().item() / tokens,
-            "ended": rollouts.ended_B.double().mean().item(),
-            "unscored": 1 - known_B.double().mean().item(),
-            "tokens": float(rollouts.ids_BT.numel()),
-        }
-        if experience.reference_BR is not None:
-            found["kl"] = (k3(logp_BR, experience.reference_BR) * mask_BR).sum().item() / tokens
+        """What is reported. rollout_gap: the largest difference of a log-probability in the rollout and in training,
+        of replies that no step has learned from yet."""
         if turn.update == 0:
-            self._compare(difference_BR.abs().max().item(), torch.is_autocast_enabled(logp_BR.device.type))
-        found["rollout_gap"] = self._gap
-        if len(experience.parts) > 1:
-            found |= _means({f"reward_{name}": values for name, values in experience.parts.items()})
-        return found
+            difference_BR = (said.logprobs_BR.detach() - experience.rollouts.logprobs_BR) * experience.rollouts.mask_BR
+            self._compare(difference_BR.abs().max().item(), torch.is_autocast_enabled(difference_BR.device.type))
+        return {**step_figures(experience, said, stopped), "rollout_gap": self._gap}
 
     def _compare(self, gap: float, lowered: bool) -> None:
         """Rollout and training must say the same in float32; where a part is computed in less, the gap is only told."""
@@ -357,18 +293,12 @@ class OnPolicy(ABC):
             self._told.add("gap")
             self.notes.append(f"rollouts and training differ by {gap:.1e} in a log-probability; expected 1e-4 or less")
 
-    # before and after, for people
+    def _prompts(self, data: Any) -> Prompts:
+        room = self.context - self.max_tokens
+        return read_prompts(data, self.tokenizer, room, plain=self.plain, too_long=self.too_long)
 
     def _shown(self) -> list[Prompt]:
         return (self.held or self.prompts).rows[:_SHOWN]
-
-    def _replies(self, model: Transformer, prompts: list[Prompt]) -> list[dict[str, Any]]:
-        rollouts = self._roll(model, prompts, range(len(prompts)), 0, group=1, temperature=0.0)
-        scores = self._score(prompts, rollouts, 1)
-        texts = [self.tokenizer.decode(ids[mask].tolist(), True)
-                 for ids, mask in zip(rollouts.reply_BR, rollouts.mask_BR, strict=True)]  # fmt: skip
-        return [{"prompt": row.shown, "reply": text, "reward": None if math.isnan(total) else total}
-                for row, text, total in zip(prompts, texts, scores.total, strict=True)]  # fmt: skip
 
     def _check(self) -> None:
         for name, fits, wanted in (
@@ -387,11 +317,6 @@ class OnPolicy(ABC):
     @property
     def bounds(self) -> tuple[float, float]:
         return self.epsilon, self.epsilon_high or self.epsilon
-
-
-def _means(named: dict[str, Tensor]) -> dict[str, float]:
-    """Of each that has a number."""
-    return {name: values.nanmean().item() for name, values in named.items() if bool(values.isfinite().any())}
 
 
 def _mean(values: list[float]) -> float:

@@ -19,6 +19,7 @@ from lapis.model.transformer import Transformer
 from lapis.train.advantages import adapted, estimate, group_relative, leave_one_out, moments, whitened
 from lapis.train.experience import Experience
 from lapis.train.objectives.on_policy import OnPolicy, Turn
+from lapis.train.policy_figures import kl_sum
 from lapis.train.ranks import added
 from lapis.train.surrogate import clipped, clipped_value, k3
 
@@ -207,7 +208,7 @@ class PPO(OnPolicy):
         after = weight
         if self.kl_target and experience.reference_BR is not None:
             ones = experience.rewards_B.new_tensor(float(len(experience)), dtype=torch.float64)
-            kl, replies = added(torch.stack([self._kl_sum(experience), ones])).tolist()
+            kl, replies = added(torch.stack([kl_sum(experience), ones])).tolist()
             after = adapted(weight, kl / replies, self.kl_target, self.kl_horizon, int(replies))
         self._weights = (number, weight, after)
 

@@ -94,7 +94,7 @@ def length(least: int = 1, most: int = 200, unit: Literal["words", "characters",
 
     def reward(prompt: Any, reply: str, record: Mapping[str, Any]) -> float:
         sizes = {"words": len(reply.split()), "characters": len(reply), "tokens": record["_reply"]["tokens"]}
-        size = sizes[unit]
+        size: int = sizes[unit]
         if size < least:
             return size / least
         return max(0.0, 1 - (size - most) / max(most, 1)) if size > most else 1.0
