@@ -44,10 +44,10 @@ DATA = Path(os.environ.get("LAPIS_DATA", Path(__file__).parents[2] / "shared" / 
 RESULTS = Path(__file__).parent / "results" / "align_preference.md"
 CONTEXT = 256
 NEW = {"dim": 192, "layers": 4, "heads": 4, "ffn_dim": 512, "tied": True, "context": 512}
-BASE: dict[str, Any] = {"steps": 1000, "batch": 16, "optimizer": "muon", "lr": 3e-3}
-TUNE: dict[str, Any] = {"epochs": 3, "batch": 16, "lr": 1e-3}
+BASE: dict[str, Any] = {"steps": 150, "batch": 16, "optimizer": "muon", "lr": 3e-3}
+TUNE: dict[str, Any] = {"epochs": 1, "batch": 16, "lr": 1e-3}
 ALIGN: dict[str, dict[str, Any]] = {
-    "reward": {"epochs": 3, "batch": 32, "lr": 1e-3},
+    "reward": {"epochs": 2, "batch": 32, "lr": 1e-3},
     "dpo": {"epochs": 4, "batch": 32, "lr": 3e-4},
     "ipo": {"epochs": 4, "batch": 32, "lr": 3e-4},
     "kto": {"epochs": 4, "batch": 32, "lr": 3e-4},
