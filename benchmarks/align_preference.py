@@ -36,7 +36,7 @@ from lapis.text import corpus
 from lapis.text.pairs import Pair, pairs
 from lapis.text.tokenizer import Tokenizer, train_tokenizer
 from lapis.train import Chat, TrainConfig, train
-from lapis.train.objectives.preference import Dpo
+from lapis.train.objectives.preference import DPO
 from lapis.train.run import read_settings, run
 from lapis.train.watch import Silent
 
@@ -147,7 +147,7 @@ def memory_of(kind: str, threads: int) -> dict[str, Any]:
     else:
         made = [Pair([half(tokenizer, said("user"))], said("assistant"), said("assistant"), Path("made"), i)
                 for i in range(8)]  # fmt: skip
-        objective = Dpo(tokenizer, made, context=256)
+        objective = DPO(tokenizer, made, context=256)
     gc.collect()
     before = resident()
     batch = 8 if kind == "chat" else 4

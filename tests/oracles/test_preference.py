@@ -16,7 +16,7 @@ from lapis.text.pairs import Pair
 from lapis.text.tokenizer import Tokenizer, train_tokenizer
 from lapis.train.objectives.pair_losses import dpo_loss
 from lapis.train.objectives.pairwise import PairBatch, Pairwise
-from lapis.train.objectives.preference import Dpo, Ipo, Kto, Orpo, Simpo
+from lapis.train.objectives.preference import DPO, IPO, KTO, ORPO, SimPO
 from lapis.train.objectives.reward import Reward
 
 transformers = pytest.importorskip("transformers")
@@ -127,10 +127,10 @@ def rows(objective: Pairwise) -> list[dict[str, Any]]:
 
 
 REFERENCED: dict[str, tuple[Callable[..., Pairwise], dict[str, Any], dict[str, Any]]] = {
-    "dpo": (Dpo, {"beta": 0.3}, {"loss_type": ["sigmoid"], "beta": 0.3}),
-    "dpo robust": (Dpo, {"beta": 0.3, "label_smoothing": 0.2, "robust": True},
+    "dpo": (DPO, {"beta": 0.3}, {"loss_type": ["sigmoid"], "beta": 0.3}),
+    "dpo robust": (DPO, {"beta": 0.3, "label_smoothing": 0.2, "robust": True},
                    {"loss_type": ["robust"], "beta": 0.3, "label_smoothing": 0.2}),
-    "ipo": (Ipo, {"beta": 0.4}, {"loss_type": ["ipo"], "beta": 0.4}),
+    "ipo": (IPO, {"beta": 0.4}, {"loss_type": ["ipo"], "beta": 0.4}),
 }  # fmt: skip
 
 
@@ -160,7 +160,7 @@ def test_kto(tokenizer: Tokenizer, folders: dict[str, Path], tmp_path: Path) -> 
     from datasets import Dataset
     from trl import KTOConfig, KTOTrainer
 
-    objective = Kto(tokenizer, PAIRS, context=128, beta=0.3, desirable=1.2, undesirable=0.7)
+    objective = KTO(tokenizer, PAIRS, context=128, beta=0.3, desirable=1.2, undesirable=0.7)
     objective.begin(load(folders["moved"]))
     mine = ours(objective, load(folders["start"]), tmp_path / "grads")
 
@@ -194,10 +194,10 @@ def test_objectives_without_a_reference(
     smoothing = 0.1 if "smoothed" in case else 0.0
     objective: Pairwise
     if case == "orpo":
-        objective = Orpo(tokenizer, PAIRS, context=128, beta=0.3)
+        objective = ORPO(tokenizer, PAIRS, context=128, beta=0.3)
         trainer_of, args = ORPOTrainer, ORPOConfig(output_dir=str(tmp_path), beta=0.3, **SETTINGS)
     else:
-        objective = Simpo(tokenizer, PAIRS, context=128, beta=2.2, gamma=0.7, label_smoothing=smoothing)
+        objective = SimPO(tokenizer, PAIRS, context=128, beta=2.2, gamma=0.7, label_smoothing=smoothing)
         trainer_of, args = CPOTrainer, CPOConfig(output_dir=str(tmp_path), loss_type="simpo", cpo_alpha=0.0, beta=2.2,
                                                  simpo_gamma=0.7, label_smoothing=smoothing, **SETTINGS)  # fmt: skip
     mine = ours(objective, load(folders["moved"]), tmp_path / "grads")

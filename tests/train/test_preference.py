@@ -25,7 +25,7 @@ from lapis.text.tokenizer import Tokenizer
 from lapis.train import TrainConfig, train
 from lapis.train.objectives import find, options
 from lapis.train.objectives.pair_losses import dpo_loss, ipo_loss, kto_loss, log1mexp, orpo_loss, simpo_loss
-from lapis.train.objectives.preference import Dpo, Kto
+from lapis.train.objectives.preference import DPO, KTO
 from lapis.train.objectives.reference import kinship
 from lapis.train.objectives.reward import Reward
 from lapis.train.run import read_settings, run
@@ -111,14 +111,14 @@ def test_accumulation_and_interruption_change_nothing(
     def weights(place: str, **more: Any) -> list[torch.Tensor]:
         model = new_model()
         config = TrainConfig(**{**SETTINGS, "steps": 6, **more})
-        train(model, Dpo(tokenizer, PAIRS, context=64), config, tmp_path / place, watch=Silent())
+        train(model, DPO(tokenizer, PAIRS, context=64), config, tmp_path / place, watch=Silent())
         return [parameter.detach() for parameter in model.parameters()]
 
     whole = weights("whole")
     for one, two in zip(whole, weights("parts", accumulate=4), strict=True):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
 
-    class Dies(Dpo):
+    class Dies(DPO):
         def loss(self, model: Transformer, batch: Any) -> Any:
             self.calls = getattr(self, "calls", 0) + 1
             if self.calls > 4:
@@ -131,7 +131,7 @@ def test_accumulation_and_interruption_change_nothing(
     kept = tmp_path / ".died.lapis" / ".journal" / "reference.json"
     stamp = kept.stat().st_mtime_ns
     model = new_model()
-    train(model, Dpo(tokenizer, PAIRS, context=64), config, tmp_path / "died", watch=Silent())
+    train(model, DPO(tokenizer, PAIRS, context=64), config, tmp_path / "died", watch=Silent())
     assert all(torch.equal(a, b) for a, b in zip(whole, model.parameters(), strict=True))
     assert stamp > 0 and not kept.exists()  # read, not made anew, and gone with the run
 
@@ -140,18 +140,18 @@ def test_the_reference_is_computed_once_and_kept_for_the_same_weights_and_pairs(
     tokenizer: Tokenizer, new_model: NewModel, tmp_path: Path
 ) -> None:
     model, other = new_model(), copy.deepcopy(new_model())
-    objective = Dpo(tokenizer, PAIRS, context=64)
+    objective = DPO(tokenizer, PAIRS, context=64)
     with pytest.raises(TrainingError, match="the reference is not known yet"):
         objective.prepare(model, next(iter(objective.batches(_state())))[0])
     objective.begin(model, tmp_path)
     expected = reply_log_probabilities(model, objective.data.replies)
     np.testing.assert_allclose(objective._kept["train"], expected, rtol=1e-6)  # type: ignore[index]
     stamp = (tmp_path / "reference.safetensors").stat().st_mtime_ns
-    Dpo(tokenizer, PAIRS, context=64).begin(model, tmp_path)
+    DPO(tokenizer, PAIRS, context=64).begin(model, tmp_path)
     assert (tmp_path / "reference.safetensors").stat().st_mtime_ns == stamp
     with torch.no_grad():
         next(other.parameters()).add_(0.01)
-    Dpo(tokenizer, PAIRS, context=64).begin(other, tmp_path)
+    DPO(tokenizer, PAIRS, context=64).begin(other, tmp_path)
     assert (tmp_path / "reference.safetensors").stat().st_mtime_ns > stamp
 
 
@@ -162,7 +162,7 @@ def test_the_base_without_its_adapter_is_a_reference(tokenizer: Tokenizer, new_m
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.05)
-    for make in (Dpo, Kto):
+    for make in (DPO, KTO):
         objective = make(tokenizer, PAIRS, context=64, valid=PAIRS, reference="base")
         objective.begin(model)
         batch = objective.prepare(model, next(iter(objective.batches(_state())))[0])
@@ -171,7 +171,7 @@ def test_the_base_without_its_adapter_is_a_reference(tokenizer: Tokenizer, new_m
         torch.testing.assert_close(batch.reference_S, expected.detach(), rtol=1e-5, atol=1e-5)
         assert objective.evaluate(model)["margin"] != 0
     with pytest.raises(ConfigError, match='it is "base", but the model carries no adapter'):
-        Dpo(tokenizer, PAIRS, context=64, reference="base").begin(base)
+        DPO(tokenizer, PAIRS, context=64, reference="base").begin(base)
 
 
 def test_a_reference_that_is_no_parent_is_refused(tokenizer: Tokenizer, new_model: NewModel, tmp_path: Path) -> None:
@@ -186,15 +186,15 @@ def test_a_reference_that_is_no_parent_is_refused(tokenizer: Tokenizer, new_mode
     for name, one in {"parent": parent, "stranger": stranger, "wide": wide}.items():
         save(one, tmp_path / name)
         tokenizer.save(tmp_path / name)
-    Dpo(tokenizer, PAIRS, context=64, reference=str(tmp_path / "parent")).begin(child)
+    DPO(tokenizer, PAIRS, context=64, reference=str(tmp_path / "parent")).begin(child)
     assert kinship(child, parent) > 0.8 and abs(kinship(child, stranger)) < 0.1
     for name, why in (("stranger", "the cosine of their weights is"), ("wide", "its ffn_dim is 64, the policy's 48")):
-        objective = Dpo(tokenizer, PAIRS, context=64, reference=str(tmp_path / name))
+        objective = DPO(tokenizer, PAIRS, context=64, reference=str(tmp_path / name))
         with pytest.raises(ConfigError, match=f"{name} is not the policy's parent: {why}") as caught:
             objective.begin(child)
         assert "\n" not in str(caught.value)
     with pytest.raises(LapisError, match="reference: "):
-        Dpo(tokenizer, PAIRS, context=64, reference=str(tmp_path / "nowhere")).begin(child)
+        DPO(tokenizer, PAIRS, context=64, reference=str(tmp_path / "nowhere")).begin(child)
 
 
 def test_options_are_checked(tokenizer: Tokenizer) -> None:
@@ -208,9 +208,9 @@ def test_options_are_checked(tokenizer: Tokenizer) -> None:
         "robust",
     }
     with pytest.raises(ConfigError, match="dpo: beta is 0; it must be above 0"):
-        Dpo(tokenizer, PAIRS, beta=0)
+        DPO(tokenizer, PAIRS, beta=0)
     with pytest.raises(ConfigError, match=r"dpo: label_smoothing is 0\.5"):
-        Dpo(tokenizer, PAIRS, label_smoothing=0.5)
+        DPO(tokenizer, PAIRS, label_smoothing=0.5)
 
 
 def test_a_reward_model_needs_its_head(tokenizer: Tokenizer, new_model: NewModel) -> None:

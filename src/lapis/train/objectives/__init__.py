@@ -30,11 +30,11 @@ OBJECTIVES = {
     "causal": "lapis.train.objectives.supervised:Causal",
     "chat": "lapis.train.objectives.supervised:Chat",
     "reward": "lapis.train.objectives.reward:Reward",
-    "dpo": "lapis.train.objectives.preference:Dpo",
-    "ipo": "lapis.train.objectives.preference:Ipo",
-    "kto": "lapis.train.objectives.preference:Kto",
-    "orpo": "lapis.train.objectives.preference:Orpo",
-    "simpo": "lapis.train.objectives.preference:Simpo",
+    "dpo": "lapis.train.objectives.preference:DPO",
+    "ipo": "lapis.train.objectives.preference:IPO",
+    "kto": "lapis.train.objectives.preference:KTO",
+    "orpo": "lapis.train.objectives.preference:ORPO",
+    "simpo": "lapis.train.objectives.preference:SimPO",
     "masked": "lapis.train.objectives.masked:Masked",
     "classify": "lapis.train.objectives.classify:Classify",
     "grpo": "lapis.train.objectives.policy:GRPO",
@@ -55,7 +55,6 @@ class Objective(Protocol):
     evaluate(model) -> {name: figure}: held-out figures.
     write(folder): further files of the result.
     sample(model) -> str: a few words of what the model says now.
-    begin(model): told once, of the model as it is handed over.
     extra: a module that is trained beside the model (a value head), after `begin`.
     state_tensors() and restore_tensors(tensors): what a checkpoint must hold beside the cursor.
     notes: sentences for the person who waits; halt: why the run must stop, or "".

@@ -106,7 +106,7 @@ class _Referenced(_Policy):
         return self._kept["valid"].double().numpy()
 
 
-class Dpo(_Referenced):
+class DPO(_Referenced):
     """Direct preference optimization (arXiv:2305.18290; see dpo_loss).
 
     data: .jsonl of prompt, chosen and rejected. valid: the same, held out: accuracy of the implicit rewards, their
@@ -140,9 +140,9 @@ class Dpo(_Referenced):
         return dpo_loss(chosen_N, rejected_N, self.beta, self.label_smoothing, self.robust)
 
 
-class Ipo(_Referenced):
+class IPO(_Referenced):
     """Identity preference optimization (arXiv:2310.12036; see ipo_loss): the difference is led to 1 / (2 beta) nats per
-    token, and no further. The options are those of Dpo, without smoothing."""
+    token, and no further. The options are those of DPO, without smoothing."""
 
     name = "ipo"
     per_token = True
@@ -165,9 +165,9 @@ class Ipo(_Referenced):
         return ipo_loss(chosen_N, rejected_N, self.beta)
 
 
-class Kto(_Referenced):
+class KTO(_Referenced):
     """Kahneman-Tversky optimization (arXiv:2402.01306; see kto_loss), each pair being a desirable and an undesirable
-    reply. The options are those of Dpo; desirable, undesirable: weights of the two kinds. The distance from the
+    reply. The options are those of DPO; desirable, undesirable: weights of the two kinds. The distance from the
     reference is measured on each micro-batch, on its prompts with replies of the next pairs."""
 
     name = "kto"
@@ -208,9 +208,9 @@ class Kto(_Referenced):
         return kto_loss(chosen_N, rejected_N, batch.kl, self.beta, self.desirable, self.undesirable)
 
 
-class Orpo(_Policy):
+class ORPO(_Policy):
     """Odds ratio preference optimization (arXiv:2403.07691; see orpo_loss): supervised tuning on the chosen chats, with
-    their prompts, and the odds of the replies, at once and without a reference. The options are those of Dpo; beta:
+    their prompts, and the odds of the replies, at once and without a reference. The options are those of DPO; beta:
     weight of the odds."""
 
     name = "orpo"
@@ -235,9 +235,9 @@ class Orpo(_Policy):
         return orpo_loss(chosen_N, rejected_N, nll, self.beta)
 
 
-class Simpo(_Policy):
+class SimPO(_Policy):
     """Simple preference optimization (arXiv:2405.14734; see simpo_loss): the log-probability per token is the reward,
-    without a reference. The options are those of Dpo; gamma: by how much the chosen reply should lead."""
+    without a reference. The options are those of DPO; gamma: by how much the chosen reply should lead."""
 
     name = "simpo"
     per_token = True
