@@ -101,7 +101,9 @@ class _Run:
                 f"train: batch {config.batch} does not divide into {parts} equal parts "
                 f"(accumulate {config.accumulate}, {world.size} processes)"
             )
-        getattr(objective, "begin", lambda model: None)(model)
+        begin = getattr(objective, "begin", None)
+        if begin is not None:  # also where the run goes on: these are the weights that it started from
+            begin(model, journal.folder if journal else None)
         extra = getattr(objective, "extra", None)
         self.state = TrainState(
             model,
@@ -179,9 +181,6 @@ class _Run:
             newest = self.journal.newest() if self.facts else None
             for warning in self.journal.warnings:
                 self.watch.note(f"train: {warning}")
-        begin = getattr(self.objective, "begin", None)
-        if begin is not None:  # also where the run goes on: these are the weights that it started from
-            begin(self.model, self.journal.folder if self.journal else None)
         if world.from_lead(not self.facts):
             measured = self._measure()
             if self.journal is not None:
