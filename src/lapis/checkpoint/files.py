@@ -9,7 +9,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -108,19 +108,28 @@ def read_header(path: Path) -> Header:
     """
     try:
         with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size < 8:
-                raise CheckpointError(f"{path}: {size} bytes; too short to be safetensors, fetch it again")
-            length = int.from_bytes(file.read(8), "little")
-            if length > HEADER_LIMIT:
-                raise CheckpointError(f"{path}: claims a header of {length:,} bytes; the limit is {HEADER_LIMIT:,}")
-            if 8 + length > size:
-                raise CheckpointError(
-                    f"{path}: claims a header of {length:,} bytes but has {size:,} in all; truncated, fetch it again"
-                )
-            raw = file.read(length)
+
+            def read(first: int, last: int) -> bytes:
+                file.seek(first)
+                return file.read(last - first)
+
+            return parse_header(path, os.fstat(file.fileno()).st_size, read)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def parse_header(path: Path, size: int, read: Callable[[int, int], bytes]) -> Header:
+    """As `read_header`, for a file of `size` bytes of which read(first, last) gives a part. path: what it is called."""
+    if size < 8:
+        raise CheckpointError(f"{path}: {size} bytes; too short to be safetensors, fetch it again")
+    length = int.from_bytes(read(0, 8), "little")
+    if length > HEADER_LIMIT:
+        raise CheckpointError(f"{path}: claims a header of {length:,} bytes; the limit is {HEADER_LIMIT:,}")
+    if 8 + length > size:
+        raise CheckpointError(
+            f"{path}: claims a header of {length:,} bytes but has {size:,} in all; truncated, fetch it again"
+        )
+    raw = read(8, 8 + length)
     try:
         entries = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_twins)
     except UnicodeDecodeError as error:

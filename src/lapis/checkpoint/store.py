@@ -6,6 +6,7 @@ the names mean to a model (families/, model/load.py) and how anything is written
 
 import hashlib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
     from lapis.checkpoint.adapter import Adapter
+    from lapis.checkpoint.hub import Snapshot
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -32,6 +34,7 @@ class Checkpoint:
     source: what the user typed. root: the folder. config: config.json as it stands (families/ reads what it allows).
     index: name on disk -> TensorInfo. notes: what a reader should be told once (files ignored, tensors not indexed).
     adapter: what goes on top of the weights, where an adapter was opened; its files stand before the model's.
+    snapshot: where a model of the hub was opened; weights that are not in the cache are then read by ranges.
     """
 
     source: str
@@ -43,6 +46,7 @@ class Checkpoint:
     notes: list[str] = field(default_factory=list)
     _stats: dict[Path, tuple[int, int, int]] = field(default_factory=dict, repr=False)
     adapter: "Adapter | None" = None
+    snapshot: "Snapshot | None" = None
 
     @property
     def names(self) -> list[str]:
@@ -87,6 +91,9 @@ class Checkpoint:
         info = self.info(name)
         if offset + len(buffer) > info.nbytes:
             raise CheckpointError(f"{self.source}: {name} has {info.nbytes:,} bytes, not {offset + len(buffer):,}")
+        if self.snapshot is not None and info.file not in self._stats:
+            self.snapshot.remote(info.file.name).read_into(info.start + offset, buffer)
+            return
         handle = os.open(info.file, os.O_RDONLY | os.O_CLOEXEC)
         try:
             done = 0
@@ -104,7 +111,9 @@ class Checkpoint:
         """Asks the system to have `size` bytes from `offset` bytes into the tensor at hand soon; returns at once."""
         info = self.info(name)
         size = min(size, info.nbytes - offset)
-        if size > 0 and hasattr(os, "posix_fadvise"):
+        if size > 0 and self.snapshot is not None and info.file not in self._stats:
+            self.snapshot.remote(info.file.name).prefetch(info.start + offset, size)
+        elif size > 0 and hasattr(os, "posix_fadvise"):
             handle = os.open(info.file, os.O_RDONLY | os.O_CLOEXEC)
             try:
                 os.posix_fadvise(handle, info.start + offset, size, os.POSIX_FADV_WILLNEED)
@@ -121,7 +130,23 @@ class Checkpoint:
         """A file beside the weights (tokenizer.json, ...), or None where there is none. Contained like all others."""
         if self.adapter is not None and os.path.lexists(self.adapter.root / name):
             return contained(self.adapter.root, name)
+        if self.snapshot is not None and name in self.snapshot.sizes:
+            return self.snapshot.fetch(name)
         return contained(self.root, name) if os.path.lexists(self.root / name) else None
+
+    def beside(self) -> Path:
+        """The folder, with all that lies beside the weights in it; of a model of the hub it is fetched first."""
+        if self.snapshot is not None:
+            self.snapshot.fetch_beside()
+        return self.root
+
+    def fetched(self) -> "Checkpoint":
+        """The same with all weights at hand: those of a model of the hub are downloaded into its cache."""
+        if self.snapshot is None or all(info.file in self._stats for info in self.index.values()):
+            return self
+        self.snapshot.fetch_weights(list(self.headers))
+        stats = {info.file: _stamp(info.file.stat()) for info in self.index.values()}
+        return replace(self, _stats=stats)
 
     def json(self, name: str) -> Any:
         """A JSON file beside the weights, or None where there is none."""
@@ -137,13 +162,20 @@ class Checkpoint:
 
 
 def open_checkpoint(source: str | os.PathLike[str], *, adapters: bool = False) -> Checkpoint:
-    """Opens a model folder: config and headers are read and checked, no weight is.
+    """Opens a model folder, or a model of the hub: config and headers are read and checked, no weight is.
+
+    source: a folder, or `owner/name` or `owner/name@revision` where no such folder is here (hub.py).
 
     adapters: a folder that holds an adapter opens the model that it belongs to, with `adapter` set; otherwise it is
     refused. Raises CheckpointError for every damage that headers, index and config can show, before anything is
     allocated.
     """
-    root = Path(source)
+    root, snapshot = Path(source), None
+    if not root.is_dir():
+        from lapis.checkpoint.hub import find_model
+
+        snapshot = find_model(source, INDEX)
+        root = snapshot.root
     if os.path.lexists(root / "adapter_config.json") and not os.path.lexists(root / "config.json"):
         from lapis.checkpoint.adapter import base_of, open_adapter
 
@@ -151,15 +183,20 @@ def open_checkpoint(source: str | os.PathLike[str], *, adapters: bool = False) -
             raise CheckpointError(f"{source}: holds an adapter; make it a model with: lapis fuse {source} --out DIR")
         adapter = open_adapter(root)
         return replace(base_of(adapter), source=str(source), adapter=adapter)
-    if not root.is_dir():
-        what = "is a file; give the folder that holds it" if root.exists() else "there is no such folder"
-        raise CheckpointError(f"{source}: {what}")
     config_path = contained(root, "config.json")
     config = read_json(config_path)
     if not isinstance(config, dict):
         raise CheckpointError(f"{config_path}: holds a {type(config).__name__}, not an object")
     notes: list[str] = []
-    headers = {name: read_header(contained(root, name)) for name in _weight_files(root, notes)}
+    listed = [name for name in snapshot.sizes if "/" not in name] if snapshot else []
+    present = sorted({*listed, *(p.name for p in root.iterdir())})
+
+    def header_of(name: str) -> Header:
+        if snapshot is not None and not snapshot.here(name) and name in snapshot.sizes:
+            return snapshot.header(name)
+        return read_header(contained(root, name))
+
+    headers = {name: header_of(name) for name in _weight_files(root, present, header_of, notes)}
     index: dict[str, TensorInfo] = {}
     for file, header in headers.items():
         for name, info in header.tensors.items():
@@ -167,23 +204,26 @@ def open_checkpoint(source: str | os.PathLike[str], *, adapters: bool = False) -
                 raise CheckpointError(f"{root}: {name} stands in both {index[name].file.name} and {file}")
             index[name] = info
     _check_against_index(root, headers, notes)
-    stats = {info.file: _stamp(info.file.stat()) for info in index.values()}
-    return Checkpoint(str(source), root, config, find(config), index, headers, notes, stats)
+    stats = {info.file: _stamp(info.file.stat()) for info in index.values() if os.path.lexists(info.file)}
+    if len(stats) < len({info.file for info in index.values()}):
+        notes.append("weights are read from the hub in ranges, which no checksum covers; loading covers them")
+    return Checkpoint(str(source), root, config, find(config), index, headers, notes, stats, snapshot=snapshot)
 
 
-def _weight_files(root: Path, notes: list[str]) -> list[str]:
+def _weight_files(
+    root: Path, present: list[str], header_of: Callable[[str], Header], notes: list[str]
+) -> list[str]:  # fmt: skip
     """Names of the safetensors files that make up the model; says what lies beside them and is not read."""
-    present = sorted(p.name for p in root.iterdir())
     pickles = [name for name in present if name.endswith((".bin", ".pt", ".pth", ".ckpt")) and "train" not in name]
     if INDEX in present:
         files = sorted(set(_weight_map(root).values()))
-        missing = [name for name in files if not os.path.lexists(root / name)]
+        missing = [name for name in files if name not in present and not os.path.lexists(root / name)]
         if missing:
             raise CheckpointError(
                 f"{root}: {len(missing)} of {len(files)} shards are missing: {', '.join(missing[:4])}"
             )
         if SINGLE in present and SINGLE not in files:
-            _refuse_ambiguous(root, files)
+            _refuse_ambiguous(root, files, header_of)
             notes.append(f"{SINGLE} stands beside {INDEX} and lists the same tensors; the index was followed")
     elif SINGLE in present:
         files = [SINGLE]
@@ -228,9 +268,9 @@ def _check_against_index(root: Path, headers: dict[str, Header], notes: list[str
         notes.append(f"{len(extra)} tensors are in the shards but not in {INDEX}: {', '.join(extra[:3])}")
 
 
-def _refuse_ambiguous(root: Path, shards: list[str]) -> None:
+def _refuse_ambiguous(root: Path, shards: list[str], header_of: Callable[[str], Header]) -> None:
     def table(names: list[str]) -> dict[str, tuple[str, tuple[int, ...]]]:
-        headers = [read_header(contained(root, name)) for name in names]
+        headers = [header_of(name) for name in names]
         return {n: (info.dtype, info.shape) for header in headers for n, info in header.tensors.items()}
 
     if table([SINGLE]) != table(shards):

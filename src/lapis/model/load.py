@@ -68,6 +68,7 @@ def load(
     if checkpoint.adapter is not None and head is None:
         head, classes = head_of(checkpoint)
     plan = plan_load(checkpoint, head=head, classes=classes)
+    checkpoint = checkpoint.fetched()
     dtype = dtype or getattr(torch, plan.dtype)
     with torch.device("meta"):
         model = Transformer(plan.config)

@@ -24,6 +24,11 @@ _FLAGS = ("lstrip", "normalized", "rstrip", "single_word", "special")
 def open_folder(root: Path) -> Tokenizer:
     """The tokenizer in a folder. Every file of it is opened inside the folder only, and checked."""
     if not root.is_dir():
+        from lapis.checkpoint.hub import local_folder
+
+        cached = local_folder(root)
+        if cached is not None:
+            return open_folder(cached)
         what = "is a file; give the folder that holds it" if root.exists() else "there is no such folder"
         raise CheckpointError(f"{root}: {what}")
     if not _there(root, "tokenizer.json"):

@@ -35,8 +35,7 @@ _FLAGS = ("lstrip", "normalized", "rstrip", "single_word")
 class _HasFiles(Protocol):
     """What is needed of an opened checkpoint."""
 
-    @property
-    def root(self) -> Path: ...
+    def beside(self) -> Path: ...
 
 
 class Tokenizer:
@@ -72,7 +71,7 @@ class Tokenizer:
         """Opens a tokenizer or model folder. Raises CheckpointError or TemplateError, naming file and field."""
         from lapis.text.folder import open_folder
 
-        return open_folder(Path(folder) if isinstance(folder, (str, Path)) else folder.root)
+        return open_folder(Path(folder) if isinstance(folder, (str, Path)) else folder.beside())
 
     def save(self, folder: str | Path) -> None:
         """Writes the files into an existing folder; what was opened and not changed keeps its bytes."""

@@ -40,7 +40,7 @@ def carry(
     tokens of chat that onto's tokenizer gains, with their ids.
     """
     notes = []
-    for path in sorted(onto.root.iterdir()):
+    for path in sorted(onto.beside().iterdir()):
         name = path.name
         if name in _OWN or name.startswith(".") or ".safetensors" in name or not path.is_file():
             continue
