@@ -37,6 +37,7 @@ from lapis.model.lora import (
     row_matrices,
     token_rows,
 )  # fmt: skip
+from lapis.model.nf4 import Nf4Linear
 from lapis.model.transformer import Transformer
 
 _TASKS = {"lm": "CAUSAL_LM", "classes": "SEQ_CLS", "scalar": "SEQ_CLS"}
@@ -200,7 +201,7 @@ def _config(model: Transformer, adapted: Adapted) -> dict[str, Any]:
     config, family = adapted.config, family_of(model.config)
     places = _adapted(model)
     everything = {_module(model.config, family, f"{name}.weight") for name, module in model.named_modules()
-                  if isinstance(module, nn.Linear)}  # fmt: skip
+                  if isinstance(module, (nn.Linear, Nf4Linear))}  # fmt: skip
     ranks, alphas = {}, {}
     for module, (names, _) in places.items():
         lora = next(m for m in map(model.get_submodule, names) if isinstance(m, LoraLinear))

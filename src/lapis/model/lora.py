@@ -26,6 +26,7 @@ from lapis.families import part_of
 from lapis.families.base import Part
 from lapis.families.patterns import chosen, read_patterns
 from lapis.model.heads import LanguageHead
+from lapis.model.nf4 import Nf4Linear
 from lapis.model.transformer import Transformer
 
 
@@ -103,17 +104,25 @@ class LoraLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.on:
-            return F.linear(x, self.weight, self.bias)
+            return self.plain(x)
         dropped = F.dropout(x, self.dropout) if self.dropout and self.training else x
         added = F.linear(F.linear(dropped.to(self.lora_A.dtype), self.lora_A), self.lora_B) * self.scale
         if self.magnitude is None:
-            y = F.linear(x, self.weight, self.bias)
+            y = self.plain(x)
             return y + added.to(y.dtype)
-        y = F.linear(x, self.weight)
+        y = self.product(x)
         length_O = (self.magnitude / self.lengths()).to(y.dtype)
-        inner = y if dropped is x else F.linear(dropped, self.weight)
+        inner = y if dropped is x else self.product(dropped)
         y = y + (length_O - 1) * inner + length_O * added.to(y.dtype)
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def plain(self, x: Tensor) -> Tensor:
+        """x W^T + b."""
+        return F.linear(x, self.weight, self.bias)
+
+    def product(self, x: Tensor) -> Tensor:
+        """x W^T."""
+        return F.linear(x, self.weight)
 
     @torch.no_grad()
     def lengths(self) -> Tensor:
@@ -134,6 +143,37 @@ class LoraLinear(nn.Linear):
             return summed
         weight = self.weight.float()
         return (self.magnitude / self.lengths())[:, None] * (weight + summed) - weight
+
+
+class LoraNf4(LoraLinear):
+    """The same over a weight in four bits (QLoRA)."""
+
+    def __init__(self, base: Nf4Linear, a_RI: nn.Parameter, b_OR: nn.Parameter, scale: float, dropout: float = 0.0,
+                 magnitude_O: nn.Parameter | None = None) -> None:  # fmt: skip
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.base, self.bias = base, base.bias
+        self.lora_A, self.lora_B, self.magnitude = a_RI, b_OR, magnitude_O
+        self.scale, self.dropout, self.on = scale, dropout, True
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        return self.base.weight
+
+    def plain(self, x: Tensor) -> Tensor:
+        y: Tensor = self.base(x)
+        return y
+
+    def product(self, x: Tensor) -> Tensor:
+        return self.base.product(x)
+
+
+def lora_on(base: nn.Linear | Nf4Linear, a_RI: nn.Parameter, b_OR: nn.Parameter, scale: float, dropout: float,
+            magnitude_O: nn.Parameter | None) -> LoraLinear:  # fmt: skip
+    """An adapter over a linear layer of either kind."""
+    if isinstance(base, Nf4Linear):
+        return LoraNf4(base, a_RI, b_OR, scale, dropout, magnitude_O)
+    return LoraLinear(base, a_RI, b_OR, scale, dropout, magnitude_O)
 
 
 class TokenRows(nn.Module):
@@ -200,7 +240,8 @@ def wrap(model: Transformer, config: LoraConfig, base: str = "") -> Transformer:
     adapter_config.json. Raises ConfigError for a target that matches nothing (nearest names), or an id without a row.
     """
     begin(model, config, base)
-    linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+    linears = {name: module for name, module in model.named_modules()
+               if isinstance(module, Nf4Linear) or type(module) is nn.Linear}  # fmt: skip
     parts = {name: part_of(f"{name}.weight") for name in linears}
     picked = chosen(read_patterns(config.targets, "lora: targets"), parts.values(), "lora: targets")
     shared: dict[tuple[int | None, str], nn.Parameter] = {}
@@ -215,7 +256,7 @@ def wrap(model: Transformer, config: LoraConfig, base: str = "") -> Transformer:
             shared[group] = nn.Parameter(a_RI)
         b_OR = nn.Parameter(torch.zeros(linear.out_features, config.rank, device=device))
         magnitude = nn.Parameter(row_lengths(linear.weight)) if config.dora else None
-        place(model, name, LoraLinear(linear, shared[group], b_OR, config.scale(), config.dropout, magnitude))
+        place(model, name, lora_on(linear, shared[group], b_OR, config.scale(), config.dropout, magnitude))
     ids = [number for number in config.tokens if isinstance(number, int)]
     if len(ids) < len(config.tokens):
         raise ConfigError("lora: tokens must be ids here; texts need a tokenizer, as a run's settings have")

@@ -17,9 +17,10 @@ from lapis.model import load as load_model
 from lapis.model import save as save_model
 from lapis.model.adapter import fold, restore_adapter, write_adapter
 from lapis.model.lora import Adapted, LoraConfig, LoraLinear, of, off, wrap
+from lapis.model.nf4 import quantize
 from lapis.text.tokenizer import Tokenizer
 
-__all__ = ["Adapted", "LoraConfig", "LoraLinear", "fold", "of", "off", "restore", "save", "token_ids", "wrap"]
+__all__ = ["Adapted", "LoraConfig", "LoraLinear", "fold", "hold", "of", "off", "restore", "save", "token_ids", "wrap"]
 
 
 def save(model: Transformer, folder: Path | str, dtype: torch.dtype | None = None) -> None:
@@ -36,6 +37,19 @@ def restore(model: Transformer, folder: Path | str) -> None:
         model.load_state_dict(load_model(folder).state_dict())
     else:
         restore_adapter(model, folder)
+
+
+def hold(model: Transformer, config: LoraConfig, device: torch.device) -> None:
+    """Puts the weights that will be frozen into config.base, in place.
+
+    Raises ConfigError for nf4 without a CUDA GPU, or bfloat16 under parts that are trained whole, MissingExtra.
+    """
+    if config.base == "nf4":
+        quantize(model.blocks, device)
+    elif config.base == "bfloat16":
+        if config.whole or (config.whole is None and (model.fresh or model.config.head in ("classes", "scalar"))):
+            raise ConfigError("lora: base bfloat16 does not go with parts that are trained whole; use base: float32")
+        model.bfloat16()
 
 
 def token_ids(tokens: tuple[int | str, ...], tokenizer: Tokenizer | None) -> tuple[int, ...]:

@@ -125,7 +125,7 @@ def _start(config: RunConfig, overwrite: bool, world: parallel.World) -> tuple[O
     model = start_model(config.model, config.new, objective, context=context, seed=config.seed)
     settle(
         model, lora_config=config.lora, tune=config.tune, freeze=config.freeze, plan=config.plan, base=config.model,
-        tokenizer=objective.tokenizer, seed=config.seed,
+        tokenizer=objective.tokenizer, seed=config.seed, device=_device(config.device),
     )  # fmt: skip
     return objective, model.to(_device(config.device))
 

@@ -38,11 +38,12 @@ def settle(
     base: str | None = None,
     tokenizer: Tokenizer | None = None,
     seed: int = 0,
+    device: torch.device | None = None,
 ) -> None:
     """Makes a model ready for what the settings want trained: some parts, an adapter, or (nothing given) all of it.
 
-    base: where the model comes from. Raises ConfigError for settings that exclude each other, a pattern that matches
-    nothing, a plan for another model.
+    base: where the model comes from. device: where it will be, for weights that are packed there. Raises ConfigError
+    for settings that exclude each other, a pattern that matches nothing, a plan for another model.
     """
     tune, freeze = tuple(tune), tuple(freeze)
     if plan is not None and tune:
@@ -60,6 +61,7 @@ def settle(
         raise ConfigError("train: lora needs model, a folder; an adapter on a new model could not be used again")
     if planned:
         lora_config = replace(lora_config, targets=planned)
+    lora.hold(model, lora_config, device or torch.device("cpu"))
     torch.manual_seed(seed)
     lora.wrap(model, replace(lora_config, tokens=lora.token_ids(lora_config.tokens, tokenizer)), base)
 
