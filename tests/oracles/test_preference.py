@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from lapis.evaluate.preference import score_pairs
 from lapis.evaluate.replies import collate, reply_rewards
 from lapis.model import ModelConfig, Transformer, load, save
+from lapis.text.paired import Reply
 from lapis.text.pairs import Pair
 from lapis.text.tokenizer import Tokenizer, train_tokenizer
 from lapis.train.objectives.pair_losses import dpo_loss
@@ -256,5 +257,11 @@ def test_a_reward_folder_scores_a_chat_in_transformers_as_here(tokenizer: Tokeni
     with torch.no_grad():
         scores = there(**inputs).logits[:, 0].tolist()
     objective = Reward(tokenizer, PAIRS, context=128)
-    assert reply_rewards(load(folders["reward"]), objective.data.replies) == pytest.approx(scores, abs=1e-5)
+    model = load(folders["reward"])
+    assert reply_rewards(model, objective.data.replies) == pytest.approx(scores, abs=1e-5)
+    closed = [Reply(reply.ids[: reply.last], reply.first, reply.last) for reply in objective.data.replies]
+    model.config.extra["pad_token_id"] = there.config.pad_token_id = int(closed[0].ids[-1])  # chats that end with it
+    for reply, score in zip(closed, reply_rewards(model, closed), strict=True):
+        with torch.no_grad():
+            assert there(torch.from_numpy(reply.ids)[None]).logits.item() == pytest.approx(score, abs=1e-5)
     assert score_pairs(load(folders["reward"]), tokenizer, PAIRS)["by"] == "reward"

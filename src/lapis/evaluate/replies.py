@@ -101,9 +101,15 @@ def log_probabilities(model: Transformer, batch: ReplyBatch) -> tuple[Tensor, Te
 
 
 def rewards(model: Transformer, batch: ReplyBatch) -> Tensor:
-    """What a scalar head says at the last token of each chat, [S] float32."""
+    """What a scalar head says at the last token of each chat, [S] float32: as transformers finds it, the last that is
+    not config.json's pad_token_id (a chat may end with that token, where it ends documents too)."""
     hidden_BTD = _hidden(model, batch)
     rows_S, places_S = batch.ends_S
+    pad = model.config.extra.get("pad_token_id")
+    if pad is not None:
+        padding_BT = batch.ids_BT == int(pad)
+        for _ in range(4):  # no template ends with more of them
+            places_S = places_S - padding_BT[rows_S, places_S].long()
     reward_S1: Tensor = model.head(hidden_BTD[rows_S, places_S])
     return reward_S1[:, 0].float()
 
