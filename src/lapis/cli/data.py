@@ -5,6 +5,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from lapis.text.corpus import Document
     from lapis.text.rows import Rows
     from lapis.text.tokenizer import Tokenizer
 
@@ -118,7 +121,7 @@ def show(
         if kind == "chats":
             packed = pack_items(islice(chats(source, field), first), opened, length=length)
         else:
-            packed = pack_items(islice(documents(source, field), first), opened, length=length)
+            packed = pack_items(_beginning(documents(source, field), first), opened, length=length)
     ids, targets, segments, _ = packed.arrays(np.arange(min(rows, len(packed))))
     shown = [_row(packed, opened, *row) for row in zip(ids.tolist(), targets.tolist(), segments.tolist(), strict=True)]
 
@@ -136,6 +139,17 @@ def show(
     output({"source": str(source), **figures(packed), "shown": shown}, json, render)
 
 
+def _beginning(found: "Iterator[Document]", first: int) -> "Iterator[Document]":
+    """The first documents, and no more than a few pieces of long ones."""
+    read = 0
+    for number, document in enumerate(found):
+        if number >= first or read > _LOOK:
+            return
+        read += len(document.text)
+        yield document
+
+
+_LOOK = 4 << 20  # characters
 _LOSS, _QUIET, _END, _BORDER, _PADDING = "green", "bright_black", "bold magenta", "bold yellow", "blue"
 
 

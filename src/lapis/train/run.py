@@ -3,7 +3,7 @@
     objective: causal
     new: {dim: 256, layers: 6, heads: 4, ffn_dim: 704, tied: true}     # or model: FOLDER, to go on training it
     tokenizer: runs/tokenizer
-    data: [corpus/en, corpus/ms]
+    data: [corpus/en, corpus/ms]                                       # or by weights, {corpus/en: 0.7, corpus/ms: 0.3}
     context: 256
     out: runs/base
     steps: 500
