@@ -58,6 +58,8 @@ def fuse(
     adapter = adapter if isinstance(adapter, Adapter) else open_adapter(adapter)
     onto = base_of(adapter, base)
     _refuse_quantized(onto, adapter)
+    _Plan(adapter, onto).outputs()  # all that headers can show, before a weight of the hub is fetched
+    onto = onto.fetched()
     plan = _Plan(adapter, onto)
     files = sharded(plan.outputs())
     inputs = {"base": onto, "adapter": adapter.weights}
