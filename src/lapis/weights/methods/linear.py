@@ -31,7 +31,10 @@ def combination(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
         if at + 1 < len(pairs) and pairs[at + 1][1] == -weight:
             tensor = tensor.sub_(pairs[at + 1][0])
             at += 1
-        total = tensor.mul_(weight) if total is None else total.add_(tensor, alpha=weight)
+        if total is None:
+            total = tensor if weight == 1 else tensor.mul_(weight)
+        else:
+            total.add_(tensor, alpha=weight)
         at += 1
     assert total is not None
     return total
