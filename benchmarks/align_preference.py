@@ -48,11 +48,11 @@ BASE: dict[str, Any] = {"steps": 150, "batch": 16, "optimizer": "muon", "lr": 3e
 TUNE: dict[str, Any] = {"epochs": 1, "batch": 16, "lr": 1e-3}
 ALIGN: dict[str, dict[str, Any]] = {
     "reward": {"epochs": 2, "batch": 32, "lr": 1e-3},
-    "dpo": {"epochs": 2, "batch": 32, "lr": 3e-4},
-    "ipo": {"epochs": 2, "batch": 32, "lr": 3e-4},
-    "kto": {"epochs": 2, "batch": 32, "lr": 3e-4},
-    "orpo": {"epochs": 2, "batch": 32, "lr": 3e-4},
-    "simpo": {"epochs": 2, "batch": 32, "lr": 3e-4},
+    "dpo": {"epochs": 2, "batch": 32, "lr": 2e-4},
+    "ipo": {"epochs": 2, "batch": 32, "lr": 2e-4},
+    "kto": {"epochs": 2, "batch": 32, "lr": 2e-4},
+    "orpo": {"epochs": 2, "batch": 32, "lr": 2e-4},
+    "simpo": {"epochs": 2, "batch": 32, "lr": 2e-4},
 }
 TEXT_BYTES = 60_000  # of held-out text
 
