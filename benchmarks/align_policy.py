@@ -2,11 +2,11 @@
 
     python benchmarks/align_policy.py [--seeds 0 1 2] [--folder DIR] [--write]
 
-The model is made here, in about a minute: chats that ask to sort some digits, a quarter of them answered right and
-the rest with the digits in any order, so that it knows the form of a reply and is right about as often. The reward is
-1 where the reply is the sorted digits and nothing else. Held-out requests are in no training chat and no rollout. Told are
-the mean reward of replies drawn at temperature 1 to held-out requests, before and after, that of the likeliest reply,
-and minutes of training on this machine. Leaves out: tasks that need a larger model.
+The model is made here, in about a minute: chats that ask to sort some digits, a tenth of them answered right and
+the rest with the digits in any order, so that it knows the form of a reply and is right about as often. The reward
+is 1 where the reply is the sorted digits and nothing else. Held-out requests are in no training chat and no rollout.
+Told are the mean reward of replies drawn at temperature 1 to held-out requests, before and after, that of the
+likeliest reply, and minutes of training on this machine. Leaves out: tasks that need a larger model.
 """
 
 import argparse
@@ -31,9 +31,9 @@ from lapis.train import Chat, TrainConfig, train
 from lapis.train.objectives.policy import GRPO, PPO, RLOO
 from lapis.train.watch import Lines
 
-DIGITS = 4
-RIGHT = 0.25
-HELD_OUT = 200
+DIGITS = 3
+RIGHT = 0.1
+HELD_OUT = 120
 REWARD = [{"name": "exact", "options": {"field": "answer"}}]
 
 
@@ -57,7 +57,7 @@ def make_start(folder: Path, lists: list[list[str]]) -> None:
     """The model to start from, at `folder`."""
     draw = random.Random(7)
     chats = []
-    for number in range(24_000):
+    for number in range(8_000):
         digits = draw.choice(lists)
         said = sorted(digits) if draw.random() < RIGHT else draw.sample(digits, len(digits))
         messages = [{"role": "user", "content": asked(digits)}, {"role": "assistant", "content": " ".join(said)}]
@@ -67,7 +67,7 @@ def make_start(folder: Path, lists: list[list[str]]) -> None:
     model = Transformer(
         ModelConfig(dim=64, layers=2, heads=4, ffn_dim=176, vocab=tokenizer.rows, context=64, tied=True)
     )
-    config = TrainConfig(epochs=6, batch=16, lr=3e-3, precision="float32", threads=1, sample_every=0)
+    config = TrainConfig(epochs=10, batch=4, lr=3e-3, precision="float32", threads=1, sample_every=0)
     train(model, Chat(tokenizer, chats, context=512), config, folder, watch=Lines("start"))
 
 
@@ -110,7 +110,7 @@ def one_run(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--methods", nargs="+", default=["grpo", "rloo", "ppo"])
+    parser.add_argument("--methods", nargs="*", default=["grpo", "rloo", "ppo"])
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "lapis-align-policy")

@@ -1,6 +1,10 @@
 """Policies in the one loop: stopped among the steps that share replies, in parts, with rewards that fail."""
 
 import json
+import os
+import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,13 +12,14 @@ from typing import Any
 import pytest
 import torch
 
+from lapis.config import load_yaml
 from lapis.errors import CheckpointError, ConfigError, DataError, TrainingError
 from lapis.model import Transformer, save
 from lapis.text.tokenizer import Tokenizer
 from lapis.train import TrainConfig, train
 from lapis.train.objectives.policy import GRPO, PPO, RLOO
 from lapis.train.rollouts import read_again, roll
-from lapis.train.run import read_settings
+from lapis.train.run import read_settings, run
 from lapis.train.watch import Silent
 
 Make = Callable[[], Transformer]
@@ -225,6 +230,58 @@ def test_a_settings_file_reaches_the_objective(tmp_path: Path) -> None:
     assert config.options["group"] == 16 and config.options["rewards"][0]["name"] == "number"
     with pytest.raises(ConfigError, match='unknown key "grop"; did you mean "group"'):
         read_settings({"objective": "grpo", "out": "o", "model": "m", "data": "d", "steps": 3, "grop": 16}, "run.yaml")
+
+
+YAML = """
+objective: ppo
+model: start
+data: prompts.jsonl
+rewards: [{name: exact, options: {partial: true}}, {name: length, weight: 0.5, options: {most: 3}}]
+context: 64
+max_tokens: 8
+kl: 0.1
+kl_target: 0.3
+updates: 2
+out: out
+steps: 5
+batch: 4
+lr: 0.001
+threads: 1
+precision: float32
+log_every: 1
+sample_every: 0
+"""
+
+
+def test_two_processes_give_the_loss_of_one(
+    new_model: Make, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rollouts, whitening, the adapted KL weight and the value head are those of one process."""
+    (tmp_path / "run.yaml").write_text(YAML)
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in DATA))
+    save(new_model(), tmp_path / "start")
+    tokenizer.save(tmp_path / "start")
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        port = str(found.getsockname()[1])
+    shared = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    command = [sys.executable, "-m", "lapis", "train", "run.yaml"]
+
+    def begin(rank: int) -> "subprocess.Popen[str]":
+        env = {**shared, "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+        return subprocess.Popen(command, cwd=tmp_path, env=env, text=True, stderr=subprocess.PIPE)
+
+    running = [begin(0), begin(1)]
+    monkeypatch.chdir(tmp_path)
+    run(read_settings({**load_yaml("run.yaml"), "out": "one"}, "run.yaml"), watch=Silent())
+    said = [process.communicate(timeout=100)[1] for process in running]
+    assert [process.returncode for process in running] == [0, 0], said
+    logs = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+            for name in ("out", "one")]  # fmt: skip
+    for two, one in zip(*logs, strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], abs=2e-5)
+        for name, value in one["metrics"].items():
+            assert two["metrics"][name] == pytest.approx(value, abs=2e-5), name
 
 
 class _State:

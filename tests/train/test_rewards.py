@@ -122,8 +122,10 @@ def test_a_function_by_name_runs_elsewhere_and_may_hang_die_or_raise(tmp_path: P
     why = [value.why for value in found if isinstance(value, Failure)]
     assert why[0] == "took more than 0.3 s for line 2" and "ended its process at line 4" in why[1]
     assert "raised KeyError: 'x' for line 6" in why[2] and "returned str" in why[3] and "returned nan" in why[4]
-    for target, said in ((f"{place}:bad", "write it as"), (f"{place}:no", "has no function"),
-                         (f"{tmp_path}/other.py:f", "no such file"), ("no_such_module:f", "No module named")):  # fmt: skip
+    for target, said in (
+        (f"{place}:bad", "write it as reward"), (f"{place}:no", "has no function"),
+        (f"{tmp_path}/other.py:f", "no such file"), ("no_such_module:f", "No module named"),
+    ):  # fmt: skip
         with pytest.raises(ConfigError, match=said):
             InWorker("x", target, {}, 1.0)
 

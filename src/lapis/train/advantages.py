@@ -64,7 +64,8 @@ def whitened(x_BR: Tensor, mask_BR: Tensor, moments_3: Tensor) -> Tensor:
     count, total, squares = moments_3.tolist()
     mean = total / max(count, 1.0)
     variance = max(0.0, squares / max(count, 1.0) - mean**2)
-    return (x_BR - mean) / (variance + 1e-8) ** 0.5 * mask_BR
+    white_BR: Tensor = (x_BR - mean) / (variance + 1e-8) ** 0.5 * mask_BR
+    return white_BR
 
 
 def adapted(coefficient: float, kl: float, target: float, horizon: int, replies: int) -> float:

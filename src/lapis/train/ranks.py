@@ -25,15 +25,18 @@ def added(sums: Tensor) -> Tensor:
     return shares.sum(0)
 
 
-def everybodys(own: list[int], experience: Experience) -> tuple[list[int], Experience]:
-    """The parts and the experience of all processes, in the order of ranks, so that one of them can save it all."""
+def everybodys(own: list[int], experience: Experience) -> Experience:
+    """The experience of all processes in the order of the step's parts, so that one of them can save it all, and any
+    number of processes can go on from it. own: the parts that `experience` is of."""
     world = join()
     if world.size == 1:
-        return own, experience
+        return experience
     said = {name: [str(t.dtype)[6:], t.tolist()] for name, t in experience.tensors().items()}
     shares = world.gather([own, said])
-    pieces = [
-        Experience.of({name: torch.tensor(value, dtype=getattr(torch, kind)) for name, (kind, value) in said.items()})
-        for _, said in shares
-    ]
-    return [part for parts, _ in shares for part in parts], appended(pieces)
+    pieces: dict[int, Experience] = {}
+    for parts, said in shares:
+        tensors = {name: torch.tensor(value, dtype=getattr(torch, kind)) for name, (kind, value) in said.items()}
+        piece = Experience.of(tensors)
+        size = len(piece) // len(parts)
+        pieces |= {part: piece.rows(place * size, (place + 1) * size) for place, part in enumerate(parts)}
+    return appended([pieces[part] for part in sorted(pieces)])

@@ -107,7 +107,7 @@ class OnPolicy(ABC):
         self.halt = ""
         self.watching = Guards()
         self._reference = Reference(self.reference, self.tokenizer) if self.needs_reference else None
-        self._experience: tuple[int, list[int], Experience] | None = None
+        self._experience: tuple[int, Experience] | None = None
         self._before: list[dict[str, Any]] = []
         self._told: set[str] = set()
         self._gap = 0.0
@@ -177,12 +177,12 @@ class OnPolicy(ABC):
         own = mine(batch.parts)
         if batch.update == 0 and batch.part == own[0]:
             experience = self._collect(model, batch, own)
-            kept = everybodys(own, experience) if self.updates > 1 else (own, experience)
-            self._experience = (batch.round, *kept)
+            whole = self.updates > 1  # further steps read it, after a stop perhaps other processes
+            self._experience = (batch.round, everybodys(own, experience) if whole else experience)
         if self._experience is None or self._experience[0] != batch.round:
             raise TrainingError("the replies that this step learns from are lost; start anew with --fresh")
-        _, parts, experience = self._experience
-        size, place = batch.rows * self.group, parts.index(batch.part)
+        experience = self._experience[1]
+        size, place = batch.rows * self.group, batch.part if self.updates > 1 else own.index(batch.part)
         device = next(model.parameters()).device
         piece = experience.rows(place * size, (place + 1) * size)
         return batch, Experience.of({name: t.to(device) for name, t in piece.tensors().items()})
@@ -202,7 +202,7 @@ class OnPolicy(ABC):
         """The first reply of the last rollouts, with its reward."""
         if self._experience is None:
             return ""
-        rollouts, reward = self._experience[2].rollouts, self._experience[2].rewards_B[0].item()
+        rollouts, reward = self._experience[1].rollouts, self._experience[1].rewards_B[0].item()
         asked = self.tokenizer.decode(rollouts.ids_BT[0, : int(rollouts.prompt_B[0])].tolist(), True)
         said = self.tokenizer.decode(rollouts.reply_BR[0][rollouts.mask_BR[0]].tolist(), True)
         return f"{asked[-60:]} -> {said[:120]} (reward {reward:.2f})"
@@ -222,8 +222,8 @@ class OnPolicy(ABC):
         """The replies that further steps learn from, and what the guards have seen; by name."""
         held: dict[str, Tensor] = {f"guards.{name}": value for name, value in self.watching.tensors().items()}
         if self._experience is not None and self.updates > 1:
-            at, parts, experience = self._experience
-            held |= {"round": torch.tensor(at), "parts": torch.tensor(parts)}
+            at, experience = self._experience
+            held["round"] = torch.tensor(at)
             held |= {f"experience.{name}": value for name, value in experience.tensors().items()}
         return held
 
@@ -232,7 +232,7 @@ class OnPolicy(ABC):
         self.watching = Guards.of({name[7:]: value for name, value in held.items() if name.startswith("guards.")})
         experience = {name[11:]: value for name, value in held.items() if name.startswith("experience.")}
         if experience:
-            self._experience = int(held["round"]), held["parts"].tolist(), Experience.of(experience)
+            self._experience = int(held["round"]), Experience.of(experience)
 
     # rollouts and rewards
 
