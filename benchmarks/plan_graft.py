@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--pieces", default="components", choices=("layers", "halves", "components"))
     parser.add_argument("--embeddings", action="store_true", help="also a scale for the embedding")
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--chats", type=int, default=64, help="to learn scales from, and 128 tokens of text for each")
     parser.add_argument("--no-singles", action="store_true")
     options = parser.parse_args()
     for tour in options.tours:
@@ -84,7 +85,7 @@ def compare(tour: Path, options: argparse.Namespace) -> dict:
             choosing.chats[ENGLISH],
             choosing.texts[language],
             context=256,
-            limit=len(choosing.chats[ENGLISH]),
+            limit=options.chats,
         )
         bench = Bench(onto, base, chat, template_rows(onto, base, chat))
         pieces = pieces_of(onto, options.pieces) + (outside(onto) if options.embeddings else [])

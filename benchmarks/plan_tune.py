@@ -18,6 +18,7 @@ import argparse
 import json
 import logging
 import math
+import time
 from itertools import islice
 from pathlib import Path
 from random import Random
@@ -39,8 +40,9 @@ from lapis.train.loop import train
 from lapis.train.objectives import Causal, Chat
 from lapis.train.select import choose
 
-PEOPLE, CONTEXT, BATCH, VOCABULARY = 60, 128, 16, 2048
-STEPS = {"base": 600, "style": 150, "knowledge": 200}
+PEOPLE, CONTEXT, VOCABULARY = 60, 128, 2048
+STEPS = {"base": 600, "style": 200, "knowledge": 250}
+BATCH = {"base": 16, "style": 8, "knowledge": 8}
 RATES = {"base": 3e-3, "style": 1e-3, "knowledge": 1e-3}
 SHAPE = {"dim": 128, "layers": 8, "heads": 4, "kv_heads": 2, "ffn_dim": 256, "context": CONTEXT, "tied": True}
 RULES = ("all", "plan", "random-0", "random-1", "magnitude", "gradient", "snr", "middle")
@@ -123,13 +125,19 @@ class Lab:
         data = {"base": "text", "style": "chats", "knowledge": "new"}[kind]
         objective = (Chat if kind == "style" else Causal)(self.tokenizer, [self.files[data]], context=CONTEXT)
         config = TrainConfig(
-            steps=STEPS[kind], batch=BATCH, lr=RATES[kind], optimizer="muon", seed=self.seed, precision="float32",
+            steps=STEPS[kind], batch=BATCH[kind], lr=RATES[kind], optimizer="muon", seed=self.seed, precision="float32",
             threads=1, compile="off", weight_decay=0.1 if kind == "base" else 0.0, sample_every=0,
         )  # fmt: skip
         train(model, objective, config, folder)
         return folder
 
     def scores(self, name: str) -> dict[str, float]:
+        path = self.root / f"scores-{name}.json"
+        if not path.exists():
+            path.write_text(json.dumps(self._scored(name)))
+        return json.loads(path.read_text())
+
+    def _scored(self, name: str) -> dict[str, float]:
         model, tokenizer = lapis.load(self.root / name)
         replies = answer(model, tokenizer, [[*q.messages, {"role": "assistant", "content": q.answer}]
                                             for q in self.questions], max_tokens=32)  # fmt: skip
@@ -195,19 +203,27 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/plan-evidence"))
     parser.add_argument("--only", choices=("style", "knowledge", "base"))
+    parser.add_argument("--seconds", type=float, default=math.inf, help="stop after these; run again to go on")
     parser.add_argument("--rules", nargs="+", default=list(RULES))
     options = parser.parse_args()
     logging.disable()
     torch.set_num_threads(1)
-    lab = Lab(options.out, options.seed)
+    lab, started = Lab(options.out, options.seed), time.monotonic()
+
+    def pause() -> None:
+        if time.monotonic() - started > options.seconds:
+            raise SystemExit(75)
 
     def tell(name: str, experiment: str, rule: str, share: float, tune: list[str]) -> None:
         line = {"seed": options.seed, "experiment": experiment, "rule": rule, "share": round(share, 3)}
         figures = {key: round(value, 4) for key, value in lab.scores(name).items() if value is not None}
         print(json.dumps(line | figures | {"tune": tune}), flush=True)
+        pause()
 
     lab.learn("base", None, "base")
+    pause()
     lab.learn("chat", "base", "style")
+    pause()
     if options.only is None:
         tell("base", "start", "base", 0, [])
         tell("chat", "start", "chat", 1, [])
@@ -216,16 +232,19 @@ def main() -> None:
             continue
         for rule in options.rules:
             tune, share = lab.picks(experiment, rule)
+            pause()
             name = f"{experiment}-{rule}"
             if (experiment, rule) == ("style", "all"):
                 name = "chat"
             lab.learn(name, start, experiment, tune)
+            pause()
             tell(name, experiment, rule, share, tune)
     if options.only in (None, "base"):
         for rule in ("all", "plan"):
             tune, share = lab.picks("knowledge", rule)
             name = f"read-{rule}"
             lab.learn(name, "base", "knowledge", tune)
+            pause()
             for scale in (0.5, 1.0):
                 out = lab.root / f"grafted-{rule}-{scale}"
                 if not out.is_dir():

@@ -17,7 +17,7 @@ from lapis.plan.swap import Bench
 
 STEPS = 40
 RATE, START = 0.08, 0.5
-FACTORS = (0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.35)
+FACTORS = (0.0, 0.4, 0.7, 0.85, 1.0, 1.15, 1.3)
 
 
 @dataclass
@@ -38,7 +38,7 @@ def learn_scales(
 ) -> Learned:
     """Scales whose cost on the exam's text (a share of its bits) is at most `limit`. Leaves the bench at home.
 
-    Ends with one factor on all scales, the largest of FACTORS (refined once) that keeps the limit.
+    Ends with one factor on all scales: of FACTORS, refined twice, the best for replies that keeps the limit.
     """
     names = {name: piece.label for piece in pieces for name in piece.names}
     scales = {piece.label: START for piece in pieces}
@@ -53,18 +53,20 @@ def learn_scales(
         gradients = Gradients(bench, names)
         losses = gradients.run(batch for batch in runner.batches if batch.kind in ("chats", "text"))
         cost = losses["text"] / home_text - 1
+        gains, costs = dict.fromkeys(scales, 0.0), dict.fromkeys(scales, 0.0)
+        for name, label in names.items():
+            gains[label] -= gradients.dots[name].get("chats", 0.0)
+            costs[label] += gradients.dots[name].get("text", 0.0) / home_text
+        if step == 0 and sum(costs.values()) > 0:  # at which the one scale for all would rest here
+            weight = max(sum(gains.values()) / sum(costs.values()), 0.1)
         rate = RATE * (1 - step / steps) + 0.005
         for label in scales:
-            slope = sum(
-                gradients.dots[name].get("chats", 0.0) + weight * gradients.dots[name].get("text", 0.0) / home_text
-                for name, owner in names.items()
-                if owner == label
-            )
+            slope = weight * costs[label] - gains[label]
             first[label] = 0.8 * first[label] + 0.2 * slope
             second[label] = 0.95 * second[label] + 0.05 * slope**2
             hat = first[label] / (1 - 0.8 ** (step + 1))
             scales[label] -= rate * hat / (math.sqrt(second[label] / (1 - 0.95 ** (step + 1))) + 1e-8)
-        weight *= math.exp(max(-0.5, min(0.5, 10 * (cost - limit)))) if step >= steps // 8 else 1.0
+        weight *= math.exp(max(-0.3, min(0.3, 8 * (cost - limit))))
         if step >= 2 * steps // 3:
             counted += 1
             for label, value in scales.items():
@@ -72,15 +74,19 @@ def learn_scales(
         if tell:
             tell(step + 1, steps)
     rows = [_tried(bench, runner, names, mean, factor, home) for factor in FACTORS]
-    fits = [row for row in rows if row["cost"] <= limit] or rows[:1]
-    best = max(row["factor"] for row in fits)
-    above = [row["factor"] for row in rows if row["factor"] > best]
-    if above:
-        row = _tried(bench, runner, names, mean, (best + min(above)) / 2, home)
-        rows.append(row)
-        best = row["factor"] if row["cost"] <= limit else best
+    for _ in range(2):  # and halfway to the next one above it, twice
+        best = _best(rows, limit)["factor"]
+        above = [row["factor"] for row in rows if row["factor"] > best]
+        if above:
+            rows.append(_tried(bench, runner, names, mean, (best + min(above)) / 2, home))
+    best = _best(rows, limit)["factor"]
     bench.put(names, "home")
     return Learned({label: value * best for label, value in mean.items()}, rows)
+
+
+def _best(rows: Sequence[dict[str, float]], limit: float) -> dict[str, float]:
+    """The row with the likeliest replies among those that keep the limit; a factor of 0 always does."""
+    return min((row for row in rows if row["cost"] <= limit), key=lambda row: row["response_nll"])
 
 
 def _text_nats(figures: dict[str, float], runner: Runner) -> float:
