@@ -88,6 +88,23 @@ def test_a_language_of_ones_own_needs_a_sample(tmp_path: Path) -> None:
     assert of(reward, "jan li moku e kili lon tomo") > 0.9 > 0.1 > of(reward, SAMPLES["en"])
 
 
+@pytest.mark.real_data
+def test_real_answers_have_their_numbers_and_real_sentences_their_language(data_dir: Path) -> None:
+    import json as plain
+    import re
+
+    problems = [plain.loads(line) for line in (data_dir / "reason/gsm8k.test.jsonl").read_text().splitlines()]
+    assert all(number()("", problem["answer"], problem) == 1 for problem in problems)
+    samples = {code: str(data_dir / f"corpus/{code}/train.jsonl") for code in ("en", "ms", "id")}
+    for code, least in {"en": 0.97, "ms": 0.9, "id": 0.9}.items():
+        texts = [
+            plain.loads(line)["text"] for line in (data_dir / f"corpus/{code}/valid.jsonl").read_text().splitlines()
+        ]
+        said = [s for text in texts for s in re.split(r"(?<=[.!?])\s+", text) if 60 < len(s) < 200][:100]
+        reward = language(code, among=list(samples), samples=samples)
+        assert sum(of(reward, sentence) > 0.5 for sentence in said) >= least * len(said)
+
+
 WORKER = """
 import sys, time, os
 print("hello from the import")

@@ -131,12 +131,17 @@ def _as_tensors(
 
 
 def read_again(
-    model: Transformer, ids_BT: Tensor, prompt_B: Tensor, reply_BR: Tensor, mask_BR: Tensor, temperature: float
+    model: Transformer,
+    ids_BT: Tensor,
+    prompt_B: Tensor,
+    reply_BR: Tensor,
+    mask_BR: Tensor,
+    temperature: float,
+    *,
+    learn_entropy: bool = False,
 ) -> Said:
-    """One forward pass over prompts and replies. The head runs on the replies' places alone.
-
-    Entropy carries no gradient unless it is asked for by using it; logits are divided by the temperature first.
-    """
+    """One forward pass over prompts and replies. The head runs on the replies' places alone, and logits are divided by
+    the temperature first. learn_entropy: whether entropy carries a gradient, which costs memory."""
     lengths_B = prompt_B + mask_BR.sum(1)
     real_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device) < lengths_B[:, None]
     hidden_BTD = model.hidden(ids_BT, real_BT)
@@ -145,6 +150,7 @@ def read_again(
     logits_NV: Tensor = model.head(hidden_ND).float() / temperature
     logp_NV = logits_NV.log_softmax(-1)
     logprobs_N = logp_NV.gather(1, reply_BR[mask_BR][:, None])[:, 0]
-    entropy_N = -(logp_NV.exp() * logp_NV).sum(-1)
+    with torch.set_grad_enabled(learn_entropy and torch.is_grad_enabled()):
+        entropy_N = -(logp_NV.exp() * logp_NV).sum(-1)
     blank = torch.zeros(mask_BR.shape, dtype=torch.float32, device=ids_BT.device)
     return Said(blank.masked_scatter(mask_BR, logprobs_N), blank.masked_scatter(mask_BR, entropy_N), hidden_ND)

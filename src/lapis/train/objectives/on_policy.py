@@ -104,6 +104,8 @@ class OnPolicy(ABC):
         self.means = self.means | {f"reward_{name}" for name in self.judge.names}
         self.rows = len(self.prompts.rows) * self.updates
         self.notes: list[str] = list(self.judge.notes)
+        if not self.tokenizer.end_ids:
+            self.notes.append("the tokenizer names no end token; every reply goes on to max_tokens")
         self.halt = ""
         self.watching = Guards()
         self._reference = Reference(self.reference, self.tokenizer) if self.needs_reference else None
@@ -134,8 +136,9 @@ class OnPolicy(ABC):
     # the protocol
 
     def describe(self) -> dict[str, Any]:
-        told = {f.name: getattr(self, f.name) for f in fields(self)
-                if isinstance(getattr(self, f.name), (bool, int, float, str)) and f.name != "data"}  # fmt: skip
+        idle = ("data", "valid", "guards", "reward_seconds")  # the weights do not depend on them
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in idle}
+        told = {name: value for name, value in values.items() if isinstance(value, (bool, int, float, str))}
         counts = {"prompts": len(self.prompts.rows), "dropped_prompts": self.prompts.dropped}
         if self._reference is not None and self._reference.digest:
             told["reference"] = self._reference.digest
@@ -274,9 +277,10 @@ class OnPolicy(ABC):
                 self._told.add(kind)
                 self.notes.append(f"guard: {warning}")
 
-    def _read(self, model: Transformer, experience: Experience) -> Said:
+    def _read(self, model: Transformer, experience: Experience, learn_entropy: bool = False) -> Said:
         r = experience.rollouts
-        return read_again(model, r.ids_BT, r.prompt_B, r.reply_BR, r.mask_BR, self.temperature)
+        rows = (r.ids_BT, r.prompt_B, r.reply_BR, r.mask_BR)
+        return read_again(model, *rows, self.temperature, learn_entropy=learn_entropy)
 
     def figures(self, turn: Turn, experience: Experience, said: Said, stopped: Tensor) -> dict[str, float]:
         """What is reported. rollout_gap: the largest difference of a log-probability in the rollout and in training,

@@ -182,7 +182,8 @@ class PPO(OnPolicy):
 
     def loss(self, model: Transformer, batch: tuple[Turn, Experience]) -> Loss:
         turn, experience = batch
-        said, rollouts = self._read(model, experience), experience.rollouts
+        said = self._read(model, experience, learn_entropy=self.entropy > 0)
+        rollouts = experience.rollouts
         scored_BR = rollouts.mask_BR & experience.rewards_B.isfinite()[:, None]
         assert experience.advantages is not None and experience.values_BR is not None
         assert experience.returns_BR is not None

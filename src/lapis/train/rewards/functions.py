@@ -139,8 +139,9 @@ class InWorker:
         here = os.path.join(os.path.dirname(__file__), "worker.py")
         self._rest = b""
         self._process = subprocess.Popen(
-            [sys.executable, here], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=os.getcwd()
-        )
+            [sys.executable, here], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=os.getcwd(),
+            start_new_session=True,  # Ctrl-C is for the run, which saves; this process ends when its input does
+        )  # fmt: skip
         answer = self._ask({"target": self.target, "options": self.options}, _START_SECONDS)
         if answer is None or "error" in answer:
             self.close()

@@ -28,10 +28,16 @@ SCRIPTS = {
 SAMPLES = {
     "en": "The people who live in this house have two children, and they are going to school today. It is not what I "
     "would say, but there was a good reason for that. You can see which of them will come with us when the rain stops.",
-    "ms": "Saya tidak boleh datang kerana kereta saya rosak. Mereka hendak pergi ke pejabat itu pada hari Isnin. Awak "
-    "ialah kawan yang baik, dan wang itu untuk anak-anak di sekolah. Apakah nama bandar ini? Kami mahu cuba lagi esok.",
+    "ms": "Saya tidak boleh datang kerana kereta saya rosak. Mereka hendak pergi ke pejabat itu pada hari Isnin. "
+    "Awak ialah kawan yang baik, dan wang itu untuk anak-anak di sekolah. Apakah nama bandar ini? Kami mahu "
+    "cuba lagi esok. Perbezaan kualiti, universiti, aktiviti, komuniti dan maklumat; syarikat, kerajaan, "
+    "projek, pelajar, kaedah, ujian, akaun, fail, percuma, muat turun. Sila faham dahulu; mereka berbeza, "
+    "bahawa, daripada, sahaja, lapan, polis, elektrik.",
     "id": "Saya tidak bisa datang karena mobil saya rusak. Mereka ingin pergi ke kantor itu pada hari Senin. Kamu "
-    "adalah teman yang baik, dan uang itu untuk anak-anak di sekolah. Apa nama kota ini? Kami mau coba lagi besok.",
+    "adalah teman yang baik, dan uang itu untuk anak-anak di sekolah. Apa nama kota ini? Kami mau coba lagi "
+    "besok. Perbedaan kualitas, universitas, aktivitas, komunitas dan informasi; perusahaan, pemerintah, "
+    "proyek, siswa, metode, tes, akun, berkas, gratis, unduh. Silakan paham dulu; mereka berbeda, bahwa, "
+    "dari, saja, delapan, polisi, listrik.",
     "de": "Die Leute, die in diesem Haus wohnen, haben zwei Kinder, und sie gehen heute in die Schule. Ich würde das "
     "nicht sagen, aber es gab einen guten Grund dafür. Wir kommen mit euch, wenn der Regen aufhört, oder auch später.",
     "fr": "Les gens qui habitent dans cette maison ont deux enfants, et ils vont à l'école aujourd'hui. Ce n'est pas "
