@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import lapis
 from lapis.cli.main import main
 from lapis.errors import ConfigError, DataError, LapisError, TrainingError
 from lapis.evaluate.preference import calibration_error, pair_figures, reply_log_probabilities, score_pairs
@@ -103,6 +104,25 @@ def test_each_learns_its_pairs_from_settings(
         assert {key: found[key] for key in result.held_out} == pytest.approx(dict(result.held_out), abs=1e-4)
     else:
         assert score_pairs(again, words, PAIRS)["accuracy"] == 1
+
+
+@pytest.mark.parametrize("name", ["dpo", "reward"])
+def test_with_lora(name: str, tokenizer: Tokenizer, new_model: NewModel, tmp_path: Path) -> None:
+    save(new_model(), tmp_path / "base")
+    tokenizer.save(tmp_path / "base")
+    lines = [{"prompt": p.prompt, "chosen": p.chosen["content"], "rejected": p.rejected["content"]} for p in PAIRS]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    settings = {"objective": name, "model": str(tmp_path / "base"), "data": str(tmp_path / "pairs.jsonl"),
+                "valid": str(tmp_path / "pairs.jsonl"), "context": 64, "out": str(tmp_path / "out"), "steps": 12,
+                "lora": {"rank": 4}, **SETTINGS, "lr": 2e-2}  # fmt: skip
+    if name == "dpo":
+        settings["reference"] = "base"
+    result = run(read_settings(settings, "test"), watch=Silent())
+    assert result.held_out["accuracy"] == 1
+    model, words = lapis.load(str(tmp_path / "out"))
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+    found = score_pairs(model, words, PAIRS, reference=tmp_path / "base")
+    assert found["margin"] == pytest.approx(result.held_out["margin"], rel=1e-4)
 
 
 def test_accumulation_and_interruption_change_nothing(
