@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from hashlib import sha256
@@ -32,6 +32,7 @@ from lapis.text.tokenizer import Tokenizer
 from lapis.text.writing import Report, Shape, Shard, assemble, write_shard
 
 _PAUSE = 0.05  # seconds between looks at what the others do
+_GOLDEN = 0.6180339887  # multiples of it, less whole numbers, lie far apart
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,7 @@ def share(
 ) -> Rows:
     """Do the job, or help those that are at it, and open what came of it. Raises what the worker that failed did."""
     out = Path(os.path.abspath(out))
-    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-    if not alone and _finished(out, job):  # the other ranks did not wait for this one
+    if _ranks() > 1 and _finished(out, job):  # the other ranks did not wait for this one
         return Rows.open(out)
     check_output(out, overwrite=overwrite)
     staging = staging_of(out)
@@ -79,7 +79,8 @@ def share(
                     _seal(sealed.path, sealed.digests, job, tokenizer)
                 break
             except _NothingHere:
-                staging.rmdir()
+                with suppress(OSError):  # somebody else began something there
+                    staging.rmdir()
             except Busy:
                 time.sleep(_PAUSE)
             except OutputError:
@@ -87,9 +88,13 @@ def share(
                     raise
                 break
     except LapisError:
-        _clear(staging)
+        _clear(staging, job)
         raise
     return Rows.open(out)
+
+
+def _ranks() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 class _NothingHere(Exception):
@@ -115,7 +120,11 @@ def _joined(staging: Path, out: Path, job: Job, tokenizer: Tokenizer) -> Iterato
         handle = os.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             if _locked(handle, fcntl.LOCK_EX) and _same(handle, staging):
-                if not plan.is_file() or read_json(plan)["key"] != job.key:
+                if _ranks() > 1 and _finished(out, job):  # all was done between two looks
+                    shutil.rmtree(staging)
+                    yield False
+                    return
+                if not _holds(staging, job):
                     _begin(staging, job, tokenizer)
                 (staging / JOURNAL / "error.json").unlink(missing_ok=True)
                 fcntl.flock(handle, fcntl.LOCK_SH)
@@ -127,7 +136,7 @@ def _joined(staging: Path, out: Path, job: Job, tokenizer: Tokenizer) -> Iterato
                 continue
             if not _same(handle, staging) or not plan.is_file():
                 continue
-            if read_json(plan)["key"] != job.key:
+            if not _holds(staging, job):
                 raise Busy(f"{out.parent}: another lapis is writing {staging.name}; wait for it")
             yield True
             return
@@ -151,6 +160,11 @@ def _same(handle: int, place: Path) -> bool:
         return False
 
 
+def _holds(staging: Path, job: Job) -> bool:
+    plan = staging / JOURNAL / "plan.json"
+    return plan.is_file() and bool(read_json(plan)["key"] == job.key)
+
+
 def _begin(staging: Path, job: Job, tokenizer: Tokenizer) -> None:
     for entry in staging.iterdir():
         shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
@@ -167,14 +181,14 @@ def _put(path: Path, value: Any) -> None:
     aside.replace(path)
 
 
-def _clear(staging: Path) -> None:
-    """After a refusal, nothing is left; but another process may still be at it."""
+def _clear(staging: Path, job: Job) -> None:
+    """After a refusal, nothing is left; but another process may still be at it, or it may be another job's."""
     try:
         handle = os.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:
         return
     try:
-        if _locked(handle, fcntl.LOCK_EX):
+        if _locked(handle, fcntl.LOCK_EX) and _holds(staging, job):
             shutil.rmtree(staging, ignore_errors=True)
     finally:
         os.close(handle)
@@ -221,8 +235,9 @@ def work(
     """Take one open part after another until all are done. number: where to begin, so that workers seldom meet."""
     journal = staging / JOURNAL
     left = list(range(len(job.parts)))
-    number = number * len(left) // (number + 1) if number else int(os.environ.get("RANK", "0"))
-    left = left[number % len(left) :] + left[: number % len(left)]
+    seat = int(os.environ.get("RANK", "0")) * 64 + number
+    first = int(len(left) * (seat * _GOLDEN % 1))
+    left = left[first:] + left[:first]
     while left:
         before = len(left)
         for part in list(left):
@@ -290,7 +305,7 @@ def _so_far(journal: Path) -> tuple[int, int]:
 def _seal(staging: Path, digests: dict[str, str], job: Job, tokenizer: Tokenizer) -> None:
     """rows.json over all parts; arrays of parts without a token are dropped, and the others numbered anew."""
     journal = staging / JOURNAL
-    if not journal.is_dir() or read_json(journal / "plan.json")["key"] != job.key:
+    if not _holds(staging, job):
         raise _NothingHere
     if replace(job).key != job.key:
         raise DataError("the files changed while they were packed; pack them again")
