@@ -15,6 +15,7 @@ from lapis.cli.main import main
 from lapis.config import override
 from lapis.errors import ConfigError, DataError
 from lapis.evaluate.classification import class_scores, predict
+from lapis.model import ModelConfig, Transformer, save
 from lapis.model.heads import class_names, put_head
 from lapis.text.corpus import Document
 from lapis.text.labels import Labeled
@@ -171,6 +172,36 @@ def test_words_are_learned_and_the_folder_says_so(
     assert (
         'odd.tsv line 3: the label "fruits" is not one of the classes; did you mean "fruit"?' in capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize(
+    "part", [{"lora": {"rank": 4}}, {"freeze": ["embed", "layers.0"]}, {"tune": ["layers.1", "head"]}]
+)
+def test_classes_are_learned_by_a_part_of_the_model(
+    tokenizer: Tokenizer, tmp_path: Path, part: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A causal model; the head is new, and trained with whatever else is."""
+    table(tmp_path / "train.tsv")
+    shape = ModelConfig(dim=32, layers=2, heads=4, ffn_dim=64, vocab=300, context=32)
+    torch.manual_seed(0)
+    before = Transformer(shape)
+    save(before, tmp_path / "model")
+    tokenizer.save(tmp_path / "model")
+    given = {
+        "objective": "classify",
+        "model": str(tmp_path / "model"),
+        "data": str(tmp_path / "train.tsv"),
+        "context": 32,
+    }
+    out = tmp_path / "out"
+    settings = {**CONFIG, **given, **part, "steps": 40, "valid": str(tmp_path / "train.tsv"), "out": str(out)}
+    assert run(read_settings(settings, "t"), watch=Silent()).held_out["accuracy"] > 0.9
+    assert lapis.load(out)[0].config.extra["id2label"] == {"0": "animal", "1": "fruit"}
+    main(["eval", str(out), "--classes", str(tmp_path / "train.tsv"), "--json"])
+    assert json.loads(capsys.readouterr().out)["classes"]["accuracy"] > 0.9
+    if "lora" not in part:
+        after, _ = lapis.load(out)
+        assert torch.equal(after.blocks[0].mlp.up.weight, before.blocks[0].mlp.up.weight)  # type: ignore[union-attr]
 
 
 def test_pictures_are_learned_from_a_file_of_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
