@@ -62,14 +62,15 @@ def plan_graft(
     chat: Model | Sequence[Model],
     onto: Model,
     scale: ScaleLike | Sequence[ScaleLike] = 1.0,
-    embeddings: str = "keep",
+    embeddings: str | None = None,
     norms: str = "keep",
 ) -> GraftPlan:
     """Checks a graft and lays it out. Raises CheckpointError or ConfigError with all problems at once."""
+    chats, scales = _listed(chat), [read_scale(each) for each in _listed(scale)]
+    embeddings = embeddings or next((each.embeddings for each in scales if each.embeddings), "keep")
     for option, value in (("embeddings", embeddings), ("norms", norms)):
         if value not in ("keep", "add"):
             raise ConfigError(f'graft: {option} is "{value}"; give keep or add')
-    chats, scales = _listed(chat), [read_scale(each) for each in _listed(scale)]
     if len(scales) == 1:
         scales *= len(chats)
     if len(scales) != len(chats) or not chats:

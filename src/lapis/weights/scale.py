@@ -42,11 +42,15 @@ class ScaleRule:
 
 @dataclass(frozen=True)
 class Scale:
-    """A scale for every part of a model. shape: of the model that it was made for, where it says so (a plan does)."""
+    """A scale for every part of a model.
+
+    shape: of the model that it was made for, and embeddings: whether a graft is to add to these, where a plan says so.
+    """
 
     default: float = 1.0
     rules: tuple[ScaleRule, ...] = ()
     shape: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    embeddings: str | None = None
 
     def of(self, part: Part) -> float:
         result = self.default
@@ -146,6 +150,7 @@ def _from_mapping(settings: Mapping[str, Any], where: str) -> Scale:
         _number(settings.get("default", 1.0), f"{where}: default"),
         tuple(rules),
         shape if isinstance(shape, Mapping) else {},
+        settings.get("embeddings"),
     )
 
 

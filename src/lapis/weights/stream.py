@@ -7,13 +7,14 @@ manifest's sha256 and the journal's checkpoints for one pass. A method that need
 threshold) declares passes; these run over the same tiles before its result does.
 
 Memory: THREADS x TILE x (4 x inputs + 20) bytes, whatever the model's size; a row longer than a tile makes the tile
-one row. Leaves out: what is computed (graft.py, methods.py) and where to write (checkpoint/commit.py).
+one row. Methods with passes keep up to twice HOLD bytes of inputs besides, so that these are read once. Leaves out:
+what is computed (graft.py, methods.py) and where to write (checkpoint/commit.py).
 """
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from math import isfinite
+from math import isfinite, prod
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -26,12 +27,13 @@ from lapis.errors import CheckpointError
 from lapis.weights.journal import Journal, Progress
 from lapis.weights.outputs import Account, Figures, Kernel, Output
 from lapis.weights.sources import COMPUTABLE, Source
-from lapis.weights.tiles import THREADS, Buffer, Reader, Tile, dot, finite, one_thread_each, prefetch, spans
+from lapis.weights.tiles import THREADS, Buffer, Held, Reader, Tile, dot, finite, one_thread_each, prefetch, spans
 from lapis.weights.writer import Writer
 
 __all__ = ["Account", "Figures", "Kernel", "Output", "stream"]
 
 RECORD = 64 << 20  # bytes of output between two lines of the journal
+HOLD = 256 << 20  # bytes of one tensor's inputs that are kept between its passes; larger ones are read in each
 
 
 def stream(
@@ -74,6 +76,7 @@ class _Sweep:
     partials: list[list[Any]]
     left: list[int]
     ready: list[threading.Event]
+    held: Held | None
     state: Any = None
 
 
@@ -104,6 +107,7 @@ class _Run:
         self.lock = threading.Lock()
         self.failure: BaseException | None = None
         self.free: SimpleQueue[Buffer] = SimpleQueue()
+        self.spare: SimpleQueue[Buffer] = SimpleQueue()
         self.figures = {output.name: Figures() for outputs in files.values() for output in outputs}
         self.account = Account(self.figures, {})
         self.files = [self._prepare(name, outputs, folder, metadata) for name, outputs in files.items()]
@@ -174,7 +178,9 @@ class _Run:
         sweep = None
         if steps:
             empty: list[list[Any]] = [[None] * len(every) for _ in range(steps)]
-            sweep = _Sweep(empty, [len(every)] * steps, [threading.Event() for _ in range(steps)])
+            size = sum(source.dtype.itemsize for source in output.sources) * prod(output.shape)
+            held = Held(self.spare) if size <= HOLD else None
+            sweep = _Sweep(empty, [len(every)] * steps, [threading.Event() for _ in range(steps)], held)
         passes = [
             _Task(output, first, last, file, 0, sweep, step, i, following)
             for step in range(steps)
@@ -237,6 +243,8 @@ class _Run:
             if task.sweep:
                 self._await(task.sweep.ready[-1])
             tile, read = self._read(task, reader), 0
+            if task.sweep and task.sweep.held:
+                task.sweep.held.release(task.first)
             result, delta = output.kernel.apply(tile, task.sweep.state if task.sweep else None)
             values.copy_(result)
             if delta is None:
@@ -258,7 +266,8 @@ class _Run:
         self._finish(task, buffer, count * output.dtype.itemsize, figures, read)
 
     def _read(self, task: _Task, reader: Reader) -> Tile:
-        tile = reader.read(task.output.name, task.output.sources, task.first, task.last, task.output.shape)
+        output, held = task.output, task.sweep.held if task.sweep else None
+        tile = reader.read(output.name, output.sources, task.first, task.last, output.shape, held)
         with self.lock:
             self.account.bytes_read += reader.taken()
         return tile

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
+from queue import Empty, SimpleQueue
 from typing import TypeVar
 
 import torch
@@ -65,6 +66,33 @@ class Buffer:
         return self._view[:size]
 
 
+class Held:
+    """The stored bytes of one tensor's tiles, kept from its first pass to its last, in memory that the next one uses."""
+
+    def __init__(self, spare: "SimpleQueue[Buffer]") -> None:
+        self._spare = spare
+        self._tiles: dict[tuple[int, int], Buffer] = {}
+
+    def bytes(self, first: int, source: int) -> tuple[Buffer, bool]:
+        """The buffer of a tile of one source, and whether it is filled already."""
+        buffer = self._tiles.get((first, source))
+        if buffer is not None:
+            return buffer, True
+        try:
+            buffer = self._spare.get_nowait()
+        except Empty:
+            buffer = Buffer()
+        self._tiles[first, source] = buffer
+        return buffer, False
+
+    def release(self, first: int) -> None:
+        """The tile that begins there is done with."""
+        source = 0
+        while (buffer := self._tiles.pop((first, source), None)) is not None:
+            self._spare.put(buffer)
+            source += 1
+
+
 class Reader:
     """Reads tiles into buffers of its own, widened to float32; one per thread."""
 
@@ -72,18 +100,31 @@ class Reader:
         self._stored, self._wide = Buffer(), [Buffer()]
         self._taken = 0
 
-    def read(self, name: str, sources: Sequence[Source], first: int, last: int, shape: Sequence[int]) -> Tile:
-        """The tile [first, last) of every source. The last tile's memory is used again."""
+    def read(
+        self,
+        name: str,
+        sources: Sequence[Source],
+        first: int,
+        last: int,
+        shape: Sequence[int],
+        held: "Held | None" = None,
+    ) -> Tile:
+        """The tile [first, last) of every source. The last tile's memory is used again.
+
+        held: where the bytes of an earlier pass over this tensor are, and those of this tile are kept.
+        """
         count, inputs = last - first, []
         while len(self._wide) < len(sources):
             self._wide.append(Buffer())
-        for source, buffer in zip(sources, self._wide, strict=False):
+        for at, (source, buffer) in enumerate(zip(sources, self._wide, strict=False)):
             vector = buffer.of(count, torch.float32)
             if source.dtype is torch.float32:
                 self._taken += source.read(first, last, buffer.bytes(count * 4))
             else:
-                stored = self._stored.of(count, source.dtype)
-                self._taken += source.read(first, last, self._stored.bytes(count * source.dtype.itemsize))
+                bytes_, known = (self._stored, False) if held is None else held.bytes(first, at)
+                stored = bytes_.of(count, source.dtype)
+                if not known:
+                    self._taken += source.read(first, last, bytes_.bytes(count * source.dtype.itemsize))
                 vector.copy_(stored)
             inputs.append(vector)
         return Tile(name, first, last, columns_of(shape), inputs)
