@@ -18,20 +18,20 @@ from lapis.train.surrogate import k3
 def step_figures(experience: Experience, said: Said, stopped: Tensor) -> dict[str, float]:
     """What every policy objective reports of a micro-batch. stopped: where clipping took the gradient away.
 
-    kl: nats per token to the reference, estimated by k3 on what was drawn. policy_shift: the same to the policy that
-    drew. unscored: share of replies without a reward. A reward that no reply has is left out.
+    kl: nats per token from the policy that drew to the reference, estimated by k3. policy_shift: the same to the policy
+    as it is now. unscored: share of replies without a reward. A reward that no reply has is left out.
     """
     rollouts, mask_BR = experience.rollouts, experience.rollouts.mask_BR
     tokens = int(mask_BR.sum())
     logp_BR = said.logprobs_BR.detach()
     found = _means({"reward": experience.rewards_B})
     if experience.reference_BR is not None:
-        found["kl"] = (k3(logp_BR, experience.reference_BR) * mask_BR).sum().item() / tokens
+        found["kl"] = (k3(rollouts.logprobs_BR, experience.reference_BR) * mask_BR).sum().item() / tokens
     found |= {
         "length": tokens / len(experience),
         "entropy": said.entropy_BR.detach().sum().item() / tokens,
         "clip_share": stopped.double().mean().item(),
-        "policy_shift": (k3(logp_BR, rollouts.logprobs_BR) * mask_BR).sum().item() / tokens,
+        "policy_shift": (k3(rollouts.logprobs_BR, logp_BR) * mask_BR).sum().item() / tokens,
         "ended": rollouts.ended_B.double().mean().item(),
         "unscored": experience.rewards_B.isnan().double().mean().item(),
         "tokens": float(rollouts.ids_BT.numel()),

@@ -283,11 +283,12 @@ class OnPolicy(ABC):
         return read_again(model, *rows, self.temperature, learn_entropy=learn_entropy)
 
     def figures(self, turn: Turn, experience: Experience, said: Said, stopped: Tensor) -> dict[str, float]:
-        """What is reported. rollout_gap: the largest difference of a log-probability in the rollout and in training,
-        of replies that no step has learned from yet."""
+        """What is reported. rollout_gap: the largest difference of a token's probability in the rollout and in
+        training, of replies that no step has learned from yet."""
         if turn.update == 0:
-            difference_BR = (said.logprobs_BR.detach() - experience.rollouts.logprobs_BR) * experience.rollouts.mask_BR
-            self._compare(difference_BR.abs().max().item(), torch.is_autocast_enabled(difference_BR.device.type))
+            difference_BR = said.logprobs_BR.detach().exp() - experience.rollouts.logprobs_BR.exp()
+            gap = (difference_BR * experience.rollouts.mask_BR).abs().max().item()
+            self._compare(gap, torch.is_autocast_enabled(difference_BR.device.type))
         return {**step_figures(experience, said, stopped), "rollout_gap": self._gap}
 
     def _compare(self, gap: float, lowered: bool) -> None:
@@ -295,7 +296,7 @@ class OnPolicy(ABC):
         self._gap = gap
         if not lowered and gap > 1e-4 and "gap" not in self._told:
             self._told.add("gap")
-            self.notes.append(f"rollouts and training differ by {gap:.1e} in a log-probability; expected 1e-4 or less")
+            self.notes.append(f"rollouts and training differ by {gap:.1e} in a probability; expected 1e-4 or less")
 
     def _prompts(self, data: Any) -> Prompts:
         room = self.context - self.max_tokens
