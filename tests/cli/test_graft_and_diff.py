@@ -75,7 +75,11 @@ def test_diff_prints_one_object_and_writes_a_page(run: Run, models: dict[str, Pa
     assert set(names) <= result["tensors"][0].keys()
     assert {"token", "id", "special", "relative_norm", "cosine"} <= result["rows"][0].keys()
     assert "changed most" in page.read_text(encoding="utf-8")
-    status, out, _ = run("diff", models["base"], models["chat"], models["onto"], "--json")
+    assert "Is it the template" in page.read_text(encoding="utf-8")
+    status, out, _ = run("diff", models["base"], models["chat"], models["onto"], "--html", page, "--json")
     assert status == 0 and json.loads(out)["cosines"][0][0] == pytest.approx(1)
+    assert "How far each went" in page.read_text(encoding="utf-8")
+    status, _, _ = run("diff", models["base"], models["chat"], "--spectra", "--html", page)
+    assert status == 0 and "has the lowest stable rank" in page.read_text(encoding="utf-8")
     status, out, err = run("diff", models["base"], tmp_path / "nothing")
     assert (status, out) == (1, "") and err.count("\n") == 1

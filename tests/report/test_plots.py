@@ -52,6 +52,8 @@ FIGURES = {
     "treemap": lambda: plots.parameter_treemap(SIZES, "t"),
     "lens": lambda: plots.lens_grid(LENS, "t"),
     "ranks": lambda: plots.rank_trajectories(RANKS, "t"),
+    "matrix": lambda: plots.matrix([[1.0, -0.5], [-0.5, 1.0]], ["a", "b"], ["a", "b"], "t", unit="cosine", signed=True),
+    "panels": lambda: plots.metric_panels({"a": [{"step": 1, "kl": 2.0}, {"step": 2, "kl": 1.0}]}, ["kl"], "t"),
     "attention": lambda: plots.attention_map(HEADS, ["a", "b"], "t"),
 }
 

@@ -52,6 +52,14 @@ def test_replies_before_and_after_are_shown():
     assert "who who" in page and "Aina." in page and "Settings" in page
 
 
+def test_a_classifier_shows_what_it_takes_for_what():
+    facts = {"held_out": {"accuracy": 0.9}, "labels": {"classes": ["ms", "id"], "confusion": [[9, 1], [0, 10]]}}
+    page = run_page(log(), facts, "langid").render()
+    assert "95.0% are right; ms is most often taken for id" in page
+    drawn = [figure for figure in figures(page) if figure["data"][0]["type"] == "heatmap"]
+    assert drawn[0]["data"][0]["z"] == [[9, 1], [0, 10]]
+
+
 def test_a_report_puts_the_pages_of_folders_together(tmp_path):
     run, merged = tmp_path / "run", tmp_path / "merged"
     run.mkdir()
@@ -66,6 +74,7 @@ def test_a_report_puts_the_pages_of_folders_together(tmp_path):
     cells = [{"layer": i, "component": "attn.q", "kind": "weight", "cosine": 0.9, "relative_norm": 0.1, "name": f"l{i}"}
              for i in range(3)]  # fmt: skip
     (merged / "diff.json").write_text(json.dumps({"tensors": cells, "total": {}}))
+    (merged / "classes.json").write_text(json.dumps({"classes": ["a", "b"], "confusion": [[1, 0], [1, 2]], "n": 4}))
     page = Page("Lens", "A lead.").section("Ranks", "Some **text**.")
     page.figure(plots.learning_curves([{"run": "x", "tokens": i, "loss": 1.0} for i in range(3)], "Curve"))
     page.table([{"a": 1, "b": "x"}], ["a", "b"], "Table", sortable=True)
@@ -74,11 +83,11 @@ def test_a_report_puts_the_pages_of_folders_together(tmp_path):
     whole = report_of([run, merged])
     assert whole.sections == [
         "Learning curves", "What the objective measures", "How the run went", "What was merged: merged",
-        "What changed: merged/diff", "Lens",
+        "What changed: merged/diff", "Scores", "What is taken for what", "Lens",
     ]  # fmt: skip
     html = whole.render()
     assert "norms were kept" in html and "<h3>Ranks</h3>" in html.replace(' id="s1"', "") and "alert(1)" not in html
-    assert len(figures(html)) == 5 and html.count('id="plotly"') == 1
+    assert len(figures(html)) == 6 and html.count('id="plotly"') == 1
     ids = re.findall(r'\bid="([^"]+)"', html)
     assert len(ids) == len(set(ids))
 

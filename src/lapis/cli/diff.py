@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 from lapis.cli.output import console, progress, show, table
 
 if TYPE_CHECKING:
+    from lapis.report.page import Page
     from lapis.weights.lineage import Lineage
-    from lapis.weights.table import DiffTable
 
 
 def diff(
@@ -58,6 +58,10 @@ def diff(
             found = run(a, b, rows, spectra, progress=tell)
     if others:
         show(descent.to_json(), json, lambda: tell_lineage(descent))
+        if html:
+            from lapis.weights.page import lineage_page
+
+            write_page(lineage_page(descent), html)
         return
     if unrelated(found):
         raise CheckpointError(f"{a} and {b}: cosine 0.00 in every layer: these are not parent and child")
@@ -91,7 +95,9 @@ def diff(
 
     show(found.to_json(), json, render)
     if html:
-        write_page(found, a, b, html)
+        from lapis.weights.page import diff_page
+
+        write_page(diff_page(found, a, b), html)
 
 
 def tell_lineage(found: "Lineage") -> None:
@@ -107,31 +113,9 @@ def tell_lineage(found: "Lineage") -> None:
         console.print(f"- {note}")
 
 
-def write_page(found: "DiffTable", a: str, b: str, path: str) -> None:
-    """The pictures and tables of a difference as one page."""
+def write_page(page: "Page", path: str) -> None:
+    """A page to a file, whole or not at all."""
     from lapis.checkpoint.commit import commit_file
-    from lapis.report.markup import Column
-    from lapis.report.page import Page
 
-    page = Page(f"From {a} to {b}", "What changed in the weights: direction and magnitude, layer by layer.")
-    page.section("Where", "Each cell is one component of one layer, as one vector.")
-    page.figure(found.plot())
-    figures = [
-        Column("cosine", "cosine", ".6f"),
-        Column("relative_norm", "|b − a| / |a|", ".3e"),
-        Column("rounding_floor", "rounding floor", ".1e"),
-        Column("identical", "identical", ".1%"),
-    ]
-    page.table(
-        [{**g, "layer": "outside" if g["layer"] is None else str(g["layer"])} for g in found.by("layer")],
-        ["layer", *figures],
-        "By layer",
-    )
-    page.table(found.by("component"), ["component", *figures], "By component")
-    if found.rows:
-        page.section("Which tokens", "Rows of the embedding: how far each token's vector moved.")
-        page.figure(found.plot(rows=True))
-        moved = [{**row, "token": repr(row["token"])} for row in found.moved(30)]
-        page.table(moved, ["token", "id", "kind", figures[0], figures[1]], "The rows that moved most")
     with commit_file(path, overwrite=True) as temporary:
         temporary.write_text(page.render(), encoding="utf-8")

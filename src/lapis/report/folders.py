@@ -2,7 +2,8 @@
 
 What is looked for in a folder and in its subfolders, two levels deep: `log.jsonl` with `training.json` (lapis train),
 `lapis-merge.json` (graft, merge), pages written with --html, and, kept in a .json file, what --json printed of
-`lapis diff`, `lens` and `eval`. Leaves out: everything else, models among it; links are not followed.
+`lapis diff`, `lens` and `eval`, or a classifier's classes.json. Leaves out: everything else, models among it; links
+are not followed.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from lapis.report import plots
 from lapis.report.joined import Joined, is_ours, read_page
 from lapis.report.markup import Column
 from lapis.report.page import Page
-from lapis.report.runs import add_runs
+from lapis.report.runs import add_confusion, add_runs
 
 DEPTH = 2
 JSON_LIMIT = 256_000_000
@@ -32,6 +33,8 @@ OF_MODELS = (
     "lapis-manifest",
     "preprocessor",
 )
+
+SCORED = ("text", "chats", "choices", "classes")  # what `lapis eval --json` tells of
 
 Found = dict[str, Any]
 
@@ -107,7 +110,7 @@ def _take(path: Path, name: str, kept: Kept) -> None:
             kept.diffs[label] = found
         elif isinstance(found.get("layers"), list) and isinstance(found.get("tokens"), list):
             kept.lenses[label] = found
-        elif any(isinstance(found.get(key), dict) for key in ("text", "chats", "choices")):
+        elif isinstance(found.get("confusion"), list) or any(isinstance(found.get(part), dict) for part in SCORED):
             kept.scores[label] = found
 
 
@@ -195,10 +198,13 @@ def _add_lens(page: Page, name: str, trace: Mapping[str, Any]) -> None:
 def _add_scores(page: Page, scores: Mapping[str, Mapping[str, Any]]) -> None:
     rows = [
         {"model": str(found.get("model", name)), **{
-            f"{part} {key}".replace("_", " "): value
-            for part in ("text", "chats", "choices") if isinstance(found.get(part), Mapping)
-            for key, value in found[part].items() if isinstance(value, int | float)
+            f"{part} {key}".replace("_", " ").strip(): value
+            for part, figures in (("", found), *((part, found.get(part)) for part in SCORED))
+            if isinstance(figures, Mapping)
+            for key, value in figures.items() if isinstance(value, int | float)
         }} for name, found in scores.items()
     ]  # fmt: skip
     page.section("Scores")
     page.table(rows, list(dict.fromkeys(key for row in rows for key in row)))
+    for found in scores.values():
+        add_confusion(page, found)

@@ -23,6 +23,7 @@ NAMES = {
     "chosen": "the choice",
     "control": "random, same size",
     "full": "the whole difference",
+    "scaled": "learned scales, for a graft",
 }
 
 

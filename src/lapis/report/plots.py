@@ -5,6 +5,8 @@
     embedding_rows                                                embedding.py
     lens_grid, rank_trajectories, attention_map                   inside.py
     contributions                                                 contributions.py
+    matrix                                                        matrix.py
+    metric_panels                                                 runs.py
 
 Each takes the rows and a title that states the finding, and says in its docstring what a row holds. A figure shows
 itself in a notebook; Page.figure puts it on a page. A figure made elsewhere with plotly fits on a page as well.
@@ -13,6 +15,8 @@ itself in a notebook; Page.figure puts it on a page. A figure made elsewhere wit
 from lapis.report.contributions import contributions
 from lapis.report.embedding import embedding_rows
 from lapis.report.inside import attention_map, lens_grid, rank_trajectories
+from lapis.report.matrix import matrix
+from lapis.report.runs import metric_panels
 from lapis.report.training import learning_curves, mixers, plan_scatter, scale_sweep, scores
 from lapis.report.weights import layer_heatmap, parameter_treemap, spectra, tensor_errors
 
@@ -23,6 +27,8 @@ __all__ = [
     "layer_heatmap",
     "learning_curves",
     "lens_grid",
+    "matrix",
+    "metric_panels",
     "mixers",
     "parameter_treemap",
     "plan_scatter",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lapis.report import theme
 from lapis.report.markup import Column
+from lapis.report.matrix import matrix
 from lapis.report.page import Page
 from lapis.report.theme import Row, color, plain
 from lapis.report.training import AXES, POINTS, learning_curves, moving_average
@@ -199,7 +200,27 @@ def _add_facts(page: Page, name: str, facts: Mapping[str, Any]) -> None:
             {"prompt": str(r.get("prompt", "")), "replies": {k: str(r[k]) for k in ("before", "after") if k in r}}
             for r in replies if isinstance(r, Mapping)
         ])  # fmt: skip
+    add_confusion(page, facts)
     settings = {**(facts.get("config") or {}), **(facts.get("options") or {})}
     rows = [{"setting": key, "value": str(value)} for key, value in settings.items() if value not in (None, "", {})]
     if rows:
         page.table(rows, [Column("setting"), Column("value")], folded=f"Settings{f' of {name}' if name else ''}")
+
+
+def add_confusion(page: Page, found: Mapping[str, Any]) -> None:
+    """What a classifier took for what, wherever `confusion` and `classes` stand in an object of figures."""
+    table, classes = found.get("confusion"), found.get("classes")
+    if isinstance(table, list) and table and isinstance(classes, list) and len(classes) == len(table):
+        right = sum(line[i] for i, line in enumerate(table))
+        total = sum(map(sum, table)) or 1
+        wrong = [(line[j], i, j) for i, line in enumerate(table) for j in range(len(line)) if i != j and line[j]]
+        title = f"{right / total:.1%} are right"
+        if wrong:
+            _, i, j = max(wrong)
+            title += f"; {classes[i]} is most often taken for {classes[j]}"
+        names = [str(name) for name in classes]
+        page.section("What is taken for what")
+        page.figure(matrix(table, names, names, title, unit="texts", format=",.0f", x="said", y="true"))
+    for value in found.values():
+        if isinstance(value, Mapping):
+            add_confusion(page, value)
