@@ -72,7 +72,7 @@ def test_every_figure_serializes_states_its_finding_and_has_settings_for_narrow_
         assert path.split(".")[0] in figure.layout, path  # a mistyped path would be silently without effect
 
 
-@pytest.mark.parametrize("name", sorted(set(FIGURES) - {"treemap", "heatmap", "lens", "attention"}))
+@pytest.mark.parametrize("name", sorted(set(FIGURES) - {"treemap", "heatmap", "lens", "attention", "matrix", "panels"}))
 def test_axes_are_named(name):
     figure = FIGURES[name]()
     assert figure.layout.xaxis.title.text
@@ -171,6 +171,8 @@ EMPTY = {
         [{"model": "m", "language": "ms", "answers": None}], title, metric="answers"
     ),
     "attention_map": lambda rows, title: plots.attention_map(rows, [], title),
+    "matrix": lambda rows, title: plots.matrix(rows, [], [], title),
+    "metric_panels": lambda rows, title: plots.metric_panels({"run": rows}, ["kl"], title),
 }
 
 

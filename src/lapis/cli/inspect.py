@@ -123,7 +123,7 @@ def draw(model: str, result: "dict[str, Any]", path: Path) -> None:
         ("the layers", sum(n for _, _, n in inside)), *((part, n) for _, part, n in outside), key=lambda x: x[1]
     )
     title = f"{largest[0]} hold {largest[1] / total:.0%} of {total:,} parameters"
-    page = Page(f"What {model} is made of", "Counted from its shape; no weight was read.")
+    page = Page(f"What {Path(model).name or model} is made of", "Counted from its shape; no weight was read.")
     page.figure(
         plots.parameter_treemap(rows, title[0].upper() + title[1:]), "Area is the number of parameters.", rows=rows
     )

@@ -28,7 +28,7 @@ def strongest_heads(trace: LensTrace, count: int = HEADS) -> list[tuple[int, int
 def make_page(traces: Sequence[LensTrace], maps: Sequence[AttentionMap] = ()) -> Page:
     """The page of one trace, or of two on the same prompt. maps: of the first, as `strongest_heads` names them."""
     first, several = traces[0], len(traces) > 1
-    names = " and ".join(trace.model for trace in traces)
+    names = " and ".join(f"`{short(trace)}`" for trace in traces)
     page = Page(
         "Layer by layer to the next token", f"What each layer of {names} would say next, if the model ended there."
     )

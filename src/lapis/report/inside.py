@@ -5,6 +5,7 @@ Rows in, plotly figure out; the shape of a row stands in each docstring. All are
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +37,7 @@ def lens_grid(rows: Iterable[Row], title: str) -> go.Figure:
         hover.append([_top(cell["top"]) if cell else "" for cell in line])
     inner = 26 * len(layers)
     figure = theme.new_figure(
-        title, height=inner + theme.TITLE + 56 + 58, min_width=64 * len(positions) + 70, legend=False
+        title, height=inner + theme.TITLE + 56 + 58, min_width=78 * len(positions) + 70, legend=False
     )
     figure.update_layout(margin={"t": theme.TITLE + 56, "b": 58}, dragmode=False)
     figure.add_heatmap(
@@ -114,7 +115,8 @@ def rank_trajectories(rows: Iterable[Row], title: str) -> go.Figure:
             cliponaxis=False,
         )
     theme.axis_title(figure, "layer", "rank of the word (1 = said next)")
-    figure.update_yaxes(type="log", autorange="reversed", **theme.powers(1, worst))
+    foot = max(math.log10(worst), 0.5)
+    figure.update_yaxes(type="log", range=[foot * 1.04, -0.06 * foot], **theme.powers(1, max(worst, 10)))
     figure.update_xaxes(tickformat="d", nticks=14)
     theme.adapt(figure, height=380, xaxis__nticks=7)
     return figure

@@ -99,7 +99,7 @@ def metric_panels(runs: Runs, names: Sequence[str], title: str, *, x: str = "ste
                                    showlegend=shown and not points, **common)  # fmt: skip
         figure.update_layout({
             f"xaxis{number}": {"nticks": 4, "exponentformat": "SI"},
-            f"yaxis{number}": {"nticks": 5, "tickformat": "~g" if name == "lr" else "~s"},
+            f"yaxis{number}": {"nticks": 5, "exponentformat": "e" if name == "lr" else "SI"},
         })  # fmt: skip
         if panel > len(names) - wide:
             theme.axis_title(figure, AXES.get(x, x), panel=panel)

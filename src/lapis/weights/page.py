@@ -61,11 +61,11 @@ def _add_rows(page: Page, found: DiffTable) -> None:
             for entry in found.outliers()
         ],
         ["tensor", Column("apart", "rows that stand apart", ","), Column("special", "of them special", ","),
-         Column("with", "all rows", ".3e", group="|b − a| / |a|"),
-         Column("without", "without those", ".3e", group="|b − a| / |a|")],
+         Column("with", "all rows", ".2%", group="|b − a| / |a|"),
+         Column("without", "without those", ".2%", group="|b − a| / |a|")],
         "Is it the template's tokens?",
     )  # fmt: skip
-    moved = [{**row, "token": repr(row["token"])} for row in found.moved(30)]
+    moved = [{**row, "token": repr(row["token"])} for row in found.moved(15)]
     page.table(
         moved,
         ["token", "id", "kind", Column("relative_norm", "|b − a| / |a|", ".3f"), Column("cosine", "cosine", ".4f"),
@@ -90,7 +90,7 @@ def _add_spectra(page: Page, lines: list[dict[str, Any]]) -> None:
         "name", Column("stable_rank", "stable rank", ".2f"), Column("rank_90", "rank of 90 % of the energy", ","),
         Column("snr", "signal to noise, difference", ".3g"), Column("weight_snr", "signal to noise, weights", ".3g"),
     ]  # fmt: skip
-    page.table(lines, columns, "Every matrix", sortable=True)
+    page.table(lines, columns, sortable=True, folded="Every matrix, in numbers")
 
 
 def lineage_page(found: Lineage) -> Page:

@@ -137,8 +137,10 @@ class DiffTable:
         if not rows:
             return plots.layer_heatmap(self.by("layer", "component", "kind"), self.finding())
         first = self.rows[0]["tensor"] if self.rows else ""
-        named = ", ".join(row["token"] for row in self.moved(3))
-        return plots.embedding_rows([row for row in self.rows if row["tensor"] == first], f"{named} moved most")
+        rows_ = sorted((row for row in self.rows if row["tensor"] == first), key=lambda row: -row["relative_norm"])
+        apart = [row["token"] for row in rows_[:3] if row["z"] > OUTLIER] or [row["token"] for row in rows_[:1]]
+        named = " and ".join([", ".join(apart[:-1]), apart[-1]] if len(apart) > 1 else apart)
+        return plots.embedding_rows(sorted(rows_, key=lambda row: int(row["id"])), f"{named} moved most")
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
         """What a notebook shows: the finding, and the figures by layer."""
