@@ -188,7 +188,9 @@ def _clear(staging: Path, job: Job) -> None:
     except OSError:
         return
     try:
-        if _locked(handle, fcntl.LOCK_EX) and _holds(staging, job):
+        if not _locked(handle, fcntl.LOCK_EX):
+            return
+        if _holds(staging, job) or not (staging / JOURNAL / "plan.json").is_file():
             shutil.rmtree(staging, ignore_errors=True)
     finally:
         os.close(handle)
