@@ -35,7 +35,8 @@ test: lint                   ## types, style, and every test
 bench: bench-train bench-generate bench-diff-lens bench-merge bench-faults
 
 bench-train: .venv/.dev
-	$(BIN)/python benchmarks/train_speed.py --write
+	$(BIN)/python benchmarks/train.py
+	$(BIN)/python benchmarks/train.py --write
 
 bench-generate: .venv/.dev
 	$(BIN)/python benchmarks/generate_speed.py --write

@@ -98,7 +98,7 @@ def test_rows_that_are_packed_already(lapis: Lapis, tokenizer: Tokenizer) -> Non
     (["train", "base.yaml", "out=tok"], "tok: is the input tok"),
     (["train", "base.yaml", "new.context=32"], "context is 64; the model has 32"),
     (["train", "nowhere.yaml"], "nowhere.yaml: there is no such file"),
-    (["eval", "tok"], "give --text, --chats, --choices or --classes"),
+    (["eval", "tok"], "give --text, --chats, --choices, --classes"),
     (["eval", "tok", "--choices", "texts.jsonl"], "texts.jsonl line 1: expected one of prompt"),
 ])  # fmt: skip
 def test_what_is_wrong_is_one_line(lapis: Lapis, arguments: list[str], said: str) -> None:

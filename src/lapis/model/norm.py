@@ -23,7 +23,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = x.dtype if self.on_stream else compute_dtype(x)
-        if x.dtype == torch.float32 and x.requires_grad and x.device.type == "cpu":
+        if x.dtype in (torch.float32, torch.bfloat16) and x.requires_grad and x.device.type == "cpu":
             out: Tensor = _TrainedRMSNorm.apply(x, self.weight, self.eps, dtype)  # type: ignore[no-untyped-call]
             return out
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps).to(dtype)
@@ -48,7 +48,7 @@ class _TrainedRMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
         inverse = (norm * norm / x.shape[-1] + eps).rsqrt_()
         ctx.save_for_backward(x, weight, inverse)
         out: Tensor = (x * inverse).mul_(weight).to(dtype)
@@ -62,7 +62,7 @@ class _TrainedRMSNorm(torch.autograd.Function):
         product = (grad * normed).view(-1, dim)
         mean = torch.mv(product, weight.to(product.dtype)).view(inverse.shape).div_(dim)
         grad_x = torch.addcmul(grad * weight, normed, mean, value=-1).mul_(inverse)
-        return grad_x, product.sum(0).to(weight.dtype), None, None
+        return grad_x.to(x.dtype), product.sum(0).to(weight.dtype), None, None
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -188,6 +188,7 @@ class _Run:
                 self.journal.begin(self.facts)
         self.facts = world.from_lead(self.facts)
         self.updater.precision = str(self.facts["precision"])
+        state.optimizers.set_precision(self.updater.precision)
         if newest:
             restore(state, newest)
             self.watch.note(f"train: going on from {newest}")

@@ -19,7 +19,7 @@ _ROUNDS = 5
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon: momentum, then the update is made orthogonal by five Newton-Schulz rounds in bfloat16.
+    """Momentum, then an update that is made orthogonal by five Newton-Schulz rounds in bfloat16 (`exact`: float32).
 
     As torch.optim.Muon with `match_rms_adamw` (Liu et al. 2025, "Muon is scalable", equation 4: the update has the
     size of an AdamW update, so that one learning rate serves both), but matrices of one shape are made orthogonal
@@ -31,6 +31,7 @@ class Muon(torch.optim.Optimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
         self.seed = 0  # of the rounding of bfloat16 weights
+        self.exact = False  # orthogonalize in float32, so that sums in another order change next to nothing
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -46,7 +47,8 @@ class Muon(torch.optim.Optimizer):
                 buffers = [self._buffer(parameter) for parameter in parameters]
                 torch._foreach_lerp_(buffers, gradients, 1 - momentum)
                 updates = torch._foreach_lerp(gradients, buffers, momentum)
-                stacked = torch.stack([(u if u.shape[0] <= u.shape[1] else u.T).bfloat16() for u in updates])
+                kind = torch.float32 if self.exact else torch.bfloat16
+                stacked = torch.stack([(u if u.shape[0] <= u.shape[1] else u.T).to(kind) for u in updates])
                 orthogonal = orthogonalize(stacked).to(torch.promote_types(parameters[0].dtype, torch.float32))
                 rate, kept = 0.2 * lr * math.sqrt(long), 1 - lr * group["weight_decay"]
                 for parameter, update in zip(parameters, orthogonal, strict=True):

@@ -52,6 +52,12 @@ class Optimizers:
         if hidden:
             self.parts.append(Muon([p for p in matrices if p in hidden], lr, weight_decay))
 
+    def set_precision(self, precision: str) -> None:
+        """Muon orthogonalizes in bfloat16 where the rest of the step is in bfloat16, too."""
+        for part in self.parts:
+            if isinstance(part, Muon):
+                part.exact = precision == "float32"
+
     def step(self, scale: float, step: int = 0) -> None:
         """Update number `step` at `scale` times the peak learning rate."""
         for part in self.parts:

@@ -9,9 +9,9 @@
     steps: 500
 
 A key is a field of TrainConfig (how to train), of RunConfig (what on what), or a keyword of the objective's
-constructor, by its own name and with its own default; an unknown one is refused with the nearest of all three. An
-objective needs no word here: it is a line in OBJECTIVES, and says by `head`, `classes`, `evaluate` and `write` what
-else it needs (see objectives/__init__.py).
+constructor, by its own name and with its own default (a new language model has the defaults of FRESH in start.py); an
+unknown one is refused with the nearest of all three. An objective needs no word here: it is a line in OBJECTIVES, and
+says by `head`, `classes`, `evaluate` and `write` what else it needs (see objectives/__init__.py).
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ from lapis.train.lora import LoraConfig
 from lapis.train.objectives import OBJECTIVES, Objective, find, options
 from lapis.train.result import TrainResult
 from lapis.train.select import settle
-from lapis.train.start import start_model
+from lapis.train.start import FRESH, start_model
 from lapis.train.watch import Silent, Watch, watcher
 
 
@@ -46,7 +46,8 @@ class RunConfig(TrainConfig):
 
     model: a folder to go on from; new: the shape of a model made anew (ModelConfig; vocab, context and what the family
     settles may be left out). tokenizer: a folder, by default the model's. data: files, folders, globs, or one folder of
-    packed rows. context: tokens of a row, by default the objective's. device: auto takes a GPU where there is one.
+    packed rows. context: tokens of a row, by default the objective's. zero_init: of a new model, see
+    start.py. device: auto takes a GPU where there is one.
     lora: train an adapter (LoraConfig), which is then the result. tune, freeze: patterns of parts (select.py). plan: a
     file of `lapis plan`: what it chose is tuned, or adapted. options: the objective's own, by name.
     """
@@ -58,6 +59,7 @@ class RunConfig(TrainConfig):
     new: dict[str, Any] | None = None
     tokenizer: str | None = None
     context: int | None = None
+    zero_init: bool = True
     device: Literal["auto", "cpu", "cuda"] = "auto"
     lora: LoraConfig | None = None
     tune: tuple[str, ...] = ()
@@ -94,7 +96,14 @@ def read_settings(settings: Mapping[str, Any], where: str) -> RunConfig:
     )  # fmt: skip
     built: Any = build(shape, {key: value for key, value in settings.items() if key in own}, where)
     rest = {key: value for key, value in settings.items() if key in fields}
+    if settings.get("new") is not None and "optimizer" not in settings and _speaks(name):
+        rest = {**FRESH, **rest}
     return build(RunConfig, {**rest, "options": vars(built)}, where)
+
+
+def _speaks(objective: str) -> bool:
+    """Whether the objective makes a language model that predicts the next token."""
+    return getattr(find(objective), "head", "language") == "language"
 
 
 def run(config: RunConfig, *, overwrite: bool = False, fresh: bool = False, watch: Watch | None = None) -> TrainResult:
@@ -122,7 +131,9 @@ def _start(config: RunConfig, overwrite: bool, world: parallel.World) -> tuple[O
         inputs = [Path(place) for place in (config.model, config.tokenizer) if place is not None]
         check_output(Path(config.out), overwrite=overwrite, inputs=inputs)
     objective, context = _objective(config, _tokenizer(config))
-    model = start_model(config.model, config.new, objective, context=context, seed=config.seed)
+    model = start_model(
+        config.model, config.new, objective, context=context, seed=config.seed, zero_init=config.zero_init
+    )
     settle(
         model, lora_config=config.lora, tune=config.tune, freeze=config.freeze, plan=config.plan, base=config.model,
         tokenizer=objective.tokenizer, seed=config.seed, device=_device(config.device),

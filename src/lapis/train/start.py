@@ -19,6 +19,12 @@ from lapis.train.objectives import Objective
 
 HEADS: dict[str, Head] = {"language": "lm", "masked": "masked", "classes": "classes", "scalar": "scalar"}
 _ENCODER = {"norm": "layer", "positions": "learned", "causal": False, "bias": "all", "mlp": "gelu", "norm_eps": 1e-12}
+# what a new language model is where its shape gives only sizes: Qwen3's block (RMSNorm, rotary positions, a norm on
+# queries and keys (Henry et al. 2020), SwiGLU), which every public tool loads
+_SIZES = {"dim", "layers", "heads", "kv_heads", "head_dim", "ffn_dim", "vocab", "context", "tied"}
+# and how it is trained where the settings do not say: benchmarks/results/train.md has what each part gives
+FRESH: dict[str, Any] = {"optimizer": "muon", "lr": 0.005, "weight_decay": 0.1, "schedule": "linear"}
+
 # what a family's folder can say, so that a shape need give only the sizes
 _FAMILY_SHAPES: dict[str, dict[str, Any]] = {
     "bert": {**_ENCODER, "norm_place": "post", "types": 2, "tied": True},
@@ -37,14 +43,21 @@ def start_model(
     *,
     context: int | None,
     seed: int,
+    zero_init: bool = True,
 ) -> Transformer:
-    """The folder `source` in float32, or a model of the shape `new`. Whatever was drawn at random is in `notes`."""
+    """The folder `source` in float32, or a model of the shape `new`. Whatever was drawn at random is in `notes`.
+
+    zero_init: a new model's blocks add nothing at first: what writes to the residual stream is zero (Zhang et al. 2019,
+    Fixup, arXiv:1901.09321; for transformers: Yang et al. 2022, arXiv:2203.03466, appendix D.2).
+    """
     head = HEADS[getattr(objective, "head", "language")]
     labels: list[str] = list(getattr(objective, "classes", []))
     context = None if objective.tokenizer is None else context  # a picture's is its patches
     torch.manual_seed(seed)
     if new is not None:
         model = Transformer(_shape(new, objective.tokenizer, head, labels, context))
+        if zero_init and head == "lm":
+            silence(model)
     else:
         model = load(str(source), dtype=torch.float32, head=head, classes=len(labels) if head == "classes" else 0)
     if labels:
@@ -58,11 +71,20 @@ def start_model(
     return model
 
 
+@torch.no_grad()
+def silence(model: Transformer) -> None:
+    """Sets the projections that write to the residual stream to zero."""
+    for name, parameter in model.named_parameters():
+        if name.endswith(("attn.o.weight", "mlp.down.weight")):
+            parameter.zero_()
+
+
 def _shape(
     new: Mapping[str, Any], tokenizer: Tokenizer | None, head: Head, labels: list[str], context: int | None
 ) -> ModelConfig:
     """ModelConfig from what `new` says, the family's kind of block, the tokenizer's size and the head."""
-    family = str(new.get("family", "vit" if "image" in new else "llama"))
+    plain = "qwen3" if head == "lm" and set(new) <= _SIZES else "llama"
+    family = str(new.get("family", "vit" if "image" in new else plain))
     known: dict[str, Any] = {"family": family, **_FAMILY_SHAPES.get(family, {}), "head": head}
     if tokenizer is not None:
         known["vocab"] = tokenizer.rows
