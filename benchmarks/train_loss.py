@@ -7,9 +7,9 @@ the speed of the bare loop. Both see the same tokenizer and rows, and are scored
 
 import argparse
 import json
+import shutil
 import statistics
 import sys
-import tempfile
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ def measure(piece: str, given: argparse.Namespace) -> None:
         if place.exists() or (given.run and name not in given.run):
             continue
         steps = max(1, round(minutes * given.scale * 60 * speed(given.folder, pace) / STEP_TOKENS))
-        found = learn(shape, settings, zero, steps, given)
+        found = learn(shape, settings, zero, steps, given, given.folder / "running" / place.stem)
         facts = {"date": str(date.today()), "machine": machine(), "name": name, "seed": given.seed, "steps": steps,
                  "minutes": minutes * given.scale, **found}  # fmt: skip
         place.write_text(json.dumps(facts, indent=1))
@@ -61,9 +61,9 @@ def speed(folder: Path, name: str) -> float:
 
 
 def learn(
-    shape: dict[str, Any], settings: dict[str, Any], zero: bool, steps: int, given: argparse.Namespace
+    shape: dict[str, Any], settings: dict[str, Any], zero: bool, steps: int, given: argparse.Namespace, out: Path
 ) -> dict[str, Any]:
-    """Trains, and scores on held-out text."""
+    """Trains, and scores on held-out text. Ctrl-C saves, and the same command goes on."""
     import torch
 
     from lapis.errors import ConfigError
@@ -82,14 +82,15 @@ def learn(
         silence(model)
     config = TrainConfig(**{
         **FRESH, "steps": steps, "batch": BATCH, "precision": "bf16", "threads": given.threads, "seed": given.seed,
-        "sample_every": 0, "save_every": 10**9, "compile": "off", **settings,
+        "sample_every": 0, "save_every": 10**9, "keep": 1, "compile": "off", **settings,
     })  # fmt: skip
     heard = Lines("bench", 60.0)
-    with tempfile.TemporaryDirectory() as place:
-        try:
-            log = train(model, Causal(tokenizer, rows), config, Path(place) / "out", watch=heard).log
-        except ConfigError:  # a shape that no published family has: trained, but not to be saved
-            log = []
+    log: list[dict[str, Any]] = []
+    try:
+        log = train(model, Causal(tokenizer, rows), config, out, watch=heard).log
+        shutil.rmtree(out)
+    except ConfigError:  # a shape that no published family has: trained, but not to be saved
+        shutil.rmtree(out.with_name(f".{out.name}.lapis"), ignore_errors=True)
     model.eval()
     held_out = documents([given.data / "corpus/en/valid.jsonl"])
     score = bits_per_byte(model, tokenizer, held_out, SIZES["context"], max_bytes=SCORED)
@@ -102,7 +103,7 @@ def text(given: argparse.Namespace) -> tuple[Any, Any]:
     from lapis.text.rows import Rows
     from lapis.text.tokenizer import Tokenizer, train_tokenizer
 
-    source = str(given.data / "corpus/en/train.jsonl")
+    source = given.data / "corpus/en/train.jsonl"
     folder = given.folder / "tokenizer"
     if not folder.exists():
         tokenizer = train_tokenizer([source], SIZES["vocab"])

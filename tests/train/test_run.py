@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lapis.cli.main import main
+from lapis.model import load
 from lapis.text.corpus import Chat, Document
 from lapis.text.packing import pack
 from lapis.text.tokenizer import Tokenizer
@@ -77,6 +79,20 @@ def test_train_then_tune_then_score(lapis: Lapis) -> None:
     assert found["text"]["bits_per_byte"] > 0 and found["text"]["documents"] == 6
     assert {"response_nll", "stop_rate", "tokens"} <= set(found["chats"]) and found["chats"]["chats"] == 6
     assert found["choices"] == {"accuracy": 1.0, "accuracy_per_byte": 1.0, "n": 1, "chance": 0.5}
+
+
+def test_a_new_language_model_has_the_recipe_and_loads_elsewhere(lapis: Lapis) -> None:
+    from transformers import AutoModelForCausalLM
+
+    assert lapis("train", "base.yaml", "steps=2")[0] == 0
+    settings = json.loads(Path("base/training.json").read_text())["config"]
+    assert settings["optimizer"] == "muon" and settings["schedule"] == "linear" and settings["lr"] == 3e-3
+    ids = torch.tensor([[5, 6, 7, 8]])
+    theirs = AutoModelForCausalLM.from_pretrained("base").eval()
+    assert theirs.config.model_type == "qwen3"
+    torch.testing.assert_close(load("base")(ids), theirs(ids).logits, rtol=1e-4, atol=1e-4)
+    assert lapis("train", "base.yaml", "steps=2", "optimizer=adamw", "out=other")[0] == 0
+    assert json.loads(Path("other/training.json").read_text())["config"]["schedule"] == "wsd"
 
 
 def test_rows_that_are_packed_already(lapis: Lapis, tokenizer: Tokenizer) -> None:
