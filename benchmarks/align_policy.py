@@ -86,13 +86,13 @@ def one_run(
     tokenizer = Tokenizer.open(options.folder / "start")
     shared: dict[str, Any] = {"rewards": REWARD, "context": 64, "max_tokens": 12}
     made: Any = {
-        "grpo": lambda: GRPO(tokenizer, records(lists), group=8, updates=2, **shared),
+        "grpo": lambda: GRPO(tokenizer, records(lists), group=8, updates=2, epsilon_high=0.3, kl=0.01, **shared),
         "rloo": lambda: RLOO(tokenizer, records(lists), group=8, updates=2, **shared),
         "ppo": lambda: PPO(tokenizer, records(lists), group=1, updates=4, kl=0.01, **shared),
     }[name]()
-    batch = 128 if name == "ppo" else 16
+    batch = 128 if name == "ppo" else 32
     config = TrainConfig(
-        steps=options.steps, batch=batch, lr=options.lr, warmup=5, decay=0.2, seed=seed, weight_decay=0.0,
+        steps=options.steps, batch=batch, lr=options.lr, warmup=5, decay=0.4, seed=seed, weight_decay=0.0,
         precision="float32", threads=1, sample_every=60, log_every=10,
     )  # fmt: skip
     start = time.perf_counter()
@@ -111,7 +111,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="*", default=["grpo", "rloo", "ppo"])
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "lapis-align-policy")
     parser.add_argument("--write", action="store_true", help="keep the table in benchmarks/results/align_policy.md")
