@@ -27,7 +27,7 @@ from lapis.tour.material import ENGLISH, Material
 from lapis.tour.measure import exams, gap_closed
 from lapis.weights.graft import graft
 
-SINGLE = (0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8)
+SINGLE = {"keep": (0.6, 0.65, 0.7), "add": (0.3, 0.4, 0.5)}
 
 
 def main() -> None:
@@ -39,8 +39,8 @@ def main() -> None:
     parser.add_argument("--aim", type=float, default=0.95, help="of the cost, on the half that chooses")
     parser.add_argument("--pieces", default="components", choices=("layers", "halves", "components"))
     parser.add_argument("--embeddings", action="store_true", help="also a scale for the embedding")
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--chats", type=int, default=64, help="to learn scales from, and 128 tokens of text for each")
+    parser.add_argument("--steps", type=int, default=40, help="0: the single scales only")
+    parser.add_argument("--chats", type=int, default=150, help="to learn scales from, and 128 tokens of text for each")
     parser.add_argument("--no-singles", action="store_true")
     options = parser.parse_args()
     for tour in options.tours:
@@ -68,16 +68,19 @@ def compare(tour: Path, options: argparse.Namespace) -> dict:
     result = {"tour": tour.name, "pieces": options.pieces, "embeddings": options.embeddings, "limit": options.cost}
     with tempfile.TemporaryDirectory(prefix="plan-graft-") as scratch:
         singles = []
-        for scale in () if options.no_singles else SINGLE:
-            out = Path(scratch) / f"single-{scale}"
-            graft(tour / "base", tour / "chat", tour / "adapted", out, scale)
-            singles.append(
-                {"scale": scale, **row(out, "choosing", choosing), "reporting": row(out, "reporting", reporting)}
-            )
+        for embeddings, scales in () if options.no_singles else SINGLE.items():
+            for scale in scales:
+                out = Path(scratch) / f"single-{embeddings}-{scale}"
+                graft(tour / "base", tour / "chat", tour / "adapted", out, scale, embeddings)
+                figures_ = {**row(out, "choosing", choosing), "reporting": row(out, "reporting", reporting)}
+                singles.append({"scale": scale, "embeddings": embeddings, **figures_})
         fair = [one for one in singles if one["cost"] <= limit]
-        if fair:
-            result["single"] = max(fair, key=lambda one: one["gap_closed"])
+        for embeddings in dict.fromkeys(one["embeddings"] for one in fair):
+            mine = [one for one in fair if one["embeddings"] == embeddings]
+            result[f"single, {embeddings}"] = max(mine, key=lambda one: one["gap_closed"])
         result["singles"] = singles
+        if not options.steps:
+            return result
         started = time.perf_counter()
         onto, base, chat = (open_checkpoint(tour / name) for name in ("adapted", "base", "chat"))
         exam = make_exam(

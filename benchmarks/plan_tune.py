@@ -40,11 +40,11 @@ from lapis.train.loop import train
 from lapis.train.objectives import Causal, Chat
 from lapis.train.select import choose
 
-PEOPLE, CONTEXT, VOCABULARY = 60, 128, 2048
-STEPS = {"base": 600, "style": 200, "knowledge": 250}
+PEOPLE, CONTEXT, VOCABULARY = 40, 128, 1024
+STEPS = {"base": 400, "style": 120, "knowledge": 160}
 BATCH = {"base": 16, "style": 8, "knowledge": 8}
 RATES = {"base": 3e-3, "style": 1e-3, "knowledge": 1e-3}
-SHAPE = {"dim": 128, "layers": 8, "heads": 4, "kv_heads": 2, "ffn_dim": 256, "context": CONTEXT, "tied": True}
+SHAPE = {"dim": 96, "layers": 8, "heads": 4, "kv_heads": 2, "ffn_dim": 192, "context": CONTEXT, "tied": True}
 RULES = ("all", "plan", "random-0", "random-1", "magnitude", "gradient", "snr", "middle")
 
 
@@ -90,9 +90,9 @@ class Lab:
             words.save(self.root / "tokenizer")
         self.tokenizer = Tokenizer.open(self.root / "tokenizer")
         self.asked = self.old.of("asked")
-        self.questions = self.old.questions("en", 150, seed=3)
-        self.talks = self.old.chats("en", 150, seed=2, people="held_out")
-        self.plain = list(islice(self.old.documents("en", seed=2), 400))
+        self.questions = self.old.questions("en", 100, seed=3)
+        self.talks = self.old.chats("en", 100, seed=2, people="held_out")
+        self.plain = list(islice(self.old.documents("en", seed=2), 250))
         self.old_facts = facts(self.old, [p for p in self.old.everyone if p.split != "local"], 1)
         self.new_facts = facts(self.new, list(self.new.everyone), 1)
 

@@ -9,6 +9,7 @@ import yaml
 import lapis
 from lapis.cli.main import main
 from lapis.errors import CheckpointError, ConfigError, DataError
+from lapis.evaluate import score_chats
 from lapis.families.base import Part
 from lapis.model import ModelConfig, Transformer
 from lapis.plan.choose import at_random
@@ -75,10 +76,17 @@ def test_a_plan_for_another_shape_is_refused_by_graft(pair, found, tmp_path):
         lapis.graft(pair.base, pair.planted, pair.onto, tmp_path / "out", path)
 
 
-def test_scales_for_a_graft_are_learned_on_the_model_that_is_to_chat(pair):
+def test_scales_for_a_graft_are_learned_on_the_model_that_is_to_chat_and_grafted_as_they_are(pair, tmp_path):
     plan = lapis.plan(pair.base, pair.chat, chats=pair.chats, text=pair.text, onto=pair.onto, cost=0.05, replies=False)
-    assert len(plan.scales) == 6 and len({line["scale"] for line in plan.scales}) > 1
-    assert read_scale(yaml.safe_load(plan.to_yaml())).of(Part(0, "attn.q", "weight")) == plan.scales[0]["scale"]
+    assert len(plan.scales) == 7 and len({line["scale"] for line in plan.scales}) > 1
+    assert plan.embeddings == "add" and plan.scales[-1]["components"] == ["embed"]
+    plan.save(tmp_path / "plan.yaml")
+    assert read_scale(tmp_path / "plan.yaml").of(Part(0, "attn.q", "weight")) == plan.scales[0]["scale"]
+    lapis.graft(pair.base, pair.chat, pair.onto, tmp_path / "out", tmp_path / "plan.yaml")
+    model, tokenizer = lapis.load(tmp_path / "out")
+    found = score_chats(model, tokenizer, pair.records, replies=[None] * len(pair.records))
+    assert found["response_nll"] == pytest.approx(plan.measured["scaled"]["response_nll"], rel=1e-3)
+    assert plan.measured["scaled"]["knowledge"] <= 0.05
 
 
 def test_without_chats_the_tensors_alone_choose_and_the_plan_says_so(pair):

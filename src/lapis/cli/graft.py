@@ -17,7 +17,7 @@ def graft(
     onto: str,
     out: str,
     scale: Annotated[list[str] | None, Parameter(negative="")] = None,
-    embeddings: Literal["keep", "add"] = "keep",
+    embeddings: Literal["keep", "add"] | None = None,
     norms: Literal["keep", "add"] = "keep",
     overwrite: bool = False,
     allow_nonfinite: bool = False,
@@ -40,7 +40,8 @@ def graft(
     scale
         1.0, or 0-7=0.5,8-23=1, or attn=1,mlp=0.5, or a YAML file; one for all chats, or one for each.
     embeddings
-        keep: onto's, with chat's rows for the template's tokens. add: the difference as well, for shared tokens.
+        keep: onto's, with chat's rows for the template's tokens. add: the difference as well, for shared tokens. By
+        default keep, or what a plan given as scale says.
     norms
         keep: onto's. add: the difference as well.
     overwrite

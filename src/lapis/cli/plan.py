@@ -15,6 +15,7 @@ def plan(
     choices: Path | None = None,
     onto: str | None = None,
     cost: float = 0.03,
+    embeddings: Literal["keep", "add"] = "add",
     pieces: Literal["layers", "halves", "components"] = "halves",
     sweeps: Literal["both", "in", "out"] = "both",
     spectra: bool = False,
@@ -43,6 +44,7 @@ def plan(
         choices: jsonl of questions of fact that it should not lose.
         onto: The model of a coming graft: measure there, and learn a scale for each piece.
         cost: By how much such a graft may make the text harder, as a share of its bits.
+        embeddings: add: such a graft also has a scale for the token tables. keep: they stay.
         pieces: What is taken or left: whole layers, their halves (attn, mlp), or single components.
         sweeps: Put differences in, take them out, or both.
         spectra: Also ranks and signal-to-noise ratios of the differences. Slow.
@@ -71,8 +73,9 @@ def plan(
             shown.update(tasks[what], completed=done, total=total)  # type: ignore[arg-type]
 
         found = run(
-            base, chat, goal, budget, chats=chats, text=text, choices=choices, onto=onto, cost=cost, pieces=pieces,
-            sweeps=sweeps, spectra=spectra, gradients=gradients, replies=replies, limit=limit, context=context,
+            base, chat, goal, budget, chats=chats, text=text, choices=choices, onto=onto, cost=cost,
+            embeddings=embeddings, pieces=pieces, sweeps=sweeps, spectra=spectra, gradients=gradients,
+            replies=replies, limit=limit, context=context,
             seed=seed, progress=tell,
         )  # fmt: skip
     if out is not None:

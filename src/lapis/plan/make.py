@@ -3,38 +3,32 @@
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 from lapis.checkpoint import Checkpoint, open_checkpoint
 from lapis.errors import CheckpointError, ConfigError, DataError
-from lapis.evaluate.chats import answer
 from lapis.evaluate.choices import Choice, read_choices
 from lapis.model.check import read_config
 from lapis.model.config import ModelConfig
-from lapis.plan.causal import Effects, measure_set, sweep
 from lapis.plan.choose import Goal, at_random, choose, worth
-from lapis.plan.exam import WINDOW, Exam, Runner, make_exam
-from lapis.plan.gradient import Gradients
+from lapis.plan.exam import WINDOW, Exam, make_exam
 from lapis.plan.pieces import Piece, Size, outside, pieces_of
 from lapis.plan.result import PlanResult
-from lapis.plan.scales import learn_scales
 from lapis.plan.signals import differences, tensor_signals
+from lapis.plan.study import Study, Sweeps
 from lapis.plan.swap import Bench
 from lapis.text import corpus
 from lapis.text.corpus import Chat
 from lapis.text.tokenizer import Tokenizer
-from lapis.weights.parts import is_norm, is_vocabulary
+from lapis.weights.parts import is_vocabulary
 from lapis.weights.vocabulary import open_vocabulary, template_tokens
 
 Model = str | os.PathLike[str] | Checkpoint
 Files = str | Path | Sequence[str | Path]
 Progress = Callable[[str, int, int], None]
-Sweeps = Literal["both", "in", "out"]
 SHAPE = ("dim", "layers", "heads", "kv_heads", "ffn_dim", "vocab")
-REPLIES, REPLY_TOKENS = 32, 48  # generated for the stop rate
 
 
 def plan(
@@ -48,6 +42,7 @@ def plan(
     choices: str | Path | Sequence[Choice] | None = None,
     onto: Model | None = None,
     cost: float = 0.03,
+    embeddings: Literal["keep", "add"] = "add",
     pieces: Size = "halves",
     sweeps: Sweeps = "both",
     spectra: bool = False,
@@ -62,9 +57,10 @@ def plan(
 
     chats, text: files to measure with (chats may be Chat objects); without chats the choice rests on the tensors alone.
     choices: questions of facts, as in `lapis eval`. onto: the model of a coming graft: effects are measured there, and
-    a scale for each piece is learned that makes its text at most `cost` harder (a share of bits per byte). pieces:
-    layers, halves (attention, MLP) or components. sweeps: put differences in, take them out, or both. limit: chats to
-    measure with, and 128 tokens of text for each. progress(what, done, total).
+    a scale for each piece is learned that makes its text at most `cost` harder (a share of bits per byte), with
+    embeddings="add" for the token tables too. pieces: layers, halves (attention, MLP) or components. sweeps: put
+    differences in, take them out, or both. limit: chats to measure with, and 128 tokens of text for each.
+    progress(what, done, total).
     Raises ConfigError, CheckpointError or DataError, one line each.
     """
     started = time.perf_counter()
@@ -90,14 +86,15 @@ def plan(
         tokenizer.check_rows(shape.vocab)
         exam = _exam(tokenizer, chats, text, choices, min(context, shape.context), limit)
     table = differences(one, two, spectra, lambda done, total: tell("tensors", done, total))
-    rows = {p.label: tensor_signals(table, p) for p in [*everywhere, *parts]}
+    sizes = ("layers", pieces) if pieces != "layers" else ("layers",)
+    rows = {p.label: tensor_signals(table, p) for size in sizes for p in pieces_of(one, size)}
     result = PlanResult(
         goal, budget, one.source, two.source, {key: getattr(shape, key) for key in ("family", "head_dim", *SHAPE)},
         seed=seed, notes=list(table.notes),
     )  # fmt: skip
     if chats is not None:
         candidates = list(dict.fromkeys([*everywhere, *parts, *(outside(home) if onto is None else [])]))
-        study = _Study(Bench(home, one, two, rows_of_template), exam, tokenizer, home is one, replies)
+        study = Study(Bench(home, one, two, rows_of_template), exam, tokenizer, home is one, replies)
         study.sweep(candidates, sweeps, lambda done, total: tell("pieces", done, total))
         study.fill(rows, candidates)
         if gradients:
@@ -117,12 +114,12 @@ def plan(
     result.scales = [_scale(piece, 1.0) for piece in chosen]
     if study is not None:
         if onto is not None:
-            learned = learn_scales(
-                study.bench, study.runner, parts, cost, tell=lambda done, total: tell("scales", done, total)
-            )
-            result.scales = [_scale(piece, learned.scales[piece.label]) for piece in parts]
-            for piece in parts:
-                rows[piece.label]["scale"] = learned.scales[piece.label]
+            tables = outside(home) if embeddings == "add" and _same_words(one, two, home) else []
+            learned = study.learn(parts, tables, cost, lambda done, total: tell("scales", done, total))
+            result.scales = [_scale(piece, learned[piece.label]) for piece in [*parts, *tables]]
+            result.embeddings = "add" if tables else "keep"
+            for label, scale in learned.items():
+                rows.setdefault(label, {})["scale"] = scale
         result.measured = study.measure({"chosen": chosen, "control": control})
         result.passes = study.runner.passes
     taken, drawn = {piece.label for piece in chosen}, {piece.label for piece in control}
@@ -139,72 +136,6 @@ def plan(
     ]  # fmt: skip
     result.seconds = time.perf_counter() - started
     return result
-
-
-@dataclass
-class _Study:
-    """Everything that is measured with the model in memory."""
-
-    bench: Bench
-    exam: Exam
-    tokenizer: Tokenizer
-    is_base: bool  # home is base itself: the whole difference is chat
-    replies: bool
-    effects: Effects = field(init=False)
-    runner: Runner = field(init=False)
-    moved: list[str] = field(init=False)
-
-    def __post_init__(self) -> None:
-        home = self.bench.home
-        self.runner = Runner(self.bench.model, self.exam)
-        self.moved = [
-            name
-            for name in home.names
-            if self.is_base or not (is_norm(home.part(name)) or is_vocabulary(home.part(name)))
-        ]
-
-    def sweep(self, candidates: Sequence[Piece], sweeps: Sweeps, tell: Callable[[int, int], None]) -> None:
-        sides = ("in", "out") if sweeps == "both" else (sweeps,)
-        self.effects = sweep(self.bench, self.runner, candidates, self.moved, sides, tell)
-
-    def fill(self, rows: dict[str, dict[str, Any]], pieces: Iterable[Piece]) -> None:
-        """Adds style and knowledge, and the figures behind them, to each piece's row."""
-        for piece in pieces:
-            row = rows.setdefault(piece.label, {})
-            row.update(self.effects.both(piece.label))
-            for side, found in (("in", self.effects.into), ("out", self.effects.out)):
-                row.update({f"{key}_{side}": value for key, value in found.get(piece.label, {}).items()})
-
-    def fill_gradients(self, rows: dict[str, dict[str, Any]], pieces: Sequence[Piece]) -> None:
-        """Adds gradient x difference at home: what replies and text would gain (+) or lose (-), in nats per token."""
-        gradients = Gradients(self.bench, {name for piece in pieces for name in piece.names})
-        gradients.run(batch for batch in self.runner.batches if batch.kind in ("chats", "text"))
-        for piece in pieces:
-            for kind in ("chats", "text"):
-                if self.exam.tokens[kind]:
-                    for what, table, sign in (("gradient", gradients.dots, -1), ("pull", gradients.squares, 1)):
-                        total = sum(table[name].get(kind, 0.0) for name in piece.names if name in table)
-                        rows[piece.label][f"{what}_{kind}"] = sign * total
-
-    def measure(self, sets: dict[str, Sequence[Piece]]) -> dict[str, dict[str, Any]]:
-        """home, each set, and the whole difference, with the stop rate of greedy replies."""
-        effects, bench = self.effects, self.bench
-        bench.put(self.moved, "home")
-        result: dict[str, dict[str, Any]] = {"home": {**_plain(effects.home), **self._stop_rate()}}
-        for name, pieces in sets.items():
-            found = measure_set(bench, self.runner, effects, pieces, self.moved)
-            result[name] = {**found, **self._stop_rate()}
-        bench.put(self.moved, "chat")
-        whole = {"style": 1.0, "knowledge": effects.knowledge(effects.full, "in")}
-        result["full"] = {**whole, **_plain(effects.full), **self._stop_rate()}
-        return result
-
-    def _stop_rate(self) -> dict[str, float]:
-        if not (self.replies and self.exam.prompts):
-            return {}
-        said = answer(self.bench.model, self.tokenizer, self.exam.prompts[:REPLIES], max_tokens=REPLY_TOKENS)
-        ended = [reply.stop_reason == "end" for reply in said if reply is not None]
-        return {"stop_rate": sum(ended) / len(ended)} if ended else {}
 
 
 def _check_settings(goal: str, budget: float, cost: float, limit: int) -> None:
@@ -279,6 +210,15 @@ def template_rows(home: Checkpoint, base: Checkpoint, chat: Checkpoint) -> dict[
     return {own.ids[token]: words.ids[token] for token in tokens}
 
 
+def _same_words(*models: Checkpoint) -> bool:
+    """Whether the token tables of all go row by row together."""
+    words = [open_vocabulary(model) for model in models]
+    rows = {
+        info.shape for model in models for n in model.names if is_vocabulary(model.part(n)) for info in [model.info(n)]
+    }
+    return len(rows) == 1 and all(w is not None and words[0] is not None and w.ids == words[0].ids for w in words)
+
+
 def _tokenizer(home: Checkpoint, chat: Checkpoint) -> Tokenizer:
     """The tokenizer to measure with: chat's, or where home has other tokens home's, with chat's template."""
     words, own = open_vocabulary(chat), open_vocabulary(home)
@@ -291,9 +231,5 @@ def _tokenizer(home: Checkpoint, chat: Checkpoint) -> Tokenizer:
 
 
 def _scale(piece: Piece, scale: float) -> dict[str, Any]:
-    components = [piece.component] if piece.component else ["attn", "mlp"]
-    return {"layers": [piece.layer], "components": components, "scale": round(scale, 4)}
-
-
-def _plain(figures: dict[str, float]) -> dict[str, float]:
-    return {key: value for key, value in figures.items() if not key.startswith("kl_")}
+    where = {} if piece.layer is None else {"layers": [piece.layer]}
+    return {**where, "components": [piece.component] if piece.component else ["attn", "mlp"], "scale": round(scale, 4)}

@@ -22,7 +22,8 @@ FORMAT = "lapis-plan/1"
 
 @dataclass
 class PlanResult:
-    """scores, pieces: rows with every signal, by layer and by piece. measured: of "chosen", "control", "full", "home".
+    """scores, pieces: rows with every signal, by layer and by piece. measured: of "chosen", "control", "full", "home"
+    and, for a graft, "scaled".
 
     tune, control: [{layer, component}]. scales: [{layers, components, scale}]. share: of the blocks' parameters that
     were taken. passes: forward passes over the exam that the scoring took.
@@ -38,6 +39,7 @@ class PlanResult:
     scales: list[dict[str, Any]] = field(default_factory=list)
     scores: list[dict[str, Any]] = field(default_factory=list)
     pieces: list[dict[str, Any]] = field(default_factory=list)
+    embeddings: str = "keep"
     share: float = 0.0
     measured: dict[str, dict[str, Any]] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
@@ -62,6 +64,7 @@ class PlanResult:
             "model": self.model,
             "tune": self.tune,
             "control": self.control,
+            "embeddings": self.embeddings,
             "default": 0.0,
             "scales": self.scales,
             "scores": [_rounded(row) for row in self.scores],

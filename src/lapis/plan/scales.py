@@ -16,7 +16,7 @@ from lapis.plan.pieces import Piece
 from lapis.plan.swap import Bench
 
 STEPS = 40
-RATE, START = 0.08, 0.5
+RATE, START = 0.15, 0.5
 FACTORS = (0.0, 0.4, 0.7, 0.85, 1.0, 1.15, 1.3)
 
 

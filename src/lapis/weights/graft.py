@@ -43,8 +43,8 @@ def graft(
     """Writes onto + scale * (chat - base) as a model folder at `out`.
 
     base, chat, onto: folders or opened checkpoints; several chats are stacked, each with its scale. scale: a number, a
-    number per layers or components, or a YAML file (weights/scale.py). embeddings: None is keep, or what a plan in such a
-    file says. progress(done, total) is called in bytes.
+    number per layers or components, or a YAML file (weights/scale.py). embeddings: None is keep, or what a plan in
+    such a file says. progress(done, total) is called in bytes.
     Computes in float32, rounds once to onto's dtype, resumes where a killed run of the same graft stopped.
     Raises CheckpointError with all problems of the inputs at once, OutputError where `out` cannot be written.
     """
