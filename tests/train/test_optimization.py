@@ -136,5 +136,7 @@ def test_compiling_is_tried_only_where_the_run_is_long(new_model: Make) -> None:
 
     assert pays(new_model(), "auto", never, 50, None, "cpu") == (False, None)
     assert pays(new_model(), "auto", never, 0, 300.0, "cpu") == (False, None)
-    assert pays(new_model(), "on", never, 1, None, "cpu") == (True, None)
+    assert pays(new_model(), "off", never, 10**9, None, "cpu") == (False, None)
+    with pytest.raises(TrainingError, match=r"torch.compile failed \(AssertionError\); set compile to off"):
+        pays(new_model(), "on", never, 1, None, "cpu")
     assert pays(new_model(), "auto", lambda: 0.01, 1000, None, "cpu") == (False, None)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal
 
+from lapis.errors import TrainingError
 from lapis.model.transformer import Transformer
 
 Compile = Literal["auto", "on", "off"]
@@ -44,15 +45,34 @@ def pays(
     seconds: measures one micro-batch, the shortest of a few. parts: micro-batches of the run, where their number is
     known; budget: else its seconds. kind: of device.
     """
-    if mode != "auto":
-        return mode == "on", None
+    if mode == "off":
+        return False, None
+    if mode == "on":
+        _tried(model, seconds)
+        return True, None
     least = 2 * _COST.get(kind, 60.0) / _GAIN.get(kind, 0.1)  # seconds of a run that make it worth a try
     if parts < 100 if budget is None else budget < least:
         return False, None
     plain = seconds()
     if budget is None and plain * parts < least:
         return False, None
-    with compiled(model, True):
-        faster = seconds()
+    try:
+        faster = _tried(model, seconds)
+    except TrainingError as error:
+        return False, str(error)
     said = f"a micro-batch takes {faster * 1000:,.0f} ms compiled, {plain * 1000:,.0f} ms as it is"
     return faster < 0.97 * plain, said
+
+
+def _tried(model: Transformer, seconds: Callable[[], float]) -> float:
+    """Seconds with compiled blocks. Raises TrainingError where they do not compile (no C++ compiler, for one)."""
+    import torch
+
+    try:
+        with compiled(model, True):
+            return seconds()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # the compiler's own kinds differ between versions of torch
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+        raise TrainingError(f"train: torch.compile failed ({reason}); set compile to off") from None
