@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -218,6 +219,7 @@ def _work_together(staging: Path, job: Job, tokenizer: Tokenizer, workers: int, 
 
 def serve() -> None:
     """What a helping process runs: python -c "..." STAGING PARENT NUMBER."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its helpers
     staging, parent, number = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     job = Job.from_json(read_json(staging / JOURNAL / "plan.json")["job"])
     try:
