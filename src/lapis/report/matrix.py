@@ -6,7 +6,7 @@ Rows in, plotly figure out. Reached through plots.py.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lapis.report import theme
 from lapis.report.contributions import DIVERGING
@@ -54,9 +54,11 @@ def matrix(
             )  # fmt: skip
     ends = (-1.0, 1.0) if signed else (0.0, most)
     shades = DIVERGING if signed else BLUES
-    bar = {"x": 0, "xanchor": "left", "y": 1 + 4 / height, "len": 160, "lenmode": "pixels", "tickvals": list(ends),
-           "ticktext": [f"{end:{format}}".replace("-", "−") for end in ends],
-           "title": {"text": plain(unit), "side": "top", "font": {"size": 12, "color": color("quiet")}}}  # fmt: skip
+    bar: dict[str, Any] = {
+        "x": 0, "xanchor": "left", "y": 1 + 4 / height, "len": 160, "lenmode": "pixels", "tickvals": list(ends),
+        "ticktext": [f"{end:{format}}".replace("-", "−") for end in ends],
+        "title": {"text": plain(unit), "side": "top", "font": {"size": 12, "color": color("quiet")}},
+    }  # fmt: skip
     figure.update_layout(coloraxis=theme.color_axis(shades, *ends, **bar))
     theme.axis_title(figure, x, y)
     figure.update_xaxes(

@@ -71,32 +71,39 @@ def metric_panels(runs: Runs, names: Sequence[str], title: str, *, x: str = "ste
         return theme.nothing(title)
     figure = theme.new_figure(title)
     wide = min(3, len(names))
-    theme.panels(figure, [METRICS.get(name, name.replace("_", " ")) for name in names], height=170, wide=wide,
-                 top=62 if len(runs) > 1 else 30)  # fmt: skip
+    titles = [METRICS.get(name, name.replace("_", " ")) for name in names]
+    several = len(runs) > 1
+    heights = theme.panels(figure, titles, height=170, wide=wide, top=62 if several else 30)
     places = theme.series(runs)
+    if several:  # one entry for each run, whichever panels it is in, above the panels' titles
+        above = [1 + 28 / height for height in heights]
+        figure.update_layout(legend_y=above[0])
+        theme.adapt(figure, legend__y=above[1])
+        for run in runs:
+            figure.add_scatter(x=[None], y=[None], mode="lines", name=plain(run), legendgroup=run, hoverinfo="skip",
+                               line={"color": color(theme.SERIES[places[run]]), "width": 2})  # fmt: skip
     for panel, name in enumerate(names, 1):
         number = "" if panel == 1 else str(panel)
         for run, rows in runs.items():
             paint = color(theme.SERIES[places[run]])
             hover = f"<b>{plain(run)}</b><br>%{{x:,}} {AXES.get(x, x)}<br>%{{y:.4g}}<extra></extra>"
             common: dict[str, Any] = {"xaxis": f"x{number}", "yaxis": f"y{number}", "name": plain(run),
-                                      "legendgroup": run, "hovertemplate": hover, "cliponaxis": False}  # fmt: skip
+                                      "legendgroup": run, "hovertemplate": hover, "cliponaxis": False,
+                                      "showlegend": False}  # fmt: skip
             points = _points(rows, name, x, held_out=False)
-            shown = len(runs) > 1 and panel == 1
             if points:
                 xs, ys = [p[0] for p in points], [p[1] for p in points]
                 if len(points) > 40:
                     figure.add_scatter(x=xs, y=ys, mode="lines", line={"color": paint, "width": 1}, opacity=0.28,
-                                       showlegend=False, **common)  # fmt: skip
+                                       **common)  # fmt: skip
                     ys = moving_average(ys, len(ys) // 20)
                 mode = "lines+markers" if len(points) == 1 else "lines"
-                figure.add_scatter(x=xs, y=ys, mode=mode, line={"color": paint, "width": 2}, showlegend=shown, **common)
+                figure.add_scatter(x=xs, y=ys, mode=mode, line={"color": paint, "width": 2}, **common)
             held = _points(rows, name, x, held_out=True)
             if held:
                 figure.add_scatter(x=[p[0] for p in held], y=[p[1] for p in held], mode="markers+lines",
                                    marker={"color": paint, "size": 8, "symbol": theme.SYMBOLS[places[run]]},
-                                   line={"color": paint, "width": 1, "dash": "dot"},
-                                   showlegend=shown and not points, **common)  # fmt: skip
+                                   line={"color": paint, "width": 1, "dash": "dot"}, **common)  # fmt: skip
         figure.update_layout({
             f"xaxis{number}": {"nticks": 4, "exponentformat": "SI"},
             f"yaxis{number}": {"nticks": 5, "exponentformat": "e" if name == "lr" else "SI"},

@@ -87,8 +87,9 @@ def _add_spectra(page: Page, lines: list[dict[str, Any]]) -> None:
     title = f"{least['name']} has the lowest stable rank: {least['stable_rank']:.1f} of {min(least['shape'])}"
     page.figure(plots.spectra([row for row in shown if row["values"]], title))
     columns = [
-        "name", Column("stable_rank", "stable rank", ".2f"), Column("rank_90", "rank of 90 % of the energy", ","),
-        Column("snr", "signal to noise, difference", ".3g"), Column("weight_snr", "signal to noise, weights", ".3g"),
+        Column("name"), Column("stable_rank", "stable rank", ".2f"),
+        Column("rank_90", "rank of 90 % of the energy", ","), Column("snr", "signal to noise, difference", ".3g"),
+        Column("weight_snr", "signal to noise, weights", ".3g"),
     ]  # fmt: skip
     page.table(lines, columns, sortable=True, folded="Every matrix, in numbers")
 
