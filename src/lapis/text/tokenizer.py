@@ -255,7 +255,8 @@ def train_tokenizer(
 
     files_or_texts: a Path is a file or folder of text or chats, a str is text itself. vocab: entries in all, at least
     260 (256 bytes and the special tokens); fewer come out where the text has no more pairs. kind: "chat" has ChatML's
-    special tokens and template, "masked" BERT's special tokens, [CLS] and [SEP] around every text. The same text gives
+    special tokens and template, "masked" BERT's special tokens, [CLS] and [SEP] around every text (which a causal model
+    may read as its beginning and end). The same text gives
     the same tokenizer. Raises DataError where there is no text.
     """
     special = [PAD, CLS, SEP, MASK] if kind == "masked" else [END_OF_TEXT, TURN_START, TURN_END]
@@ -278,7 +279,8 @@ def train_tokenizer(
         backend.post_processor = processors.TemplateProcessing(
             f"{CLS} $A {SEP}", f"{CLS} $A {SEP} $B:1 {SEP}:1", around
         )
-        return Tokenizer(backend, {"pad_token": PAD, "cls_token": CLS, "sep_token": SEP, "mask_token": MASK}, {})
+        named = {"bos_token": CLS, "eos_token": SEP, "pad_token": PAD, "cls_token": CLS, "sep_token": SEP}
+        return Tokenizer(backend, {**named, "mask_token": MASK}, {})
     return Tokenizer(backend, {"eos_token": END_OF_TEXT, "pad_token": END_OF_TEXT}, {"default": CHATML})
 
 
