@@ -14,14 +14,16 @@ Goal = Literal["style", "knowledge"]
 HARM = 0.25  # how much a share of the harm to plain text weighs against a share of the style
 
 
-def worth(goal: Goal, pieces: Sequence[Piece], effects: Mapping[str, Mapping[str, float | None]]) -> dict[str, float]:
+def worth(
+    goal: Goal, pieces: Sequence[Piece], effects: Mapping[str, Mapping[str, float | None]], weight: float = HARM
+) -> dict[str, float]:
     """What each piece is worth for a goal, as a share of the whole less a part of the harm, by its label."""
     style = {piece.label: effects[piece.label]["style"] or 0.0 for piece in pieces}
     harm = {piece.label: max(effects[piece.label]["knowledge"] or 0.0, 0.0) for piece in pieces}
     all_style = sum(max(value, 0.0) for value in style.values()) or 1.0
     all_harm = sum(harm.values()) or 1.0
     if goal == "style":
-        return {label: style[label] / all_style - HARM * harm[label] / all_harm for label in style}
+        return {label: style[label] / all_style - weight * harm[label] / all_harm for label in style}
     size = sum(piece.parameters for piece in pieces)
     return {piece.label: piece.parameters / size - max(style[piece.label], 0.0) / all_style for piece in pieces}
 

@@ -16,6 +16,7 @@ from lapis.plan.choose import Goal, at_random, choose, worth
 from lapis.plan.exam import WINDOW, Exam, make_exam
 from lapis.plan.pieces import Piece, Size, outside, pieces_of
 from lapis.plan.result import PlanResult
+from lapis.plan.search import search
 from lapis.plan.signals import differences, tensor_signals
 from lapis.plan.study import Study, Sweeps
 from lapis.plan.swap import Bench
@@ -86,8 +87,7 @@ def plan(
         tokenizer.check_rows(shape.vocab)
         exam = _exam(tokenizer, chats, text, choices, min(context, shape.context), limit)
     table = differences(one, two, spectra, lambda done, total: tell("tensors", done, total))
-    sizes = ("layers", pieces) if pieces != "layers" else ("layers",)
-    rows = {p.label: tensor_signals(table, p) for size in sizes for p in pieces_of(one, size)}
+    rows = {p.label: tensor_signals(table, p) for p in [*pieces_of(one, "layers"), *pieces_of(one, pieces)]}
     result = PlanResult(
         goal, budget, one.source, two.source, {key: getattr(shape, key) for key in ("family", "head_dim", *SHAPE)},
         seed=seed, notes=list(table.notes),
@@ -106,7 +106,13 @@ def plan(
         result.notes.append("no chats were given: the choice rests on the size of the differences alone")
         for row in rows.values():
             row.update(style=row["energy"], knowledge=None)
-    chosen = choose(parts, worth(goal, parts, rows), room)
+    if study is not None and goal == "style":
+        chosen = search(
+            study.bench, study.runner, study.effects, parts, rows, study.moved, room, seed,
+            lambda done, total: tell("sets", done, total),
+        )  # fmt: skip
+    else:
+        chosen = choose(parts, worth(goal, parts, rows), room)
     size = sum(piece.parameters for piece in chosen)
     control = at_random(parts, size, seed)
     result.share = size / sum(piece.parameters for piece in everywhere)

@@ -1,0 +1,69 @@
+"""The choice for style, by measuring whole sets: what pieces do together is not the sum of what each does alone.
+
+A layer's difference alone may bring half of what all bring, and any quarter of them three quarters; so sums of single
+effects say little of a set. A set costs one forward pass: the choices by single effects and some random ones are
+measured, then the best is changed by a few pieces at a time as long as that is better. Leaves out: the control, which
+is drawn apart (choose.py).
+"""
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+
+from lapis.plan.causal import Effects
+from lapis.plan.choose import at_random, choose, worth
+from lapis.plan.exam import Runner
+from lapis.plan.pieces import Piece, together
+from lapis.plan.swap import Bench
+
+TRIES = 32  # sets that are measured
+PRICE = 4.0  # shares of the replies' gain that a set may cost for text that is once as hard again
+HARMS = (0.25, 1.0)
+
+
+def search(
+    bench: Bench,
+    runner: Runner,
+    effects: Effects,
+    parts: Sequence[Piece],
+    single: Mapping[str, Mapping[str, float | None]],
+    everything: Sequence[str],
+    room: int,
+    seed: int,
+    tell: Callable[[int, int], None] | None = None,
+) -> list[Piece]:
+    """The best of TRIES sets of at most `room` parameters, by the gain on replies less PRICE x the harm to text.
+
+    single: style and knowledge of each piece alone. Leaves the bench at home.
+    """
+    draw = random.Random(f"plan search {seed}")
+    starts = [choose(parts, worth("style", parts, single, harm), room) for harm in HARMS]
+    starts += [at_random(parts, room, 1000 + 100 * seed + i) for i in range(TRIES // 4)]
+    bench.put(everything, "home")
+    best: list[Piece] = []
+    most = float("-inf")
+    for number in range(TRIES):
+        pieces = starts[number] if number < len(starts) else _changed(best, parts, room, draw)
+        names = together(pieces)
+        bench.put(names, "chat")
+        runner.start()
+        found = runner.score()
+        bench.put(names, "home")
+        value = effects.style(found, "in") - PRICE * max(effects.knowledge(found, "in") or 0.0, 0.0)
+        if value > most:
+            best, most = pieces, value
+        if tell:
+            tell(number + 1, TRIES)
+    return best
+
+
+def _changed(pieces: Sequence[Piece], parts: Sequence[Piece], room: int, draw: random.Random) -> list[Piece]:
+    """A fifth of the pieces exchanged for others, as far as there is room."""
+    kept = draw.sample(list(pieces), len(pieces) - max(1, len(pieces) // 5))
+    left = room - sum(piece.parameters for piece in kept)
+    others = [piece for piece in parts if piece not in pieces]
+    draw.shuffle(others)
+    for piece in others:
+        if piece.parameters <= left:
+            kept.append(piece)
+            left -= piece.parameters
+    return sorted(kept, key=parts.index)
