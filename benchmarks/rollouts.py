@@ -35,7 +35,7 @@ class Lapis:
         self.model = load(folder, dtype=torch.float32).eval()
 
     def run(self, prompts: list[list[int]], group: int, tokens: int) -> int:
-        from lapis.train.rollouts import roll
+        from lapis.train.policy.rollouts import roll
 
         made = roll(
             self.model, prompts, range(len(prompts)), [], group=group, max_tokens=tokens, temperature=1.0, seed=0

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 
 from lapis.model import ModelConfig, Transformer, save
 from lapis.text.tokenizer import Tokenizer, train_tokenizer
-from lapis.train.experience import Experience
 from lapis.train.objectives.on_policy import OnPolicy, Turn
 from lapis.train.objectives.policy import GRPO, PPO, RLOO
+from lapis.train.policy.experience import Experience
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("trl")

@@ -18,7 +18,7 @@ from lapis.model import Transformer, save
 from lapis.text.tokenizer import Tokenizer
 from lapis.train import TrainConfig, train
 from lapis.train.objectives.policy import GRPO, PPO, RLOO
-from lapis.train.rollouts import read_again, roll
+from lapis.train.policy.rollouts import read_again, roll
 from lapis.train.run import read_settings, run
 from lapis.train.watch import Silent
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from lapis.errors import ConfigError, DataError
 from lapis.model import ModelConfig, Transformer, save
 from lapis.text.tokenizer import Tokenizer, train_tokenizer
-from lapis.train.advantages import estimate, group_relative, leave_one_out, moments, whitened
-from lapis.train.guards import Guards, repetition
+from lapis.train.policy.advantages import estimate, group_relative, leave_one_out, moments, whitened
+from lapis.train.policy.guards import Guards, repetition
 from lapis.train.rewards import Case, Failure, make_judge
 from lapis.train.rewards.builtin import exact, json, length, number, number_in
 from lapis.train.rewards.functions import InWorker

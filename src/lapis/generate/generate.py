@@ -166,8 +166,8 @@ class Decoding:
         *,
         cache: Cache | None = None,
     ) -> None:
-        """rows: the number of each row, from which its draws follow. cache: of these rows, with all that they begin with
-        but at least the last place."""
+        """rows: the number of each row, from which its draws follow. cache: of these rows, with all that they begin
+        with but at least the last place."""
         self._model = model
         self._sampling = sampling
         self._draws = generators(sampling, rows)

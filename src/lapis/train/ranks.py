@@ -6,8 +6,8 @@ With one process everything is its own and nothing is said. Leaves out: gradient
 import torch
 from torch import Tensor
 
-from lapis.train.experience import Experience, appended
 from lapis.train.parallel import join
+from lapis.train.policy.experience import Experience, appended
 
 
 def mine(parts: int) -> list[int]:

@@ -22,16 +22,16 @@ from torch import Tensor, nn
 from lapis.errors import ConfigError, TrainingError
 from lapis.model.transformer import Transformer
 from lapis.text.tokenizer import Tokenizer
-from lapis.train.experience import Experience
-from lapis.train.guards import Guards
 from lapis.train.objectives.order import in_order
-from lapis.train.policy_figures import guard_figures, step_figures
-from lapis.train.prompts import Prompt, Prompts, read_prompts
+from lapis.train.policy.experience import Experience
+from lapis.train.policy.figures import guard_figures, step_figures
+from lapis.train.policy.guards import Guards
+from lapis.train.policy.prompts import Prompt, Prompts, read_prompts
+from lapis.train.policy.reference import Reference
+from lapis.train.policy.replying import Replier
+from lapis.train.policy.rollouts import Said, read_again
 from lapis.train.ranks import added, everybodys, mine
-from lapis.train.reference import Reference
-from lapis.train.replying import Replier
 from lapis.train.rewards import Judge, Scores, make_judge
-from lapis.train.rollouts import Said, read_again
 from lapis.train.state import TrainState
 
 _SHOWN = 8  # prompts whose replies before and after are kept for people

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from lapis.errors import ConfigError
 from lapis.model.transformer import Transformer
-from lapis.train.advantages import adapted, estimate, group_relative, leave_one_out, moments, whitened
-from lapis.train.experience import Experience
 from lapis.train.objectives.on_policy import OnPolicy, Turn
-from lapis.train.policy_figures import kl_sum
+from lapis.train.policy.advantages import adapted, estimate, group_relative, leave_one_out, moments, whitened
+from lapis.train.policy.experience import Experience
+from lapis.train.policy.figures import kl_sum
+from lapis.train.policy.surrogate import clipped, clipped_value, k3
 from lapis.train.ranks import added
-from lapis.train.surrogate import clipped, clipped_value, k3
 
 Loss = tuple[Tensor, int, dict[str, float]]
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lapis.train.rollouts import Rollouts
+from lapis.train.policy.rollouts import Rollouts
 
 
 @dataclass(frozen=True)

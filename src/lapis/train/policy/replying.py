@@ -12,10 +12,10 @@ from typing import Any
 
 from lapis.model.transformer import Transformer
 from lapis.text.tokenizer import Tokenizer
-from lapis.train.experience import joined
-from lapis.train.prompts import Prompt
+from lapis.train.policy.experience import joined
+from lapis.train.policy.prompts import Prompt
+from lapis.train.policy.rollouts import Rollouts, roll
 from lapis.train.rewards import Case, Judge, Scores
-from lapis.train.rollouts import Rollouts, roll
 
 _ROWS = 512  # replies decoded at once
 

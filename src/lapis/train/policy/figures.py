@@ -8,11 +8,11 @@ import math
 import torch
 from torch import Tensor
 
-from lapis.train.experience import Experience
-from lapis.train.guards import repetition
+from lapis.train.policy.experience import Experience
+from lapis.train.policy.guards import repetition
+from lapis.train.policy.rollouts import Said
+from lapis.train.policy.surrogate import k3
 from lapis.train.ranks import added
-from lapis.train.rollouts import Said
-from lapis.train.surrogate import k3
 
 
 def step_figures(experience: Experience, said: Said, stopped: Tensor) -> dict[str, float]:

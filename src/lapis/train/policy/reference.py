@@ -14,9 +14,9 @@ from lapis.errors import CheckpointError, TrainingError
 from lapis.model import load
 from lapis.model.transformer import Transformer
 from lapis.text.tokenizer import Tokenizer
-from lapis.train.experience import Experience
+from lapis.train.policy.experience import Experience
+from lapis.train.policy.rollouts import read_again
 from lapis.train.ranks import added
-from lapis.train.rollouts import read_again
 
 _FAR = 1.0  # nats per token between policy and reference at the first rollout: no fine-tune starts there
 _AT_ONCE = 64  # replies
