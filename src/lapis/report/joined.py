@@ -89,7 +89,7 @@ class _Reader(HTMLParser):
             f' {name}="{escape(value or "")}"' if value else f" {name}"
             for name, value in attrs if name in ATTRIBUTES and ATTRIBUTES[name].fullmatch(value or "")
         )  # fmt: skip
-        self.out.append(f"<{LESS.get(tag, tag)}{' class="part"' if tag == 'section' else kept}>")
+        self.out.append('<div class="part">' if tag == "section" else f"<{LESS.get(tag, tag)}{kept}>")
         if tag not in VOID:
             self._open.append(tag)
 
