@@ -120,7 +120,7 @@ class Story:
             steps = json.loads((self.models["chat"] / "training.json").read_text())["steps"]
         learning = LEARNING[name if name in SHARES else "chat"]
         config = TrainConfig(**learning, optimizer="muon", batch=8, minutes=minutes, steps=steps, seed=self.tour.seed)
-        train(model, objective(self.tokenizer, [data], CONTEXT), config, folder)
+        train(model, objective(self.tokenizer, [data], context=CONTEXT), config, folder)
 
     def shape(self) -> ModelConfig:
         """A Llama-shaped decoder of about three million parameters."""
