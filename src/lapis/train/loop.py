@@ -10,7 +10,6 @@ Leaves out: the update itself (update.py), sharding.
 import hashlib
 import json
 import math
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lapis.checkpoint.commit import JOURNAL, Staging, commit
+from lapis.checkpoint.commit import commit
 from lapis.errors import ConfigError, TrainingError
 from lapis.model.transformer import Transformer
 from lapis.train import parallel, probe
@@ -38,7 +37,7 @@ from lapis.train.recompute import recomputed
 from lapis.train.result import TrainResult, last_tenth, write_result
 from lapis.train.schedule import Schedule
 from lapis.train.select import describe
-from lapis.train.state import Journal, TrainState, kept_by_objective, restore
+from lapis.train.state import Journal, TrainState, kept_by_objective, left_clean, restore
 from lapis.train.update import Batches, Updater, memory_told
 from lapis.train.watch import Silent, Watch, watcher
 
@@ -73,7 +72,7 @@ def train(
     try:
         with (
             commit(out, overwrite=overwrite, resumable=True, needs_bytes=(3 * config.keep + 4) * weights) as staging,
-            _left_clean(staging, fresh) as journal,
+            left_clean(staging, fresh) as journal,
             interruptible() as wish,
         ):
             result = _Run(model, objective, config, world, journal, watch, wish).go(out)
@@ -382,22 +381,6 @@ class _Run:
             f"train: stopped by {self.updater.stop or self.objective.halt} after step {state.step}{of}; "  # type: ignore[attr-defined]
             f"saved in {place}. Run the same command again to go on"
         )
-
-
-@contextmanager
-def _left_clean(staging: Staging, fresh: bool) -> Iterator[Journal]:
-    """The run's journal; a refusal before the first checkpoint leaves nothing behind."""
-    folder = staging.path / JOURNAL
-    for entry in staging.path.iterdir():
-        if entry != folder or fresh:  # the rest of an output that was not finished
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-    journal = Journal(folder)
-    try:
-        yield journal
-    except BaseException:
-        if not journal.checkpoints:
-            shutil.rmtree(staging.path, ignore_errors=True)
-        raise
 
 
 def _digest(model: Transformer) -> str:

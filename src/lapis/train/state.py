@@ -7,7 +7,8 @@ states that are sharded over processes.
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from lapis.checkpoint.commit import MANIFEST, commit, commit_file, verify
+from lapis.checkpoint.commit import JOURNAL, MANIFEST, Staging, commit, commit_file, verify
 from lapis.checkpoint.files import header_bytes, read_json
 from lapis.errors import LapisError, OutputError, TrainingError
 from lapis.model.transformer import Transformer
@@ -198,6 +199,22 @@ class Journal:
         """Half a sentence that names the newest checkpoint."""
         found = self.checkpoints
         return f"the last good checkpoint is {found[0]}" if found else "no checkpoint was saved yet"
+
+
+@contextmanager
+def left_clean(staging: Staging, fresh: bool) -> Iterator[Journal]:
+    """The run's journal; a refusal before the first checkpoint leaves nothing behind."""
+    folder = staging.path / JOURNAL
+    for entry in staging.path.iterdir():
+        if entry != folder or fresh:  # the rest of an output that was not finished
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    journal = Journal(folder)
+    try:
+        yield journal
+    except BaseException:
+        if not journal.checkpoints:
+            shutil.rmtree(staging.path, ignore_errors=True)
+        raise
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
