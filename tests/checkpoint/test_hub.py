@@ -231,9 +231,7 @@ def test_fault_87_other_bytes_of_the_same_length(hub, files):
     hub.fault = lambda asked: (
         (200, {"ETag": '"x"'}, bad) if asked.path.startswith("/store/") and asked.method == "GET" else None
     )
-    with pytest.raises(
-        CheckpointError, match="came with other bytes than the hub lists; load again"
-    ):
+    with pytest.raises(CheckpointError, match="came with other bytes than the hub lists; load again"):
         found.fetched()
     hub.fault = None
     assert torch.equal(found.fetched().read("lm_head.weight"), found.read("lm_head.weight"))
