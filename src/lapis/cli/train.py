@@ -55,6 +55,9 @@ def _write_page(run: Path, path: Path, overwrite: bool) -> None:
     from lapis.report.runs import run_page
     from lapis.train.curve import read_curve
 
-    page = run_page(read_curve(run / "log.jsonl"), read_json(run / "training.json"), run.name)
+    facts = read_json(run / "training.json")
+    if (run / "replies.jsonl").is_file():
+        facts["replies"] = read_curve(run / "replies.jsonl")
+    page = run_page(read_curve(run / "log.jsonl"), facts, run.name)
     with commit_file(path, overwrite=overwrite) as temporary:
         temporary.write_text(page.render(), encoding="utf-8")

@@ -95,7 +95,9 @@ def _take(path: Path, name: str, kept: Kept) -> None:
     if path.name == "log.jsonl":
         kept.logs[name] = _rows(path)
     elif path.name == "training.json":
-        kept.facts[name] = _object(path)
+        kept.facts[name] = {**kept.facts.get(name, {}), **_object(path)}
+    elif path.name == "replies.jsonl":
+        kept.facts[name] = {**kept.facts.get(name, {}), "replies": _rows(path)}
     elif path.name == "lapis-merge.json":
         kept.merges[name] = _object(path)
     elif path.suffix == ".html" and is_ours(path):

@@ -198,14 +198,21 @@ def _clock(seconds: float) -> str:
     )
 
 
+def _valued(row: Mapping[str, Any], key: str) -> str:
+    """before, or where it is known: before, reward 0.25."""
+    reward = row.get(f"{key}_reward")
+    return f"{key}, reward {reward:.2f}" if isinstance(reward, int | float) else key
+
+
 def _add_facts(page: Page, name: str, facts: Mapping[str, Any]) -> None:
     """Replies before and after, where a run kept some, and its settings."""
     replies = facts.get("replies")
     if isinstance(replies, list) and replies:
         page.section(f"Replies before and after{f', {name}' if name else ''}")
         page.replies([
-            {"prompt": str(r.get("prompt", "")), "replies": {k: str(r[k]) for k in ("before", "after") if k in r}}
-            for r in replies if isinstance(r, Mapping)
+            {"prompt": str(row.get("prompt", "")),
+             "replies": {_valued(row, key): str(row[key]) for key in ("before", "after") if key in row}}
+            for row in replies if isinstance(row, Mapping)
         ])  # fmt: skip
     add_confusion(page, facts)
     settings = {**(facts.get("config") or {}), **(facts.get("options") or {})}
