@@ -42,15 +42,25 @@ def main() -> None:
     parser.add_argument("--text", action="store_true")
     parser.add_argument("--pieces", nargs="+", default=["layers"], choices=("layers", "halves", "components"))
     parser.add_argument("--write", type=Path, help="only write the two models here")
+    parser.add_argument("--measure", nargs=2, type=Path, help="only measure with these")
     options = parser.parse_args()
     torch.manual_seed(0)
     if options.write:
         _write(options.shape, options.write)
-        return
-    with tempfile.TemporaryDirectory(prefix="plan-cost-") as scratch:
-        # in a process of its own, so that peak memory is the scoring's
-        subprocess.run([sys.executable, __file__, "--shape", options.shape, "--write", scratch], check=True)
-        print(json.dumps(measure(Path(scratch) / "base", Path(scratch) / "chat", options)))
+    elif options.measure:
+        try:
+            print(json.dumps(measure(*options.measure, options)))
+        except DataError:
+            raise SystemExit(3) from None
+    else:
+        # each in a process of its own, so that peak memory is the scoring's
+        with tempfile.TemporaryDirectory(prefix="plan-cost-") as scratch:
+            pair = [f"{scratch}/base", f"{scratch}/chat"]
+            again = [sys.executable, __file__, *sys.argv[1:]]
+            subprocess.run([*again, "--write", scratch], check=True)
+            if subprocess.run([*again, "--measure", *pair]).returncode == 3:
+                # of two random models either may find the replies likelier
+                subprocess.run([*again, "--measure", *reversed(pair)], check=True)
 
 
 def measure(base: Path, chat: Path, options: argparse.Namespace) -> dict:
@@ -72,12 +82,7 @@ def measure(base: Path, chat: Path, options: argparse.Namespace) -> dict:
         return time.perf_counter() - started
 
     started = time.perf_counter()
-    try:
-        effects = sweep(bench, runner, pieces, one.names)
-    except DataError:  # of two random models either may find the replies likelier
-        bench = Bench(two, two, one)
-        runner, started = Runner(bench.model, runner.exam), time.perf_counter()
-        effects = sweep(bench, runner, pieces, two.names)
+    effects = sweep(bench, runner, pieces, one.names)
     seconds = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     forward, layers = min(plain(), plain()), bench.model.config.layers
