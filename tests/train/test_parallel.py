@@ -108,7 +108,8 @@ def test_a_port_in_use_and_a_missing_file_are_one_line(place: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("localhost", 0))
         taken.listen()
-        first, *_ = start(place, 2, port=int(taken.getsockname()[1]))[:1]
-        (said,) = finish([first])
+        first, second = start(place, 2, port=int(taken.getsockname()[1]))
+        second.kill()  # it would wait for the first one for a long time
+        said, _ = finish([first, second])
     assert first.returncode == 1 and "the port is in use; give torchrun another port" in said
     assert len(said.strip().splitlines()) == 1
