@@ -43,22 +43,24 @@ SHAPE = {
 }  # a llama-shaped model, 0.3 million parameters with its words
 SETTINGS: dict[str, dict[str, Any]] = {
     "sms-spam": {
-        "vocab": 1000, "context": 128, "new": SHAPE, "first": None, "further": [],
-        "classify": {"epochs": 4, "batch": 32, "lr": 5e-3}, "options": {"dropout": 0.1, "hide": 0.1, "smoothing": 0.05},
+        "vocab": 1500, "context": 128, "new": SHAPE, "first": None, "further": [],
+        "classify": {"epochs": 5, "batch": 32, "lr": 5e-3, "ema": 0.99},
+        "options": {"dropout": 0.2, "hide": 0.2, "smoothing": 0.05},
     },
     "nsmc": {
-        "vocab": 1500, "context": 96, "new": SHAPE, "further": ["corpus/ko/reviews-train.jsonl"],
-        "first": {"epochs": 3, "batch": 32, "lr": 5e-3},
-        "classify": {"epochs": 3, "batch": 32, "lr": 2e-3}, "options": {"dropout": 0.2, "hide": 0.3, "smoothing": 0.1},
+        "vocab": 3000, "context": 96, "new": SHAPE, "further": ["corpus/ko/reviews-train.jsonl"],
+        "first": {"epochs": 6, "batch": 32, "lr": 5e-3},
+        "classify": {"epochs": 4, "batch": 32, "lr": 2e-3, "ema": 0.98},
+        "options": {"dropout": 0.2, "hide": 0.3, "smoothing": 0.1},
     },
     "banking77": {
         "vocab": 1500, "context": 96, "new": SHAPE, "first": None, "further": [],
         "classify": {"epochs": 4, "batch": 32, "lr": 5e-3}, "options": {"hide": 0.1, "smoothing": 0.05},
     },
     "digits": {
-        "new": {"family": "vit", "dim": 64, "layers": 4, "heads": 4, "ffn_dim": 256,
+        "new": {"family": "vit", "dim": 96, "layers": 2, "heads": 6, "ffn_dim": 192,
                 "image": {"size": 8, "patch": 2, "channels": 1}},
-        "classify": {"epochs": 60, "batch": 64, "lr": 1e-2}, "options": {"dropout": 0.1, "smoothing": 0.1},
+        "classify": {"epochs": 50, "batch": 64, "lr": 1e-2, "ema": 0.99}, "options": {"dropout": 0.2, "smoothing": 0.1},
     },
 }  # fmt: skip
 
