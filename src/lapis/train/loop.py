@@ -7,7 +7,6 @@ Under torchrun every process runs this loop, the first writes, and the weights a
 Leaves out: the update itself (update.py), sharding.
 """
 
-import hashlib
 import json
 import math
 import time
@@ -37,7 +36,7 @@ from lapis.train.recompute import recomputed
 from lapis.train.result import TrainResult, last_tenth, write_result
 from lapis.train.schedule import Schedule
 from lapis.train.select import describe
-from lapis.train.state import Journal, TrainState, kept_by_objective, left_clean, restore
+from lapis.train.state import Journal, TrainState, kept_by_objective, left_clean, restore, weights_digest
 from lapis.train.update import Batches, Updater, memory_told
 from lapis.train.watch import Silent, Watch, watcher
 
@@ -174,7 +173,7 @@ class _Run:
         if world.size > 1 and any(other != description for other in world.gather(description)):
             raise TrainingError("train: the processes of this run do not read the same data; give each the same files")
         if self.journal is not None:
-            start = {"model": _digest(self.model), **describe(self.model)}
+            start = {"model": weights_digest(self.model), **describe(self.model)}
             wanted = {"config": self.config.decisive(), **start, **description}
             self.facts = self.journal.earlier(json.loads(json.dumps(wanted))) or {}
             newest = self.journal.newest() if self.facts else None
@@ -381,12 +380,3 @@ class _Run:
             f"train: stopped by {self.updater.stop or self.objective.halt} after step {state.step}{of}; "  # type: ignore[attr-defined]
             f"saved in {place}. Run the same command again to go on"
         )
-
-
-def _digest(model: Transformer) -> str:
-    """sha256 of the weights to start from."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()

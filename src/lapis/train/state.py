@@ -5,6 +5,7 @@ log.jsonl beside it; no pickle. Checkpoints lie in `.OUT.lapis/.journal/step-N` 
 states that are sharded over processes.
 """
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -232,6 +233,15 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
 def _short(value: Any) -> str:
     """A value as JSON; of a digest the first figures."""
     return value[:12] if isinstance(value, str) and len(value) == 64 else json.dumps(value)
+
+
+def weights_digest(model: Transformer) -> str:
+    """sha256 of names, shapes, dtypes and values."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -27,7 +27,7 @@ from lapis.model import load, lora
 from lapis.model.transformer import Transformer
 from lapis.text.paired import Reply
 from lapis.text.tokenizer import Tokenizer
-from lapis.train.state import read_tensors, write_tensors
+from lapis.train.state import read_tensors, weights_digest, write_tensors
 
 _FILE, _FACTS = "reference.safetensors", "reference.json"
 _SHAPE = ("dim", "layers", "heads", "kv_heads", "ffn_dim", "vocab")
@@ -101,15 +101,6 @@ def kinship(one: Transformer, two: Transformer) -> float:
             dots += torch.stack([(a * b).sum(dtype=torch.float64), (a * a).sum(dtype=torch.float64),
                                  (b * b).sum(dtype=torch.float64)]).cpu()  # fmt: skip
     return float(dots[0] / (dots[1] * dots[2]).sqrt().clamp(min=1e-30))
-
-
-def weights_digest(model: Transformer) -> str:
-    """sha256 of names, shapes, dtypes and values."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def _digest(replies: Mapping[str, Sequence[Reply]]) -> str:
