@@ -26,7 +26,8 @@ class RMSNorm(nn.Module):
         if x.dtype in (torch.float32, torch.bfloat16) and x.requires_grad and x.device.type == "cpu":
             out: Tensor = _TrainedRMSNorm.apply(x, self.weight, self.eps, dtype)  # type: ignore[no-untyped-call]
             return out
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps).to(dtype)
+        wide = torch.promote_types(x.dtype, self.weight.dtype)  # they differ under autocast
+        return F.rms_norm(x.to(wide), self.weight.shape, self.weight.to(wide), self.eps).to(dtype)
 
 
 class LayerNorm(nn.Module):
