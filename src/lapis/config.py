@@ -40,7 +40,8 @@ def load_yaml(path: Path | str) -> dict[str, Any]:
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         raise ConfigError(f"{where}: not YAML: {getattr(error, 'problem', None) or error}") from None
     if not isinstance(loaded, dict):
-        raise ConfigError(f"{path}: holds {type(loaded).__name__}; expected key: value lines")
+        found = "nothing" if loaded is None else type(loaded).__name__
+        raise ConfigError(f"{path}: holds {found}; expected key: value lines")
     return loaded
 
 

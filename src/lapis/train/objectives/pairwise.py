@@ -6,9 +6,9 @@ Shapes: N pairs, S = 2N replies, the chosen ones first.
 """
 
 import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -38,7 +38,7 @@ class PairBatch:
     kl: Tensor | None = None
 
 
-class Pairwise:
+class Pairwise(ABC):
     """Abstract. data, valid: .jsonl of pairs (text/pairs.py), or pairs; valid is held out and reported on."""
 
     name: ClassVar[str]
@@ -96,9 +96,9 @@ class Pairwise:
         found = pair_figures(values[::2], values[1::2], sizes[::2], sizes[1::2])
         return {name: value for name, value in found.items() if value is not None}
 
+    @abstractmethod
     def held_out(self, model: Transformer, valid: Paired) -> "np.ndarray[Any, Any]":
         """The reward of each held-out reply."""
-        raise NotImplementedError
 
     def sample(self, model: Transformer) -> str:
         """What the model replies to the first prompt, forty tokens of it."""
@@ -111,9 +111,6 @@ class Pairwise:
         except LapisError as error:
             reply = f"({error})"
         return f"{self.tokenizer.decode(prompt, True)} -> {reply}"
-
-    def write(self, folder: Path) -> None:
-        """Nothing further."""
 
     def _read(self, data: Paired, number: int) -> Reply:
         reply = data.replies[number]

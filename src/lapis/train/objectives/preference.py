@@ -8,6 +8,7 @@ Shapes: N pairs, S = 2N replies, the chosen ones first.
 """
 
 import dataclasses
+from abc import abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +46,9 @@ class _Policy(Pairwise):
             found["kl"] = float(batch.kl) * len(loss_N)
         return loss_N.sum(), len(loss_N), found
 
+    @abstractmethod
     def _losses(self, chosen_N: Tensor, rejected_N: Tensor, batch: PairBatch, told_R: Tensor) -> Tensor:
         """One per pair. told_R: log-probabilities of all scored tokens."""
-        raise NotImplementedError
 
     def held_out(self, model: Transformer, valid: Paired) -> "np.ndarray[Any, Any]":
         values = reply_log_probabilities(model, valid.replies) - self._against(valid)
