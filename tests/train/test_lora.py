@@ -1,5 +1,6 @@
 """LoRA, freeze lists and plans in a run: what moves, what is written, exact resume, what wrong settings get."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,12 +11,13 @@ import torch
 import yaml
 
 import lapis
+from lapis.checkpoint.commit import commit
 from lapis.errors import ConfigError, LapisError, TrainingError
 from lapis.model import Transformer, save
 from lapis.text.corpus import Document
 from lapis.text.tokenizer import Tokenizer
 from lapis.train import Causal, TrainConfig, train
-from lapis.train.lora import LoraConfig, of, off, wrap
+from lapis.train.lora import LoraConfig, of, off, token_rows, wrap
 from lapis.train.run import read_settings, run
 from lapis.train.select import choose
 from lapis.train.watch import Silent
@@ -33,10 +35,10 @@ def start(
     tokenizer.save(tmp_path / "base")
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": d.text}) + "\n" for d in documents))
 
-    def call(out: str, **settings: Any) -> Any:
+    def call(out: str, watch: Silent | None = None, **settings: Any) -> Any:
         given = {"objective": "causal", "model": str(tmp_path / "base"), "data": str(tmp_path / "texts.jsonl"),
                  "context": 32, "out": str(tmp_path / out), **RUN, **settings}  # fmt: skip
-        return run(read_settings(given, "test"), watch=Silent())
+        return run(read_settings(given, "test"), watch=watch or Silent())
 
     return call
 
@@ -127,6 +129,40 @@ def test_tune_and_freeze_leave_the_rest_as_it_was(start: Start, tmp_path: Path) 
                      }  # fmt: skip
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_rows_of_tokens_are_trained_beside_what_is_tuned(start: Start, tmp_path: Path, tied: bool) -> None:
+    before, tokenizer = lapis.load(tmp_path / "base")
+    if not tied:
+        config = dataclasses.replace(before.config, tied=False)
+        untied = Transformer(config)
+        untied.load_state_dict(before.state_dict() | {"head.weight": before.embed.weight.detach()}, strict=True)
+        with commit(tmp_path / "untied") as staging:
+            save(untied, staging.path)
+            tokenizer.save(staging.path)
+        before = untied
+    start("rows", model=str(tmp_path / ("base" if tied else "untied")), tune=["layers.1.mlp"], tokens=["<|im_end|>", 5],
+          weight_decay=0.5)  # fmt: skip
+    after, _ = lapis.load(tmp_path / "rows")
+    pairs = zip(before.named_parameters(), after.parameters(), strict=True)
+    moved = {name for (name, a), b in pairs if not torch.equal(a, b)}
+    tables = {"embed.weight"} if tied else {"embed.weight", "head.weight"}
+    assert moved == {n for n, _ in before.named_parameters() if n.startswith("blocks.1.mlp")} | tables
+    for name in tables:
+        rows = (before.get_parameter(name) != after.get_parameter(name)).any(1).nonzero()[:, 0].tolist()
+        assert rows == sorted({tokenizer.id("<|im_end|>"), 5})
+
+
+def test_rows_of_tokens_go_on_from_a_checkpoint(start: Start, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"tune": ["layers.1.mlp"], "tokens": ["<|im_end|>"], "log_every": 1}
+    whole = start("whole", **settings)
+    with pytest.raises(KeyboardInterrupt):
+        start("cut", watch=Stop(), **settings)
+    with pytest.raises(TrainingError, match="tokens was"):
+        start("cut", **{**settings, "tokens": ["<|im_start|>"]})
+    resumed = start("cut", **settings)
+    assert (resumed.out / "model.safetensors").read_bytes() == (whole.out / "model.safetensors").read_bytes()
+
+
 def test_a_plan_is_tuned_or_adapted(start: Start, tmp_path: Path) -> None:
     shape = {"dim": 32, "layers": 2, "heads": 4, "vocab": 999}
     plan = {"format": "lapis-plan/1", "goal": "style", "model": shape, "tune": [{"layer": 1, "component": "mlp"}]}
@@ -136,6 +172,14 @@ def test_a_plan_is_tuned_or_adapted(start: Start, tmp_path: Path) -> None:
     model, _ = lapis.load(tmp_path / "adapted")
     adapted = {n.rpartition(".lora_A")[0] for n, _ in model.named_parameters() if n.endswith("lora_A")}
     assert adapted == {"blocks.1.mlp.gate", "blocks.1.mlp.up", "blocks.1.mlp.down"}
+    place.write_text(yaml.safe_dump({**plan, "tokens": ["<|im_end|>"]}))
+    start("rows", plan=str(place))
+    start("adapted rows", plan=str(place), lora={"rank": 2})
+    model, tokenizer = lapis.load(tmp_path / "adapted rows")
+    assert token_rows(model)["embed.weight"].ids_N.tolist() == [tokenizer.id("<|im_end|>")]
+    before, after = lapis.load(tmp_path / "base")[0], lapis.load(tmp_path / "rows")[0]
+    rows = (before.embed.weight != after.embed.weight).any(1).nonzero()[:, 0].tolist()
+    assert rows == [tokenizer.id("<|im_end|>")]
     place.write_text(yaml.safe_dump({**plan, "model": {**shape, "dim": 64, "layers": 9}}))
     with pytest.raises(ConfigError, match=r"another model \(dim 64 there, 32 here; layers 9 there, 2 here\)"):
         start("other", plan=str(place))
@@ -149,6 +193,7 @@ def test_a_plan_is_tuned_or_adapted(start: Start, tmp_path: Path) -> None:
     ({"lora": {"rank": 0}}, "rank is 0"),
     ({"lora": {"tokens": ["<|im_strt|>"]}}, 'is no token; did you mean "<|im_start|>"'),
     ({"lora": {"tokens": [90000]}}, "90000 has no row"),
+    ({"tune": ["mlp"], "tokens": ["<|im_strt|>"]}, 'tokens: "<|im_strt|>" is no token; did you mean "<|im_start|>"'),
     ({"lora": {}, "tune": ["mlp"]}, "lora freezes the model itself"),
     ({"tune": ["mlp.upp"]}, 'tune: "mlp.upp" matches nothing; nearest: mlp.up'),
     ({"freeze": ["all"]}, "leave nothing to train"),

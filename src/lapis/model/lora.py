@@ -213,6 +213,25 @@ def token_rows(model: Transformer) -> dict[str, TokenRows]:
     return found
 
 
+def whole_parameters(model: Transformer) -> dict[str, Tensor]:
+    """The parameters of a model without adapters, by name; a matrix with trained rows is one, these in their places."""
+    found: dict[str, Tensor] = {n: p for n, p in model.named_parameters() if ".parametrizations." not in n}
+    for name in token_rows(model):
+        weight = model.get_submodule(name.rpartition(".")[0]).weight
+        assert isinstance(weight, Tensor)
+        found[name] = weight
+    return found
+
+
+def restore_whole(model: Transformer, tensors: dict[str, Tensor]) -> None:
+    """Puts the values of `whole_parameters` back into the same model."""
+    state = dict(tensors)
+    for name, rows in token_rows(model).items():
+        weight, place = state.pop(name), f"{name.rpartition('.')[0]}.parametrizations.weight"
+        state |= {f"{place}.original": weight, f"{place}.0.rows": weight[rows.ids_N.to(weight.device)]}
+    model.load_state_dict(state)
+
+
 @contextmanager
 def off(model: nn.Module) -> Iterator[None]:
     """Inside, the model is its base: no adapter, no trained row, and the weights before whole training."""
@@ -307,7 +326,7 @@ def put_rows(model: Transformer, rows: dict[str, tuple[list[int], Tensor | None]
         assert isinstance(weight, Tensor)
         wrong = [number for number in ids if not 0 <= number < len(weight)]
         if wrong:
-            raise ConfigError(f"lora: tokens: {wrong[0]} has no row; the model has {len(weight):,}, add tokens first")
+            raise ConfigError(f"tokens: {wrong[0]} has no row; the model has {len(weight):,}, add tokens first")
         index = torch.tensor(ids, device=weight.device)
         taken = weight.detach()[index].clone() if values is None else values.to(weight.device)
         parametrize.register_parametrization(module, "weight", TokenRows(index, taken.float()), unsafe=True)

@@ -16,17 +16,32 @@ from lapis.model import Transformer
 from lapis.model import load as load_model
 from lapis.model import save as save_model
 from lapis.model.adapter import fold, restore_adapter, write_adapter
-from lapis.model.lora import Adapted, LoraConfig, LoraLinear, of, off, wrap
+from lapis.model.lora import (
+    Adapted,
+    LoraConfig,
+    LoraLinear,
+    of,
+    off,
+    put_rows,
+    restore_whole,
+    row_matrices,
+    token_rows,
+    whole_parameters,
+    wrap,
+)
 from lapis.model.nf4 import quantize
 from lapis.text.tokenizer import Tokenizer
 
-__all__ = ["Adapted", "LoraConfig", "LoraLinear", "fold", "hold", "of", "off", "restore", "save", "token_ids", "wrap"]
+__all__ = [
+    "Adapted", "LoraConfig", "LoraLinear", "fold", "hold", "of", "off", "put_rows", "restore", "row_matrices", "save",
+    "token_ids", "token_rows", "wrap",
+]  # fmt: skip
 
 
 def save(model: Transformer, folder: Path | str, dtype: torch.dtype | None = None) -> None:
     """What was trained: an adapter folder, or the model where it has no adapter. dtype: of a model's weights."""
     if of(model) is None:
-        save_model(model, folder, dtype=dtype)
+        save_model(model, folder, dtype=dtype, state=whole_parameters(model))
     else:
         write_adapter(model, folder)
 
@@ -34,7 +49,7 @@ def save(model: Transformer, folder: Path | str, dtype: torch.dtype | None = Non
 def restore(model: Transformer, folder: Path | str) -> None:
     """The values that `save` wrote, put back into the same model."""
     if of(model) is None:
-        model.load_state_dict(load_model(folder).state_dict())
+        restore_whole(model, load_model(folder).state_dict())
     else:
         restore_adapter(model, folder)
 
@@ -59,6 +74,6 @@ def token_ids(tokens: tuple[int | str, ...], tokenizer: Tokenizer | None) -> tup
         number = tokenizer.id(token) if isinstance(token, str) and tokenizer is not None else token
         if not isinstance(number, int):
             known = [] if tokenizer is None else list(tokenizer.special)
-            raise ConfigError(f'lora: tokens: "{token}" is no token; {nearest(str(token), known)}')
+            raise ConfigError(f'tokens: "{token}" is no token; {nearest(str(token), known)}')
         found.append(number)
     return tuple(found)

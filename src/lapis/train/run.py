@@ -48,8 +48,9 @@ class RunConfig(TrainConfig):
     settles may be left out). tokenizer: a folder, by default the model's. data: files, folders, globs, or one folder of
     packed rows. context: tokens of a row, by default the objective's. zero_init: of a new model, see
     start.py. device: auto takes a GPU where there is one.
-    lora: train an adapter (LoraConfig), which is then the result. tune, freeze: patterns of parts (select.py). plan: a
-    file of `lapis plan`: what it chose is tuned, or adapted. options: the objective's own, by name.
+    lora: train an adapter (LoraConfig), which is then the result. tune, freeze: patterns of parts (select.py), tokens:
+    of which rows of the embedding are trained though the rest of it is not. plan: a file of `lapis plan`: what it
+    chose is tuned, or adapted. options: the objective's own, by name.
     """
 
     objective: str
@@ -64,6 +65,7 @@ class RunConfig(TrainConfig):
     lora: LoraConfig | None = None
     tune: tuple[str, ...] = ()
     freeze: tuple[str, ...] = ()
+    tokens: tuple[int | str, ...] = ()
     plan: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -135,8 +137,8 @@ def _start(config: RunConfig, overwrite: bool, world: parallel.World) -> tuple[O
         config.model, config.new, objective, context=context, seed=config.seed, zero_init=config.zero_init
     )
     settle(
-        model, lora_config=config.lora, tune=config.tune, freeze=config.freeze, plan=config.plan, base=config.model,
-        tokenizer=objective.tokenizer, seed=config.seed, device=_device(config.device),
+        model, lora_config=config.lora, tune=config.tune, freeze=config.freeze, tokens=config.tokens, plan=config.plan,
+        base=config.model, tokenizer=objective.tokenizer, seed=config.seed, device=_device(config.device),
     )  # fmt: skip
     return objective, model.to(_device(config.device))
 
