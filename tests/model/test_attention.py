@@ -170,3 +170,26 @@ def test_hidden_then_head_is_the_model(shape: ModelConfig) -> None:
         model = model_of(shape)
         ids = torch.arange(12).view(2, 6)
         assert torch.equal(model.head(model.hidden(ids)), model(ids))
+
+
+@pytest.mark.parametrize("positions", ["rotary", "learned"])
+def test_normed_queries_and_keys_have_the_gradients_of_plain_autograd(positions: str) -> None:
+    """The norm's own backward pass against torch's, also where nothing rotates the heads and they come transposed."""
+    model = model_of(dataclasses.replace(TINY, qk_norm=True, family="qwen3"), positions=positions).train()
+    ids = torch.arange(24).view(2, 12)
+
+    def gradients() -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        model(ids).square().mean().backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    ours = gradients()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "lapis.model.norm._TrainedRMSNorm.apply",
+            lambda x, weight, eps, dtype: torch.nn.functional.rms_norm(x, weight.shape, weight, eps),
+        )
+        plain = gradients()
+    assert ours.keys() == plain.keys() and "blocks.0.attn.q_norm.weight" in ours
+    for name in ours:
+        assert torch.allclose(ours[name], plain[name], rtol=1e-4, atol=1e-6), name

@@ -60,7 +60,7 @@ class _TrainedRMSNorm(torch.autograd.Function):
         x, weight, inverse = ctx.saved_tensors
         dim, grad = x.shape[-1], grads[0]
         normed = x * inverse
-        product = (grad * normed).view(-1, dim)
+        product = (grad * normed).reshape(-1, dim)  # heads that nothing rotates come transposed
         mean = torch.mv(product, weight.to(product.dtype)).view(inverse.shape).div_(dim)
         grad_x = torch.addcmul(grad * weight, normed, mean, value=-1).mul_(inverse)
         return grad_x.to(x.dtype), product.sum(0).to(weight.dtype), None, None

@@ -118,6 +118,9 @@ def plan(
     result.share = size / sum(piece.parameters for piece in everywhere)
     result.tune, result.control = ([e for p in set_ for e in p.entries()] for set_ in (chosen, control))
     result.scales = [_scale(piece, 1.0) for piece in chosen]
+    if goal == "style":
+        words = open_vocabulary(two)
+        result.template = [] if words is None else template_tokens(words, open_vocabulary(one))
     if study is not None:
         if onto is not None:
             tables = outside(home) if embeddings == "add" and _same_words(one, two, home) else []

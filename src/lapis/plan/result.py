@@ -25,7 +25,8 @@ class PlanResult:
     """scores, pieces: rows with every signal, by layer and by piece. measured: of "chosen", "control", "full", "home"
     and, for a graft, "scaled".
 
-    tune, control: [{layer, component}]. scales: [{layers, components, scale}]. share: of the blocks' parameters that
+    tune, control: [{layer, component}]. template: tokens of the chat template, whose rows are trained with either: base
+    never learned them. scales: [{layers, components, scale}]. share: of the blocks' parameters that
     were taken. passes: forward passes over the exam that the scoring took.
     """
 
@@ -36,6 +37,7 @@ class PlanResult:
     model: dict[str, Any]
     tune: list[dict[str, Any]] = field(default_factory=list)
     control: list[dict[str, Any]] = field(default_factory=list)
+    template: list[str] = field(default_factory=list)
     scales: list[dict[str, Any]] = field(default_factory=list)
     scores: list[dict[str, Any]] = field(default_factory=list)
     pieces: list[dict[str, Any]] = field(default_factory=list)
@@ -63,6 +65,7 @@ class PlanResult:
             "made_from": {"base": self.base, "chat": self.chat, "signal": self.signal, "seed": self.seed},
             "model": self.model,
             "tune": self.tune,
+            "tokens": self.template,
             "control": self.control,
             "embeddings": self.embeddings,
             "default": 0.0,
