@@ -180,16 +180,17 @@ def test_normed_queries_and_keys_have_the_gradients_of_plain_autograd(positions:
 
     def gradients() -> dict[str, torch.Tensor]:
         model.zero_grad()
-        model(ids).square().mean().backward()
+        with torch.autocast("cpu", torch.bfloat16):
+            model(ids).float().square().mean().backward()
         return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
     ours = gradients()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             "lapis.model.norm._TrainedRMSNorm.apply",
-            lambda x, weight, eps, dtype: torch.nn.functional.rms_norm(x, weight.shape, weight, eps),
+            lambda x, weight, eps, dtype: torch.nn.functional.rms_norm(x.float(), weight.shape, weight, eps).to(dtype),
         )
         plain = gradients()
     assert ours.keys() == plain.keys() and "blocks.0.attn.q_norm.weight" in ours
     for name in ours:
-        assert torch.allclose(ours[name], plain[name], rtol=1e-4, atol=1e-6), name
+        assert torch.nn.functional.cosine_similarity(ours[name].flatten(), plain[name].flatten(), dim=0) > 0.99, name
