@@ -1,7 +1,8 @@
 """The choice: which pieces fit a goal and a budget, and a random one of the same size beside it.
 
-style: what carries most of the replies for the least of plain text, by parameter. knowledge: what replies depend on
-least, by parameter, so that it can learn something else. Leaves out: where the effects come from (causal.py).
+style: what harms plain text least, first, and carries replies, second: any quarter of a model learns how to answer, but
+what it does to text differs by a factor of four (docs/evidence/plan.md). knowledge: what replies depend on least, by
+parameter, so that it can learn something else. Leaves out: where the effects come from (causal.py).
 """
 
 import random
@@ -11,21 +12,29 @@ from typing import Literal
 from lapis.plan.pieces import Piece
 
 Goal = Literal["style", "knowledge"]
-HARM = 0.25  # how much a share of the harm to plain text weighs against a share of the style
+PRICE = 10.0  # shares of the replies' gain that the harm of the whole difference is worth
+LEAST = 1e-3  # a harm to text that counts as none
 
 
 def worth(
-    goal: Goal, pieces: Sequence[Piece], effects: Mapping[str, Mapping[str, float | None]], weight: float = HARM
+    goal: Goal,
+    pieces: Sequence[Piece],
+    effects: Mapping[str, Mapping[str, float | None]],
+    whole: float | None = None,
+    price: float = PRICE,
 ) -> dict[str, float]:
-    """What each piece is worth for a goal, as a share of the whole less a part of the harm, by its label."""
+    """What each piece is worth for a goal, by its label. whole: the harm that all of the difference does to text."""
     style = {piece.label: effects[piece.label]["style"] or 0.0 for piece in pieces}
-    harm = {piece.label: max(effects[piece.label]["knowledge"] or 0.0, 0.0) for piece in pieces}
-    all_style = sum(max(value, 0.0) for value in style.values()) or 1.0
-    all_harm = sum(harm.values()) or 1.0
     if goal == "style":
-        return {label: style[label] / all_style - weight * harm[label] / all_harm for label in style}
+        return {label: value(style[label], effects[label]["knowledge"], whole, price) for label in style}
+    all_style = sum(max(value, 0.0) for value in style.values()) or 1.0
     size = sum(piece.parameters for piece in pieces)
     return {piece.label: piece.parameters / size - max(style[piece.label], 0.0) / all_style for piece in pieces}
+
+
+def value(style: float, harm: float | None, whole: float | None, price: float = PRICE) -> float:
+    """A share of the replies' gain, less `price` times the share of the whole difference's harm to text."""
+    return style - price * max(harm or 0.0, 0.0) / max(whole or 0.0, LEAST)
 
 
 def choose(pieces: Sequence[Piece], worths: Mapping[str, float], room: int) -> list[Piece]:

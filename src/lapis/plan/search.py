@@ -1,23 +1,21 @@
 """The choice for style, by measuring whole sets: what pieces do together is not the sum of what each does alone.
 
-A layer's difference alone may bring half of what all bring, and any quarter of them three quarters; so sums of single
-effects say little of a set. A set costs one forward pass: the choices by single effects and some random ones are
-measured, then the best is changed by a few pieces at a time as long as that is better. Leaves out: the control, which
-is drawn apart (choose.py).
+A layer's difference alone may bring half of what all bring, and any quarter of them three quarters; harm to text does
+add up. A set costs one forward pass: the choices by single effects and some random ones are measured, then the best is
+changed by a few pieces at a time as long as that is better. Leaves out: the control, which is drawn apart (choose.py).
 """
 
 import random
 from collections.abc import Callable, Mapping, Sequence
 
 from lapis.plan.causal import Effects
-from lapis.plan.choose import at_random, choose, worth
+from lapis.plan.choose import PRICE, at_random, choose, value, worth
 from lapis.plan.exam import Runner
 from lapis.plan.pieces import Piece, together
 from lapis.plan.swap import Bench
 
 TRIES = 32  # sets that are measured
-PRICE = 4.0  # shares of the replies' gain that a set may cost for text that is once as hard again
-HARMS = (0.25, 1.0)
+PRICES = (PRICE / 2, PRICE, 2 * PRICE)  # at which the choices by single effects are made
 
 
 def search(
@@ -31,12 +29,13 @@ def search(
     seed: int,
     tell: Callable[[int, int], None] | None = None,
 ) -> list[Piece]:
-    """The best of TRIES sets of at most `room` parameters, by the gain on replies less PRICE x the harm to text.
+    """The best of TRIES sets of at most `room` parameters, by `choose.value`.
 
     single: style and knowledge of each piece alone. Leaves the bench at home.
     """
     draw = random.Random(f"plan search {seed}")
-    starts = [choose(parts, worth("style", parts, single, harm), room) for harm in HARMS]
+    whole = effects.knowledge(effects.full, "in")
+    starts = [choose(parts, worth("style", parts, single, whole, price), room) for price in PRICES]
     starts += [at_random(parts, room, 1000 + 100 * seed + i) for i in range(TRIES // 4)]
     bench.put(everything, "home")
     best: list[Piece] = []
@@ -48,9 +47,9 @@ def search(
         runner.start()
         found = runner.score()
         bench.put(names, "home")
-        value = effects.style(found, "in") - PRICE * max(effects.knowledge(found, "in") or 0.0, 0.0)
-        if value > most:
-            best, most = pieces, value
+        reached = value(effects.style(found, "in"), effects.knowledge(found, "in"), whole)
+        if reached > most:
+            best, most = pieces, reached
         if tell:
             tell(number + 1, TRIES)
     return best
