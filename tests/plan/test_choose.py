@@ -31,6 +31,13 @@ def test_what_harms_text_is_left_out_before_what_carries_little() -> None:
     assert {p.layer for p in choose(PIECES, without_price, 20)} == {3}
 
 
+def test_knowledge_goes_where_nothing_is_harmed() -> None:
+    worths = worth("knowledge", PIECES, SINGLE)
+    assert {p.component for p in choose(PIECES, worths, 40)} == {"attn"}
+    untold = {label: {"style": STYLE[label], "knowledge": None} for label in STYLE}
+    assert {p.layer for p in choose(PIECES, worth("knowledge", PIECES, untold), 40)} == {0, 1}
+
+
 @given(st.integers(1, 8), st.integers(0, 1000))
 def test_choices_fit_the_room_and_keep_the_order(count: int, seed: int) -> None:
     for taken in (choose(PIECES, worth("style", PIECES, SINGLE, 0.1), 10 * count), at_random(PIECES, 10 * count, seed)):

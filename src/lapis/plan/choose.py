@@ -1,8 +1,8 @@
 """The choice: which pieces fit a goal and a budget, and a random one of the same size beside it.
 
 style: what harms plain text least, first, and carries replies, second: any quarter of a model learns how to answer, but
-what it does to text differs by a factor of four (docs/evidence/plan.md). knowledge: what replies depend on least, by
-parameter, so that it can learn something else. Leaves out: where the effects come from (causal.py).
+what it does to text differs by a factor of four (docs/evidence/plan.md). knowledge: what can move with least harm to
+what is known, by parameter, so that it can learn something else. Leaves out: where the effects come from (causal.py).
 """
 
 import random
@@ -27,9 +27,11 @@ def worth(
     style = {piece.label: effects[piece.label]["style"] or 0.0 for piece in pieces}
     if goal == "style":
         return {label: value(style[label], effects[label]["knowledge"], whole, price) for label in style}
-    all_style = sum(max(value, 0.0) for value in style.values()) or 1.0
-    size = sum(piece.parameters for piece in pieces)
-    return {piece.label: piece.parameters / size - max(style[piece.label], 0.0) / all_style for piece in pieces}
+    harm = {label: max(effects[label]["knowledge"] or 0.0, 0.0) for label in style}
+    if not any(harm.values()):  # no text was given: what replies depend on stands for what is known
+        harm = {label: max(share, 0.0) for label, share in style.items()}
+    size, all_harm = sum(piece.parameters for piece in pieces), sum(harm.values()) or 1.0
+    return {piece.label: piece.parameters / size - harm[piece.label] / all_harm for piece in pieces}
 
 
 def value(style: float, harm: float | None, whole: float | None, price: float = PRICE) -> float:
