@@ -36,7 +36,8 @@ import torch
 import lapis
 from lapis.evaluate import Choice, answer, bits_per_byte, score_chats, score_choices
 from lapis.model import ModelConfig, Transformer
-from lapis.plan.choose import at_random
+from lapis.plan.choose import at_random, worth
+from lapis.plan.choose import choose as pick
 from lapis.plan.exam import Runner, make_exam
 from lapis.plan.make import template_rows
 from lapis.plan.pieces import pieces_of
@@ -235,8 +236,11 @@ class Lab:
         elif rule.startswith("random"):
             kept = at_random(parts, int(BUDGET * total), int(rule[-1]) + 10 * self.seed)
         else:
-            plan = self.plan(kind, chat)
+            plan = self.plan("real" if kind == "real" else "style", chat)
             rows = {row["layer"]: row for row in plan["pieces"]}
+            if rule == "plan" and kind == "knowledge":  # what lapis plan does with the same effects for this goal
+                kept = pick(parts, worth("knowledge", parts, rows), int(BUDGET * total))
+                return [f"layers.{p.label}" for p in kept], sum(p.parameters for p in kept) / total
             if rule == "plan":
                 return [f"layers.{e['layer']}.{e['component']}" for e in plan["components"]], plan["share"]
             if rule == "snr":
@@ -247,12 +251,12 @@ class Lab:
                     kept += mine[: int(BUDGET * len(mine))]
             else:
                 scales = self.scales(chat) if rule == "ila" else {}
-                worth = {
+                order = {
                     "magnitude": lambda p: rows[p.label]["relative_norm"],
                     "ila": lambda p: scales[p.label],
                 }[rule]
                 kept, room = [], int(BUDGET * total)
-                for piece in sorted(parts, key=lambda p: -worth(p)):
+                for piece in sorted(parts, key=lambda p: -order(p)):
                     if piece.parameters <= room:
                         kept.append(piece)
                         room -= piece.parameters
@@ -262,7 +266,7 @@ class Lab:
         path = self.root / f"plan-{kind}.json"
         if not path.exists():
             found = lapis.plan(
-                self.root / "base", self.root / chat, "knowledge" if kind == "knowledge" else "style", BUDGET,
+                self.root / "base", self.root / chat, "style", BUDGET,
                 chats=self.files["plan-real" if kind == "real" else "plan-talks"], text=self.files["plan-text"],
                 pieces="components", spectra=True, seed=self.seed, replies=False, context=CONTEXT,
             )  # fmt: skip

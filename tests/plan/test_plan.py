@@ -66,6 +66,7 @@ def test_graft_reads_the_plan_as_it_is(pair, found, tmp_path):
     written = yaml.safe_load(path.read_text())
     assert written["format"] == "lapis-plan/1" and written["model"]["layers"] == 3
     assert written["tune"] == found.tune and written["control"] == found.control
+    assert written["tokens"] == found.template == ["<|im_start|>", "<|im_end|>"]
 
 
 def test_a_plan_for_another_shape_is_refused_by_graft(pair, found, tmp_path):

@@ -83,24 +83,37 @@ def test_two_processes_and_a_change_of_their_number_give_the_loss_of_one(
         torch.testing.assert_close(load("out").state_dict()[name], weight, rtol=1e-4, atol=1e-5)
 
 
-def test_fault_58_stopped_and_gone_on_with_by_another_number_of_processes(
+def stopped(place: Path, size: int, *settings: str) -> list[str]:
+    """Starts processes, ends the last of them by SIGTERM when a checkpoint of theirs is there, and what all said."""
+    before = checkpoints(place)
+    processes = start(place, size, *settings)
+    while checkpoints(place) <= before:
+        assert processes[0].poll() is None, processes[0].communicate()
+        time.sleep(0.01)
+    processes[-1].terminate()
+    said = finish(processes)
+    assert [process.returncode for process in processes] == [1] * size
+    return said
+
+
+def checkpoints(place: Path) -> set[str]:
+    return {path.name for path in (place / ".out.lapis" / ".journal").glob("step-*")}
+
+
+def test_fault_67_stopped_twice_and_gone_on_with_by_another_number_of_processes(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A signal to one of two processes stops both at one step; one process finishes, and its curve is that of one."""
+    """A signal to one of two processes stops both at one step; one goes on and is stopped, two finish: one's curve."""
     monkeypatch.chdir(place)
-    settings = override(load_yaml("run.yaml"), ["save_every=5", "steps=150"])
-    two = start(place, 2, "save_every=5", "steps=150")
-    journal = place / ".out.lapis" / ".journal"
-    while not list(journal.glob("step-*")):
-        assert two[0].poll() is None, two[0].communicate()
-        time.sleep(0.01)
-    two[1].terminate()
-    said = finish(two)
-    assert [process.returncode for process in two] == [1, 1]
+    settings = ["save_every=5", "steps=200", "keep=100"]
+    said = stopped(place, 2, *settings)
     assert "stopped by SIGTERM after step" in said[0] and "Run the same command again" in said[0]
     assert said[1] == ""  # told once
-    run(read_settings(settings, "run.yaml"), watch=Silent())
-    run(read_settings({**settings, "out": "one"}, "run.yaml"), watch=Silent())
+    stopped(place, 1, *settings)
+    last = start(place, 2, *settings)
+    said = finish(last)
+    assert [process.returncode for process in last] == [0, 0], said
+    run(read_settings(override(load_yaml("run.yaml"), [*settings, "out=one"]), "run.yaml"), watch=Silent())
     assert losses(place / "out") == pytest.approx(losses(place / "one"), abs=1e-5)
 
 

@@ -42,6 +42,11 @@ def plan_page(found: Row) -> Page:
             _measured(measured), _measured_columns(measured), "The choice beside a random one", mark=["the choice"]
         )
     page.text(_spelled("Chosen", found["tune"]) + "\n\n" + _spelled("Random", found["control"]))
+    if found["template"]:
+        rows = ", ".join(f"`{token}`" for token in found["template"])
+        page.text(
+            f"With either the rows of {rows} are trained, which base never learned and replies cannot end without."
+        )
     scored = [row for row in found["pieces"] if row.get("style") is not None]
     if any(row.get("knowledge") is not None for row in scored):
         page.section(
