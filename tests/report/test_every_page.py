@@ -49,7 +49,8 @@ def plan() -> dict:
     pieces = [{"piece": f"layers.{i}.mlp", "layer": i, "component": "mlp", "parameters": 100, "style": i / 4,
                "knowledge": 0.1 - i / 50, "chosen": i == 3, "control": i == 1} for i in range(4)]  # fmt: skip
     return {"base": "base", "chat": "chat", "goal": "style", "budget": 0.25, "finding": "Layer 3 carries the style",
-            "measured": [], "template": ["<|im_end|>"], "tune": [{"layer": 3, "component": "mlp"}], "control": [{"layer": 1, "component": "mlp"}],
+            "measured": [], "template": ["<|im_end|>"], "tune": [{"layer": 3, "component": "mlp"}],
+            "control": [{"layer": 1, "component": "mlp"}],
             "pieces": pieces, "scores": pieces, "notes": ["a note"]}  # fmt: skip
 
 
