@@ -1,6 +1,6 @@
 """Style, knowledge and grafting on the base: what a plan's quarter of the parameters does, beside other quarters.
 
-    python benchmarks/plan_tune.py --seed 0 [--only style|real|knowledge|base] [--data ../shared/data] [--out FOLDER]
+    python benchmarks/plan_tune.py --seed 0 [--only style|real|knowledge|base|pool] [--data ../shared/data] [--out DIR]
     python benchmarks/plan_tune.py --table            medians over the seeds that are there
 
 A small base reads real English and the built-in world (some 160 facts of 60 people); chat is base tuned on chats of
@@ -10,10 +10,12 @@ style      base is tuned on the world's chats: held-out replies, real text, reca
 real       base is tuned on real instructions (1,132), and asked about held-out ones
 knowledge  chat reads of 500 new facts (a second world) with old text mixed in
 base       base reads of them instead, and the difference is grafted onto chat
+pool       more quarters are tuned as in style: what foretells what tuning a set does (correlations)
 
 Rules: plan (lapis plan), random quarters, magnitude (largest |chat - base| / |base|), snr
 (Spectrum, 2406.06623: the best signal-to-noise ratio, for each kind of matrix), middle (2604.11838: layers from 20 to
-80 %, half of the parameters), ila (after 2410.17875: the largest of scales that are learned for the pieces). The
+80 %, half of the parameters), ila (after 2410.17875: the largest of masks that are learned for the pieces' differences
+to make replies likely), scales (the same, while text may get 5 % harder). The
 template's token rows are trained with every rule. The rate of full tuning is the best of three by the chats that the
 plan looks at, which name other people than those that are scored. Models that are there are not trained again.
 """
@@ -25,17 +27,20 @@ import json
 import logging
 import math
 import os
-import statistics
 import time
 from itertools import islice
 from pathlib import Path
 from random import Random
+from statistics import correlation, median
 
 import torch
 
 import lapis
 from lapis.evaluate import Choice, answer, bits_per_byte, score_chats, score_choices
+from lapis.families.base import Part
+from lapis.families.patterns import chosen, read_patterns
 from lapis.model import ModelConfig, Transformer
+from lapis.plan.causal import Effects, measure_set
 from lapis.plan.choose import at_random, worth
 from lapis.plan.choose import choose as pick
 from lapis.plan.exam import Runner, make_exam
@@ -61,10 +66,11 @@ STEPS = {"base": 1000, "style": 120, "real": 120, "knowledge": 400}
 FULL = {"style": (6e-4, 1e-3, 2e-3), "real": (1e-3, 2e-3, 3e-3), "knowledge": (2e-3,)}
 PART = {"style": 3e-3, "real": 1e-2, "knowledge": 6e-3}  # best of 1, 3, 6 and 10e-3 for a random quarter, seed 0
 RULES = {
-    "style": ("all", "plan", "random-0", "random-1", "magnitude", "snr", "middle", "ila"),
+    "style": ("all", "plan", "random-0", "random-1", "magnitude", "snr", "middle", "ila", "scales"),
     "real": ("all", "plan", "random-0", "magnitude"),
     "knowledge": ("all", "plan", "random-0", "magnitude", "middle"),
 }
+LIMITS = {"ila": 10.0, "scales": 0.05}  # how much harder text may get while scales are learned
 BUDGET = 0.25
 
 
@@ -250,10 +256,11 @@ class Lab:
                     mine.sort(key=lambda p: -rows[p.label]["weight_snr"])
                     kept += mine[: int(BUDGET * len(mine))]
             else:
-                scales = self.scales(chat) if rule == "ila" else {}
+                scales = self.scales(chat, rule) if rule in LIMITS else {}
                 order = {
                     "magnitude": lambda p: rows[p.label]["relative_norm"],
                     "ila": lambda p: scales[p.label],
+                    "scales": lambda p: scales[p.label],
                 }[rule]
                 kept, room = [], int(BUDGET * total)
                 for piece in sorted(parts, key=lambda p: -order(p)):
@@ -274,17 +281,52 @@ class Lab:
             path.write_text(json.dumps(found.to_json()))
         return json.loads(path.read_text())
 
-    def scales(self, chat: str) -> dict[str, float]:
-        """A scale for each piece, learned to make replies likely at half of what text loses by the whole difference."""
-        path = self.root / "scales.json"
+    def scales(self, chat: str, rule: str) -> dict[str, float]:
+        """A number for each piece's difference, learned to make replies likely."""
+        path = self.root / f"scales-{rule}.json"
         if not path.exists():
             one, two = lapis.open(self.root / "base"), lapis.open(self.root / chat)
             texts = (document.text for document in corpus.documents([self.files["plan-text"]]))
             exam = make_exam(self.tokenizer, corpus.chats([self.files["plan-talks"]]), texts, context=CONTEXT, limit=24)
             bench = Bench(one, one, two, template_rows(one, one, two))
-            learned = learn_scales(bench, Runner(bench.model, exam), pieces_of(one, "components"), 0.05, 20)
+            learned = learn_scales(bench, Runner(bench.model, exam), pieces_of(one, "components"), LIMITS[rule], 20)
             path.write_text(json.dumps(learned.scales))
         return json.loads(path.read_text())
+
+
+POOL = {f"random-{i}": () for i in range(2, 9)} | {
+    "first": ("layers.0-1",), "last": ("layers.6-7",), "two": ("layers.2", "layers.5"), "attn": ("attn",),
+    "gate": ("mlp.gate",), "up": ("mlp.up",), "down": ("mlp.down",),
+}  # fmt: skip
+
+
+def foretold(lab: Lab, chat: str) -> dict[str, dict[str, float]]:
+    """Correlations over the sets that were tuned: what they do when put in, against what tuning them does."""
+    one, two = lapis.open(lab.root / "base"), lapis.open(lab.root / chat)
+    texts = (document.text for document in corpus.documents([lab.files["plan-text"]]))
+    exam = make_exam(lab.tokenizer, corpus.chats([lab.files["plan-talks"]]), texts, context=CONTEXT)
+    bench = Bench(one, one, two, template_rows(one, one, two))
+    runner, parts = Runner(bench.model, exam), pieces_of(one, "components")
+    bench.put(one.names, "chat")
+    runner.start()
+    full = runner.score()
+    bench.put(one.names, "home")
+    runner.start()
+    effects = Effects(runner.score(), full)
+    rows = []
+    for rule in (*RULES["style"][1:], *POOL):
+        tune = list(POOL.get(rule, ())) or lab.picks("style", rule, chat)[0]
+        lab.learn(f"style-{rule}", "base", "style", PART["style"], tune)
+        covered = chosen(read_patterns(tune, "tune"), [Part(p.layer, p.component, "weight") for p in parts], "tune")
+        mine = [p for p in parts if Part(p.layer, p.component, "weight") in covered]
+        put = measure_set(bench, runner, effects, mine, one.names)
+        bench.put(one.names, "home")
+        rows.append({**{f"put in: {key}": put[key] for key in ("style", "knowledge")}, **lab.scores(f"style-{rule}")})
+    return {
+        before: {after: correlation([row[before] for row in rows], [row[after] for row in rows])
+                 for after in ("response_nll", "bits_per_byte", "bits_world")}
+        for before in ("put in: style", "put in: knowledge")
+    }  # fmt: skip
 
 
 def _records(path: Path) -> list[dict]:
@@ -323,6 +365,8 @@ def run(lab: Lab, options: argparse.Namespace) -> None:
             if rule != "all":
                 lab.learn(name, start, kind, PART[kind], tune)
             tell(name, kind, rule, share, tune)
+    if "pool" in wanted:
+        print(json.dumps({"seed": lab.seed, "foretold": foretold(lab, chat)}))
     if "base" in wanted:
         for rule in ("all", "plan"):
             tune, share = lab.picks("knowledge", rule, chat)
@@ -365,7 +409,7 @@ def table(root: Path) -> str:
 def _cell(values: list[float]) -> str:
     if not values:
         return ""
-    middle = f"{statistics.median(values):.3f}"
+    middle = f"{median(values):.3f}"
     return middle if len(values) == 1 else f"{middle} ({min(values):.3f} to {max(values):.3f})"
 
 
@@ -374,7 +418,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("LAPIS_DATA", "../shared/data")))
     parser.add_argument("--out", type=Path, default=Path("runs/plan-evidence"))
-    parser.add_argument("--only", choices=("style", "real", "knowledge", "base"))
+    parser.add_argument("--only", choices=("style", "real", "knowledge", "base", "pool"))
     parser.add_argument("--seconds", type=float, default=math.inf, help="stop after these; run again to go on")
     parser.add_argument("--table", action="store_true")
     options = parser.parse_args()
