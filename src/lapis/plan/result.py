@@ -94,7 +94,7 @@ class PlanResult:
     def finding(self) -> str:
         """One sentence: what the choice does, beside the control."""
         chosen, control = self.measured.get("chosen"), self.measured.get("control")
-        what = f"{self.share:.0%} of the blocks' parameters ({_spelled(self.tune)})"
+        what = f"{self.share:.0%} of the blocks' parameters ({_told(self.tune)})"
         if chosen is None or control is None:
             return f"By {self.signal} alone, without a measurement: {what}"
         said = f"{what} carry {chosen['style']:.0%} of what chat gained on replies, a random choice of the same size "
@@ -136,11 +136,13 @@ def _rounded(row: Mapping[str, Any]) -> dict[str, Any]:
     return {key: float(f"{value:.5g}") if isinstance(value, float) else value for key, value in row.items()}
 
 
-def _spelled(entries: list[dict[str, Any]]) -> str:
-    """`attn of layers 0, 3; mlp of layer 5`."""
+def _told(entries: list[dict[str, Any]]) -> str:
+    """`attn of layers 0, 3; mlp of layer 5`; of many kinds only their number."""
     groups: dict[str, list[int]] = {}
     for entry in entries:
         groups.setdefault(entry["component"], []).append(entry["layer"])
+    if len(groups) > 2:
+        return f"{len(entries)} pieces of {len({entry['layer'] for entry in entries})} layers"
     return "; ".join(
         f"{component} of layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"
         for component, layers in groups.items()

@@ -54,8 +54,11 @@ def plan_page(found: Row) -> Page:
             "Upwards: the share of what chat gained on replies that a piece's difference brings, the mean of putting "
             "it into the one model and of taking it out of the other. To the right: how much harder text becomes.",
         )
-        page.figure(plots.plan_scatter(scored, "Pieces that carry replies, and pieces that cost text"))
+        inside = [row for row in scored if row["layer"] not in ("embed", "head")]  # which no choice may hold
+        page.figure(plots.plan_scatter(inside, "Pieces that carry replies, and pieces that cost text"))
         layers = [row for row in found["scores"] if row.get("knowledge") is not None]
+        if all(row["chosen"] for row in layers):  # something of each: the marks would say nothing
+            layers = [{**row, "chosen": False, "control": False} for row in layers]
         page.figure(plots.plan_scatter(layers, "The same by whole layers"))
     page.section("Every signal", "From the tensors, from gradients, and measured.")
     page.table(list(found["pieces"]), _columns(found["pieces"]), "By piece", sortable=True)
