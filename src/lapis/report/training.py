@@ -230,14 +230,12 @@ def plan_scatter(rows: Iterable[Row], title: str) -> go.Figure:
          [row for row in kept if not row.get("chosen") and not row.get("control")]),
     )  # fmt: skip
     for key, name, role, symbol, points in looks:
+        shown = named - {row["layer"] for row in points if key == "control" and row.get("chosen")}
         if points:
             figure.add_scatter(
                 x=[row["knowledge"] for row in points],
                 y=[row["style"] for row in points],
-                text=[
-                    plain(row["layer"]) if row["layer"] in named and not (key == "control" and row.get("chosen")) else ""
-                    for row in points
-                ],
+                text=[plain(row["layer"]) if row["layer"] in shown else "" for row in points],
                 customdata=[plain(row["layer"]) for row in points],
                 name=name,
                 mode="markers+text",
