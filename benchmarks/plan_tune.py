@@ -376,7 +376,7 @@ def run(lab: Lab, options: argparse.Namespace) -> None:
                 out = lab.root / f"grafted-{rule}-{scale}"
                 if not out.is_dir():
                     lapis.graft(lab.root / "base", lab.root / name, lab.root / chat, out, scale,
-                                "keep" if tune else "add")  # fmt: skip
+                                "keep" if tune else "add", template="onto")  # fmt: skip
                 tell(out.name, "base", f"{rule}, scale {scale}", share, tune)
 
 

@@ -112,6 +112,30 @@ def test_embeddings_are_added_by_token_string(folders, tmp_path):
     assert torch.equal(out[36:], onto["model.embed_tokens.weight"][36:])
 
 
+def test_a_model_that_can_chat_keeps_its_template_where_knowledge_is_grafted_onto_it(folders, tmp_path):
+    """onto is the one with a template here; what base read meanwhile is added, save to the template's rows."""
+    base = folders.weights(1)
+    read, talking = folders.near(base, 2), folders.near(base, 3)
+    models = {
+        "base": folders.write(tmp_path / "base", base, vocab=folders.words(), eos="<|endoftext|>"),
+        "chat": folders.write(tmp_path / "read", read, vocab=folders.words(), template="other <|im_start|><|im_end|>"),
+        "onto": folders.write(tmp_path / "chat", talking, vocab=folders.words(), template=folders.template,
+                              eos="<|im_end|>"),
+    }  # fmt: skip
+    result = graft(**models, out=tmp_path / "out", embeddings="add", template="onto")
+    assert any("2 rows stay onto's" in note for note in result.notes)
+    name = "model.embed_tokens.weight"
+    out = folders.read(tmp_path / "out")[name]
+    for row in (33, 34):
+        assert torch.equal(out[row], talking[name][row])
+    exact = talking[name].double() + read[name].double() - base[name].double()
+    assert torch.equal(out[:33], exact.bfloat16()[:33])
+    settings = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert settings["chat_template"] == folders.template and settings["eos_token"] == "<|im_end|>"
+    with pytest.raises(ConfigError, match='template is "base"; give chat or onto'):
+        graft(**models, out=tmp_path / "other", template="base")
+
+
 @pytest.mark.parametrize("size", [36, 40])  # leaves four rows of padding, or none
 def test_template_tokens_that_onto_lacks_move_in(folders, tmp_path, size):
     base = folders.weights(1)

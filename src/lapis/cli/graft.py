@@ -19,6 +19,7 @@ def graft(
     scale: Annotated[list[str] | None, Parameter(negative="")] = None,
     embeddings: Literal["keep", "add"] | None = None,
     norms: Literal["keep", "add"] = "keep",
+    template: Literal["chat", "onto"] = "chat",
     overwrite: bool = False,
     allow_nonfinite: bool = False,
     dry_run: bool = False,
@@ -44,6 +45,9 @@ def graft(
         default keep, or what a plan given as scale says.
     norms
         keep: onto's. add: the difference as well.
+    template
+        Whose rows the chat template's tokens have. onto: where that is the one that can chat, and what base learned
+        meanwhile is added.
     overwrite
         Swap an existing folder for the new one, whole.
     allow_nonfinite
@@ -59,7 +63,7 @@ def graft(
 
     with bar("grafting") as tell:
         result = run(
-            base, chat, onto, out, scale or ["1.0"], embeddings, norms,
+            base, chat, onto, out, scale or ["1.0"], embeddings, norms, template=template,
             overwrite=overwrite, allow_nonfinite=allow_nonfinite, dry_run=dry_run, progress=tell,
         )  # fmt: skip
     if smoke and not dry_run:

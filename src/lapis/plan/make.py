@@ -118,7 +118,12 @@ def plan(
     result.share = size / sum(piece.parameters for piece in everywhere)
     result.tune, result.control = ([e for p in set_ for e in p.entries()] for set_ in (chosen, control))
     result.scales = [_scale(piece, 1.0) for piece in chosen]
-    if goal == "style":
+    if goal == "knowledge":
+        result.notes.append(
+            "for knowledge no choice of layers was found that keeps chat as well as this: let all of base read, with "
+            "old text mixed in, and graft the difference onto chat (docs/choosing-layers.md)"
+        )
+    else:
         words = open_vocabulary(two)
         result.template = [] if words is None else template_tokens(words, open_vocabulary(one))
     if study is not None:

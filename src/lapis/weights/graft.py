@@ -5,7 +5,8 @@ norms="add") and what belongs to tokens. Embedding and head stay `onto`'s, for i
 except the rows of the chat template's tokens, which nobody trained in `onto`: these are `chat`'s, unscaled (the
 published script takes the base's, and shrinks them). embeddings="add" adds the difference for the tokens that all
 models share, matched by string. Rows that are padding stay, unless the template has tokens that `onto` lacks: these
-move in.
+move in. Where `onto` is the one that was taught to chat, and the difference what somebody read, template="onto" leaves
+it the rows of its template.
 
 Everything is proved from headers, configs and tokenizers before a weight is read (graft_plan.py). Leaves out: building
 a model, so the last proof, that the output talks, belongs to the caller (cli/graft.py).
@@ -35,6 +36,7 @@ def graft(
     embeddings: Literal["keep", "add"] | None = None,
     norms: Literal["keep", "add"] = "keep",
     *,
+    template: Literal["chat", "onto"] = "chat",
     overwrite: bool = False,
     allow_nonfinite: bool = False,
     dry_run: bool = False,
@@ -44,12 +46,13 @@ def graft(
 
     base, chat, onto: folders or opened checkpoints; several chats are stacked, each with its scale. scale: a number, a
     number per layers or components, or a YAML file (weights/scale.py). embeddings: None is keep, or what a plan in
-    such a file says. progress(done, total) is called in bytes.
+    such a file says. template: whose rows the chat template's tokens have; onto where it is the one that can chat, and
+    what is added is knowledge. progress(done, total) is called in bytes.
     Computes in float32, rounds once to onto's dtype, resumes where a killed run of the same graft stopped.
     Raises CheckpointError with all problems of the inputs at once, OutputError where `out` cannot be written.
     """
     started = time.perf_counter()
-    plan = plan_graft(base, chat, onto, scale, embeddings, norms)
+    plan = plan_graft(base, chat, onto, scale, embeddings, norms, template)
     needs = {"disk_bytes": plan.disk_bytes, "memory_bytes": plan.memory_bytes}
     result = MergeResult(
         str(out), count(plan.entries), needs=needs, vocabulary=plan.vocabulary, notes=plan.notes, dry_run=dry_run
@@ -79,7 +82,8 @@ def _write_beside(plan: GraftPlan, folder: Path) -> None:
     """Everything that is not a weight."""
     onto, words = plan.inputs["onto"], plan.words
     config = changed_config(onto.config, plan)
-    chat, chat_words = plan.inputs["chat"], words["chat"]
+    talks = plan.recipe["template"]  # whose template it is: chat's or onto's
+    chat, chat_words = plan.inputs[talks], words[talks]
     plan.notes += carry(
         onto, folder, chat=chat, words=words["onto"], chat_words=chat_words, config=config, new_tokens=plan.new_tokens
     )

@@ -64,6 +64,7 @@ def plan_graft(
     scale: ScaleLike | Sequence[ScaleLike] = 1.0,
     embeddings: str | None = None,
     norms: str = "keep",
+    template: str = "chat",
 ) -> GraftPlan:
     """Checks a graft and lays it out. Raises CheckpointError or ConfigError with all problems at once."""
     chats, scales = _listed(chat), [read_scale(each) for each in _listed(scale)]
@@ -71,6 +72,8 @@ def plan_graft(
     for option, value in (("embeddings", embeddings), ("norms", norms)):
         if value not in ("keep", "add"):
             raise ConfigError(f'graft: {option} is "{value}"; give keep or add')
+    if template not in ("chat", "onto"):
+        raise ConfigError(f'graft: template is "{template}"; give chat or onto')
     if len(scales) == 1:
         scales *= len(chats)
     if len(scales) != len(chats) or not chats:
@@ -80,7 +83,7 @@ def plan_graft(
     problems, notes = check_configs(inputs)
     for role, checkpoint in inputs.items():
         notes += [f"{role}: {note}" for note in checkpoint.notes]
-    layout = _Layout(inputs, words, scales, embeddings, norms)
+    layout = _Layout(inputs, words, scales, embeddings, norms, template)
     shape = _shape(inputs["onto"])
     problems += [line for each in scales for line in each.problems(layout.parts.values(), shape)]
     problems += check_vocabularies(inputs, words, embeddings)
@@ -90,11 +93,13 @@ def plan_graft(
     if not layout.template:
         blind = [role for role, vocabulary in words.items() if vocabulary is None]
         why = f"no tokenizer.json in {', '.join(blind)}" if blind else "chat's template has no tokens of its own"
+        why = f"these {len(layout.held)} rows stay onto's" if layout.held else why
         notes.append(f"no rows of template tokens were taken from chat: {why}")
     recipe = {
         "scale": [s.to_json() for s in scales] if len(scales) > 1 else scales[0].to_json(),
         "embeddings": embeddings,
         "norms": norms,
+        "template": template,
     }
     files = layout.files()
     return GraftPlan(
@@ -113,6 +118,7 @@ class _Layout:
         scales: list[Scale],
         embeddings: str,
         norms: str,
+        template: str,
     ) -> None:
         self.inputs, self.words, self.scales = inputs, words, scales
         self.embeddings, self.norms, self.onto = embeddings, norms, inputs["onto"]
@@ -122,7 +128,8 @@ class _Layout:
         self.notes: list[str] = []
         self.config: dict[str, Any] = {}
         own, chat = words["onto"], words["chat"]
-        self.template = template_tokens(chat, words["base"]) if own and chat else []
+        tokens = template_tokens(chat, words["base"]) if own and chat else []
+        self.template, self.held = (tokens, []) if template == "chat" else ([], tokens)
         self._rows = embedding_rows(self.onto)
         self._names = {role: counterparts(self.onto, checkpoint) for role, checkpoint in inputs.items()}
         self._patched: set[tuple[str, str]] = set()
@@ -208,6 +215,7 @@ class _Layout:
         assert words is not None
         tokens = words.tokens()
         shared = set(words.ids).intersection(*(self.words[role].ids for role in self.roles))  # type: ignore[union-attr]
+        shared -= set(self.held)
         listed = [token if (token := tokens.get(row)) in shared else None for row in range(shape[0])]
         others = tuple(
             Rows(role, self.inputs[role], self._names[role][name], rows_for(listed, self.words[role]))  # type: ignore[arg-type]
