@@ -294,9 +294,8 @@ class Lab:
         return json.loads(path.read_text())
 
 
-POOL = {f"random-{i}": () for i in range(2, 9)} | {
-    "first": ("layers.0-1",), "last": ("layers.6-7",), "two": ("layers.2", "layers.5"), "attn": ("attn",),
-    "gate": ("mlp.gate",), "up": ("mlp.up",), "down": ("mlp.down",),
+POOL = {f"random-{i}": () for i in range(2, 5)} | {
+    "first": ("layers.0-1",), "last": ("layers.6-7",), "up": ("mlp.up",), "down": ("mlp.down",),
 }  # fmt: skip
 
 
