@@ -371,7 +371,7 @@ def run(lab: Lab, options: argparse.Namespace) -> None:
             tune, share = lab.picks("knowledge", rule, chat)
             name = f"read-{rule}"
             lab.learn(name, "base", "knowledge", PART["knowledge"] if tune else FULL["knowledge"][0], tune)
-            for scale in (1.0, 1.2):
+            for scale in (1.0, 1.5, 2.0):
                 out = lab.root / f"grafted-{rule}-{scale}"
                 if not out.is_dir():
                     lapis.graft(lab.root / "base", lab.root / name, lab.root / chat, out, scale,

@@ -194,6 +194,8 @@ def test_a_plan_is_tuned_or_adapted(start: Start, tmp_path: Path) -> None:
     ({"lora": {"tokens": ["<|im_strt|>"]}}, 'is no token; did you mean "<|im_start|>"'),
     ({"lora": {"tokens": [90000]}}, "90000 has no row"),
     ({"tune": ["mlp"], "tokens": ["<|im_strt|>"]}, 'tokens: "<|im_strt|>" is no token; did you mean "<|im_start|>"'),
+    ({"tokens": ["<|im_start|>"]}, "give tune or freeze as well"),
+    ({"lora": {}, "tokens": [3]}, "lora.targets and lora.tokens"),
     ({"lora": {}, "tune": ["mlp"]}, "lora freezes the model itself"),
     ({"tune": ["mlp.upp"]}, 'tune: "mlp.upp" matches nothing; nearest: mlp.up'),
     ({"freeze": ["all"]}, "leave nothing to train"),

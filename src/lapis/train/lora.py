@@ -68,7 +68,7 @@ def hold(model: Transformer, config: LoraConfig, device: torch.device) -> None:
 
 
 def token_ids(tokens: tuple[int | str, ...], tokenizer: Tokenizer | None) -> tuple[int, ...]:
-    """Ids of tokens that are given by id or by text. Raises ConfigError for a text that is no token."""
+    """Ids of tokens that are given by id or by text, each once. Raises ConfigError for a text that is no token."""
     found = []
     for token in tokens:
         number = tokenizer.id(token) if isinstance(token, str) and tokenizer is not None else token
@@ -76,4 +76,4 @@ def token_ids(tokens: tuple[int | str, ...], tokenizer: Tokenizer | None) -> tup
             known = [] if tokenizer is None else list(tokenizer.special)
             raise ConfigError(f'tokens: "{token}" is no token; {nearest(str(token), known)}')
         found.append(number)
-    return tuple(found)
+    return tuple(dict.fromkeys(found))

@@ -59,6 +59,8 @@ def settle(
             raise ConfigError(
                 f"train: {base} is an adapter, all of which is trained; leave out tune, freeze, tokens and plan"
             )
+        if not (tune or freeze):
+            raise ConfigError("train: tokens names rows to train where the rest is frozen; give tune or freeze as well")
         choose(model, tune, freeze, lora.token_ids(tokens, tokenizer))
         return
     if freeze or (plan is None and (tune or tokens)):
