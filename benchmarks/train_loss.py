@@ -35,6 +35,12 @@ _PARTS = {
     "cosine in place of linear": (RECIPE, {"schedule": "cosine"}, True),
     "stable, then decay over 40 %": (RECIPE, {"schedule": "wsd"}, True),
 }
+SOURCES = (
+    "The recipe: Muon (Jordan et al. 2024; its rate as in Liu et al. 2025, 2502.16982), rotary positions (Su et al. 2021, "
+    "2104.09864), norms of queries and keys (Henry et al. 2020, 2010.04245), SwiGLU (Shazeer 2020, 2002.05202), "
+    "projections that begin at zero (Yang et al. 2022, 2203.03466), a rate that falls in a line. Each row changes one "
+    "of these; steps are equal, so what a change costs in time is not in it. SwiGLU stays for public tools load it."
+)
 ABLATION = {name: (2.0, LOOPS[3], *rest) for name, rest in _PARTS.items()}
 
 
@@ -151,7 +157,7 @@ def tables(folder: Path) -> str:
                 seeds = ", ".join(f"{score:.3f}" for score in scores)
                 figures = f"{same[0]['minutes']:g} | {same[0]['steps']} | {statistics.median(scores):.3f}"
                 lines.append(f"| {name} | {figures} | {seeds} |")
-        lines.append("")
+        lines += ["", *([SOURCES, ""] if piece == "ablation" else [])]
     if "gpu" in pieces:
         found = pieces["gpu"]
         lines += ["## Model FLOPs utilization", "", f"{found['date']}, {found['device']}.", "",
