@@ -36,8 +36,8 @@ _PARTS = {
     "stable, then decay over 40 %": (RECIPE, {"schedule": "wsd"}, True),
 }
 SOURCES = (
-    "The recipe: Muon (Jordan et al. 2024; its rate as in Liu et al. 2025, 2502.16982), rotary positions (Su et al. 2021, "
-    "2104.09864), norms of queries and keys (Henry et al. 2020, 2010.04245), SwiGLU (Shazeer 2020, 2002.05202), "
+    "The recipe: Muon (Jordan et al. 2024; its rate as in Liu et al. 2025, 2502.16982), rotary positions (Su et al. "
+    "2021, 2104.09864), norms of queries and keys (Henry et al. 2020, 2010.04245), SwiGLU (Shazeer 2020, 2002.05202), "
     "projections that begin at zero (Yang et al. 2022, 2203.03466), a rate that falls in a line. Each row changes one "
     "of these; steps are equal, so what a change costs in time is not in it. SwiGLU stays for public tools load it."
 )
