@@ -62,7 +62,7 @@ from lapis.train.start import FRESH, silence
 PEOPLE, NEW_FACTS, CONTEXT, VOCABULARY = 60, 500, 256, 2048
 SHAPE = {"dim": 128, "layers": 8, "heads": 4, "kv_heads": 2, "ffn_dim": 352, "context": CONTEXT, "tied": True,
          "family": "qwen3", "qk_norm": True}  # fmt: skip
-STEPS = {"base": 1000, "style": 120, "real": 120, "knowledge": 400}
+STEPS = {"base": 1000, "style": 120, "real": 120, "knowledge": 400, "longer": 800}
 FULL = {"style": (6e-4, 1e-3, 2e-3), "real": (1e-3, 2e-3, 3e-3), "knowledge": (2e-3,)}
 PART = {"style": 3e-3, "real": 1e-2, "knowledge": 6e-3}  # best of 1, 3, 6 and 10e-3 for a random quarter, seed 0
 RULES = {
@@ -170,8 +170,9 @@ class Lab:
         if tune:
             choose(model, tune, tokens=self.template if kind in ("style", "real") else ())
         english, world, new = str(self.english), str(self.files["world"]), str(self.files["new"])
+        reading = {new: 0.6, world: 0.2, english: 0.2}
         data = {
-            "base": {english: 0.55, world: 0.45}, "knowledge": {new: 0.6, world: 0.2, english: 0.2},
+            "base": {english: 0.55, world: 0.45}, **dict.fromkeys(("knowledge", "longer"), reading),
             "style": [self.files["chats"]], "real": [self.files["real"]],
         }[kind]  # fmt: skip
         objective = (Chat if kind in ("style", "real") else Causal)(self.tokenizer, data, context=CONTEXT)
@@ -367,11 +368,11 @@ def run(lab: Lab, options: argparse.Namespace) -> None:
     if "pool" in wanted:
         print(json.dumps({"seed": lab.seed, "foretold": foretold(lab, chat)}))
     if "base" in wanted:
-        for rule in ("all", "plan"):
-            tune, share = lab.picks("knowledge", rule, chat)
-            name = f"read-{rule}"
-            lab.learn(name, "base", "knowledge", PART["knowledge"] if tune else FULL["knowledge"][0], tune)
-            for scale in (1.0, 1.5, 2.0):
+        for rule in ("all", "longer", "plan"):  # longer: everything, for twice the steps
+            tune, share = lab.picks("knowledge", rule, chat) if rule == "plan" else ([], 1.0)
+            name, steps = f"read-{rule}", "longer" if rule == "longer" else "knowledge"
+            lab.learn(name, "base", steps, PART["knowledge"] if tune else FULL["knowledge"][0], tune)
+            for scale in (1.0, 1.5):
                 out = lab.root / f"grafted-{rule}-{scale}"
                 if not out.is_dir():
                     lapis.graft(lab.root / "base", lab.root / name, lab.root / chat, out, scale,
