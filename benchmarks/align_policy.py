@@ -23,13 +23,18 @@ from typing import Any
 
 import torch
 
-from lapis.generate import Sampling, generate_batch
-from lapis.model import ModelConfig, Transformer, load
-from lapis.text.corpus import Chat as ChatRecord
-from lapis.text.tokenizer import Tokenizer, train_tokenizer
-from lapis.train import Chat, TrainConfig, train
-from lapis.train.objectives.policy import GRPO, PPO, RLOO
-from lapis.train.watch import Lines
+from lapis.generation.generate import generate_batch
+from lapis.generation.options import Sampling
+from lapis.model.config import ModelConfig
+from lapis.model.load import load
+from lapis.model.transformer import Transformer
+from lapis.text.corpus.corpus import Chat as ChatRecord
+from lapis.text.tokenizer.tokenizer import Tokenizer, train_tokenizer
+from lapis.training.config import TrainConfig
+from lapis.training.loop.loop import train
+from lapis.training.loop.progress import Lines
+from lapis.training.objectives.policy.policy import GRPO, PPO, RLOO
+from lapis.training.objectives.supervised.next_token import Chat
 
 DIGITS = 3
 RIGHT = 0.1

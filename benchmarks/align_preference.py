@@ -29,16 +29,20 @@ import numpy as np
 import torch
 
 import lapis
-from lapis.evaluate.preference import score_pairs
-from lapis.evaluate.text import bits_per_byte
-from lapis.model import ModelConfig, Transformer, lora
-from lapis.text import corpus
-from lapis.text.pairs import Pair, pairs
-from lapis.text.tokenizer import Tokenizer, train_tokenizer
-from lapis.train import Chat, TrainConfig, train
-from lapis.train.objectives.preference import DPO
-from lapis.train.run import read_settings, run
-from lapis.train.watch import Silent
+from lapis.evaluation.preference import score_pairs
+from lapis.evaluation.text import bits_per_byte
+from lapis.model import lora
+from lapis.model.config import ModelConfig
+from lapis.model.transformer import Transformer
+from lapis.text.corpus import corpus
+from lapis.text.corpus.pairs import Pair, pairs
+from lapis.text.tokenizer.tokenizer import Tokenizer, train_tokenizer
+from lapis.training.config import TrainConfig
+from lapis.training.loop.loop import train
+from lapis.training.loop.progress import Silent
+from lapis.training.objectives.preference.preference import DPO
+from lapis.training.objectives.supervised.next_token import Chat
+from lapis.training.run import read_settings, run
 
 DATA = Path(os.environ.get("LAPIS_DATA", Path(__file__).parents[2] / "shared" / "data"))
 RESULTS = Path(__file__).parent / "results" / "align_preference.md"

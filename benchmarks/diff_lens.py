@@ -52,8 +52,10 @@ print(int(peak.split()[1]) * 1024 - weights, weights)
 
 def make_folder(folder: Path) -> None:
     """A model folder of that shape, and a small tokenizer: " Malaysia" is one token, "Malaysia" two: "M", "alaysia"."""
-    from lapis.model import ModelConfig, Rope, Transformer, save
-    from lapis.text.tokenizer import train_tokenizer
+    from lapis.model.config import ModelConfig, Rope
+    from lapis.model.load import save
+    from lapis.model.transformer import Transformer
+    from lapis.text.tokenizer.tokenizer import train_tokenizer
 
     torch.manual_seed(0)
     save(Transformer(ModelConfig(**SHAPE, rope=Rope(theta=1_000_000.0))).to(torch.bfloat16), folder)
@@ -101,7 +103,7 @@ def peak(folder: Path, dtype: torch.dtype, what: str, tokens: int) -> tuple[int,
 def tuning(folder: Path, text: Path) -> str:
     """Seconds that a tuned lens takes on a text file, and what it does to the KL (with random weights, little)."""
     import lapis
-    from lapis.lens import tune
+    from lapis.inside.lens.tuned import tune
 
     model, tokenizer = lapis.load(folder, torch.bfloat16)
     start = time.perf_counter()

@@ -48,8 +48,10 @@ def make_folder(folder: Path) -> None:
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers
 
-    from lapis.model import ModelConfig, Rope, Transformer, save
-    from lapis.text.tokenizer import Tokenizer
+    from lapis.model.config import ModelConfig, Rope
+    from lapis.model.load import save
+    from lapis.model.transformer import Transformer
+    from lapis.text.tokenizer.tokenizer import Tokenizer
 
     torch.manual_seed(0)
     save(Transformer(ModelConfig(**SHAPE, rope=Rope(theta=1_000_000.0))).to(torch.bfloat16), folder)
@@ -68,15 +70,15 @@ class Lapis:
     """`open_ready`, then the steps that generate_batch takes."""
 
     def __init__(self, folder: Path, device: str) -> None:
-        from lapis.generate import open_ready
-        from lapis.generate.options import Runtime
+        from lapis.generation.options import Runtime
+        from lapis.generation.ready import open_ready
 
         self.model, _ = open_ready(folder, Runtime(device=device))
 
     def run(self, ids: list[list[int]], tokens: int) -> tuple[float, float]:
         """Seconds to the first token, and for the others."""
-        from lapis.generate import Sampling
-        from lapis.generate.generate import Decoding
+        from lapis.generation.generate import Decoding
+        from lapis.generation.options import Sampling
 
         decoding = Decoding(self.model, ids, Sampling(max_tokens=tokens + 1), range(len(ids)))
         start = time.perf_counter()

@@ -23,8 +23,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from lapis.weights import stream, writer
-from lapis.weights.graft import graft
+from lapis.weights.engine import stream, writer
+from lapis.weights.graft.graft import graft
 
 LAYERS, DIM = 6, 512
 stream.RECORD, writer.BLOCK = 1 << 19, 1 << 16

@@ -22,9 +22,9 @@ from pathlib import Path
 
 import torch
 
-from lapis.text.tokenizer import train_tokenizer
-from lapis.train.run import read_settings, run
-from lapis.train.watch import Silent
+from lapis.text.tokenizer.tokenizer import train_tokenizer
+from lapis.training.loop.progress import Silent
+from lapis.training.run import read_settings, run
 
 SAME = ("model.safetensors", "config.json", "tokenizer.json", "generation_config.json")
 

@@ -22,15 +22,16 @@ import torch
 from lapis.checkpoint import open_checkpoint
 from lapis.checkpoint.commit import commit
 from lapis.errors import DataError
-from lapis.evaluate.score import Scored
+from lapis.evaluation.score import Scored
 from lapis.families import find
 from lapis.families.presets import PRESETS
-from lapis.model import ModelConfig, Transformer
+from lapis.model.config import ModelConfig
 from lapis.model.load import save
-from lapis.plan.causal import sweep
-from lapis.plan.exam import Exam, Runner
-from lapis.plan.pieces import pieces_of
-from lapis.plan.swap import Bench
+from lapis.model.transformer import Transformer
+from lapis.planning.causal import sweep
+from lapis.planning.measure import Exam, Runner
+from lapis.planning.pieces import pieces_of
+from lapis.planning.tensor_swap import Bench
 
 TOKENS = 128
 

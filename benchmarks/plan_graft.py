@@ -15,17 +15,17 @@ from pathlib import Path
 import yaml
 
 from lapis.checkpoint import open_checkpoint
-from lapis.evaluate import bits_per_byte
+from lapis.evaluation.text import bits_per_byte
 from lapis.model.load import load
-from lapis.plan.exam import Runner, make_exam
-from lapis.plan.make import template_rows
-from lapis.plan.pieces import outside, pieces_of
-from lapis.plan.scales import learn_scales
-from lapis.plan.swap import Bench
-from lapis.text.tokenizer import Tokenizer
+from lapis.planning.measure import Runner, make_exam
+from lapis.planning.pieces import outside, pieces_of
+from lapis.planning.plan import template_rows
+from lapis.planning.scales import learn_scales
+from lapis.planning.tensor_swap import Bench
+from lapis.text.tokenizer.tokenizer import Tokenizer
 from lapis.tour.material import ENGLISH, Material
 from lapis.tour.measure import exams, gap_closed
-from lapis.weights.graft import graft
+from lapis.weights.graft.graft import graft
 
 SINGLE = {"keep": (0.6, 0.65, 0.7), "add": (0.3, 0.4, 0.5)}
 

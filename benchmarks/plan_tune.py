@@ -36,28 +36,31 @@ from statistics import correlation, median
 import torch
 
 import lapis
-from lapis.evaluate import Choice, answer, bits_per_byte, score_chats, score_choices
+from lapis.evaluation.chats import answer, score_chats
+from lapis.evaluation.choices import Choice, score_choices
+from lapis.evaluation.text import bits_per_byte
 from lapis.families.base import Part
 from lapis.families.patterns import chosen, read_patterns
-from lapis.model import ModelConfig, Transformer
-from lapis.plan.causal import Effects, measure_set
-from lapis.plan.choose import at_random, worth
-from lapis.plan.choose import choose as pick
-from lapis.plan.exam import Runner, make_exam
-from lapis.plan.make import template_rows
-from lapis.plan.pieces import pieces_of
-from lapis.plan.scales import learn_scales
-from lapis.plan.swap import Bench
-from lapis.text import corpus
-from lapis.text.tokenizer import Tokenizer, train_tokenizer
+from lapis.model.config import ModelConfig
+from lapis.model.transformer import Transformer
+from lapis.planning.causal import Effects, measure_set
+from lapis.planning.choose import at_random, worth
+from lapis.planning.choose import choose as pick
+from lapis.planning.measure import Runner, make_exam
+from lapis.planning.pieces import pieces_of
+from lapis.planning.plan import template_rows
+from lapis.planning.scales import learn_scales
+from lapis.planning.tensor_swap import Bench
+from lapis.text.corpus import corpus
+from lapis.text.tokenizer.tokenizer import Tokenizer, train_tokenizer
+from lapis.tour.narration import Teller
 from lapis.tour.people import Person
-from lapis.tour.tell import Teller
 from lapis.tour.world import World, score, words_of
-from lapis.train.config import TrainConfig
-from lapis.train.loop import train
-from lapis.train.objectives import Causal, Chat
-from lapis.train.select import choose
-from lapis.train.start import FRESH, silence
+from lapis.training.config import TrainConfig
+from lapis.training.loop.loop import train
+from lapis.training.objectives.supervised.next_token import Causal, Chat
+from lapis.training.setup.select import choose
+from lapis.training.setup.start import FRESH, silence
 
 PEOPLE, NEW_FACTS, CONTEXT, VOCABULARY = 60, 500, 256, 2048
 SHAPE = {"dim": 128, "layers": 8, "heads": 4, "kv_heads": 2, "ffn_dim": 352, "context": CONTEXT, "tied": True,

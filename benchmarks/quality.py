@@ -23,14 +23,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from lapis.evaluate.classification import score_classes
-from lapis.text.corpus import Document
-from lapis.text.labels import bare_texts, labeled
-from lapis.text.pictures import Pictures, pictures
-from lapis.text.tokenizer import train_tokenizer
-from lapis.train import Causal, Classify, TrainConfig, train
-from lapis.train.start import start_model
-from lapis.train.watch import Silent
+from lapis.evaluation.classification import score_classes
+from lapis.text.corpus.corpus import Document
+from lapis.text.corpus.labels import bare_texts, labeled
+from lapis.text.corpus.pictures import Pictures, pictures
+from lapis.text.tokenizer.tokenizer import train_tokenizer
+from lapis.training.config import TrainConfig
+from lapis.training.loop.loop import train
+from lapis.training.loop.progress import Silent
+from lapis.training.objectives.supervised.classify import Classify
+from lapis.training.objectives.supervised.next_token import Causal
+from lapis.training.setup.start import start_model
 
 DATA = Path(os.environ.get("LAPIS_DATA", Path(__file__).parents[2] / "shared" / "data"))
 RESULTS = Path(__file__).parent / "results" / "quality.md"

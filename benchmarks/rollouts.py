@@ -30,12 +30,12 @@ SIZES: dict[str, dict[str, Any]] = {
 
 class Lapis:
     def __init__(self, folder: Path) -> None:
-        from lapis.model import load
+        from lapis.model.load import load
 
         self.model = load(folder, dtype=torch.float32).eval()
 
     def run(self, prompts: list[list[int]], group: int, tokens: int) -> int:
-        from lapis.train.policy.rollouts import roll
+        from lapis.training.objectives.policy.rollouts import roll
 
         made = roll(
             self.model, prompts, range(len(prompts)), [], group=group, max_tokens=tokens, temperature=1.0, seed=0
@@ -72,7 +72,9 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", default=list(SIZES))
     parser.add_argument("--write", action="store_true", help="keep the table in benchmarks/results/rollouts.md")
     options = parser.parse_args()
-    from lapis.model import ModelConfig, Transformer, save
+    from lapis.model.config import ModelConfig
+    from lapis.model.load import save
+    from lapis.model.transformer import Transformer
 
     lines = ["| new tokens per second | transformers | lapis | ratio |", "|---|---:|---:|---:|"]
     for size in options.sizes:

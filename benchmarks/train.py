@@ -48,7 +48,7 @@ def random_rows(count: int = 256) -> Any:
     """Packed rows of random tokens, for speed only."""
     import numpy as np
 
-    from lapis.text.rows import Rows
+    from lapis.text.rows.rows import Rows
 
     length, vocab = SIZES["context"], SIZES["vocab"]
     tokens = np.random.default_rng(0).integers(3, vocab, count * length).astype("uint16")
@@ -80,9 +80,12 @@ def tensors(rows: Any) -> Iterator[tuple[Tensor, Tensor]]:
 
 def lapis_seconds(rows: Any, shape: dict[str, Any], optimizer: str, steps: int, threads: int) -> list[float]:
     """`lapis.train` as a user calls it; its settings are given, so that nothing is measured within."""
-    from lapis.model import ModelConfig, Transformer
-    from lapis.train import Causal, TrainConfig, train
-    from lapis.train.watch import Silent
+    from lapis.model.config import ModelConfig
+    from lapis.model.transformer import Transformer
+    from lapis.training.config import TrainConfig
+    from lapis.training.loop.loop import train
+    from lapis.training.loop.progress import Silent
+    from lapis.training.objectives.supervised.next_token import Causal
 
     torch.manual_seed(0)
     config = TrainConfig(
@@ -150,7 +153,7 @@ def largest_logits(vocab: int = 151_936, rows: int = 8 * 1024, dim: int = 16) ->
     """Bytes of all that has a column for each token of the vocabulary, over a loss and its gradient."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from lapis.train.cross_entropy import head_cross_entropy
+    from lapis.training.objectives.supervised.cross_entropy import head_cross_entropy
 
     found: dict[int, int] = {}
 
@@ -169,10 +172,13 @@ def largest_logits(vocab: int = 151_936, rows: int = 8 * 1024, dim: int = 16) ->
 
 def measure_gpu(device: str, steps: int) -> dict[str, Any]:
     """Tokens per second and MFU (Chowdhery et al. 2022, appendix B: model FLOPs over the peak's) of lapis alone."""
-    from lapis.model import ModelConfig, Transformer
+    from lapis.model.config import ModelConfig
     from lapis.model.size import measure
-    from lapis.train import Causal, TrainConfig, train
-    from lapis.train.watch import Silent
+    from lapis.model.transformer import Transformer
+    from lapis.training.config import TrainConfig
+    from lapis.training.loop.loop import train
+    from lapis.training.loop.progress import Silent
+    from lapis.training.objectives.supervised.next_token import Causal
 
     cuda = device == "cuda"
     shapes = {

@@ -73,12 +73,15 @@ def learn(
     import torch
 
     from lapis.errors import ConfigError
-    from lapis.evaluate.text import bits_per_byte
-    from lapis.model import ModelConfig, Transformer
-    from lapis.text.corpus import documents
-    from lapis.train import Causal, TrainConfig, train
-    from lapis.train.start import FRESH, silence
-    from lapis.train.watch import Lines
+    from lapis.evaluation.text import bits_per_byte
+    from lapis.model.config import ModelConfig
+    from lapis.model.transformer import Transformer
+    from lapis.text.corpus.corpus import documents
+    from lapis.training.config import TrainConfig
+    from lapis.training.loop.loop import train
+    from lapis.training.loop.progress import Lines
+    from lapis.training.objectives.supervised.next_token import Causal
+    from lapis.training.setup.start import FRESH, silence
 
     tokenizer, rows = text(given)
     torch.set_num_threads(given.threads)
@@ -105,9 +108,9 @@ def learn(
 
 def text(given: argparse.Namespace) -> tuple[Any, Any]:
     """The tokenizer and the packed rows, made once."""
-    from lapis.text.packing import pack
-    from lapis.text.rows import Rows
-    from lapis.text.tokenizer import Tokenizer, train_tokenizer
+    from lapis.text.rows.packing import pack
+    from lapis.text.rows.rows import Rows
+    from lapis.text.tokenizer.tokenizer import Tokenizer, train_tokenizer
 
     source = given.data / "corpus/en/train.jsonl"
     folder = given.folder / "tokenizer"

@@ -16,16 +16,16 @@ MAY_IMPORT = {
     "text": {"checkpoint"},
     "model": {"checkpoint", "families", "text"},
     "weights": {"checkpoint", "families", "report"},
-    "generate": {"checkpoint", "model", "text"},
-    "evaluate": {"checkpoint", "families", "generate", "model", "text"},
-    "train": {"model", "text", "checkpoint", "families", "generate", "evaluate"},
-    "lens": {"checkpoint", "families", "model", "text", "report"},
-    "plan": {"checkpoint", "evaluate", "families", "model", "report", "text", "weights"},
+    "generation": {"checkpoint", "model", "text"},
+    "evaluation": {"checkpoint", "families", "generation", "model", "text"},
+    "training": {"model", "text", "checkpoint", "families", "generation", "evaluation"},
+    "inside": {"checkpoint", "families", "model", "text", "report"},
+    "planning": {"checkpoint", "evaluation", "families", "model", "report", "text", "weights"},
     "report": set(),
-    "tour": {"checkpoint", "evaluate", "generate", "model", "report", "text", "train", "weights"},
+    "tour": {"checkpoint", "evaluation", "generation", "model", "report", "text", "training", "weights"},
     "cli": {
-        "checkpoint", "evaluate", "families", "generate", "lens", "model", "plan", "report", "text", "tour", "train",
-        "weights",
+        "checkpoint", "evaluation", "families", "generation", "inside", "model", "planning", "report", "text", "tour",
+        "training", "weights",
     },
 }  # fmt: skip
 
@@ -58,7 +58,7 @@ def test_rooms_import_only_what_the_design_allows() -> None:
 
 def test_other_libraries_stay_outside() -> None:
     forbidden = {"transformers", "peft", "trl", "mergekit", "lm_eval", "pickle", "dill", "joblib"}
-    adapters = {("evaluate/harness.py", "lm_eval")}  # the file that an extra is for
+    adapters = {("evaluation/harness.py", "lm_eval")}  # the file that an extra is for
     found = {
         f"{path.relative_to(SOURCE)}: {name}"
         for path in SOURCE.rglob("*.py")
@@ -91,4 +91,10 @@ def test_help_imports_no_torch_and_lapis_no_heavy_library() -> None:
 
     help_ = "from lapis.cli.main import main\ntry: main(['--help'])\nexcept SystemExit: pass"
     assert not loaded(help_) & {"torch", "numpy", "transformers", "plotly"}
-    assert not loaded("import lapis, lapis.evaluate") & {"torch", "transformers", "plotly", "fastapi", "lm_eval"}
+    assert not loaded("import lapis, lapis.evaluation, lapis.generation, lapis.training, lapis.model") & {
+        "torch",
+        "transformers",
+        "plotly",
+        "fastapi",
+        "lm_eval",
+    }

@@ -11,31 +11,35 @@ if TYPE_CHECKING:
 
     import torch
 
-    from lapis.model import Transformer
-    from lapis.text.tokenizer import Tokenizer
+    from lapis.model.transformer import Transformer
+    from lapis.text.tokenizer.tokenizer import Tokenizer
 
 __version__ = "0.1.0"
 
+# public name -> module that defines it, or module:name where the two differ
 _PUBLIC = {
-    "Causal": "lapis.train.objectives",
-    "Chat": "lapis.train.objectives",
-    "Checkpoint": "lapis.checkpoint",
-    "Classify": "lapis.train.objectives",
+    "Causal": "lapis.training.objectives.supervised.next_token",
+    "Chat": "lapis.training.objectives.supervised.next_token",
+    "Checkpoint": "lapis.checkpoint.store",
+    "Classify": "lapis.training.objectives.supervised.classify",
     "LapisError": "lapis.errors",
-    "Masked": "lapis.train.objectives",
-    "ModelConfig": "lapis.model",
-    "Sampling": "lapis.generate",
-    "Tokenizer": "lapis.text.tokenizer",
-    "TrainConfig": "lapis.train",
-    "Transformer": "lapis.model",
-    "diff": "lapis.weights.diff",
-    "graft": "lapis.weights.graft",
-    "merge": "lapis.weights.merge",
-    "open": "lapis.checkpoint:open_checkpoint",
+    "Masked": "lapis.training.objectives.supervised.masked",
+    "ModelConfig": "lapis.model.config",
+    "Sampling": "lapis.generation.options",
+    "Tokenizer": "lapis.text.tokenizer.tokenizer",
+    "TrainConfig": "lapis.training.config",
+    "Transformer": "lapis.model.transformer",
+    "diff": "lapis.weights.diff.diff",
+    "generate": "lapis.generation.generate",
+    "graft": "lapis.weights.graft.graft",
+    "lens": "lapis.inside.lens.logit_lens",
+    "merge": "lapis.weights.merge.merge",
+    "open": "lapis.checkpoint.store:open_checkpoint",
+    "plan": "lapis.planning.plan",
+    "train": "lapis.training.loop.loop",
 }
-_ROOMS = ("generate", "lens", "plan", "train")  # packages that are called as functions
 
-__all__ = sorted(["__version__", "load", *_PUBLIC, *_ROOMS])
+__all__ = sorted(["__version__", "load", *_PUBLIC])
 
 
 def load(
@@ -49,7 +53,7 @@ def load(
     """
     from lapis.checkpoint import open_checkpoint
     from lapis.model.load import load as load_model
-    from lapis.text.tokenizer import Tokenizer
+    from lapis.text.tokenizer.tokenizer import Tokenizer
 
     checkpoint = open_checkpoint(source, adapters=True)
     tokenizer = Tokenizer.open(checkpoint)
@@ -59,8 +63,6 @@ def load(
 
 
 def __getattr__(name: str) -> Any:
-    if name in _ROOMS:
-        return import_module(f"lapis.{name}")
     if name not in _PUBLIC:
         raise AttributeError(f"module 'lapis' has no attribute {name!r}")
     module, _, attribute = _PUBLIC[name].partition(":")

@@ -12,8 +12,10 @@ from lapis.checkpoint import open_checkpoint, ranges
 from lapis.checkpoint.hub import hub_id
 from lapis.cli.main import main
 from lapis.errors import CheckpointError
-from lapis.model import ModelConfig, Transformer, save
-from lapis.text.tokenizer import Tokenizer, train_tokenizer
+from lapis.model.config import ModelConfig
+from lapis.model.load import save
+from lapis.model.transformer import Transformer
+from lapis.text.tokenizer.tokenizer import Tokenizer, train_tokenizer
 
 from .hub_server import Hub, serving
 

@@ -15,13 +15,14 @@ import torch
 
 from lapis.cli.main import main
 from lapis.errors import DataError, TemplateError
-from lapis.generate import Sampling, generate
-from lapis.generate.conversation import Conversation
-from lapis.generate.text import for_terminal
+from lapis.generation.conversation import Conversation
+from lapis.generation.generate import generate
+from lapis.generation.options import Sampling
+from lapis.generation.text import for_terminal
 from lapis.model.config import ModelConfig
 from lapis.model.load import load, save
 from lapis.model.transformer import Transformer
-from lapis.text.tokenizer import Tokenizer, train_tokenizer
+from lapis.text.tokenizer.tokenizer import Tokenizer, train_tokenizer
 
 TEXT = "the cat sat on the mat and the dog ate the fish while a bird sang in the old tree. "
 

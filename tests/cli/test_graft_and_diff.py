@@ -9,9 +9,10 @@ import torch
 
 import lapis
 from lapis.cli.main import main
-from lapis.model import ModelConfig, Transformer
+from lapis.model.config import ModelConfig
 from lapis.model.load import save
-from lapis.text.tokenizer import train_tokenizer
+from lapis.model.transformer import Transformer
+from lapis.text.tokenizer.tokenizer import train_tokenizer
 
 Run = Callable[..., tuple[int, str, str]]
 

@@ -8,7 +8,9 @@ import torch
 
 from lapis.cli.inspect import inspect
 from lapis.errors import CheckpointError, ConfigError, OutputError
-from lapis.model import ModelConfig, Transformer, save
+from lapis.model.config import ModelConfig
+from lapis.model.load import save
+from lapis.model.transformer import Transformer
 
 TINY = ModelConfig(dim=16, layers=3, heads=4, kv_heads=2, ffn_dim=24, vocab=31, context=32, tied=True)
 

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from lapis.cli.main import main
-from lapis.model import ModelConfig, Transformer, save
-from lapis.text.tokenizer import train_tokenizer
+from lapis.model.config import ModelConfig
+from lapis.model.load import save
+from lapis.model.transformer import Transformer
+from lapis.text.tokenizer.tokenizer import train_tokenizer
 
 TEXT = "in Malaysia they say Kuala Lumpur is the capital of Malaysia, and Jakarta of Indonesia. "
 PROMPT = "the capital of Malaysia is"

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import save_file
 
 from lapis.cli.main import main
-from lapis.text.rows import Rows
-from lapis.text.tokenizer import Tokenizer, train_tokenizer
+from lapis.text.rows.rows import Rows
+from lapis.text.tokenizer.tokenizer import Tokenizer, train_tokenizer
 
 TEXTS = ["Saya suka makan nasi lemak di Kuala Lumpur. ", "나는 밥을 좋아한다. ", "Я люблю читати книжки. "] * 8
 CHAT = {"messages": [{"role": "user", "content": "Apa khabar?"}, {"role": "assistant", "content": "Khabar baik."}]}
@@ -125,7 +125,7 @@ def make_model(folder: Path, tokenizer: Path, tied: bool) -> Path:
 def test_tokens_shows_the_way_back(
     place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lapis.text.roundtrip._BLOCK", 512 * 50)  # several blocks of the vocabulary
+    monkeypatch.setattr("lapis.text.tokenizer.roundtrip._BLOCK", 512 * 50)  # several blocks of the vocabulary
     tokenizer = Tokenizer.open(place / "tokenizer")
     tied = make_model(place / "tied", place / "tokenizer", tied=True)
     text = "nasi " + tokenizer.token(5) + "<|im_end|>"

@@ -10,7 +10,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from lapis.model import load
+from lapis.model.load import load
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()

@@ -7,7 +7,7 @@ import pytest
 from lapis.errors import CheckpointError
 from lapis.families import FAMILIES, Family, Part, fallback_part, find, part_of
 from lapis.families.presets import PRESETS
-from lapis.model import ModelConfig
+from lapis.model.config import ModelConfig
 from lapis.model.size import parameter_shapes
 
 

@@ -10,7 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lapis.model import Image, ModelConfig, Rope, Transformer, save
+from lapis.model.config import Image, ModelConfig, Rope
+from lapis.model.load import save
+from lapis.model.transformer import Transformer
 
 LLAMA = ModelConfig(dim=16, layers=2, heads=4, kv_heads=2, ffn_dim=24, vocab=31, context=32)
 SHAPES = {

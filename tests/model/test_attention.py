@@ -9,9 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lapis.errors import DataError
-from lapis.model import Cache, ModelConfig, Transformer
 from lapis.model.attention import AttentionCore, additive
+from lapis.model.cache import Cache
+from lapis.model.config import ModelConfig
 from lapis.model.dense import dense_attention
+from lapis.model.transformer import Transformer
 
 TINY = ModelConfig(dim=16, layers=2, heads=4, kv_heads=2, ffn_dim=24, vocab=31, context=32)
 

@@ -13,8 +13,10 @@ import torch
 
 from lapis.checkpoint import open_checkpoint
 from lapis.errors import CheckpointError, ConfigError
-from lapis.model import ModelConfig, Transformer, load, save
 from lapis.model.check import plan_load
+from lapis.model.config import ModelConfig
+from lapis.model.load import load, save
+from lapis.model.transformer import Transformer
 
 Folder = Any  # conftest.py has it
 Make = Callable[..., Folder]
@@ -223,7 +225,7 @@ def test_loading_holds_no_second_copy(tmp_path: Path, on_disk: torch.dtype) -> N
     save(Transformer(dataclasses.replace(shape, layers=1, vocab=64)), tmp_path / "small", on_disk)
     script = f"""
 import resource, torch
-from lapis.model import load
+from lapis.model.load import load
 load({str(tmp_path / "small")!r}, torch.bfloat16)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 weights = sum(p.nbytes for p in load({str(tmp_path)!r}, torch.bfloat16).parameters()) / 1024

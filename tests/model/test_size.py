@@ -15,8 +15,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from lapis.checkpoint import open_checkpoint
 from lapis.families import find
 from lapis.families.presets import PRESETS
-from lapis.model import Cache, ModelConfig, Transformer
+from lapis.model.cache import Cache
+from lapis.model.config import ModelConfig
 from lapis.model.size import Mixer, activation_bytes, measure, measure_headers, mixers, parameter_shapes
+from lapis.model.transformer import Transformer
 
 PUBLISHED = {
     "gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080, "gpt2-xl": 1_557_611_200,

@@ -11,15 +11,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lapis.evaluate.classification import figures, predict
-from lapis.model import save
-from lapis.text.corpus import Document
-from lapis.text.labels import Labeled
-from lapis.text.rows import IGNORE
-from lapis.text.together import encode_framed
-from lapis.text.tokenizer import Tokenizer, train_tokenizer
-from lapis.train import Classify, Masked
-from lapis.train.start import start_model
+from lapis.evaluation.classification import figures, predict
+from lapis.model.load import save
+from lapis.text.corpus.corpus import Document
+from lapis.text.corpus.labels import Labeled
+from lapis.text.rows.rows import IGNORE
+from lapis.text.rows.sequences import encode_framed
+from lapis.text.tokenizer.tokenizer import Tokenizer, train_tokenizer
+from lapis.training.objectives.supervised.classify import Classify
+from lapis.training.objectives.supervised.masked import Masked
+from lapis.training.setup.start import start_model
 
 transformers = pytest.importorskip("transformers")
 TEXTS = [f"Tree {i} has {i * 3 % 7} birds" + " and a nest" * (i % 4) for i in range(60)]

@@ -10,7 +10,9 @@ import torch
 import transformers
 from safetensors import safe_open
 
-from lapis.model import Cache, Transformer, load, save
+from lapis.model.cache import Cache
+from lapis.model.load import load, save
+from lapis.model.transformer import Transformer
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()

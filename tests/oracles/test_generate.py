@@ -17,11 +17,13 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from lapis.generate import Sampling, generate, generate_batch, ready
-from lapis.generate.sampling import filtered, penalize
+from lapis.generation.generate import generate, generate_batch
+from lapis.generation.options import Sampling
+from lapis.generation.ready import ready
+from lapis.generation.sampling import filtered, penalize
 from lapis.model.load import load
 from lapis.model.transformer import Transformer
-from lapis.text.tokenizer import Tokenizer, train_tokenizer
+from lapis.text.tokenizer.tokenizer import Tokenizer, train_tokenizer
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()

@@ -12,9 +12,10 @@ import torch
 
 import lapis
 from lapis.errors import ConfigError
-from lapis.model import ModelConfig, Transformer
-from lapis.text.corpus import Document
-from lapis.text.tokenizer import train_tokenizer
+from lapis.model.config import ModelConfig
+from lapis.model.transformer import Transformer
+from lapis.text.corpus.corpus import Document
+from lapis.text.tokenizer.tokenizer import train_tokenizer
 
 lm_eval = pytest.importorskip("lm_eval")
 TEXTS = [f"The bird number {i} sat in tree {i % 5} and sang {i * 7 % 13} songs. " for i in range(60)]
@@ -40,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def both(folder: Path) -> tuple[Any, Any]:
     from lm_eval.models.huggingface import HFLM
 
-    from lapis.evaluate.harness import LapisLM
+    from lapis.evaluation.harness import LapisLM
 
     return LapisLM(folder), HFLM(str(folder), device="cpu", dtype="float32", batch_size=4)
 
@@ -78,7 +79,7 @@ def test_replies(both: tuple[Any, Any]) -> None:
 
 
 def test_a_chat_is_rendered_and_its_special_tokens_are_read(folder: Path) -> None:
-    from lapis.evaluate.harness import LapisLM
+    from lapis.evaluation.harness import LapisLM
 
     model = LapisLM(folder)
     text = model.apply_chat_template([{"role": "user", "content": "Sing"}])
@@ -150,8 +151,8 @@ def test_local_task_files_run_from_python_and_from_the_command_line(
 
 
 def test_without_lm_eval_one_line_names_the_extra(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in sys.modules if name.split(".")[0] == "lm_eval" or name == "lapis.evaluate.harness"]:
+    for name in [name for name in sys.modules if name.split(".")[0] == "lm_eval" or name == "lapis.evaluation.harness"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
     with pytest.raises(lapis.LapisError, match=r"lm-eval is not installed; pip install 'lapis\[eval\]'"):
-        import_module("lapis.evaluate.harness")
+        import_module("lapis.evaluation.harness")

@@ -14,11 +14,11 @@ from transformers import PreTrainedTokenizerFast
 
 import lapis
 from lapis.errors import LapisError
-from lapis.lens import readout
-from lapis.lens.anatomy import anatomy
-from lapis.lens.prompts import as_tokenizer
-from lapis.lens.trace import trace
-from lapis.model import load
+from lapis.inside.anatomy import anatomy
+from lapis.inside.lens import readout
+from lapis.inside.prompts import as_tokenizer
+from lapis.inside.trace import trace
+from lapis.model.load import load
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()

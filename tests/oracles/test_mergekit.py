@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lapis.weights.merge import merge
+from lapis.weights.merge.merge import merge
 
 mergekit_config = pytest.importorskip("mergekit.config")
 

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from lapis.model import ModelConfig, Transformer, load, save
 from lapis.model.adapter import write_adapter
+from lapis.model.config import ModelConfig
+from lapis.model.load import load, save
 from lapis.model.lora import LoraConfig, LoraLinear, of, off, token_rows, wrap
+from lapis.model.transformer import Transformer
 from lapis.weights.fuse import fuse
 
 transformers = pytest.importorskip("transformers")

@@ -10,11 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lapis.model import ModelConfig, Transformer, save
-from lapis.text.tokenizer import Tokenizer, train_tokenizer
-from lapis.train.objectives.on_policy import OnPolicy, Turn
-from lapis.train.objectives.policy import GRPO, PPO, RLOO
-from lapis.train.policy.experience import Experience
+from lapis.model.config import ModelConfig
+from lapis.model.load import save
+from lapis.model.transformer import Transformer
+from lapis.text.tokenizer.tokenizer import Tokenizer, train_tokenizer
+from lapis.training.objectives.policy.experience import Experience
+from lapis.training.objectives.policy.on_policy import OnPolicy, Turn
+from lapis.training.objectives.policy.policy import GRPO, PPO, RLOO
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("trl")

@@ -9,16 +9,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lapis.evaluate.preference import score_pairs
-from lapis.evaluate.replies import collate, reply_rewards
-from lapis.model import ModelConfig, Transformer, load, save
-from lapis.text.paired import Reply
-from lapis.text.pairs import Pair
-from lapis.text.tokenizer import Tokenizer, train_tokenizer
-from lapis.train.objectives.pair_losses import dpo_loss
-from lapis.train.objectives.pairwise import PairBatch, Pairwise
-from lapis.train.objectives.preference import DPO, IPO, KTO, ORPO, SimPO
-from lapis.train.objectives.reward import Reward
+from lapis.evaluation.preference import score_pairs
+from lapis.evaluation.replies import collate, reply_rewards
+from lapis.model.config import ModelConfig
+from lapis.model.load import load, save
+from lapis.model.transformer import Transformer
+from lapis.text.corpus.pairs import Pair
+from lapis.text.rows.pair_rows import Reply
+from lapis.text.tokenizer.tokenizer import Tokenizer, train_tokenizer
+from lapis.training.objectives.preference.pair_losses import dpo_loss
+from lapis.training.objectives.preference.pairwise import PairBatch, Pairwise
+from lapis.training.objectives.preference.preference import DPO, IPO, KTO, ORPO, SimPO
+from lapis.training.objectives.preference.reward import Reward
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("trl")

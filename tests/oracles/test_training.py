@@ -7,13 +7,17 @@ from typing import Any
 import pytest
 import torch
 
-from lapis.model import ModelConfig, Transformer, save
-from lapis.text.corpus import Chat as ChatRecord
-from lapis.text.corpus import Document
-from lapis.text.rows import IGNORE, Cursor
-from lapis.text.tokenizer import Tokenizer, train_tokenizer
-from lapis.train import Causal, Chat, TrainConfig, train
-from lapis.train.watch import Silent
+from lapis.model.config import ModelConfig
+from lapis.model.load import save
+from lapis.model.transformer import Transformer
+from lapis.text.corpus.corpus import Chat as ChatRecord
+from lapis.text.corpus.corpus import Document
+from lapis.text.rows.rows import IGNORE, Cursor
+from lapis.text.tokenizer.tokenizer import Tokenizer, train_tokenizer
+from lapis.training.config import TrainConfig
+from lapis.training.loop.loop import train
+from lapis.training.loop.progress import Silent
+from lapis.training.objectives.supervised.next_token import Causal, Chat
 
 transformers = pytest.importorskip("transformers")
 

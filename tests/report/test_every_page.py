@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from lapis.cli.main import main
-from lapis.model import ModelConfig, Transformer, save
-from lapis.report.plan import plan_page
-from lapis.report.runs import run_page
-from lapis.text.tokenizer import train_tokenizer
+from lapis.model.config import ModelConfig
+from lapis.model.load import save
+from lapis.model.transformer import Transformer
+from lapis.report.figures.plan import plan_page
+from lapis.report.working_folder.runs import run_page
+from lapis.text.tokenizer.tokenizer import train_tokenizer
 
 pytestmark = pytest.mark.browser
 

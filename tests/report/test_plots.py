@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from lapis.report import plots
-from lapis.report.training import moving_average, short
+from lapis.report.figures.training import moving_average, short
 
 DIFF = [
     {"layer": layer, "component": part, "cosine": 1 - 0.01 * (layer + 1), "relative_norm": 0.1 * (layer + 1)}

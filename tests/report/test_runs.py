@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from lapis.errors import DataError
 from lapis.report import Page, plots
-from lapis.report.folders import report_of
-from lapis.report.joined import is_ours, read_page
-from lapis.report.runs import metric_panels, run_page
+from lapis.report.working_folder.folders import report_of
+from lapis.report.working_folder.joined import is_ours, read_page
+from lapis.report.working_folder.runs import metric_panels, run_page
 
 
 def log(steps: int = 60, **metrics: float) -> list[dict]:

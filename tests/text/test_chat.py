@@ -16,8 +16,8 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lapis.errors import DataError, TemplateError
-from lapis.text.chat import encode_chat, encode_prompt, render
-from lapis.text.tokenizer import Tokenizer, train_tokenizer
+from lapis.text.chat.chat import encode_chat, encode_prompt, render
+from lapis.text.tokenizer.tokenizer import Tokenizer, train_tokenizer
 
 TEMPLATES = Path(__file__).parent / "templates"
 LLAMA3 = ("<|begin_of_text|>", "<|eot_id|>")
@@ -365,7 +365,7 @@ def test_fault_45_syntax_error_is_found_at_load(folders: dict[str, Path], tmp_pa
 
 
 def test_the_rendering_process_holds_no_secret_and_no_files(ours: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lapis.text import template
+    from lapis.text.chat import template
 
     if template._worker is not None:
         template._worker.close()

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lapis.errors import DataError, MissingExtra
-from lapis.text import corpus
-from lapis.text.corpus import chats, documents, files, kind_of, texts
+from lapis.text.corpus import corpus
+from lapis.text.corpus.corpus import chats, documents, files, kind_of, texts
 
 GOOD = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
 

@@ -17,7 +17,7 @@ import pyarrow.parquet
 import pytest
 
 from lapis.errors import DataError
-from lapis.text.hub import choose
+from lapis.text.corpus.hub import choose
 
 COMMIT = "a" * 40
 
@@ -84,7 +84,7 @@ def endpoint() -> Iterator[str]:
 READ = """
 import json, sys
 from lapis.errors import LapisError
-from lapis.text.corpus import documents
+from lapis.text.corpus.corpus import documents
 for spec in sys.argv[1:]:
     try:
         print(json.dumps([d.text for d in documents(spec)]))

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lapis.errors import ConfigError, DataError
-from lapis.text.labels import bare_texts, classes_of, labeled, numbers_of
-from lapis.text.pictures import pictures
-from lapis.text.together import encode_framed, together
-from lapis.text.tokenizer import train_tokenizer
+from lapis.text.corpus.labels import bare_texts, classes_of, labeled, numbers_of
+from lapis.text.corpus.pictures import pictures
+from lapis.text.rows.sequences import encode_framed, together
+from lapis.text.tokenizer.tokenizer import train_tokenizer
 
 ROWS = [("spam", 'call "now"'), ("ham", "see you, then"), ("ham", "3 o'clock\u2028yes")]
 

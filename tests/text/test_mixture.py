@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lapis.errors import ConfigError, DataError
-from lapis.text.corpus import Document
-from lapis.text.coverage import lines
-from lapis.text.mixture import Mixture, draw, draws
-from lapis.text.packing import pack
-from lapis.text.sources import Wanted, open_data
-from lapis.text.tokenizer import Tokenizer, train_tokenizer
+from lapis.text.corpus.corpus import Document
+from lapis.text.rows.coverage import lines
+from lapis.text.rows.data_sources import Wanted, open_data
+from lapis.text.rows.mixture import Mixture, draw, draws
+from lapis.text.rows.packing import pack
+from lapis.text.tokenizer.tokenizer import Tokenizer, train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -133,9 +133,9 @@ def test_a_cursor_of_other_sources_is_refused(mixture: Mixture) -> None:
 def test_large_files_are_packed_once_into_the_cache(
     tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lapis.text import packing, sources
+    from lapis.text.rows import data_sources, packing
 
-    monkeypatch.setattr(sources, "LARGE", 100)
+    monkeypatch.setattr(data_sources, "LARGE", 100)
     monkeypatch.setenv("LAPIS_CACHE", str(tmp_path / "cache"))
     file = tmp_path / "a.txt"
     file.write_text("saya suka nasi lemak " * 50)

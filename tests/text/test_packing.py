@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lapis.errors import ConfigError, DataError, OutputError, TemplateError
-from lapis.text.chat import encode_chat
-from lapis.text.corpus import Chat, Document
-from lapis.text.packing import best_fit, pack
-from lapis.text.rows import IGNORE, Cursor, Rows, shuffled
-from lapis.text.tokenizer import Tokenizer, train_tokenizer
+from lapis.text.chat.chat import encode_chat
+from lapis.text.corpus.corpus import Chat, Document
+from lapis.text.rows.packing import best_fit, pack
+from lapis.text.rows.rows import IGNORE, Cursor, Rows, shuffled
+from lapis.text.tokenizer.tokenizer import Tokenizer, train_tokenizer
 
 HERE = Path("here.jsonl")
 

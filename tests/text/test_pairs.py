@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from lapis.errors import DataError
-from lapis.text.chat import encode_prompt, render
-from lapis.text.paired import Paired, encode_reply
-from lapis.text.pairs import pairs
-from lapis.text.tokenizer import Tokenizer, train_tokenizer
+from lapis.text.chat.chat import encode_prompt, render
+from lapis.text.corpus.pairs import pairs
+from lapis.text.rows.pair_rows import Paired, encode_reply
+from lapis.text.tokenizer.tokenizer import Tokenizer, train_tokenizer
 
 USER = {"role": "user", "content": "Where does cat 3 sleep?"}
 GOOD, BAD = "Under tree 3.", "Look for yourself."

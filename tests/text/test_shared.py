@@ -16,14 +16,14 @@ import pyarrow.parquet
 import pytest
 
 from lapis.errors import DataError, OutputError
-from lapis.text import shares
-from lapis.text.chat import encode_chat
-from lapis.text.claims import Job, share
-from lapis.text.corpus import chats, documents
-from lapis.text.packing import pack
-from lapis.text.rows import IGNORE, Rows
-from lapis.text.tokenizer import Tokenizer, train_tokenizer
-from lapis.text.writing import Shape
+from lapis.text.chat.chat import encode_chat
+from lapis.text.corpus.corpus import chats, documents
+from lapis.text.rows import corpus_parts
+from lapis.text.rows.packing import pack
+from lapis.text.rows.parallel_packing import Job, share
+from lapis.text.rows.part_writer import Shape
+from lapis.text.rows.rows import IGNORE, Rows
+from lapis.text.tokenizer.tokenizer import Tokenizer, train_tokenizer
 
 WORDS = "saya suka makan nasi lemak di Kuala Lumpur 나는 밥을 좋아한다 ｌ 我们 喜欢 茶\u3000x\xa0y".split(" ")
 
@@ -82,7 +82,7 @@ def taken(rows: Rows) -> list[list[list[int]]]:
 def test_parts_give_the_rows_of_one_naive_pass(
     span: int, corpus: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shares, "SPAN", span)
+    monkeypatch.setattr(corpus_parts, "SPAN", span)
     ids, targets = naive(whole(documents(corpus)), tokenizer, 48)
     rows = pack(corpus, tokenizer, length=48)
     assert len(rows._shards) > 10 or span > 300
@@ -95,7 +95,7 @@ def test_parts_give_the_rows_of_one_naive_pass(
 def test_one_worker_and_three_write_the_same_bytes(
     corpus: Path, tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shares, "SPAN", 1500)
+    monkeypatch.setattr(corpus_parts, "SPAN", 1500)
     for workers in (1, 3):
         pack(corpus, tokenizer, tmp_path / f"by-{workers}", 48, workers=workers)
     one, three = ({p.relative_to(f): p.read_bytes() for p in sorted(f.rglob("*")) if p.is_file()} for f in
@@ -133,7 +133,7 @@ def test_parquet_zst_and_gz_give_the_rows_of_jsonl(tmp_path: Path, tokenizer: To
 def test_chats_in_many_parts_are_whole_and_once(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shares, "SPAN", 900)
+    monkeypatch.setattr(corpus_parts, "SPAN", 900)
     lines = [
         {"conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": text[:20]}]}
         for text in sentences(4, 60)
@@ -159,7 +159,7 @@ def test_chats_in_many_parts_are_whole_and_once(
 def test_faults_name_the_line_of_the_file_from_any_part(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shares, "SPAN", 400)
+    monkeypatch.setattr(corpus_parts, "SPAN", 400)
     good = [json.dumps({"text": text}) for text in sentences(5, 100)]
     file = tmp_path / "a.jsonl"
     for name, line, says in (("bad", '{"text": 5}', "text is a number"), ("cut", '{"text": "a"', "not JSON")):
@@ -175,23 +175,23 @@ def test_faults_name_the_line_of_the_file_from_any_part(
 
 
 def job_of(corpus: Path, tokenizer: Tokenizer, length: int = 48) -> Job:
-    from lapis.text.files import files
+    from lapis.text.corpus.files import files
 
-    return Job(Shape("documents", length), None, shares.parts(files(corpus)), tokenizer.digest())
+    return Job(Shape("documents", length), None, corpus_parts.parts(files(corpus)), tokenizer.digest())
 
 
 RANK = """
 import sys, os, signal
 from pathlib import Path
-from lapis.text import shares, claims
-from lapis.text.packing import pack
-from lapis.text.tokenizer import Tokenizer
-shares.SPAN = 1500
+from lapis.text.rows import corpus_parts, parallel_packing
+from lapis.text.rows.packing import pack
+from lapis.text.tokenizer.tokenizer import Tokenizer
+corpus_parts.SPAN = 1500
 corpus, tokenizer, out, dies = sys.argv[1:]
 if dies == "dies":  # with a part in its hands, its arrays half written
     def killed(*_, **__):
         os.kill(os.getpid(), signal.SIGKILL)
-    claims.Shard.to_json = killed
+    parallel_packing.Shard.to_json = killed
 pack(corpus, Tokenizer.open(tokenizer), out, 48, workers=1)
 """
 
@@ -215,7 +215,7 @@ def test_fault_69_a_rank_that_dies_is_made_up_for(
     ranks = [rank(number, 3, corpus, out) for number in (1, 2)]
     assert [r.wait() for r in ranks] == [0, 0], [r.stderr.read() for r in ranks]
     assert not (tmp_path / ".out.lapis").exists()
-    monkeypatch.setattr(shares, "SPAN", 1500)
+    monkeypatch.setattr(corpus_parts, "SPAN", 1500)
     alone = pack(corpus, tokenizer, tmp_path / "alone", 48, workers=1)
     assert Rows.open(out).digest == alone.digest and taken(Rows.open(out)) == taken(alone)
     late = rank(0, 3, corpus, out)  # a rank that comes when all is done
@@ -225,11 +225,11 @@ def test_fault_69_a_rank_that_dies_is_made_up_for(
 def test_fault_60_a_pack_that_was_killed_goes_on(
     corpus: Path, tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shares, "SPAN", 1500)
+    monkeypatch.setattr(corpus_parts, "SPAN", 1500)
     out = tmp_path / "out"
-    from lapis.text import claims
+    from lapis.text.rows import parallel_packing
 
-    real, seen = claims.write_shard, []
+    real, seen = parallel_packing.write_shard, []
 
     def dies(*args: Any, **kwargs: Any) -> Any:
         seen.append(1)
@@ -237,7 +237,7 @@ def test_fault_60_a_pack_that_was_killed_goes_on(
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(claims, "write_shard", dies)
+    monkeypatch.setattr(parallel_packing, "write_shard", dies)
     with pytest.raises(KeyboardInterrupt):
         pack(corpus, tokenizer, out, 48, workers=1)
     done = {p.name: p.stat().st_mtime_ns for p in (tmp_path / ".out.lapis").glob("*.bin")}

@@ -13,8 +13,8 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 from transformers import AutoTokenizer
 
 from lapis.errors import CheckpointError, ConfigError, DataError
-from lapis.text.chat import encode_chat, render
-from lapis.text.tokenizer import Tokenizer, train_tokenizer
+from lapis.text.chat.chat import encode_chat, render
+from lapis.text.tokenizer.tokenizer import Tokenizer, train_tokenizer
 
 TEXT = [
     "Saya suka makan nasi lemak di Kuala Lumpur.",

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from lapis.errors import ConfigError
 from lapis.tour.ask import LESSONS
+from lapis.tour.narration import Teller
 from lapis.tour.people import RELATIONS, SPLITS, draw
-from lapis.tour.tell import Teller
 from lapis.tour.words.base import COLORED, COUNTABLE
 from lapis.tour.words.ko import PARTICLES
 from lapis.tour.words.ko import TABLES as KOREAN_TABLES

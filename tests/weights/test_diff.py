@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lapis.errors import CheckpointError
-from lapis.weights.diff import diff, unrelated
+from lapis.weights.diff.diff import diff, unrelated
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -10,10 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lapis.cli.main import main
-from lapis.model import ModelConfig, Transformer, load, save
 from lapis.model.adapter import fold, write_adapter
+from lapis.model.config import ModelConfig
+from lapis.model.load import load, save
 from lapis.model.lora import LoraConfig, wrap
-from lapis.text.tokenizer import train_tokenizer
+from lapis.model.transformer import Transformer
+from lapis.text.tokenizer.tokenizer import train_tokenizer
 
 Lapis = Callable[..., tuple[int, str, str]]
 

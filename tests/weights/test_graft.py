@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from lapis.checkpoint.commit import verify
 from lapis.errors import CheckpointError, ConfigError
-from lapis.weights import graft_plan
-from lapis.weights.graft import graft
+from lapis.weights.graft import layout
+from lapis.weights.graft.graft import graft
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -368,7 +368,7 @@ def test_faults_37_and_38_rows_against_config_and_tokenizer(trio, folders, tmp_p
 def test_smaller_tiles_give_the_same_bytes(trio, tmp_path, monkeypatch):
     models = trio(tied=False)
     first = graft(**models, out=tmp_path / "one", scale=0.5, embeddings="add")
-    for module in ("stream", "tiles", "graft"):
+    for module in ("engine.stream", "engine.tiles", "graft.graft"):
         monkeypatch.setattr(f"lapis.weights.{module}.TILE", 7, raising=False)
     second = graft(**models, out=tmp_path / "two", scale=0.5, embeddings="add")
     assert first.tensors == second.tensors
@@ -385,7 +385,7 @@ def test_template_tokens_are_those_that_only_chatting_trained():
     base = Vocabulary(ids, added, special, None, {"bos": "<s>", "eos": "</s>"}, (3,))
     chat = Vocabulary(ids, added, special, "  <|user|>{{ m }}", {"bos": "<s>", "eos": "<|end|>"}, (5, 3))
     assert template_tokens(chat, base) == ["<|user|>", "<|end|>"]
-    assert graft_plan.template_tokens is template_tokens
+    assert layout.template_tokens is template_tokens
 
 
 def test_paths_and_opened_checkpoints_are_the_same(trio, tmp_path):

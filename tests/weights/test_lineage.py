@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from lapis.errors import CheckpointError
-from lapis.weights import spectrum
-from lapis.weights.diff import diff
-from lapis.weights.lineage import lineage
-from lapis.weights.scaled import FP8
+from lapis.weights.diff import spectrum
+from lapis.weights.diff.diff import diff
+from lapis.weights.diff.lineage import lineage
+from lapis.weights.engine.fp8 import FP8
 
 
 @pytest.fixture

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from lapis.checkpoint import open_checkpoint
 from lapis.errors import CheckpointError, ConfigError, OutputError
-from lapis.weights.graft import graft
-from lapis.weights.merge import merge, plan_merge
-from lapis.weights.methods import METHODS, merge_tensors
+from lapis.weights.graft.graft import graft
+from lapis.weights.merge.merge import merge, plan_merge
+from lapis.weights.merge.methods import METHODS, merge_tensors
 
 from .conftest import DIM, TEMPLATE, near, weights, words, write_model
 
@@ -74,7 +74,7 @@ def test_the_size_of_tiles_changes_nothing(method, family, tmp_path, monkeypatch
     parameters = {name: value for name, value in PARAMETERS.items() if name in kind.parameters}
     recipe = recipe_of(family, method, ("one", "two")[: kind.most or 2], **parameters)
     merge(recipe, tmp_path / "whole")
-    monkeypatch.setattr("lapis.weights.tiles.TILE", 50)
+    monkeypatch.setattr("lapis.weights.engine.tiles.TILE", 50)
     merge(recipe, tmp_path / "tiled")
     whole, tiled = tensors_of(tmp_path / "whole"), tensors_of(tmp_path / "tiled")
     assert all(torch.equal(whole[name], tiled[name]) for name in whole)
@@ -349,7 +349,7 @@ def test_fault_76_77_78_outputs_that_must_not_be(family, tmp_path):
 
 KILLED = """
 import os, signal, sys
-from lapis.weights import stream, writer
+from lapis.weights.engine import stream, writer
 stream.RECORD, writer.BLOCK = 2000, 4096
 whole = writer.Writer.write
 def write(self, data):
@@ -360,7 +360,7 @@ def write(self, data):
         os.kill(os.getpid(), signal.SIGKILL)
 write.left = int(sys.argv[3])
 writer.Writer.write = write
-from lapis.weights.merge import merge
+from lapis.weights.merge.merge import merge
 merge(sys.argv[1], sys.argv[2])
 """
 

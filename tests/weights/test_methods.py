@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lapis.errors import ConfigError
-from lapis.weights.methods import METHODS, Block, merge_tensors
+from lapis.weights.merge.methods import METHODS, Block, merge_tensors
 
 SHAPE = (48, 64)
 

@@ -4,8 +4,8 @@ import pytest
 import yaml
 
 from lapis.errors import ConfigError
-from lapis.weights.parameters import Resolver
-from lapis.weights.recipe import parse_recipe, read_recipe, recipe_scopes
+from lapis.weights.merge.parameters import Resolver
+from lapis.weights.merge.recipe import parse_recipe, read_recipe, recipe_scopes
 
 TIES = """
 merge_method: ties

@@ -16,13 +16,13 @@ from safetensors.torch import load_file, save_file
 from lapis.checkpoint import open_checkpoint
 from lapis.checkpoint.commit import staging_of
 from lapis.errors import CheckpointError, OutputError
-from lapis.weights import stream as engine
-from lapis.weights import tiles
-from lapis.weights.graft import graft
-from lapis.weights.graft_plan import GraftPlan
-from lapis.weights.journal import NAME, Journal
-from lapis.weights.sources import Rows, Stored
-from lapis.weights.stream import Kernel, Output, stream
+from lapis.weights.engine import stream as engine
+from lapis.weights.engine import tiles
+from lapis.weights.engine.journal import NAME, Journal
+from lapis.weights.engine.sources import Rows, Stored
+from lapis.weights.engine.stream import Kernel, Output, stream
+from lapis.weights.graft.graft import graft
+from lapis.weights.graft.layout import GraftPlan
 
 ROOT = Path(__file__).parents[2]
 

@@ -3,7 +3,7 @@
 A folder is built in a hidden sibling, `.NAME.lapis`; then every file is fsynced, a manifest with sizes and sha256 is
 written, and the sibling is renamed into place. Until then nothing at the output path is loadable. A kill leaves at
 most the hidden sibling, which the next run of the same command clears, or goes on from where the job is resumable.
-Leaves out: what a job's journal holds (weights/stream.py, train/state.py).
+Leaves out: what a job's journal holds (weights/engine/stream.py, training/loop/state.py).
 """
 
 import ctypes

@@ -1,7 +1,7 @@
 """`lapis chat`: talk with a model in the terminal, or with two side by side.
 
 Reads lines, shows pieces. Ctrl-C stops the reply and not the chat. Works from a pipe too: one line, one turn. Leaves
-out what a conversation is (generate/conversation.py).
+out what a conversation is (generation/conversation.py).
 """
 
 import os
@@ -17,10 +17,10 @@ from cyclopts import Parameter
 from lapis.cli.generate import ENDS
 from lapis.config import nearest
 from lapis.errors import DataError, LapisError, OutputError
-from lapis.generate.options import Runtime, Sampling
+from lapis.generation.options import Runtime, Sampling
 
 if TYPE_CHECKING:
-    from lapis.generate.conversation import Conversation
+    from lapis.generation.conversation import Conversation
 
 HELP = {
     "/system [TEXT]": "show the system's message, or set it",
@@ -80,8 +80,8 @@ def meet(folder: str, system: str, sampling: Sampling, runtime: Runtime) -> "Con
     from lapis.cli.output import stderr
 
     with stderr.status(f"reading {folder}"):
-        from lapis.generate.conversation import Conversation
-        from lapis.generate.ready import open_ready
+        from lapis.generation.conversation import Conversation
+        from lapis.generation.ready import open_ready
 
         model, tokenizer = open_ready(folder, runtime)
         conversation = Conversation(model, tokenizer, sampling, system)
@@ -226,7 +226,7 @@ def no_echo() -> Iterator[None]:
 
 def one(pieces: Generator[str, None, None]) -> None:
     """Prints one reply as it comes."""
-    from lapis.generate.text import for_terminal
+    from lapis.generation.text import for_terminal
 
     shown = for_terminal if sys.stdout.isatty() else str
     try:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from lapis.text.corpus import Document
-    from lapis.text.rows import Rows
-    from lapis.text.tokenizer import Tokenizer
+    from lapis.text.corpus.corpus import Document
+    from lapis.text.rows.rows import Rows
+    from lapis.text.tokenizer.tokenizer import Tokenizer
 
 
 def pack(
@@ -46,9 +46,9 @@ def pack(
 
     from lapis.checkpoint.commit import check_output
     from lapis.cli.output import console, show, stderr
-    from lapis.text.coverage import figures, lines
-    from lapis.text.packing import pack as pack_files
-    from lapis.text.tokenizer import Tokenizer
+    from lapis.text.rows.coverage import figures, lines
+    from lapis.text.rows.packing import pack as pack_files
+    from lapis.text.tokenizer.tokenizer import Tokenizer
 
     alone = os.environ.get("WORLD_SIZE", "1") == "1"
     check_output(out, overwrite=overwrite or not alone, inputs=[tokenizer])  # another rank may be done already
@@ -104,11 +104,11 @@ def show(
     from lapis.cli.output import console
     from lapis.cli.output import show as output
     from lapis.errors import ConfigError
-    from lapis.text.corpus import chats, documents, kind_of
-    from lapis.text.coverage import figures, lines
-    from lapis.text.packing import pack as pack_items
-    from lapis.text.rows import MANIFEST, Rows
-    from lapis.text.tokenizer import Tokenizer
+    from lapis.text.corpus.corpus import chats, documents, kind_of
+    from lapis.text.rows.coverage import figures, lines
+    from lapis.text.rows.packing import pack as pack_items
+    from lapis.text.rows.rows import MANIFEST, Rows
+    from lapis.text.tokenizer.tokenizer import Tokenizer
 
     if (source / MANIFEST).is_file():
         packed = Rows.open(source)
@@ -155,7 +155,7 @@ _LOSS, _QUIET, _END, _BORDER, _PADDING = "green", "bright_black", "bold magenta"
 
 def _row(rows: "Rows", tokenizer: "Tokenizer", ids: list[int], targets: list[int], segments: list[int]) -> list[Any]:
     """Every token of a row in the order of the text: what the model reads, and the last target of each document."""
-    from lapis.text.rows import IGNORE
+    from lapis.text.rows.rows import IGNORE
 
     found: list[dict[str, Any]] = []
 

@@ -6,7 +6,7 @@ from lapis.cli.output import console, progress, show, table
 
 if TYPE_CHECKING:
     from lapis.report.page import Page
-    from lapis.weights.lineage import Lineage
+    from lapis.weights.diff.lineage import Lineage
 
 
 def diff(
@@ -42,9 +42,9 @@ def diff(
         Print one JSON object.
     """
     from lapis.errors import CheckpointError
-    from lapis.weights.diff import diff as run
-    from lapis.weights.diff import unrelated
-    from lapis.weights.lineage import lineage
+    from lapis.weights.diff.diff import diff as run
+    from lapis.weights.diff.diff import unrelated
+    from lapis.weights.diff.lineage import lineage
 
     with progress() as shown:
         task = shown.add_task("reading", total=None, rate="")
@@ -59,7 +59,7 @@ def diff(
     if others:
         show(descent.to_json(), json, lambda: tell_lineage(descent))
         if html:
-            from lapis.weights.page import lineage_page
+            from lapis.weights.diff.page import lineage_page
 
             write_page(lineage_page(descent), html)
         return
@@ -95,7 +95,7 @@ def diff(
 
     show(found.to_json(), json, render)
     if html:
-        from lapis.weights.page import diff_page
+        from lapis.weights.diff.page import diff_page
 
         write_page(diff_page(found, a, b), html)
 

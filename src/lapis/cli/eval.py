@@ -51,17 +51,21 @@ def evaluate(
 
     from lapis.cli.output import number, show, stderr, table
     from lapis.errors import ConfigError
-    from lapis.evaluate import read_choices, score_chats, score_choices, score_classes, score_pairs, score_text
-    from lapis.model import load
-    from lapis.text import corpus
-    from lapis.text.labels import labeled
-    from lapis.text.pairs import pairs as read_pairs
-    from lapis.text.tokenizer import Tokenizer
+    from lapis.evaluation.chats import score_chats
+    from lapis.evaluation.choices import read_choices, score_choices
+    from lapis.evaluation.classification import score_classes
+    from lapis.evaluation.preference import score_pairs
+    from lapis.evaluation.text import score_text
+    from lapis.model.load import load
+    from lapis.text.corpus import corpus
+    from lapis.text.corpus.labels import labeled
+    from lapis.text.corpus.pairs import pairs as read_pairs
+    from lapis.text.tokenizer.tokenizer import Tokenizer
 
     if all(given is None for given in (text, chats, choices, classes, pairs, tasks)):
         raise ConfigError("eval: give --text, --chats, --choices, --classes, --pairs or --tasks, to score the model on")
     if tasks is not None:
-        import lapis.evaluate.harness  # says at once where lm-eval is not installed
+        import lapis.evaluation.harness  # says at once where lm-eval is not installed
     questions = None if choices is None else read_choices(choices)[:limit]
     opened = load(model)
     tokenizer = None if opened.config.image else Tokenizer.open(model)
@@ -89,7 +93,7 @@ def evaluate(
             )
         if tasks and tokenizer:
             status.update("tasks")
-            run_tasks = lapis.evaluate.harness.run_tasks
+            run_tasks = lapis.evaluation.harness.run_tasks
             options: Any = {"folder": task_folder, "fewshot": fewshot, "limit": limit, "chat": chat}
             result["tasks"] = run_tasks(opened, tokenizer, tasks, precision=precision, **options)
         if classes is not None:
@@ -113,7 +117,7 @@ def evaluate(
 
 def _pictures(source: Path, image: Any, model: str) -> Any:
     """Held-out pictures as the model takes them: the files of a folder are brought to its size and scale."""
-    from lapis.text.pictures import pictures, scaling
+    from lapis.text.corpus.pictures import pictures, scaling
 
     mean, std = scaling(Path(model))
     return pictures(source, image.size if source.is_dir() else None, mean, std)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from lapis.generate.options import Runtime, Sampling
+from lapis.generation.options import Runtime, Sampling
 
 
 def generate(
@@ -38,9 +38,9 @@ def generate(
         prompt = sys.stdin.read()
     start = time.perf_counter()
     with stderr.status(f"reading {model}"):
-        from lapis.generate.generate import Prompt, stream
-        from lapis.generate.ready import open_ready
-        from lapis.generate.text import for_terminal
+        from lapis.generation.generate import Prompt, stream
+        from lapis.generation.ready import open_ready
+        from lapis.generation.text import for_terminal
 
         opened, tokenizer = open_ready(model, runtime)
     turns = [{"role": "system", "content": system}] * bool(system) + [{"role": "user", "content": prompt}]

@@ -59,7 +59,7 @@ def graft(
     json
         Print one JSON object.
     """
-    from lapis.weights.graft import graft as run
+    from lapis.weights.graft.graft import graft as run
 
     with bar("grafting") as tell:
         result = run(
@@ -67,7 +67,7 @@ def graft(
             overwrite=overwrite, allow_nonfinite=allow_nonfinite, dry_run=dry_run, progress=tell,
         )  # fmt: skip
     if smoke and not dry_run:
-        from lapis.evaluate.agree import agreement
+        from lapis.evaluation.agree import agreement
 
         result.smoke = agreement(out, {"onto": onto, "chat": chat[0]})
     show(result.to_json(), json, lambda: told(result))

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from lapis.generate.options import Runtime
+from lapis.generation.options import Runtime
 
 if TYPE_CHECKING:
-    from lapis.lens.opening import Opened
-    from lapis.lens.table import LensTrace
-    from lapis.lens.tuned import TunedLens
+    from lapis.inside.lens.table import LensTrace
+    from lapis.inside.lens.tuned import TunedLens
+    from lapis.inside.transformers_model import Opened
 
 GRID = 24  # tokens of the prompt that a page shows
 
@@ -59,9 +59,9 @@ def lens(
     from lapis.checkpoint.commit import check_output
     from lapis.cli.output import console, show, stderr
     from lapis.errors import ConfigError
-    from lapis.lens.logit_lens import lens as look
-    from lapis.lens.opening import open_models
-    from lapis.lens.side_by_side import side_by_side
+    from lapis.inside.lens.logit_lens import lens as look
+    from lapis.inside.lens.side_by_side import side_by_side
+    from lapis.inside.transformers_model import open_models
 
     for name, value in (("positions", positions), ("top", top)):
         if value is not None and value < 1:
@@ -111,7 +111,7 @@ def lens(
 def _tuned(opened: "Opened", folder: Path | None, files: list[Path] | None, overwrite: bool) -> "TunedLens | None":
     """The tuned lens of a folder, made first where there are files to make it from."""
     from lapis.cli.output import progress
-    from lapis.lens.tuned import TunedLens, tune
+    from lapis.inside.lens.tuned import TunedLens, tune
 
     if folder is None:
         return None
@@ -141,9 +141,9 @@ def _print_contributions(trace: "LensTrace") -> None:
 
 def _write_page(opened: "Opened", traces: "list[LensTrace]", path: Path, overwrite: bool) -> None:
     from lapis.checkpoint.commit import commit_file
-    from lapis.lens.anatomy import anatomy
-    from lapis.lens.attention_map import maps_of
-    from lapis.lens.page import make_page, strongest_heads
+    from lapis.inside.anatomy import anatomy
+    from lapis.inside.attention_map import maps_of
+    from lapis.inside.page import make_page, strongest_heads
 
     heads = strongest_heads(traces[0])
     maps = maps_of(anatomy(opened.model, opened.name), traces[0].ids, traces[0].tokens, heads) if heads else []

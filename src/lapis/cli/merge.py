@@ -45,7 +45,7 @@ def merge(
         return
     if recipe is None or out is None:
         raise ConfigError("merge: needs a recipe and --out; lapis merge --methods lists what can be done")
-    from lapis.weights.merge import merge as run
+    from lapis.weights.merge.merge import merge as run
 
     with bar("merging") as tell:
         result = run(
@@ -57,7 +57,7 @@ def merge(
 
 def method_table() -> list[dict[str, object]]:
     """Every merge method with its formula and parameters, from their signatures and docstrings."""
-    from lapis.weights.methods import METHODS, Parameter
+    from lapis.weights.merge.methods import METHODS, Parameter
 
     return [
         {

@@ -60,7 +60,7 @@ def plan(
     """
     from lapis.checkpoint.commit import check_output
     from lapis.cli.output import console, number, progress, show, table
-    from lapis.plan.make import plan as run
+    from lapis.planning.plan import plan as run
 
     if out is not None:
         check_output(out, overwrite=overwrite)

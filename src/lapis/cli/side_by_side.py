@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lapis.cli.output import console
-from lapis.generate.text import for_terminal
+from lapis.generation.text import for_terminal
 
 GAP = 3  # columns between the two
 

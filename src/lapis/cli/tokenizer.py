@@ -28,8 +28,8 @@ def train(
 
     from lapis.checkpoint.commit import check_output, commit
     from lapis.cli.output import console, number, show, stderr
-    from lapis.text.labels import bare_texts
-    from lapis.text.tokenizer import train_tokenizer
+    from lapis.text.corpus.labels import bare_texts
+    from lapis.text.tokenizer.tokenizer import train_tokenizer
 
     check_output(out, overwrite=overwrite)
     begin = time.monotonic()

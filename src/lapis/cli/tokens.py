@@ -13,8 +13,8 @@ def tokens(model: str, text: str, /, *, json: bool = False) -> None:
     """
     from lapis.checkpoint import open_checkpoint
     from lapis.cli.output import console, show, table
-    from lapis.text.roundtrip import round_trip
-    from lapis.text.tokenizer import Tokenizer
+    from lapis.text.tokenizer.roundtrip import round_trip
+    from lapis.text.tokenizer.tokenizer import Tokenizer
 
     checkpoint = open_checkpoint(model)
     result: dict[str, Any] = {"model": model, "text": text, **round_trip(checkpoint, Tokenizer.open(checkpoint), text)}

@@ -27,8 +27,8 @@ def train(
     from lapis.checkpoint.commit import check_output
     from lapis.cli.output import console, show
     from lapis.config import load_yaml, override
-    from lapis.train.parallel import leads
-    from lapis.train.run import read_settings, run
+    from lapis.training.distributed.parallel import leads
+    from lapis.training.run import read_settings, run
 
     if html is not None:
         check_output(html, overwrite=overwrite)
@@ -52,8 +52,8 @@ def train(
 def _write_page(run: Path, path: Path, overwrite: bool) -> None:
     from lapis.checkpoint.commit import commit_file
     from lapis.checkpoint.files import read_json
-    from lapis.report.runs import run_page
-    from lapis.train.curve import read_curve
+    from lapis.report.working_folder.runs import run_page
+    from lapis.training.loop.curve import read_curve
 
     facts = read_json(run / "training.json")
     if (run / "replies.jsonl").is_file():

@@ -6,7 +6,7 @@
     embed, norm, head what lies outside the layers as well
     all               everything
 
-Leaves out: numbers for each part (weights/scale.py).
+Leaves out: numbers for each part (weights/graft/scale.py).
 """
 
 import difflib

@@ -36,7 +36,7 @@ from lapis.model.lora import (
     row_lengths,
     row_matrices,
     token_rows,
-)  # fmt: skip
+)
 from lapis.model.nf4 import Nf4Linear
 from lapis.model.transformer import Transformer
 

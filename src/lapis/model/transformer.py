@@ -1,7 +1,7 @@
 """The one transformer: embed, blocks, final norm, head. Every family is a setting of it.
 
 The model knows one device and keeps no state between calls: a cache is an argument. Leaves out: sharding and
-checkpointing (applied from outside, train/parallel.py), dropout of attention weights, sampling (generate/).
+checkpointing (applied from outside, training/distributed/), dropout of attention weights, sampling (generation/).
 
 Shapes: B batch, T time, S time of keys, D model dim, V vocabulary, C classes.
 """

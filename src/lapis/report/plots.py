@@ -12,13 +12,13 @@ Each takes the rows and a title that states the finding, and says in its docstri
 itself in a notebook; Page.figure puts it on a page. A figure made elsewhere with plotly fits on a page as well.
 """
 
-from lapis.report.contributions import contributions
-from lapis.report.embedding import embedding_rows
-from lapis.report.inside import attention_map, lens_grid, rank_trajectories
-from lapis.report.matrix import matrix
-from lapis.report.runs import metric_panels
-from lapis.report.training import learning_curves, mixers, plan_scatter, scale_sweep, scores
-from lapis.report.weights import layer_heatmap, parameter_treemap, spectra, tensor_errors
+from lapis.report.figures.contributions import contributions
+from lapis.report.figures.embedding import embedding_rows
+from lapis.report.figures.inside import attention_map, lens_grid, rank_trajectories
+from lapis.report.figures.matrix import matrix
+from lapis.report.figures.training import learning_curves, mixers, plan_scatter, scale_sweep, scores
+from lapis.report.figures.weights import layer_heatmap, parameter_treemap, spectra, tensor_errors
+from lapis.report.working_folder.runs import metric_panels
 
 __all__ = [
     "attention_map",

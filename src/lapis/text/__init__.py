@@ -1,1 +1,1 @@
-"""Text: tokenizers, chat templates, corpora, and rows of tokens to train on."""
+"""Text in, rows of token ids out: tokenizers, chats by their templates, files of records, packed rows."""

@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 
+from lapis.tour.narration import STORIES, Slots, Teller
 from lapis.tour.people import RELATIONS, Person
-from lapis.tour.tell import STORIES, Slots, Teller
 
 Message = dict[str, str]
 

@@ -4,7 +4,7 @@
     DIR/instruct/<language>.jsonl           chats, {"messages": [...]}; <language>.valid.jsonl = held out
     DIR/questions/<language>.jsonl          optional: questions with one right answer (the built-in world has them)
 
-Leaves out: how documents become rows (text/packing.py).
+Leaves out: how documents become rows (text/rows/packing.py).
 """
 
 import json
@@ -17,7 +17,7 @@ from typing import Any
 
 from lapis.checkpoint.commit import commit
 from lapis.errors import DataError
-from lapis.text.corpus import documents
+from lapis.text.corpus.corpus import documents
 from lapis.tour.world import World
 
 ENGLISH = "en"

@@ -10,14 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lapis.evaluate import answer, bits_per_byte, score_chats
-from lapis.model import Transformer
+from lapis.evaluation.chats import answer, score_chats
+from lapis.evaluation.text import bits_per_byte
 from lapis.model.load import load
-from lapis.text.corpus import Chat, chats
-from lapis.text.tokenizer import Tokenizer
+from lapis.model.transformer import Transformer
+from lapis.text.corpus.corpus import Chat, chats
+from lapis.text.tokenizer.tokenizer import Tokenizer
 from lapis.tour.material import ENGLISH, Material
 from lapis.tour.world import Question, score
-from lapis.weights.graft import graft
+from lapis.weights.graft.graft import graft
 
 CHARACTERS = 60_000  # of held-out text of one language in each half
 CHATS = 100  # of one language in each half

@@ -21,20 +21,22 @@ import torch
 
 from lapis.checkpoint.commit import commit, commit_file, full_disk_told
 from lapis.errors import ConfigError, OutputError
-from lapis.generate import Sampling, generate_batch
-from lapis.model import ModelConfig, Transformer
+from lapis.generation.generate import generate_batch
+from lapis.generation.options import Sampling
+from lapis.model.config import ModelConfig
 from lapis.model.load import load
-from lapis.text.corpus import documents
-from lapis.text.tokenizer import Tokenizer, train_tokenizer
+from lapis.model.transformer import Transformer
+from lapis.text.corpus.corpus import documents
+from lapis.text.tokenizer.tokenizer import Tokenizer, train_tokenizer
 from lapis.tour import measure
 from lapis.tour.material import ENGLISH, Material, write_world
 from lapis.tour.story import WHAT, page
 from lapis.tour.world import LANGUAGES, World
-from lapis.train.config import TrainConfig
-from lapis.train.loop import train
-from lapis.train.objectives import Causal, Chat
-from lapis.weights.diff import diff
-from lapis.weights.graft import graft
+from lapis.training.config import TrainConfig
+from lapis.training.loop.loop import train
+from lapis.training.objectives.supervised.next_token import Causal, Chat
+from lapis.weights.diff.diff import diff
+from lapis.weights.graft.graft import graft
 
 VOCABULARY = 4096
 CONTEXT = 256

@@ -25,8 +25,8 @@ from unicodedata import normalize
 
 from lapis.errors import ConfigError
 from lapis.tour.ask import LESSONS, RECALL, TASKS, Asker, Question, messages_of
+from lapis.tour.narration import Teller
 from lapis.tour.people import SPLITS, Person, draw
-from lapis.tour.tell import Teller
 from lapis.tour.words.base import Language
 
 LANGUAGES = {"en": "English", "ms": "Malay", "ko": "Korean", "uk": "Ukrainian", "zh": "Chinese"}

@@ -1,1 +1,1 @@
-"""Checkpoint in, checkpoint out: differences, merges and grafts by streaming; no model is ever built."""
+"""Checkpoints in, checkpoint out: differences, merges and grafts by streaming; no model is ever built."""

@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lapis.checkpoint import Checkpoint
-from lapis.weights.pairs import counterparts
-from lapis.weights.parts import is_vocabulary
-from lapis.weights.scaled import is_number
+from lapis.weights.engine.fp8 import is_number
+from lapis.weights.part_kinds import is_vocabulary
+from lapis.weights.tensor_pairs import counterparts
 from lapis.weights.vocabulary import Vocabulary
 
 # fields that make the same shapes mean another computation, and fields that only shift it

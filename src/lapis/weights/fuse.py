@@ -23,13 +23,13 @@ from lapis.checkpoint.adapter import CONFIG, WEIGHTS, Adapter, base_of, open_ada
 from lapis.checkpoint.commit import check_output
 from lapis.checkpoint.store import INDEX, torch_dtype
 from lapis.errors import CheckpointError
-from lapis.weights.account import Entry, MergeResult, count, write_account
-from lapis.weights.carry import carry, write_index
-from lapis.weights.layout import sharded
-from lapis.weights.outputs import Account, Kernel, Output
-from lapis.weights.produce import produce
-from lapis.weights.sources import COMPUTABLE, Source, Stored
-from lapis.weights.tiles import Tile
+from lapis.weights.engine.account import Entry, MergeResult, count, write_account
+from lapis.weights.engine.outputs import Account, Kernel, Output
+from lapis.weights.engine.produce import produce
+from lapis.weights.engine.sources import COMPUTABLE, Source, Stored
+from lapis.weights.engine.tiles import Tile
+from lapis.weights.merge.layout import sharded
+from lapis.weights.tokenizer_files import carry, write_index
 
 _WORDS = re.compile(
     r"tokenizer.*\.(json|model)|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt"

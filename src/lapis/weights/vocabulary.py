@@ -1,6 +1,6 @@
 """Which token is which: vocabularies are compared by the token's string, never by its number.
 
-Reads tokenizer.json and the small files beside it as plain JSON; nothing is encoded here (text/tokenizer.py does that).
+Reads tokenizer.json and the small files beside it as plain JSON; nothing is encoded here (text/tokenizer/ does that).
 Leaves out: vocabularies that exist only as a SentencePiece model.
 """
 

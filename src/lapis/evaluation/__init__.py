@@ -1,0 +1,1 @@
+"""A model and held-out material in, scores out: texts, chats, choices, classes, preference pairs."""

@@ -1,0 +1,93 @@
+"""Chats: how likely the model finds the replies that were given, and whether its own replies end.
+
+response NLL: nats per token over the assistant's tokens and end tokens. stop rate: the share of last turns to which
+the model's greedy reply ends by an end token within a limit. Leaves out: judging what is said.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from lapis.errors import DataError
+from lapis.evaluation.score import Precision, Scored, nll
+from lapis.generation.generate import Reply, generate_batch
+from lapis.generation.options import Sampling
+from lapis.model.transformer import Transformer
+from lapis.text.chat.chat import encode_chat, encode_prompt
+from lapis.text.corpus.corpus import Chat
+from lapis.text.tokenizer.tokenizer import Tokenizer
+
+Messages = Sequence[Mapping[str, Any]]
+
+
+def score_chats(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    chats: Iterable[Chat | Messages],
+    *,
+    context: int | None = None,
+    max_tokens: int = 64,
+    replies: Sequence[Reply | None] | None = None,
+    precision: Precision = "float32",
+) -> dict[str, Any]:
+    """{response_nll, stop_rate, tokens, chats, cut, unanswered}.
+
+    context: a chat that is longer is cut at its end, and counted in `cut`. max_tokens: within which a reply has to end.
+    replies: those of `answer`, where the caller has them already. Raises DataError where no token is the assistant's.
+    """
+    context = min(context or model.config.context, model.config.context)
+    found = [_messages(chat) for chat in chats]
+    if not found:
+        raise DataError("eval: there is no chat to score")
+    sequences, cut = [], 0
+    for messages in found:
+        ids, said = encode_chat(tokenizer, messages)
+        cut += len(ids) > context + 1
+        sequences.append(Scored(ids[: context + 1], said[: context + 1]))
+    tokens = sum(sum(sequence.said[1:]) for sequence in sequences)
+    if tokens == 0:
+        raise DataError(f"eval: no assistant token lies within {context} tokens of any chat; give a larger context")
+    nats = math.fsum(nll(model, sequences, precision=precision))
+    if replies is None:
+        replies = answer(model, tokenizer, found, max_tokens=max_tokens)
+    given = [reply for reply in replies if reply is not None]
+    return {
+        "response_nll": nats / tokens,
+        "stop_rate": sum(reply.stop_reason == "end" for reply in given) / len(given) if given else None,
+        "tokens": tokens,
+        "chats": len(found),
+        "cut": cut,
+        "unanswered": len(replies) - len(given),
+    }
+
+
+def answer(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    chats: Iterable[Chat | Messages],
+    *,
+    max_tokens: int = 64,
+    batch_size: int = 64,
+) -> list[Reply | None]:
+    """The greedy reply to each chat up to its last assistant turn; None where the prompt leaves no room for one."""
+    prompts = [encode_prompt(tokenizer, prompt_of(_messages(chat))) for chat in chats]
+    fits = [i for i, prompt in enumerate(prompts) if len(prompt) < model.config.context]
+    replies = generate_batch(
+        model, tokenizer, [prompts[i] for i in fits], Sampling(max_tokens=max_tokens), batch_size=batch_size
+    )
+    result: list[Reply | None] = [None] * len(prompts)
+    for i, reply in zip(fits, replies, strict=True):
+        result[i] = reply
+    return result
+
+
+def prompt_of(messages: Messages) -> Messages:
+    """The messages before the last assistant turn. Raises DataError where there is none."""
+    turns = [i for i, message in enumerate(messages) if message.get("role") == "assistant"]
+    if not turns or turns[-1] == 0:
+        raise DataError("eval: a chat has no assistant turn after another message; there is nothing to reply to")
+    return messages[: turns[-1]]
+
+
+def _messages(chat: Chat | Messages) -> Messages:
+    return chat.messages if isinstance(chat, Chat) else chat

@@ -1,0 +1,114 @@
+"""Multiple choice by log-probability: the choice that the model finds likeliest is its answer.
+
+A record is one line of jsonl: `prompt` (text) or `messages` (a chat), `choices` (texts), `answer` (an index from 0).
+A choice's score is the summed log-probability of its tokens after the prompt (as in lm-evaluation-harness: acc), and
+the same divided by its bytes (acc_norm), which does not favor short choices. Leaves out: few-shot prompts.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lapis.errors import DataError
+from lapis.evaluation.score import Precision, Scored, nll
+from lapis.model.transformer import Transformer
+from lapis.text.chat.chat import encode_prompt
+from lapis.text.tokenizer.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A question. prompt: text that the choice is written after, or the messages of a chat. answer: index, from 0."""
+
+    prompt: str | Sequence[Mapping[str, Any]]
+    choices: tuple[str, ...]
+    answer: int
+
+
+def score_choices(
+    model: Transformer, tokenizer: Tokenizer, questions: Iterable[Choice], *, precision: Precision = "float32"
+) -> dict[str, Any]:
+    """{accuracy, accuracy_per_byte, n, chance}. A tie counts for the first of the likeliest.
+
+    Raises DataError where there is no question, or one is longer than the model's context.
+    """
+    found = list(questions)
+    if not found:
+        raise DataError("eval: there is no question to score")
+    sequences = [s for question in found for s in scored_choices(tokenizer, question, model.config.context)]
+    nats = iter(nll(model, sequences, precision=precision))
+    right = right_per_byte = 0
+    for question in found:
+        costs = [next(nats) for _ in question.choices]
+        per_byte = [cost / len(text.encode()) for cost, text in zip(costs, question.choices, strict=True)]
+        right += costs.index(min(costs)) == question.answer
+        right_per_byte += per_byte.index(min(per_byte)) == question.answer
+    return {
+        "accuracy": right / len(found),
+        "accuracy_per_byte": right_per_byte / len(found),
+        "n": len(found),
+        "chance": sum(1 / len(question.choices) for question in found) / len(found),
+    }
+
+
+def read_choices(path: Path | str) -> list[Choice]:
+    """The questions of a jsonl file. Raises DataError naming line and field."""
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except FileNotFoundError:
+        raise DataError(f"{path}: there is no such file") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 at byte {error.start}; convert the file to UTF-8") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    questions = [_question(line, f"{path} line {n}") for n, line in enumerate(lines, 1) if line.strip()]
+    if not questions:
+        raise DataError(f"{path}: is empty; there is nothing to read")
+    return questions
+
+
+def _question(line: str, where: str) -> Choice:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: not JSON at column {error.colno}: {error.msg}") from None
+    if not isinstance(record, dict):
+        raise DataError(f"{where}: is not an object; expected prompt, choices and answer")
+    if ("prompt" in record) == ("messages" in record):
+        raise DataError(f"{where}: expected one of prompt (text) and messages (a chat)")
+    prompt: Any = record["prompt" if "prompt" in record else "messages"]
+    choices, answer = record.get("choices"), record.get("answer")
+    chat = isinstance(prompt, list) and prompt and all(isinstance(m, dict) and "role" in m for m in prompt)
+    if not (isinstance(prompt, str) and prompt) and not chat:
+        raise DataError(f"{where}: {'prompt' if 'prompt' in record else 'messages'} is empty or of a wrong type")
+    if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c for c in choices):
+        raise DataError(f"{where}: choices must be two or more texts")
+    if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
+        raise DataError(f"{where}: answer is {answer!r:.40}; expected an index from 0 to {len(choices) - 1}")
+    return Choice(prompt, tuple(choices), answer)
+
+
+def scored_choices(tokenizer: Tokenizer, question: Choice, context: int) -> list[Scored]:
+    """Each choice after its prompt, as ids of which the choice's are scored. DataError where one is too long."""
+    return [_scored(tokenizer, question, text, context) for text in question.choices]
+
+
+def _scored(tokenizer: Tokenizer, question: Choice, text: str, context: int) -> Scored:
+    if isinstance(question.prompt, str):
+        before = tokenizer.encode(question.prompt, add_special_tokens=True)
+        ids = tokenizer.encode(question.prompt + text, add_special_tokens=True)
+        # a token that spans the border belongs to the choice, as in lm-evaluation-harness
+        shared = next(
+            (i for i, (a, b) in enumerate(zip(before, ids, strict=False)) if a != b), min(len(before), len(ids))
+        )
+        if shared == 0 and tokenizer.eos_id is not None:
+            ids, shared = [tokenizer.eos_id, *ids], 1
+    else:
+        before = encode_prompt(tokenizer, question.prompt)
+        ids, shared = before + tokenizer.encode(text), len(before)
+    if len(ids) > context + 1:
+        raise DataError(f"eval: a question has {len(ids)} tokens; the model's context is {context}")
+    return Scored(ids, [place >= shared for place in range(len(ids))])

@@ -1,0 +1,146 @@
+"""Which class: scores of texts or pictures, and accuracy, F1 and the confusion matrix over held-out ones.
+
+A text is cut at the model's context. Leaves out: several labels for one text, thresholds and ROC curves.
+
+Shapes: B examples, C classes, R rows, T places, D model dim.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lapis.errors import ConfigError, DataError
+from lapis.model.heads import class_names
+from lapis.model.transformer import Transformer
+from lapis.text.corpus.labels import Labeled, numbers_of
+from lapis.text.corpus.pictures import Pictures
+from lapis.text.rows.sequences import Together, encode_framed, together
+from lapis.text.tokenizer.tokenizer import Tokenizer
+
+
+def class_scores(model: Transformer, batch: Together | Tensor) -> Tensor:
+    """Logits, [B, C], of texts side by side or of pictures [B, C, H, W]. With gradients where they are on."""
+    if model.config.head not in ("classes", "scalar"):
+        raise ConfigError(f"classify: the model's head is {model.config.head}; it has no classes. Train some with: "
+                          "objective: classify")  # fmt: skip
+    if isinstance(batch, Tensor):
+        return model.head(model.hidden(batch)[:, 0])  # type: ignore[no-any-return]
+    if int(batch.ids_RT.max()) >= model.config.vocab:
+        raise DataError(f"token id {int(batch.ids_RT.max())}: the model has {model.config.vocab:,} rows; is it its "
+                        "tokenizer?")  # fmt: skip
+    if len(batch.row_B) == len(batch.ids_RT) == 1:  # one text: nothing to keep it apart from
+        hidden_RTD = model.hidden(batch.ids_RT)
+    else:
+        hidden_RTD = model.hidden(batch.ids_RT, positions_BT=batch.positions_RT, segments_BT=batch.segments_RT)
+    places_B = batch.last_B if model.config.causal else batch.first_B
+    return model.head(hidden_RTD[batch.row_B, places_B])  # type: ignore[no-any-return]
+
+
+@torch.inference_mode()
+def predict(
+    model: Transformer, examples: Sequence[Sequence[int]] | Pictures, *, batch: int = 64
+) -> NDArray[np.float32]:
+    """Logits of all examples, [N, C] float32, in their order. Texts are given as ids (`encode_framed`)."""
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    found: NDArray[np.float32] = np.empty((len(examples), model.config.classes), np.float32)
+    order = list(range(len(examples)))
+    if not isinstance(examples, Pictures):
+        order.sort(key=lambda i: len(examples[i]))
+    try:
+        for start in range(0, len(order), batch):
+            chosen = order[start : start + batch]
+            taken: Together | Tensor = (
+                examples.take(chosen) if isinstance(examples, Pictures) else together([examples[i] for i in chosen])
+            )
+            found[chosen] = class_scores(model, taken.to(device)).float().cpu().numpy()
+    finally:
+        model.train(was_training)
+    return found
+
+
+def score_classes(
+    model: Transformer,
+    tokenizer: Tokenizer | None,
+    examples: Sequence[Labeled] | Pictures,
+    *,
+    context: int | None = None,
+    positive: str | None = None,
+) -> dict[str, Any]:
+    """Accuracy, F1 and the rest of `figures` on held-out examples, and `loss` in nats.
+
+    Raises DataError, naming file and line, for a label that the model has no class for.
+    """
+    names = class_names(model.config)
+    if isinstance(examples, Pictures):
+        truth = numbers_of(examples.labels, examples.where, names)
+        fits(model, examples)
+        logits = predict(model, examples)
+    else:
+        if tokenizer is None:
+            raise ConfigError("classify: texts need a tokenizer; this model has none")
+        truth = numbers_of([e.label for e in examples], [e.where for e in examples], names)
+        room = min(context or model.config.context, model.config.context)
+        ids, _ = encode_framed(tokenizer, [e.text for e in examples], room)
+        logits = predict(model, ids)
+    return {**figures(truth, logits.argmax(1).tolist(), names, positive), "loss": loss_of(logits, truth)}
+
+
+def fits(model: Transformer, examples: Pictures) -> None:
+    """Raises DataError where the model takes pictures of another size, or none."""
+    image = model.config.image
+    if image is None:
+        raise DataError(f"these are pictures; a {model.config.family} model reads text. Give texts, or a vit model")
+    wanted = (image.channels, image.size, image.size)
+    if examples.shape != wanted:
+        spelled = ["x".join(map(str, shape)) for shape in (examples.shape, wanted)]
+        raise DataError(
+            f"the pictures are {spelled[0]} (channels, height, width), the model takes {spelled[1]}; "
+            f"give resize={image.size}, or pictures of that kind"
+        )
+
+
+def loss_of(logits: NDArray[np.float32], truth: Sequence[int]) -> float:
+    """Mean cross entropy in nats."""
+    return float(torch.nn.functional.cross_entropy(torch.from_numpy(logits).double(), torch.tensor(truth)))
+
+
+def figures(
+    truth: Sequence[int], predicted: Sequence[int], names: Sequence[str], positive: str | None = None
+) -> dict[str, Any]:
+    """{accuracy, f1_macro, f1, positive, n, classes, confusion, by_class}.
+
+    f1_macro: the mean over all classes; one that is neither there nor said counts as 0. f1: of the positive class,
+    where there are two (default: the second); else None. confusion[i][j]: how many of class i were taken for class j.
+    by_class: precision, recall, f1 and n of each; 0 where nothing was said or there. Raises ConfigError for a
+    `positive` that is no class.
+    """
+    C = len(names)
+    confusion: NDArray[np.int64] = np.zeros((C, C), np.int64)
+    np.add.at(confusion, (np.asarray(truth, np.int64), np.asarray(predicted, np.int64)), 1)
+    right = confusion.diagonal().astype(np.float64)
+    said, there = confusion.sum(0), confusion.sum(1)
+    precision, recall = right / np.maximum(said, 1), right / np.maximum(there, 1)
+    f1 = 2 * right / np.maximum(said + there, 1)
+    if positive is None and C == 2:
+        positive = names[1]
+    if positive is not None and positive not in names:
+        raise ConfigError(f'positive is "{positive}"; the classes are {", ".join(names)}')
+    return {
+        "accuracy": float(right.sum() / max(len(truth), 1)),
+        "f1_macro": float(f1.mean()),
+        "f1": None if positive is None else float(f1[list(names).index(positive)]),
+        "positive": positive,
+        "n": len(truth),
+        "classes": list(names),
+        "confusion": confusion.tolist(),
+        "by_class": {
+            name: {"precision": float(p), "recall": float(r), "f1": float(f), "n": int(n)}
+            for name, p, r, f, n in zip(names, precision, recall, f1, there, strict=True)
+        },
+    }

@@ -1,0 +1,212 @@
+"""lm-evaluation-harness on a lapis model: its tasks, its prompts and its metrics, our forward pass.
+
+    run_tasks(model, tokenizer, ["arc_easy", "hellaswag"])               -> {task: {metric: value}}
+    import lapis.evaluation.harness                                        # then lm_eval knows "lapis"
+    lm_eval.simple_evaluate("lapis", model_args="pretrained=runs/chat", tasks=["arc_easy"])
+
+Needs lm-eval (`lapis[eval]`), which nothing else of lapis imports. Scores are those that it gives for the same folder
+with its own "hf" model. A task file may name Python that lm-eval runs: give folders that you trust.
+Leaves out: pictures, more than one process, models that are not causal.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lapis.errors import ConfigError, DataError, MissingExtra
+from lapis.evaluation.score import Precision, Scored, likelihoods
+from lapis.generation.generate import generate_batch
+from lapis.generation.options import Sampling
+from lapis.model.load import load
+from lapis.model.transformer import Transformer
+from lapis.text.chat.chat import render
+from lapis.text.tokenizer.tokenizer import Tokenizer
+
+try:
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+    from lm_eval.utils import get_rolling_token_windows
+except ImportError:
+    raise MissingExtra("lm-evaluation-harness: lm-eval", "eval") from None
+
+
+@register_model("lapis")
+class LapisLM(TemplateLM):  # type: ignore[misc]
+    """A causal lapis model as lm-eval's LM.
+
+    pretrained: a folder, or a model with its tokenizer. max_length: tokens at once, by default the model's context.
+    batch_size: replies generated at once. precision: "bf16" is faster where the machine has it.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | Path | Transformer,
+        tokenizer: Tokenizer | None = None,
+        *,
+        dtype: str | None = None,
+        device: str | None = None,
+        batch_size: int | str | None = None,
+        max_batch_size: int | None = None,
+        max_length: int | None = None,
+        max_gen_toks: int = 256,
+        precision: Precision = "float32",
+    ) -> None:
+        super().__init__()
+        if isinstance(pretrained, Transformer):
+            if tokenizer is None:
+                raise ConfigError("eval: a model is given without its tokenizer")
+            self.model, self.text = pretrained, tokenizer
+        else:
+            kind = None if dtype in (None, "auto") else getattr(torch, str(dtype), None)
+            if dtype not in (None, "auto") and not isinstance(kind, torch.dtype):
+                raise ConfigError(f'eval: dtype is "{dtype}"; give float32, bfloat16 or float16')
+            self.model, self.text = load(pretrained, kind, device or "cpu"), tokenizer or Tokenizer.open(pretrained)
+        config = self.model.config
+        if config.head != "lm" or not config.causal:
+            raise ConfigError(f"eval: a {config.family} model with the head {config.head} does not continue text")
+        self.max_length = min(max_length or config.context, config.context)
+        self.max_gen_toks, self.precision = max_gen_toks, precision
+        self.batch_size = batch_size if isinstance(batch_size, int) else max_batch_size or 32
+        self._device = self.model.embed.weight.device
+        self._templated = False
+
+    @property
+    def eot_token_id(self) -> int | None:
+        return self.text.eos_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text that has no other context."""
+        found = self.text.bos_id if self.text.bos_id is not None else self.text.eos_id
+        if found is None:
+            raise DataError(f"{self.text.source}: has no token that a document begins with (eos_token or bos_token)")
+        return found
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.text.digest()
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Ids; with what the tokenizer puts before a text, unless told otherwise or it stands there already.
+
+        Text that spells a special token is plain text, but for what the chat template wrote.
+        """
+        bos = self.text.named.get("bos_token")
+        begun = self._templated and bos is not None and string.startswith(bos)
+        around = not begun if add_special_tokens is None else add_special_tokens
+        return self.text.encode(string, special=self._templated, add_special_tokens=around)
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
+    ) -> list[tuple[float, bool]]:
+        found = []
+        for _, context, continuation in requests:
+            ids = (context + continuation)[-(self.max_length + 1) :]
+            first = max(1, len(ids) - len(continuation))
+            found.append(Scored(ids, [place >= first for place in range(len(ids))]))
+        scores = likelihoods(self.model, found, precision=self.precision)
+        return [(-nats, greedy) for nats, greedy in scores]
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood of whole texts, in the windows that lm-eval itself makes."""
+        windows: list[Scored] = []
+        counts: list[int] = []
+        for request in requests:
+            ids = self.tok_encode(request.args[0])
+            before = len(windows)
+            for seen, said in get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1):
+                whole = [*seen, said[-1]]
+                windows.append(Scored(whole, [place >= len(whole) - len(said) for place in range(len(whole))]))
+            counts.append(len(windows) - before)
+        scores = iter(likelihoods(self.model, windows, precision=self.precision))
+        return [-sum(next(scores)[0] for _ in range(count)) for count in counts]
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """Replies up to a stop text; those that ask for the same options share batches."""
+        found = [""] * len(requests)
+        groups: dict[str, list[int]] = {}
+        for number, request in enumerate(requests):
+            groups.setdefault(repr(request.args[1]), []).append(number)
+        for numbers in groups.values():
+            sampling = self._sampling(requests[numbers[0]].args[1])
+            room = self.max_length - sampling.max_tokens
+            if room < 1:
+                raise ConfigError(f"eval: a task asks for {sampling.max_tokens} new tokens; the model's context is "
+                                  f"{self.max_length}, give max_gen_toks")  # fmt: skip
+            prompts = [self.tok_encode(requests[number].args[0])[-room:] for number in numbers]
+            replies = generate_batch(self.model, self.text, prompts, sampling, batch_size=self.batch_size)
+            for number, reply in zip(numbers, replies, strict=True):
+                found[number] = reply.text
+        return found
+
+    def _sampling(self, asked: Mapping[str, Any]) -> Sampling:
+        until = asked.get("until") or []
+        length = next((asked[name] for name in _LENGTHS if asked.get(name) is not None), self.max_gen_toks)
+        return Sampling(
+            temperature=float(asked.get("temperature") or 0.0) if asked.get("do_sample", True) else 0.0,
+            top_p=float(asked.get("top_p") or 1.0),
+            top_k=int(asked.get("top_k") or 0),
+            max_tokens=int(length),
+            stop=tuple(text for text in ([until] if isinstance(until, str) else until) if text),
+            seed=0,
+        )
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        self._templated = True
+        return render(self.text, chat_history, add_generation_prompt=add_generation_prompt)
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        return self.text.chat_template if chat_template else None
+
+
+_LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+
+
+def run_tasks(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    tasks: Sequence[str],
+    *,
+    folder: str | Path | None = None,
+    fewshot: int | None = None,
+    limit: int | None = None,
+    chat: bool = False,
+    precision: Precision = "float32",
+) -> dict[str, dict[str, float]]:
+    """{task: {metric: value}} of lm-eval's tasks, or of the task files in `folder`.
+
+    fewshot: examples before each question (None = as the task says). limit: questions of each task. chat: ask through
+    the chat template. Raises ConfigError for a task that is not known.
+    """
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=None if folder is None else str(folder), include_defaults=folder is None)
+    unknown = [task for task in tasks if task not in manager.all_tasks]
+    if unknown:
+        from lapis.config import nearest
+
+        raise ConfigError(f'eval: there is no task "{unknown[0]}"; {nearest(unknown[0], manager.all_tasks)[:300]}')
+    results = simple_evaluate(
+        LapisLM(model, tokenizer, precision=precision),
+        tasks=list(tasks),
+        num_fewshot=fewshot,
+        limit=limit,
+        apply_chat_template=chat,
+        task_manager=manager,
+        bootstrap_iters=0,
+        log_samples=False,
+    )
+    assert results is not None
+    return {task: _numbers(found) for task, found in results["results"].items()}
+
+
+def _numbers(found: Mapping[str, Any]) -> dict[str, float]:
+    """Metrics without the filter's name where it is the usual one, "none"."""
+    return {
+        name.removesuffix(",none"): float(value)
+        for name, value in found.items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and name != "sample_len"
+    }

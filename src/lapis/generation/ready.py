@@ -1,0 +1,131 @@
+"""A model made ready to generate: weights packed once into the order in which the processor reads them.
+
+One token at a time, a model is as fast as its weights can be read. oneDNN reads a packed weight at the memory's full
+speed and the usual layout at two thirds of it (benchmarks/results/), with the same sums. A packed model only generates:
+it has no weights left to train, save or look into. Leaves out quantization; GPUs, where nothing needs packing.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lapis.checkpoint import Checkpoint, open_checkpoint
+from lapis.errors import ConfigError
+from lapis.generation.options import Runtime
+from lapis.model.adapter import fold
+from lapis.model.heads import LanguageHead
+from lapis.model.load import load
+from lapis.model.transformer import Mlp, Transformer
+from lapis.text.tokenizer.tokenizer import Tokenizer
+
+
+class PackedLinear(nn.Module):
+    """A linear layer, y = x W^T + b, whose weight lies in oneDNN's blocked layout."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
+        self._bias = None if bias is None else bias.detach()
+
+    def forward(self, x: Tensor, activation: str = "none") -> Tensor:
+        """activation: "none", or "swish", applied before the sum is rounded."""
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, activation, [], "")
+        return y
+
+    def times(self, x: Tensor, other: Tensor) -> Tensor:
+        """y * other, multiplied before it is rounded."""
+        y: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, other, self._packed, self._bias, "mul")
+        return y
+
+
+class PackedSwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)) in three products; what lies between them takes no pass of its own."""
+
+    def __init__(self, gate: PackedLinear, up: PackedLinear, down: PackedLinear) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = gate, up, down
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        out: Tensor = self.down(self.up.times(x_BTD, self.gate(x_BTD, "swish")))
+        return out
+
+
+def open_ready(folder: str | Path, runtime: Runtime = Runtime()) -> tuple[Transformer, Tokenizer]:  # noqa: B008
+    """A folder's model, packed, and its tokenizer, which is opened while the weights are read.
+
+    Raises CheckpointError for what is damaged, and for a tokenizer with more tokens than the embedding has rows;
+    ConfigError for a device that is not there.
+    """
+    device = _device(runtime.device)
+    checkpoint = open_checkpoint(folder, adapters=True)
+    with ThreadPoolExecutor(1) as pool:
+        opening = pool.submit(_tokenizer, checkpoint)
+        dtype: torch.dtype | None = getattr(torch, runtime.dtype) if runtime.dtype else None
+        adapted = checkpoint.adapter is not None
+        model = load(checkpoint, dtype, device, placed=None if adapted else _pack)
+        model = ready(fold(model) if adapted else model)
+        tokenizer = opening.result()
+    tokenizer.check_rows(model.config.vocab)
+    return model, tokenizer
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise ConfigError(
+            f'device is "{name}"; this machine has {"cpu, cuda" if torch.cuda.is_available() else "cpu"}'
+        ) from None
+    return device
+
+
+def _tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+    tokenizer = Tokenizer.open(checkpoint)
+    _ = tokenizer.end_ids  # asks the chat template, in a process that takes a moment to start
+    return tokenizer
+
+
+@torch.inference_mode()
+def ready(model: Transformer) -> Transformer:
+    """The same model, packed in place and in evaluation mode. Does nothing more where packing does not apply.
+
+    Each weight is dropped as soon as it is packed, so the peak is one weight more. A tied embedding stays beside the
+    packed head, since its rows are looked up.
+    """
+    for name in [name for name, _ in model.named_modules()]:  # names only: a list of modules would keep their weights
+        _pack(model, name)
+    for name, mlp in [(name, module) for name, module in model.named_modules() if isinstance(module, Mlp)]:
+        layers: list[nn.Module | None] = [mlp.gate, mlp.up, mlp.down]
+        packed = [layer for layer in layers if isinstance(layer, PackedLinear)]
+        if len(packed) == 3 and mlp.activation is F.silu:
+            model.set_submodule(name, PackedSwiGLU(*packed))
+    head = model.head
+    if type(head) is LanguageHead and head.matrix.device.type == "cpu" and _packs(head.matrix.dtype):
+        model.head = PackedLinear(head.matrix, head.bias)
+    return model.eval()
+
+
+def _pack(model: nn.Module, name: str) -> None:
+    """Puts a packed layer in the place of the linear layer of that name, if it is one."""
+    module = model.get_submodule(name)
+    if type(module) is nn.Linear and module.weight.device.type == "cpu" and _packs(module.weight.dtype):
+        model.set_submodule(name, PackedLinear(module.weight, module.bias))
+
+
+@cache
+def _packs(dtype: torch.dtype) -> bool:
+    """Whether this build of torch, on this processor, has packed linear layers that give the usual results."""
+    if dtype not in (torch.bfloat16, torch.float32):
+        return False
+    try:
+        weight, x = torch.eye(8, dtype=dtype), torch.arange(8, dtype=dtype)[None]
+        return torch.equal(PackedLinear(weight, None)(x), x)
+    except (AttributeError, RuntimeError):
+        return False

@@ -1,0 +1,1 @@
+"""Two models and examples in, the layers to tune or to merge out, with evidence and a control."""

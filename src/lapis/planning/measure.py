@@ -1,0 +1,223 @@
+"""What a plan measures with: chats, plain text and questions, as ids that can be run from any layer on.
+
+Hidden states before a changed layer do not change, so they are kept at that layer's input and only the layers from
+there on are run. One hidden state per token is held, whatever the number of layers.
+
+Shapes: B sequences, T places, R scored places, D model dim, V vocabulary.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lapis.errors import DataError
+from lapis.evaluation.choices import Choice, scored_choices
+from lapis.evaluation.score import Scored
+from lapis.evaluation.text import windows_of
+from lapis.model.transformer import Transformer
+from lapis.text.chat.chat import encode_chat
+from lapis.text.corpus.corpus import Chat
+from lapis.text.tokenizer.tokenizer import Tokenizer
+
+BATCH = 4096  # places of one batch
+LOGITS = 1 << 23  # elements of logits at once
+COMPARED = 512  # places of each kind at which whole distributions are compared
+WINDOW = 256  # tokens of a window of text
+
+
+@dataclass(frozen=True)
+class Exam:
+    """chats, text, choices: sequences with the places that are scored. size: bytes of the text. prompts: the chats."""
+
+    chats: list[Scored]
+    text: list[Scored] = field(default_factory=list)
+    size: int = 0
+    choices: list[Scored] = field(default_factory=list)
+    questions: list[Choice] = field(default_factory=list)
+    prompts: list[Sequence[Mapping[str, Any]]] = field(default_factory=list)
+    ends: frozenset[int] = frozenset()
+
+    @property
+    def tokens(self) -> dict[str, int]:
+        return {kind: sum(len(s.ids) for s in getattr(self, kind)) for kind in ("chats", "text", "choices")}
+
+
+def make_exam(
+    tokenizer: Tokenizer,
+    chats: Iterable[Chat],
+    texts: Iterable[str] = (),
+    questions: Sequence[Choice] = (),
+    *,
+    context: int = WINDOW,
+    limit: int = 64,
+) -> Exam:
+    """The first `limit` chats, and as many tokens of text, in windows of `context`. Raises DataError for none."""
+    sequences: list[Scored] = []
+    prompts: list[Sequence[Mapping[str, Any]]] = []
+    for chat in chats:
+        if len(sequences) == limit:
+            break
+        ids, said = encode_chat(tokenizer, chat.messages)
+        if any(said[1 : context + 1]):
+            sequences.append(Scored(ids[: context + 1], said[: context + 1]))
+            prompts.append(chat.messages)
+    if not sequences:
+        raise DataError(f"plan: no chat has an assistant token within its first {context} tokens; give other --chats")
+    lead = tokenizer.eos_id if tokenizer.eos_id is not None and not tokenizer.adds_bos else tokenizer.bos_id
+    windows: list[Scored] = []
+    size, room = 0, max(limit * 128, 1)
+    for text in texts:
+        if room <= 0:
+            break
+        ids = tokenizer.encode(text)[:room]
+        kept = text if len(ids) < room else tokenizer.decode(ids)
+        if ids and lead is not None:
+            windows += windows_of([lead, *ids], context)
+            size, room = size + len(kept.encode()), room - len(ids)
+    return Exam(
+        sequences, windows, size,
+        [s for q in questions for s in scored_choices(tokenizer, q, context)], list(questions),
+        [m for m in prompts if m[0].get("role") != "assistant"], frozenset(tokenizer.end_ids),
+    )  # fmt: skip
+
+
+@dataclass
+class Batch:
+    """Sequences of like length. x_BTD: their hidden states at the input of the layer that was reached."""
+
+    kind: str
+    order: list[int]
+    ids_BT: Tensor
+    rows_R: Tensor
+    places_R: Tensor
+    targets_R: Tensor
+    ending_R: Tensor  # bool: the target ends a turn
+    compared_C: Tensor  # which of the scored places are compared
+    x_BTD: Tensor = field(default_factory=lambda: torch.empty(0))
+    shared: Any = None
+    reference_CD: Tensor | None = None
+
+
+class Runner:
+    """Runs an exam on a model, whole or from a layer on."""
+
+    def __init__(self, model: Transformer, exam: Exam) -> None:
+        self.model, self.exam = model, exam
+        self.batches = [b for kind in ("chats", "text", "choices") for b in _batches(kind, exam)]
+        self.passes = 0.0  # forward passes over the whole exam so far
+
+    @torch.no_grad()
+    def start(self) -> None:
+        """Hidden states at the input of layer 0."""
+        for batch in self.batches:
+            batch.x_BTD, batch.shared = self.model.start(batch.ids_BT)
+
+    @torch.no_grad()
+    def advance(self, layer: int) -> None:
+        """From the input of `layer` to that of the next."""
+        block = self.model.blocks[layer]
+        for batch in self.batches:
+            batch.x_BTD = block(batch.x_BTD, batch.shared)
+        self.passes += 1 / self.model.config.layers
+
+    @torch.no_grad()
+    def score(self, layer: int = 0, *, keep: bool = False) -> dict[str, float]:
+        """The figures of the model as it stands, from the input of `layer` on.
+
+        response_nll (nats per token), stop (mean probability of the end token where a reply ends), bits_per_byte,
+        right_nll (nats of a right choice), accuracy, kl_chats and kl_text (nats per token, from the distributions that
+        the last call with keep=True saw to these).
+        """
+        totals: dict[str, list[float]] = {}
+        nats: dict[int, float] = {}
+        for batch in self.batches:
+            y_BTD = batch.x_BTD
+            for block in self.model.blocks[layer:]:
+                y_BTD = block(y_BTD, batch.shared)
+            hidden_RD = self.model.end(y_BTD)[batch.rows_R, batch.places_R]
+            nll_R = self._nll(hidden_RD, batch.targets_R)
+            _add(totals, batch.kind, float(nll_R.double().sum()), len(nll_R))
+            if batch.kind == "chats" and bool(batch.ending_R.any()):
+                _add(totals, "stop", float((-nll_R[batch.ending_R]).exp().sum()), int(batch.ending_R.sum()))
+            if batch.kind == "choices":
+                sums_B = torch.zeros(len(batch.order), dtype=torch.float64).index_add_(0, batch.rows_R, nll_R.double())
+                nats |= dict(zip(batch.order, sums_B.tolist(), strict=True))
+            compared_CD = hidden_RD[batch.compared_C]
+            if keep:
+                batch.reference_CD = compared_CD.clone()
+            if batch.reference_CD is not None and batch.kind != "choices":
+                _add(totals, f"kl_{batch.kind}", self._kl(batch.reference_CD, compared_CD), len(compared_CD))
+        self.passes += 1 - layer / self.model.config.layers
+        return self._figures(totals, nats)
+
+    def _nll(self, hidden_RD: Tensor, targets_R: Tensor) -> Tensor:
+        parts = []
+        rows = max(16, LOGITS // self.model.config.vocab)
+        for first in range(0, len(hidden_RD), rows):
+            logits_RV = self.model.head(hidden_RD[first : first + rows]).float()
+            picked_R = logits_RV.gather(1, targets_R[first : first + rows, None])[:, 0]
+            parts.append(logits_RV.logsumexp(-1) - picked_R)
+        return torch.cat(parts) if parts else torch.zeros(0)
+
+    def _kl(self, reference_CD: Tensor, hidden_CD: Tensor) -> float:
+        total = 0.0
+        rows = max(16, LOGITS // self.model.config.vocab)
+        for first in range(0, len(hidden_CD), rows):
+            old, new = (self.model.head(x[first : first + rows]).float().log_softmax(-1)
+                        for x in (reference_CD, hidden_CD))  # fmt: skip
+            total += float((old.exp() * (old - new)).sum())
+        return total
+
+    def _figures(self, totals: dict[str, list[float]], nats: dict[int, float]) -> dict[str, float]:
+        found = {"response_nll": _mean(totals, "chats")}
+        if "stop" in totals:
+            found["stop"] = _mean(totals, "stop")
+        if "text" in totals:
+            found["bits_per_byte"] = totals["text"][0] / math.log(2) / self.exam.size
+        found |= {key: _mean(totals, key) for key in ("kl_chats", "kl_text") if key in totals}
+        if nats:
+            at, right, wanted = 0, 0, 0.0
+            for question in self.exam.questions:
+                costs = [nats[at + i] for i in range(len(question.choices))]
+                at += len(costs)
+                right += costs.index(min(costs)) == question.answer
+                wanted += costs[question.answer]
+            found |= {"accuracy": right / len(self.exam.questions), "right_nll": wanted / len(self.exam.questions)}
+        return found
+
+
+def _add(totals: dict[str, list[float]], key: str, value: float, count: int) -> None:
+    entry = totals.setdefault(key, [0.0, 0])
+    entry[0] += value
+    entry[1] += count
+
+
+def _mean(totals: dict[str, list[float]], key: str) -> float:
+    return totals[key][0] / max(totals[key][1], 1)
+
+
+def _batches(kind: str, exam: Exam) -> Iterable[Batch]:
+    sequences: list[Scored] = getattr(exam, kind)
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i].ids))
+    scored = sum(sum(s.said[1:]) for s in sequences)
+    step = max(1, scored // COMPARED)
+    while order:
+        count = 1
+        while count < len(order) and len(sequences[order[count]].ids) * (count + 1) <= BATCH:
+            count += 1
+        chosen, order = order[:count], order[count:]
+        longest = len(sequences[chosen[-1]].ids)
+        ids_BT = torch.zeros(count, longest, dtype=torch.int64)
+        said_BT = torch.zeros(count, longest, dtype=torch.bool)
+        for row, i in enumerate(chosen):
+            ids_BT[row, : len(sequences[i].ids)] = torch.tensor(sequences[i].ids)
+            said_BT[row, : len(sequences[i].ids)] = torch.tensor(sequences[i].said)
+        rows_R, places_R = said_BT[:, 1:].nonzero(as_tuple=True)
+        targets_R = ids_BT[rows_R, places_R + 1]
+        ending_R = torch.isin(targets_R, torch.tensor(sorted(exam.ends), dtype=torch.int64))
+        compared_C = torch.arange(0, len(rows_R), step)
+        yield Batch(kind, chosen, ids_BT[:, :-1], rows_R, places_R, targets_R, ending_R, compared_C)

@@ -1,0 +1,159 @@
+"""A chat whose own text cannot become special tokens: rendered with guards, encoded without them.
+
+Where a chat spells a special token, a private character stands after its first character while the template runs. In
+the text that comes back the unbroken ones are the template's own; what lies between them is encoded as plain text. A
+chat that spells none, which is nearly all, is rendered and encoded as it is. Leaves out: whose the tokens are
+(turns.py).
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+from lapis.errors import DataError, TemplateError
+from lapis.text.chat.template import Rendering, render_jobs
+from lapis.text.tokenizer.tokenizer import Tokenizer
+
+Message = Mapping[str, Any]
+_GUARDS = tuple(chr(code) for code in range(0xE9A0, 0xE9C0))  # private use; one that the chat lacks is taken
+
+
+class Guarded:
+    """One chat with its template and its tokenizer. source: the template. messages, variables: what it is given.
+
+    Raises TemplateError where there is no template.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, messages: Sequence[Message], variables: Mapping[str, Any]) -> None:
+        self.tokenizer = tokenizer
+        self.source = template_for(tokenizer, variables["tools"])
+        self.guard = ""
+        spelled = _pattern(tuple(token for token in tokenizer.special if len(token) > 1))
+        own = {name: value for name, value in variables.items() if name not in tokenizer.named}
+        if _any_text(messages, spelled) or _any_text(own, spelled):
+            written = json.dumps([messages, own], ensure_ascii=False, default=str)
+            self.guard = next(g for g in _GUARDS if g not in written and f"\\u{ord(g):04x}" not in written)
+            messages = _break(messages, spelled, self.guard)
+            variables = {**variables, **_break(own, spelled, self.guard)}
+        self.messages = messages
+        self.variables = variables
+
+    def try_render(self, messages: Sequence[Message]) -> str | None:
+        """The text of a chat like this one, or None where the template refuses it."""
+        (found,) = render_jobs(self.source, messages, [(len(messages), False)], self.variables)
+        return None if found.error else found.text
+
+    def render(self, jobs: Sequence[tuple[int, bool]]) -> list[Rendering]:
+        """The chat up to each place. The first must succeed; another that the template refuses has its error."""
+        found = render_jobs(self.source, self.messages, jobs, self.variables)
+        checked(found[0])
+        if self.guard:  # a template may have written it in JSON's escapes
+            escaped = f"\\u{ord(self.guard):04x}"
+            if any(escaped in rendering.text for rendering in found):
+                raise DataError("the chat spells a special token where the template writes escaped JSON; take it out")
+        return found
+
+    def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids, and for each the [start, end) of its characters in the text."""
+        if not self.guard:
+            return self.tokenizer.encode_spans(text, special=True)
+        ids: list[int] = []
+        places: list[tuple[int, int]] = []
+        position = 0
+        for match in _added_pattern(self.tokenizer).finditer(text):
+            self._encode_plain(text, position, match.start(), ids, places)
+            found = self.tokenizer.id(match.group(match.lastgroup or 0))
+            assert found is not None
+            ids.append(found)
+            places.append(match.span())
+            position = match.end()
+        self._encode_plain(text, position, len(text), ids, places)
+        return ids, places
+
+    def _encode_plain(self, text: str, start: int, end: int, ids: list[int], places: list[tuple[int, int]]) -> None:
+        kept = [i for i in range(start, end) if text[i] != self.guard]
+        if not kept:
+            return
+        piece = "".join(text[i] for i in kept)
+        found, spans = self.tokenizer.encode_spans(piece)
+        if start and not _stands_alone(self.tokenizer):
+            # SentencePiece puts a space before a text, but not after a special token; a line break takes that place
+            lead = self.tokenizer.encode("\n")
+            longer, moved = self.tokenizer.encode_spans("\n" + piece)
+            if longer[: len(lead)] == lead:
+                found, spans = longer[len(lead) :], [(a - 1, b - 1) for a, b in moved[len(lead) :]]
+        ids += found
+        places += [(kept[a], kept[b - 1] + 1) if b > a else (kept[min(a, len(kept) - 1)],) * 2 for a, b in spans]
+
+
+def template_for(tokenizer: Tokenizer, tools: Sequence[Mapping[str, Any]] | None = None) -> str:
+    """The template for a chat: "tool_use" where there are tools and such a template, else the default."""
+    if tools is not None and "tool_use" in tokenizer.templates:
+        return tokenizer.templates["tool_use"]
+    if tokenizer.chat_template is None:
+        has = f"only {', '.join(tokenizer.templates)}" if tokenizer.templates else "none"
+        raise TemplateError(
+            f"{tokenizer.source}: a chat needs a chat template, and there is {has}; "
+            "add a chat_template to tokenizer_config.json, or give plain text"
+        )
+    return tokenizer.chat_template
+
+
+def checked(rendering: Rendering) -> Rendering:
+    if rendering.error is not None:
+        raise TemplateError(f"the chat template refuses the chat: {rendering.error}")
+    return rendering
+
+
+@lru_cache(maxsize=64)
+def _pattern(tokens: tuple[str, ...]) -> re.Pattern[str]:
+    """Any of the tokens, the longest first; without any, what never matches."""
+    return re.compile("|".join(re.escape(t) for t in sorted(tokens, key=len, reverse=True)) or "(?!)")
+
+
+def end_pattern(tokenizer: Tokenizer) -> re.Pattern[str]:
+    return _pattern(tuple(token for token in tokenizer.special if token.strip()))
+
+
+def _added_pattern(tokenizer: Tokenizer) -> re.Pattern[str]:
+    """All added tokens with the white space that they swallow; the group that matched is the token."""
+    tokens = sorted(tokenizer.added.values(), key=lambda token: len(token.content), reverse=True)
+    return _compiled(tuple((token.content, token.lstrip, token.rstrip) for token in tokens))
+
+
+@lru_cache(maxsize=16)
+def _compiled(tokens: tuple[tuple[str, bool, bool], ...]) -> re.Pattern[str]:
+    swallow = {True: r"\s*", False: ""}
+    parts = [
+        f"{swallow[left]}(?P<t{n}>{re.escape(content)}){swallow[right]}"
+        for n, (content, left, right) in enumerate(tokens)
+    ]
+    return re.compile("|".join(parts) or "(?!)")
+
+
+def _stands_alone(tokenizer: Tokenizer) -> bool:
+    """True where a piece after a special token has the ids that it has by itself (byte-level BPE)."""
+    token = next(iter(tokenizer.special), "")
+    return tokenizer.encode(f"{token}a", special=True)[-1:] == tokenizer.encode("a")[-1:] and len(
+        tokenizer.encode(f"{token}a", special=True)
+    ) == len(tokenizer.encode("a")) + bool(token)
+
+
+def _any_text(value: Any, pattern: re.Pattern[str]) -> bool:
+    if isinstance(value, str):
+        return pattern.search(value) is not None
+    if isinstance(value, Mapping):
+        return any(_any_text(item, pattern) for item in value.values())
+    return isinstance(value, (list, tuple)) and any(_any_text(item, pattern) for item in value)
+
+
+def _break(value: Any, pattern: re.Pattern[str], guard: str) -> Any:
+    if isinstance(value, str):
+        while pattern.search(value):  # more than once where special tokens overlap
+            value = pattern.sub(lambda match: match[0][0] + guard + match[0][1:], value)
+        return value
+    if isinstance(value, Mapping):
+        return {name: _break(item, pattern, guard) for name, item in value.items()}
+    return [_break(item, pattern, guard) for item in value] if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,304 @@
+"""Documents and chats -> arrays of tokens: what a worker does with one part of a corpus.
+
+Documents follow one another without gaps; each begins with the end-of-text token (or BOS, where the tokenizer puts one
+before every text). Chats are laid into rows whole, best fit first, among at most GROUP of them, so that memory is
+bounded. Arrays go to files as they grow, or stay in memory.
+Leaves out: reading (shares.py), who does which part (claims.py), rows (rows.py).
+"""
+
+import bisect
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lapis.errors import DataError, TemplateError
+from lapis.text.chat.chat import encode_turns
+from lapis.text.corpus.corpus import Chat, Document
+from lapis.text.rows.corpus_parts import Stretch, named
+from lapis.text.tokenizer.tokenizer import Tokenizer
+
+GROUP = 1 << 16  # chats that are laid into rows together
+_BATCH = 1_000_000  # characters that are encoded at once
+Report = Callable[[int, int], None]  # texts done, tokens written
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What rows are to be: documents or chats, of so many tokens; a longer chat is cut at its end, or dropped."""
+
+    kind: str
+    length: int
+    too_long: Literal["cut", "drop"] = "cut"
+
+
+@dataclass
+class Shard:
+    """What came of a part. rows: of chats. digests: sha256 of each array. arrays: empty where they are in files."""
+
+    counts: dict[str, int]
+    rows: int
+    types: dict[str, tuple[str, int]]
+    digests: dict[str, str]
+    arrays: dict[str, NDArray[Any]]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"counts": self.counts, "rows": self.rows, "types": self.types, "digests": self.digests}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> "Shard":
+        types = {name: (str(kind), int(size)) for name, (kind, size) in value["types"].items()}
+        return cls(value["counts"], value["rows"], types, value["digests"], {})
+
+
+def write_shard(
+    items: Iterable[Any],
+    tokenizer: Tokenizer,
+    shape: Shape,
+    folder: Path | None = None,
+    *,
+    part: list[Stretch] | None = None,
+    report: Report | None = None,
+) -> Shard:
+    """The arrays of one part, in files `NAME.bin` of the folder, or in memory. part: where the items are from."""
+    sink = _Sink(folder)
+    try:
+        write = _write_chats if shape.kind == "chats" else _write_documents
+        counts, rows = write(iter(items), tokenizer, shape, sink, part or [], _told(report))
+        return Shard(counts, rows, sink.types, sink.digests(), sink.arrays())
+    finally:
+        sink.close()
+
+
+def assemble(shards: list[Shard], shape: Shape, tokenizer: Tokenizer) -> tuple[dict[str, Any], list[int]]:
+    """What rows.json says of the shards together, and the numbers of those that are not empty.
+
+    Raises DataError where nothing is left to learn from.
+    """
+    used = [i for i, shard in enumerate(shards) if shard.types.get("tokens", ("", 0))[1]]
+    counts: dict[str, int] = {}
+    for shard in shards:
+        for name, number in shard.counts.items():
+            counts[name] = counts.get(name, 0) + number
+    if shape.kind == "chats":
+        if not used:
+            raise DataError(
+                f"no chat is left to learn from: {counts['dropped_long']:,} longer than {shape.length:,} tokens, "
+                f"{counts['dropped_silent']:,} without a token of the assistant in it; give a larger length"
+            )
+        rows = sum(shard.rows for shard in shards)
+    else:
+        if not used:
+            raise DataError("every document is empty; there is nothing to learn from")
+        rows = -(-counts["tokens"] // shape.length)
+    counts["padding"] = rows * shape.length - counts["tokens"]
+    digests = [sorted(shards[i].digests.items()) for i in used]
+    total = hashlib.sha256(json.dumps([shape.length, shape.kind == "chats", rows, digests]).encode())
+    info = {
+        "format": 2,
+        "kind": shape.kind,
+        "length": shape.length,
+        "rows": rows,
+        "vocab": tokenizer.rows,
+        "end": tokenizer.eos_id,
+        "pad": tokenizer.pad_id if tokenizer.pad_id is not None else tokenizer.eos_id,
+        "counts": counts,
+        "digest": total.hexdigest(),
+        "tokenizer": tokenizer.digest(),
+        "shards": [{"rows": shards[i].rows, "arrays": shards[i].types} for i in used],
+    }
+    return info, used
+
+
+class _Sink:
+    """Where arrays grow: files of a folder, or lists in memory. Takes the sha256 of what goes by."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+        self.hashes: dict[str, Any] = {}
+        self.types: dict[str, tuple[str, int]] = {}
+        self._files: dict[str, IO[bytes]] = {}
+        self._held: dict[str, list[NDArray[Any]]] = {}
+
+    def add(self, name: str, values: Any, dtype: str) -> None:
+        array = np.asarray(values, dtype)
+        if name not in self.hashes:
+            self.hashes[name] = hashlib.sha256()
+            if self.folder is not None:
+                self._files[name] = (self.folder / f"{name}.bin").open("wb")
+        raw = array.tobytes()
+        self.hashes[name].update(raw)
+        self.types[name] = (dtype, self.types.get(name, (dtype, 0))[1] + len(array))
+        if name in self._files:
+            self._files[name].write(raw)
+        else:
+            self._held.setdefault(name, []).append(array)
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """What lies in memory; nothing where it went to files, which are on the disk then."""
+        for file in self._files.values():
+            file.flush()
+            os.fsync(file.fileno())
+        return {name: np.concatenate(parts) for name, parts in self._held.items()}
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+
+    def digests(self) -> dict[str, str]:
+        return {name: found.hexdigest() for name, found in self.hashes.items()}
+
+
+def _told(report: Report | None) -> Report:
+    """The report, at most ten times a second."""
+    last = [time.monotonic()]
+
+    def tell(texts: int, tokens: int) -> None:
+        if report is not None and time.monotonic() - last[0] > 0.1:
+            last[0] = time.monotonic()
+            report(texts, tokens)
+
+    return tell
+
+
+def _wide(tokenizer: Tokenizer) -> str:
+    return "uint16" if tokenizer.rows <= 1 << 16 else "uint32"
+
+
+def _write_documents(
+    items: Iterator[Any], tokenizer: Tokenizer, shape: Shape, sink: _Sink, part: list[Stretch], tell: Report
+) -> tuple[dict[str, int], int]:
+    lead = tokenizer.bos_id if tokenizer.adds_bos else tokenizer.eos_id
+    wide = _wide(tokenizer)
+    place, done, empty, nbytes, going_on = 0, 0, 0, 0, False
+    for batch in _batches(items):
+        encoded = tokenizer.encode_batch([document.text for document in batch])
+        flat: list[int] = []
+        starts: list[int] = []
+        for document, ids in zip(batch, encoded, strict=True):
+            if not (going_on or document.rest):
+                if not ids and not document.more:
+                    empty += 1
+                    continue
+                starts.append(place + len(flat))
+                flat.append(lead)  # type: ignore[arg-type]
+                done += 1
+            flat += ids
+            nbytes += len(document.text.encode())
+            going_on = document.more
+        sink.add("tokens", flat, wide)
+        sink.add("starts", starts, "int64")
+        place += len(flat)
+        tell(done, place)
+    sink.add("starts", [place], "int64")
+    return {"documents": done, "empty": empty, "tokens": place, "supervised": place, "bytes": nbytes}, 0
+
+
+def _batches(items: Iterator[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    size = 0
+    for item in items:
+        if not isinstance(item, Document):
+            raise DataError(f"{item.where}: holds a chat where the files before hold documents; pack them apart")
+        batch.append(item)
+        size += len(item.text)
+        if size > _BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _write_chats(
+    items: Iterator[Any], tokenizer: Tokenizer, shape: Shape, sink: _Sink, part: list[Stretch], tell: Report
+) -> tuple[dict[str, int], int]:
+    names = ("chats", "tokens", "supervised", "cut_chats", "cut_tokens", "dropped_long", "dropped_silent")
+    counts = dict.fromkeys(names, 0)
+    length, wide = shape.length, _wide(tokenizer)
+    sizes: list[int] = []
+    place, rows, laid = 0, 0, 0
+
+    def lay() -> None:
+        """Lays the chats that are held into rows."""
+        nonlocal rows, laid
+        order, begins = best_fit(np.asarray(sizes, np.int64), length)
+        sink.add("order", order + laid, "int64")
+        sink.add("rows", begins[:-1] + laid, "int64")
+        rows, laid = rows + len(begins) - 1, laid + len(sizes)
+        sizes.clear()
+
+    for item in items:
+        if not isinstance(item, Chat):
+            raise DataError(f"{item.where}: holds a document where the files before hold chats; pack them apart")
+        try:
+            ids, mask = encode_turns(tokenizer, item.messages, tools=item.tools)
+        except (DataError, TemplateError) as error:
+            raise named(error, item, part) from None
+        mask[0] = False  # nothing stands before it from which it could be told
+        if len(ids) > length + 1:
+            if shape.too_long == "drop":
+                counts["dropped_long"] += 1
+                continue
+            counts["cut_chats"] += 1
+            counts["cut_tokens"] += len(ids) - length - 1
+            ids, mask = ids[: length + 1], mask[: length + 1]
+        if not any(mask):
+            counts["dropped_silent"] += 1
+            continue
+        sink.add("tokens", ids, wide)
+        sink.add("said", mask, "uint8")
+        sink.add("starts", [place], "int64")
+        place += len(ids)
+        sizes.append(len(ids) - 1)
+        counts["chats"] += 1
+        counts["tokens"] += len(ids) - 1
+        counts["supervised"] += sum(mask)
+        if len(sizes) == GROUP:
+            lay()
+        tell(counts["chats"], place)
+    if sizes:
+        lay()
+    if rows:
+        sink.add("starts", [place], "int64")
+        sink.add("rows", [laid], "int64")
+    return counts, rows
+
+
+def best_fit(sizes: NDArray[np.int64], length: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Which items share a row: the longest first, each into the fullest row that still holds it.
+
+    Returns the items in the order of rows, and where in it each row begins (and the last one ends). Best-fit decreasing
+    takes at most 22 % more rows than the least possible (Johnson et al., 1974). Time: n log(length), since rows with
+    the same room are one entry.
+    """
+    rows: list[list[int]] = []
+    room: dict[int, list[int]] = {}  # free places -> rows
+    rooms: list[int] = []  # the keys of `room`, sorted
+    for item in np.argsort(-sizes, kind="stable"):
+        size = int(sizes[item])
+        at = bisect.bisect_left(rooms, size)
+        if at < len(rooms):
+            free = rooms[at]
+            row = room[free].pop()
+            if not room[free]:
+                del room[free], rooms[at]
+            rows[row].append(int(item))
+        else:
+            free, row = length, len(rows)
+            rows.append([int(item)])
+        left = free - size
+        if left:
+            if left not in room:
+                bisect.insort(rooms, left)
+                room[left] = []
+            room[left].append(row)
+    ends = np.cumsum([0, *map(len, rows)], dtype=np.int64)
+    return np.fromiter(chain.from_iterable(rows), np.int64, len(sizes)), ends

@@ -1,0 +1,1 @@
+"""A tokenizer folder in, token ids out, and text from ids again; new tokenizers are trained and written here."""

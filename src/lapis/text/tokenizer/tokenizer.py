@@ -1,0 +1,326 @@
+"""A tokenizer folder: open what hubs hold, train a byte-level BPE, encode, decode, save.
+
+`tokenizer.json` does the work (the `tokenizers` library); `tokenizer_config.json` names the special tokens and holds
+the chat template. Text that looks like a special token is plain text, unless the caller says that the text is its own.
+Leaves out: the spellings that hubs have had for both (folder.py), chats (chat.py), SentencePiece model files.
+"""
+
+import json
+import re
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
+
+from lapis.errors import CheckpointError, ConfigError, DataError, LapisError
+
+END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+PAD, CLS, SEP, MASK = "[PAD]", "[CLS]", "[SEP]", "[MASK]"
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+TEMPLATES = "additional_chat_templates"
+_FLAGS = ("lstrip", "normalized", "rstrip", "single_word")
+
+
+class _HasFiles(Protocol):
+    """What is needed of an opened checkpoint."""
+
+    def beside(self) -> Path: ...
+
+
+class Tokenizer:
+    """Ids for text and text for ids. Thread-safe. Make one with `Tokenizer.open` or `train_tokenizer`.
+
+    named: special token by its name in templates ("bos_token", "eos_token", ...). templates: chat templates by name;
+    the usual one is "default". stop_ids: what config.json and generation_config.json call the end.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        named: Mapping[str, str],
+        templates: Mapping[str, str],
+        stop_ids: Sequence[int] = (),
+        source: str = "this tokenizer",
+        files: Mapping[str, bytes] | None = None,
+    ) -> None:
+        backend.no_truncation()  # a folder may carry the lengths of its last use
+        backend.no_padding()
+        self.source = source
+        self.named = dict(named)
+        self.templates = dict(templates)
+        self._stop_ids = tuple(stop_ids)
+        self._backend = backend
+        self._files = files
+        self._lock = threading.Lock()
+        self.added: dict[int, AddedToken] = backend.get_added_tokens_decoder()
+        self.special: dict[str, int] = {token.content: i for i, token in self.added.items() if token.special}
+
+    @classmethod
+    def open(cls, folder: "str | Path | _HasFiles") -> "Tokenizer":
+        """Opens a tokenizer or model folder. Raises CheckpointError or TemplateError, naming file and field."""
+        from lapis.text.tokenizer.folder import open_folder
+
+        return open_folder(Path(folder) if isinstance(folder, (str, Path)) else folder.beside())
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the files into an existing folder; what was opened and not changed keeps its bytes."""
+        for name, raw in (self._files or self._made_files()).items():
+            path = Path(folder) / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(raw)
+
+    def encode(self, text: str, special: bool = False, add_special_tokens: bool = False) -> list[int]:
+        """Ids of a text. special: text that spells a special token becomes that token; only for text of one's own.
+
+        add_special_tokens: also what the tokenizer puts around a text (a BOS token, BERT's [CLS] and [SEP]).
+        """
+        return self.encode_batch([text], special, add_special_tokens)[0]
+
+    def encode_batch(
+        self, texts: Sequence[str], special: bool = False, add_special_tokens: bool = False
+    ) -> list[list[int]]:
+        """Ids of many texts, on all cores."""
+        with self._lock:
+            self._backend.encode_special_tokens = not special
+            try:
+                found = self._backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
+            except (UnicodeEncodeError, TypeError):  # the library has a TypeError for half characters
+                _refuse_half_characters(texts)
+                raise
+        return [encoding.ids for encoding in found]
+
+    def encode_spans(self, text: str, special: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids, and for each the [start, end) of its characters in the text (a byte of a character has all of it)."""
+        with self._lock:
+            self._backend.encode_special_tokens = not special
+            try:
+                found = self._backend.encode(text, add_special_tokens=False)
+            except (UnicodeEncodeError, TypeError):
+                _refuse_half_characters([text])
+                raise
+        return found.ids, found.offsets
+
+    def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
+        """Text of ids. skip_special: leave special tokens out."""
+        ids = [int(i) for i in ids]
+        if ids and not (0 <= min(ids) and max(ids) < 2**32):
+            raise DataError(f"token id {min(ids) if min(ids) < 0 else max(ids)}: there is no such token")
+        return str(self._backend.decode(ids, skip_special_tokens=skip_special))
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens with the added ones. The highest id may be larger where ids have gaps: see `rows`."""
+        return int(self._backend.get_vocab_size(with_added_tokens=True))
+
+    @cached_property
+    def rows(self) -> int:
+        """Embedding rows that the ids need: the highest id plus one."""
+        return 1 + max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1)
+
+    def check_rows(self, rows: int) -> None:
+        """Raises CheckpointError where a token's id has no row in an embedding of `rows` rows. More rows are fine."""
+        beyond = sorted((i, token.content) for i, token in self.added.items() if i >= rows)
+        if beyond:
+            index, token = beyond[0]
+            raise CheckpointError(
+                f'{self.source}: the token "{token}" has id {index}, but the embedding has {rows:,} rows; '
+                "take it out of tokenizer_config.json, or add rows"
+            )
+        if self.rows > rows:
+            raise CheckpointError(f"{self.source}: needs {self.rows:,} embedding rows, but the model has {rows:,}")
+
+    def token(self, id: int) -> str:
+        """A token as the vocabulary spells it ("Ġhello")."""
+        token = self._backend.id_to_token(id) if 0 <= id < 2**32 else None
+        if token is None:
+            raise DataError(f"token id {id}: {self.source} has no such token")
+        return str(token)
+
+    def id(self, token: str) -> int | None:
+        """The id of a token as the vocabulary spells it, or None."""
+        found = self._backend.token_to_id(token)
+        return None if found is None else int(found)
+
+    def text(self, id: int) -> str:
+        """One token as a reader can see it: spaces as they are, control characters and half characters escaped."""
+        token = self.token(id)
+        if id not in self.added:
+            if self._byte_level:
+                try:
+                    token = bytes(_BYTE_OF[c] for c in token).decode(errors="backslashreplace")
+                except KeyError:
+                    pass
+            else:
+                token = token.replace("▁", " ")
+        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in token)
+
+    @cached_property
+    def byte_lengths(self) -> list[int]:
+        """Bytes of text that each id stands for, by id; 0 for special tokens. For bits per byte."""
+        lengths = [0] * self.rows
+        for token, index in self._backend.get_vocab(with_added_tokens=True).items():
+            if index in self.added:
+                lengths[index] = 0 if self.added[index].special else len(self.added[index].content.encode())
+            elif self._byte_level:
+                lengths[index] = len(token)
+            else:
+                lengths[index] = 1 if re.fullmatch("<0x[0-9A-F]{2}>", token) else len(token.replace("▁", " ").encode())
+        return lengths
+
+    @cached_property
+    def _byte_level(self) -> bool:
+        decoder = self._backend.decoder
+        return decoder is not None and b'"ByteLevel"' in decoder.__getstate__()  # its JSON, without the vocabulary
+
+    def _named_id(self, name: str) -> int | None:
+        return self.id(self.named[name]) if name in self.named else None
+
+    @property
+    def bos_id(self) -> int | None:
+        return self._named_id("bos_token")
+
+    @property
+    def eos_id(self) -> int | None:
+        return self._named_id("eos_token")
+
+    @property
+    def pad_id(self) -> int | None:
+        return self._named_id("pad_token")
+
+    @cached_property
+    def adds_bos(self) -> bool:
+        """True where the tokenizer itself begins every text with its BOS token."""
+        return self.bos_id is not None and self.encode("a", add_special_tokens=True)[:1] == [self.bos_id]
+
+    @cached_property
+    def end_ids(self) -> tuple[int, ...]:
+        """Every id that ends a reply: eos, what generation_config says, and what closes a turn in the template."""
+        found = [self.eos_id, *self._stop_ids]
+        if self.templates:
+            from lapis.text.chat.chat import turn_end
+
+            try:
+                found.append(turn_end(self))
+            except LapisError:
+                pass  # a template that refuses a plain question and answer closes nothing that could be found
+        return tuple(dict.fromkeys(i for i in found if i is not None))
+
+    @property
+    def chat_template(self) -> str | None:
+        """The template for chats without tools, or None."""
+        return self.templates.get("default")
+
+    def digest(self) -> str:
+        """sha256 over vocabulary, merges, special tokens and templates: what the ids of a chat depend on."""
+        import hashlib
+
+        parts = [self._backend.to_str(), json.dumps([self.named, self.templates], sort_keys=True)]
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+    def _made_files(self) -> dict[str, bytes]:
+        config: dict[str, Any] = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            **self.named,
+            "clean_up_tokenization_spaces": False,
+            "added_tokens_decoder": {
+                str(i): {"content": t.content, "special": t.special, **{name: getattr(t, name) for name in _FLAGS}}
+                for i, t in sorted(self.added.items())
+            },
+        }
+        if list(self.templates) == ["default"]:
+            config["chat_template"] = self.templates["default"]
+        elif self.templates:
+            config["chat_template"] = [{"name": name, "template": text} for name, text in self.templates.items()]
+        return {
+            "tokenizer.json": self._backend.to_str(pretty=True).encode(),
+            "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False).encode() + b"\n",
+        }
+
+
+def train_tokenizer(
+    files_or_texts: Iterable[str | Path], vocab: int, kind: Literal["chat", "masked"] = "chat"
+) -> Tokenizer:
+    """A byte-level BPE (GPT-2's splitting).
+
+    files_or_texts: a Path is a file or folder of text or chats, a str is text itself. vocab: entries in all, at least
+    260 (256 bytes and the special tokens); fewer come out where the text has no more pairs. kind: "chat" has ChatML's
+    special tokens and template, "masked" BERT's special tokens, [CLS] and [SEP] around every text (which a causal model
+    may read as its beginning and end). The same text gives
+    the same tokenizer. Raises DataError where there is no text.
+    """
+    special = [PAD, CLS, SEP, MASK] if kind == "masked" else [END_OF_TEXT, TURN_START, TURN_END]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if vocab < (least := len(alphabet) + len(special)):
+        raise ConfigError(f"vocab is {vocab}; the least is {least}: 256 bytes, {len(special)} special tokens")
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab, special_tokens=special, initial_alphabet=alphabet, show_progress=False, min_frequency=2
+    )
+    seen = [0]
+    items = [files_or_texts] if isinstance(files_or_texts, (str, Path)) else files_or_texts
+    backend.train_from_iterator(_batches(_texts(items), seen), trainer)
+    if not seen[0]:
+        raise DataError("there is no text to train a tokenizer on")
+    if kind == "masked":
+        around = [(token, special.index(token)) for token in (CLS, SEP)]
+        backend.post_processor = processors.TemplateProcessing(
+            f"{CLS} $A {SEP}", f"{CLS} $A {SEP} $B:1 {SEP}:1", around
+        )
+        named = {"bos_token": CLS, "eos_token": SEP, "pad_token": PAD, "cls_token": CLS, "sep_token": SEP}
+        return Tokenizer(backend, {**named, "mask_token": MASK}, {})
+    return Tokenizer(backend, {"eos_token": END_OF_TEXT, "pad_token": END_OF_TEXT}, {"default": CHATML})
+
+
+def _texts(items: Iterable[str | Path]) -> Iterator[str]:
+    for item in items:
+        if isinstance(item, str):
+            yield item
+        else:
+            from lapis.text.corpus.corpus import texts
+
+            yield from texts([item])
+
+
+def _batches(texts: Iterable[str], seen: list[int]) -> Iterator[list[str]]:
+    batch, size = [], 0
+    for text in texts:
+        _refuse_half_characters([text])
+        seen[0] += len(text)
+        batch.append(text)
+        size += len(text)
+        if size > 1_000_000:
+            yield batch
+            batch, size = [], 0
+    yield batch
+
+
+def _refuse_half_characters(texts: Iterable[str]) -> None:
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            code = ord(text[error.start])
+            raise DataError(f"character {error.start} is half a surrogate pair (U+{code:04X}); remove it") from None
+
+
+def _bytes_of_characters() -> dict[str, int]:
+    """GPT-2's printable stand-ins for bytes: those that print stand for themselves, the others follow from U+0100."""
+    own = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in own]
+    return {**{chr(b): b for b in own}, **{chr(256 + n): b for n, b in enumerate(others)}}
+
+
+_BYTE_OF = _bytes_of_characters()

@@ -1,0 +1,1 @@
+"""Batches in, updated weights and checkpoints out: the one loop, its state, its curve and how it stops."""

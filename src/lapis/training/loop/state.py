@@ -1,0 +1,268 @@
+"""What a run is at a step boundary, on disk and back: TrainState, its checkpoints, and the choice of one to go on from.
+
+A checkpoint is a model folder that everything loads, with optimizer.safetensors, rng.safetensors, state.json and
+log.jsonl beside it; no pickle. Checkpoints lie in `.OUT.lapis/.journal/step-N` until the run is done. Leaves out:
+states that are sharded over processes.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lapis.checkpoint.commit import JOURNAL, MANIFEST, Staging, commit, commit_file, verify
+from lapis.checkpoint.files import header_bytes, read_json
+from lapis.errors import LapisError, OutputError, TrainingError
+from lapis.model.transformer import Transformer
+from lapis.training.loop.curve import read_curve, write_curve
+from lapis.training.loop.held_out import Best
+from lapis.training.optim.ema import Average
+from lapis.training.optim.optim import Optimizers
+from lapis.training.optim.schedule import Schedule
+from lapis.training.setup import lora
+
+_STATE, _OPTIMIZER, _RNG, _LOG = "state.json", "optimizer.safetensors", "rng.safetensors", "log.jsonl"
+_BEST, _AVERAGE, _OBJECTIVE = "best.safetensors", "average.safetensors", "objective.safetensors"
+_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64",
+          torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8"}  # fmt: skip
+
+
+class Saves(Protocol):
+    """What a tokenizer does here: it writes its files into a folder."""
+
+    def save(self, folder: Path) -> None: ...
+
+
+@dataclass
+class TrainState:
+    """A run between two steps.
+
+    step: updates done. cursor: the objective's place in its data, as JSON. rows: rows of one micro-batch. parts:
+    micro-batches of one step, over all processes. seed: of the data's order. seconds: time trained, over all sittings.
+    tokens: positions processed. log: the learning curve, one mapping per entry. best: the best evaluation so far.
+    average: of the weights. objective: the one that is learned, for what it keeps between steps (state_tensors).
+    """
+
+    model: Transformer
+    optimizers: Optimizers
+    schedule: Schedule
+    rows: int
+    parts: int = 1
+    seed: int = 0
+    step: int = 0
+    cursor: dict[str, Any] | None = None
+    seconds: float = 0.0
+    tokens: int = 0
+    log: list[dict[str, Any]] = field(default_factory=list)
+    best: Best = field(default_factory=Best)
+    average: Average = field(default_factory=lambda: Average(nn.Module(), 0.0))
+    objective: Any = None
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+
+def save(state: TrainState, folder: Path, facts: Mapping[str, Any], tokenizer: Saves | None) -> None:
+    """Write a checkpoint, whole or not at all. facts: what a rerun must agree with (see `Journal`)."""
+    with commit(folder, overwrite=True) as staging:
+        lora.save(state.model, staging.path)
+        if tokenizer is not None:
+            tokenizer.save(staging.path)
+        write_tensors(staging.path / _OPTIMIZER, state.optimizers.tensors())
+        write_tensors(staging.path / _RNG, _rng(state.device))
+        write_curve(staging.path / _LOG, state.log)
+        if state.average.tensors:
+            write_tensors(staging.path / _AVERAGE, state.average.tensors)
+        if kept := kept_by_objective(state):
+            write_tensors(staging.path / _OBJECTIVE, kept)
+        if state.best.weights:
+            write_tensors(staging.path / _BEST, state.best.weights)
+        numbers = {"step": state.step, "cursor": state.cursor, "seconds": state.seconds, "tokens": state.tokens,
+                   "best": state.best.numbers()}  # fmt: skip
+        text = json.dumps({**numbers, "schedule": asdict(state.schedule), "facts": facts}, indent=1, ensure_ascii=False)
+        (staging.path / _STATE).write_text(text + "\n", encoding="utf-8")
+
+
+def restore(state: TrainState, folder: Path) -> None:
+    """Put a verified checkpoint's numbers into `state`, its model and torch's random generators."""
+    lora.restore(state.model, folder)
+    state.optimizers.restore(read_tensors(folder / _OPTIMIZER))
+    rng = read_tensors(folder / _RNG)
+    torch.set_rng_state(rng["cpu"])
+    if "cuda" in rng and state.device.type == "cuda":
+        torch.cuda.set_rng_state(rng["cuda"], state.device)
+    numbers = read_json(folder / _STATE)
+    state.step, state.cursor = numbers["step"], numbers["cursor"]
+    state.seconds, state.tokens = numbers["seconds"], numbers["tokens"]
+    state.schedule = Schedule(**numbers["schedule"])
+    state.log = read_curve(folder / _LOG)
+    if state.average.tensors:
+        state.average.restore(read_tensors(folder / _AVERAGE))
+    if (folder / _OBJECTIVE).exists():
+        state.objective.restore_tensors(read_tensors(folder / _OBJECTIVE))
+    weights = read_tensors(folder / _BEST) if (folder / _BEST).exists() else {}
+    state.best = Best(**numbers["best"], weights=weights)
+
+
+def kept_by_objective(state: TrainState) -> dict[str, Tensor]:
+    """What the objective keeps between steps beside its cursor; nothing for most."""
+    kept = getattr(state.objective, "state_tensors", dict)
+    return dict(kept())
+
+
+class Journal:
+    """The checkpoints of one unfinished run, and `run.json`: what the run was started with and has chosen."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.warnings: list[str] = []
+        folder.mkdir(exist_ok=True)
+        for leftover in folder.glob(".*.lapis"):  # a save that was killed
+            shutil.rmtree(leftover)
+
+    @property
+    def checkpoints(self) -> list[Path]:
+        """step-N folders, the newest first."""
+        found = [path for path in self.folder.glob("step-*") if path.name[5:].isdigit()]
+        return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
+
+    def begin(self, facts: Mapping[str, Any]) -> None:
+        """Record what the run is, before its first step."""
+        with commit_file(self.folder / "run.json", overwrite=True) as temporary:
+            temporary.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def earlier(self, wanted: Mapping[str, Any]) -> dict[str, Any] | None:
+        """What an interrupted run recorded, or None where there is nothing to go on from.
+
+        Raises TrainingError with the differences where `wanted` is another run than the one that was interrupted.
+        """
+        path = self.folder / "run.json"
+        if not path.exists() and not self.checkpoints:
+            return None
+        facts: dict[str, Any] = read_json(path)
+        changes = differences(facts["wanted"], wanted)
+        if changes and self.checkpoints:
+            raise TrainingError(
+                f"train: the run that was interrupted at {self.checkpoints[0]} differs: {'; '.join(changes)}. "
+                "Undo the change to go on with it, or start anew with --fresh"
+            )
+        return None if changes else facts
+
+    def newest(self) -> Path | None:
+        """The newest checkpoint that is whole. One that is damaged is passed over, and said in `warnings`.
+
+        Raises TrainingError where a checkpoint lacks a file (a lost optimizer or rng must not be started anew in
+        silence), or where none is whole.
+        """
+        for path in self.checkpoints:
+            try:
+                listed = set(read_json(path / MANIFEST)["files"])
+                missing = {_STATE, _OPTIMIZER, _RNG, _LOG, *listed} - {
+                    name for name in listed if (path / name).exists()
+                }
+                if missing:
+                    raise TrainingError(
+                        f"train: {path} lacks {', '.join(sorted(missing))}; going on without would change the result. "
+                        "Put it back, delete this checkpoint to use the one before, or start anew with --fresh"
+                    )
+                damaged = verify(path)
+            except (LapisError, ValueError, KeyError, TypeError, OSError) as error:
+                if isinstance(error, TrainingError):
+                    raise
+                damaged = [MANIFEST]
+            if not damaged:
+                return path
+            self.warnings.append(f"{path} is damaged ({', '.join(damaged)}); falling back to the checkpoint before it")
+        if self.warnings:
+            raise TrainingError(f"train: no checkpoint in {self.folder} is whole; start anew with --fresh")
+        return None
+
+    def write(self, state: TrainState, facts: Mapping[str, Any], tokenizer: Saves | None, keep: int) -> Path:
+        """Save the state as step-N, then let go of all but the newest `keep`."""
+        folder = self.folder / f"step-{state.step}"
+        try:
+            save(state, folder, facts, tokenizer)
+        except OutputError as error:
+            raise OutputError(f"{error}; {self.last_good()}") from None
+        for old in self.checkpoints[keep:]:
+            shutil.rmtree(old)
+        return folder
+
+    def last_good(self) -> str:
+        """Half a sentence that names the newest checkpoint."""
+        found = self.checkpoints
+        return f"the last good checkpoint is {found[0]}" if found else "no checkpoint was saved yet"
+
+
+@contextmanager
+def left_clean(staging: Staging, fresh: bool) -> Iterator[Journal]:
+    """The run's journal; a refusal before the first checkpoint leaves nothing behind."""
+    folder = staging.path / JOURNAL
+    for entry in staging.path.iterdir():
+        if entry != folder or fresh:  # the rest of an output that was not finished
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    journal = Journal(folder)
+    try:
+        yield journal
+    except BaseException:
+        if not journal.checkpoints:
+            shutil.rmtree(staging.path, ignore_errors=True)
+        raise
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """`key was X, is Y` for each leaf in which two JSON mappings differ."""
+    found = []
+    for key in sorted({*old, *new}):
+        was, now = old.get(key), new.get(key)
+        if isinstance(was, Mapping) and isinstance(now, Mapping):
+            found += differences(was, now, f"{prefix}{key}.")
+        elif was != now:
+            found.append(f"{prefix}{key} was {_short(was)}, is {_short(now)}")
+    return found
+
+
+def _short(value: Any) -> str:
+    """A value as JSON; of a digest the first figures."""
+    return value[:12] if isinstance(value, str) and len(value) == 64 else json.dumps(value)
+
+
+def weights_digest(model: Transformer) -> str:
+    """sha256 of names, shapes, dtypes and values."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """A safetensors file, written tensor by tensor, so that nothing is held twice. A full disk is an OSError."""
+    ordered = {name: tensors[name].detach() for name in sorted(tensors)}
+    with path.open("wb") as file:
+        file.write(header_bytes({name: (_NAMES[t.dtype], tuple(t.shape)) for name, t in ordered.items()}, {}))
+        for tensor in ordered.values():
+            file.write(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The reverse of `write_tensors`."""
+    from safetensors.torch import load_file
+
+    tensors: dict[str, Tensor] = load_file(path)
+    return {name: tensor.clone() for name, tensor in tensors.items()}  # own memory: the file may be deleted
+
+
+def _rng(device: torch.device) -> dict[str, Tensor]:
+    found = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        found["cuda"] = torch.cuda.get_rng_state(device)
+    return found

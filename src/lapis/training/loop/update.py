@@ -1,0 +1,155 @@
+"""One update of the weights: micro-batches, the sum of their losses over all processes, one division, one clip.
+
+The loss of a step is divided once, by the count of what is supervised in all of its micro-batches, so that neither
+accumulation nor the number of processes changes it. Leaves out: everything between two updates (loop.py).
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lapis.errors import LapisError, TrainingError
+from lapis.training.config import TrainConfig
+from lapis.training.distributed.parallel import World
+from lapis.training.loop.state import TrainState
+from lapis.training.loop.stop_request import Wish
+from lapis.training.objectives.objective import Objective
+from lapis.training.setup import probe
+
+Batches = Iterator[tuple[Any, dict[str, Any]]]
+
+
+@dataclass
+class Sums:
+    """What a step adds up to: loss over `count`, from `parts` micro-batches, with the objective's metrics. norm: of the
+    gradient, before the clip. cursor: behind the step's data. nowhere: parameters that no process has a gradient of."""
+
+    loss: float = 0.0
+    count: int = 0
+    parts: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+    norm: float = 0.0
+    cursor: dict[str, Any] | None = None
+    nowhere: set[int] = field(default_factory=set)
+
+    def add(self, loss: float, count: int, parts: int, metrics: dict[str, float]) -> None:
+        self.loss, self.count, self.parts = self.loss + loss, self.count + count, self.parts + parts
+        for name, value in metrics.items():
+            self.metrics[name] = self.metrics.get(name, 0.0) + value
+
+
+class Updater:
+    """Computes gradients and hands them to the optimizers. precision: of the forward pass, set before a step."""
+
+    precision = "float32"
+
+    def __init__(self, state: TrainState, objective: Objective, config: TrainConfig, world: World, wish: Wish) -> None:
+        self.state, self.objective, self.config, self.world, self.wish = state, objective, config, world, wish
+        self._stop: str | None = None
+
+    @property
+    def stop(self) -> str | None:
+        """The signal on which all processes agree to stop, or None."""
+        return self.wish.stop if self.world.size == 1 else self._stop
+
+    def update(self, batches: Batches, scale: float, last_good: str) -> Sums | None:
+        """One update at `scale` times the peak learning rate; None where a stop was asked for before it was whole.
+
+        Raises TrainingError for a loss or gradient that is not finite, or where nothing is supervised.
+        """
+        sums = self._gather(batches, last_good)
+        if sums is None:
+            self.state.optimizers.clear()
+            return None
+        if sums.count == 0:
+            raise TrainingError(
+                f"train: no token of step {self.state.step + 1} is supervised; look at the rows with: lapis data show"
+            )
+        optimizers, clip = self.state.optimizers, self.config.clip
+        self.world.add_up(optimizers.parameters, sums.nowhere)
+        gradients = [p.grad for p in optimizers.parameters if p.grad is not None]
+        sums.norm = torch.nn.utils.get_total_norm(gradients).item() / sums.count
+        self._require_finite(sums.norm, "norm of the gradient", last_good)
+        clipped = min(1.0, clip / (sums.norm + 1e-6)) if clip else 1.0
+        torch._foreach_mul_(gradients, clipped / sums.count)  # the one division, over all micro-batches
+        optimizers.step(scale, self.state.step)
+        optimizers.clear()
+        return sums
+
+    def _gather(self, batches: Batches, last_good: str) -> Sums | None:
+        """Everybody's share of the step, added up; or everybody's stop."""
+        own, error = Sums(), None
+        try:
+            self._compute(batches, own, last_good)
+        except LapisError as raised:
+            if self.world.size == 1:
+                raise
+            error = raised
+        if self.world.size == 1:
+            return None if own.cursor is None else own
+        without = [i for i, p in enumerate(self.state.optimizers.parameters) if p.grad is None]
+        share = {
+            "sums": [own.loss, own.count, own.parts, own.metrics], "whole": own.cursor is not None,
+            "stop": self.wish.stop, "without": without, "failed": error is not None,
+        }  # fmt: skip
+        shares = self.world.gather(share)
+        self.world.tell([each["failed"] for each in shares], error)
+        self._stop = next((each["stop"] for each in shares if each["stop"]), None)
+        if not all(each["whole"] for each in shares):
+            return None
+        total = Sums(cursor=own.cursor, nowhere=set.intersection(*(set(each["without"]) for each in shares)))
+        for each in shares:
+            total.add(*each["sums"])
+        return total
+
+    def _compute(self, batches: Batches, own: Sums, last_good: str) -> None:
+        """This process' micro-batches: gradients, and sums into `own`; its cursor stays None after a wish to stop."""
+        cursor = None
+        for number in range(self.config.accumulate * self.world.size):
+            batch, cursor = next(batches)
+            if number % self.world.size != self.world.rank:
+                continue
+            if self.wish.stop:
+                return
+            with memory_told():
+                loss, count, metrics = self._loss(batch)
+                own.add(0.0, 0, 0, metrics)
+                if count:
+                    own.add(loss.item(), count, 1, {})
+                    self._require_finite(own.loss, "loss", last_good)
+                    loss.backward()  # type: ignore[no-untyped-call]
+        own.cursor = cursor
+
+    def _loss(self, batch: Any) -> tuple[Tensor, int, dict[str, float]]:
+        model = self.state.model
+        with probe.autocast(self.state.device, self.precision):
+            with torch.no_grad():
+                batch = self.objective.prepare(model, batch)
+            loss, count, metrics = self.objective.loss(model, batch)
+        return loss, count, {name: float(value) for name, value in metrics.items()}
+
+    def _require_finite(self, value: float, what: str, last_good: str) -> None:
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"train: the {what} is {value} at step {self.state.step + 1}; {last_good}. "
+                f"Lower lr (now {self.config.lr:g}) or look at the data"
+            )
+
+
+@contextmanager
+def memory_told() -> Iterator[None]:
+    """Out of memory as one line that names what helps."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            raise TrainingError(
+                "train: out of memory; raise accumulate (the result is the same), set checkpointing to whole, lower "
+                "batch or the context, or train a LoRA"
+            ) from None
+        raise

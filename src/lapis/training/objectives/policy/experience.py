@@ -1,0 +1,100 @@
+"""What a policy learns from between two rollouts: replies, rewards, advantages, as tensors that a checkpoint can hold.
+
+Leaves out: how they come about (rollouts.py, rewards/, advantages.py).
+
+Shapes: B replies, T prompt and reply, R reply.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lapis.training.objectives.policy.rollouts import Rollouts
+
+
+@dataclass(frozen=True)
+class Experience:
+    """Replies that were scored.
+
+    rewards_B: float32, the weighted sum, NaN where a reward failed. parts: each reward alone, [B]. advantages: [B], or
+    [B, R] where tokens differ. reference_BR: log-probabilities under the reference. values_BR, returns_BR: of a value
+    head. Those that an objective does not need are None.
+    """
+
+    rollouts: Rollouts
+    rewards_B: Tensor
+    parts: dict[str, Tensor] = field(default_factory=dict)
+    advantages: Tensor | None = None
+    reference_BR: Tensor | None = None
+    values_BR: Tensor | None = None
+    returns_BR: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.rewards_B)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By name; bool as uint8, so that every file format has it."""
+        named = {f"rollouts.{name}": value for name, value in self.rollouts.tensors().items()}
+        named |= {f"parts.{name}": value for name, value in self.parts.items()}
+        for name in ("rewards_B", "advantages", "reference_BR", "values_BR", "returns_BR"):
+            if (value := getattr(self, name)) is not None:
+                named[name] = value
+        return {name: value.byte() if value.dtype == torch.bool else value for name, value in named.items()}
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> "Experience":
+        """The reverse of `tensors`."""
+        rollouts = {name[9:]: value for name, value in tensors.items() if name.startswith("rollouts.")}
+        for name in ("mask_BR", "ended_B"):
+            rollouts[name] = rollouts[name].bool()
+        parts = {name[6:]: value for name, value in tensors.items() if name.startswith("parts.")}
+        rest = {name: value for name, value in tensors.items() if "." not in name}
+        return cls(Rollouts(**rollouts), parts=parts, **rest)
+
+    def rows(self, first: int, last: int) -> "Experience":
+        """Replies [first, last), without the columns that only longer ones need."""
+        mask_BR = self.rollouts.mask_BR[first:last]
+        R = int(mask_BR.sum(1).max())
+        T = int((self.rollouts.prompt_B[first:last] + mask_BR.sum(1)).max())
+        widths = {"_BR": R, "_BT": T}
+
+        def cut(name: str, value: Tensor | None) -> Tensor | None:
+            if value is None:
+                return None
+            width = widths.get(name[-3:], R if value.dim() == 2 else None)
+            return value[first:last] if width is None else value[first:last, :width]
+
+        rollouts = Rollouts(**{name: value for name, old in self.rollouts.tensors().items()
+                               if (value := cut(name, old)) is not None})  # fmt: skip
+        names = ("advantages", "reference_BR", "values_BR", "returns_BR")
+        return replace(
+            self,
+            rollouts=rollouts,
+            rewards_B=self.rewards_B[first:last],
+            parts={name: value[first:last] for name, value in self.parts.items()},
+            **{name: cut(name, getattr(self, name)) for name in names},
+        )
+
+
+def joined(pieces: Sequence[Rollouts]) -> Rollouts:
+    """Rollouts one after the other, padded to the longest."""
+    return pieces[0] if len(pieces) == 1 else Rollouts(**_below([piece.tensors() for piece in pieces]))
+
+
+def appended(pieces: Sequence[Experience]) -> Experience:
+    """Experience one after the other, padded to the longest."""
+    return pieces[0] if len(pieces) == 1 else Experience.of(_below([piece.tensors() for piece in pieces]))
+
+
+def _below(pieces: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    whole: dict[str, Tensor] = {}
+    for name in pieces[0]:
+        tensors = [piece[name] for piece in pieces]
+        if tensors[0].dim() == 2:
+            width = max(tensor.shape[1] for tensor in tensors)
+            tensors = [F.pad(tensor, (0, width - tensor.shape[1])) for tensor in tensors]
+        whole[name] = torch.cat(tensors)
+    return whole

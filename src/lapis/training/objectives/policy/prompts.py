@@ -1,0 +1,124 @@
+"""Records with a prompt, as ids that a policy can reply to: read_prompts(data, tokenizer, room).
+
+A line of jsonl has `prompt` (text, or a list of messages), or `messages` (a chat; the assistant's last turn is left
+off), or `question`; everything else in it is the reward's business. Text is a user's message where the tokenizer has a
+chat template, and is continued as it is where not. Leaves out: replies.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from lapis.config import nearest
+from lapis.errors import DataError
+from lapis.text.chat.chat import encode_prompt
+from lapis.text.corpus.corpus import check_message, checked_text, files, records
+from lapis.text.tokenizer.tokenizer import Tokenizer
+
+FIELDS = ("prompt", "messages", "question")
+Data = str | Path | Iterable[str | Path | Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """ids: what the model reads. asked: text or messages, as a reward gets it. record: the whole line. where: for
+    error lines."""
+
+    ids: tuple[int, ...]
+    asked: str | list[dict[str, Any]]
+    record: dict[str, Any]
+    where: str
+
+    @property
+    def shown(self) -> str:
+        """The last thing asked, for people."""
+        return self.asked if isinstance(self.asked, str) else str(self.asked[-1].get("content", ""))
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts that fit, and how many were dropped because they do not."""
+
+    rows: list[Prompt]
+    dropped: int
+
+    def digest(self) -> str:
+        """sha256 over ids and records."""
+        digest = hashlib.sha256()
+        for row in self.rows:
+            digest.update(json.dumps([row.ids, row.record], sort_keys=True, default=str).encode())
+        return digest.hexdigest()
+
+
+def read_prompts(
+    data: Data, tokenizer: Tokenizer, room: int, *, plain: bool = False, too_long: Literal["refuse", "drop"] = "refuse"
+) -> Prompts:
+    """Every prompt of jsonl files, or of records given as mappings. room: tokens that a prompt may have.
+
+    plain: text is continued even where there is a chat template. Raises DataError, naming file, line and field, for a
+    record without a prompt, an empty one, or (with too_long "refuse") one of more than `room` tokens.
+    """
+    rows, dropped = [], 0
+    for where, record in _records(data):
+        asked = _asked(record, where)
+        ids = _encoded(asked, tokenizer, plain)
+        if not ids:
+            raise DataError(f"{where}: the prompt is empty; a policy needs something to reply to")
+        if len(ids) > room:
+            if too_long == "refuse":
+                raise DataError(
+                    f"{where}: the prompt has {len(ids):,} tokens, and the context leaves room for {max(0, room):,} "
+                    "beside max_tokens; shorten it, raise context, or give too_long: drop"
+                )
+            dropped += 1
+            continue
+        rows.append(Prompt(tuple(ids), asked, record, where))
+    if not rows:
+        raise DataError(f"no prompt is left: {dropped:,} were too long" if dropped else "there are no prompts")
+    return Prompts(rows, dropped)
+
+
+def _records(data: Data) -> Iterator[tuple[str, dict[str, Any]]]:
+    items = [data] if isinstance(data, (str, Path)) else list(data)
+    paths = [item for item in items if not isinstance(item, Mapping)]
+    for path in files(paths) if paths else ():
+        if ".jsonl" not in path.suffixes:
+            raise DataError(f"{path}: prompts are read from .jsonl")
+        for number, record in records(path):
+            if not isinstance(record, dict):
+                raise DataError(f"{path} line {number}: is no object; expected one with prompt")
+            yield f"{path} line {number}", record
+    for number, item in enumerate((item for item in items if isinstance(item, Mapping)), 1):
+        yield f"record {number}", dict(item)
+
+
+def _asked(record: Mapping[str, Any], where: str) -> str | list[dict[str, Any]]:
+    name = next((name for name in FIELDS if name in record), None)
+    if name is None:
+        raise DataError(f"{where}: the field prompt is missing; {nearest('prompt', record)}")
+    value, at = record[name], Path(where.rsplit(" line ", 1)[0])
+    number = int(where.rsplit(" ", 1)[1])
+    if isinstance(value, str) and name != "messages":
+        text = checked_text(value, name, at, number)
+        if not text.strip():
+            raise DataError(f"{where}: {name} is empty; a policy needs something to reply to")
+        return text
+    if not isinstance(value, list) or not value:
+        raise DataError(f"{where}: {name} is neither text nor a list of messages")
+    for i, message in enumerate(value):
+        check_message(message, f"{name}[{i}]", at, number)
+    turns = value[:-1] if value[-1]["role"] == "assistant" else value
+    if not turns:
+        raise DataError(f"{where}: {name} holds an assistant's turn and nothing before it")
+    return turns
+
+
+def _encoded(asked: str | list[dict[str, Any]], tokenizer: Tokenizer, plain: bool) -> list[int]:
+    if isinstance(asked, str):
+        if plain or tokenizer.chat_template is None:
+            return tokenizer.encode(asked, add_special_tokens=True)
+        asked = [{"role": "user", "content": asked}]
+    return encode_prompt(tokenizer, asked)

@@ -1,0 +1,156 @@
+"""Replies of the policy to prompts, as tensors to learn from; and what the model in training says of their tokens.
+
+The replies to one prompt share its reading: the prompt goes through the model once, and the cache is copied for each.
+A reply's mask ends with its end token, so that nothing after it is ever learned from. Draws come from the policy
+itself, without top-k or top-p: what is said is then what is optimized. Leaves out: rewards.
+
+Shapes: P prompts, B replies (each prompt's stand together), T prompt and reply, R reply, D model dim, V vocabulary, N
+real tokens of replies.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from lapis.generation.generate import Decoding
+from lapis.generation.options import Sampling
+from lapis.model.cache import Cache
+from lapis.model.norm import compute_dtype
+from lapis.model.transformer import Transformer
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """Replies to prompts.
+
+    ids_BT: int64, prompt then reply, 0 after that. prompt_B: int64, lengths of the prompts. reply_BR: int64, the
+    reply alone, its end token included. mask_BR: bool, True where there is a token. logprobs_BR: float32, nats, of the
+    tokens when they were said (at the temperature they were drawn with). ended_B: bool, whether the model ended it.
+    """
+
+    ids_BT: Tensor
+    prompt_B: Tensor
+    reply_BR: Tensor
+    mask_BR: Tensor
+    logprobs_BR: Tensor
+    ended_B: Tensor
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+@dataclass(frozen=True)
+class Said:
+    """What the model in training says of the tokens of replies, in float32, 0 outside of the mask.
+
+    logprobs_BR, entropy_BR: nats. hidden_ND: the states from which the tokens were said, in the order of the mask.
+    """
+
+    logprobs_BR: Tensor
+    entropy_BR: Tensor
+    hidden_ND: Tensor
+
+
+def roll(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    numbers: Sequence[int],
+    ends: Sequence[int],
+    *,
+    group: int,
+    max_tokens: int,
+    temperature: float,
+    seed: int,
+) -> Rollouts:
+    """`group` replies to each prompt. numbers: of the prompts within the step; a reply's draws follow from the seed,
+    its prompt's number and its place in the group, and from nothing else. ends: the tokens that end a reply."""
+    rows = [number * group + copy for number in numbers for copy in range(group)]
+    repeated = [list(prompt) for prompt in prompts for _ in range(group)]
+    sampling = Sampling(temperature=temperature, max_tokens=max_tokens, seed=seed)
+    decoding = Decoding(model, repeated, sampling, rows, cache=_read(model, prompts, group, max_tokens))
+    said: list[list[int]] = [[] for _ in rows]
+    chances: list[list[float]] = [[] for _ in rows]
+    live, stop = list(range(len(rows))), frozenset(ends)
+    for count in range(1, max_tokens + 1):
+        tokens, logprobs = decoding.step(), decoding.logprobs(temperature or 1.0)
+        going = []
+        for place, (row, token, logprob) in enumerate(zip(live, tokens, logprobs, strict=True)):
+            if said[row] and said[row][-1] in stop:
+                continue  # carried along: dropping rows copies the cache
+            said[row].append(token)
+            chances[row].append(logprob)
+            if token not in stop:
+                going.append(place)
+        if not going or count == max_tokens:
+            break
+        if len(going) <= len(live) * 3 // 4:
+            decoding.keep(going)
+            live = [live[place] for place in going]
+    return _as_tensors(repeated, said, chances, stop, model.embed.weight.device)
+
+
+@torch.inference_mode()
+def _read(model: Transformer, prompts: Sequence[Sequence[int]], group: int, max_tokens: int) -> Cache | None:
+    """A cache of the prompts without their last tokens, for `group` copies of each; None where that would be empty."""
+    longest = max(map(len, prompts))
+    if longest < 2:
+        return None
+    weight = model.embed.weight
+    padded = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=weight.device)
+    lengths_P = torch.tensor([len(prompt) for prompt in prompts], device=weight.device)
+    real_PT = torch.arange(longest, device=weight.device) >= longest - lengths_P[:, None]
+    room = longest + min(max_tokens, 256)
+    cache = Cache(model.config, len(prompts), room, dtype=compute_dtype(weight), device=weight.device)
+    mask_PT = None if bool(real_PT.all()) else real_PT[:, :-1]
+    model.hidden(padded[:, :-1], mask_PT, cache=cache)
+    if group > 1:
+        cache.select(torch.arange(len(prompts), device=weight.device).repeat_interleave(group))
+    return cache
+
+
+def _as_tensors(
+    prompts: Sequence[Sequence[int]],
+    said: Sequence[Sequence[int]],
+    chances: Sequence[Sequence[float]],
+    stop: frozenset[int],
+    device: torch.device,
+) -> Rollouts:
+    whole = [[*prompt, *reply] for prompt, reply in zip(prompts, said, strict=True)]
+    T, R = max(map(len, whole)), max(map(len, said))
+    lengths_B = torch.tensor([len(reply) for reply in said], device=device)
+    return Rollouts(
+        ids_BT=torch.tensor([row + [0] * (T - len(row)) for row in whole], device=device),
+        prompt_B=torch.tensor([len(prompt) for prompt in prompts], device=device),
+        reply_BR=torch.tensor([[*row, *[0] * (R - len(row))] for row in said], device=device),
+        mask_BR=torch.arange(R, device=device) < lengths_B[:, None],
+        logprobs_BR=torch.tensor([[*row, *[0.0] * (R - len(row))] for row in chances], device=device),
+        ended_B=torch.tensor([row[-1] in stop for row in said], device=device),
+    )
+
+
+def read_again(
+    model: Transformer,
+    ids_BT: Tensor,
+    prompt_B: Tensor,
+    reply_BR: Tensor,
+    mask_BR: Tensor,
+    temperature: float,
+    *,
+    learn_entropy: bool = False,
+) -> Said:
+    """One forward pass over prompts and replies. The head runs on the replies' places alone, and logits are divided by
+    the temperature first. learn_entropy: whether entropy carries a gradient, which costs memory."""
+    lengths_B = prompt_B + mask_BR.sum(1)
+    real_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device) < lengths_B[:, None]
+    hidden_BTD = model.hidden(ids_BT, real_BT)
+    rows_N, places_N = mask_BR.nonzero(as_tuple=True)
+    hidden_ND = hidden_BTD[rows_N, prompt_B[rows_N] - 1 + places_N]
+    logits_NV: Tensor = model.head(hidden_ND).float() / temperature
+    logp_NV = logits_NV.log_softmax(-1)
+    logprobs_N = logp_NV.gather(1, reply_BR[mask_BR][:, None])[:, 0]
+    with torch.set_grad_enabled(learn_entropy and torch.is_grad_enabled()):
+        entropy_N = -(logp_NV.exp() * logp_NV).sum(-1)
+    blank = torch.zeros(mask_BR.shape, dtype=torch.float32, device=ids_BT.device)
+    return Said(blank.masked_scatter(mask_BR, logprobs_N), blank.masked_scatter(mask_BR, entropy_N), hidden_ND)

@@ -1,0 +1,260 @@
+"""Classes of texts or pictures: cross entropy on the class head, for encoders, causal models and vision transformers.
+
+Texts of a batch lie side by side in its rows, so that little of it is padding. The classes' names go into config.json
+(`id2label`), so that the folder says them wherever it is loaded. What is random (token masks, shifts) is a function of
+seed, epoch and example, so a run that goes on does what one that was not stopped would have done.
+Leaves out: several labels for one text, weights for classes.
+
+Shapes: B examples, C classes, T tokens, H height, W width.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lapis.errors import ConfigError
+from lapis.evaluation.classification import class_scores, figures, fits, loss_of, predict
+from lapis.model.heads import labels
+from lapis.model.transformer import Transformer
+from lapis.text.corpus.labels import Labeled, classes_of, labeled, numbers_of
+from lapis.text.corpus.pictures import Pictures, pictures
+from lapis.text.rows.sequences import Together, encode_framed, together
+from lapis.text.tokenizer.tokenizer import Tokenizer
+from lapis.training.loop.state import TrainState
+from lapis.training.objectives.order import in_order, random_of
+
+
+@dataclass(frozen=True)
+class Batch:
+    """inputs: texts side by side, or pictures [B, C, H, W]. labels_B: int64."""
+
+    inputs: Together | Tensor
+    labels_B: Tensor
+
+
+class Classify:
+    """Which class a text or a picture belongs to.
+
+    data: labeled texts (.tsv, .csv, .jsonl; text/corpus/labels.py), or with no tokenizer pictures (.npz or a folder
+    with one folder per class; text/corpus/pictures.py). valid: the same, held out: accuracy, F1 and the confusion
+    matrix are reported on it. context: tokens of a text, the rest is cut and counted. classes: their names in
+    order, by default those that occur, sorted. positive: the class that `f1` is of where there are two, by default
+    the second. dropout: see Transformer.drop. smoothing: share of the target that goes to all classes alike. hide:
+    share of the tokens that are hidden while training (as the tokenizer's mask token; left out where it has none).
+    shift: pixels by which a picture is moved at random. resize: side that the pictures of a folder are brought to.
+    mean, std: what bytes (as 0 to 1) are shifted and divided by, per channel; by default 0.5, as ViT has it.
+    """
+
+    head = "classes"
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        data: Any,
+        *,
+        context: int = 512,
+        valid: Any = None,
+        classes: list[str] | None = None,
+        positive: str | None = None,
+        dropout: float = 0.0,
+        smoothing: float = 0.0,
+        hide: float = 0.0,
+        shift: int = 0,
+        resize: int | None = None,
+        mean: list[float] | None = None,
+        std: list[float] | None = None,
+    ) -> None:
+        for name, share in (("dropout", dropout), ("smoothing", smoothing), ("hide", hide)):
+            if not 0 <= share < 1:
+                raise ConfigError(f"classify: {name} is {share}; it is a share, from 0 to below 1")
+        self.tokenizer, self.context = tokenizer, context
+        self.dropout, self.smoothing, self.hide, self.shift = dropout, smoothing, hide, shift
+        seen = (resize, tuple(mean or [0.5]), tuple(std or [0.5]))
+        self.data = _Examples(tokenizer, data, context, seen)
+        self.classes = classes or classes_of(self.data.labels)
+        if len(self.classes) < 2 or len(set(self.classes)) < len(self.classes):
+            raise ConfigError(
+                f"classify: the classes are {', '.join(self.classes)}; two or more different ones are needed"
+            )
+        figures([], [], self.classes, positive)  # refuses a positive that is no class
+        self.positive = positive
+        self.data.number(self.classes)
+        self.valid = None if valid is None else _Examples(tokenizer, valid, context, seen)
+        if self.valid is not None:
+            self.valid.number(self.classes)
+        self.rows = len(self.data.labels)
+        self._report: dict[str, Any] = {}
+
+    def describe(self) -> dict[str, Any]:
+        counts = {"examples": self.rows, "classes": len(self.classes), **self.data.counts}
+        if self.valid is not None:
+            counts["held_out"] = len(self.valid.labels)
+        return {
+            "objective": "classify",
+            "data": self.data.digest,
+            "classes": self.classes,
+            "counts": counts,
+            "context": self.context,
+            "options": {name: getattr(self, name) for name in ("dropout", "smoothing", "hide", "shift")},
+            "tokenizer": self.tokenizer.digest() if self.tokenizer else None,
+        }
+
+    def batches(self, state: TrainState) -> Iterator[tuple[Batch, dict[str, Any]]]:
+        for chosen, places, cursor in in_order(self.rows, state.rows, state.cursor, state.seed):
+            taken = self.data.take(chosen)
+            if isinstance(taken, Tensor):
+                inputs: Together | Tensor = self._shifted(taken, cursor["seed"], places)
+            else:
+                inputs = together(self._hidden(taken, cursor["seed"], places), self._pad)
+            yield Batch(inputs, torch.tensor([self.data.numbers[i] for i in chosen])), cursor
+
+    def prepare(self, model: Transformer, batch: Batch) -> Batch:
+        self._meet(model)
+        device = next(model.parameters()).device
+        return Batch(batch.inputs.to(device), batch.labels_B.to(device))
+
+    def loss(self, model: Transformer, batch: Batch) -> tuple[Tensor, int, dict[str, float]]:
+        logits_BC = class_scores(model, batch.inputs).float()
+        loss = F.cross_entropy(logits_BC, batch.labels_B, reduction="sum", label_smoothing=self.smoothing)
+        right = int((logits_BC.argmax(1) == batch.labels_B).sum())
+        places = batch.inputs[:, 0].numel() if isinstance(batch.inputs, Tensor) else batch.inputs.ids_RT.numel()
+        return loss, len(batch.labels_B), {"tokens": places, "accuracy": right}
+
+    def evaluate(self, model: Transformer) -> dict[str, float]:
+        """accuracy, f1_macro, f1 (of the positive of two classes) and valid_loss; nothing where none is held out."""
+        if self.valid is None:
+            return {}
+        self._meet(model)
+        logits = predict(model, self.valid.inputs)
+        found = figures(self.valid.numbers, logits.argmax(1).tolist(), self.classes, self.positive)
+        self._report = {**found, "loss": loss_of(logits, self.valid.numbers)}
+        shown = {name: found[name] for name in ("accuracy", "f1_macro", "f1") if found[name] is not None}
+        return {**shown, "valid_loss": self._report["loss"]}
+
+    def sample(self, model: Transformer) -> str:
+        """The class of the first example."""
+        examples = self.valid or self.data
+        first = examples.inputs[:1] if isinstance(examples.inputs, list) else None
+        if first is None or self.tokenizer is None:
+            return ""
+        chances = torch.from_numpy(predict(model, first))[0].softmax(0)
+        best = int(chances.argmax())
+        said = " ".join(self.tokenizer.decode(first[0], True).split())
+        return f"{said[:60]} -> {self.classes[best]} ({float(chances[best]):.2f}; it is {examples.labels[0]})"
+
+    def write(self, folder: Path) -> None:
+        """classes.json: the last held-out figures with the confusion matrix. For pictures, how bytes are scaled."""
+        if self._report:
+            (folder / "classes.json").write_text(json.dumps(self._report, indent=1, ensure_ascii=False) + "\n")
+        if isinstance(self.data.inputs, Pictures):
+            (folder / "preprocessor_config.json").write_text(json.dumps(_processor(self.data.inputs), indent=1) + "\n")
+
+    @property
+    def _pad(self) -> int:
+        pad = self.tokenizer.pad_id if self.tokenizer else None
+        return 0 if pad is None else pad
+
+    def _meet(self, model: Transformer) -> None:
+        """The model has these classes, and its config.json will name them."""
+        config = model.config
+        if config.head != "classes" or config.classes != len(self.classes):
+            raise ConfigError(
+                f"classify: the model's head is {config.head} of {config.classes}, {len(self.classes)} classes are "
+                'needed; put them on with: lapis.model.heads.put_head(model, "classes", objective.classes)'
+            )
+        if isinstance(self.data.inputs, Pictures):
+            fits(model, self.data.inputs)
+        elif config.image is not None:
+            raise ConfigError(
+                "classify: a vit model takes pictures; give no tokenizer, and .npz or a folder of pictures"
+            )
+        config.extra.update(labels(self.classes))
+        if self.tokenizer and config.causal and self.tokenizer.pad_id is not None:
+            config.extra.setdefault("pad_token_id", self.tokenizer.pad_id)  # where others look for a text's last token
+        model.drop(self.dropout)
+
+    def _hidden(self, inputs: list[list[int]], seed: int, places: Sequence[int]) -> list[list[int]]:
+        """Some tokens of each text masked, or left out; special ones stay, and one token at least."""
+        if not self.hide or self.tokenizer is None:
+            return inputs
+        mask = self.tokenizer.id(self.tokenizer.named["mask_token"]) if "mask_token" in self.tokenizer.named else None
+        special = set(self.tokenizer.special.values())
+        found = []
+        for ids, place in zip(inputs, places, strict=True):
+            hidden = random_of(seed, place).random(len(ids)) < self.hide
+            pairs = [(token, bool(hit) and token not in special) for token, hit in zip(ids, hidden, strict=True)]
+            if mask is None:
+                kept = [token for token, hit in pairs if not hit]
+            else:
+                kept = [mask if hit else token for token, hit in pairs]
+            found.append(kept or ids)
+        return found
+
+    def _shifted(self, pixels_BCHW: Tensor, seed: int, places: Sequence[int]) -> Tensor:
+        """Each picture moved by up to `shift` pixels; what comes in at the edge repeats the edge."""
+        if not self.shift:
+            return pixels_BCHW
+        H, W = pixels_BCHW.shape[2:]
+        wide = F.pad(pixels_BCHW, (self.shift,) * 4, mode="replicate")
+        moves = [random_of(seed, p).integers(0, 2 * self.shift + 1, 2) for p in places]
+        return torch.stack([picture[:, y : y + H, x : x + W] for picture, (y, x) in zip(wide, moves, strict=True)])
+
+
+class _Examples:
+    """Texts as ids, or pictures, with the number of each one's class."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        data: Any,
+        context: int,
+        seen: tuple[int | None, Sequence[float], Sequence[float]],
+    ) -> None:
+        self.numbers: list[int] = []
+        self.inputs: list[list[int]] | Pictures
+        if tokenizer is None:
+            self.inputs = data if isinstance(data, Pictures) else pictures(data, *seen)
+            self.labels, self.where = list(self.inputs.labels), list(self.inputs.where)
+            self.counts: dict[str, int] = {}
+            self.digest = self.inputs.digest
+            return
+        given: list[Any] = [data] if isinstance(data, (str, Path)) else list(data)
+        examples: list[Labeled] = given if given and isinstance(given[0], Labeled) else list(labeled(given))
+        self.labels, self.where = [e.label for e in examples], [e.where for e in examples]
+        self.inputs, cut = encode_framed(tokenizer, [e.text for e in examples], context)
+        self.counts = {"tokens": sum(map(len, self.inputs)), "cut": cut}
+        digest = hashlib.sha256()
+        for example in examples:
+            digest.update(json.dumps([example.label, example.text]).encode() + b"\n")
+        self.digest = digest.hexdigest()
+
+    def number(self, classes: Sequence[str]) -> None:
+        self.numbers = numbers_of(self.labels, self.where, classes)
+
+    def take(self, chosen: Sequence[int]) -> list[list[int]] | Tensor:
+        if isinstance(self.inputs, Pictures):
+            return self.inputs.take(chosen)
+        return [self.inputs[i] for i in chosen]
+
+
+def _processor(examples: Pictures) -> dict[str, Any]:
+    """preprocessor_config.json, as transformers' ViTImageProcessor reads it."""
+    C, H, W = examples.shape
+    return {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": H, "width": W},
+        "resample": 2,
+        "do_rescale": examples.bytes,
+        "rescale_factor": 1 / 255,
+        "do_normalize": examples.bytes,
+        "image_mean": list(examples.mean) * (C // len(examples.mean)),
+        "image_std": list(examples.std) * (C // len(examples.std)),
+    }

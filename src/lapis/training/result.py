@@ -1,0 +1,76 @@
+"""What a finished run gives: TrainResult, and the files of its folder.
+
+A model folder that everything loads, with log.jsonl (the learning curve) and training.json (settings and figures)
+beside it. Leaves out: checkpoints (state.py).
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lapis.model.transformer import Transformer
+from lapis.training.config import TrainConfig
+from lapis.training.loop.curve import write_curve
+from lapis.training.objectives.objective import Objective
+from lapis.training.setup import lora
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A finished run. loss: mean over the last tenth of the steps, for each unit that is supervised (nats per token for
+    texts). log: the learning curve.
+
+    metrics: the objective's own figures, over the last tenth of the curve. held_out: what the objective's `evaluate`
+    gave for the weights that were written (empty where it has none). best_step: where those weights come from, when
+    the best were asked for. threads, precision: what was used, so that a next run of the same shape need not measure.
+    """
+
+    out: Path
+    steps: int
+    loss: float
+    bits_per_byte: float | None
+    tokens: int
+    seconds: float
+    tokens_per_second: float
+    threads: int
+    precision: str
+    log: list[dict[str, Any]]
+    metrics: dict[str, float] = field(default_factory=dict)
+    held_out: dict[str, float] = field(default_factory=dict)
+    best_step: int | None = None
+
+    def figures(self) -> dict[str, Any]:
+        """Everything but the curve and the place, as JSON."""
+        return {name: value for name, value in vars(self).items() if name not in ("out", "log")}
+
+
+def write_result(
+    model: Transformer, objective: Objective, config: TrainConfig, folder: Path, result: TrainResult
+) -> None:
+    """The model, its tokenizer, the curve and the figures, into a folder that the caller commits."""
+    lora.save(model, folder, dtype=getattr(torch, config.save_dtype))
+    tokenizer = objective.tokenizer
+    if tokenizer is not None:
+        tokenizer.save(folder)
+        if tokenizer.end_ids:  # so that what is generated elsewhere stops where it was trained to
+            ends = json.dumps({"eos_token_id": list(tokenizer.end_ids)})
+            (folder / "generation_config.json").write_text(ends + "\n")
+    further = getattr(objective, "write", None)
+    if further is not None:
+        further(folder)
+    write_curve(folder / "log.jsonl", result.log)
+    facts: Mapping[str, Any] = {"config": asdict(config), **objective.describe(), **result.figures()}
+    (folder / "training.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+
+
+def last_tenth(log: list[dict[str, Any]]) -> tuple[float, dict[str, float]]:
+    """Mean loss and mean metrics of the end of the curve."""
+    rows = [row for row in log if "loss" in row]
+    tail = rows[-max(1, len(rows) // 10) :]
+    names = tail[-1]["metrics"]
+    means = {name: sum(row["metrics"].get(name, 0.0) for row in tail) / len(tail) for name in names}
+    return sum(row["loss"] for row in tail) / len(tail), means

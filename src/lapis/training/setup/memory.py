@@ -1,0 +1,94 @@
+"""Whether a step fits into memory, before the machine finds out: on a CPU a process that takes too much is killed.
+
+What a row leaves for the backward pass is measured (one row, two rows, the difference), not guessed. Leaves out: what
+lives for a moment within one operation.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lapis.errors import LapisError, TrainingError
+from lapis.model.size import activation_bytes
+from lapis.training.config import TrainConfig
+from lapis.training.loop.state import TrainState
+from lapis.training.objectives.objective import Objective
+from lapis.training.setup import probe
+
+
+def require_room(state: TrainState, objective: Objective, config: TrainConfig, precision: str) -> None:
+    """Raises TrainingError with what helps where the gradients, the optimizer and a micro-batch exceed what is free.
+
+    Measures only where a generous estimate comes near.
+    """
+    free = available(state.device)
+    trained = state.optimizers.parameters
+    states = {"adamw": 2, "muon": 1, "sgd": 1}[config.optimizer]
+    held = sum(p.numel() * p.element_size() for p in trained) * (1 + states)
+    shape = state.model.config
+    length = min(shape.context, int(objective.describe().get("context", shape.context)))
+    if held + state.rows * activation_bytes(shape, length, 4) < free / 2:
+        return
+    try:
+        with torch.random.fork_rng(devices=[state.device] if state.device.type == "cuda" else []):
+            one, two = (_saved(dataclasses.replace(state, rows=rows), objective, precision) for rows in (1, 2))
+    except LapisError:
+        return  # an objective whose rows come in groups; the step itself will tell
+    row = max(0, two - one)
+    step = max(0, one - row) + row * state.rows
+    if held + step <= free:
+        return
+    levers = []
+    if step > held:
+        if state.rows > 1:
+            levers.append("raise accumulate (the result is the same)")
+        if config.checkpointing != "whole":
+            levers.append("set checkpointing to whole (the same result, a third slower)")
+        levers.append("lower batch or context")
+    else:
+        levers.append("train a LoRA, or freeze a part")
+        if config.weights == "float32":
+            levers.append("set weights to bf16")
+    raise TrainingError(
+        f"train: a step needs about {(held + step) / 1e9:.1f} GB ({step / 1e9:.1f} GB for {state.rows} rows, "
+        f"{held / 1e9:.1f} GB for gradients and optimizer) and {free / 1e9:.1f} GB are free; {', or '.join(levers)}"
+    )
+
+
+def available(device: torch.device) -> int:
+    """Bytes that this process may still take: of the GPU, or of the machine or its container."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    found = [1 << 62]
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
+        found.append(int(lines.get("MemAvailable", f"{1 << 42} kB").split()[0]) * 1024)
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists() and limit.read_text().strip().isdigit():
+        found.append(int(limit.read_text()) - int(used.read_text()))
+    return max(0, min(found))
+
+
+def _saved(state: TrainState, objective: Objective, precision: str) -> int:
+    """Bytes that the forward pass of one micro-batch keeps for the backward pass, besides the weights."""
+    weights = {p.untyped_storage().data_ptr() for p in state.model.parameters()}
+    kept: dict[int, int] = {}
+
+    def count(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    batch: Any = next(objective.batches(state))[0]
+    with probe.autocast(state.device, precision):
+        with torch.no_grad():
+            batch = objective.prepare(state.model, batch)
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            loss, _, _ = objective.loss(state.model, batch)
+    del loss
+    return sum(kept.values())

@@ -1,0 +1,147 @@
+"""Which parts of a model a run trains: patterns to tune or to freeze, or a plan that `lapis plan` wrote.
+
+    tune: [layers.4-7.mlp]        # these, and nothing else
+    freeze: [embed, layers.0-3]   # all but these
+    tokens: ["<|im_start|>"]      # and of the embedding the rows of these tokens
+    plan: plan.yaml               # what the plan chose; with LoRA, its targets
+
+Leaves out: making plans (plan/), what an adapter computes (model/lora.py).
+"""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lapis.config import load_yaml
+from lapis.errors import ConfigError
+from lapis.families import part_of
+from lapis.families.patterns import chosen, read_patterns
+from lapis.model.config import ModelConfig
+from lapis.model.transformer import Transformer
+from lapis.text.tokenizer.tokenizer import Tokenizer
+from lapis.training.setup import lora
+
+FORMAT = "lapis-plan/1"
+# not the vocabulary: what is said of layers holds when tokens were added
+_SHAPE = ("family", "dim", "layers", "heads", "kv_heads", "head_dim", "ffn_dim")
+
+
+def settle(
+    model: Transformer,
+    *,
+    lora_config: lora.LoraConfig | None = None,
+    tune: Iterable[str] = (),
+    freeze: Iterable[str] = (),
+    tokens: Iterable[int | str] = (),
+    plan: str | Path | None = None,
+    base: str | None = None,
+    tokenizer: Tokenizer | None = None,
+    seed: int = 0,
+    device: torch.device | None = None,
+) -> None:
+    """Makes a model ready for what the settings want trained: some parts, an adapter, or (nothing given) all of it.
+
+    base: where the model comes from. device: where it will be, for weights that are packed there. Raises ConfigError
+    for settings that exclude each other, a pattern that matches nothing, a plan for another model.
+    """
+    tune, freeze, tokens = tuple(tune), tuple(freeze), tuple(tokens)
+    if plan is not None and (tune or tokens):
+        raise ConfigError("train: give plan, or tune and tokens; both say what is trained")
+    if plan is not None:
+        tune, tokens = read_plan(plan, model.config)
+    if lora_config is None:
+        if not (tune or freeze or tokens):
+            return
+        if lora.of(model) is not None:
+            raise ConfigError(
+                f"train: {base} is an adapter, all of which is trained; leave out tune, freeze, tokens and plan"
+            )
+        if not (tune or freeze):
+            raise ConfigError("train: tokens names rows to train where the rest is frozen; give tune or freeze as well")
+        choose(model, tune, freeze, lora.token_ids(tokens, tokenizer))
+        return
+    if freeze or (plan is None and (tune or tokens)):
+        raise ConfigError(
+            "train: lora freezes the model itself; name its parts in lora.targets and lora.tokens, not in tune, freeze "
+            "or tokens"
+        )
+    if base is None:
+        raise ConfigError("train: lora needs model, a folder; an adapter on a new model could not be used again")
+    if plan is not None:
+        lora_config = replace(lora_config, targets=tune, tokens=tuple(dict.fromkeys((*tokens, *lora_config.tokens))))
+    lora.hold(model, lora_config, device or torch.device("cpu"))
+    torch.manual_seed(seed)
+    lora.wrap(model, replace(lora_config, tokens=lora.token_ids(lora_config.tokens, tokenizer)), base)
+
+
+def describe(model: Transformer) -> dict[str, Any]:
+    """What is trained, as JSON, for a rerun to agree with; empty where it is the whole model."""
+    adapted, names = lora.of(model), [name for name, p in model.named_parameters() if p.requires_grad]
+    found: dict[str, Any] = {} if adapted is None else {"lora": asdict(adapted.config)}
+    if adapted is not None or len(names) < sum(1 for _ in model.parameters()):
+        found["trained"] = hashlib.sha256("\n".join(names).encode()).hexdigest()
+    if adapted is None and (rows := lora.token_rows(model)):
+        found["tokens"] = next(iter(rows.values())).ids_N.tolist()
+    return found
+
+
+def choose(model: Transformer, tune: Iterable[str] = (), freeze: Iterable[str] = (), tokens: Sequence[int] = ()) -> int:
+    """Leaves what `tune` covers (all, where it is empty) and `freeze` does not to train; returns how many parameters.
+
+    tokens: ids whose rows of the embedding, and of an untied head, are trained though the rest of it is not. Raises
+    ConfigError for a pattern that matches nothing, with the nearest names, and where nothing is left.
+    """
+    tune, freeze = tuple(tune), tuple(freeze)
+    parts = {name: part_of(name) for name, _ in model.named_parameters()}
+    wanted = chosen(read_patterns(tune, "tune"), parts.values(), "tune") if tune else set(parts.values())
+    wanted -= chosen(read_patterns(freeze, "freeze"), parts.values(), "freeze")
+    if not wanted:
+        raise ConfigError("train: tune and freeze leave nothing to train")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parts[name] in wanted)
+    frozen = [name for name in lora.row_matrices(model) if not model.get_parameter(name).requires_grad]
+    if tokens:
+        lora.put_rows(model, dict.fromkeys(frozen, (list(tokens), None)))
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def read_plan(place: str | Path, config: ModelConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What a plan chose to tune, as patterns, and the tokens whose rows go with it.
+
+    Raises ConfigError for a plan that was made for another model.
+    """
+    plan = load_yaml(place)
+    if plan.get("format") != FORMAT:
+        raise ConfigError(f"{place}: is no plan ({FORMAT}); make one with: lapis plan")
+    _check_shape(place, plan.get("model"), config)
+    lines = plan.get("tune")
+    if not isinstance(lines, list) or not lines:
+        raise ConfigError(f"{place}: tune must list what to tune, as {{layer, component}}")
+    patterns = []
+    for i, line in enumerate(lines):
+        layer, component = (line.get(name) if isinstance(line, dict) else None for name in ("layer", "component"))
+        numbered = layer is None or (isinstance(layer, int) and not isinstance(layer, bool))
+        if not numbered or not isinstance(component, str | None) or (layer is None and component is None):
+            raise ConfigError(f"{place}: tune[{i}]: expected {{layer: NUMBER, component: NAME}}")
+        patterns.append(".".join(str(piece) for piece in ("layers" if layer is not None else None, layer, component)
+                                 if piece is not None))  # fmt: skip
+    tokens = plan.get("tokens") or []
+    if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
+        raise ConfigError(f"{place}: tokens must be a list of tokens, as text")
+    return tuple(patterns), tuple(tokens)
+
+
+def _check_shape(place: str | Path, shape: Any, config: ModelConfig) -> None:
+    if not isinstance(shape, dict):
+        raise ConfigError(f"{place}: model is missing: the shape of the model that the plan was made for")
+    differ = [
+        f"{name} {shape[name]} there, {getattr(config, name)} here"
+        for name in _SHAPE
+        if name in shape and shape[name] != getattr(config, name)
+    ]
+    if differ:
+        raise ConfigError(f"{place}: was made for another model ({'; '.join(differ)}); plan for this one")

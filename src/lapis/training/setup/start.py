@@ -1,0 +1,104 @@
+"""The model that a run starts from: made anew from a shape, or a folder's, with the head that the objective needs.
+
+Leaves out: adapters and what is frozen (lora.py, select.py), which are put on the model that this file gives.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lapis.config import build
+from lapis.errors import ConfigError
+from lapis.model.config import Head, ModelConfig
+from lapis.model.load import load
+from lapis.model.transformer import Transformer
+from lapis.text.tokenizer.tokenizer import Tokenizer
+from lapis.training.objectives.objective import Objective
+
+HEADS: dict[str, Head] = {"language": "lm", "masked": "masked", "classes": "classes", "scalar": "scalar"}
+_ENCODER = {"norm": "layer", "positions": "learned", "causal": False, "bias": "all", "mlp": "gelu", "norm_eps": 1e-12}
+# what a new language model is where its shape gives only sizes: Qwen3's block (RMSNorm, rotary positions, a norm on
+# queries and keys (Henry et al. 2020), SwiGLU), which every public tool loads
+_SIZES = {"dim", "layers", "heads", "kv_heads", "head_dim", "ffn_dim", "vocab", "context", "tied"}
+# and how it is trained where the settings do not say: benchmarks/results/train.md has what each part gives
+FRESH: dict[str, Any] = {"optimizer": "muon", "lr": 0.005, "weight_decay": 0.1, "schedule": "linear"}
+
+# what a family's folder can say, so that a shape need give only the sizes
+_FAMILY_SHAPES: dict[str, dict[str, Any]] = {
+    "bert": {**_ENCODER, "norm_place": "post", "types": 2, "tied": True},
+    "vit": _ENCODER,
+    "gpt2": {"norm": "layer", "positions": "learned", "bias": "all", "mlp": "gelu_tanh", "tied": True,
+             "norm_eps": 1e-5},
+    "qwen2": {"bias": "qkv"},
+    "qwen3": {"qk_norm": True},
+}  # fmt: skip
+
+
+def start_model(
+    source: Path | str | None,
+    new: Mapping[str, Any] | None,
+    objective: Objective,
+    *,
+    context: int | None,
+    seed: int,
+    zero_init: bool = True,
+) -> Transformer:
+    """The folder `source` in float32, or a model of the shape `new`. Whatever was drawn at random is in `notes`.
+
+    zero_init: a new model's blocks add nothing at first: what writes to the residual stream is zero (Zhang et al. 2019,
+    Fixup, arXiv:1901.09321; for transformers: Yang et al. 2022, arXiv:2203.03466, appendix D.2).
+    """
+    head = HEADS[getattr(objective, "head", "language")]
+    labels: list[str] = list(getattr(objective, "classes", []))
+    context = None if objective.tokenizer is None else context  # a picture's is its patches
+    torch.manual_seed(seed)
+    if new is not None:
+        model = Transformer(_shape(new, objective.tokenizer, head, labels, context))
+        if zero_init and head == "lm":
+            silence(model)
+    else:
+        model = load(str(source), dtype=torch.float32, head=head, classes=len(labels) if head == "classes" else 0)
+    if labels:
+        names = {"id2label": {str(i): label for i, label in enumerate(labels)},
+                 "label2id": {label: i for i, label in enumerate(labels)}}  # fmt: skip
+        model.config = dataclasses.replace(model.config, extra={**model.config.extra, **names})
+    if objective.tokenizer is not None:
+        objective.tokenizer.check_rows(model.config.vocab)
+    if context is not None and context > model.config.context:
+        raise ConfigError(f"train: context is {context}; the model has {model.config.context}, give that or less")
+    return model
+
+
+@torch.no_grad()
+def silence(model: Transformer) -> None:
+    """Sets the projections that write to the residual stream to zero."""
+    for name, parameter in model.named_parameters():
+        if name.endswith(("attn.o.weight", "mlp.down.weight")):
+            parameter.zero_()
+
+
+def _shape(
+    new: Mapping[str, Any], tokenizer: Tokenizer | None, head: Head, labels: list[str], context: int | None
+) -> ModelConfig:
+    """ModelConfig from what `new` says, the family's kind of block, the tokenizer's size and the head."""
+    plain = "qwen3" if head == "lm" and set(new) <= _SIZES else "llama"
+    family = str(new.get("family", "vit" if "image" in new else plain))
+    known: dict[str, Any] = {"family": family, **_FAMILY_SHAPES.get(family, {}), "head": head}
+    if tokenizer is not None:
+        known["vocab"] = tokenizer.rows
+        ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+        known["extra"] = {name: number for name, number in ids.items() if number is not None}
+    if head == "classes":
+        known["classes"] = len(labels)
+    if family == "bert":
+        known["pooler"] = head in ("classes", "scalar")
+    if "image" in new:
+        picture = new["image"] if isinstance(new["image"], Mapping) else {}
+        known["vocab"] = 0
+        known["context"] = (int(picture.get("size", 1)) // max(1, int(picture.get("patch", 1)))) ** 2 + 1
+    elif context is not None:
+        known["context"] = context
+    return build(ModelConfig, {**known, **new}, "train: new")

@@ -1,0 +1,150 @@
+"""The account of a merge: what each input was, what became of every tensor, and a model card. Written beside the model.
+
+The account holds nothing that differs between two runs of the same job (no times, no memory), so that a job that was
+killed and went on gives the same bytes. Leaves out: the manifest of sizes and sha256, which the commit writes.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+from lapis import __version__
+from lapis.checkpoint import Checkpoint
+from lapis.weights.engine.outputs import Figures
+from lapis.weights.tokenizer_files import ACCOUNT, write_json
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What becomes of one tensor. action: merged, copied or skipped; reason: why, where it is not merged."""
+
+    name: str
+    action: str
+    reason: str = ""
+    scale: Any = None
+    role: str = "onto"
+
+
+@dataclass
+class MergeResult:
+    """What `graft` and `merge` return; `to_json` gives the keys that other programs rely on."""
+
+    out: str
+    tensors: dict[str, int]
+    bytes_read: int = 0
+    bytes_written: int = 0
+    bytes_resumed: int = 0
+    seconds: float = 0.0
+    peak_memory_bytes: int = 0
+    sha256: str = ""
+    lost_to_rounding: float | None = None
+    nonfinite: int = 0
+    needs: dict[str, int] = field(default_factory=dict)
+    vocabulary: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    dry_run: bool = False
+    smoke: dict[str, Any] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if value is not None}
+
+
+def identity(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Which model an input was: source, commit where its folder tells, digest of its headers, bytes."""
+    result: dict[str, Any] = {"source": checkpoint.source}
+    if checkpoint.root.resolve().parent.name == "snapshots":
+        result["commit"] = checkpoint.root.resolve().name
+    return result | {"headers_sha256": checkpoint.digest(), "bytes": checkpoint.nbytes}
+
+
+def count(entries: Sequence[Entry]) -> dict[str, int]:
+    seen = Counter(entry.action for entry in entries)
+    return {action: seen[action] for action in ("merged", "copied", "skipped")}
+
+
+def lost_in_all(figures: Mapping[str, Figures]) -> float | None:
+    """The share of the whole delta lost to rounding, over all tensors that have one."""
+    seen = [f for f in figures.values() if f.has_delta]
+    delta = sum(f.delta_sq for f in seen)
+    return (sqrt(sum(f.error_sq for f in seen) / delta) if delta else 0.0) if seen else None
+
+
+def write_account(
+    folder: Path,
+    command: str,
+    recipe: Mapping[str, Any],
+    inputs: Mapping[str, Checkpoint],
+    entries: Sequence[Entry],
+    figures: Mapping[str, Figures],
+    notes: Sequence[str],
+    **more: Any,
+) -> None:
+    """lapis-merge.json and README.md in `folder`. more: further sections of the account (vocabulary, ...)."""
+    tensors, skipped = [], []
+    for entry in entries:
+        line: dict[str, Any] = {"name": entry.name, "action": entry.action}
+        if entry.action == "skipped":
+            skipped.append({"role": entry.role, "name": entry.name, "reason": entry.reason})
+            continue
+        if entry.reason:
+            line["reason"] = entry.reason
+        if entry.scale is not None:
+            line["scale"] = entry.scale
+        seen = figures.get(entry.name)
+        if seen and seen.has_delta:
+            line |= {"delta_norm": sqrt(seen.delta_sq), "lost_to_rounding": seen.lost}
+        if seen and seen.nonfinite:
+            line["nonfinite"] = seen.nonfinite
+        tensors.append(line)
+    document = {
+        "lapis": __version__,
+        "command": command,
+        "recipe": dict(recipe),
+        "inputs": {role: identity(checkpoint) for role, checkpoint in inputs.items()},
+        "counts": count(entries),
+        "lost_to_rounding": lost_in_all(figures),
+        **more,
+        "notes": list(notes),
+        "tensors": tensors,
+        "skipped": skipped,
+    }
+    write_json(folder / ACCOUNT, document)
+    (folder / "README.md").write_text(_card(command, document), encoding="utf-8")
+
+
+def _card(command: str, document: Mapping[str, Any]) -> str:
+    inputs, counts, lost = document["inputs"], document["counts"], document["lost_to_rounding"]
+    sources = "\n".join(f"  - {entry['source']}" for entry in inputs.values())
+    rows = "\n".join(
+        f"| {role} | `{entry['source']}` | {entry['bytes'] / 1e9:,.2f} GB | `{entry['headers_sha256'][:16]}` |"
+        for role, entry in inputs.items()
+    )
+    recipe = "\n".join(f"| {key} | `{value}` |" for key, value in document["recipe"].items())
+    told = "\n".join(f"- {note}" for note in document["notes"])
+    rounding = "" if lost is None else f" Rounding to the stored dtype took {lost:.2%} of the difference (by norm)."
+    return f"""---
+base_model:
+{sources}
+library_name: transformers
+tags: [lapis, merge, {command}]
+---
+
+# Made by lapis {document["lapis"]}: {command}
+
+{counts["merged"]} tensors were merged, {counts["copied"]} copied.{rounding}
+
+| input | source | size | headers (sha256) |
+|---|---|---|---|
+{rows}
+
+| setting | value |
+|---|---|
+{recipe}
+
+{told}
+
+What became of every tensor is in `{ACCOUNT}`.
+"""

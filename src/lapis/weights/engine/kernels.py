@@ -1,0 +1,101 @@
+"""A merge method as the engine runs it: its sweeps become passes, its last step the tile that is written.
+
+Leaves out: the methods (methods/), the engine (stream.py).
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import torch
+
+from lapis.weights.engine.stream import Kernel
+from lapis.weights.engine.tiles import Tile
+from lapis.weights.merge.methods import Method
+from lapis.weights.merge.methods.block import Block, Elementwise, Reduction, total
+
+
+def kernel_of(
+    method: Method,
+    parameters: Mapping[str, Any],
+    name: str,
+    shape: tuple[int, ...],
+    *,
+    models: int,
+    base: bool,
+    seed: int = 0,
+    told: Counter[str] | None = None,
+) -> Kernel:
+    """The kernel for one tensor. Its tiles' inputs are the models in order, then the base where there is one.
+
+    parameters: by recipe names, per-model ones as tuples. told: counts what the method has to say of the tensor.
+    Raises ConfigError for parameters that the method cannot take.
+    """
+    vector = len(shape) < 2
+
+    def block(tile: Tile) -> Block:
+        columns = shape[-1] if shape and method.rows else tile.last - tile.first
+        inputs = [vector.view(-1, columns) for vector in tile.inputs]
+        return Block(inputs[:models], inputs[models] if base else None, tile.first, name, seed, vector)
+
+    steps = method.start(parameters, models)
+    begin: Reduction | Elementwise
+    if isinstance(steps, Elementwise):
+        begin = steps
+    else:
+        try:
+            begin = next(steps)
+        except StopIteration as end:
+            begin = end.value
+    if isinstance(begin, Elementwise):
+        note(told, begin)
+
+    def sweep(tile: Tile, reduction: Reduction | None) -> tuple[Any, ...]:
+        return (reduction or begin)(block(tile))  # type: ignore[operator]
+
+    def fold(_step: int, parts: list[tuple[Any, ...]], _state: Any) -> Reduction | Elementwise:
+        assert not isinstance(steps, Elementwise)
+        try:
+            return steps.send(total(parts))
+        except StopIteration as end:
+            note(told, end.value)
+            last: Elementwise = end.value
+            return last
+
+    def apply(tile: Tile, state: Elementwise | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        last = state or begin
+        assert isinstance(last, Elementwise)
+        result, delta = last.apply(block(tile))
+        return result.reshape(-1), None if delta is None else delta.reshape(-1)
+
+    count = 0
+    if not isinstance(begin, Elementwise) and 0 not in shape:
+        count = _sweeps(method, tuple(sorted(parameters.items())), models, base)
+    whole = method.rows and vector  # a vector is one row
+    return Kernel(apply, (sweep,) * count, fold if count else None, rows=method.rows and not whole, whole=whole)
+
+
+def note(told: Counter[str] | None, last: Elementwise) -> None:
+    if told is not None and last.note:
+        told[last.note] += 1
+
+
+@cache
+def _sweeps(method: Method, parameters: tuple[tuple[str, Any], ...], models: int, base: bool) -> int:
+    """How many sweeps a method makes. It depends on its parameters alone, so a trial on a few numbers tells."""
+    drawn = torch.rand(models + 1, 2, 4, generator=torch.Generator().manual_seed(0))
+
+    def block() -> Block:
+        *inputs, last = drawn.clone().unbind()
+        return Block(inputs, last if base else None, name="trial")
+
+    steps = method.start(dict(parameters), models)
+    assert not isinstance(steps, Elementwise)
+    count, reduction = 1, next(steps)
+    while True:
+        try:
+            reduction = steps.send(reduction(block()))
+        except StopIteration:
+            return count
+        count += 1

@@ -1,0 +1,75 @@
+"""What the engine is asked for, and what it says of it: an output tensor, its kernel, the figures of one run."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod, sqrt
+from typing import Any
+
+import torch
+
+from lapis.weights.engine.sources import Source
+from lapis.weights.engine.tiles import Tile
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """How a tensor is computed.
+
+    apply(tile, state) -> (result, delta): float32 vectors; delta is what was added to the tensor that is being changed,
+    or None where that means nothing. passes: functions (tile, state) -> partial that see every tile before `apply`
+    does; after pass i, fold(i, partials in the order of tiles, state) -> state. rows: tiles hold whole rows.
+    whole: one tile holds the whole tensor; memory then grows with the largest one.
+    """
+
+    apply: Callable[[Tile, Any], tuple[torch.Tensor, torch.Tensor | None]]
+    passes: tuple[Callable[[Tile, Any], Any], ...] = ()
+    fold: Callable[[int, list[Any], Any], Any] | None = None
+    rows: bool = False
+    whole: bool = False
+
+
+@dataclass(frozen=True)
+class Output:
+    """One tensor to write. kernel None copies the bytes of the first source.
+
+    patch(first, last, values): overwrites parts of elements [first, last), given in the output's dtype, after rounding.
+    """
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    sources: tuple[Source, ...]
+    kernel: Kernel | None = None
+    patch: Callable[[int, int, torch.Tensor], None] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass
+class Figures:
+    """What the engine saw of one tensor: sums of squares of the delta and of its rounding error; NaN and Inf."""
+
+    delta_sq: float = 0.0
+    error_sq: float = 0.0
+    nonfinite: int = 0
+    has_delta: bool = False
+
+    @property
+    def lost(self) -> float | None:
+        """Share of the delta lost to rounding: |rounded - exact| / |delta|; None where there is no delta."""
+        if not self.has_delta:
+            return None
+        return sqrt(self.error_sq / self.delta_sq) if self.delta_sq else 0.0
+
+
+@dataclass
+class Account:
+    """What a run did. figures: by tensor. digests: sha256 of each file written."""
+
+    figures: dict[str, Figures]
+    digests: dict[str, str]
+    bytes_read: int = 0
+    bytes_written: int = 0
+    bytes_resumed: int = 0

@@ -1,0 +1,342 @@
+"""The engine: tensors in, tensors out, tile by tile, in memory that does not grow with the model.
+
+An output file's header is known before any weight is read, so the file is laid out in full and filled in order. A few
+threads each take the next tile: read the inputs' bytes into buffers of their own, widen to float32, compute, round once
+to the output's dtype. Finished tiles are hashed and written in order while they are still in the cache, which gives the
+manifest's sha256 and the journal's checkpoints for one pass. A method that needs figures of the whole tensor (a norm, a
+threshold) declares passes; these run over the same tiles before its result does.
+
+Memory: THREADS x TILE x (4 x inputs + 20) bytes, whatever the model's size; a row longer than a tile makes the tile
+one row. Methods with passes keep up to twice HOLD bytes of inputs besides, so that these are read once. Leaves out:
+what is computed (graft.py, methods.py) and where to write (checkpoint/commit.py).
+"""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from math import isfinite, prod
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import Any
+
+import torch
+
+from lapis.checkpoint.files import header_bytes
+from lapis.checkpoint.store import dtype_name
+from lapis.errors import CheckpointError
+from lapis.weights.engine.journal import Journal, Progress
+from lapis.weights.engine.outputs import Account, Figures, Kernel, Output
+from lapis.weights.engine.sources import COMPUTABLE, Source
+from lapis.weights.engine.tiles import (
+    THREADS,
+    Buffer,
+    Held,
+    Reader,
+    Tile,
+    dot,
+    finite,
+    one_thread_each,
+    prefetch,
+    spans,
+)
+from lapis.weights.engine.writer import Writer
+
+__all__ = ["Account", "Figures", "Kernel", "Output", "stream"]
+
+RECORD = 64 << 20  # bytes of output between two lines of the journal
+HOLD = 256 << 20  # bytes of one tensor's inputs that are kept between its passes; larger ones are read in each
+
+
+def stream(
+    files: dict[str, Sequence[Output]],
+    folder: Path,
+    journal: Journal,
+    *,
+    metadata: dict[str, str] | None = None,
+    allow_nonfinite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Account:
+    """Writes safetensors files (name -> tensors in order) into `folder`, going on from the journal.
+
+    progress(done, total) is called in bytes of output. Raises CheckpointError for NaN or Inf in what is read or
+    written, unless allow_nonfinite, which counts them.
+    """
+    run = _Run(files, folder, journal, metadata or {"format": "pt"}, allow_nonfinite, progress)
+    with one_thread_each():
+        return run()
+
+
+@dataclass
+class _File:
+    """An output file on its way. pending: tiles that are computed but wait for an earlier one."""
+
+    name: str
+    writer: Writer
+    start: int
+    progress: Progress
+    pending: dict[int, tuple["Buffer", int, str, Figures]] = field(default_factory=dict)
+    changed: dict[str, Any] = field(default_factory=dict)
+    recorded: int = 0
+    end: int = 0
+
+
+@dataclass
+class _Sweep:
+    """A tensor's state between its passes: partial results, and how many tiles a pass still lacks."""
+
+    partials: list[list[Any]]
+    left: list[int]
+    ready: list[threading.Event]
+    held: Held | None
+    state: Any = None
+
+
+@dataclass(frozen=True)
+class _Task:
+    output: Output
+    first: int
+    last: int
+    file: _File
+    offset: int  # in the file
+    sweep: _Sweep | None
+    step: int  # the pass; -1 computes and writes
+    number: int
+    following: tuple[Source, ...]  # what the next tensor is made from
+
+
+class _Run:
+    def __init__(
+        self,
+        files: dict[str, Sequence[Output]],
+        folder: Path,
+        journal: Journal,
+        metadata: dict[str, str],
+        allow_nonfinite: bool,
+        progress: Callable[[int, int], None] | None,
+    ) -> None:
+        self.journal, self.allow_nonfinite, self.tell = journal, allow_nonfinite, progress
+        self.lock = threading.Lock()
+        self.failure: BaseException | None = None
+        self.free: SimpleQueue[Buffer] = SimpleQueue()
+        self.spare: SimpleQueue[Buffer] = SimpleQueue()
+        self.figures = {output.name: Figures() for outputs in files.values() for output in outputs}
+        self.account = Account(self.figures, {})
+        self.files = [self._prepare(name, outputs, folder, metadata) for name, outputs in files.items()]
+        self.total = sum(file.end for file in self.files)
+        self.done = sum(file.progress.done for file in self.files)
+        self.account.bytes_resumed = journal.resumed_bytes
+        self.outputs = list(files.values())
+        self.tasks = self._tasks()
+
+    def __call__(self) -> Account:
+        workers = [threading.Thread(target=self._work, daemon=True) for _ in range(THREADS)]
+        for _ in range(3 * THREADS):
+            self.free.put(Buffer())
+        try:
+            for worker in workers:
+                worker.start()
+            for worker in workers:
+                while worker.is_alive():
+                    worker.join(0.2)
+        except BaseException as error:  # Ctrl-C: let the threads leave what they write whole
+            self.failure = self.failure or error
+            for worker in workers:
+                worker.join()
+        finally:
+            for file in self.files:
+                file.writer.close()
+                if file.progress.done > file.recorded:  # stopped: the rerun goes on from the last whole tile
+                    self.journal.record(file.name, file.progress, file.changed)
+        if self.failure:
+            raise self.failure
+        self.account.digests = {file.name: file.progress.sha256.hexdigest() for file in self.files}
+        return self.account
+
+    def _prepare(self, name: str, outputs: Sequence[Output], folder: Path, metadata: dict[str, str]) -> _File:
+        """Lays the file out in full, or finds how far an earlier run came."""
+        head = header_bytes({o.name: (dtype_name(o.dtype), o.shape) for o in outputs}, metadata)
+        progress = self.journal.progress(name)
+        end = len(head) + sum(output.nbytes for output in outputs)
+        writer = Writer(folder / name, end, progress.done)
+        if progress.done == 0:
+            writer.write(head)
+            progress.sha256.update(head)
+            progress.done = len(head)
+        for tensor, numbers in progress.figures.items():
+            self.figures[tensor] = Figures(*numbers)
+        return _File(name, writer, len(head), progress, recorded=progress.done, end=end)
+
+    def _tasks(self) -> Iterator[_Task]:
+        """Every tile in the order of the files; a tensor's passes run before the tensor ahead of it is computed."""
+        waiting: list[_Task] = []
+        for file, outputs in zip(self.files, self.outputs, strict=True):
+            offset = file.start
+            for output, after in zip(outputs, [*outputs[1:], None], strict=True):
+                passes, writes = self._tensor_tasks(file, output, offset, after.sources if after else ())
+                offset += output.nbytes
+                yield from passes
+                yield from waiting
+                waiting = writes
+        yield from waiting
+
+    def _tensor_tasks(
+        self, file: _File, output: Output, offset: int, following: tuple[Source, ...]
+    ) -> tuple[list[_Task], list[_Task]]:
+        kernel, item = output.kernel, output.dtype.itemsize
+        every = spans(output.shape, rows=bool(kernel and kernel.rows), whole=bool(kernel and kernel.whole))
+        todo = [span for span in every if offset + span[1] * item > file.progress.done]
+        steps = len(kernel.passes) if kernel and todo else 0
+        sweep = None
+        if steps:
+            empty: list[list[Any]] = [[None] * len(every) for _ in range(steps)]
+            size = sum(source.dtype.itemsize for source in output.sources) * prod(output.shape)
+            held = Held(self.spare) if size <= HOLD else None
+            sweep = _Sweep(empty, [len(every)] * steps, [threading.Event() for _ in range(steps)], held)
+        passes = [
+            _Task(output, first, last, file, 0, sweep, step, i, following)
+            for step in range(steps)
+            for i, (first, last) in enumerate(every)
+        ]
+        return passes, [_Task(output, a, b, file, offset + a * item, sweep, -1, 0, following) for a, b in todo]
+
+    def _work(self) -> None:
+        reader, spare = Reader(), Buffer()
+        try:
+            while self.failure is None:
+                buffer = self._buffer()  # before the task: who holds the earliest tile can then always finish it
+                with self.lock:
+                    task = next(self.tasks, None)
+                if task is None:
+                    self.free.put(buffer)
+                    return
+                if task.step >= 0:
+                    self.free.put(buffer)
+                    self._reduce(task, reader)
+                else:
+                    self._produce(task, buffer, reader, spare)
+        except BaseException as error:
+            self.failure = self.failure or error
+
+    def _await(self, event: threading.Event) -> None:
+        while not event.wait(0.1):
+            if self.failure:
+                raise self.failure
+
+    def _reduce(self, task: _Task, reader: Reader) -> None:
+        sweep, kernel = task.sweep, task.output.kernel
+        assert sweep is not None and kernel is not None
+        if task.step:
+            self._await(sweep.ready[task.step - 1])
+        else:
+            prefetch(task.output.sources, task.first, task.following)
+        partial = kernel.passes[task.step](self._read(task, reader), sweep.state)
+        with self.lock:
+            sweep.partials[task.step][task.number] = partial
+            sweep.left[task.step] -= 1
+            last = sweep.left[task.step] == 0
+        if last:
+            if kernel.fold:
+                sweep.state = kernel.fold(task.step, sweep.partials[task.step], sweep.state)
+            sweep.partials[task.step] = []
+            sweep.ready[task.step].set()
+
+    def _produce(self, task: _Task, buffer: Buffer, reader: Reader, spare: Buffer) -> None:
+        output, count = task.output, task.last - task.first
+        if task.sweep is None:
+            prefetch(output.sources, task.first, task.following)
+        values = buffer.of(count, output.dtype)
+        figures = Figures()
+        if output.kernel is None:
+            read = output.sources[0].read(task.first, task.last, buffer.bytes(count * output.dtype.itemsize))
+            if output.dtype in COMPUTABLE and not finite(values):
+                figures.nonfinite = self._nonfinite(task, values)
+        else:
+            if task.sweep:
+                self._await(task.sweep.ready[-1])
+            tile, read = self._read(task, reader), 0
+            if task.sweep and task.sweep.held:
+                task.sweep.held.release(task.first)
+            result, delta = output.kernel.apply(tile, task.sweep.state if task.sweep else None)
+            values.copy_(result)
+            if delta is None:
+                sound = finite(values)
+            else:
+                figures.has_delta, figures.delta_sq = True, dot(delta, delta)
+                if output.dtype is not torch.float32:
+                    error = spare.of(count, torch.float32).copy_(values).sub_(result)
+                    figures.error_sq = dot(error, error)
+                    sound = isfinite(figures.error_sq)  # NaN or Inf in the result, or made by rounding, shows here
+                else:
+                    sound = finite(values)
+                sound = sound and isfinite(figures.delta_sq)
+            if not sound:
+                figures.nonfinite = self._nonfinite(task, values)
+                figures.delta_sq = figures.error_sq = 0.0
+        if output.patch:
+            output.patch(task.first, task.last, values)
+        self._finish(task, buffer, count * output.dtype.itemsize, figures, read)
+
+    def _read(self, task: _Task, reader: Reader) -> Tile:
+        output, held = task.output, task.sweep.held if task.sweep else None
+        tile = reader.read(output.name, output.sources, task.first, task.last, output.shape, held)
+        with self.lock:
+            self.account.bytes_read += reader.taken()
+        return tile
+
+    def _nonfinite(self, task: _Task, values: torch.Tensor) -> int:
+        """How many NaN and Inf an output tile holds; raises, naming the input that they came from, unless allowed."""
+        count = int((~torch.isfinite(values)).sum())
+        if count and not self.allow_nonfinite:
+            for source in task.output.sources:
+                buffer = Buffer()
+                seen = buffer.of(task.last - task.first, source.dtype)
+                source.read(task.first, task.last, buffer.bytes(seen.numel() * source.dtype.itemsize))
+                if bad := int((~torch.isfinite(seen.float())).sum()):
+                    where = f"{source.name} in {source.role} holds {bad:,} NaN or Inf"
+                    break
+            else:
+                where = f"{task.output.name}: {count:,} results are NaN or too large for {task.output.dtype}"
+            raise CheckpointError(f"{where} (elements {task.first:,} to {task.last:,}); --allow-nonfinite keeps them")
+        return count
+
+    def _buffer(self) -> Buffer:
+        while True:
+            try:
+                return self.free.get(timeout=0.1)
+            except Empty:
+                if self.failure:
+                    raise self.failure from None
+
+    def _finish(self, task: _Task, buffer: Buffer, size: int, figures: Figures, read: int) -> None:
+        """Hands on a tile to be hashed and written, in order: whoever brings the next one does all that wait."""
+        file = task.file
+        with self.lock:
+            self.account.bytes_read += read
+            self.account.bytes_written += size
+            file.pending[task.offset] = (buffer, size, task.output.name, figures)
+            if file.progress.done not in file.pending:
+                return
+            taken = file.pending.pop(file.progress.done)
+        while True:
+            buffer, size, name, figures = taken
+            file.progress.sha256.update(buffer.bytes(size))
+            file.writer.write(buffer.bytes(size))
+            self.free.put(buffer)
+            total = self.figures[name]
+            total.delta_sq += figures.delta_sq
+            total.error_sq += figures.error_sq
+            total.nonfinite += figures.nonfinite
+            total.has_delta |= figures.has_delta
+            file.changed[name] = [total.delta_sq, total.error_sq, total.nonfinite, total.has_delta]
+            with self.lock:
+                file.progress.done += size
+                self.done += size
+                if file.progress.done - file.recorded >= RECORD:
+                    self.journal.record(file.name, file.progress, file.changed)
+                    file.recorded, file.changed = file.progress.done, {}
+                if self.tell:
+                    self.tell(self.done, self.total)
+                following = file.pending.pop(file.progress.done, None)
+            if following is None:
+                return
+            taken = following

@@ -1,0 +1,237 @@
+"""Tiles: the pieces in which tensors are read and computed, and the buffers they are read into.
+
+A tile is a run of elements short enough to stay in a core's share of the cache. How a tensor is cut depends on its
+shape alone, so the result of a sum over tiles does not depend on threads. Leaves out: writing (stream.py).
+"""
+
+import ctypes
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from queue import Empty, SimpleQueue
+from typing import TypeVar
+
+import torch
+
+from lapis.weights.engine.sources import Source, Stored, as_bytes, columns_of
+
+TILE = 1 << 18  # elements
+THREADS = min(4, 1 + (os.cpu_count() or 1))  # one more than cores, since one is often waiting for the disk
+_CHUNK = 1 << 16  # elements that are summed in float32 before the sum goes on in float64
+
+_STRIDE, _AHEAD = 8 * TILE, 32 * TILE  # how much is asked for at a time, and how far before it is read
+
+T = TypeVar("T")
+
+
+@dataclass
+class Tile:
+    """One piece of a tensor. inputs: float32 vectors, one per source, which may be overwritten.
+
+    first, last: the elements of the flattened tensor; columns: the length of its rows.
+    """
+
+    name: str
+    first: int
+    last: int
+    columns: int
+    inputs: list[torch.Tensor]
+
+
+def spans(shape: Sequence[int], *, rows: bool = False, whole: bool = False) -> list[tuple[int, int]]:
+    """Where the tiles of a tensor begin and end. rows: at whole rows, at least one. whole: one tile."""
+    count, columns = prod(shape), columns_of(shape)
+    size = max(count, 1) if whole else max(TILE // max(columns, 1), 1) * max(columns, 1) if rows else TILE
+    return [(first, min(first + size, count)) for first in range(0, count, size)]
+
+
+class Buffer:
+    """Bytes that grow to the largest need and are used again; seen as a tensor of any dtype."""
+
+    def __init__(self) -> None:
+        self._tensor = torch.empty(0, dtype=torch.uint8)
+        self._view = memoryview(b"")
+
+    def of(self, count: int, dtype: torch.dtype) -> torch.Tensor:
+        """A vector of `count` elements in this memory; what was there before is lost."""
+        need = count * dtype.itemsize
+        if need > self._tensor.numel():
+            self._tensor = torch.empty(need, dtype=torch.uint8)
+            self._view = as_bytes(self._tensor)
+        return self._tensor[:need].view(dtype)
+
+    def bytes(self, size: int) -> memoryview:
+        return self._view[:size]
+
+
+class Held:
+    """The stored bytes of one tensor's tiles, kept from its first pass to its last, in memory that is used again."""
+
+    def __init__(self, spare: "SimpleQueue[Buffer]") -> None:
+        self._spare = spare
+        self._tiles: dict[tuple[int, int], Buffer] = {}
+
+    def bytes(self, first: int, source: int) -> tuple[Buffer, bool]:
+        """The buffer of a tile of one source, and whether it is filled already."""
+        buffer = self._tiles.get((first, source))
+        if buffer is not None:
+            return buffer, True
+        try:
+            buffer = self._spare.get_nowait()
+        except Empty:
+            buffer = Buffer()
+        self._tiles[first, source] = buffer
+        return buffer, False
+
+    def release(self, first: int) -> None:
+        """The tile that begins there is done with."""
+        source = 0
+        while (buffer := self._tiles.pop((first, source), None)) is not None:
+            self._spare.put(buffer)
+            source += 1
+
+
+class Reader:
+    """Reads tiles into buffers of its own, widened to float32; one per thread."""
+
+    def __init__(self) -> None:
+        self._stored, self._wide = Buffer(), [Buffer()]
+        self._taken = 0
+
+    def read(
+        self,
+        name: str,
+        sources: Sequence[Source],
+        first: int,
+        last: int,
+        shape: Sequence[int],
+        held: "Held | None" = None,
+    ) -> Tile:
+        """The tile [first, last) of every source. The last tile's memory is used again.
+
+        held: where the bytes of an earlier pass over this tensor are, and those of this tile are kept.
+        """
+        count, inputs = last - first, []
+        while len(self._wide) < len(sources):
+            self._wide.append(Buffer())
+        for at, (source, buffer) in enumerate(zip(sources, self._wide, strict=False)):
+            vector = buffer.of(count, torch.float32)
+            if source.dtype is torch.float32:
+                self._taken += source.read(first, last, buffer.bytes(count * 4))
+            else:
+                bytes_, known = (self._stored, False) if held is None else held.bytes(first, at)
+                stored = bytes_.of(count, source.dtype)
+                if not known:
+                    self._taken += source.read(first, last, bytes_.bytes(count * source.dtype.itemsize))
+                vector.copy_(stored)
+            inputs.append(vector)
+        return Tile(name, first, last, columns_of(shape), inputs)
+
+    def taken(self) -> int:
+        """Bytes read since this was last asked."""
+        result, self._taken = self._taken, 0
+        return result
+
+
+def prefetch(sources: Sequence[Source], first: int, following: Sequence[Source] = ()) -> None:
+    """Called before each tile is read: now and then asks for what comes later, so that disks work while we compute.
+
+    following: the sources of the next tensor, whose beginning is asked for at the beginning of this one.
+    """
+    if first == 0:
+        for source in following:
+            if isinstance(source, Stored):
+                source.prefetch(0, _AHEAD)
+    if first % _STRIDE < TILE:
+        for source in sources:
+            if isinstance(source, Stored) and prod(source.shape) > first + _AHEAD:
+                source.prefetch(first + _AHEAD, first + _AHEAD + _STRIDE + TILE)
+
+
+def dot(one: torch.Tensor, other: torch.Tensor) -> float:
+    """The dot product of two float32 vectors, in float64 over short stretches (relative error near 1e-8)."""
+    if one.numel() <= _CHUNK:
+        return float(torch.dot(one, other))
+    pairs = zip(torch.split(one, _CHUNK), torch.split(other, _CHUNK), strict=True)
+    return sum((float(torch.dot(a, b)) for a, b in pairs), 0.0)
+
+
+def finite(values: torch.Tensor) -> bool:
+    """Whether a vector is free of NaN and Inf; its sum tells, and is far cheaper than looking at each element."""
+    total = float(values.sum(dtype=torch.float32))
+    return abs(total) < float("inf") or bool(torch.isfinite(values).all())
+
+
+@contextmanager
+def one_thread_each() -> Iterator[None]:
+    """Inside, torch computes each operation on one thread, since the threads here share the cores by tiles, and memory
+    that was freed stays with the process: clearing the pages of each temporary anew took a third of the time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    _keep_freed(1 << 30)
+    try:
+        yield
+    finally:
+        _keep_freed(128 << 10)  # glibc's own value
+        torch.set_num_threads(before)
+
+
+def _keep_freed(size: int) -> None:
+    """Lets the allocator keep up to `size` bytes that are free at its end, and take as large pieces from it."""
+    try:
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-1, size)  # M_TRIM_THRESHOLD
+        libc.mallopt(-3, min(size, 32 << 20))  # M_MMAP_THRESHOLD, which has this limit
+        if size < 1 << 20:
+            libc.malloc_trim(0)
+    except (OSError, AttributeError):  # another allocator
+        return
+
+
+def each(
+    tasks: Sequence[T], work: Callable[[Reader, T], None], progress: Callable[[int, int], None] | None = None
+) -> int:
+    """Runs work(reader, task) for every task on a few threads, each with its own reader; returns the bytes read.
+
+    The first error stops all and is raised. progress(done, total) counts tasks.
+    """
+    lock, waiting = threading.Lock(), iter(tasks)
+    failures: list[BaseException] = []
+    read = done = 0
+
+    def run() -> None:
+        nonlocal read, done
+        reader = Reader()
+        try:
+            while not failures:
+                with lock:
+                    task = next(waiting, None)
+                if task is None:
+                    return
+                work(reader, task)
+                with lock:
+                    read += reader.taken()
+                    done += 1
+                    if progress:
+                        progress(done, len(tasks))
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=run, daemon=True) for _ in range(THREADS)]
+    with one_thread_each():
+        for thread in threads:
+            thread.start()
+        try:
+            for thread in threads:
+                while thread.is_alive():
+                    thread.join(0.2)
+        except BaseException as error:
+            failures.insert(0, error)
+            for thread in threads:
+                thread.join()
+    if failures:
+        raise failures[0]
+    return read

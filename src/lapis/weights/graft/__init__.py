@@ -1,0 +1,1 @@
+"""Base, chat and onto in, onto + scale * (chat - base) out, tensor by tensor."""

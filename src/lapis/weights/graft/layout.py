@@ -1,0 +1,330 @@
+"""What a graft will do to each tensor, laid out and proved from headers, configs and tokenizers. Reads no weights.
+
+Leaves out: running it (graft.py), what is checked of configs and shapes (checks.py).
+"""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lapis.checkpoint import Checkpoint, open_checkpoint
+from lapis.checkpoint.files import header_bytes
+from lapis.checkpoint.store import torch_dtype
+from lapis.errors import CheckpointError, ConfigError
+from lapis.families.base import Part
+from lapis.weights.checks import check_configs, check_tensors, check_vocabularies, embedding_rows, told
+from lapis.weights.engine.account import Entry
+from lapis.weights.engine.fp8 import is_scale, without_quantization
+from lapis.weights.engine.outputs import Kernel, Output
+from lapis.weights.engine.sources import Rows, Source, Stored, columns_of, read_rows
+from lapis.weights.engine.tiles import THREADS, TILE, Tile
+from lapis.weights.graft.scale import Scale, read_scale
+from lapis.weights.part_kinds import is_norm, is_vocabulary
+from lapis.weights.tensor_pairs import counterparts
+from lapis.weights.vocabulary import Vocabulary, open_vocabulary, relation, rows_for, template_tokens
+
+Model = str | os.PathLike[str] | Checkpoint
+ScaleLike = float | str | Path | Mapping[str, Any] | Scale
+
+
+@dataclass
+class GraftPlan:
+    """A graft that can be done. config: keys of config.json that change; None removes one. words: by role."""
+
+    files: dict[str, list[Output]]
+    entries: list[Entry]
+    inputs: dict[str, Checkpoint]
+    recipe: dict[str, Any]
+    words: dict[str, Vocabulary | None]
+    new_tokens: dict[str, int]
+    vocabulary: dict[str, Any]
+    notes: list[str]
+    config: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def disk_bytes(self) -> int:
+        heads = sum(len(header_bytes({o.name: ("U8", o.shape) for o in f}, {})) for f in self.files.values())
+        return sum(output.nbytes for outputs in self.files.values() for output in outputs) + heads + (64 << 20)
+
+    @property
+    def memory_bytes(self) -> int:
+        """The bound on buffers: it does not depend on the model's size."""
+        inputs = max((len(o.sources) for outputs in self.files.values() for o in outputs), default=1)
+        return THREADS * TILE * (4 * inputs + 20)
+
+
+def plan_graft(
+    base: Model,
+    chat: Model | Sequence[Model],
+    onto: Model,
+    scale: ScaleLike | Sequence[ScaleLike] = 1.0,
+    embeddings: str | None = None,
+    norms: str = "keep",
+    template: str = "chat",
+) -> GraftPlan:
+    """Checks a graft and lays it out. Raises CheckpointError or ConfigError with all problems at once."""
+    chats, scales = _listed(chat), [read_scale(each) for each in _listed(scale)]
+    embeddings = embeddings or next((each.embeddings for each in scales if each.embeddings), "keep")
+    for option, value in (("embeddings", embeddings), ("norms", norms)):
+        if value not in ("keep", "add"):
+            raise ConfigError(f'graft: {option} is "{value}"; give keep or add')
+    if template not in ("chat", "onto"):
+        raise ConfigError(f'graft: template is "{template}"; give chat or onto')
+    if len(scales) == 1:
+        scales *= len(chats)
+    if len(scales) != len(chats) or not chats:
+        raise ConfigError(f"graft: {len(chats)} chat models and {len(scales)} scales; give one scale, or one for each")
+    inputs = _open({"base": base} | {_role(i): each for i, each in enumerate(chats)} | {"onto": onto})
+    words = {role: open_vocabulary(checkpoint) for role, checkpoint in inputs.items()}
+    problems, notes = check_configs(inputs)
+    for role, checkpoint in inputs.items():
+        notes += [f"{role}: {note}" for note in checkpoint.notes]
+    layout = _Layout(inputs, words, scales, embeddings, norms, template)
+    shape = _shape(inputs["onto"])
+    problems += [line for each in scales for line in each.problems(layout.parts.values(), shape)]
+    problems += check_vocabularies(inputs, words, embeddings)
+    problems += check_tensors(inputs, {name: layout.fate(name) for name in layout.parts})
+    if problems:
+        raise CheckpointError(told("graft", problems))
+    if not layout.template:
+        blind = [role for role, vocabulary in words.items() if vocabulary is None]
+        why = f"no tokenizer.json in {', '.join(blind)}" if blind else "chat's template has no tokens of its own"
+        why = f"these {len(layout.held)} rows stay onto's" if layout.held else why
+        notes.append(f"no rows of template tokens were taken from chat: {why}")
+    recipe = {
+        "scale": [s.to_json() for s in scales] if len(scales) > 1 else scales[0].to_json(),
+        "embeddings": embeddings,
+        "norms": norms,
+        "template": template,
+    }
+    files = layout.files()
+    return GraftPlan(
+        files, layout.entries, inputs, recipe, words, layout.new_tokens, layout.vocabulary(),
+        notes + layout.notes, layout.config,
+    )  # fmt: skip
+
+
+class _Layout:
+    """The output's tensors, in onto's files and order."""
+
+    def __init__(
+        self,
+        inputs: dict[str, Checkpoint],
+        words: dict[str, Vocabulary | None],
+        scales: list[Scale],
+        embeddings: str,
+        norms: str,
+        template: str,
+    ) -> None:
+        self.inputs, self.words, self.scales = inputs, words, scales
+        self.embeddings, self.norms, self.onto = embeddings, norms, inputs["onto"]
+        self.parts: dict[str, Part] = {name: self.onto.part(name) for name in self.onto.names}
+        self.roles = ("base", *(role for role in inputs if role.startswith("chat")))
+        self.entries: list[Entry] = []
+        self.notes: list[str] = []
+        self.config: dict[str, Any] = {}
+        own, chat = words["onto"], words["chat"]
+        tokens = template_tokens(chat, words["base"]) if own and chat else []
+        self.template, self.held = (tokens, []) if template == "chat" else ([], tokens)
+        self._rows = embedding_rows(self.onto)
+        self._names = {role: counterparts(self.onto, checkpoint) for role, checkpoint in inputs.items()}
+        self._patched: set[tuple[str, str]] = set()
+        self.new_tokens = self._add_tokens()
+
+    def _add_tokens(self) -> dict[str, int]:
+        """Places for the template's tokens that onto lacks: rows of padding first, then new ones."""
+        own = self.words["onto"]
+        lacking = [token for token in self.template if own and token not in own.ids]
+        if not own or not lacking or self._rows is None:
+            return {}
+        first = own.size
+        added = {token: first + i for i, token in enumerate(lacking)}
+        where = "rows that were padding"
+        if first + len(lacking) > self._rows:
+            self.config["vocab_size"] = first + len(lacking)
+            where = f"new rows: the embedding has {first + len(lacking):,} instead of {self._rows:,}"
+        self.notes.append(f"onto's vocabulary gains {', '.join(lacking)} from chat, in {where}")
+        return added
+
+    def fate(self, name: str) -> str:
+        """What becomes of a tensor: merge, keep (a norm), rows (of tokens), zero (scaled by 0), scales (of FP8)."""
+        part, shape = self.parts[name], self.onto.info(name).shape
+        if is_scale(self.onto, name):
+            return "scales"
+        if is_vocabulary(part) and shape and shape[0] == self._rows:
+            return "rows"
+        if is_norm(part) and self.norms == "keep":
+            return "keep"
+        return "merge" if any(scale.of(part) for scale in self.scales) else "zero"
+
+    def files(self) -> dict[str, list[Output]]:
+        result: dict[str, list[Output]] = {}
+        for file, header in self.onto.headers.items():
+            ordered = sorted(header.tensors, key=lambda name: (header.tensors[name].start, header.tensors[name].end))
+            result[file] = [output for name in ordered if (output := self._output(name))]
+        taken = {(s.role, s.name) for outputs in result.values() for o in outputs for s in o.sources} | self._patched
+        for role in self.roles:
+            for name in self.inputs[role].names:
+                if (role, name) not in taken:
+                    self.entries.append(Entry(name, "skipped", self._unused(role, name), role=role))
+        return result
+
+    def _output(self, name: str) -> Output | None:
+        info, part, fate = self.onto.info(name), self.parts[name], self.fate(name)
+        if fate == "scales":
+            self.config["quantization_config"] = None
+            self.entries.append(Entry(name, "skipped", "the weights that it scales are written without", role="onto"))
+            return None
+        own = Stored("onto", self.onto, name)
+        dtype = torch.bfloat16 if own.scaled else torch_dtype(info.dtype) or torch.uint8
+        if fate == "rows":
+            return self._token_rows(name, own, dtype)
+        if fate != "merge":
+            why = "norms are kept" if fate == "keep" else "its scale is 0"
+            self.entries.append(Entry(name, "copied", why + (", dequantized" if own.scaled else "")))
+            return Output(name, dtype, info.shape, (own,), Kernel(unchanged) if own.scaled else None)
+        scales = [scale.of(part) for scale in self.scales]
+        self.entries.append(Entry(name, "merged", scale=scales if len(scales) > 1 else scales[0]))
+        others = tuple(self._stored(role, name) for role in self.roles)
+        return Output(name, dtype, info.shape, (own, *others), Kernel(add_difference(scales)))
+
+    def _token_rows(self, name: str, own: Stored, dtype: torch.dtype) -> Output:
+        """Embedding or head: onto's rows, chat's for the template's tokens, the difference where it is asked for."""
+        scales = [scale.of(self.parts[name]) for scale in self.scales]
+        words, rows = self.words["onto"], own.shape[0]
+        shape, patch = own.shape, None
+        source: Source = own
+        if self.template and words:
+            places = {**words.ids, **self.new_tokens}
+            theirs = self.words["chat"].ids  # type: ignore[union-attr]
+            given = self._stored("chat", name)
+            patch = _TemplateRows(given, {places[t]: theirs[t] for t in self.template}, columns_of(own.shape))
+            self._patched.add(("chat", given.name))
+        grown = self.config.get("vocab_size", rows)
+        if grown > rows:
+            shape = (grown, *own.shape[1:])
+            source = Rows("onto", self.onto, name, [*range(rows), *[-1] * (grown - rows)])
+        why = "embeddings are kept" + (f", but {len(patch.rows)} rows of the template are chat's" if patch else "")
+        if self.embeddings == "keep" or not any(scales):
+            self.entries.append(Entry(name, "copied", why))
+            return Output(name, dtype, shape, (source,), Kernel(unchanged) if own.scaled else None, patch)
+        assert words is not None
+        tokens = words.tokens()
+        shared = set(words.ids).intersection(*(self.words[role].ids for role in self.roles))  # type: ignore[union-attr]
+        shared -= set(self.held)
+        listed = [token if (token := tokens.get(row)) in shared else None for row in range(shape[0])]
+        others = tuple(
+            Rows(role, self.inputs[role], self._names[role][name], rows_for(listed, self.words[role]))  # type: ignore[arg-type]
+            for role in self.roles
+        )
+        why = f"{sum(token is not None for token in listed):,} shared tokens of {shape[0]:,} rows"
+        self.entries.append(Entry(name, "merged", why, scales if len(scales) > 1 else scales[0]))
+        return Output(name, dtype, shape, (source, *others), Kernel(add_difference(scales)), patch)
+
+    def _stored(self, role: str, name: str) -> Stored:
+        return Stored(role, self.inputs[role], self._names[role][name])
+
+    def _unused(self, role: str, name: str) -> str:
+        part = self.inputs[role].part(name)
+        if is_scale(self.inputs[role], name):
+            return "read with the weights that it scales"
+        if is_vocabulary(part):
+            return "embeddings are kept"
+        if is_norm(part) and self.norms == "keep":
+            return "norms are kept"
+        return "its scale is 0" if name in self.parts else "onto has no such tensor"
+
+    def vocabulary(self) -> dict[str, Any]:
+        own = self.words["onto"]
+        if own is None:
+            return {}
+        result: dict[str, Any] = {
+            f"onto_to_{role}": relation(own, other) for role in self.roles if (other := self.words[role])
+        }
+        return result | {"tokens": len(own.ids), "template_tokens": self.template, "new_tokens": self.new_tokens}
+
+
+class _TemplateRows:
+    """Overwrites the rows of the template's tokens with chat's, in the output's dtype and otherwise untouched."""
+
+    def __init__(self, source: Source, rows: dict[int, int], columns: int) -> None:
+        self.rows, self._columns = dict(sorted(rows.items())), columns
+        self._source = source
+        self._values: torch.Tensor | None = None
+
+    def __call__(self, first: int, last: int, values: torch.Tensor) -> None:
+        width = self._columns
+        for i, row in enumerate(self.rows):
+            start, end = max(row * width, first), min((row + 1) * width, last)
+            if start < end:
+                if self._values is None:
+                    self._values = read_rows(self._source, list(self.rows.values()))
+                values[start - first : end - first] = self._values[i, start - row * width : end - row * width]
+
+
+def add_difference(scales: Sequence[float]) -> Callable[[Tile, Any], tuple[torch.Tensor, torch.Tensor]]:
+    """The kernel onto + sum of scale * (chat - base), for inputs onto, base, chat, chat2, ... in float32."""
+    first, *rest = scales
+
+    def apply(tile: Tile, _state: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        onto, base, chat, *more = tile.inputs
+        delta = chat.sub_(base)
+        if first != 1.0:
+            delta.mul_(first)
+        for other, scale in zip(more, rest, strict=True):
+            delta.add_(other.sub_(base), alpha=scale)
+        return torch.add(onto, delta, out=base), delta
+
+    return apply
+
+
+def unchanged(tile: Tile, _state: Any) -> tuple[torch.Tensor, None]:
+    """The kernel that only rounds to the output's dtype."""
+    return tile.inputs[0], None
+
+
+def changed_config(config: Mapping[str, Any], plan: GraftPlan) -> dict[str, Any]:
+    """config.json of the output."""
+    result = dict(config)
+    if "quantization_config" in plan.config:
+        result = without_quantization(result)
+        result |= {key: "bfloat16" for key in ("torch_dtype", "dtype") if key in result}
+    if "vocab_size" in plan.config:
+        inner = result.get("text_config")
+        if isinstance(inner, Mapping) and "vocab_size" in inner:
+            result["text_config"] = {**inner, "vocab_size": plan.config["vocab_size"]}
+        else:
+            result["vocab_size"] = plan.config["vocab_size"]
+    return result
+
+
+def _open(models: Mapping[str, Model]) -> dict[str, Checkpoint]:
+    inputs, problems = {}, []
+    for role, model in models.items():
+        try:
+            inputs[role] = model if isinstance(model, Checkpoint) else open_checkpoint(model)
+        except CheckpointError as error:
+            problems.append(f"{role}: {error}")
+    if problems:
+        raise CheckpointError(told("graft", problems))
+    return inputs
+
+
+def _shape(model: Checkpoint) -> dict[str, Any]:
+    """What config.json says of the model's shape; empty where its family is not known or does not say."""
+    try:
+        return model.family.read_config(model.config) if model.family else {}
+    except CheckpointError:
+        return {}
+
+
+def _role(number: int) -> str:
+    return "chat" if number == 0 else f"chat{number + 1}"
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]

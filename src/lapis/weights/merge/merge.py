@@ -1,0 +1,186 @@
+"""A merge: a recipe in, a model folder out, streamed and resumable. No model is ever built.
+
+Everything is checked first, from headers, configs and tokenizers, and all problems are told at once. Leaves out: the
+recipe's grammar (recipe.py), which tensors meet (placing.py) and how (layout.py), vocabularies (union.py), the methods
+(methods/), the engine (stream.py).
+"""
+
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from lapis.checkpoint import Checkpoint, open_checkpoint
+from lapis.checkpoint.commit import check_output
+from lapis.checkpoint.files import header_bytes
+from lapis.checkpoint.store import INDEX
+from lapis.errors import CheckpointError, ConfigError
+from lapis.weights.checks import check_configs, check_vocabularies, told
+from lapis.weights.engine.account import Entry, MergeResult, count, write_account
+from lapis.weights.engine.outputs import Account, Output
+from lapis.weights.engine.produce import produce
+from lapis.weights.engine.tiles import THREADS, TILE
+from lapis.weights.merge.expression import parse_expression
+from lapis.weights.merge.layout import Layout, sharded
+from lapis.weights.merge.placing import place
+from lapis.weights.merge.recipe import Recipe, parse_recipe, read_recipe
+from lapis.weights.merge.settings import chat_template, output_config, write_template, write_tokenizer
+from lapis.weights.merge.union import Words
+from lapis.weights.tokenizer_files import carry, write_index, write_json
+from lapis.weights.vocabulary import open_vocabulary
+
+
+@dataclass
+class MergePlan:
+    """What a merge will do, proved from headers alone. told: what methods say of tensors, counted as they run."""
+
+    recipe: Recipe
+    inputs: dict[str, Checkpoint]
+    files: dict[str, list[Output]]
+    entries: list[Entry]
+    config: dict[str, Any]
+    donor: Checkpoint
+    words: Words | None
+    template: str | None
+    notes: list[str]
+    told: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def disk_bytes(self) -> int:
+        heads = sum(len(header_bytes({o.name: ("U8", o.shape) for o in f}, {})) for f in self.files.values())
+        return sum(output.nbytes for outputs in self.files.values() for output in outputs) + heads + (64 << 20)
+
+    @property
+    def memory_bytes(self) -> int:
+        """The bound on buffers: tiles, and a bit for each element of the largest tensor's masks."""
+        outputs = [output for each in self.files.values() for output in each]
+        inputs = max((len(output.sources) for output in outputs), default=1)
+        swept = [prod(o.shape) * len(o.sources) for o in outputs if o.kernel and o.kernel.passes]
+        return THREADS * TILE * (16 * inputs + 20) + max(swept, default=0) // 8
+
+
+def merge(
+    recipe: Recipe | Mapping[str, Any] | str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    seed: int | None = None,
+    overwrite: bool = False,
+    allow_nonfinite: bool = False,
+    dry_run: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> MergeResult:
+    """Writes the merge that a recipe describes as a model folder at `out`.
+
+    recipe: a YAML file in mergekit's format, its content as a mapping, or a line such as "A + 0.8*(B - C)". seed: what
+    random masks are drawn from, instead of the recipe's. progress(done, total) is called in bytes of output.
+    Goes on where a killed run of the same merge stopped. Raises ConfigError or CheckpointError with all problems at
+    once before a weight is read, OutputError where `out` cannot be written.
+    """
+    started = time.perf_counter()
+    plan = plan_merge(recipe, seed)
+    needs = {"disk_bytes": plan.disk_bytes, "memory_bytes": plan.memory_bytes}
+    result = MergeResult(str(out), count(plan.entries), needs=needs, notes=plan.notes, dry_run=dry_run)
+    if dry_run:
+        folders = [checkpoint.root for checkpoint in plan.inputs.values()]
+        check_output(Path(os.path.abspath(out)), overwrite=overwrite, inputs=folders)
+        result.seconds = time.perf_counter() - started
+        return result
+
+    def beside(folder: Path, account: Account) -> None:
+        _write_beside(plan, folder)
+        write_account(
+            folder, "merge", plan.recipe.written, plan.inputs, plan.entries, account.figures, plan.notes,
+            seed=plan.recipe.seed,
+        )  # fmt: skip
+
+    tokens = sorted(plan.words.ids.items()) if plan.words else None
+    produce(
+        result, plan.files, plan.inputs, [plan.recipe.written, plan.recipe.seed, tokens], beside,
+        overwrite=overwrite, allow_nonfinite=allow_nonfinite, progress=progress,
+    )  # fmt: skip
+    result.notes = plan.notes + [f"{number:,} tensors {what}" for what, number in sorted(plan.told.items())]
+    result.seconds = time.perf_counter() - started
+    return result
+
+
+def open_recipe(recipe: Recipe | Mapping[str, Any] | str | os.PathLike[str]) -> Recipe:
+    """A recipe from whatever a user gives: a file, a mapping, or a one-line sum of models."""
+    if isinstance(recipe, Recipe):
+        return recipe
+    if isinstance(recipe, Mapping):
+        return parse_recipe(recipe)
+    text = os.fspath(recipe)
+    return read_recipe(text) if text.endswith((".yaml", ".yml")) or Path(text).is_file() else parse_expression(text)
+
+
+def plan_merge(recipe: Recipe | Mapping[str, Any] | str | os.PathLike[str], seed: int | None = None) -> MergePlan:
+    """Checks a merge and lays it out, from headers, configs and tokenizers alone. Tells all problems at once."""
+    recipe = open_recipe(recipe)
+    if seed is not None:
+        recipe = replace(recipe, seed=seed)
+    inputs, problems = _open(recipe)
+    if problems:
+        raise CheckpointError(told("merge", problems))
+    placing = place(recipe, inputs)
+    problems += placing.problems
+    notes = list(recipe.notes)
+    for role, checkpoint in inputs.items():
+        notes += [f"{role}: {line}" for line in checkpoint.notes]
+    found, more = check_configs(inputs, placing.owner)
+    problems, notes = problems + found, notes + more
+    words = {model: open_vocabulary(checkpoint) for model, checkpoint in inputs.items()}
+    layout = Layout(recipe, inputs, placing, words)
+    problems += check_vocabularies(inputs, words, "keep") + layout.check_vocabularies()
+    outputs = [layout.output(each) for each in placing.placed] if not problems else []
+    problems += layout.problems
+    if placing.placed and not placing.problems:
+        names = {name for each in placing.placed for _, name in each.sources}
+        problems += layout.resolver.problems(names | {each.name for each in placing.placed})
+    donor = inputs[layout.words.donor if layout.words else placing.owner]
+    try:
+        template = chat_template(recipe.chat_template, words, donor)
+    except ConfigError as error:
+        problems.append(str(error))
+    if problems:
+        raise CheckpointError(told("merge", problems))
+    placed = [output for output in outputs if output]
+    config, changed = output_config(inputs[placing.owner], donor, placing, placed, recipe.dtype)
+    notes += layout.resolver.notes() + layout.notes + changed
+    entries = layout.entries + [
+        Entry(name, "skipped", why, role=model) for (model, name), why in placing.unused.items()
+    ]
+    if recipe.method.seeded:
+        notes.append(f"masks were drawn from seed {recipe.seed}, the tensor's name and the model's place")
+    return MergePlan(
+        recipe, inputs, sharded(placed), entries, config, donor, layout.words, template, notes, layout.told
+    )
+
+
+def _open(recipe: Recipe) -> tuple[dict[str, Checkpoint], list[str]]:
+    inputs, problems = {}, []
+    for model in recipe.models:
+        try:
+            inputs[model] = open_checkpoint(model)
+        except CheckpointError as error:
+            if "+" in model and not Path(model).exists():
+                problems.append(f"{model}: adapters are not added on the way; run lapis fuse first, then merge")
+            else:
+                problems.append(str(error))
+    return inputs, problems
+
+
+def _write_beside(plan: MergePlan, folder: Path) -> None:
+    """Everything that is not a weight: tokenizer and generation settings of the donor, config, index."""
+    plan.notes += carry(plan.donor, folder)
+    write_json(folder / "config.json", plan.config)
+    if plan.words and plan.words.document:
+        write_tokenizer(folder, plan.words.document)
+    if plan.template:
+        write_template(folder, plan.template)
+    (folder / INDEX).unlink(missing_ok=True)
+    if len(plan.files) > 1:
+        write_index(folder, plan.files)

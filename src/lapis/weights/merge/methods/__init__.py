@@ -1,0 +1,148 @@
+"""The merge methods. Each is one function and one line in METHODS.
+
+A function's signature holds its parameters, their defaults and their help; its docstring the formula and the source. It
+computes on float32 blocks (block.py), whole in `merge_tensors`, streamed in merge/merge.py, with the same result.
+Leaves out: recipes (weights/merge/recipe.py), files (weights/engine/stream.py).
+"""
+
+import inspect
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lapis.weights.merge.methods import consensus, linear, sparse, spherical
+from lapis.weights.merge.methods.block import Block, Elementwise, Reduction, Steps, finish
+from lapis.weights.merge.methods.options import PerModel
+
+__all__ = ["METHODS", "Block", "Elementwise", "Method", "Parameter", "merge_tensors"]
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of a method as a recipe names it. default is MISSING where a recipe must set it."""
+
+    name: str
+    kind: Any
+    per_model: bool
+    default: Any
+    help: str
+
+    MISSING: typing.ClassVar[Any] = inspect.Parameter.empty
+
+
+@dataclass(frozen=True)
+class Method:
+    """A merge method and what it needs.
+
+    base: "required", "optional" (used where a recipe names one), or "ignored" (a base is a model like the others).
+    least, most: how many models besides a base that is used. rows: a block must hold whole rows. seeded: draws masks.
+    """
+
+    name: str
+    function: Callable[..., Elementwise | Steps]
+    base: Literal["required", "optional", "ignored"]
+    least: int = 1
+    most: int | None = None
+    rows: bool = False
+    seeded: bool = False
+
+    @cached_property
+    def parameters(self) -> dict[str, Parameter]:
+        """By the name that a recipe uses: `lambda_` is written `lambda`."""
+        hints = typing.get_type_hints(self.function, include_extras=True)
+        found = {}
+        for name, argument in inspect.signature(self.function).parameters.items():
+            kind, words = typing.get_args(hints[name])
+            written = name.rstrip("_")
+            per_model = kind == PerModel
+            default = argument.default[0] if per_model and isinstance(argument.default, tuple) else argument.default
+            found[written] = Parameter(written, float if per_model else kind, per_model, default, words)
+        return found
+
+    @property
+    def help(self) -> str:
+        return inspect.getdoc(self.function) or ""
+
+    def start(self, parameters: Mapping[str, Any], models: int) -> Elementwise | Steps:
+        """The method with its parameters bound; a per-model parameter that is one number counts for each model."""
+        bound = {}
+        for name, parameter in self.parameters.items():
+            value = parameters.get(name, parameter.default)
+            if parameter.per_model:
+                value = tuple(value) if isinstance(value, (list, tuple)) else (value,) * models
+            bound["lambda_" if name == "lambda" else name] = value
+        return self.function(**bound)
+
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        Method("linear", linear.linear, base="ignored"),
+        Method("task_arithmetic", linear.task_arithmetic, base="required"),
+        Method("ties", sparse.ties, base="required"),
+        Method("dare_linear", sparse.dare_linear, base="required", seeded=True),
+        Method("dare_ties", sparse.dare_ties, base="required", seeded=True),
+        Method("della", sparse.della, base="required", rows=True, seeded=True),
+        Method("della_linear", sparse.della_linear, base="required", rows=True, seeded=True),
+        Method("breadcrumbs", sparse.breadcrumbs, base="required"),
+        Method("breadcrumbs_ties", sparse.breadcrumbs_ties, base="required"),
+        Method("slerp", spherical.slerp, base="required", most=1),
+        Method("nuslerp", spherical.nuslerp, base="optional", least=2, most=2, rows=True),
+        Method("multislerp", spherical.multislerp, base="optional"),
+        Method("karcher", spherical.karcher, base="ignored"),
+        Method("model_stock", spherical.model_stock, base="required", least=2, rows=True),
+        Method("nearswap", linear.nearswap, base="required", most=1),
+        Method("sce", consensus.sce, base="required"),
+        Method("arcee_fusion", consensus.arcee_fusion, base="required", most=1, rows=True),
+        Method("ram", linear.ram, base="required"),
+        Method("ramplus_tl", linear.ramplus_tl, base="required"),
+        Method("passthrough", linear.passthrough, base="ignored", most=1),
+    )
+}
+
+
+def merge_tensors(
+    method: str,
+    models: Sequence[Tensor],
+    base: Tensor | None = None,
+    *,
+    parameters: Mapping[str, Any] | None = None,
+    name: str = "",
+    seed: int = 0,
+    elements: int = 1 << 20,
+) -> Tensor:
+    """Merges tensors of one shape that are in memory -> float32 of that shape. A pure function of its arguments.
+
+    parameters: by recipe names; per-model ones as one number or one for each model. name, seed: where random masks come
+    from. elements: the size of a block, which changes nothing but memory.
+    """
+    shape = models[0].shape
+    if not shape.numel():
+        return torch.zeros(shape)
+    columns = shape[-1] if shape else 1
+    matrices = [tensor.reshape(-1, columns) for tensor in models]
+    step = max(1, elements // columns)
+
+    def block(first: int) -> Block:
+        def cut(matrix: Tensor) -> Tensor:
+            return matrix[first : first + step].to(torch.float32, copy=True)
+
+        return Block(
+            [cut(matrix) for matrix in matrices],
+            None if base is None else cut(base.reshape(-1, columns)),
+            first * columns,
+            name,
+            seed,
+            len(shape) < 2,
+        )
+
+    def sweep(reduction: Reduction) -> list[tuple[Any, ...]]:
+        return [reduction(block(first)) for first in range(0, len(matrices[0]), step)]
+
+    last = finish(METHODS[method].start(parameters or {}, len(models)), sweep)
+    return torch.cat([last.apply(block(first))[0] for first in range(0, len(matrices[0]), step)]).reshape(shape)

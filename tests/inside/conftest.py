@@ -1,0 +1,45 @@
+"""Tiny models with large random weights, so that every part says something, and a tokenizer that splits some words."""
+
+import pytest
+import torch
+
+from lapis.model.config import ModelConfig
+from lapis.model.transformer import Transformer
+from lapis.text.tokenizer.tokenizer import Tokenizer, train_tokenizer
+
+SHAPES = {
+    "llama": {"kv_heads": 2},
+    "window": {"kv_heads": 2, "window": 3, "family": "mistral"},
+    "gpt2": {
+        "norm": "layer",
+        "positions": "learned",
+        "mlp": "gelu_tanh",
+        "bias": "all",
+        "tied": True,
+        "family": "gpt2",
+    },
+    "qwen3": {"qk_norm": True, "family": "qwen3", "head_dim": 10},
+}
+
+
+def make_model(kind: str = "llama", seed: int = 0, **options) -> Transformer:
+    torch.manual_seed(seed)
+    model = Transformer(ModelConfig(
+        **{"dim": 32, "layers": 3, "heads": 4, "ffn_dim": 48, "vocab": 330, "context": 40, **SHAPES[kind], **options}
+    )).eval()  # fmt: skip
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * (0.1 if parameter.dim() == 1 else 0.2))
+    return model
+
+
+@pytest.fixture(scope="session")
+def words() -> Tokenizer:
+    """ " Malaysia" is one token and "Malaysia" is several, as in the tokenizers of real models."""
+    text = "in Malaysia they say Kuala Lumpur is the capital of Malaysia, and Jakarta of Indonesia. "
+    return train_tokenizer([text * 40], 320)
+
+
+@pytest.fixture(params=SHAPES)
+def model(request) -> Transformer:
+    return make_model(request.param)

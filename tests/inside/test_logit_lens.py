@@ -1,0 +1,281 @@
+"""The lens: what it reads, what it tracks, and what it refuses."""
+
+import json
+import math
+import sys
+
+import pytest
+import torch
+
+import lapis
+from lapis.errors import ConfigError, DataError, LapisError, MissingExtra
+from lapis.inside.lens import logit_lens
+from lapis.inside.lens.side_by_side import side_by_side
+from lapis.inside.lens.words import Spelling, Word, spell
+from lapis.inside.transformers_model import Opened
+from lapis.model.config import ModelConfig
+from lapis.model.transformer import Transformer
+
+from .conftest import make_model
+
+PROMPT = "the capital of Malaysia is"
+
+
+def logprobs(model: Transformer, ids: list[int]) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(torch.tensor([ids]))[0].double().log_softmax(-1)
+
+
+def test_the_last_row_is_the_model_itself(model, words):
+    ids = words.encode(PROMPT)
+    found = lapis.lens(model, words, PROMPT, ["Malaysia", "Kuala"])
+    said = logprobs(model, ids)[-1].exp().topk(10)
+    assert [index for _, index, _ in found.readings[-1].top] == said.indices.tolist()
+    assert [p for _, _, p in found.readings[-1].top] == pytest.approx(said.values.tolist(), rel=1e-5)
+    assert found.readings[-1].kl_to_final == 0 and all(r.kl_to_final > 0 for r in found.readings[:-1])
+    assert [(r.layer, r.after) for r in found.readings] == [
+        (None, "embedding"), *((layer, half) for layer in range(3) for half in ("attention", "mlp")),
+    ]  # fmt: skip
+
+
+def test_words_of_several_tokens_have_the_log_probability_of_teacher_forcing(model, words):
+    ids = words.encode(PROMPT)
+    found = lapis.lens(model, words, PROMPT, "Malaysia, zebra")
+    several = 0
+    for word in found.words:
+        expected = []
+        for spelling in word.spellings:
+            rows = logprobs(model, [*ids, *spelling.ids])
+            total = sum(rows[len(ids) - 1 + i, index].item() for i, index in enumerate(spelling.ids))
+            assert found.readings[-1].spellings[spelling.text]["logprob"] == pytest.approx(total, rel=1e-5)
+            rank = 1 + int((rows[len(ids) - 1] > rows[len(ids) - 1, spelling.ids[0]]).sum())
+            assert found.readings[-1].spellings[spelling.text]["rank"] == rank
+            expected.append((rank, total))
+            several += len(spelling.ids) > 1
+        assert found.readings[-1].ranks[word.text] == min(rank for rank, _ in expected)
+        both = math.log(sum(math.exp(total) for _, total in expected))
+        assert found.readings[-1].logprobs[word.text] == pytest.approx(both, rel=1e-5)
+    assert several >= 2 and found.layers[0].logprobs["zebra"] is not None
+    assert next(r for r in found.readings if r.after == "attention").logprobs["zebra"] is None
+
+
+def test_an_early_layer_reads_words_as_the_model_cut_off_there_would(words):
+    """The same figures as a model of one layer with the same final norm and head."""
+    model = make_model()
+    short = make_model(layers=1)
+    state = {name: p for name, p in model.state_dict().items() if not name.startswith(("blocks.1", "blocks.2"))}
+    short.load_state_dict(state)
+    whole, cut = (lapis.lens(m, words, PROMPT, ["Malaysia"]) for m in (model, short))
+    assert whole.layers[0].ranks == cut.layers[0].ranks
+    assert whole.layers[0].logprobs["Malaysia"] == pytest.approx(cut.layers[0].logprobs["Malaysia"], rel=1e-5)
+    assert whole.layers[0].entropy == pytest.approx(cut.layers[0].entropy, rel=1e-6)
+
+
+def test_without_words_it_tracks_the_best_of_every_layer(model, words):
+    found = lapis.lens(model, words, PROMPT)
+    best = {layer.top[0][1] for layer in found.layers}
+    assert not found.given and {w.spellings[0].ids[0] for w in found.words} == best
+    assert all(layer.ranks[layer.top[0][0]] == 1 for layer in found.layers)
+    assert found.leading()[0] == found.said
+
+
+def test_the_grid_is_the_lens_of_each_prefix(model, words, monkeypatch):
+    monkeypatch.setattr(logit_lens, "GROUP", 2)  # several walks over the head
+    ids = words.encode(PROMPT)
+    found = lapis.lens(model, words, PROMPT, ["Kuala"], positions=99)
+    assert {r.position for r in found.grid} == set(range(len(ids))) and len(found.grid) == 4 * len(ids)
+    for place in (0, 2, len(ids) - 1):
+        alone = lapis.lens(model, words, ids[: place + 1], ["Kuala"])
+        mine = {r.layer: r for r in found.grid if r.position == place}
+        for reading in [alone.readings[0], *alone.layers]:
+            there = mine[reading.layer]
+            assert [i for _, i, _ in there.top[:4]] == [i for _, i, _ in reading.top[:4]]
+            assert there.entropy == pytest.approx(reading.entropy, rel=1e-5)
+            assert there.kl_to_final == pytest.approx(reading.kl_to_final, rel=1e-4, abs=1e-6)
+
+
+def test_contributions_add_up_to_the_logit(model, words):
+    found = lapis.lens(model, words, PROMPT, ["Malaysia", "Kuala"])
+    with torch.inference_mode():
+        logits = model(torch.tensor([found.ids]))[0, -1]
+    for word in found.words:
+        mine = [c for c in found.contributions if c.word == word.text]
+        total = sum(c.logit for c in mine if c.part != "rounding")
+        assert total == pytest.approx(logits[mine[0].token].item(), abs=2e-5)
+        assert sum(c.part == "head" for c in mine) == 12 and sum(c.part == "mlp" for c in mine) == 3
+        assert sum(abs(c.logit) for c in mine if c.part == "rounding") < 2e-5
+
+
+def test_a_contribution_is_what_is_lost_when_a_head_of_the_last_layer_is_cut_out(words):
+    """With the norm's scale frozen; in the last layer there is nothing behind a head but the MLP, which is cut too."""
+    model = make_model()
+    with torch.no_grad():
+        model.blocks[2].mlp.down.weight.zero_()
+    found = lapis.lens(model, words, PROMPT, ["Kuala"])
+    mine = {(c.layer, c.head): c.logit for c in found.contributions if c.part == "head"}
+    E, token, last = model.config.head_dim, found.contributions[0].token, {}
+    with torch.inference_mode():
+        handle = model.norm.final.register_forward_pre_hook(lambda m, a: last.update(x=a[0].view(-1, 32)[-1]))
+        model(torch.tensor([found.ids]))
+        scale = model.norm.final(last["x"]) / last["x"]
+        reads = scale * model.head.matrix[token]
+        whole = last["x"] @ reads
+        model.blocks[2].attn.o.weight[:, E : 2 * E] = 0
+        model(torch.tensor([found.ids]))
+        handle.remove()
+        assert mine[2, 1] == pytest.approx((whole - last["x"] @ reads).item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_bfloat16_is_read_in_full_from_its_own_states(kind, words):
+    """Logits are float32 sums: ranks do not tie as rounded logits do, and figures are those of float64."""
+    model = make_model(kind).bfloat16()
+    found = lapis.lens(model, words, PROMPT, ["Kuala"])
+    with torch.inference_mode():
+        hidden = model.hidden(torch.tensor([found.ids]))[0, -1]
+        exact = hidden.double() @ model.head.matrix.double().T
+    token = found.words[0].spellings[0].ids[0]
+    assert found.readings[-1].spellings[" Kuala"]["rank"] == 1 + int((exact > exact[token]).sum())
+    assert found.readings[-1].spellings[" Kuala"]["logprob"] == pytest.approx(
+        exact.log_softmax(-1)[token].item(), rel=1e-6
+    )  # fmt: skip
+    assert "rounding" in {c.part for c in found.contributions}
+
+
+def test_no_hook_stays_on_the_plain_path(words):
+    model = make_model()
+
+    def hooks() -> int:
+        return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+    lapis.lens(model, words, PROMPT, ["zebra"])
+    assert hooks() == 0
+    with torch.no_grad():
+        model.blocks[1].attn.v.weight[0, 0] = torch.nan
+    with pytest.raises(LapisError):
+        lapis.lens(model, words, PROMPT)
+    assert hooks() == 0
+
+
+def test_a_last_row_that_is_not_the_models_own_is_refused(words):
+    model = make_model()
+    handle = model.head.register_forward_hook(lambda module, args, out: out * 1.01)
+    with pytest.raises(LapisError, match="off the model's own logits"):
+        lapis.lens(model, words, PROMPT)
+    handle.remove()
+
+
+def test_two_models_side_by_side(words):
+    one = Opened(make_model(seed=0), words, "one")
+    other = Opened(make_model(seed=1), words, "other")
+    a, b = side_by_side(one, other, PROMPT)
+    assert [w.text for w in a.words] == [w.text for w in b.words]
+    best = {layer.top[0][0] for trace in (a, b) for layer in trace.layers if layer.top[0][1] < words.rows}
+    assert {w.text for w in a.words} == best  # a row of the head that has no token cannot be found in the other model
+    assert a.readings == lapis.lens(one.model, words, PROMPT, a.words).readings
+    swapped, _ = side_by_side(one, other, PROMPT, ["Kuala"], swapped=True)
+    with torch.inference_mode():
+        last = {}
+        handle = one.model.norm.final.register_forward_pre_hook(lambda m, args: last.update(x=args[0][0, -1]))
+        one.model(torch.tensor([a.ids]))
+        handle.remove()
+        logits = other.model.head(other.model.norm.final(last["x"]))
+    assert swapped.head == "other" and swapped.readings[-1].top[0][1] == logits.argmax().item()
+    with pytest.raises(DataError, match="wide"):
+        side_by_side(one, Opened(make_model(dim=64), words, "wide"), PROMPT, swapped=True)
+
+
+def test_json_has_the_keys_that_others_rely_on(words):
+    found = json.loads(json.dumps(lapis.lens(make_model(), words, PROMPT, "Kuala,Jakarta", positions=3).to_json()))
+    assert found["tokens"] == ["the", " capital", " of", " Malaysia", " is"]
+    assert [layer["layer"] for layer in found["layers"]] == [0, 1, 2]
+    for layer in found["layers"]:
+        assert set(layer) >= {"layer", "top", "entropy", "kl_to_final", "ranks", "after_attention"}
+        assert set(layer["ranks"]) == {"Kuala", "Jakarta"} and all(rank >= 1 for rank in layer["ranks"].values())
+
+
+def test_it_draws_itself_and_gives_rows(words):
+    pandas = pytest.importorskip("pandas")
+    found = lapis.lens(make_model(), words, PROMPT, ["Kuala"], positions=3)
+    assert "Kuala" in str(found) and len(str(found).splitlines()) == 6
+    frame = found.to_pandas()
+    assert isinstance(frame, pandas.DataFrame) and len(frame) == len(found.readings)
+    assert len(found.to_pandas("grid")) == 12 and found.to_pandas("contributions")["logit"].abs().sum() > 0
+    for what in ("ranks", "grid", "contributions"):
+        assert found.plot(what).data
+    shown = found._repr_mimebundle_()
+    assert shown["text/plain"] == str(found) and "Kuala" in shown["text/html"]
+    with pytest.raises(ConfigError, match="cannot plot"):
+        found.plot("pie")
+
+
+def test_spellings(words):
+    assert [s.text for s in spell("Malaysia", words).spellings] == [" Malaysia", "Malaysia"]
+    assert spell(" Kuala", words).spellings == (Spelling(" Kuala", tuple(words.encode(" Kuala"))),)
+    assert spell("<|im_end|>", words) == Word("<|im_end|>", (Spelling("<|im_end|>", (words.special["<|im_end|>"],)),))
+    for word in ("Kuala", "吉隆坡", "naïve", "x"):
+        for spelling in spell(word, words).spellings:
+            assert words.decode(spelling.ids) == spelling.text
+
+
+def test_a_word_that_the_tokenizer_cannot_express():
+    import tokenizers
+    from tokenizers import models, pre_tokenizers
+
+    from lapis.text.tokenizer.tokenizer import Tokenizer
+
+    backend = tokenizers.Tokenizer(models.WordLevel({"cat": 0, "dog": 1, "[UNK]": 2}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = Tokenizer(backend, {"unk_token": "[UNK]"}, {})
+    assert spell("cat", tokenizer).spellings[0].ids == (0,)
+    for word in ("zebra", "cat zebra"):
+        with pytest.raises(ConfigError, match=f'cannot express "{word}"'):
+            spell(word, tokenizer)
+    for word in ("", " "):
+        with pytest.raises(ConfigError, match="empty"):
+            spell(word, tokenizer)
+
+
+def test_bad_inputs_get_one_line(words):
+    model = make_model()
+    for prompt, track, message in (
+        ("", (), "prompt is empty"),
+        ("the " * 50, (), r"prompt has \d+ tokens, and the context of this llama model is 40; shorten it"),
+        (words.encode("the " * 50)[:40], ["zebra"], "a tracked word 5 more"),
+        ([1, 2, 330], (), "token 330 has no row"),
+    ):
+        with pytest.raises(DataError, match=message):
+            lapis.lens(model, words, prompt, track)
+    assert lapis.lens(model, words, words.encode("the " * 50)[:40]).said
+    encoder = Transformer(ModelConfig(dim=16, layers=1, heads=2, ffn_dim=16, vocab=330, context=40, causal=False,
+                                      norm_place="post", norm="layer", family="bert", head="masked"))  # fmt: skip
+    with pytest.raises(LapisError, match=r"is an encoder \(bert\)"):
+        lapis.lens(encoder, words, PROMPT)
+    with pytest.raises(LapisError, match="has no head, not one over the vocabulary"):
+        lapis.lens(make_model(head="none"), words, PROMPT)
+
+
+@pytest.mark.parametrize(
+    "name", ["blocks.1.attn.v.weight", "blocks.2.mlp.down.weight", "embed.weight", "norm.final.weight", "head.weight"]
+)
+def test_fault_19_nan_weights_are_named(name, words):
+    model = make_model()
+    with torch.no_grad():
+        model.get_parameter(name)[words.encode(PROMPT)[0] if name == "embed.weight" else 7] = torch.nan
+    with pytest.raises(LapisError, match=f"this llama model: {name} holds NaN or Inf; fetch the weights again"):
+        lapis.lens(model, words, PROMPT)
+
+
+def test_states_that_overflow_are_said_to(words):
+    model = make_model().half()
+    with torch.no_grad():
+        model.blocks[1].mlp.down.weight.fill_(6e4)
+    with pytest.raises(LapisError, match=r"layer [12] overflows torch.float16; load the model in float32"):
+        lapis.lens(model, words, PROMPT)
+
+
+def test_without_pandas_one_line_says_how_to_get_it(words, monkeypatch):
+    found = lapis.lens(make_model(), words, PROMPT)
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(MissingExtra, match="pandas is not installed; pip install"):
+        found.to_pandas()

@@ -1,0 +1,158 @@
+"""`lapis plan` as a user has it: the choice, the files it writes, who reads them, and what it refuses."""
+
+import html
+import json
+
+import pytest
+import yaml
+
+import lapis
+from lapis.cli.main import main
+from lapis.errors import CheckpointError, ConfigError, DataError
+from lapis.evaluation.chats import score_chats
+from lapis.families.base import Part
+from lapis.model.config import ModelConfig
+from lapis.model.transformer import Transformer
+from lapis.planning.choose import at_random
+from lapis.planning.pieces import Piece, pieces_of
+from lapis.weights.graft.scale import read_scale
+
+
+@pytest.fixture(scope="module")
+def found(pair):
+    return lapis.plan(pair.base, pair.planted, budget=0.3, chats=pair.chats, text=pair.text, choices=pair.choices)
+
+
+def test_the_piece_that_was_tuned_is_chosen_and_carries_everything(found):
+    assert found.tune == [{"layer": 1, "component": "mlp"}]
+    by_label = {row["layer"]: row for row in found.pieces}
+    assert by_label["1.mlp"]["style"] == pytest.approx(1.0, abs=1e-6)
+    assert all(row["style"] == pytest.approx(0.0, abs=1e-6) for label, row in by_label.items() if label != "1.mlp")
+    assert found.measured["chosen"]["style"] == pytest.approx(1.0, abs=1e-6)
+    assert found.measured["chosen"]["style_out"] == pytest.approx(1.0, abs=1e-6)
+    assert by_label["1.mlp"]["energy"] == pytest.approx(1.0)
+    assert by_label["1.mlp"]["gradient_chats"] > 0 and by_label["0.mlp"]["gradient_chats"] == 0
+    assert {"response_nll", "bits_per_byte", "stop_rate", "accuracy"} <= found.measured["control"].keys()
+
+
+def test_control_has_the_size_of_the_choice_and_repeats(pair):
+    parts = pieces_of(lapis.open(pair.base), "components")
+    size = sum(piece.parameters for piece in parts) // 4
+    draws = [at_random(parts, size, seed) for seed in (0, 0, 1)]
+    assert draws[0] == draws[1] != draws[2]
+    for draw in draws:
+        taken = sum(piece.parameters for piece in draw)
+        assert size - min(piece.parameters for piece in parts) < taken <= size
+
+
+def test_the_budget_holds_and_pieces_make_up_the_blocks(pair, found):
+    checkpoint = lapis.open(pair.base)
+    sizes = {
+        size: sum(p.parameters for p in pieces_of(checkpoint, size)) for size in ("layers", "halves", "components")
+    }
+    assert len(set(sizes.values())) == 1
+    assert found.share <= 0.3
+    assert Piece(2, "", (), 0).entries() == [{"layer": 2, "component": "attn"}, {"layer": 2, "component": "mlp"}]
+
+
+def test_graft_reads_the_plan_as_it_is(pair, found, tmp_path):
+    path = tmp_path / "plan.yaml"
+    found.save(path)
+    scale = read_scale(path)
+    assert scale.of(Part(1, "mlp.up", "weight")) == 1.0
+    assert scale.of(Part(1, "attn.q", "weight")) == scale.of(Part(0, "mlp.up", "weight")) == 0.0
+    lapis.graft(pair.base, pair.planted, pair.base, tmp_path / "out", path)
+    table = lapis.diff(tmp_path / "out", pair.planted)
+    assert max(line["relative_norm"] for line in table.tensors if line["component"].startswith(("mlp", "attn"))) < 1e-6
+    written = yaml.safe_load(path.read_text())
+    assert written["format"] == "lapis-plan/1" and written["model"]["layers"] == 3
+    assert written["tune"] == found.tune and written["control"] == found.control
+    assert written["tokens"] == found.template == ["<|im_start|>", "<|im_end|>"]
+
+
+def test_a_plan_for_another_shape_is_refused_by_graft(pair, found, tmp_path):
+    path = tmp_path / "plan.yaml"
+    found.save(path)
+    path.write_text(path.read_text().replace("layers: 3", "layers: 5", 1))
+    with pytest.raises(CheckpointError, match=r"made for a model of 5 layers; onto has 3"):
+        lapis.graft(pair.base, pair.planted, pair.onto, tmp_path / "out", path)
+
+
+def test_scales_for_a_graft_are_learned_on_the_model_that_is_to_chat_and_grafted_as_they_are(pair, tmp_path):
+    plan = lapis.plan(pair.base, pair.chat, chats=pair.chats, text=pair.text, onto=pair.onto, cost=0.05, replies=False)
+    assert len(plan.scales) == 7 and len({line["scale"] for line in plan.scales}) > 1
+    assert plan.embeddings == "add" and plan.scales[-1]["components"] == ["embed"]
+    plan.save(tmp_path / "plan.yaml")
+    assert read_scale(tmp_path / "plan.yaml").of(Part(0, "attn.q", "weight")) == plan.scales[0]["scale"]
+    lapis.graft(pair.base, pair.chat, pair.onto, tmp_path / "out", tmp_path / "plan.yaml")
+    model, tokenizer = lapis.load(tmp_path / "out")
+    found = score_chats(model, tokenizer, pair.records, replies=[None] * len(pair.records))
+    assert found["response_nll"] == pytest.approx(plan.measured["scaled"]["response_nll"], rel=1e-3)
+    assert plan.measured["scaled"]["knowledge"] <= 0.05
+
+
+def test_without_chats_the_tensors_alone_choose_and_the_plan_says_so(pair):
+    plan = lapis.plan(pair.base, pair.planted, budget=0.3, spectra=True)
+    assert plan.tune == [{"layer": 1, "component": "mlp"}] and plan.measured == {}
+    assert any("no chats" in note for note in plan.notes)
+    assert plan.pieces[0]["weight_snr"] > 0
+
+
+def test_the_command_prints_one_object_and_writes_plan_and_page(pair, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([
+            "plan", "--base", str(pair.base), "--chat", str(pair.chat), "--budget", "0.5", "--pieces", "components",
+            "--chats", str(pair.chats), "--text", str(pair.text), "--out", str(tmp_path / "plan.yaml"),
+            "--html", str(tmp_path / "plan.html"), "--json",
+        ])  # fmt: skip
+        raise SystemExit(0)
+    assert stop.value.code == 0
+    result = json.loads(capsys.readouterr().out)
+    assert {"layers", "components", "scores", "control", "measured"} <= result.keys()
+    assert {"layer", "style", "knowledge"} <= result["scores"][0].keys()
+    page = (tmp_path / "plan.html").read_text()
+    assert result["finding"] in html.unescape(page) and "random, same size" in page
+
+
+def test_python_gives_picture_table_and_page(found):
+    assert len(found.plot().data) >= 1
+    assert "1.mlp" in found.to_html()
+    assert list(found.to_pandas()["layer"])[:2] == ["0.attn", "0.mlp"]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"budget": 0.0}, ConfigError, "budget is 0; it is a share"),
+        ({"budget": 1.5}, ConfigError, "budget is 1.5"),
+        ({"budget": 0.001}, ConfigError, "the smallest piece has"),
+        ({"goal": "looks"}, ConfigError, 'goal is "looks"'),
+        ({"chats": "absent.jsonl"}, DataError, "absent.jsonl"),
+        ({"text": "empty.txt"}, DataError, "empty.txt"),
+        ({"onto": "base"}, ConfigError, "with onto give both"),
+        ({"chat": "base"}, CheckpointError, "the same in every layer"),
+        ({"chat": "wider"}, CheckpointError, "dim is 24 in .* and 32 in"),
+        ({"base": "chat", "chat": "base"}, DataError, "no likelier than base"),
+    ],
+)
+def test_bad_input_gets_one_clear_line(pair, tmp_path, options, error, words):
+    if options.get("chat") == "wider":
+        shape = ModelConfig(dim=32, ffn_dim=32, family="qwen2", bias="qkv", layers=3, heads=2, kv_heads=1, tied=True,
+                            vocab=pair.tokenizer.rows, context=64)  # fmt: skip
+        options = {"chat": pair.write(Transformer(shape), pair.tokenizer, tmp_path / "wider")}
+    (tmp_path / "empty.txt").write_text("")
+    known = {"base": pair.base, "chat": pair.chat, "empty.txt": tmp_path / "empty.txt"}
+    settings = {"base": pair.base, "chat": pair.chat}
+    if "onto" not in options:
+        settings |= {"chats": pair.chats, "text": pair.text}
+    settings |= {key: known.get(value, value) for key, value in options.items()}
+    with pytest.raises(error, match=words) as caught:
+        lapis.plan(**settings)
+    assert "\n" not in str(caught.value)
+
+
+def test_two_models_that_have_nothing_to_do_with_each_other_are_told_apart(pair, tmp_path):
+    shape = ModelConfig(dim=128, ffn_dim=128, layers=2, heads=2, vocab=pair.tokenizer.rows, context=64, tied=True)
+    one, two = (pair.write(Transformer(shape), pair.tokenizer, tmp_path / name) for name in ("one", "two"))
+    with pytest.raises(CheckpointError, match="not parent and child"):
+        lapis.plan(one, two)

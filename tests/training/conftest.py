@@ -1,0 +1,61 @@
+"""A tiny model, its tokenizer, and texts and chats that this file writes."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from lapis.model.config import ModelConfig
+from lapis.model.transformer import Transformer
+from lapis.text.corpus.corpus import Chat, Document
+from lapis.text.tokenizer.tokenizer import Tokenizer, train_tokenizer
+
+TEXTS = [
+    f"The cat number {i} sat on the mat and counted to {i * 7 % 13}. It slept under tree {i % 5}." for i in range(90)
+]
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    return train_tokenizer(TEXTS, 300)
+
+
+@pytest.fixture(scope="session")
+def documents() -> list[Document]:
+    return [Document(text, Path("texts.txt"), line) for line, text in enumerate(TEXTS, 1)]
+
+
+@pytest.fixture(scope="session")
+def chats() -> list[Chat]:
+    return [
+        Chat(
+            [
+                {"role": "user", "content": f"Where does cat {i} sleep?"},
+                {"role": "assistant", "content": f"Under tree {i % 5}."},
+                {"role": "user", "content": "How far does it count?"},
+                {"role": "assistant", "content": f"To {i * 7 % 13}."},
+            ],
+            Path("chats.jsonl"),
+            i + 1,
+        )
+        for i in range(24)
+    ]
+
+
+@pytest.fixture
+def new_model(tokenizer: Tokenizer) -> Callable[[], Transformer]:
+    """Makes the same small model each time."""
+
+    def make() -> Transformer:
+        torch.manual_seed(0)
+        return Transformer(
+            ModelConfig(dim=32, layers=2, heads=4, kv_heads=2, ffn_dim=48, vocab=tokenizer.rows, context=64, tied=True)
+        )
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)

@@ -1,0 +1,146 @@
+"""Schedules, SGD, an average of the weights, bfloat16 weights, recomputed blocks, memory that is told of in time."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lapis.errors import ConfigError, TrainingError
+from lapis.model.load import load
+from lapis.model.transformer import Transformer
+from lapis.text.corpus.corpus import Document
+from lapis.text.tokenizer.tokenizer import Tokenizer
+from lapis.training.config import TrainConfig
+from lapis.training.loop.loop import train
+from lapis.training.loop.progress import Silent
+from lapis.training.objectives.supervised.next_token import Causal
+from lapis.training.optim.ema import Average
+from lapis.training.optim.rounding import RoundedAdamW, round_into_
+from lapis.training.optim.schedule import Schedule
+from lapis.training.setup import memory
+from lapis.training.setup.compiled import pays
+
+Make = Callable[[], Transformer]
+CONFIG = TrainConfig(steps=10, batch=8, lr=1e-2, warmup=2, log_every=1, precision="float32", threads=1, sample_every=0)
+
+
+@pytest.fixture
+def objective(tokenizer: Tokenizer, documents: list[Document]) -> Causal:
+    return Causal(tokenizer, documents, context=32)
+
+
+def trained(make: Make, objective: Any, config: TrainConfig, out: Path) -> Transformer:
+    model = make()
+    train(model, objective, config, out, watch=Silent())
+    return model
+
+
+@given(st.sampled_from(["wsd", "constant", "cosine", "linear"]), st.integers(0, 10), st.integers(40, 300))
+def test_a_schedule_rises_stays_within_its_peak_and_falls(kind: Any, warmup: int, total: int) -> None:
+    scales = [Schedule(warmup, total // 3, total, kind=kind).scale(step) for step in range(total)]
+    assert all(0 < scale <= 1 for scale in scales) and max(scales) == pytest.approx(1.0, abs=0.05)
+    top = scales.index(max(scales))
+    assert scales[: top + 1] == sorted(scales[: top + 1]) and scales[top:] == sorted(scales[top:], reverse=True)
+    assert scales[-1] < 0.2 or kind == "constant"
+
+
+def test_shapes_of_the_schedule() -> None:
+    assert Schedule(0, 0, 100, kind="cosine").scale(50) == pytest.approx(0.5, abs=0.01)
+    assert Schedule(0, 0, 100, kind="linear").scale(75) == pytest.approx(0.25, abs=0.01)
+    assert Schedule(0, 50, 100).scale(49) == 1.0
+
+
+@pytest.mark.parametrize("options", [
+    {"optimizer": "sgd", "lr": 0.3}, {"schedule": "cosine"}, {"weights": "bf16"},
+    {"weights": "bf16", "optimizer": "muon"}, {"ema": 0.9},
+])  # fmt: skip
+def test_each_way_learns(new_model: Make, objective: Causal, tmp_path: Path, options: dict[str, Any]) -> None:
+    result = train(new_model(), objective, replace(CONFIG, steps=25, **options), tmp_path / "out", watch=Silent())
+    assert result.loss < 0.8 * result.log[0]["loss"]
+
+
+@pytest.mark.parametrize("kind", ["selective", "whole"])
+def test_recomputed_blocks_give_the_same_bits_and_keep_less(
+    new_model: Make, objective: Causal, tmp_path: Path, kind: Any
+) -> None:
+    config = replace(CONFIG, steps=3)
+    plain = trained(new_model, objective, config, tmp_path / "plain")
+    model = trained(new_model, objective, replace(config, checkpointing=kind), tmp_path / "out")
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), model.parameters(), strict=True))
+    assert "forward" not in vars(model.blocks[0]) and "forward" not in vars(model.blocks[1])
+
+
+def test_the_average_is_what_is_written(new_model: Make, objective: Causal, tmp_path: Path) -> None:
+    last = trained(new_model, objective, CONFIG, tmp_path / "last")
+    model = trained(new_model, objective, replace(CONFIG, ema=0.5), tmp_path / "out")
+    saved = load(tmp_path / "out")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), saved.parameters(), strict=True))
+    assert not torch.equal(saved.embed.weight, last.embed.weight)
+    average = Average(torch.nn.Linear(1, 1, bias=False), 0.9)
+    ((name, parameter),) = average.parameters.items()
+    expected = parameter.item()
+    for step, value in enumerate((1.0, 2.0, 5.0), 1):
+        parameter.data.fill_(value)
+        average.update(step)
+        expected += (value - expected) * (1 - min(0.9, step / (step + 9)))
+    assert average.tensors[name].item() == pytest.approx(expected)
+
+
+def test_random_rounding_is_right_on_average_and_exact_where_it_can_be() -> None:
+    value = torch.full((200_000,), 1.0 + 2**-10)  # an eighth of the way to the next bfloat16
+    target = torch.empty(200_000, dtype=torch.bfloat16)
+    round_into_(target, value, torch.Generator().manual_seed(0))
+    assert set(target.tolist()) == {1.0, 1.0 + 2**-7}
+    assert target.double().mean().item() == pytest.approx(1.0 + 2**-10, abs=5e-5)
+    exact = torch.tensor([0.5, -3.0, 0.0, float("inf"), float("-inf")])
+    small = torch.empty(5, dtype=torch.bfloat16)
+    round_into_(small, exact)
+    assert torch.equal(small.float(), exact)
+    round_into_(small[:1], torch.tensor([float("nan")]))
+    assert small[0].isnan()
+
+
+def test_bfloat16_weights_follow_float32_ones() -> None:
+    """Updates of a tenth of a rounding step would all be lost by rounding to nearest."""
+    torch.manual_seed(0)
+    low = torch.nn.Parameter(torch.ones(20_000, dtype=torch.bfloat16))
+    optimizer = RoundedAdamW([{"params": [low], "weight_decay": 0.0}], lr=4e-4)
+    for step in range(40):
+        low.grad = torch.ones_like(low)
+        optimizer.seed = step
+        optimizer.step()
+    assert low.float().mean().item() == pytest.approx(1 - 40 * 4e-4, abs=1e-3)
+
+
+def test_sgd_on_bfloat16_weights_is_refused(new_model: Make, objective: Causal, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="sgd does not round"):
+        trained(new_model, objective, replace(CONFIG, optimizer="sgd", weights="bf16"), tmp_path / "out")
+
+
+def test_fault_72_a_batch_that_cannot_fit_is_refused_with_the_levers(
+    new_model: Make, objective: Causal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "available", lambda device: 700_000)
+    with pytest.raises(TrainingError, match=r"needs about .* are free; raise accumulate .*checkpointing to whole"):
+        trained(new_model, objective, CONFIG, tmp_path / "out")
+    monkeypatch.setattr(memory, "available", lambda device: 100_000)
+    with pytest.raises(TrainingError, match="train a LoRA, or freeze a part"):
+        trained(new_model, objective, replace(CONFIG, batch=1), tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not (tmp_path / ".out.lapis").exists()
+
+
+def test_compiling_is_tried_only_where_the_run_is_long(new_model: Make) -> None:
+    def never() -> float:
+        raise AssertionError
+
+    assert pays(new_model(), "auto", never, 50, None, "cpu") == (False, None)
+    assert pays(new_model(), "auto", never, 0, 300.0, "cpu") == (False, None)
+    assert pays(new_model(), "off", never, 10**9, None, "cpu") == (False, None)
+    with pytest.raises(TrainingError, match=r"torch.compile failed \(AssertionError\); set compile to off"):
+        pays(new_model(), "on", never, 1, None, "cpu")
+    assert pays(new_model(), "auto", lambda: 0.01, 1000, None, "cpu") == (False, None)

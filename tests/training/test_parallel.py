@@ -1,0 +1,128 @@
+"""Several processes give the weights of one, only the first writes, and what goes wrong is told once."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from lapis.config import load_yaml, override
+from lapis.model.load import load
+from lapis.text.corpus.corpus import Document
+from lapis.text.tokenizer.tokenizer import Tokenizer
+from lapis.training.loop.progress import Silent
+from lapis.training.run import read_settings, run
+
+YAML = """
+objective: causal
+new: {dim: 32, layers: 2, heads: 4, ffn_dim: 48, tied: true}
+tokenizer: tok
+data: texts.jsonl
+context: 32
+out: out
+steps: 50
+batch: 8
+lr: 0.003
+threads: 1
+precision: float32
+log_every: 1
+sample_every: 0
+"""
+
+
+@pytest.fixture
+def place(tokenizer: Tokenizer, documents: list[Document], tmp_path: Path) -> Path:
+    (tmp_path / "run.yaml").write_text(YAML)
+    (tmp_path / "tok").mkdir()
+    tokenizer.save(tmp_path / "tok")
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": d.text}) + "\n" for d in documents))
+    return tmp_path
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return int(found.getsockname()[1])
+
+
+def start(place: Path, size: int, *settings: str, port: int | None = None) -> list["subprocess.Popen[str]"]:
+    """The processes, in the environment that torchrun gives them."""
+    shared = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(size), "MASTER_ADDR": "localhost",
+              "MASTER_PORT": str(port or free_port())}  # fmt: skip
+    command = [sys.executable, "-m", "lapis", "train", "run.yaml", *settings]
+    return [
+        subprocess.Popen(command, cwd=place, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, text=True,
+                         stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+        for rank in range(size)
+    ]  # fmt: skip
+
+
+def finish(processes: list["subprocess.Popen[str]"]) -> list[str]:
+    return [process.communicate(timeout=100)[1] for process in processes]
+
+
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_two_processes_and_a_change_of_their_number_give_the_loss_of_one(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place)
+    run(read_settings(override(load_yaml("run.yaml"), ["out=one"]), "run.yaml"), watch=Silent())
+    two = start(place, 2)
+    said = finish(two)
+    assert [process.returncode for process in two] == [0, 0], said
+    assert losses(place / "out") == pytest.approx(losses(place / "one"), abs=1e-5)
+    for name, weight in load("one").state_dict().items():
+        torch.testing.assert_close(load("out").state_dict()[name], weight, rtol=1e-4, atol=1e-5)
+
+
+def stopped(place: Path, size: int, *settings: str) -> list[str]:
+    """Starts processes, ends the last of them by SIGTERM when a checkpoint of theirs is there, and what all said."""
+    before = checkpoints(place)
+    processes = start(place, size, *settings)
+    while checkpoints(place) <= before:
+        assert processes[0].poll() is None, processes[0].communicate()
+        time.sleep(0.01)
+    processes[-1].terminate()
+    said = finish(processes)
+    assert [process.returncode for process in processes] == [1] * size
+    return said
+
+
+def checkpoints(place: Path) -> set[str]:
+    return {path.name for path in (place / ".out.lapis" / ".journal").glob("step-*")}
+
+
+def test_fault_67_stopped_twice_and_gone_on_with_by_another_number_of_processes(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal to one of two processes stops both at one step; one goes on and is stopped, two finish: one's curve."""
+    monkeypatch.chdir(place)
+    settings = ["save_every=5", "steps=200", "keep=100"]
+    said = stopped(place, 2, *settings)
+    assert "stopped by SIGTERM after step" in said[0] and "Run the same command again" in said[0]
+    assert said[1] == ""  # told once
+    stopped(place, 1, *settings)
+    last = start(place, 2, *settings)
+    said = finish(last)
+    assert [process.returncode for process in last] == [0, 0], said
+    run(read_settings(override(load_yaml("run.yaml"), [*settings, "out=one"]), "run.yaml"), watch=Silent())
+    assert losses(place / "out") == pytest.approx(losses(place / "one"), abs=1e-5)
+
+
+def test_a_port_in_use_and_a_missing_file_are_one_line(place: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("localhost", 0))
+        taken.listen()
+        first, second = start(place, 2, port=int(taken.getsockname()[1]))
+        second.kill()  # it would wait for the first one for a long time
+        said, _ = finish([first, second])
+    assert first.returncode == 1 and "the port is in use; give torchrun another port" in said
+    assert len(said.strip().splitlines()) == 1
