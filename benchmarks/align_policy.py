@@ -23,9 +23,9 @@ from typing import Any
 
 import torch
 
+from lapis.families.config import ModelConfig
 from lapis.generation.generate import generate_batch
 from lapis.generation.options import Sampling
-from lapis.model.config import ModelConfig
 from lapis.model.load import load
 from lapis.model.transformer import Transformer
 from lapis.text.corpus.corpus import Chat as ChatRecord

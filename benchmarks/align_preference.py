@@ -31,8 +31,8 @@ import torch
 import lapis
 from lapis.evaluation.preference import score_pairs
 from lapis.evaluation.text import bits_per_byte
+from lapis.families.config import ModelConfig
 from lapis.model import lora
-from lapis.model.config import ModelConfig
 from lapis.model.transformer import Transformer
 from lapis.text.corpus import corpus
 from lapis.text.corpus.pairs import Pair, pairs

@@ -52,7 +52,7 @@ print(int(peak.split()[1]) * 1024 - weights, weights)
 
 def make_folder(folder: Path) -> None:
     """A model folder of that shape, and a small tokenizer: " Malaysia" is one token, "Malaysia" two: "M", "alaysia"."""
-    from lapis.model.config import ModelConfig, Rope
+    from lapis.families.config import ModelConfig, Rope
     from lapis.model.load import save
     from lapis.model.transformer import Transformer
     from lapis.text.tokenizer.tokenizer import train_tokenizer

@@ -48,7 +48,7 @@ def make_folder(folder: Path) -> None:
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers
 
-    from lapis.model.config import ModelConfig, Rope
+    from lapis.families.config import ModelConfig, Rope
     from lapis.model.load import save
     from lapis.model.transformer import Transformer
     from lapis.text.tokenizer.tokenizer import Tokenizer

@@ -24,8 +24,8 @@ from lapis.checkpoint.commit import commit
 from lapis.errors import DataError
 from lapis.evaluation.score import Scored
 from lapis.families import find
+from lapis.families.config import ModelConfig
 from lapis.families.presets import PRESETS
-from lapis.model.config import ModelConfig
 from lapis.model.load import save
 from lapis.model.transformer import Transformer
 from lapis.planning.causal import sweep

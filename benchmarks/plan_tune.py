@@ -40,8 +40,8 @@ from lapis.evaluation.chats import answer, score_chats
 from lapis.evaluation.choices import Choice, score_choices
 from lapis.evaluation.text import bits_per_byte
 from lapis.families.base import Part
+from lapis.families.config import ModelConfig
 from lapis.families.patterns import chosen, read_patterns
-from lapis.model.config import ModelConfig
 from lapis.model.transformer import Transformer
 from lapis.planning.causal import Effects, measure_set
 from lapis.planning.choose import at_random, worth

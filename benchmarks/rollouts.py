@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", default=list(SIZES))
     parser.add_argument("--write", action="store_true", help="keep the table in benchmarks/results/rollouts.md")
     options = parser.parse_args()
-    from lapis.model.config import ModelConfig
+    from lapis.families.config import ModelConfig
     from lapis.model.load import save
     from lapis.model.transformer import Transformer
 

@@ -80,7 +80,7 @@ def tensors(rows: Any) -> Iterator[tuple[Tensor, Tensor]]:
 
 def lapis_seconds(rows: Any, shape: dict[str, Any], optimizer: str, steps: int, threads: int) -> list[float]:
     """`lapis.train` as a user calls it; its settings are given, so that nothing is measured within."""
-    from lapis.model.config import ModelConfig
+    from lapis.families.config import ModelConfig
     from lapis.model.transformer import Transformer
     from lapis.training.config import TrainConfig
     from lapis.training.loop.loop import train
@@ -172,7 +172,7 @@ def largest_logits(vocab: int = 151_936, rows: int = 8 * 1024, dim: int = 16) ->
 
 def measure_gpu(device: str, steps: int) -> dict[str, Any]:
     """Tokens per second and MFU (Chowdhery et al. 2022, appendix B: model FLOPs over the peak's) of lapis alone."""
-    from lapis.model.config import ModelConfig
+    from lapis.families.config import ModelConfig
     from lapis.model.size import measure
     from lapis.model.transformer import Transformer
     from lapis.training.config import TrainConfig

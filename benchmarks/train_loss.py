@@ -74,7 +74,7 @@ def learn(
 
     from lapis.errors import ConfigError
     from lapis.evaluation.text import bits_per_byte
-    from lapis.model.config import ModelConfig
+    from lapis.families.config import ModelConfig
     from lapis.model.transformer import Transformer
     from lapis.text.corpus.corpus import documents
     from lapis.training.config import TrainConfig

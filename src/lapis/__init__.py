@@ -24,7 +24,7 @@ _PUBLIC = {
     "Classify": "lapis.training.objectives.supervised.classify",
     "LapisError": "lapis.errors",
     "Masked": "lapis.training.objectives.supervised.masked",
-    "ModelConfig": "lapis.model.config",
+    "ModelConfig": "lapis.families.config",
     "Sampling": "lapis.generation.options",
     "Tokenizer": "lapis.text.tokenizer.tokenizer",
     "TrainConfig": "lapis.training.config",

@@ -12,7 +12,7 @@ from lapis.checkpoint import open_checkpoint, ranges
 from lapis.checkpoint.hub import hub_id
 from lapis.cli.main import main
 from lapis.errors import CheckpointError
-from lapis.model.config import ModelConfig
+from lapis.families.config import ModelConfig
 from lapis.model.load import save
 from lapis.model.transformer import Transformer
 from lapis.text.tokenizer.tokenizer import Tokenizer, train_tokenizer

@@ -15,11 +15,11 @@ import torch
 
 from lapis.cli.main import main
 from lapis.errors import DataError, TemplateError
+from lapis.families.config import ModelConfig
 from lapis.generation.conversation import Conversation
 from lapis.generation.generate import generate
 from lapis.generation.options import Sampling
 from lapis.generation.text import for_terminal
-from lapis.model.config import ModelConfig
 from lapis.model.load import load, save
 from lapis.model.transformer import Transformer
 from lapis.text.tokenizer.tokenizer import Tokenizer, train_tokenizer

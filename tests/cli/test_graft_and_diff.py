@@ -9,7 +9,7 @@ import torch
 
 import lapis
 from lapis.cli.main import main
-from lapis.model.config import ModelConfig
+from lapis.families.config import ModelConfig
 from lapis.model.load import save
 from lapis.model.transformer import Transformer
 from lapis.text.tokenizer.tokenizer import train_tokenizer

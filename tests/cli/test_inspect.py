@@ -8,7 +8,7 @@ import torch
 
 from lapis.cli.inspect import inspect
 from lapis.errors import CheckpointError, ConfigError, OutputError
-from lapis.model.config import ModelConfig
+from lapis.families.config import ModelConfig
 from lapis.model.load import save
 from lapis.model.transformer import Transformer
 

@@ -12,7 +12,7 @@ from lapis.evaluation.chats import answer, score_chats
 from lapis.evaluation.choices import Choice, read_choices, score_choices
 from lapis.evaluation.score import Scored, nll
 from lapis.evaluation.text import bits_per_byte, score_text, windows_of
-from lapis.model.config import ModelConfig
+from lapis.families.config import ModelConfig
 from lapis.model.transformer import Transformer
 from lapis.text.chat.chat import encode_chat
 from lapis.text.tokenizer.tokenizer import Tokenizer, train_tokenizer

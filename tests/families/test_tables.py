@@ -6,8 +6,8 @@ import pytest
 
 from lapis.errors import CheckpointError
 from lapis.families import FAMILIES, Family, Part, fallback_part, find, part_of
+from lapis.families.config import ModelConfig
 from lapis.families.presets import PRESETS
-from lapis.model.config import ModelConfig
 from lapis.model.size import parameter_shapes
 
 

@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lapis.errors import ConfigError, DataError, LapisError
+from lapis.families.config import ModelConfig
 from lapis.generation.generate import Decoding, Memory, encode, generate, generate_batch, stream
 from lapis.generation.options import Sampling
 from lapis.generation.text import Pieces
-from lapis.model.config import ModelConfig
 from lapis.model.transformer import Transformer
 from lapis.text.tokenizer.tokenizer import Tokenizer, train_tokenizer
 

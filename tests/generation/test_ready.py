@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 
+from lapis.families.config import ModelConfig
 from lapis.generation.ready import PackedLinear, ready
-from lapis.model.config import ModelConfig
 from lapis.model.transformer import Transformer
 
 CASES = {

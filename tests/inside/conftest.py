@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lapis.model.config import ModelConfig
+from lapis.families.config import ModelConfig
 from lapis.model.transformer import Transformer
 from lapis.text.tokenizer.tokenizer import Tokenizer, train_tokenizer
 

@@ -9,11 +9,11 @@ import torch
 
 import lapis
 from lapis.errors import ConfigError, DataError, LapisError, MissingExtra
+from lapis.families.config import ModelConfig
 from lapis.inside.lens import logit_lens
 from lapis.inside.lens.side_by_side import side_by_side
 from lapis.inside.lens.words import Spelling, Word, spell
 from lapis.inside.transformers_model import Opened
-from lapis.model.config import ModelConfig
 from lapis.model.transformer import Transformer
 
 from .conftest import make_model

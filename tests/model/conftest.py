@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lapis.model.config import Image, ModelConfig, Rope
+from lapis.families.config import Image, ModelConfig, Rope
 from lapis.model.load import save
 from lapis.model.transformer import Transformer
 

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lapis.errors import DataError
+from lapis.families.config import ModelConfig
 from lapis.model.attention import AttentionCore, additive
 from lapis.model.cache import Cache
-from lapis.model.config import ModelConfig
 from lapis.model.dense import dense_attention
 from lapis.model.transformer import Transformer
 

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lapis.families.config import ModelConfig
 from lapis.model.cache import Cache
-from lapis.model.config import ModelConfig
 from lapis.model.transformer import Transformer
 
 TINY = ModelConfig(dim=16, layers=2, heads=4, kv_heads=2, ffn_dim=24, vocab=31, context=64)

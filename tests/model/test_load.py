@@ -13,8 +13,8 @@ import torch
 
 from lapis.checkpoint import open_checkpoint
 from lapis.errors import CheckpointError, ConfigError
+from lapis.families.config import ModelConfig
 from lapis.model.check import plan_load
-from lapis.model.config import ModelConfig
 from lapis.model.load import load, save
 from lapis.model.transformer import Transformer
 

@@ -14,9 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lapis.checkpoint import open_checkpoint
 from lapis.families import find
+from lapis.families.config import ModelConfig
 from lapis.families.presets import PRESETS
 from lapis.model.cache import Cache
-from lapis.model.config import ModelConfig
 from lapis.model.size import Mixer, activation_bytes, measure, measure_headers, mixers, parameter_shapes
 from lapis.model.transformer import Transformer
 

@@ -12,7 +12,7 @@ import torch
 
 import lapis
 from lapis.errors import ConfigError
-from lapis.model.config import ModelConfig
+from lapis.families.config import ModelConfig
 from lapis.model.transformer import Transformer
 from lapis.text.corpus.corpus import Document
 from lapis.text.tokenizer.tokenizer import train_tokenizer

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from lapis.families.config import ModelConfig
 from lapis.model.adapter import write_adapter
-from lapis.model.config import ModelConfig
 from lapis.model.load import load, save
 from lapis.model.lora import LoraConfig, LoraLinear, of, off, token_rows, wrap
 from lapis.model.transformer import Transformer

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from lapis.evaluation.preference import score_pairs
 from lapis.evaluation.replies import collate, reply_rewards
-from lapis.model.config import ModelConfig
+from lapis.families.config import ModelConfig
 from lapis.model.load import load, save
 from lapis.model.transformer import Transformer
 from lapis.text.corpus.pairs import Pair

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from lapis.model.config import ModelConfig
+from lapis.families.config import ModelConfig
 from lapis.model.load import save
 from lapis.model.transformer import Transformer
 from lapis.text.corpus.corpus import Chat as ChatRecord

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lapis.checkpoint.commit import commit
-from lapis.model.config import ModelConfig
+from lapis.families.config import ModelConfig
 from lapis.model.load import save
 from lapis.model.transformer import Transformer
 from lapis.text.chat.chat import encode_chat

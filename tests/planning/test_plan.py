@@ -11,7 +11,7 @@ from lapis.cli.main import main
 from lapis.errors import CheckpointError, ConfigError, DataError
 from lapis.evaluation.chats import score_chats
 from lapis.families.base import Part
-from lapis.model.config import ModelConfig
+from lapis.families.config import ModelConfig
 from lapis.model.transformer import Transformer
 from lapis.planning.choose import at_random
 from lapis.planning.pieces import Piece, pieces_of

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lapis.model.config import ModelConfig
+from lapis.families.config import ModelConfig
 from lapis.model.transformer import Transformer
 from lapis.text.corpus.corpus import Chat, Document
 from lapis.text.tokenizer.tokenizer import Tokenizer, train_tokenizer

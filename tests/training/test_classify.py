@@ -15,7 +15,7 @@ from lapis.cli.main import main
 from lapis.config import override
 from lapis.errors import ConfigError, DataError
 from lapis.evaluation.classification import class_scores, predict
-from lapis.model.config import ModelConfig
+from lapis.families.config import ModelConfig
 from lapis.model.heads import class_names, put_head
 from lapis.model.load import save
 from lapis.model.transformer import Transformer

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lapis.errors import ConfigError
-from lapis.model.config import ModelConfig
+from lapis.families.config import ModelConfig
 from lapis.model.lora import LoraConfig, LoraLinear, LoraNf4, adapters, off, wrap
 from lapis.model.nf4 import Nf4Linear, pack
 from lapis.model.transformer import Transformer

@@ -150,7 +150,7 @@ def test_lora_needs_no_second_model(new_model: Make, tokenizer: Tokenizer) -> No
 def test_a_reference_that_is_not_the_policys_parent_is_refused(
     new_model: Make, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    from lapis.model.config import ModelConfig
+    from lapis.families.config import ModelConfig
     from lapis.text.tokenizer.tokenizer import train_tokenizer
 
     model = new_model()

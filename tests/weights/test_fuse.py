@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lapis.cli.main import main
+from lapis.families.config import ModelConfig
 from lapis.model.adapter import fold, write_adapter
-from lapis.model.config import ModelConfig
 from lapis.model.load import load, save
 from lapis.model.lora import LoraConfig, wrap
 from lapis.model.transformer import Transformer

@@ -50,8 +50,8 @@ def inspect(
 def measure_source(model: str, context: int | None) -> "tuple[dict[str, Any], Size | None, list[str]]":
     """The JSON object, the size (None for an unknown family), and what there is to tell."""
     from lapis.families import find
+    from lapis.families.config import ModelConfig
     from lapis.families.presets import PRESETS
-    from lapis.model.config import ModelConfig
     from lapis.model.size import measure, measure_headers
 
     if model.lower() in PRESETS and not Path(model).exists():

@@ -22,8 +22,8 @@ from lapis.checkpoint.files import header_bytes
 from lapis.checkpoint.store import dtype_name
 from lapis.errors import CheckpointError, ConfigError
 from lapis.families import Family, Rule
+from lapis.families.config import Head
 from lapis.model.check import family_of
-from lapis.model.config import Head
 from lapis.model.lora import (
     Adapted,
     LoraConfig,

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lapis.families.config import ModelConfig
 from lapis.model.cache import Cache
-from lapis.model.config import ModelConfig
 from lapis.model.dense import dense_attention, prefers_dense
 from lapis.model.norm import make_norm
 from lapis.model.rope import rotate

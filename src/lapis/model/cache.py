@@ -9,7 +9,7 @@ Shapes: B batch, T new tokens, S all tokens, K heads of keys, E head dim.
 import torch
 from torch import Tensor
 
-from lapis.model.config import ModelConfig
+from lapis.families.config import ModelConfig
 
 
 class Cache:

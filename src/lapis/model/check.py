@@ -12,7 +12,7 @@ from lapis.checkpoint import Checkpoint, open_checkpoint
 from lapis.errors import CheckpointError, ConfigError
 from lapis.families import FAMILIES, Family, Rule
 from lapis.families.base import layers_of
-from lapis.model.config import Head, ModelConfig
+from lapis.families.config import Head, ModelConfig
 from lapis.model.size import parameter_shapes
 
 Shape = tuple[int, ...]

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lapis.model.config import MLP_KINDS, Head, ModelConfig
+from lapis.families.config import MLP_KINDS, Head, ModelConfig
 from lapis.model.norm import make_norm
 
 if TYPE_CHECKING:

@@ -20,9 +20,9 @@ from lapis.checkpoint import Checkpoint, open_checkpoint
 from lapis.checkpoint.files import header_bytes
 from lapis.checkpoint.store import dtype_name, torch_dtype
 from lapis.families import Rule, part_of
+from lapis.families.config import Head, ModelConfig
 from lapis.model.adapter import attach, head_of
 from lapis.model.check import DISK_SHAPES, family_of, plan_load
-from lapis.model.config import Head, ModelConfig
 from lapis.model.transformer import Transformer
 
 CHUNK = 1 << 20  # elements converted at a time

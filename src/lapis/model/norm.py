@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lapis.model.config import ModelConfig
+from lapis.families.config import ModelConfig
 
 
 class RMSNorm(nn.Module):

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from lapis.model.config import ModelConfig, Rope
+from lapis.families.config import ModelConfig, Rope
 
 
 def rope_tables(config: ModelConfig, positions: Tensor, dtype: torch.dtype, length: int) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from math import prod
 from typing import Any
 
 from lapis.families import part_of
-from lapis.model.config import ModelConfig
+from lapis.families.config import ModelConfig
 
 SHOWN = {"float32": 4, "bfloat16": 2, "int8": 1}
 DTYPE_BYTES = SHOWN | {"float64": 8, "float16": 2, "float8": 1, "uint8": 1}

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lapis.errors import DataError
+from lapis.families.config import MLP_KINDS, ModelConfig
 from lapis.model.attention import Attention, Shared, View, additive
 from lapis.model.cache import Cache
-from lapis.model.config import MLP_KINDS, ModelConfig
 from lapis.model.heads import ACTIVATIONS, make_head
 from lapis.model.norm import Norm, compute_dtype, make_norm
 from lapis.model.rope import rope_tables

@@ -10,8 +10,8 @@ from typing import Any, Literal
 from lapis.checkpoint import Checkpoint, open_checkpoint
 from lapis.errors import CheckpointError, ConfigError, DataError
 from lapis.evaluation.choices import Choice, read_choices
+from lapis.families.config import ModelConfig
 from lapis.model.check import read_config
-from lapis.model.config import ModelConfig
 from lapis.planning.choose import Goal, at_random, choose, worth
 from lapis.planning.measure import WINDOW, Exam, make_exam
 from lapis.planning.pieces import Piece, Size, outside, pieces_of

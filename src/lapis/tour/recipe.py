@@ -21,9 +21,9 @@ import torch
 
 from lapis.checkpoint.commit import commit, commit_file, full_disk_told
 from lapis.errors import ConfigError, OutputError
+from lapis.families.config import ModelConfig
 from lapis.generation.generate import generate_batch
 from lapis.generation.options import Sampling
-from lapis.model.config import ModelConfig
 from lapis.model.load import load
 from lapis.model.transformer import Transformer
 from lapis.text.corpus.corpus import documents

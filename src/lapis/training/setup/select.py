@@ -19,8 +19,8 @@ import torch
 from lapis.config import load_yaml
 from lapis.errors import ConfigError
 from lapis.families import part_of
+from lapis.families.config import ModelConfig
 from lapis.families.patterns import chosen, read_patterns
-from lapis.model.config import ModelConfig
 from lapis.model.transformer import Transformer
 from lapis.text.tokenizer.tokenizer import Tokenizer
 from lapis.training.setup import lora

@@ -12,7 +12,7 @@ import torch
 
 from lapis.config import build
 from lapis.errors import ConfigError
-from lapis.model.config import Head, ModelConfig
+from lapis.families.config import Head, ModelConfig
 from lapis.model.load import load
 from lapis.model.transformer import Transformer
 from lapis.text.tokenizer.tokenizer import Tokenizer
