@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "inside": {"checkpoint", "families", "model", "text", "report"},
     "planning": {"checkpoint", "evaluation", "families", "model", "report", "text", "weights"},
     "report": set(),
-    "tour": {"checkpoint", "evaluation", "generation", "model", "report", "text", "training", "weights"},
+    "tour": {"checkpoint", "evaluation", "families", "generation", "model", "report", "text", "training", "weights"},
     "cli": {
         "checkpoint", "evaluation", "families", "generation", "inside", "model", "planning", "report", "text", "tour",
         "training", "weights",
