@@ -61,7 +61,7 @@ def chat(
         against: A second model, which answers beside the first.
         system: The system's message.
     """
-    from lapis.cli.output import console
+    from lapis.cli.output import line
 
     conversations: dict[str, Conversation] = {}
     for folder in (model, against):
@@ -71,22 +71,22 @@ def chat(
     if interactive:
         with suppress(ImportError):
             import readline  # noqa: F401  arrow keys and history in input()
-        console.print(f"{' and '.join(conversations)}: /help lists commands, Ctrl-D leaves", style="dim", markup=False)
+        line(f"{' and '.join(conversations)}: /help lists commands, Ctrl-D leaves", "dim")
     talk(conversations, Lines(interactive))
 
 
 def meet(folder: str, system: str, sampling: Sampling, runtime: Runtime) -> "Conversation":
     """Opens a model to talk with, and passes on what loading had to say."""
-    from lapis.cli.output import stderr
+    from lapis.cli.output import line, progress
 
-    with stderr.status(f"reading {folder}"):
+    with progress(f"reading {folder}"):
         from lapis.generation.conversation import Conversation
         from lapis.generation.ready import open_ready
 
         model, tokenizer = open_ready(folder, runtime)
         conversation = Conversation(model, tokenizer, sampling, system)
     for note in model.notes:
-        stderr.print(f"note: {note}", style="dim", markup=False)
+        line(f"note: {note}", "dim", error=True)
     return conversation
 
 
@@ -241,9 +241,9 @@ def one(pieces: Generator[str, None, None]) -> None:
 
 def say(text: str) -> None:
     """What lapis itself says, apart from what the model says: dim, or to standard error where output is a pipe."""
-    from lapis.cli.output import console, stderr
+    from lapis.cli.output import line
 
-    (console if sys.stdout.isatty() else stderr).print(text, style="dim", markup=False, soft_wrap=True)
+    line(text, "dim", error=not sys.stdout.isatty())
 
 
 def _name(folder: str, taken: "dict[str, Conversation]") -> str:

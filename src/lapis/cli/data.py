@@ -45,7 +45,7 @@ def pack(
     import time
 
     from lapis.checkpoint.commit import check_output
-    from lapis.cli.output import console, show, stderr
+    from lapis.cli.output import line, progress, show
     from lapis.text.rows.coverage import figures, lines
     from lapis.text.rows.packing import pack as pack_files
     from lapis.text.tokenizer.tokenizer import Tokenizer
@@ -54,10 +54,10 @@ def pack(
     check_output(out, overwrite=overwrite or not alone, inputs=[tokenizer])  # another rank may be done already
     opened = Tokenizer.open(tokenizer)
     begin = time.monotonic()
-    with stderr.status("packing") as status:
+    with progress("packing") as shown:
 
         def report(texts: int, tokens: int) -> None:
-            status.update(f"packing: {texts:,} texts, {tokens:,} tokens, {tokens / (time.monotonic() - begin):,.0f}/s")
+            shown.stage(f"packing: {texts:,} texts, {tokens:,} tokens, {tokens / (time.monotonic() - begin):,.0f}/s")
 
         rows = pack_files(
             files,
@@ -72,7 +72,7 @@ def pack(
         )
     if os.environ.get("RANK", "0") == "0":
         result = {"out": str(out), **figures(rows), "seconds": time.monotonic() - begin}
-        show(result, json, lambda: console.print("\n".join(lines(rows)), markup=False))
+        show(result, json, lambda: line("\n".join(lines(rows))))
 
 
 def show(
@@ -101,7 +101,7 @@ def show(
 
     import numpy as np
 
-    from lapis.cli.output import console
+    from lapis.cli.output import console, line
     from lapis.cli.output import show as output
     from lapis.errors import ConfigError
     from lapis.text.corpus.corpus import chats, documents, kind_of
@@ -126,7 +126,7 @@ def show(
     shown = [_row(packed, opened, *row) for row in zip(ids.tolist(), targets.tolist(), segments.tolist(), strict=True)]
 
     def render() -> None:
-        console.print("\n".join(lines(packed)), markup=False)
+        line("\n".join(lines(packed)))
         console.print("loss", style=_LOSS, end="  ")
         console.print("no loss", style=_QUIET, end="  ")
         console.print("end token", style=_END, end="  ")

@@ -2,10 +2,9 @@
 
 from typing import TYPE_CHECKING
 
-from lapis.cli.output import console, progress, show, table
+from lapis.cli.output import notes, progress, show, table, write_page
 
 if TYPE_CHECKING:
-    from lapis.report.page import Page
     from lapis.weights.diff.lineage import Lineage
 
 
@@ -46,24 +45,19 @@ def diff(
     from lapis.weights.diff.diff import unrelated
     from lapis.weights.diff.lineage import lineage
 
-    with progress() as shown:
-        task = shown.add_task("reading", total=None, rate="")
-
-        def tell(done: int, total: int) -> None:
-            shown.update(task, completed=done, total=total)
-
+    with progress("reading") as report:
         if others:
-            descent = lineage(a, [b, *others], progress=tell)
+            descent = lineage(a, [b, *others], progress=report)
         else:
-            found = run(a, b, rows, spectra, progress=tell)
+            difference = run(a, b, rows, spectra, progress=report)
     if others:
-        show(descent.to_json(), json, lambda: tell_lineage(descent))
+        show(descent.to_json(), json, lambda: print_lineage(descent))
         if html:
             from lapis.weights.diff.page import lineage_page
 
-            write_page(lineage_page(descent), html)
+            write_page(lineage_page(descent), html, overwrite=True)
         return
-    if unrelated(found):
+    if unrelated(difference):
         raise CheckpointError(f"{a} and {b}: cosine 0.00 in every layer: these are not parent and child")
 
     def render() -> None:
@@ -78,7 +72,7 @@ def diff(
                         *(group[name] for name in ("mean_abs", "max_abs")),
                         f"{group['identical']:.1%}",
                     ]
-                    for group in found.by(key)
+                    for group in difference.by(key)
                 ],
             )
         if rows:
@@ -87,35 +81,28 @@ def diff(
                 ["token", "id", "what", "|b-a|/|a|", "cosine", "z"],
                 [
                     [repr(row["token"]), row["id"], row["kind"], row["relative_norm"], row["cosine"], row["z"]]
-                    for row in found.moved(top)
+                    for row in difference.moved(top)
                 ],
             )
-        for note in found.notes:
-            console.print(f"- {note}")
+        notes(difference.notes)
 
-    show(found.to_json(), json, render)
+    show(difference.to_json(), json, render)
     if html:
         from lapis.weights.diff.page import diff_page
 
-        write_page(diff_page(found, a, b), html)
+        write_page(diff_page(difference, a, b), html, overwrite=True)
 
 
-def tell_lineage(found: "Lineage") -> None:
+def print_lineage(lineage: "Lineage") -> None:
+    """Who descends from whom, as a matrix of cosines."""
     table(
-        f"what each changed of {found.base}: cosines between the differences",
-        ["model", "|d|/|base|", *(str(i + 1) for i in range(len(found.models)))],
+        f"what each changed of {lineage.base}: cosines between the differences",
+        ["model", "|d|/|base|", *(str(i + 1) for i in range(len(lineage.models)))],
         [
             [f"{i + 1} {model}", norm, *row]
-            for i, (model, norm, row) in enumerate(zip(found.models, found.relative_norms, found.cosines, strict=True))
+            for i, (model, norm, row) in enumerate(
+                zip(lineage.models, lineage.relative_norms, lineage.cosines, strict=True)
+            )
         ],
     )
-    for note in found.notes:
-        console.print(f"- {note}")
-
-
-def write_page(page: "Page", path: str) -> None:
-    """A page to a file, whole or not at all."""
-    from lapis.checkpoint.commit import commit_file
-
-    with commit_file(path, overwrite=True) as temporary:
-        temporary.write_text(page.render(), encoding="utf-8")
+    notes(lineage.notes)

@@ -49,7 +49,7 @@ def evaluate(
     """
     from itertools import islice
 
-    from lapis.cli.output import number, show, stderr, table
+    from lapis.cli.output import number, progress, show, table
     from lapis.errors import ConfigError
     from lapis.evaluation.chats import score_chats
     from lapis.evaluation.choices import read_choices, score_choices
@@ -72,32 +72,32 @@ def evaluate(
     if tokenizer is None and (text or chats or choices or pairs or tasks):
         raise ConfigError(f"eval: {model} takes pictures; it is scored on --classes only")
     result: dict[str, Any] = {"model": model}
-    with stderr.status("text") as status:
+    with progress("text") as report:
         if text is not None and tokenizer:
             documents = islice(corpus.documents(text), limit)
             result["text"] = score_text(opened, tokenizer, documents, context, precision=precision)
         if chats is not None and tokenizer:
-            status.update("chats")
+            report.stage("chats")
             records = islice(corpus.chats(chats), limit)
             result["chats"] = score_chats(
                 opened, tokenizer, records, context=context, max_tokens=max_tokens, precision=precision
             )
         if questions is not None and tokenizer:
-            status.update("choices")
+            report.stage("choices")
             result["choices"] = score_choices(opened, tokenizer, questions, precision=precision)
         if pairs is not None and tokenizer:
-            status.update("pairs")
+            report.stage("pairs")
             found = islice(read_pairs(pairs), limit)
             result["pairs"] = score_pairs(
                 opened, tokenizer, found, reference=reference, context=context, precision=precision
             )
         if tasks and tokenizer:
-            status.update("tasks")
+            report.stage("tasks")
             run_tasks = lapis.evaluation.harness.run_tasks
             options: Any = {"folder": task_folder, "fewshot": fewshot, "limit": limit, "chat": chat}
             result["tasks"] = run_tasks(opened, tokenizer, tasks, precision=precision, **options)
         if classes is not None:
-            status.update("classes")
+            report.stage("classes")
             if tokenizer is None:
                 examples: Any = _pictures(classes, opened.config.image, model)
             else:

@@ -29,7 +29,7 @@ def generate(
         system: The system's message, with --chat.
         json: Print one JSON object.
     """
-    from lapis.cli.output import show, stderr
+    from lapis.cli.output import line, progress, show, stderr
     from lapis.errors import ConfigError
 
     if system and not chat:
@@ -37,7 +37,7 @@ def generate(
     if prompt == "-":
         prompt = sys.stdin.read()
     start = time.perf_counter()
-    with stderr.status(f"reading {model}"):
+    with progress(f"reading {model}"):
         from lapis.generation.generate import Prompt, stream
         from lapis.generation.ready import open_ready
         from lapis.generation.text import for_terminal
@@ -79,11 +79,11 @@ def generate(
         sys.stdout.write("\n")
         if stderr.is_terminal:
             speed = f"{result['tokens']} tokens, {result['tokens_per_second']:.1f} a second, {ENDS[reply.stop_reason]}"
-            stderr.print(speed, style="dim", markup=False)
+            line(speed, "dim", error=True)
 
     show(result, json, render)
     for note in opened.notes:
-        stderr.print(f"note: {note}", style="dim", markup=False)
+        line(f"note: {note}", "dim", error=True)
 
 
 ENDS = {"end": "complete", "stop": "ended at a stop text", "length": "cut short", "stopped": "stopped"}

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from lapis.cli.output import console, progress, show, size, stderr
+from lapis.cli.output import line, notes, progress, show, size
 from lapis.errors import CheckpointError
 
 
@@ -78,17 +78,11 @@ def graft(
 @contextmanager
 def bar(what: str) -> Iterator[Callable[[int, int], None]]:
     """A progress bar for jobs that count bytes of output; yields progress(done, total)."""
-    with progress() as shown:
-        task = shown.add_task(what, total=None, rate="")
-
-        def tell(done: int, total: int) -> None:
-            speed = shown.tasks[task].speed
-            shown.update(task, completed=done, total=total, rate=f"{size(speed)}/s" if speed else "")
-
+    with progress(what, "bytes") as report:
         try:
-            yield tell
+            yield report
         except KeyboardInterrupt:
-            stderr.print("what is finished is kept: the same command goes on from there")
+            line("what is finished is kept: the same command goes on from there", error=True)
             raise
 
 
@@ -97,23 +91,22 @@ def told(result: Any) -> None:
     counts = ", ".join(f"{number:,} tensors {action}" for action, number in result.tensors.items())
     if result.dry_run:
         needs = result.needs
-        console.print(f"would write {result.out}: {counts}")
-        console.print(f"needs {size(needs['disk_bytes'])} of disk and {size(needs['memory_bytes'])} of buffers")
+        line(f"would write {result.out}: {counts}")
+        line(f"needs {size(needs['disk_bytes'])} of disk and {size(needs['memory_bytes'])} of buffers")
     else:
-        console.print(f"{result.out}: {counts}")
+        line(f"{result.out}: {counts}")
         resumed = f" ({size(result.bytes_resumed)} were there from before)" if result.bytes_resumed else ""
-        console.print(
+        line(
             f"read {size(result.bytes_read)}, wrote {size(result.bytes_written)}{resumed} in {result.seconds:.1f} s; "
             f"peak memory {size(result.peak_memory_bytes)}"
         )
     if result.lost_to_rounding is not None:
-        console.print(f"rounding took {result.lost_to_rounding:.2%} of the difference (by norm)")
+        line(f"rounding took {result.lost_to_rounding:.2%} of the difference (by norm)")
     if result.nonfinite:
-        console.print(f"{result.nonfinite:,} NaN or Inf were kept")
+        line(f"{result.nonfinite:,} NaN or Inf were kept")
     if result.smoke:
-        console.print(_smoke(result.smoke))
-    for note in result.notes:
-        console.print(f"- {note}")
+        line(_smoke(result.smoke))
+    notes(result.notes)
 
 
 def _smoke(seen: Mapping[str, Any]) -> str:

@@ -4,8 +4,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lapis.checkpoint.commit import check_output, commit_file
-from lapis.cli.output import console, number, show, size, table
+from lapis.checkpoint.commit import check_output
+from lapis.cli.output import line, number, show, size, table, write_page
 from lapis.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def measure_source(model: str, context: int | None) -> "tuple[dict[str, Any], Si
 def render(model: str, result: dict[str, Any], measured: "Size | None") -> None:
     parameters = result["parameters"]
     layers = result["layers"]
-    console.print(f"[bold]{model}[/bold]: {parameters['total']:,} parameters, {len(layers)} layers\n")
+    line(f"{model}: {parameters['total']:,} parameters, {len(layers)} layers\n", "bold")
     block = layers[0]["components"] if layers else {}
     rows = [(name, n, len(layers), n * len(layers)) for name, n in block.items()]
     rows += [(name, n, 1, n) for name, n in parameters["components"].items()]
@@ -92,9 +92,9 @@ def render(model: str, result: dict[str, Any], measured: "Size | None") -> None:
     if measured is None:
         return
     for name, total in parameters["with_head"].items():
-        console.print(f"with the {name} head: {total:,}")
+        line(f"with the {name} head: {total:,}")
     memory, flops = result["memory"], result["flops"]
-    console.print()
+    line()
     cost = [(f"weights in {name}", size(n)) for name, n in memory["weights_bytes_by_dtype"].items()]
     cost += [
         (f"KV cache at {measured.context:,} tokens, bfloat16", size(memory["kv_cache_bytes"])),
@@ -107,7 +107,7 @@ def render(model: str, result: dict[str, Any], measured: "Size | None") -> None:
     table("Memory and work", ("", ""), cost)
     from lapis.model.size import GROWTH
 
-    console.print()
+    line()
     table("What grows with the context", ("", ""), GROWTH)
 
 
@@ -127,8 +127,7 @@ def draw(model: str, result: "dict[str, Any]", path: Path) -> None:
     page.figure(
         plots.parameter_treemap(rows, title[0].upper() + title[1:]), "Area is the number of parameters.", rows=rows
     )
-    with commit_file(path) as temporary:
-        temporary.write_text(page.render(), encoding="utf-8")
+    write_page(page, path)
 
 
 def compare_mixers(spelled: str, html: Path | None, json: bool) -> None:
@@ -153,5 +152,4 @@ def compare_mixers(spelled: str, html: Path | None, json: bool) -> None:
         title = f"Attention mixes everything with {times:,.0f} times fewer parameters than a fully connected layer"
         page = Page(f"Mixing {tokens} tokens of {features} features", "What three layers with the same input cost.")
         page.figure(plots.mixers(drawn, title), "FLOPs of one forward pass.", rows=drawn)
-        with commit_file(html) as temporary:
-            temporary.write_text(page.render(), encoding="utf-8")
+        write_page(page, html)

@@ -57,7 +57,7 @@ def lens(
     import torch
 
     from lapis.checkpoint.commit import check_output
-    from lapis.cli.output import console, show, stderr
+    from lapis.cli.output import line, progress, show
     from lapis.errors import ConfigError
     from lapis.inside.lens.logit_lens import lens as look
     from lapis.inside.lens.side_by_side import side_by_side
@@ -80,10 +80,10 @@ def lens(
     sources = [model, *([against] if against else [])]
     device = runtime.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, runtime.dtype) if runtime.dtype else None
-    with stderr.status("reading " + " and ".join(sources)):
+    with progress("reading " + " and ".join(sources)):
         opened = open_models(sources, asked, track, device=device, dtype=dtype)
     maps = _tuned(opened[0], tuned, tune, overwrite)
-    with stderr.status("looking"):
+    with progress("running the prompt"):
         if against is None:
             first = opened[0]
             traces = [
@@ -99,11 +99,11 @@ def lens(
 
     def render() -> None:
         for trace in traces:
-            console.print(f"{trace.model}\n{trace}\n", markup=False, soft_wrap=True)
+            line(f"{trace.model}\n{trace}\n")
             _print_contributions(trace)
 
     if html is not None:
-        with stderr.status("drawing"):
+        with progress("drawing"):
             _write_page(opened[0], traces, html, overwrite)
     show(result, json, render)
 
@@ -116,36 +116,29 @@ def _tuned(opened: "Opened", folder: Path | None, files: list[Path] | None, over
     if folder is None:
         return None
     if files:
-        with progress("tokens") as bar:
-            task = bar.add_task("tuning", total=None, rate="")
-
-            def tell(done: int, total: int) -> None:
-                bar.update(task, completed=done, total=total, rate=f"{done:,}/{total:,}")
-
-            tune(opened.model, opened.tokenizer, files, name=opened.name, progress=tell).save(
-                folder, overwrite=overwrite
-            )
+        with progress("tuning the lens", "tokens") as report:
+            lens = tune(opened.model, opened.tokenizer, files, name=opened.name, progress=report)
+        lens.save(folder, overwrite=overwrite)
     return TunedLens.open(folder)
 
 
 def _print_contributions(trace: "LensTrace") -> None:
     """The parts that did most for the word that leads, or against it."""
-    from lapis.cli.output import console, table
+    from lapis.cli.output import line, table
 
     words = trace.leading(1)
     rows = sorted(trace.contribution_rows(words[0]), key=lambda row: -abs(row["logit"]))[:8] if words else []
     if rows:
-        console.print(trace.contributions_finding(words), markup=False)
+        line(trace.contributions_finding(words))
         table("", ["part", "added to the logit"], [[row["label"], f"{row['logit']:+.3f}"] for row in rows])
 
 
 def _write_page(opened: "Opened", traces: "list[LensTrace]", path: Path, overwrite: bool) -> None:
-    from lapis.checkpoint.commit import commit_file
+    from lapis.cli.output import write_page
     from lapis.inside.anatomy import anatomy
     from lapis.inside.attention_map import maps_of
     from lapis.inside.page import make_page, strongest_heads
 
     heads = strongest_heads(traces[0])
     maps = maps_of(anatomy(opened.model, opened.name), traces[0].ids, traces[0].tokens, heads) if heads else []
-    with commit_file(path, overwrite=overwrite) as temporary:
-        temporary.write_text(make_page(traces, maps).render(), encoding="utf-8")
+    write_page(make_page(traces, maps), path, overwrite=overwrite)

@@ -1,7 +1,7 @@
 """`lapis merge`: models merged by a recipe, or by one line of arithmetic."""
 
 from lapis.cli.graft import bar, told
-from lapis.cli.output import console, show
+from lapis.cli.output import line, show
 
 
 def merge(
@@ -79,11 +79,11 @@ def method_table() -> list[dict[str, object]]:
 
 def tell_methods(listing: list[dict[str, object]]) -> None:
     for entry in listing:
-        console.print(f"\n[bold]{entry['name']}[/bold] (base: {entry['base']})")
-        console.print(str(entry["help"]), markup=False)
+        line(f"\n{entry['name']} (base: {entry['base']})", "bold")
+        line(entry["help"])
         parameters = entry["parameters"]
         assert isinstance(parameters, dict)
         for name, p in parameters.items():
             default = "must be set" if p["default"] is None else f"default {p['default']}"
             each = ", one for each model" if p["per_model"] else ""
-            console.print(f"    {name}: {p['help']} ({default}{each})", markup=False)
+            line(f"    {name}: {p['help']} ({default}{each})")

@@ -1,37 +1,84 @@
-"""What commands print: one JSON object on standard output, or something for people. Progress goes to standard error."""
+"""What commands print and write: one JSON object or text for people, pages, and progress on standard error.
+
+Everything that a command shows goes through this file, so that names, tokens and replies from files and models are
+plain text: square brackets are no markup, and control characters are shown and never sent to the terminal.
+"""
 
 import json as jsonlib
 import math
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
+from rich.text import Text
+
+from lapis.generation.text import for_terminal
+
+if TYPE_CHECKING:
+    from lapis.report.page import Page
+
+INTERVAL = 15.0  # seconds between two lines of progress in a log
 
 console = Console(highlight=False)
 stderr = Console(stderr=True, highlight=False)
 
 
 def show(result: Mapping[str, Any], json: bool, render: Callable[[], None]) -> None:
-    """Print `result` as the one JSON object of `--json`, or call `render` to print it for people."""
+    """Prints `result` as the one JSON object of `--json`, or calls `render` to print it for people."""
     if json:
         sys.stdout.write(jsonlib.dumps(_finite(result), ensure_ascii=False) + "\n")
     else:
         render()
 
 
+def line(text: object = "", style: str = "", *, error: bool = False) -> None:
+    """Prints text that may hold anything, as it stands; on standard error with `error`."""
+    (stderr if error else console).print(Text(for_terminal(str(text)), style), soft_wrap=True)
+
+
+def notes(texts: Iterable[str]) -> None:
+    """Prints each note behind a dash."""
+    for text in texts:
+        line(f"- {text}")
+
+
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, note: str = "") -> None:
-    """Print a table; numbers are set to the right, the first column to the left."""
-    shown = Table(title=title or None, title_justify="left", title_style="bold", box=None, pad_edge=False, caption=note)
-    shown.caption_justify = "left"
-    body = [[cell if isinstance(cell, str) else number(cell) for cell in row] for row in rows]
+    """Prints a table; numbers are set to the right, the first column to the left."""
+    shown = Table(
+        title=Text(for_terminal(title), "bold") if title else None, title_justify="left", box=None, pad_edge=False,
+        caption=Text(for_terminal(note)) if note else None, caption_justify="left",
+    )  # fmt: skip
     for i, column in enumerate(columns):
-        shown.add_column(column, justify="left" if i == 0 else "right", header_style="dim", no_wrap=i > 0)
-    for row in body:
-        shown.add_row(*row)
+        shown.add_column(
+            Text(for_terminal(column)), justify="left" if i == 0 else "right", header_style="dim", no_wrap=i > 0
+        )
+    for row in rows:
+        shown.add_row(*(Text(_cell(value)) for value in row))
     console.print(shown)
+
+
+def write_page(page: "Page", path: Path | str, *, overwrite: bool = False) -> None:
+    """Writes a page to a file, whole or not at all.
+
+    Raises:
+        OutputError: The file exists and `overwrite` was not given.
+    """
+    from lapis.checkpoint.commit import commit_file
+
+    with commit_file(path, overwrite=overwrite) as temporary:
+        temporary.write_text(page.render(), encoding="utf-8")
+
+
+def _cell(value: Any) -> str:
+    text = value if isinstance(value, str) else number(value)
+    return for_terminal(text).replace("\n", "↵").replace("\t", "⇥")
 
 
 def number(value: Any) -> str:
@@ -52,18 +99,97 @@ def size(nbytes: float) -> str:
     return f"{nbytes:.2f} TB"
 
 
-def progress(unit: str = "") -> Progress:
-    """A bar on standard error with share done, `{task.fields[rate]}` and time left; a context manager."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TextColumn("{task.fields[rate]} " + unit),
-        TimeRemainingColumn(),
-        console=stderr,
-        transient=True,
-        disable=not stderr.is_terminal,  # a log gets lines, not bars
-    )
+class Report:
+    """How far a command is: call it with what is done and what there is to do.
+
+    On a terminal a bar follows each call. Elsewhere a line goes to standard error each `INTERVAL` seconds, also while
+    no call comes, so that a log shows that the command lives.
+
+    Args:
+        label: What is being done.
+        unit: Of what is counted: "bytes", "tokens", or "" for things without a name.
+    """
+
+    def __init__(self, label: str, unit: str = "") -> None:
+        self.label, self.unit = label, unit
+        self._done: float = 0
+        self._total: float | None = None
+        self._begin = time.monotonic()
+        self._bar: tuple[Progress, TaskID] | None = None
+
+    def draw_on(self, bar: Progress) -> None:
+        """Follows the calls on a bar of the terminal."""
+        self._bar = bar, bar.add_task(for_terminal(self.label), total=None, text="")
+
+    def __call__(self, done: float, total: float | None = None, label: str = "") -> None:
+        """Takes note of progress. A new label begins a new stage, with a rate and a time left of its own."""
+        if label and label != self.label:
+            self.label, self._begin = label, time.monotonic()
+        self._done, self._total = done, total
+        if self._bar is not None:
+            bar, task = self._bar
+            bar.update(
+                task, description=for_terminal(self.label), completed=done, total=total or None, text=self.figures()
+            )
+
+    def stage(self, label: str) -> None:
+        """Begins something of which nobody knows how long it takes."""
+        self(0, None, label)
+
+    def figures(self) -> str:
+        """Share, rate and time left, as far as they are known."""
+        seconds = time.monotonic() - self._begin
+        if not self._total or not self._done or seconds <= 0:
+            return f"{clock(seconds)} so far" if seconds >= 1 else ""
+        rate = self._done / seconds
+        left = max(0.0, self._total - self._done) / rate
+        return f"{self._done / self._total:4.0%}  {self._rate(rate)}{clock(left)} left"
+
+    def _rate(self, rate: float) -> str:
+        if self.unit == "bytes":
+            return f"{size(rate)}/s  "
+        return f"{number(float(f'{rate:.3g}'))} {self.unit}/s  " if self.unit else ""
+
+
+def clock(seconds: float) -> str:
+    """Seconds as 0:07, 12:34 or 1:02:03."""
+    whole = round(seconds)
+    head = f"{whole // 3600}:{whole // 60 % 60:02}" if whole >= 3600 else f"{whole // 60}"
+    return f"{head}:{whole % 60:02}"
+
+
+@contextmanager
+def progress(label: str, unit: str = "") -> Iterator[Report]:
+    """Shows how far a command is while the block runs: a bar on a terminal, a line each 15 seconds elsewhere.
+
+    Args:
+        label: What is being done.
+        unit: Of what is counted.
+
+    Yields:
+        A `Report`, to be called with (done, total).
+    """
+    report = Report(label, unit)
+    if stderr.is_terminal:
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=24),
+                   TextColumn("{task.fields[text]}", markup=False))  # fmt: skip
+        with Progress(*columns, console=stderr, transient=True) as bar:
+            report.draw_on(bar)
+            yield report
+        return
+    ended = threading.Event()
+    watch = threading.Thread(target=_write_lines, args=(report, ended), daemon=True)
+    watch.start()
+    try:
+        yield report
+    finally:
+        ended.set()
+        watch.join()
+
+
+def _write_lines(report: Report, ended: threading.Event) -> None:
+    while not ended.wait(INTERVAL):
+        print(for_terminal(f"{report.label}  {report.figures()}"), file=sys.stderr, flush=True)
 
 
 def _finite(value: Any) -> Any:

@@ -59,24 +59,17 @@ def plan(
         json: Print one JSON object.
     """
     from lapis.checkpoint.commit import check_output
-    from lapis.cli.output import console, number, progress, show, table
+    from lapis.cli.output import line, notes, number, progress, show, table
     from lapis.planning.plan import plan as run
 
     if out is not None:
         check_output(out, overwrite=overwrite)
-    with progress() as shown:
-        tasks: dict[str, object] = {}
-
-        def tell(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = shown.add_task(what, total=total, rate="")
-            shown.update(tasks[what], completed=done, total=total)  # type: ignore[arg-type]
-
+    with progress("reading") as report:
         found = run(
             base, chat, goal, budget, chats=chats, text=text, choices=choices, onto=onto, cost=cost,
             embeddings=embeddings, pieces=pieces, sweeps=sweeps, spectra=spectra, gradients=gradients,
             replies=replies, limit=limit, context=context,
-            seed=seed, progress=tell,
+            seed=seed, progress=lambda what, done, total: report(done, total, what),
         )  # fmt: skip
     if out is not None:
         found.save(out, overwrite=overwrite)
@@ -104,8 +97,7 @@ def plan(
         if kept:
             rows = [[name, *(row.get(key) for key in kept)] for name, row in found.measured.items()]
             table("measured", ["", *(key.replace("_", " ") for key in kept)], rows)
-        console.print(found.finding())
-        for note in found.notes:
-            console.print(f"- {note}")
+        line(found.finding())
+        notes(found.notes)
 
     show(found.to_json(), json, render)

@@ -12,8 +12,8 @@ def report(*folders: Path, out: Path, overwrite: bool = False, json: bool = Fals
         overwrite: Replace it if it exists.
         json: Print one JSON object.
     """
-    from lapis.checkpoint.commit import check_output, commit_file
-    from lapis.cli.output import console, show
+    from lapis.checkpoint.commit import check_output
+    from lapis.cli.output import line, show, write_page
     from lapis.errors import ConfigError
     from lapis.report.working_folder.folders import report_of
 
@@ -21,6 +21,5 @@ def report(*folders: Path, out: Path, overwrite: bool = False, json: bool = Fals
         raise ConfigError("report: no folder given; lapis report DIR... --out FILE")
     check_output(out, overwrite=overwrite)
     page = report_of(folders)
-    with commit_file(out, overwrite=overwrite) as temporary:
-        temporary.write_text(page.render(), encoding="utf-8")
-    show({"out": str(out), "sections": page.sections}, json, lambda: console.print(f"{out}", markup=False))
+    write_page(page, out, overwrite=overwrite)
+    show({"out": str(out), "sections": page.sections}, json, lambda: line(out))

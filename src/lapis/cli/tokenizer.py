@@ -27,7 +27,7 @@ def train(
     import time
 
     from lapis.checkpoint.commit import check_output, commit
-    from lapis.cli.output import console, number, show, stderr
+    from lapis.cli.output import line, number, progress, show
     from lapis.text.corpus.labels import bare_texts
     from lapis.text.tokenizer.tokenizer import train_tokenizer
 
@@ -40,7 +40,7 @@ def train(
             read["bytes"] += len(text.encode(errors="replace"))
             yield text
 
-    with stderr.status("reading and merging"), commit(out, overwrite=overwrite) as staging:
+    with progress("reading and merging"), commit(out, overwrite=overwrite) as staging:
         tokenizer = train_tokenizer(counted(), vocab, kind)
         tokenizer.save(staging.path)
     result = {
@@ -52,11 +52,11 @@ def train(
     }
 
     def render() -> None:
-        console.print(
+        line(
             f"{out}: {number(tokenizer.vocab_size)} tokens from {number(read['bytes'])} bytes of text "
             f"in {result['seconds']:.1f} s"
         )
         if tokenizer.vocab_size < vocab:
-            console.print(f"fewer than {number(vocab)}: the text has no more pairs that occur twice")
+            line(f"fewer than {number(vocab)}: the text has no more pairs that occur twice")
 
     show(result, json, render)

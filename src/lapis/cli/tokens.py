@@ -12,7 +12,7 @@ def tokens(model: str, text: str, /, *, json: bool = False) -> None:
         json: Print one JSON object.
     """
     from lapis.checkpoint import open_checkpoint
-    from lapis.cli.output import console, show, table
+    from lapis.cli.output import line, show, table
     from lapis.text.tokenizer.roundtrip import round_trip
     from lapis.text.tokenizer.tokenizer import Tokenizer
 
@@ -30,16 +30,8 @@ def tokens(model: str, text: str, /, *, json: bool = False) -> None:
             ]
             for entry in result["tokens"]
         ]
-        from rich.markup import escape
-
-        table(
-            "",
-            ("token", "id", f"first of {result['dim']} numbers", "norm", "back"),
-            [[escape(c) for c in r] for r in rows],
-        )
+        table("", ("token", "id", f"first of {result['dim']} numbers", "norm", "back"), rows)
         head = "the input embedding itself (tied)" if result["tied"] else result["head"]
-        console.print(
-            f"{result['returned']} of {len(rows)} tokens come back as themselves, through {head}", markup=False
-        )
+        line(f"{result['returned']} of {len(rows)} tokens come back as themselves, through {head}")
 
     show(result, json, render)

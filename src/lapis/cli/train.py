@@ -25,7 +25,7 @@ def train(
         json: Print one JSON object.
     """
     from lapis.checkpoint.commit import check_output
-    from lapis.cli.output import console, show
+    from lapis.cli.output import line, show
     from lapis.config import load_yaml, override
     from lapis.training.distributed.parallel import leads
     from lapis.training.run import read_settings, run
@@ -40,8 +40,8 @@ def train(
             said += f", {result.bits_per_byte:.3f} bits per byte"
         for name, value in result.held_out.items():
             said += f", held-out {name.replace('_', ' ')} {value:.4g}"
-        console.print(f"{said}, {result.tokens_per_second:,.0f} tokens/s, {result.seconds:,.0f} s", markup=False)
-        console.print(f'next: lapis generate {result.out} "..."', style="dim", markup=False)
+        line(f"{said}, {result.tokens_per_second:,.0f} tokens/s, {result.seconds:,.0f} s")
+        line(f'next: lapis generate {result.out} "..."', "dim")
 
     if html is not None and os.environ.get("RANK", "0") == "0":
         _write_page(result.out, html, overwrite)
@@ -50,8 +50,8 @@ def train(
 
 
 def _write_page(run: Path, path: Path, overwrite: bool) -> None:
-    from lapis.checkpoint.commit import commit_file
     from lapis.checkpoint.files import read_json
+    from lapis.cli.output import write_page
     from lapis.report.working_folder.runs import run_page
     from lapis.training.loop.curve import read_curve
 
@@ -59,5 +59,4 @@ def _write_page(run: Path, path: Path, overwrite: bool) -> None:
     if (run / "replies.jsonl").is_file():
         facts["replies"] = read_curve(run / "replies.jsonl")
     page = run_page(read_curve(run / "log.jsonl"), facts, run.name)
-    with commit_file(path, overwrite=overwrite) as temporary:
-        temporary.write_text(page.render(), encoding="utf-8")
+    write_page(page, path, overwrite=overwrite)

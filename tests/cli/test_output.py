@@ -1,0 +1,86 @@
+"""What commands print: text of any kind as it stands, tables, and progress that a log can show."""
+
+import io
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+from rich.console import Console
+
+from lapis.cli import output
+from lapis.errors import OutputError
+from lapis.report import Page
+
+NASTY = "[bold]x[/bold] [/] \x1b[31mred\x07\x9b"
+
+
+@pytest.fixture
+def printed(monkeypatch):
+    """What goes to a terminal of 100 columns."""
+    stream = io.StringIO()
+    monkeypatch.setattr(output, "console", Console(file=stream, force_terminal=True, width=100, highlight=False))
+    return stream
+
+
+def test_text_from_files_and_models_is_no_markup_and_steers_no_terminal(printed):
+    output.line(NASTY)
+    output.notes([NASTY])
+    output.table(NASTY, [NASTY, "n"], [[NASTY, 1234], ["a\nb\tc", 0.5]], note=NASTY)
+    text = printed.getvalue()
+    assert text.count("[bold]x[/bold] [/] ␛[31mred␇�") == 6
+    assert "\x1b[31m" not in text and "\x07" not in text and "\x9b" not in text
+    assert "a↵b⇥c" in text and "1,234" in text
+
+
+def test_a_log_gets_a_line_with_share_rate_and_time_left(monkeypatch, capsys):
+    monkeypatch.setattr(output, "INTERVAL", 0.05)
+    with output.progress("reading", "bytes") as report:
+        report(1_000_000, 4_000_000)
+        time.sleep(0.2)
+        report(2_000_000, 4_000_000)
+        time.sleep(0.2)
+    lines = capsys.readouterr().err.splitlines()
+    assert any(line.startswith("reading   25%") for line in lines)
+    assert any(line.startswith("reading   50%") and "MB/s" in line and line.endswith(" left") for line in lines)
+
+
+def test_a_log_hears_of_work_that_reports_nothing(monkeypatch, capsys):
+    monkeypatch.setattr(output, "INTERVAL", 0.05)
+    with output.progress("reading") as report:
+        report.stage("looking")
+        time.sleep(0.2)
+    assert "looking" in capsys.readouterr().err
+
+
+def test_short_work_says_nothing_in_a_log(capsys):
+    with output.progress("reading") as report:
+        report(1, 2)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_terminal_gets_a_bar(monkeypatch):
+    stream = io.StringIO()
+    monkeypatch.setattr(output, "stderr", Console(file=stream, force_terminal=True, width=100))
+    with output.progress("reading [red]x", "tokens") as report:
+        report(1, 4)
+        time.sleep(0.15)
+        report(2, 4, "scoring")
+    text = stream.getvalue()
+    assert "reading [red]x" in text and "━" in text and "scoring" in text
+
+
+def test_a_page_is_written_whole_and_replaces_nothing_by_itself(tmp_path):
+    path = tmp_path / "page.html"
+    output.write_page(Page("one"), path)
+    with pytest.raises(OutputError, match="exists already"):
+        output.write_page(Page("two"), path)
+    output.write_page(Page("two"), path, overwrite=True)
+    assert "<h1>two</h1>" in path.read_text()
+
+
+def test_json_has_no_nan():
+    code = "from lapis.cli.output import show; show({'a': [float('nan'), {'b': float('inf')}]}, True, print)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert json.loads(out) == {"a": [None, {"b": None}]}
