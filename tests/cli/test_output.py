@@ -24,7 +24,7 @@ def printed(monkeypatch):
     return stream
 
 
-def test_text_from_files_and_models_is_no_markup_and_steers_no_terminal(printed):
+def test_text_is_no_markup_and_steers_no_terminal(printed):
     output.line(NASTY)
     output.notes([NASTY])
     output.table(NASTY, [NASTY, "n"], [[NASTY, 1234], ["a\nb\tc", 0.5]], note=NASTY)
@@ -71,7 +71,7 @@ def test_a_terminal_gets_a_bar(monkeypatch):
     assert "reading [red]x" in text and "━" in text and "scoring" in text
 
 
-def test_a_page_is_written_whole_and_replaces_nothing_by_itself(tmp_path):
+def test_a_page_is_written_whole_and_replaces_nothing(tmp_path):
     path = tmp_path / "page.html"
     output.write_page(Page("one"), path)
     with pytest.raises(OutputError, match="exists already"):
