@@ -22,11 +22,11 @@ import torch
 from lapis.checkpoint import open_checkpoint
 from lapis.checkpoint.commit import commit
 from lapis.errors import DataError
-from lapis.evaluation.score import Scored
 from lapis.families import find
 from lapis.families.config import ModelConfig
 from lapis.families.presets import PRESETS
 from lapis.model.load import save
+from lapis.model.scoring import ScoredSequence
 from lapis.model.transformer import Transformer
 from lapis.planning.causal import sweep
 from lapis.planning.measure import Exam, Runner
@@ -70,8 +70,8 @@ def measure(base: Path, chat: Path, options: argparse.Namespace) -> dict:
     loaded = _resident()
     ids = torch.randint(0, bench.model.config.vocab, (options.chats, TOKENS + 1)).tolist()
     half = [place > TOKENS // 2 for place in range(TOKENS + 1)]
-    rows = [Scored(row, half) for row in ids]
-    whole = [Scored(row, [place > 0 for place in range(TOKENS + 1)]) for row in ids] if options.text else []
+    rows = [ScoredSequence(row, half) for row in ids]
+    whole = [ScoredSequence(row, [place > 0 for place in range(TOKENS + 1)]) for row in ids] if options.text else []
     runner = Runner(bench.model, Exam(rows, whole, size=max(4 * len(whole) * TOKENS, 1)))
     pieces = list(dict.fromkeys(p for size in options.pieces for p in pieces_of(one, size)))
 

@@ -10,9 +10,9 @@ import torch
 from lapis.errors import DataError
 from lapis.evaluation.chats import answer, score_chats
 from lapis.evaluation.choices import Choice, read_choices, score_choices
-from lapis.evaluation.score import Scored, nll
 from lapis.evaluation.text import bits_per_byte, score_text, windows_of
 from lapis.families.config import ModelConfig
+from lapis.model.scoring import ScoredSequence, nll
 from lapis.model.transformer import Transformer
 from lapis.text.chat.chat import encode_chat
 from lapis.text.tokenizer.tokenizer import Tokenizer, train_tokenizer
@@ -56,10 +56,10 @@ def test_nll_equals_one_at_a_time(model: Transformer) -> None:
     sequences = []
     for length in (2, 3, 9, 17, 17, 30, 5):
         ids = torch.randint(0, model.config.vocab, (length,)).tolist()
-        sequences.append(Scored(ids, (torch.rand(length) < 0.6).tolist()))
+        sequences.append(ScoredSequence(ids, (torch.rand(length) < 0.6).tolist()))
     for batch_tokens in (1, 40, 8192):
         got = nll(model, sequences, batch_tokens=batch_tokens)
-        want = [plain_nats(model, [*s.ids], [i for i, said in enumerate(s.said) if said and i]) for s in sequences]
+        want = [plain_nats(model, [*s.ids], [i for i, said in enumerate(s.scored) if said and i]) for s in sequences]
         assert got == pytest.approx(want, rel=1e-5, abs=1e-5)
 
 
@@ -69,7 +69,7 @@ def test_windows_score_each_id_once_with_at_least_half_a_context(length: int, co
     seen = []
     for window in windows_of(ids, context):
         assert len(window.ids) <= context + 1
-        scored = [place for place, said in enumerate(window.said) if said]
+        scored = [place for place, said in enumerate(window.scored) if said]
         seen += [window.ids[place] for place in scored]
         assert window.ids[0] == 100 or scored[0] >= max(1, context // 2)
     assert seen == ids[1:]

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 import lapis
 from lapis.cli.main import main
 from lapis.errors import ConfigError, DataError, LapisError, TrainingError
-from lapis.evaluation.preference import calibration_error, pair_figures, reply_log_probabilities, score_pairs
-from lapis.evaluation.replies import collate, log_probabilities, reply_rewards, rewards
+from lapis.evaluation.preference import calibration_error, pair_figures, score_pairs
+from lapis.evaluation.replies import collate, log_probabilities, reply_log_probabilities, reply_rewards, rewards
 from lapis.model import lora
 from lapis.model.heads import put_head
 from lapis.model.load import load, save
@@ -83,7 +83,7 @@ def test_blocks_of_the_head_give_the_same_gradient(
     batch = collate([reply.spoken for reply in data.replies])
     grads = []
     for elements in (2**21, 1):  # all at once, and sixteen places at a time
-        monkeypatch.setattr("lapis.evaluation.replies._LOGITS", {"cpu": elements})
+        monkeypatch.setattr("lapis.model.scoring.LOGITS", {"cpu": elements})
         model.zero_grad()
         (log_probabilities(model, batch)[0] * torch.arange(24)).sum().backward()
         grads.append([parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None])

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lapis.errors import DataError
-from lapis.evaluation.score import Precision, Scored, nll
 from lapis.generation.generate import Reply, generate_batch
 from lapis.generation.options import Sampling
+from lapis.model.scoring import Precision, ScoredSequence, nll
 from lapis.model.transformer import Transformer
 from lapis.text.chat.chat import encode_chat, encode_prompt
 from lapis.text.corpus.corpus import Chat
@@ -43,8 +43,8 @@ def score_chats(
     for messages in found:
         ids, said = encode_chat(tokenizer, messages)
         cut += len(ids) > context + 1
-        sequences.append(Scored(ids[: context + 1], said[: context + 1]))
-    tokens = sum(sum(sequence.said[1:]) for sequence in sequences)
+        sequences.append(ScoredSequence(ids[: context + 1], said[: context + 1]))
+    tokens = sum(sum(sequence.scored[1:]) for sequence in sequences)
     if tokens == 0:
         raise DataError(f"eval: no assistant token lies within {context} tokens of any chat; give a larger context")
     nats = math.fsum(nll(model, sequences, precision=precision))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lapis.errors import DataError
-from lapis.evaluation.score import Precision, Scored, nll
+from lapis.model.scoring import Precision, ScoredSequence, nll
 from lapis.model.transformer import Transformer
 from lapis.text.chat.chat import encode_prompt
 from lapis.text.tokenizer.tokenizer import Tokenizer
@@ -91,12 +91,12 @@ def _question(line: str, where: str) -> Choice:
     return Choice(prompt, tuple(choices), answer)
 
 
-def scored_choices(tokenizer: Tokenizer, question: Choice, context: int) -> list[Scored]:
+def scored_choices(tokenizer: Tokenizer, question: Choice, context: int) -> list[ScoredSequence]:
     """Each choice after its prompt, as ids of which the choice's are scored. DataError where one is too long."""
     return [_scored(tokenizer, question, text, context) for text in question.choices]
 
 
-def _scored(tokenizer: Tokenizer, question: Choice, text: str, context: int) -> Scored:
+def _scored(tokenizer: Tokenizer, question: Choice, text: str, context: int) -> ScoredSequence:
     if isinstance(question.prompt, str):
         before = tokenizer.encode(question.prompt, add_special_tokens=True)
         ids = tokenizer.encode(question.prompt + text, add_special_tokens=True)
@@ -111,4 +111,4 @@ def _scored(tokenizer: Tokenizer, question: Choice, text: str, context: int) -> 
         ids, shared = before + tokenizer.encode(text), len(before)
     if len(ids) > context + 1:
         raise DataError(f"eval: a question has {len(ids)} tokens; the model's context is {context}")
-    return Scored(ids, [place >= shared for place in range(len(ids))])
+    return ScoredSequence(ids, [place >= shared for place in range(len(ids))])

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lapis.errors import ConfigError, DataError
 from lapis.model.heads import class_names
+from lapis.model.scoring import evaluating
 from lapis.model.transformer import Transformer
 from lapis.text.corpus.labels import Labeled, numbers_of
 from lapis.text.corpus.pictures import Pictures
@@ -40,28 +41,23 @@ def class_scores(model: Transformer, batch: Together | Tensor) -> Tensor:
     return model.head(hidden_RTD[batch.row_B, places_B])  # type: ignore[no-any-return]
 
 
-@torch.inference_mode()
 def predict(
     model: Transformer, examples: Sequence[Sequence[int]] | Pictures, *, batch: int = 64
 ) -> NDArray[np.float32]:
     """Logits of all examples, [N, C] float32, in their order. Texts are given as ids (`encode_framed`)."""
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    found: NDArray[np.float32] = np.empty((len(examples), model.config.classes), np.float32)
+    logits: NDArray[np.float32] = np.empty((len(examples), model.config.classes), np.float32)
     order = list(range(len(examples)))
     if not isinstance(examples, Pictures):
         order.sort(key=lambda i: len(examples[i]))
-    try:
+    with evaluating(model):
         for start in range(0, len(order), batch):
-            chosen = order[start : start + batch]
-            taken: Together | Tensor = (
-                examples.take(chosen) if isinstance(examples, Pictures) else together([examples[i] for i in chosen])
+            numbers = order[start : start + batch]
+            inputs: Together | Tensor = (
+                examples.take(numbers) if isinstance(examples, Pictures) else together([examples[i] for i in numbers])
             )
-            found[chosen] = class_scores(model, taken.to(device)).float().cpu().numpy()
-    finally:
-        model.train(was_training)
-    return found
+            logits[numbers] = class_scores(model, inputs.to(device)).float().cpu().numpy()
+    return logits
 
 
 def score_classes(

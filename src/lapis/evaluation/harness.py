@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from lapis.errors import ConfigError, DataError, MissingExtra
-from lapis.evaluation.score import Precision, Scored, likelihoods
 from lapis.generation.generate import generate_batch
 from lapis.generation.options import Sampling
 from lapis.model.load import load
+from lapis.model.scoring import Precision, ScoredSequence, likelihoods
 from lapis.model.transformer import Transformer
 from lapis.text.chat.chat import render
 from lapis.text.tokenizer.tokenizer import Tokenizer
@@ -105,20 +105,20 @@ class LapisLM(TemplateLM):  # type: ignore[misc]
         for _, context, continuation in requests:
             ids = (context + continuation)[-(self.max_length + 1) :]
             first = max(1, len(ids) - len(continuation))
-            found.append(Scored(ids, [place >= first for place in range(len(ids))]))
+            found.append(ScoredSequence(ids, [place >= first for place in range(len(ids))]))
         scores = likelihoods(self.model, found, precision=self.precision)
         return [(-nats, greedy) for nats, greedy in scores]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of whole texts, in the windows that lm-eval itself makes."""
-        windows: list[Scored] = []
+        windows: list[ScoredSequence] = []
         counts: list[int] = []
         for request in requests:
             ids = self.tok_encode(request.args[0])
             before = len(windows)
             for seen, said in get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1):
                 whole = [*seen, said[-1]]
-                windows.append(Scored(whole, [place >= len(whole) - len(said) for place in range(len(whole))]))
+                windows.append(ScoredSequence(whole, [place >= len(whole) - len(said) for place in range(len(whole))]))
             counts.append(len(windows) - before)
         scores = iter(likelihoods(self.model, windows, precision=self.precision))
         return [-sum(next(scores)[0] for _ in range(count)) for count in counts]

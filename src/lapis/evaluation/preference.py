@@ -7,7 +7,7 @@ Leaves out: judging what a model says itself.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,12 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from lapis.errors import ConfigError, DataError
-from lapis.evaluation.replies import reply_rewards
-from lapis.evaluation.score import Precision, Scored, nll
+from lapis.evaluation.replies import reply_log_probabilities, reply_rewards
 from lapis.model.load import load
+from lapis.model.scoring import Precision
 from lapis.model.transformer import Transformer
 from lapis.text.corpus.pairs import Pair
-from lapis.text.rows.pair_rows import Paired, Reply
+from lapis.text.rows.pair_rows import Paired
 from lapis.text.tokenizer.tokenizer import Tokenizer
 
 _BINS = 10
@@ -67,19 +67,6 @@ def _opened(reference: Transformer | Path | str, tokenizer: Tokenizer) -> Transf
     if Tokenizer.open(reference).digest() != tokenizer.digest():
         raise ConfigError(f"eval: {reference} has another tokenizer than the model; a reference reads the same ids")
     return load(reference)
-
-
-def reply_log_probabilities(
-    model: Transformer, replies: Sequence[Reply], *, precision: Precision = "float32"
-) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    """Nats of each reply and its end token, given its prompt: summed, 0 or less."""
-    scored = []
-    for reply in replies:
-        spoken = reply.spoken
-        said = np.zeros(len(spoken.ids), bool)
-        said[spoken.first :] = True
-        scored.append(Scored(spoken.ids.tolist(), said.tolist()))
-    return -np.asarray(nll(model, scored, precision=precision))
 
 
 def pair_figures(

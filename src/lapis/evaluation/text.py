@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from lapis.errors import DataError
-from lapis.evaluation.score import Precision, Scored, nll
+from lapis.model.scoring import Precision, ScoredSequence, nll
 from lapis.model.transformer import Transformer
 from lapis.text.corpus.corpus import Document
 from lapis.text.tokenizer.tokenizer import Tokenizer
@@ -45,7 +45,7 @@ def score_text(
     so many. Raises DataError where there is no text.
     """
     context = min(context or model.config.context, model.config.context)
-    windows: list[Scored] = []
+    windows: list[ScoredSequence] = []
     lead = tokenizer.bos_id if tokenizer.adds_bos or tokenizer.eos_id is None else tokenizer.eos_id
     if lead is None:
         raise DataError(f"{tokenizer.source}: has no token that a document begins with (eos_token or bos_token)")
@@ -61,7 +61,7 @@ def score_text(
     if size == 0:
         raise DataError("eval: there is no text to score")
     nats = math.fsum(nll(model, windows, precision=precision))
-    tokens = sum(sum(window.said) for window in windows)
+    tokens = sum(sum(window.scored) for window in windows)
     return {
         "bits_per_byte": nats / math.log(2) / size,
         "nll": nats / max(tokens, 1),
@@ -71,7 +71,7 @@ def score_text(
     }
 
 
-def windows_of(ids: list[int], context: int) -> list[Scored]:
+def windows_of(ids: list[int], context: int) -> list[ScoredSequence]:
     """Windows of at most context + 1 ids that score each id but the first once.
 
     The model reads all but the last id of a window, which is `context` of them.
@@ -80,6 +80,6 @@ def windows_of(ids: list[int], context: int) -> list[Scored]:
     while scored < len(ids):
         first = 0 if scored == 1 else scored - max(1, context // 2)
         last = min(len(ids), first + context + 1)
-        windows.append(Scored(ids[first:last], [place >= scored for place in range(first, last)]))
+        windows.append(ScoredSequence(ids[first:last], [place >= scored for place in range(first, last)]))
         scored = last
     return windows

@@ -16,15 +16,14 @@ from torch import Tensor
 
 from lapis.errors import DataError
 from lapis.evaluation.choices import Choice, scored_choices
-from lapis.evaluation.score import Scored
 from lapis.evaluation.text import windows_of
+from lapis.model.scoring import ScoredSequence, batches_by_length, lay_out, read_logits, token_log_probabilities
 from lapis.model.transformer import Transformer
 from lapis.text.chat.chat import encode_chat
 from lapis.text.corpus.corpus import Chat
 from lapis.text.tokenizer.tokenizer import Tokenizer
 
 BATCH = 4096  # places of one batch
-LOGITS = 1 << 23  # elements of logits at once
 COMPARED = 512  # places of each kind at which whole distributions are compared
 WINDOW = 256  # tokens of a window of text
 
@@ -33,10 +32,10 @@ WINDOW = 256  # tokens of a window of text
 class Exam:
     """chats, text, choices: sequences with the places that are scored. size: bytes of the text. prompts: the chats."""
 
-    chats: list[Scored]
-    text: list[Scored] = field(default_factory=list)
+    chats: list[ScoredSequence]
+    text: list[ScoredSequence] = field(default_factory=list)
     size: int = 0
-    choices: list[Scored] = field(default_factory=list)
+    choices: list[ScoredSequence] = field(default_factory=list)
     questions: list[Choice] = field(default_factory=list)
     prompts: list[Sequence[Mapping[str, Any]]] = field(default_factory=list)
     ends: frozenset[int] = frozenset()
@@ -56,19 +55,19 @@ def make_exam(
     limit: int = 64,
 ) -> Exam:
     """The first `limit` chats, and as many tokens of text, in windows of `context`. Raises DataError for none."""
-    sequences: list[Scored] = []
+    sequences: list[ScoredSequence] = []
     prompts: list[Sequence[Mapping[str, Any]]] = []
     for chat in chats:
         if len(sequences) == limit:
             break
         ids, said = encode_chat(tokenizer, chat.messages)
         if any(said[1 : context + 1]):
-            sequences.append(Scored(ids[: context + 1], said[: context + 1]))
+            sequences.append(ScoredSequence(ids[: context + 1], said[: context + 1]))
             prompts.append(chat.messages)
     if not sequences:
         raise DataError(f"plan: no chat has an assistant token within its first {context} tokens; give other --chats")
     lead = tokenizer.eos_id if tokenizer.eos_id is not None and not tokenizer.adds_bos else tokenizer.bos_id
-    windows: list[Scored] = []
+    windows: list[ScoredSequence] = []
     size, room = 0, max(limit * 128, 1)
     for text in texts:
         if room <= 0:
@@ -139,7 +138,7 @@ class Runner:
             for block in self.model.blocks[layer:]:
                 y_BTD = block(y_BTD, batch.shared)
             hidden_RD = self.model.end(y_BTD)[batch.rows_R, batch.places_R]
-            nll_R = self._nll(hidden_RD, batch.targets_R)
+            nll_R = -token_log_probabilities(self.model, hidden_RD, batch.targets_R)
             _add(totals, batch.kind, float(nll_R.double().sum()), len(nll_R))
             if batch.kind == "chats" and bool(batch.ending_R.any()):
                 _add(totals, "stop", float((-nll_R[batch.ending_R]).exp().sum()), int(batch.ending_R.sum()))
@@ -154,23 +153,15 @@ class Runner:
         self.passes += 1 - layer / self.model.config.layers
         return self._figures(totals, nats)
 
-    def _nll(self, hidden_RD: Tensor, targets_R: Tensor) -> Tensor:
-        parts = []
-        rows = max(16, LOGITS // self.model.config.vocab)
-        for first in range(0, len(hidden_RD), rows):
-            logits_RV = self.model.head(hidden_RD[first : first + rows]).float()
-            picked_R = logits_RV.gather(1, targets_R[first : first + rows, None])[:, 0]
-            parts.append(logits_RV.logsumexp(-1) - picked_R)
-        return torch.cat(parts) if parts else torch.zeros(0)
-
     def _kl(self, reference_CD: Tensor, hidden_CD: Tensor) -> float:
-        total = 0.0
-        rows = max(16, LOGITS // self.model.config.vocab)
-        for first in range(0, len(hidden_CD), rows):
-            old, new = (self.model.head(x[first : first + rows]).float().log_softmax(-1)
-                        for x in (reference_CD, hidden_CD))  # fmt: skip
-            total += float((old.exp() * (old - new)).sum())
-        return total
+        """Kullback-Leibler divergence of the model's distributions from the reference's, summed, nats."""
+
+        def divergence(logits_CV: Tensor, reference_CD: Tensor) -> tuple[Tensor]:
+            old = self.model.head(reference_CD).float().log_softmax(-1)
+            return ((old.exp() * (old - logits_CV.log_softmax(-1))).sum(-1),)
+
+        (values_C,) = read_logits(self.model, divergence, hidden_CD, reference_CD)
+        return float(values_C.sum())
 
     def _figures(self, totals: dict[str, list[float]], nats: dict[int, float]) -> dict[str, float]:
         found = {"response_nll": _mean(totals, "chats")}
@@ -201,23 +192,19 @@ def _mean(totals: dict[str, list[float]], key: str) -> float:
 
 
 def _batches(kind: str, exam: Exam) -> Iterable[Batch]:
-    sequences: list[Scored] = getattr(exam, kind)
-    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i].ids))
-    scored = sum(sum(s.said[1:]) for s in sequences)
+    sequences: list[ScoredSequence] = getattr(exam, kind)
+    scored = sum(sum(sequence.scored[1:]) for sequence in sequences)
     step = max(1, scored // COMPARED)
-    while order:
-        count = 1
-        while count < len(order) and len(sequences[order[count]].ids) * (count + 1) <= BATCH:
-            count += 1
-        chosen, order = order[:count], order[count:]
-        longest = len(sequences[chosen[-1]].ids)
-        ids_BT = torch.zeros(count, longest, dtype=torch.int64)
-        said_BT = torch.zeros(count, longest, dtype=torch.bool)
-        for row, i in enumerate(chosen):
-            ids_BT[row, : len(sequences[i].ids)] = torch.tensor(sequences[i].ids)
-            said_BT[row, : len(sequences[i].ids)] = torch.tensor(sequences[i].said)
-        rows_R, places_R = said_BT[:, 1:].nonzero(as_tuple=True)
-        targets_R = ids_BT[rows_R, places_R + 1]
-        ending_R = torch.isin(targets_R, torch.tensor(sorted(exam.ends), dtype=torch.int64))
-        compared_C = torch.arange(0, len(rows_R), step)
-        yield Batch(kind, chosen, ids_BT[:, :-1], rows_R, places_R, targets_R, ending_R, compared_C)
+    ends = torch.tensor(sorted(exam.ends), dtype=torch.int64)
+    for numbers in batches_by_length([len(sequence.ids) for sequence in sequences], BATCH):
+        rows = lay_out([sequences[i] for i in numbers])
+        yield Batch(
+            kind,
+            numbers,
+            ids_BT=rows.ids_BT[:, :-1],  # the last place of a row predicts nothing
+            rows_R=rows.rows_R,
+            places_R=rows.places_R,
+            targets_R=rows.targets_R,
+            ending_R=torch.isin(rows.targets_R, ends),
+            compared_C=torch.arange(0, len(rows.targets_R), step),
+        )

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lapis.errors import ConfigError
 from lapis.text.rows.packing import best_fit
@@ -67,13 +68,20 @@ class Together:
         return Together(*(getattr(self, f.name).to(device, non_blocking=True) for f in dataclasses.fields(self)))
 
 
-def together(sequences: Sequence[Sequence[int]], pad: int = 0) -> Together:
-    """Rows as long as the longest sequence (1 or more tokens each), each filled best fit first."""
+def together(
+    sequences: "Sequence[Sequence[int] | NDArray[np.int64]]", pad: int = 0, *, saving: float = 0.0
+) -> Together:
+    """Rows as long as the longest sequence (1 or more tokens each), each filled best fit first.
+
+    saving: the share of the places that this has to save; where it saves less, each sequence has a row of its own.
+    """
     import torch  # here, so that reading files need not wait for it
 
     sizes = np.array([len(ids) for ids in sequences], np.int64)
     length = int(sizes.max())
     order, begins = best_fit(sizes, length)
+    if len(begins) - 1 > (1 - saving) * len(sizes):
+        order, begins = np.arange(len(sizes)), np.arange(len(sizes) + 1)
     R = len(begins) - 1
     ids = np.full((R, length), pad, np.int64)
     segments = np.zeros((R, length), np.int32)

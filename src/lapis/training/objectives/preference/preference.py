@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from lapis.errors import TrainingError
-from lapis.evaluation.preference import reply_log_probabilities
-from lapis.evaluation.replies import collate, log_probabilities
+from lapis.evaluation.replies import collate, log_probabilities, reply_log_probabilities
 from lapis.model.transformer import Transformer
 from lapis.text.rows.pair_rows import Paired, Sources, TooLong
 from lapis.text.tokenizer.tokenizer import Tokenizer

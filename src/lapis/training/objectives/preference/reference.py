@@ -22,7 +22,7 @@ from torch import Tensor
 from lapis.checkpoint.commit import commit_file
 from lapis.checkpoint.files import read_json
 from lapis.errors import ConfigError, LapisError
-from lapis.evaluation.preference import reply_log_probabilities
+from lapis.evaluation.replies import reply_log_probabilities
 from lapis.model import lora
 from lapis.model.load import load
 from lapis.model.transformer import Transformer
