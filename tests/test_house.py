@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "families": set(),
     "checkpoint": {"families"},
     "text": {"checkpoint"},
-    "model": {"checkpoint", "families"},
+    "model": {"checkpoint", "families", "text"},
     "weights": {"checkpoint", "families", "report"},
     "generation": {"checkpoint", "model", "text"},
     "evaluation": {"checkpoint", "families", "generation", "model", "text"},
