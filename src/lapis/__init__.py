@@ -6,50 +6,96 @@ The public API. Everything here is imported when it is first used, so that `impo
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # what _PUBLIC says, for editors and type checkers
     import os
 
     import torch
 
+    from lapis.checkpoint.store import Checkpoint
+    from lapis.checkpoint.store import open_checkpoint as open
+    from lapis.errors import (
+        CheckpointError,
+        ConfigError,
+        DataError,
+        LapisError,
+        MissingExtra,
+        OutputError,
+        TemplateError,
+        TrainingError,
+    )
+    from lapis.families.config import ModelConfig
+    from lapis.generation.generate import generate
+    from lapis.generation.options import Sampling
+    from lapis.inside.lens.logit_lens import lens
     from lapis.model.transformer import Transformer
+    from lapis.planning.plan import plan
     from lapis.text.tokenizer.tokenizer import Tokenizer
+    from lapis.training.config import TrainConfig
+    from lapis.training.loop.loop import train
+    from lapis.training.objectives.objective import Objective
+    from lapis.training.objectives.policy.policy import GRPO, PPO, RLOO
+    from lapis.training.objectives.preference.preference import DPO, IPO, KTO, ORPO, SimPO
+    from lapis.training.objectives.preference.reward import Reward
+    from lapis.training.objectives.supervised.classify import Classify
+    from lapis.training.objectives.supervised.masked import Masked
+    from lapis.training.objectives.supervised.next_token import Causal, Chat
+    from lapis.weights.diff.diff import diff
+    from lapis.weights.graft.graft import graft
+    from lapis.weights.merge.merge import merge
 
 __version__ = "0.1.0"
 
-# public name -> module that defines it, or module:name where the two differ
-_PUBLIC = {
-    "Causal": "lapis.training.objectives.supervised.next_token",
-    "Chat": "lapis.training.objectives.supervised.next_token",
-    "Checkpoint": "lapis.checkpoint.store",
-    "Classify": "lapis.training.objectives.supervised.classify",
-    "LapisError": "lapis.errors",
-    "Masked": "lapis.training.objectives.supervised.masked",
-    "ModelConfig": "lapis.families.config",
-    "Sampling": "lapis.generation.options",
-    "Tokenizer": "lapis.text.tokenizer.tokenizer",
-    "TrainConfig": "lapis.training.config",
-    "Transformer": "lapis.model.transformer",
-    "diff": "lapis.weights.diff.diff",
-    "generate": "lapis.generation.generate",
-    "graft": "lapis.weights.graft.graft",
-    "lens": "lapis.inside.lens.logit_lens",
-    "merge": "lapis.weights.merge.merge",
-    "open": "lapis.checkpoint.store:open_checkpoint",
-    "plan": "lapis.planning.plan",
-    "train": "lapis.training.loop.loop",
-}
+__all__ = [
+    "DPO", "GRPO", "IPO", "KTO", "ORPO", "PPO", "RLOO", "Causal", "Chat", "Checkpoint", "CheckpointError", "Classify",
+    "ConfigError", "DataError", "LapisError", "Masked", "MissingExtra", "ModelConfig", "Objective", "OutputError",
+    "Reward", "Sampling", "SimPO", "TemplateError", "Tokenizer", "TrainConfig", "TrainingError", "Transformer",
+    "__version__", "diff", "generate", "graft", "lens", "load", "merge", "open", "plan", "train",
+]  # fmt: skip
 
-__all__ = sorted(["__version__", "load", *_PUBLIC])
+# module -> the public names that it defines; name=there where it has another name there
+_PUBLIC = {
+    "lapis.checkpoint.store": "Checkpoint open=open_checkpoint",
+    "lapis.errors": "CheckpointError ConfigError DataError LapisError MissingExtra OutputError TemplateError "
+    "TrainingError",
+    "lapis.families.config": "ModelConfig",
+    "lapis.generation.generate": "generate",
+    "lapis.generation.options": "Sampling",
+    "lapis.inside.lens.logit_lens": "lens",
+    "lapis.model.transformer": "Transformer",
+    "lapis.planning.plan": "plan",
+    "lapis.text.tokenizer.tokenizer": "Tokenizer",
+    "lapis.training.config": "TrainConfig",
+    "lapis.training.loop.loop": "train",
+    "lapis.training.objectives.objective": "Objective",
+    "lapis.training.objectives.policy.policy": "GRPO PPO RLOO",
+    "lapis.training.objectives.preference.preference": "DPO IPO KTO ORPO SimPO",
+    "lapis.training.objectives.preference.reward": "Reward",
+    "lapis.training.objectives.supervised.classify": "Classify",
+    "lapis.training.objectives.supervised.masked": "Masked",
+    "lapis.training.objectives.supervised.next_token": "Causal Chat",
+    "lapis.weights.diff.diff": "diff",
+    "lapis.weights.graft.graft": "graft",
+    "lapis.weights.merge.merge": "merge",
+}
 
 
 def load(
     source: "str | os.PathLike[str]", dtype: "torch.dtype | None" = None, device: str = "cpu"
 ) -> "tuple[Transformer, Tokenizer]":
-    """The model and the tokenizer of a folder, to run, train or look into. dtype: None keeps that of the folder.
+    """The model and the tokenizer of a folder, to run, train or look into.
 
     A folder that holds an adapter (PEFT's format) gives the model that it belongs to with the adapter on it.
 
-    Raises CheckpointError, before anything is allocated, for whatever files, config or tokenizer do not agree on.
+    Args:
+        source: A folder, or `owner/name` or `owner/name@revision` of the hub.
+        dtype: Of the weights in memory; None keeps the folder's.
+        device: Where the weights go.
+
+    Returns:
+        The model, in evaluating mode, and its tokenizer.
+
+    Raises:
+        CheckpointError: Before anything is allocated, for whatever files, config or tokenizer do not agree on.
     """
     from lapis.checkpoint import open_checkpoint
     from lapis.model.load import load as load_model
@@ -63,10 +109,12 @@ def load(
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
-        raise AttributeError(f"module 'lapis' has no attribute {name!r}")
-    module, _, attribute = _PUBLIC[name].partition(":")
-    return getattr(import_module(module), attribute or name)
+    for module, names in _PUBLIC.items():
+        for entry in names.split():
+            public, _, there = entry.partition("=")
+            if public == name:
+                return getattr(import_module(module), there or name)
+    raise AttributeError(f"module 'lapis' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
