@@ -11,8 +11,8 @@ from lapis.cli.main import main
 from lapis.families.config import ModelConfig
 from lapis.model.load import save
 from lapis.model.transformer import Transformer
-from lapis.report.figures.plan import plan_page
-from lapis.report.working_folder.runs import run_page
+from lapis.report.pages.plan import plan_page
+from lapis.report.pages.training import run_page
 from lapis.text.tokenizer.tokenizer import train_tokenizer
 
 pytestmark = pytest.mark.browser

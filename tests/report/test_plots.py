@@ -7,7 +7,8 @@ import sys
 import pytest
 
 from lapis.report import plots
-from lapis.report.figures.training import moving_average, short
+from lapis.report.figures.curves import moving_average
+from lapis.report.figures.scores import short
 
 DIFF = [
     {"layer": layer, "component": part, "cosine": 1 - 0.01 * (layer + 1), "relative_norm": 0.1 * (layer + 1)}

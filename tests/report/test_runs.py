@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 from lapis.errors import DataError
 from lapis.report import Page, plots
-from lapis.report.working_folder.folders import report_of
-from lapis.report.working_folder.joined import is_ours, read_page
-from lapis.report.working_folder.runs import metric_panels, run_page
+from lapis.report.figures.curves import metric_panels
+from lapis.report.pages.joined import is_ours, read_page
+from lapis.report.pages.training import run_page
+from lapis.report.pages.working_folder import report_of
 
 
 def log(steps: int = 60, **metrics: float) -> list[dict]:

@@ -15,7 +15,7 @@ def report(*folders: Path, out: Path, overwrite: bool = False, json: bool = Fals
     from lapis.checkpoint.commit import check_output
     from lapis.cli.output import line, show, write_page
     from lapis.errors import ConfigError
-    from lapis.report.working_folder.folders import report_of
+    from lapis.report.pages.working_folder import report_of
 
     if not folders:
         raise ConfigError("report: no folder given; lapis report DIR... --out FILE")

@@ -52,7 +52,7 @@ def train(
 def _write_page(run: Path, path: Path, overwrite: bool) -> None:
     from lapis.checkpoint.files import read_json
     from lapis.cli.output import write_page
-    from lapis.report.working_folder.runs import run_page
+    from lapis.report.pages.training import run_page
     from lapis.training.loop.curve import read_curve
 
     facts = read_json(run / "training.json")

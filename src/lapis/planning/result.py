@@ -111,7 +111,7 @@ class PlanResult:
 
     def to_html(self, path: str | Path | None = None) -> str:
         """The page as one string of HTML; written to `path` as well, where one is given."""
-        from lapis.report.figures.plan import plan_page
+        from lapis.report.pages.plan import plan_page
 
         html: str = plan_page(self.to_json()).render()
         if path is not None:

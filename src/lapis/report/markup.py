@@ -185,3 +185,9 @@ def stats(figures: Sequence[tuple[str, str, str]]) -> str:
         for label, value, note in figures
     )
     return f'<dl class="stats">\n{items}\n</dl>'
+
+
+def notebook(text: str, title: str, rows: Sequence[Row], columns: Sequence[Column | str], hint: str) -> dict[str, str]:
+    """What an object shows of itself at the end of a notebook's cell: a table as HTML, and plain text."""
+    shown = table(rows, columns, title, level=4)
+    return {"text/plain": text, "text/html": f"<div>\n{shown}\n<p><small>{prose(hint)}</small></p>\n</div>"}

@@ -61,6 +61,8 @@ AMBERS = (
     ("#4d2a09", "#fdecc2"),
 )
 
+DIVERGING = (*reversed(AMBERS[1:]), *BLUES)  # below zero, zero, above it
+
 TITLE, LEGEND = 36, 40  # pixels above a plot; a page writes the title itself and takes TITLE away again
 
 SANS = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Noto Sans', 'Noto Sans CJK SC', 'Liberation Sans', sans-serif"

@@ -205,8 +205,7 @@ class LensTrace:
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
         """What a notebook shows: the finding, and a row per layer."""
-        from lapis.report.markup import Column
-        from lapis.report.notebook import bundle
+        from lapis.report.markup import Column, notebook
 
         names = self.leading()
         rows = [
@@ -219,7 +218,7 @@ class LensTrace:
             Column("entropy", "entropy", ".3f", unit="nats"), Column("kl", "KL to the end", ".3f", unit="nats"),
             *(Column(f"rank {n}", n, ",", group="rank") for n in names),
         ]  # fmt: skip
-        return bundle(str(self), self.finding(), rows, columns, "`.plot()` draws it, `.to_pandas()` gives the rows")
+        return notebook(str(self), self.finding(), rows, columns, "`.plot()` draws it, `.to_pandas()` gives the rows")
 
     def __str__(self) -> str:
         names = self.leading()

@@ -1,1 +1,1 @@
-"""Plain rows in, plotly figures out, one function for each picture."""
+"""Plain rows in, plotly figures out: one function for each picture."""

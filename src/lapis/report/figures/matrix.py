@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lapis.report import theme
-from lapis.report.figures.contributions import DIVERGING
-from lapis.report.theme import BLUES, color, plain
+from lapis.report.theme import BLUES, DIVERGING, color, plain
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go

@@ -1,128 +1,65 @@
-"""The page of a plan: the scatter, the choice, the control, and the sentence that sums them up.
+"""The picture of a plan: each piece by what it does for replies and to text.
 
-Takes the object that `lapis plan --json` prints. Leaves out: how anything was measured (plan/).
+Rows in, plotly figure out; the shape of a row stands in each docstring. Reached through plots.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
-from lapis.report import plots
-from lapis.report.markup import Column
-from lapis.report.page import Page
+from lapis.report import theme
+from lapis.report.theme import Row, color, plain
 
-Row = Mapping[str, Any]
-
-GOALS = {
-    "style": "to change how the model answers, and leave what it knows",
-    "knowledge": "to teach it something, and leave how it answers",
-}
-NAMES = {
-    "home": "nothing added",
-    "chosen": "the choice",
-    "control": "random, same size",
-    "full": "the whole difference",
-    "scaled": "learned scales, for a graft",
-}
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
 
-def plan_page(found: Row) -> Page:
-    """The page of one plan."""
-    page = Page(
-        "Which layers to tune or merge",
-        f"From {found['base']} to {found['chat']}, {GOALS[found['goal']]}, with {found['budget']:.0%} of the blocks' "
-        f"parameters.",
-    )
-    page.section("The choice", f"**{found['finding']}.**")
-    measured = found["measured"]
-    if measured:
-        page.stats(_stats(measured))
-        page.table(
-            _measured(measured), _measured_columns(measured), "The choice beside a random one", mark=["the choice"]
-        )
-    page.text(_spelled("Chosen", found["tune"]) + "\n\n" + _spelled("Random", found["control"]))
-    if found["template"]:
-        rows = ", ".join(f"`{token}`" for token in found["template"])
-        page.text(
-            f"With either the rows of {rows} are trained, which base never learned and replies cannot end without."
-        )
-    scored = [row for row in found["pieces"] if row.get("style") is not None]
-    if any(row.get("knowledge") is not None for row in scored):
-        page.section(
-            "Every piece by what it does",
-            "Upwards: the share of what chat gained on replies that a piece's difference brings, the mean of putting "
-            "it into the one model and of taking it out of the other. To the right: how much harder text becomes.",
-        )
-        inside = [row for row in scored if row["layer"] not in ("embed", "head")]  # which no choice may hold
-        page.figure(plots.plan_scatter(inside, "Pieces that carry replies, and pieces that cost text"))
-        layers = [row for row in found["scores"] if row.get("knowledge") is not None]
-        if all(row["chosen"] for row in layers):  # something of each: the marks would say nothing
-            layers = [{**row, "chosen": False, "control": False} for row in layers]
-        page.figure(plots.plan_scatter(layers, "The same by whole layers"))
-    page.section("Every signal", "From the tensors, from gradients, and measured.")
-    page.table(list(found["pieces"]), _columns(found["pieces"]), "By piece", sortable=True)
-    scores = [{**row, "layer": str(row["layer"])} for row in found["scores"]]
-    page.table(scores, _columns(scores), "By layer", sortable=True)
-    for note in found["notes"]:
-        page.text(f"Note: {note}")
-    return page
+NAMED = 16  # points of a scatter that all have their names beside them
 
 
-def _stats(measured: Row) -> list[tuple[str, str, str]]:
-    stats = []
-    for name in ("chosen", "control"):
-        row = measured[name]
-        harm = "" if row.get("knowledge") is None else f"plain text {row['knowledge']:+.1%} harder"
-        stats.append((f"{NAMES[name]}: share of the replies' gain", f"{row['style']:.0%}", harm))
-    return stats
+def plan_scatter(rows: Iterable[Row], title: str) -> go.Figure:
+    """Each layer or piece by what it does for replies and to text; the chosen ones stand out.
+
+    Row: `layer`, `style`, `knowledge` (effects of `lapis plan`, shares), `chosen` (bool), optionally `control` (bool:
+    in the random choice of equal size). Of many only those farthest out are named; all are on hovering.
+    """
+    kept = list(rows)
+    if not kept:
+        return theme.nothing(title)
+    figure = theme.new_figure(title, height=460)
+    far = sorted(kept, key=lambda row: -max(rank(kept, row, "style"), rank(kept, row, "knowledge")))
+    named = {row["layer"] for row in (kept if len(kept) <= NAMED else far[: NAMED // 2])}
+    looks = (
+        ("chosen", "chosen", "lapis", "circle", [row for row in kept if row.get("chosen")]),
+        ("control", "random control", "orange", "diamond-open", [row for row in kept if row.get("control")]),
+        ("rest", "not chosen", "quiet", "circle-open",
+         [row for row in kept if not row.get("chosen") and not row.get("control")]),
+    )  # fmt: skip
+    for key, name, role, symbol, points in looks:
+        shown = named - {row["layer"] for row in points if key == "control" and row.get("chosen")}
+        if points:
+            figure.add_scatter(
+                x=[row["knowledge"] for row in points],
+                y=[row["style"] for row in points],
+                text=[plain(row["layer"]) if row["layer"] in shown else "" for row in points],
+                customdata=[plain(row["layer"]) for row in points],
+                name=name,
+                mode="markers+text",
+                textposition="top center",
+                textfont={"size": 11, "color": color("quiet")},
+                marker={"color": color(role), "symbol": symbol, "size": 16 if key == "control" else 10,
+                        "line": {"width": 1.5, "color": color(role)}},
+                hovertemplate="%{customdata}<br>replies %{y:.1%}<br>text %{x:+.2%} harder<extra></extra>",
+                cliponaxis=False,
+            )  # fmt: skip
+    theme.axis_title(figure, "how much harder text becomes", "share of the replies' gain")
+    figure.update_xaxes(tickformat="+.1~%")
+    figure.update_yaxes(tickformat=".0%")
+    theme.adapt(figure, height=400, xaxis__nticks=5)
+    return figure
 
 
-def _measured(measured: Row) -> list[dict[str, Any]]:
-    return [{"set": NAMES[name], **measured[name]} for name in NAMES if name in measured]
-
-
-def _measured_columns(measured: Row) -> list[str | Column]:
-    known = (
-        Column("style", "gain on replies", ".1%", group="put in"),
-        Column("knowledge", "text harder by", "+.2%", group="put in"),
-        Column("style_out", "gain on replies", ".1%", group="lost where taken out"),
-        Column("knowledge_out", "text harder by", "+.2%", group="lost where taken out"),
-        Column("response_nll", "response NLL", ".3f", unit="nats"),
-        Column("bits_per_byte", "bits per byte", ".4f"),
-        Column("accuracy", "right choices", ".1%"),
-        Column("stop_rate", "replies that end", ".0%"),
-    )
-    return [Column("set", ""), *(column for column in known if any(column.key in row for row in measured.values()))]
-
-
-def _columns(rows: Sequence[Row]) -> list[str | Column]:
-    known = (
-        Column("parameters", "parameters", ","),
-        Column("style", "replies", ".1%", group="measured"),
-        Column("knowledge", "text", "+.2%", group="measured"),
-        Column("kl_chats_in", "KL, replies", ".3f", group="measured"),
-        Column("kl_text_in", "KL, text", ".3f", group="measured"),
-        Column("stop_in", "end token", ".2f", group="measured"),
-        Column("accuracy_in", "right choices", ".1%", group="measured"),
-        Column("gradient_chats", "replies", "+.3f", group="gradient x difference"),
-        Column("gradient_text", "text", "+.3f", group="gradient x difference"),
-        Column("relative_norm", "magnitude", ".3f", group="tensors"),
-        Column("cosine", "cosine", ".5f", group="tensors"),
-        Column("energy", "energy", ".1%", group="tensors"),
-        Column("stable_rank", "stable rank", ".1f", group="tensors"),
-        Column("snr", "SNR", ".2f", group="tensors"),
-        Column("weight_snr", "base's SNR", ".2f", group="tensors"),
-        Column("scale", "scale", ".2f"),
-        Column("chosen"),
-        Column("control"),
-    )
-    return [Column("layer"), *(column for column in known if any(row.get(column.key) is not None for row in rows))]
-
-
-def _spelled(what: str, entries: Sequence[Row]) -> str:
-    groups: dict[str, list[int]] = {}
-    for entry in entries:
-        groups.setdefault(entry["component"], []).append(entry["layer"])
-    parts = [f"`{component}` of {', '.join(map(str, layers))}" for component, layers in groups.items()]
-    return f"{what}: {'; '.join(parts)}."
+def rank(rows: Sequence[Row], row: Row, key: str) -> float:
+    """How far out a row lies, as a share of the largest value."""
+    return float(row[key]) / (max(abs(other[key]) for other in rows) or 1.0)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lapis.report import theme
-from lapis.report.figures.training import short
+from lapis.report.figures.scores import short
 from lapis.report.theme import Row, color, plain
 
 if TYPE_CHECKING:

@@ -144,15 +144,14 @@ class DiffTable:
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
         """What a notebook shows: the finding, and the figures by layer."""
-        from lapis.report.markup import Column
-        from lapis.report.notebook import bundle
+        from lapis.report.markup import Column, notebook
 
         rows = [{**g, "layer": "outside" if g["layer"] is None else str(g["layer"])} for g in self.by("layer")]
         columns = [
             Column("layer"), Column("cosine", "cosine", ".6f"), Column("angle", "angle", ".3f", unit="degrees"),
             Column("relative_norm", "|b − a| / |a|", ".3e"), Column("identical", "identical", ".1%"),
         ]  # fmt: skip
-        return bundle(str(self), self.finding(), rows, columns, "`.plot()` draws it, `.to_pandas()` gives the rows")
+        return notebook(str(self), self.finding(), rows, columns, "`.plot()` draws it, `.to_pandas()` gives the rows")
 
     def __str__(self) -> str:
         lines = [f"{'layer':>6} {'cosine':>9} {'|b-a|/|a|':>10} {'identical':>10}"]

@@ -1,101 +1,20 @@
-"""Pictures of training and of scores: learning curves, the scale of a graft, models compared, the choice of layers.
+"""Pictures of scores: models compared, the scale of a graft, ways to mix an input.
 
-Rows in, plotly figure out; the shape of a row stands in each docstring. Pictures of weights are in weights.py, of what
-happens inside a forward pass in inside.py; all of them are reached through plots.py.
+Rows in, plotly figure out; the shape of a row stands in each docstring. Reached through plots.py.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from lapis.report import theme
+from lapis.report.figures.curves import AXES
 from lapis.report.theme import Row, color, plain
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
-
-AXES = {
-    "tokens": "tokens seen",
-    "seconds": "seconds of training",
-    "step": "optimizer steps",
-    "loss": "loss (nats per token)",
-    "bits_per_byte": "bits per byte",
-    "response_nll": "response NLL (nats per token)",
-    "stop_rate": "stop rate (share of replies that end)",
-    "answers": "answers exactly right (share)",
-    "gap_closed": "gap closed (share)",
-    "parameters": "parameters",
-    "flops": "FLOPs",
-}
-POINTS = 1000
-
-
-def learning_curves(
-    rows: Iterable[Row], title: str, *, x: str = "tokens", y: str = "loss", log_x: bool = False
-) -> go.Figure:
-    """Loss (or any `y`) against tokens, seconds or steps, one color per run.
-
-    Row: `run`, the keys `x` and `y`, and optionally `split` ("train" or "validation"). Validation is drawn as points on
-    a strong line. A training curve of more than 40 points is drawn faint, with its moving average (over a twentieth
-    of the curve, centered) on top; of more than 1000, every n-th point is kept.
-    """
-    groups: dict[tuple[str, str], list[Row]] = {}
-    for row in rows:
-        if row.get(x) is not None and row.get(y) is not None:
-            groups.setdefault((row["run"], row.get("split", "train")), []).append(row)
-    if not groups:
-        return theme.nothing(title)
-    places = theme.series(run for run, _ in groups)
-    figure = theme.new_figure(title, height=420)
-    x_name, y_name = AXES.get(x, x), AXES.get(y, y)
-    several = len({split for _, split in groups}) > 1
-    for (run, split), points in groups.items():
-        kept = points[:: -(-len(points) // POINTS)]
-        if kept[-1] is not points[-1]:
-            kept = [*kept, points[-1]]
-        xs, ys = [row[x] for row in kept], [row[y] for row in kept]
-        paint, dash = color(theme.SERIES[places[run]]), theme.DASHES[list(places).index(run) % len(theme.DASHES)]
-        name = plain(f"{run}, {split}" if several else run)
-        common: dict[str, Any] = {
-            "x": xs,
-            "name": name,
-            "legendgroup": name,
-            "hovertemplate": f"<b>%{{fullData.name}}</b><br>%{{x:,}} {x_name}<br>%{{y:.3f}} {y_name}<extra></extra>",
-        }
-        noisy = split == "train" and len(kept) > 40
-        if noisy:
-            figure.add_scatter(
-                **common, y=ys, mode="lines", line={"color": paint, "width": 1}, opacity=0.28, showlegend=False
-            )
-            smooth = moving_average(ys, len(ys) // 20)
-            figure.add_scatter(
-                **common, y=smooth, mode="lines", line={"color": paint, "width": 2.2, "dash": dash}, meta="average"
-            )
-        else:
-            figure.add_scatter(
-                **common,
-                y=ys,
-                mode="lines+markers" if split != "train" or len(kept) < 20 else "lines",
-                line={"color": paint, "width": 2, "dash": dash},
-                marker={"color": paint, "size": 7, "symbol": theme.SYMBOLS[places[run]]},
-            )
-    theme.axis_title(figure, x_name, y_name)
-    figure.update_xaxes(type="log" if log_x else "linear", exponentformat="SI" if x != "seconds" else "none", nticks=7)
-    theme.adapt(figure, height=340, xaxis__nticks=4, yaxis__nticks=5)
-    return figure
-
-
-def moving_average(values: Sequence[float], window: int) -> list[float]:
-    """The mean of about `window` values around each place; towards the ends the window shrinks, always centered."""
-    totals = [0.0, *accumulate(values)]
-    means = []
-    for i in range(len(values)):
-        reach = min(window // 2, i, len(values) - 1 - i)
-        means.append((totals[i + reach + 1] - totals[i - reach]) / (2 * reach + 1))
-    return means
 
 
 def scale_sweep(
@@ -206,56 +125,6 @@ def scores(
             }
         )
     return figure
-
-
-NAMED = 16  # points of a scatter that all have their names beside them
-
-
-def plan_scatter(rows: Iterable[Row], title: str) -> go.Figure:
-    """Each layer or piece by what it does for replies and to text; the chosen ones stand out.
-
-    Row: `layer`, `style`, `knowledge` (effects of `lapis plan`, shares), `chosen` (bool), optionally `control` (bool:
-    in the random choice of equal size). Of many only those farthest out are named; all are on hovering.
-    """
-    kept = list(rows)
-    if not kept:
-        return theme.nothing(title)
-    figure = theme.new_figure(title, height=460)
-    far = sorted(kept, key=lambda row: -max(rank(kept, row, "style"), rank(kept, row, "knowledge")))
-    named = {row["layer"] for row in (kept if len(kept) <= NAMED else far[: NAMED // 2])}
-    looks = (
-        ("chosen", "chosen", "lapis", "circle", [row for row in kept if row.get("chosen")]),
-        ("control", "random control", "orange", "diamond-open", [row for row in kept if row.get("control")]),
-        ("rest", "not chosen", "quiet", "circle-open",
-         [row for row in kept if not row.get("chosen") and not row.get("control")]),
-    )  # fmt: skip
-    for key, name, role, symbol, points in looks:
-        shown = named - {row["layer"] for row in points if key == "control" and row.get("chosen")}
-        if points:
-            figure.add_scatter(
-                x=[row["knowledge"] for row in points],
-                y=[row["style"] for row in points],
-                text=[plain(row["layer"]) if row["layer"] in shown else "" for row in points],
-                customdata=[plain(row["layer"]) for row in points],
-                name=name,
-                mode="markers+text",
-                textposition="top center",
-                textfont={"size": 11, "color": color("quiet")},
-                marker={"color": color(role), "symbol": symbol, "size": 16 if key == "control" else 10,
-                        "line": {"width": 1.5, "color": color(role)}},
-                hovertemplate="%{customdata}<br>replies %{y:.1%}<br>text %{x:+.2%} harder<extra></extra>",
-                cliponaxis=False,
-            )  # fmt: skip
-    theme.axis_title(figure, "how much harder text becomes", "share of the replies' gain")
-    figure.update_xaxes(tickformat="+.1~%")
-    figure.update_yaxes(tickformat=".0%")
-    theme.adapt(figure, height=400, xaxis__nticks=5)
-    return figure
-
-
-def rank(rows: Sequence[Row], row: Row, key: str) -> float:
-    """How far out a row lies, as a share of the largest value."""
-    return float(row[key]) / (max(abs(other[key]) for other in rows) or 1.0)
 
 
 def mixers(rows: Iterable[Row], title: str, *, metrics: Sequence[str] = ("parameters", "flops")) -> go.Figure:

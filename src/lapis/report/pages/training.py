@@ -6,31 +6,19 @@ as a reader would. Leaves out: reading files (folders.py), drawing one curve lar
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lapis.report import theme
+from lapis.report.figures.curves import METRICS, Runs, learning_curves, metric_panels, metric_points
 from lapis.report.figures.matrix import matrix
-from lapis.report.figures.training import AXES, POINTS, learning_curves, moving_average
 from lapis.report.markup import Column
 from lapis.report.page import Page
-from lapis.report.theme import Row, color, plain
+from lapis.report.theme import Row
 
 if TYPE_CHECKING:
-    import plotly.graph_objects as go
+    pass
 
-METRICS = {
-    "reward": "reward", "kl": "KL to the reference (nats)", "length": "length of a reply (tokens)",
-    "entropy": "entropy (nats per token)", "ended": "replies that end (share)", "clip_share": "clipped tokens (share)",
-    "unscored": "replies without a score (share)", "rollout_gap": "gap between rollout and training",
-    "value_loss": "loss of the value head", "kl_weight": "weight of the KL", "policy_shift": "shift of the policy",
-    "accuracy": "accuracy (share)", "margin": "margin, chosen over rejected", "f1": "F1", "macro_f1": "F1, macro",
-    "chosen_reward": "reward of the chosen reply", "rejected_reward": "reward of the rejected reply",
-    "lr": "learning rate", "grad_norm": "norm of the gradient", "tokens_per_second": "tokens per second",
-    "perplexity": "perplexity",
-}  # fmt: skip
 AXES_OF_A_RUN = ("lr", "grad_norm", "tokens_per_second")
-Runs = Mapping[str, Sequence[Row]]
 
 
 def run_page(log: Sequence[Row], facts: Mapping[str, Any], name: str) -> Page:
@@ -62,69 +50,6 @@ def add_runs(page: Page, runs: Runs, facts: Mapping[str, Mapping[str, Any]]) -> 
     for name, known in facts.items():
         _add_facts(page, name if len(facts) > 1 else "", known)
     return page
-
-
-def metric_panels(runs: Runs, names: Sequence[str], title: str, *, x: str = "step") -> go.Figure:
-    """A small panel for each metric, every run a curve; a long curve is drawn faint under its moving average."""
-    names = [name for name in names if any(_points(rows, name, x) for rows in runs.values())]
-    if not names:
-        return theme.nothing(title)
-    figure = theme.new_figure(title)
-    wide = min(3, len(names))
-    titles = [METRICS.get(name, name.replace("_", " ")) for name in names]
-    several = len(runs) > 1
-    heights = theme.panels(figure, titles, height=170, wide=wide, top=62 if several else 30)
-    places = theme.series(runs)
-    if several:  # one entry for each run, whichever panels it is in, above the panels' titles
-        above = [1 + 28 / height for height in heights]
-        figure.update_layout(legend_y=above[0])
-        theme.adapt(figure, legend__y=above[1])
-        for run in runs:
-            figure.add_scatter(x=[None], y=[None], mode="lines", name=plain(run), legendgroup=run, hoverinfo="skip",
-                               line={"color": color(theme.SERIES[places[run]]), "width": 2})  # fmt: skip
-    for panel, name in enumerate(names, 1):
-        number = "" if panel == 1 else str(panel)
-        for run, rows in runs.items():
-            paint = color(theme.SERIES[places[run]])
-            hover = f"<b>{plain(run)}</b><br>%{{x:,}} {AXES.get(x, x)}<br>%{{y:.4g}}<extra></extra>"
-            common: dict[str, Any] = {"xaxis": f"x{number}", "yaxis": f"y{number}", "name": plain(run),
-                                      "legendgroup": run, "hovertemplate": hover, "cliponaxis": False,
-                                      "showlegend": False}  # fmt: skip
-            points = _points(rows, name, x, held_out=False)
-            if points:
-                xs, ys = [p[0] for p in points], [p[1] for p in points]
-                if len(points) > 40:
-                    figure.add_scatter(x=xs, y=ys, mode="lines", line={"color": paint, "width": 1}, opacity=0.28,
-                                       **common)  # fmt: skip
-                    ys = moving_average(ys, len(ys) // 20)
-                mode = "lines+markers" if len(points) == 1 else "lines"
-                figure.add_scatter(x=xs, y=ys, mode=mode, line={"color": paint, "width": 2}, **common)
-            held = _points(rows, name, x, held_out=True)
-            if held:
-                figure.add_scatter(x=[p[0] for p in held], y=[p[1] for p in held], mode="markers+lines",
-                                   marker={"color": paint, "size": 8, "symbol": theme.SYMBOLS[places[run]]},
-                                   line={"color": paint, "width": 1, "dash": "dot"}, **common)  # fmt: skip
-        figure.update_layout({
-            f"xaxis{number}": {"nticks": 4, "exponentformat": "SI"},
-            f"yaxis{number}": {"nticks": 5, "exponentformat": "e" if name == "lr" else "SI"},
-        })  # fmt: skip
-        if panel > len(names) - wide:
-            theme.axis_title(figure, AXES.get(x, x), panel=panel)
-    return figure
-
-
-def _points(rows: Iterable[Row], name: str, x: str, held_out: bool | None = None) -> list[tuple[float, float]]:
-    """(x, value) of a metric, of at most POINTS rows. held_out: only those that are, or are not."""
-    found = []
-    for row in rows:
-        value = None
-        if held_out is not True:
-            value = (row.get("metrics") or {}).get(name, row.get(name))
-        if value is None and held_out is not False:
-            value = (row.get("held_out") or {}).get(name)
-        if isinstance(value, int | float) and isinstance(row.get(x), int | float):
-            found.append((row[x], value))
-    return found[:: -(-len(found) // POINTS) or 1]
 
 
 def _loss_rows(runs: Runs) -> list[Row]:
@@ -169,7 +94,7 @@ def _moved(runs: Runs, names: Sequence[str]) -> str:
     """The metric to look at first, from where to where."""
     for name in ("reward", "accuracy", "margin", *names):
         for rows in runs.values():
-            points = _points(rows, name, "step")
+            points = metric_points(rows, name, "step")
             if name in names and len(points) > 1:
                 few = max(1, len(points) // 20)
                 first, last = (sum(v for _, v in part) / few for part in (points[:few], points[-few:]))

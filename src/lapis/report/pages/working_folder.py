@@ -19,8 +19,8 @@ from lapis.errors import DataError
 from lapis.report import plots
 from lapis.report.markup import Column
 from lapis.report.page import Page
-from lapis.report.working_folder.joined import Joined, is_ours, read_page
-from lapis.report.working_folder.runs import add_confusion, add_runs
+from lapis.report.pages.joined import Joined, is_ours, read_page
+from lapis.report.pages.training import add_confusion, add_runs
 
 DEPTH = 2
 JSON_LIMIT = 256_000_000

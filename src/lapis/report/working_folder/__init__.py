@@ -1,1 +1,0 @@
-"""Folders that lapis wrote in, the rows of their curves, merges and scores out."""
