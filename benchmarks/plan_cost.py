@@ -22,9 +22,7 @@ import torch
 from lapis.checkpoint import open_checkpoint
 from lapis.checkpoint.commit import commit
 from lapis.errors import DataError
-from lapis.families import find
-from lapis.families.config import ModelConfig
-from lapis.families.presets import PRESETS
+from lapis.families import PRESETS, find
 from lapis.model.load import save
 from lapis.model.scoring import ScoredSequence
 from lapis.model.transformer import Transformer
@@ -101,7 +99,7 @@ def measure(base: Path, chat: Path, options: argparse.Namespace) -> dict:
 
 def _write(shape: str, root: Path) -> None:
     """base and chat in bfloat16, drawn one tensor after another."""
-    config = ModelConfig.of(find(PRESETS[shape]).read_config(PRESETS[shape]))
+    config = find(PRESETS[shape]).read_config(PRESETS[shape])
     model = Transformer(config).to(torch.bfloat16)
     for name in ("base", "chat"):
         if name == "chat":

@@ -5,10 +5,7 @@ import re
 import pytest
 
 from lapis.errors import CheckpointError
-from lapis.families import FAMILIES, Family, Part, fallback_part, find, part_of
-from lapis.families.config import ModelConfig
-from lapis.families.presets import PRESETS
-from lapis.model.size import parameter_shapes
+from lapis.families import FAMILIES, PRESETS, Family, Part, fallback_part, find, parameter_shapes, part_of
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
@@ -35,7 +32,7 @@ def test_a_name_here_is_its_component(family: Family) -> None:
 def test_every_parameter_of_a_published_model_has_a_place_on_disk(name: str) -> None:
     family = find(PRESETS[name])
     assert family is not None
-    shape = ModelConfig.of(family.read_config(PRESETS[name]))
+    shape = family.read_config(PRESETS[name])
     for parameter in parameter_shapes(shape):
         rule, layer = family.rule_for(parameter)
         assert family.match(family.disk_name(rule, layer)) == (rule, layer)
@@ -45,9 +42,9 @@ def test_every_parameter_of_a_published_model_has_a_place_on_disk(name: str) -> 
 def test_config_json_is_read_back_as_it_was_written(name: str) -> None:
     family = find(PRESETS[name])
     assert family is not None
-    shape = ModelConfig.of(family.read_config(PRESETS[name]))
+    shape = family.read_config(PRESETS[name])
     notes: list[str] = []
-    assert ModelConfig.of(family.read_config(family.write_config(shape), notes)) == shape
+    assert family.read_config(family.write_config(shape), notes) == shape
     assert notes == []
 
 

@@ -13,11 +13,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lapis.checkpoint import open_checkpoint
-from lapis.families import find
+from lapis.families import PRESETS, find, parameter_shapes
 from lapis.families.config import ModelConfig
-from lapis.families.presets import PRESETS
 from lapis.model.cache import Cache
-from lapis.model.size import Mixer, activation_bytes, measure, measure_headers, mixers, parameter_shapes
+from lapis.model.size import Mixer, activation_bytes, measure, measure_headers, mixers
 from lapis.model.transformer import Transformer
 
 PUBLISHED = {
@@ -33,7 +32,7 @@ PUBLISHED = {
 def preset(name: str) -> ModelConfig:
     family = find(PRESETS[name])
     assert family is not None
-    return ModelConfig.of(family.read_config(PRESETS[name]))
+    return family.read_config(PRESETS[name])
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -49,16 +49,14 @@ def inspect(
 
 def measure_source(model: str, context: int | None) -> "tuple[dict[str, Any], Size | None, list[str]]":
     """The JSON object, the size (None for an unknown family), and what there is to tell."""
-    from lapis.families import find
-    from lapis.families.config import ModelConfig
-    from lapis.families.presets import PRESETS
+    from lapis.families import PRESETS, find
     from lapis.model.size import measure, measure_headers
 
     if model.lower() in PRESETS and not Path(model).exists():
         preset = PRESETS[model.lower()]
         family = find(preset)
         assert family is not None
-        measured = measure(ModelConfig.of(family.read_config(preset)), context)
+        measured = measure(family.read_config(preset), context)
         return measured.to_json(), measured, []
     from lapis.checkpoint import open_checkpoint
     from lapis.model.check import plan_load

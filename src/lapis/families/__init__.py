@@ -1,15 +1,19 @@
-"""How each architecture looks on disk."""
+"""How each architecture looks on disk and which shapes it has. One file for each family; no tensor is touched here."""
 
 from collections.abc import Mapping
 from typing import Any
 
+from lapis.errors import ConfigError
 from lapis.families.base import Family, Part, Rule, fallback_part, part_of
 from lapis.families.bert import BERT
+from lapis.families.config import ModelConfig
 from lapis.families.gpt2 import GPT2
 from lapis.families.llama import LLAMA
+from lapis.families.shapes import Shape
 from lapis.families.vit import VIT
 
 FAMILIES: tuple[Family, ...] = (LLAMA, GPT2, BERT, VIT)
+PRESETS: dict[str, Mapping[str, Any]] = {name: fields for family in FAMILIES for name, fields in family.presets.items()}
 
 
 def find(config: Mapping[str, Any]) -> Family | None:
@@ -18,4 +22,42 @@ def find(config: Mapping[str, Any]) -> Family | None:
     return next((family for family in FAMILIES if model_type in family.model_types), None)
 
 
-__all__ = ["FAMILIES", "Family", "Part", "Rule", "fallback_part", "find", "part_of"]
+def known_types() -> str:
+    """Every model_type that is known, for messages."""
+    return ", ".join(model_type for family in FAMILIES for model_type in family.model_types)
+
+
+def family_of(config: ModelConfig) -> Family:
+    """The family that a model of this shape is saved as. Raises ConfigError where there is none."""
+    family = find({"model_type": config.family})
+    if family is None:
+        raise ConfigError(f'model: family is "{config.family}"; known: {known_types()}')
+    return family
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
+    """Every parameter's name and shape, with the first block standing for all: what `Transformer` would make."""
+    return family_of(config).parameter_shapes(config)
+
+
+def required(config: Mapping[str, Any]) -> dict[str, Shape]:
+    """The tensors that a folder with this config.json must hold: name -> shape on disk.
+
+    Args:
+        config: The fields of config.json.
+
+    Returns:
+        Names as transformers writes them for a model with a head; `Family.canonical` gives the same name for every
+        spelling. Empty where the family is not known.
+
+    Raises:
+        CheckpointError: A field of config.json is missing or wrong.
+    """
+    family = find(config)
+    return {} if family is None else family.required(family.read_config(config))
+
+
+__all__ = [
+    "FAMILIES", "PRESETS", "Family", "ModelConfig", "Part", "Rule", "Shape", "fallback_part", "family_of", "find",
+    "known_types", "parameter_shapes", "part_of", "required",
+]  # fmt: skip

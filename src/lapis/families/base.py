@@ -1,17 +1,19 @@
-"""What a family is: a table from the names on disk to names here and to parts. Tables, no tensors.
+"""What a family is: a table from the names on disk to names here and to parts, and all else that is its own.
 
-Loading, saving, LoRA targets, diff tables, merge filters, freeze lists and lens labels all read the one table.
-Leaves out: the tables themselves (one file per family) and anything that touches a weight.
+Loading, saving, counting, LoRA targets, diff tables, merge filters, freeze lists and lens labels all read the one
+table. The tables themselves are one file for each family.
 """
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from lapis.errors import ConfigError
+from lapis.errors import CheckpointError, ConfigError
+from lapis.families.config import ModelConfig
 from lapis.families.fields import Fields
+from lapis.families.shapes import SAME, Shape, Transform, common_shapes, has_parameter
 
 
 @dataclass(frozen=True)
@@ -31,17 +33,19 @@ class Part:
 class Rule:
     """One line of a family's table.
 
-    disk: the name in the file without the family's prefix, `{layer}` for the block's number. names: the parameters here
-    that it fills, in order; more than one where the disk holds them fused. component: for Part. transform: how the
-    tensor on disk becomes them (and back); a name that model/load.py knows. outside: the family's prefix is never
-    written before it (heads). twin: a second spelling of a parameter that another rule lists; where both are there,
-    it is the one that counts.
+    Attributes:
+        disk: The name in the file without the family's prefix, with `{layer}` for the number of the block.
+        names: The parameters here that the tensor fills, in order; several where the disk holds them fused.
+        component: For Part.
+        transform: How the tensor on disk becomes the parameters, and back.
+        outside: The family's prefix never stands before this name (heads).
+        twin: A second spelling of a parameter that another rule lists. Where a file has both, this one counts.
     """
 
     disk: str
     names: tuple[str, ...]
     component: str
-    transform: str = "same"
+    transform: Transform = SAME
     outside: bool = False
     twin: bool = False
 
@@ -50,7 +54,7 @@ class Rule:
         return "bias" if self.disk.endswith("bias") else "weight"
 
 
-def rules(stem: str, component: str, kinds: str = "weight", transform: str = "same", *, outside: bool = False,
+def rules(stem: str, component: str, kinds: str = "weight", transform: Transform = SAME, *, outside: bool = False,
           twin: bool = False) -> tuple[Rule, ...]:  # fmt: skip
     """The rules for one module: `stem.weight` and, with kinds="weight bias", `stem.bias`.
 
@@ -59,28 +63,44 @@ def rules(stem: str, component: str, kinds: str = "weight", transform: str = "sa
     lead = "blocks.{layer}." if "{layer}" in stem else ""
     return tuple(
         Rule(f"{stem}.{kind}", (f"{lead}{component}.{kind}",), component,
-             transform if kind == "weight" else "same", outside, twin)
+             transform if kind == "weight" else SAME, outside, twin)
         for kind in kinds.split()
     )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Family:
-    """How one architecture looks on disk.
+    """One architecture: how it looks on disk, and what differs in it.
 
-    prefix: what models with a head put before the names ("model."); bare models and many hub files leave it out, and
-    both are read. ignored: patterns of tensors that are known and not used (masks, buffers). spellings: patterns of
-    older names and what they became. reader: config.json -> ModelConfig's fields. writer: the reverse.
+    Attributes:
+        name: Of the family; messages use it.
+        model_types: The values of config.json's `model_type` that are this family.
+        rules: The table of names on disk.
+        reader: config.json -> the fields of ModelConfig. `rope`, `window_rope` and `image` may be mappings.
+        writer: ModelConfig -> config.json.
+        prefix: What models with a head put before the names ("model."). Bare models and many files of the hub leave it
+            out; both are read.
+        ignored: Patterns of tensors that are known and not used (masks, buffers).
+        spellings: Patterns of older names, and what they became.
+        shapes: Shapes of parameters that no other family has, by component.
+        defaults: model_type -> the fields of ModelConfig that a new model of this kind has, so that a user gives sizes
+            only.
+        presets: Published sizes: name -> the fields of config.json that shape the model.
+        block: Where the block differs: a module of `lapis.model.blocks` that holds an `ARCHITECTURE`.
     """
 
     name: str
     model_types: tuple[str, ...]
     rules: tuple[Rule, ...]
     reader: Callable[[Fields], dict[str, Any]]
-    writer: Callable[[Any], dict[str, Any]]
+    writer: Callable[[ModelConfig], dict[str, Any]]
     prefix: str = ""
     ignored: tuple[str, ...] = ()
     spellings: tuple[tuple[str, str], ...] = ()
+    shapes: Callable[[ModelConfig], dict[str, Shape]] = lambda config: {}
+    defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    block: str = ""
 
     @cached_property
     def _patterns(self) -> tuple[tuple[re.Pattern[str], Rule], ...]:
@@ -99,8 +119,8 @@ class Family:
         for old, new in self.spellings:
             disk_name = re.sub(old, new, disk_name)
         for pattern, rule in self._patterns:
-            if found := pattern.fullmatch(disk_name):
-                layer = found.groupdict().get("layer")
+            if match := pattern.fullmatch(disk_name):
+                layer = match.groupdict().get("layer")
                 return rule, None if layer is None else int(layer)
         return None
 
@@ -109,40 +129,76 @@ class Family:
 
     def part(self, disk_name: str) -> Part | None:
         """Where a tensor on disk belongs; None where the table does not list it."""
-        found = self.match(disk_name)
-        return Part(found[1], found[0].component, found[0].kind) if found else None
+        match = self.match(disk_name)
+        return Part(match[1], match[0].component, match[0].kind) if match else None
 
     def rule_for(self, name: str) -> tuple[Rule, int | None]:
         """The rule that fills the parameter `name` of a model here ("blocks.3.attn.q.weight"), with its layer."""
-        found = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
-        key = f"blocks.{{layer}}.{found[2]}" if found else name
-        return self._by_name[key], int(found[1]) if found else None
+        match = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
+        key = f"blocks.{{layer}}.{match[2]}" if match else name
+        return self._by_name[key], int(match[1]) if match else None
 
     def disk_name(self, rule: Rule, layer: int | None, *, bare: bool = False) -> str:
         """The name on disk as transformers writes it; bare: for a model that has no head."""
         lead = "" if bare or rule.outside else self.prefix
         return lead + rule.disk.replace("{layer}", str(layer))
 
-    def read_config(self, config: Mapping[str, Any], notes: list[str] | None = None) -> dict[str, Any]:
-        """ModelConfig's fields from a config.json. Only fields of the allow-list are read; the others go to `notes`.
+    def canonical(self, disk_name: str) -> str | None:
+        """The name as transformers writes it for a model with a head; None where the table does not list it."""
+        match = self.match(disk_name)
+        return self.disk_name(*match) if match else None
 
-        Raises CheckpointError for a field that is missing, of the wrong type or out of range.
+    def parameter_shapes(self, config: ModelConfig) -> dict[str, Shape]:
+        """Every parameter's name and shape, with the first block standing for all: what `Transformer` would make."""
+        shapes = common_shapes(config) | self.shapes(config)
+        norm = (config.dim,)
+        return {
+            name: shape if rule.kind == "weight" else shape[:1]
+            for rule in self.rules if not rule.twin
+            for name, part in ((name.replace("{layer}", "0"), part_of(name)) for name in rule.names)
+            if has_parameter(config, part.component, part.kind)
+            for shape in (shapes.get(part.component, norm),)
+        }  # fmt: skip
+
+    def required(self, config: ModelConfig) -> dict[str, Shape]:
+        """The tensors that a folder of this shape must hold: canonical name -> shape on disk, for every layer.
+
+        A pooler under a bare model is left out; a folder may or may not have it.
+        """
+        shapes = self.parameter_shapes(config)
+        tensors: dict[str, Shape] = {}
+        for rule in self.rules:
+            names = [name.replace("{layer}", "0") for name in rule.names]
+            if rule.twin or names[0] not in shapes or (rule.component == "head.pooler" and config.head == "none"):
+                continue
+            shape = rule.transform.disk_shape([shapes[name] for name in names])
+            layers = range(config.layers) if "{layer}" in rule.disk else (None,)
+            tensors |= {self.disk_name(rule, layer): shape for layer in layers}
+        return tensors
+
+    def read_config(self, config: Mapping[str, Any], notes: list[str] | None = None) -> ModelConfig:
+        """The shape that a config.json gives. Only fields of the allow-list are read; `notes` names the others.
+
+        Raises:
+            CheckpointError: A field is missing, of a wrong type or out of range.
         """
         fields = Fields(config)
-        result = self.reader(fields)
-        result["extra"] = fields.kept
+        try:
+            shape = ModelConfig.of({**self.reader(fields), "extra": fields.kept})
+        except ConfigError as error:
+            raise CheckpointError(str(error)) from None
         if notes is not None:
             notes.extend(fields.notes())
-        return result
+        return shape
 
-    def write_config(self, config: Any) -> dict[str, Any]:
-        """A config.json that transformers >= 4.51 and 5 read, from a ModelConfig. ConfigError where none fits."""
+    def write_config(self, config: ModelConfig) -> dict[str, Any]:
+        """A config.json that transformers >= 4.51 and 5 read. Raises ConfigError where none fits."""
         return self.writer(config)
 
 
-def refuse_shape(config: Any, wanted: Mapping[str, tuple[Any, ...]]) -> None:
-    """Raises ConfigError where a ModelConfig's field has a value that a family's folder cannot say."""
-    for name, allowed in wanted.items():
+def refuse_shape(config: ModelConfig, fields: Mapping[str, tuple[Any, ...]]) -> None:
+    """Raises ConfigError where a field has a value that a family's folder cannot say."""
+    for name, allowed in fields.items():
         if getattr(config, name) not in allowed:
             known = " or ".join(map(str, allowed))
             raise ConfigError(
@@ -155,9 +211,10 @@ _LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block)\.(\d+)\.(.+)")
 
 def part_of(name: str) -> Part:
     """The part that a parameter of a model here belongs to; its name is its component: `blocks.3.attn.q.weight`."""
-    found = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.+?)(?:\.(weight|bias))?", name)
-    assert found
-    return Part(None if found[1] is None else int(found[1]), found[2], found[3] or "weight")
+    match = re.fullmatch(r"(?:blocks\.(\d+|\{layer\})\.)?(.+?)(?:\.(weight|bias))?", name)
+    assert match
+    layer = int(match[1]) if match[1] and match[1].isdigit() else None
+    return Part(layer, match[2], match[3] or "weight")
 
 
 def fallback_part(disk_name: str) -> Part:
@@ -165,9 +222,9 @@ def fallback_part(disk_name: str) -> Part:
     stem, _, last = disk_name.rpartition(".")
     kind = "bias" if last in ("bias", "beta") else "weight"
     base = stem if last in ("weight", "bias", "gamma", "beta") and stem else disk_name
-    found = _LAYER.search(base)
-    if found:
-        return Part(int(found[1]), found[2], kind)
+    match = _LAYER.search(base)
+    if match:
+        return Part(int(match[1]), match[2], kind)
     if re.search(r"(embed_tokens|wte|word_embeddings)$", base):
         return Part(None, "embed", kind)
     if base.endswith("lm_head"):
@@ -176,5 +233,5 @@ def fallback_part(disk_name: str) -> Part:
 
 
 def layers_of(names: Iterable[str], family: Family) -> int:
-    """How many blocks the names on disk speak of: the highest number plus one."""
-    return max((found[1] + 1 for name in names if (found := family.match(name)) and found[1] is not None), default=0)
+    """How many blocks the names on disk have: the highest number plus one."""
+    return max((match[1] + 1 for name in names if (match := family.match(name)) and match[1] is not None), default=0)

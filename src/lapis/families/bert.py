@@ -8,6 +8,7 @@ from typing import Any
 
 from lapis.errors import ConfigError
 from lapis.families.base import Family, refuse_shape, rules
+from lapis.families.config import ModelConfig
 from lapis.families.fields import TOKENS, Fields
 
 BLOCK = "encoder.layer.{layer}."
@@ -74,7 +75,7 @@ def read_config(fields: Fields) -> dict[str, Any]:
     }
 
 
-def write_config(config: Any) -> dict[str, Any]:
+def write_config(config: ModelConfig) -> dict[str, Any]:
     refuse_shape(config, {
         "norm": ("layer",), "norm_place": ("post",), "positions": ("learned",), "causal": (False,), "qk_norm": (False,),
         "mlp": tuple(ACTIVATION_NAMES), "bias": ("all",), "image": (None,), "window": (None,),
@@ -104,6 +105,16 @@ def write_config(config: Any) -> dict[str, Any]:
     return result
 
 
+def _preset(dim: int, layers: int, heads: int) -> dict[str, Any]:
+    return {
+        "model_type": "bert", "architectures": ["BertModel"], "vocab_size": 30522, "hidden_size": dim,
+        "num_hidden_layers": layers, "num_attention_heads": heads, "intermediate_size": 4 * dim, "hidden_act": "gelu",
+        "max_position_embeddings": 512, "type_vocab_size": 2, "layer_norm_eps": 1e-12,
+    }  # fmt: skip
+
+
+ENCODER = {"norm": "layer", "norm_eps": 1e-12, "positions": "learned", "causal": False, "bias": "all", "mlp": "gelu"}
+
 BERT = Family(
     name="bert",
     model_types=("bert",),
@@ -112,5 +123,8 @@ BERT = Family(
     writer=write_config,
     prefix="bert.",
     ignored=(r"embeddings\.position_ids$", r"^cls\.seq_relationship\.(?:weight|bias)$"),
+    shapes=lambda config: {"embed.types": (config.types, config.dim), "head.transform": (config.dim, config.dim)},
+    defaults={"bert": {**ENCODER, "norm_place": "post", "types": 2, "tied": True}},
+    presets={"bert-base-uncased": _preset(768, 12, 12), "bert-large-uncased": _preset(1024, 24, 16)},
     spellings=((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias")),
 )

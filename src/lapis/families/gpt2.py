@@ -8,7 +8,9 @@ from typing import Any
 
 from lapis.errors import ConfigError
 from lapis.families.base import Family, Rule, refuse_shape, rules
+from lapis.families.config import ModelConfig
 from lapis.families.fields import TOKENS, Fields
+from lapis.families.shapes import STACK, STACK_TRANSPOSE, TRANSPOSE
 
 BLOCK = "h.{layer}."
 QKV = tuple(f"blocks.{{layer}}.attn.{name}." for name in "qkv")
@@ -16,12 +18,12 @@ RULES = (
     *rules("wte", "embed"),
     *rules("wpe", "embed.position"),
     *rules(BLOCK + "ln_1", "norm.attn", "weight bias"),
-    Rule(BLOCK + "attn.c_attn.weight", tuple(name + "weight" for name in QKV), "attn.qkv", "split_transpose"),
-    Rule(BLOCK + "attn.c_attn.bias", tuple(name + "bias" for name in QKV), "attn.qkv", "split"),
-    *rules(BLOCK + "attn.c_proj", "attn.o", "weight bias", "transpose"),
+    Rule(BLOCK + "attn.c_attn.weight", tuple(name + "weight" for name in QKV), "attn.qkv", STACK_TRANSPOSE),
+    Rule(BLOCK + "attn.c_attn.bias", tuple(name + "bias" for name in QKV), "attn.qkv", STACK),
+    *rules(BLOCK + "attn.c_proj", "attn.o", "weight bias", TRANSPOSE),
     *rules(BLOCK + "ln_2", "norm.mlp", "weight bias"),
-    *rules(BLOCK + "mlp.c_fc", "mlp.up", "weight bias", "transpose"),
-    *rules(BLOCK + "mlp.c_proj", "mlp.down", "weight bias", "transpose"),
+    *rules(BLOCK + "mlp.c_fc", "mlp.up", "weight bias", TRANSPOSE),
+    *rules(BLOCK + "mlp.c_proj", "mlp.down", "weight bias", TRANSPOSE),
     *rules("ln_f", "norm.final", "weight bias"),
     *rules("lm_head", "head", outside=True),
     *rules("score", "head.classes", outside=True),
@@ -66,7 +68,7 @@ def read_config(fields: Fields) -> dict[str, Any]:
     }
 
 
-def write_config(config: Any) -> dict[str, Any]:
+def write_config(config: ModelConfig) -> dict[str, Any]:
     refuse_shape(config, {
         "norm": ("layer",), "norm_place": ("pre",), "positions": ("learned",), "causal": (True,), "qk_norm": (False,),
         "mlp": tuple(ACTIVATION_NAMES), "bias": ("all",), "types": (0,), "image": (None,), "window": (None,),
@@ -95,6 +97,14 @@ def write_config(config: Any) -> dict[str, Any]:
     return result
 
 
+def _preset(dim: int, layers: int, heads: int) -> dict[str, Any]:
+    return {
+        "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": 50257, "n_embd": dim,
+        "n_layer": layers, "n_head": heads, "n_positions": 1024, "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True,
+    }  # fmt: skip
+
+
 GPT2 = Family(
     name="gpt2",
     model_types=("gpt2",),
@@ -103,4 +113,20 @@ GPT2 = Family(
     writer=write_config,
     prefix="transformer.",
     ignored=(r"(?:^|\.)h\.\d+\.attn\.(?:bias|masked_bias)$",),
+    defaults={
+        "gpt2": {
+            "norm": "layer",
+            "norm_eps": 1e-5,
+            "positions": "learned",
+            "bias": "all",
+            "mlp": "gelu_tanh",
+            "tied": True,
+        }
+    },
+    presets={
+        "gpt2": _preset(768, 12, 12),
+        "gpt2-medium": _preset(1024, 24, 16),
+        "gpt2-large": _preset(1280, 36, 20),
+        "gpt2-xl": _preset(1600, 48, 25),
+    },
 )

@@ -9,6 +9,7 @@ from typing import Any
 
 from lapis.errors import CheckpointError, ConfigError
 from lapis.families.base import Family, refuse_shape, rules
+from lapis.families.config import ModelConfig, Rope
 from lapis.families.fields import TOKENS, Fields
 
 BLOCK = "layers.{layer}."
@@ -89,7 +90,7 @@ def read_config(fields: Fields) -> dict[str, Any]:
     }
 
 
-def write_config(config: Any) -> dict[str, Any]:
+def write_config(config: ModelConfig) -> dict[str, Any]:
     kind = config.family
     qkv_only, qk_norm = kind == "qwen2", kind == "qwen3"
     biases = {
@@ -172,7 +173,7 @@ def _read_window(fields: Fields, kind: str, layers: int) -> tuple[int | None, tu
     return window, None if len(chosen) == layers else chosen
 
 
-def _write_window(config: Any, by_layer: bool) -> dict[str, Any]:
+def _write_window(config: ModelConfig, by_layer: bool) -> dict[str, Any]:
     if config.family == "llama":
         if config.window:
             raise ConfigError(f"window={config.window} has no place in a llama folder; family=mistral has one")
@@ -192,11 +193,6 @@ def _write_window(config: Any, by_layer: bool) -> dict[str, Any]:
 
 
 ROPE_KINDS = ("default", "linear", "dynamic", "yarn", "llama3")
-ROPE_NUMBERS = {
-    "factor": "factor", "low_freq_factor": "low_freq_factor", "high_freq_factor": "high_freq_factor",
-    "beta_fast": "beta_fast", "beta_slow": "beta_slow", "attention_factor": "attention_factor", "mscale": "mscale",
-    "mscale_all_dim": "mscale_all_dim",
-}  # fmt: skip
 
 
 def read_rope(fields: Fields, context: int) -> dict[str, Any]:
@@ -224,7 +220,7 @@ def read_rope(fields: Fields, context: int) -> dict[str, Any]:
     return rope
 
 
-def write_rope(rope: Any) -> dict[str, Any]:
+def write_rope(rope: Rope) -> dict[str, Any]:
     """Both spellings: `rope_parameters` for transformers 5, `rope_theta` and `rope_scaling` for those before."""
     scaling: dict[str, Any] = {}
     if rope.kind != "default":
@@ -243,6 +239,38 @@ def write_rope(rope: Any) -> dict[str, Any]:
     }
 
 
+def _preset(
+    kind: str, dim: int, layers: int, heads: int, kv_heads: int, ffn_dim: int, vocab: int, context: int, *,
+    theta: float = 10_000.0, eps: float = 1e-5, tied: bool = False, head_dim: int | None = None, **fields: Any,
+) -> dict[str, Any]:  # fmt: skip
+    name = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[kind]
+    return {
+        "model_type": kind, "architectures": [f"{name}ForCausalLM"], "hidden_size": dim, "num_hidden_layers": layers,
+        "num_attention_heads": heads, "num_key_value_heads": kv_heads, "intermediate_size": ffn_dim,
+        "vocab_size": vocab, "max_position_embeddings": context, "rope_theta": theta, "rms_norm_eps": eps,
+        "tie_word_embeddings": tied, "head_dim": head_dim, "hidden_act": "silu", **fields,
+    }  # fmt: skip
+
+
+def _stretched(factor: float) -> dict[str, Any]:
+    return {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192}  # fmt: skip
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "llama-2-7b": _preset("llama", 4096, 32, 32, 32, 11008, 32000, 4096),
+    "llama-3-8b": _preset("llama", 4096, 32, 32, 8, 14336, 128256, 8192, theta=5e5),
+    "llama-3.1-8b": _preset("llama", 4096, 32, 32, 8, 14336, 128256, 131072, theta=5e5, rope_scaling=_stretched(8.0)),
+    "llama-3.2-1b": _preset("llama", 2048, 16, 32, 8, 8192, 128256, 131072, theta=5e5, tied=True, head_dim=64,
+                            rope_scaling=_stretched(32.0)),
+    "mistral-7b": _preset("mistral", 4096, 32, 32, 8, 14336, 32000, 32768, sliding_window=4096),
+    "qwen2.5-0.5b": _preset("qwen2", 896, 24, 14, 2, 4864, 151936, 32768, theta=1e6, eps=1e-6, tied=True),
+    "qwen2.5-1.5b": _preset("qwen2", 1536, 28, 12, 2, 8960, 151936, 131072, theta=1e6, eps=1e-6, tied=True),
+    "qwen2.5-7b": _preset("qwen2", 3584, 28, 28, 4, 18944, 152064, 131072, theta=1e6, eps=1e-6),
+    "qwen3-0.6b": _preset("qwen3", 1024, 28, 16, 8, 3072, 151936, 40960, theta=1e6, eps=1e-6, tied=True, head_dim=128),
+    "qwen3-1.7b": _preset("qwen3", 2048, 28, 16, 8, 6144, 151936, 40960, theta=1e6, eps=1e-6, tied=True, head_dim=128),
+}  # fmt: skip
+
 LLAMA = Family(
     name="llama",
     model_types=tuple(CLASSES),
@@ -251,4 +279,6 @@ LLAMA = Family(
     writer=write_config,
     prefix="model.",
     ignored=(r"rotary_emb\.inv_freq$",),
+    defaults={"qwen2": {"bias": "qkv"}, "qwen3": {"qk_norm": True}},
+    presets=PRESETS,
 )

@@ -7,14 +7,16 @@ from typing import Any
 
 from lapis.errors import CheckpointError, ConfigError
 from lapis.families.base import Family, Rule, refuse_shape, rules
-from lapis.families.bert import ACTIVATION_NAMES, ACTIVATIONS
+from lapis.families.bert import ACTIVATION_NAMES, ACTIVATIONS, ENCODER
+from lapis.families.config import ModelConfig
 from lapis.families.fields import Fields
+from lapis.families.shapes import BATCH_OF_ONE, Shape
 
 BLOCK = "encoder.layer.{layer}."
 BOTH = "weight bias"
 RULES = (
     Rule("embeddings.cls_token", ("embed.cls",), "embed.cls"),
-    Rule("embeddings.position_embeddings", ("embed.position.weight",), "embed.position", "first"),
+    Rule("embeddings.position_embeddings", ("embed.position.weight",), "embed.position", BATCH_OF_ONE),
     *rules("embeddings.patch_embeddings.projection", "embed.patch", BOTH),
     *rules(BLOCK + "layernorm_before", "norm.attn", BOTH),
     *rules(BLOCK + "attention.attention.query", "attn.q", BOTH),
@@ -74,7 +76,7 @@ def square(fields: Fields, name: str) -> int:
     return fields.integer(name)
 
 
-def write_config(config: Any) -> dict[str, Any]:
+def write_config(config: ModelConfig) -> dict[str, Any]:
     refuse_shape(config, {
         "norm": ("layer",), "norm_place": ("pre",), "positions": ("learned",), "causal": (False,), "qk_norm": (False,),
         "mlp": tuple(ACTIVATION_NAMES), "bias": ("all",), "types": (0,), "window": (None,), "head": tuple(HEAD_NAMES),
@@ -102,6 +104,24 @@ def write_config(config: Any) -> dict[str, Any]:
     return result
 
 
+def _preset(dim: int, layers: int, heads: int, patch: int) -> dict[str, Any]:
+    return {
+        "model_type": "vit", "architectures": ["ViTForImageClassification"], "hidden_size": dim, "num_labels": 1000,
+        "num_hidden_layers": layers, "num_attention_heads": heads, "intermediate_size": 4 * dim, "hidden_act": "gelu",
+        "image_size": 224, "patch_size": patch, "num_channels": 3, "layer_norm_eps": 1e-12,
+    }  # fmt: skip
+
+
+def _shapes(config: ModelConfig) -> dict[str, Shape]:
+    image, dim = config.image, config.dim
+    if image is None:
+        return {}
+    return {
+        "embed.cls": (1, 1, dim), "embed.patch": (dim, image.channels, image.patch, image.patch),
+        "embed.position": (image.patches + 1, dim),
+    }  # fmt: skip
+
+
 VIT = Family(
     name="vit",
     model_types=("vit",),
@@ -110,4 +130,11 @@ VIT = Family(
     writer=write_config,
     prefix="vit.",
     ignored=(r"embeddings\.mask_token$",),
+    shapes=_shapes,
+    defaults={"vit": ENCODER},
+    presets={
+        "vit-base-patch16-224": _preset(768, 12, 12, 16),
+        "vit-large-patch16-224": _preset(1024, 24, 16, 16),
+        "vit-huge-patch14-224": _preset(1280, 32, 16, 14),
+    },
 )

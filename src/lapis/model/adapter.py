@@ -21,9 +21,8 @@ from lapis.checkpoint.adapter import CONFIG, LEAD, WEIGHTS, Adapter, open_adapte
 from lapis.checkpoint.files import header_bytes
 from lapis.checkpoint.store import dtype_name
 from lapis.errors import CheckpointError, ConfigError
-from lapis.families import Family, Rule
+from lapis.families import Family, Rule, family_of
 from lapis.families.config import Head
-from lapis.model.check import family_of
 from lapis.model.lora import (
     Adapted,
     LoraConfig,
@@ -156,7 +155,7 @@ def fold(model: Transformer) -> Transformer:
 
 def _tensors(model: Transformer) -> dict[str, Tensor]:
     """Every trained tensor by PEFT's name."""
-    from lapis.model.load import TRANSFORMS, disk_layout
+    from lapis.model.load import disk_layout
 
     config, family = model.config, family_of(model.config)
     found: dict[str, Tensor] = {}
@@ -175,7 +174,7 @@ def _tensors(model: Transformer) -> dict[str, Tensor]:
     adapted = of(model)
     whole = {name: model.get_parameter(name) for name in (adapted.originals if adapted else {})}
     for name, (sources, rule) in disk_layout(config, whole).items():
-        found[LEAD + name] = TRANSFORMS[rule.transform].disk(tuple(model.get_parameter(s).detach() for s in sources))
+        found[LEAD + name] = rule.transform.invert(tuple(model.get_parameter(s).detach() for s in sources))
     return found
 
 
@@ -227,7 +226,7 @@ def _config(model: Transformer, adapted: Adapted) -> dict[str, Any]:
         "use_rslora": config.rslora,
         "use_dora": config.dora,
         "bias": "none",
-        "fan_in_fan_out": any(rule.transform.endswith("transpose") for _, rule in places.values()),
+        "fan_in_fan_out": any(rule.transform.transposed for _, rule in places.values()),
         "init_lora_weights": True,
         "target_modules": _targets(set(places), everything),
         "rank_pattern": ranks,
@@ -312,22 +311,20 @@ def _rows(model: Transformer, family: Family, adapter: Adapter) -> dict[str, tup
 
 def _whole(model: Transformer, family: Family, adapter: Adapter) -> dict[str, Tensor]:
     """The tensors that were saved whole, by parameter."""
-    from lapis.model.load import TRANSFORMS
-
-    found = {}
+    tensors: dict[str, Tensor] = {}
     for disk, name in adapter.whole.items():
         matched = family.match(disk)
         if matched is None:
             raise CheckpointError(f"{adapter.root}: {disk} has no place in the base ({family.name})")
         rule, layer = matched
         targets = [target.replace("{layer}", str(layer)) for target in rule.names]
-        pieces = TRANSFORMS[rule.transform].here(adapter.weights.read(name), len(targets))
-        for target, piece in zip(targets, pieces, strict=True):
-            try:
-                expected = model.get_parameter(target).shape
-            except AttributeError:
-                raise ConfigError(f"{adapter.root}: {disk} has no place in the model's head") from None
-            if piece.shape != expected:
-                raise CheckpointError(f"{adapter.root}: {disk} is {list(piece.shape)}; the base has {list(expected)}")
-            found[target] = piece.clone()
-    return found
+        try:
+            shapes = [tuple(model.get_parameter(target).shape) for target in targets]
+        except AttributeError:
+            raise ConfigError(f"{adapter.root}: {disk} has no place in the model's head") from None
+        actual, expected = adapter.weights.info(name).shape, rule.transform.disk_shape(shapes)
+        if actual != expected:
+            raise CheckpointError(f"{adapter.root}: {disk} is {list(actual)}; the base has {list(expected)}")
+        pieces = rule.transform.apply(adapter.weights.read(name), shapes)
+        tensors |= {target: piece.clone() for target, piece in zip(targets, pieces, strict=True)}
+    return tensors

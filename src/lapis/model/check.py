@@ -5,17 +5,14 @@ No torch is imported and nothing is allocated, whatever sizes config.json claims
 """
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 
 from lapis.checkpoint import Checkpoint, open_checkpoint
 from lapis.errors import CheckpointError, ConfigError
-from lapis.families import FAMILIES, Family, Rule
+from lapis.families import Family, Rule, Shape, known_types
 from lapis.families.base import layers_of
 from lapis.families.config import Head, ModelConfig
-from lapis.model.size import parameter_shapes
 
-Shape = tuple[int, ...]
 Found = dict[str, tuple[str, Rule, int | None]]  # canonical name on disk -> as it is spelled, its rule, its layer
 
 FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
@@ -23,20 +20,6 @@ SMALL = {"F8_E4M3": "float8", "F8_E5M2": "float8", "I8": "int8", "U8": "uint8"} 
 SCALES = ("_scale", "_scale_inv")  # how the names of quantized weights' factors end
 COMPARED = 1 << 24  # bytes at a time
 TOLD = 6
-
-
-def _stacked(shapes: list[Shape]) -> Shape:
-    return (sum(shape[0] for shape in shapes), *shapes[0][1:])
-
-
-# the shape on disk, from the shapes of the parameters that a tensor becomes
-DISK_SHAPES: dict[str, Callable[[list[Shape]], Shape]] = {
-    "same": lambda shapes: shapes[0],
-    "transpose": lambda shapes: shapes[0][::-1],
-    "split": _stacked,
-    "split_transpose": lambda shapes: _stacked(shapes)[::-1],
-    "first": lambda shapes: (1, *shapes[0]),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,19 +41,13 @@ def read_config(source: Checkpoint | str | Path, notes: list[str] | None = None)
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source, adapters=True)
     if checkpoint.family is None:
         kind = str(checkpoint.config.get("model_type"))
-        raise CheckpointError(f"{checkpoint.source}: config.json: model_type is {kind:.40}; lapis builds {_known()}")
+        raise CheckpointError(
+            f"{checkpoint.source}: config.json: model_type is {kind:.40}; lapis builds {known_types()}"
+        )
     try:
-        return ModelConfig.of(checkpoint.family.read_config(checkpoint.config, notes))
-    except (CheckpointError, ConfigError) as error:
+        return checkpoint.family.read_config(checkpoint.config, notes)
+    except CheckpointError as error:
         raise CheckpointError(f"{checkpoint.source}: {error}") from None
-
-
-def family_of(config: ModelConfig) -> Family:
-    """The family that a model of this shape is saved as."""
-    for family in FAMILIES:
-        if config.family in family.model_types:
-            return family
-    raise ConfigError(f'model: family is "{config.family}"; known: {_known()}')
 
 
 def plan_load(checkpoint: Checkpoint, *, head: Head | None = None, classes: int = 0, to_run: bool = True) -> Plan:
@@ -93,7 +70,7 @@ def plan_load(checkpoint: Checkpoint, *, head: Head | None = None, classes: int 
     config = _with_head(checkpoint, config, found, head, classes)
     if to_run:
         config = _settle_tie(checkpoint, config, found, notes)
-    shapes = parameter_shapes(config)
+    shapes = family.parameter_shapes(config)
     steps: list[tuple[str, Rule, tuple[str, ...]]] = []
     used: set[str] = set()
     aside: list[str] = []
@@ -108,7 +85,7 @@ def plan_load(checkpoint: Checkpoint, *, head: Head | None = None, classes: int 
             elif not (config.tied and rule.component == "head"):
                 aside.append(name)
             continue
-        expected = DISK_SHAPES[rule.transform]([shapes[target] for target in template])
+        expected = rule.transform.disk_shape([shapes[target] for target in template])
         actual = checkpoint.index[name].shape
         if actual != expected:
             rows = rule.component in ("embed", "head") and len(actual) == 2 and actual[1:] == expected[1:]
@@ -215,10 +192,6 @@ def _dtype_of(checkpoint: Checkpoint, steps: list[tuple[str, Rule, tuple[str, ..
         info = checkpoint.index[name]
         sizes[info.dtype] = sizes.get(info.dtype, 0) + info.elements
     return (FLOATS | SMALL)[max(sizes, key=lambda kind: sizes[kind])]
-
-
-def _known() -> str:
-    return ", ".join(kind for family in FAMILIES for kind in family.model_types)
 
 
 def _spelled(shape: Shape) -> str:

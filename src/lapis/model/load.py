@@ -5,7 +5,6 @@ what can be wrong with a folder (check.py), and the commit (checkpoint/commit.py
 caller commits.
 """
 
-import dataclasses
 import json
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -19,32 +18,15 @@ from torch import Tensor, nn
 from lapis.checkpoint import Checkpoint, open_checkpoint
 from lapis.checkpoint.files import header_bytes
 from lapis.checkpoint.store import dtype_name, torch_dtype
-from lapis.families import Rule, part_of
+from lapis.families import Rule, family_of, part_of
 from lapis.families.config import Head, ModelConfig
 from lapis.model.adapter import attach, head_of
-from lapis.model.check import DISK_SHAPES, family_of, plan_load
+from lapis.model.check import plan_load
 from lapis.model.transformer import Transformer
 
 CHUNK = 1 << 20  # elements converted at a time
 AHEAD = 2  # tensors that are read while one is put in place
 SHARD_BYTES = 5_000_000_000
-
-
-@dataclasses.dataclass(frozen=True)
-class Transform:
-    """How a tensor on disk becomes n parameters here, and back."""
-
-    here: Callable[[Tensor, int], tuple[Tensor, ...]]
-    disk: Callable[[tuple[Tensor, ...]], Tensor]
-
-
-TRANSFORMS = {
-    "same": Transform(lambda t, n: (t,), lambda ts: ts[0]),
-    "transpose": Transform(lambda t, n: (t.t().contiguous(),), lambda ts: ts[0].t()),
-    "split": Transform(lambda t, n: t.chunk(n), torch.cat),
-    "split_transpose": Transform(lambda t, n: t.t().contiguous().chunk(n), lambda ts: torch.cat(ts).t()),
-    "first": Transform(lambda t, n: (t[0],), lambda ts: ts[0][None]),
-}
 
 
 def load(
@@ -77,7 +59,8 @@ def load(
         piece_N = torch.empty(CHUNK * 8, dtype=torch.uint8)
         reads = _ahead(pool, (partial(_read, checkpoint, name, dtype, piece_N) for name, _, _ in plan.steps))
         for (_, rule, targets), tensor in zip(plan.steps, reads, strict=True):
-            for target, piece in zip(targets, TRANSFORMS[rule.transform].here(tensor, len(targets)), strict=True):
+            shapes = [tuple(model.get_parameter(target).shape) for target in targets]
+            for target, piece in zip(targets, rule.transform.apply(tensor, shapes), strict=True):
                 module = _assign(model, target, piece.to(device))
                 if placed and not any(p.is_meta for p in model.get_submodule(module).parameters(recurse=False)):
                     placed(model, module)
@@ -198,12 +181,12 @@ def _write_shard(
 ) -> None:
     kind = dtype_name(dtype)
     shapes = {
-        name: (kind, DISK_SHAPES[rule.transform]([tuple(tensors[source].shape) for source in sources]))
+        name: (kind, rule.transform.disk_shape([tuple(tensors[source].shape) for source in sources]))
         for name, (sources, rule) in shard.items()
     }
     with path.open("wb") as file:
         file.write(header_bytes(shapes, {"format": "pt"}))
         for sources, rule in shard.values():
             pieces = tuple(tensors[source].detach().to("cpu", dtype) for source in sources)
-            tensor = TRANSFORMS[rule.transform].disk(pieces).contiguous()
+            tensor = rule.transform.invert(pieces).contiguous()
             file.write(tensor.view(-1).view(torch.uint8).numpy().data)

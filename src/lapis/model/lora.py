@@ -22,8 +22,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lapis.errors import ConfigError
-from lapis.families import part_of
-from lapis.families.base import Part
+from lapis.families import Part, family_of, part_of
 from lapis.families.patterns import chosen, read_patterns
 from lapis.model.heads import LanguageHead
 from lapis.model.nf4 import Nf4Linear
@@ -334,8 +333,6 @@ def put_rows(model: Transformer, rows: dict[str, tuple[list[int], Tensor | None]
 
 def _group(model: Transformer, part: Part) -> tuple[int | None, str]:
     """Modules that one adapter on disk covers share its A: q, k and v of a family whose folders hold them fused."""
-    from lapis.model.check import family_of
-
     rule, _ = family_of(model.config).rule_for(
         f"blocks.{part.layer}.{part.component}.weight" if part.layer is not None else f"{part.component}.weight"
     )

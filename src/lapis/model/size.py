@@ -11,67 +11,11 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from lapis.families import part_of
-from lapis.families.config import ModelConfig
+from lapis.families import ModelConfig, parameter_shapes, part_of
 
 SHOWN = {"float32": 4, "bfloat16": 2, "int8": 1}
 DTYPE_BYTES = SHOWN | {"float64": 8, "float16": 2, "float8": 1, "uint8": 1}
 BLOCK = "blocks.0."
-
-
-def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every parameter's name and shape, with the first block standing for all; what `Transformer` would make."""
-    dim, image = config.dim, config.image
-    shapes: dict[str, tuple[int, ...]] = {}
-
-    def linear(name: str, rows: int, columns: int, bias: bool) -> None:
-        shapes[f"{name}.weight"] = (rows, columns)
-        if bias:
-            shapes[f"{name}.bias"] = (rows,)
-
-    def norm(name: str, width: int = dim) -> None:
-        shapes[f"{name}.weight"] = (width,)
-        if config.norm == "layer":
-            shapes[f"{name}.bias"] = (width,)
-
-    if image is None:
-        shapes["embed.weight"] = (config.vocab, dim)
-    else:
-        shapes["embed.cls"] = (1, 1, dim)
-        shapes["embed.patch.weight"] = (dim, image.channels, image.patch, image.patch)
-        shapes["embed.patch.bias"] = (dim,)
-    if config.positions == "learned":
-        shapes["embed.position.weight"] = (config.context if image is None else image.patches + 1, dim)
-    if config.types:
-        shapes["embed.types.weight"] = (config.types, dim)
-    inner, inner_kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
-    qkv_bias, out_bias = config.bias in ("qkv", "attention", "all"), config.bias in ("attention", "all")
-    mlp_bias = config.bias in ("mlp", "all")
-    norm(BLOCK + "norm.attn")
-    norm(BLOCK + "norm.mlp")
-    linear(BLOCK + "attn.q", inner, dim, qkv_bias)
-    linear(BLOCK + "attn.k", inner_kv, dim, qkv_bias)
-    linear(BLOCK + "attn.v", inner_kv, dim, qkv_bias)
-    linear(BLOCK + "attn.o", dim, inner, out_bias)
-    if config.qk_norm:
-        norm(BLOCK + "attn.q_norm", config.head_dim)
-        norm(BLOCK + "attn.k_norm", config.head_dim)
-    if config.gated:
-        linear(BLOCK + "mlp.gate", config.ffn_dim, dim, mlp_bias)
-    linear(BLOCK + "mlp.up", config.ffn_dim, dim, mlp_bias)
-    linear(BLOCK + "mlp.down", dim, config.ffn_dim, mlp_bias)
-    norm("norm.final" if config.norm_place == "pre" else "norm.embed")
-    if config.head in ("lm", "masked") and not config.tied:
-        shapes["head.weight"] = (config.vocab, dim)
-    if config.head == "masked":
-        shapes["head.bias"] = (config.vocab,)
-        linear("head.transform", dim, dim, True)
-        norm("head.norm")
-    if config.pooler and config.head in ("none", "classes", "scalar"):
-        linear("head.pooler", dim, dim, True)
-    if config.head in ("classes", "scalar"):
-        linear("head.classes", config.classes, dim, not config.causal)
-    return shapes
 
 
 @dataclass(frozen=True)

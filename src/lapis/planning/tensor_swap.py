@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from lapis.checkpoint import Checkpoint
+from lapis.families.shapes import SAME
 from lapis.model.check import plan_load
-from lapis.model.load import TRANSFORMS, load
+from lapis.model.load import load
 from lapis.model.transformer import Transformer
 from lapis.weights.part_kinds import is_vocabulary
 from lapis.weights.tensor_pairs import counterparts
@@ -58,14 +59,14 @@ class Bench:
                 continue
             rule, targets = self._targets[name]
             elements = self.home.info(name).elements
-            if rule.transform == "same" and elements > CHUNK:
+            if rule.transform is SAME and elements > CHUNK:
                 flat = self._parameters[targets[0]].view(-1)
                 for first in range(0, elements, CHUNK):
                     last = min(first + CHUNK, elements)
                     flat[first:last] = self._mixed(name, side, scale, first, last)
             else:
                 whole = self._mixed(name, side, scale, 0, elements).view(self.home.info(name).shape)
-                for target, value in zip(targets, TRANSFORMS[rule.transform].here(whole, len(targets)), strict=True):
+                for target, value in zip(targets, rule.transform.apply(whole, self._shapes(targets)), strict=True):
                     self._parameters[target].copy_(value)
             if name in self.vocabulary:
                 self._put_template(name)
@@ -77,7 +78,10 @@ class Bench:
         found = self._delta(name, 0, self.home.info(name).elements).view(self.home.info(name).shape)
         if name in self.vocabulary:
             found[list(self.template)] = 0
-        return TRANSFORMS[rule.transform].here(found, len(targets))
+        return rule.transform.apply(found, self._shapes(targets))
+
+    def _shapes(self, targets: tuple[str, ...]) -> list[tuple[int, ...]]:
+        return [tuple(self._parameters[target].shape) for target in targets]
 
     def _mixed(self, name: str, side: Side, scale: float, first: int, last: int) -> Tensor:
         if side == "chat" and scale == 1.0 and self.home is self.base:

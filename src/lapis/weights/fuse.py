@@ -194,7 +194,7 @@ class _Plan:
             return True
         matched = self.onto.family.match(canonical) if self.onto.family else None
         if matched:
-            return matched[0].transform.endswith("transpose")
+            return matched[0].transform.transposed
         return bool(self.adapter.config.get("fan_in_fan_out"))
 
     def _canonical(self, name: str) -> str:

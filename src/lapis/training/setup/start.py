@@ -12,6 +12,7 @@ import torch
 
 from lapis.config import build
 from lapis.errors import ConfigError
+from lapis.families import find
 from lapis.families.config import Head, ModelConfig
 from lapis.model.load import load
 from lapis.model.transformer import Transformer
@@ -19,22 +20,11 @@ from lapis.text.tokenizer.tokenizer import Tokenizer
 from lapis.training.objectives.objective import Objective
 
 HEADS: dict[str, Head] = {"language": "lm", "masked": "masked", "classes": "classes", "scalar": "scalar"}
-_ENCODER = {"norm": "layer", "positions": "learned", "causal": False, "bias": "all", "mlp": "gelu", "norm_eps": 1e-12}
 # what a new language model is where its shape gives only sizes: Qwen3's block (RMSNorm, rotary positions, a norm on
 # queries and keys (Henry et al. 2020), SwiGLU), which every public tool loads
 _SIZES = {"dim", "layers", "heads", "kv_heads", "head_dim", "ffn_dim", "vocab", "context", "tied"}
 # and how it is trained where the settings do not say: benchmarks/results/train.md has what each part gives
 FRESH: dict[str, Any] = {"optimizer": "muon", "lr": 0.005, "weight_decay": 0.1, "schedule": "linear"}
-
-# what a family's folder can say, so that a shape need give only the sizes
-_FAMILY_SHAPES: dict[str, dict[str, Any]] = {
-    "bert": {**_ENCODER, "norm_place": "post", "types": 2, "tied": True},
-    "vit": _ENCODER,
-    "gpt2": {"norm": "layer", "positions": "learned", "bias": "all", "mlp": "gelu_tanh", "tied": True,
-             "norm_eps": 1e-5},
-    "qwen2": {"bias": "qkv"},
-    "qwen3": {"qk_norm": True},
-}  # fmt: skip
 
 
 def start_model(
@@ -86,7 +76,7 @@ def _shape(
     """ModelConfig from what `new` says, the family's kind of block, the tokenizer's size and the head."""
     plain = "qwen3" if head == "lm" and set(new) <= _SIZES else "llama"
     family = str(new.get("family", "vit" if "image" in new else plain))
-    known: dict[str, Any] = {"family": family, **_FAMILY_SHAPES.get(family, {}), "head": head}
+    known: dict[str, Any] = {"family": family, **_family_defaults(family), "head": head}
     if tokenizer is not None:
         known["vocab"] = tokenizer.rows
         ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
@@ -102,3 +92,8 @@ def _shape(
     elif context is not None:
         known["context"] = context
     return build(ModelConfig, {**known, **new}, "train: new")
+
+
+def _family_defaults(model_type: str) -> dict[str, Any]:
+    family = find({"model_type": model_type})
+    return dict(family.defaults.get(model_type, {})) if family else {}

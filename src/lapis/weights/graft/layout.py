@@ -317,7 +317,7 @@ def _open(models: Mapping[str, Model]) -> dict[str, Checkpoint]:
 def _shape(model: Checkpoint) -> dict[str, Any]:
     """What config.json says of the model's shape; empty where its family is not known or does not say."""
     try:
-        return model.family.read_config(model.config) if model.family else {}
+        return vars(model.family.read_config(model.config)) if model.family else {}
     except CheckpointError:
         return {}
 

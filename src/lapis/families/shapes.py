@@ -1,0 +1,104 @@
+"""Shapes: of the parameters that families share, and of tensors on disk. No torch is imported to know them.
+
+A model is never built to count it or to check a folder; a test compares these shapes with those of the model itself,
+made on torch's meta device.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lapis.families.config import ModelConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Transform:
+    """How a tensor on disk becomes one or several parameters, and back.
+
+    Attributes:
+        disk_shape: Shapes of the parameters -> shape on disk.
+        apply: The tensor on disk, shapes of the parameters -> the parameters.
+        invert: The parameters -> the tensor on disk.
+        transposed: A matrix lies on disk with its inputs first.
+    """
+
+    disk_shape: Callable[[Sequence[Shape]], Shape]
+    apply: "Callable[[Tensor, Sequence[Shape]], tuple[Tensor, ...]]"
+    invert: "Callable[[Sequence[Tensor]], Tensor]"
+    transposed: bool = False
+
+
+def _stack_shape(shapes: Sequence[Shape]) -> Shape:
+    return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+
+
+def _split(tensor: "Tensor", shapes: Sequence[Shape]) -> "tuple[Tensor, ...]":
+    import torch
+
+    return torch.split(tensor, [shape[0] for shape in shapes])
+
+
+def _stack(tensors: "Sequence[Tensor]") -> "Tensor":
+    import torch
+
+    return torch.cat(tuple(tensors))
+
+
+SAME = Transform(lambda shapes: shapes[0], lambda t, shapes: (t,), lambda ts: ts[0])
+TRANSPOSE = Transform(
+    lambda shapes: shapes[0][::-1], lambda t, shapes: (t.t().contiguous(),), lambda ts: ts[0].t(), transposed=True
+)
+STACK = Transform(_stack_shape, _split, _stack)
+STACK_TRANSPOSE = Transform(
+    lambda shapes: _stack_shape(shapes)[::-1],
+    lambda t, shapes: _split(t.t().contiguous(), shapes),
+    lambda ts: _stack(ts).t(),
+    transposed=True,
+)
+BATCH_OF_ONE = Transform(lambda shapes: (1, *shapes[0]), lambda t, shapes: (t[0],), lambda ts: ts[0][None])
+
+
+def common_shapes(config: ModelConfig) -> dict[str, Shape]:
+    """Component -> shape of its weight. A component that is not listed is a norm over the width, (dim,)."""
+    dim, ffn_dim, head_dim = config.dim, config.ffn_dim, config.head_dim
+    inner, inner_kv = config.heads * head_dim, config.kv_heads * head_dim
+    return {
+        "embed": (config.vocab, dim), "embed.position": (config.context, dim),
+        "attn.q": (inner, dim), "attn.k": (inner_kv, dim), "attn.v": (inner_kv, dim), "attn.o": (dim, inner),
+        "attn.q_norm": (head_dim,), "attn.k_norm": (head_dim,),
+        "mlp.gate": (ffn_dim, dim), "mlp.up": (ffn_dim, dim), "mlp.down": (dim, ffn_dim),
+        "head": (config.vocab, dim), "head.pooler": (dim, dim), "head.classes": (config.classes, dim),
+    }  # fmt: skip
+
+
+def has_parameter(config: ModelConfig, component: str, kind: str) -> bool:
+    """Whether a model of this shape has a parameter that its family's table lists."""
+    group, _, name = component.partition(".")
+    if component in ("attn.q_norm", "attn.k_norm") and not config.qk_norm:
+        return False
+    if group == "norm" or name.endswith("norm"):
+        return (kind == "weight" or config.norm == "layer") and (component != "head.norm" or config.head == "masked")
+    if group == "attn":
+        return kind == "weight" or config.bias in ("attention", "all") or (config.bias == "qkv" and name != "o")
+    if group == "mlp":
+        return (name != "gate" or config.gated) and (kind == "weight" or config.bias in ("mlp", "all"))
+    if group == "head":
+        return _has_head(config, name, kind)
+    return (name != "position" or config.positions == "learned") and (name != "types" or config.types > 0)
+
+
+def _has_head(config: ModelConfig, name: str, kind: str) -> bool:
+    classifier = config.head in ("classes", "scalar")
+    if name == "":
+        own = config.head in ("lm", "masked") and not config.tied
+        return own if kind == "weight" else config.head == "masked"
+    if name == "pooler":
+        return config.pooler and (classifier or config.head == "none")
+    if name == "classes":
+        return classifier and (kind == "weight" or not config.causal)
+    return config.head == "masked"
