@@ -39,7 +39,7 @@ def result() -> dict[str, object]:
     }
 
 
-def test_every_key_of_a_score_is_in_the_table_and_the_other_way_round(result: dict[str, dict[str, object]]) -> None:
+def test_the_table_has_the_keys_of_the_scores(result: dict[str, dict[str, object]]) -> None:
     for key, kind in KINDS.items():
         if key != "tasks":
             plain = {name for name, value in result[key].items() if not isinstance(value, (list, dict))}
