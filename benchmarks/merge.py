@@ -23,7 +23,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "src"))
 
-from lapis.checkpoint.files import header_bytes  # noqa: E402
+from lapis.checkpoint.tensor_file import header_bytes  # noqa: E402
 
 SHAPES = {  # dim, layers, heads, kv heads, ffn, vocab, tied, tensors files
     "tiny": (256, 4, 4, 2, 704, 8192, True, 1),

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from lapis.checkpoint.files import header_bytes, read_header
+from lapis.checkpoint.tensor_file import header_bytes, read_header
 from lapis.errors import CheckpointError
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import lapis
-from lapis.checkpoint.files import header_bytes
+from lapis.checkpoint.tensor_file import header_bytes
 
 
 def models(place: Path) -> tuple[Path, Path]:

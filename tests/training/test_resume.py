@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from lapis.checkpoint.tensor_file import read_tensors, write_tensors
 from lapis.config import load_yaml, override
 from lapis.errors import OutputError, TrainingError
 from lapis.model.transformer import Transformer
@@ -24,7 +25,7 @@ from lapis.text.tokenizer.tokenizer import Tokenizer
 from lapis.training.config import TrainConfig
 from lapis.training.loop.loop import train
 from lapis.training.loop.progress import Silent
-from lapis.training.loop.state import Journal, read_tensors, write_tensors
+from lapis.training.loop.state import Journal
 from lapis.training.objectives.supervised.next_token import Causal
 from lapis.training.run import read_settings, run
 

@@ -13,8 +13,9 @@ from math import sqrt
 from pathlib import Path
 from typing import Any
 
-from lapis.checkpoint.files import contained, read_header, read_json
+from lapis.checkpoint.files import contained, read_json
 from lapis.checkpoint.store import Checkpoint, open_checkpoint
+from lapis.checkpoint.tensor_file import read_header
 from lapis.errors import CheckpointError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lapis.checkpoint.commit import commit_file
-from lapis.checkpoint.files import Header, contained, parse_header
+from lapis.checkpoint.files import contained
 from lapis.checkpoint.ranges import Refused, RemoteFile, patiently, refusal
+from lapis.checkpoint.tensor_file import Header, parse_header
 from lapis.errors import CheckpointError
 
 _ID = re.compile(r"(?P<repo>[A-Za-z0-9_][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95})(?:@(?P<revision>[\w./-]{1,255}))?")

@@ -8,11 +8,11 @@ import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lapis.checkpoint.files import SHARD_NAME, Header, TensorInfo, contained, read_header, read_json
+from lapis.checkpoint.files import contained, read_json
+from lapis.checkpoint.tensor_file import SHARD_NAME, Header, TensorInfo, read_header, torch_dtype
 from lapis.errors import CheckpointError
 from lapis.families import find
 from lapis.families.base import Family, Part, fallback_part
@@ -279,27 +279,3 @@ def _refuse_ambiguous(root: Path, shards: list[str], header_of: Callable[[str], 
 
 def _stamp(status: os.stat_result) -> tuple[int, int, int]:
     return status.st_ino, status.st_size, status.st_mtime_ns
-
-
-@cache
-def torch_dtype(name: str) -> "torch.dtype | None":
-    """The torch dtype for a safetensors dtype name; None where torch has none that can be computed with."""
-    import torch
-
-    return {
-        "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
-        "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
-        "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "U16": torch.uint16, "U32": torch.uint32,
-        "U64": torch.uint64, "F8_E8M0": torch.float8_e8m0fnu, "C64": torch.complex64,
-    }.get(name)  # fmt: skip
-
-
-@cache
-def dtype_name(dtype: "torch.dtype") -> str:
-    """The safetensors name of a torch dtype."""
-    from lapis.checkpoint.files import BITS
-
-    for name in BITS:
-        if torch_dtype(name) is dtype:
-            return name
-    raise CheckpointError(f"{dtype} has no place in a safetensors file")

@@ -7,7 +7,6 @@ model is in memory at a time. Leaves out: judging text (chats.py, choices.py).
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from lapis.checkpoint import Checkpoint, open_checkpoint
 from lapis.errors import LapisError
 from lapis.families import Family
 from lapis.model.load import load
+from lapis.model.size import free_memory
 from lapis.text.chat.chat import encode_prompt
 from lapis.text.tokenizer.tokenizer import Tokenizer
 
@@ -77,16 +77,7 @@ def _cannot(checkpoint: Checkpoint) -> str:
         return f"model_type {checkpoint.config.get('model_type')} is not an architecture that lapis runs"
     if checkpoint.file("tokenizer.json") is None:
         return "there is no tokenizer.json"
-    needs, free = int(1.3 * checkpoint.nbytes), _free_memory()
+    needs, free = int(1.3 * checkpoint.nbytes), free_memory()
     if free is not None and needs > free:
         return f"running it needs {needs / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free"
     return ""
-
-
-def _free_memory() -> int | None:
-    """Bytes that can be had without swapping; None where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return None

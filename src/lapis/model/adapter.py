@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from lapis.checkpoint import Checkpoint
 from lapis.checkpoint.adapter import CONFIG, LEAD, WEIGHTS, Adapter, open_adapter
-from lapis.checkpoint.files import header_bytes
-from lapis.checkpoint.store import dtype_name
+from lapis.checkpoint.tensor_file import write_tensors
 from lapis.errors import CheckpointError, ConfigError
 from lapis.families import Family, Rule, family_of
 from lapis.families.config import Head
@@ -50,12 +49,7 @@ def write_adapter(model: Transformer, folder: Path | str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tensors, config = _tensors(model), _config(model, adapted)
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    shapes = {name: (dtype_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in sorted(tensors.items())}
-    with (folder / WEIGHTS).open("wb") as file:
-        file.write(header_bytes(shapes, {"format": "pt", **_labels(model)}))
-        for name in shapes:
-            tensor = tensors[name].detach().cpu().contiguous()
-            file.write(tensor.view(-1).view(torch.uint8).numpy().data)
+    write_tensors(folder / WEIGHTS, tensors, {"format": "pt", **_labels(model)})
 
 
 def attach(model: Transformer, adapter: Adapter) -> Transformer:

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lapis.checkpoint import Checkpoint, open_checkpoint
-from lapis.checkpoint.files import header_bytes
-from lapis.checkpoint.store import dtype_name, torch_dtype
+from lapis.checkpoint.tensor_file import stream_tensors, torch_dtype
 from lapis.families import Rule, family_of, part_of
 from lapis.families.config import Head, ModelConfig
 from lapis.model.adapter import attach, head_of
@@ -179,14 +178,12 @@ def _draw(model: Transformer, names: tuple[str, ...], dtype: torch.dtype, device
 def _write_shard(
     path: Path, shard: Mapping[str, tuple[tuple[str, ...], Rule]], tensors: Mapping[str, Tensor], dtype: torch.dtype
 ) -> None:
-    kind = dtype_name(dtype)
     shapes = {
-        name: (kind, rule.transform.disk_shape([tuple(tensors[source].shape) for source in sources]))
+        name: (dtype, rule.transform.disk_shape([tuple(tensors[source].shape) for source in sources]))
         for name, (sources, rule) in shard.items()
     }
-    with path.open("wb") as file:
-        file.write(header_bytes(shapes, {"format": "pt"}))
-        for sources, rule in shard.values():
-            pieces = tuple(tensors[source].detach().to("cpu", dtype) for source in sources)
-            tensor = rule.transform.invert(pieces).contiguous()
-            file.write(tensor.view(-1).view(torch.uint8).numpy().data)
+    values = (
+        rule.transform.invert(tuple(tensors[source].detach().to("cpu", dtype) for source in sources))
+        for sources, rule in shard.values()
+    )
+    stream_tensors(path, shapes, values, {"format": "pt"})

@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 from typing import Any
 
 from lapis.families import ModelConfig, parameter_shapes, part_of
@@ -203,3 +204,20 @@ def measure_headers(index: Mapping[str, Any], part: Any) -> dict[str, Any]:
             {"layer": i, "parameters": sum(layers[i].values()), "components": layers[i]} for i in sorted(layers)
         ],
     }
+
+
+def free_memory() -> int | None:
+    """Bytes of memory that this process may still take: of the machine, or of its container where that has less.
+
+    Linux only; None where the system does not say.
+    """
+    free = []
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        lines = dict(line.split(":", 1) for line in meminfo.read_text(encoding="ascii").splitlines() if ":" in line)
+        if "MemAvailable" in lines:
+            free.append(int(lines["MemAvailable"].split()[0]) * 1024)
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists() and limit.read_text().strip().isdigit():
+        free.append(int(limit.read_text()) - int(used.read_text()))
+    return max(0, min(free)) if free else None

@@ -21,7 +21,8 @@ import torch
 from lapis.checkpoint import Checkpoint
 from lapis.checkpoint.adapter import CONFIG, WEIGHTS, Adapter, base_of, open_adapter
 from lapis.checkpoint.commit import check_output
-from lapis.checkpoint.store import INDEX, torch_dtype
+from lapis.checkpoint.store import INDEX
+from lapis.checkpoint.tensor_file import torch_dtype
 from lapis.errors import CheckpointError
 from lapis.weights.engine.account import Entry, MergeResult, count, write_account
 from lapis.weights.engine.outputs import Account, Kernel, Output

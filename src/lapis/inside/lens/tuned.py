@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lapis.checkpoint.commit import commit
-from lapis.checkpoint.files import contained, read_header, read_json
+from lapis.checkpoint.files import contained, read_json
+from lapis.checkpoint.tensor_file import read_header, read_tensors, write_tensors
 from lapis.errors import CheckpointError, DataError, LapisError
 from lapis.inside.anatomy import Anatomy, anatomy
 from lapis.inside.lens.readout import read
@@ -59,7 +59,7 @@ class TunedLens:
     def save(self, out: Path | str, *, overwrite: bool = False) -> None:
         """A folder of safetensors and JSON, committed whole."""
         with commit(out, overwrite=overwrite) as staging:
-            save_file({"maps": self.maps_LDD, "shifts": self.shifts_LD}, staging.path / WEIGHTS)
+            write_tensors(staging.path / WEIGHTS, {"maps": self.maps_LDD, "shifts": self.shifts_LD})
             (staging.path / INFO).write_text(json.dumps(self.info, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
@@ -78,7 +78,7 @@ class TunedLens:
             ) from None
         if shapes != {"maps": (L, D, D), "shifts": (L, D)}:
             raise CheckpointError(f"{path}: holds {shapes}, not {L} maps of {D}x{D}; make the lens again")
-        tensors = load_file(path)
+        tensors = read_tensors(path)
         return cls(tensors["maps"], tensors["shifts"], info, str(folder))
 
 

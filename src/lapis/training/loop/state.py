@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from lapis.checkpoint.commit import JOURNAL, MANIFEST, Staging, commit, commit_file, verify
-from lapis.checkpoint.files import header_bytes, read_json
+from lapis.checkpoint.files import read_json
+from lapis.checkpoint.tensor_file import read_tensors, write_tensors
 from lapis.errors import LapisError, OutputError, TrainingError
 from lapis.model.transformer import Transformer
 from lapis.training.loop.curve import read_curve, write_curve
@@ -30,8 +31,6 @@ from lapis.training.setup import lora
 
 _STATE, _OPTIMIZER, _RNG, _LOG = "state.json", "optimizer.safetensors", "rng.safetensors", "log.jsonl"
 _BEST, _AVERAGE, _OBJECTIVE = "best.safetensors", "average.safetensors", "objective.safetensors"
-_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64",
-          torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8"}  # fmt: skip
 
 
 class Saves(Protocol):
@@ -242,23 +241,6 @@ def weights_digest(model: Transformer) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """A safetensors file, written tensor by tensor, so that nothing is held twice. A full disk is an OSError."""
-    ordered = {name: tensors[name].detach() for name in sorted(tensors)}
-    with path.open("wb") as file:
-        file.write(header_bytes({name: (_NAMES[t.dtype], tuple(t.shape)) for name, t in ordered.items()}, {}))
-        for tensor in ordered.values():
-            file.write(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The reverse of `write_tensors`."""
-    from safetensors.torch import load_file
-
-    tensors: dict[str, Tensor] = load_file(path)
-    return {name: tensor.clone() for name, tensor in tensors.items()}  # own memory: the file may be deleted
 
 
 def _rng(device: torch.device) -> dict[str, Tensor]:

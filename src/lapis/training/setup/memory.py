@@ -5,14 +5,13 @@ lives for a moment within one operation.
 """
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lapis.errors import LapisError, TrainingError
-from lapis.model.size import activation_bytes
+from lapis.model.size import activation_bytes, free_memory
 from lapis.training.config import TrainConfig
 from lapis.training.loop.state import TrainState
 from lapis.training.objectives.objective import Objective
@@ -62,15 +61,8 @@ def available(device: torch.device) -> int:
     """Bytes that this process may still take: of the GPU, or of the machine or its container."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    found = [1 << 62]
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
-        found.append(int(lines.get("MemAvailable", f"{1 << 42} kB").split()[0]) * 1024)
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and used.exists() and limit.read_text().strip().isdigit():
-        found.append(int(limit.read_text()) - int(used.read_text()))
-    return max(0, min(found))
+    free = free_memory()
+    return 1 << 62 if free is None else free
 
 
 def _saved(state: TrainState, objective: Objective, precision: str) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from lapis.checkpoint import Checkpoint
-from lapis.checkpoint.store import torch_dtype
+from lapis.checkpoint.tensor_file import torch_dtype
 
 FP8 = ("F8_E4M3", "F8_E5M2")
 COMPUTABLE = (torch.bfloat16, torch.float16, torch.float32, torch.float64)

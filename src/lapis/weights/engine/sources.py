@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from lapis.checkpoint import Checkpoint
-from lapis.checkpoint.store import torch_dtype
+from lapis.checkpoint.tensor_file import torch_dtype
 from lapis.errors import CheckpointError
 from lapis.weights.engine.fp8 import COMPUTABLE, FP8, Scales, read_scales, scale_name
 

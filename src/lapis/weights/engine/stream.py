@@ -21,8 +21,7 @@ from typing import Any
 
 import torch
 
-from lapis.checkpoint.files import header_bytes
-from lapis.checkpoint.store import dtype_name
+from lapis.checkpoint.tensor_file import dtype_name, header_bytes
 from lapis.errors import CheckpointError
 from lapis.weights.engine.journal import Journal, Progress
 from lapis.weights.engine.outputs import Account, Figures, Kernel, Output

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 
 from lapis.checkpoint import Checkpoint, open_checkpoint
-from lapis.checkpoint.files import header_bytes
-from lapis.checkpoint.store import torch_dtype
+from lapis.checkpoint.tensor_file import header_bytes, torch_dtype
 from lapis.errors import CheckpointError, ConfigError
 from lapis.families.base import Part
 from lapis.weights.checks import check_configs, check_tensors, check_vocabularies, embedding_rows, told

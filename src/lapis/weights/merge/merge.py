@@ -16,8 +16,8 @@ from typing import Any
 
 from lapis.checkpoint import Checkpoint, open_checkpoint
 from lapis.checkpoint.commit import check_output
-from lapis.checkpoint.files import header_bytes
 from lapis.checkpoint.store import INDEX
+from lapis.checkpoint.tensor_file import header_bytes
 from lapis.errors import CheckpointError, ConfigError
 from lapis.weights.checks import check_configs, check_vocabularies, told
 from lapis.weights.engine.account import Entry, MergeResult, count, write_account

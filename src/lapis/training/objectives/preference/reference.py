@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lapis.checkpoint.commit import commit_file
 from lapis.checkpoint.files import read_json
+from lapis.checkpoint.tensor_file import read_tensors, write_tensors
 from lapis.errors import ConfigError, LapisError
 from lapis.evaluation.replies import reply_log_probabilities
 from lapis.model import lora
@@ -28,7 +29,7 @@ from lapis.model.load import load
 from lapis.model.transformer import Transformer
 from lapis.text.rows.pair_rows import Reply
 from lapis.text.tokenizer.tokenizer import Tokenizer
-from lapis.training.loop.state import read_tensors, weights_digest, write_tensors
+from lapis.training.loop.state import weights_digest
 
 _FILE, _FACTS = "reference.safetensors", "reference.json"
 _SHAPE = ("dim", "layers", "heads", "kv_heads", "ffn_dim", "vocab")
