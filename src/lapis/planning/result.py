@@ -3,21 +3,17 @@
 Leaves out: the page (report/figures/plan.py draws it from plain rows).
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from lapis.checkpoint.commit import commit_file
 from lapis.errors import MissingExtra
+from lapis.families.plan_file import PlanFile
 
 if TYPE_CHECKING:
     import pandas
     import plotly.graph_objects as go
-
-FORMAT = "lapis-plan/1"
 
 
 @dataclass
@@ -58,21 +54,18 @@ class PlanResult:
 
     def to_yaml(self) -> str:
         """plan.yaml, as `lapis train` (plan: FILE) and `lapis graft --scale FILE` read it."""
-        settings = {
-            "format": FORMAT,
-            "goal": self.goal,
-            "budget": self.budget,
-            "made_from": {"base": self.base, "chat": self.chat, "signal": self.signal, "seed": self.seed},
-            "model": self.model,
-            "tune": self.tune,
-            "tokens": self.template,
-            "control": self.control,
-            "embeddings": self.embeddings,
-            "default": 0.0,
-            "scales": self.scales,
-            "scores": [_rounded(row) for row in self.scores],
-        }
-        return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, default_flow_style=None, width=120)
+        return PlanFile(
+            goal=self.goal,
+            budget=self.budget,
+            made_from={"base": self.base, "chat": self.chat, "signal": self.signal, "seed": self.seed},
+            model=self.model,
+            tune=tuple(self.tune),
+            tokens=tuple(self.template),
+            control=tuple(self.control),
+            embeddings=self.embeddings,
+            scales=tuple(self.scales),
+            scores=tuple(self.scores),
+        ).to_yaml()
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Writes plan.yaml. Raises OutputError where the file exists."""
@@ -130,10 +123,6 @@ class PlanResult:
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
-
-
-def _rounded(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: float(f"{value:.5g}") if isinstance(value, float) else value for key, value in row.items()}
 
 
 def _told(entries: list[dict[str, Any]]) -> str:

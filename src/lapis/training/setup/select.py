@@ -16,18 +16,13 @@ from typing import Any
 
 import torch
 
-from lapis.config import load_yaml
 from lapis.errors import ConfigError
 from lapis.families import part_of
-from lapis.families.config import ModelConfig
 from lapis.families.patterns import chosen, read_patterns
+from lapis.families.plan_file import PlanFile
 from lapis.model.transformer import Transformer
 from lapis.text.tokenizer.tokenizer import Tokenizer
 from lapis.training.setup import lora
-
-FORMAT = "lapis-plan/1"
-# not the vocabulary: what is said of layers holds when tokens were added
-_SHAPE = ("family", "dim", "layers", "heads", "kv_heads", "head_dim", "ffn_dim")
 
 
 def settle(
@@ -52,7 +47,9 @@ def settle(
     if plan is not None and (tune or tokens):
         raise ConfigError("train: give plan, or tune and tokens; both say what is trained")
     if plan is not None:
-        tune, tokens = read_plan(plan, model.config)
+        planned = PlanFile.read(plan)
+        planned.check_shape(model.config)
+        tune, tokens = planned.patterns, planned.tokens
     if lora_config is None:
         if not (tune or freeze or tokens):
             return
@@ -107,41 +104,3 @@ def choose(model: Transformer, tune: Iterable[str] = (), freeze: Iterable[str] =
     if tokens:
         lora.put_rows(model, dict.fromkeys(frozen, (list(tokens), None)))
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
-def read_plan(place: str | Path, config: ModelConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """What a plan chose to tune, as patterns, and the tokens whose rows go with it.
-
-    Raises ConfigError for a plan that was made for another model.
-    """
-    plan = load_yaml(place)
-    if plan.get("format") != FORMAT:
-        raise ConfigError(f"{place}: is no plan ({FORMAT}); make one with: lapis plan")
-    _check_shape(place, plan.get("model"), config)
-    lines = plan.get("tune")
-    if not isinstance(lines, list) or not lines:
-        raise ConfigError(f"{place}: tune must list what to tune, as {{layer, component}}")
-    patterns = []
-    for i, line in enumerate(lines):
-        layer, component = (line.get(name) if isinstance(line, dict) else None for name in ("layer", "component"))
-        numbered = layer is None or (isinstance(layer, int) and not isinstance(layer, bool))
-        if not numbered or not isinstance(component, str | None) or (layer is None and component is None):
-            raise ConfigError(f"{place}: tune[{i}]: expected {{layer: NUMBER, component: NAME}}")
-        patterns.append(".".join(str(piece) for piece in ("layers" if layer is not None else None, layer, component)
-                                 if piece is not None))  # fmt: skip
-    tokens = plan.get("tokens") or []
-    if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
-        raise ConfigError(f"{place}: tokens must be a list of tokens, as text")
-    return tuple(patterns), tuple(tokens)
-
-
-def _check_shape(place: str | Path, shape: Any, config: ModelConfig) -> None:
-    if not isinstance(shape, dict):
-        raise ConfigError(f"{place}: model is missing: the shape of the model that the plan was made for")
-    differ = [
-        f"{name} {shape[name]} there, {getattr(config, name)} here"
-        for name in _SHAPE
-        if name in shape and shape[name] != getattr(config, name)
-    ]
-    if differ:
-        raise ConfigError(f"{place}: was made for another model ({'; '.join(differ)}); plan for this one")
