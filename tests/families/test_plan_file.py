@@ -31,7 +31,7 @@ def test_a_plan_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert replace(again, source=PLAN.source) == PLAN and again.to_yaml() == PLAN.to_yaml()
     assert again.patterns == ("layers.1.mlp", "layers.0.attn")
     again.check_shape(CONFIG)
-    with pytest.raises(ConfigError, match="was made for another model .layers 2 there, 3 here"):
+    with pytest.raises(ConfigError, match="made for another model"):
         again.check_shape(replace(CONFIG, layers=3))
     again.check_shape(replace(CONFIG, vocab=60))  # tokens may have been added
 
