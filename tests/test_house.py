@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "checkpoint": {"families"},
     "text": {"checkpoint"},
     "model": {"checkpoint", "families", "text"},
-    "weights": {"checkpoint", "families", "report"},
+    "weights": {"checkpoint", "families", "report", "text"},
     "generation": {"checkpoint", "model", "text"},
     "evaluation": {"checkpoint", "families", "generation", "model", "text"},
     "training": {"model", "text", "checkpoint", "families", "generation", "evaluation"},

@@ -77,10 +77,9 @@ def test_training_gives_the_same_tokenizer_each_time_and_from_files(trained: Tok
 
 @settings(max_examples=60, deadline=None)
 @given(st.text(max_size=200))
-def test_every_text_comes_back_and_bytes_are_counted(trained: Tokenizer, text: str) -> None:
+def test_every_text_comes_back(trained: Tokenizer, text: str) -> None:
     ids = trained.encode(text)
     assert trained.decode(ids) == text
-    assert sum(trained.byte_lengths[i] for i in ids) == len(text.encode())
     assert not set(ids) & set(trained.special.values())
 
 

@@ -10,7 +10,8 @@ import tokenizers
 
 from lapis.errors import DataError, LapisError
 from lapis.text.chat.chat import encode_prompt
-from lapis.text.tokenizer.tokenizer import NAMED, Tokenizer
+from lapis.text.tokenizer.folder import NAMED_TOKENS
+from lapis.text.tokenizer.tokenizer import Tokenizer
 
 Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
 
@@ -25,7 +26,7 @@ def as_tokenizer(tokenizer: Any) -> Tokenizer:
             f"lens: {type(tokenizer).__name__} is no tokenizer with a fast backend; give lapis' or a fast one"
         )
     special = getattr(tokenizer, "special_tokens_map", {})
-    named = {name: str(special[name]) for name in NAMED if isinstance(special.get(name), str)}
+    named = {name: str(special[name]) for name in NAMED_TOKENS if isinstance(special.get(name), str)}
     template = getattr(tokenizer, "chat_template", None)
     templates = {"default": template} if isinstance(template, str) else {}
     return Tokenizer(tokenizers.Tokenizer.from_str(backend.to_str()), named, templates)

@@ -11,16 +11,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lapis.errors import DataError
-from lapis.text.chat.special_token_guard import Guarded, Message, checked, template_for
+from lapis.text.chat.special_token_guard import ChatTokenizer, Guarded, Message, checked, template_for
 from lapis.text.chat.template import render_jobs
 from lapis.text.chat.turns import mask_of, spans_by_prefixes
-from lapis.text.tokenizer.tokenizer import Tokenizer
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # names for one thing; templates read the first
 
 
 def render(
-    tokenizer: Tokenizer,
+    tokenizer: ChatTokenizer,
     messages: Sequence[Message],
     *,
     tools: Sequence[Mapping[str, Any]] | None = None,
@@ -38,7 +37,7 @@ def render(
 
 
 def encode_prompt(
-    tokenizer: Tokenizer,
+    tokenizer: ChatTokenizer,
     messages: Sequence[Message],
     *,
     tools: Sequence[Mapping[str, Any]] | None = None,
@@ -50,7 +49,7 @@ def encode_prompt(
 
 
 def encode_chat(
-    tokenizer: Tokenizer,
+    tokenizer: ChatTokenizer,
     messages: Sequence[Message],
     *,
     tools: Sequence[Mapping[str, Any]] | None = None,
@@ -69,7 +68,7 @@ def encode_chat(
 
 
 def encode_turns(
-    tokenizer: Tokenizer,
+    tokenizer: ChatTokenizer,
     messages: Sequence[Message],
     *,
     tools: Sequence[Mapping[str, Any]] | None = None,
@@ -89,7 +88,7 @@ def encode_turns(
     return ids, mask_of(places, spans)
 
 
-def turn_end(tokenizer: Tokenizer) -> int | None:
+def turn_end(tokenizer: ChatTokenizer) -> int | None:
     """The special token that closes an assistant turn in the default template, or None where none does."""
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     guarded = Guarded(tokenizer, messages, _variables(tokenizer, None, None, None))
@@ -112,7 +111,7 @@ def _plain(messages: Sequence[Message]) -> list[dict[str, Any]]:
 
 
 def _variables(
-    tokenizer: Tokenizer,
+    tokenizer: ChatTokenizer,
     tools: Sequence[Mapping[str, Any]] | None,
     documents: Sequence[Mapping[str, Any]] | None,
     more: Mapping[str, Any] | None,

@@ -10,14 +10,40 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from lapis.errors import DataError, TemplateError
 from lapis.text.chat.template import Rendering, render_jobs
-from lapis.text.tokenizer.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from tokenizers import AddedToken
 
 Message = Mapping[str, Any]
 _GUARDS = tuple(chr(code) for code in range(0xE9A0, 0xE9C0))  # private use; one that the chat lacks is taken
+
+
+class ChatTokenizer(Protocol):
+    """What chats need of a tokenizer: its templates, its special tokens, and ids for text."""
+
+    @property
+    def source(self) -> str: ...
+    @property
+    def named(self) -> Mapping[str, str]: ...
+    @property
+    def templates(self) -> Mapping[str, str]: ...
+    @property
+    def added(self) -> "Mapping[int, AddedToken]": ...
+    @property
+    def special(self) -> Mapping[str, int]: ...
+    @property
+    def chat_template(self) -> str | None: ...
+    @property
+    def stop_ids(self) -> tuple[int, ...]: ...
+    @property
+    def end_ids(self) -> tuple[int, ...]: ...
+    def encode(self, text: str, special: bool = False) -> list[int]: ...
+    def encode_spans(self, text: str, special: bool = False) -> tuple[list[int], list[tuple[int, int]]]: ...
+    def id(self, token: str) -> int | None: ...
 
 
 class Guarded:
@@ -26,7 +52,7 @@ class Guarded:
     Raises TemplateError where there is no template.
     """
 
-    def __init__(self, tokenizer: Tokenizer, messages: Sequence[Message], variables: Mapping[str, Any]) -> None:
+    def __init__(self, tokenizer: ChatTokenizer, messages: Sequence[Message], variables: Mapping[str, Any]) -> None:
         self.tokenizer = tokenizer
         self.source = template_for(tokenizer, variables["tools"])
         self.guard = ""
@@ -88,7 +114,7 @@ class Guarded:
         places += [(kept[a], kept[b - 1] + 1) if b > a else (kept[min(a, len(kept) - 1)],) * 2 for a, b in spans]
 
 
-def template_for(tokenizer: Tokenizer, tools: Sequence[Mapping[str, Any]] | None = None) -> str:
+def template_for(tokenizer: ChatTokenizer, tools: Sequence[Mapping[str, Any]] | None = None) -> str:
     """The template for a chat: "tool_use" where there are tools and such a template, else the default."""
     if tools is not None and "tool_use" in tokenizer.templates:
         return tokenizer.templates["tool_use"]
@@ -113,11 +139,11 @@ def _pattern(tokens: tuple[str, ...]) -> re.Pattern[str]:
     return re.compile("|".join(re.escape(t) for t in sorted(tokens, key=len, reverse=True)) or "(?!)")
 
 
-def end_pattern(tokenizer: Tokenizer) -> re.Pattern[str]:
+def end_pattern(tokenizer: ChatTokenizer) -> re.Pattern[str]:
     return _pattern(tuple(token for token in tokenizer.special if token.strip()))
 
 
-def _added_pattern(tokenizer: Tokenizer) -> re.Pattern[str]:
+def _added_pattern(tokenizer: ChatTokenizer) -> re.Pattern[str]:
     """All added tokens with the white space that they swallow; the group that matched is the token."""
     tokens = sorted(tokenizer.added.values(), key=lambda token: len(token.content), reverse=True)
     return _compiled(tuple((token.content, token.lstrip, token.rstrip) for token in tokens))
@@ -133,7 +159,7 @@ def _compiled(tokens: tuple[tuple[str, bool, bool], ...]) -> re.Pattern[str]:
     return re.compile("|".join(parts) or "(?!)")
 
 
-def _stands_alone(tokenizer: Tokenizer) -> bool:
+def _stands_alone(tokenizer: ChatTokenizer) -> bool:
     """True where a piece after a special token has the ids that it has by itself (byte-level BPE)."""
     token = next(iter(tokenizer.special), "")
     return tokenizer.encode(f"{token}a", special=True)[-1:] == tokenizer.encode("a")[-1:] and len(

@@ -1,12 +1,11 @@
-"""A tokenizer folder: open what hubs hold, train a byte-level BPE, encode, decode, save.
+"""A tokenizer: text to ids and back, its special tokens and chat templates, saved as a folder; a new one is trained.
 
 `tokenizer.json` does the work (the `tokenizers` library); `tokenizer_config.json` names the special tokens and holds
 the chat template. Text that looks like a special token is plain text, unless the caller says that the text is its own.
-Leaves out: the spellings that hubs have had for both (folder.py), chats (chat.py), SentencePiece model files.
+The spellings of the files are in folder.py and backend.py, chats in lapis.text.chat.
 """
 
 import json
-import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -16,20 +15,26 @@ from typing import Any, Literal, Protocol
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 
+from lapis.checkpoint.files import contained
+from lapis.checkpoint.hub import local_folder
 from lapis.errors import CheckpointError, ConfigError, DataError, LapisError
-
-END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
-PAD, CLS, SEP, MASK = "[PAD]", "[CLS]", "[SEP]", "[MASK]"
-CHATML = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+from lapis.text.chat.chat import turn_end
+from lapis.text.chat.template import check_syntax
+from lapis.text.corpus.corpus import texts
+from lapis.text.tokenizer.backend import END_OF_TEXT, open_backend
+from lapis.text.tokenizer.folder import (
+    BYTE_OF,
+    CHATML,
+    TOKEN_FLAGS,
+    TOKENIZER_FILES,
+    has_file,
+    read_end_ids,
+    read_templates,
+    template_files,
 )
-NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-TEMPLATES = "additional_chat_templates"
-_FLAGS = ("lstrip", "normalized", "rstrip", "single_word")
+
+TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
+PAD, CLS, SEP, MASK = "[PAD]", "[CLS]", "[SEP]", "[MASK]"
 
 
 class _HasFiles(Protocol):
@@ -59,7 +64,7 @@ class Tokenizer:
         self.source = source
         self.named = dict(named)
         self.templates = dict(templates)
-        self._stop_ids = tuple(stop_ids)
+        self.stop_ids = tuple(stop_ids)
         self._backend = backend
         self._files = files
         self._lock = threading.Lock()
@@ -68,10 +73,29 @@ class Tokenizer:
 
     @classmethod
     def open(cls, folder: "str | Path | _HasFiles") -> "Tokenizer":
-        """Opens a tokenizer or model folder. Raises CheckpointError or TemplateError, naming file and field."""
-        from lapis.text.tokenizer.folder import open_folder
+        """Opens a tokenizer or model folder, or that of a model of the hub. Every file is opened inside it only.
 
-        return open_folder(Path(folder) if isinstance(folder, (str, Path)) else folder.beside())
+        Raises:
+            CheckpointError: For a file that is missing, damaged, or contradicts another; it names file and field.
+            TemplateError: For a chat template that does not parse.
+        """
+        root = Path(folder) if isinstance(folder, (str, Path)) else folder.beside()
+        if not root.is_dir():
+            cached = local_folder(root)
+            if cached is None:
+                what = "is a file; give the folder that holds it" if root.exists() else "there is no such folder"
+                raise CheckpointError(f"{root}: {what}")
+            root = cached
+        backend, named, as_stored = open_backend(root)
+        templates = read_templates(root)
+        for name, text in templates.items():
+            check_syntax(text, f"{root} ({name} template)" if len(templates) > 1 else str(root))
+        names = [name for name in TOKENIZER_FILES if has_file(root, name)]
+        names += [name for name in template_files(root) if name not in names]
+        files = {name: contained(root, name).read_bytes() for name in names if not name.endswith(".model")}
+        if not as_stored:
+            files["tokenizer.json"] = backend.to_str(pretty=True).encode()
+        return cls(backend, named, templates, read_end_ids(root), str(root), files)
 
     def save(self, folder: str | Path) -> None:
         """Writes the files into an existing folder; what was opened and not changed keeps its bytes."""
@@ -158,25 +182,12 @@ class Tokenizer:
         if id not in self.added:
             if self._byte_level:
                 try:
-                    token = bytes(_BYTE_OF[c] for c in token).decode(errors="backslashreplace")
+                    token = bytes(BYTE_OF[c] for c in token).decode(errors="backslashreplace")
                 except KeyError:
                     pass
             else:
                 token = token.replace("▁", " ")
         return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in token)
-
-    @cached_property
-    def byte_lengths(self) -> list[int]:
-        """Bytes of text that each id stands for, by id; 0 for special tokens. For bits per byte."""
-        lengths = [0] * self.rows
-        for token, index in self._backend.get_vocab(with_added_tokens=True).items():
-            if index in self.added:
-                lengths[index] = 0 if self.added[index].special else len(self.added[index].content.encode())
-            elif self._byte_level:
-                lengths[index] = len(token)
-            else:
-                lengths[index] = 1 if re.fullmatch("<0x[0-9A-F]{2}>", token) else len(token.replace("▁", " ").encode())
-        return lengths
 
     @cached_property
     def _byte_level(self) -> bool:
@@ -206,10 +217,8 @@ class Tokenizer:
     @cached_property
     def end_ids(self) -> tuple[int, ...]:
         """Every id that ends a reply: eos, what generation_config says, and what closes a turn in the template."""
-        found = [self.eos_id, *self._stop_ids]
+        found = [self.eos_id, *self.stop_ids]
         if self.templates:
-            from lapis.text.chat.chat import turn_end
-
             try:
                 found.append(turn_end(self))
             except LapisError:
@@ -234,7 +243,7 @@ class Tokenizer:
             **self.named,
             "clean_up_tokenization_spaces": False,
             "added_tokens_decoder": {
-                str(i): {"content": t.content, "special": t.special, **{name: getattr(t, name) for name in _FLAGS}}
+                str(i): {"content": t.content, "special": t.special, **{name: getattr(t, name) for name in TOKEN_FLAGS}}
                 for i, t in sorted(self.added.items())
             },
         }
@@ -289,8 +298,6 @@ def _texts(items: Iterable[str | Path]) -> Iterator[str]:
         if isinstance(item, str):
             yield item
         else:
-            from lapis.text.corpus.corpus import texts
-
             yield from texts([item])
 
 
@@ -314,13 +321,3 @@ def _refuse_half_characters(texts: Iterable[str]) -> None:
         except UnicodeEncodeError as error:
             code = ord(text[error.start])
             raise DataError(f"character {error.start} is half a surrogate pair (U+{code:04X}); remove it") from None
-
-
-def _bytes_of_characters() -> dict[str, int]:
-    """GPT-2's printable stand-ins for bytes: those that print stand for themselves, the others follow from U+0100."""
-    own = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in own]
-    return {**{chr(b): b for b in own}, **{chr(256 + n): b for n, b in enumerate(others)}}
-
-
-_BYTE_OF = _bytes_of_characters()
