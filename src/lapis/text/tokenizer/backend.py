@@ -1,7 +1,7 @@
 """A tokenizer folder as one object of the tokenizers library, with the ids that transformers 5 gives.
 
 tokenizer.json is the rule. Without it, vocab.json + merges.txt or vocab.txt are built as the class that
-tokenizer_config.json names builds them. On top come added tokens that only tokenizer_config.json lists, and the settings
+tokenizer_config.json names builds them. On top come added tokens that only tokenizer_config.json lists, and settings
 that such a class applies whatever tokenizer.json says (lower-casing, accents, a space before a text). A setting that
 cannot be applied is refused with the name of both files.
 """
@@ -28,8 +28,8 @@ from lapis.text.tokenizer.folder import (
 END_OF_TEXT = "<|endoftext|>"
 _BERT = frozenset({"BertTokenizer", "DistilBertTokenizer", "FunnelTokenizer", "MPNetTokenizer", "MobileBertTokenizer"})
 _BYTE_LEVEL = frozenset(
-    {"GPT2Tokenizer", "RobertaTokenizer", "BartTokenizer", "BlenderbotTokenizer", "CodeGenTokenizer", "DebertaTokenizer",
-     "GPTNeoXTokenizer", "Qwen2Tokenizer"}
+    {"GPT2Tokenizer", "RobertaTokenizer", "BartTokenizer", "BlenderbotTokenizer", "CodeGenTokenizer",
+     "DebertaTokenizer", "GPTNeoXTokenizer", "Qwen2Tokenizer"}
 )  # fmt: skip
 _METASPACE = frozenset({"LlamaTokenizer"})
 _PLAIN = frozenset({"", "PreTrainedTokenizerFast", "PreTrainedTokenizer", "TokenizersBackend", "PythonBackend"})
