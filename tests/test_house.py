@@ -50,7 +50,7 @@ VAGUE = {
 NO_FILE = {"utils", "util", "common", "helpers", "misc", "scaled", "swap", "tell"}
 
 # What is still to be mended. These lists only ever get shorter.
-CIRCLES_LEFT = {"checkpoint": 1, "text": 2, "model": 2, "training": 1}
+CIRCLES_LEFT = {"checkpoint": 1, "text": 0, "model": 2, "training": 1}
 CLASSES_LEFT = {
     "Batch", "Block", "Chat", "Exam", "Journal", "Lines", "Opened", "Pieces", "Reply", "Reward", "Rows", "Sums", "Turn",
     "Word", "World", "_Run",

@@ -16,7 +16,8 @@ from typing import Any, Literal
 
 from lapis.config import nearest
 from lapis.errors import DataError
-from lapis.text.corpus.files import PIECE, Opened, Source, at, files, suffix
+from lapis.text.corpus.file_stream import PIECE, OpenedFile, at, suffix
+from lapis.text.corpus.files import Source, files
 from lapis.text.corpus.records import checked_text, not_utf8, records, refuse_nul, spelled
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -72,7 +73,7 @@ def chats(paths: Source | Iterable[Source], field: str | None = None) -> Iterato
 
 
 def documents_of(path: Path, field: str | None = None, first: int = 0, last: int | None = None) -> Iterator[Document]:
-    """The documents of one file, or of a stretch of it (see files.Opened). Lines are counted from `first`."""
+    """The documents of one file, or of a stretch of it (see OpenedFile). Lines are counted from `first`."""
     if suffix(path) in (".jsonl", ".parquet"):
         for number, record in records(path, first, last, _columns(field, TEXT_FIELDS + CHAT_FIELDS)):
             yield Document(_text_of(record, field, path, number), path, number)
@@ -124,7 +125,7 @@ def _pieces(path: Path, first: int, last: int | None) -> Iterator[Document]:
     decoder = codecs.getincrementaldecoder("utf-8")()
     held, line, position, lines, any_text = "", 1, first, 1, first > 0 or last is not None
     rest = first > 0
-    with Opened(path, first, last) as file:
+    with OpenedFile(path, first, last) as file:
         while True:
             raw = file.read(PIECE)
             ended = not raw

@@ -1,155 +1,53 @@
-"""Which files are meant, and their bytes: files(paths), Opened(path).
+"""Which files are meant: files(paths).
 
 A path is a file, a folder, a glob, or a data set on the hub (hub.py); folders and globs stand for the files in them, by
-name. .gz and .zst are decompressed as they are read, in bounded memory, and one that ends too early is said to.
-Leaves out: what the bytes mean (records.py, corpus.py).
+name. Their bytes are in file_stream.py.
 """
 
 import glob
-import gzip
-import io
 import os
-import zlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, BinaryIO
 
 from lapis.config import nearest
-from lapis.errors import DataError, MissingExtra
+from lapis.errors import DataError
+from lapis.text.corpus.file_stream import KINDS, suffix
+from lapis.text.corpus.hub import hub_files
 
-PIECE = 1 << 20  # bytes that are read at once
-KINDS = (".txt", ".md", ".jsonl", ".parquet")
-PRESSED = (".gz", ".zst")
 HUB = "hub:"
 Source = str | Path
 
 
 def files(paths: Source | Iterable[Source]) -> list[Path]:
     """The files that paths, folders, globs and hub data sets stand for, each once. Raises DataError for none."""
-    found: dict[Path, None] = {}
+    listed: dict[Path, None] = {}
     for source in [paths] if isinstance(paths, (str, Path)) else paths:
         path = Path(source)
         if str(source).startswith(HUB):
-            from lapis.text.corpus.hub import hub_files
-
-            found.update(dict.fromkeys(hub_files(str(source))))
+            listed.update(dict.fromkeys(hub_files(str(source))))
         elif path.is_dir():
             inside = sorted(p for p in path.rglob("*") if suffix(p) in KINDS and not _hidden(p, path) and p.is_file())
             if not inside:
                 raise DataError(f"{path}: the folder holds no {', '.join(KINDS)} (or .gz, .zst of these)")
-            found.update(dict.fromkeys(inside))
+            listed.update(dict.fromkeys(inside))
         elif os.path.lexists(path):
             if not path.is_file():
                 raise DataError(f"{path}: is not a regular file")
             if suffix(path) not in KINDS:
                 raise DataError(f'{path}: "{path.suffix}" is not known; give {", ".join(KINDS)}, or .gz, .zst of these')
-            found[path] = None
+            listed[path] = None
         elif glob.has_magic(str(source)):
             matches = sorted(glob.glob(str(source), recursive=True))
             if not matches:
                 raise DataError(f"{source}: no file matches")
-            found.update(dict.fromkeys(files(matches)))
+            listed.update(dict.fromkeys(files(matches)))
         else:
             hint = nearest(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else ""
             raise DataError(f"{path}: there is no such file{f'; {hint}' if hint.startswith('did') else ''}")
-    if not found:
+    if not listed:
         raise DataError("no files were given")
-    return list(found)
-
-
-def cache_folder() -> Path:
-    """Where what was made from data is kept for later runs: $LAPIS_CACHE, by default ~/.cache/lapis."""
-    return Path(os.environ.get("LAPIS_CACHE") or "~/.cache/lapis").expanduser()
-
-
-def suffix(path: Path) -> str:
-    """The kind of a file, whether it is compressed or not: ".txt", ".jsonl", ..."""
-    return Path(path.stem).suffix.lower() if pressed(path) else path.suffix.lower()
-
-
-def pressed(path: Path) -> bool:
-    """True for a file that is compressed as a whole."""
-    return path.suffix.lower() in PRESSED
-
-
-def at(path: Path, number: int) -> str:
-    """Where something stands, for an error: "FILE line 3", "FILE row 3" in a parquet file."""
-    return f"{path} {'row' if suffix(path) == '.parquet' else 'line'} {number}"
+    return list(listed)
 
 
 def _hidden(path: Path, root: Path) -> bool:
     return any(part.startswith(".") for part in path.relative_to(root).parts)
-
-
-class Opened:
-    """A file, decompressed where need be, whose damage is a DataError. read and readline as of a binary file.
-
-    first, last: only the bytes from the one to before the other, of a file that is not compressed; None = to its end.
-    """
-
-    def __init__(self, path: Path, first: int = 0, last: int | None = None) -> None:
-        self.path = path
-        self.first = first
-        self.left = None if last is None else last - first
-
-    def __enter__(self) -> "Opened":
-        try:
-            self.file: BinaryIO = self.path.open("rb")
-            self.file.seek(self.first)
-        except OSError as error:
-            raise DataError(f"{self.path}: cannot be read: {error.strerror}") from None
-        self.stream: Any = self.file
-        if self.path.suffix.lower() == ".gz":
-            self.stream = io.BufferedReader(gzip.GzipFile(fileobj=self.file), PIECE)
-        elif self.path.suffix.lower() == ".zst":
-            self.stream = io.BufferedReader(_Zstd(self.file), PIECE)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.file.close()
-
-    def read(self, size: int) -> bytes:
-        return self._told(self.stream.read, size)
-
-    def readline(self, size: int) -> bytes:
-        return self._told(self.stream.readline, size)
-
-    def _told(self, call: Any, size: int) -> bytes:
-        try:
-            got: bytes = call(size if self.left is None else min(size, self.left))
-        except EOFError:
-            raise DataError(f"{self.path}: the gzip stream ends too early; it is truncated, fetch it again") from None
-        except (gzip.BadGzipFile, zlib.error) as error:
-            raise DataError(f"{self.path}: not gzip, or damaged: {error}; fetch it again") from None
-        except OSError as error:
-            raise DataError(f"{self.path}: {_said(error)}") from None
-        if self.left is not None:
-            self.left -= len(got)
-        return got
-
-
-def _said(error: OSError) -> str:
-    if error.errno is not None:
-        return f"cannot be read: {error.strerror}"
-    if "runcated" in str(error):
-        return "the zstd stream ends too early; it is truncated, fetch it again"
-    return f"not zstd, or damaged: {str(error).splitlines()[0]}; fetch it again"
-
-
-class _Zstd(io.RawIOBase):
-    """A zstd stream (one frame or several) as a raw file."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        try:
-            import pyarrow
-        except ImportError:
-            raise MissingExtra("reading .zst: pyarrow", "data") from None
-        self.stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(file, "r"), "zstd")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        got = self.stream.read(len(buffer))
-        buffer[: len(got)] = got
-        return len(got)

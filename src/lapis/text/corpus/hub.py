@@ -16,7 +16,7 @@ from lapis.checkpoint.commit import commit_file
 from lapis.checkpoint.files import read_json
 from lapis.config import nearest
 from lapis.errors import DataError
-from lapis.text.corpus.files import KINDS, cache_folder, suffix
+from lapis.text.corpus.file_stream import KINDS, cache_folder, suffix
 
 CONVERTED = "refs/convert/parquet"
 _SPEC = re.compile(rf"hub:([\w.-]+/[\w.-]+)(?:@({CONVERTED}|[^/]+))?(?:/(.+))?")

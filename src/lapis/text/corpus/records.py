@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lapis.errors import DataError, MissingExtra
-from lapis.text.corpus.files import Opened, at, pressed, suffix
+from lapis.text.corpus.file_stream import OpenedFile, at, pressed, suffix
 
 LINE_LIMIT = 32 << 20  # bytes of one line of jsonl
 _ROWS = 256  # of a parquet file that are decoded at once
@@ -23,7 +23,7 @@ def records(
     path: Path, first: int = 0, last: int | None = None, columns: Collection[str] | None = None
 ) -> Iterator[tuple[int, Any]]:
     """Line number and object of every line of a jsonl file that is not blank, checked as JSON in UTF-8; row number and
-    object of every row of a parquet file. first, last: see files.Opened; for parquet, row groups.
+    object of every row of a parquet file. first, last: see OpenedFile; for parquet, row groups.
 
     columns: of a parquet file, those that are read where it has them.
     """
@@ -31,7 +31,7 @@ def records(
         yield from _rows(path, first, last, columns)
         return
     number, position, count = 0, first, 0
-    with Opened(path, first, last) as file:
+    with OpenedFile(path, first, last) as file:
         while raw := file.readline(LINE_LIMIT + 1):
             number += 1
             if len(raw) > LINE_LIMIT:

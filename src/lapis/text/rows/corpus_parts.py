@@ -13,7 +13,7 @@ from pathlib import Path
 
 from lapis.errors import DataError, TemplateError
 from lapis.text.corpus.corpus import Chat, Document, chats_of, documents_of
-from lapis.text.corpus.files import PIECE, pressed, suffix
+from lapis.text.corpus.file_stream import PIECE, pressed, suffix
 from lapis.text.corpus.records import LINE_LIMIT, open_parquet
 
 SPAN = 32 << 20  # bytes of files in one part

@@ -19,7 +19,8 @@ from typing import Any, Literal
 from lapis.checkpoint.files import read_json
 from lapis.errors import ConfigError, DataError
 from lapis.text.corpus.corpus import kind_of
-from lapis.text.corpus.files import cache_folder, files
+from lapis.text.corpus.file_stream import cache_folder
+from lapis.text.corpus.files import files
 from lapis.text.rows.mixture import Data, Mixture
 from lapis.text.rows.packing import Report, pack, processors
 from lapis.text.rows.rows import MANIFEST, Rows

@@ -9,6 +9,7 @@ from lapis.checkpoint import Checkpoint
 from lapis.checkpoint.files import read_json
 from lapis.errors import ConfigError
 from lapis.families.base import Part
+from lapis.text.tokenizer.folder import CHATML
 from lapis.weights.engine.fp8 import without_quantization
 from lapis.weights.engine.stream import Output
 from lapis.weights.merge.placing import Placing
@@ -17,12 +18,6 @@ from lapis.weights.vocabulary import Vocabulary
 
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id")
-
-CHATML = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
 
 
 def output_config(
