@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 
 from lapis.errors import DataError
 from lapis.families.config import ModelConfig
-from lapis.model.attention import AttentionCore, additive
+from lapis.model.attention import AttentionCore, additive, dense_attention
 from lapis.model.cache import Cache
-from lapis.model.dense import dense_attention
 from lapis.model.transformer import Transformer
 
 TINY = ModelConfig(dim=16, layers=2, heads=4, kv_heads=2, ffn_dim=24, vocab=31, context=32)
@@ -54,9 +53,10 @@ def test_the_core_equals_a_float64_computation(
     seen[..., 0] = True
     mask = additive(seen, torch.float32) if masked else None
     causal = not masked and T == S
-    got = AttentionCore()(q, k, v, mask, causal)
+    core = AttentionCore(8**-0.5)
+    got = core(q, k, v, mask, causal)
     assert torch.allclose(got.double(), reference(q, k, v, mask, causal), atol=1e-6)
-    weights = AttentionCore.weights(q, k, mask, causal)
+    weights = core.weights(q, k, mask, causal)
     assert (
         torch.allclose(weights.sum(-1), torch.ones(2, H, T)) and (weights[~seen.expand(2, H, T, S)] == 0).all()
     ) or (mask is None)
@@ -71,7 +71,7 @@ def test_the_trained_core_in_bfloat16_has_the_gradients_of_float64(masked: bool)
     seen = torch.ones(2, 1, 9, 9, dtype=torch.bool).tril()
     seen[1, :, :, 1:4] = False
     mask = additive(seen, torch.bfloat16) if masked else None
-    out = dense_attention(*tensors, mask, not masked)
+    out = dense_attention(*tensors, mask, not masked, 8**-0.5)
     wanted = reference(*exact, mask, not masked)
     grad = torch.randn_like(out)
     out.backward(grad)
@@ -84,14 +84,14 @@ def test_one_hook_sees_queries_keys_values_and_mask_in_every_family(shape: Model
     model = model_of(shape)
     calls: list[tuple[Any, ...]] = []
     for block in model.blocks:
-        block.attn.core.register_forward_hook(lambda core, args, out: calls.append((*args, out)))
-    assert not list(AttentionCore().parameters())
+        block.attn.core.register_forward_hook(lambda core, args, out: calls.append((core, *args, out)))
+    assert not list(AttentionCore(1.0).parameters())
     image = shape.image
     model(torch.randn(1, 3, image.size, image.size) if image else torch.arange(9)[None])
     assert len(calls) == shape.layers
-    for q, k, v, mask, causal, out in calls:
+    for core, q, k, v, mask, causal, out in calls:
         assert q.shape[1] == shape.heads and k.shape == v.shape and k.shape[1] == shape.kv_heads
-        again = AttentionCore.weights(q, k, mask, causal) @ v.repeat_interleave(shape.heads // shape.kv_heads, 1)
+        again = core.weights(q, k, mask, causal) @ v.repeat_interleave(shape.heads // shape.kv_heads, 1)
         assert torch.allclose(again, out, atol=1e-5)
 
 

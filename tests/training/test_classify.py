@@ -15,8 +15,8 @@ from lapis.cli.main import main
 from lapis.config import override
 from lapis.errors import ConfigError, DataError
 from lapis.evaluation.classification import class_scores, predict
-from lapis.families.config import ModelConfig
-from lapis.model.heads import class_names, put_head
+from lapis.families.config import ModelConfig, class_names
+from lapis.model.heads import put_head
 from lapis.model.load import save
 from lapis.model.transformer import Transformer
 from lapis.text.corpus.corpus import Document

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lapis.errors import ConfigError, DataError
-from lapis.model.heads import class_names
+from lapis.families.config import class_names
 from lapis.model.scoring import evaluating
 from lapis.model.transformer import Transformer
 from lapis.text.corpus.labels import Labeled, numbers_of

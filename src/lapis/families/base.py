@@ -86,7 +86,7 @@ class Family:
         defaults: model_type -> the fields of ModelConfig that a new model of this kind has, so that a user gives sizes
             only.
         presets: Published sizes: name -> the fields of config.json that shape the model.
-        block: Where the block differs: a module of `lapis.model.blocks` that holds an `ARCHITECTURE`.
+        block: A module of `lapis.model.blocks`, whose `ARCHITECTURE` builds the model; its own where the block differs.
     """
 
     name: str
@@ -100,7 +100,7 @@ class Family:
     shapes: Callable[[ModelConfig], dict[str, Shape]] = lambda config: {}
     defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    block: str = ""
+    block: str = "standard"
 
     @cached_property
     def _patterns(self) -> tuple[tuple[re.Pattern[str], Rule], ...]:
@@ -197,8 +197,9 @@ class Family:
 
 
 def refuse_shape(config: ModelConfig, fields: Mapping[str, tuple[Any, ...]]) -> None:
-    """Raises ConfigError where a field has a value that a family's folder cannot say."""
-    for name, allowed in fields.items():
+    """Raises ConfigError where a field has a value that a family's folder cannot say. fields: name -> what it can."""
+    plain = {"query_scalar": (0, config.head_dim), "window_rope": (None,)}
+    for name, allowed in (plain | dict(fields)).items():
         if getattr(config, name) not in allowed:
             known = " or ".join(map(str, allowed))
             raise ConfigError(

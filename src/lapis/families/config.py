@@ -1,7 +1,8 @@
 """The shape of a model: a few numbers and a few enumerated fields. All that shapes is here."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import sqrt
 from typing import Any, Literal
 
 from lapis.errors import ConfigError
@@ -17,7 +18,7 @@ MLP_KINDS = {
     "relu2": (False, "relu2"),
     "silu": (False, "silu"),
 }
-Mlp = Literal["swiglu", "geglu", "geglu_tanh", "gelu", "gelu_tanh", "relu", "relu2", "silu"]
+MlpKind = Literal["swiglu", "geglu", "geglu_tanh", "gelu", "gelu_tanh", "relu", "relu2", "silu"]
 Head = Literal["lm", "masked", "classes", "scalar", "none"]
 Bias = Literal["none", "qkv", "attention", "mlp", "all"]
 
@@ -61,12 +62,26 @@ class Image:
 class ModelConfig:
     """Everything that shapes a model; the defaults are Llama's kind of block.
 
-    dim: width. heads, kv_heads (0 = heads), head_dim (0 = dim / heads). ffn_dim: inner width of the MLP. vocab: rows of
-    the embedding. context: positions it was made for; a hard limit only where positions are learned. norm_place "post"
-    is BERT's (with a norm after the embedding and none at the end). window: how many tokens back a token sees, in
-    `window_layers` (None = all). bias: which linear layers have one. types: token types (BERT). head: what stands on
-    top; "classes" and "scalar" look at one token of each sequence. extra: fields of config.json that do not shape the
-    model and are handed on (token ids, labels). family: the model_type that a saved folder gets.
+    Attributes:
+        dim: Width of the residual stream.
+        layers: Number of blocks.
+        heads: Heads of queries.
+        ffn_dim: Inner width of the MLP.
+        vocab: Rows of the embedding.
+        context: Positions that the model was made for; a hard limit only where positions are learned.
+        kv_heads: Heads of keys and values; 0 = heads.
+        head_dim: Width of a head; 0 = dim / heads.
+        query_scalar: Scores of attention are divided by its square root; 0 = head_dim.
+        family: The model_type that a saved folder gets. It also says which block the model has.
+        norm_place: "post" is BERT's, with a norm after the embedding and none at the end.
+        rope: Rotary positions; window_rope: those of layers with a window, where they differ.
+        window: How many tokens back a token sees, itself included, in `window_layers` (None = all layers).
+        bias: Which linear layers have one.
+        qk_norm: Whether queries and keys are normed, head by head.
+        tied: Whether the head is the embedding.
+        head: What stands on top; "classes" and "scalar" look at one token of each sequence.
+        types: Token types (BERT).
+        extra: Fields of config.json that do not shape the model and are handed on (token ids, labels).
     """
 
     dim: int
@@ -77,13 +92,15 @@ class ModelConfig:
     context: int
     kv_heads: int = 0
     head_dim: int = 0
+    query_scalar: float = 0.0
     family: str = "llama"
     norm: Literal["rms", "layer"] = "rms"
     norm_eps: float = 1e-6
     norm_place: Literal["pre", "post"] = "pre"
-    mlp: Mlp = "swiglu"
+    mlp: MlpKind = "swiglu"
     positions: Literal["rotary", "learned", "none"] = "rotary"
     rope: Rope = Rope()
+    window_rope: Rope | None = None
     window: int | None = None
     window_layers: tuple[int, ...] | None = None
     causal: bool = True
@@ -122,9 +139,15 @@ class ModelConfig:
 
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> "ModelConfig":
-        """From a family's table, which knows no classes of this room: `rope` and `image` are mappings there."""
-        rope, image = fields.get("rope"), fields.get("image")
-        return cls(**{**fields, "rope": Rope(**(rope or {})), "image": Image(**image) if image else None})
+        """From fields in which `rope`, `window_rope` and `image` may be mappings."""
+        kinds = {"rope": Rope, "window_rope": Rope, "image": Image}
+        nested = {name: kind(**value) for name, kind in kinds.items() if isinstance(value := fields.get(name), Mapping)}
+        return cls(**{**fields, **nested})
+
+    @property
+    def attention_scale(self) -> float:
+        """What the product of a query and a key is multiplied by (Vaswani et al. 2017, section 3.2.1)."""
+        return 1 / sqrt(self.query_scalar or self.head_dim)
 
     @property
     def gated(self) -> bool:
@@ -133,3 +156,23 @@ class ModelConfig:
     def windowed(self, layer: int) -> bool:
         """Whether this layer looks back no further than the window."""
         return self.window is not None and (self.window_layers is None or layer in self.window_layers)
+
+
+CLASS_FIELDS = ("id2label", "label2id", "problem_type")
+
+
+def class_fields(classes: Sequence[str]) -> dict[str, Any]:
+    """The fields of config.json that name the classes; empty where there are none."""
+    if not classes:
+        return {}
+    return {
+        "id2label": {str(i): name for i, name in enumerate(classes)},
+        "label2id": {name: i for i, name in enumerate(classes)},
+    }
+
+
+def class_names(config: ModelConfig) -> list[str]:
+    """The names of the classes by number; LABEL_0, LABEL_1, ... where the folder names none, as in transformers."""
+    named = config.extra.get("id2label")
+    named = named if isinstance(named, Mapping) else {}
+    return [str(named.get(str(i), named.get(i, f"LABEL_{i}"))) for i in range(config.classes)]

@@ -17,9 +17,10 @@ from lapis.checkpoint import Checkpoint, open_checkpoint
 from lapis.errors import ConfigError
 from lapis.generation.options import Runtime
 from lapis.model.adapter import fold
+from lapis.model.blocks.standard import Mlp
 from lapis.model.heads import LanguageHead
 from lapis.model.load import load
-from lapis.model.transformer import Mlp, Transformer
+from lapis.model.transformer import Transformer
 from lapis.text.tokenizer.tokenizer import Tokenizer
 
 

@@ -110,7 +110,7 @@ def _own(model: Transformer, name: str) -> Anatomy:
 
     blocks: list[Any] = list(model.blocks)
     return Anatomy(
-        name, model, blocks, [block.attn for block in blocks], [block.mlp for block in blocks],
+        name, model, blocks, [block.added[0] for block in blocks], [block.added[1] for block in blocks],
         [block.attn.o for block in blocks], config.heads, model.norm.final, head.matrix, head.bias, config.context,
         run, True,
     )  # fmt: skip

@@ -107,12 +107,12 @@ def maps_of(parts: Anatomy, ids: list[int], tokens: list[str], heads: list[tuple
     found: dict[tuple[int, int], AttentionMap] = {}
 
     def watch(layer: int, wanted: list[int]) -> Any:
-        def hook(_core: nn.Module, args: tuple[Any, ...], _out: Tensor) -> None:
+        def hook(core: nn.Module, args: tuple[Any, ...], _out: Tensor) -> None:
             q_BHTE, k_BKSE, v_BKSE, mask, causal = args
             for head in wanted:
-                found[layer, head] = _one(parts, tokens, (layer, head), q_BHTE, k_BKSE, v_BKSE, mask, causal)
+                found[layer, head] = _one(parts, tokens, (layer, head), core, q_BHTE, k_BKSE, v_BKSE, mask, causal)
 
-        return parts.attention[layer].core.register_forward_hook(hook)  # type: ignore[union-attr]
+        return parts.blocks[layer].attn.core.register_forward_hook(hook)  # type: ignore[union-attr]
 
     layers = sorted({layer for layer, _ in heads})
     handles = [watch(layer, sorted({h for at, h in heads if at == layer})) for layer in layers]
@@ -126,14 +126,15 @@ def maps_of(parts: Anatomy, ids: list[int], tokens: list[str], heads: list[tuple
 
 
 def _one(
-    parts: Anatomy, tokens: list[str], key: tuple[int, int], q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor,
-    mask: Tensor | None, causal: bool,
+    parts: Anatomy, tokens: list[str], key: tuple[int, int], core: nn.Module, q_BHTE: Tensor, k_BKSE: Tensor,
+    v_BKSE: Tensor, mask: Tensor | None, causal: bool,
 ) -> AttentionMap:  # fmt: skip
     layer, head = key
+    assert isinstance(core, AttentionCore)
     kv = head * k_BKSE.shape[1] // q_BHTE.shape[1]
     q_11TE, k_11SE = q_BHTE[:1, head : head + 1], k_BKSE[:1, kv : kv + 1]
-    weights_TS = AttentionCore.weights(q_11TE, k_11SE, mask, causal)[0, 0]
-    scores_TS = (q_11TE[0, 0].float() @ k_11SE[0, 0].float().T) * q_11TE.shape[-1] ** -0.5
+    weights_TS = core.weights(q_11TE, k_11SE, mask, causal)[0, 0]
+    scores_TS = core.scores(q_11TE, k_11SE)[0, 0]
     hidden_TS = torch.ones_like(scores_TS, dtype=torch.bool).triu(1) if causal else scores_TS.isnan()
     if mask is not None:
         hidden_TS = hidden_TS | (mask[0, 0] < torch.finfo(mask.dtype).min / 2)

@@ -21,7 +21,7 @@ from lapis.checkpoint.adapter import CONFIG, LEAD, WEIGHTS, Adapter, open_adapte
 from lapis.checkpoint.tensor_file import write_tensors
 from lapis.errors import CheckpointError, ConfigError
 from lapis.families import Family, Rule, family_of
-from lapis.families.config import Head
+from lapis.families.config import Head, class_fields
 from lapis.model.lora import (
     Adapted,
     LoraConfig,
@@ -184,8 +184,8 @@ def _read_labels(model: Transformer, adapter: Adapter) -> None:
         names = json.loads(text)
     except ValueError:
         names = None
-    if isinstance(names, dict) and len(names) == model.config.classes and all(map(str.isdecimal, names)):
-        extra = {"id2label": names, "label2id": {str(label): int(number) for number, label in names.items()}}
+    if isinstance(names, dict) and set(names) == set(map(str, range(model.config.classes))):
+        extra = class_fields([str(names[str(number)]) for number in range(len(names))])
         model.config = dataclasses.replace(model.config, extra={**model.config.extra, **extra})
 
 

@@ -11,7 +11,7 @@ from lapis.checkpoint import Checkpoint, open_checkpoint
 from lapis.errors import CheckpointError, ConfigError
 from lapis.families import Family, Rule, Shape, known_types
 from lapis.families.base import layers_of
-from lapis.families.config import Head, ModelConfig
+from lapis.families.config import CLASS_FIELDS, Head, ModelConfig
 
 Found = dict[str, tuple[str, Rule, int | None]]  # canonical name on disk -> as it is spelled, its rule, its layer
 
@@ -157,7 +157,7 @@ def _with_head(
 
 def _unlabeled(config: ModelConfig) -> dict[str, object]:
     """What config.json hands on, without the names of another head's classes."""
-    return {name: value for name, value in config.extra.items() if name not in ("id2label", "label2id", "problem_type")}
+    return {name: value for name, value in config.extra.items() if name not in CLASS_FIELDS}
 
 
 def _settle_tie(checkpoint: Checkpoint, config: ModelConfig, found: Found, notes: list[str]) -> ModelConfig:

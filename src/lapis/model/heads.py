@@ -7,14 +7,14 @@ Shapes: B batch, T time, D model dim, V vocabulary, C classes.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lapis.families.config import MLP_KINDS, Head, ModelConfig
+from lapis.families.config import CLASS_FIELDS, MLP_KINDS, Head, ModelConfig, class_fields
 from lapis.model.norm import make_norm
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def put_head(model: "Transformer", head: Head, classes: Sequence[str] = ()) -> l
     if (head == "classes") != bool(classes):
         raise ValueError("classes are given with the head of that name, and only with it")
     config, old = model.config, model.head.state_dict()
-    extra = {name: value for name, value in config.extra.items() if name not in LABELS} | labels(classes)
+    extra = {name: value for name, value in config.extra.items() if name not in CLASS_FIELDS} | class_fields(classes)
     pooler = head in ("classes", "scalar") and not config.causal and config.image is None
     like = next(model.parameters())
     model.config = dataclasses.replace(config, head=head, classes=len(classes), pooler=pooler, extra=extra)
@@ -135,23 +135,3 @@ def put_head(model: "Transformer", head: Head, classes: Sequence[str] = ()) -> l
                 parameter.normal_(0.0, 0.02)
     model.head.train(model.training)
     return fresh
-
-
-LABELS = ("id2label", "label2id", "problem_type")
-
-
-def labels(classes: Sequence[str]) -> dict[str, Any]:
-    """The fields of config.json that name the classes."""
-    if not classes:
-        return {}
-    return {
-        "id2label": {str(i): name for i, name in enumerate(classes)},
-        "label2id": {name: i for i, name in enumerate(classes)},
-    }
-
-
-def class_names(config: ModelConfig) -> list[str]:
-    """The classes' names by their number; LABEL_0, LABEL_1, ... where the folder names none, as in transformers."""
-    named = config.extra.get("id2label")
-    named = named if isinstance(named, Mapping) else {}
-    return [str(named.get(str(i), named.get(i, f"LABEL_{i}"))) for i in range(config.classes)]

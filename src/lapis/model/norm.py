@@ -16,22 +16,32 @@ from lapis.families.config import ModelConfig
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich 2019, arXiv:1910.07467)."""
 
+    neutral = 1.0  # the weight that changes nothing
+
     def __init__(self, dim: int, eps: float, on_stream: bool = False) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
+        self.weight = nn.Parameter(torch.full((dim,), self.neutral))
         self.eps, self.on_stream = eps, on_stream
+
+    @property
+    def gain(self) -> Tensor:
+        """What the normed values are multiplied by, [dim]."""
+        return self.weight
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = x.dtype if self.on_stream else compute_dtype(x)
         if x.dtype in (torch.float32, torch.bfloat16) and x.requires_grad and x.device.type == "cpu":
-            out: Tensor = _TrainedRMSNorm.apply(x, self.weight, self.eps, dtype)  # type: ignore[no-untyped-call]
+            out: Tensor = _TrainedRMSNorm.apply(x, self.gain, self.eps, dtype)  # type: ignore[no-untyped-call]
             return out
-        wide = torch.promote_types(x.dtype, self.weight.dtype)  # they differ under autocast
-        return F.rms_norm(x.to(wide), self.weight.shape, self.weight.to(wide), self.eps).to(dtype)
+        gain = self.gain
+        wide = torch.promote_types(x.dtype, gain.dtype)  # they differ under autocast
+        return F.rms_norm(x.to(wide), gain.shape, gain.to(wide), self.eps).to(dtype)
 
 
 class LayerNorm(nn.Module):
     """(x - mean) / sqrt(var + eps) * weight + bias (Ba et al. 2016, arXiv:1607.06450)."""
+
+    neutral = 1.0
 
     def __init__(self, dim: int, eps: float, on_stream: bool = False) -> None:
         super().__init__()

@@ -13,13 +13,15 @@ from torch import Tensor
 
 from lapis.families.config import ModelConfig, Rope
 
+Rotation = tuple[Tensor, Tensor]
 
-def rope_tables(config: ModelConfig, positions: Tensor, dtype: torch.dtype, length: int) -> tuple[Tensor, Tensor]:
+
+def rope_tables(rope: Rope, config: ModelConfig, positions: Tensor, dtype: torch.dtype, length: int) -> Rotation:
     """cos and signed sin for positions [T] or [B, T], as [..., T, 1, E], to be used by `rotate`.
 
     length: one more than the largest position; only the "dynamic" kind looks at it.
     """
-    inverse, scale = inverse_frequencies(config, length, positions.device)
+    inverse, scale = inverse_frequencies(rope, config, length, positions.device)
     angles = positions[..., None, None].float() * inverse
     cos, sin = angles.cos(), angles.sin()
     if scale != 1.0:
@@ -27,14 +29,15 @@ def rope_tables(config: ModelConfig, positions: Tensor, dtype: torch.dtype, leng
     return torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)
 
 
-def rotate(x_BTHE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x_BTHE: Tensor, rotation: Rotation) -> Tensor:
     """Each head's pairs turned by their angle: (a, b) -> (a cos - b sin, b cos + a sin)."""
+    cos, sin = rotation
     return (x_BTHE * cos).addcmul_(x_BTHE.roll(x_BTHE.shape[-1] // 2, -1), sin)
 
 
-def inverse_frequencies(config: ModelConfig, length: int, device: torch.device) -> tuple[Tensor, float]:
+def inverse_frequencies(rope: Rope, config: ModelConfig, length: int, device: torch.device) -> tuple[Tensor, float]:
     """Radians per position for each pair of a head, [E/2] float32, and what cos and sin are multiplied by."""
-    rope, dim = config.rope, config.head_dim
+    dim = config.head_dim
     exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim
     factor = rope.factor or 1.0
     if rope.kind == "dynamic":

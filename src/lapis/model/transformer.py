@@ -1,7 +1,7 @@
-"""The one transformer: embed, blocks, final norm, head. Every family is a setting of it.
+"""The one transformer: embed, blocks, final norm, head. Families differ in its settings, and some in their block.
 
-The model knows one device and keeps no state between calls: a cache is an argument. Leaves out: sharding and
-checkpointing (applied from outside, training/distributed/), dropout of attention weights, sampling (generation/).
+The model knows one device and keeps no state between calls: a cache is an argument. Sharding and checkpointing are
+applied from outside (training/distributed/).
 
 Shapes: B batch, T time, S time of keys, D model dim, V vocabulary, C classes.
 """
@@ -14,11 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lapis.errors import DataError
-from lapis.families.config import MLP_KINDS, ModelConfig
-from lapis.model.attention import Attention, Shared, View, additive
+from lapis.families.config import ModelConfig
+from lapis.model.attention import Shared, View, additive
+from lapis.model.blocks import architecture_of
+from lapis.model.blocks.standard import Norms, TransformerBlock
 from lapis.model.cache import Cache
-from lapis.model.heads import ACTIVATIONS, make_head
-from lapis.model.norm import Norm, compute_dtype, make_norm
+from lapis.model.heads import make_head
+from lapis.model.norm import LayerNorm, RMSNorm, compute_dtype
 from lapis.model.rope import rope_tables
 
 INIT_STD = 0.02
@@ -28,9 +30,9 @@ NOTHING_HIDDEN = View(None, False)
 class Embed(nn.Module):
     """Tokens (or picture patches) as vectors, with learned positions and token types where the family has them."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, scale: float = 1.0) -> None:
         super().__init__()
-        image = config.image
+        image, self.scale = config.image, scale
         if image is None:
             self.weight = nn.Parameter(torch.empty(config.vocab, config.dim))
         else:
@@ -42,6 +44,8 @@ class Embed(nn.Module):
 
     def forward(self, ids_BT: Tensor, positions: Tensor, types_BT: Tensor | None) -> Tensor:
         x_BTD = F.embedding(ids_BT, self.weight)
+        if self.scale != 1.0:
+            x_BTD = x_BTD * torch.tensor(self.scale, dtype=x_BTD.dtype, device=x_BTD.device)
         if self.types is not None:
             x_BTD = x_BTD + (self.types.weight[0] if types_BT is None else self.types(types_BT))
         return x_BTD if self.position is None else x_BTD + self.position(positions)
@@ -51,65 +55,6 @@ class Embed(nn.Module):
         patches_BTD = self.patch(pixels_BCHW).flatten(2).transpose(1, 2)
         x_BTD = torch.cat((self.cls.to(patches_BTD.dtype).expand(len(patches_BTD), -1, -1), patches_BTD), 1)
         return x_BTD if self.position is None else x_BTD + self.position.weight
-
-
-class Mlp(nn.Module):
-    """down(act(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202), or down(act(up(x))) where there is no gate."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        bias = config.bias in ("mlp", "all")
-        gated, activation = MLP_KINDS[config.mlp]
-        self.gate = nn.Linear(config.dim, config.ffn_dim, bias=bias) if gated else None
-        self.up = nn.Linear(config.dim, config.ffn_dim, bias=bias)
-        self.down = nn.Linear(config.ffn_dim, config.dim, bias=bias)
-        self.activation = ACTIVATIONS[activation]
-
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        up: Tensor = self.up(x_BTD)
-        inner = self.activation(up) if self.gate is None else self.activation(self.gate(x_BTD)) * up
-        out: Tensor = self.down(inner)
-        return out
-
-
-class Norms(nn.Module):
-    """The norms of a block (attn, mlp) or of a model (embed, final), so that a name here is a component's name."""
-
-    attn: Norm
-    mlp: Norm
-    embed: Norm
-    final: Norm
-
-    def __init__(self, config: ModelConfig, *names: str) -> None:
-        super().__init__()
-        for name in names:
-            self.add_module(name, make_norm(config, config.dim))
-
-
-class Block(nn.Module):
-    """Attention and MLP, each added to the residual stream; normed before (most) or after (BERT)."""
-
-    dropout = 0.0
-
-    def __init__(self, config: ModelConfig, layer: int) -> None:
-        super().__init__()
-        self.norm = Norms(config, "attn", "mlp")
-        self.attn = Attention(config, layer)
-        self.mlp = Mlp(config)
-        self.post = config.norm_place == "post"
-
-    def forward(self, x_BTD: Tensor, shared: Shared, cache: Cache | None = None) -> Tensor:
-        norm = self.norm
-        if self.post:
-            x_BTD = norm.attn(x_BTD + self._dropped(self.attn(x_BTD, shared, cache)))
-            x_BTD = norm.mlp(x_BTD + self._dropped(self.mlp(x_BTD)))
-        else:
-            x_BTD = x_BTD + self._dropped(self.attn(norm.attn(x_BTD), shared, cache))
-            x_BTD = x_BTD + self._dropped(self.mlp(norm.mlp(x_BTD)))
-        return x_BTD
-
-    def _dropped(self, x_BTD: Tensor) -> Tensor:
-        return F.dropout(x_BTD, self.dropout) if self.dropout and self.training else x_BTD
 
 
 class Transformer(nn.Module):
@@ -127,9 +72,10 @@ class Transformer(nn.Module):
         self.adapted: Any = None  # what lora.wrap did to it
         self.fresh: tuple[str, ...] = ()  # parameters that the folder lacked
         self.dropout = 0.0
-        self.embed = Embed(config)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
-        self.norm = Norms(config, "final" if config.norm_place == "pre" else "embed")
+        architecture = architecture_of(config)
+        self.embed = Embed(config, architecture.embed_scale(config))
+        self.blocks = nn.ModuleList(architecture.block(config, layer) for layer in range(config.layers))
+        self.norm = Norms(config, architecture.norm, "final" if config.norm_place == "pre" else "embed")
         self.head = make_head(config, self.embed)
         self.reset_parameters()
 
@@ -140,7 +86,7 @@ class Transformer(nn.Module):
         """
         self.dropout = share
         for module in self.modules():
-            if isinstance(module, Block):
+            if isinstance(module, TransformerBlock):
                 module.dropout = share
 
     @torch.no_grad()
@@ -152,8 +98,8 @@ class Transformer(nn.Module):
                 continue  # nothing to draw; and torch would import its compiler for it, which takes a second
             if name.endswith("bias"):
                 parameter.zero_()
-            elif "norm" in name:
-                parameter.fill_(1.0)
+            elif isinstance(module := self.get_submodule(name.rpartition(".")[0]), (RMSNorm, LayerNorm)):
+                parameter.fill_(module.neutral)
             else:
                 parameter.normal_(
                     0.0, residual_std if name.endswith(("attn.o.weight", "mlp.down.weight")) else INIT_STD
@@ -215,7 +161,7 @@ class Transformer(nn.Module):
         """What enters the first block, [B, T, D], and what all blocks are given; the arguments are `forward`'s."""
         if self.config.image is not None:
             x_BTD = self.embed.pixels(ids_BT)
-            shared = Shared(None, None, NOTHING_HIDDEN, NOTHING_HIDDEN)
+            shared = Shared(NOTHING_HIDDEN, NOTHING_HIDDEN)
         else:
             positions, shared = self._prepare(ids_BT, mask_BT, positions_BT, segments_BT, cache)
             x_BTD = self.embed(ids_BT, positions, types_BT)
@@ -261,10 +207,12 @@ class Transformer(nn.Module):
         if config.window is not None and past + T > config.window:
             near = make_view(T, past, True, config.window, mask_BT, positions, segments_BT, cache, dtype)
         if config.positions != "rotary":
-            return positions, Shared(None, None, full, near)
+            return positions, Shared(full, near)
         length = int(positions.max()) + 1 if config.rope.kind == "dynamic" else past + T
-        cos, sin = rope_tables(config, positions, dtype, length)
-        return positions, Shared(cos, sin, full, near)
+        rotation = near_rotation = rope_tables(config.rope, config, positions, dtype, length)
+        if config.window_rope is not None:
+            near_rotation = rope_tables(config.window_rope, config, positions, dtype, length)
+        return positions, Shared(full, near, rotation, near_rotation)
 
 
 def is_whole(mask_BT: Tensor, causal: bool) -> bool:

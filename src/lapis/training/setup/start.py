@@ -13,7 +13,7 @@ import torch
 from lapis.config import build
 from lapis.errors import ConfigError
 from lapis.families import find
-from lapis.families.config import Head, ModelConfig
+from lapis.families.config import Head, ModelConfig, class_fields
 from lapis.model.load import load
 from lapis.model.transformer import Transformer
 from lapis.text.tokenizer.tokenizer import Tokenizer
@@ -52,9 +52,7 @@ def start_model(
     else:
         model = load(str(source), dtype=torch.float32, head=head, classes=len(labels) if head == "classes" else 0)
     if labels:
-        names = {"id2label": {str(i): label for i, label in enumerate(labels)},
-                 "label2id": {label: i for i, label in enumerate(labels)}}  # fmt: skip
-        model.config = dataclasses.replace(model.config, extra={**model.config.extra, **names})
+        model.config = dataclasses.replace(model.config, extra={**model.config.extra, **class_fields(labels)})
     if objective.tokenizer is not None:
         objective.tokenizer.check_rows(model.config.vocab)
     if context is not None and context > model.config.context:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lapis.errors import ConfigError
 from lapis.evaluation.classification import class_scores, figures, fits, loss_of, predict
-from lapis.model.heads import labels
+from lapis.families.config import class_fields
 from lapis.model.transformer import Transformer
 from lapis.text.corpus.labels import Labeled, classes_of, labeled, numbers_of
 from lapis.text.corpus.pictures import Pictures, pictures
@@ -175,7 +175,7 @@ class Classify:
             raise ConfigError(
                 "classify: a vit model takes pictures; give no tokenizer, and .npz or a folder of pictures"
             )
-        config.extra.update(labels(self.classes))
+        config.extra.update(class_fields(self.classes))
         if self.tokenizer and config.causal and self.tokenizer.pad_id is not None:
             config.extra.setdefault("pad_token_id", self.tokenizer.pad_id)  # where others look for a text's last token
         model.drop(self.dropout)

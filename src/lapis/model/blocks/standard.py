@@ -1,0 +1,104 @@
+"""The usual block, and what an architecture may have in its place.
+
+Shapes: B batch, T time, D model dim.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lapis.families.config import MLP_KINDS, ModelConfig
+from lapis.model.attention import Attention, Shared
+from lapis.model.cache import Cache
+from lapis.model.heads import ACTIVATIONS
+from lapis.model.norm import Norm, make_norm
+
+MakeNorm = Callable[[ModelConfig, int], Norm]
+
+
+class Mlp(nn.Module):
+    """down(act(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202), or down(act(up(x))) where there is no gate."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        bias = config.bias in ("mlp", "all")
+        gated, activation = MLP_KINDS[config.mlp]
+        self.gate = nn.Linear(config.dim, config.ffn_dim, bias=bias) if gated else None
+        self.up = nn.Linear(config.dim, config.ffn_dim, bias=bias)
+        self.down = nn.Linear(config.ffn_dim, config.dim, bias=bias)
+        self.activation = ACTIVATIONS[activation]
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        up: Tensor = self.up(x_BTD)
+        inner = self.activation(up) if self.gate is None else self.activation(self.gate(x_BTD)) * up
+        out: Tensor = self.down(inner)
+        return out
+
+
+class Norms(nn.Module):
+    """The norms of a block (attn, mlp) or of a model (embed, final), so that a name here is a component's name."""
+
+    attn: Norm
+    mlp: Norm
+    embed: Norm
+    final: Norm
+
+    def __init__(self, config: ModelConfig, norm: MakeNorm, *names: str) -> None:
+        super().__init__()
+        for name in names:
+            self.add_module(name, norm(config, config.dim))
+
+
+class TransformerBlock(nn.Module):
+    """Attention and MLP, each added to the residual stream; normed before (most) or after (BERT).
+
+    A block of another kind is a subclass. It keeps the names `attn` (with q, k, v, o and core), `mlp` (gate, up, down)
+    and `norm`, so that adapters, freezing, the lens and tables of parts need to know nothing of it.
+    """
+
+    dropout = 0.0
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.norm = Norms(config, make_norm, "attn", "mlp")
+        self.attn = Attention(config, layer)
+        self.mlp = Mlp(config)
+        self.post = config.norm_place == "post"
+
+    @property
+    def added(self) -> tuple[nn.Module, nn.Module]:
+        """The modules whose outputs are added to the stream, for attention and for the MLP."""
+        return self.attn, self.mlp
+
+    def forward(self, x_BTD: Tensor, shared: Shared, cache: Cache | None = None) -> Tensor:
+        norm = self.norm
+        if self.post:
+            x_BTD = norm.attn(x_BTD + self._dropped(self.attn(x_BTD, shared, cache)))
+            x_BTD = norm.mlp(x_BTD + self._dropped(self.mlp(x_BTD)))
+        else:
+            x_BTD = x_BTD + self._dropped(self.attn(norm.attn(x_BTD), shared, cache))
+            x_BTD = x_BTD + self._dropped(self.mlp(norm.mlp(x_BTD)))
+        return x_BTD
+
+    def _dropped(self, x_BTD: Tensor) -> Tensor:
+        return F.dropout(x_BTD, self.dropout) if self.dropout and self.training else x_BTD
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a model is built from.
+
+    Attributes:
+        block: Makes the block of a layer.
+        norm: Makes a norm of a width: the final one, and whatever the block asks it for.
+        embed_scale: What embedded tokens are multiplied by, rounded to the dtype of the embedding.
+    """
+
+    block: Callable[[ModelConfig, int], TransformerBlock] = TransformerBlock
+    norm: MakeNorm = make_norm
+    embed_scale: Callable[[ModelConfig], float] = lambda config: 1.0
+
+
+ARCHITECTURE = Architecture()
