@@ -7,7 +7,7 @@ JOBS ?= auto
 PEER ?= .venv-peers/bin/python
 SIZE ?= 0.5b
 
-.PHONY: tour test lint bench bench-train bench-generate bench-diff-lens bench-merge bench-faults kill kill-train peers clean
+.PHONY: tour test lint docs check-matrix bench bench-train bench-generate bench-diff-lens bench-merge bench-faults kill kill-train peers clean
 
 .venv/.core: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -29,6 +29,12 @@ lint: .venv/.dev
 
 test: lint                   ## types, style, and every test
 	$(BIN)/python -m pytest -q -n $(JOBS)
+
+docs: .venv/.core            ## docs/api.md from the docstrings
+	$(BIN)/python scripts/api_page.py
+
+check-matrix:                ## the fast tests on the lowest and highest Python and torch; says what is not at hand
+	$(PYTHON) scripts/check_matrix.py --jobs $(JOBS)
 
 # Slow evidence. Each prints its table; the dated ones are kept in benchmarks/results/.
 
@@ -63,4 +69,4 @@ peers: $(PEER)               ## the peers, in an environment of their own
 	$@ -m pip install --quiet 'torch>=2.11,<2.14' mergekit==0.1.5
 
 clean:
-	rm -rf .venv .venv-peers build runs
+	rm -rf .venv .venv-peers .matrix build runs
