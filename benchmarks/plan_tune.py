@@ -60,7 +60,7 @@ from lapis.training.config import TrainConfig
 from lapis.training.loop.loop import train
 from lapis.training.objectives.supervised.next_token import Causal, Chat
 from lapis.training.setup.select import choose
-from lapis.training.setup.start import FRESH, silence
+from lapis.training.setup.start import FRESH, zero_outputs
 
 PEOPLE, NEW_FACTS, CONTEXT, VOCABULARY = 60, 500, 256, 2048
 SHAPE = {"dim": 128, "layers": 8, "heads": 4, "kv_heads": 2, "ffn_dim": 352, "context": CONTEXT, "tied": True,
@@ -167,7 +167,7 @@ class Lab:
         torch.manual_seed(self.seed)
         if start is None:
             model = Transformer(ModelConfig(vocab=self.tokenizer.rows, **SHAPE))
-            silence(model)
+            zero_outputs(model)
         else:
             model = lapis.load(self.root / start)[0]
         if tune:

@@ -35,9 +35,9 @@ class Lapis:
         self.model = load(folder, dtype=torch.float32).eval()
 
     def run(self, prompts: list[list[int]], group: int, tokens: int) -> int:
-        from lapis.training.objectives.policy.rollouts import roll
+        from lapis.training.objectives.policy.rollouts import sample_rollouts
 
-        made = roll(
+        made = sample_rollouts(
             self.model, prompts, range(len(prompts)), [], group=group, max_tokens=tokens, temperature=1.0, seed=0
         )
         return int(made.mask_BR.sum())

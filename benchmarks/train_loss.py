@@ -81,14 +81,14 @@ def learn(
     from lapis.training.loop.loop import train
     from lapis.training.loop.progress import Lines
     from lapis.training.objectives.supervised.next_token import Causal
-    from lapis.training.setup.start import FRESH, silence
+    from lapis.training.setup.start import FRESH, zero_outputs
 
     tokenizer, rows = text(given)
     torch.set_num_threads(given.threads)
     torch.manual_seed(given.seed)
     model = Transformer(ModelConfig(**{**shape, "vocab": tokenizer.rows}))
     if zero:
-        silence(model)
+        zero_outputs(model)
     config = TrainConfig(**{
         **FRESH, "steps": steps, "batch": BATCH, "precision": "bf16", "threads": given.threads, "seed": given.seed,
         "sample_every": 0, "save_every": 10**9, "keep": 1, "compile": "off", **settings,

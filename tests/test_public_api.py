@@ -10,7 +10,7 @@ import pytest
 
 import lapis
 import lapis.errors
-from lapis.training.objectives import objective
+from lapis.training.objectives import registry
 
 ROOT = Path(__file__).parents[1]
 
@@ -51,7 +51,7 @@ def test_every_error_is_public() -> None:
 
 
 def test_every_objective_is_public() -> None:
-    classes = {objective.find(name) for name in objective.OBJECTIVES}
+    classes = {registry.objective_class(name) for name in registry.OBJECTIVES}
     assert classes == {getattr(lapis, name) for name in OBJECTIVES}
 
 

@@ -165,10 +165,10 @@ def test_a_saved_picture_classifier_gives_the_same_logits_in_transformers(tmp_pa
     objective.write(tmp_path)
     theirs = transformers.AutoModelForImageClassification.from_pretrained(tmp_path).eval()
     assert theirs.config.id2label == {0: "0", 1: "1", 2: "2"}
-    seen = objective.data.take(list(range(12)))
+    seen = objective.examples.take(list(range(12)))
     with torch.no_grad():
         expected = theirs(pixel_values=seen).logits
-    np.testing.assert_allclose(predict(ours, objective.data.inputs), expected.numpy(), atol=1e-5)  # type: ignore[arg-type]
+    np.testing.assert_allclose(predict(ours, objective.examples.inputs), expected.numpy(), atol=1e-5)  # type: ignore[arg-type]
 
 
 @settings(max_examples=40, deadline=None)

@@ -217,7 +217,7 @@ def test_ppo_is_the_formulas_written_out(tokenizer: Tokenizer, models: dict[str,
 
     r = experience.rollouts
     old, reference, before = map(numbers, (r.logprobs_BR, experience.reference_BR, experience.values_BR))
-    said = objective._read(models["moved"], experience)
+    said = objective._score(models["moved"], experience)
     now, values = numbers(said.logprobs_BR), numbers(objective.values(said.hidden_ND, r.mask_BR))
     lengths, scores = r.mask_BR.sum(1).tolist(), numbers(experience.rewards_B)
     advantages, returns = [], []

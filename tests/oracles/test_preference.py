@@ -17,7 +17,7 @@ from lapis.model.transformer import Transformer
 from lapis.text.corpus.pairs import Pair
 from lapis.text.rows.pair_rows import Reply
 from lapis.text.tokenizer.tokenizer import Tokenizer, train_tokenizer
-from lapis.training.objectives.preference.pair_losses import dpo_loss
+from lapis.training.objectives.preference.losses import dpo_loss
 from lapis.training.objectives.preference.pairwise import PairBatch, Pairwise
 from lapis.training.objectives.preference.preference import DPO, IPO, KTO, ORPO, SimPO
 from lapis.training.objectives.preference.reward import Reward
@@ -81,11 +81,11 @@ def folders(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> d
 def ours(objective: Pairwise, model: Transformer, folder: Path) -> tuple[float, dict[str, torch.Tensor]]:
     """Mean loss and its gradients by the names that transformers has for them. All pairs are the batch."""
     both = [2 * pair + side for side in (0, 1) for pair in range(len(PAIRS))]
-    replies = [objective._read(objective.data, number) for number in both]
+    replies = [objective.reply(number) for number in both]
     batch = PairBatch(
         list(range(len(PAIRS))),
         collate(replies, whole=len(PAIRS) if objective.whole else 0),
-        torch.from_numpy(objective.data.margins),
+        torch.from_numpy(objective.examples.margins),
     )
     model.zero_grad()
     total, count, metrics = objective.loss(model, objective.prepare(model, batch))
@@ -122,7 +122,7 @@ def rows(objective: Pairwise) -> list[dict[str, Any]]:
     """The same ids, as TRL's data sets have them."""
     found = []
     for pair in range(len(PAIRS)):
-        chosen, rejected = (reply.spoken for reply in objective.data.replies[2 * pair : 2 * pair + 2])
+        chosen, rejected = (reply.spoken for reply in objective.examples.replies[2 * pair : 2 * pair + 2])
         parts = {"prompt_ids": chosen.ids[: chosen.first], "chosen_ids": chosen.ids[chosen.first :],
                  "rejected_ids": rejected.ids[rejected.first :]}  # fmt: skip
         found.append({name: part.tolist() for name, part in parts.items()})
@@ -169,7 +169,7 @@ def test_kto(tokenizer: Tokenizer, folders: dict[str, Path], tmp_path: Path) -> 
 
     data = []
     for pair, row in enumerate(rows(objective)):
-        other = objective.data.mismatched(pair)
+        other = objective.examples.mismatched(pair)
         shared = {"prompt_ids": row["prompt_ids"], "KL_completion_ids": other.ids[other.first :].tolist()}
         data += [{**shared, "completion_ids": row[f"{side}_ids"], "label": side == "chosen"}
                  for side in ("chosen", "rejected")]  # fmt: skip
@@ -237,9 +237,9 @@ def test_reward(margins: bool, tokenizer: Tokenizer, folders: dict[str, Path], t
     mine = ours(objective, load(folders["reward"]), tmp_path / "grads")
     data = []
     for pair in range(len(PAIRS)):
-        chosen, rejected = objective.data.replies[2 * pair : 2 * pair + 2]
+        chosen, rejected = objective.examples.replies[2 * pair : 2 * pair + 2]
         row: dict[str, Any] = {"chosen_ids": chosen.ids.tolist(), "rejected_ids": rejected.ids.tolist()}
-        data.append({**row, "margin": float(objective.data.margins[pair])} if margins else row)
+        data.append({**row, "margin": float(objective.examples.margins[pair])} if margins else row)
     trainer = RewardTrainer(
         model=theirs(folders["reward"], "SequenceClassification", num_labels=1),
         args=RewardConfig(output_dir=str(tmp_path), center_rewards_coefficient=0.05, **SETTINGS),
@@ -260,8 +260,8 @@ def test_a_reward_folder_scores_a_chat_in_transformers_as_here(tokenizer: Tokeni
         scores = there(**inputs).logits[:, 0].tolist()
     objective = Reward(tokenizer, PAIRS, context=128)
     model = load(folders["reward"])
-    assert reply_rewards(model, objective.data.replies) == pytest.approx(scores, abs=1e-5)
-    closed = [Reply(reply.ids[: reply.last], reply.first, reply.last) for reply in objective.data.replies]
+    assert reply_rewards(model, objective.examples.replies) == pytest.approx(scores, abs=1e-5)
+    closed = [Reply(reply.ids[: reply.last], reply.first, reply.last) for reply in objective.examples.replies]
     model.config.extra["pad_token_id"] = there.config.pad_token_id = int(closed[0].ids[-1])  # chats that end with it
     for reply, score in zip(closed, reply_rewards(model, closed), strict=True):
         with torch.no_grad():

@@ -60,7 +60,7 @@ def test_a_run_gives_the_weights_of_a_plain_loop(tokenizer: Tokenizer, tmp_path:
     )
     cursor = Cursor(seed=5)
     for step in range(8):
-        batch, cursor = objective.data.batch(cursor, 4)
+        batch, cursor = objective.examples.batch(cursor, 4)
         logits = theirs(input_ids=batch.ids_BT).logits
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets_BT.flatten(), ignore_index=IGNORE)
         optimizer.zero_grad()
@@ -89,7 +89,7 @@ def test_chat_loss_is_transformers_loss_on_the_same_labels(tokenizer: Tokenizer,
         1,
     )
     objective = Chat(tokenizer, [chat], context=64)
-    batch, _ = objective.data.batch(Cursor(), 1)
+    batch, _ = objective.examples.batch(Cursor(), 1)
     loss, count, _ = objective.loss(ours, batch)
 
     (folder := tmp_path / "tok").mkdir()

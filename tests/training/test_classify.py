@@ -110,7 +110,7 @@ def test_what_is_random_depends_on_the_place_alone(tokenizer: Tokenizer, name: s
 def test_every_example_is_read_once_in_an_epoch(tokenizer: Tokenizer) -> None:
     objective = Classify(tokenizer, examples(), context=32)
     batch, cursor = next(objective.batches(state(48)))
-    assert sorted(ids for ids, _ in content(batch)) == sorted(objective.data.inputs)  # type: ignore[type-var]
+    assert sorted(ids for ids, _ in content(batch)) == sorted(objective.examples.inputs)  # type: ignore[type-var]
     assert cursor == {"epoch": 0, "row": 48, "seed": 5}
 
 
@@ -120,7 +120,7 @@ def test_texts_side_by_side_have_the_scores_and_gradients_of_each_alone(
 ) -> None:
     objective = Classify(tokenizer, examples(), context=32)
     model = start_model(None, shape, objective, context=32, seed=0)
-    inputs: Any = objective.data.inputs
+    inputs: Any = objective.examples.inputs
     texts = [inputs[0][:4], inputs[3], inputs[9], inputs[21][:6], inputs[8][:5]]
     batch = together(texts)
     assert len(batch.ids_RT) < 5
@@ -253,7 +253,7 @@ def test_a_run_with_dropout_that_is_stopped_goes_on_to_the_same_weights(tokenize
 def test_a_dropped_share_is_only_dropped_while_training(tokenizer: Tokenizer) -> None:
     objective = Classify(tokenizer, examples(), context=32, dropout=0.5)
     model = start_model(None, BERT, objective, context=32, seed=0)
-    ids: Any = objective.data.inputs
+    ids: Any = objective.examples.inputs
     before = predict(model, ids)
     objective.prepare(model, next(objective.batches(state(4)))[0])
     model.train()

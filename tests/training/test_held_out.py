@@ -15,7 +15,7 @@ from lapis.model.transformer import Transformer
 from lapis.text.corpus.corpus import Document
 from lapis.text.tokenizer.tokenizer import Tokenizer
 from lapis.training.config import TrainConfig
-from lapis.training.loop.held_out import better, watched
+from lapis.training.loop.held_out import better, watched_metric
 from lapis.training.loop.loop import train
 from lapis.training.loop.progress import Silent
 from lapis.training.objectives.supervised.next_token import Causal
@@ -109,4 +109,4 @@ def test_what_cannot_be_watched_is_refused(
 def test_what_is_better() -> None:
     assert better("accuracy", 0.9, 0.8) and not better("accuracy", float("nan"), 0.8)
     assert better("valid_loss", 1.0, 2.0) and better("bits_per_byte", 1.0, 2.0) and better("test/nll", 1.0, 2.0)
-    assert watched({"b": 1.0, "a": 2.0}, "") == "b"
+    assert watched_metric({"b": 1.0, "a": 2.0}, "") == "b"

@@ -118,15 +118,15 @@ def test_epochs_become_steps(new_model: Make, objective: Causal, tmp_path: Path)
     assert result.steps == -(-2 * objective.rows // CONFIG.batch)
 
 
-class Wrapped:
+class Wrapped(Causal):
     """The objective with another loss."""
 
     def __init__(self, inner: Causal, loss: Callable[..., Any]) -> None:
-        self.inner, self.loss = inner, loss
-        self.tokenizer, self.rows = inner.tokenizer, inner.rows
-        self.describe, self.batches, self.prepare, self.sample = (
-            inner.describe, inner.batches, inner.prepare, inner.sample,
-        )  # fmt: skip
+        super().__init__(inner.tokenizer, inner.examples, context=inner.context)
+        self.other_loss = loss
+
+    def loss(self, model: Transformer, batch: Any) -> Any:
+        return self.other_loss(model, batch)
 
 
 def test_nothing_supervised_is_an_error(new_model: Make, objective: Causal, tmp_path: Path) -> None:
@@ -179,9 +179,8 @@ def test_fault_70_two_runs_in_one_place(new_model: Make, objective: Causal, tmp_
     class Waiting(Wrapped):
         def __init__(self) -> None:
             super().__init__(objective, objective.loss)
-            self.batches = self._wait
 
-        def _wait(self, state: Any) -> Iterator[Any]:
+        def batches(self, state: Any) -> Iterator[Any]:
             inside.set()
             assert done.wait(30)
             return objective.batches(state)

@@ -79,6 +79,6 @@ def test_chats_are_mixed_too_and_coverage_is_told(
     objective = Chat(tokenizer, chats, context=64)
     said = objective.coverage()
     assert "rows of 64 tokens from 24 chats" in said[0] and "of tokens carry loss" in said[1]
-    counts = objective.data.counts
+    counts = objective.examples.counts
     assert f"{counts['supervised'] / counts['tokens']:.1%} of tokens" in said[1]
     assert objective.sample(new_model())

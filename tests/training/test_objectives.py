@@ -41,7 +41,7 @@ def test_packed_documents_have_the_loss_and_gradients_of_each_alone(
     total.backward()  # type: ignore[no-untyped-call]
 
     objective = Causal(tokenizer, pack(texts, tokenizer, length=count))  # all in one row
-    batch, _ = objective.data.batch(Cursor(), 1)
+    batch, _ = objective.examples.batch(Cursor(), 1)
     assert int(batch.segments_BT.max()) == 3
     packed, supervised, metrics = objective.loss(second, batch)
     packed.backward()  # type: ignore[no-untyped-call]
@@ -64,7 +64,7 @@ def test_packed_chats_have_the_loss_of_each_alone(
         targets = [i if own else IGNORE for i, own in zip(ids, said, strict=True)]
         nats, n = alone(model, ids[:-1], targets[1:])
         expected, count = expected + nats.item(), count + n
-    batch, _ = objective.data.batch(Cursor(), objective.rows)
+    batch, _ = objective.examples.batch(Cursor(), objective.rows)
     loss, supervised, _ = objective.loss(model, batch)
     assert supervised == count
     assert loss.item() == pytest.approx(expected, rel=1e-6)
@@ -74,7 +74,7 @@ def test_what_the_assistant_says_and_its_end_token_are_supervised(
     tokenizer: Tokenizer, chats: list[ChatRecord]
 ) -> None:
     objective = Chat(tokenizer, chats[:1], context=256)
-    batch, _ = objective.data.batch(Cursor(), 1)
+    batch, _ = objective.examples.batch(Cursor(), 1)
     targets = [int(t) for t in batch.targets_BT[0] if t != IGNORE]
     assert tokenizer.decode(targets) == "Under tree 0.<|im_end|>To 0.<|im_end|>"
 
@@ -82,7 +82,7 @@ def test_what_the_assistant_says_and_its_end_token_are_supervised(
 def test_any_head_gives_the_loss(new_model: Make, tokenizer: Tokenizer, documents: list[Document]) -> None:
     """The plain head runs in blocks; one that is wrapped (an adapter) runs as it is."""
     model = new_model()
-    batch, _ = Causal(tokenizer, documents[:8], context=32).data.batch(Cursor(), 2)
+    batch, _ = Causal(tokenizer, documents[:8], context=32).examples.batch(Cursor(), 2)
     blocks, _ = next_token_loss(model, batch)
     model.head = torch.nn.Sequential(model.head)
     whole, _ = next_token_loss(model, batch)

@@ -7,8 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lapis.training.optim.muon import Muon, hidden_matrices, orthogonalize
-from lapis.training.optim.optim import Optimizers
-from lapis.training.optim.schedule import Schedule
+from lapis.training.optim.optimizers import Optimizers, Schedule
 
 
 def test_muon_equals_torchs_muon() -> None:

@@ -19,11 +19,10 @@ from lapis.training.config import TrainConfig
 from lapis.training.loop.loop import train
 from lapis.training.loop.progress import Silent
 from lapis.training.objectives.supervised.next_token import Causal
-from lapis.training.optim.ema import Average
+from lapis.training.optim.optimizers import Average, Schedule
 from lapis.training.optim.rounding import RoundedAdamW, round_into_
-from lapis.training.optim.schedule import Schedule
 from lapis.training.setup import memory
-from lapis.training.setup.compiled import pays
+from lapis.training.setup.probe import Probe
 
 Make = Callable[[], Transformer]
 CONFIG = TrainConfig(steps=10, batch=8, lr=1e-2, warmup=2, log_every=1, precision="float32", threads=1, sample_every=0)
@@ -135,12 +134,15 @@ def test_fault_72_a_batch_that_cannot_fit_is_refused_with_the_levers(
 
 
 def test_compiling_is_tried_only_where_the_run_is_long(new_model: Make) -> None:
-    def never() -> float:
+    def never() -> torch.Tensor:
         raise AssertionError
 
-    assert pays(new_model(), "auto", never, 50, None, "cpu") == (False, None)
-    assert pays(new_model(), "auto", never, 0, 300.0, "cpu") == (False, None)
-    assert pays(new_model(), "off", never, 10**9, None, "cpu") == (False, None)
+    model = new_model()
+    probe = Probe(model, never)
+    assert probe.compiling_pays("auto", 1, "float32", 50, None) == (False, None)
+    assert probe.compiling_pays("auto", 1, "float32", 0, 300.0) == (False, None)
+    assert probe.compiling_pays("off", 1, "float32", 10**9, None) == (False, None)
     with pytest.raises(TrainingError, match=r"torch.compile failed \(AssertionError\); set compile to off"):
-        pays(new_model(), "on", never, 1, None, "cpu")
-    assert pays(new_model(), "auto", lambda: 0.01, 1000, None, "cpu") == (False, None)
+        probe.compiling_pays("on", 1, "float32", 1, None)
+    quick = Probe(model, lambda: model(torch.tensor([[1, 2]])).sum())
+    assert quick.compiling_pays("auto", 1, "float32", 101, None) == (False, None)

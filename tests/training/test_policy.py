@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from lapis.config import load_yaml
-from lapis.errors import CheckpointError, ConfigError, DataError, TrainingError
+from lapis.errors import ConfigError, DataError, TrainingError
 from lapis.model.load import save
 from lapis.model.transformer import Transformer
 from lapis.text.tokenizer.tokenizer import Tokenizer
@@ -21,7 +22,7 @@ from lapis.training.config import TrainConfig
 from lapis.training.loop.loop import train
 from lapis.training.loop.progress import Silent
 from lapis.training.objectives.policy.policy import GRPO, PPO, RLOO
-from lapis.training.objectives.policy.rollouts import read_again, roll
+from lapis.training.objectives.policy.rollouts import sample_rollouts, score_replies
 from lapis.training.run import read_settings, run
 
 Make = Callable[[], Transformer]
@@ -92,8 +93,10 @@ def test_a_step_in_parts_is_the_step(kind: Any, new_model: Make, tokenizer: Toke
 def test_rollouts_say_what_training_says_and_end_with_the_end_token(new_model: Make, prompts: list[list[int]]) -> None:
     model = new_model()
     ends = list(range(0, 300, 12))
-    rollouts = roll(model, prompts, range(len(prompts)), ends, group=6, max_tokens=10, temperature=0.7, seed=5)
-    said = read_again(model, rollouts.ids_BT, rollouts.prompt_B, rollouts.reply_BR, rollouts.mask_BR, 0.7)
+    rollouts = sample_rollouts(
+        model, prompts, range(len(prompts)), ends, group=6, max_tokens=10, temperature=0.7, seed=5
+    )
+    said = score_replies(model, rollouts, 0.7)
     torch.testing.assert_close(said.logprobs_BR, rollouts.logprobs_BR, atol=1e-4, rtol=0)
     lengths = rollouts.mask_BR.sum(1).tolist()
     assert len(set(lengths)) > 2 and rollouts.ended_B.any()
@@ -101,7 +104,7 @@ def test_rollouts_say_what_training_says_and_end_with_the_end_token(new_model: M
         assert [token in ends for token in reply[:length]] == [False] * (length - 1) + [ended]
         assert ended or length == 10
     # a reply follows from the seed, its prompt's number and its place, not from its neighbors
-    alone = roll(model, prompts[1:2], [1], ends, group=6, max_tokens=10, temperature=0.7, seed=5)
+    alone = sample_rollouts(model, prompts[1:2], [1], ends, group=6, max_tokens=10, temperature=0.7, seed=5)
     width = alone.reply_BR.shape[1]
     assert torch.equal(alone.reply_BR, rollouts.reply_BR[6:12, :width])
 
@@ -135,16 +138,15 @@ def test_lora_needs_no_second_model(new_model: Make, tokenizer: Tokenizer) -> No
     wrap(model, LoraConfig(rank=2))
     made = objective(GRPO, tokenizer, kl=0.1)
     made.begin(model)
-    assert made._reference._model is None and any("adapters off" in note for note in made.notes)
+    assert made._reference.model is None and any("adapters off" in note for note in made.notes)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(0, 0.5)
         _, experience = made.prepare(model, next(made.batches(_State(model)))[0])
-        r = experience.rollouts
-        said = read_again(base, r.ids_BT, r.prompt_B, r.reply_BR, r.mask_BR, 1.0)
+        said = score_replies(base, experience.rollouts, 1.0)
     torch.testing.assert_close(experience.reference_BR, said.logprobs_BR)
-    assert (experience.reference_BR - r.logprobs_BR).abs().max() > 1e-2
+    assert (experience.reference_BR - experience.rollouts.logprobs_BR).abs().max() > 1e-2
 
 
 def test_a_reference_that_is_not_the_policys_parent_is_refused(
@@ -157,10 +159,10 @@ def test_a_reference_that_is_not_the_policys_parent_is_refused(
     folder = tmp_path / "other"
     save(Transformer(ModelConfig(dim=16, layers=1, heads=2, ffn_dim=16, vocab=tokenizer.rows, context=64)), folder)
     tokenizer.save(folder)
-    with pytest.raises(CheckpointError, match=r"dim 16 and the policy 32"):
+    with pytest.raises(ConfigError, match=r"is not the policy's parent: its dim is 16, the policy's 32"):
         objective(GRPO, tokenizer, kl=0.1, reference=str(folder)).begin(model)
     train_tokenizer(["another text altogether"], 270).save(folder)
-    with pytest.raises(CheckpointError, match=r"another tokenizer"):
+    with pytest.raises(ConfigError, match=r"another tokenizer"):
         objective(GRPO, tokenizer, kl=0.1, reference=str(folder))
     far = new_model()
     with torch.no_grad():
@@ -170,8 +172,32 @@ def test_a_reference_that_is_not_the_policys_parent_is_refused(
     tokenizer.save(tmp_path / "far")
     made = objective(GRPO, tokenizer, kl=0.1, reference=str(tmp_path / "far"))
     made.begin(model)
-    with pytest.raises(TrainingError, match=r"nats per token from the policy before its first step"):
+    with pytest.raises(ConfigError, match=r"nats per token from the policy before its first step"):
         made.prepare(model, next(made.batches(_State(model)))[0])
+
+
+def test_another_reference_of_the_same_shape_is_another_run(
+    new_model: Make, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """The weights of the reference are recorded, not only their names and shapes."""
+    place = tmp_path / "reference"
+
+    def write_reference(change: float) -> None:
+        model = new_model()
+        with torch.no_grad():
+            next(model.parameters()).add_(change)
+        save(model, place)
+        tokenizer.save(place)
+
+    write_reference(0.0)
+    stopped = objective(GRPO, tokenizer, reference=str(place))
+    with pytest.raises(TrainingError, match=r"stopped by the test after step 2"):
+        train(new_model(), stopped, settings(), tmp_path / "out", watch=StopsAfter(stopped, 2))
+    shutil.rmtree(place)
+    write_reference(0.01)
+    again = objective(GRPO, tokenizer, reference=str(place))
+    with pytest.raises(TrainingError, match=r"differs: reference was \w+, is \w+"):
+        train(new_model(), again, settings(), tmp_path / "out", watch=Silent())
 
 
 def test_a_reward_that_raises_hangs_or_is_nan_is_counted(new_model: Make, tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,7 @@ from lapis.text.tokenizer.tokenizer import Tokenizer
 from lapis.training.config import TrainConfig
 from lapis.training.loop.loop import train
 from lapis.training.loop.progress import Silent
-from lapis.training.objectives.objective import find, options
-from lapis.training.objectives.preference.pair_losses import (
+from lapis.training.objectives.preference.losses import (
     dpo_loss,
     ipo_loss,
     kto_loss,
@@ -38,8 +38,9 @@ from lapis.training.objectives.preference.pair_losses import (
     simpo_loss,
 )
 from lapis.training.objectives.preference.preference import DPO, KTO
-from lapis.training.objectives.preference.reference import kinship
 from lapis.training.objectives.preference.reward import Reward
+from lapis.training.objectives.reference import weights_cosine
+from lapis.training.objectives.registry import objective_class, options
 from lapis.training.run import read_settings, run
 
 NewModel = Callable[[], Transformer]
@@ -174,8 +175,8 @@ def test_the_reference_is_computed_once_and_kept_for_the_same_weights_and_pairs(
     with pytest.raises(TrainingError, match="the reference is not known yet"):
         objective.prepare(model, next(iter(objective.batches(_state())))[0])
     objective.begin(model, tmp_path)
-    expected = reply_log_probabilities(model, objective.data.replies)
-    np.testing.assert_allclose(objective._kept["train"], expected, rtol=1e-6)  # type: ignore[index]
+    expected = reply_log_probabilities(model, objective.examples.replies)
+    np.testing.assert_allclose(objective._reference["train"], expected, rtol=1e-6)  # type: ignore[index]
     stamp = (tmp_path / "reference.safetensors").stat().st_mtime_ns
     DPO(tokenizer, PAIRS, context=64).begin(model, tmp_path)
     assert (tmp_path / "reference.safetensors").stat().st_mtime_ns == stamp
@@ -183,6 +184,30 @@ def test_the_reference_is_computed_once_and_kept_for_the_same_weights_and_pairs(
         next(other.parameters()).add_(0.01)
     DPO(tokenizer, PAIRS, context=64).begin(other, tmp_path)
     assert (tmp_path / "reference.safetensors").stat().st_mtime_ns > stamp
+
+
+def test_other_weights_in_the_reference_folder_are_another_run(
+    tokenizer: Tokenizer, new_model: NewModel, tmp_path: Path
+) -> None:
+    place = tmp_path / "reference"
+
+    def begin(change: float, folder: Path) -> None:
+        model = new_model()
+        with torch.no_grad():
+            next(model.parameters()).add_(change)
+        shutil.rmtree(place, ignore_errors=True)
+        save(model, place)
+        tokenizer.save(place)
+        DPO(tokenizer, PAIRS, context=64, reference=str(place)).begin(new_model(), folder)
+
+    journal = tmp_path / "journal"
+    journal.mkdir()
+    begin(0.0, journal)
+    begin(0.01, journal)  # nothing was learned from the first reference yet
+    (journal / "step-2").mkdir()
+    begin(0.01, journal)
+    with pytest.raises(TrainingError, match=r"reference has other weights than when the run began"):
+        begin(0.02, journal)
 
 
 def test_the_base_without_its_adapter_is_a_reference(tokenizer: Tokenizer, new_model: NewModel) -> None:
@@ -217,7 +242,7 @@ def test_a_reference_that_is_no_parent_is_refused(tokenizer: Tokenizer, new_mode
         save(one, tmp_path / name)
         tokenizer.save(tmp_path / name)
     DPO(tokenizer, PAIRS, context=64, reference=str(tmp_path / "parent")).begin(child)
-    assert kinship(child, parent) > 0.8 and abs(kinship(child, stranger)) < 0.1
+    assert weights_cosine(child, parent) > 0.8 and abs(weights_cosine(child, stranger)) < 0.1
     for name, why in (("stranger", "the cosine of their weights is"), ("wide", "its ffn_dim is 64, the policy's 48")):
         objective = DPO(tokenizer, PAIRS, context=64, reference=str(tmp_path / name))
         with pytest.raises(ConfigError, match=f"{name} is not the policy's parent: {why}") as caught:
@@ -228,7 +253,7 @@ def test_a_reference_that_is_no_parent_is_refused(tokenizer: Tokenizer, new_mode
 
 
 def test_options_are_checked(tokenizer: Tokenizer) -> None:
-    assert set(options(find("dpo"))) == {
+    assert set(options(objective_class("dpo"))) == {
         "context",
         "too_long",
         "valid",

@@ -15,8 +15,8 @@ from lapis.families.config import ModelConfig
 from lapis.model.load import save
 from lapis.model.transformer import Transformer
 from lapis.text.tokenizer.tokenizer import Tokenizer, train_tokenizer
-from lapis.training.objectives.policy.advantages import estimate, group_relative, leave_one_out, moments, whitened
 from lapis.training.objectives.policy.guards import Guards, repetition
+from lapis.training.objectives.policy.losses import gae, group_relative, leave_one_out, moments, whiten
 from lapis.training.rewards import Case, Failure, make_judge
 from lapis.training.rewards.builtin import exact, json, length, number, number_in
 from lapis.training.rewards.functions import InWorker
@@ -216,9 +216,9 @@ def test_advantages_of_a_group_sum_to_nothing_and_failures_have_none(prompts: in
 def test_returns_without_a_baseline_are_what_comes_later() -> None:
     rewards_BR = torch.tensor([[0.0, 1.0, 2.0], [3.0, 9.0, 9.0]])
     mask_BR = torch.tensor([[1, 1, 1], [1, 0, 0]], dtype=torch.bool)
-    advantages_BR, returns_BR = estimate(rewards_BR, torch.zeros(2, 3), mask_BR, gamma=0.5, lam=1.0)
+    advantages_BR, returns_BR = gae(rewards_BR, torch.zeros(2, 3), mask_BR, gamma=0.5, lam=1.0)
     torch.testing.assert_close(returns_BR, torch.tensor([[1.0, 2.0, 2.0], [3.0, 0.0, 0.0]]))
-    white_BR = whitened(advantages_BR, mask_BR, moments(advantages_BR, mask_BR))
+    white_BR = whiten(advantages_BR, mask_BR, moments(advantages_BR, mask_BR))
     assert white_BR[mask_BR].mean().abs() < 1e-6 and white_BR[1, 1] == 0
 
 

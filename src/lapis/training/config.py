@@ -1,32 +1,47 @@
-"""TrainConfig: every option of a run, in one place. The objective's own options are its constructor's."""
+"""TrainConfig: every option of a run, in one place. The options of an objective are its own fields."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from lapis.errors import ConfigError
 
+Shape = Literal["wsd", "constant", "cosine", "linear"]
+
 
 @dataclass(frozen=True)
 class TrainConfig:
     """How to train. Give one of steps, epochs or minutes.
 
-    batch: rows of one step. accumulate: parts that a step's rows are computed in, to save memory; the result is the
-    same, and so it is in several processes. lr: peak learning rate; Muon's updates are scaled so that AdamW's rate
-    serves it too. warmup: steps (at most a tenth of the run). schedule: how the rate goes on from there (schedule.py);
-    decay: the share of the run over which wsd falls to zero. clip: largest norm of the gradient, 0 = none. ema: decay
-    of a running average of the weights, which is then the result; 0 = none.
-
-    precision, threads: "auto" and 0 measure a few steps and keep what is fastest. weights: bf16 has no float32 master
-    but rounds at random (rounding.py). checkpointing: blocks that compute their activations twice to save memory.
-    compile: torch.compile for the blocks; auto where the run is long enough and it proves faster.
-
-    save_every: steps between checkpoints, 0 = every five minutes. keep: checkpoints kept. log_every: steps per entry of
-    the learning curve. sample_every: seconds between samples of text, 0 = none. save_dtype: of the final folder.
-
-    eval_every: steps between the objective's held-out figures, 0 = at the end only. watch_metric: the figure that
-    early_stop and best look at (by default the first); less is better for a loss, nll, perplexity, error or bits per
-    byte, more for any other. early_stop: stop after so many evaluations without a better figure, 0 = never. best: end
-    with the weights of the best evaluation.
+    Args:
+        steps: Updates of the weights.
+        epochs: Times that the data is read.
+        minutes: Budget of time. The last part of it is the decay.
+        batch: Rows of one step.
+        accumulate: Parts in which the rows of a step are computed, to save memory; the result is the same.
+        optimizer: Muon takes the matrices inside blocks, AdamW the rest.
+        lr: Peak learning rate. Muon's updates are scaled so that AdamW's rate fits it too.
+        weight_decay: Of matrices.
+        warmup: Steps, at most a tenth of the run.
+        schedule: How the rate goes on after the warm-up (optim/optimizers.py).
+        decay: The share of the run over which "wsd" falls to zero.
+        clip: Largest norm of the gradient; 0 = none.
+        ema: Decay of a running average of the weights, which is then the result; 0 = none.
+        seed: Of the data's order, of new weights, of dropout.
+        precision: "auto" measures which is faster.
+        threads: 0 measures how many are fastest.
+        weights: "bf16" has no float32 copy of the weights; updates are rounded at random (optim/rounding.py).
+        checkpointing: Compute the activations of every second block, or of all, twice, to save memory.
+        compile: torch.compile for the blocks; "auto" where the run is long enough and it proves faster.
+        save_every: Steps between checkpoints; 0 = every five minutes.
+        keep: Checkpoints that are kept.
+        log_every: Steps per entry of the learning curve.
+        sample_every: Seconds between samples of text; 0 = none.
+        save_dtype: Of the result.
+        eval_every: Steps between held-out evaluations; 0 = at the end only.
+        watch_metric: The held-out metric that early_stop and best look at, by default the first. Less is better for a
+            loss, nll, perplexity, error, kl or bits per byte; more for any other.
+        early_stop: Stop after so many evaluations without a better value; 0 = never.
+        best: End with the weights of the best evaluation.
     """
 
     steps: int | None = None
@@ -38,7 +53,7 @@ class TrainConfig:
     lr: float = 3e-4
     weight_decay: float = 0.1
     warmup: int = 50
-    schedule: Literal["wsd", "constant", "cosine", "linear"] = "wsd"
+    schedule: Shape = "wsd"
     decay: float = 0.4
     clip: float = 1.0
     ema: float = 0.0
@@ -91,6 +106,6 @@ class TrainConfig:
             )
 
     def decisive(self) -> dict[str, Any]:
-        """The options on which the weights depend; a rerun that differs in one of them is another run."""
-        idle = ("save_every", "keep", "log_every", "sample_every", "save_dtype")
-        return {name: value for name, value in vars(self).items() if name not in idle}
+        """The options that the weights depend on; a rerun that differs in one of them is another run."""
+        without_effect = ("save_every", "keep", "log_every", "sample_every", "save_dtype")
+        return {name: value for name, value in vars(self).items() if name not in without_effect}

@@ -21,12 +21,22 @@ from lapis.training.setup import lora
 
 @dataclass(frozen=True)
 class TrainResult:
-    """A finished run. loss: mean over the last tenth of the steps, for each unit that is supervised (nats per token for
-    texts). log: the learning curve.
+    """A finished run.
 
-    metrics: the objective's own figures, over the last tenth of the curve. held_out: what the objective's `evaluate`
-    gave for the weights that were written (empty where it has none). best_step: where those weights come from, when
-    the best were asked for. threads, precision: what was used, so that a next run of the same shape need not measure.
+    Attributes:
+        out: Its folder.
+        steps: Updates done.
+        loss: Mean over the last tenth of the curve, per supervised count (nats per token for texts).
+        bits_per_byte: Of the last entry, for texts.
+        tokens: Positions computed.
+        seconds: Time spent, over all restarts.
+        tokens_per_second: While updating.
+        threads: What was used, so that a next run of the same shape need not measure.
+        precision: The same.
+        log: The learning curve.
+        metrics: The objective's own, over the last tenth of the curve.
+        held_out: Held-out metrics of the weights that were written; empty where nothing is held out.
+        best_step: The step of these weights, where the run ends with the best.
     """
 
     out: Path
@@ -44,7 +54,7 @@ class TrainResult:
     best_step: int | None = None
 
     def figures(self) -> dict[str, Any]:
-        """Everything but the curve and the place, as JSON."""
+        """Everything but the curve and the folder, as JSON."""
         return {name: value for name, value in vars(self).items() if name not in ("out", "log")}
 
 
@@ -59,9 +69,7 @@ def write_result(
         if tokenizer.end_ids:  # so that what is generated elsewhere stops where it was trained to
             ends = json.dumps({"eos_token_id": list(tokenizer.end_ids)})
             (folder / "generation_config.json").write_text(ends + "\n")
-    further = getattr(objective, "write", None)
-    if further is not None:
-        further(folder)
+    objective.write(folder)
     write_curve(folder / "log.jsonl", result.log)
     facts: Mapping[str, Any] = {"config": asdict(config), **objective.describe(), **result.figures()}
     (folder / "training.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n")

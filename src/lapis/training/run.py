@@ -8,14 +8,12 @@
     out: runs/base
     steps: 500
 
-A key is a field of TrainConfig (how to train), of RunConfig (what on what), or a keyword of the objective's
-constructor, by its own name and with its own default (a new language model has the defaults of FRESH in start.py); an
-unknown one is refused with the nearest of all three. An objective needs no word here: it is a line in OBJECTIVES, and
-says by `head`, `classes`, `evaluate` and `write` what else it needs (see training/objectives/__init__.py).
+A key is a field of TrainConfig (how to train), of RunConfig (what on what), or an option of the objective, by its own
+name and with its own default (a new language model has the defaults of FRESH in setup/start.py). An unknown key is
+refused with the nearest of all three.
 """
 
 import dataclasses
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,10 +31,11 @@ from lapis.training.config import TrainConfig
 from lapis.training.distributed import parallel
 from lapis.training.loop.loop import train
 from lapis.training.loop.progress import Silent, Watch, watcher
-from lapis.training.objectives.objective import OBJECTIVES, Objective, find, options
+from lapis.training.objectives.objective import Objective
+from lapis.training.objectives.registry import OBJECTIVES, objective_class, options
 from lapis.training.result import TrainResult
 from lapis.training.setup.lora import LoraConfig
-from lapis.training.setup.select import settle
+from lapis.training.setup.select import select_parts
 from lapis.training.setup.start import FRESH, start_model
 
 
@@ -44,13 +43,22 @@ from lapis.training.setup.start import FRESH, start_model
 class RunConfig(TrainConfig):
     """TrainConfig, and what to train on what.
 
-    model: a folder to go on from; new: the shape of a model made anew (ModelConfig; vocab, context and what the family
-    settles may be left out). tokenizer: a folder, by default the model's. data: files, folders, globs, or one folder of
-    packed rows. context: tokens of a row, by default the objective's. zero_init: of a new model, see
-    start.py. device: auto takes a GPU where there is one.
-    lora: train an adapter (LoraConfig), which is then the result. tune, freeze: patterns of parts (select.py), tokens:
-    of which rows of the embedding are trained though the rest of it is not. plan: a file of `lapis plan`: what it
-    chose is tuned, or adapted. options: the objective's own, by name.
+    Args:
+        objective: What is learned; a key of OBJECTIVES.
+        out: The folder of the result.
+        data: Files, folders, globs, or one folder of packed rows.
+        model: A folder to go on from.
+        new: The shape of a model made anew (ModelConfig; vocab, context and what the family settles may be left out).
+        tokenizer: A folder; by default the model's.
+        context: Tokens of a row; by default the objective's.
+        zero_init: Of a new model; see setup/start.py.
+        device: "auto" takes a GPU where there is one.
+        lora: Train an adapter (LoraConfig), which is then the result.
+        tune: Patterns of the parts to train (setup/select.py).
+        freeze: Patterns of the parts not to train.
+        tokens: The rows of the embedding that are trained though the rest of it is not.
+        plan: A file of `lapis plan`: what it chose is tuned, or adapted.
+        options: The objective's own, by name.
     """
 
     objective: str
@@ -78,57 +86,48 @@ class RunConfig(TrainConfig):
 
 
 def read_settings(settings: Mapping[str, Any], where: str) -> RunConfig:
-    """A run's settings from the flat mapping of a file: the objective's options are told from the rest by name.
+    """A run's settings from the flat mapping of a file, in which the objective's options are among the rest.
 
-    Raises ConfigError for a key that nothing knows (the nearest is named), or a value of another type.
+    Raises ConfigError for an unknown key (the nearest is named), or a value of another type.
     """
     name = settings.get("objective")
     if not isinstance(name, str) or name not in OBJECTIVES:
-        said = f"objective is {name!r}; {nearest(str(name), OBJECTIVES)}" if name else '"objective" is missing'
-        raise ConfigError(f"{where}: {said}")
-    taken = options(find(name))
-    fields = {entry.name for entry in dataclasses.fields(RunConfig)} - {"options"}
-    unknown = [key for key in settings if key not in taken and key not in fields]
-    if unknown:
-        raise ConfigError(f'{where}: unknown key "{unknown[0]}"; {nearest(str(unknown[0]), [*fields, *taken])}')
-    own = {key: parameter for key, parameter in taken.items() if key not in fields}
-    shape = dataclasses.make_dataclass(
-        "Options", [(key, p.annotation, field(default=p.default if p.default is not p.empty else dataclasses.MISSING))
-                    for key, p in own.items()], kw_only=True,
-    )  # fmt: skip
-    built: Any = build(shape, {key: value for key, value in settings.items() if key in own}, where)
-    rest = {key: value for key, value in settings.items() if key in fields}
-    if settings.get("new") is not None and "optimizer" not in settings and _speaks(name):
+        why = f"objective is {name!r}; {nearest(str(name), OBJECTIVES)}" if name else '"objective" is missing'
+        raise ConfigError(f"{where}: {why}")
+    own = options(objective_class(name))
+    shared = {entry.name for entry in dataclasses.fields(RunConfig)} - {"options"}
+    for key in settings:
+        if key not in own and key not in shared:
+            raise ConfigError(f'{where}: unknown key "{key}"; {nearest(str(key), [*shared, *own])}')
+    typed = dataclasses.make_dataclass(
+        "Options",
+        [(key, kind, field(default=entry.default)) for key, (kind, entry) in own.items() if key not in shared],
+        kw_only=True,
+    )
+    values: Any = build(typed, {key: value for key, value in settings.items() if key not in shared}, where)
+    rest = {key: value for key, value in settings.items() if key in shared}
+    if settings.get("new") is not None and "optimizer" not in settings and objective_class(name).head == "language":
         rest = {**FRESH, **rest}
-    return build(RunConfig, {**rest, "options": vars(built)}, where)
-
-
-def _speaks(objective: str) -> bool:
-    """Whether the objective makes a language model that predicts the next token."""
-    return getattr(find(objective), "head", "language") == "language"
+    return build(RunConfig, {**rest, "options": vars(values)}, where)
 
 
 def run(config: RunConfig, *, overwrite: bool = False, fresh: bool = False, watch: Watch | None = None) -> TrainResult:
-    """Make or open the model, read the data, train. The errors are those of the rooms that are asked."""
+    """Makes or opens the model, reads the data, trains. Raises what these do."""
     world = parallel.join()
     objective, model = world.together(lambda: _start(config, overwrite, world))
     settings = TrainConfig(**{entry.name: getattr(config, entry.name) for entry in dataclasses.fields(TrainConfig)})
     watch = watch or (watcher(Path(config.out).name) if world.leads else Silent())
-    counts = objective.describe().get("counts", {})
-    if hasattr(objective, "coverage"):
-        for line in objective.coverage():
-            watch.note(f"data: {line}")
-    elif counts:
-        watch.note("data: " + ", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in counts.items()))
+    for line in objective.coverage():
+        watch.note(f"data: {line}")
     for note in model.notes:
         watch.note(f"model: {note}")
     result = train(model, objective, settings, config.out, overwrite=overwrite, fresh=fresh, watch=watch)
-    parallel.part_ways()
+    parallel.disconnect()
     return result
 
 
 def _start(config: RunConfig, overwrite: bool, world: parallel.World) -> tuple[Objective, Transformer]:
-    """The objective and the model. Everything that can be wrong with files and settings shows here."""
+    """The objective and the model. Whatever is wrong with files and settings is found here."""
     if world.leads:
         inputs = [Path(place) for place in (config.model, config.tokenizer) if place is not None]
         check_output(Path(config.out), overwrite=overwrite, inputs=inputs)
@@ -136,15 +135,15 @@ def _start(config: RunConfig, overwrite: bool, world: parallel.World) -> tuple[O
     model = start_model(
         config.model, config.new, objective, context=context, seed=config.seed, zero_init=config.zero_init
     )
-    settle(
+    select_parts(
         model, lora_config=config.lora, tune=config.tune, freeze=config.freeze, tokens=config.tokens, plan=config.plan,
         base=config.model, tokenizer=objective.tokenizer, seed=config.seed, device=_device(config.device),
     )  # fmt: skip
     return objective, model.to(_device(config.device))
 
 
-def _device(wanted: str) -> torch.device:
-    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+def _device(name: str) -> torch.device:
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise ConfigError("train: device is cuda, but torch sees no GPU; use device: cpu")
@@ -152,11 +151,12 @@ def _device(wanted: str) -> torch.device:
 
 
 def _tokenizer(config: RunConfig) -> Tokenizer | None:
-    """That of `tokenizer` or of the model; None where neither is, and the objective can do without."""
+    """That of `tokenizer` or of the model; None where there is none and the objective needs none."""
+    optional = not objective_class(config.objective).needs_tokenizer
     place = config.tokenizer or config.model
-    if place is not None and (config.tokenizer or not _does_without(config) or _has_tokenizer(place)):
+    if place is not None and (config.tokenizer or not optional or _has_tokenizer(place)):
         return Tokenizer.open(place)
-    if _does_without(config):
+    if optional:
         return None
     raise ConfigError("train: a new model needs tokenizer, a folder; make one with: lapis tokenizer train")
 
@@ -165,41 +165,28 @@ def _has_tokenizer(place: str) -> bool:
     return not Path(place).is_dir() or (Path(place) / "tokenizer.json").is_file()
 
 
-def _does_without(config: RunConfig) -> bool:
-    make: Any = find(config.objective)
-    hint = typing.get_type_hints(make.__init__).get("tokenizer")
-    return type(None) in typing.get_args(hint)
-
-
-def _objective(config: RunConfig, tokenizer: Tokenizer | None) -> tuple[Objective, int | None]:
-    """The objective with its options, and the tokens of a row; None where it knows no such thing."""
-    make = find(config.objective)
-    takes = options(make)
+def _objective(config: RunConfig, tokenizer: Tokenizer | None) -> tuple[Objective, int]:
+    """The objective with its options, and the tokens of a row."""
+    objective = objective_class(config.objective)
     context = config.context
-    if context is None and "context" in takes:
-        context = takes["context"].default
-        limit = _limit(config)
-        context = min(context, limit) if limit else context
+    if context is None:
+        context = min(objective.context, _context_limit(config) or objective.context)
     data = config.data
-    if isinstance(data, str) and (Path(data) / MANIFEST).is_file():
-        rows = Rows.open(data)
-        context = rows.length if config.context is None else context
-        if rows.length != context:
-            raise ConfigError(f"train: context is {context}; {data} was packed with {rows.length}")
-        data = rows
     if data is None:
         raise ConfigError('train: "data" is missing; give files, folders, or a folder of packed rows')
-    shared = {name: getattr(config, name) for name in takes if name not in config.options and hasattr(config, name)}
-    if "context" in takes:
-        shared["context"] = context
-    return make(tokenizer, data, **{**shared, **config.options}), context if "context" in takes else None
+    if isinstance(data, str) and (Path(data) / MANIFEST).is_file():
+        data = Rows.open(data)
+        context = data.length if config.context is None else context
+        if data.length != context:
+            raise ConfigError(f"train: context is {context}; {config.data} was packed with {data.length}")
+    return objective(tokenizer, data, context=context, **config.options), context
 
 
-def _limit(config: RunConfig) -> int | None:
+def _context_limit(config: RunConfig) -> int | None:
     """The largest context of the model, where that is known before it is loaded."""
     from lapis.model.check import read_config
 
     if config.model is not None:
         return read_config(config.model).context
-    found = (config.new or {}).get("context")
-    return found if isinstance(found, int) else None
+    limit = (config.new or {}).get("context")
+    return limit if isinstance(limit, int) else None

@@ -3,8 +3,9 @@
     torchrun --nproc-per-node 2 -m lapis train run.yaml
 
 A step has accumulate x size micro-batches in one stream, and rank r computes the micro-batches r, r + size, ... Model
-and objectives know nothing of it. gloo on CPUs, NCCL for gradients on GPUs; all that is said between the processes
-besides tensors is JSON. Leaves out: sharding of weights (FSDP2), processes that come and go.
+and most objectives know nothing of it (policies need `own_parts` and `sum_over_processes`). gloo on CPUs, NCCL for
+gradients on GPUs; besides tensors, processes send each other JSON. Leaves out: sharding of weights (FSDP2), processes
+that come and go.
 """
 
 import datetime
@@ -24,7 +25,7 @@ T = TypeVar("T")
 
 _BUCKET = 1 << 23  # elements added up in one message
 _SHORT = 2000  # bytes that most messages fit into
-_PATIENCE = datetime.timedelta(hours=2)  # while one process saves or evaluates
+_PATIENCE = datetime.timedelta(hours=2)  # for the others while one process saves or evaluates
 
 
 class World:
@@ -43,7 +44,7 @@ class World:
         if self.size == 1:
             return [value]
         sent = json.dumps(value).encode()
-        with self._company():
+        with self._connection():
             received = self._all_gather(len(sent).to_bytes(8, "big") + sent[:_SHORT], 8 + _SHORT)
             lengths = [int.from_bytes(part[:8], "big") for part in received]
             if max(lengths) > _SHORT:
@@ -61,7 +62,7 @@ class World:
         return self.gather(value if self.leads else None)[0]
 
     def together(self, act: Callable[[], T]) -> T:
-        """`act()` in every process. An error in one is an error of all, and is told once."""
+        """`act()` in every process. An error in one is an error of all, and is shown once."""
         if self.size == 1:
             return act()
         result, error = None, None
@@ -69,26 +70,26 @@ class World:
             result = act()
         except LapisError as raised:
             error = raised
-        self.tell(self.gather(error is not None), error)
+        self.raise_once(self.gather(error is not None), error)
         return result  # type: ignore[return-value]
 
-    def tell(self, failed: list[bool], error: LapisError | None) -> None:
-        """Ends all processes where one failed: the lowest rank that did tells its error, the others say nothing."""
+    def raise_once(self, failed: list[bool], error: LapisError | None) -> None:
+        """Ends all processes where one failed. The lowest rank that failed raises its error, the others are silent."""
         if any(failed):
             if error is not None and failed.index(True) == self.rank:
                 raise error
             leave()
 
-    def add_up(self, parameters: Sequence[Tensor], nowhere: Collection[int]) -> None:
+    def add_up(self, parameters: Sequence[Tensor], without_gradient: Collection[int]) -> None:
         """Gradients become their sum over all processes, in place; one that is missing counts as zero.
 
-        nowhere: the numbers of parameters that have none in any process.
+        without_gradient: the numbers of parameters that have none in any process.
         """
         if self.size == 1:
             return
-        with self._company():
+        with self._connection():
             for number, parameter in enumerate(parameters):
-                if parameter.grad is None and number not in nowhere:
+                if parameter.grad is None and number not in without_gradient:
                     parameter.grad = torch.zeros_like(parameter)
             gradients = [p.grad for p in parameters if p.grad is not None]
             for bucket in _buckets(gradients):
@@ -104,8 +105,8 @@ class World:
         if self.size == 1:
             return dict(tensors)
         shapes = self.from_lead({n: [list(t.shape), str(t.dtype), t.device.type] for n, t in tensors.items()})
-        found = {}
-        with self._company():
+        result = {}
+        with self._connection():
             for name, (shape, dtype, kind) in shapes.items():
                 there = tensors.get(name)
                 if there is None:
@@ -118,11 +119,11 @@ class World:
                 dist.broadcast(sent, 0)
                 if sent.data_ptr() != there.data_ptr():
                     there.detach().copy_(sent)
-                found[name] = there
-        return found
+                result[name] = there
+        return result
 
     @contextmanager
-    def _company(self) -> Iterator[None]:
+    def _connection(self) -> Iterator[None]:
         """A process that died shows as a broken connection in the others."""
         try:
             yield
@@ -136,12 +137,12 @@ class World:
 
 
 def leads() -> bool:
-    """Whether this process is the one that speaks, also where it has not joined the others yet, or left them."""
+    """Whether this process is the one that writes, also before it joins the others and after it left them."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def leave() -> NoReturn:
-    """Ends this process with a failure that another one has told already."""
+    """Ends this process with a failure that another one shows."""
     raise SystemExit(1)
 
 
@@ -170,8 +171,8 @@ def join() -> World:
     return World(dist.get_rank(), dist.get_world_size())
 
 
-def part_ways() -> None:
-    """Closes the connections, so that a process ends without a complaint."""
+def disconnect() -> None:
+    """Closes the connections, so that the process ends without a warning."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -180,6 +181,21 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     """torch's generators for a step of a process that is not the first: a function of the three, so never saved."""
     mixed = (seed * 1_000_003 + step) * 65_537 + rank
     torch.manual_seed(mixed % 2**63)
+
+
+def own_parts(parts: int) -> list[int]:
+    """The micro-batches of a step that this process computes: rank, rank + size, ..."""
+    world = join()
+    return list(range(world.rank, parts, world.size))
+
+
+def sum_over_processes(sums: Tensor) -> Tensor:
+    """The vector, summed over all processes; every process must call this."""
+    world = join()
+    if world.size == 1:
+        return sums
+    shares = torch.tensor(world.gather(sums.tolist()), dtype=sums.dtype, device=sums.device)
+    return shares.sum(0)
 
 
 def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:

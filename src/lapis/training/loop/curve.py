@@ -4,18 +4,20 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lapis.training.config import TrainConfig
-
-if TYPE_CHECKING:
-    from lapis.training.loop.state import TrainState
 
 Row = dict[str, Any]
 
 
 class Window:
-    """Sums since the last entry. pace: seconds per step, smoothed over entries. means: metrics that are no sums."""
+    """Sums since the last entry.
+
+    Args:
+        pace: Seconds per step before this window, smoothed over entries; 0 = not known.
+        means: Metrics that are means, not sums.
+    """
 
     def __init__(self, pace: float = 0.0, means: frozenset[str] = frozenset()) -> None:
         self.means, self.parts = means, 0
@@ -24,8 +26,8 @@ class Window:
         self.sums: dict[str, float] = {}
 
     def add(self, loss: float, count: int, norm: float, sums: Mapping[str, float], parts: int = 1) -> None:
-        """One step: its summed loss over `count` tokens, the norm of its gradient, and the objective's metrics, summed
-        over `parts` micro-batches."""
+        """Adds a step: its summed loss over `count` tokens, the norm of its gradient, and the objective's metrics,
+        summed over `parts` micro-batches."""
         self.parts += parts
         self.loss, self.count, self.norm = self.loss + loss, self.count + count, norm
         for name, value in sums.items():
@@ -33,20 +35,31 @@ class Window:
 
     @property
     def pace(self) -> float:
+        """Seconds per step."""
         if not self.steps:
             return self.before
         now = self.seconds / self.steps
         return 0.7 * self.before + 0.3 * now if self.before else now
 
-    def row(self, state: "TrainState", config: TrainConfig) -> Row:
-        """The entry. loss: for each supervised token (or whatever the objective counts). metrics: the objective's own,
-        for each of the same, or as means. share, seconds_left: of the whole run."""
-        total = state.schedule.total
+    def row(self, config: TrainConfig, *, step: int, total: int | None, tokens: int, seconds: float) -> Row:
+        """The entry of the curve.
+
+        Args:
+            config: Of the run.
+            step: Steps done.
+            total: Steps of the run; None where it is bounded by time and its length is not fixed yet.
+            tokens: Positions computed, in the whole run.
+            seconds: Spent, in the whole run.
+
+        Returns:
+            loss: per supervised token (or whatever the objective counts). metrics: the objective's own, per the same
+            count, or as means. share, seconds_left: of the whole run.
+        """
         if total is not None:
-            share, left = state.step / total, self.pace * (total - state.step)
-        else:  # bounded by time, and its length is not fixed yet
+            share, left = step / total, self.pace * (total - step)
+        else:
             budget = (config.minutes or 0) * 60
-            share, left = state.seconds / budget, budget - state.seconds
+            share, left = seconds / budget, budget - seconds
         size = self.sums.get("bytes")
         metrics = {
             name: value / max(1, self.parts if name in self.means else self.count)
@@ -54,15 +67,15 @@ class Window:
             if name not in ("tokens", "bytes")
         }
         return {
-            "step": state.step,
+            "step": step,
             "loss": self.loss / self.count,
             "bits_per_byte": self.loss / math.log(2) / size if size else None,
             "metrics": metrics,
             "lr": config.lr * self.scale,
             "grad_norm": self.norm,
-            "tokens": state.tokens,
+            "tokens": tokens,
             "tokens_per_second": self.sums.get("tokens", 0.0) / max(self.seconds, 1e-9),
-            "seconds": state.seconds,
+            "seconds": seconds,
             "train_seconds": self.seconds,
             "share": min(share, 1.0),
             "seconds_left": max(left, 0.0),

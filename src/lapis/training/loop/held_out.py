@@ -1,50 +1,101 @@
-"""Held-out figures while training: when to stop early, and which weights were best.
+"""Held-out evaluation while a model trains: when to stop early, and which weights were best.
 
-The figures are the objective's (`evaluate`); this file compares them. Leaves out: what a figure means.
+The metrics are the objective's (`evaluate`); this file has them measured without a trace in the run, and compares them.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
 from lapis.config import nearest
-from lapis.errors import ConfigError
+from lapis.errors import ConfigError, TrainingError
+from lapis.training.config import TrainConfig
+from lapis.training.distributed.parallel import World
+from lapis.training.loop.progress import Watch
+from lapis.training.loop.state import Best, TrainState
+from lapis.training.objectives.objective import Objective
 
 LESS_IS_BETTER = ("loss", "nll", "perplexity", "error", "bits", "kl")
 
 
-@dataclass
-class Best:
-    """The best evaluation so far. value: the watched figure. stale: evaluations since. weights: if kept."""
+class Evaluator:
+    """Evaluates a run on the objective's held-out data. The first process computes; all know the result."""
 
-    step: int | None = None
-    value: float = 0.0
-    stale: int = 0
-    weights: dict[str, Tensor] = field(default_factory=dict)
+    def __init__(self, state: TrainState, config: TrainConfig, world: World, watch: Watch) -> None:
+        self.state, self.config, self.world, self.watch = state, config, world, watch
 
-    def numbers(self) -> dict[str, float | int | None]:
-        """All but the weights, as JSON."""
-        return {"step": self.step, "value": self.value, "stale": self.stale}
+    @property
+    def objective(self) -> Objective:
+        return self.state.objective
+
+    def metrics(self) -> dict[str, float]:
+        """The held-out metrics of the weights as they are; empty where nothing is held out."""
+        metrics: dict[str, float] = {}
+        if self.world.leads:
+            with untouched(self.state), torch.no_grad():
+                metrics = {name: float(value) for name, value in self.objective.evaluate(self.state.model).items()}
+        return dict(self.world.from_lead(metrics))
+
+    def step(self) -> tuple[dict[str, float], bool]:
+        """One evaluation within the run.
+
+        Returns:
+            The metrics, and whether the watched one has not improved for so long that the run should stop.
+
+        Raises:
+            TrainingError: Where the objective has no held-out data.
+            ConfigError: Where the metric to watch is not among the metrics.
+        """
+        state, config = self.state, self.config
+        with state.average.in_place():
+            metrics = self.metrics()
+            if not metrics:
+                raise TrainingError("train: eval_every is set, but the objective has no held-out data; give it some")
+            name = watched_metric(metrics, config.watch_metric)
+            update_best(state.best, state.step, name, metrics[name], state.model, config.best and self.world.leads)
+        text = "  ".join(f"{key} {value:.4g}" for key, value in metrics.items())
+        self.watch.note(f"  step {state.step}: held-out {text}")
+        if config.early_stop and state.best.stale >= config.early_stop:
+            self.watch.note(f"train: {name} was best at step {state.best.step} ({state.best.value:.4g}); stopped early")
+            return metrics, True
+        return metrics, False
+
+    def sample(self) -> None:
+        """Shows what the model writes now."""
+        with untouched(self.state):
+            text = self.objective.sample(self.state.model)
+        if text:
+            self.watch.note(f"  step {self.state.step}: {' '.join(text.split())}")
 
 
-def watched(figures: Mapping[str, float], name: str) -> str:
-    """The figure that early stop and best look at: `name`, or the first. Raises ConfigError where there is none."""
-    if not name and figures:
-        return next(iter(figures))
-    if name not in figures:
-        raise ConfigError(f'train: watch_metric is "{name}"; {nearest(name, figures)}')
+@contextmanager
+def untouched(state: TrainState) -> Iterator[None]:
+    """While inside, there is no dropout; afterwards random generators are as they were."""
+    state.model.eval()
+    with torch.random.fork_rng(devices=[state.device] if state.device.type == "cuda" else []):
+        yield
+    state.model.train()
+
+
+def watched_metric(metrics: Mapping[str, float], name: str) -> str:
+    """The metric that early_stop and best look at: `name`, or the first. Raises ConfigError for an unknown one."""
+    if not name and metrics:
+        return next(iter(metrics))
+    if name not in metrics:
+        raise ConfigError(f'train: watch_metric is "{name}"; {nearest(name, metrics)}')
     return name
 
 
 def better(name: str, value: float, than: float) -> bool:
-    """Whether a figure improved; a NaN never does."""
+    """Whether a metric improved; a NaN never does."""
     less = any(word in name.split("/")[-1].lower().replace("_", " ").split() for word in LESS_IS_BETTER)
     return value < than if less else value > than
 
 
-def judge(best: Best, step: int, name: str, value: float, model: nn.Module, keep: bool) -> None:
-    """Takes an evaluation into `best`; with `keep`, a copy of the trained weights where it is the best one."""
+def update_best(best: Best, step: int, name: str, value: float, model: nn.Module, keep: bool) -> None:
+    """Notes an evaluation in `best`; with `keep`, with a copy of the trained weights where it is the best one."""
     if best.step is None or better(name, value, best.value):
         best.step, best.value, best.stale = step, value, 0
         if keep:

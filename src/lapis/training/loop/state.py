@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lapis.checkpoint.commit import JOURNAL, MANIFEST, Staging, commit, commit_file, verify
 from lapis.checkpoint.files import read_json
@@ -23,10 +23,8 @@ from lapis.checkpoint.tensor_file import read_tensors, write_tensors
 from lapis.errors import LapisError, OutputError, TrainingError
 from lapis.model.transformer import Transformer
 from lapis.training.loop.curve import read_curve, write_curve
-from lapis.training.loop.held_out import Best
-from lapis.training.optim.ema import Average
-from lapis.training.optim.optim import Optimizers
-from lapis.training.optim.schedule import Schedule
+from lapis.training.objectives.objective import Objective
+from lapis.training.optim.optimizers import Average, Optimizers, Schedule
 from lapis.training.setup import lora
 
 _STATE, _OPTIMIZER, _RNG, _LOG = "state.json", "optimizer.safetensors", "rng.safetensors", "log.jsonl"
@@ -40,18 +38,49 @@ class Saves(Protocol):
 
 
 @dataclass
+class Best:
+    """The best evaluation so far.
+
+    Attributes:
+        step: When it was.
+        value: Of the watched metric.
+        stale: Evaluations since.
+        weights: What was trained, as it was then; empty where the run does not end with the best weights.
+    """
+
+    step: int | None = None
+    value: float = 0.0
+    stale: int = 0
+    weights: dict[str, Tensor] = field(default_factory=dict)
+
+    def numbers(self) -> dict[str, float | int | None]:
+        """All but the weights, as JSON."""
+        return {"step": self.step, "value": self.value, "stale": self.stale}
+
+
+@dataclass
 class TrainState:
     """A run between two steps.
 
-    step: updates done. cursor: the objective's place in its data, as JSON. rows: rows of one micro-batch. parts:
-    micro-batches of one step, over all processes. seed: of the data's order. seconds: time trained, over all sittings.
-    tokens: positions processed. log: the learning curve, one mapping per entry. best: the best evaluation so far.
-    average: of the weights. objective: the one that is learned, for what it keeps between steps (state_tensors).
+    Attributes:
+        objective: What is learned; a checkpoint holds its `state_tensors`.
+        rows: Rows of one micro-batch.
+        parts: Micro-batches of one step, over all processes.
+        seed: Of the data's order.
+        average: Of the weights.
+        step: Updates done.
+        cursor: The objective's place in its data, as JSON.
+        seconds: Time spent, over all restarts.
+        tokens: Positions computed.
+        log: The learning curve, one mapping per entry.
+        best: The best evaluation so far.
     """
 
     model: Transformer
+    objective: Objective
     optimizers: Optimizers
     schedule: Schedule
+    average: Average
     rows: int
     parts: int = 1
     seed: int = 0
@@ -61,8 +90,6 @@ class TrainState:
     tokens: int = 0
     log: list[dict[str, Any]] = field(default_factory=list)
     best: Best = field(default_factory=Best)
-    average: Average = field(default_factory=lambda: Average(nn.Module(), 0.0))
-    objective: Any = None
 
     @property
     def device(self) -> torch.device:
@@ -80,8 +107,8 @@ def save(state: TrainState, folder: Path, facts: Mapping[str, Any], tokenizer: S
         write_curve(staging.path / _LOG, state.log)
         if state.average.tensors:
             write_tensors(staging.path / _AVERAGE, state.average.tensors)
-        if kept := kept_by_objective(state):
-            write_tensors(staging.path / _OBJECTIVE, kept)
+        if tensors := state.objective.state_tensors():
+            write_tensors(staging.path / _OBJECTIVE, tensors)
         if state.best.weights:
             write_tensors(staging.path / _BEST, state.best.weights)
         numbers = {"step": state.step, "cursor": state.cursor, "seconds": state.seconds, "tokens": state.tokens,
@@ -111,12 +138,6 @@ def restore(state: TrainState, folder: Path) -> None:
     state.best = Best(**numbers["best"], weights=weights)
 
 
-def kept_by_objective(state: TrainState) -> dict[str, Tensor]:
-    """What the objective keeps between steps beside its cursor; nothing for most."""
-    kept = getattr(state.objective, "state_tensors", dict)
-    return dict(kept())
-
-
 class Journal:
     """The checkpoints of one unfinished run, and `run.json`: what the run was started with and has chosen."""
 
@@ -130,24 +151,24 @@ class Journal:
     @property
     def checkpoints(self) -> list[Path]:
         """step-N folders, the newest first."""
-        found = [path for path in self.folder.glob("step-*") if path.name[5:].isdigit()]
-        return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
+        folders = [path for path in self.folder.glob("step-*") if path.name[5:].isdigit()]
+        return sorted(folders, key=lambda path: int(path.name[5:]), reverse=True)
 
     def begin(self, facts: Mapping[str, Any]) -> None:
         """Record what the run is, before its first step."""
         with commit_file(self.folder / "run.json", overwrite=True) as temporary:
             temporary.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
-    def earlier(self, wanted: Mapping[str, Any]) -> dict[str, Any] | None:
+    def earlier(self, request: Mapping[str, Any]) -> dict[str, Any] | None:
         """What an interrupted run recorded, or None where there is nothing to go on from.
 
-        Raises TrainingError with the differences where `wanted` is another run than the one that was interrupted.
+        Raises TrainingError with the differences where `request` is another run than the one that was interrupted.
         """
         path = self.folder / "run.json"
         if not path.exists() and not self.checkpoints:
             return None
         facts: dict[str, Any] = read_json(path)
-        changes = differences(facts["wanted"], wanted)
+        changes = differences(facts["wanted"], request)
         if changes and self.checkpoints:
             raise TrainingError(
                 f"train: the run that was interrupted at {self.checkpoints[0]} differs: {'; '.join(changes)}. "
@@ -156,10 +177,10 @@ class Journal:
         return None if changes else facts
 
     def newest(self) -> Path | None:
-        """The newest checkpoint that is whole. One that is damaged is passed over, and said in `warnings`.
+        """The newest checkpoint that is whole. A damaged one is passed over, with a line in `warnings`.
 
-        Raises TrainingError where a checkpoint lacks a file (a lost optimizer or rng must not be started anew in
-        silence), or where none is whole.
+        Raises TrainingError where a checkpoint lacks a file (a lost optimizer or rng must not start anew in silence),
+        or where none is whole.
         """
         for path in self.checkpoints:
             try:
@@ -185,7 +206,7 @@ class Journal:
         return None
 
     def write(self, state: TrainState, facts: Mapping[str, Any], tokenizer: Saves | None, keep: int) -> Path:
-        """Save the state as step-N, then let go of all but the newest `keep`."""
+        """Save the state as step-N, then delete all but the newest `keep`."""
         folder = self.folder / f"step-{state.step}"
         try:
             save(state, folder, facts, tokenizer)
@@ -197,12 +218,12 @@ class Journal:
 
     def last_good(self) -> str:
         """Half a sentence that names the newest checkpoint."""
-        found = self.checkpoints
-        return f"the last good checkpoint is {found[0]}" if found else "no checkpoint was saved yet"
+        checkpoints = self.checkpoints
+        return f"the last good checkpoint is {checkpoints[0]}" if checkpoints else "no checkpoint was saved yet"
 
 
 @contextmanager
-def left_clean(staging: Staging, fresh: bool) -> Iterator[Journal]:
+def clean_journal(staging: Staging, fresh: bool) -> Iterator[Journal]:
     """The run's journal; a refusal before the first checkpoint leaves nothing behind."""
     folder = staging.path / JOURNAL
     for entry in staging.path.iterdir():
@@ -219,14 +240,14 @@ def left_clean(staging: Staging, fresh: bool) -> Iterator[Journal]:
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
     """`key was X, is Y` for each leaf in which two JSON mappings differ."""
-    found = []
+    lines = []
     for key in sorted({*old, *new}):
         was, now = old.get(key), new.get(key)
         if isinstance(was, Mapping) and isinstance(now, Mapping):
-            found += differences(was, now, f"{prefix}{key}.")
+            lines += differences(was, now, f"{prefix}{key}.")
         elif was != now:
-            found.append(f"{prefix}{key} was {_short(was)}, is {_short(now)}")
-    return found
+            lines.append(f"{prefix}{key} was {_short(was)}, is {_short(now)}")
+    return lines
 
 
 def _short(value: Any) -> str:
@@ -244,7 +265,7 @@ def weights_digest(model: Transformer) -> str:
 
 
 def _rng(device: torch.device) -> dict[str, Tensor]:
-    found = {"cpu": torch.get_rng_state()}
+    states = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
-        found["cuda"] = torch.cuda.get_rng_state(device)
-    return found
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states

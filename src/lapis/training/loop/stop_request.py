@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a wish that the loop asks for, so that a run stops between two steps and saves."""
+"""Ctrl-C and SIGTERM as a request that the loop reads between two steps, so that a run stops there and saves."""
 
 import signal
 import threading
@@ -7,31 +7,31 @@ from contextlib import contextmanager
 from types import FrameType
 
 
-class Wish:
-    """stop: the name of the signal that came, or None."""
+class StopRequest:
+    """The signal that asks a run to stop. signal: its name, or None while there is none."""
 
-    stop: str | None = None
+    signal: str | None = None
 
 
 @contextmanager
-def interruptible() -> Iterator[Wish]:
-    """While inside, the first SIGINT or SIGTERM sets `wish.stop`; a second SIGINT interrupts at once.
+def stop_requests() -> Iterator[StopRequest]:
+    """While inside, the first SIGINT or SIGTERM sets `signal` of the request; a second SIGINT interrupts at once.
 
     In a thread other than the main one signals cannot be caught, and are left alone.
     """
-    wish = Wish()
+    request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
-        yield wish
+        yield request
         return
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if wish.stop and number == signal.SIGINT:
+        if request.signal and number == signal.SIGINT:
             raise KeyboardInterrupt
-        wish.stop = signal.Signals(number).name
+        request.signal = signal.Signals(number).name
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield wish
+        yield request
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

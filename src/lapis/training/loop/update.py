@@ -1,7 +1,7 @@
 """One update of the weights: micro-batches, the sum of their losses over all processes, one division, one clip.
 
 The loss of a step is divided once, by the count of what is supervised in all of its micro-batches, so that neither
-accumulation nor the number of processes changes it. Leaves out: everything between two updates (loop.py).
+accumulation nor the number of processes changes it.
 """
 
 import math
@@ -17,17 +17,26 @@ from lapis.errors import LapisError, TrainingError
 from lapis.training.config import TrainConfig
 from lapis.training.distributed.parallel import World
 from lapis.training.loop.state import TrainState
-from lapis.training.loop.stop_request import Wish
+from lapis.training.loop.stop_request import StopRequest
 from lapis.training.objectives.objective import Objective
-from lapis.training.setup import probe
+from lapis.training.setup.blocks import autocast
 
 Batches = Iterator[tuple[Any, dict[str, Any]]]
 
 
 @dataclass
 class Sums:
-    """What a step adds up to: loss over `count`, from `parts` micro-batches, with the objective's metrics. norm: of the
-    gradient, before the clip. cursor: behind the step's data. nowhere: parameters that no process has a gradient of."""
+    """What a step adds up to.
+
+    Attributes:
+        loss: Summed over `count`.
+        count: What is supervised.
+        parts: Micro-batches with loss.
+        metrics: The objective's, summed over micro-batches.
+        norm: Of the gradient, before the clip.
+        cursor: After the step's data; None where the step is not whole.
+        without_gradient: Numbers of parameters that no process has a gradient of.
+    """
 
     loss: float = 0.0
     count: int = 0
@@ -35,7 +44,7 @@ class Sums:
     metrics: dict[str, float] = field(default_factory=dict)
     norm: float = 0.0
     cursor: dict[str, Any] | None = None
-    nowhere: set[int] = field(default_factory=set)
+    without_gradient: set[int] = field(default_factory=set)
 
     def add(self, loss: float, count: int, parts: int, metrics: dict[str, float]) -> None:
         self.loss, self.count, self.parts = self.loss + loss, self.count + count, self.parts + parts
@@ -48,17 +57,20 @@ class Updater:
 
     precision = "float32"
 
-    def __init__(self, state: TrainState, objective: Objective, config: TrainConfig, world: World, wish: Wish) -> None:
-        self.state, self.objective, self.config, self.world, self.wish = state, objective, config, world, wish
+    def __init__(
+        self, state: TrainState, objective: Objective, config: TrainConfig, world: World, request: StopRequest
+    ) -> None:
+        self.state, self.objective, self.config, self.world = state, objective, config, world
+        self.request = request
         self._stop: str | None = None
 
     @property
     def stop(self) -> str | None:
-        """The signal on which all processes agree to stop, or None."""
-        return self.wish.stop if self.world.size == 1 else self._stop
+        """The signal for which all processes stop, or None."""
+        return self.request.signal if self.world.size == 1 else self._stop
 
     def update(self, batches: Batches, scale: float, last_good: str) -> Sums | None:
-        """One update at `scale` times the peak learning rate; None where a stop was asked for before it was whole.
+        """One update at `scale` times the peak learning rate; None where a stop was requested before it was whole.
 
         Raises TrainingError for a loss or gradient that is not finite, or where nothing is supervised.
         """
@@ -71,7 +83,7 @@ class Updater:
                 f"train: no token of step {self.state.step + 1} is supervised; look at the rows with: lapis data show"
             )
         optimizers, clip = self.state.optimizers, self.config.clip
-        self.world.add_up(optimizers.parameters, sums.nowhere)
+        self.world.add_up(optimizers.parameters, sums.without_gradient)
         gradients = [p.grad for p in optimizers.parameters if p.grad is not None]
         sums.norm = torch.nn.utils.get_total_norm(gradients).item() / sums.count
         self._require_finite(sums.norm, "norm of the gradient", last_good)
@@ -82,7 +94,7 @@ class Updater:
         return sums
 
     def _gather(self, batches: Batches, last_good: str) -> Sums | None:
-        """Everybody's share of the step, added up; or everybody's stop."""
+        """The shares of all processes, added up; None where one of them stops."""
         own, error = Sums(), None
         try:
             self._compute(batches, own, last_good)
@@ -95,28 +107,28 @@ class Updater:
         without = [i for i, p in enumerate(self.state.optimizers.parameters) if p.grad is None]
         share = {
             "sums": [own.loss, own.count, own.parts, own.metrics], "whole": own.cursor is not None,
-            "stop": self.wish.stop, "without": without, "failed": error is not None,
+            "stop": self.request.signal, "without": without, "failed": error is not None,
         }  # fmt: skip
         shares = self.world.gather(share)
-        self.world.tell([each["failed"] for each in shares], error)
+        self.world.raise_once([each["failed"] for each in shares], error)
         self._stop = next((each["stop"] for each in shares if each["stop"]), None)
         if not all(each["whole"] for each in shares):
             return None
-        total = Sums(cursor=own.cursor, nowhere=set.intersection(*(set(each["without"]) for each in shares)))
+        total = Sums(cursor=own.cursor, without_gradient=set.intersection(*(set(each["without"]) for each in shares)))
         for each in shares:
             total.add(*each["sums"])
         return total
 
     def _compute(self, batches: Batches, own: Sums, last_good: str) -> None:
-        """This process' micro-batches: gradients, and sums into `own`; its cursor stays None after a wish to stop."""
+        """The micro-batches of this process: gradients, and sums into `own`, whose cursor stays None after a stop."""
         cursor = None
         for number in range(self.config.accumulate * self.world.size):
             batch, cursor = next(batches)
             if number % self.world.size != self.world.rank:
                 continue
-            if self.wish.stop:
+            if self.request.signal:
                 return
-            with memory_told():
+            with out_of_memory_named():
                 loss, count, metrics = self._loss(batch)
                 own.add(0.0, 0, 0, metrics)
                 if count:
@@ -127,7 +139,7 @@ class Updater:
 
     def _loss(self, batch: Any) -> tuple[Tensor, int, dict[str, float]]:
         model = self.state.model
-        with probe.autocast(self.state.device, self.precision):
+        with autocast(self.state.device, self.precision):
             with torch.no_grad():
                 batch = self.objective.prepare(model, batch)
             loss, count, metrics = self.objective.loss(model, batch)
@@ -142,7 +154,7 @@ class Updater:
 
 
 @contextmanager
-def memory_told() -> Iterator[None]:
+def out_of_memory_named() -> Iterator[None]:
     """Out of memory as one line that names what helps."""
     try:
         yield

@@ -1,98 +1,175 @@
-"""What is learned: an objective hands the loop its batches and their loss. The table of them by name.
+"""What is learned: an objective gives the loop its batches and their loss, and says how it is evaluated.
 
-A new objective is one class and one line in OBJECTIVES. Its constructor is `Name(tokenizer, data, *, context=512,
-...)`; every keyword is an option of the settings file, typed by its annotation (see `options`, and training/run.py).
+A new objective is a dataclass that extends `Objective`, and one line in registry.py. Its fields after `data` are its
+options in a settings file, typed by their annotations; its docstring explains them. What it does not override does
+nothing: most objectives need `describe`, `batches`, `prepare` and `loss` only.
 """
 
-import inspect
-import typing
-from collections.abc import Callable, Iterator, Mapping
-from importlib import import_module
-from typing import TYPE_CHECKING, Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import KW_ONLY, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol
 
-from torch import Tensor
+import numpy as np
+from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from lapis.model.transformer import Transformer
-    from lapis.text.tokenizer.tokenizer import Tokenizer
-    from lapis.training.loop.state import TrainState
+from lapis.model.transformer import Transformer
+from lapis.text.rows.rows import shuffled
+from lapis.text.tokenizer.tokenizer import Tokenizer
 
 Cursor = dict[str, Any]
 Metrics = Mapping[str, float]
-
-# name -> module:class, imported when it is first used
-OBJECTIVES = {
-    "causal": "lapis.training.objectives.supervised.next_token:Causal",
-    "chat": "lapis.training.objectives.supervised.next_token:Chat",
-    "reward": "lapis.training.objectives.preference.reward:Reward",
-    "dpo": "lapis.training.objectives.preference.preference:DPO",
-    "ipo": "lapis.training.objectives.preference.preference:IPO",
-    "kto": "lapis.training.objectives.preference.preference:KTO",
-    "orpo": "lapis.training.objectives.preference.preference:ORPO",
-    "simpo": "lapis.training.objectives.preference.preference:SimPO",
-    "masked": "lapis.training.objectives.supervised.masked:Masked",
-    "classify": "lapis.training.objectives.supervised.classify:Classify",
-    "grpo": "lapis.training.objectives.policy.policy:GRPO",
-    "rloo": "lapis.training.objectives.policy.policy:RLOO",
-    "ppo": "lapis.training.objectives.policy.policy:PPO",
-}
+Loss = tuple[Tensor, int, Metrics]
 
 
-class Objective(Protocol):
-    """What `train` is handed. The loop never looks inside a batch, and an objective knows of no ranks.
+class DataPlace(Protocol):
+    """Where in its data a run is, as far as `batches` must know.
 
-    It may also have, and the loop and `lapis train` then heed:
-    head: "language", "masked", "classes" or "scalar", what must stand on top of the model.
-    classes: the labels, in order.
-    means: names of metrics that are means already; the others are sums, shown for each supervised count.
-    begin(model, folder): before the first step, with the weights that the run starts from, also where it then goes on
-    from a checkpoint; what is costly may be kept in `folder`, beside the checkpoints.
-    evaluate(model) -> {name: figure}: held-out figures.
-    write(folder): further files of the result.
-    sample(model) -> str: a few words of what the model says now.
-    extra: a module that is trained beside the model (a value head), after `begin`.
-    state_tensors() and restore_tensors(tensors): what a checkpoint must hold beside the cursor.
-    notes: sentences for the person who waits; halt: why the run must stop, or "".
-    compiles: whether the model's blocks may run compiled; not where replies grow token by token.
+    Attributes:
+        rows: Rows of one micro-batch.
+        parts: Micro-batches of one step, over all processes.
+        seed: Of the order of the data.
+        cursor: What was behind the last batch; None at the start.
     """
 
     rows: int
+    parts: int
+    seed: int
+    cursor: Cursor | None
+
+
+@dataclass(eq=False)
+class Objective(ABC):
+    """Base class. The loop never looks into a batch, and an objective needs to know nothing of processes.
+
+    Args:
+        tokenizer: None where the data is no text.
+        data: What to learn from, as the objective describes it.
+        context: Tokens of a row.
+    """
+
+    tokenizer: Tokenizer | None
+    data: Any
+    _: KW_ONLY
+    context: int = 512
+
+    name: ClassVar[str] = ""
+    head: ClassVar[Literal["language", "masked", "classes", "scalar"]] = "language"
+    """What must be on top of the model."""
+    needs_tokenizer: ClassVar[bool] = True
+    compiles: ClassVar[bool] = True
+    """Whether the model's blocks may run compiled; not where replies grow token by token."""
+    means = frozenset[str]()
+    """Names of metrics that are means already. The others are sums, and are shown per supervised count."""
+    rows = 0
     """Rows of one epoch."""
+    halt = ""
+    """Why the run must stop after this step; "" while it need not."""
+
+    notes: list[str] = field(default_factory=list, init=False, repr=False)
+    """Lines to show to the user. The loop shows them after each step, and empties the list."""
 
     @property
-    def tokenizer(self) -> "Tokenizer | None":
-        """None where the data is no text."""
+    def class_names(self) -> list[str]:
+        """The labels of a head with classes, in their order."""
+        return []
 
+    @property
+    def extra_module(self) -> nn.Module | None:
+        """A module that is trained beside the model (a value head); asked for after `begin`."""
+        return None
+
+    @abstractmethod
     def describe(self) -> dict[str, Any]:
-        """The objective and a digest of its data, as JSON: a rerun on other data is refused."""
+        """The objective, its options and a digest of its data, as JSON. A rerun that differs in it is refused."""
 
-    def batches(self, state: "TrainState") -> Iterator[tuple[Any, Cursor]]:
-        """Micro-batches of state.rows rows from state.cursor on, without end, each with the cursor behind it."""
+    def coverage(self) -> list[str]:
+        """Lines about the data, shown before a run starts."""
+        counts = self.describe().get("counts", {})
+        return [", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in counts.items())] if counts else []
 
-    def prepare(self, model: "Transformer", batch: Any) -> Any:
-        """What needs the model but no gradient (rollouts, reference log-probabilities); the batch that `loss` gets."""
+    def begin(self, model: Transformer, folder: Path | None = None) -> None:
+        """Called once before the first step, also where the run then goes on from a checkpoint.
 
-    def loss(self, model: "Transformer", batch: Any) -> tuple[Tensor, int, Metrics]:
-        """The summed loss, what to divide it by over the whole step, and sums to report.
+        Args:
+            model: With the weights that the run starts from.
+            folder: Where costly results may be kept, beside the checkpoints; None keeps nothing.
+        """
+        return None
 
-        Metrics that the loop knows: "tokens" (positions computed), "bytes" (of text that the loss is over).
+    @abstractmethod
+    def batches(self, state: DataPlace) -> Iterator[tuple[Any, Cursor]]:
+        """Micro-batches of `state.rows` rows from `state.cursor` on, without end, each with the cursor after it."""
+
+    def prepare(self, model: Transformer, batch: Any) -> Any:
+        """What needs the model but no gradient (rollouts, reference log-probabilities).
+
+        Returns:
+            The batch that `loss` gets.
+        """
+        return batch
+
+    @abstractmethod
+    def loss(self, model: Transformer, batch: Any) -> Loss:
+        """The loss of one micro-batch.
+
+        Returns:
+            The summed loss; the count that the loop divides by, over the whole step; and metrics, as sums (but see
+            `means`). The loop knows the metrics "tokens" (positions computed) and "bytes" (of text in the loss).
         """
 
+    def evaluate(self, model: Transformer) -> dict[str, float]:
+        """Held-out metrics by name; empty where no data is held out."""
+        return {}
 
-def find(name: str) -> Callable[..., Objective]:
-    """The objective's class. `name` is a key of OBJECTIVES."""
-    module, _, attribute = OBJECTIVES[name].partition(":")
-    made: Callable[..., Objective] = getattr(import_module(module), attribute)
-    return made
+    def sample(self, model: Transformer) -> str:
+        """A few words that the model writes now; "" where there is nothing to show."""
+        return ""
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint must hold beside the model and the cursor."""
+        return {}
+
+    def restore_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """The reverse of `state_tensors`."""
+        return None
+
+    def write(self, folder: Path) -> None:
+        """Writes further files of the result into its folder."""
+        return None
 
 
-def options(objective: Callable[..., Objective]) -> dict[str, inspect.Parameter]:
-    """The options of an objective, from its constructor: name -> parameter, with the annotation resolved."""
-    make: Any = objective
-    hints = typing.get_type_hints(make.__init__ if inspect.isclass(make) else make)
-    parameters = inspect.signature(objective).parameters
-    return {
-        name: parameter.replace(annotation=hints.get(name, Any))
-        for name, parameter in parameters.items()
-        if name not in ("tokenizer", "data")
-    }
+def in_order(
+    count: int, size: int, cursor: Cursor | None, seed: int
+) -> Iterator[tuple[list[int], list[int], dict[str, Any]]]:
+    """The order in which examples are read: a seeded permutation per epoch, without end.
+
+    Args:
+        count: Examples of an epoch.
+        size: Examples of a batch.
+        cursor: What an earlier batch came with; None at the start.
+        seed: Of the permutations. A cursor's own seed goes before it.
+
+    Yields:
+        Numbers of examples; their places in the stream of all epochs; the cursor after them. What is random about an
+        example (masks, shifts) is drawn from seed and place (`random_of`), so that it depends on no batch size, on no
+        process, and not on where a run was stopped.
+    """
+    epoch, row = (cursor["epoch"], cursor["row"]) if cursor else (0, 0)
+    seed = cursor["seed"] if cursor else seed
+    while True:
+        numbers: list[int] = []
+        places: list[int] = []
+        while len(numbers) < size:
+            epoch, row = (epoch + 1, 0) if row == count else (epoch, row)
+            now = min(count - row, size - len(numbers))
+            numbers += shuffled(np.arange(row, row + now), count, seed, epoch).tolist()
+            places += range(epoch * count + row, epoch * count + row + now)
+            row += now
+        yield numbers, places, {"epoch": epoch, "row": row, "seed": seed}
+
+
+def random_of(seed: int, place: int) -> np.random.Generator:
+    """The random numbers of one place in the stream of examples."""
+    return np.random.Generator(np.random.Philox(key=[seed % 2**64, place]))

@@ -24,10 +24,10 @@ def number(field: str = "final", tolerance: float = 0.0) -> Function:
     answer that ends so. tolerance: how far off it may be."""
 
     def reward(prompt: Any, reply: str, record: Mapping[str, Any]) -> float:
-        said, right = number_in(reply), number_in(str(record[field]))
+        answer, right = number_in(reply), number_in(str(record[field]))
         if right is None:
             raise ValueError(f"the record's {field} holds no number")
-        return float(said is not None and abs(said - right) <= Decimal(str(tolerance)))
+        return float(answer is not None and abs(answer - right) <= Decimal(str(tolerance)))
 
     return reward
 
@@ -36,11 +36,11 @@ def number_in(text: str) -> Decimal | None:
     """The number that a text ends on; thousands may have commas."""
     text = text[-4000:]
     marks = [text.rfind(mark) + len(mark) for mark in _MARKS if mark in text]
-    found = _NUMBER.findall(text[max(marks) :])[:1] if marks else _NUMBER.findall(text)[-1:]
-    if not found:
+    numbers = _NUMBER.findall(text[max(marks) :])[:1] if marks else _NUMBER.findall(text)[-1:]
+    if not numbers:
         return None
     try:
-        return Decimal(found[0].replace(",", "").replace("−", "-").rstrip("."))
+        return Decimal(numbers[0].replace(",", "").replace("−", "-").rstrip("."))
     except InvalidOperation:
         return None
 
@@ -50,13 +50,13 @@ def exact(field: str = "answer", partial: bool = False) -> Function:
     that stand right from the beginning on, of the longer of the two."""
 
     def reward(prompt: Any, reply: str, record: Mapping[str, Any]) -> float:
-        said, right = reply.strip(), str(record[field]).strip()
-        if said == right or not partial:
-            return float(said == right)
+        answer, right = reply.strip(), str(record[field]).strip()
+        if answer == right or not partial:
+            return float(answer == right)
         same = next(
-            (i for i, (a, b) in enumerate(zip(said, right, strict=False)) if a != b), min(len(said), len(right))
+            (i for i, (a, b) in enumerate(zip(answer, right, strict=False)) if a != b), min(len(answer), len(right))
         )
-        return same / max(len(said), len(right))
+        return same / max(len(answer), len(right))
 
     return reward
 
@@ -64,7 +64,7 @@ def exact(field: str = "answer", partial: bool = False) -> Function:
 def json(keys: list[str] = [], only: bool = False) -> Function:  # noqa: B006 (never changed)
     """1 where the reply is one JSON object that has all the keys. only: and no others. A fence of ``` around it is
     taken off. Keys that stand twice, NaN and Infinity are not JSON."""
-    wanted = set(keys)
+    required = set(keys)
 
     def reward(prompt: Any, reply: str, record: Mapping[str, Any]) -> float:
         text = re.sub(r"\A\s*```(?:json)?\s*\n(.*)\n\s*```\s*\Z", r"\1", reply, flags=re.DOTALL)
@@ -72,7 +72,7 @@ def json(keys: list[str] = [], only: bool = False) -> Function:  # noqa: B006 (n
             value = _json.loads(text, parse_constant=_refused, object_pairs_hook=_once)
         except (ValueError, RecursionError):
             return 0.0
-        return float(isinstance(value, dict) and wanted <= set(value) and not (only and set(value) - wanted))
+        return float(isinstance(value, dict) and required <= set(value) and not (only and set(value) - required))
 
     return reward
 

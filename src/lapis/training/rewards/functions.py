@@ -2,7 +2,7 @@
 
 `package.module:function` and `file.py:function` are imported by another Python (worker.py), so that a function that
 hangs, prints or crashes does so there. A callable from Python stays in this process, where a thread that hangs can only
-be left behind. Leaves out: functions that score many replies at once.
+be left behind.
 """
 
 import inspect
@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lapis.errors import ConfigError
-from lapis.training.rewards.case import Case, Failure, Record, as_number
+from lapis.training.rewards.reward import Case, Failure, Record, as_number
 
 SHAPE = "reward(prompt, reply, record) -> float"
 _START_SECONDS = 60.0  # an import may take long
@@ -37,38 +37,38 @@ def fits(function: Callable[..., Any], options: Mapping[str, Any]) -> str | None
 
 
 class InProcess:
-    """A callable, which is trusted not to hang, or one that hangs in a thread that is left behind.
+    """A callable; with `limited` in a thread, which is left behind where it hangs.
 
     Raises ConfigError for another signature than SHAPE.
     """
 
-    def __init__(self, name: str, function: Callable[..., Any], seconds: float, guarded: bool = True) -> None:
+    def __init__(self, name: str, function: Callable[..., Any], seconds: float, limited: bool = True) -> None:
         if not callable(function) or (wrong := fits(function, {})):
             why = "is no function" if not callable(function) else wrong
             raise ConfigError(f"reward {name}: {why}; write it as {SHAPE}")
-        self.function, self.seconds, self.guarded = function, seconds, guarded
+        self.function, self.seconds, self.limited = function, seconds, limited
 
     def check(self, records: Sequence[tuple[Record, str]]) -> None:
         pass
 
     def score(self, cases: Sequence[Case]) -> list[float | Failure]:
-        if not self.guarded:
+        if not self.limited:
             return [self._one(case) for case in cases]
-        found: list[float | Failure] = []
+        values: list[float | Failure] = []
         hangs = 0
-        while len(found) < len(cases):
+        while len(values) < len(cases):
             if hangs >= _HANGS:
-                found += [Failure("not tried: it hung before in this batch")] * (len(cases) - len(found))
+                values += [Failure("not tried: it hung before in this batch")] * (len(cases) - len(values))
                 break
             results: queue.SimpleQueue[float | Failure] = queue.SimpleQueue()
-            threading.Thread(target=self._run, args=(cases[len(found) :], results), daemon=True).start()
+            threading.Thread(target=self._run, args=(cases[len(values) :], results), daemon=True).start()
             try:
-                while len(found) < len(cases):
-                    found.append(results.get(timeout=self.seconds))
+                while len(values) < len(cases):
+                    values.append(results.get(timeout=self.seconds))
             except queue.Empty:
                 hangs += 1
-                found.append(_hung(cases[len(found)], self.seconds))
-        return found
+                values.append(_hung(cases[len(values)], self.seconds))
+        return values
 
     def _run(self, cases: Sequence[Case], results: "queue.SimpleQueue[float | Failure]") -> None:
         for case in cases:
@@ -76,13 +76,13 @@ class InProcess:
 
     def _one(self, case: Case) -> float | Failure:
         try:
-            return as_number(self.function(case.prompt, case.reply, case.told), case.where)
+            return as_number(self.function(case.prompt, case.reply, case.full_record), case.where)
         except Exception as error:
             return Failure(f"raised {type(error).__name__} for {case.where}: {_short(error)}")
 
 
 class InWorker:
-    """A function by name, in a process of its own, which is ended and begun anew where it hangs or dies.
+    """A function by name, in a process of its own, which is ended and started again where it hangs or dies.
 
     Raises ConfigError where it cannot be imported, or has another signature than SHAPE (and its options).
     """
@@ -97,30 +97,30 @@ class InWorker:
         pass
 
     def score(self, cases: Sequence[Case]) -> list[float | Failure]:
-        found: list[float | Failure] = []
+        values: list[float | Failure] = []
         hangs = 0
         for case in cases:
             if hangs >= _HANGS:
-                found.append(Failure("not tried: it hung before in this batch"))
+                values.append(Failure("not tried: it hung before in this batch"))
                 continue
             if self._process is None:
                 try:
                     self._start()
-                except ConfigError as error:  # it began before, so this is not the user's spelling
-                    found.append(Failure(f"did not begin again: {error}"))
+                except ConfigError as error:  # it started before, so the name is right
+                    values.append(Failure(f"did not start again: {error}"))
                     hangs += 1
                     continue
-            answer = self._ask({"prompt": case.prompt, "reply": case.reply, "record": case.told}, self.seconds)
+            answer = self._ask({"prompt": case.prompt, "reply": case.reply, "record": case.full_record}, self.seconds)
             if answer is None:
                 died = self._process is not None and self._process.poll() is not None
                 self.close()
                 hangs += not died
-                found.append(Failure(f"ended its process at {case.where}") if died else _hung(case, self.seconds))
+                values.append(Failure(f"ended its process at {case.where}") if died else _hung(case, self.seconds))
             elif "error" in answer:
-                found.append(Failure(f"{answer['error']} for {case.where}"))
+                values.append(Failure(f"{answer['error']} for {case.where}"))
             else:
-                found.append(as_number(answer["value"], case.where))
-        return found
+                values.append(as_number(answer["value"], case.where))
+        return values
 
     def close(self) -> None:
         """Ends the process."""
@@ -145,11 +145,11 @@ class InWorker:
         answer = self._ask({"target": self.target, "options": self.options}, _START_SECONDS)
         if answer is None or "error" in answer:
             self.close()
-            why = "its process ended, or did not begin in a minute" if answer is None else answer["error"]
+            why = "its process ended, or did not start in a minute" if answer is None else answer["error"]
             raise ConfigError(f"reward {self.name}: {why}; write it as {SHAPE}")
 
     def _ask(self, question: Mapping[str, Any], seconds: float) -> dict[str, Any] | None:
-        """One line there, one line back; None where none comes in time."""
+        """Sends one line and reads one; None where none comes in time."""
         process = self._process
         assert process is not None and process.stdin is not None and process.stdout is not None
         try:
@@ -172,8 +172,8 @@ class InWorker:
                 return None
             self._rest += piece
         answer, _, self._rest = self._rest.partition(b"\n")
-        found: dict[str, Any] = json.loads(answer)
-        return found
+        reply: dict[str, Any] = json.loads(answer)
+        return reply
 
 
 def _hung(case: Case, seconds: float) -> Failure:

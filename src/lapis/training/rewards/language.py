@@ -75,11 +75,11 @@ def language(code: str, among: list[str] = [], samples: dict[str, str] = {}) -> 
     script = SCRIPTS.get(code, ("LATIN",))
     rivals = [name for name in (among or known) if SCRIPTS.get(name, ("LATIN",)) == script or name == code]
     rivals = list(dict.fromkeys([code, *rivals]))
-    told = {name: " ".join(texts(samples[name])) if name in samples else SAMPLES.get(name, "") for name in rivals}
-    told = {name: text for name, text in told.items() if text}
-    if code not in told:
-        told = {}  # its script says it all
-    tables = {name: _table(text) for name, text in told.items()}
+    samples_of = {name: " ".join(texts(samples[name])) if name in samples else SAMPLES.get(name, "") for name in rivals}
+    samples_of = {name: text for name, text in samples_of.items() if text}
+    if code not in samples_of:
+        samples_of = {}  # its script decides
+    tables = {name: _table(text) for name, text in samples_of.items()}
 
     def reward(prompt: Any, reply: str, record: Mapping[str, Any]) -> float:
         letters = [c for c in reply if c.isalpha()]
@@ -103,7 +103,7 @@ def _pieces(text: str) -> list[str]:
 
 
 def _table(text: str) -> dict[str, float]:
-    """Log-probabilities of pieces; "" is one that was never met. Each piece once more than it was met."""
+    """Log-probabilities of pieces; "" is one that does not occur. Each piece is counted once more than it occurs."""
     counts = Counter(_pieces(text[:2_000_000]))
     total = math.log(sum(counts.values()) + len(counts) + 1000)
     return {**{piece: math.log(n + 1) - total for piece, n in counts.items()}, "": -total}
@@ -113,6 +113,6 @@ def _probability(code: str, text: str, tables: Mapping[str, Mapping[str, float]]
     pieces = _pieces(text[:20_000])
     logs = {name: sum(table.get(p, table[""]) for p in pieces) for name, table in tables.items()}
     best = max(logs.values())
-    # pieces overlap, so they are no independent witnesses: a third of the evidence is nearer to the truth
+    # pieces overlap, so they are not independent: a third of the evidence is nearer to the truth
     weights = {name: math.exp((value - best) / 3) for name, value in logs.items()}
     return weights[code] / sum(weights.values())

@@ -1,6 +1,6 @@
-"""A reward model as a reward: the whole chat, in the reward model's own tokens, and what its scalar head says of it.
+"""A reward model as a reward: the whole chat, in the reward model's own tokens, scored by its scalar head.
 
-Policy and reward model may have different tokenizers: the reply goes over as text. Leaves out: rewards per token.
+Policy and reward model may have different tokenizers: the reply goes over as text.
 """
 
 import dataclasses
@@ -14,11 +14,11 @@ from lapis.evaluation.replies import reply_rewards
 from lapis.model.load import load
 from lapis.text.rows.pair_rows import Reply, encode_reply
 from lapis.text.tokenizer.tokenizer import Tokenizer
-from lapis.training.rewards.case import Case, Failure, Record, as_number
+from lapis.training.rewards.reward import Case, Failure, Record, as_number
 
 
 class RewardModel:
-    """A folder whose model has a scalar head. said: a note where its tokenizer is not the policy's.
+    """A folder whose model has a scalar head. note: a line to show where its tokenizer is not the policy's.
 
     Raises ConfigError for another head, or where there is no chat template.
     """
@@ -32,16 +32,16 @@ class RewardModel:
                 f"reward {folder}: its head is {head}; a reward model has a scalar one (objective: reward)"
             )
         if self.tokenizer.chat_template is None:
-            raise ConfigError(f"reward {folder}: has no chat template; it could not be told what is the reply")
+            raise ConfigError(f"reward {folder}: has no chat template; what is the reply could not be known")
         self.model.requires_grad_(False)
         same = self.tokenizer.digest() == tokenizer.digest()
-        self.said = "" if same else f"reward {folder}: has another tokenizer; replies are encoded again, as text"
+        self.note = "" if same else f"reward {folder}: has another tokenizer; replies are encoded again, as text"
 
     def check(self, records: Sequence[tuple[Record, str]]) -> None:
         pass
 
     def score(self, cases: Sequence[Case]) -> list[float | Failure]:
-        found: list[float | Failure] = [Failure("")] * len(cases)
+        values: list[float | Failure] = [Failure("")] * len(cases)
         replies: list[Reply] = []
         places: list[int] = []
         for i, case in enumerate(cases):
@@ -49,7 +49,7 @@ class RewardModel:
             try:
                 reply = encode_reply(self.tokenizer, prompt, {"role": "assistant", "content": case.reply})
             except (DataError, TemplateError) as error:
-                found[i] = Failure(f"cannot read the reply to {case.where}: {error}")
+                values[i] = Failure(f"cannot read the reply to {case.where}: {error}")
                 continue
             limit = self.model.config.context
             if len(reply.ids) > limit:
@@ -57,5 +57,5 @@ class RewardModel:
             replies.append(reply)
             places.append(i)
         for i, value in zip(places, reply_rewards(self.model, replies) if replies else [], strict=True):
-            found[i] = as_number(value, cases[i].where)
-        return found
+            values[i] = as_number(value, cases[i].where)
+        return values

@@ -2,8 +2,7 @@
 
     rewards: [ends, {name: number, weight: 1.0, options: {field: final}}, {path: "my_rewards.py:polite", weight: 0.2}]
 
-In Python a function stands for itself, and (function, 0.2) for one with a weight. Leaves out: other schedules of
-weights than a constant.
+In Python a function stands for itself, and (function, 0.2) for one with a weight. Weights are constant.
 """
 
 import inspect
@@ -11,14 +10,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import lapis.training.rewards.builtin as builtin
 from lapis.config import nearest
 from lapis.errors import ConfigError, DataError
 from lapis.text.tokenizer.tokenizer import Tokenizer
-from lapis.training.rewards import builtin
-from lapis.training.rewards.case import Case, Failure, Record, Reward
 from lapis.training.rewards.functions import InProcess, InWorker
-from lapis.training.rewards.judge import Judge
 from lapis.training.rewards.language import language
+from lapis.training.rewards.reward import Case, Failure, Judge, Record, RewardFunction
 
 BUILT_IN = {
     "number": builtin.number, "json": builtin.json, "exact": builtin.exact, "length": builtin.length,
@@ -30,7 +28,7 @@ class _BuiltIn(InProcess):
     """A built-in reward: it ends by itself, and the field that it reads is looked for before the run."""
 
     def __init__(self, name: str, function: builtin.Function, field: str | None) -> None:
-        super().__init__(name, function, 0.0, guarded=False)
+        super().__init__(name, function, 0.0, limited=False)
         self.name, self.field = name, field
 
     def check(self, records: Sequence[tuple[Record, str]]) -> None:
@@ -49,13 +47,13 @@ def make_judge(settings: Any, tokenizer: Tokenizer, seconds: float) -> Judge:
     given = settings if isinstance(settings, (list, tuple)) and not _is_pair(settings) else [settings]
     if not given or given == [None]:
         raise ConfigError("rewards is missing; give names, functions or folders of reward models")
-    rewards: list[tuple[str, float, Reward]] = []
+    rewards: list[tuple[str, float, RewardFunction]] = []
     described: list[Any] = []
     notes: list[str] = []
     for number, entry in enumerate(given, 1):
-        target, weight, options, known_as = _read(entry, f"rewards[{number}]")
-        name, reward, note = _made(target, options, tokenizer, seconds)
-        name = known_as or name
+        target, weight, options, shown_as = _read(entry, f"rewards[{number}]")
+        name, reward, note = _make(target, options, tokenizer, seconds)
+        name = shown_as or name
         if any(name == other for other, _, _ in rewards):
             name = f"{name}_{number}"
         rewards.append((name, weight, reward))
@@ -91,8 +89,10 @@ def _read(entry: Any, where: str) -> tuple[Any, float, dict[str, Any], str]:
     return target, float(weight), dict(options), str(entry["name"]) if "path" in entry and "name" in entry else ""
 
 
-def _made(target: Any, options: dict[str, Any], tokenizer: Tokenizer, seconds: float) -> tuple[str, Reward, str]:
-    """The name, the reward, and what is to be said about it."""
+def _make(
+    target: Any, options: dict[str, Any], tokenizer: Tokenizer, seconds: float
+) -> tuple[str, RewardFunction, str]:
+    """The name, the reward, and a line to show about it."""
     if not isinstance(target, str):
         name = getattr(target, "__name__", type(target).__name__)
         return name, InProcess(name, target, seconds), ""
@@ -114,7 +114,7 @@ def _made(target: Any, options: dict[str, Any], tokenizer: Tokenizer, seconds: f
         if options:
             raise ConfigError(f"reward {target}: a reward model takes no options")
         model = RewardModel(target, tokenizer)
-        return Path(target).name, model, model.said
+        return Path(target).name, model, model.note
     if ":" in target:
         return target.rpartition(":")[2], InWorker(target, target, options, seconds), ""
     raise ConfigError(f"reward {target}: is no folder and no module:function; {nearest(target, BUILT_IN)}")

@@ -19,18 +19,18 @@ def main() -> None:
     sys.path[0] = os.getcwd()  # as for a script that lies there, and not where this one lies
     function: Any = None
     for line in sys.stdin:
-        asked = json.loads(line)
+        request = json.loads(line)
         try:
             if function is None:
-                function, options = find(asked["target"]), asked["options"]
+                function, options = find(request["target"]), request["options"]
                 inspect.signature(function).bind(None, "", {}, **options)
                 answer: dict[str, Any] = {"value": None}
             else:
-                value = function(asked["prompt"], asked["reply"], asked["record"], **options)
+                value = function(request["prompt"], request["reply"], request["record"], **options)
                 answer = {"value": plain(value)}
         except Exception as error:
-            said = " ".join(str(error).split())[:200]
-            answer = {"error": said if function is None else f"raised {type(error).__name__}: {said}"}
+            reason = " ".join(str(error).split())[:200]
+            answer = {"error": reason if function is None else f"raised {type(error).__name__}: {reason}"}
         try:
             text = json.dumps(answer)
         except (TypeError, ValueError):
@@ -50,10 +50,10 @@ def find(target: str) -> Any:
         spec.loader.exec_module(module)
     else:
         module = importlib.import_module(place)
-    found = getattr(module, name, None)
-    if not callable(found):
+    function = getattr(module, name, None)
+    if not callable(function):
         raise ImportError(f"{place} has no function {name}")
-    return found
+    return function
 
 
 def plain(value: Any) -> Any:

@@ -15,7 +15,7 @@ from lapis.model.size import activation_bytes, free_memory
 from lapis.training.config import TrainConfig
 from lapis.training.loop.state import TrainState
 from lapis.training.objectives.objective import Objective
-from lapis.training.setup import probe
+from lapis.training.setup.blocks import autocast
 
 
 def require_room(state: TrainState, objective: Objective, config: TrainConfig, precision: str) -> None:
@@ -77,7 +77,7 @@ def _saved(state: TrainState, objective: Objective, precision: str) -> int:
         return tensor
 
     batch: Any = next(objective.batches(state))[0]
-    with probe.autocast(state.device, precision):
+    with autocast(state.device, precision):
         with torch.no_grad():
             batch = objective.prepare(state.model, batch)
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):

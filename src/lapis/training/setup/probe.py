@@ -1,19 +1,24 @@
-"""How to compute a step fastest on this machine: measured, not guessed, and without touching the run."""
+"""How to compute a step fastest on this machine: measured, not guessed, and without a trace in the run."""
 
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import nn
+
+from lapis.errors import TrainingError
+from lapis.model.transformer import Transformer
+from lapis.training.setup.blocks import autocast, compiled
 
 Precision = Literal["float32", "bf16"]
+Compile = Literal["auto", "on", "off"]
+Compute = Callable[[], torch.Tensor]
 
-
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The context in which a loss is computed."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+# the share of a step that compiling the blocks may save, and the seconds that it takes, on the safe side
+_GAIN = {"cpu": 0.1, "cuda": 0.3}
+_COST = {"cpu": 60.0, "cuda": 60.0}
 
 
 @contextmanager
@@ -27,64 +32,100 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def timer(
-    model: nn.Module, compute: Callable[[], torch.Tensor], count: int, precision: str, rounds: int = 2
-) -> Callable[[], float]:
-    """Measures one forward and backward of `compute`: seconds, the shortest of `rounds` after one that warms up.
+@dataclass(frozen=True)
+class Probe:
+    """Measures forward and backward of one micro-batch. Gradients are dropped and random generators put back, so that a
+    run is the same whether it was measured or not.
 
-    Gradients are dropped and random generators put back.
+    Args:
+        model: What is trained.
+        compute: The loss of one micro-batch; it must not advance the data.
+        rounds: How often a way is measured, after one time that warms up.
     """
-    device = next(model.parameters()).device
 
-    def seconds() -> float:
-        best = float("inf")
+    model: Transformer
+    compute: Compute
+    rounds: int = 2
+
+    def seconds(self, count: int, precision: str, limit: float = float("inf")) -> float:
+        """The shortest of `rounds` with so many threads; infinite where the first time takes more than `limit`."""
+        device = next(self.model.parameters()).device
+        shortest = float("inf")
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), threads(count):
-            for attempt in range(1 + rounds):
+            for attempt in range(1 + self.rounds):
                 start = time.perf_counter()
                 with autocast(device, precision):
-                    loss = compute()
+                    loss = self.compute()
                 loss.backward()  # type: ignore[no-untyped-call]
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)
-                model.zero_grad(set_to_none=True)
-                best = min(best, time.perf_counter() - start) if attempt else best
-        return best
+                seconds = time.perf_counter() - start
+                self.model.zero_grad(set_to_none=True)
+                if attempt == 0 and seconds > limit:
+                    break
+                shortest = min(shortest, seconds) if attempt else shortest
+        return shortest
 
-    return seconds
+    def fastest(self, precision: str, count: int) -> tuple[int, Precision]:
+        """(threads, precision) with the shortest time; "auto" and 0 are to be chosen."""
+        device = next(self.model.parameters()).device
+        most = torch.get_num_threads()
+        counts = [count] if count else sorted({most, 1}, reverse=True) if device.type == "cpu" else [most]
+        precisions: list[Precision] = (
+            ["bf16", "float32"] if precision == "auto" else ["bf16" if precision == "bf16" else "float32"]
+        )
+        ways = [(n, each) for n in counts for each in precisions]
+        if len(ways) == 1:
+            return ways[0]
+        best, chosen = float("inf"), ways[0]
+        for way in ways:
+            # the first time also warms up, so it may be slow; what takes three times the best is slower than that
+            seconds = self.seconds(*way, limit=3 * best)
+            if seconds < best:
+                best, chosen = seconds, way
+        return chosen
 
+    def compiling_pays(
+        self, mode: Compile, count: int, precision: str, parts: int, budget: float | None
+    ) -> tuple[bool, str | None]:
+        """Whether to compile the blocks.
 
-def fastest(
-    model: nn.Module, compute: Callable[[], torch.Tensor], precision: str, count: int, rounds: int = 2
-) -> tuple[int, Precision]:
-    """(threads, precision) with the shortest forward and backward; "auto" and 0 are the ones to choose.
+        Args:
+            mode: "auto" estimates from the time of a micro-batch and the length of the run, then tries.
+            count: Threads.
+            precision: Of the forward pass.
+            parts: Micro-batches of the run, where their number is known.
+            budget: Else its seconds.
 
-    compute: one micro-batch's loss; it must not advance the data. Gradients are dropped and random generators put
-    back, so that a run is the same whether it was measured or not. A way that is far behind is not tried twice.
-    """
-    device = next(model.parameters()).device
-    most = torch.get_num_threads()
-    counts = [count] if count else sorted({most, 1}, reverse=True) if device.type == "cpu" else [most]
-    ways: list[Precision] = (
-        ["bf16", "float32"] if precision == "auto" else ["bf16" if precision == "bf16" else "float32"]
-    )
-    tried = [(n, way) for n in counts for way in ways]
-    if len(tried) == 1:
-        return tried[0]
-    best, chosen = float("inf"), tried[0]
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        for n, way in tried:
-            with threads(n):
-                for attempt in range(1 + rounds):
-                    start = time.perf_counter()
-                    with autocast(device, way):
-                        loss = compute()
-                    loss.backward()  # type: ignore[no-untyped-call]
-                    if device.type == "cuda":
-                        torch.cuda.synchronize(device)
-                    seconds = time.perf_counter() - start
-                    model.zero_grad(set_to_none=True)
-                    if attempt == 0 and seconds > 3 * best:
-                        break  # the first round also warms up, so it may be slow; this is slower than that
-                    if attempt > 0 and seconds < best:
-                        best, chosen = seconds, (n, way)
-    return chosen
+        Returns:
+            The answer, and a sentence that says why where it was measured.
+        """
+        if mode == "off":
+            return False, None
+        if mode == "on":
+            self._seconds_compiled(count, precision)
+            return True, None
+        kind = next(self.model.parameters()).device.type
+        least = 2 * _COST.get(kind, 60.0) / _GAIN.get(kind, 0.1)  # seconds of a run that make it worth a try
+        if parts < 100 if budget is None else budget < least:
+            return False, None
+        plain = self.seconds(count, precision)
+        if budget is None and plain * parts < least:
+            return False, None
+        try:
+            faster = self._seconds_compiled(count, precision)
+        except TrainingError as error:
+            return False, str(error)
+        line = f"a micro-batch takes {faster * 1000:,.0f} ms compiled, {plain * 1000:,.0f} ms as it is"
+        return faster < 0.97 * plain, line
+
+    def _seconds_compiled(self, count: int, precision: str) -> float:
+        """Raises TrainingError where the blocks do not compile (no C++ compiler, for one)."""
+        try:
+            with compiled(self.model, True):
+                return self.seconds(count, precision)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # the compiler's own kinds differ between versions of torch
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+            raise TrainingError(f"train: torch.compile failed ({reason}); set compile to off") from None

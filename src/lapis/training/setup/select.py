@@ -1,11 +1,9 @@
 """Which parts of a model a run trains: patterns to tune or to freeze, or a plan that `lapis plan` wrote.
 
-    tune: [layers.4-7.mlp]        # these, and nothing else
-    freeze: [embed, layers.0-3]   # all but these
-    tokens: ["<|im_start|>"]      # and of the embedding the rows of these tokens
-    plan: plan.yaml               # what the plan chose; with LoRA, its targets
-
-Leaves out: making plans (plan/), what an adapter computes (model/lora.py).
+tune: [layers.4-7.mlp]        # these, and nothing else
+freeze: [embed, layers.0-3]   # all but these
+tokens: ["<|im_start|>"]      # and of the embedding the rows of these tokens
+plan: plan.yaml               # what the plan chose; with LoRA, its targets
 """
 
 import hashlib
@@ -25,7 +23,7 @@ from lapis.text.tokenizer.tokenizer import Tokenizer
 from lapis.training.setup import lora
 
 
-def settle(
+def select_parts(
     model: Transformer,
     *,
     lora_config: lora.LoraConfig | None = None,
@@ -38,10 +36,22 @@ def settle(
     seed: int = 0,
     device: torch.device | None = None,
 ) -> None:
-    """Makes a model ready for what the settings want trained: some parts, an adapter, or (nothing given) all of it.
+    """Makes a model ready to train some parts, an adapter, or (where nothing is given) all of it.
 
-    base: where the model comes from. device: where it will be, for weights that are packed there. Raises ConfigError
-    for settings that exclude each other, a pattern that matches nothing, a plan for another model.
+    Args:
+        model: Changed in place.
+        lora_config: Put an adapter on it.
+        tune: Patterns of what is trained.
+        freeze: Patterns of what is not.
+        tokens: Rows of the embedding that are trained though the rest of it is not.
+        plan: A file of `lapis plan`, in place of tune and tokens.
+        base: Where the model comes from.
+        tokenizer: For tokens given as text.
+        seed: Of the adapter's weights.
+        device: Where the model will be, for weights that are packed there.
+
+    Raises:
+        ConfigError: For settings that exclude each other, a pattern that matches nothing, a plan for another model.
     """
     tune, freeze, tokens = tuple(tune), tuple(freeze), tuple(tokens)
     if plan is not None and (tune or tokens):
@@ -78,12 +88,12 @@ def settle(
 def describe(model: Transformer) -> dict[str, Any]:
     """What is trained, as JSON, for a rerun to agree with; empty where it is the whole model."""
     adapted, names = lora.of(model), [name for name, p in model.named_parameters() if p.requires_grad]
-    found: dict[str, Any] = {} if adapted is None else {"lora": asdict(adapted.config)}
+    facts: dict[str, Any] = {} if adapted is None else {"lora": asdict(adapted.config)}
     if adapted is not None or len(names) < sum(1 for _ in model.parameters()):
-        found["trained"] = hashlib.sha256("\n".join(names).encode()).hexdigest()
+        facts["trained"] = hashlib.sha256("\n".join(names).encode()).hexdigest()
     if adapted is None and (rows := lora.token_rows(model)):
-        found["tokens"] = next(iter(rows.values())).ids_N.tolist()
-    return found
+        facts["tokens"] = next(iter(rows.values())).ids_N.tolist()
+    return facts
 
 
 def choose(model: Transformer, tune: Iterable[str] = (), freeze: Iterable[str] = (), tokens: Sequence[int] = ()) -> int:
@@ -94,12 +104,12 @@ def choose(model: Transformer, tune: Iterable[str] = (), freeze: Iterable[str] =
     """
     tune, freeze = tuple(tune), tuple(freeze)
     parts = {name: part_of(name) for name, _ in model.named_parameters()}
-    wanted = chosen(read_patterns(tune, "tune"), parts.values(), "tune") if tune else set(parts.values())
-    wanted -= chosen(read_patterns(freeze, "freeze"), parts.values(), "freeze")
-    if not wanted:
+    trained = chosen(read_patterns(tune, "tune"), parts.values(), "tune") if tune else set(parts.values())
+    trained -= chosen(read_patterns(freeze, "freeze"), parts.values(), "freeze")
+    if not trained:
         raise ConfigError("train: tune and freeze leave nothing to train")
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(parts[name] in wanted)
+        parameter.requires_grad_(parts[name] in trained)
     frozen = [name for name in lora.row_matrices(model) if not model.get_parameter(name).requires_grad]
     if tokens:
         lora.put_rows(model, dict.fromkeys(frozen, (list(tokens), None)))

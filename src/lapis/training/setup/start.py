@@ -1,6 +1,6 @@
 """The model that a run starts from: made anew from a shape, or a folder's, with the head that the objective needs.
 
-Leaves out: adapters and what is frozen (lora.py, select.py), which are put on the model that this file gives.
+Adapters and what is frozen come after it (lora.py, select.py).
 """
 
 import dataclasses
@@ -36,23 +36,35 @@ def start_model(
     seed: int,
     zero_init: bool = True,
 ) -> Transformer:
-    """The folder `source` in float32, or a model of the shape `new`. Whatever was drawn at random is in `notes`.
+    """The folder `source` in float32, or a model of the shape `new`; with the head that the objective needs.
 
-    zero_init: a new model's blocks add nothing at first: what writes to the residual stream is zero (Zhang et al. 2019,
-    Fixup, arXiv:1901.09321; for transformers: Yang et al. 2022, arXiv:2203.03466, appendix D.2).
+    Args:
+        source: A folder, or None.
+        new: Fields of ModelConfig, or None.
+        objective: Says which head, which classes, which tokenizer.
+        context: Tokens of a row.
+        seed: Of new weights.
+        zero_init: A new model's blocks add nothing at first: what writes to the residual stream is zero (Zhang et al.
+            2019, Fixup, arXiv:1901.09321; for transformers: Yang et al. 2022, arXiv:2203.03466, appendix D.2).
+
+    Returns:
+        The model. What is random though it comes from a folder is named in its `notes`.
+
+    Raises:
+        ConfigError: For an unknown field of `new`, or rows longer than the model's context.
     """
-    head = HEADS[getattr(objective, "head", "language")]
-    labels: list[str] = list(getattr(objective, "classes", []))
+    head = HEADS[objective.head]
+    classes = objective.class_names
     context = None if objective.tokenizer is None else context  # a picture's is its patches
     torch.manual_seed(seed)
     if new is not None:
-        model = Transformer(_shape(new, objective.tokenizer, head, labels, context))
+        model = Transformer(_shape(new, objective.tokenizer, head, classes, context))
         if zero_init and head == "lm":
-            silence(model)
+            zero_outputs(model)
     else:
-        model = load(str(source), dtype=torch.float32, head=head, classes=len(labels) if head == "classes" else 0)
-    if labels:
-        model.config = dataclasses.replace(model.config, extra={**model.config.extra, **class_fields(labels)})
+        model = load(str(source), dtype=torch.float32, head=head, classes=len(classes) if head == "classes" else 0)
+    if classes:
+        model.config = dataclasses.replace(model.config, extra={**model.config.extra, **class_fields(classes)})
     if objective.tokenizer is not None:
         objective.tokenizer.check_rows(model.config.vocab)
     if context is not None and context > model.config.context:
@@ -61,7 +73,7 @@ def start_model(
 
 
 @torch.no_grad()
-def silence(model: Transformer) -> None:
+def zero_outputs(model: Transformer) -> None:
     """Sets the projections that write to the residual stream to zero."""
     for name, parameter in model.named_parameters():
         if name.endswith(("attn.o.weight", "mlp.down.weight")):
@@ -69,7 +81,7 @@ def silence(model: Transformer) -> None:
 
 
 def _shape(
-    new: Mapping[str, Any], tokenizer: Tokenizer | None, head: Head, labels: list[str], context: int | None
+    new: Mapping[str, Any], tokenizer: Tokenizer | None, head: Head, classes: list[str], context: int | None
 ) -> ModelConfig:
     """ModelConfig from what `new` says, the family's kind of block, the tokenizer's size and the head."""
     plain = "qwen3" if head == "lm" and set(new) <= _SIZES else "llama"
@@ -80,7 +92,7 @@ def _shape(
         ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
         known["extra"] = {name: number for name, number in ids.items() if number is not None}
     if head == "classes":
-        known["classes"] = len(labels)
+        known["classes"] = len(classes)
     if family == "bert":
         known["pooler"] = head in ("classes", "scalar")
     if "image" in new:

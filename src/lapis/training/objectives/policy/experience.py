@@ -1,7 +1,5 @@
 """What a policy learns from between two rollouts: replies, rewards, advantages, as tensors that a checkpoint can hold.
 
-Leaves out: how they come about (rollouts.py, rewards/, advantages.py).
-
 Shapes: B replies, T prompt and reply, R reply.
 """
 
@@ -12,16 +10,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lapis.training.objectives.policy.rollouts import Rollouts
+from lapis.model.transformer import Transformer
+from lapis.training.distributed.parallel import join
+from lapis.training.objectives.policy.rollouts import Rollouts, score_replies
+
+_AT_ONCE = 64  # replies that the reference reads at once
 
 
 @dataclass(frozen=True)
 class Experience:
-    """Replies that were scored.
+    """Replies with their rewards.
 
-    rewards_B: float32, the weighted sum, NaN where a reward failed. parts: each reward alone, [B]. advantages: [B], or
-    [B, R] where tokens differ. reference_BR: log-probabilities under the reference. values_BR, returns_BR: of a value
-    head. Those that an objective does not need are None.
+    Attributes:
+        rewards_B: float32, the weighted sum; NaN where a reward failed.
+        parts: Each reward alone, [B].
+        advantages: [B], or [B, R] where tokens differ.
+        reference_BR: Log-probabilities under the reference, nats.
+        values_BR: Of a value head, before each token.
+        returns_BR: What these values should have been.
+
+    What an objective does not need is None.
     """
 
     rollouts: Rollouts
@@ -79,17 +87,17 @@ class Experience:
         )
 
 
-def joined(pieces: Sequence[Rollouts]) -> Rollouts:
+def joined_rollouts(pieces: Sequence[Rollouts]) -> Rollouts:
     """Rollouts one after the other, padded to the longest."""
-    return pieces[0] if len(pieces) == 1 else Rollouts(**_below([piece.tensors() for piece in pieces]))
+    return pieces[0] if len(pieces) == 1 else Rollouts(**_joined([piece.tensors() for piece in pieces]))
 
 
-def appended(pieces: Sequence[Experience]) -> Experience:
+def joined_experience(pieces: Sequence[Experience]) -> Experience:
     """Experience one after the other, padded to the longest."""
-    return pieces[0] if len(pieces) == 1 else Experience.of(_below([piece.tensors() for piece in pieces]))
+    return pieces[0] if len(pieces) == 1 else Experience.of(_joined([piece.tensors() for piece in pieces]))
 
 
-def _below(pieces: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def _joined(pieces: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     whole: dict[str, Tensor] = {}
     for name in pieces[0]:
         tensors = [piece[name] for piece in pieces]
@@ -98,3 +106,31 @@ def _below(pieces: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
             tensors = [F.pad(tensor, (0, width - tensor.shape[1])) for tensor in tensors]
         whole[name] = torch.cat(tensors)
     return whole
+
+
+@torch.no_grad()
+def reference_log_probabilities(model: Transformer, experience: Experience, temperature: float) -> Tensor:
+    """What a reference model says of the tokens of all replies: nats, [B, R] float32, 0 outside the mask."""
+    pieces = []
+    R = experience.rollouts.reply_BR.shape[1]
+    for first in range(0, len(experience), _AT_ONCE):
+        rollouts = experience.rows(first, min(first + _AT_ONCE, len(experience))).rollouts
+        scores = score_replies(model, rollouts, temperature)
+        pieces.append(F.pad(scores.logprobs_BR, (0, R - scores.logprobs_BR.shape[1])))
+    return torch.cat(pieces)
+
+
+def gather_experience(own: list[int], experience: Experience) -> Experience:
+    """The experience of all processes in the order of the step's parts, so that one of them can save it all, and any
+    number of processes can go on from it. own: the parts that `experience` is of."""
+    world = join()
+    if world.size == 1:
+        return experience
+    sent = {name: [str(t.dtype)[6:], t.tolist()] for name, t in experience.tensors().items()}
+    pieces: dict[int, Experience] = {}
+    for parts, received in world.gather([own, sent]):
+        tensors = {name: torch.tensor(value, dtype=getattr(torch, kind)) for name, (kind, value) in received.items()}
+        piece = Experience.of(tensors)
+        size = len(piece) // len(parts)
+        pieces |= {part: piece.rows(place * size, (place + 1) * size) for place, part in enumerate(parts)}
+    return joined_experience([pieces[part] for part in sorted(pieces)])

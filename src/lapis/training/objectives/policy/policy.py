@@ -1,46 +1,49 @@
-"""Learning from rewards: GRPO, RLOO and PPO. What they share is on_policy.py; here are advantages and losses.
+"""Learning from rewards: GRPO, RLOO and PPO. What they share is in on_policy.py; here are advantages and losses.
 
     rewards: [{name: number, options: {field: final}}, {name: length, weight: 0.1, options: {most: 200}}]
 
-Leaves out: learning from another policy's replies.
-
-Shapes: B replies, R tokens of a reply, D model dim.
+Shapes: P prompts, G replies of one prompt, B replies, R tokens of a reply, D model dim.
 """
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from lapis.errors import ConfigError
 from lapis.model.transformer import Transformer
-from lapis.training.distributed.ranks import added
-from lapis.training.objectives.policy.advantages import (
-    adapted,
-    estimate,
+from lapis.training.distributed.parallel import sum_over_processes
+from lapis.training.objectives.objective import Loss
+from lapis.training.objectives.policy.experience import Experience
+from lapis.training.objectives.policy.guards import kl_sum
+from lapis.training.objectives.policy.losses import (
+    adapted_kl_weight,
+    clipped_surrogate,
+    clipped_value,
+    gae,
     group_relative,
+    k3,
     leave_one_out,
     moments,
-    whitened,
+    whiten,
 )
-from lapis.training.objectives.policy.experience import Experience
-from lapis.training.objectives.policy.figures import kl_sum
 from lapis.training.objectives.policy.on_policy import OnPolicy, Turn
-from lapis.training.objectives.policy.surrogate import clipped, clipped_value, k3
-
-Loss = tuple[Tensor, int, dict[str, float]]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class GRPO(OnPolicy):
     """Group-relative policy optimization (Shao et al. 2024, arXiv:2402.03300).
 
-    scale: divide a group's advantages by its standard deviation, or not ("none"; arXiv:2503.20783). average: the loss
-    over all tokens of the step ("token"; DAPO, arXiv:2503.14476), over each reply and then over replies ("reply"; as
-    published), or by replies times max_tokens ("fixed"; Dr. GRPO). kl is the weight of k3 in the loss. kl_unbiased:
-    k3 times the ratio, whose gradient is that of the KL itself (arXiv:2512.02556, section 3.1); as published without.
+    kl is the weight of k3 in the loss.
+
+    Args:
+        scale: "group" divides a group's advantages by its standard deviation, "none" does not (arXiv:2503.20783).
+        average: The loss over all tokens of the step ("token"; DAPO, arXiv:2503.14476), over each reply and then over
+            replies ("reply"; as published), or by replies times max_tokens ("fixed"; Dr. GRPO).
+        kl_unbiased: k3 times the ratio, whose gradient is that of the KL itself (arXiv:2512.02556, section 3.1); as
+            published without.
     """
 
     scale: Literal["group", "none"] = "group"
@@ -53,30 +56,30 @@ class GRPO(OnPolicy):
         super().__post_init__()
         _require_group(self)
 
-    def value(self, model: Transformer, experience: Experience, turn: Turn) -> Experience:
+    def with_advantages(self, model: Transformer, experience: Experience, turn: Turn) -> Experience:
         rewards_PG = experience.rewards_B.view(-1, self.group)
         return replace(experience, advantages=group_relative(rewards_PG, self.scale == "group").flatten())
 
     def loss(self, model: Transformer, batch: tuple[Turn, Experience]) -> Loss:
         turn, experience = batch
-        said, rollouts = self._read(model, experience), experience.rollouts
+        scores, rollouts = self._score(model, experience), experience.rollouts
         assert experience.advantages is not None
         advantages_B1 = experience.advantages[:, None]
-        loss_BR, stopped_BR = clipped(said.logprobs_BR, rollouts.logprobs_BR, advantages_B1, *self.bounds)
+        loss_BR, stopped_BR = clipped_surrogate(scores.logprobs_BR, rollouts.logprobs_BR, advantages_B1, *self.bounds)
         if self.kl and experience.reference_BR is not None:
-            kl_BR = k3(said.logprobs_BR, experience.reference_BR)
+            kl_BR = k3(scores.logprobs_BR, experience.reference_BR)
             if self.kl_unbiased:
-                kl_BR = kl_BR * (said.logprobs_BR - rollouts.logprobs_BR).exp()
+                kl_BR = kl_BR * (scores.logprobs_BR - rollouts.logprobs_BR).exp()
             loss_BR = loss_BR + self.kl * kl_BR
         mask_BR = rollouts.mask_BR
-        figures = self.figures(turn, experience, said, stopped_BR[mask_BR])
+        figures = self.figures(turn, experience, scores, stopped_BR[mask_BR])
         if self.average == "token":
             return (loss_BR * mask_BR).sum(), int(mask_BR.sum()), figures
         size_B = mask_BR.sum(1) if self.average == "reply" else mask_BR.new_full((), self.max_tokens, dtype=torch.long)
         return ((loss_BR * mask_BR).sum(1) / size_B).sum(), len(experience), figures
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class RLOO(OnPolicy):
     """REINFORCE with the other replies of the prompt as the baseline (Ahmadian et al. 2024, arXiv:2402.14740).
 
@@ -91,7 +94,7 @@ class RLOO(OnPolicy):
         super().__post_init__()
         _require_group(self)
 
-    def value(self, model: Transformer, experience: Experience, turn: Turn) -> Experience:
+    def with_advantages(self, model: Transformer, experience: Experience, turn: Turn) -> Experience:
         rewards_B = experience.rewards_B
         if self.kl and experience.reference_BR is not None:
             rollouts = experience.rollouts
@@ -101,25 +104,31 @@ class RLOO(OnPolicy):
 
     def loss(self, model: Transformer, batch: tuple[Turn, Experience]) -> Loss:
         turn, experience = batch
-        said, rollouts = self._read(model, experience), experience.rollouts
-        logp_B = (said.logprobs_BR * rollouts.mask_BR).sum(1)
+        scores, rollouts = self._score(model, experience), experience.rollouts
+        logp_B = (scores.logprobs_BR * rollouts.mask_BR).sum(1)
         old_B = (rollouts.logprobs_BR * rollouts.mask_BR).sum(1)
         assert experience.advantages is not None
-        loss_B, stopped_B = clipped(logp_B, old_B, experience.advantages, *self.bounds)
-        return loss_B.sum(), len(experience), self.figures(turn, experience, said, stopped_B)
+        loss_B, stopped_B = clipped_surrogate(logp_B, old_B, experience.advantages, *self.bounds)
+        return loss_B.sum(), len(experience), self.figures(turn, experience, scores, stopped_B)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class PPO(OnPolicy):
     """Proximal policy optimization with a value head and GAE (Schulman et al. 2017, arXiv:1707.06347; for language
     models Ziegler et al. 2019, arXiv:1909.08593).
 
     The value head is one linear map on the policy's last hidden states, and starts at 0; it is not part of the result.
     A token's reward is -kl times its log ratio to the reference, and the reply's reward comes with its last token.
-    gamma, lam: of GAE. value_epsilon: how far a value goes before it is clipped. value_weight: of the value loss.
-    entropy: weight of an entropy bonus. whiten: advantages with mean 0 and variance 1 over the step's tokens.
-    kl_target: nats per reply that kl is adapted to, 0 = kl stays as it is. kl_horizon: replies over which it may
-    change e-fold.
+
+    Args:
+        gamma: Of GAE: discount of later rewards.
+        lam: Of GAE.
+        value_epsilon: How far a value may move before it is clipped.
+        value_weight: Weight of the value loss.
+        entropy: Weight of an entropy bonus.
+        whiten: Advantages with mean 0 and variance 1 over the tokens of the step.
+        kl_target: Nats per reply that kl is adapted to; 0 = kl stays as it is.
+        kl_horizon: Replies over which kl may change by a factor of about e.
     """
 
     group: int = 1
@@ -141,7 +150,7 @@ class PPO(OnPolicy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, fits, wanted in (
+        for name, fits, expected in (
             ("gamma", 0 < self.gamma <= 1, "above 0 and at most 1"),
             ("lam", 0 <= self.lam <= 1, "from 0 to 1"),
             ("value_epsilon", self.value_epsilon > 0, "above 0"),
@@ -151,10 +160,10 @@ class PPO(OnPolicy):
             ("kl_horizon", self.kl_horizon > 0, "above 0"),
         ):
             if not fits:
-                raise ConfigError(f"ppo: {name} is {getattr(self, name)}; expected {wanted}")
+                raise ConfigError(f"ppo: {name} is {getattr(self, name)}; expected {expected}")
 
     @property
-    def extra(self) -> nn.Module | None:
+    def extra_module(self) -> nn.Module | None:
         return self._head
 
     def begin(self, model: Transformer, folder: Path | None = None) -> None:
@@ -165,15 +174,15 @@ class PPO(OnPolicy):
         super().begin(model, folder)
 
     def values(self, hidden_ND: Tensor, mask_BR: Tensor) -> Tensor:
-        """What the value head expects before each token, [B, R], 0 outside of the mask."""
+        """What the value head expects before each token, [B, R], 0 outside the mask."""
         assert self._head is not None
         values_N = self._head(hidden_ND.float())[:, 0].float()
         return torch.zeros(mask_BR.shape, device=mask_BR.device).masked_scatter(mask_BR, values_N)
 
     @torch.no_grad()
-    def value(self, model: Transformer, experience: Experience, turn: Turn) -> Experience:
+    def with_advantages(self, model: Transformer, experience: Experience, turn: Turn) -> Experience:
         rollouts, mask_BR = experience.rollouts, experience.rollouts.mask_BR
-        values_BR = self.values(self._read(model, experience).hidden_ND, mask_BR)
+        values_BR = self.values(self._score(model, experience).hidden_ND, mask_BR)
         scored_BR = mask_BR & experience.rewards_B.isfinite()[:, None]
         weight = self._kl_weight(turn.round)
         rewards_BR = torch.zeros_like(values_BR)
@@ -181,26 +190,28 @@ class PPO(OnPolicy):
             rewards_BR -= weight * (rollouts.logprobs_BR - experience.reference_BR) * mask_BR
         last_B1 = mask_BR.sum(1, keepdim=True) - 1
         rewards_BR.scatter_add_(1, last_B1, experience.rewards_B.nan_to_num(0.0)[:, None])
-        advantages_BR, returns_BR = estimate(rewards_BR, values_BR, mask_BR, self.gamma, self.lam)
+        advantages_BR, returns_BR = gae(rewards_BR, values_BR, mask_BR, self.gamma, self.lam)
         if self.whiten:
-            advantages_BR = whitened(advantages_BR, scored_BR, added(moments(advantages_BR, scored_BR)))
+            advantages_BR = whiten(advantages_BR, scored_BR, sum_over_processes(moments(advantages_BR, scored_BR)))
         self._adapt(turn.round, weight, experience)
         return replace(experience, advantages=advantages_BR * scored_BR, values_BR=values_BR, returns_BR=returns_BR)
 
     def loss(self, model: Transformer, batch: tuple[Turn, Experience]) -> Loss:
         turn, experience = batch
-        said = self._read(model, experience, learn_entropy=self.entropy > 0)
+        scores = self._score(model, experience, learn_entropy=self.entropy > 0)
         rollouts = experience.rollouts
         scored_BR = rollouts.mask_BR & experience.rewards_B.isfinite()[:, None]
         assert experience.advantages is not None and experience.values_BR is not None
         assert experience.returns_BR is not None
-        loss_BR, stopped_BR = clipped(said.logprobs_BR, rollouts.logprobs_BR, experience.advantages, *self.bounds)
-        values_BR = self.values(said.hidden_ND, rollouts.mask_BR)
+        loss_BR, stopped_BR = clipped_surrogate(
+            scores.logprobs_BR, rollouts.logprobs_BR, experience.advantages, *self.bounds
+        )
+        values_BR = self.values(scores.hidden_ND, rollouts.mask_BR)
         value_BR = clipped_value(values_BR, experience.values_BR, experience.returns_BR, self.value_epsilon)
         loss_BR = loss_BR + self.value_weight * value_BR
         if self.entropy:
-            loss_BR = loss_BR - self.entropy * said.entropy_BR
-        figures = self.figures(turn, experience, said, stopped_BR[rollouts.mask_BR])
+            loss_BR = loss_BR - self.entropy * scores.entropy_BR
+        figures = self.figures(turn, experience, scores, stopped_BR[rollouts.mask_BR])
         figures |= {
             "value_loss": value_BR.detach()[scored_BR].sum().item() / max(1, int(scored_BR.sum())),
             "kl_weight": self._weights[1],
@@ -208,7 +219,7 @@ class PPO(OnPolicy):
         return (loss_BR * scored_BR).sum(), int(scored_BR.sum()), figures
 
     def _kl_weight(self, number: int) -> float:
-        """The weight for rollout `number`; asked twice for one rollout, the answer is the same."""
+        """The KL weight for rollout `number`; the same each time it is called."""
         at, now, after = self._weights
         return now if number == at else self.kl if at < 0 else after
 
@@ -216,24 +227,24 @@ class PPO(OnPolicy):
         after = weight
         if self.kl_target and experience.reference_BR is not None:
             ones = experience.rewards_B.new_tensor(float(len(experience)), dtype=torch.float64)
-            kl, replies = added(torch.stack([kl_sum(experience), ones])).tolist()
-            after = adapted(weight, kl / replies, self.kl_target, self.kl_horizon, int(replies))
+            kl, replies = sum_over_processes(torch.stack([kl_sum(experience), ones])).tolist()
+            after = adapted_kl_weight(weight, kl / replies, self.kl_target, self.kl_horizon, int(replies))
         self._weights = (number, weight, after)
 
     def state_tensors(self) -> dict[str, Tensor]:
         assert self._head is not None
-        held = {"weights": torch.tensor(self._weights, dtype=torch.float64)}
-        return super().state_tensors() | held | {f"head.{name}": t for name, t in self._head.state_dict().items()}
+        weights = {"weights": torch.tensor(self._weights, dtype=torch.float64)}
+        return super().state_tensors() | weights | {f"head.{name}": t for name, t in self._head.state_dict().items()}
 
-    def restore_tensors(self, held: dict[str, Tensor]) -> None:
-        super().restore_tensors(held)
+    def restore_tensors(self, tensors: dict[str, Tensor]) -> None:
+        super().restore_tensors(tensors)
         assert self._head is not None
-        self._head.load_state_dict({name[5:]: t for name, t in held.items() if name.startswith("head.")})
-        at, now, after = held["weights"].tolist()
+        self._head.load_state_dict({name[5:]: t for name, t in tensors.items() if name.startswith("head.")})
+        at, now, after = tensors["weights"].tolist()
         self._weights = (int(at), now, after)
 
 
-def _require_group(objective: Any) -> None:
+def _require_group(objective: OnPolicy) -> None:
     if objective.group < 2:
         raise ConfigError(
             f"{objective.name}: group is {objective.group}; a reply is compared with others, give 2 or more"

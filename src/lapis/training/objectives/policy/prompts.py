@@ -2,7 +2,7 @@
 
 A line of jsonl has `prompt` (text, or a list of messages), or `messages` (a chat; the assistant's last turn is left
 off), or `question`; everything else in it is the reward's business. Text is a user's message where the tokenizer has a
-chat template, and is continued as it is where not. Leaves out: replies.
+chat template, and is continued as it is where not.
 """
 
 import hashlib
@@ -24,18 +24,24 @@ Data = str | Path | Iterable[str | Path | Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Prompt:
-    """ids: what the model reads. asked: text or messages, as a reward gets it. record: the whole line. where: for
-    error lines."""
+    """One prompt.
+
+    Attributes:
+        ids: What the model reads.
+        text: Text or messages, as a reward gets it.
+        record: The whole line.
+        where: File and line, for messages.
+    """
 
     ids: tuple[int, ...]
-    asked: str | list[dict[str, Any]]
+    text: str | list[dict[str, Any]]
     record: dict[str, Any]
     where: str
 
     @property
     def shown(self) -> str:
-        """The last thing asked, for people."""
-        return self.asked if isinstance(self.asked, str) else str(self.asked[-1].get("content", ""))
+        """The last message, for people."""
+        return self.text if isinstance(self.text, str) else str(self.text[-1].get("content", ""))
 
 
 @dataclass(frozen=True)
@@ -63,8 +69,8 @@ def read_prompts(
     """
     rows, dropped = [], 0
     for where, record in _records(data):
-        asked = _asked(record, where)
-        ids = _encoded(asked, tokenizer, plain)
+        prompt = _prompt_of(record, where)
+        ids = _encoded(prompt, tokenizer, plain)
         if not ids:
             raise DataError(f"{where}: the prompt is empty; a policy needs something to reply to")
         if len(ids) > room:
@@ -75,7 +81,7 @@ def read_prompts(
                 )
             dropped += 1
             continue
-        rows.append(Prompt(tuple(ids), asked, record, where))
+        rows.append(Prompt(tuple(ids), prompt, record, where))
     if not rows:
         raise DataError(f"no prompt is left: {dropped:,} were too long" if dropped else "there are no prompts")
     return Prompts(rows, dropped)
@@ -95,7 +101,7 @@ def _records(data: Data) -> Iterator[tuple[str, dict[str, Any]]]:
         yield f"record {number}", dict(item)
 
 
-def _asked(record: Mapping[str, Any], where: str) -> str | list[dict[str, Any]]:
+def _prompt_of(record: Mapping[str, Any], where: str) -> str | list[dict[str, Any]]:
     name = next((name for name in FIELDS if name in record), None)
     if name is None:
         raise DataError(f"{where}: the field prompt is missing; {nearest('prompt', record)}")
@@ -116,9 +122,9 @@ def _asked(record: Mapping[str, Any], where: str) -> str | list[dict[str, Any]]:
     return turns
 
 
-def _encoded(asked: str | list[dict[str, Any]], tokenizer: Tokenizer, plain: bool) -> list[int]:
-    if isinstance(asked, str):
+def _encoded(prompt: str | list[dict[str, Any]], tokenizer: Tokenizer, plain: bool) -> list[int]:
+    if isinstance(prompt, str):
         if plain or tokenizer.chat_template is None:
-            return tokenizer.encode(asked, add_special_tokens=True)
-        asked = [{"role": "user", "content": asked}]
-    return encode_prompt(tokenizer, asked)
+            return tokenizer.encode(prompt, add_special_tokens=True)
+        prompt = [{"role": "user", "content": prompt}]
+    return encode_prompt(tokenizer, prompt)

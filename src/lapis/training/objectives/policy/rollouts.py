@@ -1,8 +1,8 @@
 """Replies of the policy to prompts, as tensors to learn from; and what the model in training says of their tokens.
 
-The replies to one prompt share its reading: the prompt goes through the model once, and the cache is copied for each.
-A reply's mask ends with its end token, so that nothing after it is ever learned from. Draws come from the policy
-itself, without top-k or top-p: what is said is then what is optimized. Leaves out: rewards.
+A prompt goes through the model once, and its cache is copied for each of its replies. A reply's mask ends with its end
+token, so that nothing after it is ever learned from. Replies are sampled from the policy itself, without top-k or
+top-p, so that what is sampled is what is optimized.
 
 Shapes: P prompts, B replies (each prompt's stand together), T prompt and reply, R reply, D model dim, V vocabulary, N
 real tokens of replies.
@@ -25,9 +25,13 @@ from lapis.model.transformer import Transformer
 class Rollouts:
     """Replies to prompts.
 
-    ids_BT: int64, prompt then reply, 0 after that. prompt_B: int64, lengths of the prompts. reply_BR: int64, the
-    reply alone, its end token included. mask_BR: bool, True where there is a token. logprobs_BR: float32, nats, of the
-    tokens when they were said (at the temperature they were drawn with). ended_B: bool, whether the model ended it.
+    Attributes:
+        ids_BT: int64, prompt then reply, 0 after that.
+        prompt_B: int64, lengths of the prompts.
+        reply_BR: int64, the reply alone, with its end token.
+        mask_BR: bool, True where there is a token.
+        logprobs_BR: float32, nats, of the tokens when they were sampled, at the temperature of sampling.
+        ended_B: bool, whether the model ended the reply.
     """
 
     ids_BT: Tensor
@@ -42,10 +46,13 @@ class Rollouts:
 
 
 @dataclass(frozen=True)
-class Said:
-    """What the model in training says of the tokens of replies, in float32, 0 outside of the mask.
+class ReplyScores:
+    """What the model in training says of the tokens of replies, float32, 0 outside the mask.
 
-    logprobs_BR, entropy_BR: nats. hidden_ND: the states from which the tokens were said, in the order of the mask.
+    Attributes:
+        logprobs_BR: Nats.
+        entropy_BR: Nats.
+        hidden_ND: The states from which the tokens are predicted, in the order of the mask.
     """
 
     logprobs_BR: Tensor
@@ -53,7 +60,7 @@ class Said:
     hidden_ND: Tensor
 
 
-def roll(
+def sample_rollouts(
     model: Transformer,
     prompts: Sequence[Sequence[int]],
     numbers: Sequence[int],
@@ -64,22 +71,33 @@ def roll(
     temperature: float,
     seed: int,
 ) -> Rollouts:
-    """`group` replies to each prompt. numbers: of the prompts within the step; a reply's draws follow from the seed,
-    its prompt's number and its place in the group, and from nothing else. ends: the tokens that end a reply."""
+    """`group` replies to each prompt.
+
+    Args:
+        model: In evaluating mode.
+        prompts: Ids of each.
+        numbers: Of the prompts within the step. A reply depends on the seed, its prompt's number and its place in the
+            group, and on no other reply.
+        ends: The tokens that end a reply.
+        group: Replies to a prompt.
+        max_tokens: Of a reply.
+        temperature: Of sampling; 0 takes the likeliest token.
+        seed: Of sampling.
+    """
     rows = [number * group + copy for number in numbers for copy in range(group)]
     repeated = [list(prompt) for prompt in prompts for _ in range(group)]
     sampling = Sampling(temperature=temperature, max_tokens=max_tokens, seed=seed)
-    decoding = Decoding(model, repeated, sampling, rows, cache=_read(model, prompts, group, max_tokens))
-    said: list[list[int]] = [[] for _ in rows]
+    decoding = Decoding(model, repeated, sampling, rows, cache=_prompt_cache(model, prompts, group, max_tokens))
+    replies: list[list[int]] = [[] for _ in rows]
     chances: list[list[float]] = [[] for _ in rows]
     live, stop = list(range(len(rows))), frozenset(ends)
     for count in range(1, max_tokens + 1):
         tokens, logprobs = decoding.step(), decoding.logprobs(temperature or 1.0)
         going = []
         for place, (row, token, logprob) in enumerate(zip(live, tokens, logprobs, strict=True)):
-            if said[row] and said[row][-1] in stop:
+            if replies[row] and replies[row][-1] in stop:
                 continue  # carried along: dropping rows copies the cache
-            said[row].append(token)
+            replies[row].append(token)
             chances[row].append(logprob)
             if token not in stop:
                 going.append(place)
@@ -88,11 +106,11 @@ def roll(
         if len(going) <= len(live) * 3 // 4:
             decoding.keep(going)
             live = [live[place] for place in going]
-    return _as_tensors(repeated, said, chances, stop, model.embed.weight.device)
+    return _as_tensors(repeated, replies, chances, stop, model.embed.weight.device)
 
 
 @torch.inference_mode()
-def _read(model: Transformer, prompts: Sequence[Sequence[int]], group: int, max_tokens: int) -> Cache | None:
+def _prompt_cache(model: Transformer, prompts: Sequence[Sequence[int]], group: int, max_tokens: int) -> Cache | None:
     """A cache of the prompts without their last tokens, for `group` copies of each; None where that would be empty."""
     longest = max(map(len, prompts))
     if longest < 2:
@@ -112,36 +130,36 @@ def _read(model: Transformer, prompts: Sequence[Sequence[int]], group: int, max_
 
 def _as_tensors(
     prompts: Sequence[Sequence[int]],
-    said: Sequence[Sequence[int]],
+    replies: Sequence[Sequence[int]],
     chances: Sequence[Sequence[float]],
     stop: frozenset[int],
     device: torch.device,
 ) -> Rollouts:
-    whole = [[*prompt, *reply] for prompt, reply in zip(prompts, said, strict=True)]
-    T, R = max(map(len, whole)), max(map(len, said))
-    lengths_B = torch.tensor([len(reply) for reply in said], device=device)
+    whole = [[*prompt, *reply] for prompt, reply in zip(prompts, replies, strict=True)]
+    T, R = max(map(len, whole)), max(map(len, replies))
+    lengths_B = torch.tensor([len(reply) for reply in replies], device=device)
     return Rollouts(
         ids_BT=torch.tensor([row + [0] * (T - len(row)) for row in whole], device=device),
         prompt_B=torch.tensor([len(prompt) for prompt in prompts], device=device),
-        reply_BR=torch.tensor([[*row, *[0] * (R - len(row))] for row in said], device=device),
+        reply_BR=torch.tensor([[*row, *[0] * (R - len(row))] for row in replies], device=device),
         mask_BR=torch.arange(R, device=device) < lengths_B[:, None],
         logprobs_BR=torch.tensor([[*row, *[0.0] * (R - len(row))] for row in chances], device=device),
-        ended_B=torch.tensor([row[-1] in stop for row in said], device=device),
+        ended_B=torch.tensor([row[-1] in stop for row in replies], device=device),
     )
 
 
-def read_again(
-    model: Transformer,
-    ids_BT: Tensor,
-    prompt_B: Tensor,
-    reply_BR: Tensor,
-    mask_BR: Tensor,
-    temperature: float,
-    *,
-    learn_entropy: bool = False,
-) -> Said:
-    """One forward pass over prompts and replies. The head runs on the replies' places alone, and logits are divided by
-    the temperature first. learn_entropy: whether entropy carries a gradient, which costs memory."""
+def score_replies(
+    model: Transformer, rollouts: Rollouts, temperature: float, *, learn_entropy: bool = False
+) -> ReplyScores:
+    """One forward pass over prompts and replies. The head runs at the places of replies alone.
+
+    Args:
+        model: The policy, or a reference.
+        rollouts: The replies.
+        temperature: Logits are divided by it first.
+        learn_entropy: Whether the entropy has a gradient, which costs memory.
+    """
+    ids_BT, prompt_B, mask_BR = rollouts.ids_BT, rollouts.prompt_B, rollouts.mask_BR
     lengths_B = prompt_B + mask_BR.sum(1)
     real_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device) < lengths_B[:, None]
     hidden_BTD = model.hidden(ids_BT, real_BT)
@@ -149,8 +167,8 @@ def read_again(
     hidden_ND = hidden_BTD[rows_N, prompt_B[rows_N] - 1 + places_N]
     logits_NV: Tensor = model.head(hidden_ND).float() / temperature
     logp_NV = logits_NV.log_softmax(-1)
-    logprobs_N = logp_NV.gather(1, reply_BR[mask_BR][:, None])[:, 0]
+    logprobs_N = logp_NV.gather(1, rollouts.reply_BR[mask_BR][:, None])[:, 0]
     with torch.set_grad_enabled(learn_entropy and torch.is_grad_enabled()):
         entropy_N = -(logp_NV.exp() * logp_NV).sum(-1)
     blank = torch.zeros(mask_BR.shape, dtype=torch.float32, device=ids_BT.device)
-    return Said(blank.masked_scatter(mask_BR, logprobs_N), blank.masked_scatter(mask_BR, entropy_N), hidden_ND)
+    return ReplyScores(blank.masked_scatter(mask_BR, logprobs_N), blank.masked_scatter(mask_BR, entropy_N), hidden_ND)

@@ -1,30 +1,26 @@
-"""What all objectives on preference pairs share: the data, their order, batches of both replies, held-out figures.
-
-Leaves out: what a pair's loss is (reward.py, preference.py), and the reference (reference.py).
+"""What all objectives on preference pairs share: the data, its order, batches of both replies, held-out metrics.
 
 Shapes: N pairs, S = 2N replies, the chosen ones first.
 """
 
 import dataclasses
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, fields
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lapis.errors import ConfigError, LapisError
+from lapis.errors import ConfigError
 from lapis.evaluation.preference import pair_figures
 from lapis.evaluation.replies import ReplyBatch, collate
-from lapis.generation.generate import generate
-from lapis.generation.options import Sampling
 from lapis.model.transformer import Transformer
 from lapis.text.rows.pair_rows import Paired, Reply, Sources, TooLong
 from lapis.text.tokenizer.tokenizer import Tokenizer
-from lapis.training.loop.state import TrainState
-from lapis.training.objectives.order import in_order
+from lapis.training.objectives.objective import Cursor, DataPlace, Objective, in_order
+from lapis.training.objectives.supervised.next_token import continuation
 
 
 @dataclass(frozen=True)
@@ -39,50 +35,65 @@ class PairBatch:
     kl: Tensor | None = None
 
 
-class Pairwise(ABC):
-    """Abstract. data, valid: .jsonl of pairs (text/corpus/pairs.py), or pairs; valid is held out and reported on."""
+@dataclass(eq=False)
+class Pairwise(Objective):
+    """Base class of the objectives on preference pairs, with the options of all of them.
 
-    name: ClassVar[str]
-    spoken_only: ClassVar[bool] = True  # language models learn nothing from what a template writes after the reply
-    whole: ClassVar[bool] = False  # the chosen prompts are scored as well
+    Args:
+        data: .jsonl of prompt, chosen and rejected, and where wanted margin (text/corpus/pairs.py), or pairs.
+        context: Tokens of a chat.
+        too_long: A chat that is longer is cut at its end, or its pair dropped. Both are counted.
+        valid: Held-out pairs: accuracy, calibration and the effect of length are measured on them.
+    """
 
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        data: Sources,
-        context: int,
-        too_long: TooLong,
-        valid: Sources | None,
-        **options: float | str | bool,
-    ) -> None:
-        for option, value in options.items():
-            if option in ("beta", "gamma", "desirable", "undesirable") and not value > 0:  # type: ignore[operator]
+    tokenizer: Tokenizer
+    data: Sources
+    _: KW_ONLY
+    too_long: TooLong = "cut"
+    valid: Any = None
+
+    reply_only: ClassVar[bool] = True
+    """Whether what the template writes after the reply is left out: a language model learns nothing from it."""
+    with_prompts: ClassVar[bool] = False
+    """Whether the prompts of chosen replies are scored as well."""
+
+    def __post_init__(self) -> None:
+        self._check_options()
+        self.examples = Paired.read(self.data, self.tokenizer, self.context, too_long=self.too_long)
+        self.held_out = None if self.valid is None else Paired.read(self.valid, self.tokenizer, self.context)
+        self.rows = len(self.examples)
+
+    @property
+    def own_options(self) -> dict[str, Any]:
+        """The options that only this objective has, by name."""
+        shared = {field.name for field in fields(Pairwise)}
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in shared}
+
+    def _check_options(self) -> None:
+        for option, value in self.own_options.items():
+            if option in ("beta", "gamma", "desirable", "undesirable") and not value > 0:
                 raise ConfigError(f"{self.name}: {option} is {value}; it must be above 0")
-            if option == "label_smoothing" and not 0 <= value < 0.5:  # type: ignore[operator]
+            if option == "label_smoothing" and not 0 <= value < 0.5:
                 raise ConfigError(f"{self.name}: label_smoothing is {value}; it is a share of the labels, below 0.5")
-        self.tokenizer, self.context, self.options = tokenizer, context, options
-        self.data = Paired.read(data, tokenizer, context, too_long=too_long)
-        self.valid = None if valid is None else Paired.read(valid, tokenizer, context)
-        self.rows = len(self.data)
 
     def describe(self) -> dict[str, Any]:
-        counts = dict(self.data.counts)
-        if self.valid is not None:
-            counts["held_out"] = len(self.valid)
+        counts = dict(self.examples.counts)
+        if self.held_out is not None:
+            counts["held_out"] = len(self.held_out)
         return {
             "objective": self.name,
-            "data": self.data.digest,
+            "data": self.examples.digest,
             "counts": counts,
             "context": self.context,
-            "options": self.options,
+            "options": self.own_options,
             "tokenizer": self.tokenizer.digest(),
         }
 
-    def batches(self, state: TrainState) -> Iterator[tuple[PairBatch, dict[str, Any]]]:
-        for chosen, _, cursor in in_order(self.rows, state.rows, state.cursor, state.seed):
-            replies = [self._read(self.data, 2 * pair + side) for side in (0, 1) for pair in chosen]
-            batch = collate(replies, whole=len(chosen) if self.whole else 0)
-            yield PairBatch(chosen, batch, torch.from_numpy(self.data.margins[chosen])), cursor
+    def batches(self, state: DataPlace) -> Iterator[tuple[PairBatch, Cursor]]:
+        for pairs, _, cursor in in_order(self.rows, state.rows, state.cursor, state.seed):
+            replies = [self.reply(2 * pair + side) for side in (0, 1) for pair in pairs]
+            batch = collate(replies, whole=len(pairs) if self.with_prompts else 0)
+            yield PairBatch(pairs, batch, torch.from_numpy(self.examples.margins[pairs])), cursor
 
     def prepare(self, model: Transformer, batch: PairBatch) -> PairBatch:
         device = next(model.parameters()).device
@@ -90,35 +101,30 @@ class Pairwise(ABC):
 
     def evaluate(self, model: Transformer) -> dict[str, float]:
         """accuracy, margin, loss (Bradley-Terry's), calibration_error and the length figures on the held-out pairs."""
-        if self.valid is None:
+        if self.held_out is None:
             return {}
-        values = self.held_out(model, self.valid)
-        sizes = [len(reply) for reply in self.valid.replies]
-        found = pair_figures(values[::2], values[1::2], sizes[::2], sizes[1::2])
-        return {name: value for name, value in found.items() if value is not None}
+        values = self.reply_values(model, self.held_out)
+        sizes = [len(reply) for reply in self.held_out.replies]
+        figures = pair_figures(values[::2], values[1::2], sizes[::2], sizes[1::2])
+        return {name: value for name, value in figures.items() if value is not None}
 
     @abstractmethod
-    def held_out(self, model: Transformer, valid: Paired) -> "np.ndarray[Any, Any]":
-        """The reward of each held-out reply."""
+    def reply_values(self, model: Transformer, held_out: Paired) -> "np.ndarray[Any, Any]":
+        """The reward of each held-out reply, float64."""
 
     def sample(self, model: Transformer) -> str:
-        """What the model replies to the first prompt, forty tokens of it."""
-        first = (self.valid or self.data).replies[0]
+        """The first prompt, and what the model replies."""
+        first = (self.held_out or self.examples).replies[0]
         prompt = first.ids[: first.first].tolist()
-        try:
-            with torch.inference_mode():
-                sampling = Sampling(temperature=0.7, top_p=0.9, max_tokens=40, seed=0)
-                reply = generate(model, self.tokenizer, prompt, sampling)
-        except LapisError as error:
-            reply = f"({error})"
-        return f"{self.tokenizer.decode(prompt, True)} -> {reply}"
+        return f"{self.tokenizer.decode(prompt, True)} -> {continuation(model, self.tokenizer, prompt)}"
 
-    def _read(self, data: Paired, number: int) -> Reply:
-        reply = data.replies[number]
-        return reply.spoken if self.spoken_only else reply
+    def reply(self, number: int) -> Reply:
+        """Reply `number` of the training data, as it is scored."""
+        reply = self.examples.replies[number]
+        return reply.spoken if self.reply_only else reply
 
 
-def shown(reward_S: Tensor) -> dict[str, float]:
+def reward_sums(reward_S: Tensor) -> dict[str, float]:
     """Sums over the pairs: accuracy (a tie is half), margin, and the rewards themselves."""
     chosen_N, rejected_N = reward_S.detach().chunk(2)
     margin_N = chosen_N - rejected_N

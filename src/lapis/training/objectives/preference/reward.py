@@ -4,48 +4,41 @@ The result is a folder that transformers opens as AutoModelForSequenceClassifica
 scores. Leaves out: rewards for single steps of a reply.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from lapis.errors import ConfigError
 from lapis.evaluation.replies import reply_rewards, rewards
 from lapis.model.transformer import Transformer
-from lapis.text.rows.pair_rows import Paired, Sources, TooLong
-from lapis.text.tokenizer.tokenizer import Tokenizer
-from lapis.training.objectives.preference.pair_losses import reward_loss
-from lapis.training.objectives.preference.pairwise import PairBatch, Pairwise, shown
+from lapis.text.rows.pair_rows import Paired
+from lapis.training.objectives.objective import Loss
+from lapis.training.objectives.preference.losses import reward_loss
+from lapis.training.objectives.preference.pairwise import PairBatch, Pairwise, reward_sums
 
 
+@dataclass(eq=False, kw_only=True)
 class Reward(Pairwise):
     """A reward model, by the loss of Bradley and Terry on pairs (see reward_loss).
 
-    data: .jsonl of prompt, chosen, rejected, and where wanted margin. valid: the same, held out: accuracy, calibration
-    and what length has to do with the rewards are reported on it. context: tokens of a chat. too_long: a chat that is
-    longer is cut at its end, or its pair dropped; both are counted. margins: heed the records' margins. center: weight
-    of a penalty that keeps rewards around zero.
+    Args:
+        margins: Use the margins of the records.
+        center: Weight of a penalty that keeps rewards around zero.
     """
 
-    head = "scalar"
-    name = "reward"
-    spoken_only = False  # others score a chat as the template writes it, to its last character
+    margins: bool = True
+    center: float = 0.0
 
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        data: Sources,
-        *,
-        context: int = 512,
-        too_long: TooLong = "cut",
-        valid: Any = None,
-        margins: bool = True,
-        center: float = 0.0,
-    ) -> None:
-        super().__init__(tokenizer, data, context, too_long, valid, margins=margins, center=center)
-        if center < 0:
-            raise ConfigError(f"reward: center is {center}; it must not be below 0")
-        self.center, self.margins = center, margins and bool(self.data.margins.any())
+    name = "reward"
+    head = "scalar"
+    reply_only = False  # other tools score a chat as the template writes it, to its last character
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.center < 0:
+            raise ConfigError(f"reward: center is {self.center}; it must not be below 0")
+        self._uses_margins = self.margins and bool(self.examples.margins.any())
 
     def prepare(self, model: Transformer, batch: PairBatch) -> PairBatch:
         config = model.config
@@ -56,19 +49,19 @@ class Reward(Pairwise):
             config.extra.setdefault("pad_token_id", self.tokenizer.pad_id)  # where others look for a chat's last token
         return super().prepare(model, batch)
 
-    def loss(self, model: Transformer, batch: PairBatch) -> tuple[Tensor, int, dict[str, float]]:
+    def loss(self, model: Transformer, batch: PairBatch) -> Loss:
         reward_S = rewards(model, batch.replies)
         chosen_N, rejected_N = reward_S.chunk(2)
-        loss_N = reward_loss(chosen_N, rejected_N, batch.margins_N if self.margins else None, self.center)
-        return loss_N.sum(), len(loss_N), {"tokens": batch.replies.tokens, **shown(reward_S)}
+        loss_N = reward_loss(chosen_N, rejected_N, batch.margins_N if self._uses_margins else None, self.center)
+        return loss_N.sum(), len(loss_N), {"tokens": batch.replies.tokens, **reward_sums(reward_S)}
 
-    def held_out(self, model: Transformer, valid: Paired) -> "np.ndarray[Any, Any]":
-        return np.asarray(reply_rewards(model, valid.replies))
+    def reply_values(self, model: Transformer, held_out: Paired) -> "np.ndarray[Any, Any]":
+        return np.asarray(reply_rewards(model, held_out.replies))
 
     def sample(self, model: Transformer) -> str:
         """The rewards of the first pair."""
-        data = self.valid or self.data
-        first = data.replies[0]
-        chosen, rejected = reply_rewards(model, data.replies[:2])
-        said = " ".join(self.tokenizer.decode(first.ids[: first.first].tolist(), True).split())
-        return f"{said[:60]} -> chosen {chosen:.2f}, rejected {rejected:.2f}"
+        replies = (self.held_out or self.examples).replies
+        first = replies[0]
+        chosen, rejected = reply_rewards(model, replies[:2])
+        text = " ".join(self.tokenizer.decode(first.ids[: first.first].tolist(), True).split())
+        return f"{text[:60]} -> chosen {chosen:.2f}, rejected {rejected:.2f}"

@@ -1,9 +1,8 @@
 """Classes of texts or pictures: cross entropy on the class head, for encoders, causal models and vision transformers.
 
-Texts of a batch lie side by side in its rows, so that little of it is padding. The classes' names go into config.json
-(`id2label`), so that the folder says them wherever it is loaded. What is random (token masks, shifts) is a function of
-seed, epoch and example, so a run that goes on does what one that was not stopped would have done.
-Leaves out: several labels for one text, weights for classes.
+Texts of a batch share its rows, so that little of it is padding. The names of the classes go into config.json
+(`id2label`), where other tools look for them. What is random (token masks, shifts) depends on seed, epoch and example
+only, so a run that was stopped goes on exactly. Leaves out: several labels for one text, weights for classes.
 
 Shapes: B examples, C classes, T tokens, H height, W width.
 """
@@ -27,8 +26,7 @@ from lapis.text.corpus.labels import Labeled, classes_of, labeled, numbers_of
 from lapis.text.corpus.pictures import Pictures, pictures
 from lapis.text.rows.sequences import Together, encode_framed, together
 from lapis.text.tokenizer.tokenizer import Tokenizer
-from lapis.training.loop.state import TrainState
-from lapis.training.objectives.order import in_order, random_of
+from lapis.training.objectives.objective import Cursor, DataPlace, Loss, Objective, in_order, random_of
 
 
 @dataclass(frozen=True)
@@ -39,88 +37,95 @@ class Batch:
     labels_B: Tensor
 
 
-class Classify:
+@dataclass(eq=False, kw_only=True)
+class Classify(Objective):
     """Which class a text or a picture belongs to.
 
-    data: labeled texts (.tsv, .csv, .jsonl; text/corpus/labels.py), or with no tokenizer pictures (.npz or a folder
-    with one folder per class; text/corpus/pictures.py). valid: the same, held out: accuracy, F1 and the confusion
-    matrix are reported on it. context: tokens of a text, the rest is cut and counted. classes: their names in
-    order, by default those that occur, sorted. positive: the class that `f1` is of where there are two, by default
-    the second. dropout: see Transformer.drop. smoothing: share of the target that goes to all classes alike. hide:
-    share of the tokens that are hidden while training (as the tokenizer's mask token; left out where it has none).
-    shift: pixels by which a picture is moved at random. resize: side that the pictures of a folder are brought to.
-    mean, std: what bytes (as 0 to 1) are shifted and divided by, per channel; by default 0.5, as ViT has it.
+    Args:
+        data: Labeled texts (.tsv, .csv, .jsonl; text/corpus/labels.py), or with no tokenizer pictures (.npz or a folder
+            with one folder per class; text/corpus/pictures.py).
+        context: Tokens of a text. The rest is cut and counted.
+        valid: Held-out data of the same kind: accuracy, F1 and the confusion matrix are measured on it.
+        classes: Their names in order; by default those that occur, sorted.
+        positive: The class that `f1` is of where there are two; by default the second.
+        dropout: See Transformer.drop.
+        smoothing: Share of the target that goes to all classes alike.
+        hide: Share of the tokens that are hidden while training: replaced by the mask token, or left out where the
+            tokenizer has none.
+        shift: Pixels by which a picture is moved at random.
+        resize: Side that the pictures of a folder are brought to.
+        mean: What bytes (as 0 to 1) are shifted by, per channel; by default 0.5, as ViT has it.
+        std: What they are then divided by; by default 0.5.
     """
 
-    head = "classes"
+    valid: Any = None
+    classes: list[str] | None = None
+    positive: str | None = None
+    dropout: float = 0.0
+    smoothing: float = 0.0
+    hide: float = 0.0
+    shift: int = 0
+    resize: int | None = None
+    mean: list[float] | None = None
+    std: list[float] | None = None
 
-    def __init__(
-        self,
-        tokenizer: Tokenizer | None,
-        data: Any,
-        *,
-        context: int = 512,
-        valid: Any = None,
-        classes: list[str] | None = None,
-        positive: str | None = None,
-        dropout: float = 0.0,
-        smoothing: float = 0.0,
-        hide: float = 0.0,
-        shift: int = 0,
-        resize: int | None = None,
-        mean: list[float] | None = None,
-        std: list[float] | None = None,
-    ) -> None:
-        for name, share in (("dropout", dropout), ("smoothing", smoothing), ("hide", hide)):
+    name = "classify"
+    head = "classes"
+    needs_tokenizer = False
+
+    def __post_init__(self) -> None:
+        for name, share in (("dropout", self.dropout), ("smoothing", self.smoothing), ("hide", self.hide)):
             if not 0 <= share < 1:
                 raise ConfigError(f"classify: {name} is {share}; it is a share, from 0 to below 1")
-        self.tokenizer, self.context = tokenizer, context
-        self.dropout, self.smoothing, self.hide, self.shift = dropout, smoothing, hide, shift
-        seen = (resize, tuple(mean or [0.5]), tuple(std or [0.5]))
-        self.data = _Examples(tokenizer, data, context, seen)
-        self.classes = classes or classes_of(self.data.labels)
-        if len(self.classes) < 2 or len(set(self.classes)) < len(self.classes):
-            raise ConfigError(
-                f"classify: the classes are {', '.join(self.classes)}; two or more different ones are needed"
-            )
-        figures([], [], self.classes, positive)  # refuses a positive that is no class
-        self.positive = positive
-        self.data.number(self.classes)
-        self.valid = None if valid is None else _Examples(tokenizer, valid, context, seen)
-        if self.valid is not None:
-            self.valid.number(self.classes)
-        self.rows = len(self.data.labels)
+        self.examples = self._read(self.data)
+        names = self.classes = self.classes or classes_of(self.examples.labels)
+        if len(names) < 2 or len(set(names)) < len(names):
+            raise ConfigError(f"classify: the classes are {', '.join(names)}; two or more different ones are needed")
+        figures([], [], names, self.positive)  # refuses a positive that is no class
+        self.examples.number(names)
+        self.held_out = None if self.valid is None else self._read(self.valid)
+        if self.held_out is not None:
+            self.held_out.number(names)
+        self.rows = len(self.examples.labels)
         self._report: dict[str, Any] = {}
 
+    @property
+    def class_names(self) -> list[str]:
+        return self.classes or []
+
+    def _read(self, data: Any) -> "_Examples":
+        scaling = (self.resize, tuple(self.mean or [0.5]), tuple(self.std or [0.5]))
+        return _Examples(self.tokenizer, data, self.context, scaling)
+
     def describe(self) -> dict[str, Any]:
-        counts = {"examples": self.rows, "classes": len(self.classes), **self.data.counts}
-        if self.valid is not None:
-            counts["held_out"] = len(self.valid.labels)
+        counts = {"examples": self.rows, "classes": len(self.class_names), **self.examples.counts}
+        if self.held_out is not None:
+            counts["held_out"] = len(self.held_out.labels)
         return {
             "objective": "classify",
-            "data": self.data.digest,
-            "classes": self.classes,
+            "data": self.examples.digest,
+            "classes": self.class_names,
             "counts": counts,
             "context": self.context,
             "options": {name: getattr(self, name) for name in ("dropout", "smoothing", "hide", "shift")},
             "tokenizer": self.tokenizer.digest() if self.tokenizer else None,
         }
 
-    def batches(self, state: TrainState) -> Iterator[tuple[Batch, dict[str, Any]]]:
+    def batches(self, state: DataPlace) -> Iterator[tuple[Batch, Cursor]]:
         for chosen, places, cursor in in_order(self.rows, state.rows, state.cursor, state.seed):
-            taken = self.data.take(chosen)
+            taken = self.examples.take(chosen)
             if isinstance(taken, Tensor):
                 inputs: Together | Tensor = self._shifted(taken, cursor["seed"], places)
             else:
                 inputs = together(self._hidden(taken, cursor["seed"], places), self._pad)
-            yield Batch(inputs, torch.tensor([self.data.numbers[i] for i in chosen])), cursor
+            yield Batch(inputs, torch.tensor([self.examples.numbers[i] for i in chosen])), cursor
 
     def prepare(self, model: Transformer, batch: Batch) -> Batch:
-        self._meet(model)
+        self._check(model)
         device = next(model.parameters()).device
         return Batch(batch.inputs.to(device), batch.labels_B.to(device))
 
-    def loss(self, model: Transformer, batch: Batch) -> tuple[Tensor, int, dict[str, float]]:
+    def loss(self, model: Transformer, batch: Batch) -> Loss:
         logits_BC = class_scores(model, batch.inputs).float()
         loss = F.cross_entropy(logits_BC, batch.labels_B, reduction="sum", label_smoothing=self.smoothing)
         right = int((logits_BC.argmax(1) == batch.labels_B).sum())
@@ -129,53 +134,55 @@ class Classify:
 
     def evaluate(self, model: Transformer) -> dict[str, float]:
         """accuracy, f1_macro, f1 (of the positive of two classes) and valid_loss; nothing where none is held out."""
-        if self.valid is None:
+        if self.held_out is None:
             return {}
-        self._meet(model)
-        logits = predict(model, self.valid.inputs)
-        found = figures(self.valid.numbers, logits.argmax(1).tolist(), self.classes, self.positive)
-        self._report = {**found, "loss": loss_of(logits, self.valid.numbers)}
-        shown = {name: found[name] for name in ("accuracy", "f1_macro", "f1") if found[name] is not None}
+        self._check(model)
+        logits = predict(model, self.held_out.inputs)
+        scores = figures(self.held_out.numbers, logits.argmax(1).tolist(), self.class_names, self.positive)
+        self._report = {**scores, "loss": loss_of(logits, self.held_out.numbers)}
+        shown = {name: scores[name] for name in ("accuracy", "f1_macro", "f1") if scores[name] is not None}
         return {**shown, "valid_loss": self._report["loss"]}
 
     def sample(self, model: Transformer) -> str:
         """The class of the first example."""
-        examples = self.valid or self.data
+        examples = self.held_out or self.examples
         first = examples.inputs[:1] if isinstance(examples.inputs, list) else None
         if first is None or self.tokenizer is None:
             return ""
         chances = torch.from_numpy(predict(model, first))[0].softmax(0)
         best = int(chances.argmax())
-        said = " ".join(self.tokenizer.decode(first[0], True).split())
-        return f"{said[:60]} -> {self.classes[best]} ({float(chances[best]):.2f}; it is {examples.labels[0]})"
+        text = " ".join(self.tokenizer.decode(first[0], True).split())
+        return f"{text[:60]} -> {self.class_names[best]} ({float(chances[best]):.2f}; it is {examples.labels[0]})"
 
     def write(self, folder: Path) -> None:
         """classes.json: the last held-out figures with the confusion matrix. For pictures, how bytes are scaled."""
         if self._report:
             (folder / "classes.json").write_text(json.dumps(self._report, indent=1, ensure_ascii=False) + "\n")
-        if isinstance(self.data.inputs, Pictures):
-            (folder / "preprocessor_config.json").write_text(json.dumps(_processor(self.data.inputs), indent=1) + "\n")
+        if isinstance(self.examples.inputs, Pictures):
+            (folder / "preprocessor_config.json").write_text(
+                json.dumps(_processor(self.examples.inputs), indent=1) + "\n"
+            )
 
     @property
     def _pad(self) -> int:
         pad = self.tokenizer.pad_id if self.tokenizer else None
         return 0 if pad is None else pad
 
-    def _meet(self, model: Transformer) -> None:
-        """The model has these classes, and its config.json will name them."""
+    def _check(self, model: Transformer) -> None:
+        """Refuses a model with another head or input; its config.json will name the classes."""
         config = model.config
-        if config.head != "classes" or config.classes != len(self.classes):
+        if config.head != "classes" or config.classes != len(self.class_names):
             raise ConfigError(
-                f"classify: the model's head is {config.head} of {config.classes}, {len(self.classes)} classes are "
-                'needed; put them on with: lapis.model.heads.put_head(model, "classes", objective.classes)'
+                f"classify: the model's head is {config.head} of {config.classes}, {len(self.class_names)} classes are "
+                'needed; put them on with: lapis.model.heads.put_head(model, "classes", objective.class_names)'
             )
-        if isinstance(self.data.inputs, Pictures):
-            fits(model, self.data.inputs)
+        if isinstance(self.examples.inputs, Pictures):
+            fits(model, self.examples.inputs)
         elif config.image is not None:
             raise ConfigError(
                 "classify: a vit model takes pictures; give no tokenizer, and .npz or a folder of pictures"
             )
-        config.extra.update(class_fields(self.classes))
+        config.extra.update(class_fields(self.class_names))
         if self.tokenizer and config.causal and self.tokenizer.pad_id is not None:
             config.extra.setdefault("pad_token_id", self.tokenizer.pad_id)  # where others look for a text's last token
         model.drop(self.dropout)
@@ -186,16 +193,16 @@ class Classify:
             return inputs
         mask = self.tokenizer.id(self.tokenizer.named["mask_token"]) if "mask_token" in self.tokenizer.named else None
         special = set(self.tokenizer.special.values())
-        found = []
+        hidden_inputs = []
         for ids, place in zip(inputs, places, strict=True):
             hidden = random_of(seed, place).random(len(ids)) < self.hide
             pairs = [(token, bool(hit) and token not in special) for token, hit in zip(ids, hidden, strict=True)]
             if mask is None:
-                kept = [token for token, hit in pairs if not hit]
+                visible = [token for token, hit in pairs if not hit]
             else:
-                kept = [mask if hit else token for token, hit in pairs]
-            found.append(kept or ids)
-        return found
+                visible = [mask if hit else token for token, hit in pairs]
+            hidden_inputs.append(visible or ids)
+        return hidden_inputs
 
     def _shifted(self, pixels_BCHW: Tensor, seed: int, places: Sequence[int]) -> Tensor:
         """Each picture moved by up to `shift` pixels; what comes in at the edge repeats the edge."""
@@ -215,12 +222,12 @@ class _Examples:
         tokenizer: Tokenizer | None,
         data: Any,
         context: int,
-        seen: tuple[int | None, Sequence[float], Sequence[float]],
+        scaling: tuple[int | None, Sequence[float], Sequence[float]],
     ) -> None:
         self.numbers: list[int] = []
         self.inputs: list[list[int]] | Pictures
         if tokenizer is None:
-            self.inputs = data if isinstance(data, Pictures) else pictures(data, *seen)
+            self.inputs = data if isinstance(data, Pictures) else pictures(data, *scaling)
             self.labels, self.where = list(self.inputs.labels), list(self.inputs.where)
             self.counts: dict[str, int] = {}
             self.digest = self.inputs.digest

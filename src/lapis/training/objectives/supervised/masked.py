@@ -1,16 +1,17 @@
-"""Masked language modeling (Devlin et al. 2018, section 3.1): some tokens are hidden, and told from both sides.
+"""Masked language modeling (Devlin et al. 2018, section 3.1): some tokens are hidden, and predicted from both sides.
 
 Each document is framed as the tokenizer frames a text ([CLS] ... [SEP]) and cut into pieces that fit into a row; short
 pieces share a row and do not see each other. Of the tokens that are chosen 80 % become the mask token, 10 % a random
-token, 10 % stay. The masks are a function of seed, epoch and row, so they do not depend on the size of a micro-batch,
-and a run that goes on has those of one that was not stopped. The head runs on the chosen places only.
-Leaves out: next-sentence prediction, spans (SpanBERT), replaced-token detection (ELECTRA).
+token, 10 % stay. The masks depend on seed, epoch and row only, so the size of a micro-batch does not matter, and a run
+that was stopped goes on exactly. The head runs at the chosen places only. Leaves out: next-sentence prediction, spans
+(SpanBERT), replaced-token detection (ELECTRA).
 
 Shapes: B rows, T places, R chosen places, D model dim, V vocabulary.
 """
 
 import hashlib
 from collections.abc import Iterable, Iterator
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lapis.errors import ConfigError, DataError
+from lapis.model.scoring import evaluating
 from lapis.model.transformer import Transformer
 from lapis.text.corpus.corpus import Document
 from lapis.text.corpus.labels import bare_texts
@@ -27,62 +29,64 @@ from lapis.text.rows.packing import best_fit
 from lapis.text.rows.rows import IGNORE, RowBatch
 from lapis.text.rows.sequences import frame, room_within
 from lapis.text.tokenizer.tokenizer import Tokenizer
-from lapis.training.loop.state import TrainState
-from lapis.training.objectives.order import in_order, random_of
+from lapis.training.objectives.objective import Cursor, DataPlace, Loss, Objective, in_order, random_of
 from lapis.training.objectives.supervised.next_token import summed_cross_entropy
 
 _SHARE_MASKED, _SHARE_RANDOM = 0.8, 0.1
 _AT_ONCE = 256  # documents encoded together
 
 
-class Masked:
-    """Hidden words told from both sides: what encoders (BERT) are pre-trained on.
+@dataclass(eq=False)
+class Masked(Objective):
+    """Hidden words predicted from both sides: what encoders (BERT) are pre-trained on.
 
-    data: files or folders of text (tables of labeled texts too), or documents. valid: the same, held out; its loss is
-    reported. context: tokens of a row. share: of the tokens that are chosen. whole_words: choose words, with all of
-    their tokens. dropout: see Transformer.drop.
+    Args:
+        data: Files or folders of text (tables of labeled texts too), or documents.
+        context: Tokens of a row.
+        valid: Held-out data of the same kind: its loss is measured.
+        share: Of the tokens, how many are chosen.
+        whole_words: Choose words, with all of their tokens.
+        dropout: See Transformer.drop.
     """
 
+    tokenizer: Tokenizer
+    _: KW_ONLY
+    valid: Any = None
+    share: float = 0.15
+    whole_words: bool = False
+    dropout: float = 0.0
+
+    name = "masked"
     head = "masked"
 
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        data: Any,
-        *,
-        context: int = 512,
-        valid: Any = None,
-        share: float = 0.15,
-        whole_words: bool = False,
-        dropout: float = 0.0,
-    ) -> None:
-        if not 0 < share < 1 or not 0 <= dropout < 1:
-            raise ConfigError(f"masked: share is {share}, dropout {dropout}; they are shares, from 0 to below 1")
-        if "mask_token" not in tokenizer.named:
+    def __post_init__(self) -> None:
+        if not 0 < self.share < 1 or not 0 <= self.dropout < 1:
             raise ConfigError(
-                f"{tokenizer.source}: names no mask_token; open an encoder's tokenizer, or make one with: "
+                f"masked: share is {self.share}, dropout {self.dropout}; they are shares, from 0 to below 1"
+            )
+        if "mask_token" not in self.tokenizer.named:
+            raise ConfigError(
+                f"{self.tokenizer.source}: names no mask_token; open an encoder's tokenizer, or make one with: "
                 "lapis tokenizer train --kind masked"
             )
-        self.tokenizer, self.context = tokenizer, context
-        self.share, self.whole_words, self.dropout = share, whole_words, dropout
-        self.masker = Masker(tokenizer, share, whole_words)
-        self.data = Pieces(tokenizer, data, context)
-        self.valid = None if valid is None else Pieces(tokenizer, valid, context)
-        self.rows = len(self.data)
+        self.masker = Masker(self.tokenizer, self.share, self.whole_words)
+        self.examples = Pieces(self.tokenizer, self.data, self.context)
+        self.held_out = None if self.valid is None else Pieces(self.tokenizer, self.valid, self.context)
+        self.rows = len(self.examples)
 
     def describe(self) -> dict[str, Any]:
         return {
             "objective": "masked",
-            "data": self.data.digest,
-            "counts": {"rows": self.rows, **self.data.counts},
+            "data": self.examples.digest,
+            "counts": {"rows": self.rows, **self.examples.counts},
             "context": self.context,
             "options": {name: getattr(self, name) for name in ("share", "whole_words", "dropout")},
             "tokenizer": self.tokenizer.digest(),
         }
 
-    def batches(self, state: TrainState) -> Iterator[tuple[RowBatch, dict[str, Any]]]:
+    def batches(self, state: DataPlace) -> Iterator[tuple[RowBatch, Cursor]]:
         for chosen, places, cursor in in_order(self.rows, state.rows, state.cursor, state.seed):
-            yield self._batch(self.data, chosen, cursor["seed"], places), cursor
+            yield self._batch(self.examples, chosen, cursor["seed"], places), cursor
 
     def prepare(self, model: Transformer, batch: RowBatch) -> RowBatch:
         if model.config.causal:
@@ -92,34 +96,29 @@ class Masked:
         model.drop(self.dropout)
         return batch.to(next(model.parameters()).device)
 
-    def loss(self, model: Transformer, batch: RowBatch) -> tuple[Tensor, int, dict[str, float]]:
+    def loss(self, model: Transformer, batch: RowBatch) -> Loss:
         total, count = masked_loss(model, batch)
         return total, count, {"tokens": batch.ids_BT.numel()}
 
     def evaluate(self, model: Transformer) -> dict[str, float]:
         """valid_loss in nats per hidden token; the same places are hidden every time."""
-        if self.valid is None:
+        if self.held_out is None:
             return {}
-        was_training = model.training
-        model.eval()
         total, count = 0.0, 0
-        try:
-            with torch.inference_mode():
-                for first in range(0, len(self.valid), 16):
-                    rows = list(range(first, min(first + 16, len(self.valid))))
-                    nats, n = masked_loss(model, self.prepare(model, self._batch(self.valid, rows, 0, rows)))
-                    total, count = total + nats.item(), count + n
-        finally:
-            model.train(was_training)
+        with evaluating(model):
+            for first in range(0, len(self.held_out), 16):
+                rows = list(range(first, min(first + 16, len(self.held_out))))
+                nats, n = masked_loss(model, self.prepare(model, self._batch(self.held_out, rows, 0, rows)))
+                total, count = total + nats.item(), count + n
         return {"valid_loss": total / max(count, 1)}
 
     def sample(self, model: Transformer) -> str:
-        """A few hidden words of the first row, and what the model takes them for."""
-        batch = self.prepare(model, self._batch(self.data, [0], 0, [0]))
+        """A few hidden words of the first row, and what the model predicts for them."""
+        batch = self.prepare(model, self._batch(self.examples, [0], 0, [0]))
         places = (batch.targets_BT[0] != IGNORE).nonzero()[:6, 0]
         with torch.inference_mode():
-            said = model.head(_hidden(model, batch)[0, places]).argmax(-1).tolist()
-        pairs = zip(batch.targets_BT[0, places].tolist(), said, strict=True)
+            guesses = model.head(_hidden(model, batch)[0, places]).argmax(-1).tolist()
+        pairs = zip(batch.targets_BT[0, places].tolist(), guesses, strict=True)
         return ", ".join(f"{self.tokenizer.text(truth)} -> {self.tokenizer.text(guess)}" for truth, guess in pairs)
 
     def _batch(self, pieces: "Pieces", rows: list[int], seed: int, places: list[int]) -> RowBatch:
@@ -148,9 +147,9 @@ class Masker:
     """Hides tokens of a row: (ids_T, real_T, random) -> (ids_T with some hidden, targets_T, IGNORE elsewhere)."""
 
     def __init__(self, tokenizer: Tokenizer, share: float, whole_words: bool) -> None:
-        found = tokenizer.id(tokenizer.named["mask_token"])
-        assert found is not None
-        self.mask, self.vocab, self.share = found, tokenizer.rows, share
+        mask = tokenizer.id(tokenizer.named["mask_token"])
+        assert mask is not None
+        self.mask, self.vocab, self.share = mask, tokenizer.rows, share
         self.special = np.zeros(tokenizer.rows, bool)
         self.special[list(tokenizer.special.values())] = True
         self.goes_on = _continuations(tokenizer) if whole_words else None

@@ -1,17 +1,17 @@
-"""Next-token prediction on packed rows: on every token of texts (Causal), or on what the assistant says (Chat).
+"""Next-token prediction on packed rows: on every token of texts (Causal), or on the assistant's tokens (Chat).
 
-The head runs only on the places that carry loss, which in chats are few. Rows hold several documents; segments keep
-them apart, so the loss is what it would be for each document alone. Leaves out: masked, classify, preferences.
+The head runs only at the places that carry loss; in chats these are few. Rows hold several documents, which segments
+keep apart, so the loss is the same as for each document alone.
 
 Shapes: B rows, T places, R places with loss, D model dim.
 """
 
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,111 +23,111 @@ from lapis.generation.generate import generate
 from lapis.generation.options import Sampling
 from lapis.model.heads import LanguageHead, MaskedHead
 from lapis.model.transformer import Transformer
-from lapis.text.corpus.corpus import Chat as ChatRecord
-from lapis.text.corpus.corpus import Document
 from lapis.text.rows.coverage import lines
 from lapis.text.rows.data_sources import Wanted, open_data
 from lapis.text.rows.mixture import Data, Draw, Mixture, draws
 from lapis.text.rows.packing import Report
 from lapis.text.rows.rows import IGNORE, RowBatch
 from lapis.text.tokenizer.tokenizer import Tokenizer
-from lapis.training.loop.state import TrainState
+from lapis.training.objectives.objective import Cursor, DataPlace, Loss, Objective
 from lapis.training.objectives.supervised.cross_entropy import head_cross_entropy
 
-Files = str | Path | Sequence[str | Path]
-Weights = Mapping[str, float] | Sequence[Mapping[str, Any]]
 
+@dataclass(eq=False)
+class NextToken(Objective):
+    """Base class of Causal and Chat: next-token prediction on packed rows."""
 
-class Causal:
-    """Continued text: every token of every document, and its end.
+    tokenizer: Tokenizer
+    _: KW_ONLY
+    field: str | None = None
+    workers: int = 0
 
-    data: files or folders of text, documents, rows that are packed already, or several of these by weights: {place:
-    weight} or a list of {path, weight} (rows/data_sources.py). context: tokens of a row. field: what holds the text in
-    a record, where it is not plain. workers: processes that pack large files, 0 = one for each processor.
-    """
+    kind: ClassVar[Literal["documents", "chats"]]
 
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        data: Files | Weights | Iterable[Document] | Data,
-        *,
-        context: int = 512,
-        field: str | None = None,
-        workers: int = 0,
-    ) -> None:
-        self.tokenizer = tokenizer
-        with _progress() as report:
-            self.data = open_data(data, Wanted(tokenizer, "documents", context, "cut", field, workers, report))
-        self.rows = len(self.data)
+    def __post_init__(self) -> None:
+        self.examples = self.read(self.data)
+        self.rows = len(self.examples)
+
+    def read(self, data: Any, too_long: Literal["cut", "drop"] = "cut") -> Data:
+        """Data as packed rows."""
+        with packing_progress() as report:
+            how = Wanted(self.tokenizer, self.kind, self.context, too_long, self.field, self.workers, report)
+            return open_data(data, how)
 
     def describe(self) -> dict[str, Any]:
-        return _described("causal", self.tokenizer, self.data)
+        examples = self.examples
+        return {
+            "objective": self.name,
+            "data": examples.facts if isinstance(examples, Mixture) else examples.digest,
+            "counts": {"rows": self.rows, **examples.counts},
+            "context": examples.length,
+            "tokenizer": self.tokenizer.digest(),
+        }
 
     def coverage(self) -> list[str]:
-        """What of the data carries loss, in lines to be read before a run starts."""
-        return lines(self.data)
+        """How much of the data carries loss."""
+        return lines(self.examples)
 
-    def batches(self, state: TrainState) -> Iterator[tuple[Draw, dict[str, Any]]]:
-        return draws(self.data, state.rows, state.seed, state.cursor)
+    def batches(self, state: DataPlace) -> Iterator[tuple[Draw, Cursor]]:
+        return draws(self.examples, state.rows, state.seed, state.cursor)
 
     def prepare(self, model: Transformer, batch: Draw | RowBatch) -> RowBatch:
         return batch.to(next(model.parameters()).device)
 
-    def loss(self, model: Transformer, batch: RowBatch) -> tuple[Tensor, int, dict[str, float]]:
-        total, count = next_token_loss(model, batch)
-        return total, count, {"tokens": batch.ids_BT.numel(), "bytes": count * self.data.bytes_per_token}
-
-    def sample(self, model: Transformer) -> str:
-        return _continued(model, self.tokenizer, "")
-
-
-class Chat:
-    """Instruction tuning: the assistant's tokens and its end token, in every turn.
-
-    data: files of chats, chats, rows that are packed already, or several of these by weights, as for Causal. context:
-    tokens of a row. too_long: a chat that is longer than a row is cut at its end, or dropped; both are counted. field:
-    what holds the messages in a record, where it is not plain. workers: processes that pack large files.
-    """
-
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        data: Files | Weights | Iterable[ChatRecord] | Data,
-        *,
-        context: int = 512,
-        too_long: Literal["cut", "drop"] = "cut",
-        field: str | None = None,
-        workers: int = 0,
-    ) -> None:
-        self.tokenizer = tokenizer
-        with _progress() as report:
-            self.data = open_data(data, Wanted(tokenizer, "chats", context, too_long, field, workers, report))
-        self.rows = len(self.data)
-
-    def describe(self) -> dict[str, Any]:
-        return _described("chat", self.tokenizer, self.data)
-
-    def coverage(self) -> list[str]:
-        """What of the data carries loss, in lines to be read before a run starts."""
-        return lines(self.data)
-
-    def batches(self, state: TrainState) -> Iterator[tuple[Draw, dict[str, Any]]]:
-        return draws(self.data, state.rows, state.seed, state.cursor)
-
-    def prepare(self, model: Transformer, batch: Draw | RowBatch) -> RowBatch:
-        return batch.to(next(model.parameters()).device)
-
-    def loss(self, model: Transformer, batch: RowBatch) -> tuple[Tensor, int, dict[str, float]]:
+    def loss(self, model: Transformer, batch: RowBatch) -> Loss:
         total, count = next_token_loss(model, batch)
         return total, count, {"tokens": batch.ids_BT.numel()}
 
+
+@dataclass(eq=False, kw_only=True)
+class Causal(NextToken):
+    """Continued text: loss on every token of every document, and on its end.
+
+    Args:
+        data: Files or folders of text, documents, rows that are packed already, or several of these by weights:
+            {place: weight} or a list of {path, weight} (text/rows/data_sources.py).
+        context: Tokens of a row.
+        field: What holds the text in a record, where it has another name than usual.
+        workers: Processes that pack large files; 0 = one for each processor.
+    """
+
+    name = "causal"
+    kind = "documents"
+
+    def loss(self, model: Transformer, batch: RowBatch) -> Loss:
+        total, count = next_token_loss(model, batch)
+        return total, count, {"tokens": batch.ids_BT.numel(), "bytes": count * self.examples.bytes_per_token}
+
     def sample(self, model: Transformer) -> str:
-        """What the model replies to the first chat of the data."""
-        batch, _ = next(draws(self.data, 1, 0, None))
+        return continuation(model, self.tokenizer, "")
+
+
+@dataclass(eq=False, kw_only=True)
+class Chat(NextToken):
+    """Instruction tuning: loss on the assistant's tokens and end token, in every turn.
+
+    Args:
+        data: Files of chats, chats, rows that are packed already, or several of these by weights, as for Causal.
+        context: Tokens of a row.
+        too_long: A chat longer than a row is cut at its end, or dropped. Both are counted.
+        field: What holds the messages in a record, where it has another name than usual.
+        workers: Processes that pack large files; 0 = one for each processor.
+    """
+
+    name = "chat"
+    kind = "chats"
+    too_long: Literal["cut", "drop"] = "cut"
+
+    def read(self, data: Any, too_long: Literal["cut", "drop"] | None = None) -> Data:
+        return super().read(data, too_long or self.too_long)
+
+    def sample(self, model: Transformer) -> str:
+        """The prompt of the first chat, and what the model replies."""
+        batch, _ = next(draws(self.examples, 1, 0, None))
         first = batch.to("cpu")
         supervised = (first.targets_BT[0] != IGNORE).nonzero()
         prompt = first.ids_BT[0, : int(supervised[0]) + 1].tolist()
-        return f"{self.tokenizer.decode(prompt, True)} -> {_continued(model, self.tokenizer, prompt)}"
+        return f"{self.tokenizer.decode(prompt, True)} -> {continuation(model, self.tokenizer, prompt)}"
 
 
 def next_token_loss(model: Transformer, batch: RowBatch) -> tuple[Tensor, int]:
@@ -153,19 +153,9 @@ def summed_cross_entropy(model: Transformer, hidden_RD: Tensor, targets_R: Tenso
     return F.cross_entropy(head(hidden_RD).float(), targets_R, reduction="sum")
 
 
-def _described(objective: str, tokenizer: Tokenizer, data: Data) -> dict[str, Any]:
-    return {
-        "objective": objective,
-        "data": data.facts if isinstance(data, Mixture) else data.digest,
-        "counts": {"rows": len(data), **data.counts},
-        "context": data.length,
-        "tokenizer": tokenizer.digest(),
-    }
-
-
 @contextmanager
-def _progress() -> Iterator[Report | None]:
-    """A line that says how far packing is, where somebody looks."""
+def packing_progress() -> Iterator[Report | None]:
+    """A line on a terminal that says how far packing is."""
     if not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
         yield None
         return
@@ -173,8 +163,8 @@ def _progress() -> Iterator[Report | None]:
         yield lambda texts, tokens: status.update(f"packing: {texts:,} texts, {tokens:,} tokens")
 
 
-def _continued(model: Transformer, tokenizer: Tokenizer, prompt: str | list[int]) -> str:
-    """Forty tokens, or what stood in the way."""
+def continuation(model: Transformer, tokenizer: Tokenizer, prompt: str | list[int]) -> str:
+    """Forty sampled tokens after the prompt; or, in brackets, why there are none."""
     try:
         with torch.inference_mode():
             return generate(model, tokenizer, prompt, Sampling(temperature=0.7, top_p=0.9, max_tokens=40, seed=0))
