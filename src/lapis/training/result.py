@@ -1,7 +1,7 @@
 """What a finished run gives: TrainResult, and the files of its folder.
 
 A model folder that everything loads, with log.jsonl (the learning curve) and training.json (settings and figures)
-beside it. Leaves out: checkpoints (state.py).
+beside it.
 """
 
 import json

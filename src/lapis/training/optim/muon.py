@@ -1,6 +1,6 @@
 """Muon: momentum for matrices, with the update made orthogonal (Jordan et al. 2024).
 
-Leaves out: what is no hidden matrix; AdamW takes that (optim.py).
+What is no hidden matrix goes to AdamW (optimizers.py).
 """
 
 import math
@@ -50,14 +50,14 @@ class Muon(torch.optim.Optimizer):
                 kind = torch.float32 if self.exact else torch.bfloat16
                 stacked = torch.stack([(u if u.shape[0] <= u.shape[1] else u.T).to(kind) for u in updates])
                 orthogonal = orthogonalize(stacked).to(torch.promote_types(parameters[0].dtype, torch.float32))
-                rate, kept = 0.2 * lr * math.sqrt(long), 1 - lr * group["weight_decay"]
+                rate, shrink = 0.2 * lr * math.sqrt(long), 1 - lr * group["weight_decay"]
                 for parameter, update in zip(parameters, orthogonal, strict=True):
                     turned = update if parameter.shape[0] <= parameter.shape[1] else update.T
                     if parameter.dtype == torch.bfloat16:
                         generator = generator or torch.Generator(parameter.device).manual_seed(self.seed)
-                        round_into_(parameter, parameter.float().mul_(kept).add_(turned, alpha=-rate), generator)
+                        round_into_(parameter, parameter.float().mul_(shrink).add_(turned, alpha=-rate), generator)
                     else:
-                        parameter.mul_(kept).add_(turned, alpha=-rate)
+                        parameter.mul_(shrink).add_(turned, alpha=-rate)
 
     def _buffer(self, parameter: Tensor) -> Tensor:
         state = self.state[parameter]

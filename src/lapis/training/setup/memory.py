@@ -68,12 +68,12 @@ def available(device: torch.device) -> int:
 def _saved(state: TrainState, objective: Objective, precision: str) -> int:
     """Bytes that the forward pass of one micro-batch keeps for the backward pass, besides the weights."""
     weights = {p.untyped_storage().data_ptr() for p in state.model.parameters()}
-    kept: dict[int, int] = {}
+    sizes: dict[int, int] = {}
 
     def count(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
+            sizes[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     batch: Any = next(objective.batches(state))[0]
@@ -83,4 +83,4 @@ def _saved(state: TrainState, objective: Objective, precision: str) -> int:
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
             loss, _, _ = objective.loss(state.model, batch)
     del loss
-    return sum(kept.values())
+    return sum(sizes.values())

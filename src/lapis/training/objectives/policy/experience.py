@@ -98,14 +98,14 @@ def joined_experience(pieces: Sequence[Experience]) -> Experience:
 
 
 def _joined(pieces: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    whole: dict[str, Tensor] = {}
+    result: dict[str, Tensor] = {}
     for name in pieces[0]:
         tensors = [piece[name] for piece in pieces]
         if tensors[0].dim() == 2:
             width = max(tensor.shape[1] for tensor in tensors)
             tensors = [F.pad(tensor, (0, width - tensor.shape[1])) for tensor in tensors]
-        whole[name] = torch.cat(tensors)
-    return whole
+        result[name] = torch.cat(tensors)
+    return result
 
 
 @torch.no_grad()

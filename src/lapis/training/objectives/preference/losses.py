@@ -2,8 +2,8 @@
 
 A log-probability is that of a reply given its prompt, in nats, summed over its tokens, or (where a name ends in `mean`)
 divided by their number. A log-ratio is that of the policy less that of the reference. All tensors are float32 of shape
-N, one number per pair, and so are the losses. Leaves out: where the numbers come from
-(evaluation/replies.py, reference.py).
+N, one number per pair, and so are the losses. The numbers come from
+evaluation/replies.py and objectives/reference.py.
 """
 
 import math
