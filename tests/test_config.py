@@ -5,8 +5,11 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
-from lapis.config import build, load_yaml, override
+from lapis.config import build, dump_yaml, load_yaml, override, parse_yaml
 from lapis.errors import ConfigError
 
 
@@ -23,6 +26,8 @@ class Outer:
     files: tuple[str, ...] = ()
     inner: Inner = field(default_factory=Inner)
     loud: bool = False
+    compile: Literal["auto", "on", "off"] = "auto"
+    note: str | None = None
 
 
 def test_yaml_and_key_value_fill_nested_dataclasses(tmp_path: Path) -> None:
@@ -77,3 +82,66 @@ def test_yaml_runs_no_code(tmp_path: Path) -> None:
 def test_assignments_without_a_value() -> None:
     with pytest.raises(ConfigError, match="expected key=value"):
         override({}, ["steps"])
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("off", "off"), ("on", "on"), ("no", "no"), ("Yes", "Yes"), ("true", True), ("FALSE", False), ("~", None),
+        ("null", None), ("", None), ("2e-4", 2e-4), ("-2E-3", -2e-3), ("1e3", 1000.0), ("1_000", 1000),
+        ("1_000.5", 1000.5), (".5", 0.5), ("5.", 5.0), ("+3", 3), ("010", 10), ("0x1F", 31), ("0o17", 15),
+        ("1:30", "1:30"),
+        ("2024-01-01", "2024-01-01"), ("1.2.3", "1.2.3"), ("1e", "1e"), ("1__0", "1__0"), ("'2e-4'", "2e-4"),
+        ('"off"', "off"), ("1_000_", "1_000_"), ("12e03", 12000.0), ("-.inf", float("-inf")), ("!!str 1", "1"),
+    ],
+)  # fmt: skip
+def test_plain_words_and_numbers_mean_what_a_person_means(text: str, value: object, tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(f"key: {text}\nlist: [{text or '~'}]\n")
+    read = load_yaml(path)
+    assert read == {"key": value, "list": [value]} and type(read["key"]) is type(value)
+    assert override({}, [f"key={text}"]) == {"key": value}
+
+
+@pytest.mark.parametrize("text", ["loud: on", "loud: Yes", "loud: 'on'", "loud: true"])
+def test_words_are_switches_where_a_setting_is_true_or_false(text: str) -> None:
+    assert build(Outer, {"steps": 1, **parse_yaml(text, "c.yaml")}, "c.yaml").loud is True
+    with pytest.raises(ConfigError, match="loud is 'maybe'; expected bool"):
+        build(Outer, {"steps": 1, "loud": "maybe"}, "c.yaml")
+
+
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [("off", "off"), ("no", "off"), ("false", "off"), ("on", "on"), ("true", "on"), ("auto", "auto")],
+)
+def test_words_choose_among_on_off_and_auto(written: str, value: str) -> None:
+    assert build(Outer, override({"steps": 1}, [f"compile={written}"]), "c.yaml").compile == value
+
+
+def test_a_word_stays_text_where_text_is_expected() -> None:
+    settings = parse_yaml("steps: 1e3\nnote: no\nfiles: [on, off]", "c.yaml")
+    built = build(Outer, settings, "c.yaml")
+    assert (built.steps, built.note, built.files) == (1000, "no", ("on", "off"))
+
+
+@pytest.mark.parametrize(
+    "text", ["!!int x", "9" * 5000, "[" * 3000, "!!timestamp 2024-13-99", "!!bool maybe", "{[1]: 2}", "\x00"]
+)
+def test_yaml_that_cannot_be_read_is_one_line(text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_yaml(text, "c.yaml")
+    assert str(caught.value).startswith("c.yaml") and "\n" not in str(caught.value)
+
+
+VALUES = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False),
+    st.text("aenofE.+-_0123456789:~x <=\n'#", max_size=8),
+    st.sampled_from(["off", "2e-4", "1_000", "010", "null", "1:30", "2024-01-01", "0o17", ".5", "no", "<<", "="]),
+)  # fmt: skip
+
+
+@given(st.dictionaries(st.text("abc", min_size=1), st.one_of(VALUES, st.lists(VALUES)), max_size=4))
+def test_what_is_dumped_is_read_back_by_every_reader(settings: dict[str, object]) -> None:
+    text = dump_yaml(settings)
+    assert parse_yaml(text, "c.yaml") == settings
+    assert yaml.safe_load(text) == settings

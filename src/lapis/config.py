@@ -1,11 +1,12 @@
 """Settings: dataclass <- YAML <- key=value. An unknown key is an error that names the nearest one.
 
-One dataclass is the only place where an option, its type and its default are written. Leaves out: environment
-variables, includes, interpolation.
+One dataclass is the only place where an option, its type and its default are written, and this file's reader is the
+one for all YAML. There are no environment variables, includes or interpolation.
 """
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -20,29 +21,73 @@ T = TypeVar("T")
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """` Did you mean "x"?` or the list of what is known; a suffix for an error line."""
+    """`did you mean "x"?` or the list of what is known; a suffix for an error line."""
     known = list(known)
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f'did you mean "{close[0]}"?' if close else f"known: {', '.join(sorted(known))}"
 
 
 def load_yaml(path: Path | str) -> dict[str, Any]:
-    """A YAML file as a mapping. Raises ConfigError with the line where it does not parse."""
+    """A YAML file as a mapping, read as `parse_yaml` reads.
+
+    Args:
+        path: The file, in UTF-8, with or without a byte order mark.
+
+    Returns:
+        What stands at the top of the file, key by key.
+
+    Raises:
+        ConfigError: For a file that cannot be read, is not YAML (with the line), or holds no mapping.
+    """
     path = Path(path)
     try:
-        loaded = _UniqueKeys(path.read_text(encoding="utf-8-sig")).get_single_data()
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise ConfigError(f"{path}: there is no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
+    loaded = parse_yaml(text, str(path))
+    if not isinstance(loaded, dict):
+        content = "nothing" if loaded is None else type(loaded).__name__
+        raise ConfigError(f"{path}: holds {content}; expected key: value lines")
+    return loaded
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """A YAML text, with plain words and numbers read as a person means them.
+
+    `on`, `off`, `yes` and `no` are words (where a setting is true or false, `build` takes them so), `2e-4` and `1_000`
+    are numbers, `010` is ten, and dates and times are text: the core schema of YAML 1.2, with underscores in numbers.
+
+    Args:
+        text: The YAML.
+        where: What an error begins with: a path, or the assignment on a command line.
+
+    Raises:
+        ConfigError: For what is not YAML, with the line, and for a key that stands twice.
+    """
+    try:
+        return _Loader(text).get_single_data()
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise ConfigError(f"{where}: not YAML: {getattr(error, 'problem', None) or error}") from None
-    if not isinstance(loaded, dict):
-        found = "nothing" if loaded is None else type(loaded).__name__
-        raise ConfigError(f"{path}: holds {found}; expected key: value lines")
-    return loaded
+        place = f"{where}:{mark.line + 1}" if mark else where
+        raise ConfigError(
+            f"{place}: not YAML: {getattr(error, 'problem', None) or ' '.join(str(error).split())}"
+        ) from None
+    except RecursionError:
+        raise ConfigError(f"{where}: lists and mappings are nested too deeply") from None
+    except (KeyError, ValueError) as error:  # a tag that is written out, over a text that is no such value
+        raise ConfigError(f"{where}: not YAML: {error}") from None
+
+
+def dump_yaml(settings: Mapping[str, Any]) -> str:
+    """Settings as YAML that `parse_yaml`, and every reader of YAML 1.1, reads back as they are."""
+    return yaml.dump(settings, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=None, width=120)
+
+
+def truth(value: Any) -> bool | None:
+    """True or False for a bool, and for on, off, yes, no, true and false in any case; None for all else."""
+    return value if isinstance(value, bool) else _TRUTH.get(value.lower()) if isinstance(value, str) else None
 
 
 def override(settings: Mapping[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
@@ -58,10 +103,7 @@ def override(settings: Mapping[str, Any], assignments: Iterable[str]) -> dict[st
             inner = place.get(name)
             place[name] = dict(inner) if isinstance(inner, Mapping) else {}
             place = place[name]
-        try:
-            place[last] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise ConfigError(f'"{assignment}": the value is not YAML') from None
+        place[last] = parse_yaml(text, f'"{assignment}"')
     return result
 
 
@@ -107,6 +149,9 @@ def _fit(hint: Any, value: Any, where: str) -> Any:
     if origin is typing.Literal:
         if value in args:
             return value
+        word = {True: "on", False: "off", None: ""}[truth(value)]
+        if word in args:
+            return word
         raise ConfigError(f"{where} is {value!r}; {nearest(str(value), [str(a) for a in args])}")
     if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
         return build(typing.cast(type, hint), value, where)
@@ -114,11 +159,15 @@ def _fit(hint: Any, value: Any, where: str) -> Any:
         return origin(_fit(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
     if origin is dict and isinstance(value, Mapping):
         return {key: _fit(args[1], item, f"{where}.{key}") for key, item in value.items()}
+    if hint is bool and (switch := truth(value)) is not None:
+        return switch
     if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         try:
-            return float(value)  # YAML reads 3e-4 as text
-        except ValueError:
+            return float(value)
+        except (ValueError, OverflowError):
             pass
+    if hint is int and isinstance(value, float) and value.is_integer():
+        return int(value)  # 1e3 steps
     if hint is Path and isinstance(value, str):
         return Path(value)
     if isinstance(hint, type) and isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool):
@@ -130,8 +179,22 @@ def _spelled(hint: Any) -> str:
     return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """A SafeLoader that refuses a key written twice, which plain YAML loaders drop silently."""
+_TRUTH = {"on": True, "yes": True, "true": True, "off": False, "no": False, "false": False}
+_INT = re.compile(r"[-+]?(?:[0-9]+(?:_[0-9]+)*|0x[0-9a-fA-F_]+|0o[0-7_]+|0b[01_]+)")
+_FLOAT = re.compile(
+    r"[-+]?(?:(?:[0-9]+(?:_[0-9]+)*)(?:\.[0-9_]*)?|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
+)
+_PLAIN = {  # tag -> pattern of a plain word and its first characters, tried in this order
+    "null": (re.compile(r"~|null|Null|NULL|"), ["~", "n", "N", ""]),
+    "bool": (re.compile(r"true|True|TRUE|false|False|FALSE"), list("tTfF")),
+    "int": (_INT, list("-+0123456789")),
+    "float": (_FLOAT, list("-+.0123456789")),
+    "merge": (re.compile(r"<<"), ["<"]),
+}
+
+
+class _Loader(yaml.SafeLoader):
+    """A SafeLoader with the plain words above, which refuses a key that stands twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -141,3 +204,29 @@ class _UniqueKeys(yaml.SafeLoader):
                 raise yaml.MarkedYAMLError(problem=f'the key "{key}" stands twice', problem_mark=key_node.start_mark)
             seen.add(str(key))
         return super().construct_mapping(node, deep)
+
+    def construct_number(self, node: yaml.ScalarNode) -> int | float:
+        """Python's reading: digits are decimal also after a zero, underscores separate."""
+        text = str(self.construct_scalar(node)).lower()
+        try:
+            if node.tag.endswith(":float"):
+                return float(text.replace(".inf", "inf").replace(".nan", "nan"))
+            return int(text, 0 if text.lstrip("+-")[:2] in ("0x", "0o", "0b") else 10)
+        except ValueError:
+            raise yaml.MarkedYAMLError(
+                problem=f"{text[:40]} is no number that can be read", problem_mark=node.start_mark
+            ) from None
+
+
+class _Dumper(yaml.SafeDumper):
+    """A SafeDumper that quotes what either version of YAML would not read as text."""
+
+
+_Loader.yaml_implicit_resolvers = {}  # those of YAML 1.1 go
+for _tag, (_pattern, _first) in _PLAIN.items():
+    _whole = re.compile(f"(?:{_pattern.pattern})$")
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _whole, _first)
+    if _tag in ("int", "float"):
+        _Dumper.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _whole, _first)
+for _tag in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _Loader.construct_number)

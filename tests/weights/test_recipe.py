@@ -1,5 +1,7 @@
 """Recipes: mergekit's YAML as it is, and every way to get it wrong told in one line."""
 
+from pathlib import Path
+
 import pytest
 import yaml
 
@@ -149,4 +151,23 @@ def test_a_file_names_itself(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(TIES.replace("base_model", "bse_model"))
     with pytest.raises(ConfigError, match=r"recipe.yaml: unknown key \"bse_model\""):
+        read_recipe(path)
+
+
+@pytest.mark.parametrize(
+    ("word", "value"), [("off", False), ("on", True), ("no", False), ("yes", True), ("true", True)]
+)
+def test_switches_of_a_recipe_are_words_too(word: str, value: bool, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    lines = (
+        "merge_method: linear",
+        "models: [{model: a, parameters: {weight: 1e0}}]",
+        f"parameters: {{normalize: {word}}}",
+        f"tokenizer: {{tokens: {{<a>: {{force: {word}}}}}}}",
+    )
+    path.write_text("\n".join(lines))
+    recipe = read_recipe(path)
+    assert recipe.tokens is not None and recipe.tokens.tokens["<a>"].force is value
+    path.write_text(path.read_text().replace(f"force: {word}", "force: maybe"))
+    with pytest.raises(ConfigError, match="force is 'maybe'; expected true or false"):
         read_recipe(path)

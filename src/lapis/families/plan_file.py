@@ -14,9 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from lapis.config import load_yaml
+from lapis.config import dump_yaml, load_yaml
 from lapis.errors import ConfigError
 from lapis.families.config import ModelConfig
 
@@ -88,7 +86,7 @@ class PlanFile:
             "scales": list(self.scales),
             "scores": [_rounded(row) for row in self.scores],
         }
-        return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, default_flow_style=None, width=120)
+        return dump_yaml(settings)
 
     @property
     def patterns(self) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args, get_origin
 
-from lapis.config import nearest
+from lapis.config import nearest, truth
 from lapis.errors import ConfigError
 from lapis.weights.merge.methods import METHODS, Method, Parameter
 
@@ -125,14 +125,14 @@ def _conditions(setting: Any) -> list[Mapping[str, Any]]:
 
 
 def _scalar(value: Any, parameter: Parameter, where: str) -> Any:
-    """A value as the parameter's type. YAML reads 1e-5 as text, so numbers in text are numbers."""
+    """A value as the parameter's type; numbers in text are numbers, on and off are true and false."""
     kind = parameter.kind
     if get_origin(kind) is not None:
         if value in get_args(kind):
             return value
     elif kind is bool:
-        if isinstance(value, bool):
-            return value
+        if (switch := truth(value)) is not None:
+            return switch
     elif isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
             number = float(value)

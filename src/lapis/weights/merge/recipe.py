@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lapis.config import load_yaml, nearest
+from lapis.config import load_yaml, nearest, truth
 from lapis.errors import ConfigError
 from lapis.weights.merge.methods import METHODS, Method
 from lapis.weights.merge.parameters import check_parameters, only
@@ -233,7 +233,9 @@ def _tokens(document: Mapping[str, Any], where: str) -> Tokens | None:
 
 def _token_source(entry: Any, where: str) -> TokenSource:
     only(entry, {"source", "force"}, where)
-    source, force = entry.get("source"), bool(entry.get("force", False))
+    source, force = entry.get("source"), truth(entry.get("force", False))
+    if force is None:
+        raise ConfigError(f"{where}: force is {entry['force']!r:.40}; expected true or false")
     if source is None:
         return TokenSource(force=force)
     if isinstance(source, str):
