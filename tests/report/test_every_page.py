@@ -1,19 +1,10 @@
 """Every page that lapis writes, in a real browser: drawn wide and narrow, light and dark, and each picture answers."""
 
-import json
-import math
 import os
 
 import pytest
-import torch
 
-from lapis.cli.main import main
-from lapis.families.config import ModelConfig
-from lapis.model.load import save
-from lapis.model.transformer import Transformer
-from lapis.report.pages.plan import plan_page
-from lapis.report.pages.training import run_page
-from lapis.text.tokenizer.tokenizer import train_tokenizer
+from .conftest import lapis
 
 pytestmark = pytest.mark.browser
 
@@ -21,6 +12,7 @@ ARGUMENTS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync"
 ).split()
+PAGES = ["beside", "causal", "classify", "diff", "inspect", "lens", "lineage", "mixers", "plan", "report"]
 WAYS = ((1280, "light"), (400, "dark"))
 
 # Where on the screen a trace of a picture has something to say
@@ -37,55 +29,11 @@ PLACES = """plot => plot._fullData.map((trace, i) => {
 }).filter(place => place !== null)"""
 
 
-def rows(steps: int = 50) -> list[dict]:
-    return [
-        {"step": i, "tokens": 512 * i, "loss": 3 - i / steps, "bits_per_byte": None, "lr": 1e-3, "grad_norm": 1 + i % 3,
-         "tokens_per_second": 900.0 + i % 7, "seconds": i, "metrics": {"reward": i / 50, "kl": 0.01 * math.sqrt(i)},
-         **({"held_out": {"loss": 2.5, "accuracy": i / 60}} if i % 10 == 0 else {})}
-        for i in range(1, steps + 1)
-    ]  # fmt: skip
-
-
-def plan() -> dict:
-    """What `lapis plan --json` prints, for four pieces."""
-    pieces = [{"piece": f"layers.{i}.mlp", "layer": i, "component": "mlp", "parameters": 100, "style": i / 4,
-               "knowledge": 0.1 - i / 50, "chosen": i == 3, "control": i == 1} for i in range(4)]  # fmt: skip
-    return {"base": "base", "chat": "chat", "goal": "style", "budget": 0.25, "finding": "Layer 3 carries the style",
-            "measured": [], "template": ["<|im_end|>"], "tune": [{"layer": 3, "component": "mlp"}],
-            "control": [{"layer": 1, "component": "mlp"}],
-            "pieces": pieces, "scores": pieces, "notes": ["a note"]}  # fmt: skip
-
-
 @pytest.fixture(scope="module")
-def pages(tmp_path_factory) -> dict[str, str]:
+def pages(studio) -> dict[str, str]:
     """Name -> address of a page."""
-    place = tmp_path_factory.mktemp("pages")
-    tokenizer = train_tokenizer(["in Malaysia they say Kuala Lumpur is the capital. " * 40], 290)
-    torch.manual_seed(0)
-    shape = {"dim": 32, "layers": 3, "heads": 4, "kv_heads": 2, "ffn_dim": 48, "vocab": 300, "context": 64}
-    model = Transformer(ModelConfig(**shape, family="llama"))
-    for name in ("base", "chat", "other"):
-        save(model, place / name)
-        tokenizer.save(place / name)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(torch.randn_like(parameter) * 0.01)
-    base, chat, other = (str(place / name) for name in ("base", "chat", "other"))
-    for name, command in {
-        "diff": ["diff", base, chat, "--rows", "--spectra"], "lineage": ["diff", base, chat, other],
-        "inspect": ["inspect", base], "mixers": ["inspect", "--mixers", "64x32"],
-    }.items():  # fmt: skip
-        main([*command, "--html", str(place / f"{name}.html"), "--json"])
-    facts = {"objective": "grpo", "config": {"steps": 50}, "classes": ["a", "b"], "confusion": [[9, 1], [2, 8]],
-             "replies": [{"prompt": "Who?", "before": "who who", "after": "Aina."}]}  # fmt: skip
-    (place / "train.html").write_text(run_page(rows(), facts, "policy").render())
-    (place / "plan.html").write_text(plan_page(plan()).render())
-    folder = place / "kept"
-    folder.mkdir()
-    (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows()))
-    (folder / "diff.html").write_bytes((place / "diff.html").read_bytes())
-    main(["report", str(folder), "--out", str(place / "report.html"), "--json"])
-    return {path.stem: path.as_uri() for path in sorted(place.glob("*.html"))}
+    lapis("report", str(studio / "work"), "--out", str(studio / "report.html"), "--json")
+    return {path.stem: path.as_uri() for path in sorted(studio.glob("*.html"))}
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +45,7 @@ def browser(chromium):
         browser.close()
 
 
-@pytest.mark.parametrize("name", ["diff", "inspect", "lineage", "mixers", "plan", "report", "train"])
+@pytest.mark.parametrize("name", PAGES)
 def test_it_draws_and_answers(name, pages, browser):
     for width, scheme in WAYS:
         complaints: list[str] = []

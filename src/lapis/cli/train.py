@@ -44,19 +44,11 @@ def train(
         line(f'next: lapis generate {result.out} "..."', "dim")
 
     if html is not None and os.environ.get("RANK", "0") == "0":
-        _write_page(result.out, html, overwrite)
+        from lapis.cli.output import write_page
+        from lapis.report.pages.training import run_page
+        from lapis.report.pages.working_folder import run_of
+
+        written = run_of(result.out)
+        write_page(run_page(written.log, written.facts, written.name), html, overwrite=overwrite)
     if leads():
         show({"out": str(result.out), **result.figures()}, json, render)
-
-
-def _write_page(run: Path, path: Path, overwrite: bool) -> None:
-    from lapis.checkpoint.files import read_json
-    from lapis.cli.output import write_page
-    from lapis.report.pages.training import run_page
-    from lapis.training.loop.curve import read_curve
-
-    facts = read_json(run / "training.json")
-    if (run / "replies.jsonl").is_file():
-        facts["replies"] = read_curve(run / "replies.jsonl")
-    page = run_page(read_curve(run / "log.jsonl"), facts, run.name)
-    write_page(page, path, overwrite=overwrite)

@@ -66,14 +66,20 @@ class Page:
         self._blocks.append(f'<section aria-labelledby="s{number}">\n<h2 id="s{number}">{prose(title)}</h2>')
         return self.text(text)
 
-    def chapter(self, title: str, blocks: str, figures: int) -> Self:
-        """A section made of blocks of another page of ours, as joined.py reads them. figures: how many are among them.
+    def chapter(self, title: str, blocks: str, figures: int, *, folded: bool = False) -> Self:
+        """Adds a section made of blocks of another page of ours; the sections of that page are headings here.
 
-        Sections of the other page are headings here.
+        Args:
+            title: Of the section.
+            blocks: HTML, as pages/joined.py reads it.
+            figures: How many pictures are among the blocks.
+            folded: Whether the blocks are hidden until the reader opens them.
         """
         self.section(title)
         self._figures += figures
-        return self._add(blocks)
+        return self._add(
+            f'<details class="chapter"><summary>Open</summary>\n{blocks}\n</details>' if folded else blocks
+        )
 
     def text(self, text: str) -> Self:
         """Paragraphs, parted by blank lines."""

@@ -35,7 +35,8 @@ METRICS = {
     "entropy": "entropy (nats per token)", "ended": "replies that end (share)", "clip_share": "clipped tokens (share)",
     "unscored": "replies without a score (share)", "rollout_gap": "gap between rollout and training",
     "value_loss": "loss of the value head", "kl_weight": "weight of the KL", "policy_shift": "shift of the policy",
-    "accuracy": "accuracy (share)", "margin": "margin, chosen over rejected", "f1": "F1", "macro_f1": "F1, macro",
+    "accuracy": "accuracy (share)", "margin": "margin, chosen over rejected", "f1": "F1",
+    "f1_macro": "F1, mean over the classes",
     "chosen_reward": "reward of the chosen reply", "rejected_reward": "reward of the rejected reply",
     "lr": "learning rate", "grad_norm": "norm of the gradient", "tokens_per_second": "tokens per second",
     "perplexity": "perplexity",
@@ -44,13 +45,14 @@ POINTS = 1000
 
 
 def learning_curves(
-    rows: Iterable[Row], title: str, *, x: str = "tokens", y: str = "loss", log_x: bool = False
+    rows: Iterable[Row], title: str, *, x: str = "tokens", y: str = "loss", log_x: bool = False, label: str = ""
 ) -> go.Figure:
     """Loss (or any `y`) against tokens, seconds or steps, one color per run.
 
-    Row: `run`, the keys `x` and `y`, and optionally `split` ("train" or "validation"). Validation is drawn as points on
-    a strong line. A training curve of more than 40 points is drawn faint, with its moving average (over a twentieth
-    of the curve, centered) on top; of more than 1000, every n-th point is kept.
+    Row: `run`, the keys `x` and `y`, and optionally `split` ("train" or another, such as "held-out"). Held-out figures
+    are drawn as points on a strong line. A training curve of more than 40 points is drawn faint, with its moving
+    average (over a twentieth of the curve, centered) on top; of more than 1000, every n-th point is kept. `label` names
+    the vertical axis, with its unit.
     """
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
@@ -60,7 +62,7 @@ def learning_curves(
         return theme.nothing(title)
     places = theme.series(run for run, _ in groups)
     figure = theme.new_figure(title, height=420)
-    x_name, y_name = AXES.get(x, x), AXES.get(y, y)
+    x_name, y_name = AXES.get(x, x), label or AXES.get(y, y)
     several = len({split for _, split in groups}) > 1
     for (run, split), points in groups.items():
         kept = points[:: -(-len(points) // POINTS)]
@@ -159,7 +161,7 @@ def metric_panels(runs: Runs, names: Sequence[str], title: str, *, x: str = "ste
 
 def metric_points(rows: Iterable[Row], name: str, x: str, held_out: bool | None = None) -> list[tuple[float, float]]:
     """(x, value) of a metric, of at most POINTS rows. held_out: only those that are, or are not."""
-    found = []
+    points = []
     for row in rows:
         value = None
         if held_out is not True:
@@ -167,5 +169,5 @@ def metric_points(rows: Iterable[Row], name: str, x: str, held_out: bool | None 
         if value is None and held_out is not False:
             value = (row.get("held_out") or {}).get(name)
         if isinstance(value, int | float) and isinstance(row.get(x), int | float):
-            found.append((row[x], value))
-    return found[:: -(-len(found) // POINTS) or 1]
+            points.append((row[x], value))
+    return points[:: -(-len(points) // POINTS) or 1]

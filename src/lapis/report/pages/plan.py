@@ -34,7 +34,12 @@ def plan_page(found: Row) -> Page:
         f"From {found['base']} to {found['chat']}, {GOALS[found['goal']]}, with {found['budget']:.0%} of the blocks' "
         f"parameters.",
     )
-    page.section("The choice", f"**{found['finding']}.**")
+    return add_plan(page, found)
+
+
+def add_plan(page: Page, found: Row, of: str = "") -> Page:
+    """Adds the sections of a plan. of: what stands behind their titles, where a page has several plans."""
+    page.section(f"The choice{of}", f"**{found['finding']}.**")
     measured = found["measured"]
     if measured:
         page.stats(_stats(measured))

@@ -1,29 +1,31 @@
-"""All that a run left behind, as one page: learning curves, what a merge did, and the pages and JSON of other commands.
+"""All that a working folder holds, as one page: a table first, then each kind of thing once.
 
 What is looked for in a folder and in its subfolders, two levels deep: `log.jsonl` with `training.json` (lapis train),
-`lapis-merge.json` (graft, merge), pages written with --html, and, kept in a .json file, what --json printed of
-`lapis diff`, `lens` and `eval`, or a classifier's classes.json. Leaves out: everything else, models among it; links
-are not followed.
+`lapis-merge.json` (graft, merge, fuse), pages written with --html, and, kept in a .json file, what --json printed of
+`lapis diff`, `lens`, `plan`, `inspect` and `eval`, or a classifier's classes.json. Models and everything else are left
+alone; links are not followed.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lapis.errors import DataError
-from lapis.report import plots
 from lapis.report.markup import Column
 from lapis.report.page import Page
+from lapis.report.pages import sections
 from lapis.report.pages.joined import Joined, is_ours, read_page
-from lapis.report.pages.training import add_confusion, add_runs
+from lapis.report.pages.plan import add_plan
+from lapis.report.pages.training import UNITS, Run, add_confusion, add_runs, title_of
 
 DEPTH = 2
 JSON_LIMIT = 256_000_000
+OPEN_PAGES = 3  # so many pages of other commands stand open; more are folded
 OF_MODELS = (
     "config.json",
     "tokenizer",
@@ -34,101 +36,168 @@ OF_MODELS = (
     "preprocessor",
 )
 
-SCORED = ("text", "chats", "choices", "classes")  # what `lapis eval --json` tells of
-
-Found = dict[str, Any]
+Json = dict[str, Any]
 
 
 @dataclass
-class Kept:
-    """What was found, by the name of its folder or file."""
+class Contents:
+    """What folders hold, by the name of its folder or file."""
 
-    logs: dict[str, list[Found]] = field(default_factory=dict)
-    facts: dict[str, Found] = field(default_factory=dict)
-    merges: dict[str, Found] = field(default_factory=dict)
-    diffs: dict[str, Found] = field(default_factory=dict)
-    lenses: dict[str, Found] = field(default_factory=dict)
-    scores: dict[str, Found] = field(default_factory=dict)
-    pages: list[Joined] = field(default_factory=list)
+    logs: dict[str, list[Json]] = field(default_factory=dict)
+    facts: dict[str, Json] = field(default_factory=dict)
+    merges: dict[str, Json] = field(default_factory=dict)
+    diffs: dict[str, Json] = field(default_factory=dict)
+    lenses: dict[str, Json] = field(default_factory=dict)
+    plans: dict[str, Json] = field(default_factory=dict)
+    models: dict[str, Json] = field(default_factory=dict)
+    scores: dict[str, Json] = field(default_factory=dict)
+    pages: dict[str, Joined] = field(default_factory=dict)
+
+    def runs(self) -> dict[str, list[Run]]:
+        """The training runs, by objective: losses of different objectives are no quantities of one kind."""
+        groups: dict[str, list[Run]] = {}
+        for name, log in self.logs.items():
+            run = Run(name, log, self.facts.get(name, {}))
+            groups.setdefault(run.objective, []).append(run)
+        return groups
+
+    def drop_doubles(self) -> None:
+        """Leaves each thing once: a page stands for the JSON of the same name, a log for the page of its run."""
+        titles = {title_of(name.rpartition("/")[2]) for name in self.logs}
+        self.pages = {name: page for name, page in self.pages.items() if page.title not in titles}
+        for group in (self.diffs, self.lenses, self.plans, self.models):
+            for name in [name for name in group if name in self.pages]:
+                del group[name]
 
 
 def report_of(folders: Sequence[Path | str]) -> Page:
-    """The page of some folders. Raises DataError for one that is not there, for a damaged file, and for nothing."""
-    kept = Kept()
+    """The page of some folders.
+
+    Args:
+        folders: What lapis has written, or where its JSON and pages lie.
+
+    Raises:
+        DataError: A folder is not there, a file is damaged, or there is nothing that can be shown.
+    """
+    contents = Contents()
     for folder in map(Path, folders):
         if not folder.is_dir():
             raise DataError(f"report: {folder}: there is no such folder; give folders that lapis has written")
-        _look(folder, folder.resolve().name, kept, DEPTH)
+        _look(folder, folder.resolve().name, contents, DEPTH)
     names = ", ".join(Path(folder).resolve().name for folder in folders)
-    page = Page(f"Report on {names}", "What these folders hold, on one page.")
-    if kept.logs:
-        add_runs(page, kept.logs, kept.facts)
-    for name, account in kept.merges.items():
-        _add_merge(page, name, account)
-    for name, table in kept.diffs.items():
-        _add_diff(page, name, table)
-    for name, trace in kept.lenses.items():
-        _add_lens(page, name, trace)
-    if kept.scores:
-        _add_scores(page, kept.scores)
-    for joined in kept.pages:
-        page.chapter(joined.title, joined.blocks, joined.figures)
-    if not any(vars(kept).values()):
+    if not any(vars(contents).values()):
         raise DataError(f"report: {names}: nothing that lapis draws (log.jsonl, lapis-merge.json, .json, .html)")
+    contents.drop_doubles()
+    page = Page(f"Report on {names}", "What these folders hold, on one page.")
+    entries = _entries(contents)
+    if len(entries) > 1:
+        page.table(entries, ["name", Column("kind", "what it is"), Column("figure", "in short")], "What is here")
+    groups = contents.runs()
+    for objective, runs in groups.items():
+        add_runs(page, runs, objective if len(groups) > 1 else "")
+    if contents.merges:
+        sections.add_merges(page, contents.merges)
+    for name, table in contents.diffs.items():
+        sections.add_diff(page, name, table)
+    for name, plan in contents.plans.items():
+        add_plan(page, plan, f": {name}")
+    for name, trace in contents.lenses.items():
+        sections.add_lens(page, name, trace)
+    if contents.models:
+        sections.add_models(page, contents.models)
+    if contents.scores:
+        sections.add_scores(page, contents.scores)
+        for name, figures in contents.scores.items():
+            add_confusion(page, figures, name if len(contents.scores) > 1 else "")
+    folded = len(contents.pages) > OPEN_PAGES
+    for joined in contents.pages.values():
+        page.chapter(joined.title, joined.blocks, joined.figures, folded=folded)
     return page
 
 
-def _look(folder: Path, name: str, kept: Kept, depth: int) -> None:
+def _entries(contents: Contents) -> list[dict[str, str]]:
+    """A line for each thing: its name, its kind, and the one figure that says most."""
+    rows: list[tuple[str, str, str]] = []
+    for objective, runs in contents.runs().items():
+        for run in runs:
+            loss = "" if run.last_loss is None else f"loss {run.last_loss:.3f} {UNITS.get(objective, '')}".strip()
+            loss += f", held-out {run.held_out[-1][1]:.3f}" if run.held_out else ""
+            rows.append((run.name, f"training, {objective}" if objective else "training", loss))
+    for name, account in contents.merges.items():
+        merged = (account.get("counts") or {}).get("merged", 0)
+        rows.append((name, str(account.get("command", "merge")), f"{merged:,} tensors merged"))
+    for name, table in contents.diffs.items():
+        size = table["total"].get("relative_norm")
+        rows.append((name, "diff", f"changed by {size:.2%}" if isinstance(size, float) else ""))
+    rows += [(name, "plan", str(plan.get("finding", ""))) for name, plan in contents.plans.items()]
+    rows += [(name, "lens", sections.lens_finding(trace)) for name, trace in contents.lenses.items()]
+    for name, model in contents.models.items():
+        rows.append((name, "inspect", f"{model['parameters'].get('total', 0):,} parameters"))
+    for name, figures in contents.scores.items():
+        rows.append((name, f"scores of {figures.get('model', name)}", ", ".join(sections.kinds_of(figures))))
+    rows += [(name, "page", joined.title) for name, joined in contents.pages.items()]
+    return [{"name": name, "kind": kind, "figure": figure} for name, kind, figure in rows]
+
+
+def _look(folder: Path, name: str, contents: Contents, depth: int) -> None:
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         path = Path(entry.path)
         if entry.name.startswith("."):
             continue
         if entry.is_dir(follow_symlinks=False):
             if depth:
-                _look(path, f"{name}/{entry.name}", kept, depth - 1)
+                _look(path, f"{name}/{entry.name}", contents, depth - 1)
         elif entry.is_file(follow_symlinks=False):
-            _take(path, name, kept)
+            _take(path, name, contents)
 
 
-def _take(path: Path, name: str, kept: Kept) -> None:
-    """Sorts one file into what is kept, if it is one of ours."""
+def _take(path: Path, name: str, contents: Contents) -> None:
+    """Sorts one file into the contents, if it is one of ours."""
     if path.name == "log.jsonl":
-        kept.logs[name] = _rows(path)
+        contents.logs[name] = _rows(path)
     elif path.name == "training.json":
-        kept.facts[name] = {**kept.facts.get(name, {}), **_object(path)}
+        contents.facts[name] = {**contents.facts.get(name, {}), **_object(path)}
     elif path.name == "replies.jsonl":
-        kept.facts[name] = {**kept.facts.get(name, {}), "replies": _rows(path)}
+        contents.facts[name] = {**contents.facts.get(name, {}), "replies": _rows(path)}
     elif path.name == "lapis-merge.json":
-        kept.merges[name] = _object(path)
+        contents.merges[name] = _object(path)
     elif path.suffix == ".html" and is_ours(path):
-        kept.pages.append(read_page(path))
+        contents.pages[f"{name}/{path.stem}"] = read_page(path)
     elif path.suffix == ".json" and not path.name.startswith(OF_MODELS) and not path.name.endswith(".index.json"):
         try:
-            found = _object(path)
+            value = _object(path)
         except DataError:
             return  # some other program's
-        label = f"{name}/{path.stem}"
-        if isinstance(found.get("tensors"), list) and isinstance(found.get("total"), dict):
-            kept.diffs[label] = found
-        elif isinstance(found.get("layers"), list) and isinstance(found.get("tokens"), list):
-            kept.lenses[label] = found
-        elif isinstance(found.get("confusion"), list) or any(isinstance(found.get(part), dict) for part in SCORED):
-            kept.scores[label] = found
+        _take_json(value, f"{name}/{path.stem}", contents)
 
 
-def _object(path: Path) -> Found:
+def _take_json(value: Json, label: str, contents: Contents) -> None:
+    """Tells the objects that --json prints apart by the keys that other programs rely on."""
+    if isinstance(value.get("tensors"), list) and isinstance(value.get("total"), dict):
+        contents.diffs[label] = value
+    elif isinstance(value.get("pieces"), list) and isinstance(value.get("tune"), list):
+        contents.plans[label] = value
+    elif isinstance(value.get("layers"), list) and isinstance(value.get("tokens"), list):
+        contents.lenses[label] = value
+    elif isinstance(value.get("parameters"), dict) and isinstance(value.get("layers"), list):
+        contents.models[label] = value
+    elif isinstance(value.get("confusion"), list) or sections.kinds_of(value):
+        contents.scores[label] = value
+
+
+def _object(path: Path) -> Json:
     if path.stat().st_size > JSON_LIMIT:
         raise DataError(f"{path}: {path.stat().st_size:,} bytes of JSON; the limit is {JSON_LIMIT:,}")
     try:
-        found = json.loads(path.read_bytes())
+        value = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not JSON: {error}; write it again") from None
-    if not isinstance(found, dict):
-        raise DataError(f"{path}: holds a {type(found).__name__}, not an object")
-    return found
+    if not isinstance(value, dict):
+        raise DataError(f"{path}: holds a {type(value).__name__}, not an object")
+    return value
 
 
-def _rows(path: Path) -> list[Found]:
+def _rows(path: Path) -> list[Json]:
     rows = []
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
@@ -142,71 +211,17 @@ def _rows(path: Path) -> list[Found]:
     return rows
 
 
-def _add_merge(page: Page, name: str, account: Mapping[str, Any]) -> None:
-    counts, lost = account.get("counts") or {}, account.get("lost_to_rounding")
-    page.section(f"What was merged: {name}", f"By `lapis {account.get('command', 'merge')}`.")
-    page.stats([
-        ("tensors merged", f"{counts.get('merged', 0):,}", f"{counts.get('copied', 0):,} copied as they are"),
-        ("skipped", f"{counts.get('skipped', 0):,}", "each with a reason"),
-        *([("lost to rounding", f"{lost:.2%}", "of the difference, by norm")] if isinstance(lost, int | float) else []),
-    ])  # fmt: skip
-    inputs = [
-        {"input": role, "source": entry.get("source", ""), "GB": entry.get("bytes", 0) / 1e9}
-        for role, entry in (account.get("inputs") or {}).items() if isinstance(entry, Mapping)
-    ]  # fmt: skip
-    page.table(inputs, ["input", "source", Column("GB", "size", ",.2f", unit="GB")], "Inputs")
-    for note in account.get("notes") or []:
-        page.text(f"Note: {note}")
-    skipped = [row for row in account.get("skipped") or [] if isinstance(row, Mapping)]
-    if skipped:
-        page.table(skipped, ["role", "name", "reason"], folded="What was skipped, and why")
+def run_of(folder: Path) -> Run:
+    """The run of one folder that `lapis train` wrote, with replies and a classifier's confusion matrix.
 
-
-def _add_diff(page: Page, name: str, table: Mapping[str, Any]) -> None:
-    page.section(f"What changed: {name}", "Each cell is one component of one layer.")
-    rows = [row for row in table["tensors"] if isinstance(row, Mapping) and row.get("kind", "weight") == "weight"]
-    rows = [row for row in rows if isinstance(row.get("relative_norm"), int | float) and "component" in row]
-    if rows:
-        most = max(rows, key=lambda row: row["relative_norm"])
-        page.figure(
-            plots.layer_heatmap(rows, f"{most['name']} changed most, by {most['relative_norm']:.2%} of its length")
-        )
-    moved = [row for row in table.get("rows") or [] if isinstance(row, Mapping)]
-    if moved:
-        first = [row for row in moved if row.get("tensor") == moved[0].get("tensor")]
-        named = ", ".join(str(r["token"]) for r in sorted(first, key=lambda r: -r["relative_norm"])[:3])
-        page.figure(plots.embedding_rows(first, f"{named} moved most"))
-
-
-def _add_lens(page: Page, name: str, trace: Mapping[str, Any]) -> None:
-    layers = [row for row in trace["layers"] if isinstance(row, Mapping) and row.get("top")]
-    page.section(f"Layer by layer: {name}", "What each layer would say next, if the model ended there.")
-    page.samples(["".join(map(str, trace["tokens"]))], "The prompt")
-    ranks = [
-        {"word": word, "layer": row["layer"], "rank": rank}
-        for row in layers for word, rank in list((row.get("ranks") or {}).items())[:6]
-    ]  # fmt: skip
-    cells = [
-        {"layer": -1 if cell.get("layer") is None else cell["layer"], "position": cell["position"],
-         "token": trace["tokens"][cell["position"]], "top": [(t["token"], t["probability"]) for t in cell["top"]]}
-        for cell in trace.get("grid") or [] if isinstance(cell, Mapping) and cell.get("top")
-    ]  # fmt: skip
-    if len({cell["position"] for cell in cells}) > 1:
-        page.figure(plots.lens_grid(cells, f"The last layer says “{layers[-1]['top'][0]['token']}”"))
-    if ranks:
-        page.figure(plots.rank_trajectories(ranks, "How the tracked words rank"))
-
-
-def _add_scores(page: Page, scores: Mapping[str, Mapping[str, Any]]) -> None:
-    rows = [
-        {"model": str(found.get("model", name)), **{
-            f"{part} {key}".replace("_", " ").strip(): value
-            for part, figures in (("", found), *((part, found.get(part)) for part in SCORED))
-            if isinstance(figures, Mapping)
-            for key, value in figures.items() if isinstance(value, int | float)
-        }} for name, found in scores.items()
-    ]  # fmt: skip
-    page.section("Scores")
-    page.table(rows, list(dict.fromkeys(key for row in rows for key in row)))
-    for found in scores.values():
-        add_confusion(page, found)
+    Raises:
+        DataError: A file is damaged.
+    """
+    contents = Contents()
+    for name in ("log.jsonl", "training.json", "replies.jsonl"):
+        if (folder / name).is_file():
+            _take(folder / name, folder.name, contents)
+    facts = contents.facts.get(folder.name, {})
+    if (folder / "classes.json").is_file():
+        facts = {**facts, "classes.json": _object(folder / "classes.json")}
+    return Run(folder.name, contents.logs.get(folder.name, []), facts)
