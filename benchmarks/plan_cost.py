@@ -26,8 +26,8 @@ from lapis.families import PRESETS, find
 from lapis.model.load import save
 from lapis.model.scoring import ScoredSequence
 from lapis.model.transformer import Transformer
-from lapis.planning.causal import sweep
-from lapis.planning.measure import Exam, Runner
+from lapis.planning.effects import sweep
+from lapis.planning.held_out import HeldOut, Runner
 from lapis.planning.pieces import pieces_of
 from lapis.planning.tensor_swap import Bench
 
@@ -70,7 +70,7 @@ def measure(base: Path, chat: Path, options: argparse.Namespace) -> dict:
     half = [place > TOKENS // 2 for place in range(TOKENS + 1)]
     rows = [ScoredSequence(row, half) for row in ids]
     whole = [ScoredSequence(row, [place > 0 for place in range(TOKENS + 1)]) for row in ids] if options.text else []
-    runner = Runner(bench.model, Exam(rows, whole, size=max(4 * len(whole) * TOKENS, 1)))
+    runner = Runner(bench.model, HeldOut(rows, whole, size=max(4 * len(whole) * TOKENS, 1)))
     pieces = list(dict.fromkeys(p for size in options.pieces for p in pieces_of(one, size)))
 
     def plain() -> float:

@@ -17,10 +17,10 @@ import yaml
 from lapis.checkpoint import open_checkpoint
 from lapis.evaluation.text import bits_per_byte
 from lapis.model.load import load
-from lapis.planning.measure import Runner, make_exam
+from lapis.planning.choice import learn_scales
+from lapis.planning.held_out import Runner, make_held_out
+from lapis.planning.inputs import template_rows
 from lapis.planning.pieces import outside, pieces_of
-from lapis.planning.plan import template_rows
-from lapis.planning.scales import learn_scales
 from lapis.planning.tensor_swap import Bench
 from lapis.text.tokenizer.tokenizer import Tokenizer
 from lapis.tour.material import ENGLISH, Material
@@ -83,7 +83,7 @@ def compare(tour: Path, options: argparse.Namespace) -> dict:
             return result
         started = time.perf_counter()
         onto, base, chat = (open_checkpoint(tour / name) for name in ("adapted", "base", "chat"))
-        exam = make_exam(
+        exam = make_held_out(
             tokenizer,
             choosing.chats[ENGLISH],
             choosing.texts[language],

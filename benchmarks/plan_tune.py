@@ -43,13 +43,12 @@ from lapis.families.base import Part
 from lapis.families.config import ModelConfig
 from lapis.families.patterns import chosen, read_patterns
 from lapis.model.transformer import Transformer
-from lapis.planning.causal import Effects, measure_set
-from lapis.planning.choose import at_random, worth
-from lapis.planning.choose import choose as pick
-from lapis.planning.measure import Runner, make_exam
+from lapis.planning.choice import at_random, learn_scales, worth
+from lapis.planning.choice import choose as pick
+from lapis.planning.effects import Effects, measure_set
+from lapis.planning.held_out import Runner, make_held_out
+from lapis.planning.inputs import template_rows
 from lapis.planning.pieces import pieces_of
-from lapis.planning.plan import template_rows
-from lapis.planning.scales import learn_scales
 from lapis.planning.tensor_swap import Bench
 from lapis.text.corpus import corpus
 from lapis.text.tokenizer.tokenizer import Tokenizer, train_tokenizer
@@ -291,9 +290,11 @@ class Lab:
         if not path.exists():
             one, two = lapis.open(self.root / "base"), lapis.open(self.root / chat)
             texts = (document.text for document in corpus.documents([self.files["plan-text"]]))
-            exam = make_exam(self.tokenizer, corpus.chats([self.files["plan-talks"]]), texts, context=CONTEXT, limit=24)
+            held_out = make_held_out(
+                self.tokenizer, corpus.chats([self.files["plan-talks"]]), texts, context=CONTEXT, limit=24
+            )
             bench = Bench(one, one, two, template_rows(one, one, two))
-            learned = learn_scales(bench, Runner(bench.model, exam), pieces_of(one, "components"), LIMITS[rule], 20)
+            learned = learn_scales(bench, Runner(bench.model, held_out), pieces_of(one, "components"), LIMITS[rule], 20)
             path.write_text(json.dumps(learned.scales))
         return json.loads(path.read_text())
 
@@ -307,9 +308,9 @@ def foretold(lab: Lab, chat: str) -> dict[str, dict[str, float]]:
     """Correlations over the sets that were tuned: what they do when put in, against what tuning them does."""
     one, two = lapis.open(lab.root / "base"), lapis.open(lab.root / chat)
     texts = (document.text for document in corpus.documents([lab.files["plan-text"]]))
-    exam = make_exam(lab.tokenizer, corpus.chats([lab.files["plan-talks"]]), texts, context=CONTEXT)
+    held_out = make_held_out(lab.tokenizer, corpus.chats([lab.files["plan-talks"]]), texts, context=CONTEXT)
     bench = Bench(one, one, two, template_rows(one, one, two))
-    runner, parts = Runner(bench.model, exam), pieces_of(one, "components")
+    runner, parts = Runner(bench.model, held_out), pieces_of(one, "components")
     bench.put(one.names, "chat")
     runner.start()
     full = runner.score()

@@ -1,7 +1,9 @@
 """`lapis plan` as a user has it: the choice, the files it writes, who reads them, and what it refuses."""
 
 import html
+import inspect
 import json
+from dataclasses import fields, replace
 
 import pytest
 import yaml
@@ -13,7 +15,8 @@ from lapis.evaluation.chats import score_chats
 from lapis.families.base import Part
 from lapis.families.config import ModelConfig
 from lapis.model.transformer import Transformer
-from lapis.planning.choose import at_random
+from lapis.planning.choice import at_random
+from lapis.planning.options import PlanOptions
 from lapis.planning.pieces import Piece, pieces_of
 from lapis.weights.graft.scale import read_scale
 
@@ -112,6 +115,100 @@ def test_the_command_prints_one_object_and_writes_plan_and_page(pair, tmp_path, 
     assert {"layer", "style", "knowledge"} <= result["scores"][0].keys()
     page = (tmp_path / "plan.html").read_text()
     assert result["finding"] in html.unescape(page) and "random, same size" in page
+
+
+@pytest.mark.parametrize("graft", [False, True])
+def test_a_plan_that_was_killed_goes_on_to_the_same_end(pair, tmp_path, graft):
+    """Stopped at several places, and with a line of the journal cut in two, it measures nothing twice."""
+    options = {"chats": pair.chats, "text": pair.text, "draws": 2, "budget": 0.4, "journal": tmp_path / "journal"}
+    if graft:
+        options |= {"onto": pair.onto, "replies": False, "cost": 0.05}
+    whole = lapis.plan(pair.base, pair.chat, **{**options, "journal": None})
+    journal = options["journal"]
+    for stop in (3, 20, 40):
+        spent = []
+
+        def watch(what, done, total, spent=spent, stop=stop):
+            spent.append(done)
+            if what == "measuring" and len(spent) > stop + 50 * graft:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            lapis.plan(pair.base, pair.chat, **options, progress=watch)
+        with journal.open("ab") as file:
+            file.write(b'{"key": "cut in t')
+    told = []
+    again = lapis.plan(pair.base, pair.chat, **options, report=told.append)
+    assert any("going on" in line for line in told) and not journal.exists()
+    same = {key: value for key, value in whole.to_json().items() if key not in ("seconds", "passes")}
+    assert {key: again.to_json()[key] for key in same} == same
+
+
+def test_the_journal_of_another_plan_is_not_gone_on_with(pair, tmp_path):
+    def stop(what, done, total):
+        if what == "measuring" and done > 10:
+            raise KeyboardInterrupt
+
+    options = {"chats": pair.chats, "text": pair.text, "draws": 1, "journal": tmp_path / "journal"}
+    with pytest.raises(KeyboardInterrupt):
+        lapis.plan(pair.base, pair.chat, **options, progress=stop)
+    told = []
+    lapis.plan(pair.base, pair.chat, **options, seed=1, report=told.append)
+    assert not any("going on" in line for line in told)
+
+
+def test_what_a_plan_costs_is_said_before_it_is_spent(pair):
+    events = []
+    plan = lapis.plan(
+        pair.base, pair.chat, chats=pair.chats, text=pair.text, draws=3, report=events.append,
+        progress=lambda what, done, total: events.append(done) if what == "measuring" else None,
+    )  # fmt: skip
+    assert "forward passes over" in events[0] and f"{plan.tokens['chats']:,} of chats" in events[0]
+    announced = float(events[0].split("about ")[1].split(" ")[0])
+    assert announced == pytest.approx(plan.passes, rel=0.1)
+    assert any("a pass takes" in str(event) for event in events[:8])
+
+
+def test_the_choice_is_compared_with_several_random_ones(found):
+    assert len(found.controls) == 8 and len({row["seed"] for row in found.controls}) == 8
+    styles = [row["style"] for row in found.controls]
+    assert f"({min(styles):.0%} to {max(styles):.0%})" in found.finding() and "8 random choices" in found.finding()
+    assert found.measured["control"]["style"] == styles[0]
+    for style in styles:  # one piece is planted, the others bring nothing
+        assert style == pytest.approx(1.0, abs=1e-6) or style == pytest.approx(0.0, abs=1e-6)
+    lucky = sum(style > 0.99 for style in styles)
+    assert ("better than all of these" in found.finding()) == (lucky == 0)
+    assert (f"better than {8 - lucky} of 8: it may be no better than chance" in found.finding()) == (lucky > 0)
+
+
+def test_text_that_gets_easier_is_said_to_get_easier(found):
+    found = replace(found, measured={**found.measured, "chosen": {**found.measured["chosen"], "knowledge": -0.008}})
+    assert "plain text gets 0.8% easier" in found.finding() and "-0.8" not in found.finding()
+    found.measured["chosen"]["knowledge"] = 0.012
+    assert "plain text gets 1.2% harder" in found.finding()
+
+
+def test_what_is_said_of_the_templates_rows_was_measured(pair, found):
+    plan = lapis.plan(pair.base, pair.chat, budget=0.3)
+    base, chat = (lapis.load(folder)[0].embed.weight.detach() for folder in (pair.base, pair.chat))
+    rows = {row["token"]: row for row in plan.template_rows}
+    assert set(rows) == {"<|im_start|>", "<|im_end|>"}
+    for token, row in rows.items():
+        i = pair.tokenizer.id(token)
+        assert row["in_base"]
+        assert row["moved"] == pytest.approx(float((chat[i] - base[i]).norm() / base[i].norm()), rel=1e-6)
+    assert any("<|im_end|>: chat moved its row by" in line for line in plan.template_findings())
+    # where only an MLP was tuned, chat has the rows that base has, and that is what is said
+    assert all(line.endswith("chat's row is the one that base has") for line in found.template_findings())
+    assert not any("never" in line for line in [*plan.template_findings(), *plan.notes, plan.finding()])
+
+
+def test_the_options_of_python_and_of_the_command_are_the_same():
+    parameters = inspect.signature(lapis.plan).parameters
+    for field in fields(PlanOptions):
+        assert parameters[field.name].default == field.default, field.name
+    models = {"base", "chat", "chats", "text", "choices", "onto", "progress", "report", "journal"}
+    assert set(parameters) == {field.name for field in fields(PlanOptions)} | models
 
 
 def test_python_gives_picture_table_and_page(found):

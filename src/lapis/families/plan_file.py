@@ -65,10 +65,13 @@ class PlanFile:
         tokens = settings.get("tokens") or []
         if not isinstance(tokens, list) or not all(isinstance(token, str) for token in tokens):
             raise ConfigError(f"{place}: tokens must be a list of tokens, as text")
-        known = {name: settings[name] for name in ("goal", "budget", "made_from", "embeddings", "default")
-                 if name in settings}  # fmt: skip
-        rows = {name: tuple(settings.get(name) or ()) for name in ("control", "scales", "scores")}
-        return cls(settings["model"], tuple(settings["tune"]), tuple(tokens), source=place, **known, **rows)
+        known: dict[str, Any] = {
+            name: settings[name]
+            for name in ("goal", "budget", "made_from", "embeddings", "default")
+            if name in settings
+        }
+        known |= {name: tuple(settings.get(name) or ()) for name in ("control", "scales", "scores")}
+        return cls(settings["model"], tuple(settings["tune"]), tuple(tokens), source=place, **known)
 
     def to_yaml(self) -> str:
         """The text of the file; figures of the scores are rounded to five digits."""

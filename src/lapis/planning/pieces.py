@@ -1,17 +1,22 @@
-"""Pieces: what a plan takes or leaves, a layer, its attention or MLP, or one component of it.
+"""Pieces: what a plan takes or leaves (a layer, its attention or MLP, or one component), and what tensors tell of them.
 
 A tensor belongs to the piece whose name its component begins with; what stands in a block beside attention and MLP
-(norms) goes with the whole layer only. Leaves out: what a piece is worth (signals), and which are taken (choose.py).
+(norms) goes with the whole layer only. The cheap signals are read from the tensors alone: how far a difference goes, in
+which direction, in how many directions, how much above noise. Leaves out what a piece does to a model (effects.py).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from lapis.checkpoint import Checkpoint
+from lapis.errors import CheckpointError
 from lapis.families.base import Part
+from lapis.planning.options import PieceSize
+from lapis.weights.diff.diff import diff, unrelated
+from lapis.weights.diff.measures import Sums
+from lapis.weights.diff.table import DiffTable
 
-Size = Literal["layers", "halves", "components"]
 HALVES = ("attn", "mlp")
 
 
@@ -36,7 +41,7 @@ class Piece:
         return [{"layer": self.layer, "component": half} for half in HALVES]
 
 
-def pieces_of(checkpoint: Checkpoint, size: Size) -> list[Piece]:
+def pieces_of(checkpoint: Checkpoint, size: PieceSize) -> list[Piece]:
     """All pieces of one size, in order; a layer's are those of its matrices and biases."""
     groups: dict[tuple[int, str], list[str]] = {}
     for name in checkpoint.names:
@@ -61,7 +66,40 @@ def together(pieces: Iterable[Piece]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for piece in pieces for name in piece.names))
 
 
-def _component(part: Part, size: Size) -> str | None:
+def differences(
+    base: Checkpoint, chat: Checkpoint, spectra: bool, progress: Callable[[int, int], None] | None = None
+) -> DiffTable:
+    """The table of differences. Raises CheckpointError where the two are not parent and child, or are the same."""
+    table = diff(base, chat, spectra=spectra, progress=progress)
+    if unrelated(table):
+        raise CheckpointError(
+            f"plan: {base.source} and {chat.source}: cosine 0.00 in every layer: these are not parent and child"
+        )
+    if not any(line.sums.dd for line in table.lines if line.part.layer is not None):
+        raise CheckpointError(f"plan: {base.source} and {chat.source} are the same in every layer; there is no choice")
+    return table
+
+
+def tensor_signals(table: DiffTable, piece: Piece) -> dict[str, Any]:
+    """Figures of a piece's difference as one vector.
+
+    relative_norm, cosine; energy: its share of the squared length of all blocks' differences; with spectra
+    stable_rank, rank_90, snr (of the difference) and weight_snr (of base's matrices, what Spectrum ranks by), as means
+    over its matrices.
+    """
+    mine = [line for line in table.lines if line.name in piece.names]
+    sums = sum((line.sums for line in mine), Sums())
+    figures = sums.figures()
+    total = sum(line.sums.dd for line in table.lines if line.part.layer is not None)
+    signals = {"relative_norm": figures["relative_norm"], "cosine": figures["cosine"], "energy": sums.dd / total}
+    for key in ("stable_rank", "rank_90", "snr", "weight_snr"):
+        values = [line.extra[key] for line in mine if line.extra.get(key) is not None]
+        if values:
+            signals[key] = sum(values) / len(values)
+    return signals
+
+
+def _component(part: Part, size: PieceSize) -> str | None:
     half = part.component.split(".")[0]
     if half not in HALVES:
         return None

@@ -2,7 +2,7 @@
 
 Nothing is added and subtracted again: a tensor is read anew from its checkpoint, so what was put in is taken out
 without a trace. At most one tensor of each model is held beside the model, large ones by rows. The rows of the chat
-template's tokens are chat's from the start, as in a graft: base never trained them. Leaves out: measuring.
+template's tokens are chat's from the start, as in a graft. Leaves out measuring.
 """
 
 from collections.abc import Iterable, Mapping
@@ -75,10 +75,10 @@ class Bench:
     def difference(self, name: str) -> tuple[Tensor, ...]:
         """chat - base, float32, in the shapes of the parameters that the tensor fills; 0 in the template's rows."""
         rule, targets = self._targets[name]
-        found = self._delta(name, 0, self.home.info(name).elements).view(self.home.info(name).shape)
+        delta = self._delta(name, 0, self.home.info(name).elements).view(self.home.info(name).shape)
         if name in self.vocabulary:
-            found[list(self.template)] = 0
-        return rule.transform.apply(found, self._shapes(targets))
+            delta[list(self.template)] = 0
+        return rule.transform.apply(delta, self._shapes(targets))
 
     def _shapes(self, targets: tuple[str, ...]) -> list[tuple[int, ...]]:
         return [tuple(self._parameters[target].shape) for target in targets]

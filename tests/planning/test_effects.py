@@ -11,12 +11,11 @@ from lapis.evaluation.chats import score_chats
 from lapis.evaluation.choices import read_choices, score_choices
 from lapis.evaluation.text import bits_per_byte
 from lapis.model.load import save
-from lapis.planning.causal import sweep
-from lapis.planning.gradient import Gradients
-from lapis.planning.measure import Runner, make_exam
+from lapis.planning.choice import learn_scales
+from lapis.planning.effects import Gradients, sweep
+from lapis.planning.held_out import Runner, make_held_out
+from lapis.planning.inputs import template_rows
 from lapis.planning.pieces import outside, pieces_of
-from lapis.planning.plan import template_rows
-from lapis.planning.scales import learn_scales
 from lapis.planning.tensor_swap import Bench
 from lapis.text.corpus.corpus import chats
 
@@ -29,7 +28,7 @@ def bench(pair):
 
 @pytest.fixture
 def runner(pair, bench):
-    exam = make_exam(pair.tokenizer, chats(pair.chats), pair.texts, read_choices(pair.choices), context=63)
+    exam = make_held_out(pair.tokenizer, chats(pair.chats), pair.texts, read_choices(pair.choices), context=63)
     return Runner(bench.model, exam)
 
 
@@ -117,7 +116,7 @@ def test_gradient_times_difference_is_the_slope(bench, runner):
 def test_learned_scales_beat_the_single_scale_of_their_cost(pair):
     onto, base, chat = (open_checkpoint(folder) for folder in (pair.onto, pair.base, pair.chat))
     bench = Bench(onto, base, chat, template_rows(onto, base, chat))
-    runner = Runner(bench.model, make_exam(pair.tokenizer, chats(pair.chats), pair.texts, context=63))
+    runner = Runner(bench.model, make_held_out(pair.tokenizer, chats(pair.chats), pair.texts, context=63))
     pieces = pieces_of(onto, "halves")
     learned = learn_scales(bench, runner, pieces, 0.05, steps=25)
     best = min((row for row in learned.rows if row["cost"] <= 0.05), key=lambda row: row["response_nll"])
@@ -127,7 +126,7 @@ def test_learned_scales_beat_the_single_scale_of_their_cost(pair):
         bench.put(names, "chat", scale)
         runner.start()
         singles.append(runner.score())
-    home = Runner(bench.model, runner.exam)
+    home = Runner(bench.model, runner.held_out)
     bench.put(names, "home")
     home.start()
     bits = home.score()["bits_per_byte"]

@@ -6,10 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lapis.planning.causal import Effects
-from lapis.planning.choose import LEAST, PRICE, at_random, choose, value, worth
+from lapis.planning.choice import LEAST, PRICE, TRIES, at_random, choose, search, value, worth
+from lapis.planning.effects import Effects
 from lapis.planning.pieces import Piece
-from lapis.planning.search import TRIES, search
 
 PIECES = [Piece(layer, component, (f"{layer}.{component}",), 10) for layer in range(4) for component in ("attn", "mlp")]
 STYLE = {piece.label: 0.1 + 0.05 * piece.layer for piece in PIECES}
@@ -60,7 +59,7 @@ def test_the_search_ends_with_the_best_set_it_measured() -> None:
         return {"response_nll": 2 - 0.1 * len(layers), "bits_per_byte": 1 + harm / 100}
 
     bench = SimpleNamespace(put=put)
-    runner = SimpleNamespace(start=lambda: None, score=score)
+    runner = SimpleNamespace(start=lambda: None, score=score, recorded=lambda key, measure: measure())
     home, full = {"response_nll": 2.0, "bits_per_byte": 1.0}, {"response_nll": 1.0, "bits_per_byte": 1.01}
     found = search(bench, runner, Effects(home, full), PIECES, SINGLE, [p.names[0] for p in PIECES], 40, seed=0)  # type: ignore[arg-type]
     assert len(seen) == TRIES and not inside

@@ -1,14 +1,19 @@
-"""What a plan measures with: chats, plain text and questions, as ids that can be run from any layer on.
+"""What a plan measures with: held-out chats, plain text and questions, as ids that can be run from any layer on.
 
 Hidden states before a changed layer do not change, so they are kept at that layer's input and only the layers from
-there on are run. One hidden state per token is held, whatever the number of layers.
+there on are run. One hidden state per token is held, whatever the number of layers. What was measured is written to a
+journal, so that a plan that was killed goes on.
 
-Shapes: B sequences, T places, R scored places, D model dim, V vocabulary.
+Shapes: B sequences, T places, R scored places, C compared places, D model dim, V vocabulary.
 """
 
+import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,12 +30,15 @@ from lapis.text.tokenizer.tokenizer import Tokenizer
 
 BATCH = 4096  # places of one batch
 COMPARED = 512  # places of each kind at which whole distributions are compared
-WINDOW = 256  # tokens of a window of text
+TEXT_TOKENS = 128  # of text for each chat
+
+Figures = dict[str, float]
 
 
 @dataclass(frozen=True)
-class Exam:
-    """chats, text, choices: sequences with the places that are scored. size: bytes of the text. prompts: the chats."""
+class HeldOut:
+    """chats, text, choices: sequences with the places that are scored. size: bytes of the text. prompts: the chats.
+    ends: ids that end a turn."""
 
     chats: list[ScoredSequence]
     text: list[ScoredSequence] = field(default_factory=list)
@@ -45,39 +53,43 @@ class Exam:
         return {kind: sum(len(s.ids) for s in getattr(self, kind)) for kind in ("chats", "text", "choices")}
 
 
-def make_exam(
+def make_held_out(
     tokenizer: Tokenizer,
     chats: Iterable[Chat],
     texts: Iterable[str] = (),
     questions: Sequence[Choice] = (),
     *,
-    context: int = WINDOW,
+    context: int = 256,
     limit: int = 64,
-) -> Exam:
-    """The first `limit` chats, and as many tokens of text, in windows of `context`. Raises DataError for none."""
+) -> HeldOut:
+    """The first `limit` chats, and as much text: TEXT_TOKENS for each, in windows of `context`.
+
+    Raises:
+        DataError: No chat has a token of the assistant within `context`.
+    """
     sequences: list[ScoredSequence] = []
     prompts: list[Sequence[Mapping[str, Any]]] = []
     for chat in chats:
         if len(sequences) == limit:
             break
-        ids, said = encode_chat(tokenizer, chat.messages)
-        if any(said[1 : context + 1]):
-            sequences.append(ScoredSequence(ids[: context + 1], said[: context + 1]))
+        ids, scored = encode_chat(tokenizer, chat.messages)
+        if any(scored[1 : context + 1]):
+            sequences.append(ScoredSequence(ids[: context + 1], scored[: context + 1]))
             prompts.append(chat.messages)
     if not sequences:
         raise DataError(f"plan: no chat has an assistant token within its first {context} tokens; give other --chats")
     lead = tokenizer.eos_id if tokenizer.eos_id is not None and not tokenizer.adds_bos else tokenizer.bos_id
     windows: list[ScoredSequence] = []
-    size, room = 0, max(limit * 128, 1)
+    size, room = 0, max(limit * TEXT_TOKENS, 1)
     for text in texts:
         if room <= 0:
             break
         ids = tokenizer.encode(text)[:room]
-        kept = text if len(ids) < room else tokenizer.decode(ids)
+        read = text if len(ids) < room else tokenizer.decode(ids)
         if ids and lead is not None:
             windows += windows_of([lead, *ids], context)
-            size, room = size + len(kept.encode()), room - len(ids)
-    return Exam(
+            size, room = size + len(read.encode()), room - len(ids)
+    return HeldOut(
         sequences, windows, size,
         [s for q in questions for s in scored_choices(tokenizer, q, context)], list(questions),
         [m for m in prompts if m[0].get("role") != "assistant"], frozenset(tokenizer.end_ids),
@@ -85,7 +97,7 @@ def make_exam(
 
 
 @dataclass
-class Batch:
+class HeldOutBatch:
     """Sequences of like length. x_BTD: their hidden states at the input of the layer that was reached."""
 
     kind: str
@@ -101,13 +113,71 @@ class Batch:
     reference_CD: Tensor | None = None
 
 
-class Runner:
-    """Runs an exam on a model, whole or from a layer on."""
+class PlanJournal:
+    """Figures that were measured, one line of JSON each, in a file that a rerun of the same job reads.
 
-    def __init__(self, model: Transformer, exam: Exam) -> None:
-        self.model, self.exam = model, exam
-        self.batches = [b for kind in ("chats", "text", "choices") for b in _batches(kind, exam)]
-        self.passes = 0.0  # forward passes over the whole exam so far
+    path: None keeps nothing. job: a digest of all that decides the figures; a file of another job is begun anew.
+    """
+
+    def __init__(self, path: Path | None = None, job: str = "") -> None:
+        self._path = path
+        self.lines: dict[str, dict[str, Any]] = {}
+        if path is None:
+            return
+        lines = _lines(path)
+        if lines and lines[0] == {"job": job}:
+            self.lines = {line["key"]: line for line in lines[1:]}
+            os.truncate(path, sum(len(_dump(line)) for line in lines))  # a line that a kill cut in two
+        else:
+            path.write_bytes(_dump({"job": job}))
+
+    def add(self, key: str, figures: Any, passes: float) -> None:
+        line = {"key": key, "figures": figures, "passes": passes}
+        self.lines[key] = line
+        if self._path is not None:
+            with self._path.open("ab") as file:
+                file.write(_dump(line))
+
+    def close(self) -> None:
+        """The job is done: its journal goes."""
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
+
+
+class Runner:
+    """Runs held-out material on a model, whole or from a layer on, and remembers what was measured.
+
+    passes: forward passes over all of the material so far; a backward pass counts as two. watch: told the passes after
+    each measurement.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        held_out: HeldOut,
+        journal: PlanJournal | None = None,
+        watch: Callable[[float], None] | None = None,
+    ) -> None:
+        self.model, self.held_out = model, held_out
+        self.batches = [b for kind in ("chats", "text", "choices") for b in _batches(kind, held_out)]
+        self.passes = 0.0
+        self.journal = journal or PlanJournal()
+        self._watch = watch or (lambda passes: None)
+
+    def recorded(self, key: str, measure: Callable[[], Any]) -> Any:
+        """What `measure` gives, JSON; or what it gave before, where the journal holds that."""
+        if (line := self.journal.lines.get(key)) is not None:
+            self.spend(float(line["passes"]))
+            return line["figures"]
+        before = self.passes
+        figures = measure()
+        self.journal.add(key, figures, self.passes - before)
+        return figures
+
+    def spend(self, passes: float) -> None:
+        """Counts forward passes, and tells how far the plan is."""
+        self.passes += passes
+        self._watch(self.passes)
 
     @torch.no_grad()
     def start(self) -> None:
@@ -121,15 +191,20 @@ class Runner:
         block = self.model.blocks[layer]
         for batch in self.batches:
             batch.x_BTD = block(batch.x_BTD, batch.shared)
-        self.passes += 1 / self.model.config.layers
+        self.spend(1 / self.model.config.layers)
 
     @torch.no_grad()
-    def score(self, layer: int = 0, *, keep: bool = False) -> dict[str, float]:
+    def score(self, layer: int = 0, *, keep: bool = False) -> Figures:
         """The figures of the model as it stands, from the input of `layer` on.
 
-        response_nll (nats per token), stop (mean probability of the end token where a reply ends), bits_per_byte,
-        right_nll (nats of a right choice), accuracy, kl_chats and kl_text (nats per token, from the distributions that
-        the last call with keep=True saw to these).
+        Args:
+            layer: The first one that is run; the layers below are as they were when `advance` passed them.
+            keep: Later calls compare their distributions with those of this one.
+
+        Returns:
+            response_nll (nats per token), stop (mean probability of the end token where a reply ends), bits_per_byte,
+            right_nll (nats of a right choice), accuracy, kl_chats and kl_text (nats per token, from the distributions
+            that the last call with keep=True saw to these).
         """
         totals: dict[str, list[float]] = {}
         nats: dict[int, float] = {}
@@ -150,7 +225,7 @@ class Runner:
                 batch.reference_CD = compared_CD.clone()
             if batch.reference_CD is not None and batch.kind != "choices":
                 _add(totals, f"kl_{batch.kind}", self._kl(batch.reference_CD, compared_CD), len(compared_CD))
-        self.passes += 1 - layer / self.model.config.layers
+        self.spend(1 - layer / self.model.config.layers)
         return self._figures(totals, nats)
 
     def _kl(self, reference_CD: Tensor, hidden_CD: Tensor) -> float:
@@ -163,22 +238,23 @@ class Runner:
         (values_C,) = read_logits(self.model, divergence, hidden_CD, reference_CD)
         return float(values_C.sum())
 
-    def _figures(self, totals: dict[str, list[float]], nats: dict[int, float]) -> dict[str, float]:
-        found = {"response_nll": _mean(totals, "chats")}
+    def _figures(self, totals: dict[str, list[float]], nats: dict[int, float]) -> Figures:
+        figures = {"response_nll": _mean(totals, "chats")}
         if "stop" in totals:
-            found["stop"] = _mean(totals, "stop")
+            figures["stop"] = _mean(totals, "stop")
         if "text" in totals:
-            found["bits_per_byte"] = totals["text"][0] / math.log(2) / self.exam.size
-        found |= {key: _mean(totals, key) for key in ("kl_chats", "kl_text") if key in totals}
+            figures["bits_per_byte"] = totals["text"][0] / math.log(2) / self.held_out.size
+        figures |= {key: _mean(totals, key) for key in ("kl_chats", "kl_text") if key in totals}
         if nats:
-            at, right, wanted = 0, 0, 0.0
-            for question in self.exam.questions:
+            at, right, answer = 0, 0, 0.0
+            for question in self.held_out.questions:
                 costs = [nats[at + i] for i in range(len(question.choices))]
                 at += len(costs)
                 right += costs.index(min(costs)) == question.answer
-                wanted += costs[question.answer]
-            found |= {"accuracy": right / len(self.exam.questions), "right_nll": wanted / len(self.exam.questions)}
-        return found
+                answer += costs[question.answer]
+            count = len(self.held_out.questions)
+            figures |= {"accuracy": right / count, "right_nll": answer / count}
+        return figures
 
 
 def _add(totals: dict[str, list[float]], key: str, value: float, count: int) -> None:
@@ -191,14 +267,14 @@ def _mean(totals: dict[str, list[float]], key: str) -> float:
     return totals[key][0] / max(totals[key][1], 1)
 
 
-def _batches(kind: str, exam: Exam) -> Iterable[Batch]:
-    sequences: list[ScoredSequence] = getattr(exam, kind)
+def _batches(kind: str, held_out: HeldOut) -> Iterable[HeldOutBatch]:
+    sequences: list[ScoredSequence] = getattr(held_out, kind)
     scored = sum(sum(sequence.scored[1:]) for sequence in sequences)
     step = max(1, scored // COMPARED)
-    ends = torch.tensor(sorted(exam.ends), dtype=torch.int64)
+    ends = torch.tensor(sorted(held_out.ends), dtype=torch.int64)
     for numbers in batches_by_length([len(sequence.ids) for sequence in sequences], BATCH):
         rows = lay_out([sequences[i] for i in numbers])
-        yield Batch(
+        yield HeldOutBatch(
             kind,
             numbers,
             ids_BT=rows.ids_BT[:, :-1],  # the last place of a row predicts nothing
@@ -208,3 +284,23 @@ def _batches(kind: str, exam: Exam) -> Iterable[Batch]:
             ending_R=torch.isin(rows.targets_R, ends),
             compared_C=torch.arange(0, len(rows.targets_R), step),
         )
+
+
+def _dump(line: Mapping[str, Any]) -> bytes:
+    return json.dumps(line, ensure_ascii=False).encode() + b"\n"
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a journal, up to the first that is none."""
+
+    def parsed(raw: bytes) -> Any:
+        try:
+            return json.loads(raw) if raw.endswith(b"\n") else None
+        except ValueError:
+            return None
+
+    try:
+        with path.open("rb") as file:
+            return list(takewhile(lambda line: isinstance(line, dict), map(parsed, file)))
+    except OSError:
+        return []
