@@ -222,9 +222,9 @@ def test_all_problems_are_told_at_once(trio, folders, tmp_path):
     [
         ("fast", "expected a number"),
         ("nan", "finite"),
-        ("mpl=1", 'component "mpl" matches nothing; did you mean'),
-        ("7=1", "layers 7 matches nothing; the model has layers 0-1"),
-        ("0-=1", "is not layers=number"),
+        ("mpl=1", '"mpl" matches nothing; nearest: mlp'),
+        ("7=1", '"layers.7" matches nothing; the layers are 0-1'),
+        ("0-=1", "is no pattern such as"),
         ({"scale": 1}, 'expected "scales:"'),
         ({"scales": [{"layer": 0}]}, "needs a scale"),
         ({"scales": [{"leyer": 0, "scale": 1}]}, 'unknown key "leyer"; did you mean "layer"'),

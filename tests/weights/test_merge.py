@@ -15,9 +15,10 @@ from lapis.checkpoint import open_checkpoint
 from lapis.errors import CheckpointError, ConfigError, OutputError
 from lapis.weights.graft.graft import graft
 from lapis.weights.merge.merge import merge, plan_merge
-from lapis.weights.merge.methods import METHODS, merge_tensors
+from lapis.weights.merge.methods import METHODS
 
 from .conftest import DIM, TEMPLATE, near, weights, words, write_model
+from .whole_tensors import merge_tensors
 
 
 @pytest.fixture

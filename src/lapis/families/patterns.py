@@ -1,82 +1,118 @@
-"""Parts of a model named by patterns: what LoRA adapts, what a run tunes or freezes.
+"""Patterns: text that chooses parts of a model: what LoRA adapts, what a run tunes or freezes, what a graft scales.
 
-    attn.q            a component, in every layer; "attn" and "mlp" stand for all that is below them
-    layers.0-5        all of some layers (a number, or a range with both ends in it)
-    layers.3.attn.q   a component of some layers
-    embed, norm, head what lies outside the layers as well
-    all               everything
-
-Leaves out: numbers for each part (weights/graft/scale.py).
+attn.q            a component, in every layer; "attn" and "mlp" stand for all that is below them
+layers.0-5        all of some layers (a number, or a range with both ends in it); "0-5" is the same
+layers.3.attn.q   a component of some layers; "3.attn.q" is the same
+embed, norm, head what lies outside the layers as well
+all               everything
 """
 
 import difflib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from lapis.errors import ConfigError
 from lapis.families.base import Part
 
-_SHAPE = re.compile(r"(?:(?:layers?|blocks)\.)?(\d{1,6})(?:-(\d{1,6}))?(?:\.([a-z][\w.]*))?")
-_FUSED = {"attn.qkv": ("attn.q", "attn.k", "attn.v")}
+_SHAPE = re.compile(r"(?:(?:layers?|blocks)\.)?(\d{1,6}(?:-\d{1,6})?)(?:\.([A-Za-z_][\w.]*))?")
+_NAME = re.compile(r"[A-Za-z_][\w.]*")
+_MOST_LAYERS = 100_000
+_FUSED = {"attn.qkv": ("attn.qkv", "attn.q", "attn.k", "attn.v")}  # one tensor on disk, three parameters here
 
 
 @dataclass(frozen=True)
 class Pattern:
-    """One pattern. layers: first and last, or None for all (and what lies outside). components: None for all."""
+    """Which parts are chosen.
 
-    text: str
-    layers: tuple[int, int] | None
-    components: tuple[str, ...] | None
+    Attributes:
+        layers: Their numbers; None for all layers and what lies outside them.
+        components: Names, each with all that is below it; None for all.
+    """
+
+    layers: tuple[int, ...] | None = None
+    components: tuple[str, ...] | None = None
 
     def covers(self, part: Part) -> bool:
-        if self.layers is not None and (part.layer is None or not self.layers[0] <= part.layer <= self.layers[1]):
+        """Whether a part is chosen."""
+        if self.layers is not None and part.layer not in self.layers:
             return False
         return self.components is None or any(
-            part.component == name or part.component.startswith(f"{name}.") for name in self.components
+            part.component == name or part.component.startswith(f"{name}.")
+            for text in self.components
+            for name in _FUSED.get(text, (text,))
         )
 
+    def __str__(self) -> str:
+        pieces = [] if self.layers is None else [f"layers.{spell_layers(self.layers)}"]
+        return ".".join([*pieces, *([] if self.components is None else ["|".join(self.components)])]) or "all"
 
-def read_patterns(texts: Iterable[str], where: str) -> tuple[Pattern, ...]:
-    """Patterns from their text. Raises ConfigError for text that is none."""
-    found = []
-    for text in texts:
-        shape = _SHAPE.fullmatch(text)
-        if text in ("all", "*"):
-            found.append(Pattern(text, None, None))
-        elif shape and int(shape[2] or shape[1]) >= int(shape[1]):
-            layers = int(shape[1]), int(shape[2] or shape[1])
-            found.append(Pattern(text, layers, _components(shape[3])))
-        elif re.fullmatch(r"[a-z][a-z0-9_.]*", text):
-            found.append(Pattern(text, None, _components(text)))
+    def problem(self, parts: Sequence[Part], text: str = "") -> str:
+        """What is wrong where no part is chosen, with the nearest that there is; "" where one is. text: as typed."""
+        if any(self.covers(part) for part in parts):
+            return ""
+        names = sorted({part.component for part in parts})
+        known = sorted({*names, *(name.rpartition(".")[0] for name in names)} - {""})
+        unknown = [text for text in self.components or () if not any(Pattern(None, (text,)).covers(p) for p in parts)]
+        if not unknown:
+            layers = sorted({part.layer for part in parts if part.layer is not None})
+            nearest = f"the layers are {spell_layers(layers)}" if layers else f"known: {', '.join(known)}"
         else:
-            raise ConfigError(f'{where}: "{text}" is no pattern such as attn.q, layers.0-5 or layers.3.mlp')
-    return tuple(found)
+            close = difflib.get_close_matches(unknown[0], known, n=3, cutoff=0.4)
+            nearest = f"nearest: {', '.join(close)}" if close else f"known: {', '.join(known)}"
+        return f'"{text or self}" matches nothing; {nearest}'
 
 
-def chosen(patterns: Sequence[Pattern], parts: Iterable[Part], where: str) -> set[Part]:
+def read_pattern(text: str, where: str) -> Pattern:
+    """A pattern from its text.
+
+    Raises:
+        ConfigError: For text that is none; `where` says which setting.
+    """
+    match = _SHAPE.fullmatch(text)
+    if text in ("all", "*"):
+        return Pattern()
+    if match:
+        return Pattern(read_layers(match[1], where), None if match[2] is None else (match[2],))
+    if _NAME.fullmatch(text):
+        return Pattern(None, (text,))
+    raise ConfigError(f'{where}: "{text}" is no pattern such as attn.q, layers.0-5 or layers.3.mlp')
+
+
+def read_layers(value: Any, where: str) -> tuple[int, ...]:
+    """Numbers of layers from a number, from text such as `0-5,8`, or from a list of these.
+
+    Raises:
+        ConfigError: For what is none; `where` says which setting.
+    """
+    layers: list[int] = []
+    for item in value if isinstance(value, list) else str(value).split(","):
+        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", str(item))
+        if not match or int(match[2] or match[1]) - int(match[1]) not in range(_MOST_LAYERS):
+            raise ConfigError(f"{where}: {item!r} is not a layer or a range such as 0-7")
+        layers += range(int(match[1]), int(match[2] or match[1]) + 1)
+    return tuple(layers)
+
+
+def select_parts(texts: Iterable[str], parts: Iterable[Part], where: str) -> set[Part]:
     """The parts that at least one pattern covers.
 
-    Raises ConfigError for a pattern that covers none, with the nearest names that there are.
+    Raises:
+        ConfigError: For text that is no pattern, and for a pattern that covers no part, with the nearest names that
+            there are.
     """
     parts = list(parts)
-    for pattern in patterns:
-        if not any(pattern.covers(part) for part in parts):
-            raise ConfigError(f'{where}: "{pattern.text}" matches nothing; {_there(pattern, parts)}')
-    return {part for part in parts if any(pattern.covers(part) for pattern in patterns)}
+    patterns = {text: read_pattern(text, where) for text in texts}
+    for text, pattern in patterns.items():
+        if problem := pattern.problem(parts, text):
+            raise ConfigError(f"{where}: {problem}")
+    return {part for part in parts if any(pattern.covers(part) for pattern in patterns.values())}
 
 
-def _components(name: str | None) -> tuple[str, ...] | None:
-    return None if name is None else _FUSED.get(name, (name,))
-
-
-def _there(pattern: Pattern, parts: list[Part]) -> str:
-    """What a pattern might have meant."""
-    names = sorted({part.component for part in parts})
-    known = sorted({*names, *(name.rpartition(".")[0] for name in names)} - {""})
-    if pattern.components is None or any(name == c or name.startswith(f"{c}.") for name in names
-                                         for c in pattern.components):  # fmt: skip
-        layers = sorted({part.layer for part in parts if part.layer is not None})
-        return f"the layers are {layers[0]}-{layers[-1]}" if layers else f"known: {', '.join(known)}"
-    close = difflib.get_close_matches(pattern.components[0], known, n=3, cutoff=0.4)
-    return f"nearest: {', '.join(close)}" if close else f"known: {', '.join(known)}"
+def spell_layers(layers: Iterable[int]) -> str:
+    """Layers as text: `3`, `0-7`, or `0, 2, 5`."""
+    listed = list(layers)
+    if listed and listed == list(range(listed[0], listed[-1] + 1)):
+        return str(listed[0]) if len(listed) == 1 else f"{listed[0]}-{listed[-1]}"
+    return ", ".join(map(str, listed)) or "none"

@@ -23,7 +23,7 @@ from lapis.planning.pieces import Piece, outside, pieces_of
 from lapis.text.corpus import corpus
 from lapis.text.corpus.corpus import Chat
 from lapis.text.tokenizer.tokenizer import Tokenizer
-from lapis.weights.part_kinds import is_vocabulary
+from lapis.weights.matching import is_vocabulary
 from lapis.weights.vocabulary import open_vocabulary, template_tokens
 
 Model = str | os.PathLike[str] | Checkpoint

@@ -32,7 +32,7 @@ from lapis.planning.result import PlanResult
 from lapis.planning.tensor_swap import Bench
 from lapis.text.corpus.corpus import Chat
 from lapis.weights.diff.table import DiffTable
-from lapis.weights.part_kinds import is_norm, is_vocabulary
+from lapis.weights.matching import is_norm, is_vocabulary
 
 REPLIES, REPLY_TOKENS = 32, 48  # generated for the stop rate
 

@@ -16,8 +16,7 @@ from lapis.families.shapes import SAME
 from lapis.model.check import plan_load
 from lapis.model.load import load
 from lapis.model.transformer import Transformer
-from lapis.weights.part_kinds import is_vocabulary
-from lapis.weights.tensor_pairs import counterparts
+from lapis.weights.matching import counterparts, is_vocabulary
 
 Side = Literal["home", "chat"]
 CHUNK = 1 << 22  # elements of a large tensor that are mixed at a time

@@ -5,8 +5,7 @@ from typing import Any
 
 from lapis.checkpoint import Checkpoint
 from lapis.weights.engine.fp8 import is_number
-from lapis.weights.part_kinds import is_vocabulary
-from lapis.weights.tensor_pairs import counterparts
+from lapis.weights.matching import counterparts, is_vocabulary
 from lapis.weights.vocabulary import Vocabulary
 
 # fields that make the same shapes mean another computation, and fields that only shift it

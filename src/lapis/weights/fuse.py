@@ -24,9 +24,8 @@ from lapis.checkpoint.commit import check_output
 from lapis.checkpoint.store import INDEX
 from lapis.checkpoint.tensor_file import torch_dtype
 from lapis.errors import CheckpointError
-from lapis.weights.engine.account import Entry, MergeResult, count, write_account
+from lapis.weights.engine.job import Entry, MergeResult, count, produce, write_account
 from lapis.weights.engine.outputs import Account, Kernel, Output
-from lapis.weights.engine.produce import produce
 from lapis.weights.engine.sources import COMPUTABLE, Source, Stored
 from lapis.weights.engine.tiles import Tile
 from lapis.weights.merge.layout import sharded

@@ -22,8 +22,7 @@ from lapis.weights.diff.table import DiffTable, Line
 from lapis.weights.engine.fp8 import is_number
 from lapis.weights.engine.sources import Rows, Source, Stored
 from lapis.weights.engine.tiles import Reader, each, spans
-from lapis.weights.part_kinds import is_vocabulary
-from lapis.weights.tensor_pairs import counterparts
+from lapis.weights.matching import counterparts, is_vocabulary
 from lapis.weights.vocabulary import Vocabulary, open_vocabulary, relation
 
 Model = str | os.PathLike[str] | Checkpoint

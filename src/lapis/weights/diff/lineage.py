@@ -21,7 +21,7 @@ from lapis.weights.diff.measures import ratio
 from lapis.weights.engine.fp8 import is_number
 from lapis.weights.engine.sources import Stored
 from lapis.weights.engine.tiles import Reader, dot, each, spans
-from lapis.weights.tensor_pairs import counterparts
+from lapis.weights.matching import counterparts
 
 Model = str | os.PathLike[str] | Checkpoint
 ALIKE, CONTAINED = 0.2, (0.8, 1.25)

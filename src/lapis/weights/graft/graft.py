@@ -20,9 +20,8 @@ from typing import Literal
 
 from lapis.checkpoint.commit import check_output
 from lapis.checkpoint.store import INDEX
-from lapis.weights.engine.account import MergeResult, count, write_account
+from lapis.weights.engine.job import MergeResult, count, produce, write_account
 from lapis.weights.engine.outputs import Account
-from lapis.weights.engine.produce import produce
 from lapis.weights.graft.layout import GraftPlan, Model, ScaleLike, changed_config, plan_graft
 from lapis.weights.tokenizer_files import carry, write_index
 

@@ -16,14 +16,13 @@ from lapis.checkpoint.tensor_file import header_bytes, torch_dtype
 from lapis.errors import CheckpointError, ConfigError
 from lapis.families.base import Part
 from lapis.weights.checks import check_configs, check_tensors, check_vocabularies, embedding_rows, told
-from lapis.weights.engine.account import Entry
 from lapis.weights.engine.fp8 import is_scale, without_quantization
+from lapis.weights.engine.job import Entry
 from lapis.weights.engine.outputs import Kernel, Output
 from lapis.weights.engine.sources import Rows, Source, Stored, columns_of, read_rows
 from lapis.weights.engine.tiles import THREADS, TILE, Tile
 from lapis.weights.graft.scale import Scale, read_scale
-from lapis.weights.part_kinds import is_norm, is_vocabulary
-from lapis.weights.tensor_pairs import counterparts
+from lapis.weights.matching import counterparts, is_norm, is_vocabulary
 from lapis.weights.vocabulary import Vocabulary, open_vocabulary, relation, rows_for, template_tokens
 
 Model = str | os.PathLike[str] | Checkpoint

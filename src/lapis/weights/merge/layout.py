@@ -14,16 +14,16 @@ import torch
 from lapis.checkpoint import Checkpoint
 from lapis.errors import ConfigError
 from lapis.weights.checks import embedding_rows
-from lapis.weights.engine.account import Entry
 from lapis.weights.engine.fp8 import is_number
-from lapis.weights.engine.kernels import kernel_of
+from lapis.weights.engine.job import Entry
 from lapis.weights.engine.sources import COMPUTABLE, Source, Stored
 from lapis.weights.engine.stream import Output
+from lapis.weights.matching import is_vocabulary
+from lapis.weights.merge.kernel import kernel_of
 from lapis.weights.merge.parameters import Resolver
 from lapis.weights.merge.placing import Placed, Placing
 from lapis.weights.merge.recipe import Recipe, recipe_scopes
 from lapis.weights.merge.union import Aligned, Words, output_words, rows_of
-from lapis.weights.part_kinds import is_vocabulary
 from lapis.weights.vocabulary import Vocabulary, relation
 
 SHARD = 5 * 10**9  # bytes of one weight file

@@ -20,9 +20,8 @@ from lapis.checkpoint.store import INDEX
 from lapis.checkpoint.tensor_file import header_bytes
 from lapis.errors import CheckpointError, ConfigError
 from lapis.weights.checks import check_configs, check_vocabularies, told
-from lapis.weights.engine.account import Entry, MergeResult, count, write_account
+from lapis.weights.engine.job import Entry, MergeResult, count, produce, write_account
 from lapis.weights.engine.outputs import Account, Output
-from lapis.weights.engine.produce import produce
 from lapis.weights.engine.tiles import THREADS, TILE
 from lapis.weights.merge.expression import parse_expression
 from lapis.weights.merge.layout import Layout, sharded

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from lapis.checkpoint import Checkpoint
 from lapis.families.base import Part
 from lapis.weights.engine.fp8 import is_scale
+from lapis.weights.matching import counterparts
 from lapis.weights.merge.recipe import Input, Recipe, Slice
-from lapis.weights.tensor_pairs import counterparts
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The merge methods. Each is one function and one line in METHODS.
 
 A function's signature holds its parameters, their defaults and their help; its docstring the formula and the source. It
-computes on float32 blocks (block.py), whole in `merge_tensors`, streamed in merge/merge.py, with the same result.
+computes on float32 blocks (block.py), which merge/kernel.py cuts from tiles.
 Leaves out: recipes (weights/merge/recipe.py), files (weights/engine/stream.py).
 """
 
@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from lapis.weights.merge.methods import consensus, linear, sparse, spherical
-from lapis.weights.merge.methods.block import Block, Elementwise, Reduction, Steps, finish
-from lapis.weights.merge.methods.options import PerModel
+from lapis.weights.merge.methods.block import Block, Elementwise, PerModel, Steps
 
-__all__ = ["METHODS", "Block", "Elementwise", "Method", "Parameter", "merge_tensors"]
+__all__ = ["METHODS", "Block", "Elementwise", "Method", "Parameter"]
 
 
 @dataclass(frozen=True)
@@ -104,45 +103,3 @@ METHODS: dict[str, Method] = {
         Method("passthrough", linear.passthrough, base="ignored", most=1),
     )
 }
-
-
-def merge_tensors(
-    method: str,
-    models: Sequence[Tensor],
-    base: Tensor | None = None,
-    *,
-    parameters: Mapping[str, Any] | None = None,
-    name: str = "",
-    seed: int = 0,
-    elements: int = 1 << 20,
-) -> Tensor:
-    """Merges tensors of one shape that are in memory -> float32 of that shape. A pure function of its arguments.
-
-    parameters: by recipe names; per-model ones as one number or one for each model. name, seed: where random masks come
-    from. elements: the size of a block, which changes nothing but memory.
-    """
-    shape = models[0].shape
-    if not shape.numel():
-        return torch.zeros(shape)
-    columns = shape[-1] if shape else 1
-    matrices = [tensor.reshape(-1, columns) for tensor in models]
-    step = max(1, elements // columns)
-
-    def block(first: int) -> Block:
-        def cut(matrix: Tensor) -> Tensor:
-            return matrix[first : first + step].to(torch.float32, copy=True)
-
-        return Block(
-            [cut(matrix) for matrix in matrices],
-            None if base is None else cut(base.reshape(-1, columns)),
-            first * columns,
-            name,
-            seed,
-            len(shape) < 2,
-        )
-
-    def sweep(reduction: Reduction) -> list[tuple[Any, ...]]:
-        return [reduction(block(first)) for first in range(0, len(matrices[0]), step)]
-
-    last = finish(METHODS[method].start(parameters or {}, len(models)), sweep)
-    return torch.cat([last.apply(block(first))[0] for first in range(0, len(matrices[0]), step)]).reshape(shape)

@@ -6,8 +6,7 @@ d_i = x_i - b.
 import torch
 from torch import Tensor
 
-from lapis.weights.merge.methods.block import Block, Elementwise, Result, Steps, cuts
-from lapis.weights.merge.methods.options import Numerics, SelectTopK
+from lapis.weights.merge.methods.block import Block, Elementwise, Numerics, Result, SelectTopK, Steps, cuts
 
 
 def sce(*, select_topk: SelectTopK = 1.0, numerics: Numerics = "mergekit") -> Steps:

@@ -9,8 +9,20 @@ import torch
 from torch import Tensor
 
 from lapis.errors import ConfigError
-from lapis.weights.merge.methods.block import Block, Elementwise, Result, Steps
-from lapis.weights.merge.methods.options import Lambda, NearswapT, Normalize, RamAlpha, RamEpsilon, RamR, Scale, Weight
+from lapis.weights.merge.methods.block import (
+    Block,
+    Elementwise,
+    Lambda,
+    NearswapT,
+    Normalize,
+    RamAlpha,
+    RamEpsilon,
+    RamR,
+    Result,
+    Scale,
+    Steps,
+    Weight,
+)
 
 
 def combination(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:

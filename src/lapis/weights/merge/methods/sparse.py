@@ -23,19 +23,26 @@ import torch
 from torch import Tensor
 
 from lapis.errors import ConfigError
-from lapis.weights.merge.methods.block import Block, Cut, Elementwise, Reduction, Result, Steps, cuts, scratch
-from lapis.weights.merge.methods.linear import combination
-from lapis.weights.merge.methods.options import (
+from lapis.weights.merge.methods.block import (
+    Block,
+    Cut,
     Density,
+    Elementwise,
     Epsilon,
     Gamma,
     Lambda,
     Normalize,
     Numerics,
     PerModel,
+    Reduction,
     Rescale,
+    Result,
+    Steps,
     Weight,
+    cuts,
+    scratch,
 )
+from lapis.weights.merge.methods.linear import combination
 
 Mask = np.ndarray[Any, np.dtype[Any]]  # of the difference's shape, bool or 0 and 1; numpy multiplies by it the fastest
 Keep = Callable[[Block, int, Tensor], tuple[Mask | None, Tensor | float]]

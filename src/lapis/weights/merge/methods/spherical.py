@@ -11,19 +11,22 @@ import torch
 from torch import Tensor
 
 from lapis.errors import ConfigError
-from lapis.weights.merge.methods.block import Block, Elementwise, Result, Steps
-from lapis.weights.merge.methods.linear import combination
-from lapis.weights.merge.methods.options import (
+from lapis.weights.merge.methods.block import (
+    Block,
+    Elementwise,
     Eps,
     FilterWise,
     Flatten,
     Interpolation,
     MaxIterations,
     NormalizeWeights,
+    Result,
     RowWise,
+    Steps,
     Tolerance,
     Weight,
 )
+from lapis.weights.merge.methods.linear import combination
 
 LERP_ABOVE = 0.9995
 _PIECE = 1 << 14  # elements that are widened to float64 at a time, so that they stay in the cache

@@ -1,4 +1,6 @@
-"""Which tensor of one model answers to which of another: by name, else by the part it plays."""
+"""Which tensor of one model answers to which of another, and what kind of thing a tensor is."""
+
+import re
 
 from lapis.checkpoint import Checkpoint
 from lapis.families.base import Part
@@ -23,3 +25,16 @@ def counterparts(owner: Checkpoint, other: Checkpoint) -> dict[str, str]:
         elif part == Part(None, "head", "weight") and not head and len(embedding) == 1:
             result[name] = embedding[0]
     return result
+
+
+_NORM = re.compile(r"(^|[._])(norm|layernorm|ln|rmsnorm)([._0-9]|$)|norm$|^ln_")
+
+
+def is_norm(part: Part) -> bool:
+    """A layer norm, RMS norm, or query/key norm; by name, so that unknown families work."""
+    return bool(_NORM.search(part.component.lower()))
+
+
+def is_vocabulary(part: Part) -> bool:
+    """The token embedding or the head that scores tokens: one row per token."""
+    return part.component in ("embed", "head")

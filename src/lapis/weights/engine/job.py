@@ -1,11 +1,15 @@
-"""The account of a merge: what each input was, what became of every tensor, and a model card. Written beside the model.
+"""A job of the engine: outputs and inputs in, a committed model folder with its account out.
 
-The account holds nothing that differs between two runs of the same job (no times, no memory), so that a job that was
-killed and went on gives the same bytes. Leaves out: the manifest of sizes and sha256, which the commit writes.
+Staged, journaled, streamed, described, committed: the one way in which a graft, a merge or a fused adapter becomes a
+folder. The account holds nothing that differs between two runs of the same job (no times, no memory), so that a job
+that was killed and went on gives the same bytes.
 """
 
+import hashlib
+import json
+import resource
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import sqrt
 from pathlib import Path
@@ -13,7 +17,12 @@ from typing import Any
 
 from lapis import __version__
 from lapis.checkpoint import Checkpoint
-from lapis.weights.engine.outputs import Figures
+from lapis.checkpoint.commit import commit
+from lapis.checkpoint.tensor_file import header_bytes
+from lapis.weights.engine.journal import Journal
+from lapis.weights.engine.outputs import Account, Figures, Output
+from lapis.weights.engine.stream import stream
+from lapis.weights.engine.tiles import TILE
 from lapis.weights.tokenizer_files import ACCOUNT, write_json
 
 
@@ -148,3 +157,54 @@ tags: [lapis, merge, {command}]
 
 What became of every tensor is in `{ACCOUNT}`.
 """
+
+
+def produce(
+    result: MergeResult,
+    files: Mapping[str, Sequence[Output]],
+    inputs: Mapping[str, Checkpoint],
+    recipe: Any,
+    beside: Callable[[Path, Account], None],
+    *,
+    overwrite: bool = False,
+    allow_nonfinite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Writes the files of a model and commits them at result.out; fills in what was measured.
+
+    recipe: all that decides the output besides the inputs, as JSON; a journal of another recipe is not gone on with.
+    beside(folder, account): writes what is not a weight. result.needs["disk_bytes"] must be free.
+    """
+    folders = [checkpoint.root for checkpoint in inputs.values()]
+    with commit(
+        result.out, overwrite=overwrite, needs_bytes=result.needs["disk_bytes"], inputs=folders, resumable=True
+    ) as staging:
+        journal = Journal(staging.path, _job(inputs, [recipe, allow_nonfinite]))
+        try:
+            account = stream(dict(files), staging.path, journal, allow_nonfinite=allow_nonfinite, progress=progress)
+        finally:
+            journal.close()
+        beside(staging.path, account)
+        staging.digests.update(account.digests)
+    result.bytes_read, result.bytes_written = account.bytes_read, account.bytes_written
+    result.bytes_resumed = account.bytes_resumed
+    result.lost_to_rounding = lost_in_all(account.figures)
+    result.nonfinite = sum(seen.nonfinite for seen in account.figures.values())
+    result.sha256 = staging.manifest_sha256
+    result.peak_memory_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _job(inputs: Mapping[str, Checkpoint], recipe: Any) -> str:
+    """A digest of all that decides the output's bytes: version, tiles, recipe, and which files were read."""
+    stamps = {}
+    for role, checkpoint in inputs.items():
+        files = sorted({info.file for info in checkpoint.index.values()})
+        stamps[role] = [checkpoint.digest(), [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files]]
+    everything = [__version__, TILE, recipe, stamps]
+    return hashlib.sha256(json.dumps(everything, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def disk_bytes(files: Mapping[str, Sequence[Output]]) -> int:
+    """How much of the disk the files of a job need, in bytes, with room for what lies beside the weights."""
+    heads = sum(len(header_bytes({o.name: ("U8", o.shape) for o in each}, {})) for each in files.values())
+    return sum(output.nbytes for outputs in files.values() for output in outputs) + heads + (64 << 20)
