@@ -7,13 +7,10 @@ Leaves out: recipes (weights/merge/recipe.py), files (weights/engine/stream.py).
 
 import inspect
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
-
-import torch
-from torch import Tensor
 
 from lapis.weights.merge.methods import consensus, linear, sparse, spherical
 from lapis.weights.merge.methods.block import Block, Elementwise, PerModel, Steps
