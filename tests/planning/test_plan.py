@@ -77,7 +77,7 @@ def test_a_plan_for_another_shape_is_refused_by_graft(pair, found, tmp_path):
     path = tmp_path / "plan.yaml"
     found.save(path)
     path.write_text(path.read_text().replace("layers: 3", "layers: 5", 1))
-    with pytest.raises(CheckpointError, match=r"made for a model of 5 layers; onto has 3"):
+    with pytest.raises(CheckpointError, match=r"made for another model \(layers 5 there, 3 here\)"):
         lapis.graft(pair.base, pair.planted, pair.onto, tmp_path / "out", path)
 
 
