@@ -95,7 +95,7 @@ def read_layers(value: Any, where: str) -> tuple[int, ...]:
     return tuple(layers)
 
 
-def select_parts(texts: Iterable[str], parts: Iterable[Part], where: str) -> set[Part]:
+def covered_parts(texts: Iterable[str], parts: Iterable[Part], where: str) -> set[Part]:
     """The parts that at least one pattern covers.
 
     Raises:

@@ -23,7 +23,7 @@ from torch.nn.utils import parametrize
 
 from lapis.errors import ConfigError
 from lapis.families import Part, family_of, part_of
-from lapis.families.patterns import select_parts
+from lapis.families.patterns import covered_parts
 from lapis.model.heads import LanguageHead
 from lapis.model.nf4 import Nf4Linear
 from lapis.model.transformer import Transformer
@@ -261,7 +261,7 @@ def wrap(model: Transformer, config: LoraConfig, base: str = "") -> Transformer:
     linears = {name: module for name, module in model.named_modules()
                if isinstance(module, Nf4Linear) or type(module) is nn.Linear}  # fmt: skip
     parts = {name: part_of(f"{name}.weight") for name in linears}
-    picked = select_parts(config.targets, parts.values(), "lora: targets")
+    picked = covered_parts(config.targets, parts.values(), "lora: targets")
     shared: dict[tuple[int | None, str], nn.Parameter] = {}
     for name, linear in linears.items():
         if parts[name] not in picked:
@@ -292,7 +292,7 @@ def begin(model: Transformer, config: LoraConfig, base: str) -> None:
     if patterns is None:
         patterns = ("head",) if model.fresh or model.config.head in ("classes", "scalar") else ()
     named = {name: part_of(name) for name, _ in model.named_parameters()}
-    whole = select_parts(patterns, named.values(), "lora: whole")
+    whole = covered_parts(patterns, named.values(), "lora: whole")
     originals = {name: model.get_parameter(name).detach().clone() for name, part in named.items() if part in whole}
     for name in originals:
         model.get_parameter(name).requires_grad_(True)

@@ -16,7 +16,7 @@ import torch
 
 from lapis.errors import ConfigError
 from lapis.families import part_of
-from lapis.families.patterns import select_parts
+from lapis.families.patterns import covered_parts
 from lapis.families.plan_file import PlanFile
 from lapis.model.transformer import Transformer
 from lapis.text.tokenizer.tokenizer import Tokenizer
@@ -104,8 +104,8 @@ def choose(model: Transformer, tune: Iterable[str] = (), freeze: Iterable[str] =
     """
     tune, freeze = tuple(tune), tuple(freeze)
     parts = {name: part_of(name) for name, _ in model.named_parameters()}
-    trained = select_parts(tune, parts.values(), "tune") if tune else set(parts.values())
-    trained -= select_parts(freeze, parts.values(), "freeze")
+    trained = covered_parts(tune, parts.values(), "tune") if tune else set(parts.values())
+    trained -= covered_parts(freeze, parts.values(), "freeze")
     if not trained:
         raise ConfigError("train: tune and freeze leave nothing to train")
     for name, parameter in model.named_parameters():
