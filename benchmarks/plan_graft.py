@@ -15,7 +15,6 @@ from pathlib import Path
 import yaml
 
 from lapis.checkpoint import open_checkpoint
-from lapis.evaluation.text import bits_per_byte
 from lapis.model.load import load
 from lapis.planning.choice import learn_scales
 from lapis.planning.held_out import Runner, make_held_out
@@ -55,7 +54,8 @@ def compare(tour: Path, options: argparse.Namespace) -> dict:
 
     def figures(folder: Path, exam) -> tuple[float, float]:
         model = load(folder)
-        return exam.response_nll(model, tokenizer, ENGLISH), bits_per_byte(model, tokenizer, exam.texts[language])
+        english = exam.likelihoods(model, tokenizer, ENGLISH)
+        return english["response_nll"], exam.likelihoods(model, tokenizer, language)["bits_per_byte"]
 
     ends = {(name, half): figures(tour / name, exam) for name in ("adapted", "tuned")
             for half, exam in (("choosing", choosing), ("reporting", reporting))}  # fmt: skip

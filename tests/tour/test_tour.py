@@ -20,29 +20,57 @@ from lapis.tour import measure
 from lapis.tour.material import Material, write_world
 from lapis.tour.world import World
 
+MINUTES = "0.1"
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 MODELS = ["base", "chat", "adapted", "tuned", "yardstick", "grafted"]
 
 
 def lapis(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "lapis", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=ONE_THREAD)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """A tour that was killed on its way and run again."""
     out = tmp_path_factory.mktemp("tour") / "run"
-    command = [sys.executable, "-m", "lapis", "tour", "--minutes", "0.3", "--out", str(out), "--json"]
-    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "lapis", "tour", "--minutes", MINUTES, "--out", str(out), "--json"]
+    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ONE_THREAD)
     while not (out / "chat").exists() and first.poll() is None:
         time.sleep(0.05)
     first.send_signal(signal.SIGKILL)
     first.wait()
     before = (out / "base" / "model.safetensors").stat().st_mtime_ns
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = lapis("tour", "--minutes", MINUTES, "--out", out, "--json")
     assert done.returncode == 0, done.stderr
     assert (out / "base" / "model.safetensors").stat().st_mtime_ns == before, "base was trained again"
     return out, json.loads(done.stdout)
+
+
+def test_one_seed_gives_the_same_bytes_stopped_or_not(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    _, found = finished
+    done = lapis("tour", "--minutes", MINUTES, "--out", tmp_path / "again", "--json")
+    again = json.loads(done.stdout)
+    for name in found["models"]:
+        ours, theirs = (Path(models[name]) / "model.safetensors" for models in (found["models"], again["models"]))
+        assert ours.read_bytes() == theirs.read_bytes(), name
+    assert again["tokens"] == found["tokens"] and again["scores"] == found["scores"]
+
+
+@pytest.mark.parametrize("part", ["a world of its own", "base:", "chat:"])
+def test_ctrl_c_says_how_to_go_on(tmp_path: Path, part: str) -> None:
+    command = [sys.executable, "-m", "lapis", "tour", "--minutes", MINUTES, "--out", str(tmp_path / "run")]
+    log = tmp_path / "log"
+    with log.open("w") as stderr:
+        running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=ONE_THREAD)
+        while part not in log.read_text() and running.poll() is None:
+            time.sleep(0.02)
+        running.send_signal(signal.SIGINT)
+        said, _ = running.communicate()
+    lines = log.read_text().splitlines()
+    assert "million tokens to learn: about 0:" in lines[0] and "1 thread" in lines[0]
+    assert running.returncode in (1, 130) and said == ""
+    assert "ame command again" in " ".join(lines[-2:]) and "Traceback" not in log.read_text()
 
 
 def test_the_findings_are_all_there(finished: tuple[Path, dict[str, Any]]) -> None:
@@ -88,12 +116,12 @@ def test_the_report_is_one_file_that_asks_for_nothing(finished: tuple[Path, dict
     assert "grafted" in html and "<script src" not in html and '<link rel="stylesheet"' not in html
 
 
-def test_a_finished_tour_is_shown_again_and_another_is_refused(finished: tuple[Path, dict[str, Any]]) -> None:
+def test_a_finished_tour_is_shown_again_another_refused(finished: tuple[Path, dict[str, Any]]) -> None:
     out, _ = finished
-    again = lapis("tour", "--minutes", 0.3, "--out", out)
+    again = lapis("tour", "--minutes", MINUTES, "--out", out)
     assert again.returncode == 0 and "lapis chat" in again.stdout
     other = lapis("tour", "--minutes", 1, "--out", out)
-    assert other.returncode == 1 and "holds another tour (minutes was 0.3)" in other.stderr
+    assert other.returncode == 1 and "holds another tour (minutes was 0.1)" in other.stderr
     assert other.stderr.count("\n") == 1
 
 
@@ -113,7 +141,7 @@ def test_what_cannot_be_a_tour_is_one_line(tmp_path: Path, arguments: list[str],
 
 
 def test_material_is_mixed_by_share_and_halved_without_overlap(tmp_path: Path) -> None:
-    write_world(World(0, 20), tmp_path / "world", "ko", 40_000)
+    write_world(World(0, 20), tmp_path / "world", "ko", 40_000, 200)
     material = Material(tmp_path / "world", "ko")
     material.mix({"en": 0.25, "ko": 0.75}, tmp_path / "mixed.jsonl", 100_000, seed=0)
     texts = [json.loads(line)["text"] for line in (tmp_path / "mixed.jsonl").read_text().splitlines()]
@@ -122,13 +150,20 @@ def test_material_is_mixed_by_share_and_halved_without_overlap(tmp_path: Path) -
     first, second = measure.exams(material)
     for language in material.languages:
         assert not {id(chat) for chat in first.chats[language]} & {id(chat) for chat in second.chats[language]}
-        assert first.questions[language] and second.questions[language]
+        assert first.prompts[language] and second.prompts[language]
+        assert not {id(prompt) for prompt in first.prompts[language]} & {
+            id(prompt) for prompt in second.prompts[language]
+        }
+    assert {prompt.split for prompt in first.prompts["ko"][:4]} == {"held_out", "local"}, "a few are of all splits"
+    for language in material.languages:
+        texts = [set(exam.texts[language]) for exam in (first, second)]
+        assert not texts[0] & texts[1]
     (tmp_path / "world" / "instruct" / "en.jsonl").unlink()
     with pytest.raises(DataError, match=r"en\.jsonl: there is no such file"):
         Material(tmp_path / "world", "ko")
 
 
-def test_the_scale_with_most_gain_within_the_budget_is_taken_or_with_most_right_answers() -> None:
+def test_the_scale_within_the_budget_or_with_most_right_answers() -> None:
     rows = [
         {"scale": s, "gap_closed": g, "bits": c} for s, g, c in ((0.5, 0.4, 0.01), (1.0, 0.5, 0.04), (1.5, 0.7, 0.2))
     ]

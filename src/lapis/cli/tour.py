@@ -1,7 +1,7 @@
 """lapis tour: the whole story, and its table."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
@@ -13,49 +13,49 @@ def tour(
     data: Path | None = None,
     out: Path = Path("runs/tour"),
     seed: int = 0,
+    precision: Literal["auto", "float32", "bf16"] = "auto",
     json: Annotated[bool, Parameter(negative="")] = False,
 ) -> None:
     """Build a language model, teach it to chat, move it to another language, graft, measure, show.
 
+    A tour learns a fixed number of tokens, so it ends alike on every machine; how long it takes is told at its start.
     The same command again goes on where a tour was stopped, and shows the table of one that is done.
 
     Parameters
     ----------
-    minutes: of training; the whole takes about half as long again.
+    minutes: the size of the story: about what it takes on two cores with bfloat16 instructions; more on others.
     language: the language to move to: ms, ko, uk or zh; with --data, any that the folder holds.
     data: a folder of real text (corpus/LANGUAGE/*.jsonl, instruct/LANGUAGE.jsonl) in place of the built-in world.
     out: where models and report go.
     seed: of the world, the weights and the order of the data.
+    precision: of training; auto takes bf16 where the processor has instructions for it, else float32.
     json: print one JSON object.
     """
-    from lapis.cli.output import console, show, stderr, table
-    from lapis.tour.recipe import Tour
-    from lapis.tour.recipe import tour as run
+    from lapis.cli.output import line, show, table
+    from lapis.tour.run import Tour
+    from lapis.tour.run import tour as run
+    from lapis.tour.telling.verdict import LABELS, MEANS, advice, sentence
 
-    found = run(Tour(minutes, language, data, out, seed), lambda text: stderr.print(f"[bold]{text}[/bold]"))
+    try:
+        found = run(Tour(minutes, language, data, out, seed, precision))
+    except KeyboardInterrupt:
+        line("What is done is kept. The same command again goes on.", error=True)
+        raise
 
     def render() -> None:
-        for code, name in found["names"].items():
-            rows = [
-                [
-                    model,
-                    part[code]["bits_per_byte"],
-                    part[code]["response_nll"],
-                    part[code]["stop_rate"],
-                    part[code]["answers"],
-                ]
-                for model, part in found["scores"].items()
-            ]
-            table(name, ["model", "bits/byte", "response NLL", "stops", "right"], rows)
-            console.print()
-        for code, gap in found["gap_closed"].items():
-            said = "has no gap to close" if gap is None else f"closed {gap:.0%} of the gap from adapted to tuned"
-            console.print(f"{found['names'][code]}: the graft at scale {found['scale']:g} {said}")
-        target = found["names"][found["languages"][1]]
-        console.print(f"{target} text became {found['cost']:+.1%} more costly to predict")
-        console.print(f"\nreport   {found['report']}")
-        console.print(f"models   {', '.join(found['models'].values())}")
-        console.print(f"\nnext     lapis chat {found['models']['grafted']}")
-        console.print(f"         lapis diff {found['models']['base']} {found['models']['chat']}")
+        line(sentence(found))
+        if advice(found):
+            line(f"\n{advice(found)}")
+        line()
+        for code in reversed(found["languages"]):
+            rows = [[model, *(part[code][key] for key in LABELS)] for model, part in found["scores"].items()]
+            table(found["names"][code], ["model", *LABELS.values()], rows)
+            line()
+        for key, label in LABELS.items():
+            line(f"{label:<13}{MEANS[key]}", "dim")
+        line(f"\nreport   {found['report']}")
+        line(f"models   {', '.join(found['models'].values())}")
+        line(f"\nnext     lapis chat {found['models']['grafted']}")
+        line(f"         lapis diff {found['models']['base']} {found['models']['chat']}")
 
     show(found, json, render)

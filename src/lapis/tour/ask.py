@@ -30,6 +30,18 @@ TASKS = {
 }
 """Tasks and their shares of the turns. The answers to "fact", "word" and "tell" stand in no prompt."""
 
+PRACTICE = {
+    "fact": 0.12,
+    "word": 0.12,
+    "read": 0.26,
+    "read_word": 0.20,
+    "repeat": 0.12,
+    "list": 0.08,
+    "tell": 0.03,
+    "finish": 0.07,
+}
+"""The same tasks in chats for training, where those that take long to learn come more often."""
+
 LESSONS = {"quiz": ("fact", "word"), "reading": ("read", "read_word"), "drill": ("repeat", "repeat", "list", "finish")}
 """Documents that tell of a lesson, and the tasks in them."""
 

@@ -9,7 +9,7 @@ Leaves out: how documents become rows (text/rows/packing.py).
 
 import json
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
@@ -18,10 +18,12 @@ from typing import Any
 from lapis.checkpoint.commit import commit
 from lapis.errors import DataError
 from lapis.text.corpus.corpus import documents
+from lapis.tour.ask import PRACTICE
 from lapis.tour.world import World
 
 ENGLISH = "en"
-TALKS = 6000  # training chats of the built-in world
+Said = Callable[[float], None]
+"""Told which share of a piece of work is done."""
 
 
 @dataclass(frozen=True)
@@ -77,15 +79,18 @@ class Material:
         path = self.root / "questions" / f"{language}.jsonl"
         return path if path.is_file() else None
 
-    def mix(self, shares: Mapping[str, float], path: Path, characters: int, seed: int) -> None:
+    def mix(
+        self, shares: Mapping[str, float], path: Path, characters: int, seed: int, said: Said = lambda _: None
+    ) -> None:
         """Writes documents to `path` until `characters` are reached, each language by its share of the characters.
 
-        A language whose documents run out starts again, in another order.
+        A language whose documents run out starts again, in another order. said: is told which share is written.
         """
         sources = {language: self._endless(language, seed) for language in shares}
         written = dict.fromkeys(shares, 0)
         with path.open("w", encoding="utf-8") as file:
-            while sum(written.values()) < characters:
+            while (whole := sum(written.values())) < characters:
+                said(whole / characters)
                 language = min(shares, key=lambda name: written[name] / shares[name])
                 text = next(sources[language])
                 written[language] += len(text)
@@ -113,23 +118,29 @@ class Material:
         return halves
 
 
-def write_world(world: World, root: Path, target: str, characters: int) -> None:
+def write_world(
+    world: World, root: Path, target: str, characters: int, talks: int, said: Said = lambda _: None
+) -> None:
     """Lays the built-in world out as a folder of material: `characters` of text in each language, chats, questions.
 
-    Training chats are in English only; the held-out ones, and the questions, are about people of whom no training chat
-    asks for a fact (it may name them in invented scenes). Chats of the target language that are written for training
-    are for a yardstick, and marked so.
+    Training chats, `talks` of them, are in English only; the held-out ones, and the questions, are about people of whom
+    no training chat asks for a fact (it may name them in invented scenes). Chats of the target language that are
+    written for training are for a yardstick, and marked so. said: is told which share is written.
     """
     with commit(root) as staging:
-        for language in (ENGLISH, target):
+        for number, language in enumerate((ENGLISH, target)):
+
+            def tell(share: float, number: int = number) -> None:
+                said((number + share) / 2)
+
             corpus = staging.path / "corpus" / language
             corpus.mkdir(parents=True)
-            _write(corpus / "train.jsonl", _texts(world.documents(language, seed=1), characters))
+            _write(corpus / "train.jsonl", _texts(world.documents(language, seed=1), characters, tell))
             _write(corpus / "valid.jsonl", _texts(world.documents(language, seed=2), 130_000))
-            talks = staging.path / "instruct"
-            talks.mkdir(exist_ok=True)
-            _write(talks / f"{language}.jsonl", world.chats(language, TALKS, seed=1))
-            _write(talks / f"{language}.valid.jsonl", world.chats(language, 200, seed=2, people="held_out"))
+            chats = staging.path / "instruct"
+            chats.mkdir(exist_ok=True)
+            _write(chats / f"{language}.jsonl", world.chats(language, talks, seed=1, tasks=PRACTICE))
+            _write(chats / f"{language}.valid.jsonl", world.chats(language, 200, seed=2, people="held_out"))
             asked = staging.path / "questions"
             asked.mkdir(exist_ok=True)
             splits = ("held_out",) if language == ENGLISH else ("held_out", "local")
@@ -142,10 +153,12 @@ def _write(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
         file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
-def _texts(texts: Iterator[str], characters: int) -> Iterator[dict[str, str]]:
-    while characters > 0:
+def _texts(texts: Iterator[str], characters: int, said: Said = lambda _: None) -> Iterator[dict[str, str]]:
+    written = 0
+    while written < characters:
         text = next(texts)
-        characters -= len(text)
+        written += len(text)
+        said(min(1.0, written / characters))
         yield {"text": text}
 
 

@@ -1,29 +1,34 @@
 """What a model of the tour can do, by held-out text, chats and questions of both languages; and which scale to take.
 
-Held-out material is halved: one half chooses the scale of the graft, the other reports. Leaves out the page.
+Held-out material is halved: one half chooses the scale of the graft, the other reports. It is bounded, so that
+measuring takes a small part of a tour, and every prompt is replied to once. Leaves out the page.
 """
 
 import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from lapis.evaluation.chats import answer, score_chats
+from lapis.evaluation.chats import answer, prompt_of, score_chats
 from lapis.evaluation.text import bits_per_byte
+from lapis.generation.generate import Reply
 from lapis.model.load import load
 from lapis.model.transformer import Transformer
 from lapis.text.corpus.corpus import Chat, chats
 from lapis.text.tokenizer.tokenizer import Tokenizer
-from lapis.tour.material import ENGLISH, Material
+from lapis.tour.material import ENGLISH, Material, Said
 from lapis.tour.world import Question, score
 from lapis.weights.graft.graft import graft
 
-CHARACTERS = 60_000  # of held-out text of one language in each half
-CHATS = 100  # of one language in each half
+CHARACTERS = 40_000  # of held-out text of one language in each half
+CHATS = 64  # of one language in each half
+QUESTIONS = 150  # of one language and split in each half
+SWEEP_PROMPTS = 100  # of one language, for each scale
 REPLY_TOKENS = 48
-SWEEP_QUESTIONS = 80  # of one language, for each scale
+AT_ONCE = 75  # prompts that are replied to between two signs of life
 HALVINGS = 2  # of the step between the best scale and the next above it
 BUDGET = 0.04  # bits per byte by which the graft may make text of the target language worse, on the half that chooses
 
@@ -31,58 +36,95 @@ Scores = dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
+class HeldOutPrompt:
+    """Messages, the reply that was given to them, and where it is the only right one the question and its split."""
+
+    messages: Sequence[Mapping[str, Any]]
+    wanted: str
+    question: Question | None = None
+    split: str = ""
+
+    @property
+    def text(self) -> str:
+        """What the user says last."""
+        return str(self.messages[-1]["content"])
+
+    def right(self, reply: Reply | None) -> bool:
+        """Whether a reply ended by itself and is exactly right."""
+        if reply is None or reply.stop_reason != "end":
+            return False
+        return score(reply.text, self.question) if self.question else reply.text.strip() == self.wanted.strip()
+
+
+@dataclass(frozen=True)
 class Exam:
-    """Held-out material, by language."""
+    """Held-out material, by language. prompts: questions where the material has them, else the chats' last turns."""
 
     texts: Mapping[str, Sequence[str]]
     chats: Mapping[str, Sequence[Chat]]
-    questions: Mapping[str, Sequence[tuple[str, Question]]]
-    """(split, question): "held_out" = no training chat tells their facts, "local" = the target language alone does."""
+    prompts: Mapping[str, Sequence[HeldOutPrompt]]
 
-    def response_nll(self, model: Transformer, tokenizer: Tokenizer, language: str) -> float:
-        replies: list[None] = [None] * len(self.chats[language])
-        return float(score_chats(model, tokenizer, self.chats[language], replies=replies)["response_nll"])
+    def likelihoods(self, model: Transformer, tokenizer: Tokenizer, language: str) -> dict[str, float]:
+        """{bits_per_byte, response_nll}."""
+        talks = self.chats[language]
+        none: list[Reply | None] = [None] * len(talks)
+        return {
+            "bits_per_byte": bits_per_byte(model, tokenizer, self.texts[language]),
+            "response_nll": float(score_chats(model, tokenizer, talks, replies=none)["response_nll"]),
+        }
 
-    def take(self, model: Transformer, tokenizer: Tokenizer) -> Scores:
-        """language -> {bits_per_byte, response_nll, stop_rate, answers, by_task}; answers is None without questions."""
+    def take(
+        self, model: Transformer, tokenizer: Tokenizer, said: Said, most: int | None = None
+    ) -> tuple[Scores, dict[str, list[Reply | None]]]:
+        """Scores and replies, each by language.
+
+        Scores: {bits_per_byte, response_nll, stop_rate, answers, by_task}; answers = share of questions answered
+        exactly, None without questions; by_task = {right, asked} by split and task. most: of prompts of each language.
+        """
         scores: Scores = {}
-        for language, texts in self.texts.items():
-            found = score_chats(model, tokenizer, self.chats[language], max_tokens=REPLY_TOKENS)
-            scores[language] = {
-                "bits_per_byte": bits_per_byte(model, tokenizer, texts),
-                "response_nll": found["response_nll"],
-                "stop_rate": found["stop_rate"],
-                **self.answers(model, tokenizer, language),
-            }
-        return scores
-
-    def answers(
-        self, model: Transformer, tokenizer: Tokenizer, language: str, most: int | None = None
-    ) -> dict[str, Any]:
-        """{answers, by_task}: the share of questions answered exactly, and {right, asked} by split and task."""
-        asked = self.questions.get(language, ())[:most]
-        if not asked:
-            return {"answers": None, "by_task": {}}
-        replies = answer(model, tokenizer, [_as_chat(question) for _, question in asked], max_tokens=REPLY_TOKENS)
-        groups: dict[str, list[bool]] = {}
-        for (split, question), reply in zip(asked, replies, strict=True):
-            right = reply is not None and reply.stop_reason == "end" and score(reply.text, question)
-            groups.setdefault(f"{split}: {question.task}", []).append(right)
-        marks = [right for group in groups.values() for right in group]
-        by_task = {name: {"right": sum(group), "asked": len(group)} for name, group in sorted(groups.items())}
-        return {"answers": sum(marks) / len(marks), "by_task": by_task}
+        replies: dict[str, list[Reply | None]] = {}
+        whole, done = sum(_parts(len(asked[:most])) for asked in self.prompts.values()), 0
+        for language, prompts in self.prompts.items():
+            asked, given = prompts[:most], list[Reply | None]()
+            scores[language] = dict(self.likelihoods(model, tokenizer, language))
+            said((done := done + 1) / whole)
+            for first in range(0, len(asked), AT_ONCE):
+                part = asked[first : first + AT_ONCE]
+                turns = [[*prompt.messages, {"role": "assistant", "content": prompt.wanted}] for prompt in part]
+                given += answer(model, tokenizer, turns, max_tokens=REPLY_TOKENS, batch_size=AT_ONCE)
+                said((done := done + 1) / whole)
+            ends = [reply.stop_reason == "end" for reply in given if reply is not None]
+            scores[language] |= {"stop_rate": sum(ends) / len(ends) if ends else None, **_marks(asked, given)}
+            replies[language] = given
+        return scores, replies
 
 
-def exams(material: Material) -> tuple[Exam, Exam]:
-    """The half that chooses and the half that reports."""
-    texts = {language: material.held_out_texts(language, CHARACTERS) for language in material.languages}
-    talks = {name: list(chats(material.chats(name, held_out=True)))[: 2 * CHATS] for name in material.languages}
-    asked = {language: _questions(material.questions(language)) for language in material.languages}
+def _parts(prompts: int) -> int:
+    """Signs of life of one language."""
+    return 1 + -(-prompts // AT_ONCE)
+
+
+def _marks(asked: Sequence[HeldOutPrompt], given: Sequence[Reply | None]) -> dict[str, Any]:
+    groups: dict[str, list[bool]] = {}
+    for prompt, reply in zip(asked, given, strict=True):
+        if prompt.question is not None:
+            groups.setdefault(f"{prompt.split}: {prompt.question.task}", []).append(prompt.right(reply))
+    marks = [right for group in groups.values() for right in group]
+    by_task = {name: {"right": sum(group), "asked": len(group)} for name, group in sorted(groups.items())}
+    return {"answers": sum(marks) / len(marks) if marks else None, "by_task": by_task}
+
+
+def exams(material: Material, share: float = 1.0) -> tuple[Exam, Exam]:
+    """The half that chooses and the half that reports. share: of the full exam, for a story that is shorter."""
+    questions, talks = max(12, round(QUESTIONS * share)), max(12, round(CHATS * share))
+    texts = {name: material.held_out_texts(name, round(CHARACTERS * share)) for name in material.languages}
+    told = {name: list(chats(material.chats(name, held_out=True)))[: 2 * talks] for name in material.languages}
+    asked = {name: _prompts(material.questions(name), told[name]) for name in material.languages}
     first, second = (
         Exam(
             {language: pieces[half] for language, pieces in texts.items()},
-            {language: found[half::2] for language, found in talks.items()},
-            {language: found[half::2] for language, found in asked.items()},
+            {language: found[half::2] for language, found in told.items()},
+            {language: _half(groups, half, questions) for language, groups in asked.items()},
         )
         for half in (0, 1)
     )
@@ -95,7 +137,12 @@ def gap_closed(adapted: float, grafted: float, tuned: float) -> float | None:
 
 
 def sweep(
-    models: Mapping[str, Path], exam: Exam, tokenizer: Tokenizer, scales: Sequence[float], say: Callable[[str], None]
+    models: Mapping[str, Path],
+    exam: Exam,
+    tokenizer: Tokenizer,
+    scales: Sequence[float],
+    note: Callable[[str], None],
+    said: Said,
 ) -> list[dict[str, float]]:
     """Grafts at every scale, and at some between the best and the next: a row for each, on the half that chooses.
 
@@ -103,29 +150,29 @@ def sweep(
     is than adapted's), cost (the same as a share), and where there are questions the share answered right per language.
     """
     target = next(language for language in exam.texts if language != ENGLISH)
-
-    def figures(model: Transformer) -> dict[str, float]:
-        nll = {f"nll_{language}": exam.response_nll(model, tokenizer, language) for language in exam.chats}
-        return {**nll, "bits_per_byte": bits_per_byte(model, tokenizer, exam.texts[target])}
-
-    def answers(model: Transformer) -> dict[str, float]:
-        found = {code: exam.answers(model, tokenizer, code, SWEEP_QUESTIONS)["answers"] for code in exam.chats}
-        return {f"answers_{code}": share for code, share in found.items() if share is not None}
-
-    adapted, tuned = (figures(load(models[name])) for name in ("adapted", "tuned"))
+    before = {name: exam.likelihoods(load(models[name]), tokenizer, ENGLISH) for name in ("adapted", "tuned")}
+    adapted, tuned = (before[name]["response_nll"] for name in ("adapted", "tuned"))
+    bare = exam.likelihoods(load(models["adapted"]), tokenizer, target)["bits_per_byte"]
     rows: list[dict[str, float]] = []
+    most = len(scales) + HALVINGS
     with tempfile.TemporaryDirectory(prefix=".sweep-", dir=models["base"].parent) as folder:
 
         def attempt(scale: float) -> None:
             out = Path(folder) / f"{scale:g}"
             graft(models["base"], models["chat"], models["adapted"], out, scale)
-            model = load(out)
-            row = {"scale": scale, **figures(model), **answers(model)}
-            gap = gap_closed(adapted[f"nll_{ENGLISH}"], row[f"nll_{ENGLISH}"], tuned[f"nll_{ENGLISH}"])
-            bits = row["bits_per_byte"] - adapted["bits_per_byte"]
-            row |= {"gap_closed": gap or 0.0, "bits": bits, "cost": bits / adapted["bits_per_byte"]}
+            part = (len(rows), most)
+            scores, _ = exam.take(load(out), tokenizer, lambda share: said((part[0] + share) / part[1]), SWEEP_PROMPTS)
+            bits = scores[target]["bits_per_byte"] - bare
+            row = {"scale": scale, "bits_per_byte": scores[target]["bits_per_byte"]}
+            row |= {f"nll_{code}": part["response_nll"] for code, part in scores.items()}
+            row |= {f"answers_{code}": part["answers"] for code, part in scores.items() if part["answers"] is not None}
+            gap = gap_closed(adapted, row[f"nll_{ENGLISH}"], tuned)
+            row |= {"gap_closed": gap or 0.0, "bits": bits, "cost": bits / bare}
             rows.append(row)
-            say(f"scale {scale:g}: gap closed {row['gap_closed']:.2f} for {row['cost']:+.1%} bits per byte of {target}")
+            right = "".join(
+                f", {row[f'answers_{code}']:.0%} right in {code}" for code in scores if f"answers_{code}" in row
+            )
+            note(f"  scale {scale:g}: {row['gap_closed']:.0%} of the gap for {row['cost']:+.1%} bits per byte{right}")
 
         for scale in scales:
             attempt(scale)
@@ -152,15 +199,21 @@ def choose(rows: Sequence[Mapping[str, float]], budget: float = BUDGET) -> float
     return max(fair, key=lambda row: row["gap_closed"])["scale"]
 
 
-def _as_chat(question: Question) -> list[dict[str, str]]:
-    return [*question.messages, {"role": "assistant", "content": question.answer}]
-
-
-def _questions(path: Path | None) -> list[tuple[str, Question]]:
+def _prompts(path: Path | None, talks: Sequence[Chat]) -> list[list[HeldOutPrompt]]:
+    """The questions of a file, by split; else the last turns of the chats."""
     if path is None:
-        return []
-    found = []
+        turns = [(chat, prompt_of(chat.messages)) for chat in talks]
+        return [[HeldOutPrompt(before, str(chat.messages[len(before)]["content"])) for chat, before in turns]]
+    splits: dict[str, list[HeldOutPrompt]] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
-        found.append((record.pop("split"), Question(**record)))
-    return found
+        split = record.pop("split")
+        question = Question(**record)
+        splits.setdefault(split, []).append(HeldOutPrompt(question.messages, question.answer, question, split))
+    return list(splits.values())
+
+
+def _half(groups: Sequence[Sequence[HeldOutPrompt]], half: int, most: int) -> list[HeldOutPrompt]:
+    """Every other prompt of each group, up to `most`, the groups in turn, so that the first few are of all of them."""
+    halves = [group[half::2][:most] for group in groups]
+    return [prompt for turn in zip_longest(*halves) for prompt in turn if prompt is not None]

@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lapis.report import Column, Page, plots
+from lapis.tour.telling.verdict import LABELS, MEANS, advice, sentence
 
 Found = Mapping[str, Any]
 
 WHAT = {
-    "base": "pre-trained on English with a fifth of the target language",
+    "base": "pre-trained on English, with two fifths of text in the target language",
     "chat": "base, tuned on English chats",
     "adapted": "base, continued on the target language",
     "grafted": "adapted + scale × (chat − base): no training step",
@@ -29,11 +30,13 @@ def page(found: Found) -> str:
     lead = (
         f"A language model built from raw text, taught to chat in English, moved to {names[target]}, and given its "
         f"chat ability back by adding `{found['scale']:g} × (chat − base)` to its weights, with no training step. "
-        f"{_sentence(found, names)}"
+        f"\n\n**{sentence(found)}**"
     )
     footer = f"Made by `lapis tour` in {found['seconds'] / 60:.1f} minutes. The models lie in `{found['folder']}`."
     report = Page(f"Chat ability, grafted onto {names[target]}", lead, footer=footer)
     report.stats(_stats(found, names))
+    if advice(found):
+        report.text(advice(found))
     report.section("Six models" if "yardstick" in scores else "Five models", _explained(scores))
     report.table(_score_rows(found, names), _score_columns(found), caption=SCORES_SAY, mark=("grafted",))
     _answers(report, found, names)
@@ -69,9 +72,14 @@ def page(found: Found) -> str:
     return report.render()
 
 
+SHOWN = {
+    "answers": (".0%", "max"),
+    "response_nll": (".2f", "min"),
+    "stop_rate": (".0%", ""),
+    "bits_per_byte": (".3f", "min"),
+}
 SCORES_SAY = (
-    "Held-out text and chats. Bits per byte: of text, lower is better. Response NLL: nats per token of the given "
-    "replies, lower is better. Stops: share of replies that end by themselves. Right: share of exact answers."
+    "Of held-out questions, chats and text. " + "; ".join(f"**{LABELS[key]}**: {MEANS[key]}" for key in LABELS) + "."
 )
 WHAT_RUNS = {
     "pre-training": "adapted goes on from base, in another language; the step at its start is the change of text.",
@@ -79,27 +87,22 @@ WHAT_RUNS = {
 }
 
 
-def _sentence(found: Found, names: Mapping[str, str]) -> str:
-    target = found["languages"][1]
-    parts = [f"{names[code]} {gap:.0%}" for code, gap in found["gap_closed"].items() if gap is not None]
-    said = f"By response NLL it went {' and '.join(parts)} of the way from **adapted** to **tuned**"
-    return f"{said}, and made {names[target]} text {found['cost']:+.1%} more costly to predict."
-
-
 def _stats(found: Found, names: Mapping[str, str]) -> list[tuple[str, str, str]]:
+    """Key figures, those of the target language first: they are what a tour claims."""
     english, target = found["languages"]
-    stats = [
-        (f"gap closed, {names[code]}", _percent(gap), "of the way from adapted to tuned, by response NLL")
-        for code, gap in found["gap_closed"].items()
-    ]
+    stats = []
+    for code in (target, english):
+        right = {name: part[code]["answers"] for name, part in found["scores"].items()}
+        if right["grafted"] is not None:
+            beside = f"of held-out questions; adapted {_percent(right['adapted'])}, tuned {_percent(right['tuned'])}"
+            stats.append((f"right, {names[code]}", _percent(right["grafted"]), beside))
+    way = found["gap_closed_to_yardstick"]
+    if way is not None:
+        stats.append((f"gap closed, {names[target]}", _percent(way), "from adapted to yardstick, by response NLL"))
+    for code in (target, english) if way is None else (english,):
+        gap = found["gap_closed"][code]
+        stats.append((f"gap closed, {names[code]}", _percent(gap), "from adapted to tuned, by response NLL"))
     stats.append((f"cost, {names[target]}", f"{found['cost']:+.1%}", "bits per byte, grafted against adapted"))
-    for code in (english, target):
-        share = found["scores"]["grafted"][code]["answers"]
-        if share is not None:
-            before = found["scores"]["adapted"][code]["answers"]
-            stats.append(
-                (f"right, {names[code]}", _percent(share), f"of held-out questions; adapted {_percent(before)}")
-            )
     return stats
 
 
@@ -123,15 +126,10 @@ def _score_rows(found: Found, names: Mapping[str, str]) -> list[dict[str, Any]]:
 
 
 def _score_columns(found: Found) -> list[Column | str]:
-    kinds = [
-        ("bits_per_byte", "bits/byte", ".3f", "min"),
-        ("response_nll", "response NLL", ".2f", "min"),
-        ("stop_rate", "stops", ".0%", ""),
-        ("answers", "right", ".0%", "max"),
-    ]
     columns: list[Column | str] = ["model"]
-    for code in found["languages"]:
-        for key, label, shown, best in kinds:
+    for code in reversed(found["languages"]):
+        for key, label in LABELS.items():
+            shown, best = SHOWN[key]
             if any(part[code][key] is not None for part in found["scores"].values()):
                 columns.append(Column(f"{code}.{key}", label, shown, best=best, group=found["names"][code]))  # type: ignore[arg-type]
     return columns
@@ -139,7 +137,7 @@ def _score_columns(found: Found) -> list[Column | str]:
 
 def _answers(report: Page, found: Found, names: Mapping[str, str]) -> None:
     """A folded table: right answers by kind of question, for each model."""
-    for code in found["languages"]:
+    for code in reversed(found["languages"]):
         kinds = list(found["scores"]["grafted"][code]["by_task"])
         if kinds:
             rows = [

@@ -1,0 +1,156 @@
+"""A tour from its wish to its page: claims a folder, makes or opens the material, tells the story, keeps what it found.
+
+A part whose file is there is not done again, so a tour that was stopped goes on. Leaves out: the story (recipe.py).
+"""
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from lapis.checkpoint.commit import commit, commit_file, full_disk_told
+from lapis.errors import ConfigError, OutputError
+from lapis.model.transformer import Transformer
+from lapis.text.tokenizer.tokenizer import Tokenizer, train_tokenizer
+from lapis.tour.material import ENGLISH, Material, write_world
+from lapis.tour.recipe import Story
+from lapis.tour.setup import machine
+from lapis.tour.setup.size import CONTEXT, StorySize
+from lapis.tour.telling.clock import Clock, spelled
+from lapis.tour.telling.page import page
+from lapis.tour.world import LANGUAGES, World
+
+TOKENIZER_CHARACTERS = 1_500_000  # of text of both languages, from which the tokenizer is trained
+
+
+@dataclass(frozen=True)
+class Tour:
+    """What is asked for.
+
+    Args:
+        minutes: The size of the story (size.py).
+        language: To move to.
+        data: A folder of real text (material.py), or None for the built-in world.
+        out: Where models and report go.
+        seed: Of the world, the weights and the order of the data.
+        precision: Of training; auto = bf16 where the processor multiplies in it, else float32.
+    """
+
+    minutes: float = 5.0
+    language: str = "ms"
+    data: Path | None = None
+    out: Path = Path("runs/tour")
+    seed: int = 0
+    precision: Literal["auto", "float32", "bf16"] = "auto"
+
+
+def tour(wanted: Tour) -> dict[str, Any]:
+    """Runs a tour, or goes on with it, or reads what a finished one found. Progress goes to standard error.
+
+    Returns:
+        The keys of `lapis tour --json`.
+
+    Raises:
+        ConfigError: Minutes or language cannot be.
+        OutputError: The folder holds a tour that was asked for otherwise.
+        DataError: The material is not what material.py draws.
+    """
+    out = wanted.out
+    if wanted.minutes <= 0:
+        raise ConfigError(f"tour: minutes is {wanted.minutes:g}; it must be above 0")
+    if wanted.data is None and wanted.language not in set(LANGUAGES) - {ENGLISH}:
+        known = ", ".join(sorted(set(LANGUAGES) - {ENGLISH}))
+        raise ConfigError(
+            f'tour: the built-in world moves from English to another language, {known}; not to "{wanted.language}"'
+        )
+    if wanted.data is not None:
+        Material(wanted.data, wanted.language)  # refused now, before a folder is made
+    settings = {**asdict(wanted), "data": str(wanted.data) if wanted.data else None, "out": None}
+    _claim(out, settings)
+    result, report = out / "tour.json", out / "report.html"
+    if not result.exists():
+        ran = _run(wanted) | {"report": str(report), "folder": str(out)}
+        with commit_file(result) as path:
+            path.write_text(json.dumps(ran, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+    if not report.exists():
+        with commit_file(report) as path:
+            path.write_text(page(found), encoding="utf-8")
+    return found
+
+
+def _run(wanted: Tour) -> dict[str, Any]:
+    """What the story found, with the seconds that all sittings took together."""
+    out, begun = wanted.out, time.monotonic()
+    kept = out / ".seconds"
+    earlier = float(kept.read_text()) if kept.exists() else 0.0
+    size = StorySize.of(wanted.minutes, real=wanted.data is not None)
+    computer = machine.settle(wanted.precision)
+    try:
+        pace = machine.seconds_per_token(Transformer(size.model(size.vocabulary)), computer, CONTEXT)
+        clock = Clock(_left(out, size, real=wanted.data is not None), 1 / pace)
+        try:
+            clock.note(
+                f"{sum(size.tokens.values()) / 1e6:.1f} million tokens to learn: about {spelled(clock.seconds_left)} "
+                f"minutes on this machine as it is now ({computer.told})"
+            )
+            found = _told(wanted, size, computer, clock)
+        finally:
+            clock.stop()
+    finally:
+        kept.write_text(str(earlier + time.monotonic() - begun))
+    return found | {"minutes": wanted.minutes, "seconds": earlier + time.monotonic() - begun}
+
+
+def _told(wanted: Tour, size: StorySize, computer: machine.Machine, clock: Clock) -> dict[str, Any]:
+    out = wanted.out
+    root = wanted.data or out / "world"
+    if wanted.data is None and not root.is_dir():
+        clock.begin("world", f"a world of its own, told in English and {LANGUAGES[wanted.language]}")
+        world = World(wanted.seed, size.people)
+        write_world(world, root, wanted.language, size.characters("base"), size.chats, clock.at)
+    material = Material(root, wanted.language)
+    tokenizer = _tokenizer(out / "tokenizer", material, size.vocabulary, clock)
+    story = Story(out, wanted.seed, size, computer, material, tokenizer, clock)
+    return story.tell() | {"names": {code: LANGUAGES.get(code, code) for code in material.languages}}
+
+
+def _left(out: Path, size: StorySize, *, real: bool) -> dict[str, float]:
+    """What of a tour is still to be done, as work for the clock."""
+    work = dict[str, float](size.work)
+    done = {"world": real or (out / "world").is_dir(), "tokenizer": (out / "tokenizer").is_dir()}
+    for run in size.tokens:
+        done[run] = (out / run).is_dir()
+        done[f"text for {run}"] = (out / "data" / f"{run}.jsonl").exists()
+    return {part: amount for part, amount in work.items() if not done.get(part)}
+
+
+def _claim(out: Path, settings: Mapping[str, Any]) -> None:
+    """Makes the folder, or finds in it a tour that was asked for in the same way."""
+    note = out / ".tour"
+    if note.is_file():
+        before = json.loads(note.read_text())
+        other = [f"{key} was {before.get(key)}" for key, value in settings.items() if before.get(key) != value]
+        if other:
+            raise OutputError(f"{out}: holds another tour ({', '.join(other)}); give another --out, or remove it")
+    elif out.exists() and any(out.iterdir()):
+        raise OutputError(f"{out}: exists already and is no tour; give another --out")
+    else:
+        with full_disk_told(out):
+            out.mkdir(parents=True, exist_ok=True)
+            note.write_text(json.dumps(settings))
+
+
+def _tokenizer(folder: Path, material: Material, vocabulary: int, clock: Clock) -> Tokenizer:
+    """A byte-level BPE of both languages, from as much text of the one as of the other."""
+    if not folder.is_dir():
+        clock.begin("tokenizer", f"a tokenizer of up to {vocabulary:,} tokens for both languages")
+        with commit(folder) as staging:
+            texts = staging.path / "texts.jsonl"
+            material.mix(dict.fromkeys(material.languages, 0.5), texts, TOKENIZER_CHARACTERS, 0)
+            trained = train_tokenizer([texts], vocabulary)
+            texts.unlink()
+            trained.save(staging.path)
+    return Tokenizer.open(folder)

@@ -1,0 +1,72 @@
+"""What a tour computes with: threads and precision, settled once by what the machine is and not by how busy it is.
+
+A run that measured its own speed would choose otherwise on a busy machine, and end with other bytes. Leaves out: how
+long the tour takes with it (clock.py).
+"""
+
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from lapis.model.transformer import Transformer
+from lapis.training.objectives.supervised.next_token import summed_cross_entropy
+from lapis.training.optim.optimizers import Optimizers
+from lapis.training.setup.blocks import autocast
+from lapis.training.setup.probe import threads
+
+MOST_THREADS = 4  # matrices of this size keep no more busy
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Threads and precision of every run of a tour."""
+
+    threads: int
+    precision: Literal["float32", "bf16"]
+
+    @property
+    def told(self) -> str:
+        """For people."""
+        kind = "bfloat16" if self.precision == "bf16" else "float32, for the processor has no bfloat16 instructions"
+        return f"{self.threads} thread{'s' * (self.threads > 1)}, {kind}"
+
+
+def settle(precision: str) -> Machine:
+    """The machine as it is.
+
+    Args:
+        precision: "float32", "bf16", or "auto": bf16 where the processor multiplies in it.
+    """
+    if precision == "auto":
+        precision = "bf16" if multiplies_bfloat16() else "float32"
+    return Machine(min(torch.get_num_threads(), MOST_THREADS), "bf16" if precision == "bf16" else "float32")
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether the processor has instructions for products of bfloat16. Without, they take longer than float32."""
+    known = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, bool)() for name in known)
+
+
+def seconds_per_token(model: Transformer, machine: Machine, context: int, steps: int = 3) -> float:
+    """How long a training step takes for each of its tokens: the shortest of a few, on random tokens.
+
+    The model learns from it, so it is not the one that is trained.
+    """
+    optimizers = Optimizers(model, "muon", 1e-3, 0.0)
+    optimizers.set_precision(machine.precision)
+    generator = torch.Generator().manual_seed(0)
+    ids_BT = torch.randint(model.config.vocab, (4, context), generator=generator)
+    best = float("inf")
+    with threads(machine.threads):
+        for step in range(steps):
+            start = time.perf_counter()
+            with autocast(torch.device("cpu"), machine.precision):
+                loss = summed_cross_entropy(model, model.hidden(ids_BT).flatten(0, 1), ids_BT.flatten())
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizers.step(1.0, step)
+            optimizers.clear()
+            best = min(best, time.perf_counter() - start)
+    return best / ids_BT.numel()

@@ -1,0 +1,1 @@
+"""What a person sees of a tour: parts, shares and findings go in, progress, sentences and one page come out."""
