@@ -11,9 +11,9 @@ import lapis
 from lapis.errors import ConfigError, DataError, LapisError, MissingExtra
 from lapis.families.config import ModelConfig
 from lapis.inside.lens import logit_lens
-from lapis.inside.lens.side_by_side import side_by_side
-from lapis.inside.lens.words import Spelling, Word, spell
-from lapis.inside.transformers_model import Opened
+from lapis.inside.lens.options import LensOptions
+from lapis.inside.lens.side_by_side import Opened, side_by_side
+from lapis.inside.prompt import Spelling, Word, as_words, spell
 from lapis.model.transformer import Transformer
 
 from .conftest import make_model
@@ -52,7 +52,8 @@ def test_words_of_several_tokens_have_the_log_probability_of_teacher_forcing(mod
             assert found.readings[-1].spellings[spelling.text]["rank"] == rank
             expected.append((rank, total))
             several += len(spelling.ids) > 1
-        assert found.readings[-1].ranks[word.text] == min(rank for rank, _ in expected)
+        single = [rank for (rank, _), s in zip(expected, word.spellings, strict=True) if len(s.ids) == 1]
+        assert found.readings[-1].ranks[word.text] == min(single or [rank for rank, _ in expected])
         both = math.log(sum(math.exp(total) for _, total in expected))
         assert found.readings[-1].logprobs[word.text] == pytest.approx(both, rel=1e-5)
     assert several >= 2 and found.layers[0].logprobs["zebra"] is not None
@@ -82,7 +83,7 @@ def test_without_words_it_tracks_the_best_of_every_layer(model, words):
 def test_the_grid_is_the_lens_of_each_prefix(model, words, monkeypatch):
     monkeypatch.setattr(logit_lens, "GROUP", 2)  # several walks over the head
     ids = words.encode(PROMPT)
-    found = lapis.lens(model, words, PROMPT, ["Kuala"], positions=99)
+    found = lapis.lens(model, words, PROMPT, ["Kuala"], LensOptions(positions=99))
     assert {r.position for r in found.grid} == set(range(len(ids))) and len(found.grid) == 4 * len(ids)
     for place in (0, 2, len(ids) - 1):
         alone = lapis.lens(model, words, ids[: place + 1], ["Kuala"])
@@ -186,7 +187,9 @@ def test_two_models_side_by_side(words):
 
 
 def test_json_has_the_keys_that_others_rely_on(words):
-    found = json.loads(json.dumps(lapis.lens(make_model(), words, PROMPT, "Kuala,Jakarta", positions=3).to_json()))
+    found = json.loads(
+        json.dumps(lapis.lens(make_model(), words, PROMPT, "Kuala,Jakarta", LensOptions(positions=3)).to_json())
+    )
     assert found["tokens"] == ["the", " capital", " of", " Malaysia", " is"]
     assert [layer["layer"] for layer in found["layers"]] == [0, 1, 2]
     for layer in found["layers"]:
@@ -196,7 +199,7 @@ def test_json_has_the_keys_that_others_rely_on(words):
 
 def test_it_draws_itself_and_gives_rows(words):
     pandas = pytest.importorskip("pandas")
-    found = lapis.lens(make_model(), words, PROMPT, ["Kuala"], positions=3)
+    found = lapis.lens(make_model(), words, PROMPT, ["Kuala"], LensOptions(positions=3))
     assert "Kuala" in str(found) and len(str(found).splitlines()) == 6
     frame = found.to_pandas()
     assert isinstance(frame, pandas.DataFrame) and len(frame) == len(found.readings)
@@ -216,6 +219,39 @@ def test_spellings(words):
     for word in ("Kuala", "吉隆坡", "naïve", "x"):
         for spelling in spell(word, words).spellings:
             assert words.decode(spelling.ids) == spelling.text
+
+
+def test_a_word_is_followed_by_its_single_token(model, words):
+    """ " Malaysia" is a token and "Malaysia" begins with a piece: the ranks are the token's."""
+    found = lapis.lens(model, words, PROMPT, ["Malaysia", "zebra"])
+    whole, piece = found.words[0].spellings
+    assert len(whole.ids) == 1 < len(piece.ids)
+    for reading in found.readings:
+        assert reading.ranks["Malaysia"] == reading.spellings[" Malaysia"]["rank"]
+    assert found.words[0].label == "Malaysia"
+    assert [s["followed"] for s in found.to_json()["words"][0]["spellings"]] == [True, False]
+    # without a token of its own, the label says of which piece the ranks are
+    pieces = [words.text(s.ids[0]) for s in found.words[1].spellings]
+    assert all(len(s.ids) > 1 for s in found.words[1].spellings) and found.words[1].pieces == tuple(pieces)
+    label = found.words[1].label
+    assert label.startswith("zebra (its piece ") and all(piece.strip() in label for piece in pieces)
+    assert label in str(found) and found.to_json()["words"][1]["label"] == label
+
+
+def test_a_contribution_is_that_of_the_followed_token(model, words):
+    found = lapis.lens(model, words, PROMPT, ["Malaysia"])
+    assert {c.token for c in found.contributions} == {found.words[0].spellings[0].ids[0]}
+
+
+def test_a_typed_space_stays(words):
+    def spaced(track):
+        return [word.text for word in as_words(track, words, words.rows)]
+
+    assert spaced(" Malaysia") == [" Malaysia"] and spaced("Malaysia") == ["Malaysia"]
+    assert spaced(" Malaysia, Kuala,  Jakarta ,the") == [" Malaysia", "Kuala", " Jakarta", "the"]
+    (typed,) = as_words(" Malaysia", words, words.rows)
+    assert [s.text for s in typed.spellings] == [" Malaysia"] and typed.label == " Malaysia"
+    assert spaced(",, ,") == [] and spaced("") == []
 
 
 def test_a_word_that_the_tokenizer_cannot_express():

@@ -7,6 +7,7 @@ import torch
 
 import lapis
 from lapis.errors import CheckpointError, DataError, LapisError, OutputError
+from lapis.inside.lens.options import LensOptions
 from lapis.inside.lens.tuned import TunedLens, tune
 
 from .conftest import make_model
@@ -41,7 +42,7 @@ def test_it_lowers_the_kl_on_text_that_it_has_not_seen_and_is_nowhere_worse(turn
     assert (
         len(after) == 3 and all(b <= a for a, b in zip(before, after, strict=True)) and sum(after) < 0.8 * sum(before)
     )
-    found = lapis.lens(turned, words, PROMPT, ["Kuala"], positions=3, tuned=tuned)
+    found = lapis.lens(turned, words, PROMPT, ["Kuala"], LensOptions(positions=3), tuned=tuned)
     plain = lapis.lens(turned, words, PROMPT, ["Kuala"])
     assert found.readings[-1].top == plain.readings[-1].top and found.readings[-1].kl_to_final == 0
     assert [r.after for r in found.readings] == ["embedding", "mlp", "mlp", "mlp"] and not found.contributions

@@ -14,10 +14,9 @@ from transformers import PreTrainedTokenizerFast
 
 import lapis
 from lapis.errors import LapisError
-from lapis.inside.anatomy import anatomy
 from lapis.inside.lens import readout
-from lapis.inside.prompts import as_tokenizer
-from lapis.inside.trace import trace
+from lapis.inside.prompt import as_tokenizer
+from lapis.inside.trace import anatomy, trace
 from lapis.model.load import load
 
 transformers.logging.set_verbosity_error()

@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 
 from lapis.generation.options import Runtime
+from lapis.inside.lens.options import LensOptions
 
 if TYPE_CHECKING:
+    from lapis.inside.lens.side_by_side import Opened
     from lapis.inside.lens.table import LensTrace
     from lapis.inside.lens.tuned import TunedLens
-    from lapis.inside.transformers_model import Opened
-
-GRID = 24  # tokens of the prompt that a page shows
 
 
 def lens(
@@ -28,8 +27,7 @@ def lens(
     against: str | None = None,
     head: Literal["own", "swapped"] = "own",
     chat: bool = False,
-    positions: int | None = None,
-    top: int = 10,
+    options: Annotated[LensOptions, Parameter(name="*")] = LensOptions(),  # noqa: B008
     tuned: Path | None = None,
     tune: Annotated[list[Path] | None, Parameter(consume_multiple=True)] = None,
     html: Path | None = None,
@@ -46,11 +44,9 @@ def lens(
         against: A second model on the same prompt, side by side.
         head: With --against: whether each model is read by its own head or by the other's.
         chat: Put the prompt into the model's chat template, as a user's turn.
-        positions: Of how many of the last tokens the grid is read; 1, or 24 for a page.
-        top: Tokens named per layer.
         tuned: A tuned lens: a folder with one map per layer. With --tune it is made there first.
         tune: Text files from which to make the tuned lens, in about a minute.
-        html: Write a page with the pictures to this file.
+        html: Write a page with the pictures to this file; its grid has the last 24 tokens.
         overwrite: Replace an existing page or tuned lens.
         json: Print one JSON object.
     """
@@ -59,40 +55,34 @@ def lens(
     from lapis.checkpoint.commit import check_output
     from lapis.cli.output import line, progress, show
     from lapis.errors import ConfigError
-    from lapis.inside.lens.logit_lens import lens as look
-    from lapis.inside.lens.side_by_side import side_by_side
-    from lapis.inside.transformers_model import open_models
+    from lapis.inside.lens.logit_lens import lens as run
+    from lapis.inside.lens.side_by_side import open_models, side_by_side
 
-    for name, value in (("positions", positions), ("top", top)):
-        if value is not None and value < 1:
-            raise ConfigError(f"lens: {name} is {value}; expected 1 or more")
     if head == "swapped" and against is None:
         raise ConfigError("lens: --head swapped is for --against MODEL2; there is no other head")
     if against is not None and tuned is not None:
         raise ConfigError("lens: a tuned lens belongs to one model; leave out --tuned or --against")
     if tune and tuned is None:
         raise ConfigError("lens: --tune makes a tuned lens; say with --tuned DIR where it is to lie")
+    sources = [model, *([against] if against else [])]
     for out in (html, tuned if tune else None):
         if out is not None:
-            check_output(out, overwrite=overwrite, inputs=[model, *([against] if against else [])])
-    asked: Any = [{"role": "user", "content": prompt}] if chat else prompt
-    width = positions or (GRID if html else 1)
-    sources = [model, *([against] if against else [])]
+            check_output(out, overwrite=overwrite, inputs=sources)
+    turns: Any = [{"role": "user", "content": prompt}] if chat else prompt
+    if html is not None:
+        options = options.for_page()
     device = runtime.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, runtime.dtype) if runtime.dtype else None
     with progress("reading " + " and ".join(sources)):
-        opened = open_models(sources, asked, track, device=device, dtype=dtype)
-    maps = _tuned(opened[0], tuned, tune, overwrite)
+        opened = open_models(sources, turns, track, device=device, dtype=dtype)
+    maps = _tuned_lens(opened[0], tuned, tune, overwrite)
     with progress("running the prompt"):
         if against is None:
             first = opened[0]
-            traces = [
-                look(first.model, first.tokenizer, asked, track, positions=width, top=top, tuned=maps, name=model)
-            ]
+            traces = [run(first.model, first.tokenizer, turns, track, options, tuned=maps, name=model)]
         else:
             one, other = opened
-            swapped = head == "swapped"
-            traces = list(side_by_side(one, other, asked, track, swapped=swapped, positions=width, top=top))
+            traces = list(side_by_side(one, other, turns, track, options=options, swapped=head == "swapped"))
     result = traces[0].to_json()
     if against is not None:
         result["against"] = traces[1].to_json()
@@ -108,7 +98,7 @@ def lens(
     show(result, json, render)
 
 
-def _tuned(opened: "Opened", folder: Path | None, files: list[Path] | None, overwrite: bool) -> "TunedLens | None":
+def _tuned_lens(opened: "Opened", folder: Path | None, files: list[Path] | None, overwrite: bool) -> "TunedLens | None":
     """The tuned lens of a folder, made first where there are files to make it from."""
     from lapis.cli.output import progress
     from lapis.inside.lens.tuned import TunedLens, tune
@@ -135,9 +125,9 @@ def _print_contributions(trace: "LensTrace") -> None:
 
 def _write_page(opened: "Opened", traces: "list[LensTrace]", path: Path, overwrite: bool) -> None:
     from lapis.cli.output import write_page
-    from lapis.inside.anatomy import anatomy
     from lapis.inside.attention_map import maps_of
     from lapis.inside.page import make_page, strongest_heads
+    from lapis.inside.trace import anatomy
 
     heads = strongest_heads(traces[0])
     maps = maps_of(anatomy(opened.model, opened.name), traces[0].ids, traces[0].tokens, heads) if heads else []

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from lapis.errors import ConfigError, LapisError, MissingExtra
-from lapis.inside.anatomy import Anatomy, anatomy
-from lapis.inside.lens.words import token_text
-from lapis.inside.prompts import Prompt, as_tokenizer, check_length, encode
+from lapis.inside.prompt import Prompt, as_tokenizer, check_length, encode, token_text
+from lapis.inside.trace import Anatomy, anatomy
 from lapis.model.attention import AttentionCore
 
 if TYPE_CHECKING:
@@ -86,9 +85,17 @@ class AttentionMap:
 def attention_maps(
     model: nn.Module, tokenizer: Any, prompt: Prompt, heads: Iterable[tuple[int, int]]
 ) -> list[AttentionMap]:  # fmt: skip
-    """The maps of some heads, given as (layer, head), on one prompt.
+    """The maps of some heads on one prompt.
 
-    Raises ConfigError for a head that the model lacks, LapisError for a model of another library.
+    Args:
+        model: lapis' own.
+        tokenizer: The model's.
+        prompt: A text, a chat, or token ids.
+        heads: As (layer, head).
+
+    Raises:
+        ConfigError: The model lacks a head.
+        LapisError: The model is another library's.
     """
     parts, words = anatomy(model), as_tokenizer(tokenizer)
     ids = encode(words, prompt, len(parts.matrix), parts.name)
@@ -104,13 +111,13 @@ def maps_of(parts: Anatomy, ids: list[int], tokens: list[str], heads: list[tuple
     for layer, head in heads:
         if not (0 <= layer < parts.layers and 0 <= head < parts.heads):
             raise ConfigError(f"lens: there is no head {layer}.{head}; {parts.layers} layers have {parts.heads} each")
-    found: dict[tuple[int, int], AttentionMap] = {}
+    maps: dict[tuple[int, int], AttentionMap] = {}
 
-    def watch(layer: int, wanted: list[int]) -> Any:
+    def watch(layer: int, of_layer: list[int]) -> Any:
         def hook(core: nn.Module, args: tuple[Any, ...], _out: Tensor) -> None:
             q_BHTE, k_BKSE, v_BKSE, mask, causal = args
-            for head in wanted:
-                found[layer, head] = _one(parts, tokens, (layer, head), core, q_BHTE, k_BKSE, v_BKSE, mask, causal)
+            for head in of_layer:
+                maps[layer, head] = _one(parts, tokens, (layer, head), core, q_BHTE, k_BKSE, v_BKSE, mask, causal)
 
         return parts.blocks[layer].attn.core.register_forward_hook(hook)  # type: ignore[union-attr]
 
@@ -122,7 +129,7 @@ def maps_of(parts: Anatomy, ids: list[int], tokens: list[str], heads: list[tuple
     finally:
         for handle in handles:
             handle.remove()
-    return [found[key] for key in heads]
+    return [maps[key] for key in heads]
 
 
 def _one(

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lapis.inside.anatomy import Anatomy
-from lapis.inside.trace import Trace
+from lapis.inside.trace import Anatomy, Trace
 
 
 @dataclass(frozen=True)
@@ -42,14 +41,22 @@ class Contribution:
 
 @torch.inference_mode()
 def contributions(
-    parts: Anatomy, found: Trace, place: int, tokens: Sequence[tuple[str, int]], logits_R: Tensor
+    parts: Anatomy, trace: Trace, place: int, tokens: Sequence[tuple[str, int]], logits_R: Tensor
 ) -> list[Contribution]:
-    """Contributions to the logits of `tokens` (word, id) at one place of the trace; their sum is logits_R.
+    """Contributions to the logits of tokens at one place of a trace.
 
-    Empty where the halves of the blocks do not add up to the stream, or the norm is of a kind that is not known.
+    Args:
+        parts: The model.
+        trace: One pass of it.
+        place: Of the trace.
+        tokens: (word, id) of each.
+        logits_R: Their logits, which the contributions add up to.
+
+    Returns:
+        Nothing where the halves of the blocks do not add up to the stream, or the norm is of an unknown kind.
     """
-    last_D = found.after_LPD[-1][place]
-    frozen = freeze(parts.norm, last_D) if found.adds_up else None
+    last_D = trace.after_LPD[-1][place]
+    frozen = freeze(parts.norm, last_D) if trace.adds_up else None
     if frozen is None or not tokens:
         return []
     gain_D, centers, shift_D = frozen
@@ -59,12 +66,12 @@ def contributions(
     if centers:
         reader_RD = reader_RD - reader_RD.mean(1, keepdim=True)
     keys: list[tuple[str, int | None, int | None]] = [("embed", None, None)]
-    added_CD = [found.embed_PD[place][None]]
+    added_CD = [trace.embed_PD[place][None]]
     for layer in range(parts.layers):
-        heads_HD, rest_1D = _heads(parts, found, layer, place)
+        heads_HD, rest_1D = _heads(parts, trace, layer, place)
         keys += [("head", layer, head) for head in range(len(heads_HD))]
         keys += [("attention bias" if len(heads_HD) else "attention", layer, None), ("mlp", layer, None)]
-        added_CD += [heads_HD, rest_1D, found.mlp_LPD[layer][place][None]]
+        added_CD += [heads_HD, rest_1D, trace.mlp_LPD[layer][place][None]]
     shares_CR = torch.cat([added.double() for added in added_CD]) @ reader_RD.T
     keys.append(("norm bias", None, None))
     shares_CR = torch.cat((shares_CR, (head_RD @ shift_D)[None]))
@@ -81,18 +88,18 @@ def contributions(
     return result
 
 
-def _heads(parts: Anatomy, found: Trace, layer: int, place: int) -> tuple[Tensor, Tensor]:
+def _heads(parts: Anatomy, trace: Trace, layer: int, place: int) -> tuple[Tensor, Tensor]:
     """What each head adds, [H, D], and what the attention adds besides, [1, D]: its bias.
 
     The linear map is asked with all heads but one at zero, so any kind of linear layer will do, a LoRA's too.
     """
-    whole_1D = found.attention_LPD[layer][place][None]
-    if not found.mixed_LPI or not parts.heads or found.mixed_LPI[layer].shape[-1] % parts.heads:
+    whole_1D = trace.attention_LPD[layer][place][None]
+    if not trace.mixed_LPI or not parts.heads or trace.mixed_LPI[layer].shape[-1] % parts.heads:
         return whole_1D[:0], whole_1D
-    mixed_I = found.mixed_LPI[layer][place]
+    mixed_I = trace.mixed_LPI[layer][place]
     alone_HHE = torch.diag_embed(mixed_I.view(parts.heads, -1).T).permute(1, 2, 0)
-    asked = torch.cat((alone_HHE.reshape(parts.heads, -1), torch.zeros_like(mixed_I)[None]))
-    answers = parts.mixers[layer](asked).double()
+    inputs = torch.cat((alone_HHE.reshape(parts.heads, -1), torch.zeros_like(mixed_I)[None]))
+    answers = parts.mixers[layer](inputs).double()
     heads_HD, rest_1D = answers[:-1] - answers[-1], answers[-1:]
     lacks_1D = whole_1D.double() - heads_HD.sum(0) - rest_1D
     if bool((lacks_1D.abs() > 16 * torch.finfo(whole_1D.dtype).eps * heads_HD.abs().amax().clamp(min=1)).any()):
@@ -113,10 +120,10 @@ def freeze(norm: nn.Module, state_D: Tensor) -> tuple[Tensor, bool, Tensor] | No
     wide_D, target_D = state_D.double(), norm(state_D).double()
     allowed = 4 * max(torch.finfo(state_D.dtype).eps, 1e-6) * target_D.abs().max().clamp(min=1)
     for centers in (False, True):
-        kept_D = wide_D - wide_D.mean() if centers else wide_D
-        scale = (kept_D.square().mean() + eps).rsqrt()
+        centered_D = wide_D - wide_D.mean() if centers else wide_D
+        scale = (centered_D.square().mean() + eps).rsqrt()
         for offset in (0, 1):  # Gemma's norms multiply by 1 + weight
             gain_D = (weight_D + offset) * scale
-            if bool(((gain_D * kept_D + shift_D - target_D).abs() <= allowed).all()):
+            if bool(((gain_D * centered_D + shift_D - target_D).abs() <= allowed).all()):
                 return gain_D, centers, shift_D
     return None

@@ -4,7 +4,7 @@ The state after each attention and each MLP goes through the model's own final n
 traced pass gives the states, those at the later tokens of tracked words too; and one walk over the head reads all
 states together. Leaves out: attention maps (attention_map.py).
 
-Shapes: B batch, T time, P asked places, M states, D model dim, L layers, R tracked tokens, V vocabulary.
+Shapes: B batch, T time, P chosen places, M states, D model dim, L layers, R tracked tokens, V vocabulary.
 """
 
 import math
@@ -16,24 +16,35 @@ import torch
 from torch import Tensor, nn
 
 from lapis.errors import DataError
-from lapis.inside.anatomy import Anatomy, Branches, Places, anatomy
 from lapis.inside.contributions import Contribution, contributions
+from lapis.inside.lens.options import LensOptions
 from lapis.inside.lens.readout import Readout, read
 from lapis.inside.lens.table import LensTrace, Reading
 from lapis.inside.lens.tuned import TunedLens
-from lapis.inside.lens.words import Spelling, Word, as_words, token_text, token_word
-from lapis.inside.prompts import Prompt, as_tokenizer, check_length, encode
-from lapis.inside.trace import Trace, not_numbers, trace
+from lapis.inside.prompt import (
+    Prompt,
+    Spelling,
+    Word,
+    as_tokenizer,
+    as_words,
+    check_length,
+    encode,
+    token_text,
+    token_word,
+)
+from lapis.inside.trace import Anatomy, Branches, Places, Trace, anatomy, not_numbers, trace
 from lapis.model.cache import Cache
+from lapis.model.scoring import evaluating
 from lapis.text.tokenizer.tokenizer import Tokenizer
 
+DEFAULT = LensOptions()
 GROUP = 64  # places of the grid that are read at once
 AT_ONCE = 1024  # tokens of a prompt up to which tracked words ride along; their mask grows with its square
 
 
 @dataclass
 class Seen:
-    """A prompt that ran through a model: the states at the asked positions, and at the words' later tokens.
+    """A prompt that ran through a model: the states at the chosen positions, and at the words' later tokens.
 
     later: (what stands before, after the prompt) -> its place in `onward`.
     """
@@ -52,29 +63,40 @@ def lens(
     tokenizer: Any,
     prompt: Prompt,
     track: str | Iterable[str | Word] = (),
+    options: LensOptions = DEFAULT,
     *,
-    positions: int = 1,
-    top: int = 10,
     tuned: TunedLens | None = None,
     name: str = "",
 ) -> LensTrace:
-    """What each layer would say after `prompt` (a text, a chat, or token ids), and how tracked words fare.
+    """What each layer would say after a prompt, and how tracked words rank on the way.
 
-    track: words, or "Malaysia,Indonesia"; where none is given, the words that are best in any layer. positions: of so
-    many of the last tokens the grid is read; 1 is cheap, and each more costs a walk over the head. tuned: maps that put
-    each layer's states into the last one's terms. model: lapis' own, or a loaded causal model of transformers with its
-    tokenizer, whose hidden states are read by hooks.
-    Raises DataError for a prompt longer than the context, ConfigError for a word that the tokenizer cannot express, and
-    LapisError for an encoder, for NaN, and where the last row is not the model's own logits, which each call checks.
+    Args:
+        model: lapis' own, or a loaded causal model of transformers, whose hidden states are read by hooks.
+        tokenizer: The model's: lapis' own, or a fast one of transformers.
+        prompt: A text, a chat (messages), or token ids.
+        track: Words, or "Malaysia, Indonesia"; without any, the words that are best in some layer.
+        options: What of the prompt is read, and how much of it is told.
+        tuned: Maps that put each layer's states into the last one's terms.
+        name: What the model is called; default: its family.
+
+    Returns:
+        A reading per state at the last token, the grid of the last tokens that the options name, and what each head
+        and MLP adds to the logits of the words.
+
+    Raises:
+        DataError: The prompt is empty, or longer than the context.
+        ConfigError: The tokenizer cannot express a word.
+        LapisError: The model is an encoder, holds NaN, or its last state through norm and head is not its own logits,
+            which each call checks.
     """
     parts, words_of = anatomy(model, name), as_tokenizer(tokenizer)
     ids = encode(words_of, prompt, len(parts.matrix), parts.name)
     words = as_words(track, words_of, len(parts.matrix))
-    seen = see(parts, words_of, ids, words, positions)
+    seen = see(parts, words_of, ids, words, options.positions or 1)
     given = bool(words)
     if not given:
         words = best_anywhere(seen, tuned=tuned)
-    return look(seen, words, given, top=top, tuned=tuned)
+    return look(seen, words, given, top=options.top, tuned=tuned)
 
 
 @torch.inference_mode()
@@ -85,24 +107,20 @@ def see(
     paths = [spelling.ids[:-1] for word in words for spelling in word.spellings if len(spelling.ids) > 1]
     longest = max(map(len, paths), default=0)
     check_length(ids, longest, parts.context, parts.name)
-    wanted = list(range(max(0, len(ids) - max(1, positions)), len(ids)))
+    chosen = list(range(max(0, len(ids) - max(1, positions)), len(ids)))
     later = {path: number for number, path in enumerate(sorted({p[: t + 1] for p in paths for t in range(len(p))}))}
     run = _at_once if parts.own and len(ids) <= AT_ONCE else _one_after_another
-    training = parts.model.training
-    parts.model.eval()
-    try:
-        found, onward = run(parts, list(ids), wanted, list(later))
-    finally:
-        parts.model.train(training)
-    return Seen(parts, tokenizer, list(ids), wanted, found, onward, later)
+    with evaluating(parts.model):
+        prompt, onward = run(parts, list(ids), chosen, list(later))
+    return Seen(parts, tokenizer, list(ids), chosen, prompt, onward, later)
 
 
 def _at_once(
-    parts: Anatomy, ids: list[int], wanted: list[int], later: list[tuple[int, ...]]
+    parts: Anatomy, ids: list[int], chosen: list[int], later: list[tuple[int, ...]]
 ) -> tuple[Trace, Trace | None]:  # fmt: skip
     """One pass over the weights: the words' tokens stand behind the prompt, and see it and their own beginnings."""
     device, T = parts.matrix.device, len(ids)
-    places = _places([(0, t) for t in [*wanted, *range(T, T + len(later))]], device)
+    places = _places([(0, t) for t in [*chosen, *range(T, T + len(later))]], device)
     row_BT = torch.tensor([[*ids, *(path[-1] for path in later)]], device=device)
     if not later:
         return trace(parts, row_BT, places), None
@@ -111,12 +129,12 @@ def _at_once(
     for row, path in enumerate(later):
         for column, other in enumerate(later):
             seen_TT[T + row, T + column] = path[: len(other)] == other
-    found = trace(parts, row_BT, places, branches=Branches(positions_BT, seen_TT.to(device)))
-    return found.part(0, len(wanted)), found.part(len(wanted), len(wanted) + len(later))
+    whole = trace(parts, row_BT, places, branches=Branches(positions_BT, seen_TT.to(device)))
+    return whole.part(0, len(chosen)), whole.part(len(chosen), len(chosen) + len(later))
 
 
 def _one_after_another(
-    parts: Anatomy, ids: list[int], wanted: list[int], later: list[tuple[int, ...]]
+    parts: Anatomy, ids: list[int], chosen: list[int], later: list[tuple[int, ...]]
 ) -> tuple[Trace, Trace | None]:  # fmt: skip
     """The words' beginnings as a batch that goes on from the prompt: with the cache, where the model is lapis' own."""
     device, longest = parts.matrix.device, max(map(len, later), default=0)
@@ -126,9 +144,9 @@ def _one_after_another(
         weight = next(parts.model.parameters())
         cache = Cache(config, 1, len(ids) + longest, dtype=weight.dtype, device=weight.device)
     prompt_BT = torch.tensor([ids], device=device)
-    found = trace(parts, prompt_BT, _places([(0, t) for t in wanted], device), cache)
+    prompt = trace(parts, prompt_BT, _places([(0, t) for t in chosen], device), cache)
     if not later:
-        return found, None
+        return prompt, None
     # Padding stands to the right, where a causal model does not see it
     rows_BT = torch.tensor([[*path, *[0] * (longest - len(path))] for path in later], device=device)
     start = 0
@@ -138,7 +156,7 @@ def _one_after_another(
         start = len(ids)
         rows_BT = torch.cat((prompt_BT.expand(len(later), -1), rows_BT), 1)
     places = [(row, start + len(path) - 1) for row, path in enumerate(later)]
-    return found, trace(parts, rows_BT, _places(places, device), cache)
+    return prompt, trace(parts, rows_BT, _places(places, device), cache)
 
 
 @torch.inference_mode()
@@ -164,26 +182,26 @@ def look(
     tracked = list(firsts | dict.fromkeys(i for w in words for s in w.spellings for i in s.ids))
     later = None if seen.onward is None else _stack(seen.onward, slice(0, len(seen.later)), False, tuned)
     own_PV = None if head else seen.trace.own(end)
-    found = _read(parts, _stack(seen.trace, end, halves, tuned), own_PV, later, tracked, len(firsts), top)
+    readout = _read(parts, _stack(seen.trace, end, halves, tuned), own_PV, later, tracked, len(firsts), top)
     layers: list[tuple[int | None, str]] = [(None, "embedding")]
     for layer in range(parts.layers):
         layers += [(layer, "attention"), (layer, "mlp")] if halves else [(layer, "mlp")]
-    chances = _Chances(found, tracked, seen.later, layers)
+    chances = _Chances(readout, tracked, seen.later, layers)
     readings = [
         replace(
-            _reading(found, 0, row, layer_, after, seen.positions[last], seen.tokenizer),
-            ranks={w.text: min(chances.of(s, row)["rank"] for s in w.spellings) for w in words},
+            _reading(readout, 0, row, layer_, after, seen.positions[last], seen.tokenizer),
+            ranks={w.text: min(chances.of(s, row)["rank"] for s in w.followed) for w in words},
             logprobs={w.text: _total([chances.of(s, row)["logprob"] for s in w.spellings]) for w in words},
             spellings={s.text: chances.of(s, row) for w in words for s in w.spellings},
         )
         for row, (layer_, after) in enumerate(layers)
     ]
-    written: list[Contribution] = []
+    parts_of_logits: list[Contribution] = []
     notes = [] if seen.trace.adds_up else ["its blocks are not plain sums: no states after attention, no contributions"]
     if tuned is None and head is None:
-        ends = [min(w.spellings, key=lambda s: readings[-1].spellings[s.text]["rank"]).ids[0] for w in words]
-        logits_R = found.logits_PNR[0, -1, [tracked.index(i) for i in ends]]
-        written = contributions(
+        ends = [min(w.followed, key=lambda s: readings[-1].spellings[s.text]["rank"]).ids[0] for w in words]
+        logits_R = readout.logits_PNR[0, -1, [tracked.index(i) for i in ends]]
+        parts_of_logits = contributions(
             parts, seen.trace, last, [(w.text, i) for w, i in zip(words, ends, strict=True)], logits_R
         )
     grid = [*_grid(seen, parts, last, top, tuned, head is None), *(r for r in readings if r.after != "attention")]
@@ -195,7 +213,7 @@ def look(
         given=given,
         readings=readings,
         grid=grid,
-        contributions=written,
+        contributions=parts_of_logits,
         head=parts.name if head else "own",
         tuned=tuned.source if tuned else "",
         notes=notes,
@@ -206,10 +224,10 @@ def look(
 def best_anywhere(seen: Seen, head: Anatomy | None = None, tuned: TunedLens | None = None) -> list[Word]:
     """The tokens that are best at the end of any layer, the last layer's first."""
     end = slice(len(seen.positions) - 1, len(seen.positions))
-    found = _read(
+    readout = _read(
         head or seen.parts, _stack(seen.trace, end, False, tuned), None if head else seen.trace.own(end), top=1
     )
-    words = [token_word(i, seen.tokenizer) for i in dict.fromkeys(found.top_ids_PNK[0, 1:, 0].flip(0).tolist())]
+    words = [token_word(i, seen.tokenizer) for i in dict.fromkeys(readout.top_ids_PNK[0, 1:, 0].flip(0).tolist())]
     return list({word.text: word for word in words}.values())
 
 
@@ -225,10 +243,10 @@ def check_fits(one: Anatomy, other: Anatomy) -> None:
 class _Chances:
     """Ranks and log-probabilities of spellings, from the readout of the prompt's end and of the words' later tokens."""
 
-    def __init__(self, found: Readout, tracked: Sequence[int], later: Mapping[tuple[int, ...], int],
+    def __init__(self, readout: Readout, tracked: Sequence[int], later: Mapping[tuple[int, ...], int],
                  layers: Sequence[tuple[int | None, str]]) -> None:  # fmt: skip
-        self._ranks, self._logprobs = found.ranks_PNR[0].tolist(), found.logprobs_PNR[0].tolist()
-        self._onward = found.more_logprobs_XR.tolist()
+        self._ranks, self._logprobs = readout.ranks_PNR[0].tolist(), readout.logprobs_PNR[0].tolist()
+        self._onward = readout.more_logprobs_XR.tolist()
         self._columns = {index: column for column, index in enumerate(tracked)}
         ends = [row for row, (_, after) in enumerate(layers) if after != "attention"]
         self._later, self._ends = later, {row: number for number, row in enumerate(ends)}
@@ -252,18 +270,18 @@ def _read(
 ) -> Readout:  # fmt: skip
     """States through norm and head; of the later ones only log-probabilities of tracked tokens."""
     more_XD = None if later_PND is None else parts.norm(later_PND).flatten(0, 1)
-    found = read(parts.norm(stack_PND), parts.matrix, parts.bias, own_PV, more_XD=more_XD, tracked=tracked,
+    readout = read(parts.norm(stack_PND), parts.matrix, parts.bias, own_PV, more_XD=more_XD, tracked=tracked,
                  ranked=ranked, top=top)  # fmt: skip
-    if not bool(found.entropy_PN.isfinite().all() and found.more_logprobs_XR.isfinite().all()):
+    if not bool(readout.entropy_PN.isfinite().all() and readout.more_logprobs_XR.isfinite().all()):
         raise not_numbers(parts, "a logit")
-    return found
+    return readout
 
 
-def _stack(found: Trace, some: slice, halves: bool, tuned: TunedLens | None) -> Tensor:
+def _stack(trace: Trace, some: slice, halves: bool, tuned: TunedLens | None) -> Tensor:
     """The states at some places, first to last: embedding, then (after attention and) after each layer."""
-    states = [found.embed_PD[some]]
-    for layer, after_PD in enumerate(found.after_LPD):
-        states += [found.middle_LPD[layer][some], after_PD[some]] if halves else [after_PD[some]]
+    states = [trace.embed_PD[some]]
+    for layer, after_PD in enumerate(trace.after_LPD):
+        states += [trace.middle_LPD[layer][some], after_PD[some]] if halves else [after_PD[some]]
     stack_PND = torch.stack(states, 1)
     return stack_PND if tuned is None else tuned.translate(stack_PND)
 
@@ -273,19 +291,19 @@ def _grid(seen: Seen, parts: Anatomy, last: int, top: int, tuned: TunedLens | No
     rows = []
     for start in range(0, last, GROUP):
         some = slice(start, min(start + GROUP, last))
-        found = _read(parts, _stack(seen.trace, some, False, tuned), seen.trace.own(some) if own else None, top=top)
+        readout = _read(parts, _stack(seen.trace, some, False, tuned), seen.trace.own(some) if own else None, top=top)
         for place, position in enumerate(seen.positions[some]):
-            rows.append(_reading(found, place, 0, None, "embedding", position, seen.tokenizer))
-            rows += [_reading(found, place, i + 1, i, "mlp", position, seen.tokenizer) for i in range(parts.layers)]
+            rows.append(_reading(readout, place, 0, None, "embedding", position, seen.tokenizer))
+            rows += [_reading(readout, place, i + 1, i, "mlp", position, seen.tokenizer) for i in range(parts.layers)]
     return rows
 
 
 def _reading(
-    found: Readout, place: int, row: int, layer: int | None, after: str, position: int, tokenizer: Tokenizer
+    readout: Readout, place: int, row: int, layer: int | None, after: str, position: int, tokenizer: Tokenizer
 ) -> Reading:  # fmt: skip
-    ids, chances = found.top_ids_PNK[place, row].tolist(), found.top_logprobs_PNK[place, row].exp().tolist()
+    ids, chances = readout.top_ids_PNK[place, row].tolist(), readout.top_logprobs_PNK[place, row].exp().tolist()
     top = tuple((token_text(i, tokenizer), i, chance) for i, chance in zip(ids, chances, strict=True))
-    return Reading(layer, after, position, top, float(found.entropy_PN[place, row]), float(found.kl_PN[place, row]))
+    return Reading(layer, after, position, top, float(readout.entropy_PN[place, row]), float(readout.kl_PN[place, row]))
 
 
 def _total(logprobs: Sequence[float | None]) -> float | None:

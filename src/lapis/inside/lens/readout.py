@@ -21,7 +21,7 @@ from lapis.errors import LapisError
 # Rows x tokens of a block, and tokens: its weights, logits and exponentials stay in the caches. Powers of two, because
 # products of other widths are slower.
 ELEMENTS, LEAST, MOST = 1 << 18, 256, 2048
-GROUP = 16  # tokens of which only the highest is looked at first, where the best are sought
+GROUP = 16  # tokens of which only the highest is looked at first, where the best are searched
 
 
 @dataclass
@@ -45,7 +45,7 @@ class Readout:
 class _Sums:
     """Running sums of exp(logit - high) over the blocks so far, each row's `high` its highest logit yet; float64.
 
-    Of the rows behind the states, of which nothing else is wanted, log totals only; their logits are used up.
+    Of the rows behind the states, of which nothing else is needed, log totals only; their logits are used up.
     """
 
     def __init__(self, rows: int, places: int, states: int, device: torch.device) -> None:
@@ -127,7 +127,7 @@ def read(
     """Reads normed states through the head, the last state of each place being its final one.
 
     own_PV: the model's own logits at the places; None where the head is another model's. more_XD: states of which only
-    log-probabilities of tracked tokens are wanted. tracked: token ids, of which the first `ranked` (default: all) are
+    log-probabilities of tracked tokens are needed. tracked: token ids, of which the first `ranked` (default: all) are
     ranked. width: tokens per block; 0 takes what fits a cache.
     Raises LapisError where the final states' logits differ from own_PV. NaN in, NaN out.
     """

@@ -1,17 +1,74 @@
-"""Two models on one prompt: base and instruct, or before and after a graft, each read by its own head or the other's.
+"""Models from folders, and two of them on one prompt: base and instruct, or before and after a graft.
 
-Leaves out: differences of weights (lapis.weights.diff.diff).
+What config and tokenizer can refuse is refused before a weight is read.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from lapis.errors import DataError
-from lapis.inside.anatomy import anatomy
-from lapis.inside.lens.logit_lens import Seen, best_anywhere, check_fits, look, see
+import torch
+
+from lapis.checkpoint import open_checkpoint
+from lapis.errors import DataError, LapisError
+from lapis.inside.lens.logit_lens import DEFAULT, Seen, best_anywhere, check_fits, look, see
+from lapis.inside.lens.options import LensOptions
 from lapis.inside.lens.table import LensTrace
-from lapis.inside.lens.words import Spelling, Word, as_words
-from lapis.inside.prompts import Prompt, encode
-from lapis.inside.transformers_model import Opened
+from lapis.inside.prompt import Prompt, Spelling, Word, as_words, check_length, encode
+from lapis.inside.trace import anatomy, refuse
+from lapis.model.check import read_config
+from lapis.model.load import load
+from lapis.model.transformer import Transformer
+from lapis.text.tokenizer.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model that was loaded to be looked into, its tokenizer, and what the user called it."""
+
+    model: Transformer
+    tokenizer: Tokenizer
+    name: str
+
+
+def open_models(
+    sources: Sequence[str | Path], prompt: Prompt, track: str = "", *, device: Any = "cpu",
+    dtype: torch.dtype | None = None,
+) -> list[Opened]:  # fmt: skip
+    """Loads the models that a prompt is to be traced in.
+
+    Args:
+        sources: Model folders or hub ids.
+        prompt: What they are asked.
+        track: Words, parted by commas.
+        device: Where they run.
+        dtype: Of the weights; None keeps that of each folder.
+
+    Raises:
+        LapisError: A model is an encoder, or of a family that lapis does not run; before any weight is read, like the
+            rest.
+        DataError: The prompt does not fit into the context.
+        ConfigError: A tokenizer cannot express a word.
+    """
+    checked = []
+    for source in sources:
+        checkpoint = open_checkpoint(source, adapters=True)
+        if checkpoint.family is None:
+            kind = checkpoint.config.get("model_type", "unknown")
+            raise LapisError(
+                f'lens: {source}: lapis runs no model of the type "{kind}"; load it with transformers and give it to '
+                "lapis.lens(model, tokenizer, ...) in Python: pip install 'lapis[hf]'"
+            )
+        config = read_config(checkpoint)
+        refuse(str(source), config.family, config.causal, config.head)
+        tokenizer = Tokenizer.open(checkpoint)
+        tokenizer.check_rows(config.vocab)
+        words = as_words(track, tokenizer, config.vocab)
+        longest = max((len(s.ids) - 1 for w in words for s in w.spellings), default=0)
+        check_length(encode(tokenizer, prompt, config.vocab, str(source)), longest, config.context, str(source))
+        checked.append((checkpoint, tokenizer, str(source)))
+    return [Opened(load(checkpoint, dtype, device), tokenizer, name) for checkpoint, tokenizer, name in checked]
 
 
 def side_by_side(
@@ -20,16 +77,23 @@ def side_by_side(
     prompt: Prompt,
     track: str | Sequence[str | Word] = (),
     *,
+    options: LensOptions = DEFAULT,
     swapped: bool = False,
-    positions: int = 1,
-    top: int = 10,
 ) -> tuple[LensTrace, LensTrace]:
     """The traces of two models on one prompt, with the same tracked words.
 
-    Where no word is given, those are tracked that are best in any layer of either. swapped: the states of each go
-    through the final norm and head of the other, which shows what of a change lies in the layers and what in the head;
-    the last rows are then nobody's own logits, so only the plain ones are checked.
-    Raises DataError where heads are to be swapped between models of different width.
+    Args:
+        one: A model.
+        other: The model that stands beside it.
+        prompt: A text, a chat, or token ids; each model reads it with its own tokenizer.
+        track: Words; without any, those that are best in some layer of either.
+        options: What of the prompt is read, and how much of it is told.
+        swapped: Send the states of each through the final norm and head of the other, which shows what of a change
+            lies in the layers and what in the head. The last rows are then nobody's own logits, so only the plain ones
+            are checked.
+
+    Raises:
+        DataError: Heads are to be swapped between models of different width.
     """
     models = (one, other)
     bodies = [anatomy(opened.model, opened.name) for opened in models]
@@ -39,14 +103,20 @@ def side_by_side(
     rows = min(len(parts.matrix) for parts in bodies)
     given = [as_words(track, opened.tokenizer, rows) for opened in models]
     seen = [
-        see(parts, opened.tokenizer, encode(opened.tokenizer, prompt, len(parts.matrix), opened.name), words, positions)
+        see(
+            parts,
+            opened.tokenizer,
+            encode(opened.tokenizer, prompt, len(parts.matrix), opened.name),
+            words,
+            options.positions or 1,
+        )
         for parts, opened, words in zip(bodies, models, given, strict=True)
     ]
     words = given if given[0] else _either(seen, [best_anywhere(s, h) for s, h in zip(seen, heads, strict=True)])
-    found = [
-        look(s, w, bool(given[0]), top=top, head=h) for s, w, h in zip(seen, words, heads, strict=True)
-    ]  # fmt: skip
-    return found[0], found[1]
+    one_trace, other_trace = (
+        look(s, w, bool(given[0]), top=options.top, head=h) for s, w, h in zip(seen, words, heads, strict=True)
+    )
+    return one_trace, other_trace
 
 
 def _either(seen: Sequence[Seen], best: Sequence[list[Word]]) -> list[list[Word]]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lapis.errors import ConfigError, MissingExtra
 from lapis.inside.contributions import Contribution
-from lapis.inside.lens.words import Word
+from lapis.inside.prompt import Word, show
 
 if TYPE_CHECKING:
     import pandas
@@ -23,10 +23,15 @@ Picture = Literal["ranks", "grid", "contributions"]
 class Reading:
     """What one state would say next.
 
-    layer: 0-based, None for the embedding. after: "embedding", "attention" or "mlp" (the end of a layer). top: (token,
-    id, probability), best first. entropy and kl_to_final in nats; kl_to_final is KL(final || this). ranks: of each
-    tracked word the best rank that the first token of one of its spellings has, 1 = said next. logprobs: of the whole
-    word, its spellings added up; None where it was not measured. spellings: rank and logprob of each.
+    Attributes:
+        layer: 0-based, None for the embedding.
+        after: "embedding", "attention" or "mlp" (the end of a layer).
+        top: (token, id, probability), best first.
+        entropy, kl_to_final: In nats; kl_to_final is KL(final || this).
+        ranks: Of each tracked word the best rank of its single-token spellings, 1 = said next; of a word without one
+            the best rank of a first piece, which the word's label names.
+        logprobs: Of the whole word, its spellings added up; None where it was not measured.
+        spellings: Rank of the first token, and logprob, of each.
     """
 
     layer: int | None
@@ -51,9 +56,15 @@ class Reading:
 class LensTrace:
     """What `lapis.lens` returns: how one model comes to its next token.
 
-    tokens, ids: the prompt's. words: what is tracked; given: by the caller, else the words that are best in any layer.
-    readings: at the last token of the prompt, from the embedding through both halves of every layer. grid: at the end
-    of every layer, for the asked tokens. head: whose norm and head read the states.
+    Attributes:
+        tokens, ids: The prompt's.
+        words: What is tracked.
+        given: By the caller; else they are the words that are best in some layer.
+        readings: At the last token, from the embedding through both halves of every layer.
+        grid: At the end of every layer, for the last tokens of the prompt.
+        contributions: What each part adds to the logits of the words.
+        head: Whose norm and head read the states: "own", or a model's name.
+        tuned: The folder of the tuned lens, or "".
     """
 
     model: str
@@ -78,6 +89,10 @@ class LensTrace:
         """The token that the model says next."""
         return self.readings[-1].top[0][0]
 
+    def label(self, name: str) -> str:
+        """A tracked word as pages and tables name it: with the piece that is followed, where it has no token."""
+        return next((word.label for word in self.words if word.text == name), name)
+
     def leading(self, count: int = SHOWN) -> list[str]:
         """The tracked words that end best, best first; those that the caller gave in the caller's order."""
         last = self.readings[-1].ranks
@@ -94,8 +109,9 @@ class LensTrace:
             "tokens": self.tokens,
             "ids": self.ids,
             "words": [
-                {"word": word.text, "given": self.given, "spellings": [
-                    {"text": spelling.text, "ids": list(spelling.ids)} for spelling in word.spellings
+                {"word": word.text, "label": word.label, "given": self.given, "spellings": [
+                    {"text": spelling.text, "ids": list(spelling.ids), "followed": spelling in word.followed}
+                    for spelling in word.spellings
                 ]} for word in self.words
             ],
             "embedding": self.readings[0].to_json(),
@@ -139,13 +155,16 @@ class LensTrace:
             (self.layers[i].layer for i in range(len(self.layers))
              if all(layer.top[0][1] == final[1] for layer in self.layers[i:])), None,
         )  # fmt: skip
-        return f'"{final[0]}" is said next ({final[2]:.0%}); it leads from layer {since} of {len(self.layers) - 1} on'
+        return (
+            f'"{show(final[0])}" is said next ({final[2]:.0%}); it leads from layer {since} on, '
+            f"of layers 0 to {len(self.layers) - 1}"
+        )
 
     def grid_rows(self) -> list[dict[str, Any]]:
         """Rows for report's lens_grid; the embedding is layer -1."""
         return [
-            {"layer": -1 if r.layer is None else r.layer, "position": r.position, "token": self.tokens[r.position],
-             "top": [(token, share) for token, _, share in r.top]}
+            {"layer": -1 if r.layer is None else r.layer, "position": r.position,
+             "token": show(self.tokens[r.position]), "top": [(show(token), share) for token, _, share in r.top]}
             for r in self.grid
         ]  # fmt: skip
 
@@ -154,7 +173,7 @@ class LensTrace:
         names = list(words) or self.leading()
         more = {"model": model} if model else {}
         return [
-            {"word": name, "layer": layer.layer, "rank": layer.ranks[name], **more}
+            {"word": show(self.label(name)), "layer": layer.layer, "rank": layer.ranks[name], **more}
             for name in names for layer in self.layers
         ]  # fmt: skip
 
@@ -188,7 +207,7 @@ class LensTrace:
         token = next(c.token for c in self.contributions if c.word == word[0])
         known = {s.ids[0]: s for w in self.words if w.text == word[0] for s in w.spellings}
         writes = "begin" if len(known[token].ids) > 1 else "write"
-        return f'{most["label"]} did most to {writes} "{word[0]}": {most["logit"]:+.2f} of {sum_of(rows):.2f}'
+        return f'{most["label"]} did most to {writes} "{show(word[0])}": {most["logit"]:+.2f} of {sum_of(rows):.2f}'
 
     def ranks_finding(self) -> str:
         """One sentence: how the word that ends best got there."""
@@ -199,7 +218,7 @@ class LensTrace:
         ranks = [layer.ranks[name] for layer in self.layers]
         worst = max(range(len(ranks)), key=lambda i: ranks[i])
         return (
-            f'"{name}" ends at rank {ranks[-1]:,}; it stood at {ranks[0]:,} after the first layer'
+            f'"{show(self.label(name))}" ends at rank {ranks[-1]:,}; it stood at {ranks[0]:,} after the first layer'
             + (f" and at {ranks[worst]:,} after layer {worst}" if ranks[worst] > max(ranks[0], ranks[-1]) else "")
         )  # fmt: skip
 
@@ -209,22 +228,23 @@ class LensTrace:
 
         names = self.leading()
         rows = [
-            {"layer": "embedding" if r.layer is None else str(r.layer), "says": r.top[0][0], "p": r.top[0][2],
+            {"layer": "embedding" if r.layer is None else str(r.layer), "says": show(r.top[0][0]), "p": r.top[0][2],
              "entropy": r.entropy, "kl": r.kl_to_final, **{f"rank {n}": r.ranks[n] for n in names}}
             for r in (self.readings[0], *self.layers)
         ]  # fmt: skip
         columns = [
             Column("layer"), Column("says", "would say"), Column("p", "probability", ".1%"),
             Column("entropy", "entropy", ".3f", unit="nats"), Column("kl", "KL to the end", ".3f", unit="nats"),
-            *(Column(f"rank {n}", n, ",", group="rank") for n in names),
+            *(Column(f"rank {n}", self.label(n), ",", group="rank") for n in names),
         ]  # fmt: skip
         return notebook(str(self), self.finding(), rows, columns, "`.plot()` draws it, `.to_pandas()` gives the rows")
 
     def __str__(self) -> str:
         names = self.leading()
-        width = max([12, *(len(name) + 1 for name in names)])
+        labels = [self.label(name) for name in names]
+        width = max([12, *(len(label) + 1 for label in labels)])
         head = f"{'layer':>6}  {'would say':<18} {'p':>6} {'entropy':>8} {'KL':>8}"
-        lines = [head + "".join(f"{name:>{width}}" for name in names)]
+        lines = [head + "".join(f"{label:>{width}}" for label in labels)]
         for reading in [self.readings[0], *self.layers]:
             token, _, share = reading.top[0]
             label = "embed" if reading.layer is None else str(reading.layer)
@@ -237,7 +257,8 @@ class LensTrace:
 
 def quoted(token: str, width: int = 16) -> str:
     """A token with its spaces to be seen, cut where it is long."""
-    return f'"{token}"' if len(token) <= width else f'"{token[: width - 1]}…"'
+    text = show(token)
+    return f'"{text}"' if len(text) <= width else f'"{text[: width - 1]}…"'
 
 
 def sum_of(rows: Iterable[dict[str, Any]]) -> float:

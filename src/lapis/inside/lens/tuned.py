@@ -23,10 +23,9 @@ from lapis.checkpoint.commit import commit
 from lapis.checkpoint.files import contained, read_json
 from lapis.checkpoint.tensor_file import read_header, read_tensors, write_tensors
 from lapis.errors import CheckpointError, DataError, LapisError
-from lapis.inside.anatomy import Anatomy, anatomy
 from lapis.inside.lens.readout import read
-from lapis.inside.prompts import as_tokenizer
-from lapis.inside.trace import trace
+from lapis.inside.prompt import as_tokenizer
+from lapis.inside.trace import Anatomy, anatomy, trace
 from lapis.text.corpus.corpus import Source, documents
 from lapis.text.tokenizer.tokenizer import Tokenizer
 
@@ -95,29 +94,39 @@ def tune(
 ) -> TunedLens:
     """Fits a tuned lens on the first `tokens` tokens of text files; the next ones, a tenth as many, judge it.
 
-    progress(done, total) counts tokens. Raises DataError where there is too little text.
+    Args:
+        model: lapis' own, or a causal one of transformers.
+        tokenizer: The model's.
+        files: Text.
+        tokens: To fit the maps on.
+        length: Tokens of a row.
+        name: What the model is called.
+        progress: Is called with (tokens done, tokens in all).
+
+    Raises:
+        DataError: There is too little text.
     """
     parts, words = anatomy(model, name), as_tokenizer(tokenizer)
     length = min(length, parts.context)
     judged = max(tokens // 10, JUDGES)
     moments = [_Moments(parts.matrix.shape[1]) for _ in range(parts.layers)]
-    kept: list[Tensor] = []
+    held_out: list[Tensor] = []
     done = 0
     for ids in _rows(words, files, length, tokens + judged):
         places = torch.arange(len(ids), device=parts.matrix.device)
-        found = trace(parts, torch.tensor([ids], device=places.device), (torch.zeros_like(places), places))
-        states_LND = torch.stack([found.embed_PD, *found.after_LPD]).float()
+        run = trace(parts, torch.tensor([ids], device=places.device), (torch.zeros_like(places), places))
+        states_LND = torch.stack([run.embed_PD, *run.after_LPD]).float()
         if done < tokens:
             for layer, moment in enumerate(moments):
                 moment.add(states_LND[layer], states_LND[-1])
         else:
-            kept.append(states_LND.cpu())
+            held_out.append(states_LND.cpu())
         done += len(ids)
         if progress:
             progress(done, tokens + judged)
-    if not kept:
-        raise DataError(f"lens: {done:,} tokens of text; a tuned lens wants {tokens + judged:,}, give more text")
-    held_LND = torch.cat(kept, 1)
+    if not held_out:
+        raise DataError(f"lens: {done:,} tokens of text; a tuned lens needs {tokens + judged:,}, give more text")
+    held_LND = torch.cat(held_out, 1)
     held_LND = held_LND[:, :: max(1, held_LND.shape[1] // JUDGES)][:, :JUDGES].to(parts.matrix.device)
     before = best = _kl(parts, held_LND)
     D = held_LND.shape[2]
@@ -168,15 +177,15 @@ class _Moments:
         cross = self.cross / self.count - torch.outer(mean, last - mean)
         spread = own.diagonal().clamp(min=1e-12).sqrt()
         scaled = own / torch.outer(spread, spread) + ridge * torch.eye(len(mean), dtype=torch.float64)
-        found = torch.linalg.solve(scaled, cross / spread[:, None]) / spread[:, None]
-        return found.float(), (last - mean - mean @ found).float()
+        map_DD = torch.linalg.solve(scaled, cross / spread[:, None]) / spread[:, None]
+        return map_DD.float(), (last - mean - mean @ map_DD).float()
 
 
 def _kl(parts: Anatomy, states_LND: Tensor) -> list[float]:
     """Mean KL(final || layer) over the tokens, in nats, for the embedding and each layer but the last."""
     states_NLD = states_LND.transpose(0, 1).to(parts.matrix.dtype)
-    found = read(parts.norm(states_NLD), parts.matrix, parts.bias, top=1)
-    means: list[float] = found.kl_PN.mean(0)[:-1].tolist()
+    readout = read(parts.norm(states_NLD), parts.matrix, parts.bias, top=1)
+    means: list[float] = readout.kl_PN.mean(0)[:-1].tolist()
     return means
 
 
