@@ -28,7 +28,7 @@ from lapis.generation.generate import generate_batch
 from lapis.generation.options import Sampling
 from lapis.model.load import load
 from lapis.model.transformer import Transformer
-from lapis.text.corpus.corpus import Chat as ChatRecord
+from lapis.text.corpus.corpus import ChatRecord
 from lapis.text.tokenizer.tokenizer import Tokenizer, train_tokenizer
 from lapis.training.config import TrainConfig
 from lapis.training.loop.loop import train

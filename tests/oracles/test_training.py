@@ -10,8 +10,7 @@ import torch
 from lapis.families.config import ModelConfig
 from lapis.model.load import save
 from lapis.model.transformer import Transformer
-from lapis.text.corpus.corpus import Chat as ChatRecord
-from lapis.text.corpus.corpus import Document
+from lapis.text.corpus.corpus import ChatRecord, Document
 from lapis.text.rows.rows import IGNORE, Cursor
 from lapis.text.tokenizer.tokenizer import Tokenizer, train_tokenizer
 from lapis.training.config import TrainConfig

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from lapis.errors import ConfigError, DataError
 from lapis.text.corpus.corpus import Document
 from lapis.text.rows.coverage import lines
-from lapis.text.rows.data_sources import Wanted, open_data
+from lapis.text.rows.data_sources import PackingSettings, open_data
 from lapis.text.rows.mixture import Mixture, draw, draws
 from lapis.text.rows.packing import pack
 from lapis.text.tokenizer.tokenizer import Tokenizer, train_tokenizer
@@ -96,7 +96,7 @@ def test_weights_from_settings(tokenizer: Tokenizer, tmp_path: Path) -> None:
         (tmp_path / f"{name}.txt").write_text(f"{word} " * 40)
     pack(tmp_path / "three.txt", tokenizer, tmp_path / "packed", length=12)
     one, two, packed = (str(tmp_path / name) for name in ("one.txt", "two.txt", "packed"))
-    wanted = Wanted(tokenizer, "documents", 12)
+    wanted = PackingSettings(tokenizer, "documents", 12)
     by_name = open_data({one: 0.7, two: 0.1, packed: 0.2}, wanted)
     listed = [{"path": one, "weight": 7}, {"path": [two], "weight": 1}, {"path": packed, "weight": 2}]
     by_list = open_data(listed, wanted)
@@ -119,9 +119,9 @@ def test_weights_from_settings(tokenizer: Tokenizer, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=says):
             open_data(bad, wanted)
     with pytest.raises(ConfigError, match=r"packed: was packed in rows of 12, but context is 20"):
-        open_data({one: 1, packed: 1}, Wanted(tokenizer, "documents", 20))
+        open_data({one: 1, packed: 1}, PackingSettings(tokenizer, "documents", 20))
     with pytest.raises(DataError, match=r"one\.txt: holds documents; this objective learns from chats"):
-        open_data({one: 1}, Wanted(tokenizer, "chats", 12))
+        open_data({one: 1}, PackingSettings(tokenizer, "chats", 12))
 
 
 def test_a_cursor_of_other_sources_is_refused(mixture: Mixture) -> None:
@@ -139,7 +139,7 @@ def test_large_files_are_packed_once_into_the_cache(
     monkeypatch.setenv("LAPIS_CACHE", str(tmp_path / "cache"))
     file = tmp_path / "a.txt"
     file.write_text("saya suka nasi lemak " * 50)
-    wanted = Wanted(tokenizer, "documents", 12, workers=1)
+    wanted = PackingSettings(tokenizer, "documents", 12, workers=1)
     first, again = open_data(str(file), wanted), open_data(str(file), wanted)
     assert first.digest == again.digest == packing.pack(file, tokenizer, length=12).digest
     assert len(list((tmp_path / "cache" / "rows").iterdir())) == 1

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from lapis.errors import ConfigError, DataError, OutputError, TemplateError
 from lapis.text.chat.chat import encode_chat
-from lapis.text.corpus.corpus import Chat, Document
+from lapis.text.corpus.corpus import ChatRecord, Document
 from lapis.text.rows.packing import best_fit, pack
 from lapis.text.rows.rows import IGNORE, Cursor, Rows, shuffled
 from lapis.text.tokenizer.tokenizer import Tokenizer, train_tokenizer
@@ -31,8 +31,8 @@ def docs(*texts: str) -> list[Document]:
     return [Document(text, HERE, i + 1) for i, text in enumerate(texts)]
 
 
-def talk(*contents: str) -> Chat:
-    return Chat([{"role": ("user", "assistant")[i % 2], "content": c} for i, c in enumerate(contents)], HERE, 1)
+def talk(*contents: str) -> ChatRecord:
+    return ChatRecord([{"role": ("user", "assistant")[i % 2], "content": c} for i, c in enumerate(contents)], HERE, 1)
 
 
 def pieces(rows: Rows, numbers: Any = None) -> list[tuple[list[int], list[int]]]:

@@ -8,7 +8,7 @@ import torch
 
 from lapis.families.config import ModelConfig
 from lapis.model.transformer import Transformer
-from lapis.text.corpus.corpus import Chat, Document
+from lapis.text.corpus.corpus import ChatRecord, Document
 from lapis.text.tokenizer.tokenizer import Tokenizer, train_tokenizer
 
 TEXTS = [
@@ -27,9 +27,9 @@ def documents() -> list[Document]:
 
 
 @pytest.fixture(scope="session")
-def chats() -> list[Chat]:
+def chats() -> list[ChatRecord]:
     return [
-        Chat(
+        ChatRecord(
             [
                 {"role": "user", "content": f"Where does cat {i} sleep?"},
                 {"role": "assistant", "content": f"Under tree {i % 5}."},

@@ -9,8 +9,7 @@ import pytest
 
 from lapis.errors import TrainingError
 from lapis.model.transformer import Transformer
-from lapis.text.corpus.corpus import Chat as ChatRecord
-from lapis.text.corpus.corpus import Document
+from lapis.text.corpus.corpus import ChatRecord, Document
 from lapis.text.rows.mixture import Mixture
 from lapis.text.rows.packing import pack
 from lapis.text.tokenizer.tokenizer import Tokenizer

@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from lapis.errors import DataError
 from lapis.model.transformer import Transformer
 from lapis.text.chat.chat import encode_chat
-from lapis.text.corpus.corpus import Chat as ChatRecord
-from lapis.text.corpus.corpus import Document
+from lapis.text.corpus.corpus import ChatRecord, Document
 from lapis.text.rows.packing import pack
 from lapis.text.rows.rows import IGNORE, Cursor
 from lapis.text.tokenizer.tokenizer import Tokenizer

@@ -10,7 +10,7 @@ import torch
 
 from lapis.cli.main import main
 from lapis.model.load import load
-from lapis.text.corpus.corpus import Chat, Document
+from lapis.text.corpus.corpus import ChatRecord, Document
 from lapis.text.rows.packing import pack
 from lapis.text.tokenizer.tokenizer import Tokenizer
 
@@ -35,7 +35,7 @@ CHAT = "objective: chat\nmodel: base\ndata: chats.jsonl\ncontext: 64\nout: chat\
 
 @pytest.fixture
 def lapis(
-    tokenizer: Tokenizer, documents: list[Document], chats: list[Chat], tmp_path: Path,
+    tokenizer: Tokenizer, documents: list[Document], chats: list[ChatRecord], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
 ) -> Lapis:  # fmt: skip
     """Runs a command in a folder with texts, chats, a tokenizer and two settings files: (status, stdout, stderr)."""

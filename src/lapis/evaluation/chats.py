@@ -14,7 +14,7 @@ from lapis.generation.options import Sampling
 from lapis.model.scoring import Precision, ScoredSequence, nll
 from lapis.model.transformer import Transformer
 from lapis.text.chat.chat import encode_chat, encode_prompt
-from lapis.text.corpus.corpus import Chat
+from lapis.text.corpus.corpus import ChatRecord
 from lapis.text.tokenizer.tokenizer import Tokenizer
 
 Messages = Sequence[Mapping[str, Any]]
@@ -23,7 +23,7 @@ Messages = Sequence[Mapping[str, Any]]
 def score_chats(
     model: Transformer,
     tokenizer: Tokenizer,
-    chats: Iterable[Chat | Messages],
+    chats: Iterable[ChatRecord | Messages],
     *,
     context: int | None = None,
     max_tokens: int = 64,
@@ -64,7 +64,7 @@ def score_chats(
 def answer(
     model: Transformer,
     tokenizer: Tokenizer,
-    chats: Iterable[Chat | Messages],
+    chats: Iterable[ChatRecord | Messages],
     *,
     max_tokens: int = 64,
     batch_size: int = 64,
@@ -89,5 +89,5 @@ def prompt_of(messages: Messages) -> Messages:
     return messages[: turns[-1]]
 
 
-def _messages(chat: Chat | Messages) -> Messages:
-    return chat.messages if isinstance(chat, Chat) else chat
+def _messages(chat: ChatRecord | Messages) -> Messages:
+    return chat.messages if isinstance(chat, ChatRecord) else chat

@@ -29,7 +29,7 @@ from lapis.model.scoring import (
     token_log_probabilities,
 )
 from lapis.model.transformer import Transformer
-from lapis.text.rows.pair_rows import Reply
+from lapis.text.rows.pair_rows import EncodedReply
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class ReplyBatch(ScoredBatch):
     sizes_S: Tensor
 
 
-def collate(replies: Sequence[Reply], whole: int = 0) -> ReplyBatch:
+def collate(replies: Sequence[EncodedReply], whole: int = 0) -> ReplyBatch:
     """Replies as one batch. whole: of so many replies, the first ones, the prompt is scored as well."""
     sequences = [_scored(reply, 1 if i < whole else reply.first) for i, reply in enumerate(replies)]
     batch = lay_out(sequences, share=True)
@@ -66,7 +66,7 @@ def log_probabilities(model: Transformer, batch: ReplyBatch) -> tuple[Tensor, Te
 
 
 def reply_log_probabilities(
-    model: Transformer, replies: Sequence[Reply], *, precision: Precision = "float32"
+    model: Transformer, replies: Sequence[EncodedReply], *, precision: Precision = "float32"
 ) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
     """Nats of each reply and its end token, given its prompt: summed, 0 or less."""
     sequences = [_scored(reply.spoken, reply.first) for reply in replies]
@@ -87,7 +87,9 @@ def rewards(model: Transformer, batch: ReplyBatch) -> Tensor:
     return reward_S1[:, 0].float()
 
 
-def reply_rewards(model: Transformer, replies: Sequence[Reply], *, batch_tokens: int = BATCH_TOKENS) -> list[float]:
+def reply_rewards(
+    model: Transformer, replies: Sequence[EncodedReply], *, batch_tokens: int = BATCH_TOKENS
+) -> list[float]:
     """The reward of each whole chat, in order, computed batch_tokens places at a time."""
     result = [0.0] * len(replies)
     device = next(model.parameters()).device
@@ -99,7 +101,7 @@ def reply_rewards(model: Transformer, replies: Sequence[Reply], *, batch_tokens:
     return result
 
 
-def _scored(reply: Reply, first: int) -> ScoredSequence:
+def _scored(reply: EncodedReply, first: int) -> ScoredSequence:
     """The chat with the reply scored, from the id `first` on."""
     scored = np.zeros(len(reply.ids), bool)
     scored[first : reply.last] = True

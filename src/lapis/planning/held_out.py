@@ -25,7 +25,7 @@ from lapis.evaluation.text import windows_of
 from lapis.model.scoring import ScoredSequence, batches_by_length, lay_out, read_logits, token_log_probabilities
 from lapis.model.transformer import Transformer
 from lapis.text.chat.chat import encode_chat
-from lapis.text.corpus.corpus import Chat
+from lapis.text.corpus.corpus import ChatRecord
 from lapis.text.tokenizer.tokenizer import Tokenizer
 
 BATCH = 4096  # places of one batch
@@ -55,7 +55,7 @@ class HeldOut:
 
 def make_held_out(
     tokenizer: Tokenizer,
-    chats: Iterable[Chat],
+    chats: Iterable[ChatRecord],
     texts: Iterable[str] = (),
     questions: Sequence[Choice] = (),
     *,

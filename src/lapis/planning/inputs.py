@@ -21,7 +21,7 @@ from lapis.planning.held_out import HeldOut, make_held_out
 from lapis.planning.options import PlanOptions
 from lapis.planning.pieces import Piece, outside, pieces_of
 from lapis.text.corpus import corpus
-from lapis.text.corpus.corpus import Chat
+from lapis.text.corpus.corpus import ChatRecord
 from lapis.text.tokenizer.tokenizer import Tokenizer
 from lapis.weights.matching import is_vocabulary
 from lapis.weights.vocabulary import open_vocabulary, template_tokens
@@ -84,7 +84,7 @@ def check_inputs(
     base: Model,
     chat: Model,
     onto: Model | None,
-    chats: Files | Sequence[Chat] | None,
+    chats: Files | Sequence[ChatRecord] | None,
     text: Files | None,
     choices: str | Path | Sequence[Choice] | None,
     options: PlanOptions,
@@ -208,17 +208,17 @@ def _check_models(base: Checkpoint, chat: Checkpoint, home: Checkpoint) -> Model
 
 def _read_held_out(
     tokenizer: Tokenizer,
-    chats: Files | Sequence[Chat],
+    chats: Files | Sequence[ChatRecord],
     text: Files | None,
     choices: str | Path | Sequence[Choice] | None,
     context: int,
     limit: int,
 ) -> HeldOut:
     given = [chats] if isinstance(chats, (str, Path)) else list(chats)
-    if given and all(isinstance(chat, Chat) for chat in given):
-        talks: Iterable[Chat] = (chat for chat in given if isinstance(chat, Chat))
+    if given and all(isinstance(chat, ChatRecord) for chat in given):
+        talks: Iterable[ChatRecord] = (chat for chat in given if isinstance(chat, ChatRecord))
     else:
-        talks = corpus.chats([path for path in given if not isinstance(path, Chat)])
+        talks = corpus.chats([path for path in given if not isinstance(path, ChatRecord)])
     texts = () if text is None else (document.text for document in corpus.documents(text))
     questions = [] if choices is None else read_choices(choices) if isinstance(choices, (str, Path)) else list(choices)
     held_out = make_held_out(tokenizer, islice(talks, 50 * limit), texts, questions, context=context, limit=limit)

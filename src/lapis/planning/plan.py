@@ -30,7 +30,7 @@ from lapis.planning.options import Goal, PieceSize, PlanOptions, Sweeps
 from lapis.planning.pieces import Piece, differences, outside, pieces_of, tensor_signals
 from lapis.planning.result import PlanResult
 from lapis.planning.tensor_swap import Bench
-from lapis.text.corpus.corpus import Chat
+from lapis.text.corpus.corpus import ChatRecord
 from lapis.weights.diff.table import DiffTable
 from lapis.weights.matching import is_norm, is_vocabulary
 
@@ -46,7 +46,7 @@ def plan(
     goal: Goal = PlanOptions.goal,
     budget: float = PlanOptions.budget,
     *,
-    chats: Files | Sequence[Chat] | None = None,
+    chats: Files | Sequence[ChatRecord] | None = None,
     text: Files | None = None,
     choices: str | Path | Sequence[Choice] | None = None,
     onto: Model | None = None,

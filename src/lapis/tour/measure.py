@@ -17,7 +17,7 @@ from lapis.evaluation.text import bits_per_byte
 from lapis.generation.generate import Reply
 from lapis.model.load import load
 from lapis.model.transformer import Transformer
-from lapis.text.corpus.corpus import Chat, chats
+from lapis.text.corpus.corpus import ChatRecord, chats
 from lapis.text.tokenizer.tokenizer import Tokenizer
 from lapis.tour.material import ENGLISH, Material, Said
 from lapis.tour.world import Question, score
@@ -61,7 +61,7 @@ class Exam:
     """Held-out material, by language. prompts: questions where the material has them, else the chats' last turns."""
 
     texts: Mapping[str, Sequence[str]]
-    chats: Mapping[str, Sequence[Chat]]
+    chats: Mapping[str, Sequence[ChatRecord]]
     prompts: Mapping[str, Sequence[HeldOutPrompt]]
 
     def likelihoods(self, model: Transformer, tokenizer: Tokenizer, language: str) -> dict[str, float]:
@@ -199,7 +199,7 @@ def choose(rows: Sequence[Mapping[str, float]], budget: float = BUDGET) -> float
     return max(fair, key=lambda row: row["gap_closed"])["scale"]
 
 
-def _prompts(path: Path | None, talks: Sequence[Chat]) -> list[list[HeldOutPrompt]]:
+def _prompts(path: Path | None, talks: Sequence[ChatRecord]) -> list[list[HeldOutPrompt]]:
     """The questions of a file, by split; else the last turns of the chats."""
     if path is None:
         turns = [(chat, prompt_of(chat.messages)) for chat in talks]

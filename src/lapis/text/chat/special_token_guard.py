@@ -2,13 +2,14 @@
 
 Where a chat spells a special token, a private character stands after its first character while the template runs. In
 the text that comes back the unbroken ones are the template's own; what lies between them is encoded as plain text. A
-chat that spells none, which is nearly all, is rendered and encoded as it is. Leaves out: whose the tokens are
-(turns.py).
+chat that spells none, which is nearly all, is rendered and encoded as it is. A trusted chat is rendered in the same
+way, so that its turns are seen, and encoded with its own special tokens. Whose the tokens are is in turns.py.
 """
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -46,19 +47,34 @@ class ChatTokenizer(Protocol):
     def id(self, token: str) -> int | None: ...
 
 
-class Guarded:
-    """One chat with its template and its tokenizer. source: the template. messages, variables: what it is given.
+class GuardedChat:
+    """One chat with its template and its tokenizer.
 
-    Raises TemplateError where there is no template.
+    Attributes:
+        source: The template.
+        messages, variables: What the template is given. Content in parts is one text where the template prints it as
+            it is.
+        trusted: Whether special tokens that the chat spells become tokens.
+
+    Raises:
+        TemplateError: Where there is no template.
     """
 
-    def __init__(self, tokenizer: ChatTokenizer, messages: Sequence[Message], variables: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        tokenizer: ChatTokenizer,
+        messages: Sequence[Message],
+        variables: Mapping[str, Any],
+        trusted: bool = False,
+    ) -> None:
         self.tokenizer = tokenizer
         self.source = template_for(tokenizer, variables["tools"])
+        self.trusted = trusted
         self.guard = ""
-        spelled = _pattern(tuple(token for token in tokenizer.special if len(token) > 1))
+        messages = with_plain_content(self.source, messages, variables)
+        spelled = special_pattern(tokenizer)
         own = {name: value for name, value in variables.items() if name not in tokenizer.named}
-        if _any_text(messages, spelled) or _any_text(own, spelled):
+        if any(spelled.search(text) for text in _texts([*messages, own])):
             written = json.dumps([messages, own], ensure_ascii=False, default=str)
             self.guard = next(g for g in _GUARDS if g not in written and f"\\u{ord(g):04x}" not in written)
             messages = _break(messages, spelled, self.guard)
@@ -68,50 +84,104 @@ class Guarded:
 
     def try_render(self, messages: Sequence[Message]) -> str | None:
         """The text of a chat like this one, or None where the template refuses it."""
-        (found,) = render_jobs(self.source, messages, [(len(messages), False)], self.variables)
-        return None if found.error else found.text
+        (rendering,) = render_jobs(self.source, messages, [(len(messages), False)], self.variables)
+        return None if rendering.error else rendering.text
 
     def render(self, jobs: Sequence[tuple[int, bool]]) -> list[Rendering]:
         """The chat up to each place. The first must succeed; another that the template refuses has its error."""
-        found = render_jobs(self.source, self.messages, jobs, self.variables)
-        checked(found[0])
+        renderings = render_jobs(self.source, self.messages, jobs, self.variables)
+        checked(renderings[0])
         if self.guard:  # a template may have written it in JSON's escapes
             escaped = f"\\u{ord(self.guard):04x}"
-            if any(escaped in rendering.text for rendering in found):
+            if any(escaped in rendering.text for rendering in renderings):
                 raise DataError("the chat spells a special token where the template writes escaped JSON; take it out")
-        return found
+        return renderings
 
     def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids, and for each the [start, end) of its characters in the text."""
         if not self.guard:
             return self.tokenizer.encode_spans(text, special=True)
+        if self.trusted:
+            own = [i for i in range(len(text)) if text[i] != self.guard]
+            trusted_ids, spans = self.tokenizer.encode_spans("".join(text[i] for i in own), special=True)
+            return trusted_ids, _moved(spans, own)
         ids: list[int] = []
         places: list[tuple[int, int]] = []
         position = 0
         for match in _added_pattern(self.tokenizer).finditer(text):
             self._encode_plain(text, position, match.start(), ids, places)
-            found = self.tokenizer.id(match.group(match.lastgroup or 0))
-            assert found is not None
-            ids.append(found)
+            token_id = self.tokenizer.id(match.group(match.lastgroup or 0))
+            assert token_id is not None
+            ids.append(token_id)
             places.append(match.span())
             position = match.end()
         self._encode_plain(text, position, len(text), ids, places)
         return ids, places
 
     def _encode_plain(self, text: str, start: int, end: int, ids: list[int], places: list[tuple[int, int]]) -> None:
-        kept = [i for i in range(start, end) if text[i] != self.guard]
-        if not kept:
+        own = [i for i in range(start, end) if text[i] != self.guard]
+        if not own:
             return
-        piece = "".join(text[i] for i in kept)
-        found, spans = self.tokenizer.encode_spans(piece)
+        piece = "".join(text[i] for i in own)
+        piece_ids, spans = self.tokenizer.encode_spans(piece)
         if start and not _stands_alone(self.tokenizer):
             # SentencePiece puts a space before a text, but not after a special token; a line break takes that place
             lead = self.tokenizer.encode("\n")
             longer, moved = self.tokenizer.encode_spans("\n" + piece)
             if longer[: len(lead)] == lead:
-                found, spans = longer[len(lead) :], [(a - 1, b - 1) for a, b in moved[len(lead) :]]
-        ids += found
-        places += [(kept[a], kept[b - 1] + 1) if b > a else (kept[min(a, len(kept) - 1)],) * 2 for a, b in spans]
+                piece_ids, spans = longer[len(lead) :], [(a - 1, b - 1) for a, b in moved[len(lead) :]]
+        ids += piece_ids
+        places += _moved(spans, own)
+
+
+def spelled_tokens(tokenizer: ChatTokenizer, value: Any) -> Counter[str]:
+    """How often text, messages or other data with text in it spell each special token."""
+    counts: Counter[str] = Counter()
+    pattern = special_pattern(tokenizer)
+    for text in _texts(value):
+        counts.update(match[0] for match in pattern.finditer(text))
+    return counts
+
+
+def special_pattern(tokenizer: ChatTokenizer) -> re.Pattern[str]:
+    """Any special token of more than one character."""
+    return _pattern(tuple(token for token in tokenizer.special if len(token) > 1))
+
+
+def with_plain_content(source: str, messages: Sequence[Message], variables: Mapping[str, Any]) -> Sequence[Message]:
+    """Messages whose content is a list of text parts as one text each, where the template would print the list.
+
+    Raises:
+        DataError: For a part that is no text under such a template.
+    """
+    if not any(isinstance(message.get("content"), (list, tuple)) for message in messages):
+        return messages
+    if _reads_parts(source, json.dumps(dict(variables), sort_keys=True, default=str)):
+        return messages
+    plain = []
+    for message in messages:
+        parts = message.get("content")
+        if isinstance(parts, (list, tuple)):
+            other = [part for part in parts if not (isinstance(part, Mapping) and isinstance(part.get("text"), str))]
+            if other:
+                kind = other[0].get("type") if isinstance(other[0], Mapping) else type(other[0]).__name__
+                raise DataError(f"a part of a message is of type {kind!r:.40}, and the chat template reads only text")
+            message = {**message, "content": "\n".join(part["text"] for part in parts)}
+        plain.append(message)
+    return plain
+
+
+@lru_cache(maxsize=256)
+def _reads_parts(source: str, variables: str) -> bool:
+    """Whether a template takes the text out of content that is a list of parts, tried with a chat of two messages."""
+    words = ("lapis-part-a", "lapis-part-b")
+    messages = [
+        {"role": role, "content": [{"type": "text", "text": word}]}
+        for role, word in zip(("user", "assistant"), words, strict=True)
+    ]
+    (rendering,) = render_jobs(source, messages, [(2, False)], json.loads(variables))
+    printed = any(mark in rendering.text for mark in ("'type'", '"type"', "&#39;type&#39;"))
+    return rendering.error is None and not printed and all(word in rendering.text for word in words)
 
 
 def template_for(tokenizer: ChatTokenizer, tools: Sequence[Mapping[str, Any]] | None = None) -> str:
@@ -167,12 +237,17 @@ def _stands_alone(tokenizer: ChatTokenizer) -> bool:
     ) == len(tokenizer.encode("a")) + bool(token)
 
 
-def _any_text(value: Any, pattern: re.Pattern[str]) -> bool:
+def _moved(spans: Sequence[tuple[int, int]], own: Sequence[int]) -> list[tuple[int, int]]:
+    """[start, end) in a text from which characters were taken, as places in the whole; own: those that stayed."""
+    return [(own[a], own[b - 1] + 1) if b > a else (own[min(a, len(own) - 1)],) * 2 for a, b in spans]
+
+
+def _texts(value: Any) -> Iterator[str]:
     if isinstance(value, str):
-        return pattern.search(value) is not None
-    if isinstance(value, Mapping):
-        return any(_any_text(item, pattern) for item in value.values())
-    return isinstance(value, (list, tuple)) and any(_any_text(item, pattern) for item in value)
+        yield value
+    elif isinstance(value, (Mapping, list, tuple)):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(item)
 
 
 def _break(value: Any, pattern: re.Pattern[str], guard: str) -> Any:

@@ -1,8 +1,8 @@
-"""Chat templates rendered in a process of their own, started when first needed, kept, and killed when it overstays.
+"""Chat templates rendered in a process of their own, started when first needed, reused, and killed when it overstays.
 
 A template is a program that came with a model. jinja2's sandbox stops escapes but neither endless loops nor texts that
 double forty times; a process can be stopped, whatever it does. See sandbox.py for what runs inside, docs/decisions.md
-for why jinja2 and not minijinja. Leaves out: what is rendered and why (chat.py).
+for why jinja2 and not minijinja.
 """
 
 import atexit
@@ -91,7 +91,7 @@ class _Worker:
         self.templates: dict[str, int] = {}
         self.used = 0.0  # processor time, as of the last reply
         # no secret of ours (tokens, keys) is in its environment; the import path is, since it needs jinja2
-        kept = {name: os.environ[name] for name in ("TZ", "SYSTEMROOT", "LD_LIBRARY_PATH") if name in os.environ}
+        safe = {name: os.environ[name] for name in ("TZ", "SYSTEMROOT", "LD_LIBRARY_PATH") if name in os.environ}
         self.process = subprocess.Popen(
             [sys.executable, "-P", str(Path(__file__).with_name("sandbox.py"))],
             stdin=subprocess.PIPE,
@@ -99,7 +99,7 @@ class _Worker:
             stderr=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C is for the parent
             bufsize=0,
-            env={**kept, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            env={**safe, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         )
         try:
             self._receive(START_SECONDS, starting=True)

@@ -1,9 +1,9 @@
-"""Which characters of a rendered chat are the assistant's, found by rendering the chat up to each turn and comparing.
+"""Which characters of a rendered chat are the assistant's: the chat is rendered up to each turn and compared.
 
 A turn begins where the chat before it, with the generation prompt, ends: that is what the model is given when it has to
 speak. It ends with its end token. Templates that write a turn otherwise once others follow it (they drop old thoughts)
-are asked again, with marks around the words or without the message. Where nothing tells, it is an error, not a guess.
-Leaves out: templates with {% generation %}, which say it themselves (chat.py).
+are rendered again, with marks around the words or without the message. Where that shows nothing, it is an error, not a
+guess. Templates with {% generation %} say it themselves (chat.py).
 """
 
 import json
@@ -12,21 +12,21 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from lapis.errors import TemplateError
-from lapis.text.chat.special_token_guard import Guarded, end_pattern
+from lapis.text.chat.special_token_guard import GuardedChat, end_pattern
 from lapis.text.chat.template import Rendering, render_jobs
 
 Span = tuple[int, int]  # [start, end) in characters
 _MARKS = ("\ue99e", "\ue99f")  # private use: around words whose place is looked for
 
 
-def spans_by_prefixes(guarded: Guarded, turns: Sequence[int]) -> tuple[Rendering, list[Span]]:
+def spans_by_prefixes(chat: GuardedChat, turns: Sequence[int]) -> tuple[Rendering, list[Span]]:
     """The whole text, and where in it the messages `turns` are, each from after the prompt to the end token."""
-    count = len(guarded.messages)
+    count = len(chat.messages)
     jobs = [(count, False), *((i, True) for i in turns), *((i + 1, False) for i in turns)]
-    whole, *prefixes = guarded.render(jobs)
+    whole, *prefixes = chat.render(jobs)
     befores, afters = prefixes[: len(turns)], prefixes[len(turns) :]
-    ends = end_pattern(guarded.tokenizer)
-    header = _header(guarded.source, json.dumps(guarded.variables, sort_keys=True, default=str))
+    ends = end_pattern(chat.tokenizer)
+    header = _header(chat.source, json.dumps(chat.variables, sort_keys=True, default=str))
     spans: list[Span] = []
     for turn, before, after in zip(turns, befores, afters, strict=True):
         start = -1 if before.error else _shared(before.text, whole.text)
@@ -35,14 +35,12 @@ def spans_by_prefixes(guarded: Guarded, turns: Sequence[int]) -> tuple[Rendering
             end = _cut_end(after.text, _shared(before.text, after.text), ends)
         steady = end >= 0 and whole.text.startswith(after.text[:end])
         if not steady or start < len(before.text):  # the turn, or one before it, reads otherwise once others follow
-            first, last = _by_marks(guarded, turn, whole.text)
+            first, last = _by_marks(chat, turn, whole.text)
             if first is not None and (start < 0 or ends.search(whole.text, start, first)):
                 start = first
             if not steady:
                 end = (
-                    _by_removal(guarded, turn, whole.text, start, ends)
-                    if last is None
-                    else _past(last, whole.text, ends)
+                    _by_removal(chat, turn, whole.text, start, ends) if last is None else _past(last, whole.text, ends)
                 )
         if header and whole.text.startswith(header, start):
             start += len(header)
@@ -75,25 +73,21 @@ def _cut_end(text: str, start: int, ends: re.Pattern[str]) -> int:
     return end
 
 
-def _by_marks(guarded: Guarded, turn: int, whole: str) -> tuple[int | None, int | None]:
+def _by_marks(chat: GuardedChat, turn: int, whole: str) -> tuple[int | None, int | None]:
     """Where one message's words begin and end: the chat is rendered with a mark before and after them. None for a mark
     that the template loses (it drops what was thought before what was said)."""
-    content = guarded.messages[turn].get("content")
+    content = chat.messages[turn].get("content")
     if not isinstance(content, str):
         return None, None
     words = content.strip()
     lead = content[: len(content) - len(content.lstrip())]
     marked = f"{lead}{_MARKS[0]}{words}{_MARKS[1]}{content[len(lead) + len(words) :]}"
-    messages = [*guarded.messages]
+    messages = [*chat.messages]
     messages[turn] = {**messages[turn], "content": marked}
-    found = guarded.try_render(messages)
-    if (
-        found is None
-        or found.replace(_MARKS[0], "").replace(_MARKS[1], "") != whole
-        or max(map(found.count, _MARKS)) > 1
-    ):
+    text = chat.try_render(messages)
+    if text is None or text.replace(_MARKS[0], "").replace(_MARKS[1], "") != whole or max(map(text.count, _MARKS)) > 1:
         return None, None
-    first, last = map(found.find, _MARKS)
+    first, last = map(text.find, _MARKS)
     return first if first >= 0 else None, last - (first >= 0) if last >= 0 else None
 
 
@@ -103,25 +97,24 @@ def _past(end: int, whole: str, ends: re.Pattern[str]) -> int:
     return match.end() if match else end
 
 
-def _by_removal(guarded: Guarded, turn: int, whole: str, start: int, ends: re.Pattern[str]) -> int:
+def _by_removal(chat: GuardedChat, turn: int, whole: str, start: int, ends: re.Pattern[str]) -> int:
     """Where a message without words (a call of a tool) ends: what follows is the same in a chat that lacks it. The two
     may share the message's own end token as well, or not. -1 where the template refuses such a chat."""
-    without = guarded.try_render([message for i, message in enumerate(guarded.messages) if i != turn])
+    without = chat.try_render([message for i, message in enumerate(chat.messages) if i != turn])
     if without is None:
         return -1
     follows = len(whole) - _shared(whole[::-1], without[::-1])
-    for match in reversed(list(ends.finditer(whole, start, follows))):
-        if not whole[match.end() : follows].strip():
-            return match.end()
-        break
-    found = ends.search(whole, max(start, follows))
-    return found.end() if found else -1
+    inside = list(ends.finditer(whole, start, follows))
+    if inside and not whole[inside[-1].end() : follows].strip():
+        return inside[-1].end()
+    after = ends.search(whole, max(start, follows))
+    return after.end() if after else -1
 
 
 @lru_cache(maxsize=256)
 def _header(source: str, variables: str) -> str:
-    """What a template that does not heed add_generation_prompt writes between the prompt and the assistant's words, the
-    name of the role; "" for white space. Found once per template, with a chat of two words."""
+    """What a template that ignores add_generation_prompt writes between the prompt and the assistant's words (the name
+    of the role); "" for white space. Looked for once per template, with a chat of two words."""
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _MARKS[0] + "b"}]
     plain, prompted, whole = render_jobs(source, messages, [(1, False), (1, True), (2, False)], json.loads(variables))
     if plain.error or prompted.error or whole.error or plain.text != prompted.text:

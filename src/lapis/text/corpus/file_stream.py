@@ -14,7 +14,8 @@ from typing import Any, BinaryIO
 from lapis.errors import DataError, MissingExtra
 
 PIECE = 1 << 20  # bytes that are read at once
-KINDS = (".txt", ".md", ".jsonl", ".parquet")
+KINDS = (".txt", ".md", ".jsonl", ".json", ".parquet")
+RECORDS = (".jsonl", ".json", ".parquet")  # the kinds that hold records, not plain text
 PRESSED = (".gz", ".zst")
 
 
@@ -34,8 +35,8 @@ def pressed(path: Path) -> bool:
 
 
 def at(path: Path, number: int) -> str:
-    """Where something stands, for an error: "FILE line 3", "FILE row 3" in a parquet file."""
-    return f"{path} {'row' if suffix(path) == '.parquet' else 'line'} {number}"
+    """Where something stands, for an error: "FILE line 3"; "row 3" in a parquet file, "item 3" in a JSON array."""
+    return f"{path} {({'.parquet': 'row', '.json': 'item'}).get(suffix(path), 'line')} {number}"
 
 
 class OpenedFile:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lapis.config import nearest
 from lapis.errors import DataError
-from lapis.text.corpus.file_stream import KINDS, suffix
+from lapis.text.corpus.file_stream import KINDS, OpenedFile, suffix
 from lapis.text.corpus.hub import hub_files
 
 HUB = "hub:"
@@ -26,7 +26,7 @@ def files(paths: Source | Iterable[Source]) -> list[Path]:
         if str(source).startswith(HUB):
             listed.update(dict.fromkeys(hub_files(str(source))))
         elif path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if suffix(p) in KINDS and not _hidden(p, path) and p.is_file())
+            inside = sorted(p for p in path.rglob("*") if _is_data(p, path))
             if not inside:
                 raise DataError(f"{path}: the folder holds no {', '.join(KINDS)} (or .gz, .zst of these)")
             listed.update(dict.fromkeys(inside))
@@ -49,5 +49,13 @@ def files(paths: Source | Iterable[Source]) -> list[Path]:
     return list(listed)
 
 
-def _hidden(path: Path, root: Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(root).parts)
+def _is_data(path: Path, root: Path) -> bool:
+    """Whether a file in a folder is meant: of a known kind, not hidden, and, where it is .json, an array of records."""
+    if suffix(path) not in KINDS or any(part.startswith(".") for part in path.relative_to(root).parts):
+        return False
+    if not path.is_file():
+        return False
+    if suffix(path) != ".json":
+        return True
+    with OpenedFile(path) as file:  # others hold settings, or describe the data
+        return file.read(256).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")

@@ -18,6 +18,7 @@ from lapis.config import nearest
 from lapis.errors import DataError
 from lapis.text.corpus.file_stream import KINDS, cache_folder, suffix
 
+_DESCRIBES = re.compile(r"(^|/)(dataset_infos?|.*config|metadata|state|schema|croissant)\.json$")  # not records
 CONVERTED = "refs/convert/parquet"
 _SPEC = re.compile(rf"hub:([\w.-]+/[\w.-]+)(?:@({CONVERTED}|[^/]+))?(?:/(.+))?")
 _SPLITS = re.compile(r"(?<![a-z])(train(?:ing)?|test(?:ing)?|dev|valid(?:ation)?|eval)(?![a-z])", re.IGNORECASE)
@@ -57,7 +58,8 @@ def choose(spec: str, names: list[str], pattern: str | None) -> list[str]:
 
 def _readable(names: list[str]) -> list[str]:
     kinds = [kind for kind in KINDS if kind != ".md"]  # the card of a data set is no data
-    return sorted(name for name in names if suffix(Path(name)) in kinds and not name.startswith("."))
+    data = (name for name in names if suffix(Path(name)) in kinds and not name.startswith("."))
+    return sorted(name for name in data if not _DESCRIBES.search(name))
 
 
 def _folders(names: list[str]) -> list[str]:

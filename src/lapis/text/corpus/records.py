@@ -1,8 +1,9 @@
-"""Records of jsonl and parquet files, each with its place: records(path), parquet_rows(path).
+"""Records of jsonl, JSON and parquet files, each with its place: records(path).
 
-A line of jsonl may have LINE_LIMIT bytes; parquet is read in batches of some rows, and only the columns that are asked
-for. What is not JSON in UTF-8, or damaged, is one DataError with file, line or row, and byte or column.
-Leaves out: what is in a record (corpus.py).
+A line of jsonl, or an item of a JSON array, may have LINE_LIMIT bytes, and one is held at a time; a .json file may also
+hold one object in each line. Parquet is read in batches of some rows, and only the columns that are needed. What is not
+JSON in UTF-8, or damaged, is one DataError with file, line, item or row, and byte or column. What a record means is in
+chat_records.py, corpus.py, pairs.py and labels.py.
 """
 
 import codecs
@@ -13,22 +14,33 @@ from pathlib import Path
 from typing import Any
 
 from lapis.errors import DataError, MissingExtra
-from lapis.text.corpus.file_stream import OpenedFile, at, pressed, suffix
+from lapis.text.corpus.file_stream import PIECE, OpenedFile, at, pressed, suffix
 
 LINE_LIMIT = 32 << 20  # bytes of one line of jsonl
+_PEEK = 1 << 16  # bytes that show what a .json file is
+_MARK = re.compile(rb'"(?:[^"\\]|\\.)*+(?P<closed>"?)|[{}\[\],]', re.DOTALL)
+_NEXT = re.compile(rb"[ \t\r\n,]*")
 _ROWS = 256  # of a parquet file that are decoded at once
 
 
 def records(
     path: Path, first: int = 0, last: int | None = None, columns: Collection[str] | None = None
 ) -> Iterator[tuple[int, Any]]:
-    """Line number and object of every line of a jsonl file that is not blank, checked as JSON in UTF-8; row number and
-    object of every row of a parquet file. first, last: see OpenedFile; for parquet, row groups.
+    """Every record with its number: the line of a jsonl file, the item of a JSON array, the row of a parquet file.
 
-    columns: of a parquet file, those that are read where it has them.
+    Args:
+        path: The file; .gz and .zst of all but parquet.
+        first, last: A stretch of it, in bytes (see OpenedFile); for parquet, row groups.
+        columns: Of a parquet file, those that are read where it has them.
+
+    Raises:
+        DataError: For a file that is empty or damaged.
     """
     if suffix(path) == ".parquet":
         yield from _rows(path, first, last, columns)
+        return
+    if suffix(path) == ".json" and _is_array(path):
+        yield from _items(path)
         return
     number, position, count = 0, first, 0
     with OpenedFile(path, first, last) as file:
@@ -46,6 +58,65 @@ def records(
             position += len(raw)
     if not count and first == 0 and last is None:
         raise DataError(f"{path}: is empty; there is nothing to read")
+
+
+def _is_array(path: Path) -> bool:
+    """True for a JSON array; False for one object in each line. Raises DataError for anything else."""
+    with OpenedFile(path) as file:
+        raw = file.read(_PEEK).removeprefix(codecs.BOM_UTF8).lstrip()
+    if raw.startswith(b"["):
+        return True
+    line = raw.split(b"\n", 1)[0].strip()
+    if not raw or (line.startswith(b"{") and (line.endswith(b"}") or len(line) > _PEEK // 2)):
+        return False
+    raise DataError(f"{path}: is neither an array of records nor one object in each line; give one of these")
+
+
+def _items(path: Path) -> Iterator[tuple[int, Any]]:
+    """The items of a JSON array, one at a time: where an item ends is seen by its brackets and quotes."""
+    number, place, start = 0, 0, 0  # place: where in the file the buffer begins; start: where in it the next item does
+    with OpenedFile(path) as file:
+        raw = file.read(PIECE)
+        start = raw.index(b"[") + 1
+        while True:
+            begin = _NEXT.match(raw, start)
+            start = begin.end() if begin else start
+            if raw[start : start + 1] == b"]":
+                break
+            end = _item_end(raw, start)
+            if end is None:
+                raw, place, start = raw[start:], place + start, 0
+                more = file.read(max(PIECE, len(raw)))
+                raw += more
+                if not more:
+                    raise DataError(f"{path}: the array ends too early, after item {number}; it is truncated")
+                if len(raw) > LINE_LIMIT + PIECE:
+                    raise DataError(f"{at(path, number + 1)}: longer than {LINE_LIMIT >> 20} MB; split the record")
+                continue
+            number += 1
+            yield number, _parse(raw[start:end], path, number, place + start)
+            start = end
+    if not number:
+        raise DataError(f"{path}: is empty; there is nothing to read")
+
+
+def _item_end(raw: bytes, start: int) -> int | None:
+    """Where the item that begins at `start` ends; None where more is needed to know."""
+    depth = 0
+    for match in _MARK.finditer(raw, start):
+        mark = match[0]
+        if mark.startswith(b'"'):
+            if not match["closed"]:
+                return None
+        elif mark in b"{[":
+            depth += 1
+        elif depth == 0:  # a comma or the array's end after a number, a word or a text
+            return match.start()
+        elif mark in b"}]":
+            depth -= 1
+            if depth == 0:
+                return match.end()
+    return None
 
 
 def open_parquet(path: Path) -> Any:
@@ -80,9 +151,9 @@ def _rows(
         if len(set(names)) != len(names):
             twice = next(name for name in names if names.count(name) > 1)
             raise DataError(f'{path}: the column "{twice}" stands twice')
-        wanted = names if columns is None else [name for name in names if name in columns]
+        chosen = names if columns is None else [name for name in names if name in columns]
         try:
-            for batch in opened.iter_batches(_ROWS, list(groups), wanted or names):
+            for batch in opened.iter_batches(_ROWS, list(groups), chosen or names):
                 for row in _listed(batch, path, number):
                     number += 1
                     yield number, row
@@ -129,23 +200,24 @@ def _constant(word: str) -> None:
 
 
 def _parse(raw: bytes, path: Path, number: int, position: int) -> Any:
+    where = at(path, number)
     refuse_nul(raw, path, number, position)
     try:
         return json.loads(raw.decode(), object_pairs_hook=_unique, parse_constant=_constant)
     except UnicodeDecodeError as error:
         raise not_utf8(path, number, position + error.start, error) from None
     except json.JSONDecodeError as error:
-        raise DataError(f"{path} line {number}: not JSON at column {error.colno}: {error.msg}") from None
+        raise DataError(f"{where}: not JSON at column {error.colno}: {error.msg}") from None
     except _BadRecordError as error:
-        raise DataError(f"{path} line {number}: {error}") from None
+        raise DataError(f"{where}: {error}") from None
     except RecursionError:
-        raise DataError(f"{path} line {number}: nested too deeply") from None
+        raise DataError(f"{where}: nested too deeply") from None
 
 
 def not_utf8(path: Path, line: int, byte: int, error: UnicodeDecodeError) -> DataError:
     """The refusal of a byte that is not UTF-8."""
     return DataError(
-        f"{path} line {line}: not UTF-8 at byte {byte} (0x{error.object[error.start]:02x}); convert the file to UTF-8"
+        f"{at(path, line)}: not UTF-8 at byte {byte} (0x{error.object[error.start]:02x}); convert the file to UTF-8"
     )
 
 
@@ -153,9 +225,9 @@ def refuse_nul(raw: bytes, path: Path, line: int, position: int) -> None:
     """Raises DataError where `raw`, which begins at this line and byte of the file, holds a zero byte."""
     place = raw.find(b"\0")
     if place >= 0:
-        line += raw.count(b"\n", 0, place)
+        line += 0 if suffix(path) == ".json" else raw.count(b"\n", 0, place)
         raise DataError(
-            f"{path} line {line}: a NUL byte at byte {position + place}; is it text in UTF-8? Remove the byte"
+            f"{at(path, line)}: a NUL byte at byte {position + place}; is it text in UTF-8? Remove the byte"
         )
 
 

@@ -2,7 +2,7 @@
 
 Where a part ends depends on the data alone, never on how many workers there are, so neither does the result. A part is
 some small files whole, or a stretch of a large one: lines of jsonl, a stretch of text between two lines, row groups of
-parquet. A compressed file cannot be cut, and is one part.
+parquet. A compressed file or a JSON array cannot be cut, and is one part.
 Leaves out: who does which part (claims.py).
 """
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lapis.errors import DataError, TemplateError
-from lapis.text.corpus.corpus import Chat, Document, chats_of, documents_of
+from lapis.text.corpus.corpus import ChatRecord, Document, chats_of, documents_of
 from lapis.text.corpus.file_stream import PIECE, pressed, suffix
 from lapis.text.corpus.records import LINE_LIMIT, open_parquet
 
@@ -43,7 +43,7 @@ def parts(files: list[Path], span: int = 0) -> list[list[Stretch]]:
     return found
 
 
-def read(part: list[Stretch], kind: str, field: str | None) -> Iterator[Document | Chat]:
+def read(part: list[Stretch], kind: str, field: str | None) -> Iterator[Document | ChatRecord]:
     """The documents or chats of a part. Errors name the lines of the whole file."""
     for stretch in part:
         of = chats_of if kind == "chats" else documents_of
@@ -66,7 +66,9 @@ def placed(message: str, stretch: Stretch) -> str:
     return str(stretch.file) + re.sub(r" line (\d+)", lambda m: f" line {int(m[1]) + before}", rest, count=1)
 
 
-def named(error: DataError | TemplateError, item: Document | Chat, part: list[Stretch]) -> DataError | TemplateError:
+def named(
+    error: DataError | TemplateError, item: Document | ChatRecord, part: list[Stretch]
+) -> DataError | TemplateError:
     """What went wrong with one item of the part, with its file and line before it."""
     message = f"{item.where}: {error}"
     here = [s for s in part if s.file == item.file]
@@ -76,7 +78,7 @@ def named(error: DataError | TemplateError, item: Document | Chat, part: list[St
 def _stretches(path: Path, span: int) -> Iterator[tuple[Stretch, int]]:
     """Stretches of a file, each with its size in bytes."""
     size = path.stat().st_size
-    if size <= span or pressed(path):
+    if size <= span or pressed(path) or suffix(path) == ".json":
         yield Stretch(path), size
     elif suffix(path) == ".parquet":
         yield from _row_groups(path, span)

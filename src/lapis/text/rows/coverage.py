@@ -1,11 +1,12 @@
-"""What of packed data is learned from, in figures and in lines: coverage(data), lines(data).
+"""What of packed data is learned from, in figures and in lines: coverage(data), lines(data), figures(data)."""
 
-Leaves out: the rows themselves, in color (cli/data.py).
-"""
-
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from lapis.text.rows.mixture import Data, Mixture
+
+_NAMED = 4  # special tokens that a line names
 
 
 def coverage(data: Data) -> dict[str, float]:
@@ -23,27 +24,30 @@ def lines(data: Data) -> list[str]:
     """Lines for a reader: how much there is, coverage, what was dropped, and of each source of a mixture its part."""
     counts, shares = data.counts, coverage(data)
     texts = counts["chats"] if data.chats else counts["documents"]
-    found = [
+    result = [
         f"{len(data):,} rows of {data.length:,} tokens from {texts:,} {data.info['kind']}",
         f"{shares['supervised']:.1%} of tokens carry loss, {shares['padding']:.1%} of places are padding, "
         f"{shares['cut']:.1%} of tokens were cut",
     ]
     if data.chats:
-        found.append(
+        result.append(
             f"cut: {counts['cut_chats']:,} chats; dropped: {counts['dropped_long']:,} too long, "
             f"{counts['dropped_silent']:,} with nothing of the assistant left"
         )
     if counts.get("empty"):
-        found.append(f"skipped: {counts['empty']:,} documents without text")
-    if isinstance(data, Mixture):
-        for name, rows, weight in zip(data.names, data.sources, data.weights, strict=True):
-            times = weight * len(data) / len(rows)
-            found.append(f"{weight:.1%} {name}: {len(rows):,} rows, read {_times(times)} in an epoch of {len(data):,}")
-    return found
+        result.append(f"skipped: {counts['empty']:,} documents without text")
+    if not isinstance(data, Mixture):
+        return result + _source_lines(data.info)
+    for name, rows, weight in zip(data.names, data.sources, data.weights, strict=True):
+        times = weight * len(data) / len(rows)
+        result.append(f"{weight:.1%} {name}: {len(rows):,} rows, read {times:.2f} times in an epoch of {len(data):,}")
+        result += [f"  {line}" for line in _source_lines(rows.info)]
+    return result
 
 
 def figures(data: Data) -> dict[str, Any]:
     """The same as JSON."""
+    sources = data.sources if isinstance(data, Mixture) else [data]
     return {
         "kind": data.info["kind"],
         "rows": len(data),
@@ -51,8 +55,38 @@ def figures(data: Data) -> dict[str, Any]:
         "counts": data.counts,
         "coverage": coverage(data),
         "digest": data.digest,
+        "format": [rows.info.get("source_format") for rows in sources],
+        "special": {rows.source: special_counts(rows.info.get("notices", {})) for rows in sources},
+        "open_replies": sum(rows.info.get("notices", {}).get("open_replies", 0) for rows in sources),
     }
 
 
-def _times(number: float) -> str:
-    return f"{number:.2f} times"
+def special_counts(notices: Mapping[str, int]) -> dict[str, int]:
+    """How often the text spells each special token."""
+    return {name.removeprefix("special "): count for name, count in notices.items() if name.startswith("special ")}
+
+
+def special_line(counts: Mapping[str, int], trusted: bool) -> str | None:
+    """One line on special tokens that the text spells; None where it spells none."""
+    if not counts:
+        return None
+    most = ", ".join(f"{token} {count:,}" for token, count in Counter(counts).most_common(_NAMED))
+    more = ", ..." if len(counts) > _NAMED else ""
+    what = (
+        "they are tokens, since the source is trusted"
+        if trusted
+        else "they stay plain text; where the text is your own, special: trusted makes them tokens"
+    )
+    return f"special tokens spelled in the text: {sum(counts.values()):,} ({most}{more}); {what}"
+
+
+def _source_lines(info: Mapping[str, Any]) -> list[str]:
+    notices = info.get("notices", {})
+    result = [info.get("source_format"), special_line(special_counts(notices), info.get("special") == "trusted")]
+    if notices.get("open_replies"):
+        unclosed, replies = notices["open_replies"], notices["replies"]
+        result.append(
+            f"nothing closes a reply in {unclosed:,} of {replies:,}: no end token follows it in the template, so a "
+            "model does not learn from these when to stop"
+        )
+    return [line for line in result if line]

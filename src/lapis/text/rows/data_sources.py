@@ -4,25 +4,31 @@
     data: [corpus/en, extra.jsonl]                      one source of several places
     data: {corpus/en: 0.7, packed/ms: 0.3}              a mixture, by weights
     data: [{path: corpus/en, weight: 7}, {path: [a.jsonl, b.jsonl], weight: 3}]
+    data: {path: mine.jsonl, special: trusted}          special tokens that the text spells become tokens
+
+Text is never trusted by itself: what spells a special token is plain text, and that is counted and said. `special:
+trusted`, which a source of a mixture may have as well, is for text of one's own.
 
 Files of more than LARGE bytes are packed once, into a cache folder that later runs and the other processes of this one
-share (`$LAPIS_CACHE`, by default ~/.cache/lapis); smaller ones in memory.
-Leaves out: packing itself (packing.py), drawing from a mixture (mixture.py).
+share (`$LAPIS_CACHE`, by default ~/.cache/lapis); smaller ones in memory. Packing itself is in packing.py, drawing from
+a mixture in mixture.py.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from lapis.checkpoint.files import read_json
+from lapis.config import nearest
 from lapis.errors import ConfigError, DataError
 from lapis.text.corpus.corpus import kind_of
 from lapis.text.corpus.file_stream import cache_folder
 from lapis.text.corpus.files import files
 from lapis.text.rows.mixture import Data, Mixture
 from lapis.text.rows.packing import Report, pack, processors
+from lapis.text.rows.part_writer import SpecialText
 from lapis.text.rows.rows import MANIFEST, Rows
 from lapis.text.tokenizer.tokenizer import Tokenizer
 
@@ -30,8 +36,12 @@ LARGE = 64 << 20  # bytes of files that are still packed in memory
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """How raw data is to be packed, and what packed data must agree with."""
+class PackingSettings:
+    """How raw data is packed, and what packed data must agree with.
+
+    Attributes:
+        tokenizer, kind, length, too_long, field, workers, report, special: As of packing.pack.
+    """
 
     tokenizer: Tokenizer
     kind: Literal["documents", "chats"]
@@ -40,26 +50,43 @@ class Wanted:
     field: str | None = None
     workers: int = 0
     report: Report | None = None
+    special: SpecialText = "plain"
 
 
-def open_data(data: Any, wanted: Wanted) -> Data:
+def open_data(data: Any, settings: PackingSettings) -> Data:
     """Raises DataError or ConfigError, naming the source, for what cannot be learned from or mixed."""
     if isinstance(data, Mixture):
         for rows in data.sources:
-            _checked(rows, wanted)
+            _checked(rows, settings)
         return data
-    weighted = _weighted(data)
+    place, special = split_special(data)
+    settings = replace(settings, special=special)
+    weighted = _weighted(place)
     if weighted is None:
-        return _source(data, wanted)
+        return _source(place, settings)
     opened: dict[str, tuple[Rows, float]] = {}
     for name, (source, weight) in weighted.items():
-        rows = _source(source, wanted)
-        if rows.length != wanted.length:
+        inner, special = split_special(source)
+        rows = _source(inner, replace(settings, special=special) if inner is not source else settings)
+        if rows.length != settings.length:
             raise ConfigError(
-                f"{name}: was packed in rows of {rows.length:,}, but context is {wanted.length:,}; give that context"
+                f"{name}: was packed in rows of {rows.length:,}, but context is {settings.length:,}; give that context"
             )
         opened[name] = (rows, weight)
     return Mixture(opened)
+
+
+def split_special(data: Any) -> tuple[Any, SpecialText]:
+    """The place and the trust of a source that is written {path: ..., special: trusted}; others are "plain"."""
+    if not isinstance(data, Mapping) or "path" not in data or "weight" in data:
+        return data, "plain"
+    unknown = [name for name in data if name not in ("path", "special")]
+    if unknown:
+        raise ConfigError(f"data: {unknown[0]} is not known; {nearest(str(unknown[0]), ('path', 'weight', 'special'))}")
+    special = data.get("special", "plain")
+    if special not in ("plain", "trusted"):
+        raise ConfigError(f"data: special is {special!r:.40}; expected plain or trusted")
+    return data["path"], special
 
 
 def is_packed(data: Any) -> bool:
@@ -75,9 +102,9 @@ def _weighted(data: Any) -> dict[str, tuple[Any, float]] | None:
         entries = list(data)
     else:
         return None
-    found: dict[str, tuple[Any, float]] = {}
+    sources: dict[str, tuple[Any, float]] = {}
     for i, entry in enumerate(entries):
-        if not isinstance(entry, Mapping) or set(entry) != {"path", "weight"}:
+        if not isinstance(entry, Mapping) or set(entry) - {"special"} != {"path", "weight"}:
             raise ConfigError(f"data[{i}] is {entry!r:.60}; where sources are mixed each has path and weight")
         path, weight = entry["path"], entry["weight"]
         name = (
@@ -88,29 +115,30 @@ def _weighted(data: Any) -> dict[str, tuple[Any, float]] | None:
             raise ConfigError(
                 f"data: the weight of {name} is {weight!r}; give a number above 0, or leave the source out"
             )
-        if name in found:
+        if name in sources:
             raise ConfigError(f"data: {name} stands twice; add the two weights")
-        found[name] = (path, weight)
-    if not found:
+        source = {"path": path, "special": entry["special"]} if "special" in entry else path
+        sources[name] = (source, weight)
+    if not sources:
         raise ConfigError("data: is empty; give at least one source")
-    return found
+    return sources
 
 
-def _source(data: Any, wanted: Wanted) -> Rows:
+def _source(data: Any, settings: PackingSettings) -> Rows:
     if isinstance(data, Rows):
-        return _checked(data, wanted)
+        return _checked(data, settings)
     if is_packed(data):
-        return _checked(Rows.open(data), wanted)
+        return _checked(Rows.open(data), settings)
     paths = _paths(data)
     if paths is None:
-        return _checked(_packed(data, wanted), wanted)
+        return _checked(_packed(data, settings), settings)
     listed = files(paths)
-    kind = kind_of(listed, wanted.field)
-    if kind != wanted.kind:
-        raise DataError(f"{listed[0]}: holds {kind}; this objective learns from {wanted.kind}")
+    kind = kind_of(listed, settings.field, settings.kind)
+    if kind != settings.kind:
+        raise DataError(f"{listed[0]}: holds {kind}; this objective learns from {settings.kind}")
     if sum(path.stat().st_size for path in listed) <= LARGE:
-        return _packed(listed, wanted)
-    return _cached(listed, wanted)
+        return _packed(listed, settings)
+    return _cached(listed, settings)
 
 
 def _paths(data: Any) -> list[Any] | None:
@@ -124,38 +152,42 @@ def _paths(data: Any) -> list[Any] | None:
     return None
 
 
-def _packed(data: Any, wanted: Wanted, out: Path | None = None) -> Rows:
+def _packed(data: Any, settings: PackingSettings, out: Path | None = None) -> Rows:
     return pack(
         data,
-        wanted.tokenizer,
+        settings.tokenizer,
         out,
-        wanted.length,
-        too_long=wanted.too_long,
-        field=wanted.field,
-        workers=wanted.workers,
-        report=wanted.report,
+        settings.length,
+        kind=settings.kind if isinstance(data, list) else None,
+        special=settings.special,
+        too_long=settings.too_long,
+        field=settings.field,
+        workers=settings.workers,
+        report=settings.report,
     )
 
 
-def _cached(listed: list[Path], wanted: Wanted) -> Rows:
+def _cached(listed: list[Path], settings: PackingSettings) -> Rows:
     """Packed into the cache, or found there. The key is that of the job: files, their sizes and times, tokenizer."""
     from lapis.text.rows.corpus_parts import parts
     from lapis.text.rows.parallel_packing import Job, share
     from lapis.text.rows.part_writer import Shape
 
-    shape = Shape(wanted.kind, wanted.length, wanted.too_long)
-    job = Job(shape, wanted.field, parts([path.absolute() for path in listed]), wanted.tokenizer.digest())
+    shape = Shape(settings.kind, settings.length, settings.too_long, settings.special)
+    job = Job(shape, settings.field, parts([path.absolute() for path in listed]), settings.tokenizer.digest())
     folder = cache_folder() / "rows" / job.key[:24]
     if (folder / MANIFEST).is_file() and read_json(folder / MANIFEST).get("job") == job.key:
         return Rows.open(folder)
-    workers = wanted.workers or processors()
-    return share(job, wanted.tokenizer, folder, workers=workers, report=wanted.report)
+    workers = settings.workers or processors()
+    return share(job, settings.tokenizer, folder, workers=workers, report=settings.report)
 
 
-def _checked(rows: Rows, wanted: Wanted) -> Rows:
+def _checked(rows: Rows, settings: PackingSettings) -> Rows:
     kind = rows.info["kind"]
-    if kind != wanted.kind:
-        raise DataError(f"{rows.source}: holds {kind}; this objective learns from {wanted.kind}")
-    if rows.info["tokenizer"] != wanted.tokenizer.digest():
+    if kind != settings.kind:
+        raise DataError(f"{rows.source}: holds {kind}; this objective learns from {settings.kind}")
+    if rows.info["tokenizer"] != settings.tokenizer.digest():
         raise DataError(f"{rows.source}: was packed with another tokenizer; pack the data again")
+    if settings.special == "trusted" and rows.info.get("special") != "trusted":
+        raise DataError(f"{rows.source}: was packed as plain text; pack the data again with --special trusted")
     return rows

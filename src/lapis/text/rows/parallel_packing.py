@@ -3,8 +3,8 @@
 All of them run the same command. The parts lie open in the staging folder; a process takes one by locking its file,
 writes its arrays aside, and renames them into place. A lock dies with its process, so the parts of one that is killed
 are taken by others, and a rerun goes on with what is done. When all parts are done one process commits the folder; the
-others see it. Whoever did which part, the bytes are the same.
-Leaves out: what a part holds (shares.py), how it is written (writing.py).
+others see it. Whoever did which part, the bytes are the same. What a part holds is in corpus_parts.py, how it is
+written in part_writer.py.
 """
 
 import fcntl
@@ -28,7 +28,7 @@ from lapis.checkpoint.commit import JOURNAL, Busy, check_output, commit, full_di
 from lapis.checkpoint.files import read_json
 from lapis.errors import DataError, LapisError, OutputError
 from lapis.text.rows.corpus_parts import Stretch, read
-from lapis.text.rows.part_writer import Report, Shape, Shard, assemble, write_shard
+from lapis.text.rows.part_writer import Report, Shape, Shard, assemble, format_line, write_shard
 from lapis.text.rows.rows import MANIFEST, Rows, array_name
 from lapis.text.tokenizer.tokenizer import Tokenizer
 
@@ -38,7 +38,7 @@ _GOLDEN = 0.6180339887  # multiples of it, less whole numbers, lie far apart
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be packed. tokenizer: its digest."""
+    """What is packed. tokenizer: its digest."""
 
     shape: Shape
     field: str | None
@@ -53,7 +53,10 @@ class Job:
         return sha256(json.dumps([self.to_json(), stamps], sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
-        return json.loads(json.dumps(asdict(self), default=str))  # type: ignore[no-any-return]
+        value = asdict(self)
+        if self.shape.special == "plain":  # as in jobs of versions that knew nothing else, which go on
+            del value["shape"]["special"]
+        return json.loads(json.dumps(value, default=str))  # type: ignore[no-any-return]
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "Job":
@@ -113,7 +116,7 @@ def _finished(out: Path, job: Job) -> bool:
 def _joined(staging: Path, out: Path, job: Job, tokenizer: Tokenizer) -> Iterator[bool]:
     """The staging folder with this job in it, held so that nobody clears or commits it; False where all is done.
 
-    Who finds it free puts the job there (what lies there of another job is dropped); the others come in.
+    Who finds it free puts the job there (what lies there of another job is deleted); the others come in.
     """
     plan = staging / JOURNAL / "plan.json"
     while True:
@@ -231,7 +234,7 @@ def serve() -> None:
     try:
         work(staging, job, Tokenizer.open(staging / "tokenizer"), number, lambda: os.getppid() == parent)
     except (LapisError, FileNotFoundError):
-        sys.exit(1)  # it is in error.json, or the folder is gone with those who wanted it
+        sys.exit(1)  # it is in error.json, or the folder is gone with the command that made it
 
 
 def work(
@@ -239,10 +242,19 @@ def work(
     job: Job,
     tokenizer: Tokenizer,
     number: int = 0,
-    wanted: Callable[[], bool] = lambda: True,
+    go_on: Callable[[], bool] = lambda: True,
     report: Report | None = None,
 ) -> None:
-    """Take one open part after another until all are done. number: where to begin, so that workers seldom meet."""
+    """Does one open part after another until all are done.
+
+    Args:
+        staging: The folder that all processes share.
+        job: What is packed.
+        tokenizer: The one of the job.
+        number: Where to begin, so that workers seldom meet.
+        go_on: Asked before each part; False ends the work.
+        report: Called with the texts done and the tokens written.
+    """
     journal = staging / JOURNAL
     left = list(range(len(job.parts)))
     seat = int(os.environ.get("RANK", "0")) * 64 + number
@@ -251,17 +263,17 @@ def work(
     while left:
         before = len(left)
         for part in list(left):
-            if not wanted():
+            if not go_on():
                 return
-            _heed(journal)
-            if (journal / f"{part}.json").exists() or _take(staging, job, tokenizer, part, wanted, report):
+            _raise_worker_error(journal)
+            if (journal / f"{part}.json").exists() or _take(staging, job, tokenizer, part, go_on, report):
                 left.remove(part)
         if len(left) == before:
             time.sleep(_PAUSE)
 
 
 def _take(
-    staging: Path, job: Job, tokenizer: Tokenizer, part: int, wanted: Callable[[], bool], report: Report | None
+    staging: Path, job: Job, tokenizer: Tokenizer, part: int, go_on: Callable[[], bool], report: Report | None
 ) -> bool:
     """Do one part, unless another process is at it (False). The lock is the operating system's: no clock is asked."""
     journal = staging / JOURNAL
@@ -278,7 +290,7 @@ def _take(
             with full_disk_told(staging):
                 items = read(job.parts[part], job.shape.kind, job.field)
                 shard = write_shard(items, tokenizer, job.shape, aside, part=job.parts[part], report=report)
-                if not wanted():
+                if not go_on():
                     return False
                 for name in shard.types:
                     (aside / f"{name}.bin").replace(staging / array_name(name, part))
@@ -292,16 +304,16 @@ def _take(
         os.close(handle)
 
 
-def _heed(journal: Path) -> None:
-    """Raise what another worker raised."""
+def _raise_worker_error(journal: Path) -> None:
+    """Raises what another worker raised."""
     path = journal / "error.json"
     if path.exists():
-        told = read_json(path)
-        kind = getattr(lapis.errors, str(told.get("type")), None)
+        failure = read_json(path)
+        kind = getattr(lapis.errors, str(failure.get("type")), None)
         if not (isinstance(kind, type) and issubclass(kind, LapisError)):
             kind = LapisError
         error = LapisError.__new__(kind)
-        error.args = (str(told.get("message")),)
+        error.args = (str(failure.get("message")),)
         raise error
 
 
@@ -320,7 +332,7 @@ def _seal(staging: Path, digests: dict[str, str], job: Job, tokenizer: Tokenizer
     if replace(job).key != job.key:
         raise DataError("the files changed while they were packed; pack them again")
     shards = [Shard.from_json(read_json(journal / f"{part}.json")) for part in range(len(job.parts))]
-    info, used = assemble(shards, job.shape, tokenizer)
+    info, used = assemble(shards, job.shape, tokenizer, format_line(job.shape.kind, job.parts[0][0].file, job.field))
     for part in set(range(len(shards))) - set(used):
         for name in shards[part].types:
             (staging / array_name(name, part)).unlink(missing_ok=True)

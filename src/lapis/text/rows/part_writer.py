@@ -2,18 +2,18 @@
 
 Documents follow one another without gaps; each begins with the end-of-text token (or BOS, where the tokenizer puts one
 before every text). Chats are laid into rows whole, best fit first, among at most GROUP of them, so that memory is
-bounded. Arrays go to files as they grow, or stay in memory.
-Leaves out: reading (shares.py), who does which part (claims.py), rows (rows.py).
+bounded. Arrays go to files as they grow, or stay in memory. Special tokens that the text spells are counted; they are
+plain text, or tokens where the source is trusted. Reading is in corpus_parts.py, who does which part in
+parallel_packing.py.
 """
 
-import bisect
 import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from itertools import chain
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -21,42 +21,70 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lapis.errors import DataError, TemplateError
-from lapis.text.chat.chat import encode_turns
-from lapis.text.corpus.corpus import Chat, Document
+from lapis.text.chat.chat import count_replies, encode_turns
+from lapis.text.chat.special_token_guard import spelled_tokens
+from lapis.text.corpus.corpus import ChatRecord, Document, describe_file
 from lapis.text.rows.corpus_parts import Stretch, named
+from lapis.text.rows.sequences import best_fit
 from lapis.text.tokenizer.tokenizer import Tokenizer
 
 GROUP = 1 << 16  # chats that are laid into rows together
 _BATCH = 1_000_000  # characters that are encoded at once
 Report = Callable[[int, int], None]  # texts done, tokens written
+SpecialText = Literal["plain", "trusted"]
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What rows are to be: documents or chats, of so many tokens; a longer chat is cut at its end, or dropped."""
+    """What rows are to be.
+
+    Attributes:
+        kind: "documents" or "chats".
+        length: Tokens of a row.
+        too_long: Whether a longer chat is cut at its end, or dropped.
+        special: What special tokens that the text spells become: plain text, or, where the text is trusted, tokens.
+    """
 
     kind: str
     length: int
     too_long: Literal["cut", "drop"] = "cut"
+    special: SpecialText = "plain"
 
 
 @dataclass
 class Shard:
-    """What came of a part. rows: of chats. digests: sha256 of each array. arrays: empty where they are in files."""
+    """What came of a part.
+
+    Attributes:
+        counts: Documents or chats, tokens, supervised, cut, dropped, bytes.
+        rows: Of chats.
+        types: dtype and length of each array.
+        digests: sha256 of each array.
+        arrays: The arrays; empty where they are in files.
+        notices: How often each special token was spelled ("special TOKEN"), `replies`, and `open_replies`, those of
+            them that nothing closes.
+    """
 
     counts: dict[str, int]
     rows: int
     types: dict[str, tuple[str, int]]
     digests: dict[str, str]
     arrays: dict[str, NDArray[Any]]
+    notices: Mapping[str, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        return {"counts": self.counts, "rows": self.rows, "types": self.types, "digests": self.digests}
+        return {
+            "counts": self.counts,
+            "rows": self.rows,
+            "types": self.types,
+            "digests": self.digests,
+            "notices": dict(self.notices),
+        }
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "Shard":
         types = {name: (str(kind), int(size)) for name, (kind, size) in value["types"].items()}
-        return cls(value["counts"], value["rows"], types, value["digests"], {})
+        return cls(value["counts"], value["rows"], types, value["digests"], {}, value.get("notices", {}))
 
 
 def write_shard(
@@ -70,18 +98,28 @@ def write_shard(
 ) -> Shard:
     """The arrays of one part, in files `NAME.bin` of the folder, or in memory. part: where the items are from."""
     sink = _Sink(folder)
+    notices: Counter[str] = Counter()
     try:
         write = _write_chats if shape.kind == "chats" else _write_documents
-        counts, rows = write(iter(items), tokenizer, shape, sink, part or [], _told(report))
-        return Shard(counts, rows, sink.types, sink.digests(), sink.arrays())
+        counts, rows = write(iter(items), tokenizer, shape, sink, part or [], _throttled(report), notices)
+        return Shard(counts, rows, sink.types, sink.digests(), sink.arrays(), notices)
     finally:
         sink.close()
 
 
-def assemble(shards: list[Shard], shape: Shape, tokenizer: Tokenizer) -> tuple[dict[str, Any], list[int]]:
+def assemble(
+    shards: list[Shard], shape: Shape, tokenizer: Tokenizer, source_format: str | None = None
+) -> tuple[dict[str, Any], list[int]]:
     """What rows.json says of the shards together, and the numbers of those that are not empty.
 
-    Raises DataError where nothing is left to learn from.
+    Args:
+        shards: One of each part, in order.
+        shape: What rows they were made for.
+        tokenizer: The one that was used.
+        source_format: The line that says in which format the records were read.
+
+    Raises:
+        DataError: Where nothing is left to learn from.
     """
     used = [i for i, shard in enumerate(shards) if shard.types.get("tokens", ("", 0))[1]]
     counts: dict[str, int] = {}
@@ -115,7 +153,21 @@ def assemble(shards: list[Shard], shape: Shape, tokenizer: Tokenizer) -> tuple[d
         "tokenizer": tokenizer.digest(),
         "shards": [{"rows": shards[i].rows, "arrays": shards[i].types} for i in used],
     }
+    notices: Counter[str] = Counter()
+    for shard in shards:
+        notices.update(shard.notices)
+    if notices:
+        info["notices"] = dict(sorted(notices.items()))
+    if shape.special != "plain":
+        info["special"] = shape.special
+    if source_format is not None:
+        info["source_format"] = source_format
     return info, used
+
+
+def format_line(kind: str, first: Path, field: str | None) -> str | None:
+    """The line that says in which format the records of files are read; first: the first file. None for documents."""
+    return describe_file(first, field) if kind == "chats" else None
 
 
 class _Sink:
@@ -154,19 +206,19 @@ class _Sink:
             file.close()
 
     def digests(self) -> dict[str, str]:
-        return {name: found.hexdigest() for name, found in self.hashes.items()}
+        return {name: digest.hexdigest() for name, digest in self.hashes.items()}
 
 
-def _told(report: Report | None) -> Report:
+def _throttled(report: Report | None) -> Report:
     """The report, at most ten times a second."""
     last = [time.monotonic()]
 
-    def tell(texts: int, tokens: int) -> None:
+    def report_now_and_then(texts: int, tokens: int) -> None:
         if report is not None and time.monotonic() - last[0] > 0.1:
             last[0] = time.monotonic()
             report(texts, tokens)
 
-    return tell
+    return report_now_and_then
 
 
 def _wide(tokenizer: Tokenizer) -> str:
@@ -174,13 +226,22 @@ def _wide(tokenizer: Tokenizer) -> str:
 
 
 def _write_documents(
-    items: Iterator[Any], tokenizer: Tokenizer, shape: Shape, sink: _Sink, part: list[Stretch], tell: Report
+    items: Iterator[Any],
+    tokenizer: Tokenizer,
+    shape: Shape,
+    sink: _Sink,
+    part: list[Stretch],
+    report: Report,
+    notices: Counter[str],
 ) -> tuple[dict[str, int], int]:
     lead = tokenizer.bos_id if tokenizer.adds_bos else tokenizer.eos_id
     wide = _wide(tokenizer)
+    trusted = shape.special == "trusted"
+    border = lead if trusted and lead == tokenizer.eos_id else None  # an end-of-text in the text begins a document
     place, done, empty, nbytes, going_on = 0, 0, 0, 0, False
     for batch in _batches(items):
-        encoded = tokenizer.encode_batch([document.text for document in batch])
+        notices.update(_special_notices(tokenizer, [document.text for document in batch]))
+        encoded = tokenizer.encode_batch([document.text for document in batch], special=trusted)
         flat: list[int] = []
         starts: list[int] = []
         for document, ids in zip(batch, encoded, strict=True):
@@ -191,13 +252,17 @@ def _write_documents(
                 starts.append(place + len(flat))
                 flat.append(lead)  # type: ignore[arg-type]
                 done += 1
+            if border is not None and border in ids:
+                inner = [place + len(flat) + i for i, token_id in enumerate(ids) if token_id == border]
+                starts += inner
+                done += len(inner)
             flat += ids
             nbytes += len(document.text.encode())
             going_on = document.more
         sink.add("tokens", flat, wide)
         sink.add("starts", starts, "int64")
         place += len(flat)
-        tell(done, place)
+        report(done, place)
     sink.add("starts", [place], "int64")
     return {"documents": done, "empty": empty, "tokens": place, "supervised": place, "bytes": nbytes}, 0
 
@@ -217,8 +282,18 @@ def _batches(items: Iterator[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
+def _special_notices(tokenizer: Tokenizer, value: Any) -> dict[str, int]:
+    return {f"special {token}": count for token, count in spelled_tokens(tokenizer, value).items()}
+
+
 def _write_chats(
-    items: Iterator[Any], tokenizer: Tokenizer, shape: Shape, sink: _Sink, part: list[Stretch], tell: Report
+    items: Iterator[Any],
+    tokenizer: Tokenizer,
+    shape: Shape,
+    sink: _Sink,
+    part: list[Stretch],
+    report: Report,
+    notices: Counter[str],
 ) -> tuple[dict[str, int], int]:
     names = ("chats", "tokens", "supervised", "cut_chats", "cut_tokens", "dropped_long", "dropped_silent")
     counts = dict.fromkeys(names, 0)
@@ -236,13 +311,22 @@ def _write_chats(
         sizes.clear()
 
     for item in items:
-        if not isinstance(item, Chat):
+        if not isinstance(item, ChatRecord):
             raise DataError(f"{item.where}: holds a document where the files before hold chats; pack them apart")
         try:
-            ids, mask = encode_turns(tokenizer, item.messages, tools=item.tools)
+            ids, mask = encode_turns(
+                tokenizer,
+                item.messages,
+                tools=item.tools,
+                variables=item.variables,
+                trusted=shape.special == "trusted",
+            )
         except (DataError, TemplateError) as error:
             raise named(error, item, part) from None
-        mask[0] = False  # nothing stands before it from which it could be told
+        notices.update(_special_notices(tokenizer, item.messages))
+        replies, unclosed = count_replies(tokenizer, ids, mask)
+        notices.update(replies=replies, open_replies=unclosed)
+        mask[0] = False  # nothing stands before it from which it could be predicted
         if len(ids) > length + 1:
             if shape.too_long == "drop":
                 counts["dropped_long"] += 1
@@ -263,42 +347,10 @@ def _write_chats(
         counts["supervised"] += sum(mask)
         if len(sizes) == GROUP:
             lay()
-        tell(counts["chats"], place)
+        report(counts["chats"], place)
     if sizes:
         lay()
     if rows:
         sink.add("starts", [place], "int64")
         sink.add("rows", [laid], "int64")
     return counts, rows
-
-
-def best_fit(sizes: NDArray[np.int64], length: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Which items share a row: the longest first, each into the fullest row that still holds it.
-
-    Returns the items in the order of rows, and where in it each row begins (and the last one ends). Best-fit decreasing
-    takes at most 22 % more rows than the least possible (Johnson et al., 1974). Time: n log(length), since rows with
-    the same room are one entry.
-    """
-    rows: list[list[int]] = []
-    room: dict[int, list[int]] = {}  # free places -> rows
-    rooms: list[int] = []  # the keys of `room`, sorted
-    for item in np.argsort(-sizes, kind="stable"):
-        size = int(sizes[item])
-        at = bisect.bisect_left(rooms, size)
-        if at < len(rooms):
-            free = rooms[at]
-            row = room[free].pop()
-            if not room[free]:
-                del room[free], rooms[at]
-            rows[row].append(int(item))
-        else:
-            free, row = length, len(rows)
-            rows.append([int(item)])
-        left = free - size
-        if left:
-            if left not in room:
-                bisect.insort(rooms, left)
-                room[left] = []
-            room[left].append(row)
-    ends = np.cumsum([0, *map(len, rows)], dtype=np.int64)
-    return np.fromiter(chain.from_iterable(rows), np.int64, len(sizes)), ends

@@ -27,7 +27,7 @@ from lapis.evaluation.replies import reply_log_probabilities
 from lapis.model import lora
 from lapis.model.load import load
 from lapis.model.transformer import Transformer
-from lapis.text.rows.pair_rows import Reply
+from lapis.text.rows.pair_rows import EncodedReply
 from lapis.text.tokenizer.tokenizer import Tokenizer
 from lapis.training.loop.state import weights_digest
 
@@ -91,7 +91,7 @@ def reply_references(
     policy: Transformer,
     tokenizer: Tokenizer,
     source: str,
-    replies: Mapping[str, Sequence[Reply]],
+    replies: Mapping[str, Sequence[EncodedReply]],
     folder: Path | None,
 ) -> dict[str, Tensor]:
     """The reference's log-probability of each reply.
@@ -186,7 +186,7 @@ def weights_cosine(one: Transformer, two: Transformer) -> float:
     return float(dots[0] / (dots[1] * dots[2]).sqrt().clamp(min=1e-30))
 
 
-def _replies_digest(replies: Mapping[str, Sequence[Reply]]) -> str:
+def _replies_digest(replies: Mapping[str, Sequence[EncodedReply]]) -> str:
     digest = hashlib.sha256()
     for name, some in sorted(replies.items()):
         digest.update(f"{name} {len(some)}\n".encode())

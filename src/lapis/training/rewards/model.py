@@ -12,7 +12,7 @@ import torch
 from lapis.errors import ConfigError, DataError, TemplateError
 from lapis.evaluation.replies import reply_rewards
 from lapis.model.load import load
-from lapis.text.rows.pair_rows import Reply, encode_reply
+from lapis.text.rows.pair_rows import EncodedReply, encode_reply
 from lapis.text.tokenizer.tokenizer import Tokenizer
 from lapis.training.rewards.reward import Case, Failure, Record, as_number
 
@@ -42,7 +42,7 @@ class RewardModel:
 
     def score(self, cases: Sequence[Case]) -> list[float | Failure]:
         values: list[float | Failure] = [Failure("")] * len(cases)
-        replies: list[Reply] = []
+        replies: list[EncodedReply] = []
         places: list[int] = []
         for i, case in enumerate(cases):
             prompt = [{"role": "user", "content": case.prompt}] if isinstance(case.prompt, str) else case.prompt

@@ -17,7 +17,7 @@ from lapis.errors import ConfigError
 from lapis.evaluation.preference import pair_figures
 from lapis.evaluation.replies import ReplyBatch, collate
 from lapis.model.transformer import Transformer
-from lapis.text.rows.pair_rows import Paired, Reply, Sources, TooLong
+from lapis.text.rows.pair_rows import EncodedReply, Paired, Sources, TooLong
 from lapis.text.tokenizer.tokenizer import Tokenizer
 from lapis.training.objectives.objective import Cursor, DataPlace, Objective, in_order
 from lapis.training.objectives.supervised.next_token import continuation
@@ -56,11 +56,19 @@ class Pairwise(Objective):
     """Whether what the template writes after the reply is left out: a language model learns nothing from it."""
     with_prompts: ClassVar[bool] = False
     """Whether the prompts of chosen replies are scored as well."""
+    verdicts: ClassVar[bool] = False
+    """Whether replies with a verdict each are learned from as well as pairs."""
 
     def __post_init__(self) -> None:
         self._check_options()
-        self.examples = Paired.read(self.data, self.tokenizer, self.context, too_long=self.too_long)
-        self.held_out = None if self.valid is None else Paired.read(self.valid, self.tokenizer, self.context)
+        self.examples = Paired.read(
+            self.data, self.tokenizer, self.context, too_long=self.too_long, verdicts=self.verdicts
+        )
+        self.held_out = (
+            None
+            if self.valid is None
+            else Paired.read(self.valid, self.tokenizer, self.context, verdicts=self.verdicts)
+        )
         self.rows = len(self.examples)
 
     @property
@@ -88,6 +96,10 @@ class Pairwise(Objective):
             "options": self.own_options,
             "tokenizer": self.tokenizer.digest(),
         }
+
+    def coverage(self) -> list[str]:
+        """The counts, and how the data was read."""
+        return [*super().coverage(), *self.examples.notices]
 
     def batches(self, state: DataPlace) -> Iterator[tuple[PairBatch, Cursor]]:
         for pairs, _, cursor in in_order(self.rows, state.rows, state.cursor, state.seed):
@@ -118,7 +130,7 @@ class Pairwise(Objective):
         prompt = first.ids[: first.first].tolist()
         return f"{self.tokenizer.decode(prompt, True)} -> {continuation(model, self.tokenizer, prompt)}"
 
-    def reply(self, number: int) -> Reply:
+    def reply(self, number: int) -> EncodedReply:
         """Reply `number` of the training data, as it is scored."""
         reply = self.examples.replies[number]
         return reply.spoken if self.reply_only else reply

@@ -160,6 +160,7 @@ class KTO(ReferencedPolicy):
 
     name = "kto"
     mismatched = True
+    verdicts = True
 
     def prepare(self, model: Transformer, batch: PairBatch) -> PairBatch:
         batch = super().prepare(model, batch)

@@ -24,7 +24,7 @@ from lapis.generation.options import Sampling
 from lapis.model.heads import LanguageHead, MaskedHead
 from lapis.model.transformer import Transformer
 from lapis.text.rows.coverage import lines
-from lapis.text.rows.data_sources import Wanted, open_data
+from lapis.text.rows.data_sources import PackingSettings, open_data
 from lapis.text.rows.mixture import Data, Draw, Mixture, draws
 from lapis.text.rows.packing import Report
 from lapis.text.rows.rows import IGNORE, RowBatch
@@ -51,7 +51,7 @@ class NextToken(Objective):
     def read(self, data: Any, too_long: Literal["cut", "drop"] = "cut") -> Data:
         """Data as packed rows."""
         with packing_progress() as report:
-            how = Wanted(self.tokenizer, self.kind, self.context, too_long, self.field, self.workers, report)
+            how = PackingSettings(self.tokenizer, self.kind, self.context, too_long, self.field, self.workers, report)
             return open_data(data, how)
 
     def describe(self) -> dict[str, Any]:
