@@ -12,8 +12,8 @@ from typing import Any
 
 from lapis.errors import DataError
 from lapis.text.chat.special_token_guard import (
+    ChatEncoder,
     ChatTokenizer,
-    GuardedChat,
     Message,
     checked,
     template_for,
@@ -52,7 +52,7 @@ def encode_prompt(
     variables: Mapping[str, Any] | None = None,
 ) -> list[int]:
     """Ids of the chat and of what begins the assistant's next turn."""
-    chat = GuardedChat(tokenizer, _plain(messages), _variables(tokenizer, tools, None, variables))
+    chat = ChatEncoder(tokenizer, _plain(messages), _variables(tokenizer, tools, None, variables))
     return chat.encode(chat.render([(len(messages), True)])[0].text)[0]
 
 
@@ -98,7 +98,7 @@ def encode_turns(
     if not turns:
         raise DataError("the chat has no assistant turn; there is nothing to learn from it")
     learned = [turn for turn in turns if messages[turn].get("weight") != 0]
-    chat = GuardedChat(tokenizer, _plain(messages), _variables(tokenizer, tools, None, variables), trusted)
+    chat = ChatEncoder(tokenizer, _plain(messages), _variables(tokenizer, tools, None, variables), trusted)
     if re.search(r"\{%-?\s*generation\s*-?%\}", chat.source):
         whole = chat.render([(len(messages), False)])[0]
         spans = list(whole.spans)
@@ -123,7 +123,7 @@ def count_replies(tokenizer: ChatTokenizer, ids: Sequence[int], mask: Sequence[b
 def turn_end(tokenizer: ChatTokenizer) -> int | None:
     """The special token that closes an assistant turn in the default template, or None where none does."""
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    chat = GuardedChat(tokenizer, messages, _variables(tokenizer, None, None, None))
+    chat = ChatEncoder(tokenizer, messages, _variables(tokenizer, None, None, None))
     whole, spans = spans_by_prefixes(chat, [1])
     ids, places = chat.encode(whole.text)
     reply = [i for i, own in zip(ids, mask_of(places, spans), strict=True) if own]

@@ -47,7 +47,7 @@ class ChatTokenizer(Protocol):
     def id(self, token: str) -> int | None: ...
 
 
-class GuardedChat:
+class ChatEncoder:
     """One chat with its template and its tokenizer.
 
     Attributes:

@@ -12,14 +12,14 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 from lapis.errors import TemplateError
-from lapis.text.chat.special_token_guard import GuardedChat, end_pattern
+from lapis.text.chat.special_token_guard import ChatEncoder, end_pattern
 from lapis.text.chat.template import Rendering, render_jobs
 
 Span = tuple[int, int]  # [start, end) in characters
 _MARKS = ("\ue99e", "\ue99f")  # private use: around words whose place is looked for
 
 
-def spans_by_prefixes(chat: GuardedChat, turns: Sequence[int]) -> tuple[Rendering, list[Span]]:
+def spans_by_prefixes(chat: ChatEncoder, turns: Sequence[int]) -> tuple[Rendering, list[Span]]:
     """The whole text, and where in it the messages `turns` are, each from after the prompt to the end token."""
     count = len(chat.messages)
     jobs = [(count, False), *((i, True) for i in turns), *((i + 1, False) for i in turns)]
@@ -73,7 +73,7 @@ def _cut_end(text: str, start: int, ends: re.Pattern[str]) -> int:
     return end
 
 
-def _by_marks(chat: GuardedChat, turn: int, whole: str) -> tuple[int | None, int | None]:
+def _by_marks(chat: ChatEncoder, turn: int, whole: str) -> tuple[int | None, int | None]:
     """Where one message's words begin and end: the chat is rendered with a mark before and after them. None for a mark
     that the template loses (it drops what was thought before what was said)."""
     content = chat.messages[turn].get("content")
@@ -97,7 +97,7 @@ def _past(end: int, whole: str, ends: re.Pattern[str]) -> int:
     return match.end() if match else end
 
 
-def _by_removal(chat: GuardedChat, turn: int, whole: str, start: int, ends: re.Pattern[str]) -> int:
+def _by_removal(chat: ChatEncoder, turn: int, whole: str, start: int, ends: re.Pattern[str]) -> int:
     """Where a message without words (a call of a tool) ends: what follows is the same in a chat that lacks it. The two
     may share the message's own end token as well, or not. -1 where the template refuses such a chat."""
     without = chat.try_render([message for i, message in enumerate(chat.messages) if i != turn])

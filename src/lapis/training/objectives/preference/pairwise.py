@@ -7,6 +7,7 @@ import dataclasses
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass, fields
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -61,14 +62,9 @@ class Pairwise(Objective):
 
     def __post_init__(self) -> None:
         self._check_options()
-        self.examples = Paired.read(
-            self.data, self.tokenizer, self.context, too_long=self.too_long, verdicts=self.verdicts
-        )
-        self.held_out = (
-            None
-            if self.valid is None
-            else Paired.read(self.valid, self.tokenizer, self.context, verdicts=self.verdicts)
-        )
+        read = partial(Paired.read, tokenizer=self.tokenizer, context=self.context, verdicts=self.verdicts)
+        self.examples = read(self.data, too_long=self.too_long)
+        self.held_out = None if self.valid is None else read(self.valid)
         self.rows = len(self.examples)
 
     @property
