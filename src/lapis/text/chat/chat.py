@@ -16,8 +16,10 @@ from lapis.text.chat.special_token_guard import (
     ChatTokenizer,
     Message,
     checked,
+    fitted,
+    prints_calls,
+    prints_tools,
     template_for,
-    with_plain_content,
 )
 from lapis.text.chat.template import render_jobs
 from lapis.text.chat.turns import mask_of, spans_by_prefixes
@@ -40,7 +42,7 @@ def render(
     """
     source = template_for(tokenizer, tools)
     values = _variables(tokenizer, tools, documents, variables)
-    plain = with_plain_content(source, _plain(messages), values)
+    plain = fitted(source, _plain(messages), values)
     return checked(render_jobs(source, plain, [(len(messages), add_generation_prompt)], values)[0]).text
 
 
@@ -111,6 +113,17 @@ def encode_turns(
     spans = [span for span, turn in zip(spans, turns, strict=True) if turn in learned]
     ids, places = chat.encode(whole.text)
     return ids, _take_end_tokens(mask_of(places, spans), ids, tokenizer.stop_ids)
+
+
+def count_gaps(
+    tokenizer: ChatTokenizer, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None
+) -> dict[str, int]:
+    """What of a chat its template cannot print: 1 for `calls_as_text`, where calls of tools are written as JSON text,
+    and for `tools_unseen`, where the tools themselves do not appear."""
+    source = template_for(tokenizer, tools)
+    calls = any(message.get("tool_calls") for message in messages) and not prints_calls(source)
+    unseen = bool(tools) and not prints_tools(source)
+    return {name: 1 for name, holds in (("calls_as_text", calls), ("tools_unseen", unseen)) if holds}
 
 
 def count_replies(tokenizer: ChatTokenizer, ids: Sequence[int], mask: Sequence[bool]) -> tuple[int, int]:

@@ -71,7 +71,7 @@ class ChatEncoder:
         self.source = template_for(tokenizer, variables["tools"])
         self.trusted = trusted
         self.guard = ""
-        messages = with_plain_content(self.source, messages, variables)
+        messages = fitted(self.source, messages, variables)
         spelled = special_pattern(tokenizer)
         own = {name: value for name, value in variables.items() if name not in tokenizer.named}
         if any(spelled.search(text) for text in _texts([*messages, own])):
@@ -148,12 +148,43 @@ def special_pattern(tokenizer: ChatTokenizer) -> re.Pattern[str]:
     return _pattern(tuple(token for token in tokenizer.special if len(token) > 1))
 
 
-def with_plain_content(source: str, messages: Sequence[Message], variables: Mapping[str, Any]) -> Sequence[Message]:
-    """Messages whose content is a list of text parts as one text each, where the template would print the list.
+def prints_calls(source: str) -> bool:
+    """Whether a template prints calls of tools."""
+    return "tool_calls" in source
+
+
+def prints_tools(source: str) -> bool:
+    """Whether a template prints the tools that a chat may call."""
+    return re.search(r"\btools\b", source) is not None
+
+
+def fitted(source: str, messages: Sequence[Message], variables: Mapping[str, Any]) -> Sequence[Message]:
+    """Messages as a template can print them, where it would print `None` or a Python list.
+
+    Content that is a list of text parts becomes one text; calls of tools become JSON text in the content.
 
     Raises:
         DataError: For a part that is no text under such a template.
     """
+    return _plain_calls(source, _plain_parts(source, messages, variables))
+
+
+def _plain_calls(source: str, messages: Sequence[Message]) -> Sequence[Message]:
+    if prints_calls(source) or not any(message.get("tool_calls") for message in messages):
+        return messages
+    plain = []
+    for message in messages:
+        calls = [call.get("function", call) for call in message.get("tool_calls") or () if isinstance(call, Mapping)]
+        if calls:
+            words = [message["content"]] if message.get("content") else []
+            words += [json.dumps({n: c.get(n) for n in ("name", "arguments")}, ensure_ascii=False) for c in calls]
+            message = {name: value for name, value in message.items() if name != "tool_calls"}
+            message["content"] = "\n".join(words)
+        plain.append(message)
+    return plain
+
+
+def _plain_parts(source: str, messages: Sequence[Message], variables: Mapping[str, Any]) -> Sequence[Message]:
     if not any(isinstance(message.get("content"), (list, tuple)) for message in messages):
         return messages
     if _reads_parts(source, json.dumps(dict(variables), sort_keys=True, default=str)):

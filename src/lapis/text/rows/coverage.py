@@ -89,4 +89,9 @@ def _source_lines(info: Mapping[str, Any]) -> list[str]:
             f"nothing closes a reply in {unclosed:,} of {replies:,}: no end token follows it in the template, so a "
             "model does not learn from these when to stop"
         )
+    if notices.get("calls_as_text"):
+        chats = notices["calls_as_text"]
+        result.append(f"calls of tools are written as JSON text in {chats:,} chats: the chat template prints none")
+    if notices.get("tools_unseen"):
+        result.append(f"the tools of {notices['tools_unseen']:,} chats do not appear: the chat template prints none")
     return [line for line in result if line]

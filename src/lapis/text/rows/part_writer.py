@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lapis.errors import DataError, TemplateError
-from lapis.text.chat.chat import count_replies, encode_turns
+from lapis.text.chat.chat import count_gaps, count_replies, encode_turns
 from lapis.text.chat.special_token_guard import spelled_tokens
 from lapis.text.corpus.corpus import ChatRecord, Document, describe_file
 from lapis.text.rows.corpus_parts import Stretch, named
@@ -325,7 +325,7 @@ def _write_chats(
             raise named(error, item, part) from None
         notices.update(_special_notices(tokenizer, item.messages))
         replies, unclosed = count_replies(tokenizer, ids, mask)
-        notices.update(replies=replies, open_replies=unclosed)
+        notices.update(replies=replies, open_replies=unclosed, **count_gaps(tokenizer, item.messages, item.tools))
         mask[0] = False  # nothing stands before it from which it could be predicted
         if len(ids) > length + 1:
             if shape.too_long == "drop":
