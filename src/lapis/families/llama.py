@@ -157,20 +157,29 @@ def _read_window(fields: Fields, kind: str, layers: int) -> tuple[int | None, tu
         return window, None
     used = fields.flag("use_sliding_window", False)
     first = fields.integer("max_window_layers", layers, least=0)
-    fields.asked.add("layer_types")
-    types = fields.config.get("layer_types")
-    if types is not None:
-        known = {"full_attention", "sliding_attention"}
-        if not isinstance(types, list) or len(types) != layers or not set(map(str, types)) <= known:
-            raise CheckpointError(
-                f"config.json: layer_types must name {layers} times one of {', '.join(sorted(known))}"
-            )
-        chosen = tuple(i for i, name in enumerate(types) if name == "sliding_attention")
-    else:
+    chosen = read_layer_types(fields, layers)
+    if chosen is None:
         chosen = tuple(range(first, layers)) if used else ()
     if not window or not chosen or not used:
         return None, None
     return window, None if len(chosen) == layers else chosen
+
+
+def read_layer_types(fields: Fields, layers: int) -> tuple[int, ...] | None:
+    """The layers that have a window by `layer_types`; None where the field is not there."""
+    fields.asked.add("layer_types")
+    types = fields.config.get("layer_types")
+    if types is None:
+        return None
+    known = {"full_attention", "sliding_attention"}
+    if not isinstance(types, list) or len(types) != layers or not set(map(str, types)) <= known:
+        raise CheckpointError(f"config.json: layer_types must name {layers} times one of {', '.join(sorted(known))}")
+    return tuple(i for i, name in enumerate(types) if name == "sliding_attention")
+
+
+def write_layer_types(config: ModelConfig) -> list[str]:
+    """`layer_types`: for each layer, whether it has the window."""
+    return ["sliding_attention" if config.windowed(i) else "full_attention" for i in range(config.layers)]
 
 
 def _write_window(config: ModelConfig, by_layer: bool) -> dict[str, Any]:
@@ -182,13 +191,12 @@ def _write_window(config: ModelConfig, by_layer: bool) -> dict[str, Any]:
         if config.window_layers is not None:
             raise ConfigError("window_layers has no place in a mistral folder; family=qwen2 has one")
         return {"sliding_window": config.window}
-    chosen = range(config.layers) if config.window_layers is None else config.window_layers
-    windowed = set(chosen) if config.window else set()
+    windowed = {i for i in range(config.layers) if config.windowed(i)}
     return {
         "use_sliding_window": bool(windowed),
         "sliding_window": config.window,
         "max_window_layers": min(windowed, default=config.layers),
-        "layer_types": ["sliding_attention" if i in windowed else "full_attention" for i in range(config.layers)],
+        "layer_types": write_layer_types(config),
     }
 
 

@@ -38,10 +38,18 @@ class Mlp(nn.Module):
 
 
 class Norms(nn.Module):
-    """The norms of a block (attn, mlp) or of a model (embed, final), so that a name here is a component's name."""
+    """The norms of a block or of a model, so that a name here is a component's name.
+
+    Attributes:
+        attn, mlp: Before attention and MLP (after the sum where norms come last).
+        attn_out, mlp_out: After attention and MLP, before the sum; few blocks have them.
+        embed, final: Of the model.
+    """
 
     attn: Norm
+    attn_out: Norm
     mlp: Norm
+    mlp_out: Norm
     embed: Norm
     final: Norm
 
@@ -60,10 +68,12 @@ class TransformerBlock(nn.Module):
 
     dropout = 0.0
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(
+        self, config: ModelConfig, layer: int, norm: MakeNorm = make_norm, norms: tuple[str, ...] = ("attn", "mlp")
+    ) -> None:
         super().__init__()
-        self.norm = Norms(config, make_norm, "attn", "mlp")
-        self.attn = Attention(config, layer)
+        self.norm = Norms(config, norm, *norms)
+        self.attn = Attention(config, layer, norm)
         self.mlp = Mlp(config)
         self.post = config.norm_place == "post"
 
