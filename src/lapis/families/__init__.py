@@ -1,18 +1,22 @@
 """How each architecture looks on disk and which shapes it has. One file for each family; no tensor is touched here."""
 
 from collections.abc import Mapping
+from importlib import import_module
 from typing import Any
 
 from lapis.errors import ConfigError
 from lapis.families.base import Family, Part, Rule, fallback_part, part_of
-from lapis.families.bert import BERT
 from lapis.families.config import ModelConfig
-from lapis.families.gpt2 import GPT2
-from lapis.families.llama import LLAMA
 from lapis.families.shapes import Shape
-from lapis.families.vit import VIT
 
-FAMILIES: tuple[Family, ...] = (LLAMA, GPT2, BERT, VIT)
+# the files of this room that hold a FAMILY
+_FILES = (
+    "llama",
+    "gpt2",
+    "bert",
+    "vit",
+)
+FAMILIES: tuple[Family, ...] = tuple(import_module(f"{__name__}.{name}").FAMILY for name in _FILES)
 PRESETS: dict[str, Mapping[str, Any]] = {name: fields for family in FAMILIES for name, fields in family.presets.items()}
 
 

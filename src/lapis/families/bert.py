@@ -115,7 +115,7 @@ def _preset(dim: int, layers: int, heads: int) -> dict[str, Any]:
 
 ENCODER = {"norm": "layer", "norm_eps": 1e-12, "positions": "learned", "causal": False, "bias": "all", "mlp": "gelu"}
 
-BERT = Family(
+FAMILY = Family(
     name="bert",
     model_types=("bert",),
     rules=RULES,

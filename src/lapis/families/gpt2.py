@@ -105,7 +105,7 @@ def _preset(dim: int, layers: int, heads: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-GPT2 = Family(
+FAMILY = Family(
     name="gpt2",
     model_types=("gpt2",),
     rules=RULES,

@@ -279,7 +279,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "qwen3-1.7b": _preset("qwen3", 2048, 28, 16, 8, 6144, 151936, 40960, theta=1e6, eps=1e-6, tied=True, head_dim=128),
 }  # fmt: skip
 
-LLAMA = Family(
+FAMILY = Family(
     name="llama",
     model_types=tuple(CLASSES),
     rules=RULES,

@@ -122,7 +122,7 @@ def _shapes(config: ModelConfig) -> dict[str, Shape]:
     }  # fmt: skip
 
 
-VIT = Family(
+FAMILY = Family(
     name="vit",
     model_types=("vit",),
     rules=RULES,
