@@ -83,13 +83,14 @@ def test_an_unknown_family_is_read_from_its_names() -> None:
     assert fallback_part("odd") == Part(None, "odd", "weight")
 
 
-@pytest.mark.parametrize("name", ["gpt2", "bert-base-uncased", "vit-base-patch16-224", "qwen3-0.6b"])
+@pytest.mark.parametrize("name", ["gpt2", "bert-base-uncased", "vit-base-patch16-224", "qwen3-0.6b", "gemma-3-1b"])
 def test_fields_that_would_change_the_numbers_are_refused_not_dropped(name: str) -> None:
     family = find(PRESETS[name])
     assert family is not None
     odd = {
         "gpt2": ("scale_attn_by_inverse_layer_idx", True), "bert": ("position_embedding_type", "relative_key"),
         "vit": ("image_size", [224, 160]), "llama": ("partial_rotary_factor", 0.5),
+        "gemma3": ("final_logit_softcapping", 30.0),
     }[family.name]  # fmt: skip
     with pytest.raises(CheckpointError, match=re.escape(f"config.json: {odd[0]} is")):
         family.read_config({**PRESETS[name], odd[0]: odd[1]})

@@ -18,6 +18,16 @@ SHAPES = {
         "tied": True,
         "family": "gpt2",
     },
+    "gemma3": {
+        "qk_norm": True,
+        "family": "gemma3_text",
+        "head_dim": 10,
+        "window": 3,
+        "window_layers": (0, 1),
+        "mlp": "geglu_tanh",
+        "tied": True,
+        "query_scalar": 7.0,
+    },
     "qwen3": {"qk_norm": True, "family": "qwen3", "head_dim": 10},
 }
 

@@ -21,6 +21,10 @@ SHAPES = {
     "mistral": dataclasses.replace(LLAMA, family="mistral", window=5),
     "qwen2": dataclasses.replace(LLAMA, family="qwen2", bias="qkv", window=5, window_layers=(1,), tied=True),
     "qwen3": dataclasses.replace(LLAMA, family="qwen3", qk_norm=True, head_dim=8, head="classes", classes=3),
+    "gemma3": dataclasses.replace(
+        LLAMA, family="gemma3_text", mlp="geglu_tanh", qk_norm=True, head_dim=8, query_scalar=6.0, tied=True, window=5,
+        window_layers=(0,), rope=Rope(theta=1e6), window_rope=Rope(theta=1e4),
+    ),
     "gpt2": ModelConfig(
         dim=16, layers=2, heads=2, ffn_dim=24, vocab=31, context=32, family="gpt2", norm="layer", norm_eps=1e-5,
         mlp="gelu_tanh", positions="learned", bias="all", tied=True,

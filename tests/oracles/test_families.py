@@ -31,6 +31,13 @@ def rope(kind: str, **numbers: float) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 10_000.0, **numbers}}
 
 
+GEMMA = {**DECODER, "num_hidden_layers": 4, "head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 5,
+         "sliding_window_pattern": 3, "pad_token_id": 96}  # fmt: skip
+TWO_ROPES = {"rope_parameters": {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 500_000.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 300.0},
+}}  # fmt: skip
+
 LLAMA3 = rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
 YARN = rope("yarn", factor=4.0, original_max_position_embeddings=16)
 YARN_FULL = rope("yarn", factor=4.0, original_max_position_embeddings=16, beta_fast=16.0, beta_slow=2.0, mscale=0.7,
@@ -77,6 +84,25 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen3ForCausalLM",
         {**DECODER, "head_dim": 16, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2},
     ),
+    "gemma3": ("Gemma3ForCausalLM", {**GEMMA}),
+    "gemma3-untied-biases": ("Gemma3ForCausalLM", {**GEMMA, "tie_word_embeddings": False, "attention_bias": True}),
+    "gemma3-ropes-mqa": (
+        "Gemma3ForCausalLM",
+        {**GEMMA, **TWO_ROPES, "hidden_size": 40, "num_attention_heads": 5, "num_key_value_heads": 1, "head_dim": 12},
+    ),
+    "gemma3-layer-types": (
+        "Gemma3ForCausalLM",
+        {
+            **GEMMA,
+            "layer_types": ["full_attention", *["sliding_attention"] * 2, "full_attention"],
+            "sliding_window": 3,
+            "query_pre_attn_scalar": 16,
+            "hidden_activation": "silu",
+        },
+    ),
+    "gemma3-all-windows": ("Gemma3ForCausalLM", {**GEMMA, "sliding_window_pattern": 6, "sliding_window": 9}),
+    "gemma3-bare": ("Gemma3TextModel", {**GEMMA, "num_key_value_heads": 6}),
+    "gemma3-classes": ("Gemma3TextForSequenceClassification", {**GEMMA, "num_labels": 3}),
     "gpt2": ("GPT2LMHeadModel", {**GPT2}),
     "gpt2-untied-inner": ("GPT2LMHeadModel", {**GPT2, "tie_word_embeddings": False, "n_inner": 70}),
     "gpt2-relu2": ("GPT2LMHeadModel", {**GPT2, "activation_function": "relu2", "n_head": 1}),

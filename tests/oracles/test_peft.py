@@ -23,6 +23,8 @@ LEARNED: dict[str, Any] = {"norm": "layer", "positions": "learned", "bias": "all
 SHAPES = {
     "llama": LLAMA,
     "qwen2": dataclasses.replace(LLAMA, family="qwen2", bias="qkv", tied=True),
+    "gemma3": dataclasses.replace(LLAMA, family="gemma3_text", qk_norm=True, mlp="geglu_tanh", tied=True, window=3,
+                                  window_layers=(0,), query_scalar=7.0),
     "gpt2": ModelConfig(dim=16, layers=2, heads=2, ffn_dim=24, vocab=31, context=32, family="gpt2", norm_eps=1e-5,
                         mlp="gelu_tanh", **LEARNED),
     "bert": ModelConfig(dim=16, layers=2, heads=2, ffn_dim=24, vocab=31, context=32, family="bert", norm_eps=1e-12,

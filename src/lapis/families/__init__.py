@@ -12,6 +12,7 @@ from lapis.families.shapes import Shape
 # the files of this room that hold a FAMILY
 _FILES = (
     "llama",
+    "gemma3",
     "gpt2",
     "bert",
     "vit",

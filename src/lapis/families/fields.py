@@ -22,7 +22,7 @@ GENERIC = frozenset(
     forced_bos_token_id forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens
     begin_suppress_tokens finetuning_task tokenizer_class prefix sep_token_id decoder_start_token_id
     task_specific_params problem_type tf_legacy_loss cross_attention_hidden_size gradient_checkpointing
-    pretraining_tp n_ctx encoder_stride num_labels""".split()
+    pretraining_tp n_ctx encoder_stride num_labels unk_token_id _name_or_path _model_name_or_path""".split()
 )
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 CODE = ("auto_map", "trust_remote_code", "custom_pipelines")

@@ -1,0 +1,171 @@
+"""Gemma 3, text (Gemma Team 2025, arXiv:2503.19786): a norm on both sides of each half, windows in five layers of six.
+
+Layers with a window turn by a rotary base of their own. A folder with pictures (model_type "gemma3") is not read: only
+its text part, saved alone, is "gemma3_text".
+"""
+
+from typing import Any
+
+from lapis.errors import CheckpointError, ConfigError
+from lapis.families.base import Family, refuse_shape, rules
+from lapis.families.config import ModelConfig
+from lapis.families.fields import TOKENS, Fields
+from lapis.families.llama import GATE_NAMES, GATES, HEADS, read_layer_types, read_rope, write_layer_types, write_rope
+
+BLOCK = "layers.{layer}."
+RULES = (
+    *rules("embed_tokens", "embed"),
+    *rules(BLOCK + "input_layernorm", "norm.attn"),
+    *rules(BLOCK + "self_attn.q_proj", "attn.q", "weight bias"),
+    *rules(BLOCK + "self_attn.k_proj", "attn.k", "weight bias"),
+    *rules(BLOCK + "self_attn.v_proj", "attn.v", "weight bias"),
+    *rules(BLOCK + "self_attn.o_proj", "attn.o", "weight bias"),
+    *rules(BLOCK + "self_attn.q_norm", "attn.q_norm"),
+    *rules(BLOCK + "self_attn.k_norm", "attn.k_norm"),
+    *rules(BLOCK + "post_attention_layernorm", "norm.attn_out"),
+    *rules(BLOCK + "pre_feedforward_layernorm", "norm.mlp"),
+    *rules(BLOCK + "mlp.gate_proj", "mlp.gate"),
+    *rules(BLOCK + "mlp.up_proj", "mlp.up"),
+    *rules(BLOCK + "mlp.down_proj", "mlp.down"),
+    *rules(BLOCK + "post_feedforward_layernorm", "norm.mlp_out"),
+    *rules("norm", "norm.final"),
+    *rules("lm_head", "head", outside=True),
+    *rules("score", "head.classes", outside=True),
+)
+CLASSES = {
+    "lm": "Gemma3ForCausalLM",
+    "classes": "Gemma3TextForSequenceClassification",
+    "scalar": "Gemma3TextForSequenceClassification",
+    "none": "Gemma3TextModel",
+}
+FULL, WINDOWED = "full_attention", "sliding_attention"
+PATTERN = 6  # every sixth layer sees everything, where config.json does not say
+
+
+def read_config(fields: Fields) -> dict[str, Any]:
+    head, context = fields.head(HEADS, "lm"), fields.integer("max_position_embeddings", 131_072)
+    classes = fields.labels() if head == "classes" else 0
+    layers, head_dim = fields.layers("num_hidden_layers"), fields.integer("head_dim", 256)
+    scalar = fields.number("query_pre_attn_scalar", 256)
+    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+        fields.only(name, None)
+    fields.only("use_bidirectional_attention", False, None)
+    fields.only("partial_rotary_factor", 1.0, None)
+    fields.keep(*TOKENS, "initializer_range", "attention_dropout")
+    window, window_layers = _read_window(fields, layers)
+    rope, window_rope = _read_ropes(fields, context)
+    return {
+        "family": "gemma3_text",
+        "dim": fields.integer("hidden_size"),
+        "layers": layers,
+        "heads": fields.integer("num_attention_heads"),
+        "kv_heads": fields.integer("num_key_value_heads", 4),
+        "head_dim": head_dim,
+        "query_scalar": 0.0 if scalar == head_dim else scalar,
+        "ffn_dim": fields.integer("intermediate_size"),
+        "vocab": fields.integer("vocab_size"),
+        "context": context,
+        "norm_eps": fields.number("rms_norm_eps", 1e-6),
+        "mlp": fields.choice("hidden_activation", GATES),
+        "rope": rope,
+        "window_rope": None if window_rope == rope else window_rope,
+        "window": window,
+        "window_layers": window_layers,
+        "bias": "attention" if fields.flag("attention_bias", False) else "none",
+        "qk_norm": True,
+        "tied": fields.flag("tie_word_embeddings", True),
+        "head": "scalar" if classes == 1 else head,
+        "classes": classes,
+    }
+
+
+def _read_window(fields: Fields, layers: int) -> tuple[int | None, tuple[int, ...] | None]:
+    """The window and the layers that have it, by layer_types or by the pattern of older folders."""
+    if "sliding_window" not in fields.config:
+        raise CheckpointError("config.json: sliding_window is missing; write null where there is none")
+    window, chosen = fields.optional("sliding_window"), read_layer_types(fields, layers)
+    older = [fields.optional(name) for name in ("sliding_window_pattern", "_sliding_window_pattern")]
+    if chosen is None:
+        pattern = next((number for number in older if number), PATTERN)
+        chosen = tuple(i for i in range(layers) if (i + 1) % pattern)
+    if not window or not chosen:
+        return None, None
+    return window, None if len(chosen) == layers else chosen
+
+
+def _read_ropes(fields: Fields, context: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Rotary positions of full layers and of those with a window: by layer type (transformers 5), or older fields."""
+    by_type = fields.mapping("rope_parameters")
+    if by_type and not set(by_type) <= {FULL, WINDOWED}:
+        raise CheckpointError(f"config.json: rope_parameters must be given for {FULL} and {WINDOWED}")
+    full = {"rope_theta": fields.number("rope_theta", 1e6), "rope_scaling": fields.mapping("rope_scaling"),
+            "rope_parameters": by_type.get(FULL)}  # fmt: skip
+    near = {"rope_theta": fields.number("rope_local_base_freq", 1e4), "rope_parameters": by_type.get(WINDOWED)}
+    return read_rope(Fields(full), context), read_rope(Fields(near), context)
+
+
+def write_config(config: ModelConfig) -> dict[str, Any]:
+    refuse_shape(config, {
+        "norm": ("rms",), "norm_place": ("pre",), "positions": ("rotary",), "causal": (True,), "qk_norm": (True,),
+        "mlp": tuple(GATE_NAMES), "bias": ("none", "attention"), "types": (0,), "image": (None,),
+        "head": tuple(CLASSES), "query_scalar": (config.query_scalar,), "window_rope": (config.window_rope,),
+    })  # fmt: skip
+    if config.dim % config.heads:
+        raise ConfigError(f"dim {config.dim} has no place in a gemma3_text folder; it is a multiple of heads there")
+    scalar = config.query_scalar or config.head_dim
+    ropes = [write_rope(rope) for rope in (config.rope, config.window_rope or config.rope)]
+    result: dict[str, Any] = {
+        "architectures": [CLASSES[config.head]],
+        "model_type": "gemma3_text",
+        "vocab_size": config.vocab,
+        "hidden_size": config.dim,
+        "intermediate_size": config.ffn_dim,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "query_pre_attn_scalar": int(scalar) if scalar == int(scalar) else scalar,
+        "hidden_activation": GATE_NAMES[config.mlp],
+        "max_position_embeddings": config.context,
+        "rms_norm_eps": config.norm_eps,
+        "attention_bias": config.bias == "attention",
+        "tie_word_embeddings": config.tied,
+        "sliding_window": config.window,
+        "layer_types": write_layer_types(config),
+        "rope_theta": ropes[0]["rope_theta"],
+        "rope_local_base_freq": ropes[1]["rope_theta"],
+        "rope_scaling": ropes[0]["rope_scaling"],
+        "rope_parameters": {name: rope["rope_parameters"] for name, rope in zip((FULL, WINDOWED), ropes, strict=True)},
+        **config.extra,
+    }
+    for name in TOKENS:
+        result.setdefault(name, None)
+    if config.classes:
+        result["num_labels"] = config.classes
+    return result
+
+
+def _preset(dim: int, layers: int, heads: int, ffn_dim: int) -> dict[str, Any]:
+    return {
+        "model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"], "hidden_size": dim,
+        "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": 1, "head_dim": 256,
+        "query_pre_attn_scalar": 256, "intermediate_size": ffn_dim, "vocab_size": 262_144, "sliding_window": 512,
+        "sliding_window_pattern": PATTERN, "max_position_embeddings": 32_768, "rope_theta": 1e6,
+        "rope_local_base_freq": 1e4, "rms_norm_eps": 1e-6, "hidden_activation": "gelu_pytorch_tanh",
+        "tie_word_embeddings": True,
+    }  # fmt: skip
+
+
+FAMILY = Family(
+    name="gemma3",
+    model_types=("gemma3_text",),
+    rules=RULES,
+    reader=read_config,
+    writer=write_config,
+    prefix="model.",
+    ignored=(r"rotary_emb\.\w*inv_freq$",),
+    block="gemma3",
+    defaults={"gemma3_text": {"qk_norm": True, "mlp": "geglu_tanh", "tied": True, "rope": {"theta": 1e6},
+                              "window_rope": {"theta": 1e4}}},
+    presets={"gemma-3-270m": _preset(640, 18, 4, 2048), "gemma-3-1b": _preset(1152, 26, 4, 6912)},
+)  # fmt: skip

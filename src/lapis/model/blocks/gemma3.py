@@ -1,0 +1,47 @@
+"""Gemma 3's block: a norm before and after each half, norms that multiply by 1 + weight, scaled embeddings.
+
+Shapes: B batch, T time, D model dim.
+"""
+
+from math import sqrt
+
+from torch import Tensor, nn
+
+from lapis.families.config import ModelConfig
+from lapis.model.attention import Shared
+from lapis.model.blocks.standard import Architecture, TransformerBlock
+from lapis.model.cache import Cache
+from lapis.model.norm import RMSNorm
+
+
+class OffsetRMSNorm(RMSNorm):
+    """x / sqrt(mean(x^2) + eps) * (1 + weight), where 1 + weight is a float32 and never rounded."""
+
+    neutral = 0.0
+
+    @property
+    def gain(self) -> Tensor:
+        return 1.0 + self.weight.float()
+
+
+def make_offset_norm(config: ModelConfig, dim: int) -> OffsetRMSNorm:
+    return OffsetRMSNorm(dim, config.norm_eps)
+
+
+class SandwichBlock(TransformerBlock):
+    """x + norm(attention(norm(x))), then the same with the MLP (Gemma Team 2025, arXiv:2503.19786, section 2)."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__(config, layer, make_offset_norm, ("attn", "attn_out", "mlp", "mlp_out"))
+
+    @property
+    def added(self) -> tuple[nn.Module, nn.Module]:
+        return self.norm.attn_out, self.norm.mlp_out
+
+    def forward(self, x_BTD: Tensor, shared: Shared, cache: Cache | None = None) -> Tensor:
+        norm = self.norm
+        x_BTD = x_BTD + self._dropped(norm.attn_out(self.attn(norm.attn(x_BTD), shared, cache)))
+        return x_BTD + self._dropped(norm.mlp_out(self.mlp(norm.mlp(x_BTD))))
+
+
+ARCHITECTURE = Architecture(SandwichBlock, make_offset_norm, lambda config: sqrt(config.dim))
