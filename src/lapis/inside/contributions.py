@@ -91,7 +91,8 @@ def contributions(
 def _heads(parts: Anatomy, trace: Trace, layer: int, place: int) -> tuple[Tensor, Tensor]:
     """What each head adds, [H, D], and what the attention adds besides, [1, D]: its bias.
 
-    The linear map is asked with all heads but one at zero, so any kind of linear layer will do, a LoRA's too.
+    The linear map runs with all heads but one at zero, so any kind of linear layer will do, a LoRA's too. A norm
+    between the map and the stream is taken as linear, with its scale frozen.
     """
     whole_1D = trace.attention_LPD[layer][place][None]
     if not trace.mixed_LPI or not parts.heads or trace.mixed_LPI[layer].shape[-1] % parts.heads:
@@ -101,6 +102,13 @@ def _heads(parts: Anatomy, trace: Trace, layer: int, place: int) -> tuple[Tensor
     inputs = torch.cat((alone_HHE.reshape(parts.heads, -1), torch.zeros_like(mixed_I)[None]))
     answers = parts.mixers[layer](inputs).double()
     heads_HD, rest_1D = answers[:-1] - answers[-1], answers[-1:]
+    norm = parts.attention[layer]
+    if all(module is not parts.mixers[layer] for module in norm.modules()):
+        frozen = freeze(norm, parts.mixers[layer](mixed_I))
+        if frozen is None or frozen[1]:
+            return whole_1D[:0], whole_1D
+        gain_D, _, shift_D = frozen
+        heads_HD, rest_1D = heads_HD * gain_D, rest_1D * gain_D + shift_D
     lacks_1D = whole_1D.double() - heads_HD.sum(0) - rest_1D
     if bool((lacks_1D.abs() > 16 * torch.finfo(whole_1D.dtype).eps * heads_HD.abs().amax().clamp(min=1)).any()):
         return whole_1D[:0], whole_1D  # more happens behind the heads than this map
