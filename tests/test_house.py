@@ -37,7 +37,7 @@ MAY_IMPORT = {
 # sub-packages of more than ten files, with the reason
 MANY_FILES = {
     "cli": "one file for each command",
-    "model": "to be made smaller",
+    "families": "one file for each family",
     "training/objectives/policy": "to be made smaller",
 }
 
@@ -49,7 +49,7 @@ VAGUE = {
 NO_FILE = {"utils", "util", "common", "helpers", "misc", "scaled", "swap", "tell"}
 
 # What is still to be mended. These lists only ever get shorter.
-CIRCLES_LEFT = {"checkpoint": 1, "text": 0, "model": 2, "training": 1}
+CIRCLES_LEFT = {"checkpoint": 1, "text": 0, "model": 0, "training": 1}
 CLASSES_LEFT = {
     "Batch", "Block", "Chat", "Exam", "Journal", "Lines", "Opened", "Pieces", "Reply", "Reward", "Rows", "Sums", "Turn",
     "Word", "World", "_Run",
@@ -59,7 +59,7 @@ VAGUE_LEFT = {
     "carry", "full_disk_told", "kept_by_objective", "make_exam", "memory_told", "said", "say", "told",
 }  # fmt: skip
 NO_FLOW_LEFT = {
-    "checkpoint", "cli", "families", "tour", "tour/sentences", "tour/words", "training/distributed", "training/rewards",
+    "checkpoint", "cli", "tour", "tour/sentences", "tour/words", "training/distributed", "training/rewards",
     "weights/merge/methods",
 }  # fmt: skip
 LONG_NAMES_LEFT = {

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from lapis.errors import DataError
 from lapis.families.config import ModelConfig
-from lapis.model.attention import AttentionCore, additive, dense_attention
+from lapis.model.blocks.attention import AttentionCore, additive, dense_attention
 from lapis.model.cache import Cache
 from lapis.model.transformer import Transformer
 
@@ -189,7 +189,7 @@ def test_normed_queries_and_keys_have_the_gradients_of_plain_autograd(positions:
     ours = gradients()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "lapis.model.norm._TrainedRMSNorm.apply",
+            "lapis.model.blocks.norm._TrainedRMSNorm.apply",
             lambda x, weight, eps, dtype: torch.nn.functional.rms_norm(x.float(), weight.shape, weight, eps).to(dtype),
         )
         plain = gradients()

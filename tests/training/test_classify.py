@@ -16,9 +16,8 @@ from lapis.config import override
 from lapis.errors import ConfigError, DataError
 from lapis.evaluation.classification import class_scores, predict
 from lapis.families.config import ModelConfig, class_names
-from lapis.model.heads import put_head
 from lapis.model.load import save
-from lapis.model.transformer import Transformer
+from lapis.model.transformer import Transformer, put_head
 from lapis.text.corpus.corpus import Document
 from lapis.text.corpus.labels import Labeled
 from lapis.text.rows.sequences import together

@@ -20,9 +20,8 @@ from lapis.errors import ConfigError, DataError, LapisError, TrainingError
 from lapis.evaluation.preference import calibration_error, pair_figures, score_pairs
 from lapis.evaluation.replies import collate, log_probabilities, reply_log_probabilities, reply_rewards, rewards
 from lapis.model import lora
-from lapis.model.heads import put_head
 from lapis.model.load import load, save
-from lapis.model.transformer import Transformer
+from lapis.model.transformer import Transformer, put_head
 from lapis.text.corpus.pairs import Pair
 from lapis.text.rows.pair_rows import Paired
 from lapis.text.tokenizer.tokenizer import Tokenizer

@@ -1,4 +1,4 @@
-"""How each architecture looks on disk and which shapes it has. One file for each family; no tensor is touched here."""
+"""A config.json in, a shape, a table of names and parts out: one file for each family, and no tensor is touched."""
 
 from collections.abc import Mapping
 from importlib import import_module

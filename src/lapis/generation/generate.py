@@ -22,8 +22,8 @@ from lapis.errors import ConfigError, DataError
 from lapis.generation.options import Sampling
 from lapis.generation.sampling import choose, generators
 from lapis.generation.text import Pieces
+from lapis.model.blocks.norm import compute_dtype
 from lapis.model.cache import Cache
-from lapis.model.norm import compute_dtype
 from lapis.model.transformer import Transformer
 from lapis.text.chat.chat import encode_prompt
 from lapis.text.tokenizer.tokenizer import Tokenizer

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lapis.errors import ConfigError, LapisError, MissingExtra
 from lapis.inside.prompt import Prompt, as_tokenizer, check_length, encode, token_text
 from lapis.inside.trace import Anatomy, anatomy
-from lapis.model.attention import AttentionCore
+from lapis.model.blocks.attention import AttentionCore
 
 if TYPE_CHECKING:
     import pandas

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lapis.errors import LapisError
-from lapis.model.attention import View, additive
+from lapis.model.blocks.attention import View, additive
 from lapis.model.cache import Cache
 from lapis.model.heads import LanguageHead
 from lapis.model.transformer import Transformer

@@ -22,6 +22,7 @@ from lapis.checkpoint.tensor_file import write_tensors
 from lapis.errors import CheckpointError, ConfigError
 from lapis.families import Family, Rule, family_of
 from lapis.families.config import Head, class_fields
+from lapis.model.check import disk_layout
 from lapis.model.lora import (
     Adapted,
     LoraConfig,
@@ -149,8 +150,6 @@ def fold(model: Transformer) -> Transformer:
 
 def _tensors(model: Transformer) -> dict[str, Tensor]:
     """Every trained tensor by PEFT's name."""
-    from lapis.model.load import disk_layout
-
     config, family = model.config, family_of(model.config)
     found: dict[str, Tensor] = {}
     for module, (names, _) in _adapted(model).items():

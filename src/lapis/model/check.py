@@ -5,11 +5,12 @@ No torch is imported and nothing is allocated, whatever sizes config.json claims
 """
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 
 from lapis.checkpoint import Checkpoint, open_checkpoint
 from lapis.errors import CheckpointError, ConfigError
-from lapis.families import Family, Rule, Shape, known_types
+from lapis.families import Family, Rule, Shape, family_of, known_types
 from lapis.families.base import layers_of
 from lapis.families.config import CLASS_FIELDS, Head, ModelConfig
 
@@ -112,6 +113,20 @@ def plan_load(checkpoint: Checkpoint, *, head: Head | None = None, classes: int 
     if fresh:
         notes.append(f"a new head ({config.head}) was drawn at random: {', '.join(fresh)}")
     return Plan(config, tuple(steps), fresh, _dtype_of(checkpoint, steps), tuple(notes))
+
+
+def disk_layout(config: ModelConfig, names: Mapping[str, object]) -> dict[str, tuple[tuple[str, ...], Rule]]:
+    """Name on disk -> the parameters that it holds, for parameters by name here."""
+    family = family_of(config)
+    layout: dict[str, tuple[tuple[str, ...], Rule]] = {}
+    for name in names:
+        rule, layer = family.rule_for(name)
+        sources = tuple(source.replace("{layer}", str(layer)) for source in rule.names)
+        layout[family.disk_name(rule, layer, bare=config.head == "none")] = sources, rule
+    for rule in family.rules:
+        if rule.twin and not config.tied and rule.names[0] in names:
+            layout[family.disk_name(rule, None)] = rule.names, rule
+    return layout
 
 
 def _find(checkpoint: Checkpoint, family: Family, notes: list[str], to_run: bool) -> tuple[Found, list[str]]:

@@ -1,32 +1,18 @@
 """What stands on top of the last hidden state: logits over a vocabulary, classes, or nothing.
 
 A head is applied to hidden states of any leading shape, so a loss can run it only where there is loss, or in chunks.
-`put_head` puts another one on a model. Leaves out: which token a classifier looks at (transformer.py).
+Which token a classifier looks at is decided in transformer.py.
 
 Shapes: B batch, T time, D model dim, V vocabulary, C classes.
 """
-
-import dataclasses
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lapis.families.config import CLASS_FIELDS, MLP_KINDS, Head, ModelConfig, class_fields
-from lapis.model.norm import make_norm
-
-if TYPE_CHECKING:
-    from lapis.model.transformer import Transformer
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-    "relu2": lambda x: F.relu(x).square(),
-}
+from lapis.families.config import MLP_KINDS, ModelConfig
+from lapis.model.blocks.norm import make_norm
+from lapis.model.blocks.standard import ACTIVATIONS
 
 
 class LanguageHead(nn.Module):
@@ -103,35 +89,3 @@ def make_head(config: ModelConfig, embed: nn.Module) -> nn.Module:
     if config.head == "masked":
         return MaskedHead(config, embed)
     return ClassHead(config) if config.head in ("classes", "scalar") else NoHead(config)
-
-
-def put_head(model: "Transformer", head: Head, classes: Sequence[str] = ()) -> list[str]:
-    """Another head on a model, in place; the names of its parameters that are new and drawn at random (0.02).
-
-    classes: their names in order, for head="classes"; config.json gets them, where transformers looks for them. What
-    the old head has of the same name and shape (a pooler, one's own embedding rows) is kept. A head that is the same
-    already keeps its weights.
-    """
-    if (head == "classes") != bool(classes):
-        raise ValueError("classes are given with the head of that name, and only with it")
-    config, old = model.config, model.head.state_dict()
-    extra = {name: value for name, value in config.extra.items() if name not in CLASS_FIELDS} | class_fields(classes)
-    pooler = head in ("classes", "scalar") and not config.causal and config.image is None
-    like = next(model.parameters())
-    model.config = dataclasses.replace(config, head=head, classes=len(classes), pooler=pooler, extra=extra)
-    model.head = make_head(model.config, model.embed).to(like.device, like.dtype)
-    fresh = []
-    with torch.no_grad():
-        for name, parameter in model.head.named_parameters():
-            if name in old and old[name].shape == parameter.shape:
-                parameter.copy_(old[name])
-                continue
-            fresh.append(f"head.{name}")
-            if name.endswith("bias"):
-                parameter.zero_()
-            elif "norm" in name:
-                parameter.fill_(1.0)
-            else:
-                parameter.normal_(0.0, 0.02)
-    model.head.train(model.training)
-    return fresh

@@ -20,7 +20,7 @@ from lapis.checkpoint.tensor_file import stream_tensors, torch_dtype
 from lapis.families import Rule, family_of, part_of
 from lapis.families.config import Head, ModelConfig
 from lapis.model.adapter import attach, head_of
-from lapis.model.check import plan_load
+from lapis.model.check import disk_layout, plan_load
 from lapis.model.transformer import Transformer
 
 CHUNK = 1 << 20  # elements converted at a time
@@ -116,20 +116,6 @@ def config_json(config: ModelConfig, dtype: torch.dtype) -> dict[str, object]:
     """config.json as transformers >= 4.51 and 5 read it."""
     name = str(dtype).removeprefix("torch.")
     return {**family_of(config).write_config(config), "dtype": name, "torch_dtype": name}
-
-
-def disk_layout(config: ModelConfig, names: Mapping[str, object]) -> dict[str, tuple[tuple[str, ...], Rule]]:
-    """Name on disk -> the parameters that it holds, for parameters by name here."""
-    family = family_of(config)
-    layout: dict[str, tuple[tuple[str, ...], Rule]] = {}
-    for name in names:
-        rule, layer = family.rule_for(name)
-        sources = tuple(source.replace("{layer}", str(layer)) for source in rule.names)
-        layout[family.disk_name(rule, layer, bare=config.head == "none")] = sources, rule
-    for rule in family.rules:
-        if rule.twin and not config.tied and rule.names[0] in names:
-            layout[family.disk_name(rule, None)] = rule.names, rule
-    return layout
 
 
 def _read(checkpoint: Checkpoint, name: str, dtype: torch.dtype, piece_N: Tensor) -> Tensor:

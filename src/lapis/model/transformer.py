@@ -6,7 +6,9 @@ applied from outside (training/distributed/).
 Shapes: B batch, T time, S time of keys, D model dim, V vocabulary, C classes.
 """
 
+import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,14 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lapis.errors import DataError
-from lapis.families.config import ModelConfig
-from lapis.model.attention import Shared, View, additive
+from lapis.families.config import CLASS_FIELDS, Head, ModelConfig, class_fields
 from lapis.model.blocks import architecture_of
+from lapis.model.blocks.attention import Shared, View, additive
+from lapis.model.blocks.norm import LayerNorm, RMSNorm, compute_dtype
+from lapis.model.blocks.rope import rope_tables
 from lapis.model.blocks.standard import Norms, TransformerBlock
 from lapis.model.cache import Cache
 from lapis.model.heads import make_head
-from lapis.model.norm import LayerNorm, RMSNorm, compute_dtype
-from lapis.model.rope import rope_tables
 
 INIT_STD = 0.02
 NOTHING_HIDDEN = View(None, False)
@@ -285,3 +287,35 @@ def make_view(
     if segments_BT is not None:
         seen = seen & (segments_BT[:, :, None] == segments_BT[:, None, :])[:, None]
     return View(additive(seen, dtype), False)
+
+
+def put_head(model: Transformer, head: Head, classes: Sequence[str] = ()) -> list[str]:
+    """Another head on a model, in place; the names of its parameters that are new and drawn at random (0.02).
+
+    classes: their names in order, for head="classes"; config.json gets them, where transformers looks for them. What
+    the old head has of the same name and shape (a pooler, one's own embedding rows) is kept. A head that is the same
+    already keeps its weights.
+    """
+    if (head == "classes") != bool(classes):
+        raise ValueError("classes are given with the head of that name, and only with it")
+    config, old = model.config, model.head.state_dict()
+    extra = {name: value for name, value in config.extra.items() if name not in CLASS_FIELDS} | class_fields(classes)
+    pooler = head in ("classes", "scalar") and not config.causal and config.image is None
+    like = next(model.parameters())
+    model.config = dataclasses.replace(config, head=head, classes=len(classes), pooler=pooler, extra=extra)
+    model.head = make_head(model.config, model.embed).to(like.device, like.dtype)
+    fresh = []
+    with torch.no_grad():
+        for name, parameter in model.head.named_parameters():
+            if name in old and old[name].shape == parameter.shape:
+                parameter.copy_(old[name])
+                continue
+            fresh.append(f"head.{name}")
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif "norm" in name:
+                parameter.fill_(1.0)
+            else:
+                parameter.normal_(0.0, 0.02)
+    model.head.train(model.training)
+    return fresh

@@ -1,4 +1,7 @@
-"""A config in, the block of its family out. A file for each kind of block; a family names the file (`Family.block`)."""
+"""A config in, the block of its family out: attention, MLP and norms, and a file for each kind of block.
+
+A family names the file of its block (`Family.block`); nothing else knows of it.
+"""
 
 from importlib import import_module
 

@@ -8,10 +8,10 @@ from math import sqrt
 from torch import Tensor, nn
 
 from lapis.families.config import ModelConfig
-from lapis.model.attention import Shared
+from lapis.model.blocks.attention import Shared
+from lapis.model.blocks.norm import RMSNorm
 from lapis.model.blocks.standard import Architecture, TransformerBlock
 from lapis.model.cache import Cache
-from lapis.model.norm import RMSNorm
 
 
 class OffsetRMSNorm(RMSNorm):

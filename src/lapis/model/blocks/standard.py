@@ -10,12 +10,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lapis.families.config import MLP_KINDS, ModelConfig
-from lapis.model.attention import Attention, Shared
+from lapis.model.blocks.attention import Attention, Shared
+from lapis.model.blocks.norm import Norm, make_norm
 from lapis.model.cache import Cache
-from lapis.model.heads import ACTIVATIONS
-from lapis.model.norm import Norm, make_norm
 
 MakeNorm = Callable[[ModelConfig, int], Norm]
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
+}
 
 
 class Mlp(nn.Module):

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from lapis.generation.generate import Decoding
 from lapis.generation.options import Sampling
+from lapis.model.blocks.norm import compute_dtype
 from lapis.model.cache import Cache
-from lapis.model.norm import compute_dtype
 from lapis.model.transformer import Transformer
 
 

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lapis.families.config import ModelConfig
+from lapis.model.blocks.norm import Norm, make_norm
+from lapis.model.blocks.rope import Rotation, rotate
 from lapis.model.cache import Cache
-from lapis.model.norm import Norm, make_norm
-from lapis.model.rope import Rotation, rotate
 
 
 class View(NamedTuple):
