@@ -24,7 +24,7 @@ from lapis.training.rewards.language import SAMPLES, language
 
 
 def of(reward: Any, reply: str, **record: Any) -> float:
-    return float(reward("", reply, Case("", reply, record, "record 1", True, len(reply.split())).told))
+    return float(reward("", reply, Case("", reply, record, "record 1", True, len(reply.split())).full_record))
 
 
 @pytest.mark.parametrize(

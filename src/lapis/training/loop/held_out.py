@@ -34,6 +34,7 @@ class Evaluator:
         """The held-out metrics of the weights as they are; empty where nothing is held out."""
         metrics: dict[str, float] = {}
         if self.world.leads:
+            self.watch.stage("evaluating held-out data")
             with untouched(self.state), torch.no_grad():
                 metrics = {name: float(value) for name, value in self.objective.evaluate(self.state.model).items()}
         return dict(self.world.from_lead(metrics))
@@ -64,6 +65,7 @@ class Evaluator:
 
     def sample(self) -> None:
         """Shows what the model writes now."""
+        self.watch.stage("writing a sample")
         with untouched(self.state):
             text = self.objective.sample(self.state.model)
         if text:
@@ -74,9 +76,11 @@ class Evaluator:
 def untouched(state: TrainState) -> Iterator[None]:
     """While inside, there is no dropout; afterwards random generators are as they were."""
     state.model.eval()
-    with torch.random.fork_rng(devices=[state.device] if state.device.type == "cuda" else []):
-        yield
-    state.model.train()
+    try:
+        with torch.random.fork_rng(devices=[state.device] if state.device.type == "cuda" else []):
+            yield
+    finally:
+        state.model.train()
 
 
 def watched_metric(metrics: Mapping[str, float], name: str) -> str:

@@ -9,10 +9,11 @@ Under torchrun every process runs this loop, the first one writes, and the weigh
 
 import json
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,15 +27,16 @@ from lapis.training.loop.curve import Window
 from lapis.training.loop.held_out import Evaluator
 from lapis.training.loop.progress import Silent, Watch, watcher
 from lapis.training.loop.state import Journal, TrainState, clean_journal, restore, weights_digest
-from lapis.training.loop.stop_request import StopRequest, stop_requests
-from lapis.training.loop.update import Batches, Updater, out_of_memory_named
+from lapis.training.loop.stop_request import StopRequest, StopSignal, stop_requests
+from lapis.training.loop.update import Batches, Updater
 from lapis.training.objectives.objective import Objective
 from lapis.training.optim.optimizers import Average, Optimizers, Schedule
 from lapis.training.result import TrainResult, last_tenth, write_result
 from lapis.training.setup import probe
-from lapis.training.setup.blocks import compiled, recomputed
-from lapis.training.setup.memory import require_room
+from lapis.training.setup.blocks import compiled, recomputed, stoppable
 from lapis.training.setup.select import describe
+
+T = TypeVar("T")
 
 _SAVE_SECONDS = 300.0
 
@@ -70,21 +72,29 @@ def train(
     """
     out = Path(out)
     world = parallel.join()
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
     if not world.leads:
-        with stop_requests() as request:
-            result = _Run(model, objective, config, world, None, Silent(), request).go(out)
+        with stop_requests(immediate=False) as request:
+            run = _Run(model, objective, config, world, None, Silent(), request)
+            result = run.go(out)
             world.gather(None)  # until the first process has written
             return result
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
     watch = watch or watcher(out.name)
     try:
         with (
             commit(out, overwrite=overwrite, resumable=True, needs_bytes=(3 * config.keep + 4) * weights) as staging,
             clean_journal(staging, fresh) as journal,
-            stop_requests() as request,
+            stop_requests(immediate=world.size == 1) as request,
         ):
-            result = _Run(model, objective, config, world, journal, watch, request).go(out)
-            write_result(model, objective, config, staging.path, result)
+            try:
+                run = _Run(model, objective, config, world, journal, watch, request)
+                result = run.go(out)
+            except StopSignal:
+                raise TrainingError(
+                    f"train: stopped by {request.signal} before a step was done; {journal.last_good()}. Run the same "
+                    "command again"
+                ) from None
+            run.write(staging.path, result)
         world.gather(None)
     finally:
         watch.close()
@@ -108,7 +118,10 @@ class _Run:
                 f"train: batch {config.batch} does not divide into {parts} equal parts "
                 f"(accumulate {config.accumulate}, {world.size} processes)"
             )
-        objective.begin(model, journal.folder if journal else None)
+        self.request = request
+        self.watch.stage("starting")
+        with request.at_once():
+            objective.begin(model, journal.folder if journal else None)
         self.state = TrainState(
             model,
             objective,
@@ -138,12 +151,14 @@ class _Run:
                     parameter.data = parameter.data.float()
 
     def go(self, out: Path) -> TrainResult:
+        """All steps, and the held-out metrics of the result."""
         config, state = self.config, self.state
         torch.manual_seed(config.seed)
         self.model.train()
-        with recomputed(self.model, config.checkpointing):
-            self._begin()
-            self.started -= state.seconds  # the time before a restart counts
+        with recomputed(self.model, config.checkpointing), stoppable(self.model):
+            with self.request.at_once():
+                self._begin()
+            self.started = time.monotonic() - state.seconds  # measuring is no part of a budget; an earlier run is
             cpu = state.device.type == "cpu"
             with probe.threads(self.facts["threads"]) if cpu else nullcontext():
                 with compiled(self.model, bool(self.facts.get("compile"))):
@@ -152,7 +167,7 @@ class _Run:
                     self._put_weights(state.best.weights)
                 else:
                     state.average.put()
-                held_out = self.evaluator.metrics()
+                held_out = self._unless_stopped(self.evaluator.metrics)
         self.model.eval()
         loss, metrics = last_tenth(state.log)
         spent = sum(row["train_seconds"] for row in state.log)
@@ -172,6 +187,19 @@ class _Run:
             best_step=state.best.step if config.best else None,
         )
 
+    def write(self, folder: Path, result: TrainResult) -> None:
+        """The result, into a folder that the caller commits."""
+        self.watch.stage("writing the result")
+        self._unless_stopped(lambda: write_result(self.model, self.objective, self.config, folder, result))
+
+    def _unless_stopped(self, act: Callable[[], T]) -> T:
+        """`act()`, which changes nothing that is saved; a stop on the way saves what was trained and ends the run."""
+        try:
+            with self.request.at_once():
+                return act()
+        except StopSignal:
+            self._save_and_stop()
+
     def _begin(self) -> None:
         """Goes on from a checkpoint, or measures how to compute; all processes with the weights of the first."""
         state, world = self.state, self.world
@@ -187,7 +215,7 @@ class _Run:
             for warning in self.journal.warnings:
                 self.watch.note(f"train: {warning}")
         if world.from_lead(not self.facts):
-            measured = self._measure_speed()
+            measured = probe.measure_speed(state, self.config, self.watch)
             if self.journal is not None:
                 self.facts = {"wanted": request, **measured}
                 self.journal.begin(self.facts)
@@ -218,6 +246,8 @@ class _Run:
         state, config = self.state, self.config
         batches = self.objective.batches(state)
         saved = sampled = time.monotonic()
+        if self._evaluation_is_due() and "held_out" not in state.log[-1] and self._evaluate():
+            return  # stopped while it evaluated
         while state.schedule.total is None or state.step < state.schedule.total:
             start = time.perf_counter()
             if not self._step(batches):  # the weights are those of the last whole step
@@ -228,9 +258,10 @@ class _Run:
             self._fit_budget()
             self._show_notes()
             done = state.step == state.schedule.total
+            self.watch.step(self._row())
             if done or state.step % config.log_every == 0:
                 self._log()
-            if config.eval_every and state.step % config.eval_every == 0 and not done and self._evaluate():
+            if not done and self._evaluation_is_due() and self._evaluate():
                 return
             if (self.updater.stop or self.objective.halt) and not done:
                 self._save_and_stop()
@@ -240,8 +271,12 @@ class _Run:
                 self._save(self.journal)
                 saved = now
             if config.sample_every and now - sampled > config.sample_every and not done and self.world.leads:
-                self.evaluator.sample()
+                self._unless_stopped(self.evaluator.sample)
                 sampled = now
+
+    def _evaluation_is_due(self) -> bool:
+        step, every = self.state.step, self.config.eval_every
+        return bool(every and step and step % every == 0 and step != self.state.schedule.total)
 
     def _step(self, batches: Batches) -> bool:
         """One update; False where a stop was requested before it was whole."""
@@ -258,29 +293,6 @@ class _Run:
         self.window.scale = scale
         return True
 
-    def _measure_speed(self) -> dict[str, Any]:
-        """Threads, precision and compiling: as configured, or as measured on the first micro-batch."""
-        config, state = self.config, self.state
-        batch, _ = next(self.objective.batches(state))
-
-        def compute() -> Tensor:
-            with torch.no_grad():
-                prepared = self.objective.prepare(self.model, batch)
-            return self.objective.loss(self.model, prepared)[0]
-
-        speed = probe.Probe(self.model, compute)
-        with out_of_memory_named():
-            require_room(state, self.objective, config, "float32" if config.precision == "float32" else "bf16")
-            threads, precision = speed.fastest(config.precision, config.threads)
-            parts = (state.schedule.total or 0) * config.accumulate
-            budget = config.minutes * 60 if config.minutes else None
-            mode = config.compile if self.objective.compiles else "off"
-            compile_, why = speed.compiling_pays(mode, threads, precision, parts, budget)
-        if why:
-            self.watch.note(f"train: compile is {'on' if compile_ else 'off'}: {why}")
-        state.optimizers.clear()
-        return {"threads": threads, "precision": precision, "compile": compile_}
-
     def _fit_budget(self) -> None:
         state, config = self.state, self.config
         if config.minutes is None or state.schedule.total is not None:
@@ -292,12 +304,17 @@ class _Run:
     def _log(self) -> None:
         state, window = self.state, self.window
         state.tokens += int(window.sums.get("tokens", 0))
-        row = window.row(
-            self.config, step=state.step, total=state.schedule.total, tokens=state.tokens, seconds=state.seconds
-        )
+        row = self._row()
         state.log.append(row)
         self.watch.row(row)
         self.window = Window(window.pace, window.means)
+
+    def _row(self) -> dict[str, Any]:
+        """The entry of the curve as it is now."""
+        state = self.state
+        return self.window.row(
+            self.config, step=state.step, total=state.schedule.total, tokens=state.tokens, seconds=state.seconds
+        )
 
     def _show_notes(self) -> None:
         for note in self.objective.notes:
@@ -306,7 +323,7 @@ class _Run:
 
     def _evaluate(self) -> bool:
         """One evaluation within the run; True where the run should stop early."""
-        metrics, stop = self.evaluator.step()
+        metrics, stop = self._unless_stopped(self.evaluator.step)
         if self.window.steps:
             self._log()
         self.state.log[-1]["held_out"] = metrics
@@ -323,7 +340,7 @@ class _Run:
             self._log()  # a checkpoint holds the whole curve so far
         return journal.write(self.state, self.facts, self.objective.tokenizer, self.config.keep)
 
-    def _save_and_stop(self) -> None:
+    def _save_and_stop(self) -> NoReturn:
         state = self.state
         if self.journal is None:
             parallel.leave()

@@ -1,39 +1,39 @@
-"""What a person sees while a model trains: a bar on a terminal, a line now and then in a log, or nothing."""
+"""What a person sees while a model trains: a bar on a terminal, a line each 15 seconds in a log, or nothing."""
 
 import sys
-import time
+import threading
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 
-class Watch(Protocol):
-    """Told of each entry of the learning curve, and of notes (samples, checkpoints, warnings)."""
+class Watch:
+    """Base class of what shows a run's progress. By itself it shows nothing."""
 
-    def row(self, row: Mapping[str, Any]) -> None: ...
+    def stage(self, text: str) -> None:
+        """Something other than steps begins: measuring, evaluating, writing."""
 
-    def note(self, text: str) -> None: ...
-
-    def close(self) -> None: ...
-
-
-class Silent:
-    """Shows nothing."""
+    def step(self, row: Mapping[str, Any]) -> None:
+        """After each step: an entry of the learning curve as it would be now."""
 
     def row(self, row: Mapping[str, Any]) -> None:
-        pass
+        """An entry of the learning curve."""
 
     def note(self, text: str) -> None:
-        pass
+        """A sample, a warning, a checkpoint."""
 
     def close(self) -> None:
-        pass
+        """The run has ended."""
 
 
-class Bar:
+class Silent(Watch):
+    """Shows nothing."""
+
+
+class Bar(Watch):
     """A live bar on standard error; notes scroll above it."""
 
     def __init__(self, label: str) -> None:
@@ -41,14 +41,18 @@ class Bar:
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
             TaskProgressColumn(),
-            TextColumn("{task.fields[said]}"),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[text]}"),
         )
         self.progress = Progress(*columns, console=Console(stderr=True, highlight=False))
-        self.task = self.progress.add_task(label, total=1.0, said="")
+        self.task = self.progress.add_task(label, total=1.0, text="")
         self.progress.start()
 
-    def row(self, row: Mapping[str, Any]) -> None:
-        self.progress.update(self.task, completed=row["share"], said=spelled(row))
+    def stage(self, text: str) -> None:
+        self.progress.update(self.task, text=text)
+
+    def step(self, row: Mapping[str, Any]) -> None:
+        self.progress.update(self.task, completed=row["share"], text=format_row(row))
 
     def note(self, text: str) -> None:
         self.progress.console.print(Text(text, "dim"))
@@ -57,22 +61,53 @@ class Bar:
         self.progress.stop()
 
 
-class Lines:
-    """A line on standard error at most every `seconds`, for logs and pipes."""
+class Lines(Watch):
+    """Lines on standard error, for logs and pipes: after the first step, then each `seconds`, whatever is being done.
+
+    Args:
+        label: What the lines begin with.
+        seconds: Between two lines; 0 writes one for each entry of the curve.
+    """
 
     def __init__(self, label: str, seconds: float = 15.0) -> None:
-        self.label, self.seconds, self.last = label, seconds, 0.0
+        self.label, self.seconds = label, seconds
+        self._text = ""
+        self._stepped = False
+        self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def stage(self, text: str) -> None:
+        self._text = text
+        self._start()
+
+    def step(self, row: Mapping[str, Any]) -> None:
+        self._text = f"{row['share']:4.0%}  {format_row(row)}"
+        self._start()
+        if not self._stepped:
+            self._stepped = True
+            self.note(f"{self.label}  {self._text}")
 
     def row(self, row: Mapping[str, Any]) -> None:
-        if time.monotonic() - self.last >= self.seconds or row["share"] >= 1:
-            self.last = time.monotonic()
-            self.note(f"{self.label}  {row['share']:4.0%}  {spelled(row)}")
+        if row["share"] >= 1 or not self.seconds:
+            self.note(f"{self.label}  {row['share']:4.0%}  {format_row(row)}")
 
     def note(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        pass
+        self._ended.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _start(self) -> None:
+        if self._thread is None and self.seconds and not self._ended.is_set():
+            self._thread = threading.Thread(target=self._write, daemon=True)
+            self._thread.start()
+
+    def _write(self) -> None:
+        while not self._ended.wait(self.seconds):
+            self.note(f"{self.label}  {self._text}")
 
 
 def watcher(label: str) -> Watch:
@@ -80,12 +115,17 @@ def watcher(label: str) -> Watch:
     return Bar(label) if sys.stderr.isatty() else Lines(label)
 
 
-def spelled(row: Mapping[str, Any]) -> str:
+def format_row(row: Mapping[str, Any]) -> str:
     """An entry of the learning curve in one line."""
-    said = f"loss {row['loss']:.3f}"
+    text = f"step {row['step']:,}  loss {row['loss']:.3f}"
     if row.get("bits_per_byte") is not None:
-        said += f"  {row['bits_per_byte']:.3f} bits/byte"
+        text += f"  {row['bits_per_byte']:.3f} bits/byte"
     for name, value in list(row.get("metrics", {}).items())[:5]:
-        said += f"  {name.replace('_', ' ')} {value:.3g}"
-    left = round(row["seconds_left"])
-    return f"{said}  {row['tokens_per_second']:,.0f} tok/s  {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
+        text += f"  {name.replace('_', ' ')} {value:.3g}"
+    return f"{text}  {row['tokens_per_second']:,.0f} tok/s  {format_time(row['seconds_left'])} left"
+
+
+def format_time(seconds: float) -> str:
+    """Hours, minutes and seconds, as 1:02:03."""
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"

@@ -103,7 +103,7 @@ def save(state: TrainState, folder: Path, facts: Mapping[str, Any], tokenizer: S
         if tokenizer is not None:
             tokenizer.save(staging.path)
         write_tensors(staging.path / _OPTIMIZER, state.optimizers.tensors())
-        write_tensors(staging.path / _RNG, _rng(state.device))
+        write_tensors(staging.path / _RNG, rng_state(state.device))
         write_curve(staging.path / _LOG, state.log)
         if state.average.tensors:
             write_tensors(staging.path / _AVERAGE, state.average.tensors)
@@ -121,10 +121,7 @@ def restore(state: TrainState, folder: Path) -> None:
     """Put a verified checkpoint's numbers into `state`, its model and torch's random generators."""
     lora.restore(state.model, folder)
     state.optimizers.restore(read_tensors(folder / _OPTIMIZER))
-    rng = read_tensors(folder / _RNG)
-    torch.set_rng_state(rng["cpu"])
-    if "cuda" in rng and state.device.type == "cuda":
-        torch.cuda.set_rng_state(rng["cuda"], state.device)
+    set_rng_state(read_tensors(folder / _RNG), state.device)
     numbers = read_json(folder / _STATE)
     state.step, state.cursor = numbers["step"], numbers["cursor"]
     state.seconds, state.tokens = numbers["seconds"], numbers["tokens"]
@@ -264,8 +261,16 @@ def weights_digest(model: Transformer) -> str:
     return digest.hexdigest()
 
 
-def _rng(device: torch.device) -> dict[str, Tensor]:
+def rng_state(device: torch.device) -> dict[str, Tensor]:
+    """The states of torch's random generators, uint8, by kind of device."""
     states = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
     return states
+
+
+def set_rng_state(states: Mapping[str, Tensor], device: torch.device) -> None:
+    """The reverse of `rng_state`."""
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"], device)

@@ -16,8 +16,8 @@ from torch import Tensor
 from lapis.errors import LapisError, TrainingError
 from lapis.training.config import TrainConfig
 from lapis.training.distributed.parallel import World
-from lapis.training.loop.state import TrainState
-from lapis.training.loop.stop_request import StopRequest
+from lapis.training.loop.state import TrainState, rng_state, set_rng_state
+from lapis.training.loop.stop_request import StopRequest, StopSignal
 from lapis.training.objectives.objective import Objective
 from lapis.training.setup.blocks import autocast
 
@@ -74,9 +74,11 @@ class Updater:
 
         Raises TrainingError for a loss or gradient that is not finite, or where nothing is supervised.
         """
+        rng = rng_state(self.state.device)
         sums = self._gather(batches, last_good)
-        if sums is None:
+        if sums is None:  # as if the step had not begun
             self.state.optimizers.clear()
+            set_rng_state(rng, self.state.device)
             return None
         if sums.count == 0:
             raise TrainingError(
@@ -97,7 +99,10 @@ class Updater:
         """The shares of all processes, added up; None where one of them stops."""
         own, error = Sums(), None
         try:
-            self._compute(batches, own, last_good)
+            with self.request.at_once():
+                self._compute(batches, own, last_good)
+        except StopSignal:
+            return None
         except LapisError as raised:
             if self.world.size == 1:
                 raise

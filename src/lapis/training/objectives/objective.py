@@ -18,6 +18,8 @@ from lapis.model.transformer import Transformer
 from lapis.text.rows.rows import shuffled
 from lapis.text.tokenizer.tokenizer import Tokenizer
 
+SMALL_BATCH = 512  # tokens of a batch to measure speed and memory with
+
 Cursor = dict[str, Any]
 Metrics = Mapping[str, float]
 Loss = tuple[Tensor, int, Metrics]
@@ -37,6 +39,16 @@ class DataPlace(Protocol):
     parts: int
     seed: int
     cursor: Cursor | None
+
+
+@dataclass
+class FirstRows:
+    """The place of a batch of so many rows at the start of the data."""
+
+    rows: int
+    seed: int
+    parts: int = 1
+    cursor: Cursor | None = None
 
 
 @dataclass(eq=False)
@@ -109,6 +121,20 @@ class Objective(ABC):
             The batch that `loss` gets.
         """
         return batch
+
+    @property
+    def tokens_per_row(self) -> float:
+        """Mean tokens of a row, to say how many rows are a small batch."""
+        return float(self.context)
+
+    def small_batch(self, model: Transformer, state: DataPlace, tokens: int) -> Any:
+        """A batch of about `tokens` tokens or less, as `loss` gets it, to measure speed and memory with.
+
+        Nothing of the run depends on it, and it leaves the place in the data as it is.
+        """
+        rows = max(1, min(state.rows, int(tokens / max(1.0, self.tokens_per_row))))
+        batch, _ = next(self.batches(FirstRows(rows, state.seed)))
+        return self.prepare(model, batch)
 
     @abstractmethod
     def loss(self, model: Transformer, batch: Any) -> Loss:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lapis.model.transformer import Transformer
@@ -34,6 +35,22 @@ def recomputed(model: Transformer, kind: Recompute) -> Iterator[None]:
     finally:
         for block in chosen:
             del block.forward
+
+
+@contextmanager
+def stoppable(model: Transformer) -> Iterator[None]:
+    """While inside, Python runs between the blocks of a backward pass too, and with it the handlers of signals."""
+
+    def mark(block: nn.Module, inputs: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and output.requires_grad:
+            output.register_hook(lambda gradient: None)  # type: ignore[no-untyped-call]
+
+    handles = [block.register_forward_hook(mark) for block in model.blocks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _again(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,20 +1,17 @@
 """Whether a step fits into memory, before the machine finds out: on a CPU a process that takes too much is killed.
 
-What a row leaves for the backward pass is measured (one row, two rows, the difference), not guessed. Leaves out: what
-lives for a moment within one operation.
+What a token keeps for the backward pass is measured on two small batches, not guessed. Leaves out: what exists for a
+moment within one operation.
 """
-
-import dataclasses
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from lapis.errors import LapisError, TrainingError
+from lapis.errors import TrainingError
 from lapis.model.size import activation_bytes, free_memory
 from lapis.training.config import TrainConfig
 from lapis.training.loop.state import TrainState
-from lapis.training.objectives.objective import Objective
+from lapis.training.objectives.objective import SMALL_BATCH, Objective
 from lapis.training.setup.blocks import autocast
 
 
@@ -28,16 +25,15 @@ def require_room(state: TrainState, objective: Objective, config: TrainConfig, p
     states = {"adamw": 2, "muon": 1, "sgd": 1}[config.optimizer]
     held = sum(p.numel() * p.element_size() for p in trained) * (1 + states)
     shape = state.model.config
-    length = min(shape.context, int(objective.describe().get("context", shape.context)))
+    length = min(shape.context, objective.context)
     if held + state.rows * activation_bytes(shape, length, 4) < free / 2:
         return
-    try:
-        with torch.random.fork_rng(devices=[state.device] if state.device.type == "cuda" else []):
-            one, two = (_saved(dataclasses.replace(state, rows=rows), objective, precision) for rows in (1, 2))
-    except LapisError:
-        return  # an objective whose rows come in groups; the step itself will tell
-    row = max(0, two - one)
-    step = max(0, one - row) + row * state.rows
+    with torch.random.fork_rng(devices=[state.device] if state.device.type == "cuda" else []):
+        (less, few), (more, many) = (
+            _saved(state, objective, precision, tokens) for tokens in (SMALL_BATCH // 2, SMALL_BATCH)
+        )
+    per_token = (more - less) / (many - few) if many > few else more / many
+    step = int(max(0.0, less - per_token * few) + per_token * state.rows * objective.tokens_per_row)
     if held + step <= free:
         return
     levers = []
@@ -65,8 +61,8 @@ def available(device: torch.device) -> int:
     return 1 << 62 if free is None else free
 
 
-def _saved(state: TrainState, objective: Objective, precision: str) -> int:
-    """Bytes that the forward pass of one micro-batch keeps for the backward pass, besides the weights."""
+def _saved(state: TrainState, objective: Objective, precision: str, tokens: int) -> tuple[int, int]:
+    """Bytes that the forward pass of a small batch keeps for the backward pass, besides the weights; and its tokens."""
     weights = {p.untyped_storage().data_ptr() for p in state.model.parameters()}
     sizes: dict[int, int] = {}
 
@@ -76,11 +72,10 @@ def _saved(state: TrainState, objective: Objective, precision: str) -> int:
             sizes[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    batch: Any = next(objective.batches(state))[0]
     with autocast(state.device, precision):
         with torch.no_grad():
-            batch = objective.prepare(state.model, batch)
+            batch = objective.small_batch(state.model, state, tokens)
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            loss, _, _ = objective.loss(state.model, batch)
+            loss, _, metrics = objective.loss(state.model, batch)
     del loss
-    return sum(sizes.values())
+    return sum(sizes.values()), max(1, int(metrics.get("tokens", tokens)))

@@ -1,20 +1,29 @@
-"""How to compute a step fastest on this machine: measured, not guessed, and without a trace in the run."""
+"""How to compute a step fastest on this machine: measured on a small batch, without a trace in the run."""
 
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from lapis.errors import TrainingError
 from lapis.model.transformer import Transformer
+from lapis.training.config import TrainConfig
+from lapis.training.loop.progress import Watch
+from lapis.training.loop.state import TrainState
+from lapis.training.loop.update import out_of_memory_named
+from lapis.training.objectives.objective import SMALL_BATCH
 from lapis.training.setup.blocks import autocast, compiled
+from lapis.training.setup.memory import require_room
 
 Precision = Literal["float32", "bf16"]
 Compile = Literal["auto", "on", "off"]
-Compute = Callable[[], torch.Tensor]
+Compute = Callable[[], Tensor]
+
+SECONDS = 10.0  # for all measuring, compiling apart
 
 # the share of a step that compiling the blocks may save, and the seconds that it takes, on the safe side
 _GAIN = {"cpu": 0.1, "cuda": 0.3}
@@ -32,25 +41,28 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Probe:
-    """Measures forward and backward of one micro-batch. Gradients are dropped and random generators put back, so that a
+    """Measures forward and backward of a small batch. Gradients are dropped and random generators put back, so that a
     run is the same whether it was measured or not.
 
     Args:
         model: What is trained.
-        compute: The loss of one micro-batch; it must not advance the data.
+        compute: The loss of a small batch; it must not advance the data.
         rounds: How often a way is measured, after one time that warms up.
+        budget: Seconds for all measuring. When they are spent, the best way so far is taken.
     """
 
     model: Transformer
     compute: Compute
     rounds: int = 2
+    budget: float = SECONDS
+    spent: float = field(default=0.0, init=False)
 
     def seconds(self, count: int, precision: str, limit: float = float("inf")) -> float:
         """The shortest of `rounds` with so many threads; infinite where the first time takes more than `limit`."""
         device = next(self.model.parameters()).device
-        shortest = float("inf")
+        shortest = first = float("inf")
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), threads(count):
             for attempt in range(1 + self.rounds):
                 start = time.perf_counter()
@@ -60,30 +72,46 @@ class Probe:
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)
                 seconds = time.perf_counter() - start
+                self.spent += seconds
                 self.model.zero_grad(set_to_none=True)
-                if attempt == 0 and seconds > limit:
+                if attempt:
+                    shortest = min(shortest, seconds)
+                else:
+                    first = seconds
+                    if seconds > limit:
+                        return float("inf")
+                if self.spent + seconds > self.budget:
                     break
-                shortest = min(shortest, seconds) if attempt else shortest
-        return shortest
+        return min(shortest, first)
 
-    def fastest(self, precision: str, count: int) -> tuple[int, Precision]:
-        """(threads, precision) with the shortest time; "auto" and 0 are to be chosen."""
+    def fastest(self, precision: str, count: int) -> tuple[int, Precision, float | None]:
+        """Threads and precision with the shortest time, and that time in seconds.
+
+        Args:
+            precision: "auto" is to be chosen.
+            count: 0 is to be chosen.
+
+        Returns:
+            The seconds are None where there was nothing to choose, and so nothing was measured.
+        """
         device = next(self.model.parameters()).device
         most = torch.get_num_threads()
         counts = [count] if count else sorted({most, 1}, reverse=True) if device.type == "cpu" else [most]
-        precisions: list[Precision] = (
-            ["bf16", "float32"] if precision == "auto" else ["bf16" if precision == "bf16" else "float32"]
-        )
-        ways = [(n, each) for n in counts for each in precisions]
+        precisions: list[Precision] = ["bf16" if precision == "bf16" else "float32"]
+        if precision == "auto":  # a CPU without instructions for bfloat16 may take many times as long
+            precisions = ["float32", "bf16"] if device.type == "cpu" else ["bf16", "float32"]
+        ways = [(n, each) for each in precisions for n in counts]
         if len(ways) == 1:
-            return ways[0]
+            return *ways[0], None
         best, chosen = float("inf"), ways[0]
         for way in ways:
+            if chosen is not way and self.spent + best > self.budget:
+                break
             # the first time also warms up, so it may be slow; what takes three times the best is slower than that
             seconds = self.seconds(*way, limit=3 * best)
             if seconds < best:
                 best, chosen = seconds, way
-        return chosen
+        return *chosen, best
 
     def compiling_pays(
         self, mode: Compile, count: int, precision: str, parts: int, budget: float | None
@@ -116,7 +144,7 @@ class Probe:
             faster = self._seconds_compiled(count, precision)
         except TrainingError as error:
             return False, str(error)
-        line = f"a micro-batch takes {faster * 1000:,.0f} ms compiled, {plain * 1000:,.0f} ms as it is"
+        line = f"a small batch takes {faster * 1000:,.0f} ms compiled, {plain * 1000:,.0f} ms as it is"
         return faster < 0.97 * plain, line
 
     def _seconds_compiled(self, count: int, precision: str) -> float:
@@ -129,3 +157,37 @@ class Probe:
         except Exception as error:  # the compiler's own kinds differ between versions of torch
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
             raise TrainingError(f"train: torch.compile failed ({reason}); set compile to off") from None
+
+
+def measure_speed(state: TrainState, config: TrainConfig, watch: Watch) -> dict[str, Any]:
+    """Threads, precision and compiling: as configured, or as measured on a small batch.
+
+    Raises TrainingError where a step does not fit into memory.
+    """
+    model, objective = state.model, state.objective
+    watch.stage("measuring how to compute a step")
+    small: list[Any] = []
+
+    def compute() -> Tensor:
+        if not small:
+            with torch.no_grad():
+                small.append(objective.small_batch(model, state, SMALL_BATCH))
+        return objective.loss(model, small[0])[0]
+
+    probe = Probe(model, compute)
+    with out_of_memory_named():
+        require_room(state, objective, config, "float32" if config.precision == "float32" else "bf16")
+        count, precision, seconds = probe.fastest(config.precision, config.threads)
+        parts = (state.schedule.total or 0) * config.accumulate
+        budget = config.minutes * 60 if config.minutes else None
+        mode = config.compile if objective.compiles else "off"
+        compile_, why = probe.compiling_pays(mode, count, precision, parts, budget)
+    if seconds is not None:
+        watch.note(
+            f"train: computes with {count} threads in {precision}, measured on at most {SMALL_BATCH} tokens in "
+            f"{probe.spent:.1f} s"
+        )
+    if why:
+        watch.note(f"train: compile is {'on' if compile_ else 'off'}: {why}")
+    state.optimizers.clear()
+    return {"threads": count, "precision": precision, "compile": compile_}

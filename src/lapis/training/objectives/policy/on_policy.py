@@ -28,7 +28,7 @@ from lapis.training.objectives.policy.experience import Experience, gather_exper
 from lapis.training.objectives.policy.guards import Guards, guard_figures, step_figures
 from lapis.training.objectives.policy.prompts import Prompt, Prompts, read_prompts
 from lapis.training.objectives.policy.replies import Replier
-from lapis.training.objectives.policy.rollouts import ReplyScores, score_replies
+from lapis.training.objectives.policy.rollouts import ReplyScores, Rollouts, score_replies
 from lapis.training.objectives.reference import Reference
 from lapis.training.rewards import Judge, Scores, make_judge
 
@@ -191,6 +191,27 @@ class OnPolicy(Objective):
         device = next(model.parameters()).device
         piece = experience.rows(place * size, (place + 1) * size)
         return batch, Experience.of({name: t.to(device) for name, t in piece.tensors().items()})
+
+    def small_batch(self, model: Transformer, state: DataPlace, tokens: int) -> tuple[Turn, Experience]:
+        """One group of made-up replies to the first prompt: sampling would take longer than what is measured."""
+        device = next(model.parameters()).device
+        size = max(2, min(tokens // self.group, self.context))
+        prompt = list(self.prompts.rows[0].ids)[-(size // 2) :]
+        ids_BT = torch.tensor([(prompt * size)[:size]] * self.group, device=device)
+        reply_BR = ids_BT[:, len(prompt) :]
+        rollouts = Rollouts(
+            ids_BT=ids_BT,
+            prompt_B=torch.full((self.group,), len(prompt), device=device),
+            reply_BR=reply_BR,
+            mask_BR=torch.ones_like(reply_BR, dtype=torch.bool),
+            logprobs_BR=torch.zeros(reply_BR.shape, device=device),
+            ended_B=torch.zeros(self.group, dtype=torch.bool, device=device),
+        )
+        experience = Experience(rollouts, torch.zeros(self.group, device=device))
+        if self._reference is not None:
+            experience = replace(experience, reference_BR=torch.zeros_like(rollouts.logprobs_BR))
+        turn = Turn(round=0, update=1, part=0, parts=1, rows=1, seed=state.seed, prompts=[0])
+        return turn, self.with_advantages(model, experience, turn)
 
     def evaluate(self, model: Transformer) -> dict[str, float]:
         """Mean reward of the likeliest reply to each held-out prompt, weighted and of each reward, and mean length."""

@@ -107,6 +107,17 @@ class Pairwise(Objective):
         device = next(model.parameters()).device
         return dataclasses.replace(batch, replies=batch.replies.to(device), margins_N=batch.margins_N.to(device))
 
+    @property
+    def tokens_per_row(self) -> float:
+        return self.examples.counts["tokens"] / self.rows
+
+    def small_batch(self, model: Transformer, state: DataPlace, tokens: int) -> PairBatch:
+        pairs = list(range(max(1, min(state.rows, int(tokens / self.tokens_per_row)))))
+        longest = max(2, tokens // (2 * len(pairs)))
+        replies = [_last_tokens(self.reply(2 * pair + side), longest) for side in (0, 1) for pair in pairs]
+        batch = collate(replies, whole=len(pairs) if self.with_prompts else 0)
+        return self.prepare(model, PairBatch(pairs, batch, torch.from_numpy(self.examples.margins[pairs])))
+
     def evaluate(self, model: Transformer) -> dict[str, float]:
         """accuracy, margin, loss (Bradley-Terry's), calibration_error and the length figures on the held-out pairs."""
         if self.held_out is None:
@@ -139,3 +150,9 @@ def reward_sums(reward_S: Tensor) -> dict[str, float]:
     right = (margin_N > 0).sum() + 0.5 * (margin_N == 0).sum()
     return {"accuracy": float(right), "margin": float(margin_N.sum()),
             "chosen_reward": float(chosen_N.sum()), "rejected_reward": float(rejected_N.sum())}  # fmt: skip
+
+
+def _last_tokens(reply: Reply, count: int) -> Reply:
+    """The chat without its beginning; one token before the reply is left at least."""
+    cut = max(0, min(len(reply.ids) - count, reply.last - 2))
+    return Reply(reply.ids[cut:], max(1, reply.first - cut), reply.last - cut)

@@ -97,6 +97,10 @@ class Classify(Objective):
         scaling = (self.resize, tuple(self.mean or [0.5]), tuple(self.std or [0.5]))
         return _Examples(self.tokenizer, data, self.context, scaling)
 
+    @property
+    def tokens_per_row(self) -> float:
+        return self.examples.counts.get("tokens", 256 * self.rows) / self.rows  # a picture has some 256 patches
+
     def describe(self) -> dict[str, Any]:
         counts = {"examples": self.rows, "classes": len(self.class_names), **self.examples.counts}
         if self.held_out is not None:

@@ -30,7 +30,7 @@ from lapis.text.rows.rows import IGNORE, RowBatch
 from lapis.text.rows.sequences import frame, room_within
 from lapis.text.tokenizer.tokenizer import Tokenizer
 from lapis.training.objectives.objective import Cursor, DataPlace, Loss, Objective, in_order, random_of
-from lapis.training.objectives.supervised.next_token import summed_cross_entropy
+from lapis.training.objectives.supervised.next_token import cut_columns, summed_cross_entropy
 
 _SHARE_MASKED, _SHARE_RANDOM = 0.8, 0.1
 _AT_ONCE = 256  # documents encoded together
@@ -95,6 +95,9 @@ class Masked(Objective):
             )
         model.drop(self.dropout)
         return batch.to(next(model.parameters()).device)
+
+    def small_batch(self, model: Transformer, state: DataPlace, tokens: int) -> RowBatch:
+        return cut_columns(super().small_batch(model, state, tokens), tokens)
 
     def loss(self, model: Transformer, batch: RowBatch) -> Loss:
         total, count = masked_loss(model, batch)

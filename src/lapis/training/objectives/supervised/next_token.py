@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, fields
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -54,6 +54,10 @@ class NextToken(Objective):
             how = PackingSettings(self.tokenizer, self.kind, self.context, too_long, self.field, self.workers, report)
             return open_data(data, how)
 
+    @property
+    def tokens_per_row(self) -> float:
+        return float(self.examples.length)
+
     def describe(self) -> dict[str, Any]:
         examples = self.examples
         return {
@@ -73,6 +77,9 @@ class NextToken(Objective):
 
     def prepare(self, model: Transformer, batch: Draw | RowBatch) -> RowBatch:
         return batch.to(next(model.parameters()).device)
+
+    def small_batch(self, model: Transformer, state: DataPlace, tokens: int) -> RowBatch:
+        return cut_columns(super().small_batch(model, state, tokens), tokens)
 
     def loss(self, model: Transformer, batch: RowBatch) -> Loss:
         total, count = next_token_loss(model, batch)
@@ -128,6 +135,14 @@ class Chat(NextToken):
         supervised = (first.targets_BT[0] != IGNORE).nonzero()
         prompt = first.ids_BT[0, : int(supervised[0]) + 1].tolist()
         return f"{self.tokenizer.decode(prompt, True)} -> {continuation(model, self.tokenizer, prompt)}"
+
+
+def cut_columns(batch: RowBatch, tokens: int) -> RowBatch:
+    """The columns up to the first row's last target, of so many tokens in all; for measuring."""
+    last = int((batch.targets_BT[0] != IGNORE).nonzero()[-1]) + 1
+    first = max(0, last - max(1, tokens // len(batch.ids_BT)))
+    columns = (getattr(batch, entry.name)[:, first:last] for entry in fields(batch))
+    return RowBatch(*columns)
 
 
 def next_token_loss(model: Transformer, batch: RowBatch) -> tuple[Tensor, int]:
