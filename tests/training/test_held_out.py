@@ -1,10 +1,12 @@
 """Held-out figures: early stop, the best weights, and both over a restart."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -12,13 +14,17 @@ from torch import Tensor
 from lapis.errors import ConfigError, TrainingError
 from lapis.model.load import load
 from lapis.model.transformer import Transformer
+from lapis.report.pages.training import run_page
+from lapis.text.corpus.corpus import Chat as ChatRecord
 from lapis.text.corpus.corpus import Document
+from lapis.text.rows.rows import IGNORE
 from lapis.text.tokenizer.tokenizer import Tokenizer
 from lapis.training.config import TrainConfig
-from lapis.training.loop.held_out import better, watched_metric
+from lapis.training.loop.held_out import better, overfitting, watched_metric
 from lapis.training.loop.loop import train
-from lapis.training.loop.progress import Silent
-from lapis.training.objectives.supervised.next_token import Causal
+from lapis.training.loop.progress import Silent, format_row
+from lapis.training.objectives.objective import FirstRows
+from lapis.training.objectives.supervised.next_token import Causal, Chat
 
 Make = Callable[[], Transformer]
 CONFIG = TrainConfig(
@@ -110,3 +116,71 @@ def test_what_is_better() -> None:
     assert better("accuracy", 0.9, 0.8) and not better("accuracy", float("nan"), 0.8)
     assert better("valid_loss", 1.0, 2.0) and better("bits_per_byte", 1.0, 2.0) and better("test/nll", 1.0, 2.0)
     assert watched_metric({"b": 1.0, "a": 2.0}, "") == "b"
+
+
+@pytest.mark.parametrize("kind", ["causal", "chat"])
+@pytest.mark.parametrize("valid", ["data", 0.25])
+def test_next_tokens_have_a_held_out_part(
+    kind: str, valid: Any, new_model: Make, tokenizer: Tokenizer, documents: list[Document], chats: list[ChatRecord],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    records: list[Any] = documents if kind == "causal" else chats
+    learned, held_out = (records[:-8], records[-8:]) if valid == "data" else (records, valid)
+    make: Any = Causal if kind == "causal" else Chat
+    objective = make(tokenizer, learned, context=32 if kind == "causal" else 64, valid=held_out)
+    config = replace(CONFIG, steps=6, eval_every=2, lr=3e-3)
+    result = train(new_model(), objective, config, tmp_path / "out", watch=Silent())
+    curve = [row["held_out"]["valid_loss"] for row in result.log if "held_out" in row]
+    assert len(curve) == 3 and curve[-1] == result.held_out["valid_loss"] < curve[0]
+    model = load(tmp_path / "out")
+    rows = objective.held_out.take(np.asarray(objective._held_out_rows))
+    logits = model(rows.ids_BT, positions_BT=rows.positions_BT, segments_BT=rows.segments_BT)
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows.targets_BT.flatten(), ignore_index=IGNORE)
+    assert curve[-1] == pytest.approx(expected.item(), rel=1e-5)
+    assert ("valid_bits_per_byte" in result.held_out) == (kind == "causal")
+    if valid == 0.25:  # what is held out is never learned from
+        total = len(objective.held_out)
+        assert objective.rows == total - round(total / 4)
+        batches = objective.batches(FirstRows(1, 0))
+        learned_rows = {int(next(batches)[0].rows[0]) for _ in range(2 * objective.rows)}
+        assert learned_rows == set(range(objective.rows))
+
+
+def test_a_share_that_cannot_be_held_out_is_refused(tokenizer: Tokenizer, documents: list[Document]) -> None:
+    for share in (0.0, 1.0, 1e-6):
+        with pytest.raises(ConfigError, match="of .* rows. Give another share, or files"):
+            Causal(tokenizer, documents, context=32, valid=share)
+
+
+def test_a_held_out_part_makes_another_run(tokenizer: Tokenizer, documents: list[Document]) -> None:
+    plain, split = (Causal(tokenizer, documents, context=32, valid=valid).describe() for valid in (None, 0.2))
+    assert set(plain["counts"]) == set(split["counts"]) - {"held_out"}
+    assert plain["counts"]["rows"] > split["counts"]["rows"]
+
+
+def test_over_fitting_is_named(
+    new_model: Make, tokenizer: Tokenizer, documents: list[Document], tmp_path: Path
+) -> None:
+    few = [Document("one two three four", Path("a.txt"), 1)]
+    notes: list[str] = []
+    watch = Silent()
+    watch.note = notes.append  # type: ignore[method-assign]
+    config = replace(CONFIG, steps=30, batch=1, eval_every=5, lr=3e-3)
+    objective = Causal(tokenizer, few, context=32, valid=documents[:5])
+    result = train(new_model(), objective, config, tmp_path / "out", watch=watch)
+    assert result.overfitting and "the held-out loss was lowest at step" in result.overfitting
+    (note,) = [note for note in notes if "over-fitting" in note]
+    assert "best: true ends with the weights of that step" in note
+    best = train(new_model(), objective, replace(config, best=True), tmp_path / "best", watch=Silent())
+    assert best.held_out["valid_loss"] < result.held_out["valid_loss"]
+    losses = [{"step": i, "held_out": {"valid_loss": loss}} for i, loss in enumerate((3.0, 2.0, 2.01))]
+    assert overfitting(losses) is None and overfitting(losses[:1]) is None
+
+
+def test_there_is_one_final_loss(new_model: Make, make: Callable[[], Scored], tmp_path: Path) -> None:
+    result = train(new_model(), make(), replace(CONFIG, eval_every=0), tmp_path / "out", watch=Silent())
+    facts = json.loads((tmp_path / "out" / "training.json").read_text())
+    rows = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert result.loss == facts["loss"] == rows[-1]["loss"]
+    page = run_page(rows, facts, "out").render()
+    assert f"{result.loss:.3f}" in page and f"loss {result.loss:.3f}" in format_row(rows[-1])

@@ -26,7 +26,7 @@ class TrainResult:
     Attributes:
         out: Its folder.
         steps: Updates done.
-        loss: Mean over the last tenth of the curve, per supervised count (nats per token for texts).
+        loss: Of the last entry of the curve, per supervised count (nats per token for texts).
         bits_per_byte: Of the last entry, for texts.
         tokens: Positions computed.
         seconds: Time spent, over all restarts.
@@ -37,6 +37,7 @@ class TrainResult:
         metrics: The objective's own, over the last tenth of the curve.
         held_out: Held-out metrics of the weights that were written; empty where nothing is held out.
         best_step: The step of these weights, where the run ends with the best.
+        overfitting: A sentence where the held-out loss rose again while the run went on.
     """
 
     out: Path
@@ -52,6 +53,7 @@ class TrainResult:
     metrics: dict[str, float] = field(default_factory=dict)
     held_out: dict[str, float] = field(default_factory=dict)
     best_step: int | None = None
+    overfitting: str | None = None
 
     def figures(self) -> dict[str, Any]:
         """Everything but the curve and the folder, as JSON."""
@@ -75,10 +77,7 @@ def write_result(
     (folder / "training.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
 
 
-def last_tenth(log: list[dict[str, Any]]) -> tuple[float, dict[str, float]]:
-    """Mean loss and mean metrics of the end of the curve."""
-    rows = [row for row in log if "loss" in row]
-    tail = rows[-max(1, len(rows) // 10) :]
-    names = tail[-1]["metrics"]
-    means = {name: sum(row["metrics"].get(name, 0.0) for row in tail) / len(tail) for name in names}
-    return sum(row["loss"] for row in tail) / len(tail), means
+def last_metrics(log: list[dict[str, Any]]) -> dict[str, float]:
+    """Means of the objective's metrics over the last tenth of the curve."""
+    tail = log[-max(1, len(log) // 10) :]
+    return {name: sum(row["metrics"].get(name, 0.0) for row in tail) / len(tail) for name in tail[-1]["metrics"]}

@@ -3,8 +3,9 @@
 The metrics are the objective's (`evaluate`); this file has them measured without a trace in the run, and compares them.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,6 +18,7 @@ from lapis.training.loop.progress import Watch
 from lapis.training.loop.state import Best, TrainState
 from lapis.training.objectives.objective import Objective
 
+RISE = 1.01  # over the lowest held-out loss, from which a run is said to over-fit
 LESS_IS_BETTER = ("loss", "nll", "perplexity", "error", "bits", "kl")
 
 
@@ -25,6 +27,7 @@ class Evaluator:
 
     def __init__(self, state: TrainState, config: TrainConfig, world: World, watch: Watch) -> None:
         self.state, self.config, self.world, self.watch = state, config, world, watch
+        self._warned = False
 
     @property
     def objective(self) -> Objective:
@@ -56,12 +59,21 @@ class Evaluator:
                 raise TrainingError("train: eval_every is set, but the objective has no held-out data; give it some")
             name = watched_metric(metrics, config.watch_metric)
             update_best(state.best, state.step, name, metrics[name], state.model, config.best and self.world.leads)
+        self._warn_of_overfitting(metrics)
         text = "  ".join(f"{key} {value:.4g}" for key, value in metrics.items())
         self.watch.note(f"  step {state.step}: held-out {text}")
         if config.early_stop and state.best.stale >= config.early_stop:
             self.watch.note(f"train: {name} was best at step {state.best.step} ({state.best.value:.4g}); stopped early")
             return metrics, True
         return metrics, False
+
+    def _warn_of_overfitting(self, metrics: Mapping[str, float]) -> None:
+        rows = [*self.state.log, {"step": self.state.step, "held_out": metrics}]
+        sentence = overfitting(rows)
+        if sentence and not self._warned:
+            self._warned = True
+            remedy = "" if self.config.best else "; best: true ends with the weights of that step"
+            self.watch.note(f"train: {sentence}{remedy}")
 
     def sample(self) -> None:
         """Shows what the model writes now."""
@@ -70,6 +82,21 @@ class Evaluator:
             text = self.objective.sample(self.state.model)
         if text:
             self.watch.note(f"  step {self.state.step}: {' '.join(text.split())}")
+
+
+def overfitting(log: Sequence[Mapping[str, Any]]) -> str | None:
+    """A sentence where the held-out loss rose again while the run went on; None where it did not.
+
+    log: rows of the learning curve, with `step` and where it was measured `held_out`.
+    """
+    points = [(row["step"], row["held_out"]["valid_loss"]) for row in log if "valid_loss" in row.get("held_out", {})]
+    if len(points) < 2:
+        return None
+    step, lowest = min(points, key=lambda point: point[1])
+    last = points[-1][1]
+    if step == points[-1][0] or last <= RISE * lowest:
+        return None
+    return f"over-fitting: the held-out loss was lowest at step {step:,} ({lowest:.3f}) and rose to {last:.3f}"
 
 
 @contextmanager

@@ -24,14 +24,14 @@ from lapis.model.transformer import Transformer
 from lapis.training.config import TrainConfig
 from lapis.training.distributed import parallel
 from lapis.training.loop.curve import Window
-from lapis.training.loop.held_out import Evaluator
+from lapis.training.loop.held_out import Evaluator, overfitting
 from lapis.training.loop.progress import Silent, Watch, watcher
 from lapis.training.loop.state import Journal, TrainState, clean_journal, restore, weights_digest
 from lapis.training.loop.stop_request import StopRequest, StopSignal, stop_requests
 from lapis.training.loop.update import Batches, Updater
 from lapis.training.objectives.objective import Objective
 from lapis.training.optim.optimizers import Average, Optimizers, Schedule
-from lapis.training.result import TrainResult, last_tenth, write_result
+from lapis.training.result import TrainResult, last_metrics, write_result
 from lapis.training.setup import probe
 from lapis.training.setup.blocks import compiled, recomputed, stoppable
 from lapis.training.setup.select import describe
@@ -169,12 +169,13 @@ class _Run:
                     state.average.put()
                 held_out = self._unless_stopped(self.evaluator.metrics)
         self.model.eval()
-        loss, metrics = last_tenth(state.log)
+        if held_out and config.eval_every and not config.best:
+            state.log[-1]["held_out"] = held_out  # so that both curves reach the end
         spent = sum(row["train_seconds"] for row in state.log)
         return TrainResult(
             out=out,
             steps=state.step,
-            loss=loss,
+            loss=state.log[-1]["loss"],
             bits_per_byte=state.log[-1]["bits_per_byte"],
             tokens=state.tokens,
             seconds=state.seconds,
@@ -182,9 +183,10 @@ class _Run:
             threads=self.facts["threads"],
             precision=self.updater.precision,
             log=state.log,
-            metrics=metrics,
+            metrics=last_metrics(state.log),
             held_out=held_out,
             best_step=state.best.step if config.best else None,
+            overfitting=overfitting(state.log),
         )
 
     def write(self, folder: Path, result: TrainResult) -> None:

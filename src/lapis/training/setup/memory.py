@@ -30,7 +30,7 @@ def require_room(state: TrainState, objective: Objective, config: TrainConfig, p
         return
     with torch.random.fork_rng(devices=[state.device] if state.device.type == "cuda" else []):
         (less, few), (more, many) = (
-            _saved(state, objective, precision, tokens) for tokens in (SMALL_BATCH // 2, SMALL_BATCH)
+            _saved(state, objective, precision, tokens) for tokens in (SMALL_BATCH // 8, SMALL_BATCH // 4)
         )
     per_token = (more - less) / (many - few) if many > few else more / many
     step = int(max(0.0, less - per_token * few) + per_token * state.rows * objective.tokens_per_row)

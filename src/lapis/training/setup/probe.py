@@ -23,6 +23,7 @@ Precision = Literal["float32", "bf16"]
 Compile = Literal["auto", "on", "off"]
 Compute = Callable[[], Tensor]
 
+_FEW = 64  # tokens of the first measurement, which decides whether SMALL_BATCH can be afforded
 SECONDS = 10.0  # for all measuring, compiling apart
 
 # the share of a step that compiling the blocks may save, and the seconds that it takes, on the safe side
@@ -166,27 +167,34 @@ def measure_speed(state: TrainState, config: TrainConfig, watch: Watch) -> dict[
     """
     model, objective = state.model, state.objective
     watch.stage("measuring how to compute a step")
-    small: list[Any] = []
 
-    def compute() -> Tensor:
-        if not small:
-            with torch.no_grad():
-                small.append(objective.small_batch(model, state, SMALL_BATCH))
-        return objective.loss(model, small[0])[0]
+    def compute(tokens: int) -> Compute:
+        small: list[Any] = []
 
-    probe = Probe(model, compute)
+        def loss() -> Tensor:
+            if not small:
+                with torch.no_grad():
+                    small.append(objective.small_batch(model, state, tokens))
+            return objective.loss(model, small[0])[0]
+
+        return loss
+
     with out_of_memory_named():
-        require_room(state, objective, config, "float32" if config.precision == "float32" else "bf16")
+        likely = "float32" if state.device.type == "cpu" else "bf16"
+        require_room(state, objective, config, likely if config.precision == "auto" else config.precision)
+        tokens, probe = _FEW, Probe(model, compute(_FEW))
+        ways = (config.threads == 0) + (config.precision == "auto")
+        if ways:
+            slice_seconds = probe.seconds(config.threads or torch.get_num_threads(), "float32")
+            if slice_seconds * SMALL_BATCH / _FEW * 4 * 2**ways < SECONDS:
+                tokens, probe = SMALL_BATCH, Probe(model, compute(SMALL_BATCH), budget=SECONDS - probe.spent)
         count, precision, seconds = probe.fastest(config.precision, config.threads)
         parts = (state.schedule.total or 0) * config.accumulate
         budget = config.minutes * 60 if config.minutes else None
         mode = config.compile if objective.compiles else "off"
         compile_, why = probe.compiling_pays(mode, count, precision, parts, budget)
     if seconds is not None:
-        watch.note(
-            f"train: computes with {count} threads in {precision}, measured on at most {SMALL_BATCH} tokens in "
-            f"{probe.spent:.1f} s"
-        )
+        watch.note(f"train: computes with {count} threads in {precision}: the fastest on {tokens} tokens")
     if why:
         watch.note(f"train: compile is {'on' if compile_ else 'off'}: {why}")
     state.optimizers.clear()

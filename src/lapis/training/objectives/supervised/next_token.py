@@ -6,6 +6,8 @@ keep apart, so the loss is the same as for each document alone.
 Shapes: B rows, T places, R places with loss, D model dim.
 """
 
+import copy
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -13,21 +15,23 @@ from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, fields
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor
 
-from lapis.errors import LapisError
+from lapis.errors import ConfigError, LapisError
 from lapis.generation.generate import generate
 from lapis.generation.options import Sampling
 from lapis.model.heads import LanguageHead, MaskedHead
+from lapis.model.scoring import BATCH_TOKENS, evaluating
 from lapis.model.transformer import Transformer
 from lapis.text.rows.coverage import lines
 from lapis.text.rows.data_sources import PackingSettings, open_data
 from lapis.text.rows.mixture import Data, Draw, Mixture, draws
 from lapis.text.rows.packing import Report
-from lapis.text.rows.rows import IGNORE, RowBatch
+from lapis.text.rows.rows import IGNORE, RowBatch, Rows
 from lapis.text.tokenizer.tokenizer import Tokenizer
 from lapis.training.objectives.objective import Cursor, DataPlace, Loss, Objective
 from lapis.training.objectives.supervised.cross_entropy import head_cross_entropy
@@ -39,6 +43,7 @@ class NextToken(Objective):
 
     tokenizer: Tokenizer
     _: KW_ONLY
+    valid: Any = None
     field: str | None = None
     workers: int = 0
 
@@ -46,6 +51,14 @@ class NextToken(Objective):
 
     def __post_init__(self) -> None:
         self.examples = self.read(self.data)
+        self.held_out: Data | None = None
+        self._held_out_rows = range(0)
+        if isinstance(self.valid, float):
+            self.held_out, self.examples = self.examples, without_last_rows(self.examples, self.valid)
+            self._held_out_rows = range(len(self.examples), len(self.held_out))
+        elif self.valid is not None:
+            self.held_out = self.read(self.valid)
+            self._held_out_rows = range(len(self.held_out))
         self.rows = len(self.examples)
 
     def read(self, data: Any, too_long: Literal["cut", "drop"] = "cut") -> Data:
@@ -60,17 +73,21 @@ class NextToken(Objective):
 
     def describe(self) -> dict[str, Any]:
         examples = self.examples
+        counts = {"rows": self.rows, **examples.counts}
+        if self.held_out is not None:
+            counts["held_out"] = len(self._held_out_rows)
         return {
             "objective": self.name,
             "data": examples.facts if isinstance(examples, Mixture) else examples.digest,
-            "counts": {"rows": self.rows, **examples.counts},
+            "counts": counts,
             "context": examples.length,
             "tokenizer": self.tokenizer.digest(),
         }
 
     def coverage(self) -> list[str]:
-        """How much of the data carries loss."""
-        return lines(self.examples)
+        """How much of the data carries loss, and how much is held out."""
+        held_out = [f"held out: {len(self._held_out_rows):,} rows"] if self.held_out is not None else []
+        return [*lines(self.examples), *held_out]
 
     def batches(self, state: DataPlace) -> Iterator[tuple[Draw, Cursor]]:
         return draws(self.examples, state.rows, state.seed, state.cursor)
@@ -85,6 +102,19 @@ class NextToken(Objective):
         total, count = next_token_loss(model, batch)
         return total, count, {"tokens": batch.ids_BT.numel()}
 
+    def evaluate(self, model: Transformer) -> dict[str, float]:
+        """valid_loss: nats per supervised token of the held-out rows, each once."""
+        if self.held_out is None:
+            return {}
+        nats, count = 0.0, 0
+        device = next(model.parameters()).device
+        rows = np.asarray(self._held_out_rows)
+        with evaluating(model):
+            for some in np.array_split(rows, -(-len(rows) * self.held_out.length // BATCH_TOKENS)):
+                loss, supervised = next_token_loss(model, self.held_out.take(some).to(device))
+                nats, count = nats + loss.item(), count + supervised
+        return {"valid_loss": nats / max(1, count)}
+
 
 @dataclass(eq=False, kw_only=True)
 class Causal(NextToken):
@@ -94,6 +124,8 @@ class Causal(NextToken):
         data: Files or folders of text, documents, rows that are packed already, or several of these by weights:
             {place: weight} or a list of {path, weight} (text/rows/data_sources.py).
         context: Tokens of a row.
+        valid: Held-out data of the same kind, or a share such as 0.05 of the rows of `data`, which are then not learned
+            from: valid_loss and valid_bits_per_byte are measured on it.
         field: What holds the text in a record, where it has another name than usual.
         workers: Processes that pack large files; 0 = one for each processor.
     """
@@ -104,6 +136,14 @@ class Causal(NextToken):
     def loss(self, model: Transformer, batch: RowBatch) -> Loss:
         total, count = next_token_loss(model, batch)
         return total, count, {"tokens": batch.ids_BT.numel(), "bytes": count * self.examples.bytes_per_token}
+
+    def evaluate(self, model: Transformer) -> dict[str, float]:
+        """valid_loss, and valid_bits_per_byte of the same rows."""
+        metrics = super().evaluate(model)
+        if self.held_out is not None:
+            bytes_per_token = self.held_out.bytes_per_token
+            metrics["valid_bits_per_byte"] = metrics["valid_loss"] / math.log(2) / bytes_per_token
+        return metrics
 
     def sample(self, model: Transformer) -> str:
         return continuation(model, self.tokenizer, "")
@@ -116,6 +156,8 @@ class Chat(NextToken):
     Args:
         data: Files of chats, chats, rows that are packed already, or several of these by weights, as for Causal.
         context: Tokens of a row.
+        valid: Held-out data of the same kind, or a share such as 0.05 of the rows of `data`, which are then not learned
+            from: valid_loss is measured on it.
         too_long: A chat longer than a row is cut at its end, or dropped. Both are counted.
         field: What holds the messages in a record, where it has another name than usual.
         workers: Processes that pack large files; 0 = one for each processor.
@@ -135,6 +177,19 @@ class Chat(NextToken):
         supervised = (first.targets_BT[0] != IGNORE).nonzero()
         prompt = first.ids_BT[0, : int(supervised[0]) + 1].tolist()
         return f"{self.tokenizer.decode(prompt, True)} -> {continuation(model, self.tokenizer, prompt)}"
+
+
+def without_last_rows(data: Data, share: float) -> Rows:
+    """All rows but the last `share` of them; a document may go on over the border. Raises ConfigError where that is
+    none or all, or for a mixture, whose sources have no common order."""
+    if isinstance(data, Mixture):
+        raise ConfigError(f"valid is {share}; of a mixture no share can be held out, give files or a folder")
+    count = round(share * len(data))
+    if not 0 < count < len(data):
+        raise ConfigError(f"valid is {share}; that is {count:,} of {len(data):,} rows. Give another share, or files")
+    rows = copy.copy(data)
+    rows.count = len(data) - count
+    return rows
 
 
 def cut_columns(batch: RowBatch, tokens: int) -> RowBatch:
