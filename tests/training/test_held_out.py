@@ -148,7 +148,7 @@ def test_next_tokens_have_a_held_out_part(
 
 def test_a_share_that_cannot_be_held_out_is_refused(tokenizer: Tokenizer, documents: list[Document]) -> None:
     for share in (0.0, 1.0, 1e-6):
-        with pytest.raises(ConfigError, match="of .* rows. Give another share, or files"):
+        with pytest.raises(ConfigError, match=r"of .* rows. Give another share, or files"):
             Causal(tokenizer, documents, context=32, valid=share)
 
 
