@@ -9,10 +9,15 @@ import pytest
 import torch
 
 from lapis.cli.main import main
-from lapis.model.load import load
+from lapis.errors import ConfigError
+from lapis.model.load import load, save
 from lapis.text.corpus.corpus import ChatRecord, Document
 from lapis.text.rows.packing import pack
 from lapis.text.tokenizer.tokenizer import Tokenizer
+from lapis.training.loop.progress import Silent
+from lapis.training.objectives.supervised.next_token import Causal
+from lapis.training.run import read_settings, run
+from lapis.training.setup.start import preset_shape, start_model
 
 Lapis = Callable[..., tuple[int, str, str]]
 
@@ -122,3 +127,50 @@ def test_what_is_wrong_is_one_line(lapis: Lapis, arguments: list[str], said: str
     assert status == 1 and out == ""
     assert said in err and len(err.strip().splitlines()) == 1
     assert not Path("base").exists() and not Path(".base.lapis").exists()
+
+
+@pytest.mark.parametrize("new", ["gpt2", {"family": "gpt2"}, {"family": "gpt2", "layers": 2}])
+def test_a_presets_name_makes_that_model(new: Any, tokenizer: Tokenizer, documents: list[Document]) -> None:
+    objective = Causal(tokenizer, documents, context=32)
+    with torch.device("meta"):
+        model = start_model(None, new, objective, context=32, seed=0, zero_init=False)
+    shape = model.config
+    layers = 12 if isinstance(new, str) else new.get("layers", 12)
+    assert (shape.family, shape.dim, shape.layers, shape.heads, shape.ffn_dim) == ("gpt2", 768, layers, 12, 3072)
+    assert (shape.positions, shape.tied, shape.vocab) == ("learned", True, tokenizer.rows)
+    assert shape.context == 1024 and len(model.embed.position) == 1024  # not the context of training
+
+
+def test_a_table_of_positions_as_short_as_the_rows_is_told_of(tokenizer: Tokenizer, documents: list[Document]) -> None:
+    sizes = {"family": "gpt2", "dim": 32, "layers": 1, "heads": 2, "ffn_dim": 32}
+    objective = Causal(tokenizer, documents, context=32)
+    short = start_model(None, sizes, objective, context=32, seed=0)
+    assert short.config.context == 32
+    assert short.notes == ["its table of positions has 32 rows, as many as context; new.context gives it more"]
+    assert not start_model(None, {**sizes, "context": 64}, objective, context=32, seed=0).notes
+
+
+@pytest.mark.parametrize("new, message", [
+    ("gpt3", 'new is "gpt3"; did you mean "gpt2"?'),
+    ({"family": "llama"}, r"give its sizes \(dim, layers, heads, ffn_dim\), or new: one of llama-2-7b"),
+])  # fmt: skip
+def test_a_preset_that_is_unknown_is_refused(new: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        preset_shape(new)
+
+
+@pytest.mark.parametrize("more", [{}, {"lora": {"rank": 2}}])
+def test_generation_settings_are_kept_and_end_ids_added(
+    more: dict[str, Any], new_model: Callable[[], Any], tokenizer: Tokenizer, chats: list[ChatRecord], tmp_path: Path
+) -> None:
+    save(new_model(), tmp_path / "base")
+    tokenizer.save(tmp_path / "base")
+    kept = {"temperature": 0.6, "top_p": 0.9, "top_k": 20, "do_sample": True, "repetition_penalty": 1.05,
+            "pad_token_id": 0, "max_length": 200}  # fmt: skip
+    (tmp_path / "base" / "generation_config.json").write_text(json.dumps({**kept, "eos_token_id": 7}))
+    settings = {"objective": "chat", "model": str(tmp_path / "base"), "data": chats, "context": 64, "steps": 1,
+                "out": str(tmp_path / "out"), "threads": 1, "precision": "float32", "batch": 2, **more}  # fmt: skip
+    run(read_settings(settings, "test"), watch=Silent())
+    written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert {name: written[name] for name in kept} == kept
+    assert set(written["eos_token_id"]) == {7, *tokenizer.end_ids}

@@ -190,7 +190,7 @@ def test_every_objective_has_a_small_batch(
         "ppo": lambda: PPO(tokenizer, PROMPTS, rewards="ends", context=64, max_tokens=8),
     }
     model, objective = new_model(), objectives[kind]()
-    model.config.context = 256
+    model.config = replace(model.config, context=256)
     if kind == "classify":
         put_head(model, "classes", objective.class_names)
     objective.begin(model)

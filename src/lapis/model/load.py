@@ -66,6 +66,8 @@ def load(
     if plan.fresh:
         _draw(model, plan.fresh, dtype, device)
     model.notes, model.fresh = [*checkpoint.notes, *plan.notes], plan.fresh
+    generation = checkpoint.json("generation_config.json")
+    model.generation = dict(generation) if isinstance(generation, Mapping) else {}
     if checkpoint.adapter is not None:
         attach(model, checkpoint.adapter)
     return model.eval()

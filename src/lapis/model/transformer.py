@@ -73,6 +73,7 @@ class Transformer(nn.Module):
         self.notes: list[str] = []
         self.adapted: Any = None  # what lora.wrap did to it
         self.fresh: tuple[str, ...] = ()  # parameters that the folder lacked
+        self.generation: dict[str, Any] = {}  # generation_config.json of the folder
         self.dropout = 0.0
         architecture = architecture_of(config)
         self.embed = Embed(config, architecture.embed_scale(config))

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from lapis.model.transformer import Transformer
+from lapis.text.tokenizer.tokenizer import Tokenizer
 from lapis.training.config import TrainConfig
 from lapis.training.loop.curve import write_curve
 from lapis.training.objectives.objective import Objective
@@ -68,13 +69,20 @@ def write_result(
     tokenizer = objective.tokenizer
     if tokenizer is not None:
         tokenizer.save(folder)
-        if tokenizer.end_ids:  # so that what is generated elsewhere stops where it was trained to
-            ends = json.dumps({"eos_token_id": list(tokenizer.end_ids)})
-            (folder / "generation_config.json").write_text(ends + "\n")
+    if generation := generation_config(model, tokenizer):
+        (folder / "generation_config.json").write_text(json.dumps(generation, indent=1) + "\n")
     objective.write(folder)
     write_curve(folder / "log.jsonl", result.log)
     facts: Mapping[str, Any] = {"config": asdict(config), **objective.describe(), **result.figures()}
     (folder / "training.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+
+
+def generation_config(model: Transformer, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """The settings that the model came with, and all ids that end a reply, so that other tools stop there too."""
+    known = model.generation.get("eos_token_id")
+    ids = [] if known is None else known if isinstance(known, list) else [known]
+    ends = list(dict.fromkeys([*(tokenizer.end_ids if tokenizer is not None else ()), *ids]))
+    return {**model.generation, "eos_token_id": ends} if ends else dict(model.generation)
 
 
 def last_metrics(log: list[dict[str, Any]]) -> dict[str, float]:

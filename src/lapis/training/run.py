@@ -36,7 +36,7 @@ from lapis.training.objectives.registry import OBJECTIVES, objective_class, opti
 from lapis.training.result import TrainResult
 from lapis.training.setup.lora import LoraConfig
 from lapis.training.setup.select import select_parts
-from lapis.training.setup.start import FRESH, start_model
+from lapis.training.setup.start import FRESH, preset_shape, start_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,8 @@ class RunConfig(TrainConfig):
         out: The folder of the result.
         data: Files, folders, globs, or one folder of packed rows.
         model: A folder to go on from.
-        new: The shape of a model made anew (ModelConfig; vocab, context and what the family settles may be left out).
+        new: The shape of a model made anew (ModelConfig; vocab, context and what the family settles may be left out),
+            or a preset's name, such as gpt2.
         tokenizer: A folder; by default the model's.
         context: Tokens of a row; by default the objective's.
         zero_init: Of a new model; see setup/start.py.
@@ -65,7 +66,7 @@ class RunConfig(TrainConfig):
     out: str
     data: Any = None
     model: str | None = None
-    new: dict[str, Any] | None = None
+    new: dict[str, Any] | str | None = None
     tokenizer: str | None = None
     context: int | None = None
     zero_init: bool = True
@@ -188,5 +189,8 @@ def _context_limit(config: RunConfig) -> int | None:
 
     if config.model is not None:
         return read_config(config.model).context
-    limit = (config.new or {}).get("context")
+    assert config.new is not None
+    limit = None if isinstance(config.new, str) else config.new.get("context")
+    if limit is None and (preset := preset_shape(config.new)) is not None:
+        return preset.context
     return limit if isinstance(limit, int) else None

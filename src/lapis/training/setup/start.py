@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from lapis.config import build
+from lapis.config import build, nearest
 from lapis.errors import ConfigError
-from lapis.families import find
+from lapis.families import PRESETS, find
 from lapis.families.config import Head, ModelConfig, class_fields
 from lapis.model.load import load
 from lapis.model.transformer import Transformer
@@ -29,7 +29,7 @@ FRESH: dict[str, Any] = {"optimizer": "muon", "lr": 0.005, "weight_decay": 0.1, 
 
 def start_model(
     source: Path | str | None,
-    new: Mapping[str, Any] | None,
+    new: Mapping[str, Any] | str | None,
     objective: Objective,
     *,
     context: int | None,
@@ -40,7 +40,7 @@ def start_model(
 
     Args:
         source: A folder, or None.
-        new: Fields of ModelConfig, or None.
+        new: Fields of ModelConfig, a preset's name, or None. Without sizes a family's fields change its preset.
         objective: Says which head, which classes, which tokenizer.
         context: Tokens of a row.
         seed: Of new weights.
@@ -58,7 +58,9 @@ def start_model(
     context = None if objective.tokenizer is None else context  # a picture's is its patches
     torch.manual_seed(seed)
     if new is not None:
-        model = Transformer(_shape(new, objective.tokenizer, head, classes, context))
+        shape, notes = _shape(new, objective.tokenizer, head, classes, context)
+        model = Transformer(shape)
+        model.notes += notes
         if zero_init and head == "lm":
             zero_outputs(model)
     else:
@@ -80,13 +82,36 @@ def zero_outputs(model: Transformer) -> None:
             parameter.zero_()
 
 
+def preset_shape(new: Mapping[str, Any] | str) -> ModelConfig | None:
+    """The preset that `new` names, by itself or by a family without sizes; None where `new` gives the sizes.
+
+    Raises ConfigError for a name that is no preset.
+    """
+    name = new if isinstance(new, str) else new.get("family")
+    if not isinstance(new, str) and ("dim" in new or name is None):
+        return None
+    if name not in PRESETS:
+        of_family = [preset for preset, fields in PRESETS.items() if fields["model_type"] == name]
+        known = f"give its sizes (dim, layers, heads, ffn_dim), or new: one of {', '.join(of_family)}"
+        raise ConfigError(f'train: new is "{name}"; {known if of_family else nearest(str(name), PRESETS)}')
+    family = find(PRESETS[name])
+    assert family is not None
+    return family.read_config(PRESETS[name])
+
+
 def _shape(
-    new: Mapping[str, Any], tokenizer: Tokenizer | None, head: Head, classes: list[str], context: int | None
-) -> ModelConfig:
-    """ModelConfig from what `new` says, the family's kind of block, the tokenizer's size and the head."""
-    plain = "qwen3" if head == "lm" and set(new) <= _SIZES else "llama"
-    family = str(new.get("family", "vit" if "image" in new else plain))
-    known: dict[str, Any] = {"family": family, **_family_defaults(family), "head": head}
+    new: Mapping[str, Any] | str, tokenizer: Tokenizer | None, head: Head, classes: list[str], context: int | None
+) -> tuple[ModelConfig, list[str]]:
+    """ModelConfig from what `new` says, the family's kind of block, the tokenizer's size and the head; and notes."""
+    preset, given = preset_shape(new), {} if isinstance(new, str) else dict(new)
+    plain = "qwen3" if head == "lm" and set(given) <= _SIZES else "llama"
+    family = preset.family if preset else str(given.get("family", "vit" if "image" in given else plain))
+    known: dict[str, Any] = {"family": family, **_family_defaults(family)}
+    notes = []
+    if preset is not None:
+        derived = {"kv_heads": preset.heads, "head_dim": preset.dim // preset.heads}  # to follow where heads change
+        known |= {name: value for name, value in vars(preset).items() if derived.get(name) != value}
+    known["head"] = head
     if tokenizer is not None:
         known["vocab"] = tokenizer.rows
         ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
@@ -95,13 +120,15 @@ def _shape(
         known["classes"] = len(classes)
     if family == "bert":
         known["pooler"] = head in ("classes", "scalar")
-    if "image" in new:
-        picture = new["image"] if isinstance(new["image"], Mapping) else {}
+    if "image" in given:
+        picture = given["image"] if isinstance(given["image"], Mapping) else {}
         known["vocab"] = 0
         known["context"] = (int(picture.get("size", 1)) // max(1, int(picture.get("patch", 1)))) ** 2 + 1
-    elif context is not None:
+    elif context is not None and preset is None:
         known["context"] = context
-    return build(ModelConfig, {**known, **new}, "train: new")
+        if known.get("positions") == "learned" and "context" not in given:
+            notes.append(f"its table of positions has {context:,} rows, as many as context; new.context gives it more")
+    return build(ModelConfig, {**known, **given}, "train: new"), notes
 
 
 def _family_defaults(model_type: str) -> dict[str, Any]:
