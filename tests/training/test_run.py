@@ -138,7 +138,7 @@ def test_a_presets_name_makes_that_model(new: Any, tokenizer: Tokenizer, documen
     layers = 12 if isinstance(new, str) else new.get("layers", 12)
     assert (shape.family, shape.dim, shape.layers, shape.heads, shape.ffn_dim) == ("gpt2", 768, layers, 12, 3072)
     assert (shape.positions, shape.tied, shape.vocab) == ("learned", True, tokenizer.rows)
-    assert shape.context == 1024 and len(model.embed.position) == 1024  # not the context of training
+    assert shape.context == 1024 and len(model.embed.position.weight) == 1024  # not the context of training
 
 
 def test_a_table_of_positions_as_short_as_the_rows_is_told_of(tokenizer: Tokenizer, documents: list[Document]) -> None:
