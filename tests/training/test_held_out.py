@@ -15,8 +15,7 @@ from lapis.errors import ConfigError, TrainingError
 from lapis.model.load import load
 from lapis.model.transformer import Transformer
 from lapis.report.pages.training import run_page
-from lapis.text.corpus.corpus import Chat as ChatRecord
-from lapis.text.corpus.corpus import Document
+from lapis.text.corpus.corpus import ChatRecord, Document
 from lapis.text.rows.rows import IGNORE
 from lapis.text.tokenizer.tokenizer import Tokenizer
 from lapis.training.config import TrainConfig

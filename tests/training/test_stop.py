@@ -14,8 +14,7 @@ import torch
 from lapis.errors import TrainingError
 from lapis.model.heads import put_head
 from lapis.model.transformer import Transformer
-from lapis.text.corpus.corpus import Chat as ChatRecord
-from lapis.text.corpus.corpus import Document
+from lapis.text.corpus.corpus import ChatRecord, Document
 from lapis.text.corpus.labels import Labeled
 from lapis.text.corpus.pairs import Pair
 from lapis.text.tokenizer.tokenizer import Tokenizer

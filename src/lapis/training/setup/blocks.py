@@ -6,6 +6,8 @@ result is the same to the bit. torch.compile works block by block: all blocks sh
 The head is not compiled (its loss runs in chunks, cross_entropy.py).
 """
 
+import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -37,15 +39,28 @@ def recomputed(model: Transformer, kind: Recompute) -> Iterator[None]:
             del block.forward
 
 
+class TooSlow(Exception):
+    """A pass took longer than it may; see `stoppable`."""
+
+
 @contextmanager
-def stoppable(model: Transformer) -> Iterator[None]:
-    """While inside, Python runs between the blocks of a backward pass too, and with it the handlers of signals."""
+def stoppable(model: Transformer, seconds: float = math.inf) -> Iterator[None]:
+    """While inside, Python runs after each block, in the backward pass too, and with it the handlers of signals.
 
-    def mark(block: nn.Module, inputs: Any, output: Any) -> None:
+    Raises TooSlow after the first block that ends later than `seconds` from now.
+    """
+    end = time.perf_counter() + seconds
+
+    def check(gradient: Tensor | None = None) -> None:
+        if time.perf_counter() > end:
+            raise TooSlow
+
+    def after_block(block: nn.Module, inputs: Any, output: Any) -> None:
+        check()
         if isinstance(output, Tensor) and output.requires_grad:
-            output.register_hook(lambda gradient: None)  # type: ignore[no-untyped-call]
+            output.register_hook(check)  # type: ignore[no-untyped-call]
 
-    handles = [block.register_forward_hook(mark) for block in model.blocks]
+    handles = [block.register_forward_hook(after_block) for block in model.blocks]
     try:
         yield
     finally:

@@ -12,13 +12,15 @@ from lapis.model.size import activation_bytes, free_memory
 from lapis.training.config import TrainConfig
 from lapis.training.loop.state import TrainState
 from lapis.training.objectives.objective import SMALL_BATCH, Objective
-from lapis.training.setup.blocks import autocast
+from lapis.training.setup.blocks import TooSlow, autocast, stoppable
+
+_SECONDS = 5.0  # for measuring
 
 
 def require_room(state: TrainState, objective: Objective, config: TrainConfig, precision: str) -> None:
     """Raises TrainingError with what helps where the gradients, the optimizer and a micro-batch exceed what is free.
 
-    Measures only where a generous estimate comes near.
+    Measures only where a generous estimate comes near, and says nothing where that takes too long.
     """
     free = available(state.device)
     trained = state.optimizers.parameters
@@ -29,9 +31,13 @@ def require_room(state: TrainState, objective: Objective, config: TrainConfig, p
     if held + state.rows * activation_bytes(shape, length, 4) < free / 2:
         return
     with torch.random.fork_rng(devices=[state.device] if state.device.type == "cuda" else []):
-        (less, few), (more, many) = (
-            _saved(state, objective, precision, tokens) for tokens in (SMALL_BATCH // 8, SMALL_BATCH // 4)
-        )
+        try:
+            with stoppable(state.model, _SECONDS):
+                (less, few), (more, many) = (
+                    _saved(state, objective, precision, tokens) for tokens in (SMALL_BATCH // 8, SMALL_BATCH // 4)
+                )
+        except TooSlow:
+            return
     per_token = (more - less) / (many - few) if many > few else more / many
     step = int(max(0.0, less - per_token * few) + per_token * state.rows * objective.tokens_per_row)
     if held + step <= free:

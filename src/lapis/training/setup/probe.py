@@ -1,5 +1,6 @@
 """How to compute a step fastest on this machine: measured on a small batch, without a trace in the run."""
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from lapis.training.loop.progress import Watch
 from lapis.training.loop.state import TrainState
 from lapis.training.loop.update import out_of_memory_named
 from lapis.training.objectives.objective import SMALL_BATCH
-from lapis.training.setup.blocks import autocast, compiled
+from lapis.training.setup.blocks import TooSlow, autocast, compiled, stoppable
 from lapis.training.setup.memory import require_room
 
 Precision = Literal["float32", "bf16"]
@@ -60,30 +61,28 @@ class Probe:
     budget: float = SECONDS
     spent: float = field(default=0.0, init=False)
 
-    def seconds(self, count: int, precision: str, limit: float = float("inf")) -> float:
-        """The shortest of `rounds` with so many threads; infinite where the first time takes more than `limit`."""
+    def seconds(self, count: int, precision: str, limit: float = math.inf) -> float:
+        """The shortest of `rounds` with so many threads; infinite where even the first takes more than `limit`, or than
+        what is left of the budget."""
         device = next(self.model.parameters()).device
-        shortest = first = float("inf")
+        times: list[float] = []
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), threads(count):
-            for attempt in range(1 + self.rounds):
+            while len(times) <= self.rounds and self.spent < self.budget:
                 start = time.perf_counter()
-                with autocast(device, precision):
-                    loss = self.compute()
-                loss.backward()  # type: ignore[no-untyped-call]
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)
-                seconds = time.perf_counter() - start
-                self.spent += seconds
-                self.model.zero_grad(set_to_none=True)
-                if attempt:
-                    shortest = min(shortest, seconds)
-                else:
-                    first = seconds
-                    if seconds > limit:
-                        return float("inf")
-                if self.spent + seconds > self.budget:
+                try:
+                    with stoppable(self.model, min(limit, self.budget - self.spent)):
+                        with autocast(device, precision):
+                            loss = self.compute()
+                        loss.backward()  # type: ignore[no-untyped-call]
+                        if device.type == "cuda":
+                            torch.cuda.synchronize(device)
+                    times.append(time.perf_counter() - start)
+                except TooSlow:
                     break
-        return min(shortest, first)
+                finally:
+                    self.spent += time.perf_counter() - start
+                    self.model.zero_grad(set_to_none=True)
+        return min(times[1:] or times or [math.inf])
 
     def fastest(self, precision: str, count: int) -> tuple[int, Precision, float | None]:
         """Threads and precision with the shortest time, and that time in seconds.
@@ -93,26 +92,25 @@ class Probe:
             count: 0 is to be chosen.
 
         Returns:
-            The seconds are None where there was nothing to choose, and so nothing was measured.
+            The seconds are None where there was nothing to choose, or no time to measure it.
         """
         device = next(self.model.parameters()).device
         most = torch.get_num_threads()
-        counts = [count] if count else sorted({most, 1}, reverse=True) if device.type == "cpu" else [most]
+        # one thread first: on a busy machine two wait for each other at every product
+        counts = [count] if count else sorted({most, 1}) if device.type == "cpu" else [most]
         precisions: list[Precision] = ["bf16" if precision == "bf16" else "float32"]
         if precision == "auto":  # a CPU without instructions for bfloat16 may take many times as long
             precisions = ["float32", "bf16"] if device.type == "cpu" else ["bf16", "float32"]
         ways = [(n, each) for each in precisions for n in counts]
         if len(ways) == 1:
             return *ways[0], None
-        best, chosen = float("inf"), ways[0]
+        best, chosen = math.inf, ways[0]
         for way in ways:
-            if chosen is not way and self.spent + best > self.budget:
-                break
             # the first time also warms up, so it may be slow; what takes three times the best is slower than that
             seconds = self.seconds(*way, limit=3 * best)
             if seconds < best:
                 best, chosen = seconds, way
-        return *chosen, best
+        return *chosen, best if math.isfinite(best) else None
 
     def compiling_pays(
         self, mode: Compile, count: int, precision: str, parts: int, budget: float | None
@@ -185,7 +183,7 @@ def measure_speed(state: TrainState, config: TrainConfig, watch: Watch) -> dict[
         tokens, probe = _FEW, Probe(model, compute(_FEW))
         ways = (config.threads == 0) + (config.precision == "auto")
         if ways:
-            slice_seconds = probe.seconds(config.threads or torch.get_num_threads(), "float32")
+            slice_seconds = probe.seconds(config.threads or 1, "float32")
             if slice_seconds * SMALL_BATCH / _FEW * 4 * 2**ways < SECONDS:
                 tokens, probe = SMALL_BATCH, Probe(model, compute(SMALL_BATCH), budget=SECONDS - probe.spent)
         count, precision, seconds = probe.fastest(config.precision, config.threads)

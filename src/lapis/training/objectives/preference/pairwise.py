@@ -152,7 +152,7 @@ def reward_sums(reward_S: Tensor) -> dict[str, float]:
             "chosen_reward": float(chosen_N.sum()), "rejected_reward": float(rejected_N.sum())}  # fmt: skip
 
 
-def _last_tokens(reply: Reply, count: int) -> Reply:
+def _last_tokens(reply: EncodedReply, count: int) -> EncodedReply:
     """The chat without its beginning; one token before the reply is left at least."""
     cut = max(0, min(len(reply.ids) - count, reply.last - 2))
-    return Reply(reply.ids[cut:], max(1, reply.first - cut), reply.last - cut)
+    return EncodedReply(reply.ids[cut:], max(1, reply.first - cut), reply.last - cut)
