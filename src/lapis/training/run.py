@@ -14,6 +14,7 @@ refused with the nearest of all three.
 """
 
 import dataclasses
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +31,7 @@ from lapis.text.tokenizer.tokenizer import Tokenizer
 from lapis.training.config import TrainConfig
 from lapis.training.distributed import parallel
 from lapis.training.loop.loop import train
-from lapis.training.loop.progress import Silent, Watch, watcher
+from lapis.training.loop.progress import Lines, Silent, Watch, live, watcher
 from lapis.training.objectives.objective import Objective
 from lapis.training.objectives.registry import OBJECTIVES, objective_class, options
 from lapis.training.result import TrainResult
@@ -115,24 +116,33 @@ def read_settings(settings: Mapping[str, Any], where: str) -> RunConfig:
 def run(config: RunConfig, *, overwrite: bool = False, fresh: bool = False, watch: Watch | None = None) -> TrainResult:
     """Makes or opens the model, reads the data, trains. Raises what these do."""
     world = parallel.join()
-    objective, model = world.together(lambda: _start(config, overwrite, world))
     settings = TrainConfig(**{entry.name: getattr(config, entry.name) for entry in dataclasses.fields(TrainConfig)})
+    starting = watch or (Lines(Path(config.out).name) if world.leads and not sys.stderr.isatty() else Silent())
+    try:
+        objective, model = world.together(lambda: _start(config, overwrite, world, starting))
+    finally:
+        if starting is not watch:
+            starting.close()
     watch = watch or (watcher(Path(config.out).name) if world.leads else Silent())
-    for line in objective.coverage():
-        watch.note(f"data: {line}")
-    for note in model.notes:
-        watch.note(f"model: {note}")
-    result = train(model, objective, settings, config.out, overwrite=overwrite, fresh=fresh, watch=watch)
+    try:
+        for line in objective.coverage():
+            watch.note(f"data: {line}")
+        for note in model.notes:
+            watch.note(f"model: {note}")
+        result = train(model, objective, settings, config.out, overwrite=overwrite, fresh=fresh, watch=watch)
+    finally:
+        watch.close()
     parallel.disconnect()
     return result
 
 
-def _start(config: RunConfig, overwrite: bool, world: parallel.World) -> tuple[Objective, Transformer]:
+def _start(config: RunConfig, overwrite: bool, world: parallel.World, watch: Watch) -> tuple[Objective, Transformer]:
     """The objective and the model. Whatever is wrong with files and settings is found here."""
     if world.leads:
         inputs = [Path(place) for place in (config.model, config.tokenizer) if place is not None]
         check_output(Path(config.out), overwrite=overwrite, inputs=inputs)
     objective, context = _objective(config, _tokenizer(config))
+    live(watch).stage("opening the model")
     model = start_model(
         config.model, config.new, objective, context=context, seed=config.seed, zero_init=config.zero_init
     )

@@ -14,7 +14,7 @@ from lapis.config import nearest
 from lapis.errors import ConfigError, TrainingError
 from lapis.training.config import TrainConfig
 from lapis.training.distributed.parallel import World
-from lapis.training.loop.progress import Watch
+from lapis.training.loop.progress import Watch, live
 from lapis.training.loop.state import Best, TrainState
 from lapis.training.objectives.objective import Objective
 
@@ -37,7 +37,7 @@ class Evaluator:
         """The held-out metrics of the weights as they are; empty where nothing is held out."""
         metrics: dict[str, float] = {}
         if self.world.leads:
-            self.watch.stage("evaluating held-out data")
+            live(self.watch).stage("evaluating held-out data")
             with untouched(self.state), torch.no_grad():
                 metrics = {name: float(value) for name, value in self.objective.evaluate(self.state.model).items()}
         return dict(self.world.from_lead(metrics))
@@ -77,7 +77,7 @@ class Evaluator:
 
     def sample(self) -> None:
         """Shows what the model writes now."""
-        self.watch.stage("writing a sample")
+        live(self.watch).stage("writing a sample")
         with untouched(self.state):
             text = self.objective.sample(self.state.model)
         if text:

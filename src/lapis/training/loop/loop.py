@@ -25,7 +25,7 @@ from lapis.training.config import TrainConfig
 from lapis.training.distributed import parallel
 from lapis.training.loop.curve import Window
 from lapis.training.loop.held_out import Evaluator, overfitting
-from lapis.training.loop.progress import Silent, Watch, watcher
+from lapis.training.loop.progress import Silent, Watch, live, watcher
 from lapis.training.loop.state import Journal, TrainState, clean_journal, restore, weights_digest
 from lapis.training.loop.stop_request import StopRequest, StopSignal, stop_requests
 from lapis.training.loop.update import Batches, Updater
@@ -119,7 +119,7 @@ class _Run:
                 f"(accumulate {config.accumulate}, {world.size} processes)"
             )
         self.request = request
-        self.watch.stage("starting")
+        live(self.watch).stage("starting")
         with request.at_once():
             objective.begin(model, journal.folder if journal else None)
         self.state = TrainState(
@@ -191,7 +191,7 @@ class _Run:
 
     def write(self, folder: Path, result: TrainResult) -> None:
         """The result, into a folder that the caller commits."""
-        self.watch.stage("writing the result")
+        live(self.watch).stage("writing the result")
         self._unless_stopped(lambda: write_result(self.model, self.objective, self.config, folder, result))
 
     def _unless_stopped(self, act: Callable[[], T]) -> T:
@@ -260,7 +260,7 @@ class _Run:
             self._fit_budget()
             self._show_notes()
             done = state.step == state.schedule.total
-            self.watch.step(self._row())
+            live(self.watch).step(self._row())
             if done or state.step % config.log_every == 0:
                 self._log()
             if not done and self._evaluation_is_due() and self._evaluate():

@@ -3,21 +3,15 @@
 import sys
 import threading
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 
-class Watch:
-    """Base class of what shows a run's progress. By itself it shows nothing."""
-
-    def stage(self, text: str) -> None:
-        """Something other than steps begins: measuring, evaluating, writing."""
-
-    def step(self, row: Mapping[str, Any]) -> None:
-        """After each step: an entry of the learning curve as it would be now."""
+class Watch(Protocol):
+    """What a run reports to."""
 
     def row(self, row: Mapping[str, Any]) -> None:
         """An entry of the learning curve."""
@@ -29,11 +23,30 @@ class Watch:
         """The run has ended."""
 
 
-class Silent(Watch):
+class LiveWatch(Watch):
+    """Base class of a Watch that also hears what is being done between two entries. By itself it shows nothing."""
+
+    def stage(self, text: str) -> None:
+        """Something other than steps begins: measuring, evaluating, writing."""
+
+    def step(self, row: Mapping[str, Any]) -> None:
+        """After each step: an entry of the learning curve as it would be now."""
+
+    def row(self, row: Mapping[str, Any]) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class Silent(LiveWatch):
     """Shows nothing."""
 
 
-class Bar(Watch):
+class Bar(LiveWatch):
     """A live bar on standard error; notes scroll above it."""
 
     def __init__(self, label: str) -> None:
@@ -61,7 +74,7 @@ class Bar(Watch):
         self.progress.stop()
 
 
-class Lines(Watch):
+class Lines(LiveWatch):
     """Lines on standard error, for logs and pipes: after the first step, then each `seconds`, whatever is being done.
 
     Args:
@@ -108,6 +121,11 @@ class Lines(Watch):
     def _write(self) -> None:
         while not self._ended.wait(self.seconds):
             self.note(f"{self.label}  {self._text}")
+
+
+def live(watch: Watch) -> LiveWatch:
+    """The watch itself, or where it only takes entries and notes one that shows nothing."""
+    return watch if isinstance(watch, LiveWatch) else Silent()
 
 
 def watcher(label: str) -> Watch:

@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from lapis.errors import TrainingError
 from lapis.model.transformer import Transformer
 from lapis.training.config import TrainConfig
-from lapis.training.loop.progress import Watch
+from lapis.training.loop.progress import Watch, live
 from lapis.training.loop.state import TrainState
 from lapis.training.loop.update import out_of_memory_named
 from lapis.training.objectives.objective import SMALL_BATCH
@@ -53,12 +53,14 @@ class Probe:
         compute: The loss of a small batch; it must not advance the data.
         rounds: How often a way is measured, after one time that warms up.
         budget: Seconds for all measuring. When they are spent, the best way so far is taken.
+        share: How many small batches a micro-batch of the run is.
     """
 
     model: Transformer
     compute: Compute
     rounds: int = 2
     budget: float = SECONDS
+    share: float = 1.0
     spent: float = field(default=0.0, init=False)
 
     def seconds(self, count: int, precision: str, limit: float = math.inf) -> float:
@@ -137,7 +139,7 @@ class Probe:
         if parts < 100 if budget is None else budget < least:
             return False, None
         plain = self.seconds(count, precision)
-        if budget is None and plain * parts < least:
+        if not math.isfinite(plain) or (budget is None and plain * self.share * parts < least):
             return False, None
         try:
             faster = self._seconds_compiled(count, precision)
@@ -150,7 +152,7 @@ class Probe:
         """Raises TrainingError where the blocks do not compile (no C++ compiler, for one)."""
         try:
             with compiled(self.model, True):
-                return self.seconds(count, precision)
+                return replace(self, budget=math.inf).seconds(count, precision)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # the compiler's own kinds differ between versions of torch
@@ -164,7 +166,7 @@ def measure_speed(state: TrainState, config: TrainConfig, watch: Watch) -> dict[
     Raises TrainingError where a step does not fit into memory.
     """
     model, objective = state.model, state.objective
-    watch.stage("measuring how to compute a step")
+    live(watch).stage("measuring how to compute a step")
 
     def compute(tokens: int) -> Compute:
         small: list[Any] = []
@@ -186,6 +188,7 @@ def measure_speed(state: TrainState, config: TrainConfig, watch: Watch) -> dict[
             slice_seconds = probe.seconds(config.threads or 1, "float32")
             if slice_seconds * SMALL_BATCH / _FEW * 4 * 2**ways < SECONDS:
                 tokens, probe = SMALL_BATCH, Probe(model, compute(SMALL_BATCH), budget=SECONDS - probe.spent)
+        probe.share = max(1.0, state.rows * objective.tokens_per_row / tokens)
         count, precision, seconds = probe.fastest(config.precision, config.threads)
         parts = (state.schedule.total or 0) * config.accumulate
         budget = config.minutes * 60 if config.minutes else None

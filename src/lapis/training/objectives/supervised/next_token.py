@@ -33,6 +33,7 @@ from lapis.text.rows.mixture import Data, Draw, Mixture, draws
 from lapis.text.rows.packing import Report
 from lapis.text.rows.rows import IGNORE, RowBatch, Rows
 from lapis.text.tokenizer.tokenizer import Tokenizer
+from lapis.training.loop.progress import Lines
 from lapis.training.objectives.objective import Cursor, DataPlace, Loss, Objective
 from lapis.training.objectives.supervised.cross_entropy import head_cross_entropy
 
@@ -225,12 +226,19 @@ def summed_cross_entropy(model: Transformer, hidden_RD: Tensor, targets_R: Tenso
 
 @contextmanager
 def packing_progress() -> Iterator[Report | None]:
-    """A line on a terminal that says how far packing is."""
-    if not sys.stderr.isatty() or os.environ.get("RANK", "0") != "0":
+    """How far packing is: a line on a terminal that changes, a new line each 15 seconds in a log."""
+    if os.environ.get("RANK", "0") != "0":
         yield None
-        return
-    with Console(stderr=True).status("reading data") as status:
-        yield lambda texts, tokens: status.update(f"packing: {texts:,} texts, {tokens:,} tokens")
+    elif sys.stderr.isatty():
+        with Console(stderr=True).status("reading data") as status:
+            yield lambda texts, tokens: status.update(f"packing: {texts:,} texts, {tokens:,} tokens")
+    else:
+        lines = Lines("data")
+        lines.stage("reading")
+        try:
+            yield lambda texts, tokens: lines.stage(f"packing: {texts:,} texts, {tokens:,} tokens")
+        finally:
+            lines.close()
 
 
 def continuation(model: Transformer, tokenizer: Tokenizer, prompt: str | list[int]) -> str:
