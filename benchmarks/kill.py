@@ -31,14 +31,17 @@ stream.RECORD, writer.BLOCK = 1 << 19, 1 << 16
 
 
 def make(folder: Path, seed: int, shards: int = 1) -> Path:
-    """A small model with random weights, about 20 MB."""
-    random_ = torch.Generator().manual_seed(seed)
+    """A small model with random weights, about 20 MB; with different seeds, fine-tunes of one."""
+    common, random_ = torch.Generator().manual_seed(0), torch.Generator().manual_seed(seed)
     folder.mkdir()
     tensors = {"model.embed_tokens.weight": (4096, DIM), "model.norm.weight": (DIM,)}
     for i in range(LAYERS):
         tensors |= {f"model.layers.{i}.self_attn.{p}_proj.weight": (DIM, DIM) for p in "qkvo"}
         tensors |= {f"model.layers.{i}.mlp.{p}_proj.weight": (DIM, DIM) for p in ("up", "gate", "down")}
-    values = {n: torch.randn(shape, generator=random_).bfloat16() for n, shape in tensors.items()}
+    values = {
+        n: (torch.randn(shape, generator=common) + 0.2 * torch.randn(shape, generator=random_)).bfloat16()
+        for n, shape in tensors.items()
+    }
     placed = {n: f"model-{i % shards + 1:05}-of-{shards:05}.safetensors" for i, n in enumerate(tensors)}
     if shards == 1:
         save_file(values, folder / "model.safetensors")

@@ -74,8 +74,9 @@ def test_a_low_rank_change_is_seen_by_the_randomized_way_too(folders, tmp_path, 
     name = "model.layers.0.mlp.up_proj.weight"
     wide = {name: torch.randn(300, 200) * 0.02, "model.embed_tokens.weight": base["model.embed_tokens.weight"]}
     change = torch.randn(300, 3) @ torch.randn(3, 200) * 0.01
-    one = folders.write(tmp_path / "one", wide)
-    two = folders.write(tmp_path / "two", {**wide, name: wide[name] + change})
+    partial = {"model_type": "partial"}
+    one = folders.write(tmp_path / "one", wide, config=partial)
+    two = folders.write(tmp_path / "two", {**wide, name: wide[name] + change}, config=partial)
     exact = next(x for x in diff(one, two, spectra=True).tensors if x["name"] == name)
     monkeypatch.setattr(spectrum, "EXACT", 100)
     monkeypatch.setattr(spectrum, "DIRECTIONS", 20)

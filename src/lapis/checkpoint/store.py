@@ -8,6 +8,7 @@ import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from lapis.checkpoint.tensor_file import SHARD_NAME, Header, TensorInfo, read_he
 from lapis.errors import CheckpointError
 from lapis.families import find
 from lapis.families.base import Family, Part, fallback_part
+from lapis.families.towers import Towers, find_towers, language_config
 
 if TYPE_CHECKING:
     import torch
@@ -57,9 +59,26 @@ class Checkpoint:
         """Bytes of all tensors together."""
         return sum(info.nbytes for info in self.index.values())
 
+    @cached_property
+    def towers(self) -> Towers:
+        """Which tensors are the language model's, and which belong to another tower of a multimodal folder."""
+        return find_towers(self.index)
+
+    @cached_property
+    def _language(self) -> Family | None:
+        """The family of the language model; of a multimodal folder that of its nested config."""
+        return self.family or find(language_config(self.config))
+
     def part(self, name: str) -> Part:
-        """Where a tensor belongs; for an unknown family, or a name its table lacks, read from the name itself."""
-        return (self.family.part(name) if self.family else None) or fallback_part(name)
+        """Where a tensor belongs; for an unknown family, or a name its table lacks, read from the name itself.
+
+        Layers are the language model's. What belongs to another tower lies outside of them.
+        """
+        if tower := self.towers.others.get(name):
+            part = fallback_part(name)
+            return part if part.layer is None else Part(None, f"{tower}.{part.component}", part.kind)
+        inner = name if self.family else self.towers.inner(name) or name
+        return (self._language.part(inner) if self._language else None) or fallback_part(name)
 
     def read(self, name: str) -> "torch.Tensor":
         """The whole tensor, in its own dtype and memory."""

@@ -1,6 +1,6 @@
 """`lapis fuse`: an adapter added to its base."""
 
-from lapis.cli.graft import bar, told
+from lapis.cli.graft import bar, print_result
 from lapis.cli.output import show
 
 
@@ -28,4 +28,4 @@ def fuse(
 
     with bar("fusing") as tell:
         result = run(adapter, out, base=base, overwrite=overwrite, allow_nonfinite=allow_nonfinite, progress=tell)
-    show(result.to_json(), json, lambda: told(result))
+    show(result.to_json(), json, lambda: print_result(result))

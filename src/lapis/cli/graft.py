@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Annotated, Any, Literal
+from dataclasses import asdict
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 
 from lapis.cli.output import line, notes, progress, show, size
 from lapis.errors import CheckpointError
+from lapis.weights.options import GraftOptions
 
 
 def graft(
@@ -17,60 +19,30 @@ def graft(
     onto: str,
     out: str,
     scale: Annotated[list[str] | None, Parameter(negative="")] = None,
-    embeddings: Literal["keep", "add"] | None = None,
-    norms: Literal["keep", "add"] = "keep",
-    template: Literal["chat", "onto"] = "chat",
-    overwrite: bool = False,
-    allow_nonfinite: bool = False,
-    dry_run: bool = False,
+    options: Annotated[GraftOptions, Parameter(name="*")] = GraftOptions(),  # noqa: B008
     smoke: bool = True,
     json: bool = False,
 ) -> None:
     """Write onto + scale * (chat - base): a model's ability to chat, added to another by arithmetic on weights.
 
-    Parameters
-    ----------
-    base
-        The model that chat was tuned from.
-    chat
-        Its chat version. Given several times, their differences are stacked.
-    onto
-        The continuation of base that is to chat.
-    out
-        A new folder.
-    scale
-        1.0, or 0-7=0.5,8-23=1, or attn=1,mlp=0.5, or a YAML file; one for all chats, or one for each.
-    embeddings
-        keep: onto's, with chat's rows for the template's tokens. add: the difference as well, for shared tokens. By
-        default keep, or what a plan given as scale says.
-    norms
-        keep: onto's. add: the difference as well.
-    template
-        Whose rows the chat template's tokens have. onto: where that is the one that can chat, and what base learned
-        meanwhile is added.
-    overwrite
-        Swap an existing folder for the new one, whole.
-    allow_nonfinite
-        Count NaN and Inf instead of stopping.
-    dry_run
-        Check everything and say what would be done; read no weights, write nothing.
-    smoke
-        At the end load the result and compare its predictions with onto's and chat's on a few prompts.
-    json
-        Print one JSON object.
+    Args:
+        base: The model that chat was tuned from.
+        chat: Its chat version. Given several times, their differences are stacked.
+        onto: The continuation of base that is to chat.
+        out: A new folder.
+        scale: 1.0, or 0-7=0.5,8-23=1, or attn=1,mlp=0.5, or a YAML file; one for all chats, or one for each.
+        smoke: At the end load the result and compare its predictions with onto's and chat's on a few prompts.
+        json: Print one JSON object.
     """
     from lapis.weights.graft.graft import graft as run
 
-    with bar("grafting") as tell:
-        result = run(
-            base, chat, onto, out, scale or ["1.0"], embeddings, norms, template=template,
-            overwrite=overwrite, allow_nonfinite=allow_nonfinite, dry_run=dry_run, progress=tell,
-        )  # fmt: skip
-    if smoke and not dry_run:
+    with bar("grafting") as report:
+        result = run(base, chat, onto, out, scale or ["1.0"], **asdict(options), progress=report)
+    if smoke and not options.dry_run:
         from lapis.evaluation.agree import agreement
 
         result.smoke = agreement(out, {"onto": onto, "chat": chat[0]})
-    show(result.to_json(), json, lambda: told(result))
+    show(result.to_json(), json, lambda: print_result(result))
     if result.smoke and result.smoke.get("finite") is False:
         raise CheckpointError(f"{out}: its predictions are not numbers; look at lapis-merge.json for what was merged")
 
@@ -86,7 +58,7 @@ def bar(what: str) -> Iterator[Callable[[int, int], None]]:
             raise
 
 
-def told(result: Any) -> None:
+def print_result(result: Any) -> None:
     """What a graft or merge did, in a few lines."""
     counts = ", ".join(f"{number:,} tensors {action}" for action, number in result.tensors.items())
     if result.dry_run:
@@ -105,11 +77,11 @@ def told(result: Any) -> None:
     if result.nonfinite:
         line(f"{result.nonfinite:,} NaN or Inf were kept")
     if result.smoke:
-        line(_smoke(result.smoke))
+        line(_format_smoke(result.smoke))
     notes(result.notes)
 
 
-def _smoke(seen: Mapping[str, Any]) -> str:
+def _format_smoke(seen: Mapping[str, Any]) -> str:
     if "skipped" in seen:
         return f"not tried out: {seen['skipped']}"
     distances = [

@@ -1,7 +1,13 @@
 """`lapis merge`: models merged by a recipe, or by one line of arithmetic."""
 
-from lapis.cli.graft import bar, told
+from dataclasses import asdict
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from lapis.cli.graft import bar, print_result
 from lapis.cli.output import line, show
+from lapis.weights.options import MergeOptions
 
 
 def merge(
@@ -9,50 +15,31 @@ def merge(
     /,
     *,
     out: str | None = None,
-    seed: int | None = None,
-    overwrite: bool = False,
-    allow_nonfinite: bool = False,
-    dry_run: bool = False,
+    options: Annotated[MergeOptions, Parameter(name="*")] = MergeOptions(),  # noqa: B008
     methods: bool = False,
     json: bool = False,
 ) -> None:
     """Merge models by a recipe in mergekit's YAML, or by a line such as "A + 0.8*(B - C)".
 
-    Parameters
-    ----------
-    recipe
-        A YAML file, or a sum of multiples of model folders.
-    out
-        A new folder.
-    seed
-        What random masks are drawn from, instead of the recipe's.
-    overwrite
-        Swap an existing folder for the new one, whole.
-    allow_nonfinite
-        Count NaN and Inf instead of stopping.
-    dry_run
-        Check everything and say what would be done; read no weights, write nothing.
-    methods
-        List the merge methods with their parameters, and do nothing else.
-    json
-        Print one JSON object.
+    Args:
+        recipe: A YAML file, or a sum of multiples of model folders.
+        out: A new folder.
+        methods: List the merge methods with their parameters, and do nothing else.
+        json: Print one JSON object.
     """
     from lapis.errors import ConfigError
 
     if methods:
         listing = method_table()
-        show({"methods": listing}, json, lambda: tell_methods(listing))
+        show({"methods": listing}, json, lambda: print_methods(listing))
         return
     if recipe is None or out is None:
         raise ConfigError("merge: needs a recipe and --out; lapis merge --methods lists what can be done")
     from lapis.weights.merge.merge import merge as run
 
-    with bar("merging") as tell:
-        result = run(
-            recipe, out, seed=seed,
-            overwrite=overwrite, allow_nonfinite=allow_nonfinite, dry_run=dry_run, progress=tell,
-        )  # fmt: skip
-    show(result.to_json(), json, lambda: told(result))
+    with bar("merging") as report:
+        result = run(recipe, out, **asdict(options), progress=report)
+    show(result.to_json(), json, lambda: print_result(result))
 
 
 def method_table() -> list[dict[str, object]]:
@@ -77,7 +64,7 @@ def method_table() -> list[dict[str, object]]:
     ]
 
 
-def tell_methods(listing: list[dict[str, object]]) -> None:
+def print_methods(listing: list[dict[str, object]]) -> None:
     for entry in listing:
         line(f"\n{entry['name']} (base: {entry['base']})", "bold")
         line(entry["help"])

@@ -24,10 +24,12 @@ from lapis.checkpoint.commit import check_output
 from lapis.checkpoint.store import INDEX
 from lapis.checkpoint.tensor_file import torch_dtype
 from lapis.errors import CheckpointError
+from lapis.weights.checks import missing_tensors
 from lapis.weights.engine.job import Entry, MergeResult, count, produce, write_account
 from lapis.weights.engine.outputs import Account, Kernel, Output
 from lapis.weights.engine.sources import COMPUTABLE, Source, Stored
 from lapis.weights.engine.tiles import Tile
+from lapis.weights.matching import format_problems
 from lapis.weights.merge.layout import sharded
 from lapis.weights.tokenizer_files import carry, write_index
 
@@ -58,6 +60,8 @@ def fuse(
     adapter = adapter if isinstance(adapter, Adapter) else open_adapter(adapter)
     onto = base_of(adapter, base)
     _refuse_quantized(onto, adapter)
+    if problems := missing_tensors({"base": onto}):
+        raise CheckpointError(format_problems("fuse", problems))
     _Plan(adapter, onto).outputs()  # all that headers can show, before a weight of the hub is fetched
     onto = onto.fetched()
     plan = _Plan(adapter, onto)

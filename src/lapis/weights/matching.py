@@ -1,33 +1,72 @@
 """Which tensor of one model answers to which of another, and what kind of thing a tensor is."""
 
+import os
 import re
+from collections.abc import Mapping
 
-from lapis.checkpoint import Checkpoint
+from lapis.checkpoint import Checkpoint, open_checkpoint
+from lapis.errors import CheckpointError
 from lapis.families.base import Part
+
+Model = str | os.PathLike[str] | Checkpoint
+"""A folder, a model of the hub, or one of them that was opened."""
+
+_NORM = re.compile(r"(^|[._])(norm|layernorm|ln|rmsnorm)([._0-9]|$)|norm$|^ln_")
+_SHOWN = 12
+
+
+def open_models(models: Mapping[str, Model], what: str) -> dict[str, Checkpoint]:
+    """Opens models by role.
+
+    Raises:
+        CheckpointError: With the problems of all models in one line; `what` names the command.
+    """
+    opened, problems = {}, []
+    for role, model in models.items():
+        try:
+            opened[role] = model if isinstance(model, Checkpoint) else open_checkpoint(model)
+        except CheckpointError as error:
+            problems.append(f"{role}: {error}")
+    if problems:
+        raise CheckpointError(format_problems(what, problems))
+    return opened
+
+
+def format_problems(what: str, problems: list[str]) -> str:
+    """All problems as one line, each once."""
+    problems = list(dict.fromkeys(problems))
+    if len(problems) == 1:
+        return f"{what}: {problems[0]}"
+    listed = "; ".join(f"({i + 1}) {line}" for i, line in enumerate(problems[:_SHOWN]))
+    more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+    return f"{what}: {len(problems)} problems: {listed}{more}"
 
 
 def counterparts(owner: Checkpoint, other: Checkpoint) -> dict[str, str]:
-    """For each tensor of `owner` its name in `other`: the same name, else the same part under another prefix, else the
-    embedding for the head of a model that ties the two. Tensors without one are left out."""
+    """For each tensor of `owner` its name in `other`; tensors without one are left out.
+
+    The same name; else the same name within the language model, whatever stands before it; else the same part; else
+    the embedding, for the head of a model that ties the two.
+    """
     by_part: dict[Part, list[str]] = {}
+    by_inner: dict[str | None, list[str]] = {}
     for name in other.names:
         by_part.setdefault(other.part(name), []).append(name)
+        by_inner.setdefault(other.towers.inner(name), []).append(name)
     embedding, head = (by_part.get(Part(None, component, "weight"), []) for component in ("embed", "head"))
     result = {}
     for name in owner.names:
         if name in other.index:
             result[name] = name
             continue
-        part = owner.part(name)
-        same = by_part.get(part, [])
+        inner, part = owner.towers.inner(name), owner.part(name)
+        same = by_inner.get(inner, []) if inner is not None else []
+        same = same if len(same) == 1 else by_part.get(part, [])
         if len(same) == 1:
             result[name] = same[0]
         elif part == Part(None, "head", "weight") and not head and len(embedding) == 1:
             result[name] = embedding[0]
     return result
-
-
-_NORM = re.compile(r"(^|[._])(norm|layernorm|ln|rmsnorm)([._0-9]|$)|norm$|^ln_")
 
 
 def is_norm(part: Part) -> bool:
@@ -38,3 +77,12 @@ def is_norm(part: Part) -> bool:
 def is_vocabulary(part: Part) -> bool:
     """The token embedding or the head that scores tokens: one row per token."""
     return part.component in ("embed", "head")
+
+
+def embedding_rows(checkpoint: Checkpoint) -> int | None:
+    """Rows of the token embedding; None where no tensor is known as one."""
+    for name, info in checkpoint.index.items():
+        part = checkpoint.part(name)
+        if part.component == "embed" and is_vocabulary(part) and len(info.shape) == 2:
+            return info.shape[0]
+    return None

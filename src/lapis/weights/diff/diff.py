@@ -4,7 +4,6 @@ Both models are read once, tile by tile, and nothing is built. Rows of embedding
 string where the vocabularies differ. Leaves out: pictures (report/), spectra and lineage (spectrum.py, lineage.py).
 """
 
-import os
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,20 +11,26 @@ from typing import Any
 
 import numpy as np
 
-from lapis.checkpoint import Checkpoint, open_checkpoint
+from lapis.checkpoint import Checkpoint
 from lapis.errors import CheckpointError
 from lapis.families.base import Part
-from lapis.weights.checks import embedding_rows, family_notes, told
+from lapis.weights.checks import compare_configs, family_notes, missing_tensors
 from lapis.weights.diff import spectrum
 from lapis.weights.diff.measures import Sums, direction, mantissa, measure, measure_rows, ratio
 from lapis.weights.diff.table import DiffTable, Line
 from lapis.weights.engine.fp8 import is_number
 from lapis.weights.engine.sources import Rows, Source, Stored
 from lapis.weights.engine.tiles import Reader, each, spans
-from lapis.weights.matching import counterparts, is_vocabulary
+from lapis.weights.matching import (
+    Model,
+    counterparts,
+    embedding_rows,
+    format_problems,
+    is_vocabulary,
+    open_models,
+)
 from lapis.weights.vocabulary import Vocabulary, open_vocabulary, relation
 
-Model = str | os.PathLike[str] | Checkpoint
 UNRELATED = 0.05  # a fine-tune's tensors have cosines near 1 with its parent's; unrelated ones near 0
 
 
@@ -61,16 +66,21 @@ def diff(
     90 % of the energy, and SNR, for the matrices of the blocks; takes far longer. progress(done, total) counts tiles.
     Raises CheckpointError, naming all, where tensors of the blocks differ in shape, and for NaN or Inf.
     """
-    one, two = (model if isinstance(model, Checkpoint) else open_checkpoint(model) for model in (a, b))
+    models = open_models({"a": a, "b": b}, "diff")
+    one, two = models.values()
+    if problems := missing_tensors(models):
+        raise CheckpointError(format_problems("diff", problems))
     words = (open_vocabulary(one), open_vocabulary(two))
     names = counterparts(one, two)
     notes = [f"{role}: {note}" for role, model in (("a", one), ("b", two)) for note in model.notes]
     notes += family_notes(one)
+    decisive, others = compare_configs("a", one, "b", two)
+    notes += [f"{line}: the same weights compute something else" for line in decisive + others]
     pairs, mismatched = _pair_up(one, two, names, words, rows, notes)
     in_blocks = [text for name, text in mismatched.items() if one.part(name).layer is not None]
     if in_blocks or not pairs:
         problems = list(mismatched.values()) or ["no tensor of one has its like in the other"]
-        raise CheckpointError(told("diff", problems) + "; these are not versions of one model")
+        raise CheckpointError(format_problems("diff", problems) + "; these are not versions of one model")
     lock = threading.Lock()
 
     def work(reader: Reader, task: tuple[_Pair, int]) -> None:

@@ -5,7 +5,6 @@ contains its difference whole (d_i . d_j = |d_i|^2); a base that is not the pare
 back to the real one. All follows from one matrix of dot products, read in one sweep. Leaves out: rows and spectra.
 """
 
-import os
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,15 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from lapis.checkpoint import Checkpoint, open_checkpoint
+from lapis.checkpoint import Checkpoint
 from lapis.errors import CheckpointError
+from lapis.weights.checks import UNRELATED, kinship, missing_tensors
 from lapis.weights.diff.measures import ratio
 from lapis.weights.engine.fp8 import is_number
 from lapis.weights.engine.sources import Stored
 from lapis.weights.engine.tiles import Reader, dot, each, spans
-from lapis.weights.matching import counterparts
+from lapis.weights.matching import Model, counterparts, format_problems, open_models
 
-Model = str | os.PathLike[str] | Checkpoint
 ALIKE, CONTAINED = 0.2, (0.8, 1.25)
 
 
@@ -47,8 +46,10 @@ def lineage(base: Model, models: Sequence[Model], *, progress: Callable[[int, in
 
     Raises CheckpointError where they have none in common, and for NaN or Inf.
     """
-    opened = [model if isinstance(model, Checkpoint) else open_checkpoint(model) for model in (base, *models)]
-    first, *others = opened
+    opened = open_models({str(i): model for i, model in enumerate((base, *models))}, "diff")
+    if problems := missing_tensors({checkpoint.source: checkpoint for checkpoint in opened.values()}):
+        raise CheckpointError(format_problems("diff", problems))
+    first, *others = opened.values()
     names = [counterparts(first, other) for other in others]
     shared, skipped = [], 0
     for name in first.names:
@@ -90,6 +91,12 @@ def lineage(base: Model, models: Sequence[Model], *, progress: Callable[[int, in
         _by_layer(first, [sources[0].name for sources in shared], grams),
     )
     result.notes = _meaning(result, total[:count])
+    for other in others:
+        cosine, _ = kinship(first, other)
+        if cosine is not None and cosine < UNRELATED:
+            result.notes.insert(
+                0, f"{other.source} is no fine-tune of {first.source}: the cosine of their weights is {cosine:.2f}"
+            )
     if skipped:
         result.notes.append(f"{skipped} tensors of {first.source} are not in all of the others in the same shape")
     return result

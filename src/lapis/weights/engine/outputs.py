@@ -73,3 +73,8 @@ class Account:
     bytes_read: int = 0
     bytes_written: int = 0
     bytes_resumed: int = 0
+
+
+def unchanged(tile: Tile, _state: Any) -> tuple[torch.Tensor, None]:
+    """`Kernel.apply` that only rounds to the output's dtype."""
+    return tile.inputs[0], None

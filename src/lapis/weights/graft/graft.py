@@ -14,15 +14,18 @@ a model, so the last proof, that the output talks, belongs to the caller (cli/gr
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from lapis.checkpoint.commit import check_output
 from lapis.checkpoint.store import INDEX
+from lapis.weights.engine.fp8 import without_quantization
 from lapis.weights.engine.job import MergeResult, count, produce, write_account
 from lapis.weights.engine.outputs import Account
-from lapis.weights.graft.layout import GraftPlan, Model, ScaleLike, changed_config, plan_graft
+from lapis.weights.graft.layout import GraftPlan, ScaleLike, plan_graft
+from lapis.weights.matching import Model
+from lapis.weights.options import GraftOptions, KeepOrAdd
 from lapis.weights.tokenizer_files import carry, write_index
 
 
@@ -32,26 +35,43 @@ def graft(
     onto: Model,
     out: str | os.PathLike[str],
     scale: ScaleLike | Sequence[ScaleLike] = 1.0,
-    embeddings: Literal["keep", "add"] | None = None,
-    norms: Literal["keep", "add"] = "keep",
+    embeddings: KeepOrAdd | None = GraftOptions.embeddings,
+    norms: KeepOrAdd = GraftOptions.norms,
     *,
-    template: Literal["chat", "onto"] = "chat",
-    overwrite: bool = False,
-    allow_nonfinite: bool = False,
-    dry_run: bool = False,
+    template: Literal["chat", "onto"] = GraftOptions.template,
+    allow_unrelated: bool = GraftOptions.allow_unrelated,
+    same_tokens: bool = GraftOptions.same_tokens,
+    overwrite: bool = GraftOptions.overwrite,
+    allow_nonfinite: bool = GraftOptions.allow_nonfinite,
+    dry_run: bool = GraftOptions.dry_run,
     progress: Callable[[int, int], None] | None = None,
 ) -> MergeResult:
-    """Writes onto + scale * (chat - base) as a model folder at `out`.
+    """Writes onto + scale * (chat - base) as a model folder.
 
-    base, chat, onto: folders or opened checkpoints; several chats are stacked, each with its scale. scale: a number, a
-    number per layers or components, or a YAML file (scale.py). embeddings: None is keep, or what a plan in
-    such a file says. template: whose rows the chat template's tokens have; onto where it is the one that can chat, and
-    what is added is knowledge. progress(done, total) is called in bytes.
-    Computes in float32, rounds once to onto's dtype, resumes where a killed run of the same graft stopped.
-    Raises CheckpointError with all problems of the inputs at once, OutputError where `out` cannot be written.
+    Computes in float32 and rounds once to onto's dtype. Goes on where a killed run of the same graft stopped.
+
+    Args:
+        base: The model that chat was tuned from: a folder, a model of the hub, or an opened checkpoint.
+        chat: Its chat version; the differences of several are stacked.
+        onto: The continuation of base that is to chat.
+        out: A new folder.
+        scale: 1.0, or 0-7=0.5,8-23=1, or attn=1,mlp=0.5, or a YAML file; one for all chats, or one for each.
+        embeddings: This and the options after it are those of `lapis.weights.options.GraftOptions`.
+        progress: Called with (done, total) in bytes of output.
+
+    Returns:
+        What was done to the tensors, what was read and written, and notes.
+
+    Raises:
+        CheckpointError: With all problems of the models at once.
+        ConfigError: For an option that cannot be.
+        OutputError: Where `out` cannot be written.
     """
     started = time.perf_counter()
-    plan = plan_graft(base, chat, onto, scale, embeddings, norms, template)
+    options = GraftOptions(
+        allow_unrelated, same_tokens, overwrite, allow_nonfinite, dry_run, embeddings, norms, template
+    )
+    plan = plan_graft(base, chat, onto, scale, options)
     needs = {"disk_bytes": plan.disk_bytes, "memory_bytes": plan.memory_bytes}
     result = MergeResult(
         str(out), count(plan.entries), needs=needs, vocabulary=plan.vocabulary, notes=plan.notes, dry_run=dry_run
@@ -80,7 +100,7 @@ def graft(
 def _write_beside(plan: GraftPlan, folder: Path) -> None:
     """Everything that is not a weight."""
     onto, words = plan.inputs["onto"], plan.words
-    config = changed_config(onto.config, plan)
+    config = _changed_config(onto.config, plan)
     talks = plan.recipe["template"]  # whose template it is: chat's or onto's
     chat, chat_words = plan.inputs[talks], words[talks]
     plan.notes += carry(
@@ -88,3 +108,18 @@ def _write_beside(plan: GraftPlan, folder: Path) -> None:
     )
     if onto.file(INDEX):
         write_index(folder, plan.files)
+
+
+def _changed_config(config: Mapping[str, Any], plan: GraftPlan) -> dict[str, Any]:
+    """config.json of the output."""
+    result = dict(config)
+    if "quantization_config" in plan.config:
+        result = without_quantization(result)
+        result |= {key: "bfloat16" for key in ("torch_dtype", "dtype") if key in result}
+    if "vocab_size" in plan.config:
+        inner = result.get("text_config")
+        if isinstance(inner, Mapping) and "vocab_size" in inner:
+            result["text_config"] = {**inner, "vocab_size": plan.config["vocab_size"]}
+        else:
+            result["vocab_size"] = plan.config["vocab_size"]
+    return result

@@ -3,7 +3,7 @@
 Leaves out: running it (graft.py), what is checked of configs and shapes (checks.py).
 """
 
-import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,21 +11,37 @@ from typing import Any
 
 import torch
 
-from lapis.checkpoint import Checkpoint, open_checkpoint
-from lapis.checkpoint.tensor_file import header_bytes, torch_dtype
+from lapis.checkpoint import Checkpoint
+from lapis.checkpoint.tensor_file import torch_dtype
 from lapis.errors import CheckpointError, ConfigError
+from lapis.families import find
 from lapis.families.base import Part
-from lapis.weights.checks import check_configs, check_tensors, check_vocabularies, embedding_rows, told
-from lapis.weights.engine.fp8 import is_scale, without_quantization
-from lapis.weights.engine.job import Entry
-from lapis.weights.engine.outputs import Kernel, Output
+from lapis.families.towers import language_config
+from lapis.weights.checks import (
+    check_configs,
+    check_parents,
+    check_same_tokens,
+    check_tensors,
+    check_vocabularies,
+)
+from lapis.weights.engine.fp8 import is_scale
+from lapis.weights.engine.job import Entry, disk_bytes
+from lapis.weights.engine.outputs import Kernel, Output, unchanged
 from lapis.weights.engine.sources import Rows, Source, Stored, columns_of, read_rows
 from lapis.weights.engine.tiles import THREADS, TILE, Tile
 from lapis.weights.graft.scale import Scale, read_scale
-from lapis.weights.matching import counterparts, is_norm, is_vocabulary
+from lapis.weights.matching import (
+    Model,
+    counterparts,
+    embedding_rows,
+    format_problems,
+    is_norm,
+    is_vocabulary,
+    open_models,
+)
+from lapis.weights.options import GraftOptions
 from lapis.weights.vocabulary import Vocabulary, open_vocabulary, relation, rows_for, template_tokens
 
-Model = str | os.PathLike[str] | Checkpoint
 ScaleLike = float | str | Path | Mapping[str, Any] | Scale
 
 
@@ -45,8 +61,7 @@ class GraftPlan:
 
     @property
     def disk_bytes(self) -> int:
-        heads = sum(len(header_bytes({o.name: ("U8", o.shape) for o in f}, {})) for f in self.files.values())
-        return sum(output.nbytes for outputs in self.files.values() for output in outputs) + heads + (64 << 20)
+        return disk_bytes(self.files)
 
     @property
     def memory_bytes(self) -> int:
@@ -60,34 +75,47 @@ def plan_graft(
     chat: Model | Sequence[Model],
     onto: Model,
     scale: ScaleLike | Sequence[ScaleLike] = 1.0,
-    embeddings: str | None = None,
-    norms: str = "keep",
-    template: str = "chat",
+    options: GraftOptions = GraftOptions(),  # noqa: B008
 ) -> GraftPlan:
-    """Checks a graft and lays it out. Raises CheckpointError or ConfigError with all problems at once."""
+    """Checks a graft and lays it out; the arguments are those of `graft`.
+
+    Raises:
+        CheckpointError: With all problems of the models at once.
+        ConfigError: For an option that is none of those that there are.
+    """
     chats, scales = _listed(chat), [read_scale(each) for each in _listed(scale)]
-    embeddings = embeddings or next((each.embeddings for each in scales if each.embeddings), "keep")
-    for option, value in (("embeddings", embeddings), ("norms", norms)):
-        if value not in ("keep", "add"):
-            raise ConfigError(f'graft: {option} is "{value}"; give keep or add')
-    if template not in ("chat", "onto"):
-        raise ConfigError(f'graft: template is "{template}"; give chat or onto')
+    embeddings: str = options.embeddings or next((str(each.embeddings) for each in scales if each.embeddings), "keep")
+    if embeddings not in ("keep", "add"):
+        raise ConfigError(f'graft: embeddings is "{embeddings}" in the plan; give keep or add')
     if len(scales) == 1:
         scales *= len(chats)
     if len(scales) != len(chats) or not chats:
         raise ConfigError(f"graft: {len(chats)} chat models and {len(scales)} scales; give one scale, or one for each")
-    inputs = _open({"base": base} | {_role(i): each for i, each in enumerate(chats)} | {"onto": onto})
+    roles = {"chat" if i == 0 else f"chat{i + 1}": each for i, each in enumerate(chats)}
+    inputs = open_models({"base": base} | roles | {"onto": onto}, "graft")
     words = {role: open_vocabulary(checkpoint) for role, checkpoint in inputs.items()}
     problems, notes = check_configs(inputs)
     for role, checkpoint in inputs.items():
         notes += [f"{role}: {note}" for note in checkpoint.notes]
-    layout = _Layout(inputs, words, scales, embeddings, norms, template)
+    layout = _Layout(inputs, words, scales, embeddings, options.norms, options.template)
     shape = _shape(inputs["onto"])
     problems += [line for each in scales for line in each.problems(layout.parts.values(), shape)]
-    problems += check_vocabularies(inputs, words, embeddings)
+    problems += check_vocabularies(inputs, words)
+    unread = [role for role in inputs if words[role] is None]
+    if unread and embeddings == "add":
+        problems.append(f"no tokenizer.json in {', '.join(unread)}; embeddings can be added by token string only")
     problems += check_tensors(inputs, {name: layout.fate(name) for name in layout.parts})
+    more, lines = check_same_tokens(inputs, words, options.same_tokens)
+    problems, notes = problems + more, notes + lines
+    if not problems:
+        parent = inputs["base"]
+        pairs = [("base", parent, role, checkpoint) for role, checkpoint in inputs.items() if role != "base"]
+        problems, lines = check_parents(pairs, options.allow_unrelated)
+        notes += lines
     if problems:
-        raise CheckpointError(told("graft", problems))
+        raise CheckpointError(format_problems("graft", problems))
+    for tower, count in Counter(inputs["onto"].towers.others.values()).items():
+        notes.append(f"{count} tensors of {tower} are copied from onto: what is changed is the language model")
     if not layout.template:
         blind = [role for role, vocabulary in words.items() if vocabulary is None]
         why = f"no tokenizer.json in {', '.join(blind)}" if blind else "chat's template has no tokens of its own"
@@ -96,8 +124,8 @@ def plan_graft(
     recipe = {
         "scale": [s.to_json() for s in scales] if len(scales) > 1 else scales[0].to_json(),
         "embeddings": embeddings,
-        "norms": norms,
-        "template": template,
+        "norms": options.norms,
+        "template": options.template,
     }
     files = layout.files()
     return GraftPlan(
@@ -149,8 +177,10 @@ class _Layout:
         return added
 
     def fate(self, name: str) -> str:
-        """What becomes of a tensor: merge, keep (a norm), rows (of tokens), zero (scaled by 0), scales (of FP8)."""
+        """What becomes of a tensor: merge, keep (a norm), rows (of tokens), zero, scales (of FP8), tower (another)."""
         part, shape = self.parts[name], self.onto.info(name).shape
+        if name in self.onto.towers.others:
+            return "tower"
         if is_scale(self.onto, name):
             return "scales"
         if is_vocabulary(part) and shape and shape[0] == self._rows:
@@ -182,7 +212,7 @@ class _Layout:
         if fate == "rows":
             return self._token_rows(name, own, dtype)
         if fate != "merge":
-            why = "norms are kept" if fate == "keep" else "its scale is 0"
+            why = {"keep": "norms are kept", "zero": "its scale is 0"}.get(fate, "not the language model's")
             self.entries.append(Entry(name, "copied", why + (", dequantized" if own.scaled else "")))
             return Output(name, dtype, info.shape, (own,), Kernel(unchanged) if own.scaled else None)
         scales = [scale.of(part) for scale in self.scales]
@@ -230,6 +260,8 @@ class _Layout:
         part = self.inputs[role].part(name)
         if is_scale(self.inputs[role], name):
             return "read with the weights that it scales"
+        if tower := self.inputs[role].towers.others.get(name):
+            return f"{tower} is not the language model's"
         if is_vocabulary(part):
             return "embeddings are kept"
         if is_norm(part) and self.norms == "keep":
@@ -280,48 +312,14 @@ def add_difference(scales: Sequence[float]) -> Callable[[Tile, Any], tuple[torch
     return apply
 
 
-def unchanged(tile: Tile, _state: Any) -> tuple[torch.Tensor, None]:
-    """The kernel that only rounds to the output's dtype."""
-    return tile.inputs[0], None
-
-
-def changed_config(config: Mapping[str, Any], plan: GraftPlan) -> dict[str, Any]:
-    """config.json of the output."""
-    result = dict(config)
-    if "quantization_config" in plan.config:
-        result = without_quantization(result)
-        result |= {key: "bfloat16" for key in ("torch_dtype", "dtype") if key in result}
-    if "vocab_size" in plan.config:
-        inner = result.get("text_config")
-        if isinstance(inner, Mapping) and "vocab_size" in inner:
-            result["text_config"] = {**inner, "vocab_size": plan.config["vocab_size"]}
-        else:
-            result["vocab_size"] = plan.config["vocab_size"]
-    return result
-
-
-def _open(models: Mapping[str, Model]) -> dict[str, Checkpoint]:
-    inputs, problems = {}, []
-    for role, model in models.items():
-        try:
-            inputs[role] = model if isinstance(model, Checkpoint) else open_checkpoint(model)
-        except CheckpointError as error:
-            problems.append(f"{role}: {error}")
-    if problems:
-        raise CheckpointError(told("graft", problems))
-    return inputs
-
-
 def _shape(model: Checkpoint) -> dict[str, Any]:
     """What config.json says of the model's shape; empty where its family is not known or does not say."""
     try:
-        return vars(model.family.read_config(model.config)) if model.family else {}
+        config = language_config(model.config)
+        family = find(config)
+        return vars(family.read_config(config)) if family else {}
     except CheckpointError:
         return {}
-
-
-def _role(number: int) -> str:
-    return "chat" if number == 0 else f"chat{number + 1}"
 
 
 def _listed(value: Any) -> list[Any]:

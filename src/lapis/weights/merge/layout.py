@@ -13,12 +13,11 @@ import torch
 
 from lapis.checkpoint import Checkpoint
 from lapis.errors import ConfigError
-from lapis.weights.checks import embedding_rows
 from lapis.weights.engine.fp8 import is_number
 from lapis.weights.engine.job import Entry
+from lapis.weights.engine.outputs import Kernel, Output, unchanged
 from lapis.weights.engine.sources import COMPUTABLE, Source, Stored
-from lapis.weights.engine.stream import Output
-from lapis.weights.matching import is_vocabulary
+from lapis.weights.matching import embedding_rows, is_vocabulary
 from lapis.weights.merge.kernel import kernel_of
 from lapis.weights.merge.parameters import Resolver
 from lapis.weights.merge.placing import Placed, Placing
@@ -88,6 +87,8 @@ class Layout:
         dtypes = {source.dtype for source in stored}
         if not dtypes <= set(COMPUTABLE):
             return self._buffer(placed, stored)
+        if placed.tower:
+            return self._copied(placed, stored[0])
         aligned = self.words is not None and is_vocabulary(placed.part)
         shapes = {source.shape[1:] if aligned else source.shape for source in stored}
         if len(shapes) > 1:
@@ -101,6 +102,12 @@ class Layout:
             if str(error) not in self.problems:
                 self.problems.append(str(error))
             return None
+
+    def _copied(self, placed: Placed, source: Stored) -> Output:
+        """A tensor of another tower, as it is, but for the dtype that the recipe asks for."""
+        dtype = getattr(torch, self.recipe.dtype) if self.recipe.dtype else _widest([source])
+        self.entries.append(Entry(placed.name, "copied", f"{placed.tower} of {source.role}"))
+        return Output(placed.name, dtype, source.shape, (source,), None if dtype == source.dtype else Kernel(unchanged))
 
     def _merged(self, placed: Placed, stored: list[Stored], aligned: bool) -> Output:
         method, recipe = self.recipe.method, self.recipe

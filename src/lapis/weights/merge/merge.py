@@ -17,18 +17,26 @@ from typing import Any
 from lapis.checkpoint import Checkpoint, open_checkpoint
 from lapis.checkpoint.commit import check_output
 from lapis.checkpoint.store import INDEX
-from lapis.checkpoint.tensor_file import header_bytes
 from lapis.errors import CheckpointError, ConfigError
-from lapis.weights.checks import check_configs, check_vocabularies, told
-from lapis.weights.engine.job import Entry, MergeResult, count, produce, write_account
+from lapis.weights.checks import (
+    UNRELATED,
+    check_configs,
+    check_parents,
+    check_same_tokens,
+    check_vocabularies,
+    kinship,
+)
+from lapis.weights.engine.job import Entry, MergeResult, count, disk_bytes, produce, write_account
 from lapis.weights.engine.outputs import Account, Output
 from lapis.weights.engine.tiles import THREADS, TILE
+from lapis.weights.matching import format_problems
 from lapis.weights.merge.expression import parse_expression
 from lapis.weights.merge.layout import Layout, sharded
 from lapis.weights.merge.placing import place
 from lapis.weights.merge.recipe import Recipe, parse_recipe, read_recipe
 from lapis.weights.merge.settings import chat_template, output_config, write_template, write_tokenizer
 from lapis.weights.merge.union import Words
+from lapis.weights.options import MergeOptions
 from lapis.weights.tokenizer_files import carry, write_index, write_json
 from lapis.weights.vocabulary import open_vocabulary
 
@@ -50,8 +58,7 @@ class MergePlan:
 
     @property
     def disk_bytes(self) -> int:
-        heads = sum(len(header_bytes({o.name: ("U8", o.shape) for o in f}, {})) for f in self.files.values())
-        return sum(output.nbytes for outputs in self.files.values() for output in outputs) + heads + (64 << 20)
+        return disk_bytes(self.files)
 
     @property
     def memory_bytes(self) -> int:
@@ -66,21 +73,31 @@ def merge(
     recipe: Recipe | Mapping[str, Any] | str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
-    seed: int | None = None,
-    overwrite: bool = False,
-    allow_nonfinite: bool = False,
-    dry_run: bool = False,
+    seed: int | None = MergeOptions.seed,
+    allow_unrelated: bool = MergeOptions.allow_unrelated,
+    same_tokens: bool = MergeOptions.same_tokens,
+    overwrite: bool = MergeOptions.overwrite,
+    allow_nonfinite: bool = MergeOptions.allow_nonfinite,
+    dry_run: bool = MergeOptions.dry_run,
     progress: Callable[[int, int], None] | None = None,
 ) -> MergeResult:
-    """Writes the merge that a recipe describes as a model folder at `out`.
+    """Writes the merge that a recipe describes as a model folder. Goes on where a killed run of it stopped.
 
-    recipe: a YAML file in mergekit's format, its content as a mapping, or a line such as "A + 0.8*(B - C)". seed: what
-    random masks are drawn from, instead of the recipe's. progress(done, total) is called in bytes of output.
-    Goes on where a killed run of the same merge stopped. Raises ConfigError or CheckpointError with all problems at
-    once before a weight is read, OutputError where `out` cannot be written.
+    Args:
+        recipe: A YAML file in mergekit's format, its content as a mapping, or a line such as "A + 0.8*(B - C)".
+        out: A new folder.
+        seed: This and the options after it are those of `lapis.weights.options.MergeOptions`.
+        progress: Called with (done, total) in bytes of output.
+
+    Returns:
+        What was done to the tensors, what was read and written, and notes.
+
+    Raises:
+        ConfigError, CheckpointError: With all problems at once, before the work begins.
+        OutputError: Where `out` cannot be written.
     """
     started = time.perf_counter()
-    plan = plan_merge(recipe, seed)
+    plan = plan_merge(recipe, seed, allow_unrelated, same_tokens)
     needs = {"disk_bytes": plan.disk_bytes, "memory_bytes": plan.memory_bytes}
     result = MergeResult(str(out), count(plan.entries), needs=needs, notes=plan.notes, dry_run=dry_run)
     if dry_run:
@@ -116,24 +133,38 @@ def open_recipe(recipe: Recipe | Mapping[str, Any] | str | os.PathLike[str]) -> 
     return read_recipe(text) if text.endswith((".yaml", ".yml")) or Path(text).is_file() else parse_expression(text)
 
 
-def plan_merge(recipe: Recipe | Mapping[str, Any] | str | os.PathLike[str], seed: int | None = None) -> MergePlan:
-    """Checks a merge and lays it out, from headers, configs and tokenizers alone. Tells all problems at once."""
+def plan_merge(
+    recipe: Recipe | Mapping[str, Any] | str | os.PathLike[str],
+    seed: int | None = MergeOptions.seed,
+    allow_unrelated: bool = MergeOptions.allow_unrelated,
+    same_tokens: bool = MergeOptions.same_tokens,
+) -> MergePlan:
+    """Checks a merge and lays it out; the arguments are those of `merge`.
+
+    Raises:
+        ConfigError, CheckpointError: With all problems at once.
+    """
     recipe = open_recipe(recipe)
     if seed is not None:
         recipe = replace(recipe, seed=seed)
     inputs, problems = _open(recipe)
     if problems:
-        raise CheckpointError(told("merge", problems))
+        raise CheckpointError(format_problems("merge", problems))
     placing = place(recipe, inputs)
     problems += placing.problems
     notes = list(recipe.notes)
     for role, checkpoint in inputs.items():
         notes += [f"{role}: {line}" for line in checkpoint.notes]
-    found, more = check_configs(inputs, placing.owner)
-    problems, notes = problems + found, notes + more
+    more, lines = check_configs(inputs, placing.owner)
+    problems, notes = more + problems, notes + lines
     words = {model: open_vocabulary(checkpoint) for model, checkpoint in inputs.items()}
     layout = Layout(recipe, inputs, placing, words)
-    problems += check_vocabularies(inputs, words, "keep") + layout.check_vocabularies()
+    more, lines = check_same_tokens(inputs, words, same_tokens)
+    problems, notes = problems + more, notes + lines
+    problems += check_vocabularies(inputs, words) + layout.check_vocabularies()
+    if not problems:
+        problems, lines = _check_parents(recipe, inputs, allow_unrelated)
+        notes += lines
     outputs = [layout.output(each) for each in placing.placed] if not problems else []
     problems += layout.problems
     if placing.placed and not placing.problems:
@@ -145,10 +176,10 @@ def plan_merge(recipe: Recipe | Mapping[str, Any] | str | os.PathLike[str], seed
     except ConfigError as error:
         problems.append(str(error))
     if problems:
-        raise CheckpointError(told("merge", problems))
+        raise CheckpointError(format_problems("merge", problems))
     placed = [output for output in outputs if output]
     config, changed = output_config(inputs[placing.owner], donor, placing, placed, recipe.dtype)
-    notes += layout.resolver.notes() + layout.notes + changed
+    notes += placing.notes + layout.resolver.notes() + layout.notes + changed
     entries = layout.entries + [
         Entry(name, "skipped", why, role=model) for (model, name), why in placing.unused.items()
     ]
@@ -170,6 +201,36 @@ def _open(recipe: Recipe) -> tuple[dict[str, Checkpoint], list[str]]:
             else:
                 problems.append(str(error))
     return inputs, problems
+
+
+def _check_parents(
+    recipe: Recipe, inputs: Mapping[str, Checkpoint], allow_unrelated: bool
+) -> tuple[list[str], list[str]]:
+    """Where differences are taken, that both sides are related; where models are averaged, a note if they are not."""
+    differences: dict[tuple[str, str], None] = {}
+    averaged: dict[tuple[str, str], None] = {}
+    for each in recipe.slices:
+        base = each.base or recipe.base
+        models = [entry.model for entry in each.inputs]
+        negative = [e.model for e in each.inputs if _is_negative(e.parameters.get("weight"))]
+        if recipe.method.takes_differences and base in models:
+            differences |= {(base, model): None for model in models if model != base}
+        elif recipe.method.name != "passthrough":
+            pairs = {(models[0], model): None for model in models[1:]}
+            if negative:
+                differences |= {(one, other): None for one in negative for other in models if other not in negative}
+            else:
+                averaged |= pairs
+    problems, notes = check_parents([(a, inputs[a], b, inputs[b]) for a, b in differences], allow_unrelated)
+    for one, other in averaged.keys() - differences.keys():
+        cosine, _ = kinship(inputs[one], inputs[other])
+        if cosine is not None and cosine < UNRELATED:
+            notes.append(f"{one} and {other} are unrelated: the cosine of their weights is {cosine:.2f}")
+    return problems, notes
+
+
+def _is_negative(weight: Any) -> bool:
+    return isinstance(weight, (int, float)) and weight < 0
 
 
 def _write_beside(plan: MergePlan, folder: Path) -> None:

@@ -6,6 +6,7 @@ lies after them from the last's. Reads no weights. Leaves out: vocabularies (uni
 
 import difflib
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -20,7 +21,8 @@ from lapis.weights.merge.recipe import Input, Recipe, Slice
 class Placed:
     """One tensor of the output. t: the layer's place in its slice, 0 to 1; None outside the layers.
 
-    sources: each input of the slice with the tensor's name in it, in the recipe's order.
+    sources: each input of the slice with the tensor's name in it, in the recipe's order. tower: where the tensor is not
+    the language model's ("vision_tower"); it is then copied from the one source.
     """
 
     name: str
@@ -29,6 +31,7 @@ class Placed:
     base: str | None
     t: float | None
     sources: tuple[tuple[Input, str], ...]
+    tower: str = ""
 
 
 @dataclass
@@ -44,6 +47,7 @@ class Placing:
     unused: dict[tuple[str, str], str] = field(default_factory=dict)
     layers: list[int] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 def place(recipe: Recipe, models: Mapping[str, Checkpoint]) -> Placing:
@@ -72,6 +76,9 @@ def place(recipe: Recipe, models: Mapping[str, Checkpoint]) -> Placing:
         if not models[after.reference].part(name).component.startswith("embed"):
             after.put(result, name, None, None, None)
     _account_for_the_rest(result, models, slices)
+    copied = Counter((each.tower, each.sources[0][0].model) for each in result.placed if each.tower)
+    for (tower, model), count in copied.items():
+        result.notes.append(f"{count} tensors of {tower} are copied from {model}: merged is the language model")
     return result
 
 
@@ -93,6 +100,10 @@ class _Slot:
             model: {self.models[model].part(name): name for name in reversed(self.models[model].names)}
             for model in inputs
         }
+        self.inner = {
+            model: {self.models[model].towers.inner(name): name for name in self.models[model].names}
+            for model in inputs
+        }
 
     def put(
         self, result: Placing, name: str, layer: int | None, offsets: Mapping[str, int] | None, t: float | None
@@ -102,23 +113,30 @@ class _Slot:
         if why := _no_weight(owner, name):
             result.unused[self.reference, name] = why
             return
-        part, found = owner.part(name), []
+        part, sources = owner.part(name), []
+        if tower := owner.towers.others.get(name):
+            own = next(entry for entry in self.within.inputs if entry.model == self.reference)
+            result.placed.append(Placed(name, part, self.within, self.base, None, ((own, name),), tower))
+            return
         for entry in self.within.inputs:
             if offsets is None:
                 other = self.names[entry.model].get(name)
-                wanted = name
+                expected = name
             else:
-                wanted = renumbered(name, offsets[self.reference], offsets[entry.model])
+                expected = renumbered(name, offsets[self.reference], offsets[entry.model])
+                inner = renumbered(owner.towers.inner(name) or name, offsets[self.reference], offsets[entry.model])
                 same = Part(offsets[entry.model], part.component, part.kind)
-                other = wanted if wanted in self.models[entry.model].index else self.parts[entry.model].get(same)
+                other = expected if expected in self.models[entry.model].index else self.inner[entry.model].get(inner)
+                other = other or self.parts[entry.model].get(same)
             if other is None:
-                result.problems.append(f"{wanted} is not in {entry.model}; {_near(wanted, self.models[entry.model])}")
+                model = self.models[entry.model]
+                result.problems.append(f"{expected} is not in {entry.model}; {_near(expected, model)}")
             else:
-                found.append((entry, other))
+                sources.append((entry, other))
         if offsets is not None and layer is not None:
             name = renumbered(name, offsets[self.reference], layer)
             part = Part(layer, part.component, part.kind)
-        result.placed.append(Placed(name, part, self.within, self.base, t, tuple(found)))
+        result.placed.append(Placed(name, part, self.within, self.base, t, tuple(sources)))
 
 
 def renumbered(name: str, old: int, new: int) -> str:
@@ -170,6 +188,8 @@ def _account_for_the_rest(result: Placing, models: Mapping[str, Checkpoint], sli
                 pass
             elif model not in picked:
                 why = "the model gives its config and tokenizer only"
+            elif tower := checkpoint.towers.others.get(name):
+                why = f"{tower} is not the language model, which is what is merged"
             elif part.layer is not None and part.layer not in picked[model]:
                 why = "its layer is not picked"
             elif part.layer is None and (len(slices) > 1 or model not in ends):

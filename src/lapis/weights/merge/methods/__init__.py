@@ -37,6 +37,7 @@ class Method:
 
     base: "required", "optional" (used where a recipe names one), or "ignored" (a base is a model like the others).
     least, most: how many models besides a base that is used. rows: a block must hold whole rows. seeded: draws masks.
+    differences: what is merged are differences from the base, where one is used.
     """
 
     name: str
@@ -46,6 +47,12 @@ class Method:
     most: int | None = None
     rows: bool = False
     seeded: bool = False
+    differences: bool = True
+
+    @property
+    def takes_differences(self) -> bool:
+        """Whether models are compared with a base that is their parent."""
+        return self.differences and self.base != "ignored"
 
     @cached_property
     def parameters(self) -> dict[str, Parameter]:
@@ -87,7 +94,7 @@ METHODS: dict[str, Method] = {
         Method("della_linear", sparse.della_linear, base="required", rows=True, seeded=True),
         Method("breadcrumbs", sparse.breadcrumbs, base="required"),
         Method("breadcrumbs_ties", sparse.breadcrumbs_ties, base="required"),
-        Method("slerp", spherical.slerp, base="required", most=1),
+        Method("slerp", spherical.slerp, base="required", most=1, differences=False),
         Method("nuslerp", spherical.nuslerp, base="optional", least=2, most=2, rows=True),
         Method("multislerp", spherical.multislerp, base="optional"),
         Method("karcher", spherical.karcher, base="ignored"),
