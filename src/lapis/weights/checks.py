@@ -243,7 +243,8 @@ def check_parents(
 def kinship(one: Checkpoint, two: Checkpoint) -> tuple[float | None, int]:
     """The median cosine between matrices in the blocks of two models, and how many numbers were compared.
 
-    A sample of each of a few matrices is read. The median, so that a few outliers do not decide. None where there is nothing to compare, or it holds NaN or Inf, which is told elsewhere.
+    A sample of each of a few matrices is read. The median, so that a few outliers do not decide. None where there is
+    nothing to compare, or only NaN and Inf, which the work itself refuses.
     """
     names = counterparts(one, two)
     matrices = [
