@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from lapis.checkpoint.files import contained, read_json
 from lapis.checkpoint.tensor_file import SHARD_NAME, Header, TensorInfo, read_header, torch_dtype
+from lapis.checkpoint.towers import Towers, find_towers, language_config
 from lapis.errors import CheckpointError
 from lapis.families import find
 from lapis.families.base import Family, Part, fallback_part
-from lapis.families.towers import Towers, find_towers, language_config
 
 if TYPE_CHECKING:
     import torch

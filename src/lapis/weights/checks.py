@@ -13,11 +13,11 @@ import torch
 
 from lapis.checkpoint import Checkpoint
 from lapis.checkpoint.commit import sha256_of
+from lapis.checkpoint.towers import language_config
 from lapis.errors import CheckpointError
 from lapis.families import find
 from lapis.families.config import ModelConfig, Rope
 from lapis.families.fields import GENERIC, TOKENS
-from lapis.families.towers import language_config
 from lapis.weights.engine.fp8 import is_number
 from lapis.weights.engine.sources import Stored, as_bytes
 from lapis.weights.matching import counterparts, embedding_rows

@@ -13,10 +13,10 @@ import torch
 
 from lapis.checkpoint import Checkpoint
 from lapis.checkpoint.tensor_file import torch_dtype
+from lapis.checkpoint.towers import language_config
 from lapis.errors import CheckpointError, ConfigError
 from lapis.families import find
 from lapis.families.base import Part
-from lapis.families.towers import language_config
 from lapis.weights.checks import (
     check_configs,
     check_parents,
