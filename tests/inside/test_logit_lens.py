@@ -250,7 +250,7 @@ def test_a_typed_space_stays(words):
     assert spaced(" Malaysia") == [" Malaysia"] and spaced("Malaysia") == ["Malaysia"]
     assert spaced(" Malaysia, Kuala,  Jakarta ,the") == [" Malaysia", "Kuala", " Jakarta", "the"]
     (typed,) = as_words(" Malaysia", words, words.rows)
-    assert [s.text for s in typed.spellings] == [" Malaysia"] and typed.label == " Malaysia"
+    assert [s.text for s in typed.spellings] == [" Malaysia"] and typed.label == "␣Malaysia"
     assert spaced(",, ,") == [] and spaced("") == []
 
 

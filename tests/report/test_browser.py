@@ -35,7 +35,7 @@ def page_file(tmp_path_factory):
     page = Page(LONG, LONG).section("Pictures " + LONG, LONG)
     page.figure(plots.layer_heatmap(diff, "Heat"), rows=diff).figure(plots.learning_curves(curves, "Curves"))
     page.figure(plots.lens_grid(lens, "Lens")).figure(plots.scores(scores, "Scores", metric="nll"))
-    page.table(table, columns, "A wide table", sortable=True).code(LONG).samples([LONG]).stats([(LONG, LONG, LONG)])
+    page.table(table, columns, "A wide table", sortable=True).samples([LONG]).stats([(LONG, LONG, LONG)])
     page.replies([{"prompt": LONG, "replies": dict.fromkeys(("adapted", "chat", "grafted", "tuned"), LONG)}])
     file = tmp_path_factory.mktemp("page") / "report.html"
     file.write_text(page.render(), encoding="utf-8")

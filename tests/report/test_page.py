@@ -47,7 +47,7 @@ def whole():
     page.section("One", "Text with `code` and **weight**.").figure(curves(), "A caption.", rows=[{"a": 1, "b": 0.5}])
     page.section("Two").table([{"model": "base", "nll": 2.0}], ["model", Column("nll", best="min")], "A table")
     page.section("Three").figure(curves("Again")).replies([{"prompt": "Hi", "replies": {"chat": "Hello"}}])
-    return page.samples(["one", "two"], "Samples").code("lapis tour").stats([("gap", "0.5", "half")]).render()
+    return page.samples(["one", "two"], "Samples").stats([("gap", "0.5", "half")]).render()
 
 
 def test_plotly_is_inside_exactly_once_and_only_where_there_is_a_figure(whole):
@@ -106,9 +106,7 @@ def everywhere(text):
     page.table(
         [{"a": text}], [Column("a", text, group=text, unit=text)], text, caption=text, mark=[text], sortable=True
     )
-    page.table([{"a": text}], ["a"], folded=text).samples([text], text, language="ms").code(text).stats(
-        [(text, text, text)]
-    )
+    page.table([{"a": text}], ["a"], folded=text).samples([text], text, language="ms").stats([(text, text, text)])
     return page.replies(
         [{"prompt": text, "replies": {text: text}, "wanted": text, "right": [text], "language": "ms"}]
     ).render()

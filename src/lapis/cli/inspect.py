@@ -44,7 +44,9 @@ def inspect(
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
     if html is not None:
-        draw(model, result, html)
+        from lapis.report.pages.inspect import inspect_page
+
+        write_page(inspect_page({"model": model, **result}, lengths(measured) if measured else ()), html)
 
 
 def measure_source(model: str, context: int | None) -> "tuple[dict[str, Any], Size | None, list[str]]":
@@ -109,23 +111,21 @@ def render(model: str, result: dict[str, Any], measured: "Size | None") -> None:
     table("What grows with the context", ("", ""), GROWTH)
 
 
-def draw(model: str, result: "dict[str, Any]", path: Path) -> None:
-    """A page with the treemap of parameters."""
-    from lapis.report import Page, plots
+def lengths(measured: "Size") -> "list[dict[str, Any]]":
+    """Memory and FLOPs at lengths that double, up to four times the context and the context itself among them."""
+    from lapis.model.size import measure
 
-    outside = [(None, component, count) for component, count in result["parameters"]["components"].items()]
-    inside = [(row["layer"], component, n) for row in result["layers"] for component, n in row["components"].items()]
-    rows = [{"layer": layer, "component": part, "parameters": n} for layer, part, n in [*outside, *inside] if n]
-    total = result["parameters"]["total"]
-    largest = max(
-        ("the layers", sum(n for _, _, n in inside)), *((part, n) for _, part, n in outside), key=lambda x: x[1]
-    )
-    title = f"{largest[0]} hold {largest[1] / total:.0%} of {total:,} parameters"
-    page = Page(f"What {Path(model).name or model} is made of", "Counted from its shape; no weight was read.")
-    page.figure(
-        plots.parameter_treemap(rows, title[0].upper() + title[1:]), "Area is the number of parameters.", rows=rows
-    )
-    write_page(page, path)
+    most = 4 * measured.config.context
+    contexts = sorted({*(2**n for n in range(7, 30) if 2**n <= most), measured.context})
+    rows = []
+    for context in contexts:
+        figures = measure(measured.config, context).to_json()
+        rows.append({
+            "context": context, "weights": figures["memory"]["weights_bytes"],
+            "cache": figures["memory"]["kv_cache_bytes"], "flops": figures["flops"]["per_token"],
+            "attention": figures["flops"]["attention_per_token"],
+        })  # fmt: skip
+    return rows
 
 
 def compare_mixers(spelled: str, html: Path | None, json: bool) -> None:
@@ -143,11 +143,7 @@ def compare_mixers(spelled: str, html: Path | None, json: bool) -> None:
     body = [(row.name, number(row.parameters), number(row.flops), row.mixes) for row in rows]
     show(result, json, lambda: table(f"{tokens} tokens x {features} features", heads, body))
     if html is not None:
-        from lapis.report import Page, plots
+        from lapis.report.pages.inspect import mixers_page
 
         drawn = [{"mixer": row.name, "parameters": row.parameters, "flops": row.flops} for row in rows]
-        times = rows[0].parameters / rows[-1].parameters
-        title = f"Attention mixes everything with {times:,.0f} times fewer parameters than a fully connected layer"
-        page = Page(f"Mixing {tokens} tokens of {features} features", "What three layers with the same input cost.")
-        page.figure(plots.mixers(drawn, title), "FLOPs of one forward pass.", rows=drawn)
-        write_page(page, html)
+        write_page(mixers_page(tokens, features, drawn), html)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lapis.errors import ConfigError, LapisError, MissingExtra
-from lapis.inside.prompt import Prompt, as_tokenizer, check_length, encode, token_text
+from lapis.inside.prompt import Prompt, as_tokenizer, check_length, encode, show, token_text
 from lapis.inside.trace import Anatomy, anatomy
 from lapis.model.blocks.attention import AttentionCore
 
@@ -71,7 +71,7 @@ class AttentionMap:
 
         says = "looks" if what == "weights" else "takes from"
         title = f"Head {self.label}: where each token {says}"
-        return plots.attention_map([self.rows(what)], self.tokens, title)
+        return plots.attention_map([self.rows(what)], [show(token) for token in self.tokens], title)
 
     def to_pandas(self) -> "pandas.DataFrame":
         """A row per pair of a token and one that it sees."""

@@ -99,8 +99,9 @@ class Word:
 
     @property
     def label(self) -> str:
-        """The word, and of which piece the ranks are where it has no token of its own."""
-        return f"{self.text} (its piece {' or '.join(map(show, self.pieces))})" if self.pieces else self.text
+        """The word with its spaces to be seen, and of which piece the ranks are where it has no token of its own."""
+        word = show(self.text)
+        return f"{word} (its piece {' or '.join(map(show, self.pieces))})" if self.pieces else word
 
 
 def as_words(track: str | Iterable[str | Word], tokenizer: Tokenizer, rows: int) -> list[Word]:

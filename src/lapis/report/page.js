@@ -62,19 +62,22 @@
   async function draw(plot) {
     const { data: traces, layout } = JSON.parse(plot.parentElement.querySelector("script").textContent);
     const meta = layout.meta ?? {};
-    const room = printing ? 680 : plot.parentElement.clientWidth;
+    const inside = plot.parentElement.clientWidth;   // 0 in what is folded, which is drawn again when it is opened
+    const room = printing ? 680 : inside || document.querySelector("main").clientWidth - 64;
     const narrow = room < 600;
     if (narrow) for (const [path, value] of Object.entries(meta.narrow ?? {})) put(layout, path, value);
     const width = printing ? room : Math.max(Math.min(room, meta.max_width || room), meta.min_width || 0);
     plot.style.width = `${width}px`;
+    const fresh = !plot.dataset.drawn;
     plot.style.height = `${layout.height}px`;
     let spec = { data: traces, layout: { ...layout, template: look.template } };
     if (dark.matches && !printing) spec = darken(spec, "");
     Object.assign(spec.layout, { width, autosize: false });
     if (narrow || touch.matches) spec.layout.dragmode = false;   // a finger scrolls the page
-    plot.dataset.room = room;
+    plot.dataset.room = inside;
     for (const note of plot.querySelectorAll(":scope > p")) note.remove();
     await Plotly.react(plot, spec.data, spec.layout, { displayModeBar: false, responsive: false });
+    if (fresh && meta.end) plot.parentElement.scrollLeft = plot.parentElement.scrollWidth;
     plot.dataset.drawn = dark.matches && !printing ? "dark" : "light";
   }
 

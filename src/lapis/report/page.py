@@ -20,7 +20,7 @@ import copy
 import hashlib
 import json
 import zlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any, Self
@@ -85,10 +85,6 @@ class Page:
         """Paragraphs, parted by blank lines."""
         return self._add(markup.paragraphs(text))
 
-    def code(self, text: str) -> Self:
-        """Commands or code, as they stand."""
-        return self._add(f"<pre><code>{escape(text.strip())}</code></pre>")
-
     def stats(self, figures: Sequence[tuple[str, str, str]]) -> Self:
         """A few key figures in large type: (label, value, note)."""
         return self._add(markup.stats(figures))
@@ -109,6 +105,19 @@ class Page:
             rows, columns, title, caption=caption, mark=mark, sortable=sortable, level=self._level()
         )  # fmt: skip
         return self._add(f"<details><summary>{prose(folded)}</summary>\n{block}\n</details>" if folded else block)
+
+    def beside(self, *blocks: Callable[[], object]) -> Self:
+        """Puts blocks next to each other where there is room, and below each other where not.
+
+        Args:
+            blocks: Each adds to this page what stands in one column: `lambda: page.table(...)`.
+        """
+        self._blocks.append('<div class="beside">')
+        for add in blocks:
+            self._blocks.append("<div>")
+            add()
+            self._blocks.append("</div>")
+        return self._add("</div>")
 
     def replies(self, rows: Sequence[Row]) -> Self:
         """Replies of several models, side by side under their prompt.
@@ -161,6 +170,8 @@ class Page:
             f"<p>The picture is drawn here once the page has loaded.</p></div>\n"
             f"{data}</div>\n"
         )
+        if meta.get("more"):
+            block += f'<p class="more">{prose(meta["more"])}</p>\n'
         if caption:
             block += f"<figcaption>{prose(caption)}</figcaption>\n"
         block += '<div class="tools"><button class="keep" type="button" hidden>Save as PNG</button></div>\n'

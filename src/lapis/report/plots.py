@@ -1,8 +1,8 @@
 """Every picture of lapis, by name: plain rows (lists of dicts) in, a plotly figure out.
 
     learning_curves, metric_panels                                  curves.py
-    scores, scale_sweep, mixers                                     scores.py
-    plan_scatter                                                    plan.py
+    scores, scale_sweep, growth, mixers                             scores.py
+    plan_stack, plan_scatter                                        plan.py
     layer_heatmap, spectra, tensor_errors, parameter_treemap        weights.py
     embedding_rows                                                  embedding.py
     lens_grid, rank_trajectories, attention_map, contributions      forward_pass.py
@@ -16,14 +16,15 @@ from lapis.report.figures.curves import learning_curves, metric_panels
 from lapis.report.figures.embedding import embedding_rows
 from lapis.report.figures.forward_pass import attention_map, contributions, lens_grid, rank_trajectories
 from lapis.report.figures.matrix import matrix
-from lapis.report.figures.plan import plan_scatter
-from lapis.report.figures.scores import mixers, scale_sweep, scores
+from lapis.report.figures.plan import plan_scatter, plan_stack
+from lapis.report.figures.scores import growth, mixers, scale_sweep, scores
 from lapis.report.figures.weights import layer_heatmap, parameter_treemap, spectra, tensor_errors
 
 __all__ = [
     "attention_map",
     "contributions",
     "embedding_rows",
+    "growth",
     "layer_heatmap",
     "learning_curves",
     "lens_grid",
@@ -32,6 +33,7 @@ __all__ = [
     "mixers",
     "parameter_treemap",
     "plan_scatter",
+    "plan_stack",
     "rank_trajectories",
     "scale_sweep",
     "scores",

@@ -3,7 +3,8 @@
 A figure is made in the light colors. A page swaps each of them for its dark twin when the reader prefers dark, so a
 color is written once, by its role. What a figure does on a narrow screen stands in `layout.meta`: `narrow` holds the
 layout settings (dotted path -> value) that replace the wide ones there, `min_width` the pixels below which the
-picture scrolls sideways inside its own box, `max_width` those beyond which it does not grow.
+picture scrolls sideways inside its own box, `max_width` those beyond which it does not grow, `end` that it is scrolled
+to its right end at first, and `more` the sentence that says on a narrow screen what is left out there.
 
 The six series colors keep apart under protanopia, deuteranopia and tritanopia (tests/report/test_theme.py measures
 it), and each series also has its own dash and marker. This file leaves out which picture shows what: see plots.py.
@@ -26,6 +27,7 @@ COLORS: dict[str, tuple[str, str]] = {
     "paper": ("#fcfbf8", "#15171c"),
     "wash": ("#f4f1ea", "#1e2128"),
     "rule": ("#e3dfd4", "#2f343e"),
+    "shade": ("#d3cdbf", "#434a57"),  # at the edge of what scrolls
     "quiet": ("#5b616b", "#a4acb9"),
     "ink": ("#1c2026", "#e7e9ed"),
     "lapis": ("#1633a8", "#4590ff"),
@@ -207,6 +209,11 @@ def adapt(figure: go.Figure, **overrides: Any) -> None:
     meta = dict(figure.layout.meta)
     meta["narrow"] = {**meta["narrow"], **{key.replace("__", "."): value for key, value in overrides.items()}}
     figure.layout.meta = meta
+
+
+def end(figure: go.Figure, more: str) -> None:
+    """The right end of a wide picture decides: it is shown first, and a narrow screen says what is left out there."""
+    figure.layout.meta = {**figure.layout.meta, "end": True, "more": more}
 
 
 def axis_title(figure: go.Figure, x: str = "", y: str = "", panel: int = 1) -> None:

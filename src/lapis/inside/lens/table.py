@@ -173,7 +173,7 @@ class LensTrace:
         names = list(words) or self.leading()
         more = {"model": model} if model else {}
         return [
-            {"word": show(self.label(name)), "layer": layer.layer, "rank": layer.ranks[name], **more}
+            {"word": self.label(name), "layer": layer.layer, "rank": layer.ranks[name], **more}
             for name in names for layer in self.layers
         ]  # fmt: skip
 
@@ -182,9 +182,7 @@ class LensTrace:
         from lapis.report import plots
 
         if what == "grid":
-            figure = plots.lens_grid(self.grid_rows(), self.finding())
-            ticks = figure.layout.yaxis.tickvals or ()
-            return figure.update_yaxes(ticktext=["embed" if tick < 0 else str(tick) for tick in ticks])
+            return plots.lens_grid(self.grid_rows(), self.finding())
         if what == "ranks":
             return plots.rank_trajectories(self.rank_rows(), self.ranks_finding())
         if what != "contributions":
@@ -218,7 +216,7 @@ class LensTrace:
         ranks = [layer.ranks[name] for layer in self.layers]
         worst = max(range(len(ranks)), key=lambda i: ranks[i])
         return (
-            f'"{show(self.label(name))}" ends at rank {ranks[-1]:,}; it stood at {ranks[0]:,} after the first layer'
+            f'"{self.label(name)}" ends at rank {ranks[-1]:,}; it stood at {ranks[0]:,} after the first layer'
             + (f" and at {ranks[worst]:,} after layer {worst}" if ranks[worst] > max(ranks[0], ranks[-1]) else "")
         )  # fmt: skip
 

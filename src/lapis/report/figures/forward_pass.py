@@ -15,12 +15,16 @@ from lapis.report.theme import Row, color, plain
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
+CELL = 78  # pixels of a token in the grid
+LAST = 4  # tokens of the grid that fit a narrow screen
+
 
 def lens_grid(rows: Iterable[Row], title: str) -> go.Figure:
     """Layer by position: in each cell the token that this layer would say next; color = its probability.
 
-    Row, one per cell: `layer` (int; 0 or the lowest is drawn at the foot), `position` (int), `token` (what stands in
-    the prompt there), `top`: list of (token, probability), best first; up to ten of them show on hovering.
+    Row, one per cell: `layer` (int; the lowest is drawn at the foot, and -1 is the embedding), `position` (int),
+    `token` (what stands in the prompt there), `top`: list of (token, probability), best first; up to ten of them show
+    on hovering.
     """
     cells = {(row["layer"], row["position"]): row for row in rows}
     if not cells:
@@ -37,12 +41,14 @@ def lens_grid(rows: Iterable[Row], title: str) -> go.Figure:
         hover.append([_top(cell["top"]) if cell else "" for cell in line])
     inner = 26 * len(layers)
     figure = theme.new_figure(
-        title, height=inner + theme.TITLE + 56 + 58, min_width=78 * len(positions) + 70, legend=False
+        title, height=inner + theme.TITLE + 56 + 58, min_width=CELL * len(positions) + 70, legend=False
     )
     figure.update_layout(margin={"t": theme.TITLE + 56, "b": 58}, dragmode=False)
+    names = ["embed" if layer < 0 else str(layer) for layer in layers]
     figure.add_heatmap(
-        x=positions, y=layers, z=z, customdata=hover, coloraxis="coloraxis", xgap=1, ygap=1, hoverongaps=False,
-        hovertemplate="<b>layer %{y}, after %{x}</b><br>%{customdata}<extra></extra>",
+        x=positions, y=layers, z=z, coloraxis="coloraxis", xgap=1, ygap=1, hoverongaps=False,
+        customdata=hover, text=[[f"{name}, after {tokens[position]}" for position in positions] for name in names],
+        hovertemplate="<b>layer %{text}</b><br>%{customdata}<extra></extra>",
     )  # fmt: skip
     for role, bright in (("ink", False), ("paper", True)):
         # Words on strong cells take the color of the paper, so that they read in light and in dark.
@@ -58,23 +64,27 @@ def lens_grid(rows: Iterable[Row], title: str) -> go.Figure:
         )  # fmt: skip
     figure.update_layout(
         coloraxis=theme.color_axis(
-            theme.BLUES, 0, 1, x=0, xanchor="left", y=1 + 4 / inner, len=180, lenmode="pixels",
+            theme.BLUES, 0, 1, x=1, xanchor="right", y=1 + 4 / inner, len=180, lenmode="pixels",
             tickvals=[0, 0.5, 1], tickformat=".0%",
             title={"text": "probability", "side": "top", "font": {"size": 12, "color": color("quiet")}},
         )
     )  # fmt: skip
     figure.add_annotation(
-        text="prompt, token by token →", xref="x domain", yref="y domain", x=0, y=0, xanchor="left", yshift=-40,
+        text="prompt, token by token →", xref="x domain", yref="y domain", x=1, y=0, xanchor="right", yshift=-40,
         font={"size": 13},
     )  # fmt: skip
+    if len(positions) > LAST:
+        theme.adapt(figure, xaxis__range=[positions[-1] - LAST + 0.5, positions[-1] + 0.5], meta__min_width=0)
+        theme.end(figure, f"The last {LAST} of {len(positions)} tokens; a wider screen shows all.")
     theme.axis_title(figure, "", "layer")
     edge = 0.5
     figure.update_xaxes(
         tickvals=positions, ticktext=[tokens[p] for p in positions], showgrid=False, tickangle=0,
         range=[positions[0] - edge, positions[-1] + edge],
     )  # fmt: skip
-    figure.update_yaxes(
-        tickvals=layers[:: -(-len(layers) // 16)], showgrid=False,
+    shown = range(0, len(layers), -(-len(layers) // 16))
+    figure.update_yaxes(  # on the right, beside the last token, which decides
+        tickvals=[layers[i] for i in shown], ticktext=[names[i] for i in shown], showgrid=False, side="right",
         range=[layers[0] - edge, layers[-1] + edge],
     )  # fmt: skip
     return figure
@@ -135,12 +145,12 @@ def attention_map(rows: Iterable[Row], tokens: Sequence[str], title: str) -> go.
     count = len(labels)
     one = len(kept) == 1
     figure = theme.new_figure(title, max_width=48 * count + 220 if one else 0, legend=False)
-    height = 34 * count + 20 if one else 165
+    height = 34 * count + 20 if one else max(150, 15 * count)
+    most = 4 if count <= 8 else 3 if count <= 14 else 2
     wide, small = theme.panels(
-        figure, [str(row["head"]) for row in kept], height=height, wide=min(4, len(kept)), narrow=1 if one else 2,
-        gap=46, top=58,
-    )  # fmt: skip
-    figure.update_layout(margin_r=28)
+        figure, [str(row["head"]) for row in kept], height=height, wide=min(most, len(kept)), narrow=1, gap=130, top=58
+    )
+    figure.update_layout(margin_r=28, margin_b=110)
     ticks = list(range(count))
     for i, row in enumerate(kept, 1):
         number = "" if i == 1 else str(i)
@@ -153,12 +163,11 @@ def attention_map(rows: Iterable[Row], tokens: Sequence[str], title: str) -> go.
             customdata=[[[target, source] for source in labels] for target in labels], hoverongaps=False,
             hovertemplate="%{customdata[0]} looks at <b>%{customdata[1]}</b><br>%{z:.1%}<extra></extra>",
         )  # fmt: skip
-        axis: dict[str, Any] = {"showgrid": False, "tickvals": ticks, "ticktext": labels, "showticklabels": one}
+        axis: dict[str, Any] = {"showgrid": False, "tickvals": ticks, "ticktext": labels, "tickfont": {"size": 10}}
         figure.update_layout(
             {f"xaxis{number}": {**axis, "tickangle": -60}, f"yaxis{number}": {**axis, "autorange": "reversed"}}
         )
-        if one:
-            theme.axis_title(figure, "looked at", "looking")
+        theme.axis_title(figure, "looked at", "looking", panel=i)
     figure.update_layout(
         coloraxis=theme.color_axis(
             theme.BLUES, 0, 1, x=1, xanchor="right", y=1 + 26 / wide, len=150, lenmode="pixels",

@@ -1,4 +1,4 @@
-"""Pictures of scores: models compared, the scale of a graft, ways to mix an input.
+"""Pictures of scores and costs: models compared, the scale of a graft, what grows with length, ways to mix an input.
 
 Rows in, plotly figure out; the shape of a row stands in each docstring. Reached through plots.py.
 """
@@ -165,6 +165,41 @@ def mixers(rows: Iterable[Row], title: str, *, metrics: Sequence[str] = ("parame
         x_axis = {"type": "log", "range": reach, "exponentformat": "SI", "dtick": step}
         y_axis = {"type": "category", "range": [len(kept) - 0.4, -0.6], "tickfont": {"color": color("ink")}}
         figure.update_layout({f"xaxis{number}": x_axis, f"yaxis{number}": y_axis})
+    return figure
+
+
+def growth(rows: Iterable[Row], title: str) -> go.Figure:
+    """What grows with the number of tokens: memory in one panel, FLOPs per token in the other, both axes logarithmic.
+
+    Row: `context` (tokens), `weights`, `cache` (bytes), `flops` (per token, forward), `attention` (the part of them
+    that attention takes).
+    """
+    kept = sorted(rows, key=lambda row: row["context"])
+    if not kept:
+        return theme.nothing(title)
+    figure = theme.new_figure(title)
+    heights = theme.panels(figure, ["memory (GB)", "FLOPs per token, forward"], height=260, wide=2, gap=96, top=62)
+    figure.update_layout(legend_y=1 + 28 / heights[0])
+    theme.adapt(figure, legend__y=1 + 28 / heights[1])
+    lines = (("weights", "weights", 1e9, 1), ("cache", "KV cache", 1e9, 1), ("flops", "all", 1.0, 2),
+             ("attention", "attention alone", 1.0, 2))  # fmt: skip
+    for place, (key, name, unit, panel) in enumerate(lines):
+        points = [(row["context"], row[key] / unit) for row in kept if row.get(key)]
+        number = "" if panel == 1 else str(panel)
+        paint = color(theme.SERIES[place])
+        figure.add_scatter(
+            x=[x for x, _ in points], y=[y for _, y in points], name=name, mode="lines+markers",
+            xaxis=f"x{number}", yaxis=f"y{number}", line={"color": paint, "width": 2, "dash": theme.DASHES[place]},
+            marker={"color": paint, "size": 7, "symbol": theme.SYMBOLS[place]}, cliponaxis=False,
+            hovertemplate=f"<b>{name}</b><br>%{{x:,}} tokens<br>%{{y:.3s}}<extra></extra>",
+        )  # fmt: skip
+    contexts = [row["context"] for row in kept]
+    for panel in (1, 2):
+        number = "" if panel == 1 else str(panel)
+        theme.axis_title(figure, "tokens in the sequence", panel=panel)
+        x_axis = {"type": "log", "tickvals": contexts[:: -(-len(contexts) // 5)], "exponentformat": "none"}
+        y_axis = {"type": "log", "exponentformat": "SI", "nticks": 5, "dtick": 1}
+        figure.update_layout({f"xaxis{number}": {**x_axis, "tickformat": ".3~s"}, f"yaxis{number}": y_axis})
     return figure
 
 

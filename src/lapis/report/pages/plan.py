@@ -1,6 +1,6 @@
-"""The page of a plan: the scatter, the choice, the control, and the sentence that sums them up.
+"""The page of a plan: the choice in the stack, beside random ones, and what each piece does.
 
-Takes the object that `lapis plan --json` prints. Leaves out: how anything was measured (plan/).
+Takes the object that `lapis plan --json` prints.
 """
 
 from __future__ import annotations
@@ -27,32 +27,43 @@ NAMES = {
 }
 
 
-def plan_page(found: Row) -> Page:
+def plan_page(plan: Row) -> Page:
     """The page of one plan."""
     page = Page(
         "Which layers to tune or merge",
-        f"From {found['base']} to {found['chat']}, {GOALS[found['goal']]}, with {found['budget']:.0%} of the blocks' "
+        f"From {plan['base']} to {plan['chat']}, {GOALS[plan['goal']]}, with {plan['budget']:.0%} of the blocks' "
         f"parameters.",
     )
-    return add_plan(page, found)
+    return add_plan(page, plan)
 
 
-def add_plan(page: Page, found: Row, of: str = "") -> Page:
-    """Adds the sections of a plan. of: what stands behind their titles, where a page has several plans."""
-    page.section(f"The choice{of}", f"**{found['finding']}.**")
-    measured = found["measured"]
+def add_plan(page: Page, plan: Row, of: str = "") -> Page:
+    """Adds the sections of a plan.
+
+    Args:
+        page: Grows.
+        plan: What `lapis plan --json` prints.
+        of: What stands behind the titles, where a page has several plans.
+    """
+    page.section(f"The choice{of}", f"**{plan['finding'].rstrip('.')}.**")
+    measured = plan["measured"]
     if measured:
-        page.stats(_stats(measured))
+        page.stats(_stats(measured, plan.get("controls") or ()))
+    page.beside(
+        lambda: page.figure(
+            plots.plan_stack(plan["pieces"], "The choice in the stack"), "Hover for what a piece does."
+        ),
+        lambda: page.text(_spelled("Chosen", plan["tune"]) + "\n\n" + _spelled("Random", plan["control"])),
+    )
+    if measured:
         page.table(
             _measured(measured), _measured_columns(measured), "The choice beside a random one", mark=["the choice"]
         )
-    page.text(_spelled("Chosen", found["tune"]) + "\n\n" + _spelled("Random", found["control"]))
-    if found["template"]:
-        rows = ", ".join(f"`{token}`" for token in found["template"])
-        page.text(
-            f"With either the rows of {rows} are trained, which base never learned and replies cannot end without."
-        )
-    scored = [row for row in found["pieces"] if row.get("style") is not None]
+    if plan["template"]:
+        tokens = ", ".join(f"`{token}`" for token in plan["template"])
+        page.text(f"With either the rows of {tokens} are trained too: they frame the turns of a chat.")
+        _add_template_rows(page, plan.get("template_rows") or ())
+    scored = [row for row in plan["pieces"] if row.get("style") is not None]
     if any(row.get("knowledge") is not None for row in scored):
         page.section(
             "Every piece by what it does",
@@ -61,26 +72,47 @@ def add_plan(page: Page, found: Row, of: str = "") -> Page:
         )
         inside = [row for row in scored if row["layer"] not in ("embed", "head")]  # which no choice may hold
         page.figure(plots.plan_scatter(inside, "Pieces that carry replies, and pieces that cost text"))
-        layers = [row for row in found["scores"] if row.get("knowledge") is not None]
+        layers = [row for row in plan["scores"] if row.get("knowledge") is not None]
         if all(row["chosen"] for row in layers):  # something of each: the marks would say nothing
             layers = [{**row, "chosen": False, "control": False} for row in layers]
         page.figure(plots.plan_scatter(layers, "The same by whole layers"))
-    page.section("Every signal", "From the tensors, from gradients, and measured.")
-    page.table(list(found["pieces"]), _columns(found["pieces"]), "By piece", sortable=True)
-    scores = [{**row, "layer": str(row["layer"])} for row in found["scores"]]
+    page.section(f"Every signal{of}", "From the tensors, from gradients, and measured.")
+    scores = [{**row, "layer": str(row["layer"])} for row in plan["scores"]]
     page.table(scores, _columns(scores), "By layer", sortable=True)
-    for note in found["notes"]:
+    page.table(list(plan["pieces"]), _columns(plan["pieces"]), sortable=True, folded="By piece, in numbers")
+    for note in plan["notes"]:
         page.text(f"Note: {note}")
     return page
 
 
-def _stats(measured: Row) -> list[tuple[str, str, str]]:
-    stats = []
-    for name in ("chosen", "control"):
-        row = measured[name]
-        harm = "" if row.get("knowledge") is None else f"plain text {row['knowledge']:+.1%} harder"
-        stats.append((f"{NAMES[name]}: share of the replies' gain", f"{row['style']:.0%}", harm))
-    return stats
+def _stats(measured: Row, controls: Sequence[Row]) -> list[tuple[str, str, str]]:
+    """The gain on replies and the harm to text: of the choice, and of the random ones with their range."""
+    chosen = measured["chosen"]
+    stats = [("the choice: share of the replies' gain", f"{chosen['style']:.0%}", _harm([chosen]))]
+    random = list(controls) or [measured["control"]]
+    gains = [row["style"] for row in random]
+    label = f"{len(random)} random choices of the same size" if len(random) > 1 else "random, same size"
+    mean = f"{sum(gains) / len(gains):.0%}"
+    spread = f"from {min(gains):.0%} to {max(gains):.0%}; " if len(gains) > 1 else ""
+    return [*stats, (label, mean, spread + _harm(random))]
+
+
+def _harm(rows: Sequence[Row]) -> str:
+    """How plain text changes, in words; the mean of several rows."""
+    harms = [row["knowledge"] for row in rows if row.get("knowledge") is not None]
+    if not harms:
+        return ""
+    mean = sum(harms) / len(harms)
+    return f"plain text gets {abs(mean):.1%} {'harder' if mean >= 0 else 'easier'}"
+
+
+def _add_template_rows(page: Page, rows: Sequence[Row]) -> None:
+    """What the embeddings say of the template's tokens, where they were compared."""
+    if any(row.get("moved") is not None for row in rows):
+        page.table(rows, [
+            Column("token"), Column("in_base", "in base"), Column("moved", "moved by chat", ".1%"),
+            Column("moved_median", "other rows, median", ".1%"), Column("norm", "norm, of the median row's", ".2f"),
+        ], "Rows of the template's tokens")  # fmt: skip
 
 
 def _measured(measured: Row) -> list[dict[str, Any]]:
@@ -103,7 +135,6 @@ def _measured_columns(measured: Row) -> list[str | Column]:
 
 def _columns(rows: Sequence[Row]) -> list[str | Column]:
     known = (
-        Column("parameters", "parameters", ","),
         Column("style", "replies", ".1%", group="measured"),
         Column("knowledge", "text", "+.2%", group="measured"),
         Column("kl_chats_in", "KL, replies", ".3f", group="measured"),
@@ -119,10 +150,14 @@ def _columns(rows: Sequence[Row]) -> list[str | Column]:
         Column("snr", "SNR", ".2f", group="tensors"),
         Column("weight_snr", "base's SNR", ".2f", group="tensors"),
         Column("scale", "scale", ".2f"),
-        Column("chosen"),
-        Column("control"),
+        Column("parameters", "parameters", ","),
     )
-    return [Column("layer"), *(column for column in known if any(row.get(column.key) is not None for row in rows))]
+    first = (Column("chosen", group="in"), Column("control", group="in"))
+    return [
+        Column("layer"),
+        *first,
+        *(column for column in known if any(row.get(column.key) is not None for row in rows)),
+    ]
 
 
 def _spelled(what: str, entries: Sequence[Row]) -> str:

@@ -19,11 +19,12 @@ FIGURES = [
     Column("identical", "identical", ".1%"),
 ]  # fmt: skip
 CURVES = 6  # spectra drawn in one picture
+EXTREMES = 8  # tensors in the lists of those that changed most and least
 
 
-def diff_page(found: DiffTable, a: str, b: str) -> Page:
-    """The page of one difference."""
-    total = found.total
+def diff_page(table: DiffTable, a: str, b: str) -> Page:
+    """The page of one difference. a, b: what the models are called."""
+    total = table.total
     page = Page(
         f"From {short(a)} to {short(b)}", f"What changed in the weights from `{a}` to `{b}`: direction and size."
     )
@@ -34,43 +35,58 @@ def diff_page(found: DiffTable, a: str, b: str) -> Page:
         ("rounding floor", f"{total['rounding_floor']:.1e}", "a change below it says nothing"),
     ])  # fmt: skip
     page.section("Where it changed", "Each cell is one component of one layer, taken as one vector.")
-    page.figure(found.plot())
-    layers = [{**g, "layer": "outside" if g["layer"] is None else str(g["layer"])} for g in found.by("layer")]
-    page.table(layers, ["layer", *FIGURES], folded="By layer, in numbers")
-    page.table(found.by("component"), ["component", *FIGURES], "By component")
-    if found.rows:
-        _add_rows(page, found)
-    with_spectra = [line for line in found.tensors if line.get("singular_values")]
+    page.figure(table.plot())
+    _add_extremes(page, table)
+    layers = [{**g, "layer": "outside" if g["layer"] is None else str(g["layer"])} for g in table.by("layer")]
+    page.table(layers, ["layer", *FIGURES], "By layer")
+    page.table(table.by("component"), ["component", *FIGURES], "By component")
+    if table.rows:
+        _add_rows(page, table)
+    with_spectra = [line for line in table.tensors if line.get("singular_values")]
     if with_spectra:
         _add_spectra(page, with_spectra)
-    for note in found.notes:
+    for note in table.notes:
         page.text(f"Note: {note}")
     return page
 
 
-def _add_rows(page: Page, found: DiffTable) -> None:
+def _add_extremes(page: Page, table: DiffTable) -> None:
+    """The tensors that changed most and least, as two short lists."""
+    lines = sorted(table.tensors, key=lambda line: -line["relative_norm"])
+    columns = [
+        Column("name"), Column("relative_norm", "|b − a| / |a|", ".2%"), Column("angle", "turned by", ".2f", unit="°"),
+        Column("identical", "identical", ".0%"),
+    ]  # fmt: skip
+    few = min(EXTREMES, -(-len(lines) // 2))
+    page.beside(
+        lambda: page.table(lines[:few], columns, "Changed most"),
+        lambda: page.table(lines[::-1][:few], columns, "Changed least"),
+    )
+
+
+def _add_rows(page: Page, table: DiffTable) -> None:
     page.section(
         "Which tokens moved",
         "Rows of the embedding and of the head, one per token. A row stands apart where its robust z-score is above 6.",
     )
-    page.figure(found.plot(rows=True))
+    page.figure(table.plot(rows=True))
     page.table(
         [
             {"tensor": entry["tensor"], "apart": entry["outliers"], "special": entry["special"],
              "with": entry["with"]["relative_norm"], "without": entry["without"]["relative_norm"]}
-            for entry in found.outliers()
+            for entry in table.outliers()
         ],
         ["tensor", Column("apart", "rows that stand apart", ","), Column("special", "of them special", ","),
          Column("with", "all rows", ".2%", group="|b − a| / |a|"),
          Column("without", "without those", ".2%", group="|b − a| / |a|")],
         "Is it the template's tokens?",
     )  # fmt: skip
-    moved = [{**row, "token": repr(row["token"])} for row in found.moved(15)]
+    moved = [{**row, "token": repr(row["token"])} for row in table.moved(15) if row["relative_norm"]]
     page.table(
         moved,
         ["token", "id", "kind", Column("relative_norm", "|b − a| / |a|", ".3f"), Column("cosine", "cosine", ".4f"),
          Column("z", "robust z", ".1f")],
-        "The rows that moved most", sortable=True,
+        "The rows that moved most" if moved else "No row moved", sortable=True,
     )  # fmt: skip
 
 
@@ -94,20 +110,20 @@ def _add_spectra(page: Page, lines: list[dict[str, Any]]) -> None:
     page.table(lines, columns, sortable=True, folded="Every matrix, in numbers")
 
 
-def lineage_page(found: Lineage) -> Page:
+def lineage_page(lineage: Lineage) -> Page:
     """The page of several models on one base."""
-    page = Page(f"Who descends from {short(found.base)}", "Cosines between what each model changed of the base.")
-    names = [short(model) for model in found.models]
-    names = names if len(set(names)) == len(names) else found.models
+    page = Page(f"Who descends from {short(lineage.base)}", "Cosines between what each model changed of the base.")
+    names = [short(model) for model in lineage.models]
+    names = names if len(set(names)) == len(names) else lineage.models
     page.section("The differences beside each other", "Independent fine-tunes of one base are nearly orthogonal.")
-    page.figure(plots.matrix(found.cosines, names, names, found.notes[0], unit="cosine", format=".2f", signed=True))
+    page.figure(plots.matrix(lineage.cosines, names, names, lineage.notes[0], unit="cosine", format=".2f", signed=True))
     rows = [
-        {"model": model, "norm": norm} for model, norm in zip(found.models, found.relative_norms, strict=True)
+        {"model": model, "norm": norm} for model, norm in zip(lineage.models, lineage.relative_norms, strict=True)
     ]  # fmt: skip
     page.table(
         rows, ["model", Column("norm", "size of its change", ".3e", unit="of the base's length")], "How far each went"
     )
-    for note in found.notes[1:]:
+    for note in lineage.notes[1:]:
         page.text(f"Note: {note}")
     return page
 
