@@ -6,6 +6,7 @@ Takes the object that `lapis inspect --json` prints. Nothing here is measured; a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from lapis.report import plots
@@ -43,16 +44,21 @@ def inspect_page(result: Mapping[str, Any], lengths: Sequence[Row] = ()) -> Page
     title = f"{largest[0]} hold{'s' if largest[0] != 'the layers' else ''} {largest[1] / parameters['total']:.0%} of"
     title = f"{title[0].upper()}{title[1:]} {parameters['total']:,} parameters"
     page.figure(plots.parameter_treemap(rows, title))
-    page.table(_components(parameters, layers), [
+    components = partial(page.table, _components(parameters, layers), [
         "component", Column("all", "in all", ","), Column("share", format=".1%"), Column("each", format=","),
         Column("times", format=","),
     ], "By component")  # fmt: skip
     if memory and flops:
-        page.section("Memory and work", f"At {context:,} tokens, where the number of tokens matters.")
+        at = f"at {context:,} tokens"
         page.beside(
-            lambda: page.table(_memory(memory), ["what", Column("size", format=_bytes)], "Memory"),
-            lambda: page.table(_work(flops), ["what", Column("flops", "FLOPs", in_short)], "Work"),
+            components,
+            lambda: (
+                page.table(_memory(memory), ["what", Column("size", format=_bytes)], f"Memory, {at}"),
+                page.table(_work(flops), ["what", Column("flops", "FLOPs", in_short)], f"Work, {at}"),
+            ),
         )
+    else:
+        components()
     if lengths:
         page.section("What grows with length", "Both axes are logarithmic: a straight line is a power of the length.")
         page.figure(plots.growth(lengths, _growth_finding(lengths)), rows=lengths, columns=[

@@ -80,8 +80,11 @@ class Evaluator:
         live(self.watch).stage("writing a sample")
         with untouched(self.state):
             text = self.objective.sample(self.state.model)
+        text = " ".join(text.split())
         if text:
-            self.watch.note(f"  step {self.state.step}: {' '.join(text.split())}")
+            self.watch.note(f"  step {self.state.step}: {text}")
+            if self.state.log:
+                self.state.log[-1]["sample"] = text  # the page shows it
 
 
 def overfitting(log: Sequence[Mapping[str, Any]]) -> str | None:
