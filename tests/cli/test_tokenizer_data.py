@@ -191,3 +191,38 @@ def test_faults_60_and_63_a_full_disk_and_a_kill_leave_nothing(place: Path) -> N
     assert not (place / "out").exists()
     again = subprocess.run(command, cwd=place, capture_output=True, text=True)
     assert again.returncode == 0 and sorted(p.name for p in place.iterdir()) == sorted([*before, "out"])
+
+
+def test_show_reads_a_file_without_a_tokenizer(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    alpaca = {"instruction": "Apa khabar?", "input": "", "output": "Khabar baik."}
+    pair = {"prompt": "Apa khabar?", "chosen": "Khabar baik.", "rejected": "Apa?"}
+    for name, kind, content, line in (
+        ("alpaca.json", "chats", json.dumps([alpaca]), "format: Alpaca (instruction, output)"),
+        ("pairs.jsonl", "preferences", json.dumps(pair), "format: pairs (prompt, chosen, rejected)"),
+        ("labels.tsv", "labels", "label\ttext\nham\tKhabar baik.\n", "format: label and text"),
+        ("plain.txt", "documents", "Khabar baik.", None),
+    ):
+        (place / name).write_text(content)
+        shown = json.loads(run(capsys, "data", "show", place / name, "--json"))
+        assert (shown["kind"], shown["format"]) == (kind, line)
+        assert "Khabar baik." in [part["text"] for part in shown["records"][0]["parts"]]
+        printed = run(capsys, "data", "show", place / name)
+        assert "Khabar baik." in printed and (line or "plain text") in printed
+    rows = json.loads(run(capsys, "data", "show", place / "alpaca.json", "--tokenizer", place / "tokenizer", "--json"))
+    assert rows["format"] == ["format: Alpaca (instruction, output)"] and rows["counts"]["chats"] == 1
+
+
+def test_tokens_of_a_folder_with_only_a_tokenizer(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = json.loads(run(capsys, "tokens", place / "tokenizer", "Saya suka", "--json"))["tokens"]
+    assert [entry["id"] for entry in shown] == Tokenizer.open(place / "tokenizer").encode("Saya suka")
+    assert "".join(entry["text"] for entry in shown) == "Saya suka"
+    assert "Saya" in run(capsys, "tokens", place / "tokenizer", "Saya suka")
+
+
+def test_pack_counts_special_tokens_in_text(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (place / "special.txt").write_text("Saya suka<|endoftext|>makan nasi")
+    for special, documents in (("plain", 1), ("trusted", 2)):
+        result = json.loads(run(capsys, "data", "pack", place / "special.txt", "--tokenizer", place / "tokenizer",
+                                "--out", place / special, "--special", special, "--json"))  # fmt: skip
+        assert list(result["special"].values()) == [{"<|endoftext|>": 1}]
+        assert result["counts"]["documents"] == documents

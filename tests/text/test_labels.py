@@ -18,15 +18,18 @@ from lapis.text.tokenizer.tokenizer import train_tokenizer
 ROWS = [("spam", 'call "now"'), ("ham", "see you, then"), ("ham", "3 o'clock\u2028yes")]
 
 
-def test_three_formats_give_the_same_examples(tmp_path: Path) -> None:
+def test_all_formats_give_the_same_examples(tmp_path: Path) -> None:
     (tmp_path / "a.tsv").write_text("label\ttext\n" + "".join(f"{a}\t{b}\n" for a, b in ROWS))
     (tmp_path / "a.csv").write_text('text,label\n"call ""now""",spam\n"see you, then",ham\n3 o\'clock\u2028yes,ham\n')
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"label": a, "text": b}) + "\n" for a, b in ROWS))
     (tmp_path / "b.tsv.gz").write_bytes(gzip.compress(b"\xef\xbb\xbf" + (tmp_path / "a.tsv").read_bytes()))
-    for name in ("a.tsv", "a.csv", "a.jsonl", "b.tsv.gz"):
+    pyarrow = pytest.importorskip("pyarrow")
+    (tmp_path / "b.csv.zst").write_bytes(pyarrow.compress((tmp_path / "a.csv").read_bytes(), "zstd", asbytes=True))
+    (tmp_path / "c.json").write_text(json.dumps([{"label": a, "text": b} for a, b in ROWS], indent=1))
+    for name in ("a.tsv", "a.csv", "a.jsonl", "b.tsv.gz", "b.csv.zst", "c.json"):
         found = list(labeled(tmp_path / name))
         assert [(e.label, e.text) for e in found] == ROWS, name
-        assert [e.line for e in found] == ([1, 2, 3] if name == "a.jsonl" else [2, 3, 4])
+        assert [e.line for e in found] == ([1, 2, 3] if ".json" in name else [2, 3, 4])
     assert list(bare_texts(tmp_path / "a.tsv")) == list(bare_texts([tmp_path / "a.jsonl"])) == [b for _, b in ROWS]
 
 
@@ -45,7 +48,7 @@ def test_three_formats_give_the_same_examples(tmp_path: Path) -> None:
         ("x.jsonl", '{"text": "a"}\n', "line 1: the field label is missing"),
         ("x.jsonl", "[1]\n", "line 1: is no object"),
         ("x.txt", "a", "labeled texts are .tsv, .csv, .jsonl"),
-        ("x.tsv.gz", b"\x1f\x8b\x08\0\0\0", "not gzip, or truncated"),
+        ("x.tsv.gz", b"\x1f\x8b\x08\0\0\0", "the gzip stream ends too early; it is truncated"),
     ],
 )
 def test_what_is_wrong_is_told_with_its_line(tmp_path: Path, name: str, content: str | bytes, told: str) -> None:

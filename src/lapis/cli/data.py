@@ -21,6 +21,7 @@ def pack(
     length: int = 512,
     too_long: Literal["cut", "drop"] = "cut",
     field: str | None = None,
+    special: Literal["plain", "trusted"] = "plain",
     workers: int = 0,
     overwrite: bool = False,
     json: bool = False,
@@ -31,13 +32,15 @@ def pack(
     that died had begun is done by the others. A pack that was killed goes on where it was.
 
     Args:
-        files: .txt, .md, .jsonl or .parquet of documents (text) or chats (messages), .gz or .zst of these, folders,
-            globs, or hub:OWNER/NAME.
+        files: .txt, .md, .jsonl, .json or .parquet of documents (text) or chats (messages, ShareGPT, Alpaca, prompt
+            and completion), .gz or .zst of these, folders, globs, or hub:OWNER/NAME.
         tokenizer: A folder with a tokenizer.
         out: The folder to write.
         length: Tokens of a row.
         too_long: What becomes of a chat longer than a row: cut at its end, or dropped. Both are counted.
         field: What holds the text or the messages, where the files call it otherwise.
+        special: What special tokens that the text spells become: plain text, or, for text of your own that is trusted,
+            tokens. They are counted either way.
         workers: Processes that tokenize; 0 = one for each processor. The result is the same for any number.
         overwrite: Replace the folder if it exists.
         json: Print one JSON object.
@@ -66,6 +69,7 @@ def pack(
             length,
             too_long=too_long,
             field=field,
+            special=special,
             workers=workers,
             overwrite=overwrite,
             report=report,
@@ -84,17 +88,21 @@ def show(
     length: int = 512,
     first: int = 1000,
     field: str | None = None,
+    special: Literal["plain", "trusted"] = "plain",
     json: bool = False,
 ) -> None:
-    """Show rows in color: what carries loss, where documents end, end tokens, padding. Coverage comes first.
+    """Show data: the first records of a file as they are read, or rows of tokens in color.
+
+    Of rows: what carries loss, where documents end, end tokens, padding. Coverage comes first.
 
     Args:
-        source: A packed folder, or a file or hub:OWNER/NAME of documents or chats.
-        tokenizer: For a file: a folder with a tokenizer.
+        source: A packed folder, or a file or hub:OWNER/NAME of documents, chats, preferences or labeled texts.
+        tokenizer: For a file of documents or chats: a folder with a tokenizer, which makes rows of it.
         rows: How many rows to show.
         length: For a file: tokens of a row.
         first: For a file: how many of its documents or chats to look at.
         field: For a file: what holds the text or the messages, where it calls them otherwise.
+        special: For a file: trusted makes tokens of special tokens that the text spells.
         json: Print one JSON object.
     """
     from itertools import islice
@@ -103,8 +111,8 @@ def show(
 
     from lapis.cli.output import console, line
     from lapis.cli.output import show as output
-    from lapis.errors import ConfigError
-    from lapis.text.corpus.corpus import chats, documents, kind_of
+    from lapis.text.corpus.corpus import chats, documents
+    from lapis.text.corpus.preview import preview
     from lapis.text.rows.coverage import figures, lines
     from lapis.text.rows.packing import pack as pack_items
     from lapis.text.rows.rows import MANIFEST, Rows
@@ -114,14 +122,17 @@ def show(
         packed = Rows.open(source)
         opened = Tokenizer.open(tokenizer or source / "tokenizer")
     else:
-        kind = kind_of(source, field)
-        if tokenizer is None:
-            raise ConfigError(f"{source}: is not packed; give --tokenizer DIR to look at a file")
+        seen = preview(source, rows, field)
+        if tokenizer is None or seen["kind"] not in ("documents", "chats"):
+            output({"source": str(source), **seen}, json, lambda: _print_records(seen))
+            return
         opened = Tokenizer.open(tokenizer)
-        if kind == "chats":
-            packed = pack_items(islice(chats(source, field), first), opened, length=length)
+        if seen["kind"] == "chats":
+            packed = pack_items(islice(chats(source, field), first), opened, length=length, special=special)
         else:
-            packed = pack_items(_beginning(documents(source, field), first), opened, length=length)
+            packed = pack_items(_beginning(documents(source, field), first), opened, length=length, special=special)
+        if seen["format"] is not None:
+            packed.info["source_format"] = seen["format"]
     ids, targets, segments, _ = packed.arrays(np.arange(min(rows, len(packed))))
     shown = [_row(packed, opened, *row) for row in zip(ids.tolist(), targets.tolist(), segments.tolist(), strict=True)]
 
@@ -139,10 +150,21 @@ def show(
     output({"source": str(source), **figures(packed), "shown": shown}, json, render)
 
 
-def _beginning(found: "Iterator[Document]", first: int) -> "Iterator[Document]":
+def _print_records(seen: dict[str, Any]) -> None:
+    from lapis.cli.output import line
+
+    line(f"{seen['kind']}; {seen['format'] or 'plain text'}")
+    for record in seen["records"]:
+        line(f"\n{record['where']}", "bold")
+        for part in record["parts"]:
+            text = part["text"]
+            line(f"{part['role']}: {text[:_SHOWN]}{' ...' if len(text) > _SHOWN else ''}")
+
+
+def _beginning(items: "Iterator[Document]", first: int) -> "Iterator[Document]":
     """The first documents, and no more than a few pieces of long ones."""
     read = 0
-    for number, document in enumerate(found):
+    for number, document in enumerate(items):
         if number >= first or read > _LOOK:
             return
         read += len(document.text)
@@ -150,6 +172,7 @@ def _beginning(found: "Iterator[Document]", first: int) -> "Iterator[Document]":
 
 
 _LOOK = 4 << 20  # characters
+_SHOWN = 400  # characters of a part of a record
 _LOSS, _QUIET, _END, _BORDER, _PADDING = "green", "bright_black", "bold magenta", "bold yellow", "blue"
 
 
@@ -157,11 +180,11 @@ def _row(rows: "Rows", tokenizer: "Tokenizer", ids: list[int], targets: list[int
     """Every token of a row in the order of the text: what the model reads, and the last target of each document."""
     from lapis.text.rows.rows import IGNORE
 
-    found: list[dict[str, Any]] = []
+    entries: list[dict[str, Any]] = []
 
     def add(id: int, loss: bool, segment: int) -> None:
         end = id in tokenizer.end_ids
-        found.append({"id": id, "text": tokenizer.text(id), "loss": loss, "end": end, "segment": segment})
+        entries.append({"id": id, "text": tokenizer.text(id), "loss": loss, "end": end, "segment": segment})
 
     for t, (id, segment) in enumerate(zip(ids, segments, strict=True)):
         if segment == 0:
@@ -172,7 +195,7 @@ def _row(rows: "Rows", tokenizer: "Tokenizer", ids: list[int], targets: list[int
         last = t + 1 == len(ids) or segments[t + 1] != segment
         if last and targets[t] != IGNORE and (t + 1 < len(ids) or rows.chats or targets[t] == rows.info["end"]):
             add(targets[t], True, segment)
-    return found
+    return entries
 
 
 def _painted(row: list[dict[str, Any]]) -> Any:

@@ -2,14 +2,16 @@
 
 The vector of a token is multiplied with every row of the output embedding; the largest product says which token the
 head reads in it, with no layer in between. Tied embeddings with rows of unequal norm need not give every token back.
-Leaves out: layers and the final norm (lens/), biases of a head.
+Layers and the final norm are in lapis.inside.
 """
 
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from lapis.errors import CheckpointError, DataError
+from lapis.text.tokenizer.folder import TOKENIZER_FILES
 from lapis.text.tokenizer.tokenizer import Tokenizer
 
 _BLOCK = 1 << 24  # numbers of the output embedding that are held at once
@@ -28,12 +30,14 @@ class _Tensors(Protocol):
 def round_trip(checkpoint: _Tensors, tokenizer: Tokenizer, text: str) -> dict[str, Any]:
     """For each token its id, its vector's first numbers and norm, and the id that the output embedding gives back.
 
-    Reads the rows of these tokens and, in blocks, the output embedding. Raises CheckpointError where the model has no
-    token embedding, or tokens beyond it; DataError for a text without tokens.
+    Reads the rows of these tokens and, in blocks, the output embedding.
+
+    Raises:
+        CheckpointError: Where the model has no token embedding, or tokens beyond it.
+        DataError: For a text without tokens.
     """
-    ids = tokenizer.encode(text)
-    if not ids:
-        raise DataError("the text is empty; give some")
+    table = token_table(tokenizer, text)
+    ids = [entry["id"] for entry in table]
     embed = _find(checkpoint, "embed")
     if embed is None:
         raise CheckpointError(f"{checkpoint.source}: has no token embedding; it is no language model")
@@ -49,15 +53,13 @@ def round_trip(checkpoint: _Tensors, tokenizer: Tokenizer, text: str) -> dict[st
     vector = dict(zip(distinct, vectors_VD, strict=True))
     entries = [
         {
-            "token": tokenizer.token(i),
-            "text": tokenizer.text(i),
-            "id": i,
+            **entry,
             "vector": vector[i][:4].tolist(),
             "norm": float(vector[i].norm()),
             "back": back[i],
             "back_text": tokenizer.text(back[i]) if back[i] < tokenizer.rows else f"row {back[i]}",
         }
-        for i in ids
+        for i, entry in zip(ids, table, strict=True)
     ]
     returned = sum(entry["id"] == entry["back"] for entry in entries)
     return {
@@ -68,6 +70,21 @@ def round_trip(checkpoint: _Tensors, tokenizer: Tokenizer, text: str) -> dict[st
         "head": head,
         "tied": head == embed,
     }
+
+
+def token_table(tokenizer: Tokenizer, text: str) -> list[dict[str, Any]]:
+    """Of each token of a text its spelling (`token`), what it reads as (`text`) and its `id`."""
+    ids = tokenizer.encode(text)
+    if not ids:
+        raise DataError("the text is empty; give some")
+    return [{"token": tokenizer.token(i), "text": tokenizer.text(i), "id": i} for i in ids]
+
+
+def holds_only_tokenizer(folder: Path) -> bool:
+    """Whether a folder on this machine has a tokenizer and no weights beside it."""
+    if not folder.is_dir() or not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        return False
+    return not any(".safetensors" in path.name or path.name == "adapter_config.json" for path in folder.iterdir())
 
 
 def _find(checkpoint: _Tensors, component: str) -> str | None:
