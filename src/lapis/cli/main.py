@@ -25,6 +25,7 @@ COMMANDS = {
     "train": ("lapis.cli.train:train", "Train from a YAML file and key=value."),
     "fuse": ("lapis.cli.fuse:fuse", "Add an adapter to its base."),
     "eval": ("lapis.cli.eval:evaluate", "Bits per byte, response NLL, stop rate, choices."),
+    "classify": ("lapis.cli.classify:classify", "The class of a text or a picture, with probabilities."),
     "diff": ("lapis.cli.diff:diff", "What a fine-tune changed: direction and magnitude."),
     "plan": ("lapis.cli.plan:plan", "Which layers to tune or merge, with evidence."),
     "lens": ("lapis.cli.lens:lens", "What every layer would say, and how words rank on the way."),

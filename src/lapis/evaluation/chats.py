@@ -11,7 +11,7 @@ from typing import Any
 from lapis.errors import DataError
 from lapis.generation.generate import Reply, generate_batch
 from lapis.generation.options import Sampling
-from lapis.model.scoring import Precision, ScoredSequence, nll
+from lapis.model.scoring import Precision, Progress, ScoredSequence, nll
 from lapis.model.transformer import Transformer
 from lapis.text.chat.chat import encode_chat, encode_prompt
 from lapis.text.corpus.corpus import ChatRecord
@@ -28,7 +28,9 @@ def score_chats(
     context: int | None = None,
     max_tokens: int = 64,
     replies: Sequence[Reply | None] | None = None,
-    precision: Precision = "float32",
+    precision: Precision | None = None,
+    progress: Progress | None = None,
+    replies_progress: Progress | None = None,
 ) -> dict[str, Any]:
     """{response_nll, stop_rate, tokens, chats, cut, unanswered}.
 
@@ -36,28 +38,28 @@ def score_chats(
     replies: those of `answer`, where the caller has them already. Raises DataError where no token is the assistant's.
     """
     context = min(context or model.config.context, model.config.context)
-    found = [_messages(chat) for chat in chats]
-    if not found:
+    conversations = [_messages(chat) for chat in chats]
+    if not conversations:
         raise DataError("eval: there is no chat to score")
     sequences, cut = [], 0
-    for messages in found:
-        ids, said = encode_chat(tokenizer, messages)
+    for messages in conversations:
+        ids, scored = encode_chat(tokenizer, messages)
         cut += len(ids) > context + 1
-        sequences.append(ScoredSequence(ids[: context + 1], said[: context + 1]))
+        sequences.append(ScoredSequence(ids[: context + 1], scored[: context + 1]))
     tokens = sum(sum(sequence.scored[1:]) for sequence in sequences)
     if tokens == 0:
         raise DataError(f"eval: no assistant token lies within {context} tokens of any chat; give a larger context")
-    nats = math.fsum(nll(model, sequences, precision=precision))
+    nats = math.fsum(nll(model, sequences, precision=precision, progress=progress))
     if replies is None:
-        replies = answer(model, tokenizer, found, max_tokens=max_tokens)
-    given = [reply for reply in replies if reply is not None]
+        replies = answer(model, tokenizer, conversations, max_tokens=max_tokens, progress=replies_progress)
+    answered = [reply for reply in replies if reply is not None]
     return {
         "response_nll": nats / tokens,
-        "stop_rate": sum(reply.stop_reason == "end" for reply in given) / len(given) if given else None,
+        "stop_rate": sum(reply.stop_reason == "end" for reply in answered) / len(answered) if answered else None,
         "tokens": tokens,
-        "chats": len(found),
+        "chats": len(conversations),
         "cut": cut,
-        "unanswered": len(replies) - len(given),
+        "unanswered": len(replies) - len(answered),
     }
 
 
@@ -68,12 +70,18 @@ def answer(
     *,
     max_tokens: int = 64,
     batch_size: int = 64,
+    progress: Progress | None = None,
 ) -> list[Reply | None]:
     """The greedy reply to each chat up to its last assistant turn; None where the prompt leaves no room for one."""
     prompts = [encode_prompt(tokenizer, prompt_of(_messages(chat))) for chat in chats]
     fits = [i for i, prompt in enumerate(prompts) if len(prompt) < model.config.context]
     replies = generate_batch(
-        model, tokenizer, [prompts[i] for i in fits], Sampling(max_tokens=max_tokens), batch_size=batch_size
+        model,
+        tokenizer,
+        [prompts[i] for i in fits],
+        Sampling(max_tokens=max_tokens),
+        batch_size=batch_size,
+        progress=progress,
     )
     result: list[Reply | None] = [None] * len(prompts)
     for i, reply in zip(fits, replies, strict=True):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lapis.errors import DataError
-from lapis.model.scoring import Precision, ScoredSequence, nll
+from lapis.model.scoring import Precision, Progress, ScoredSequence, nll
 from lapis.model.transformer import Transformer
 from lapis.text.chat.chat import encode_prompt
 from lapis.text.tokenizer.tokenizer import Tokenizer
@@ -28,7 +28,12 @@ class Choice:
 
 
 def score_choices(
-    model: Transformer, tokenizer: Tokenizer, questions: Iterable[Choice], *, precision: Precision = "float32"
+    model: Transformer,
+    tokenizer: Tokenizer,
+    questions: Iterable[Choice],
+    *,
+    precision: Precision | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """{accuracy, accuracy_per_byte, n, chance}. A tie counts for the first of the likeliest.
 
@@ -38,7 +43,7 @@ def score_choices(
     if not found:
         raise DataError("eval: there is no question to score")
     sequences = [s for question in found for s in scored_choices(tokenizer, question, model.config.context)]
-    nats = iter(nll(model, sequences, precision=precision))
+    nats = iter(nll(model, sequences, precision=precision, progress=progress))
     right = right_per_byte = 0
     for question in found:
         costs = [next(nats) for _ in question.choices]

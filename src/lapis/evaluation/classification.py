@@ -6,6 +6,7 @@ Shapes: B examples, C classes, R rows, T places, D model dim.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from lapis.errors import ConfigError, DataError
 from lapis.families.config import class_names
-from lapis.model.scoring import evaluating
+from lapis.model.scoring import Progress, evaluating
 from lapis.model.transformer import Transformer
 from lapis.text.corpus.labels import Labeled, numbers_of
 from lapis.text.corpus.pictures import Pictures
@@ -42,7 +43,11 @@ def class_scores(model: Transformer, batch: Together | Tensor) -> Tensor:
 
 
 def predict(
-    model: Transformer, examples: Sequence[Sequence[int]] | Pictures, *, batch: int = 64
+    model: Transformer,
+    examples: Sequence[Sequence[int]] | Pictures,
+    *,
+    batch: int = 64,
+    progress: Progress | None = None,
 ) -> NDArray[np.float32]:
     """Logits of all examples, [N, C] float32, in their order. Texts are given as ids (`encode_framed`)."""
     device = next(model.parameters()).device
@@ -57,7 +62,61 @@ def predict(
                 examples.take(numbers) if isinstance(examples, Pictures) else together([examples[i] for i in numbers])
             )
             logits[numbers] = class_scores(model, inputs.to(device)).float().cpu().numpy()
+            if progress:
+                progress(start + len(numbers), len(order))
     return logits
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a classifier makes of one input.
+
+    probabilities: by class, the likeliest first; they add up to 1, save where config.json says that a text may have
+    several labels: then each class has its own. score: what a head of one number says, else None. cut: the text was
+    longer than the context.
+    """
+
+    label: str | None
+    probabilities: dict[str, float]
+    score: float | None = None
+    cut: bool = False
+
+
+def classify(
+    model: Transformer,
+    tokenizer: Tokenizer | None,
+    inputs: Sequence[str] | Pictures,
+    *,
+    context: int | None = None,
+    progress: Progress | None = None,
+) -> list[Prediction]:
+    """The class of each text or picture, with probabilities.
+
+    Raises:
+        ConfigError: The model has no classes, or texts are given and there is no tokenizer.
+        DataError: Pictures of another size than the model's.
+    """
+    if isinstance(inputs, Pictures):
+        fits(model, inputs)
+        logits, cut = predict(model, inputs, progress=progress), [False] * len(inputs)
+    else:
+        if tokenizer is None:
+            raise ConfigError("classify: texts need a tokenizer; this model has none")
+        room = min(context or model.config.context, model.config.context)
+        ids, _ = encode_framed(tokenizer, inputs, room)
+        whole, _ = encode_framed(tokenizer, inputs, 2**31)
+        logits, cut = predict(model, ids, progress=progress), [len(a) < len(b) for a, b in zip(ids, whole, strict=True)]
+    values = torch.from_numpy(logits).double()
+    if model.config.head == "scalar":
+        return [Prediction(None, {}, float(row[0]), long) for row, long in zip(values, cut, strict=True)]
+    several = model.config.extra.get("problem_type") == "multi_label_classification"
+    shares = values.sigmoid() if several else values.softmax(-1)
+    names = class_names(model.config)
+    predictions = []
+    for row, long in zip(shares.tolist(), cut, strict=True):
+        ranked = sorted(zip(names, row, strict=True), key=lambda pair: -pair[1])
+        predictions.append(Prediction(ranked[0][0], dict(ranked), None, long))
+    return predictions
 
 
 def score_classes(
@@ -67,6 +126,7 @@ def score_classes(
     *,
     context: int | None = None,
     positive: str | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Accuracy, F1 and the rest of `figures` on held-out examples, and `loss` in nats.
 
@@ -76,14 +136,14 @@ def score_classes(
     if isinstance(examples, Pictures):
         truth = numbers_of(examples.labels, examples.where, names)
         fits(model, examples)
-        logits = predict(model, examples)
+        logits = predict(model, examples, progress=progress)
     else:
         if tokenizer is None:
             raise ConfigError("classify: texts need a tokenizer; this model has none")
         truth = numbers_of([e.label for e in examples], [e.where for e in examples], names)
         room = min(context or model.config.context, model.config.context)
         ids, _ = encode_framed(tokenizer, [e.text for e in examples], room)
-        logits = predict(model, ids)
+        logits = predict(model, ids, progress=progress)
     return {**figures(truth, logits.argmax(1).tolist(), names, positive), "loss": loss_of(logits, truth)}
 
 

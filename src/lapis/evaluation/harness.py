@@ -19,7 +19,7 @@ from lapis.errors import ConfigError, DataError, MissingExtra
 from lapis.generation.generate import generate_batch
 from lapis.generation.options import Sampling
 from lapis.model.load import load
-from lapis.model.scoring import Precision, ScoredSequence, likelihoods
+from lapis.model.scoring import Precision, Progress, ScoredSequence, likelihoods
 from lapis.model.transformer import Transformer
 from lapis.text.chat.chat import render
 from lapis.text.tokenizer.tokenizer import Tokenizer
@@ -37,7 +37,8 @@ class LapisLM(TemplateLM):  # type: ignore[misc]
     """A causal lapis model as lm-eval's LM.
 
     pretrained: a folder, or a model with its tokenizer. max_length: tokens at once, by default the model's context.
-    batch_size: replies generated at once. precision: "bf16" is faster where the machine has it.
+    batch_size: replies generated at once. precision: as in `lapis.model.scoring.nll`. progress: called with how many
+    tokens or replies of a task are done, and of how many.
     """
 
     def __init__(
@@ -51,7 +52,8 @@ class LapisLM(TemplateLM):  # type: ignore[misc]
         max_batch_size: int | None = None,
         max_length: int | None = None,
         max_gen_toks: int = 256,
-        precision: Precision = "float32",
+        precision: Precision | None = None,
+        progress: Progress | None = None,
     ) -> None:
         super().__init__()
         if isinstance(pretrained, Transformer):
@@ -67,7 +69,7 @@ class LapisLM(TemplateLM):  # type: ignore[misc]
         if config.head != "lm" or not config.causal:
             raise ConfigError(f"eval: a {config.family} model with the head {config.head} does not continue text")
         self.max_length = min(max_length or config.context, config.context)
-        self.max_gen_toks, self.precision = max_gen_toks, precision
+        self.max_gen_toks, self.precision, self.progress = max_gen_toks, precision, progress
         self.batch_size = batch_size if isinstance(batch_size, int) else max_batch_size or 32
         self._device = self.model.embed.weight.device
         self._templated = False
@@ -79,10 +81,10 @@ class LapisLM(TemplateLM):  # type: ignore[misc]
     @property
     def prefix_token_id(self) -> int:
         """What stands before a text that has no other context."""
-        found = self.text.bos_id if self.text.bos_id is not None else self.text.eos_id
-        if found is None:
+        prefix = self.text.bos_id if self.text.bos_id is not None else self.text.eos_id
+        if prefix is None:
             raise DataError(f"{self.text.source}: has no token that a document begins with (eos_token or bos_token)")
-        return found
+        return prefix
 
     @property
     def tokenizer_name(self) -> str:
@@ -94,19 +96,19 @@ class LapisLM(TemplateLM):  # type: ignore[misc]
         Text that spells a special token is plain text, but for what the chat template wrote.
         """
         bos = self.text.named.get("bos_token")
-        begun = self._templated and bos is not None and string.startswith(bos)
-        around = not begun if add_special_tokens is None else add_special_tokens
+        has_bos = self._templated and bos is not None and string.startswith(bos)
+        around = not has_bos if add_special_tokens is None else add_special_tokens
         return self.text.encode(string, special=self._templated, add_special_tokens=around)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
-        found = []
+        sequences = []
         for _, context, continuation in requests:
             ids = (context + continuation)[-(self.max_length + 1) :]
             first = max(1, len(ids) - len(continuation))
-            found.append(ScoredSequence(ids, [place >= first for place in range(len(ids))]))
-        scores = likelihoods(self.model, found, precision=self.precision)
+            sequences.append(ScoredSequence(ids, [place >= first for place in range(len(ids))]))
+        scores = likelihoods(self.model, sequences, precision=self.precision, progress=self.progress)
         return [(-nats, greedy) for nats, greedy in scores]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
@@ -116,16 +118,17 @@ class LapisLM(TemplateLM):  # type: ignore[misc]
         for request in requests:
             ids = self.tok_encode(request.args[0])
             before = len(windows)
-            for seen, said in get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1):
-                whole = [*seen, said[-1]]
-                windows.append(ScoredSequence(whole, [place >= len(whole) - len(said) for place in range(len(whole))]))
+            for seen, scored in get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1):
+                whole = [*seen, scored[-1]]
+                first = len(whole) - len(scored)
+                windows.append(ScoredSequence(whole, [place >= first for place in range(len(whole))]))
             counts.append(len(windows) - before)
-        scores = iter(likelihoods(self.model, windows, precision=self.precision))
+        scores = iter(likelihoods(self.model, windows, precision=self.precision, progress=self.progress))
         return [-sum(next(scores)[0] for _ in range(count)) for count in counts]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Replies up to a stop text; those that ask for the same options share batches."""
-        found = [""] * len(requests)
+        texts = [""] * len(requests)
         groups: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
             groups.setdefault(repr(request.args[1]), []).append(number)
@@ -138,16 +141,16 @@ class LapisLM(TemplateLM):  # type: ignore[misc]
             prompts = [self.tok_encode(requests[number].args[0])[-room:] for number in numbers]
             replies = generate_batch(self.model, self.text, prompts, sampling, batch_size=self.batch_size)
             for number, reply in zip(numbers, replies, strict=True):
-                found[number] = reply.text
-        return found
+                texts[number] = reply.text
+        return texts
 
-    def _sampling(self, asked: Mapping[str, Any]) -> Sampling:
-        until = asked.get("until") or []
-        length = next((asked[name] for name in _LENGTHS if asked.get(name) is not None), self.max_gen_toks)
+    def _sampling(self, request: Mapping[str, Any]) -> Sampling:
+        until = request.get("until") or []
+        length = next((request[name] for name in _LENGTHS if request.get(name) is not None), self.max_gen_toks)
         return Sampling(
-            temperature=float(asked.get("temperature") or 0.0) if asked.get("do_sample", True) else 0.0,
-            top_p=float(asked.get("top_p") or 1.0),
-            top_k=int(asked.get("top_k") or 0),
+            temperature=float(request.get("temperature") or 0.0) if request.get("do_sample", True) else 0.0,
+            top_p=float(request.get("top_p") or 1.0),
+            top_k=int(request.get("top_k") or 0),
             max_tokens=int(length),
             stop=tuple(text for text in ([until] if isinstance(until, str) else until) if text),
             seed=0,
@@ -173,7 +176,8 @@ def run_tasks(
     fewshot: int | None = None,
     limit: int | None = None,
     chat: bool = False,
-    precision: Precision = "float32",
+    precision: Precision | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, dict[str, float]]:
     """{task: {metric: value}} of lm-eval's tasks, or of the task files in `folder`.
 
@@ -190,7 +194,7 @@ def run_tasks(
 
         raise ConfigError(f'eval: there is no task "{unknown[0]}"; {nearest(unknown[0], manager.all_tasks)[:300]}')
     results = simple_evaluate(
-        LapisLM(model, tokenizer, precision=precision),
+        LapisLM(model, tokenizer, precision=precision, progress=progress),
         tasks=list(tasks),
         num_fewshot=fewshot,
         limit=limit,
@@ -200,13 +204,13 @@ def run_tasks(
         log_samples=False,
     )
     assert results is not None
-    return {task: _numbers(found) for task, found in results["results"].items()}
+    return {task: _numbers(metrics) for task, metrics in results["results"].items()}
 
 
-def _numbers(found: Mapping[str, Any]) -> dict[str, float]:
+def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
     """Metrics without the filter's name where it is the usual one, "none"."""
     return {
         name.removesuffix(",none"): float(value)
-        for name, value in found.items()
+        for name, value in metrics.items()
         if isinstance(value, (int, float)) and not isinstance(value, bool) and name != "sample_len"
     }

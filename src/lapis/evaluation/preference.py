@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
+from torch import Tensor
 
 from lapis.errors import ConfigError, DataError
 from lapis.evaluation.replies import reply_log_probabilities, reply_rewards
 from lapis.model.load import load
-from lapis.model.scoring import Precision
+from lapis.model.scoring import Precision, Progress
 from lapis.model.transformer import Transformer
 from lapis.text.corpus.pairs import Pair
 from lapis.text.rows.pair_rows import Paired
@@ -34,7 +35,8 @@ def score_pairs(
     reference: Transformer | Path | str | None = None,
     beta: float = 0.1,
     context: int | None = None,
-    precision: Precision = "float32",
+    precision: Precision | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """What `pair_figures` says, with `by` (what was compared) and the counts of pairs, cut_replies and dropped_long.
 
@@ -43,30 +45,32 @@ def score_pairs(
     nor a language head, and ConfigError for a reference with another tokenizer.
     """
     context = min(context or model.config.context, model.config.context)
-    found = pairs if isinstance(pairs, Paired) else Paired.read(pairs, tokenizer, context)
+    paired = pairs if isinstance(pairs, Paired) else Paired.read(pairs, tokenizer, context)
     if model.config.head == "scalar":
-        by, values = "reward", np.asarray(reply_rewards(model, found.replies))
+        by, values = "reward", np.asarray(reply_rewards(model, paired.replies, progress=progress))
     elif model.config.head == "lm":
-        by, values = "log-probability per token", reply_log_probabilities(model, found.replies, precision=precision)
+        values = reply_log_probabilities(model, paired.replies, precision=precision, progress=progress)
         if reference is None:
-            values = values / [len(reply) for reply in found.replies]
+            by, values = "log-probability per token", values / [len(reply) for reply in paired.replies]
         else:
-            by, other = "log-ratio to the reference", _opened(reference, tokenizer)
-            values = beta * (values - reply_log_probabilities(other, found.replies, precision=precision))
+            by, other = "log-ratio to the reference", _opened(reference, tokenizer, next(model.parameters()))
+            of_other = reply_log_probabilities(other, paired.replies, precision=precision, progress=progress)
+            values = beta * (values - of_other)
     else:
         raise DataError(f"eval: a model with the head {model.config.head} does not rank replies; give one with a "
                         "scalar head, or a language model")  # fmt: skip
-    sizes = [len(reply) for reply in found.replies]
-    counts = {name: found.counts[name] for name in ("pairs", "cut_replies", "dropped_long")}
+    sizes = [len(reply) for reply in paired.replies]
+    counts = {name: paired.counts[name] for name in ("pairs", "cut_replies", "dropped_long")}
     return {"by": by, **pair_figures(values[::2], values[1::2], sizes[::2], sizes[1::2]), **counts}
 
 
-def _opened(reference: Transformer | Path | str, tokenizer: Tokenizer) -> Transformer:
+def _opened(reference: Transformer | Path | str, tokenizer: Tokenizer, like: Tensor) -> Transformer:
+    """The reference, with weights of the dtype and on the device of `like`."""
     if isinstance(reference, Transformer):
         return reference
     if Tokenizer.open(reference).digest() != tokenizer.digest():
         raise ConfigError(f"eval: {reference} has another tokenizer than the model; a reference reads the same ids")
-    return load(reference)
+    return load(reference, like.dtype, like.device)
 
 
 def pair_figures(

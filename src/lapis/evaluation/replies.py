@@ -18,6 +18,7 @@ from torch import Tensor
 from lapis.model.scoring import (
     BATCH_TOKENS,
     Precision,
+    Progress,
     ScoredBatch,
     ScoredSequence,
     batches_by_length,
@@ -66,11 +67,15 @@ def log_probabilities(model: Transformer, batch: ReplyBatch) -> tuple[Tensor, Te
 
 
 def reply_log_probabilities(
-    model: Transformer, replies: Sequence[EncodedReply], *, precision: Precision = "float32"
+    model: Transformer,
+    replies: Sequence[EncodedReply],
+    *,
+    precision: Precision | None = None,
+    progress: Progress | None = None,
 ) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
     """Nats of each reply and its end token, given its prompt: summed, 0 or less."""
     sequences = [_scored(reply.spoken, reply.first) for reply in replies]
-    return -np.asarray(nll(model, sequences, precision=precision))
+    return -np.asarray(nll(model, sequences, precision=precision, progress=progress))
 
 
 def rewards(model: Transformer, batch: ReplyBatch) -> Tensor:
@@ -88,16 +93,25 @@ def rewards(model: Transformer, batch: ReplyBatch) -> Tensor:
 
 
 def reply_rewards(
-    model: Transformer, replies: Sequence[EncodedReply], *, batch_tokens: int = BATCH_TOKENS
+    model: Transformer,
+    replies: Sequence[EncodedReply],
+    *,
+    batch_tokens: int = BATCH_TOKENS,
+    progress: Progress | None = None,
 ) -> list[float]:
     """The reward of each whole chat, in order, computed batch_tokens places at a time."""
     result = [0.0] * len(replies)
     device = next(model.parameters()).device
+    lengths = [len(reply.ids) for reply in replies]
+    done, total = 0, sum(lengths)
     with evaluating(model):
-        for numbers in batches_by_length([len(reply.ids) for reply in replies], batch_tokens):
+        for numbers in batches_by_length(lengths, batch_tokens):
             batch = collate([replies[i] for i in numbers]).to(device)
             for i, reward in zip(numbers, rewards(model, batch).tolist(), strict=True):
                 result[i] = reward
+            done += sum(lengths[i] for i in numbers)
+            if progress:
+                progress(done, total)
     return result
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from lapis.errors import DataError
-from lapis.model.scoring import Precision, ScoredSequence, nll
+from lapis.model.scoring import Precision, Progress, ScoredSequence, nll
 from lapis.model.transformer import Transformer
 from lapis.text.corpus.corpus import Document
 from lapis.text.tokenizer.tokenizer import Tokenizer
@@ -23,11 +23,11 @@ def bits_per_byte(
     context: int | None = None,
     *,
     max_bytes: int | None = None,
-    precision: Precision = "float32",
+    precision: Precision | None = None,
 ) -> float:
     """Bits that the model needs for a byte of UTF-8 text."""
-    found = score_text(model, tokenizer, documents, context, max_bytes=max_bytes, precision=precision)
-    return float(found["bits_per_byte"])
+    scores = score_text(model, tokenizer, documents, context, max_bytes=max_bytes, precision=precision)
+    return float(scores["bits_per_byte"])
 
 
 def score_text(
@@ -37,7 +37,8 @@ def score_text(
     context: int | None = None,
     *,
     max_bytes: int | None = None,
-    precision: Precision = "float32",
+    precision: Precision | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """{bits_per_byte, nll (nats per token), tokens, bytes, documents}.
 
@@ -60,7 +61,7 @@ def score_text(
             break
     if size == 0:
         raise DataError("eval: there is no text to score")
-    nats = math.fsum(nll(model, windows, precision=precision))
+    nats = math.fsum(nll(model, windows, precision=precision, progress=progress))
     tokens = sum(sum(window.scored) for window in windows)
     return {
         "bits_per_byte": nats / math.log(2) / size,

@@ -10,7 +10,7 @@ user's text are plain text. Leaves out the server, speculative decoding and beam
 Shapes: B rows, T new tokens, S tokens in the cache, V vocabulary.
 """
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, cast
@@ -88,10 +88,12 @@ def generate_batch(
     *,
     batch_size: int = 64,
     logprobs: bool = False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[Reply]:
     """A Reply for each prompt, in their order. Prompts may differ in length; a row's reply depends on no other row.
 
-    batch_size: rows decoded at once; those of like length share a batch. logprobs: fill in Reply.logprobs.
+    batch_size: rows decoded at once; those of like length share a batch. logprobs: fill in Reply.logprobs. progress:
+    called with how many replies are complete, and of how many.
     """
     rows = [_Row(tokenizer, encode(model, tokenizer, p), sampling, context(model)) for p in prompts]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt))
@@ -107,6 +109,8 @@ def generate_batch(
                     row.add(token)
                     if chances:
                         row.logprobs.append(chances[place])
+            if progress:
+                progress(sum(bool(row.stop_reason) for row in rows), len(rows))
             going = [place for place, row in enumerate(live) if not row.stop_reason]
             # Rows that are done are carried along until a quarter of the batch is: dropping them copies the cache
             if len(going) <= len(live) * 3 // 4:

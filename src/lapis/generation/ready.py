@@ -5,6 +5,7 @@ speed and the usual layout at two thirds of it (benchmarks/results/), with the s
 it has no weights left to train, save or look into. Leaves out quantization; GPUs, where nothing needs packing.
 """
 
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -61,20 +62,22 @@ def open_ready(folder: str | Path, runtime: Runtime = Runtime()) -> tuple[Transf
     Raises CheckpointError for what is damaged, and for a tokenizer with more tokens than the embedding has rows;
     ConfigError for a device that is not there.
     """
-    device = _device(runtime.device)
+    device = choose_device(runtime.device)
     checkpoint = open_checkpoint(folder, adapters=True)
+    dtype, note = choose_dtype(checkpoint, runtime.dtype, device)
     with ThreadPoolExecutor(1) as pool:
         opening = pool.submit(_tokenizer, checkpoint)
-        dtype: torch.dtype | None = getattr(torch, runtime.dtype) if runtime.dtype else None
         adapted = checkpoint.adapter is not None
         model = load(checkpoint, dtype, device, placed=None if adapted else _pack)
         model = ready(fold(model) if adapted else model)
         tokenizer = opening.result()
     tokenizer.check_rows(model.config.vocab)
+    model.notes = [*model.notes, *([note] if note else [])]
     return model, tokenizer
 
 
-def _device(name: str | None) -> torch.device:
+def choose_device(name: str | None) -> torch.device:
+    """The device of that name; by default a GPU where there is one. Raises ConfigError for one that is not there."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -85,6 +88,47 @@ def _device(name: str | None) -> torch.device:
             f'device is "{name}"; this machine has {"cpu, cuda" if torch.cuda.is_available() else "cpu"}'
         ) from None
     return device
+
+
+def choose_dtype(checkpoint: Checkpoint, name: str | None, device: torch.device) -> tuple[torch.dtype | None, str]:
+    """The precision of weights and arithmetic, and a note where it is not what the folder holds.
+
+    A name is what is computed. Without one it is the folder's own (None), except on a processor without bfloat16
+    instructions: there float32 is faster than either half precision, which it would only imitate.
+    """
+    if name is not None:
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype, ""
+    held = Counter[str]()
+    for info in checkpoint.index.values():
+        held[info.dtype] += info.elements
+    stored = held.most_common(1)[0][0] if held else "F32"
+    if device.type != "cpu" or stored not in ("BF16", "F16") or has_bfloat16():
+        return None, ""
+    kind = {"BF16": "bfloat16", "F16": "float16"}[stored]
+    return torch.float32, (
+        f"the weights are {kind} and this processor has no bfloat16 instructions: computed in float32, which is faster "
+        f"here and takes twice the memory"
+    )
+
+
+@cache
+def has_bfloat16() -> bool:
+    """Whether the processor multiplies bfloat16 matrices by instructions of its own."""
+    try:
+        return bool({"avx512_bf16", "amx_bf16", "bf16"} & _processor_flags())
+    except OSError:
+        supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+        return bool(supported and supported())
+
+
+def _processor_flags() -> set[str]:
+    """What /proc/cpuinfo says that the processor can do; x86 calls it flags, ARM Features."""
+    for line in Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines():
+        name, _, words = line.partition(":")
+        if name.strip() in ("flags", "Features"):
+            return set(words.split())
+    return set()
 
 
 def _tokenizer(checkpoint: Checkpoint) -> Tokenizer:

@@ -25,11 +25,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lapis.errors import DataError
+from lapis.errors import ConfigError, DataError
 from lapis.model.transformer import Transformer
 from lapis.text.rows.sequences import together
 
 Precision = Literal["float32", "bf16"]
+Progress = Callable[[int, int], None]  # called with how many tokens are done, and of how many
 
 BATCH_TOKENS = 8192  # places computed at once
 LOGITS = {"cpu": 2**21, "cuda": 2**26}  # elements of logits at once
@@ -47,6 +48,23 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def computing(model: nn.Module, precision: Precision | None) -> Iterator[None]:
+    """What is computed inside is of this precision; None: of that of the model's weights.
+
+    Raises:
+        ConfigError: float32 is asked for, and the weights are of another precision.
+    """
+    weight = next(model.parameters())
+    if precision == "float32" and weight.dtype != torch.float32:
+        raise ConfigError(
+            f"precision is float32 and the model's weights are {str(weight.dtype).removeprefix('torch.')}; load the "
+            f"model with dtype=torch.float32"
+        )
+    with torch.autocast(weight.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        yield
 
 
 def batches_by_length(lengths: Sequence[int], batch_tokens: int = BATCH_TOKENS) -> Iterator[list[int]]:
@@ -185,19 +203,23 @@ def nll(
     sequences: Sequence[ScoredSequence],
     *,
     batch_tokens: int = BATCH_TOKENS,
-    precision: Precision = "float32",
+    precision: Precision | None = None,
+    progress: Progress | None = None,
 ) -> list[float]:
     """Nats of each sequence, summed in float64 over its scored ids.
 
     Args:
         sequences: In any order and of any lengths.
         batch_tokens: Places computed at once.
-        precision: "bf16" is faster where the machine has it, and about 1e-3 off.
+        precision: Of the arithmetic; by default that of the model's weights. "bf16" is about 1e-3 off.
+        progress: Called after each batch.
 
     Raises:
-        DataError: For an id that the model has no row for.
+        DataError: An id that the model has no row for.
+        ConfigError: float32 is asked for, and the weights are of another precision.
     """
-    return [nats for nats, _ in likelihoods(model, sequences, batch_tokens=batch_tokens, precision=precision)]
+    scores = likelihoods(model, sequences, batch_tokens=batch_tokens, precision=precision, progress=progress)
+    return [nats for nats, _ in scores]
 
 
 def likelihoods(
@@ -205,16 +227,22 @@ def likelihoods(
     sequences: Sequence[ScoredSequence],
     *,
     batch_tokens: int = BATCH_TOKENS,
-    precision: Precision = "float32",
+    precision: Precision | None = None,
+    progress: Progress | None = None,
 ) -> list[tuple[float, bool]]:
     """As `nll`, with whether each scored id of the sequence is the model's likeliest."""
     result = [(0.0, True)] * len(sequences)
     device = next(model.parameters()).device
-    with evaluating(model), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-        for numbers in batches_by_length([len(sequence.ids) for sequence in sequences], batch_tokens):
+    lengths = [len(sequence.ids) for sequence in sequences]
+    done, total = 0, sum(lengths)
+    with evaluating(model), computing(model, precision):
+        for numbers in batches_by_length(lengths, batch_tokens):
             scores = _score(model, lay_out([sequences[i] for i in numbers]).to(device), len(numbers))
             for i, score in zip(numbers, scores, strict=True):
                 result[i] = score
+            done += sum(lengths[i] for i in numbers)
+            if progress:
+                progress(done, total)
     return result
 
 
