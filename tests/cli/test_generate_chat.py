@@ -119,7 +119,7 @@ def test_conversation_keeps_history_and_replies_are_those_of_generate(opened):
         expected = generate(
             *opened, [*conversation.messages, {"role": "user", "content": turn}], Sampling(max_tokens=6)
         )
-        assert "".join(conversation.say(turn)) == expected
+        assert "".join(conversation.send(turn)) == expected
     assert [turn["role"] for turn in conversation.messages] == ["system", "user", "assistant", "user", "assistant"]
     assert "".join(conversation.retry()) == conversation.turns[-1]["content"] and len(conversation.turns) == 4
     conversation.reset()
@@ -131,7 +131,7 @@ def test_conversation_keeps_history_and_replies_are_those_of_generate(opened):
 def test_retry_draws_anew_and_a_seed_repeats_it(opened):
     def talk(seed):
         conversation = Conversation(*opened, Sampling(max_tokens=12, temperature=1.0, seed=seed))
-        return "".join(conversation.say("the cat")), "".join(conversation.retry())
+        return "".join(conversation.send("the cat")), "".join(conversation.retry())
 
     first, again = talk(1)
     assert first != again and talk(1) == (first, again)
@@ -139,19 +139,19 @@ def test_retry_draws_anew_and_a_seed_repeats_it(opened):
 
 def test_reply_that_is_left_keeps_what_was_said(opened):
     conversation = Conversation(*opened, Sampling(max_tokens=50))
-    pieces = conversation.say("the cat")
+    pieces = conversation.send("the cat")
     said = next(pieces) + next(pieces)
     pieces.close()
     assert conversation.turns[-1] == {"role": "assistant", "content": said}
-    assert conversation.told.stop_reason == "stopped"
-    assert "".join(conversation.say("a bird"))
+    assert conversation.last_reply.stop_reason == "stopped"
+    assert "".join(conversation.send("a bird"))
 
 
 def test_turn_that_does_not_fit_is_taken_back(opened):
     model, tokenizer = opened
     conversation = Conversation(model, tokenizer, Sampling(max_tokens=4))
     with pytest.raises(DataError, match="or reset the conversation"):
-        list(conversation.say("the cat " * 60_000))
+        list(conversation.send("the cat " * 60_000))
     assert conversation.turns == []
 
 

@@ -102,10 +102,10 @@ def talk(conversations: "dict[str, Conversation]", lines: "Lines") -> None:
             if text.startswith("/") and not text.startswith("//"):
                 command(conversations, text)
             else:
-                said = text.removeprefix("/")  # "//" begins a turn with a slash
-                answer(conversations, lambda conversation, said=said: conversation.say(said))  # type: ignore[misc]
+                turn = text.removeprefix("/")  # "//" begins a turn with a slash
+                answer(conversations, lambda conversation, turn=turn: conversation.send(turn))  # type: ignore[misc]
         except LapisError as error:
-            say(str(error))
+            print_status(str(error))
 
 
 class Lines:
@@ -126,7 +126,7 @@ class Lines:
                 return line or None
             except KeyboardInterrupt:
                 print()
-                say("Ctrl-D or /quit leaves")
+                print_status("Ctrl-D or /quit leaves")
                 line, prompt = "", "> "
                 continue
             if not line.endswith("\\"):
@@ -149,29 +149,29 @@ def command(conversations: "dict[str, Conversation]", text: str) -> None:
     first = next(iter(conversations.values()))
     if word == "/help":
         for name, meaning in HELP.items():
-            say(f"{name:{INDENT + 2}}{meaning}")
+            print_status(f"{name:{INDENT + 2}}{meaning}")
     elif word == "/system":
         if rest:
             for conversation in conversations.values():
                 conversation.system = rest
-        say(f"system: {first.system or '(none)'}")
+        print_status(f"system: {first.system or '(none)'}")
     elif word == "/reset":
         for conversation in conversations.values():
             conversation.reset()
-        say("the conversation is forgotten")
+        print_status("the conversation is forgotten")
     elif word == "/retry":
         answer(conversations, lambda conversation: conversation.retry())
     elif word == "/save":
         if not rest:
             raise DataError("/save needs a file: /save chat.jsonl")
-        say(f"saved {save(conversations, Path(rest).expanduser())}")
+        print_status(f"saved {save(conversations, Path(rest).expanduser())}")
     else:
         known = [name.split()[0] for name in HELP]
         raise DataError(f"there is no {word}; {nearest(word, known)}")
 
 
 def save(conversations: "dict[str, Conversation]", path: Path) -> Path:
-    """Writes one line per model. Raises OutputError where the file exists, DataError where nothing was said."""
+    """Writes one line per model. Raises OutputError where the file exists, DataError where there are no turns."""
     import json
 
     from lapis.checkpoint.commit import commit_file
@@ -199,11 +199,12 @@ def answer(
         else:
             for name, pieces in replies.items():
                 if len(replies) > 1:
-                    say(name)
+                    print_status(name)
                 one(pieces)
-    told = [conversation.told for conversation in conversations.values()]
+    replies_ended = [conversation.last_reply for conversation in conversations.values()]
     if sys.stdout.isatty():
-        say(" | ".join(f"{t.tokens} tokens, {t.tokens / t.seconds:.0f}/s, {ENDS[t.stop_reason]}" for t in told if t))
+        speeds = (f"{r.tokens} tokens, {r.tokens / r.seconds:.0f}/s, {ENDS[r.stop_reason]}" for r in replies_ended if r)
+        print_status(" | ".join(speeds))
 
 
 @contextmanager
@@ -239,8 +240,8 @@ def one(pieces: Generator[str, None, None]) -> None:
     sys.stdout.flush()
 
 
-def say(text: str) -> None:
-    """What lapis itself says, apart from what the model says: dim, or to standard error where output is a pipe."""
+def print_status(text: str) -> None:
+    """Prints a line of lapis' own, apart from the model's text: dim, or to standard error where output is a pipe."""
     from lapis.cli.output import line
 
     line(text, "dim", error=not sys.stdout.isatty())

@@ -44,11 +44,11 @@ def generate(
 
         opened, tokenizer = open_ready(model, runtime)
     turns = [{"role": "system", "content": system}] * bool(system) + [{"role": "user", "content": prompt}]
-    asked: Prompt = turns if chat else prompt
+    request: Prompt = turns if chat else prompt
     live, shown = not json, for_terminal if sys.stdout.isatty() else str
     loaded = time.perf_counter()
     first = 0.0
-    pieces = stream(opened, tokenizer, asked, sampling)
+    pieces = stream(opened, tokenizer, request, sampling)
     while True:
         try:
             piece = next(pieces)

@@ -33,7 +33,7 @@ def agreement(
     architecture that is not known, too little memory.
     """
     checkpoint = open_checkpoint(model)
-    if reason := _cannot(checkpoint):
+    if reason := _reason_against(checkpoint):
         return {"skipped": reason}
     try:
         tokenizer = Tokenizer.open(checkpoint)
@@ -67,11 +67,11 @@ def _divergence(own: torch.Tensor, rows: list[list[int]], tokenizer: Tokenizer, 
 def _log_probabilities(checkpoint: Checkpoint, rows: list[list[int]]) -> torch.Tensor:
     """[positions, words] at the last positions of each row."""
     model = load(checkpoint)
-    found = [model(torch.tensor([ids])[:, -model.config.context :])[0, -_POSITIONS:].float() for ids in rows]
-    return torch.cat(found).log_softmax(-1)
+    logits = [model(torch.tensor([ids])[:, -model.config.context :])[0, -_POSITIONS:].float() for ids in rows]
+    return torch.cat(logits).log_softmax(-1)
 
 
-def _cannot(checkpoint: Checkpoint) -> str:
+def _reason_against(checkpoint: Checkpoint) -> str:
     """Why a model cannot be run here; "" where it can."""
     if not isinstance(checkpoint.family, Family):
         return f"model_type {checkpoint.config.get('model_type')} is not an architecture that lapis runs"

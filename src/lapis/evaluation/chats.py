@@ -1,7 +1,7 @@
 """Chats: how likely the model finds the replies that were given, and whether its own replies end.
 
 response NLL: nats per token over the assistant's tokens and end tokens. stop rate: the share of last turns to which
-the model's greedy reply ends by an end token within a limit. Leaves out: judging what is said.
+the model's greedy reply ends by an end token within a limit. Leaves out judging what the replies say.
 """
 
 import math

@@ -39,22 +39,22 @@ def score_choices(
 
     Raises DataError where there is no question, or one is longer than the model's context.
     """
-    found = list(questions)
-    if not found:
+    listed = list(questions)
+    if not listed:
         raise DataError("eval: there is no question to score")
-    sequences = [s for question in found for s in scored_choices(tokenizer, question, model.config.context)]
+    sequences = [s for question in listed for s in scored_choices(tokenizer, question, model.config.context)]
     nats = iter(nll(model, sequences, precision=precision, progress=progress))
     right = right_per_byte = 0
-    for question in found:
+    for question in listed:
         costs = [next(nats) for _ in question.choices]
         per_byte = [cost / len(text.encode()) for cost, text in zip(costs, question.choices, strict=True)]
         right += costs.index(min(costs)) == question.answer
         right_per_byte += per_byte.index(min(per_byte)) == question.answer
     return {
-        "accuracy": right / len(found),
-        "accuracy_per_byte": right_per_byte / len(found),
-        "n": len(found),
-        "chance": sum(1 / len(question.choices) for question in found) / len(found),
+        "accuracy": right / len(listed),
+        "accuracy_per_byte": right_per_byte / len(listed),
+        "n": len(listed),
+        "chance": sum(1 / len(question.choices) for question in listed) / len(listed),
     }
 
 

@@ -152,9 +152,9 @@ def fits(model: Transformer, examples: Pictures) -> None:
     image = model.config.image
     if image is None:
         raise DataError(f"these are pictures; a {model.config.family} model reads text. Give texts, or a vit model")
-    wanted = (image.channels, image.size, image.size)
-    if examples.shape != wanted:
-        spelled = ["x".join(map(str, shape)) for shape in (examples.shape, wanted)]
+    expected = (image.channels, image.size, image.size)
+    if examples.shape != expected:
+        spelled = ["x".join(map(str, shape)) for shape in (examples.shape, expected)]
         raise DataError(
             f"the pictures are {spelled[0]} (channels, height, width), the model takes {spelled[1]}; "
             f"give resize={image.size}, or pictures of that kind"
@@ -171,18 +171,18 @@ def figures(
 ) -> dict[str, Any]:
     """{accuracy, f1_macro, f1, positive, n, classes, confusion, by_class}.
 
-    f1_macro: the mean over all classes; one that is neither there nor said counts as 0. f1: of the positive class,
+    f1_macro: the mean over all classes; one that is neither there nor predicted counts as 0. f1: of the positive class,
     where there are two (default: the second); else None. confusion[i][j]: how many of class i were taken for class j.
-    by_class: precision, recall, f1 and n of each; 0 where nothing was said or there. Raises ConfigError for a
+    by_class: precision, recall, f1 and n of each; 0 where there is none. Raises ConfigError for a
     `positive` that is no class.
     """
     C = len(names)
     confusion: NDArray[np.int64] = np.zeros((C, C), np.int64)
     np.add.at(confusion, (np.asarray(truth, np.int64), np.asarray(predicted, np.int64)), 1)
     right = confusion.diagonal().astype(np.float64)
-    said, there = confusion.sum(0), confusion.sum(1)
-    precision, recall = right / np.maximum(said, 1), right / np.maximum(there, 1)
-    f1 = 2 * right / np.maximum(said + there, 1)
+    predicted_C, there_C = confusion.sum(0), confusion.sum(1)
+    precision, recall = right / np.maximum(predicted_C, 1), right / np.maximum(there_C, 1)
+    f1 = 2 * right / np.maximum(predicted_C + there_C, 1)
     if positive is None and C == 2:
         positive = names[1]
     if positive is not None and positive not in names:
@@ -197,6 +197,6 @@ def figures(
         "confusion": confusion.tolist(),
         "by_class": {
             name: {"precision": float(p), "recall": float(r), "f1": float(f), "n": int(n)}
-            for name, p, r, f, n in zip(names, precision, recall, f1, there, strict=True)
+            for name, p, r, f, n in zip(names, precision, recall, f1, there_C, strict=True)
         },
     }

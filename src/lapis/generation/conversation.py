@@ -19,8 +19,8 @@ Turn = dict[str, str]
 
 
 @dataclass(frozen=True)
-class Told:
-    """How the last reply went. stop_reason: as in Reply, or "stopped" where the listener left. seconds: all of it."""
+class ReplyStats:
+    """How a reply went. stop_reason: as in Reply, or "stopped" where the reader left. seconds: from asking to the end."""
 
     tokens: int
     stop_reason: str
@@ -38,7 +38,7 @@ class Conversation:
         template_for(tokenizer)
         self.system = system
         self.turns: list[Turn] = []
-        self.told: Told | None = None
+        self.last_reply: ReplyStats | None = None
         self._model, self._tokenizer, self._sampling = model, tokenizer, sampling
         self._memory = Memory()
         self._replies = 0
@@ -47,8 +47,8 @@ class Conversation:
     def messages(self) -> list[Turn]:
         return [{"role": "system", "content": self.system}] * bool(self.system) + self.turns
 
-    def say(self, text: str) -> Generator[str, None, None]:
-        """The reply to `text`, in pieces. Where the listener leaves early, what was said so far is the reply.
+    def send(self, text: str) -> Generator[str, None, None]:
+        """The reply to `text`, in pieces. Where the reader leaves early, what came so far is the reply.
 
         Raises DataError where the conversation no longer fits the context; the turn is then taken back.
         """
@@ -68,7 +68,7 @@ class Conversation:
         self.turns.clear()
 
     def _reply(self) -> Generator[str, None, None]:
-        said: list[str] = []
+        received: list[str] = []
         reply: Reply | None = None
         start, before = time.perf_counter(), self._replies
         seed = self._sampling.seed
@@ -84,13 +84,13 @@ class Conversation:
                     break
                 except DataError as error:
                     raise DataError(f"{error}, or reset the conversation") from None
-                said.append(piece)
+                received.append(piece)
                 yield piece
         finally:
             seconds = time.perf_counter() - start
-            count = len(reply.ids) if reply else len(said)
-            self.told = Told(count, reply.stop_reason if reply else "stopped", seconds)
-            if said or reply:
-                self.turns.append({"role": "assistant", "content": "".join(said)})
+            count = len(reply.ids) if reply else len(received)
+            self.last_reply = ReplyStats(count, reply.stop_reason if reply else "stopped", seconds)
+            if received or reply:
+                self.turns.append({"role": "assistant", "content": "".join(received)})
             else:  # no word came: a turn without an answer would stand in the way of the next
                 self.turns.pop()

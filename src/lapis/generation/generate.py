@@ -33,11 +33,11 @@ Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
 
 @dataclass(frozen=True)
 class Reply:
-    """What a model said to one prompt.
+    """A model's reply to one prompt.
 
     ids: the new tokens, with the end token where there is one. stop_reason: "end" (the model's end token), "stop" (a
     stop text, cut from the text) or "length" (max_tokens, or the context is full). logprobs: of each new token under
-    the model itself, before temperature and filters; empty unless asked for. prompt_tokens: length of the prompt.
+    the model itself, before temperature and filters; empty unless requested. prompt_tokens: length of the prompt.
     """
 
     text: str
@@ -216,8 +216,8 @@ class Decoding:
         """Log-probability of each row's last token under the model itself, without filters."""
         logits_BV = self._logits_BV.float() / temperature
         chosen_B = logits_BV.gather(1, self._ids_BT)[:, 0]
-        found: list[float] = (chosen_B - logits_BV.logsumexp(-1)).tolist()
-        return found
+        logprobs: list[float] = (chosen_B - logits_BV.logsumexp(-1)).tolist()
+        return logprobs
 
     @torch.inference_mode()
     def keep(self, places: Sequence[int]) -> None:

@@ -1,4 +1,4 @@
-"""What can be asked of a reply, and of the machine. Needs no torch, so that the command line can read it at once.
+"""Options of a reply, and of the machine. Needs no torch, so that the command line can read it at once.
 
 Leaves out what the options do: sampling.py chooses tokens, generate.py stops, ready.py loads.
 """
@@ -34,7 +34,7 @@ class Sampling:
     def __post_init__(self) -> None:
         stop: Any = self.stop
         object.__setattr__(self, "stop", (stop,) if isinstance(stop, str) else tuple(stop))
-        for name, fits, wanted in (
+        for name, fits, expected in (
             ("temperature", 0 <= self.temperature < math.inf, "0 (greedy) or more"),
             ("top_k", self.top_k >= 0, "0 (all) or more"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
@@ -44,7 +44,7 @@ class Sampling:
             ("stop", all(isinstance(text, str) and text for text in self.stop), "texts that are not empty"),
         ):
             if not fits:
-                raise ConfigError(f"sampling: {name} is {getattr(self, name)!r}; expected {wanted}")
+                raise ConfigError(f"sampling: {name} is {getattr(self, name)!r}; expected {expected}")
 
 
 @dataclass(frozen=True)
@@ -54,4 +54,5 @@ class Runtime:
     device: str | None = None
     """cpu or cuda; default: a GPU where there is one."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Precision of the weights; default: that of the folder."""
+    """Precision of weights and arithmetic; default: that of the folder, or float32 where the processor has no bfloat16
+    instructions."""

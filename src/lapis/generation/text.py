@@ -32,8 +32,8 @@ class Pieces:
     def __init__(self, tokenizer: Decoder, prompt: Sequence[int] = (), stop: Sequence[str] = ()) -> None:
         self._tokenizer = tokenizer
         self._ids = list(prompt[-4:])
-        self._said = 0  # ids before this one are only context
-        self._read = len(self._ids)  # the text of ids[said:read] has been taken in
+        self._context = 0  # ids before this one are only context
+        self._read = len(self._ids)  # the text of ids[context:read] has been taken in
         self._stop = stop
         self._held = ""
         self.text = ""
@@ -49,11 +49,11 @@ class Pieces:
         return self._release(self._decoded(final=True), final=True)
 
     def _decoded(self, final: bool) -> str:
-        before = self._tokenizer.decode(self._ids[self._said : self._read], True)
-        now = self._tokenizer.decode(self._ids[self._said :], True)
+        before = self._tokenizer.decode(self._ids[self._context : self._read], True)
+        now = self._tokenizer.decode(self._ids[self._context :], True)
         if len(now) <= len(before) or (now.endswith("\N{REPLACEMENT CHARACTER}") and not final):
             return ""
-        self._said, self._read = self._read, len(self._ids)
+        self._context, self._read = self._read, len(self._ids)
         return now[len(before) :]
 
     def _release(self, fresh: str, final: bool) -> str:
