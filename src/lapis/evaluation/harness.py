@@ -91,7 +91,7 @@ class LapisLM(TemplateLM):  # type: ignore[misc]
         return self.text.digest()
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Ids; with what the tokenizer puts before a text, unless add_special_tokens is given or it stands there already.
+        """Ids; with what the tokenizer puts before a text, unless add_special_tokens says otherwise or it is there.
 
         Text that spells a special token is plain text, but for what the chat template wrote.
         """

@@ -1,8 +1,8 @@
 """Bits per byte on held-out text: comparable over tokenizers, since bytes do not depend on them.
 
 Every token of every document is scored exactly once. A document begins after the token that documents begin with in
-training, and a long one is read in windows that overlap by half, so that a token is predicted from at least half a context.
-Leaves out: the end-of-text token, which is no text.
+training, and a long one is read in windows that overlap by half, so that a token is predicted from at least half a
+context. Leaves out the end-of-text token, which is no text.
 """
 
 import math

@@ -20,7 +20,7 @@ Turn = dict[str, str]
 
 @dataclass(frozen=True)
 class ReplyStats:
-    """How a reply went. stop_reason: as in Reply, or "stopped" where the reader left. seconds: from asking to the end."""
+    """How a reply went. stop_reason: as in Reply, or "stopped" where the reader left. seconds: all of it."""
 
     tokens: int
     stop_reason: str
