@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from lapis.evaluation.options import EvalOptions
+from lapis.evaluation.kinds import EvalOptions
 
 WHOLE_MATRIX = 12  # classes of which the whole confusion matrix is shown
 MISTAKES = 10

@@ -16,8 +16,7 @@ from lapis.errors import ConfigError
 from lapis.evaluation.chats import score_chats
 from lapis.evaluation.choices import read_choices, score_choices
 from lapis.evaluation.classification import score_classes
-from lapis.evaluation.kinds import KINDS
-from lapis.evaluation.options import EvalOptions
+from lapis.evaluation.kinds import KINDS, EvalOptions
 from lapis.evaluation.preference import score_pairs
 from lapis.evaluation.text import score_text
 from lapis.generation.ready import choose_device, choose_dtype

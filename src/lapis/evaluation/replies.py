@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from lapis.model.scoring import (
-    BATCH_TOKENS,
     Precision,
     Progress,
     ScoredBatch,
@@ -28,6 +27,7 @@ from lapis.model.scoring import (
     nll,
     scored_states,
     token_log_probabilities,
+    tokens_at_once,
 )
 from lapis.model.transformer import Transformer
 from lapis.text.rows.pair_rows import EncodedReply
@@ -96,7 +96,7 @@ def reply_rewards(
     model: Transformer,
     replies: Sequence[EncodedReply],
     *,
-    batch_tokens: int = BATCH_TOKENS,
+    batch_tokens: int | None = None,
     progress: Progress | None = None,
 ) -> list[float]:
     """The reward of each whole chat, in order, computed batch_tokens places at a time."""
@@ -105,7 +105,7 @@ def reply_rewards(
     lengths = [len(reply.ids) for reply in replies]
     done, total = 0, sum(lengths)
     with evaluating(model):
-        for numbers in batches_by_length(lengths, batch_tokens):
+        for numbers in batches_by_length(lengths, batch_tokens or tokens_at_once(device)):
             batch = collate([replies[i] for i in numbers]).to(device)
             for i, reward in zip(numbers, rewards(model, batch).tolist(), strict=True):
                 result[i] = reward

@@ -32,7 +32,7 @@ from lapis.text.rows.sequences import together
 Precision = Literal["float32", "bf16"]
 Progress = Callable[[int, int], None]  # called with how many tokens are done, and of how many
 
-BATCH_TOKENS = 8192  # places computed at once
+BATCH_TOKENS = 2048  # places computed at once on a CPU: a few seconds on a laptop
 LOGITS = {"cpu": 2**21, "cuda": 2**26}  # elements of logits at once
 SHARED = 0.25  # of the places that sharing rows must save; below that, the mask between sequences costs more
 
@@ -67,7 +67,7 @@ def computing(model: nn.Module, precision: Precision | None) -> Iterator[None]:
         yield
 
 
-def batches_by_length(lengths: Sequence[int], batch_tokens: int = BATCH_TOKENS) -> Iterator[list[int]]:
+def batches_by_length(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
     """Which sequences are read together: their numbers, the short ones first.
 
     Args:
@@ -202,7 +202,7 @@ def nll(
     model: Transformer,
     sequences: Sequence[ScoredSequence],
     *,
-    batch_tokens: int = BATCH_TOKENS,
+    batch_tokens: int | None = None,
     precision: Precision | None = None,
     progress: Progress | None = None,
 ) -> list[float]:
@@ -210,7 +210,7 @@ def nll(
 
     Args:
         sequences: In any order and of any lengths.
-        batch_tokens: Places computed at once.
+        batch_tokens: Places computed at once, by default `tokens_at_once` of the device.
         precision: Of the arithmetic; by default that of the model's weights. "bf16" is about 1e-3 off.
         progress: Called after each batch.
 
@@ -218,7 +218,7 @@ def nll(
         DataError: An id that the model has no row for.
         ConfigError: float32 is asked for, and the weights are of another precision.
     """
-    scores = likelihoods(model, sequences, batch_tokens=batch_tokens, precision=precision, progress=progress)
+    scores = _scores(model, sequences, _picked_alone, batch_tokens, precision, progress)
     return [nats for nats, _ in scores]
 
 
@@ -226,19 +226,31 @@ def likelihoods(
     model: Transformer,
     sequences: Sequence[ScoredSequence],
     *,
-    batch_tokens: int = BATCH_TOKENS,
+    batch_tokens: int | None = None,
     precision: Precision | None = None,
     progress: Progress | None = None,
 ) -> list[tuple[float, bool]]:
     """As `nll`, with whether each scored id of the sequence is the model's likeliest."""
+    return _scores(model, sequences, _picked_and_beaten, batch_tokens, precision, progress)
+
+
+def _scores(
+    model: Transformer,
+    sequences: Sequence[ScoredSequence],
+    read: Callable[..., tuple[Tensor, ...]],
+    batch_tokens: int | None,
+    precision: Precision | None,
+    progress: Progress | None,
+) -> list[tuple[float, bool]]:
+    """Nats of each sequence, and whether no scored id is beaten by a likelier one, by what `read` takes from logits."""
     result = [(0.0, True)] * len(sequences)
     device = next(model.parameters()).device
     lengths = [len(sequence.ids) for sequence in sequences]
     done, total = 0, sum(lengths)
     with evaluating(model), computing(model, precision):
-        for numbers in batches_by_length(lengths, batch_tokens):
-            scores = _score(model, lay_out([sequences[i] for i in numbers]).to(device), len(numbers))
-            for i, score in zip(numbers, scores, strict=True):
+        for numbers in batches_by_length(lengths, batch_tokens or tokens_at_once(device)):
+            batch = lay_out([sequences[i] for i in numbers])
+            for i, score in zip(numbers, _score(model, batch.to(device), read, len(numbers)), strict=True):
                 result[i] = score
             done += sum(lengths[i] for i in numbers)
             if progress:
@@ -246,7 +258,14 @@ def likelihoods(
     return result
 
 
-def _score(model: Transformer, batch: ScoredBatch, count: int) -> list[tuple[float, bool]]:
+def tokens_at_once(device: torch.device) -> int:
+    """Places that a device computes at once; a GPU needs more of them to be busy."""
+    return BATCH_TOKENS * (1 if device.type == "cpu" else 8)
+
+
+def _score(
+    model: Transformer, batch: ScoredBatch, read: Callable[..., tuple[Tensor, ...]], count: int
+) -> list[tuple[float, bool]]:
     """Nats of each of `count` sequences, and whether all of its scored ids are the likeliest."""
     if int(batch.ids_BT.max()) >= model.config.vocab:
         raise DataError(
@@ -256,7 +275,7 @@ def _score(model: Transformer, batch: ScoredBatch, count: int) -> list[tuple[flo
         return [(0.0, True)] * count
     # the last place of a row predicts nothing
     hidden_RD = scored_states(batch, hidden_states(model, dataclasses.replace(batch, ids_BT=batch.ids_BT[:, :-1])))
-    logp_R, beaten_R = read_logits(model, _picked_and_beaten, hidden_RD, batch.targets_R)
+    logp_R, beaten_R = read_logits(model, read, hidden_RD, batch.targets_R)
     nats_S = torch.zeros(count, dtype=torch.float64, device=logp_R.device)
     nats_S.index_add_(0, batch.owner_R, -logp_R.double())
     beaten_S = torch.zeros(count, dtype=torch.int64, device=logp_R.device)
@@ -273,3 +292,8 @@ def _picked_and_beaten(logits_RV: Tensor, ids_R: Tensor) -> tuple[Tensor, Tensor
     """log p of each id, and whether another id is likelier, [R] bool."""
     picked_R = logits_RV.gather(1, ids_R[:, None])[:, 0]
     return picked_R - logits_RV.logsumexp(-1), logits_RV.amax(-1) > picked_R
+
+
+def _picked_alone(logits_RV: Tensor, ids_R: Tensor) -> tuple[Tensor, Tensor]:
+    """log p of each id; nothing is said of others, which would cost another look at all logits."""
+    return _picked(logits_RV, ids_R), torch.zeros(len(ids_R), dtype=torch.bool, device=ids_R.device)
