@@ -1,6 +1,7 @@
 """LoRA beside PEFT: adapters that lapis writes, as PEFT loads them, and the other way round; the same logits."""
 
 import dataclasses
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -8,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 
+from lapis.errors import CheckpointError
 from lapis.families.config import ModelConfig
 from lapis.model.adapter import write_adapter
 from lapis.model.load import load, save
 from lapis.model.lora import LoraConfig, LoraLinear, of, off, token_rows, wrap
 from lapis.model.transformer import Transformer
-from lapis.weights.fuse import fuse
+from lapis.weights.fuse.fuse import fuse
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -141,3 +143,136 @@ def test_fuse_gives_the_weights_of_merge_and_unload(family: str, kind: str, dtyp
     assert here.config.tied == base.tied and not of(here)
     if dtype == "float32":
         torch.testing.assert_close(here(IDS), model(IDS), rtol=0, atol=1e-5)
+
+
+def saved(theirs: Any, base: Path, folder: Path) -> Path:
+    """An adapter as PEFT saves it, naming its base."""
+    theirs.save_pretrained(folder)
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": str(base)}))
+    return folder
+
+
+@torch.no_grad()
+def disturb_theirs(theirs: Any) -> None:
+    for name, parameter in theirs.named_parameters():
+        if parameter.requires_grad:
+            parameter.add_(torch.randn_like(parameter), alpha=0.02 if "lora" in name else 0.2)
+
+
+def fused_logits(adapter: Path, out: Path) -> torch.Tensor:
+    fuse(adapter, out)
+    return logits(shape_of("llama").from_pretrained(out, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("patterns", [
+    {r"layers\.[01]\.self_attn\.q_proj": 64}, {r"layers\.(0|2)\.self_attn\.v_proj": 64}, {r"layers.1.*q_proj": 64},
+    {r"^model\.layers\.0\.self_attn\.q_proj": 64}, {r"^q_proj": 64}, {"q_proj": 64}, {"proj": 64},
+    {r".*\.(q|v)_proj": 64}, {".*v_proj": 7, "q_proj$": 3, "self_attn.v_proj": 5},
+    {r"\w+_proj": 2, r"layers\.1\..*": 9},
+], ids=str)  # fmt: skip
+def test_patterns_of_alpha_and_rank_are_read_as_peft_does(patterns: dict[str, int], tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    save(Transformer(dataclasses.replace(LLAMA, layers=3)), tmp_path / "base")
+    ranks = {key: 2 + value % 3 for key, value in patterns.items()}
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], alpha_pattern=patterns,
+                             rank_pattern=ranks, init_lora_weights=False)  # fmt: skip
+    theirs = peft.get_peft_model(shape_of("llama").from_pretrained(tmp_path / "base", dtype=torch.float32), config)
+    adapter = saved(theirs, tmp_path / "base", tmp_path / "adapter")
+    torch.testing.assert_close(load(adapter)(IDS), logits(theirs), rtol=0, atol=1e-5)
+    torch.testing.assert_close(fused_logits(adapter, tmp_path / "fused"), logits(theirs), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora", "gaussian", "orthogonal", "eva", "mica", True])
+@pytest.mark.parametrize("dora", [False, True])
+def test_adapters_that_begin_by_changing_the_base(start: str | bool, dora: bool, tmp_path: Path) -> None:
+    torch.manual_seed(4)
+    save(Transformer(LLAMA), tmp_path / "base")
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "down_proj"], init_lora_weights=start,
+                             use_dora=dora and start != "mica", use_rslora=start == "olora")  # fmt: skip
+    theirs = peft.get_peft_model(shape_of("llama").from_pretrained(tmp_path / "base", dtype=torch.float32), config)
+    disturb_theirs(theirs)
+    adapter = saved(theirs, tmp_path / "base", tmp_path / "adapter")
+    again = shape_of("llama").from_pretrained(tmp_path / "base", dtype=torch.float32)
+    expected = logits(peft.PeftModel.from_pretrained(again, adapter))
+    torch.testing.assert_close(expected, logits(theirs), rtol=0, atol=1e-5)
+    ours = load(adapter)
+    torch.testing.assert_close(ours(IDS), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(fused_logits(adapter, tmp_path / "fused"), expected, rtol=0, atol=1e-5)
+    with torch.no_grad(), off(ours):  # the base is what it was
+        torch.testing.assert_close(ours(IDS), load(tmp_path / "base")(IDS), rtol=0, atol=0)
+    write_adapter(ours, tmp_path / "again")  # an adapter that leaves the base alone, which PEFT reads
+    again = shape_of("llama").from_pretrained(tmp_path / "base", dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(again, tmp_path / "again")
+    torch.testing.assert_close(logits(theirs), expected, rtol=0, atol=1e-5)
+
+
+PARTS = {  # what PEFT is asked to train, and whether embedding and head are one afterwards
+    "both": ({"modules_to_save": ["embed_tokens", "lm_head"]}, False),
+    "embedding": ({"modules_to_save": ["embed_tokens"]}, False),
+    "head": ({"modules_to_save": ["lm_head"]}, False),
+    "tied": ({"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}, True),
+    "rows": ({"trainable_token_indices": {"embed_tokens": [1, 2, 30]}}, True),
+    "head lora": ({"target_modules": ["q_proj", "lm_head"]}, False),
+    "embedding lora": ({"target_modules": ["q_proj", "embed_tokens"]}, False),
+    "norm": ({"modules_to_save": ["norm"]}, True),
+}
+
+
+@pytest.mark.parametrize("rows", [31, 34])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("part", PARTS)
+def test_embedding_and_head_are_fused_as_peft_runs_them(part: str, tied: bool, rows: int, tmp_path: Path) -> None:
+    """Also where rows were added in memory, so that the base on disk has fewer."""
+    torch.manual_seed(5)
+    shape = dataclasses.replace(LLAMA, tied=tied)
+    save(Transformer(shape), tmp_path / "base")
+    options, stays_tied = PARTS[part]
+    config = peft.LoraConfig(**{"r": 4, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM",
+                                "init_lora_weights": False, **options})  # fmt: skip
+    base = shape_of("llama").from_pretrained(tmp_path / "base", dtype=torch.float32)
+    if rows != 31:
+        base.resize_token_embeddings(rows)
+    theirs = peft.get_peft_model(base, config)
+    disturb_theirs(theirs)
+    adapter = saved(theirs, tmp_path / "base", tmp_path / "adapter")
+    expected = logits(theirs)
+    if rows != 31 and not tied and "lora" in part:  # PEFT does not save the other matrix with its new rows
+        with pytest.raises(CheckpointError, match=r"has 34 rows.*give --base"):
+            fuse(adapter, tmp_path / "fused")
+        return
+    torch.testing.assert_close(fused_logits(adapter, tmp_path / "fused"), expected, rtol=0, atol=1e-5)
+    written = json.loads((tmp_path / "fused" / "config.json").read_text())
+    assert written["tie_word_embeddings"] is (tied and stays_tied) and written["vocab_size"] == rows
+    torch.testing.assert_close(load(tmp_path / "fused")(IDS), expected, rtol=0, atol=1e-5)
+    try:
+        ours = load(adapter)
+    except CheckpointError as error:
+        assert str(error).endswith("make it a model with: lapis fuse")
+        assert rows != 31 or not stays_tied
+    else:
+        torch.testing.assert_close(ours(IDS), expected, rtol=0, atol=1e-5)
+
+
+def test_equal_copies_of_a_tied_embedding_stay_one(tmp_path: Path) -> None:
+    torch.manual_seed(6)
+    save(Transformer(dataclasses.replace(LLAMA, tied=True)), tmp_path / "base")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
+    theirs = peft.get_peft_model(shape_of("llama").from_pretrained(tmp_path / "base", dtype=torch.float32), config)
+    adapter = saved(theirs, tmp_path / "base", tmp_path / "adapter")
+    torch.testing.assert_close(load(adapter)(IDS), logits(theirs), rtol=0, atol=1e-5)
+    torch.testing.assert_close(fused_logits(adapter, tmp_path / "fused"), logits(theirs), rtol=0, atol=1e-5)
+    assert json.loads((tmp_path / "fused" / "config.json").read_text())["tie_word_embeddings"] is True
+
+
+def test_a_tied_embedding_trained_in_full_is_tied_in_peft(tmp_path: Path) -> None:
+    torch.manual_seed(7)
+    model = Transformer(dataclasses.replace(LLAMA, tied=True))
+    save(model, tmp_path / "base")
+    disturb(wrap(model, LoraConfig(rank=3, whole=("embed",)), str(tmp_path / "base")))
+    write_adapter(model, tmp_path / "adapter")
+    theirs = shape_of("llama").from_pretrained(tmp_path / "base", dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter")
+    torch.testing.assert_close(logits(theirs), model(IDS), rtol=0, atol=1e-5)
+    torch.testing.assert_close(load(tmp_path / "adapter")(IDS), model(IDS), rtol=0, atol=1e-6)
+    torch.testing.assert_close(fused_logits(tmp_path / "adapter", tmp_path / "fused"), model(IDS), rtol=0, atol=1e-5)

@@ -1,22 +1,30 @@
 """An adapter folder in PEFT's format: adapter_config.json and adapter_model.safetensors, from headers alone.
 
-LoRA, rsLoRA and DoRA on linear layers, on an embedding or a head; rows of tokens; modules saved whole. What PEFT can
-say and this file cannot is refused by name. Leaves out: putting it on a model (model/adapter.py), adding it to weights
-(weights/fuse.py).
+LoRA, rsLoRA and DoRA on linear layers, on an embedding or a head; rows of tokens; modules saved in full. What PEFT can
+say and this file cannot is refused by name.
+
+Shapes: R rank, I inputs, O outputs.
 """
 
+import json
 import os
 import re
-from collections.abc import Mapping
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import sqrt
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from lapis.checkpoint import pattern_process
 from lapis.checkpoint.files import contained, read_json
 from lapis.checkpoint.store import Checkpoint, open_checkpoint
 from lapis.checkpoint.tensor_file import read_header
 from lapis.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 LEAD = "base_model.model."
@@ -31,15 +39,28 @@ _KINDS = {
     "lora_A.weight": "A", "lora_B.weight": "B", "lora_magnitude_vector": "magnitude",
     "lora_magnitude_vector.weight": "magnitude", "lora_embedding_A": "A", "lora_embedding_B": "B",
 }  # fmt: skip
+# init_lora_weights that leave the base as it is, and those that take the first adapter out of it, by a rule that can be
+# repeated; the others (LoftQ, CorDA, LoRA-GA, PiSSA by a random algorithm) cannot be repeated from a folder
+_SAME_BASE = (None, True, False, "gaussian", "orthogonal", "eva", "mica")
+_CHANGED_BASE = ("pissa", "olora")
+_PLAIN_KEY = re.compile(r"\^?(?:[A-Za-z0-9_-]|\\?\.)+\$?")  # matched in this process: it cannot take long
 _ROWS = ("token_adapter.trainable_tokens_delta", "trainable_tokens_delta")
 
 
 @dataclass
 class Adapter:
-    """A checked adapter. base: as adapter_config.json names it. weights: its tensors, to read from.
+    """A checked adapter.
 
-    pairs: module on disk ("model.layers.0.self_attn.q_proj") -> kind ("A", "B", "magnitude") -> name in the file. rows:
-    module -> (ids, name). whole: tensor on disk -> name. ranks: of each module, from its tensors.
+    Attributes:
+        root: The folder.
+        base: The model that it belongs to, as adapter_config.json names it.
+        config: adapter_config.json.
+        weights: Its tensors, to read from.
+        pairs: Module on disk ("model.layers.0.self_attn.q_proj") -> kind ("A", "B", "magnitude") -> name in the file.
+        rows: Module -> (ids, name) of trained rows of tokens.
+        whole: Tensor on disk -> name, of what was saved in full.
+        bases: Module -> name of the base's own weight, where the folder holds a copy of it.
+        alphas: lora_alpha of each module.
     """
 
     root: Path
@@ -49,28 +70,52 @@ class Adapter:
     pairs: dict[str, dict[str, str]] = field(default_factory=dict)
     rows: dict[str, tuple[list[int], str]] = field(default_factory=dict)
     whole: dict[str, str] = field(default_factory=dict)
+    bases: dict[str, str] = field(default_factory=dict)
+    alphas: dict[str, float] = field(default_factory=dict)
 
     def rank(self, module: str) -> int:
         return self.weights.info(self.pairs[module]["A"]).shape[0]
 
-    def alpha(self, module: str) -> float:
-        """lora_alpha, or what alpha_pattern says of this module."""
-        return float(_by_pattern(self.config.get("alpha_pattern") or {}, module, self.config["lora_alpha"]))
-
     def scale(self, module: str) -> float:
         """The factor on B A."""
         rank = self.rank(module)
-        return self.alpha(module) / (sqrt(rank) if self.config.get("use_rslora") else rank)
+        return self.alphas[module] / (sqrt(rank) if self.config.get("use_rslora") else rank)
 
     @property
     def dora(self) -> bool:
         return bool(self.config.get("use_dora"))
 
+    @property
+    def ties(self) -> bool:
+        """Whether what is done to a tied embedding is done to the head, too."""
+        return bool(self.config.get("ensure_weight_tying"))
 
-def is_adapter(source: str | os.PathLike[str]) -> bool:
-    """Whether a folder holds an adapter and no model."""
-    root = Path(source)
-    return (root / CONFIG).is_file() and not (root / "config.json").is_file()
+    def low_rank(self, module: str, weight_OI: Callable[[], "Tensor"]) -> tuple["Tensor", "Tensor"]:
+        """A [R, I] and B [O, R], float32, so that scale * B A is what the adapter adds to the base's weight.
+
+        PiSSA (Meng et al. 2024, arXiv:2404.02948, section 3) and OLoRA (Bueyuekakyuez 2024, arXiv:2406.01775) begin by
+        taking the first adapter out of the base; that is computed anew from the base and stands beside the trained one,
+        so the rank doubles.
+
+        Args:
+            module: A key of `pairs`.
+            weight_OI: The base's weight; called only where it is needed.
+        """
+        import torch
+
+        a_RI, b_OR = (self.weights.read(self.pairs[module][kind]).float() for kind in "AB")
+        kind = self.config.get("init_lora_weights")
+        if kind not in _CHANGED_BASE:
+            return a_RI, b_OR
+        weight, rank = weight_OI().float(), len(a_RI)
+        if kind == "pissa":
+            left_OK, values_K, right_KI = torch.linalg.svd(weight, full_matrices=False)
+            roots_R = (values_K[:rank] / self.scale(module)).sqrt()
+            first_OR, first_RI = left_OK[:, :rank] * roots_R, roots_R[:, None] * right_KI[:rank]
+        else:
+            q_OK, r_KI = torch.linalg.qr(weight)
+            first_OR, first_RI = q_OK[:, :rank], r_KI[:rank]
+        return torch.cat([a_RI, first_RI]), torch.cat([b_OR, -first_OR], dim=1)
 
 
 def open_adapter(source: str | os.PathLike[str]) -> Adapter:
@@ -94,6 +139,7 @@ def open_adapter(source: str | os.PathLike[str]) -> Adapter:
     for name in header.tensors:
         _sort(adapter, name)
     _check_pairs(adapter)
+    _read_patterns(adapter)
     return adapter
 
 
@@ -122,17 +168,25 @@ def _check_config(root: Path, config: Mapping[str, Any]) -> None:
     for name, plain in _OTHER.items():
         if config.get(name, plain[0]) not in plain:
             raise CheckpointError(f"{place}: {name} is {config[name]!r:.60}, which lapis does not read")
+    start = config.get("init_lora_weights")
+    if not isinstance(start, (bool, str, type(None))) or start not in (*_SAME_BASE, *_CHANGED_BASE):
+        raise CheckpointError(
+            f"{place}: init_lora_weights is {start!r:.40}, which changes the base in a way that cannot be repeated; "
+            "save it again in PEFT with path_initial_model_for_weight_conversion, which makes it a plain adapter"
+        )
+    if start == "olora" and config.get("fan_in_fan_out"):
+        raise CheckpointError(f"{place}: olora on weights with their inputs first (fan_in_fan_out) is not read here")
     for name, kinds in (("r", (int,)), ("lora_alpha", (int, float))):
         value = config.get(name)
-        if not isinstance(value, kinds) or isinstance(value, bool) or not 0 < value < 2**31:
+        if not isinstance(value, kinds) or not _positive(value):
             raise CheckpointError(f"{place}: {name} is {value!r:.40}; expected a number above 0")
     dropout = config.get("lora_dropout", 0.0)
     if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
         raise CheckpointError(f"{place}: lora_dropout is {dropout!r:.40}; expected a share, from 0 to below 1")
     for name in ("rank_pattern", "alpha_pattern"):
         patterns = config.get(name) or {}
-        if not isinstance(patterns, dict) or not all(isinstance(v, (int, float)) for v in patterns.values()):
-            raise CheckpointError(f"{place}: {name} must map module names to numbers")
+        if not isinstance(patterns, dict) or not all(_positive(v) for v in patterns.values()):
+            raise CheckpointError(f"{place}: {name} must map module names to numbers above 0")
 
 
 def _sort(adapter: Adapter, name: str) -> None:
@@ -147,21 +201,38 @@ def _sort(adapter: Adapter, name: str) -> None:
             module = stem.removesuffix("." + ending)
             adapter.rows[module] = _ids(adapter, module, name), name
             return
-    # PEFT writes the untouched weight of an adapted embedding or head beside it
     if stem.endswith(".base_layer.weight"):
+        adapter.bases[stem.removesuffix(".base_layer.weight").removesuffix(".token_adapter")] = name
+    elif ".original_module." in stem:  # the base's, beside a module that was saved in full
         return
-    adapter.whole[stem.replace(".modules_to_save.", ".")] = name
+    else:
+        plain = stem.replace(".modules_to_save.", ".")
+        other = adapter.whole.setdefault(plain, name)
+        if other != name and not _equal(adapter.weights, name, other):
+            raise CheckpointError(
+                f"{adapter.root / WEIGHTS}: {name} and {other} are one tensor and differ; save it again"
+            )
+
+
+def _equal(weights: Checkpoint, one: str, two: str) -> bool:
+    return weights.info(one).shape == weights.info(two).shape and bool((weights.read(one) == weights.read(two)).all())
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 2**31
 
 
 def _ids(adapter: Adapter, module: str, name: str) -> list[int]:
     """Which tokens the trained rows are of."""
-    found = adapter.config.get("trainable_token_indices")
-    if isinstance(found, dict):
-        found = next((ids for key, ids in found.items() if module == key or module.endswith("." + key)), None)
+    ids = adapter.config.get("trainable_token_indices")
+    if isinstance(ids, dict):
+        own = [value for key, value in ids.items() if module == key or module.endswith("." + key)]
+        # what is tied to the module that is named has the same rows
+        ids = own[0] if own else next(iter(ids.values())) if len(ids) == 1 else None
     rows = adapter.weights.info(name).shape[0]
-    if not isinstance(found, list) or len(found) != rows or not all(type(i) is int and i >= 0 for i in found):
+    if not isinstance(ids, list) or len(ids) != rows or not all(type(i) is int and i >= 0 for i in ids):
         raise CheckpointError(f"{adapter.root / CONFIG}: trainable_token_indices must list the {rows} tokens of {name}")
-    return found
+    return ids
 
 
 def _check_pairs(adapter: Adapter) -> None:
@@ -173,16 +244,59 @@ def _check_pairs(adapter: Adapter) -> None:
         first, second = (adapter.weights.info(kinds[kind]).shape for kind in "AB")
         if len(first) != 2 or len(second) != 2 or first[0] != second[1]:
             raise CheckpointError(f"{root / WEIGHTS}: {module}: lora_A is {list(first)} and lora_B {list(second)}")
+        if "lora_embedding_A" in kinds["A"] and adapter.config.get("init_lora_weights") in _CHANGED_BASE:
+            raise CheckpointError(f"{root / CONFIG}: init_lora_weights of an embedding must be true or false")
         if adapter.dora != ("magnitude" in kinds):
             raise CheckpointError(f"{root / WEIGHTS}: {module}: use_dora is {adapter.dora}, which its tensors deny")
     if not adapter.pairs and not adapter.rows and not adapter.whole:
         raise CheckpointError(f"{root / WEIGHTS}: holds no tensor")
 
 
-def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    """PEFT's rule: a key is a regular expression that matches the end of a module's name. Here: its plain text."""
+def _read_patterns(adapter: Adapter) -> None:
+    """alpha_pattern and rank_pattern: the first key that matches a module says its alpha, and its rank."""
+    place, modules = adapter.root / CONFIG, list(adapter.pairs)
+    alphas = _by_pattern(place, "alpha_pattern", adapter.config.get("alpha_pattern") or {}, modules)
+    ranks = _by_pattern(place, "rank_pattern", adapter.config.get("rank_pattern") or {}, modules)
+    for module in modules:
+        adapter.alphas[module] = float(alphas.get(module, adapter.config["lora_alpha"]))
+        rank, actual = ranks.get(module, adapter.config["r"]), adapter.rank(module)
+        if rank != actual:
+            raise CheckpointError(f"{place}: the rank of {module} is {rank} here, and {actual} by its tensors")
+
+
+def _by_pattern(place: Path, field: str, patterns: Mapping[str, Any], modules: Sequence[str]) -> dict[str, Any]:
+    """Module -> value. PEFT's rule: a key is a regular expression that matches the end of a module's name."""
+    plain = {key: re.compile(rf"(.*\.)?({key})$") for key in patterns if _PLAIN_KEY.fullmatch(key)}
+    others = [key for key in patterns if key not in plain]
+    matches = {key: [module for module in modules if pattern.match(module)] for key, pattern in plain.items()}
+    matches |= dict(zip(others, _match(place, field, others, modules), strict=True))
+    values: dict[str, Any] = {}
     for key, value in patterns.items():
-        plain = re.sub(r"\\(.)", r"\1", key.removeprefix("^").removesuffix("$"))
-        if module == plain or module.endswith("." + plain):
-            return value
-    return default
+        for module in [*matches[key], *([key] if key in modules else [])]:
+            values.setdefault(module, value)
+    return values
+
+
+def _match(place: Path, field: str, keys: Sequence[str], names: Sequence[str]) -> list[list[str]]:
+    """The names that each regular expression matches, found in a process that can be ended."""
+    if not keys:
+        return []
+    command = [sys.executable, "-I", "-S", str(pattern_process.__file__)]
+    request = json.dumps({"keys": list(keys), "names": list(names)})
+    try:
+        done = subprocess.run(command, input=request, capture_output=True, text=True, timeout=30)
+        lines = done.stdout.splitlines()
+    except subprocess.TimeoutExpired as error:
+        lines = (error.stdout or b"").decode().splitlines()
+    matches = []
+    for key, line in zip(keys, lines, strict=False):
+        answer = json.loads(line)
+        if isinstance(answer, str):
+            raise CheckpointError(f'{place}: {field}: "{key:.60}" is no regular expression: {answer}')
+        matches.append([names[i] for i in answer])
+    if len(matches) < len(keys):
+        raise CheckpointError(
+            f'{place}: {field}: matching "{keys[len(matches)]:.60}" takes more than {pattern_process.SECONDS} s; '
+            "write the module's name in its place"
+        )
+    return matches

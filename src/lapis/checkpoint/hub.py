@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from lapis.checkpoint.commit import commit_file
 from lapis.checkpoint.files import contained
 from lapis.checkpoint.ranges import Refused, RemoteFile, patiently, refusal
-from lapis.checkpoint.tensor_file import Header, parse_header
+from lapis.checkpoint.tensor_file import Header, holds_adapter, parse_header
 from lapis.errors import CheckpointError
 
 _ID = re.compile(r"(?P<repo>[A-Za-z0-9_][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95})(?:@(?P<revision>[\w./-]{1,255}))?")
@@ -139,7 +139,7 @@ def find_model(source: str | os.PathLike[str], index: str) -> Snapshot:
         what = "is a file; give the folder that holds it" if os.path.exists(source) else "there is no such folder"
         raise CheckpointError(f"{source}: {what}")
     snapshot = open_snapshot(str(source), *found)
-    if "adapter_config.json" in snapshot.sizes and "config.json" not in snapshot.sizes:
+    if holds_adapter(snapshot.sizes):
         snapshot.fetch_beside()
         snapshot.fetch_weights([name for name in snapshot.sizes if name.endswith(".safetensors")])
     elif snapshot.sizes:

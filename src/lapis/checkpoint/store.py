@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lapis.checkpoint.files import contained, read_json
-from lapis.checkpoint.tensor_file import SHARD_NAME, Header, TensorInfo, read_header, torch_dtype
+from lapis.checkpoint.tensor_file import SHARD_NAME, Header, TensorInfo, holds_adapter, read_header, torch_dtype
 from lapis.checkpoint.towers import Towers, find_towers, language_config
 from lapis.errors import CheckpointError
 from lapis.families import find
@@ -195,7 +195,9 @@ def open_checkpoint(source: str | os.PathLike[str], *, adapters: bool = False) -
 
         snapshot = find_model(source, INDEX)
         root = snapshot.root
-    if os.path.lexists(root / "adapter_config.json") and not os.path.lexists(root / "config.json"):
+    listed = [name for name in snapshot.sizes if "/" not in name] if snapshot else []
+    present = sorted({*listed, *os.listdir(root)})
+    if holds_adapter(present):
         from lapis.checkpoint.adapter import base_of, open_adapter
 
         if not adapters:
@@ -207,8 +209,6 @@ def open_checkpoint(source: str | os.PathLike[str], *, adapters: bool = False) -
     if not isinstance(config, dict):
         raise CheckpointError(f"{config_path}: holds a {type(config).__name__}, not an object")
     notes: list[str] = []
-    listed = [name for name in snapshot.sizes if "/" not in name] if snapshot else []
-    present = sorted({*listed, *(p.name for p in root.iterdir())})
 
     def header_of(name: str) -> Header:
         if snapshot is not None and not snapshot.here(name) and name in snapshot.sizes:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 HEADER_LIMIT = 100_000_000  # bytes; the safetensors library has the same cap
 SHARD_NAME = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
+_MODEL = re.compile(r"model\.safetensors(\.index\.json)?")
 
 # bits of one element by the format's own names
 BITS = {
@@ -30,6 +31,16 @@ BITS = {
     "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
     "I64": 64, "U64": 64, "F64": 64, "C64": 64,
 }  # fmt: skip
+
+
+def holds_adapter(names: Iterable[str]) -> bool:
+    """Whether a folder's files are an adapter's: its config and no weights of a model.
+
+    A config.json and the files of a trainer may lie beside.
+    """
+    listed = list(names)
+    weights = any(_MODEL.fullmatch(name) or SHARD_NAME.fullmatch(name) for name in listed)
+    return "adapter_config.json" in listed and not weights
 
 
 @dataclass(frozen=True)

@@ -58,8 +58,8 @@ def bar(what: str) -> Iterator[Callable[[int, int], None]]:
             raise
 
 
-def print_result(result: Any) -> None:
-    """What a graft or merge did, in a few lines."""
+def print_result(result: Any, hint: str = "") -> None:
+    """What a graft or merge did, in a few lines. hint: what to do about rounding."""
     counts = ", ".join(f"{number:,} tensors {action}" for action, number in result.tensors.items())
     if result.dry_run:
         needs = result.needs
@@ -73,7 +73,7 @@ def print_result(result: Any) -> None:
             f"peak memory {size(result.peak_memory_bytes)}"
         )
     if result.lost_to_rounding is not None:
-        line(f"rounding took {result.lost_to_rounding:.2%} of the difference (by norm)")
+        line(f"rounding took {result.lost_to_rounding:.2%} of the difference (by norm){hint}")
     if result.nonfinite:
         line(f"{result.nonfinite:,} NaN or Inf were kept")
     if result.smoke:

@@ -10,6 +10,8 @@ import json
 import math
 import os
 from collections import defaultdict
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -65,18 +67,24 @@ def attach(model: Transformer, adapter: Adapter) -> Transformer:
         dora=adapter.dora, tokens=tuple(dict.fromkeys(i for ids, _ in adapter.rows.values() for i in ids)), whole=(),
     )  # fmt: skip
     begin(model, config, adapter.base)
+    for module, name in adapter.bases.items():
+        shape, rule = adapter.weights.info(name).shape, _places(model, family, adapter, module)[0]
+        if rule.component in ("embed", "head") and shape[0] != model.config.vocab:
+            raise CheckpointError(f"{adapter.root}: {module} has {shape[0]:,} rows, the base {model.config.vocab:,}; "
+                                  "make it a model with: lapis fuse")  # fmt: skip
     for module, kinds in adapter.pairs.items():
         names = _places(model, family, adapter, module)[1]
-        a_RI, b_OR = (adapter.weights.read(kinds[kind]).float() for kind in "AB")
         length_O = adapter.weights.read(kinds["magnitude"]).float().flatten() if adapter.dora else None
         linears = [_linear(model, name) for name in names]
-        sizes = [linear.out_features for linear in linears]
         if any(type(linear) is not nn.Linear for linear in linears):
             raise CheckpointError(f"{adapter.root}: {module} is adapted, which lapis runs for linear layers only; "
                                   "make it a model with: lapis fuse")  # fmt: skip
-        if a_RI.shape[1] != linears[0].in_features or b_OR.shape[0] != sum(sizes):
-            raise CheckpointError(f"{adapter.root}: {module} has lora_A {list(a_RI.shape)} and lora_B "
-                                  f"{list(b_OR.shape)}; the base is {sum(sizes)}x{linears[0].in_features}")  # fmt: skip
+        sizes = [linear.out_features for linear in linears]
+        a_shape, b_shape = (adapter.weights.info(kinds[kind]).shape for kind in "AB")
+        if a_shape[1] != linears[0].in_features or b_shape[0] != sum(sizes):
+            raise CheckpointError(f"{adapter.root}: {module} has lora_A {list(a_shape)} and lora_B {list(b_shape)}; "
+                                  f"the base is {sum(sizes)}x{linears[0].in_features}")  # fmt: skip
+        a_RI, b_OR = adapter.low_rank(module, partial(_stacked, linears))
         device = linears[0].weight.device
         shared = nn.Parameter(a_RI.to(device))
         lengths = [None] * len(sizes) if length_O is None else torch.split(length_O, sizes)
@@ -166,6 +174,9 @@ def _tensors(model: Transformer) -> dict[str, Tensor]:
         found[f"{LEAD}{_module(config, family, name)}.token_adapter.trainable_tokens_delta"] = rows.rows
     adapted = of(model)
     whole = {name: model.get_parameter(name) for name in (adapted.originals if adapted else {})}
+    if config.tied and "embed.weight" in whole:  # PEFT wants the head, too, and ties it (ensure_weight_tying)
+        rule, layer = family.rule_for("head.weight")
+        found[LEAD + family.disk_name(rule, layer)] = whole["embed.weight"]
     for name, (sources, rule) in disk_layout(config, whole).items():
         found[LEAD + name] = rule.transform.invert(tuple(model.get_parameter(s).detach() for s in sources))
     return found
@@ -225,6 +236,7 @@ def _config(model: Transformer, adapted: Adapted) -> dict[str, Any]:
         "rank_pattern": ranks,
         "alpha_pattern": alphas,
         "modules_to_save": whole or None,
+        **({"ensure_weight_tying": True} if model.config.tied and "embed.weight" in adapted.originals else {}),
         "trainable_token_indices": (next(iter(rows.values())) if len(rows) == 1 else rows) if rows else None,
     }  # fmt: skip
 
@@ -266,6 +278,10 @@ def _short(module: str) -> str:
     return ".".join(pieces[-2:]) if pieces[-1] == "dense" else pieces[-1]
 
 
+def _stacked(linears: Sequence[nn.Linear]) -> Tensor:
+    return torch.cat([linear.weight.detach() for linear in linears])
+
+
 def _linear(model: Transformer, name: str) -> nn.Linear:
     return cast(nn.Linear, model.get_submodule(name))
 
@@ -303,9 +319,9 @@ def _rows(model: Transformer, family: Family, adapter: Adapter) -> dict[str, tup
 
 
 def _whole(model: Transformer, family: Family, adapter: Adapter) -> dict[str, Tensor]:
-    """The tensors that were saved whole, by parameter."""
+    """The tensors that were saved in full, by parameter."""
     tensors: dict[str, Tensor] = {}
-    for disk, name in adapter.whole.items():
+    for disk, name in _untied(model, family, adapter).items():
         matched = family.match(disk)
         if matched is None:
             raise CheckpointError(f"{adapter.root}: {disk} has no place in the base ({family.name})")
@@ -317,7 +333,33 @@ def _whole(model: Transformer, family: Family, adapter: Adapter) -> dict[str, Te
             raise ConfigError(f"{adapter.root}: {disk} has no place in the model's head") from None
         actual, expected = adapter.weights.info(name).shape, rule.transform.disk_shape(shapes)
         if actual != expected:
-            raise CheckpointError(f"{adapter.root}: {disk} is {list(actual)}; the base has {list(expected)}")
+            grown = rule.component in ("embed", "head") and actual[1:] == expected[1:]
+            remedy = "; make it a model with: lapis fuse" if grown else ""
+            raise CheckpointError(
+                f"{adapter.root}: {disk} is {list(actual)}; the base has {list(expected)}{remedy}"
+            )  # fmt: skip
         pieces = rule.transform.apply(adapter.weights.read(name), shapes)
         tensors |= {target: piece.clone() for target, piece in zip(targets, pieces, strict=True)}
     return tensors
+
+
+def _untied(model: Transformer, family: Family, adapter: Adapter) -> dict[str, str]:
+    """What was saved in full, without the head of a model that ties it to the embedding.
+
+    Raises CheckpointError where the adapter changes one of the two and not the other.
+    """
+    if not model.config.tied:
+        return adapter.whole
+    places = {disk: found[0].component for disk in adapter.whole if (found := family.match(disk)) and
+              found[0].kind == "weight"}  # fmt: skip
+    pair = {component: adapter.whole[disk] for disk, component in places.items() if component in ("embed", "head")}
+    if not pair:
+        return adapter.whole
+    if not (adapter.ties and "embed" in pair):
+        tensors = [adapter.weights.read(name) for name in pair.values()]
+        if len(tensors) < 2 or tensors[0].shape != tensors[1].shape or not bool((tensors[0] == tensors[1]).all()):
+            raise CheckpointError(
+                f"{adapter.root}: changes the embedding and the head apart, which its base ties; make it a model with: "
+                "lapis fuse"
+            )
+    return {disk: name for disk, name in adapter.whole.items() if places.get(disk) != "head"}
