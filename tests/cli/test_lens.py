@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
+import lapis
 from lapis.cli.main import main
 from lapis.families.config import ModelConfig
 from lapis.model.load import save
@@ -80,6 +82,57 @@ def test_a_tuned_lens_is_made_once_and_used_again(folders, tmp_path, capsys):
     assert run(capsys, folders[0], PROMPT, "--tuned", place, "--json")[1] == out
     assert "exists already" in run(capsys, folders[0], PROMPT, "--tuned", place, "--tune", str(text))[2]
     assert "another model" in run(capsys, folders[1], PROMPT, "--tuned", place)[2]
+
+
+@pytest.fixture(scope="module")
+def bfloat16_folder(folders, tmp_path_factory) -> str:
+    """The first model, its weights in bfloat16 on disk."""
+    root = tmp_path_factory.mktemp("bfloat16") / "model"
+    model, tokenizer = lapis.load(folders[0])
+    save(model.bfloat16(), root)
+    tokenizer.save(root)
+    return str(root)
+
+
+def test_what_dtype_says_is_what_is_computed(bfloat16_folder, capsys):
+    found = json.loads(run(capsys, bfloat16_folder, PROMPT, "--track", "Kuala", "--dtype", "float32", "--json")[1])
+    model, tokenizer = lapis.load(bfloat16_folder, torch.float32)
+    with torch.inference_mode():
+        logits = model(torch.tensor([tokenizer.encode(PROMPT)]))[0, -1].double()
+    exact = logits.log_softmax(-1)
+    assert found["layers"][-1]["entropy"] == pytest.approx(-(exact.exp() * exact).sum().item(), rel=1e-5)
+    plain = json.loads(run(capsys, bfloat16_folder, PROMPT, "--track", "Kuala", "--json")[1])
+    assert plain["layers"][-1]["entropy"] != found["layers"][-1]["entropy"]
+
+
+def test_a_page_changes_no_figure(bfloat16_folder, tmp_path, capsys):
+    command = (bfloat16_folder, PROMPT, "--track", "Kuala, zebra", "--json")
+    plain = json.loads(run(capsys, *command)[1])
+    paged = json.loads(run(capsys, *command, "--html", str(tmp_path / "page.html"))[1])
+    for key in ("embedding", "layers", "contributions", "words"):
+        assert plain[key] == paged[key]
+
+
+def test_a_typed_space_and_the_followed_token_reach_the_page(folders, tmp_path, capsys):
+    page = tmp_path / "page.html"
+    out = run(capsys, folders[0], PROMPT, "--track", " Malaysia, zebra", "--html", str(page), "--json")[1]
+    found = json.loads(out)
+    assert set(found["layers"][0]["ranks"]) == {" Malaysia", "zebra"}
+    for layer in (found["embedding"], *found["layers"]):
+        assert layer["ranks"][" Malaysia"] == layer["spellings"][" Malaysia"]["rank"]
+    text = page.read_text()
+    assert "␣Malaysia" in text and found["words"][1]["label"] in text and "(its piece " in found["words"][1]["label"]
+
+
+def test_two_models_stand_side_by_side_in_one_table(folders, tmp_path, capsys):
+    page = tmp_path / "page.html"
+    run(capsys, folders[0], PROMPT, "--track", "Kuala", "--against", folders[1], "--html", str(page))
+    text = page.read_text()
+    table = text[text.index("Side by side, at the last token") :].split("</table>")[0]
+    assert re.findall(r'<th scope="colgroup" colspan="(\d)">([^<]*)</th>', table) == [
+        ("2", "one"), ("2", "other"), ("1", "rank, one"), ("1", "rank, other"),
+    ]  # fmt: skip
+    assert re.findall(r'<th scope="row">([^<]*)</th>', table) == ["embed", "0", "1", "2"]
 
 
 @pytest.mark.parametrize(

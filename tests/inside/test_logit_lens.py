@@ -77,7 +77,7 @@ def test_without_words_it_tracks_the_best_of_every_layer(model, words):
     best = {layer.top[0][1] for layer in found.layers}
     assert not found.given and {w.spellings[0].ids[0] for w in found.words} == best
     assert all(layer.ranks[layer.top[0][0]] == 1 for layer in found.layers)
-    assert found.leading()[0] == found.said
+    assert found.leading()[0] == found.next_token
 
 
 def test_the_grid_is_the_lens_of_each_prefix(model, words, monkeypatch):
@@ -282,7 +282,7 @@ def test_bad_inputs_get_one_line(words):
     ):
         with pytest.raises(DataError, match=message):
             lapis.lens(model, words, prompt, track)
-    assert lapis.lens(model, words, words.encode("the " * 50)[:40]).said
+    assert lapis.lens(model, words, words.encode("the " * 50)[:40]).next_token
     encoder = Transformer(ModelConfig(dim=16, layers=1, heads=2, ffn_dim=16, vocab=330, context=40, causal=False,
                                       norm_place="post", norm="layer", family="bert", head="masked"))  # fmt: skip
     with pytest.raises(LapisError, match=r"is an encoder \(bert\)"):

@@ -32,6 +32,8 @@ LENS = [
 ]
 PLAN = [{"layer": i, "style": i / 9, "knowledge": 1 - i / 9, "chosen": i > 6, "control": i == 2} for i in range(10)]
 MIXERS = [{"mixer": name, "parameters": p, "flops": 2 * p} for name, p in (("full", 10**11), ("attention", 10**6))]
+GROWTH = [{"context": n, "weights": 10**8, "cache": 10**5 * n, "flops": 10**8 + 10**4 * n, "attention": 10**4 * n}
+          for n in (128, 256, 512)]  # fmt: skip
 SPECTRA = [{"name": "attn.q", "values": [4.0, 2.0, 1.0]}, {"name": "mlp.up", "values": [3.0, 2.9]}]
 ERRORS = [{**row, "name": str(i), "error": 10.0**-i if i else 0.0} for i, row in enumerate(DIFF)]
 SIZES = [{"layer": row["layer"], "component": row["component"], "parameters": 10 + i} for i, row in enumerate(DIFF)]
@@ -45,6 +47,8 @@ FIGURES = {
     "bars": lambda: plots.scores(SCORES, "t", metric="nll"),
     "dots": lambda: plots.scores(SCORES, "t", metric="nll", kind="dot"),
     "plan": lambda: plots.plan_scatter(PLAN, "t"),
+    "stack": lambda: plots.plan_stack([{**row, "layer": f"{row['layer']}.attn"} for row in PLAN], "t"),
+    "growth": lambda: plots.growth(GROWTH, "t"),
     "mixers": lambda: plots.mixers(MIXERS, "t"),
     "heatmap": lambda: plots.layer_heatmap(DIFF, "t"),
     "rows": lambda: plots.embedding_rows(EMBED, "t"),
@@ -152,6 +156,35 @@ def test_ranks_run_downwards_on_a_logarithmic_axis():
 
 def test_attention_hides_what_the_mask_hid():
     assert [list(line) for line in FIGURES["attention"]().data[0].z] == [[1.0, None], [0.25, 0.75]]
+
+
+def test_attention_maps_name_their_tokens_and_both_axes():
+    layout = FIGURES["attention"]().layout
+    for axis in (layout.xaxis, layout.yaxis, layout.xaxis3, layout.yaxis3):
+        assert list(axis.ticktext) == ["a", "b"] and axis.showticklabels is not False
+    assert (layout.xaxis2.title.text, layout.yaxis2.title.text) == ("looked at", "looking")
+
+
+def test_a_narrow_screen_shows_the_last_tokens_of_the_grid():
+    rows = [{"layer": 0, "position": p, "token": "t", "top": [("x", 0.5)]} for p in range(9)]
+    meta = plots.lens_grid(rows, "t").layout.meta
+    assert meta["narrow"]["xaxis.range"] == [4.5, 8.5] and meta["narrow"]["meta.min_width"] == 0
+    assert meta["end"] and meta["more"] == "The last 4 of 9 tokens; a wider screen shows all."
+    assert "more" not in plots.lens_grid(rows[:3], "t").layout.meta
+
+
+def test_the_stack_shows_the_choice_and_rings_the_control():
+    rows = [{"layer": f"{i}.{part}", "chosen": i == 1 and part == "mlp", "control": i == 0 and part == "attn"}
+            for i in range(2) for part in ("attn", "mlp")]  # fmt: skip
+    stack, _, control = plots.plan_stack([*rows, {"layer": "embed", "chosen": False}], "t").data
+    assert [list(line) for line in stack.z] == [[0, 0], [0, 1]] and list(stack.x) == ["attn", "mlp"]
+    assert (list(control.x), list(control.y)) == (["attn"], [0])
+
+
+def test_growth_holds_the_numbers_of_the_rows():
+    weights, cache, flops, attention = FIGURES["growth"]().data
+    assert list(cache.y) == pytest.approx([0.0128, 0.0256, 0.0512]) and list(weights.y) == [0.1] * 3
+    assert list(flops.y) == [row["flops"] for row in GROWTH] and list(attention.x) == [128, 256, 512]
 
 
 def test_treemap_adds_up():

@@ -73,7 +73,7 @@ def _key_figures(trace: LensTrace, several: bool) -> list[tuple[str, str, str]]:
     """What is said next, and how sure the model is; of one model also its depth."""
     end, start = trace.readings[-1], trace.readings[0]
     figures = [
-        (f"{short(trace)} says", f"“{show(trace.said)}”", f"with {end.top[0][2]:.0%}"),
+        (f"{short(trace)} says", f"“{show(trace.next_token)}”", f"with {end.top[0][2]:.0%}"),
         ("entropy at the end", f"{end.entropy:.2f}", f"nats; {start.entropy:.2f} at the embedding"),
     ]
     if not several:

@@ -75,7 +75,7 @@ def lens(
         tokenizer: The model's: lapis' own, or a fast one of transformers.
         prompt: A text, a chat (messages), or token ids.
         track: Words, or "Malaysia, Indonesia"; without any, the words that are best in some layer.
-        options: What of the prompt is read, and how much of it is told.
+        options: What of the prompt is read, and how much of it is named.
         tuned: Maps that put each layer's states into the last one's terms.
         name: What the model is called; default: its family.
 

@@ -10,7 +10,7 @@ GRID = 24  # tokens of the prompt that a page shows
 
 @dataclass(frozen=True)
 class LensOptions:
-    """What of a prompt is read, and how much of it is told.
+    """What of a prompt is read, and how much of it is named.
 
     Raises:
         ConfigError: A value is below 1.

@@ -40,7 +40,7 @@ def open_models(
 
     Args:
         sources: Model folders or hub ids.
-        prompt: What they are asked.
+        prompt: What they go on from.
         track: Words, parted by commas.
         device: Where they run.
         dtype: Of the weights; None keeps that of each folder.
@@ -87,7 +87,7 @@ def side_by_side(
         other: The model that stands beside it.
         prompt: A text, a chat, or token ids; each model reads it with its own tokenizer.
         track: Words; without any, those that are best in some layer of either.
-        options: What of the prompt is read, and how much of it is told.
+        options: What of the prompt is read, and how much of it is named.
         swapped: Send the states of each through the final norm and head of the other, which shows what of a change
             lies in the layers and what in the head. The last rows are then nobody's own logits, so only the plain ones
             are checked.

@@ -85,7 +85,7 @@ class LensTrace:
         return [reading for reading in self.readings if reading.after == "mlp"]
 
     @property
-    def said(self) -> str:
+    def next_token(self) -> str:
         """The token that the model says next."""
         return self.readings[-1].top[0][0]
 

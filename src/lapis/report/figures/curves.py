@@ -65,10 +65,10 @@ def learning_curves(
     x_name, y_name = AXES.get(x, x), label or AXES.get(y, y)
     several = len({split for _, split in groups}) > 1
     for (run, split), points in groups.items():
-        kept = points[:: -(-len(points) // POINTS)]
-        if kept[-1] is not points[-1]:
-            kept = [*kept, points[-1]]
-        xs, ys = [row[x] for row in kept], [row[y] for row in kept]
+        shown = points[:: -(-len(points) // POINTS)]
+        if shown[-1] is not points[-1]:
+            shown = [*shown, points[-1]]
+        xs, ys = [row[x] for row in shown], [row[y] for row in shown]
         paint, dash = color(theme.SERIES[places[run]]), theme.DASHES[list(places).index(run) % len(theme.DASHES)]
         name = plain(f"{run}, {split}" if several else run)
         common: dict[str, Any] = {
@@ -77,7 +77,7 @@ def learning_curves(
             "legendgroup": name,
             "hovertemplate": f"<b>%{{fullData.name}}</b><br>%{{x:,}} {x_name}<br>%{{y:.3f}} {y_name}<extra></extra>",
         }
-        noisy = split == "train" and len(kept) > 40
+        noisy = split == "train" and len(shown) > 40
         if noisy:
             figure.add_scatter(
                 **common, y=ys, mode="lines", line={"color": paint, "width": 1}, opacity=0.28, showlegend=False
@@ -90,7 +90,7 @@ def learning_curves(
             figure.add_scatter(
                 **common,
                 y=ys,
-                mode="lines+markers" if split != "train" or len(kept) < 20 else "lines",
+                mode="lines+markers" if split != "train" or len(shown) < 20 else "lines",
                 line={"color": paint, "width": 2, "dash": dash},
                 marker={"color": paint, "size": 7, "symbol": theme.SYMBOLS[places[run]]},
             )

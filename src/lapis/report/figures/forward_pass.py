@@ -138,21 +138,27 @@ def attention_map(rows: Iterable[Row], tokens: Sequence[str], title: str) -> go.
     Row: `head` (its label), `weights` (T x T, rows sum to 1; what a causal mask hides may be None or 0). `tokens`: the
     T tokens of the prompt.
     """
-    kept = list(rows)
-    if not kept:
+    shown = list(rows)
+    if not shown:
         return theme.nothing(title)
     labels = [plain(token, 12) for token in tokens]
     count = len(labels)
-    one = len(kept) == 1
+    one = len(shown) == 1
     figure = theme.new_figure(title, max_width=48 * count + 220 if one else 0, legend=False)
     height = 34 * count + 20 if one else max(150, 15 * count)
     most = 4 if count <= 8 else 3 if count <= 14 else 2
     wide, small = theme.panels(
-        figure, [str(row["head"]) for row in kept], height=height, wide=min(most, len(kept)), narrow=1, gap=130, top=58
+        figure,
+        [str(row["head"]) for row in shown],
+        height=height,
+        wide=min(most, len(shown)),
+        narrow=1,
+        gap=130,
+        top=58,
     )
     figure.update_layout(margin_r=28, margin_b=110)
     ticks = list(range(count))
-    for i, row in enumerate(kept, 1):
+    for i, row in enumerate(shown, 1):
         number = "" if i == 1 else str(i)
         hidden = [
             [None if w is None or (w == 0 and source > target) else w for source, w in enumerate(line)]

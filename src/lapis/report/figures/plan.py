@@ -24,17 +24,17 @@ def plan_scatter(rows: Iterable[Row], title: str) -> go.Figure:
     Row: `layer`, `style`, `knowledge` (effects of `lapis plan`, shares), `chosen` (bool), optionally `control` (bool:
     in the random choice of equal size). Of many only those farthest out are named; all are on hovering.
     """
-    kept = list(rows)
-    if not kept:
+    everything = list(rows)
+    if not everything:
         return theme.nothing(title)
     figure = theme.new_figure(title, height=460)
-    far = sorted(kept, key=lambda row: -max(rank(kept, row, "style"), rank(kept, row, "knowledge")))
-    named = {row["layer"] for row in (kept if len(kept) <= NAMED else far[: NAMED // 2])}
+    far = sorted(everything, key=lambda row: -max(rank(everything, row, "style"), rank(everything, row, "knowledge")))
+    named = {row["layer"] for row in (everything if len(everything) <= NAMED else far[: NAMED // 2])}
     looks = (
-        ("chosen", "chosen", "lapis", "circle", [row for row in kept if row.get("chosen")]),
-        ("control", "random control", "orange", "diamond-open", [row for row in kept if row.get("control")]),
+        ("chosen", "chosen", "lapis", "circle", [row for row in everything if row.get("chosen")]),
+        ("control", "random control", "orange", "diamond-open", [row for row in everything if row.get("control")]),
         ("rest", "not chosen", "quiet", "circle-open",
-         [row for row in kept if not row.get("chosen") and not row.get("control")]),
+         [row for row in everything if not row.get("chosen") and not row.get("control")]),
     )  # fmt: skip
     for key, name, role, symbol, points in looks:
         shown = named - {row["layer"] for row in points if key == "control" and row.get("chosen")}

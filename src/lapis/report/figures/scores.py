@@ -132,17 +132,17 @@ def mixers(rows: Iterable[Row], title: str, *, metrics: Sequence[str] = ("parame
 
     Row: `mixer` (its name) and a positive number for each of `metrics`.
     """
-    kept = list(rows)
-    if not kept:
+    shown = list(rows)
+    if not shown:
         return theme.nothing(title)
     figure = theme.new_figure(title, legend=False)
     theme.panels(
-        figure, [AXES.get(metric, metric) for metric in metrics], height=38 * len(kept) + 10, wide=len(metrics), gap=96
+        figure, [AXES.get(metric, metric) for metric in metrics], height=38 * len(shown) + 10, wide=len(metrics), gap=96
     )
-    names = [plain(row["mixer"]) for row in kept]
+    names = [plain(row["mixer"]) for row in shown]
     for i, metric in enumerate(metrics, 1):
         number = "" if i == 1 else str(i)
-        values = [row[metric] for row in kept]
+        values = [row[metric] for row in shown]
         figure.add_scatter(
             x=values,
             y=names,
@@ -163,7 +163,7 @@ def mixers(rows: Iterable[Row], title: str, *, metrics: Sequence[str] = ("parame
         theme.axis_title(figure, f"{AXES.get(metric, metric)} (log scale)", panel=i)
         step = max(1, math.ceil((high - low) / 3))
         x_axis = {"type": "log", "range": reach, "exponentformat": "SI", "dtick": step}
-        y_axis = {"type": "category", "range": [len(kept) - 0.4, -0.6], "tickfont": {"color": color("ink")}}
+        y_axis = {"type": "category", "range": [len(shown) - 0.4, -0.6], "tickfont": {"color": color("ink")}}
         figure.update_layout({f"xaxis{number}": x_axis, f"yaxis{number}": y_axis})
     return figure
 
@@ -174,17 +174,17 @@ def growth(rows: Iterable[Row], title: str) -> go.Figure:
     Row: `context` (tokens), `weights`, `cache` (bytes), `flops` (per token, forward), `attention` (the part of them
     that attention takes).
     """
-    kept = sorted(rows, key=lambda row: row["context"])
-    if not kept:
+    shown = sorted(rows, key=lambda row: row["context"])
+    if not shown:
         return theme.nothing(title)
     figure = theme.new_figure(title)
-    heights = theme.panels(figure, ["memory (GB)", "FLOPs per token, forward"], height=260, wide=2, gap=96, top=62)
+    heights = theme.panels(figure, ["memory", "FLOPs per token, forward"], height=260, wide=2, gap=96, top=62)
     figure.update_layout(legend_y=1 + 28 / heights[0])
     theme.adapt(figure, legend__y=1 + 28 / heights[1])
     lines = (("weights", "weights", 1e9, 1), ("cache", "KV cache", 1e9, 1), ("flops", "all", 1.0, 2),
              ("attention", "attention alone", 1.0, 2))  # fmt: skip
     for place, (key, name, unit, panel) in enumerate(lines):
-        points = [(row["context"], row[key] / unit) for row in kept if row.get(key)]
+        points = [(row["context"], row[key] / unit) for row in shown if row.get(key)]
         number = "" if panel == 1 else str(panel)
         paint = color(theme.SERIES[place])
         figure.add_scatter(
@@ -193,10 +193,10 @@ def growth(rows: Iterable[Row], title: str) -> go.Figure:
             marker={"color": paint, "size": 7, "symbol": theme.SYMBOLS[place]}, cliponaxis=False,
             hovertemplate=f"<b>{name}</b><br>%{{x:,}} tokens<br>%{{y:.3s}}<extra></extra>",
         )  # fmt: skip
-    contexts = [row["context"] for row in kept]
+    contexts = [row["context"] for row in shown]
     for panel in (1, 2):
         number = "" if panel == 1 else str(panel)
-        theme.axis_title(figure, "tokens in the sequence", panel=panel)
+        theme.axis_title(figure, "tokens in the sequence", "GB" if panel == 1 else "FLOPs", panel=panel)
         x_axis = {"type": "log", "tickvals": contexts[:: -(-len(contexts) // 5)], "exponentformat": "none"}
         y_axis = {"type": "log", "exponentformat": "SI", "nticks": 5, "dtick": 1}
         figure.update_layout({f"xaxis{number}": {**x_axis, "tickformat": ".3~s"}, f"yaxis{number}": y_axis})

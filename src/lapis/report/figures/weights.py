@@ -137,12 +137,12 @@ def spectra(rows: Iterable[Row], title: str, *, log_x: bool = True) -> go.Figure
 
     Row: `name`, `values` (singular values in falling order, all > 0).
     """
-    kept = list(rows)
-    if not kept:
+    shown = list(rows)
+    if not shown:
         return theme.nothing(title)
-    places = theme.series(row["name"] for row in kept)
+    places = theme.series(row["name"] for row in shown)
     figure = theme.new_figure(title, height=420)
-    for row in kept:
+    for row in shown:
         paint, dash = color(theme.SERIES[places[row["name"]]]), theme.DASHES[places[row["name"]]]
         figure.add_scatter(
             x=list(range(1, len(row["values"]) + 1)),
@@ -156,7 +156,7 @@ def spectra(rows: Iterable[Row], title: str, *, log_x: bool = True) -> go.Figure
         )
     theme.axis_title(figure, "singular values, largest first", "share of the largest")
     figure.update_xaxes(type="log" if log_x else "linear", dtick=1 if log_x else None)
-    least = min(row["values"][-1] / row["values"][0] for row in kept)
+    least = min(row["values"][-1] / row["values"][0] for row in shown)
     figure.update_yaxes(type="log", **theme.powers(least, 1))
     theme.adapt(figure, height=360)
     return figure
@@ -167,15 +167,15 @@ def tensor_errors(rows: Iterable[Row], title: str, *, y: str = "error", label: s
 
     Row: `name`, `layer` (int or None), `component`, and the key `y` (>= 0; an exact zero is drawn at the foot).
     """
-    kept = list(rows)
-    if not kept:
+    shown = list(rows)
+    if not shown:
         return theme.nothing(title)
     groups: dict[str, list[Row]] = {}
-    for row in kept:
+    for row in shown:
         groups.setdefault(row["component"].split(".")[0], []).append(row)
-    positive = [row[y] for row in kept if row[y] > 0]
+    positive = [row[y] for row in shown if row[y] > 0]
     foot = min(positive) / 3 if positive else 1e-12
-    last = max((row["layer"] for row in kept if row["layer"] is not None), default=0)
+    last = max((row["layer"] for row in shown if row["layer"] is not None), default=0)
     figure = theme.new_figure(title, height=420)
     for place, (group, points) in enumerate(sorted(groups.items(), key=lambda item: _place(item[1][0]["component"]))):
         figure.add_scatter(
@@ -197,7 +197,7 @@ def tensor_errors(rows: Iterable[Row], title: str, *, y: str = "error", label: s
     step = max(1, -(-(last + 1) // 12))
     ticks = [-1, *range(0, last + 1, step), last + 1]
     figure.update_xaxes(tickvals=ticks, ticktext=["in", *map(str, ticks[1:-1]), "out"], range=[-1.6, last + 1.6])
-    if len(positive) < len(kept):
+    if len(positive) < len(shown):
         figure.add_annotation(text="exactly zero", x=0, xref="paper", y=math.log10(foot), xanchor="left")
     figure.update_yaxes(type="log", **theme.powers(foot, max(positive, default=1.0)))
     theme.adapt(figure, height=360, xaxis__title__text="layer")

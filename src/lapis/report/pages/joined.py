@@ -85,11 +85,11 @@ class _Reader(HTMLParser):
             return
         if not self._inside or tag not in KEPT:
             return
-        kept = "".join(
+        attributes = "".join(
             f' {name}="{escape(value or "")}"' if value else f" {name}"
             for name, value in attrs if name in ATTRIBUTES and ATTRIBUTES[name].fullmatch(value or "")
         )  # fmt: skip
-        self.out.append('<div class="part">' if tag == "section" else f"<{LESS.get(tag, tag)}{kept}>")
+        self.out.append('<div class="part">' if tag == "section" else f"<{LESS.get(tag, tag)}{attributes}>")
         if tag not in VOID:
             self._open.append(tag)
 

@@ -188,10 +188,10 @@ def _over_fitting(run: Run) -> str | None:
     if last <= RISE * best or row is run.held_out[-1][0]:
         return None
     chosen = run.facts.get("best_step")
-    kept = f"; the weights of step {chosen:,} were written" if isinstance(chosen, int) else ""
+    written = f"; the weights of step {chosen:,} were written" if isinstance(chosen, int) else ""
     return (
         f"the held-out loss was lowest at step {row.get('step', 0):,}, at {best:.3f}, and rose to {last:.3f}: "
-        f"from there on the run over-fits{kept}."
+        f"from there on the run over-fits{written}."
     )
 
 
