@@ -33,7 +33,7 @@ Precision = Literal["float32", "bf16"]
 Progress = Callable[[int, int], None]  # called with how many tokens are done, and of how many
 
 BATCH_TOKENS = 2048  # places computed at once on a CPU: a few seconds on a laptop
-LOGITS = {"cpu": 2**21, "cuda": 2**26}  # elements of logits at once
+LOGITS = {"cpu": 2**23, "cuda": 2**26}  # elements of logits at once
 SHARED = 0.25  # of the places that sharing rows must save; below that, the mask between sequences costs more
 
 
