@@ -94,6 +94,8 @@ def test_the_default_precision_is_the_faster_one(
     model, _ = ready.open_ready(folders.lm)
     assert model.embed.weight.dtype == (torch.bfloat16 if able else torch.float32)
     assert sum("no bfloat16 instructions" in line for line in model.notes) == (0 if able else 1)
+    status, _, error = run(capsys, "lens", folders.lm, "The cat", "--against", folders.lm, "--json")
+    assert status == 0 and error.count("no bfloat16 instructions") == (0 if able else 1)
 
 
 def test_the_flags_of_the_processor_are_read(monkeypatch: pytest.MonkeyPatch) -> None:

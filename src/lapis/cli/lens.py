@@ -50,11 +50,11 @@ def lens(
         overwrite: Replace an existing page or tuned lens.
         json: Print one JSON object.
     """
-    import torch
-
+    from lapis.checkpoint import open_checkpoint
     from lapis.checkpoint.commit import check_output
     from lapis.cli.output import line, progress, show
     from lapis.errors import ConfigError
+    from lapis.generation.ready import choose_device, choose_dtype
     from lapis.inside.lens.logit_lens import lens as run
     from lapis.inside.lens.side_by_side import open_models, side_by_side
 
@@ -71,8 +71,11 @@ def lens(
     turns: Any = [{"role": "user", "content": prompt}] if chat else prompt
     if html is not None:
         options = options.for_page()
-    device = runtime.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = getattr(torch, runtime.dtype) if runtime.dtype else None
+    device = choose_device(runtime.device)
+    choices = [choose_dtype(open_checkpoint(source, adapters=True), runtime.dtype, device) for source in sources]
+    dtype = next((dtype for dtype, _ in choices if dtype is not None), None)
+    for remark in dict.fromkeys(remark for _, remark in choices if remark):
+        line(f"note: {remark}", "dim", error=True)
     with progress("reading " + " and ".join(sources)):
         opened = open_models(sources, turns, track, device=device, dtype=dtype)
     maps = _tuned_lens(opened[0], tuned, tune, overwrite)
