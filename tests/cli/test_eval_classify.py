@@ -15,9 +15,8 @@ from lapis.evaluation.kinds import KINDS
 from lapis.evaluation.text import score_text
 from lapis.families.config import ModelConfig
 from lapis.generation import ready
-from lapis.model.heads import put_head
 from lapis.model.load import load, save
-from lapis.model.transformer import Transformer
+from lapis.model.transformer import Transformer, put_head
 from lapis.text.tokenizer.tokenizer import train_tokenizer
 
 TEXTS = ["The cat sleeps under the tree.", "Anak itu makan nasi di rumah.", "A dog runs."]
