@@ -25,7 +25,7 @@ from lapis.training.config import TrainConfig
 from lapis.training.distributed import parallel
 from lapis.training.loop.curve import Window
 from lapis.training.loop.held_out import Evaluator, overfitting
-from lapis.training.loop.progress import Silent, Watch, live, watcher
+from lapis.training.loop.progress import Silent, Watch, format_time, live, watcher
 from lapis.training.loop.state import Journal, TrainState, clean_journal, restore, weights_digest
 from lapis.training.loop.stop_request import StopRequest, StopSignal, stop_requests
 from lapis.training.loop.update import Batches, Updater
@@ -250,6 +250,7 @@ class _Run:
         saved = sampled = time.monotonic()
         if self._evaluation_is_due() and "held_out" not in state.log[-1] and self._evaluate():
             return  # stopped while it evaluated
+        self._show_estimate()
         while state.schedule.total is None or state.step < state.schedule.total:
             start = time.perf_counter()
             if not self._step(batches):  # the weights are those of the last whole step
@@ -275,6 +276,19 @@ class _Run:
             if config.sample_every and now - sampled > config.sample_every and not done and self.world.leads:
                 self._unless_stopped(self.evaluator.sample)
                 sampled = now
+
+    def _show_estimate(self) -> None:
+        """How long the run will take, before its first step has shown it."""
+        state, total = self.state, self.state.schedule.total
+        text = f"step {state.step + 1:,}" + (f" of {total:,}" if total else "")
+        pace = self.facts.get("seconds_per_token")
+        if pace and total:
+            seconds = float(pace) * self.config.batch * self.objective.tokens_per_row
+            left = format_time(seconds * (total - state.step))
+            text += f": about {format_time(seconds)} for a step, {left} left"
+            if seconds > 2:
+                self.watch.note(f"train: {text}")
+        live(self.watch).stage(text)
 
     def _evaluation_is_due(self) -> bool:
         step, every = self.state.step, self.config.eval_every

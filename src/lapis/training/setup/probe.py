@@ -161,9 +161,13 @@ class Probe:
 
 
 def measure_speed(state: TrainState, config: TrainConfig, watch: Watch) -> dict[str, Any]:
-    """Threads, precision and compiling: as configured, or as measured on a small batch.
+    """How a step is computed, as configured or as measured on a small batch.
 
-    Raises TrainingError where a step does not fit into memory.
+    Returns:
+        threads, precision, compile; and where it was measured seconds_per_token, roughly.
+
+    Raises:
+        TrainingError: Where a step does not fit into memory.
     """
     model, objective = state.model, state.objective
     live(watch).stage("measuring how to compute a step")
@@ -199,4 +203,5 @@ def measure_speed(state: TrainState, config: TrainConfig, watch: Watch) -> dict[
     if why:
         watch.note(f"train: compile is {'on' if compile_ else 'off'}: {why}")
     state.optimizers.clear()
-    return {"threads": count, "precision": precision, "compile": compile_}
+    facts: dict[str, Any] = {"threads": count, "precision": precision, "compile": compile_}
+    return facts if seconds is None else {**facts, "seconds_per_token": seconds / tokens}

@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lapis.errors import ConfigError, DataError
-from lapis.model.scoring import evaluating
 from lapis.model.transformer import Transformer
 from lapis.text.corpus.corpus import Document
 from lapis.text.corpus.labels import bare_texts
@@ -30,7 +29,7 @@ from lapis.text.rows.rows import IGNORE, RowBatch
 from lapis.text.rows.sequences import frame, room_within
 from lapis.text.tokenizer.tokenizer import Tokenizer
 from lapis.training.objectives.objective import Cursor, DataPlace, Loss, Objective, in_order, random_of
-from lapis.training.objectives.supervised.next_token import cut_columns, summed_cross_entropy
+from lapis.training.objectives.supervised.next_token import cut_columns, mean_loss, summed_cross_entropy
 
 _SHARE_MASKED, _SHARE_RANDOM = 0.8, 0.1
 _AT_ONCE = 256  # documents encoded together
@@ -107,13 +106,10 @@ class Masked(Objective):
         """valid_loss in nats per hidden token; the same places are hidden every time."""
         if self.held_out is None:
             return {}
-        total, count = 0.0, 0
-        with evaluating(model):
-            for first in range(0, len(self.held_out), 16):
-                rows = list(range(first, min(first + 16, len(self.held_out))))
-                nats, n = masked_loss(model, self.prepare(model, self._batch(self.held_out, rows, 0, rows)))
-                total, count = total + nats.item(), count + n
-        return {"valid_loss": total / max(count, 1)}
+        numbers = range(len(self.held_out))
+        parts = [list(numbers[first : first + 16]) for first in range(0, len(numbers), 16)]
+        batches = (self.prepare(model, self._batch(self.held_out, rows, 0, rows)) for rows in parts)
+        return {"valid_loss": mean_loss(model, batches, masked_loss)}
 
     def sample(self, model: Transformer) -> str:
         """A few hidden words of the first row, and what the model predicts for them."""

@@ -10,7 +10,7 @@ import copy
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, fields
 from typing import Any, ClassVar, Literal
@@ -107,14 +107,10 @@ class NextToken(Objective):
         """valid_loss: nats per supervised token of the held-out rows, each once."""
         if self.held_out is None:
             return {}
-        nats, count = 0.0, 0
-        device = next(model.parameters()).device
         rows = np.asarray(self._held_out_rows)
-        with evaluating(model):
-            for some in np.array_split(rows, -(-len(rows) * self.held_out.length // BATCH_TOKENS)):
-                loss, supervised = next_token_loss(model, self.held_out.take(some).to(device))
-                nats, count = nats + loss.item(), count + supervised
-        return {"valid_loss": nats / max(1, count)}
+        parts = np.array_split(rows, -(-len(rows) * self.held_out.length // BATCH_TOKENS))
+        batches = (Draw(self.held_out, part) for part in parts)
+        return {"valid_loss": mean_loss(model, (self.prepare(model, batch) for batch in batches), next_token_loss)}
 
 
 @dataclass(eq=False, kw_only=True)
@@ -199,6 +195,18 @@ def cut_columns(batch: RowBatch, tokens: int) -> RowBatch:
     first = max(0, last - max(1, tokens // len(batch.ids_BT)))
     columns = (getattr(batch, entry.name)[:, first:last] for entry in fields(batch))
     return RowBatch(*columns)
+
+
+def mean_loss(
+    model: Transformer, batches: Iterable[RowBatch], loss: Callable[[Transformer, RowBatch], tuple[Tensor, int]]
+) -> float:
+    """Nats per supervised token over all batches, without dropout or gradients."""
+    nats, count = 0.0, 0
+    with evaluating(model):
+        for batch in batches:
+            total, supervised = loss(model, batch)
+            nats, count = nats + total.item(), count + supervised
+    return nats / max(1, count)
 
 
 def next_token_loss(model: Transformer, batch: RowBatch) -> tuple[Tensor, int]:
