@@ -25,6 +25,7 @@ Compile = Literal["auto", "on", "off"]
 Compute = Callable[[], Tensor]
 
 _FEW = 64  # tokens of the first measurement, which decides whether SMALL_BATCH can be afforded
+_PASSES = 12  # at most: four ways, three times each
 SECONDS = 10.0  # for all measuring, compiling apart
 
 # the share of a step that compiling the blocks may save, and the seconds that it takes, on the safe side
@@ -98,8 +99,7 @@ class Probe:
         """
         device = next(self.model.parameters()).device
         most = torch.get_num_threads()
-        # one thread first: on a busy machine two wait for each other at every product
-        counts = [count] if count else sorted({most, 1}) if device.type == "cpu" else [most]
+        counts = [count] if count else sorted({most, 1}, reverse=True) if device.type == "cpu" else [most]
         precisions: list[Precision] = ["bf16" if precision == "bf16" else "float32"]
         if precision == "auto":  # a CPU without instructions for bfloat16 may take many times as long
             precisions = ["float32", "bf16"] if device.type == "cpu" else ["bf16", "float32"]
@@ -108,8 +108,9 @@ class Probe:
             return *ways[0], None
         best, chosen = math.inf, ways[0]
         for way in ways:
-            # the first time also warms up, so it may be slow; what takes three times the best is slower than that
-            seconds = self.seconds(*way, limit=3 * best)
+            # the first time also warms up, so it may be slow; what takes three times the best is slower than that. Half
+            # of what is left is kept for other ways: threads of a busy machine wait long for each other
+            seconds = self.seconds(*way, limit=min(3 * best, (self.budget - self.spent) / 2))
             if seconds < best:
                 best, chosen = seconds, way
         return *chosen, best if math.isfinite(best) else None
@@ -186,14 +187,12 @@ def measure_speed(state: TrainState, config: TrainConfig, watch: Watch) -> dict[
     with out_of_memory_named():
         likely = "float32" if state.device.type == "cpu" else "bf16"
         require_room(state, objective, config, likely if config.precision == "auto" else config.precision)
-        tokens, probe = _FEW, Probe(model, compute(_FEW))
-        ways = (config.threads == 0) + (config.precision == "auto")
-        if ways:
-            slice_seconds = probe.seconds(config.threads or 1, "float32")
-            if slice_seconds * SMALL_BATCH / _FEW * 4 * 2**ways < SECONDS:
-                tokens, probe = SMALL_BATCH, Probe(model, compute(SMALL_BATCH), budget=SECONDS - probe.spent)
-        probe.share = max(1.0, state.rows * objective.tokens_per_row / tokens)
+        tokens, probe = _FEW, Probe(model, compute(_FEW), budget=SECONDS / 2)
         count, precision, seconds = probe.fastest(config.precision, config.threads)
+        if seconds is not None and seconds * SMALL_BATCH / _FEW * _PASSES < SECONDS / 2:
+            tokens, probe = SMALL_BATCH, Probe(model, compute(SMALL_BATCH), budget=SECONDS / 2)
+            count, precision, seconds = probe.fastest(config.precision, config.threads)
+        probe.share = max(1.0, state.rows * objective.tokens_per_row / tokens)
         parts = (state.schedule.total or 0) * config.accumulate
         budget = config.minutes * 60 if config.minutes else None
         mode = config.compile if objective.compiles else "off"

@@ -193,7 +193,8 @@ class OnPolicy(Objective):
         return batch, Experience.of({name: t.to(device) for name, t in piece.tensors().items()})
 
     def small_batch(self, model: Transformer, state: DataPlace, tokens: int) -> tuple[Turn, Experience]:
-        """One group of made-up replies to the first prompt: sampling would take longer than what is measured."""
+        """One group of made-up replies to the first prompt: sampling would take longer than what is measured, and needs
+        the other processes."""
         device = next(model.parameters()).device
         size = max(2, min(tokens // self.group, self.context))
         prompt = list(self.prompts.rows[0].ids)[-(size // 2) :]
@@ -207,11 +208,12 @@ class OnPolicy(Objective):
             logprobs_BR=torch.zeros(reply_BR.shape, device=device),
             ended_B=torch.zeros(self.group, dtype=torch.bool, device=device),
         )
-        experience = Experience(rollouts, torch.zeros(self.group, device=device))
+        zeros_B = torch.zeros(self.group, device=device)
+        experience = Experience(rollouts, zeros_B, advantages=zeros_B)
         if self._reference is not None:
             experience = replace(experience, reference_BR=torch.zeros_like(rollouts.logprobs_BR))
         turn = Turn(round=0, update=1, part=0, parts=1, rows=1, seed=state.seed, prompts=[0])
-        return turn, self.with_advantages(model, experience, turn)
+        return turn, experience
 
     def evaluate(self, model: Transformer) -> dict[str, float]:
         """Mean reward of the likeliest reply to each held-out prompt, weighted and of each reward, and mean length."""

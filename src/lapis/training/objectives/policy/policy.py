@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lapis.errors import ConfigError
 from lapis.model.transformer import Transformer
 from lapis.training.distributed.parallel import sum_over_processes
-from lapis.training.objectives.objective import Loss
+from lapis.training.objectives.objective import DataPlace, Loss
 from lapis.training.objectives.policy.experience import Experience
 from lapis.training.objectives.policy.guards import kl_sum
 from lapis.training.objectives.policy.losses import (
@@ -172,6 +172,11 @@ class PPO(OnPolicy):
         nn.init.zeros_(self._head.weight)
         nn.init.zeros_(self._head.bias)
         super().begin(model, folder)
+
+    def small_batch(self, model: Transformer, state: DataPlace, tokens: int) -> tuple[Turn, Experience]:
+        turn, experience = super().small_batch(model, state, tokens)
+        zeros_BR = torch.zeros_like(experience.rollouts.logprobs_BR)
+        return turn, replace(experience, advantages=zeros_BR, values_BR=zeros_BR, returns_BR=zeros_BR)
 
     def values(self, hidden_ND: Tensor, mask_BR: Tensor) -> Tensor:
         """What the value head expects before each token, [B, R], 0 outside the mask."""
