@@ -28,20 +28,26 @@ def train(
     from lapis.cli.output import line, show
     from lapis.config import load_yaml, override
     from lapis.training.distributed.parallel import leads
+    from lapis.training.objectives.registry import objective_class
     from lapis.training.run import read_settings, run
 
     if html is not None:
         check_output(html, overwrite=overwrite)
-    result = run(read_settings(override(load_yaml(config), settings), str(config)), overwrite=overwrite, fresh=fresh)
+    how = read_settings(override(load_yaml(config), settings), str(config))
+    result = run(how, overwrite=overwrite, fresh=fresh)
+    head = objective_class(how.objective).head
 
     def render() -> None:
-        said = f"{result.out}: {result.steps:,} steps, loss {result.loss:.3f}"
+        text = f"{result.out}: {result.steps:,} steps, loss {result.loss:.3f}"
         if result.bits_per_byte is not None:
-            said += f", {result.bits_per_byte:.3f} bits per byte"
+            text += f", {result.bits_per_byte:.3f} bits per byte"
         for name, value in result.held_out.items():
-            said += f", held-out {name.replace('_', ' ')} {value:.4g}"
-        line(f"{said}, {result.tokens_per_second:,.0f} tokens/s, {result.seconds:,.0f} s")
-        line(f'next: lapis generate {result.out} "..."', "dim")
+            text += f", held-out {name.replace('_', ' ')} {value:.4g}"
+        line(f"{text}, {result.tokens_per_second:,.0f} tokens/s, {result.seconds:,.0f} s")
+        if result.overfitting:
+            line(result.overfitting)
+        if head == "language":
+            line(f'next: lapis generate {result.out} "..."', "dim")
 
     if html is not None and os.environ.get("RANK", "0") == "0":
         from lapis.cli.output import write_page
