@@ -15,7 +15,7 @@ from lapis.families.config import ModelConfig
 from lapis.model.load import load, save
 from lapis.model.transformer import Transformer
 from lapis.text.corpus.pairs import Pair
-from lapis.text.rows.pair_rows import Reply
+from lapis.text.rows.pair_rows import EncodedReply
 from lapis.text.tokenizer.tokenizer import Tokenizer, train_tokenizer
 from lapis.training.objectives.preference.losses import dpo_loss
 from lapis.training.objectives.preference.pairwise import PairBatch, Pairwise
@@ -261,7 +261,7 @@ def test_a_reward_folder_scores_a_chat_in_transformers_as_here(tokenizer: Tokeni
     objective = Reward(tokenizer, PAIRS, context=128)
     model = load(folders["reward"])
     assert reply_rewards(model, objective.examples.replies) == pytest.approx(scores, abs=1e-5)
-    closed = [Reply(reply.ids[: reply.last], reply.first, reply.last) for reply in objective.examples.replies]
+    closed = [EncodedReply(reply.ids[: reply.last], reply.first, reply.last) for reply in objective.examples.replies]
     model.config.extra["pad_token_id"] = there.config.pad_token_id = int(closed[0].ids[-1])  # chats that end with it
     for reply, score in zip(closed, reply_rewards(model, closed), strict=True):
         with torch.no_grad():

@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from lapis.errors import TrainingError
-from lapis.model.heads import put_head
-from lapis.model.transformer import Transformer
+from lapis.model.transformer import Transformer, put_head
 from lapis.text.corpus.corpus import ChatRecord, Document
 from lapis.text.corpus.labels import Labeled
 from lapis.text.corpus.pairs import Pair

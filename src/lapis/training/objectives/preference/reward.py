@@ -44,7 +44,7 @@ class Reward(Pairwise):
         config = model.config
         if config.head != "scalar":
             raise ConfigError(f"reward: the model's head is {config.head}; put a scalar one on with: "
-                              'lapis.model.heads.put_head(model, "scalar")')  # fmt: skip
+                              'lapis.model.transformer.put_head(model, "scalar")')  # fmt: skip
         if self.tokenizer.pad_id is not None:
             config.extra.setdefault("pad_token_id", self.tokenizer.pad_id)  # where others look for a chat's last token
         return super().prepare(model, batch)

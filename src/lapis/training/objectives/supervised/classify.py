@@ -178,7 +178,7 @@ class Classify(Objective):
         if config.head != "classes" or config.classes != len(self.class_names):
             raise ConfigError(
                 f"classify: the model's head is {config.head} of {config.classes}, {len(self.class_names)} classes are "
-                'needed; put them on with: lapis.model.heads.put_head(model, "classes", objective.class_names)'
+                'needed; put them on with: lapis.model.transformer.put_head(model, "classes", objective.class_names)'
             )
         if isinstance(self.examples.inputs, Pictures):
             fits(model, self.examples.inputs)
