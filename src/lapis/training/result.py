@@ -70,7 +70,7 @@ def write_result(
     if tokenizer is not None:
         tokenizer.save(folder)
     if generation := generation_config(model, tokenizer):
-        (folder / "generation_config.json").write_text(json.dumps(generation, indent=1) + "\n")
+        (folder / "generation_config.json").write_text(json.dumps(generation) + "\n")
     objective.write(folder)
     write_curve(folder / "log.jsonl", result.log)
     facts: Mapping[str, Any] = {"config": asdict(config), **objective.describe(), **result.figures()}
