@@ -201,15 +201,15 @@ def test_ppo_is_the_formulas_written_out(tokenizer: Tokenizer, models: dict[str,
         lam=0.9, value_epsilon=0.05, value_weight=0.7,
     )  # fmt: skip
     objective.begin(models["start"])
-    assert objective.extra is not None
+    assert objective.extra_module is not None
     torch.manual_seed(1)
     with torch.no_grad():
-        objective.extra.weight.normal_(0, 0.3)
+        objective.extra_module.weight.normal_(0, 0.3)
     turn = Turn(0, 0, 0, 1, len(DATA), 11, list(range(len(DATA))))
     with torch.no_grad():
         _, experience = objective.prepare(models["spoke"], turn)
     with torch.no_grad():
-        objective.extra.weight.add_(0.01)
+        objective.extra_module.weight.add_(0.01)
     total, count, figures = objective.loss(models["moved"], (turn, experience))
 
     def numbers(tensor: Any) -> Any:
