@@ -135,6 +135,7 @@ class _Run:
         if not self.state.optimizers.parameters:
             raise TrainingError("train: every weight is frozen; leave some to train")
         self.updater = Updater(self.state, objective, config, world, request)
+        self.updater.watch = live(watch)
         self.evaluator = Evaluator(self.state, config, world, watch)
         self.window = Window(means=objective.means)
         self.facts: dict[str, Any] = {}

@@ -5,6 +5,7 @@ accumulation nor the number of processes changes it.
 """
 
 import math
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,10 +17,13 @@ from torch import Tensor
 from lapis.errors import LapisError, TrainingError
 from lapis.training.config import TrainConfig
 from lapis.training.distributed.parallel import World
+from lapis.training.loop.progress import LiveWatch, Silent, format_time
 from lapis.training.loop.state import TrainState, rng_state, set_rng_state
 from lapis.training.loop.stop_request import StopRequest, StopSignal
 from lapis.training.objectives.objective import Objective
 from lapis.training.setup.blocks import autocast
+
+_LONG = 2.0  # seconds of a step, from which its parts are shown
 
 Batches = Iterator[tuple[Any, dict[str, Any]]]
 
@@ -53,9 +57,15 @@ class Sums:
 
 
 class Updater:
-    """Computes gradients and hands them to the optimizers. precision: of the forward pass, set before a step."""
+    """Computes gradients and hands them to the optimizers.
+
+    Attributes:
+        precision: Of the forward pass, set before a step.
+        watch: Hears how far a long step is.
+    """
 
     precision = "float32"
+    watch: LiveWatch = Silent()
 
     def __init__(
         self, state: TrainState, objective: Objective, config: TrainConfig, world: World, request: StopRequest
@@ -126,8 +136,8 @@ class Updater:
 
     def _compute(self, batches: Batches, own: Sums, last_good: str) -> None:
         """The micro-batches of this process: gradients, and sums into `own`, whose cursor stays None after a stop."""
-        cursor = None
-        for number in range(self.config.accumulate * self.world.size):
+        cursor, start, parts = None, time.monotonic(), self.config.accumulate
+        for number in range(parts * self.world.size):
             batch, cursor = next(batches)
             if number % self.world.size != self.world.rank:
                 continue
@@ -140,6 +150,10 @@ class Updater:
                     own.add(loss.item(), count, 1, {})
                     self._require_finite(own.loss, "loss", last_good)
                     loss.backward()  # type: ignore[no-untyped-call]
+            done, seconds = number // self.world.size + 1, time.monotonic() - start
+            if seconds > _LONG and done < parts:
+                text = f"step {self.state.step + 1:,}: part {done} of {parts}"
+                self.watch.stage(f"{text}, about {format_time(seconds / done * parts)} for a step")
         own.cursor = cursor
 
     def _loss(self, batch: Any) -> tuple[Tensor, int, dict[str, float]]:
