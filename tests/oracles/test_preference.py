@@ -84,7 +84,7 @@ def ours(objective: Pairwise, model: Transformer, folder: Path) -> tuple[float, 
     replies = [objective.reply(number) for number in both]
     batch = PairBatch(
         list(range(len(PAIRS))),
-        collate(replies, whole=len(PAIRS) if objective.whole else 0),
+        collate(replies, whole=len(PAIRS) if objective.with_prompts else 0),
         torch.from_numpy(objective.examples.margins),
     )
     model.zero_grad()
