@@ -55,7 +55,7 @@ CLASSES_LEFT = {
     "Word", "World", "_Run",
 }  # fmt: skip
 VAGUE_LEFT = {
-    "Exam", "Guarded", "Kept", "Said", "Told", "Wanted", "Wish", "_asked", "_exam", "_heed", "_kept", "_said", "_told",
+    "Exam", "Kept", "Said", "Told", "Wish", "_asked", "_exam", "_heed", "_kept", "_said", "_told",
     "carry", "full_disk_told", "kept_by_objective", "make_exam", "memory_told", "said", "say", "told",
 }  # fmt: skip
 NO_FLOW_LEFT = {

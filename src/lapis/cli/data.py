@@ -29,7 +29,7 @@ def pack(
     """Pack documents or chats into rows of one length, as files that training maps into memory.
 
     Under torchrun, and wherever else the same command runs several times on one disk, all share the files; what one
-    that died had begun is done by the others. A pack that was killed goes on where it was.
+    that died left open is done by the others. A pack that was killed goes on where it was.
 
     Args:
         files: .txt, .md, .jsonl, .json or .parquet of documents (text) or chats (messages, ShareGPT, Alpaca, prompt

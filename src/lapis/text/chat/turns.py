@@ -46,7 +46,7 @@ def spans_by_prefixes(chat: ChatEncoder, turns: Sequence[int]) -> tuple[Renderin
             start += len(header)
         if not (spans[-1][1] if spans else 0) <= start <= end:
             raise TemplateError(
-                f"the chat template does not let the assistant's words in message {turn + 1} be told apart; "
+                f"the chat template does not let the assistant's words in message {turn + 1} be seen; "
                 "put {% generation %} around them in the template"
             )
         spans.append((start, end))
@@ -75,7 +75,7 @@ def _cut_end(text: str, start: int, ends: re.Pattern[str]) -> int:
 
 def _by_marks(chat: ChatEncoder, turn: int, whole: str) -> tuple[int | None, int | None]:
     """Where one message's words begin and end: the chat is rendered with a mark before and after them. None for a mark
-    that the template loses (it drops what was thought before what was said)."""
+    that the template loses (it drops the thoughts before a reply)."""
     content = chat.messages[turn].get("content")
     if not isinstance(content, str):
         return None, None

@@ -138,9 +138,9 @@ def _recognised(record: dict[str, Any], path: Path, number: int) -> list[dict[st
     raise DataError(f"{where}: the field messages is missing; {nearest('messages', record)}")
 
 
-def _question(record: Mapping[str, Any], asked: str, reply: str, path: Path, number: int) -> list[dict[str, Any]]:
+def _question(record: Mapping[str, Any], question: str, reply: str, path: Path, number: int) -> list[dict[str, Any]]:
     """What a record without messages says: earlier turns (`history`), the user's words, the reply."""
-    messages = prompt_of(record, asked, path, number)
+    messages = prompt_of(record, question, path, number)
     value = record[reply]
     if isinstance(value, list):
         return messages + messages_of(value, reply, path, number)
@@ -148,8 +148,8 @@ def _question(record: Mapping[str, Any], asked: str, reply: str, path: Path, num
     return [*messages, {"role": "assistant", "content": text}]
 
 
-def prompt_of(record: Mapping[str, Any], asked: str, path: Path, number: int) -> list[dict[str, Any]]:
-    """The messages before a reply: `history`, then the field `asked` with what an instruction is about below it."""
+def prompt_of(record: Mapping[str, Any], question: str, path: Path, number: int) -> list[dict[str, Any]]:
+    """The messages before a reply: `history`, then the field `question` with what an instruction is about below it."""
     where = at(path, number)
     messages: list[dict[str, Any]] = []
     for i, turn in enumerate(record.get("history") or []):
@@ -157,16 +157,16 @@ def prompt_of(record: Mapping[str, Any], asked: str, path: Path, number: int) ->
             raise DataError(f"{where}: history[{i}] is {spelled(turn)}; expected a question and its reply")
         for role, words in zip(("user", "assistant"), turn, strict=True):
             messages.append({"role": role, "content": checked_text(words, f"history[{i}]", path, number)})
-    value = record[asked]
+    value = record[question]
     if isinstance(value, list):
-        return messages + messages_of(value, asked, path, number)
-    words = [checked_text(value, asked, path, number)]
-    about = next((name for name in INPUTS if record.get(name)), None) if asked == "instruction" else None
+        return messages + messages_of(value, question, path, number)
+    words = [checked_text(value, question, path, number)]
+    about = next((name for name in INPUTS if record.get(name)), None) if question == "instruction" else None
     if about is not None:
         words.append(checked_text(record[about], about, path, number))
     text = "\n".join(word for word in words if word)
     if not text.strip():
-        raise DataError(f"{where}: {asked} is empty; a reply needs something that it replies to")
+        raise DataError(f"{where}: {question} is empty; a reply needs something that it replies to")
     return [*messages, {"role": "user", "content": text}]
 
 

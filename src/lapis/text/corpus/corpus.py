@@ -4,7 +4,7 @@
 field of text (`text`) or a chat in one of the formats of chat_records.py. .gz and .zst of these too, but for parquet. A
 field of another name is taken where there is only one that could be it, or is named with `field`. Memory is bounded: a
 long .txt comes in pieces. What is wrong is one DataError with file, line, row or item, and byte or field; nothing is
-skipped in silence. Which files are meant is in files.py.
+skipped in silence. Which files paths stand for is in files.py.
 """
 
 import codecs
@@ -193,7 +193,7 @@ def _text_of(record: Any, field: str | None, path: Path, number: int) -> str:
     if chat is None and "text" not in present and (recognised := format_of(record)) is not None:
         chat = ", ".join(recognised[1])
     if chat is not None and "text" in present:
-        raise DataError(f"{where}: has both text and {chat}; which is meant cannot be known; say it with field")
+        raise DataError(f"{where}: has both text and {chat}; which of them counts cannot be known; say it with field")
     if chat is not None:
         raise DataError(f"{where}: holds a chat ({chat}) where a document (text) was expected")
     if not present:

@@ -1,6 +1,6 @@
 """The bytes of data files, decompressed as they are read: suffix(path), at(path, number), OpenedFile(path).
 
-.gz and .zst are decompressed in bounded memory, and one that ends too early is said to. What the bytes mean is in
+.gz and .zst are decompressed in bounded memory, and one that ends too early is an error. What the bytes mean is in
 records.py and corpus.py.
 """
 
@@ -20,7 +20,7 @@ PRESSED = (".gz", ".zst")
 
 
 def cache_folder() -> Path:
-    """Where what was made from data is kept for later runs: $LAPIS_CACHE, by default ~/.cache/lapis."""
+    """The folder of what was made from data, for later runs: $LAPIS_CACHE, by default ~/.cache/lapis."""
     return Path(os.environ.get("LAPIS_CACHE") or "~/.cache/lapis").expanduser()
 
 

@@ -1,4 +1,4 @@
-"""Which files are meant: files(paths).
+"""The files that paths stand for: files(paths).
 
 A path is a file, a folder, a glob, or a data set on the hub (hub.py); folders and globs stand for the files in them, by
 name. Their bytes are in file_stream.py.
@@ -61,7 +61,7 @@ def files(paths: Source | Iterable[Source], kinds: Sequence[str] = KINDS, what: 
 
 
 def _is_data(path: Path, root: Path, kinds: Sequence[str]) -> bool:
-    """Whether a file in a folder is meant: of a known kind, not hidden, and, where it is .json, an array of records."""
+    """Whether a file in a folder is data: of a known kind, not hidden, and, where it is .json, an array of records."""
     if suffix(path) not in kinds or any(part.startswith(".") for part in path.relative_to(root).parts):
         return False
     if not path.is_file():

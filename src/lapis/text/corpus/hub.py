@@ -37,18 +37,20 @@ def hub_files(spec: str) -> list[Path]:
 
 
 def choose(spec: str, names: list[str], pattern: str | None) -> list[str]:
-    """Which of a data set's files are meant. Raises DataError where that cannot be known."""
-    found = _readable(names)
-    if not found:
+    """Which of a data set's files a spec stands for. Raises DataError where that cannot be known."""
+    readable = _readable(names)
+    if not readable:
         raise DataError(f"{spec}: holds no {', '.join(KINDS)} file (or .gz, .zst of these)")
     if pattern is not None:
         folder = pattern.rstrip("/")
-        chosen = [name for name in found if fnmatch(name, pattern) or name == folder or name.startswith(f"{folder}/")]
+        chosen = [
+            name for name in readable if fnmatch(name, pattern) or name == folder or name.startswith(f"{folder}/")
+        ]
         if not chosen:
-            raise DataError(f"{spec}: no file matches; {nearest(folder, [*found, *_folders(found)][:40])}")
+            raise DataError(f"{spec}: no file matches; {nearest(folder, [*readable, *_folders(readable)][:40])}")
         return chosen
-    chosen = [name for name in found if any(word.lower().startswith("train") for word in _SPLITS.findall(name))]
-    chosen = chosen or [name for name in found if not _SPLITS.search(name)] or found
+    chosen = [name for name in readable if any(word.lower().startswith("train") for word in _SPLITS.findall(name))]
+    chosen = chosen or [name for name in readable if not _SPLITS.search(name)] or readable
     folders = _folders(chosen)
     if len(folders) > 1:
         some = ", ".join(folders[:8]) + (", ..." if len(folders) > 8 else "")
@@ -67,7 +69,7 @@ def _folders(names: list[str]) -> list[str]:
 
 
 def _listing(spec: str, repository: str, revision: str | None) -> tuple[str, list[str]]:
-    """The commit, and the names of the files in it; those of last time where the hub must not be asked."""
+    """The commit, and the names of the files in it; those of last time where HF_HUB_OFFLINE forbids to ask the hub."""
     import huggingface_hub
     from huggingface_hub import errors
 
@@ -121,5 +123,5 @@ def _refusal(spec: str, repository: str, revision: str | None, error: Exception)
         return DataError(f"{spec}: there is no such data set, or it is private; to see private ones: hf auth login")
     if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
         return DataError(f"{spec}: the file is gone from the hub")
-    said = re.sub(r"\s+", " ", str(error)).strip()[:160] or type(error).__name__
-    return DataError(f"{spec}: the hub did not answer: {said}; try again")
+    reason = re.sub(r"\s+", " ", str(error)).strip()[:160] or type(error).__name__
+    return DataError(f"{spec}: the hub did not answer: {reason}; try again")

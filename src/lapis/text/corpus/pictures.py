@@ -3,7 +3,7 @@
 A folder holds one folder per class with the pictures of that class in it (.png, .jpg, ...); reading them needs Pillow
 (`lapis[images]`). They are decoded when a batch asks for them, so memory does not grow with the folder. Bytes 0-255
 become -1 to 1 (or as `mean` and `std` say); floats are taken as they are.
-Leaves out: what augments them (training/objectives/supervised/classify.py), objects and boxes.
+What augments them is in training/objectives/supervised/classify.py.
 
 Shapes: N pictures, B of a batch, C channels, H height, W width.
 """
@@ -61,11 +61,11 @@ class Pictures:
             taken = np.stack([_decoded(self.pixels[i], self.resize, self.shape) for i in numbers])
         else:
             taken = self.pixels[np.asarray(numbers, np.int64)]
-        found = torch.from_numpy(np.ascontiguousarray(taken))
+        pixels = torch.from_numpy(np.ascontiguousarray(taken))
         if taken.dtype != np.uint8:
-            return found
+            return pixels
         mean, std = (torch.tensor(values, dtype=torch.float32)[:, None, None] for values in (self.mean, self.std))
-        return (found.float() / 255 - mean) / std
+        return (pixels.float() / 255 - mean) / std
 
 
 def pictures(
@@ -105,14 +105,14 @@ def scaling(folder: Path) -> tuple[list[float], list[float]]:
     """Mean and std that a vision model's folder asks for: of preprocessor_config.json, 0.5 where it says nothing."""
     path = folder / "preprocessor_config.json"
     held = read_json(path) if path.is_file() else {}
-    found = []
+    scales = []
     for name in ("image_mean", "image_std"):
         values = held.get(name, [0.5])
         values = values if isinstance(values, list) else [values]
         if not values or not all(isinstance(value, (int, float)) for value in values):
             raise CheckpointError(f"{path}: {name} is {values!r:.60}; expected a list of numbers")
-        found.append([float(value) for value in values])
-    return found[0], found[1]
+        scales.append([float(value) for value in values])
+    return scales[0], scales[1]
 
 
 def _of_arrays(pixels: Any, labels: Any, name: str, mean: Numbers, std: Numbers) -> Pictures:
@@ -207,9 +207,9 @@ def _decoded(path: Path, resize: int | None, shape: tuple[int, int, int]) -> NDA
             rgb = opened.convert("RGB")
             if resize:
                 rgb = rgb.resize((resize, resize), image.Resampling.BILINEAR)
-            found = np.asarray(rgb, np.uint8).transpose(2, 0, 1)
+            pixels = np.asarray(rgb, np.uint8).transpose(2, 0, 1)
     except (OSError, ValueError, image.DecompressionBombError) as error:
         raise DataError(f"{path}: cannot be decoded: {error}") from None
-    if found.shape != shape:
+    if pixels.shape != shape:
         raise DataError(f"{path}: has changed its size since the run began")
-    return found
+    return pixels

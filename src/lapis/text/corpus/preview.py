@@ -12,7 +12,7 @@ from lapis.text.corpus.labels import LABELED, TABLES, labeled
 from lapis.text.corpus.pairs import describe_preference, first_record, is_verdict, pair_of, verdict_of
 from lapis.text.corpus.records import records
 
-Part = dict[str, Any]  # a speaker ("role") and what is said ("text"), or of a document the text alone
+Part = dict[str, Any]  # a speaker ("role") and the words ("text"), or of a document the text alone
 
 
 def preview(source: str | Path, count: int, field: str | None = None) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 Where a part ends depends on the data alone, never on how many workers there are, so neither does the result. A part is
 some small files whole, or a stretch of a large one: lines of jsonl, a stretch of text between two lines, row groups of
 parquet. A compressed file or a JSON array cannot be cut, and is one part.
-Leaves out: who does which part (claims.py).
+Who does which part is in parallel_packing.py.
 """
 
 import re
@@ -31,16 +31,16 @@ class Stretch:
 def parts(files: list[Path], span: int = 0) -> list[list[Stretch]]:
     """The parts in order. Small files that follow one another share one."""
     span = span or SPAN
-    found: list[list[Stretch]] = []
+    cut: list[list[Stretch]] = []
     held = 0
     for path in files:
         for stretch, size in _stretches(path, span):
-            if not found or held + size > span:
-                found.append([])
+            if not cut or held + size > span:
+                cut.append([])
                 held = 0
-            found[-1].append(stretch)
+            cut[-1].append(stretch)
             held += size
-    return found
+    return cut
 
 
 def read(part: list[Stretch], kind: str, field: str | None) -> Iterator[Document | ChatRecord]:
@@ -115,7 +115,7 @@ def _border(path: Path, first: int, size: int) -> int | None:
         raw = file.read(PIECE)
     skipped = next((i for i in range(min(4, len(raw))) if raw[i] & 0xC0 != 0x80), 0)  # the rest of a character
     text = raw[skipped:].decode(errors="surrogateescape")
-    found = re.search(r"\S\n(?=\S)", text)
-    if found is None or found.end() >= len(text) - 1:
+    border = re.search(r"\S\n(?=\S)", text)
+    if border is None or border.end() >= len(text) - 1:
         return None
-    return first - 1 + skipped + len(text[: found.end()].encode(errors="surrogateescape"))
+    return first - 1 + skipped + len(text[: border.end()].encode(errors="surrogateescape"))

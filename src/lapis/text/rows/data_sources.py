@@ -6,7 +6,7 @@
     data: [{path: corpus/en, weight: 7}, {path: [a.jsonl, b.jsonl], weight: 3}]
     data: {path: mine.jsonl, special: trusted}          special tokens that the text spells become tokens
 
-Text is never trusted by itself: what spells a special token is plain text, and that is counted and said. `special:
+Text is never trusted by itself: what spells a special token is plain text, and that is counted and shown. `special:
 trusted`, which a source of a mixture may have as well, is for text of one's own.
 
 Files of more than LARGE bytes are packed once, into a cache folder that later runs and the other processes of this one
@@ -168,7 +168,7 @@ def _packed(data: Any, settings: PackingSettings, out: Path | None = None) -> Ro
 
 
 def _cached(listed: list[Path], settings: PackingSettings) -> Rows:
-    """Packed into the cache, or found there. The key is that of the job: files, their sizes and times, tokenizer."""
+    """Packed into the cache, or read from it. The key is that of the job: files, their sizes and times, tokenizer."""
     from lapis.text.rows.corpus_parts import parts
     from lapis.text.rows.parallel_packing import Job, share
     from lapis.text.rows.part_writer import Shape

@@ -4,7 +4,7 @@ Which source the next row is of follows from how many rows each has given: after
 whole row ahead of its share or behind it. So the cursor is one count for each source, resuming costs nothing, and the
 stream does not depend on batches or processes. Within a source rows come in its own shuffled order, epoch after epoch;
 a small source with a large weight is simply read more often.
-Leaves out: how rows come to be (packing.py), reading weights from settings (sources.py).
+How rows come to be is in packing.py, weights as they stand in settings in data_sources.py.
 """
 
 import hashlib
@@ -104,14 +104,14 @@ class Mixture:
     def indices(self, cursor: MixtureCursor, size: int) -> tuple[NDArray[np.int64], MixtureCursor]:
         """Which rows `batch` takes, numbered through the sources."""
         taken = list(cursor.taken)
-        found = np.empty(size, np.int64)
+        numbers = np.empty(size, np.int64)
         for i in range(size):
             at = draw(self.shares, taken)
             epoch, place = divmod(taken[at], len(self.sources[at]))
             row = shuffled(np.array([place]), len(self.sources[at]), cursor.seed + _APART * at, epoch)[0]
-            found[i] = self._begins[at] + row
+            numbers[i] = self._begins[at] + row
             taken[at] += 1
-        return found, MixtureCursor(tuple(taken), cursor.seed)
+        return numbers, MixtureCursor(tuple(taken), cursor.seed)
 
     def take(self, rows: NDArray[np.int64]) -> RowBatch:
         """These rows, by number."""
@@ -124,12 +124,12 @@ class Mixture:
         at = np.searchsorted(self._begins, rows, side="right") - 1
         shape = (len(rows), self.length)
         ids, targets, positions = (np.empty(shape, np.int64) for _ in range(3))
-        found: tuple[NDArray[Any], ...] = (ids, targets, np.empty(shape, np.int32), positions)
+        arrays: tuple[NDArray[Any], ...] = (ids, targets, np.empty(shape, np.int32), positions)
         for source in np.unique(at):
             own = at == source
-            for array, part in zip(found, self.sources[source].arrays(rows[own] - self._begins[source]), strict=True):
+            for array, part in zip(arrays, self.sources[source].arrays(rows[own] - self._begins[source]), strict=True):
                 array[own] = part
-        return ids, targets, found[2], positions
+        return ids, targets, arrays[2], positions
 
 
 def draw(shares: Sequence[int], taken: Sequence[int]) -> int:

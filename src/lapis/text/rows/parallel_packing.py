@@ -132,7 +132,7 @@ def _joined(staging: Path, out: Path, job: Job, tokenizer: Tokenizer) -> Iterato
                     _begin(staging, job, tokenizer)
                 (staging / JOURNAL / "error.json").unlink(missing_ok=True)
                 fcntl.flock(handle, fcntl.LOCK_SH)
-            elif not _locked(handle, fcntl.LOCK_SH):  # it is being begun, or committed
+            elif not _locked(handle, fcntl.LOCK_SH):  # another process starts it, or commits it
                 time.sleep(_PAUSE)
                 if _finished(out, job):
                     yield False
@@ -275,7 +275,7 @@ def work(
 def _take(
     staging: Path, job: Job, tokenizer: Tokenizer, part: int, go_on: Callable[[], bool], report: Report | None
 ) -> bool:
-    """Do one part, unless another process is at it (False). The lock is the operating system's: no clock is asked."""
+    """Do one part, unless another process is at it (False). The lock is the operating system's."""
     journal = staging / JOURNAL
     handle = os.open(journal / f"{part}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:

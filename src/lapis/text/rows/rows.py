@@ -1,9 +1,9 @@
 """Rows of tokens to train on, and the exact place in them.
 
-Tokens lie in shards, document after document, as if they were one array; a row is made when it is asked for. So a
+Tokens lie in shards, document after document, as if they were one array; a row is made when it is needed. So a
 packed folder is little more than its tokens, opens in no time, and is mapped, not read. The order of rows is a seeded
-permutation that can be asked for any place (a Feistel network), so a cursor is three numbers and resuming is free.
-Leaves out: how rows come to be (packing.py), several sources (mixture.py).
+permutation that is known at any place by itself (a Feistel network), so a cursor is three numbers and resuming is free.
+How rows come to be is in packing.py, several sources in mixture.py.
 Shape suffixes: B rows of a batch, T places of a row.
 """
 
@@ -220,21 +220,21 @@ class Rows:
             first, last = np.searchsorted(starts, [begin - base, stop - base], side="left")
             borders.append(starts[first:last] + base)
             begin, at = stop, at + 1
-        found = np.concatenate(borders) - (end - sum(map(len, tokens)))
-        return np.concatenate(tokens), found[found > 0]
+        places = np.concatenate(borders) - (end - sum(map(len, tokens)))
+        return np.concatenate(tokens), places[places > 0]
 
     def _fill_chats(self, row: int, ids: Any, targets: Any, segments: Any, positions: Any) -> None:
         """A row is some whole chats. The last token of each is only ever a target."""
         number = int(np.searchsorted(self._begins, row, side="right")) - 1
         shard = self._shards[number]
         row -= int(self._begins[number])
-        tokens, starts, said = shard["tokens"], shard["starts"], shard["said"]
+        tokens, starts, own = shard["tokens"], shard["starts"], shard["said"]
         at = 0
         for segment, chat in enumerate(shard["order"][slice(*shard["rows"][row : row + 2])], 1):
             a, b = int(starts[chat]), int(starts[chat + 1])
             n = b - a - 1
             ids[at : at + n] = tokens[a : b - 1]
-            targets[at : at + n] = np.where(said[a + 1 : b] == 1, tokens[a + 1 : b].astype(np.int64), IGNORE)
+            targets[at : at + n] = np.where(own[a + 1 : b] == 1, tokens[a + 1 : b].astype(np.int64), IGNORE)
             segments[at : at + n] = segment
             positions[at : at + n] = np.arange(n)
             at += n
@@ -246,7 +246,7 @@ def array_name(name: str, shard: int) -> str:
 
 
 class _Mapped(Mapping[str, NDArray[Any]]):
-    """The arrays of a shard in a folder, mapped when they are first asked for. Their sizes are checked at once."""
+    """The arrays of a shard in a folder, mapped when they are first read. Their sizes are checked at once."""
 
     def __init__(self, root: Path, number: int, types: dict[str, tuple[str, int]]) -> None:
         self.root, self.number, self.types = root, number, types

@@ -125,8 +125,8 @@ def _byte_level_bpe(folder: Path, kind: str, config: Mapping[str, Any]) -> token
     try:
         backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges))
     except Exception as error:
-        said = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{folder}: vocab.json and merges.txt do not fit: {said}") from None
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{folder}: vocab.json and merges.txt do not fit: {reason}") from None
     backend.decoder = decoders.ByteLevel()
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=space)
     if kind == "Qwen2Tokenizer":
@@ -240,11 +240,11 @@ def _apply_settings(backend: tokenizers.Tokenizer, folder: Path, kind: str, conf
 
 
 def _apply_bert(backend: tokenizers.Tokenizer, folder: Path, config: Mapping[str, Any]) -> bool:
-    stored, meant = _state(backend.normalizer), _bert_normalizer(config)
-    if stored == _state(meant):
+    stored, normalizer = _state(backend.normalizer), _bert_normalizer(config)
+    if stored == _state(normalizer):
         return False
     if stored.get("type") == "BertNormalizer":
-        backend.normalizer = meant
+        backend.normalizer = normalizer
         return True
     explicit = [name for name in _SETTINGS[:3] if config.get(name) is not None]
     if explicit:

@@ -118,22 +118,22 @@ class Tokenizer:
         with self._lock:
             self._backend.encode_special_tokens = not special
             try:
-                found = self._backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
+                encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
             except (UnicodeEncodeError, TypeError):  # the library has a TypeError for half characters
                 _refuse_half_characters(texts)
                 raise
-        return [encoding.ids for encoding in found]
+        return [encoding.ids for encoding in encodings]
 
     def encode_spans(self, text: str, special: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids, and for each the [start, end) of its characters in the text (a byte of a character has all of it)."""
         with self._lock:
             self._backend.encode_special_tokens = not special
             try:
-                found = self._backend.encode(text, add_special_tokens=False)
+                encoding = self._backend.encode(text, add_special_tokens=False)
             except (UnicodeEncodeError, TypeError):
                 _refuse_half_characters([text])
                 raise
-        return found.ids, found.offsets
+        return encoding.ids, encoding.offsets
 
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
         """Text of ids. skip_special: leave special tokens out."""
@@ -173,8 +173,8 @@ class Tokenizer:
 
     def id(self, token: str) -> int | None:
         """The id of a token as the vocabulary spells it, or None."""
-        found = self._backend.token_to_id(token)
-        return None if found is None else int(found)
+        token_id = self._backend.token_to_id(token)
+        return None if token_id is None else int(token_id)
 
     def text(self, id: int) -> str:
         """One token as a reader can see it: spaces as they are, control characters and half characters escaped."""
@@ -217,13 +217,13 @@ class Tokenizer:
     @cached_property
     def end_ids(self) -> tuple[int, ...]:
         """Every id that ends a reply: eos, what generation_config says, and what closes a turn in the template."""
-        found = [self.eos_id, *self.stop_ids]
+        ids = [self.eos_id, *self.stop_ids]
         if self.templates:
             try:
-                found.append(turn_end(self))
+                ids.append(turn_end(self))
             except LapisError:
-                pass  # a template that refuses a plain question and answer closes nothing that could be found
-        return tuple(dict.fromkeys(i for i in found if i is not None))
+                pass  # a template that refuses a plain question and answer closes nothing that can be seen
+        return tuple(dict.fromkeys(i for i in ids if i is not None))
 
     @property
     def chat_template(self) -> str | None:
