@@ -1,68 +1,78 @@
 """The one way anything is written: whole, or not at all.
 
-A folder is built in a hidden sibling, `.NAME.lapis`; then every file is fsynced, a manifest with sizes and sha256 is
-written, and the sibling is renamed into place. Until then nothing at the output path is loadable. A kill leaves at
-most the hidden sibling, which the next run of the same command clears, or goes on from where the job is resumable.
-Leaves out: what a job's journal holds (weights/engine/stream.py, training/loop/state.py).
+An output is built in a staging folder beside it (staging.py). At the end every file is fsynced, a manifest with sizes and
+sha256 is written, the folder is sealed and renamed into place; only then is the rest dropped. Until the rename nothing
+at the output path is loadable, and a kill before it finds the job's journal as it was.
 """
 
 import ctypes
 import errno
 import fcntl
+import glob
 import hashlib
 import json
 import os
+import secrets
 import shutil
+import stat
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from lapis.checkpoint.staging import (
+    BUILD,
+    REPLACED,
+    Staging,
+    claim,
+    full_disk_told,
+    lock,
+    log,
+    seal,
+    staging_of,
+    sweep_finished,
+    sync,
+)
 from lapis.errors import OutputError
 
 MANIFEST = "lapis-manifest.json"
-JOURNAL = ".journal"  # entries of a staging folder whose names start so are dropped at the commit
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
-
-
-class Busy(OutputError):
-    """Another process is writing there."""
-
-
-@dataclass
-class Staging:
-    """A folder being built. path: where to write. digests: sha256 that the writer knows already, by relative name."""
-
-    path: Path
-    digests: dict[str, str] = field(default_factory=dict)
-    manifest_sha256: str = ""
-
-    @property
-    def fresh(self) -> bool:
-        """True where nothing of an earlier run lies here."""
-        return not any(self.path.iterdir())
+_NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 @contextmanager
 def commit(
     out: Path | str,
     *,
+    kind: str = "output",
     overwrite: bool = False,
     needs_bytes: int = 0,
     inputs: Iterable[Path | str] = (),
     resumable: bool = False,
 ) -> Iterator[Staging]:
-    """Build a folder and put it at `out` in one step when the block ends without an error.
+    """Builds a folder and puts it at `out` in one step when the block ends without an error.
 
-    overwrite: swap an existing folder for the new one, whole. needs_bytes: refuse now if the disk has less.
-    inputs: folders that are read; `out` must not be one of them. resumable: on failure keep what is there for a rerun.
-    Raises OutputError before any work for an output that exists, is an input, is locked, or cannot be written.
+    Args:
+        out: The output folder. Parents are made.
+        kind: What is being made, for people ("training", "merge"). What another kind of job left is never touched.
+        overwrite: Swap an existing folder for the new one, whole; the new one has its permissions.
+        needs_bytes: Refuse now if the disk has less.
+        inputs: Folders that are read; `out` must not be one of them.
+        resumable: On failure keep what is there for a rerun.
+
+    Raises:
+        OutputError: Before any work, for an output that exists, is an input, is locked, or cannot be written, and for
+            a staging folder that another job or another user left.
     """
     out = Path(os.path.abspath(out))
+    sweep_finished(out)
     check_output(out, overwrite=overwrite, inputs=inputs)
-    staging = Staging(staging_of(out))
-    lock = _lock(staging.path)
+    root = staging_of(out)
+    handle = lock(root)
+    try:
+        claim(root, kind)
+    except BaseException:
+        os.close(handle)
+        raise
+    staging = Staging(root / BUILD, root)
     try:
         if not resumable:
             _empty(staging.path)
@@ -70,35 +80,47 @@ def commit(
         with full_disk_told(out):
             yield staging
             _seal(staging)
-            _move(staging.path, out, overwrite)
+            _move(staging, out, overwrite)
     except BaseException:
-        if not resumable:
-            shutil.rmtree(staging.path, ignore_errors=True)
+        if not resumable or staging.fresh:
+            shutil.rmtree(root, ignore_errors=True)
         raise
     finally:
-        os.close(lock)
+        os.close(handle)
 
 
 @contextmanager
 def commit_file(path: Path | str, *, overwrite: bool = False) -> Iterator[Path]:
-    """Write one file and put it at `path` in one step. Yields the temporary path to write to."""
+    """Writes one file and puts it at `path` in one step. Yields the temporary path to write to."""
     path = Path(os.path.abspath(path))
     check_output(path, overwrite=overwrite)
     with full_disk_told(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.lapis-{os.getpid()}")
+        _sweep_temporary(path)
+        temporary = path.with_name(f".{path.name[:200]}.lapis-{secrets.token_hex(8)}")
+        handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         try:
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield temporary
-            _sync(temporary)
+            sync(temporary)
             temporary.replace(path)
-            _sync(path.parent)
+            sync(path.parent)
         finally:
+            os.close(handle)
             temporary.unlink(missing_ok=True)
 
 
-def staging_of(out: Path) -> Path:
-    """The hidden sibling in which `out` is built."""
-    return out.with_name(f".{out.name}.lapis")
+def _sweep_temporary(path: Path) -> None:
+    """Removes what killed writers of this file left; those at work hold a lock on theirs."""
+    for left in path.parent.glob(f".{glob.escape(path.name[:200])}.lapis-*"):
+        with suppress(OSError):
+            handle = os.open(left, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                left.unlink()
+            finally:
+                os.close(handle)
 
 
 def check_output(out: Path, *, overwrite: bool = False, inputs: Iterable[Path | str] = ()) -> None:
@@ -110,40 +132,6 @@ def check_output(out: Path, *, overwrite: bool = False, inputs: Iterable[Path | 
             raise OutputError(f"{out}: is the input {source}, or lies within it; give another --out")
     if os.path.lexists(out) and not overwrite and not (out.is_dir() and not any(out.iterdir())):
         raise OutputError(f"{out}: exists already; give another --out, or --overwrite")
-
-
-@contextmanager
-def full_disk_told(out: Path) -> Iterator[None]:
-    """Turns a full disk or a read-only place into one line."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in _FULL:
-            raise OutputError(f"{out}: the disk is full ({error.strerror}); nothing was left half-written") from error
-        if error.errno in _CLOSED:
-            raise OutputError(f"{out}: cannot be written: {error.strerror}; give another --out") from error
-        raise
-
-
-def _lock(staging: Path) -> int:
-    """Makes the staging folder and locks it against a second writer; the lock dies with the process."""
-    with full_disk_told(staging):
-        while True:
-            staging.mkdir(parents=True, exist_ok=True)
-            handle = os.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.stat(staging).st_ino == os.fstat(handle).st_ino:  # not renamed away in between
-                    if not os.access(staging, os.W_OK):
-                        raise OutputError(f"{staging}: cannot be written; give another --out")
-                    return handle
-            except BlockingIOError:
-                os.close(handle)
-                raise Busy(f"{staging.parent}: another lapis is writing {staging.name}; wait for it") from None
-            except BaseException:
-                os.close(handle)
-                raise
-            os.close(handle)
 
 
 def _empty(folder: Path) -> None:
@@ -165,27 +153,25 @@ def _check_space(place: Path, needs_bytes: int) -> None:
 
 
 def _seal(staging: Staging) -> None:
-    """fsync every file, write the manifest, drop the journal, fsync every folder.
-
-    The journal goes last: a kill before that moment finds it, and goes on from it.
-    """
+    """Proves and fsyncs every file, writes the manifest and the seal, and fsyncs every folder."""
     (staging.path / MANIFEST).unlink(missing_ok=True)
-    journal = [entry for entry in staging.path.iterdir() if entry.name.startswith(JOURNAL)]
     files = {}
-    for path in sorted(p for p in staging.path.rglob("*") if p.is_file()):
+    for path in sorted(staging.path.rglob("*")):
         name = path.relative_to(staging.path).as_posix()
-        if name.startswith(JOURNAL):
+        mode = path.lstat().st_mode
+        if stat.S_ISDIR(mode):
             continue
-        _sync(path)
+        if not stat.S_ISREG(mode):
+            raise OutputError(f"{path}: is no ordinary file; somebody else writes there. Remove it and run again")
+        sync(path)
         files[name] = {"size": path.stat().st_size, "sha256": staging.digests.get(name) or sha256_of(path)}
     manifest = json.dumps({"files": files}, indent=1, ensure_ascii=False).encode() + b"\n"
     (staging.path / MANIFEST).write_bytes(manifest)
     staging.manifest_sha256 = hashlib.sha256(manifest).hexdigest()
-    _sync(staging.path / MANIFEST)
-    for entry in journal:
-        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    sync(staging.path / MANIFEST)
     for folder in [staging.path, *(p for p in staging.path.rglob("*") if p.is_dir())]:
-        _sync(folder)
+        sync(folder)
+    seal(staging)
 
 
 def sha256_of(path: Path) -> str:
@@ -205,36 +191,42 @@ def verify(folder: Path) -> list[str]:
     return wrong
 
 
-def _move(staging: Path, out: Path, overwrite: bool) -> None:
+def _move(staging: Staging, out: Path, overwrite: bool) -> None:
+    """Puts the sealed folder at `out`, then drops what else lies in the staging folder."""
     if overwrite and os.path.lexists(out):
-        _exchange(staging, out)
-        _sync(out.parent)
-        if staging.is_dir() and not staging.is_symlink():
-            shutil.rmtree(staging)
-        else:
-            staging.unlink()
+        if out.is_dir() and not out.is_symlink():
+            staging.path.chmod(stat.S_IMODE(out.stat().st_mode))
+        _exchange(staging.path, out, staging.root / REPLACED)
     else:
         try:
-            staging.rename(out)
+            staging.path.rename(out)
         except OSError as error:
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 raise OutputError(f"{out}: was made by somebody else in the meantime; give another --out") from None
             raise
-    _sync(out.parent)
+    # from here on the output is complete: what fails now is a note
+    try:
+        sync(out.parent)
+        shutil.rmtree(staging.root)
+    except OSError as error:
+        log.warning("note: %s is complete, but %s could not be removed (%s)", out, staging.root, error.strerror)
 
 
-def _exchange(one: Path, two: Path) -> None:
-    """Swaps two paths in one step (Linux renameat2), so that a kill never leaves the output path empty."""
+def _exchange(new: Path, out: Path, aside: Path) -> None:
+    """Swaps two paths in one step (Linux renameat2), so that a kill never leaves the output path empty.
+
+    Where the file system cannot do that, the old folder is renamed to `aside` first; a kill between the two renames
+    leaves both beside each other, and the next run of the command puts the new one in place.
+    """
     libc = ctypes.CDLL(None, use_errno=True)
     here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    if libc.renameat2(here, os.fsencode(one), here, os.fsencode(two), swap) != 0:
+    code = errno.ENOSYS
+    if hasattr(libc, "renameat2"):
+        if libc.renameat2(here, os.fsencode(new), here, os.fsencode(out), swap) == 0:
+            return
         code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code), str(two))
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    if code not in _NO_EXCHANGE:
+        raise OSError(code, os.strerror(code), str(out))
+    log.warning("note: this file system cannot swap folders in one step; the old output is moved away first")
+    out.rename(aside)
+    new.rename(out)

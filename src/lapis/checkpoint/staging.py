@@ -1,0 +1,232 @@
+"""The staging folder: the hidden sibling in which an output is made, who owns it, and what it looks like after a kill.
+
+    .NAME.lapis/owner.json     which kind of job works here
+    .NAME.lapis/.journal...    what a job needs to go on after a kill
+    .NAME.lapis/out/           the output as it grows
+    .NAME.lapis/sealed.json    out/ is whole and on the disk; which folder it is
+
+A folder that another user, another kind of job or another program left is refused and never touched. How an output is
+sealed and put into place: commit.py. What jobs hold in their journals: weights/engine/journal.py,
+training/loop/state.py, text/rows/parallel_packing.py.
+"""
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lapis.errors import OutputError
+
+JOURNAL = ".journal"  # what a job keeps for its rerun lies in the staging folder under names that start so
+BUILD = "out"  # the folder in the staging folder that becomes the output
+REPLACED = "replaced"  # the old output, where it could not be swapped in one step
+_OWNER, _SEAL = "owner.json", "sealed.json"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+
+log = logging.getLogger("lapis")  # a warning is a line on standard error, unless a program decides otherwise
+
+
+class Busy(OutputError):
+    """Another process is writing there."""
+
+
+@dataclass
+class Staging:
+    """A folder being built.
+
+    Attributes:
+        path: Where to write.
+        root: The staging folder; a job's journal lies here, under names that start with JOURNAL.
+        digests: sha256 that the writer knows already, by relative name.
+        manifest_sha256: Of the manifest, once it is written.
+    """
+
+    path: Path
+    root: Path
+    digests: dict[str, str] = field(default_factory=dict)
+    manifest_sha256: str = ""
+
+    @property
+    def fresh(self) -> bool:
+        """True where nothing of an earlier run lies here."""
+        return not any(self.path.iterdir()) and not any(e.name.startswith(JOURNAL) for e in self.root.iterdir())
+
+
+def staging_of(out: Path) -> Path:
+    """The hidden sibling in which `out` is made."""
+    return out.with_name(f".{out.name}.lapis")
+
+
+def claim(root: Path, kind: str) -> None:
+    """Makes a staging folder this kind of job's own, with an empty or a half-made `out/` in it. Its lock is held.
+
+    Raises:
+        OutputError: Where another user, another kind of job or somebody without lapis put something there.
+    """
+    place = root.lstat()
+    if place.st_uid != os.geteuid():
+        raise OutputError(f"{root}: belongs to another user; remove it, or give another --out")
+    owner = kind_of(root)
+    if owner is None:
+        names = sorted(entry.name for entry in root.iterdir())
+        raise OutputError(
+            f"{root}: holds what lapis did not write ({_few(names)}); move it away, or give another --out"
+        )
+    if owner not in ("", kind):
+        raise OutputError(
+            f"{root}: holds a {owner} that was interrupted; finish it with its own command, remove that folder to give "
+            "it up, or give another --out"
+        )
+    with full_disk_told(root):
+        _adopt_flat(root)
+        (root / _SEAL).unlink(missing_ok=True)  # a rerun works on: what it makes is not what was sealed
+        if not owner:
+            _write_json(root / _OWNER, {"kind": kind})
+        (root / BUILD).mkdir(exist_ok=True)
+
+
+def kind_of(root: Path) -> str | None:
+    """The kind of job that a staging folder belongs to; "" where it is empty, None where lapis did not make it."""
+    names = {entry.name for entry in root.iterdir()}
+    if _OWNER in names:
+        try:
+            return str(json.loads((root / _OWNER).read_bytes())["kind"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return ""  # cut by a kill, before anything else was written
+    if not names:
+        return ""
+    # jobs that were interrupted before staging folders named their owner
+    if f"{JOURNAL}.jsonl" in names:
+        return "merge"
+    if (root / JOURNAL / "plan.json").is_file():
+        return "packing"
+    return "training" if (root / JOURNAL).is_dir() else None
+
+
+def _adopt_flat(root: Path) -> None:
+    """What was built beside the journal, as staging folders once had it, goes to `out/`."""
+    names = {entry.name for entry in root.iterdir()}
+    if _OWNER not in names and any(name.startswith(JOURNAL) for name in names):
+        (root / BUILD).mkdir(exist_ok=True)
+        for name in names - {BUILD}:
+            if not name.startswith(JOURNAL):
+                (root / name).rename(root / BUILD / name)
+
+
+def sweep_finished(out: Path) -> None:
+    """Ends what a job that was killed after its seal had still to do, where that needs no work of the job's own.
+
+    The output is in place: the staging folder is removed. The old output was moved aside and the new one is not yet in
+    its place (file systems that cannot swap): it is put there.
+    """
+    root = staging_of(out)
+    try:
+        sealed = json.loads((root / _SEAL).read_bytes())["inode"]
+        if root.lstat().st_uid != os.geteuid():
+            return
+        handle = lock(root)
+    except (OSError, ValueError, KeyError, TypeError, OutputError):
+        return
+    try:
+        with suppress(OSError):
+            build = root / BUILD
+            if not os.path.lexists(out) and (root / REPLACED).exists() and build.lstat().st_ino == sealed:
+                build.rename(out)
+            if out.lstat().st_ino == sealed:
+                shutil.rmtree(root)
+    finally:
+        os.close(handle)
+
+
+def seal(staging: Staging) -> None:
+    """Notes that the build is whole and on the disk."""
+    _write_json(staging.root / _SEAL, {"inode": staging.path.stat().st_ino, "manifest": staging.manifest_sha256})
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _write_json(path: Path, value: object) -> None:
+    """A small file, on the disk when this returns."""
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    with os.fdopen(handle, "wb") as file:
+        file.write(json.dumps(value).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+    sync(path.parent)
+
+
+@contextmanager
+def full_disk_told(out: Path) -> Iterator[None]:
+    """Turns a full disk or a read-only place into one line."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise OutputError(f"{out}: the disk is full ({error.strerror}); nothing was left half-written") from error
+        if error.errno in _CLOSED:
+            raise OutputError(f"{out}: cannot be written: {error.strerror}; give another --out") from error
+        raise
+
+
+def lock(staging: Path) -> int:
+    """Makes the staging folder and locks it against a second writer; the lock dies with the process."""
+    with full_disk_told(staging):
+        while True:
+            staging.mkdir(parents=True, exist_ok=True)
+            try:
+                handle = os.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            except OSError as error:
+                if error.errno in (errno.ELOOP, errno.ENOTDIR):
+                    raise OutputError(f"{staging}: is a link or a file; remove it, or give another --out") from None
+                raise
+            try:
+                if not _flock(handle):
+                    raise Busy(f"{staging.parent}: another lapis is writing {staging.name}; wait for it")
+                if os.stat(staging).st_ino == os.fstat(handle).st_ino:  # not renamed away in between
+                    if not os.access(staging, os.W_OK):
+                        raise OutputError(f"{staging}: cannot be written; give another --out")
+                    return handle
+            except FileNotFoundError:
+                pass  # swept by somebody else between the two looks
+            except BaseException:
+                os.close(handle)
+                raise
+            os.close(handle)
+
+
+def _flock(handle: int) -> bool:
+    """Locks, or says that another process has the lock. A file system without locks is noted, not refused."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        log.warning("note: this file system has no locks; do not write one output with two commands at once")
+    return True
+
+
+def sync(path: Path) -> None:
+    """fsync of a file or folder."""
+    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP) or not stat.S_ISDIR(
+            os.fstat(handle).st_mode
+        ):
+            raise  # a file; of folders some file systems know no fsync
+    finally:
+        os.close(handle)
