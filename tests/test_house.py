@@ -56,7 +56,7 @@ CLASSES_LEFT = {
 }  # fmt: skip
 VAGUE_LEFT = {
     "Exam", "Kept", "Said", "Told", "Wish", "_asked", "_exam", "_heed", "_kept", "_said", "_told",
-    "carry", "full_disk_told", "kept_by_objective", "make_exam", "memory_told", "said", "say", "told",
+    "carry", "kept_by_objective", "make_exam", "memory_told", "said", "say", "told",
 }  # fmt: skip
 NO_FLOW_LEFT = {
     "checkpoint", "cli", "tour", "tour/sentences", "tour/words", "training/distributed", "training/rewards",

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from lapis.checkpoint.commit import MANIFEST, commit, commit_file, staging_of, verify
+from lapis.checkpoint.commit import MANIFEST, commit, commit_file, verify
+from lapis.checkpoint.staging import staging_of
 from lapis.errors import OutputError
 
 
@@ -42,11 +43,11 @@ def test_a_resumable_job_finds_its_work_again(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(RuntimeError), commit(out, resumable=True) as staging:
         (staging.path / "half").write_text("x")
-        (staging.path / ".journal").write_text("1")
+        (staging.root / ".journal").write_text("1")
         raise RuntimeError
     assert not out.exists()
     with commit(out, resumable=True) as staging:
-        assert not staging.fresh and (staging.path / ".journal").read_text() == "1"
+        assert not staging.fresh and (staging.root / ".journal").read_text() == "1"
     assert sorted(p.name for p in out.iterdir()) == ["half", MANIFEST]
 
 

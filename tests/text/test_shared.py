@@ -240,7 +240,7 @@ def test_fault_60_a_pack_that_was_killed_goes_on(
     monkeypatch.setattr(parallel_packing, "write_shard", dies)
     with pytest.raises(KeyboardInterrupt):
         pack(corpus, tokenizer, out, 48, workers=1)
-    done = {p.name: p.stat().st_mtime_ns for p in (tmp_path / ".out.lapis").glob("*.bin")}
+    done = {p.name: p.stat().st_mtime_ns for p in (tmp_path / ".out.lapis" / "out").glob("*.bin")}
     assert len(done) == 6 and not out.exists()
     pack(corpus, tokenizer, out, 48, workers=1)
     kept = {p.name: p.stat().st_mtime_ns for p in out.glob("*.bin")}

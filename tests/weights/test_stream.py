@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from lapis.checkpoint import open_checkpoint
-from lapis.checkpoint.commit import staging_of
+from lapis.checkpoint.staging import staging_of
 from lapis.errors import CheckpointError, OutputError
 from lapis.weights.engine import stream as engine
 from lapis.weights.engine import tiles
@@ -73,7 +73,7 @@ def test_damage_to_finished_ranges_is_found_and_redone(trio, tmp_path, small):
     journal = staging_of(out) / NAME
     lines = [json.loads(line) for line in journal.read_bytes().splitlines()]
     done = [line["done"] for line in lines[1:]]
-    with (staging_of(out) / "model.safetensors").open("r+b") as file:
+    with (staging_of(out) / "out" / "model.safetensors").open("r+b") as file:
         file.seek(done[len(done) // 2] + 1)
         byte = file.read(1)
         file.seek(-1, os.SEEK_CUR)
@@ -95,10 +95,10 @@ def test_a_journal_of_another_job_is_not_gone_on_with(trio, tmp_path, small):
 
 def test_saved_training_at_the_same_place_is_not_swept_away(trio, tmp_path):
     out = tmp_path / "out"
-    (staging_of(out) / "step-100").mkdir(parents=True)
-    with pytest.raises(OutputError, match="what a training has saved"):
+    (staging_of(out) / ".journal" / "step-100").mkdir(parents=True)
+    with pytest.raises(OutputError, match="holds a training that was interrupted"):
         graft(**trio(), out=out)
-    assert (staging_of(out) / "step-100").is_dir()
+    assert (staging_of(out) / ".journal" / "step-100").is_dir()
 
 
 def test_faults_73_74_and_79_killed_at_random_moments(tmp_path):

@@ -1,8 +1,8 @@
 """The one way anything is written: whole, or not at all.
 
-An output is built in a staging folder beside it (staging.py). At the end every file is fsynced, a manifest with sizes and
-sha256 is written, the folder is sealed and renamed into place; only then is the rest dropped. Until the rename nothing
-at the output path is loadable, and a kill before it finds the job's journal as it was.
+An output is built in a staging folder beside it (staging.py). At the end every file is fsynced, a manifest with sizes
+and sha256 is written, the folder is sealed and renamed into place; only then is the rest dropped. Until the rename
+nothing at the output path is loadable, and a kill before it finds the job's journal as it was.
 """
 
 import ctypes
@@ -24,7 +24,7 @@ from lapis.checkpoint.staging import (
     REPLACED,
     Staging,
     claim,
-    full_disk_told,
+    disk_errors,
     lock,
     log,
     seal,
@@ -77,7 +77,7 @@ def commit(
         if not resumable:
             _empty(staging.path)
         _check_space(out.parent, needs_bytes - _allocated(staging.path))
-        with full_disk_told(out):
+        with disk_errors(out):
             yield staging
             _seal(staging)
             _move(staging, out, overwrite)
@@ -94,7 +94,7 @@ def commit_file(path: Path | str, *, overwrite: bool = False) -> Iterator[Path]:
     """Writes one file and puts it at `path` in one step. Yields the temporary path to write to."""
     path = Path(os.path.abspath(path))
     check_output(path, overwrite=overwrite)
-    with full_disk_told(path):
+    with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         _sweep_temporary(path)
         temporary = path.with_name(f".{path.name[:200]}.lapis-{secrets.token_hex(8)}")

@@ -30,6 +30,7 @@ REPLACED = "replaced"  # the old output, where it could not be swapped in one st
 _OWNER, _SEAL = "owner.json", "sealed.json"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
+_NO_FSYNC = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)  # of folders; a file that is not synced is an error
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 log = logging.getLogger("lapis")  # a warning is a line on standard error, unless a program decides otherwise
@@ -78,15 +79,13 @@ def claim(root: Path, kind: str) -> None:
     owner = kind_of(root)
     if owner is None:
         names = sorted(entry.name for entry in root.iterdir())
-        raise OutputError(
-            f"{root}: holds what lapis did not write ({_few(names)}); move it away, or give another --out"
-        )
+        raise OutputError(f"{root}: holds what lapis did not write ({_few(names)}); move it, or give another --out")
     if owner not in ("", kind):
         raise OutputError(
             f"{root}: holds a {owner} that was interrupted; finish it with its own command, remove that folder to give "
             "it up, or give another --out"
         )
-    with full_disk_told(root):
+    with disk_errors(root):
         _adopt_flat(root)
         (root / _SEAL).unlink(missing_ok=True)  # a rerun works on: what it makes is not what was sealed
         if not owner:
@@ -167,7 +166,7 @@ def _write_json(path: Path, value: object) -> None:
 
 
 @contextmanager
-def full_disk_told(out: Path) -> Iterator[None]:
+def disk_errors(out: Path) -> Iterator[None]:
     """Turns a full disk or a read-only place into one line."""
     try:
         yield
@@ -181,7 +180,7 @@ def full_disk_told(out: Path) -> Iterator[None]:
 
 def lock(staging: Path) -> int:
     """Makes the staging folder and locks it against a second writer; the lock dies with the process."""
-    with full_disk_told(staging):
+    with disk_errors(staging):
         while True:
             staging.mkdir(parents=True, exist_ok=True)
             try:

@@ -40,7 +40,7 @@ def train(
             read["bytes"] += len(text.encode(errors="replace"))
             yield text
 
-    with progress("reading and merging"), commit(out, overwrite=overwrite) as staging:
+    with progress("reading and merging"), commit(out, kind="tokenizer", overwrite=overwrite) as staging:
         tokenizer = train_tokenizer(counted(), vocab, kind)
         tokenizer.save(staging.path)
     result = {

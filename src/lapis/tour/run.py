@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lapis.checkpoint.commit import commit, commit_file, full_disk_told
+from lapis.checkpoint.commit import commit, commit_file
+from lapis.checkpoint.staging import disk_errors
 from lapis.errors import ConfigError, OutputError
 from lapis.model.transformer import Transformer
 from lapis.text.tokenizer.tokenizer import Tokenizer, train_tokenizer
@@ -138,7 +139,7 @@ def _claim(out: Path, settings: Mapping[str, Any]) -> None:
     elif out.exists() and any(out.iterdir()):
         raise OutputError(f"{out}: exists already and is no tour; give another --out")
     else:
-        with full_disk_told(out):
+        with disk_errors(out):
             out.mkdir(parents=True, exist_ok=True)
             note.write_text(json.dumps(settings))
 

@@ -57,7 +57,7 @@ class TunedLens:
 
     def save(self, out: Path | str, *, overwrite: bool = False) -> None:
         """A folder of safetensors and JSON, committed whole."""
-        with commit(out, overwrite=overwrite) as staging:
+        with commit(out, kind="tuned lens", overwrite=overwrite) as staging:
             write_tensors(staging.path / WEIGHTS, {"maps": self.maps_LDD, "shifts": self.shifts_LD})
             (staging.path / INFO).write_text(json.dumps(self.info, indent=2) + "\n", encoding="utf-8")
 

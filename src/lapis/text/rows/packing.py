@@ -88,7 +88,7 @@ def pack(
     if out is None:
         shard = write_shard(items, tokenizer, shape, report=report)
         return Rows(assemble([shard], shape, tokenizer)[0], [shard.arrays])
-    with commit(out, overwrite=overwrite) as staging:
+    with commit(out, kind="packing", overwrite=overwrite) as staging:
         shard = write_shard(items, tokenizer, shape, staging.path, report=report)
         info, _ = assemble([shard], shape, tokenizer)
         for name, digest in shard.digests.items():

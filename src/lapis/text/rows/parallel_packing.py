@@ -24,14 +24,16 @@ from pathlib import Path
 from typing import Any
 
 import lapis.errors
-from lapis.checkpoint.commit import JOURNAL, Busy, check_output, commit, full_disk_told, staging_of
+from lapis.checkpoint.commit import check_output, commit
 from lapis.checkpoint.files import read_json
+from lapis.checkpoint.staging import BUILD, JOURNAL, Busy, claim, disk_errors, kind_of, staging_of
 from lapis.errors import DataError, LapisError, OutputError
 from lapis.text.rows.corpus_parts import Stretch, read
 from lapis.text.rows.part_writer import Report, Shape, Shard, assemble, format_line, write_shard
 from lapis.text.rows.rows import MANIFEST, Rows, array_name
 from lapis.text.tokenizer.tokenizer import Tokenizer
 
+KIND = "packing"  # what staging folders say of this job
 _PAUSE = 0.05  # seconds between looks at what the others do
 _GOLDEN = 0.6180339887  # multiples of it, less whole numbers, lie far apart
 
@@ -74,13 +76,13 @@ def share(
     check_output(out, overwrite=overwrite)
     staging = staging_of(out)
     try:
-        with full_disk_told(out), _joined(staging, out, job, tokenizer) as there:
+        with disk_errors(out), _joined(staging, out, job, tokenizer) as there:
             if there:
                 _work_together(staging, job, tokenizer, min(workers, len(job.parts)), report)
         while not _finished(out, job) or staging.exists():
             try:
-                with commit(out, overwrite=overwrite, resumable=True) as sealed:
-                    _seal(sealed.path, sealed.digests, job, tokenizer)
+                with commit(out, kind=KIND, overwrite=overwrite, resumable=True) as sealed:
+                    _seal(staging, sealed.digests, job, tokenizer)
                 break
             except _NothingHere:
                 with suppress(OSError):  # somebody else began something there
@@ -128,6 +130,7 @@ def _joined(staging: Path, out: Path, job: Job, tokenizer: Tokenizer) -> Iterato
                     shutil.rmtree(staging)
                     yield False
                     return
+                claim(staging, KIND)
                 if not _holds(staging, job):
                     _begin(staging, job, tokenizer)
                 (staging / JOURNAL / "error.json").unlink(missing_ok=True)
@@ -170,11 +173,11 @@ def _holds(staging: Path, job: Job) -> bool:
 
 
 def _begin(staging: Path, job: Job, tokenizer: Tokenizer) -> None:
-    for entry in staging.iterdir():
-        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-    (staging / JOURNAL).mkdir()
-    (staging / "tokenizer").mkdir()
-    tokenizer.save(staging / "tokenizer")
+    for entry in (staging / JOURNAL, staging / BUILD):
+        shutil.rmtree(entry, ignore_errors=True)
+        entry.mkdir()
+    (staging / BUILD / "tokenizer").mkdir()
+    tokenizer.save(staging / BUILD / "tokenizer")
     _put(staging / JOURNAL / "plan.json", {"key": job.key, "job": job.to_json()})
 
 
@@ -194,7 +197,7 @@ def _clear(staging: Path, job: Job) -> None:
     try:
         if not _locked(handle, fcntl.LOCK_EX):
             return
-        if _holds(staging, job) or not (staging / JOURNAL / "plan.json").is_file():
+        if _holds(staging, job) or kind_of(staging) == KIND:
             shutil.rmtree(staging, ignore_errors=True)
     finally:
         os.close(handle)
@@ -232,7 +235,7 @@ def serve() -> None:
     staging, parent, number = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     job = Job.from_json(read_json(staging / JOURNAL / "plan.json")["job"])
     try:
-        work(staging, job, Tokenizer.open(staging / "tokenizer"), number, lambda: os.getppid() == parent)
+        work(staging, job, Tokenizer.open(staging / BUILD / "tokenizer"), number, lambda: os.getppid() == parent)
     except (LapisError, FileNotFoundError):
         sys.exit(1)  # it is in error.json, or the folder is gone with the command that made it
 
@@ -287,13 +290,13 @@ def _take(
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
         try:
-            with full_disk_told(staging):
+            with disk_errors(staging):
                 items = read(job.parts[part], job.shape.kind, job.field)
                 shard = write_shard(items, tokenizer, job.shape, aside, part=job.parts[part], report=report)
                 if not go_on():
                     return False
                 for name in shard.types:
-                    (aside / f"{name}.bin").replace(staging / array_name(name, part))
+                    (aside / f"{name}.bin").replace(staging / BUILD / array_name(name, part))
                 _put(journal / f"{part}.json", shard.to_json())
         except LapisError as error:
             _put(journal / "error.json", {"type": type(error).__name__, "message": str(error)})
@@ -326,7 +329,7 @@ def _so_far(journal: Path) -> tuple[int, int]:
 
 def _seal(staging: Path, digests: dict[str, str], job: Job, tokenizer: Tokenizer) -> None:
     """rows.json over all parts; arrays of parts without a token are dropped, and the others numbered anew."""
-    journal = staging / JOURNAL
+    journal, build = staging / JOURNAL, staging / BUILD
     if not _holds(staging, job):
         raise _NothingHere
     if replace(job).key != job.key:
@@ -335,10 +338,10 @@ def _seal(staging: Path, digests: dict[str, str], job: Job, tokenizer: Tokenizer
     info, used = assemble(shards, job.shape, tokenizer, format_line(job.shape.kind, job.parts[0][0].file, job.field))
     for part in set(range(len(shards))) - set(used):
         for name in shards[part].types:
-            (staging / array_name(name, part)).unlink(missing_ok=True)
+            (build / array_name(name, part)).unlink(missing_ok=True)
     for number, part in enumerate(used):
         for name, digest in shards[part].digests.items():
-            if number != part and (staging / array_name(name, part)).exists():  # a rerun after a kill finds it renamed
-                (staging / array_name(name, part)).replace(staging / array_name(name, number))
+            if number != part and (build / array_name(name, part)).exists():  # a rerun after a kill finds it renamed
+                (build / array_name(name, part)).replace(build / array_name(name, number))
             digests[array_name(name, number)] = digest
-    (staging / MANIFEST).write_text(json.dumps({**info, "job": job.key}, indent=1) + "\n")
+    (build / MANIFEST).write_text(json.dumps({**info, "job": job.key}, indent=1) + "\n")

@@ -82,7 +82,9 @@ def train(
     watch = watch or watcher(out.name)
     try:
         with (
-            commit(out, overwrite=overwrite, resumable=True, needs_bytes=(3 * config.keep + 4) * weights) as staging,
+            commit(
+                out, kind="training", overwrite=overwrite, resumable=True, needs_bytes=(3 * config.keep + 4) * weights
+            ) as staging,
             clean_journal(staging, fresh) as journal,
             stop_requests(immediate=world.size == 1) as request,
         ):

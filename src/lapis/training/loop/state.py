@@ -17,8 +17,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lapis.checkpoint.commit import JOURNAL, MANIFEST, Staging, commit, commit_file, verify
+from lapis.checkpoint.commit import MANIFEST, commit, commit_file, verify
 from lapis.checkpoint.files import read_json
+from lapis.checkpoint.staging import JOURNAL, Staging
 from lapis.checkpoint.tensor_file import read_tensors, write_tensors
 from lapis.errors import LapisError, OutputError, TrainingError
 from lapis.model.transformer import Transformer
@@ -98,7 +99,7 @@ class TrainState:
 
 def save(state: TrainState, folder: Path, facts: Mapping[str, Any], tokenizer: Saves | None) -> None:
     """Write a checkpoint, whole or not at all. facts: what a rerun must agree with (see `Journal`)."""
-    with commit(folder, overwrite=True) as staging:
+    with commit(folder, kind="checkpoint", overwrite=True) as staging:
         lora.save(state.model, staging.path)
         if tokenizer is not None:
             tokenizer.save(staging.path)
@@ -211,6 +212,7 @@ class Journal:
             raise OutputError(f"{error}; {self.last_good()}") from None
         for old in self.checkpoints[keep:]:
             shutil.rmtree(old)
+        shutil.rmtree(self.folder.with_name(f"{JOURNAL}-before"), ignore_errors=True)  # a fresh start has taken over
         return folder
 
     def last_good(self) -> str:
@@ -222,16 +224,22 @@ class Journal:
 @contextmanager
 def clean_journal(staging: Staging, fresh: bool) -> Iterator[Journal]:
     """The run's journal; a refusal before the first checkpoint leaves nothing behind."""
-    folder = staging.path / JOURNAL
-    for entry in staging.path.iterdir():
-        if entry != folder or fresh:  # the rest of an output that was not finished
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    folder, before = staging.root / JOURNAL, staging.root / f"{JOURNAL}-before"
+    if before.exists() and not Journal(folder).checkpoints:  # a fresh start that never came to a checkpoint
+        shutil.rmtree(folder)
+        before.rename(folder)
+    for entry in staging.path.iterdir():  # the rest of an output that was not finished
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    if fresh and folder.exists():
+        folder.rename(before)
     journal = Journal(folder)
     try:
         yield journal
     except BaseException:
         if not journal.checkpoints:
-            shutil.rmtree(staging.path, ignore_errors=True)
+            shutil.rmtree(folder)
+            if before.exists():  # a fresh start that was refused takes nothing away
+                before.rename(folder)
         raise
 
 

@@ -177,9 +177,14 @@ def produce(
     """
     folders = [checkpoint.root for checkpoint in inputs.values()]
     with commit(
-        result.out, overwrite=overwrite, needs_bytes=result.needs["disk_bytes"], inputs=folders, resumable=True
+        result.out,
+        kind="merge",
+        overwrite=overwrite,
+        needs_bytes=result.needs["disk_bytes"],
+        inputs=folders,
+        resumable=True,
     ) as staging:
-        journal = Journal(staging.path, _job(inputs, [recipe, allow_nonfinite]))
+        journal = Journal(staging, _job(inputs, [recipe, allow_nonfinite]))
         try:
             account = stream(dict(files), staging.path, journal, allow_nonfinite=allow_nonfinite, progress=progress)
         finally:

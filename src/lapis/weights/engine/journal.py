@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lapis.errors import OutputError
+from lapis.checkpoint.staging import Staging
 
 if TYPE_CHECKING:
     from hashlib import _Hash
@@ -35,9 +35,9 @@ class Progress:
 class Journal:
     """The journal of one staging folder. job: a digest of everything that decides the output's bytes."""
 
-    def __init__(self, folder: Path, job: str) -> None:
+    def __init__(self, staging: Staging, job: str) -> None:
         self.resumed_bytes = 0
-        self._folder, self._path = folder, folder / NAME
+        self._folder, self._path = staging.path, staging.root / NAME
         self._lines: dict[str, list[dict[str, Any]]] = {}
         lines = list(_read_lines(self._path))
         if lines and lines[0].get("job") == job:
@@ -46,10 +46,7 @@ class Journal:
             end = sum(len(_dump(line)) for line in lines)
             os.truncate(self._path, end)  # a line that a kill cut in two
         else:
-            entries = list(folder.iterdir())  # another job's remains; the lock says that nobody is at work on them
-            if any(entry.is_dir() for entry in entries):
-                raise OutputError(f"{folder}: holds what a training has saved; finish it, or give another --out")
-            for entry in entries:
+            for entry in self._folder.iterdir():  # a merge's of another recipe; the lock says that nobody works on it
                 entry.unlink()
             self._path.write_bytes(_dump({"job": job}))
         self._handle = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
