@@ -25,6 +25,7 @@ from lapis.checkpoint.staging import (
     Staging,
     claim,
     disk_errors,
+    drop,
     lock,
     log,
     seal,
@@ -164,7 +165,10 @@ def _seal(staging: Staging) -> None:
         if not stat.S_ISREG(mode):
             raise OutputError(f"{path}: is no ordinary file; somebody else writes there. Remove it and run again")
         sync(path)
-        files[name] = {"size": path.stat().st_size, "sha256": staging.digests.get(name) or sha256_of(path)}
+        size = path.stat().st_size
+        if size != staging.sizes.get(name, size):
+            raise OutputError(f"{path}: has {size:,} bytes and should have {staging.sizes[name]:,}; run it again")
+        files[name] = {"size": size, "sha256": staging.digests.get(name) or sha256_of(path)}
     manifest = json.dumps({"files": files}, indent=1, ensure_ascii=False).encode() + b"\n"
     (staging.path / MANIFEST).write_bytes(manifest)
     staging.manifest_sha256 = hashlib.sha256(manifest).hexdigest()
@@ -207,7 +211,7 @@ def _move(staging: Staging, out: Path, overwrite: bool) -> None:
     # from here on the output is complete: what fails now is a note
     try:
         sync(out.parent)
-        shutil.rmtree(staging.root)
+        drop(staging.root)
     except OSError as error:
         log.warning("note: %s is complete, but %s could not be removed (%s)", out, staging.root, error.strerror)
 

@@ -48,12 +48,14 @@ class Staging:
         path: Where to write.
         root: The staging folder; a job's journal lies here, under names that start with JOURNAL.
         digests: sha256 that the writer knows already, by relative name.
+        sizes: Bytes that files must have on the disk, where the writer knows them.
         manifest_sha256: Of the manifest, once it is written.
     """
 
     path: Path
     root: Path
     digests: dict[str, str] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
     manifest_sha256: str = ""
 
     @property
@@ -128,6 +130,9 @@ def sweep_finished(out: Path) -> None:
     its place (file systems that cannot swap): it is put there.
     """
     root = staging_of(out)
+    if os.path.lexists(out):
+        with suppress(OSError):
+            root.rmdir()  # killed when all but the empty folder was gone
     try:
         sealed = json.loads((root / _SEAL).read_bytes())["inode"]
         if root.lstat().st_uid != os.geteuid():
@@ -141,9 +146,18 @@ def sweep_finished(out: Path) -> None:
             if not os.path.lexists(out) and (root / REPLACED).exists() and build.lstat().st_ino == sealed:
                 build.rename(out)
             if out.lstat().st_ino == sealed:
-                shutil.rmtree(root)
+                drop(root)
     finally:
         os.close(handle)
+
+
+def drop(root: Path) -> None:
+    """Removes a staging folder, its seal last: as long as anything lies here the seal says what."""
+    for entry in root.iterdir():
+        if entry.name != _SEAL:
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+    (root / _SEAL).unlink(missing_ok=True)
+    root.rmdir()
 
 
 def seal(staging: Staging) -> None:
@@ -185,6 +199,8 @@ def lock(staging: Path) -> int:
             staging.mkdir(parents=True, exist_ok=True)
             try:
                 handle = os.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            except FileNotFoundError:
+                continue  # swept by somebody else between the two calls
             except OSError as error:
                 if error.errno in (errno.ELOOP, errno.ENOTDIR):
                     raise OutputError(f"{staging}: is a link or a file; remove it, or give another --out") from None

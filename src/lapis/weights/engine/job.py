@@ -191,6 +191,7 @@ def produce(
             journal.close()
         beside(staging.path, account)
         staging.digests.update(account.digests)
+        staging.sizes.update(account.sizes)
     result.bytes_read, result.bytes_written = account.bytes_read, account.bytes_written
     result.bytes_resumed = account.bytes_resumed
     result.lost_to_rounding = lost_in_all(account.figures)

@@ -66,10 +66,11 @@ class Figures:
 
 @dataclass
 class Account:
-    """What a run did. figures: by tensor. digests: sha256 of each file written."""
+    """What a run did. figures: by tensor. digests, sizes: sha256 and bytes of each file written."""
 
     figures: dict[str, Figures]
     digests: dict[str, str]
+    sizes: dict[str, int]
     bytes_read: int = 0
     bytes_written: int = 0
     bytes_resumed: int = 0

@@ -119,7 +119,7 @@ class _Run:
         self.free: SimpleQueue[Buffer] = SimpleQueue()
         self.spare: SimpleQueue[Buffer] = SimpleQueue()
         self.figures = {output.name: Figures() for outputs in files.values() for output in outputs}
-        self.account = Account(self.figures, {})
+        self.account = Account(self.figures, {}, {})
         self.files = [self._prepare(name, outputs, folder, metadata) for name, outputs in files.items()]
         self.total = sum(file.end for file in self.files)
         self.done = sum(file.progress.done for file in self.files)
@@ -149,6 +149,7 @@ class _Run:
         if self.failure:
             raise self.failure
         self.account.digests = {file.name: file.progress.sha256.hexdigest() for file in self.files}
+        self.account.sizes = {file.name: file.end for file in self.files}
         return self.account
 
     def _prepare(self, name: str, outputs: Sequence[Output], folder: Path, metadata: dict[str, str]) -> _File:

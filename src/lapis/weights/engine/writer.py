@@ -24,7 +24,7 @@ class Writer:
     def __init__(self, path: Path, end: int, start: int = 0) -> None:
         self._end = end
         self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        os.posix_fallocate(self._handle, 0, end)
+        _reserve(self._handle, end)
         self._direct = _direct(path)
         self._at = start - start % _ALIGNED  # of the block that is being filled
         self._fill = start - self._at
@@ -53,7 +53,8 @@ class Writer:
             if self._block is not None:
                 self._send()
                 self._wait()
-                os.ftruncate(self._handle, self._end)  # the last block was rounded up
+            # the last block was rounded up, now or by a run that was killed before it came here
+            os.ftruncate(self._handle, self._end)
         finally:
             self._pool.shutdown()
             os.close(self._handle)
@@ -88,6 +89,15 @@ class Writer:
             done = 0
             while done < size:
                 done += os.pwrite(self._handle, whole[done:size], offset + done)
+
+
+def _reserve(handle: int, end: int) -> None:
+    """Space for the whole file, where the file system can promise it; else the file is only as long as it grows."""
+    try:
+        os.posix_fallocate(handle, 0, end)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            raise
 
 
 def _direct(path: Path) -> int | None:
