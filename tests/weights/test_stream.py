@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from lapis.checkpoint import open_checkpoint
-from lapis.checkpoint.staging import staging_of
+from lapis.checkpoint.staging import Staging, staging_of
 from lapis.errors import CheckpointError, OutputError
 from lapis.weights.engine import stream as engine
 from lapis.weights.engine import tiles
@@ -206,7 +206,9 @@ def test_any_shapes_and_tiles(tmp_path_factory, shapes, tile, dtype):
     before, tiles.TILE = tiles.TILE, tile
     try:
         (folder / "work").mkdir()
-        account = stream({"out.safetensors": outputs}, folder / "work", Journal(folder / "work", "job"))
+        account = stream(
+            {"out.safetensors": outputs}, folder / "work", Journal(Staging(folder / "work", folder), "job")
+        )
     finally:
         tiles.TILE = before
     made = load_file(folder / "work" / "out.safetensors")
@@ -238,7 +240,7 @@ def test_passes_see_every_tile_before_the_result(tmp_path, small):
     kernel = Kernel(apply, (largest, total), fold)
     outputs = [Output(n, torch.float32, tuple(t.shape), (Stored("a", model, n),), kernel) for n, t in values.items()]
     (tmp_path / "work").mkdir()
-    stream({"out.safetensors": outputs}, tmp_path / "work", Journal(tmp_path / "work", "job"))
+    stream({"out.safetensors": outputs}, tmp_path / "work", Journal(Staging(tmp_path / "work", tmp_path), "job"))
     made = load_file(tmp_path / "work" / "out.safetensors")
     for name, tensor in values.items():
         torch.testing.assert_close(made[name], tensor.softmax(0))
