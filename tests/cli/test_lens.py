@@ -101,8 +101,8 @@ def test_what_dtype_says_is_what_is_computed(bfloat16_folder, capsys):
         logits = model(torch.tensor([tokenizer.encode(PROMPT)]))[0, -1].double()
     exact = logits.log_softmax(-1)
     assert found["layers"][-1]["entropy"] == pytest.approx(-(exact.exp() * exact).sum().item(), rel=1e-5)
-    plain = json.loads(run(capsys, bfloat16_folder, PROMPT, "--track", "Kuala", "--json")[1])
-    assert plain["layers"][-1]["entropy"] != found["layers"][-1]["entropy"]
+    rounded = json.loads(run(capsys, bfloat16_folder, PROMPT, "--track", "Kuala", "--dtype", "bfloat16", "--json")[1])
+    assert rounded["layers"][-1]["entropy"] != found["layers"][-1]["entropy"]
 
 
 def test_a_page_changes_no_figure(bfloat16_folder, tmp_path, capsys):

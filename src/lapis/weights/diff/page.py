@@ -38,8 +38,10 @@ def diff_page(table: DiffTable, a: str, b: str) -> Page:
     page.figure(table.plot())
     _add_extremes(page, table)
     layers = [{**g, "layer": "outside" if g["layer"] is None else str(g["layer"])} for g in table.by("layer")]
-    page.table(layers, ["layer", *FIGURES], "By layer")
-    page.table(table.by("component"), ["component", *FIGURES], "By component")
+    page.beside(
+        lambda: page.table(layers, ["layer", *FIGURES], "By layer"),
+        lambda: page.table(table.by("component"), ["component", *FIGURES], "By component"),
+    )
     if table.rows:
         _add_rows(page, table)
     with_spectra = [line for line in table.tensors if line.get("singular_values")]
@@ -52,7 +54,10 @@ def diff_page(table: DiffTable, a: str, b: str) -> Page:
 
 def _add_extremes(page: Page, table: DiffTable) -> None:
     """The tensors that changed most and least, as two short lists."""
-    lines = sorted(table.tensors, key=lambda line: -line["relative_norm"])
+    lines = [
+        {**line, "name": line["name"].removeprefix("model.").removesuffix(".weight")}
+        for line in sorted(table.tensors, key=lambda line: -line["relative_norm"])
+    ]
     columns = [
         Column("name"), Column("relative_norm", "|b − a| / |a|", ".2%"), Column("angle", "turned by", ".2f", unit="°"),
         Column("identical", "identical", ".0%"),
@@ -69,6 +74,9 @@ def _add_rows(page: Page, table: DiffTable) -> None:
         "Which tokens moved",
         "Rows of the embedding and of the head, one per token. A row stands apart where its robust z-score is above 6.",
     )
+    if not any(row["relative_norm"] for row in table.rows):
+        page.text("**No row moved.**")
+        return
     page.figure(table.plot(rows=True))
     page.table(
         [
@@ -86,7 +94,7 @@ def _add_rows(page: Page, table: DiffTable) -> None:
         moved,
         ["token", "id", "kind", Column("relative_norm", "|b − a| / |a|", ".3f"), Column("cosine", "cosine", ".4f"),
          Column("z", "robust z", ".1f")],
-        "The rows that moved most" if moved else "No row moved", sortable=True,
+        "The rows that moved most", sortable=True,
     )  # fmt: skip
 
 
