@@ -3,9 +3,9 @@
     python benchmarks/eval_speed.py MODEL [--rows 24] [--length 256] [--repeats 5] [--dtype bfloat16]
 
 Both give the nats of every token of the same rows, in the same precision, on the same number of threads, in turn in one
-process; medians of the repeats. Texts are rows of one length. Chats are rows of mixed lengths in which only the second half
-is scored; transformers gets them in one batch for each 8 of them, sorted by length and padded, which is the usual way.
-Seconds are wall-clock; beside them the processor's seconds, which a busy machine changes less.
+process; medians of the repeats. Texts are rows of one length. Chats are rows of mixed lengths in which only the second
+half is scored; transformers gets 8 of them in a batch, sorted by length and padded, which is the usual way. Seconds are
+wall-clock; beside them the processor's seconds, which a busy machine changes less.
 """
 
 import argparse

@@ -86,3 +86,22 @@ def test_fault_35_a_folder_that_lies_is_refused(tmp_path: Path) -> None:
     config.write_text(config.read_text().replace('"hidden_size": 16', '"hidden_size": 1000000000'))
     with pytest.raises(CheckpointError, match=r"model\.embed_tokens\.weight is 31x16 but 31x1000000000"):
         inspect(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("model", "context", "words"),
+    [
+        ("gpt2", 1025, "1,025 is beyond the 1,024 learned positions of the model, which cannot run it"),
+        ("bert-base-uncased", 4000, "4,000 is beyond the 512 learned positions"),
+        ("gemma-3-270m", 40_000, "40,000 is beyond the 32,768 positions that the model was trained for"),
+    ],
+)
+def test_a_context_beyond_the_positions_is_named(
+    model: str, context: int, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inspect(model, context=context, json=True)
+    out, err = capsys.readouterr()
+    (note,) = json.loads(out)["notes"]
+    assert words in note and err == f"note: {note}\n"
+    inspect(model, context=min(context, 512), json=True)
+    assert json.loads(capsys.readouterr().out)["notes"] == []

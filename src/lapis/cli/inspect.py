@@ -59,7 +59,7 @@ def measure_source(model: str, context: int | None) -> "tuple[dict[str, Any], Si
         family = find(preset)
         assert family is not None
         measured = measure(family.read_config(preset), context)
-        return measured.to_json(), measured, []
+        return measured.to_json(), measured, beyond_positions(measured)
     from lapis.checkpoint import open_checkpoint
     from lapis.model.check import plan_load
 
@@ -76,7 +76,19 @@ def measure_source(model: str, context: int | None) -> "tuple[dict[str, Any], Si
     measured = measure(plan.config, context)
     result = measured.to_json(plan.dtype)
     result["memory"]["folder_bytes"] = checkpoint.nbytes
-    return result, measured, [*checkpoint.notes, *plan.notes]
+    return result, measured, [*checkpoint.notes, *plan.notes, *beyond_positions(measured)]
+
+
+def beyond_positions(measured: "Size") -> list[str]:
+    """A note where the sequence is longer than what the model was made for."""
+    config, context = measured.config, measured.context
+    if context <= config.context:
+        return []
+    if config.positions == "learned":
+        return [
+            f"context {context:,} is beyond the {config.context:,} learned positions of the model, which cannot run it"
+        ]
+    return [f"context {context:,} is beyond the {config.context:,} positions that the model was trained for"]
 
 
 def render(model: str, result: dict[str, Any], measured: "Size | None") -> None:
