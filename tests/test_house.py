@@ -37,8 +37,7 @@ MAY_IMPORT = {
 # sub-packages of more than ten files, with the reason
 MANY_FILES = {
     "cli": "one file for each command",
-    "families": "one file for each family",
-    "training/objectives/policy": "to be made smaller",
+    "families": "one file for each architecture",
 }
 
 # words that do not say what a function, class or file is or holds (docs/glossary.md)
@@ -49,23 +48,11 @@ VAGUE = {
 NO_FILE = {"utils", "util", "common", "helpers", "misc", "scaled", "swap", "tell"}
 
 # What is still to be mended. These lists only ever get shorter.
-CIRCLES_LEFT = {"checkpoint": 1, "text": 0, "model": 0, "training": 1}
-CLASSES_LEFT = {
-    "Batch", "Block", "Chat", "Exam", "Journal", "Lines", "Opened", "Pieces", "Reply", "Reward", "Rows", "Sums", "Turn",
-    "Word", "World", "_Run",
-}  # fmt: skip
-VAGUE_LEFT = {
-    "Exam", "Kept", "Said", "Told", "Wish", "_asked", "_exam", "_heed", "_kept", "_said", "_told",
-    "carry", "kept_by_objective", "make_exam", "memory_told", "said", "say", "told",
-}  # fmt: skip
-NO_FLOW_LEFT = {
-    "checkpoint", "cli", "tour", "tour/sentences", "tour/words", "training/distributed", "training/rewards",
-    "weights/merge/methods",
-}  # fmt: skip
-LONG_NAMES_LEFT = {
-    "checkpoint": 2, "cli": 1, "families": 3, "generation": 1, "inside": 4, "model": 7, "oracles": 5, "planning": 6,
-    "report": 7, "text": 5, "tour": 4, "training": 19, "weights": 6,
-}  # fmt: skip
+CIRCLES_LEFT = {"checkpoint": 1}
+CLASSES_LEFT = {"Journal", "Lines", "Pieces", "Rows", "Sums", "Turn", "Word", "World", "_Run"}
+VAGUE_LEFT = {"Exam", "_told", "carry", "say", "told"}
+NO_FLOW_LEFT = {"tour", "tour/sentences", "tour/setup", "tour/words"}
+LONG_NAMES_LEFT = {"tour": 4}
 
 
 @cache
@@ -73,6 +60,7 @@ def tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
+@cache
 def sources() -> list[Path]:
     return sorted(SOURCE.rglob("*.py"))
 
@@ -81,10 +69,23 @@ def place(path: Path) -> str:
     return path.relative_to(SOURCE).as_posix()
 
 
+@cache
+def nodes(path: Path) -> list[ast.AST]:
+    """The imports and definitions of a file, wherever they stand in it; expressions are not walked through."""
+    listed: list[ast.AST] = []
+    waiting: list[ast.AST] = [tree(path)]
+    while waiting:
+        node = waiting.pop()
+        listed.append(node)
+        waiting += [child for child in ast.iter_child_nodes(node) if not isinstance(child, ast.expr)]
+    return listed
+
+
+@cache
 def imports(path: Path) -> set[str]:
     """Full names of the modules that a file imports, also inside functions and for types."""
     names: set[str] = set()
-    for node in ast.walk(tree(path)):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -99,7 +100,7 @@ def imported_modules() -> dict[str, set[str]]:
     modules = {name.removesuffix(".__init__"): path for name, path in names.items()}
     graph: dict[str, set[str]] = {name: set() for name in modules}
     for name, path in modules.items():
-        for node in ast.walk(tree(path)):
+        for node in nodes(path):
             if isinstance(node, ast.Import):
                 graph[name] |= {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
@@ -147,7 +148,7 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
 
 
 def definitions(path: Path) -> Iterator[ast.FunctionDef | ast.ClassDef]:
-    for node in ast.walk(tree(path)):
+    for node in nodes(path):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             yield node
 
@@ -236,7 +237,7 @@ def test_names_of_tests_are_sixty_characters_at_most() -> None:
     wrong = []
     for path in sorted(TESTS.rglob("test_*.py")):
         room = path.relative_to(TESTS).parts[0]
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in nodes(path):
             if isinstance(node, ast.FunctionDef) and node.name.startswith("test_") and len(node.name) > 60:
                 left[room] -= 1
                 if left[room] < 0:

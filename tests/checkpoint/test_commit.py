@@ -51,7 +51,7 @@ def test_a_resumable_job_finds_its_work_again(tmp_path: Path) -> None:
     assert sorted(p.name for p in out.iterdir()) == ["half", MANIFEST]
 
 
-def test_faults_78_and_79_an_output_that_exists_is_refused_or_swapped_whole(tmp_path: Path) -> None:
+def test_faults_78_and_79_existing_outputs_refused_or_swapped(tmp_path: Path) -> None:
     out = tmp_path / "out"
     fill(out, "old")
     (out / "stale.txt").touch()

@@ -193,7 +193,7 @@ def cut(hub, files, keep: int):
     return answer
 
 
-def test_fault_81_and_86_a_body_that_breaks_off_goes_on_where_it_stopped(hub, files):
+def test_faults_81_and_86_a_broken_body_goes_on_where_it_was(hub, files):
     hub.fault = on_weights(cut(hub, files, 100), cut(hub, files, 50))
     found = lapis.open(REPO)
     asked = [int(a.range.removeprefix("bytes=").split("-")[0]) for a in hub.asked if a.path.startswith("/store/")]

@@ -113,7 +113,7 @@ def opened(folder):
     return load(folder), Tokenizer.open(folder)
 
 
-def test_conversation_keeps_history_and_replies_are_those_of_generate(opened):
+def test_conversation_keeps_history_and_replies_like_generate(opened):
     conversation = Conversation(*opened, Sampling(max_tokens=6), "be kind")
     for turn in ("the cat", "a bird"):
         expected = generate(

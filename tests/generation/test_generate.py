@@ -181,7 +181,7 @@ def test_reply_may_be_left_half_way(model, tokenizer):
 # -- refusals
 
 
-def test_fault_95_prompt_beyond_the_context_is_refused_with_counts(model, tokenizer):
+def test_fault_95_a_prompt_beyond_the_context_is_refused(model, tokenizer):
     with pytest.raises(DataError, match="the prompt has 100 tokens and the model's context is 96"):
         generate_batch(model, tokenizer, [[1] * 100])
 

@@ -38,7 +38,7 @@ def test_the_last_row_is_the_model_itself(model, words):
     ]  # fmt: skip
 
 
-def test_words_of_several_tokens_have_the_log_probability_of_teacher_forcing(model, words):
+def test_words_of_several_tokens_equal_teacher_forcing(model, words):
     ids = words.encode(PROMPT)
     found = lapis.lens(model, words, PROMPT, "Malaysia, zebra")
     several = 0
@@ -60,7 +60,7 @@ def test_words_of_several_tokens_have_the_log_probability_of_teacher_forcing(mod
     assert next(r for r in found.readings if r.after == "attention").logprobs["zebra"] is None
 
 
-def test_an_early_layer_reads_words_as_the_model_cut_off_there_would(words):
+def test_an_early_layer_reads_as_the_model_cut_off_there(words):
     """The same figures as a model of one layer with the same final norm and head."""
     model = make_model()
     short = make_model(layers=1)
@@ -107,7 +107,7 @@ def test_contributions_add_up_to_the_logit(model, words):
         assert sum(abs(c.logit) for c in mine if c.part == "rounding") < 2e-5
 
 
-def test_a_contribution_is_what_is_lost_when_a_head_of_the_last_layer_is_cut_out(words):
+def test_a_contribution_is_what_cutting_out_a_last_head_loses(words):
     """With the norm's scale frozen; in the last layer there is nothing behind a head but the MLP, which is cut too."""
     model = make_model()
     with torch.no_grad():

@@ -37,7 +37,7 @@ def tuned(turned, words, text):
     return tune(turned, words, text, tokens=1200)
 
 
-def test_it_lowers_the_kl_on_text_that_it_has_not_seen_and_is_nowhere_worse(turned, words, tuned):
+def test_it_lowers_the_kl_on_unseen_text_and_is_nowhere_worse(turned, words, tuned):
     before, after = tuned.info["kl_before"], tuned.info["kl_after"]
     assert (
         len(after) == 3 and all(b <= a for a, b in zip(before, after, strict=True)) and sum(after) < 0.8 * sum(before)

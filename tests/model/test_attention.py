@@ -63,7 +63,7 @@ def test_the_core_equals_a_float64_computation(
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_the_trained_core_in_bfloat16_has_the_gradients_of_float64(masked: bool) -> None:
+def test_the_core_in_bfloat16_has_the_gradients_of_float64(masked: bool) -> None:
     torch.manual_seed(0)
     shapes = ((2, 6, 9, 8), (2, 2, 9, 8), (2, 2, 9, 8))
     tensors = [torch.randn(shape).bfloat16().requires_grad_() for shape in shapes]
@@ -80,7 +80,7 @@ def test_the_trained_core_in_bfloat16_has_the_gradients_of_float64(masked: bool)
         assert (got.double() - true).norm() <= 1e-2 * true.norm()
 
 
-def test_one_hook_sees_queries_keys_values_and_mask_in_every_family(shape: ModelConfig) -> None:
+def test_one_hook_sees_q_k_v_and_mask_in_every_family(shape: ModelConfig) -> None:
     model = model_of(shape)
     calls: list[tuple[Any, ...]] = []
     for block in model.blocks:
@@ -175,7 +175,7 @@ def test_hidden_then_head_is_the_model(shape: ModelConfig) -> None:
 
 
 @pytest.mark.parametrize("positions", ["rotary", "learned"])
-def test_normed_queries_and_keys_have_the_gradients_of_plain_autograd(positions: str) -> None:
+def test_normed_queries_and_keys_have_plain_gradients(positions: str) -> None:
     """The norm's own backward pass against torch's, also where nothing rotates the heads and they come transposed."""
     model = model_of(dataclasses.replace(TINY, qk_norm=True, family="qwen3"), positions=positions).train()
     ids = torch.arange(24).view(2, 12)

@@ -136,7 +136,7 @@ def test_fault_30_a_tied_model_keeps_its_tie(make_folder: Make, tmp_path: Path) 
     assert "lm_head.weight" not in open_checkpoint(tmp_path / "again").names
 
 
-def test_fault_31_a_tied_flag_with_another_head_keeps_both_and_says_so(make_folder: Make, tmp_path: Path) -> None:
+def test_fault_31_a_tied_flag_with_another_head_keeps_both(make_folder: Make, tmp_path: Path) -> None:
     folder = make_folder(tied=True)
     head = torch.randn(31, 16)
     folder.put({**folder.tensors, "lm_head.weight": head})
@@ -174,7 +174,7 @@ def test_fault_34_a_field_of_another_kind_is_named(make_folder: Make, field: str
 @pytest.mark.parametrize(
     "field", ["hidden_size", "intermediate_size", "vocab_size", "num_hidden_layers", "head_dim", "num_attention_heads"]
 )
-def test_fault_35_a_size_of_a_billion_is_refused_before_allocating(make_folder: Make, field: str) -> None:
+def test_fault_35_a_size_of_a_billion_is_refused_at_once(make_folder: Make, field: str) -> None:
     folder = make_folder()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     folder.set(**{field: 10**9}, **({"num_key_value_heads": 10**9} if field == "num_attention_heads" else {}))
@@ -194,7 +194,7 @@ def test_fault_37_vocab_size_differs_from_the_rows(make_folder: Make) -> None:
     assert refusal(folder) == "model.embed_tokens.weight is 31x16 but 40x16 by config.json (vocab_size 40)"
 
 
-def test_faults_40_and_41_code_and_unknown_fields_are_left_out_and_told(make_folder: Make) -> None:
+def test_faults_40_and_41_code_and_unknown_fields_left_out(make_folder: Make) -> None:
     folder = make_folder()
     folder.set(auto_map={"AutoModel": "evil.Model"}, trust_remote_code=True, _attn_implementation="evil", spam=1)
     assert load(folder.path).notes == [

@@ -79,7 +79,7 @@ def test_flops_are_those_that_torch_counts(kind: str, shapes: dict[str, ModelCon
     assert counter.get_total_flops() == 12 * (products + 4 * shape.layers * shape.heads * shape.head_dim * 12)
 
 
-def test_a_causal_token_sees_half_of_the_sequence_and_a_window_less() -> None:
+def test_a_causal_token_sees_half_and_a_window_less() -> None:
     shape = preset("mistral-7b")
     whole = dataclasses.replace(shape, causal=False, window=None)
     assert measure(shape, 1).attention_flops_per_token == measure(whole, 1).attention_flops_per_token

@@ -78,7 +78,7 @@ def test_masked_loss_is_transformers_loss_of_each_piece_alone(
 
 
 @pytest.mark.parametrize("whole", [False, True])
-def test_masks_are_those_of_transformers_collator_in_distribution(
+def test_masks_are_distributed_as_transformers_collator_does(
     tokenizers: Callable[[str], Tokenizer], tmp_path: Path, whole: bool
 ) -> None:
     """15 %; of these 80 % the mask token, 10 % any token, 10 % as they were; special tokens never. Four sigma."""
@@ -117,7 +117,7 @@ def test_masks_are_those_of_transformers_collator_in_distribution(
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_a_saved_classifier_gives_the_same_logits_in_transformers(
+def test_a_saved_classifier_is_the_same_in_transformers(
     tokenizers: Callable[[str], Tokenizer], tmp_path: Path, name: str
 ) -> None:
     tokenizer = tokenizers("masked" if name == "bert" else "chat")
@@ -155,7 +155,7 @@ def test_a_saved_classifier_gives_the_same_logits_in_transformers(
     assert count == 8 and loss.item() == pytest.approx(nats, rel=1e-5) and 0 <= metrics["accuracy"] <= 8
 
 
-def test_a_saved_picture_classifier_gives_the_same_logits_in_transformers(tmp_path: Path) -> None:
+def test_a_saved_picture_classifier_is_the_same_in_transformers(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (12, 8, 8, 3), np.uint8)
     objective = Classify(None, (pixels, np.arange(12) % 3))
     shape = {"dim": 32, "layers": 2, "heads": 4, "ffn_dim": 48, "image": {"size": 8, "patch": 2, "channels": 3}}

@@ -141,7 +141,7 @@ def test_greedy_equals_transformers(name, tmp_path, tokenizer):
         del tokenizer.__dict__["end_ids"]
 
 
-def test_dynamic_rope_beyond_its_first_context_equals_transformers(tmp_path, tokenizer):
+def test_dynamic_rope_beyond_its_context_equals_transformers(tmp_path, tokenizer):
     CAUSAL["dynamic"] = ("LlamaForCausalLM", {**SHAPE, "max_position_embeddings": 12, "rope_parameters": DYNAMIC})
     theirs, model = pair("dynamic", tmp_path)
     prompt = tokenizer.encode(TEXTS[1])

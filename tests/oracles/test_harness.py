@@ -121,7 +121,7 @@ metric_list: [{metric: exact_match}]
     return tmp_path
 
 
-def test_local_task_files_run_from_python_and_from_the_command_line(
+def test_local_task_files_run_from_python_and_command_line(
     folder: Path,
     tasks: Path,
     both: tuple[Any, Any],

@@ -77,7 +77,7 @@ def test_a_sweep_measures_what_written_models_measure(pair, bench, runner):
     assert all(torch.equal(value, after[name]) for name, value in fresh.named_parameters())
 
 
-def test_distances_are_zero_where_nothing_was_put_in_and_grow_with_it(bench, runner):
+def test_distances_are_zero_at_nothing_and_grow(bench, runner):
     runner.start()
     still = runner.score(keep=True)
     assert still["kl_chats"] == 0 and still["kl_text"] == 0
@@ -89,7 +89,7 @@ def test_distances_are_zero_where_nothing_was_put_in_and_grow_with_it(bench, run
     assert 0 < half["kl_chats"] < runner.score()["kl_chats"]
 
 
-def test_layers_are_scored_within_three_times_the_passes_that_they_need(bench, runner):
+def test_layers_are_scored_within_three_times_the_passes(bench, runner):
     pieces = pieces_of(bench.home, "layers")
     effects = sweep(bench, runner, pieces, bench.home.names)
     assert effects.passes <= len(pieces) + 7  # two sweeps: half a pass for each layer, and the starts

@@ -26,7 +26,7 @@ def found(pair):
     return lapis.plan(pair.base, pair.planted, budget=0.3, chats=pair.chats, text=pair.text, choices=pair.choices)
 
 
-def test_the_piece_that_was_tuned_is_chosen_and_carries_everything(found):
+def test_the_piece_that_was_tuned_is_chosen_and_explains_all(found):
     assert found.tune == [{"layer": 1, "component": "mlp"}]
     by_label = {row["layer"]: row for row in found.pieces}
     assert by_label["1.mlp"]["style"] == pytest.approx(1.0, abs=1e-6)
@@ -81,7 +81,7 @@ def test_a_plan_for_another_shape_is_refused_by_graft(pair, found, tmp_path):
         lapis.graft(pair.base, pair.planted, pair.onto, tmp_path / "out", path)
 
 
-def test_scales_for_a_graft_are_learned_on_the_model_that_is_to_chat_and_grafted_as_they_are(pair, tmp_path):
+def test_scales_are_learned_on_the_model_to_chat_and_grafted(pair, tmp_path):
     plan = lapis.plan(pair.base, pair.chat, chats=pair.chats, text=pair.text, onto=pair.onto, cost=0.05, replies=False)
     assert len(plan.scales) == 7 and len({line["scale"] for line in plan.scales}) > 1
     assert plan.embeddings == "add" and plan.scales[-1]["components"] == ["embed"]
@@ -94,7 +94,7 @@ def test_scales_for_a_graft_are_learned_on_the_model_that_is_to_chat_and_grafted
     assert plan.measured["scaled"]["knowledge"] <= 0.05
 
 
-def test_without_chats_the_tensors_alone_choose_and_the_plan_says_so(pair):
+def test_without_chats_tensors_alone_choose_as_the_plan_says(pair):
     plan = lapis.plan(pair.base, pair.planted, budget=0.3, spectra=True)
     assert plan.tune == [{"layer": 1, "component": "mlp"}] and plan.measured == {}
     assert any("no chats" in note for note in plan.notes)
@@ -248,7 +248,7 @@ def test_bad_input_gets_one_clear_line(pair, tmp_path, options, error, words):
     assert "\n" not in str(caught.value)
 
 
-def test_two_models_that_have_nothing_to_do_with_each_other_are_told_apart(pair, tmp_path):
+def test_unrelated_models_are_recognized(pair, tmp_path):
     shape = ModelConfig(dim=128, ffn_dim=128, layers=2, heads=2, vocab=pair.tokenizer.rows, context=64, tied=True)
     one, two = (pair.write(Transformer(shape), pair.tokenizer, tmp_path / name) for name in ("one", "two"))
     with pytest.raises(CheckpointError, match="not parent and child"):

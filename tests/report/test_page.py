@@ -50,7 +50,7 @@ def whole():
     return page.samples(["one", "two"], "Samples").stats([("gap", "0.5", "half")]).render()
 
 
-def test_plotly_is_inside_exactly_once_and_only_where_there_is_a_figure(whole):
+def test_plotly_is_inside_once_and_only_with_a_figure(whole):
     from plotly.offline import get_plotlyjs
 
     packed = re.findall(r'<script type="application/octet-stream" id="plotly">(.*?)</script>', whole)

@@ -69,7 +69,7 @@ def test_nothing_of_plotly_is_imported_before_a_figure_is_made():
 
 
 @pytest.mark.parametrize("name", FIGURES)
-def test_every_figure_serializes_states_its_finding_and_has_settings_for_narrow_screens(name):
+def test_every_figure_has_a_finding_and_a_narrow_form(name):
     figure = FIGURES[name]()
     assert figure.layout.meta["title"] == figure.layout.title.text == "t"
     assert figure.to_json() and len(figure.data) > 0
@@ -105,13 +105,13 @@ def test_scale_sweep_is_ordered_by_scale():
     assert list(trace.customdata) == [0.0, 0.5, 1.0] and list(trace.y) == [0.0, 0.25, 0.5]
 
 
-def test_scores_have_a_panel_per_language_and_leave_out_what_was_not_measured():
+def test_scores_have_a_panel_per_language_without_gaps():
     figure = plots.scores([*SCORES, {"model": "tuned", "language": "Malay", "nll": None}], "t", metric="nll")
     assert [list(trace.x) for trace in figure.data] == [[1.5, 2.5, 3.5]] * 2
     assert list(figure.data[0].y) == list(MODELS)
 
 
-def test_layer_heatmap_holds_direction_and_magnitude_where_they_belong():
+def test_layer_heatmap_holds_direction_and_magnitude():
     direction, magnitude = FIGURES["heatmap"]().data
     assert list(direction.x) == ["in", "0", "1", "2", "out"]
     assert list(direction.y) == ["embed", "attn.q", "mlp.down", "norm.final"]
@@ -132,7 +132,7 @@ def test_layer_heatmap_averages_experts_and_parts_biases():
     assert magnitude.text[0][0] == ", mean of 2" and direction.z[1][0] is None
 
 
-def test_embedding_rows_name_the_special_tokens_and_thin_out_large_vocabularies():
+def test_embedding_rows_name_special_tokens_and_thin_out():
     tokens, special = FIGURES["rows"]().data
     assert list(special.text) == ["w0", "w1"] and list(special.x) == [0, 1] and len(tokens.x) == 58
     many = [{"token": "t", "id": i, "special": False, "relative_norm": i / 9000} for i in range(9000)]
@@ -194,7 +194,7 @@ def test_treemap_adds_up():
     assert sizes["layer 1"] == sizes["layer 1/attn.q"] + sizes["layer 1/mlp.down"]
 
 
-def test_spectra_and_errors_keep_the_measured_numbers_for_hovering():
+def test_spectra_and_errors_keep_their_numbers_for_hovering():
     assert list(FIGURES["spectra"]().data[0].y) == [1.0, 0.5, 0.25]
     shown = {point[0]: point[1] for trace in FIGURES["errors"]().data for point in trace.customdata}
     assert shown == {row["name"]: row["error"] for row in ERRORS}

@@ -71,7 +71,7 @@ def test_every_color_has_one_dark_twin():
     assert theme.to_dark()[theme.color("ink")] == theme.COLORS["ink"][1]
 
 
-def test_models_of_the_tour_keep_their_place_and_others_take_what_is_left():
+def test_models_of_the_tour_keep_their_colors():
     assert theme.series(["base", "grafted"]) == {"base": 5, "grafted": 0}
     places = theme.series(["mine", "grafted", "yours"])
     assert places["grafted"] == 0 and len(set(places.values())) == 3

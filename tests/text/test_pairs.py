@@ -93,7 +93,7 @@ def test_a_reply_is_what_the_template_puts_after_the_prompt(tokenizer: Tokenizer
     assert reply.spoken.ids[-1] == tokenizer.id("<|im_end|>") and len(reply) == reply.last - reply.first
 
 
-def test_what_is_too_long_is_cut_at_its_end_or_dropped_and_counted(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_what_is_too_long_is_cut_or_dropped_and_counted(tokenizer: Tokenizer, tmp_path: Path) -> None:
     long, far = GOOD * 9, {"prompt": USER["content"] * 20, "chosen": GOOD, "rejected": BAD}
     path = write(
         tmp_path,
@@ -112,9 +112,7 @@ def test_what_is_too_long_is_cut_at_its_end_or_dropped_and_counted(tokenizer: To
         Paired.read(write(tmp_path, far), tokenizer, 48)
 
 
-def test_a_mismatched_reply_keeps_the_prompt_and_takes_another_pairs_words(
-    tokenizer: Tokenizer, tmp_path: Path
-) -> None:
+def test_a_mismatched_reply_takes_another_pairs_words(tokenizer: Tokenizer, tmp_path: Path) -> None:
     path = write(tmp_path, WHOLE, {"prompt": "Cat 2?", "chosen": GOOD, "rejected": BAD})
     data = Paired.read(path, tokenizer, 64)
     first, second = data.mismatched(0), data.mismatched(1)

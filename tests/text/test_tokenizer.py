@@ -64,7 +64,7 @@ def test_a_trained_tokenizer_is_the_same_in_transformers(folder: Path, trained: 
     assert ours.end_ids == (ours.id("<|endoftext|>"), ours.id("<|im_end|>"))
 
 
-def test_training_gives_the_same_tokenizer_each_time_and_from_files(trained: Tokenizer, tmp_path: Path) -> None:
+def test_training_gives_the_same_tokenizer_each_time(trained: Tokenizer, tmp_path: Path) -> None:
     file = tmp_path / "text.jsonl"
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXT))
     assert train_tokenizer(TEXT, 340).digest() == trained.digest() == train_tokenizer([file], 340).digest()
@@ -134,7 +134,7 @@ def test_added_tokens_in_every_spelling(kind: str, folder: Path) -> None:
     assert ours.encode(text) == theirs(text, split_special_tokens=True)["input_ids"]
 
 
-def test_older_folders_name_special_tokens_in_a_file_of_their_own(folder: Path) -> None:
+def test_older_folders_name_special_tokens_in_their_own_file(folder: Path) -> None:
     config = json.loads((folder / "tokenizer_config.json").read_text())
     del config["added_tokens_decoder"], config["eos_token"]
     (folder / "tokenizer_config.json").write_text(json.dumps(config))

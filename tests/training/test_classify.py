@@ -114,9 +114,7 @@ def test_every_example_is_read_once_in_an_epoch(tokenizer: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize("shape", [BERT, {"family": "gpt2", **{k: v for k, v in BERT.items() if k != "family"}}])
-def test_texts_side_by_side_have_the_scores_and_gradients_of_each_alone(
-    tokenizer: Tokenizer, shape: dict[str, Any]
-) -> None:
+def test_texts_in_a_batch_score_as_each_alone(tokenizer: Tokenizer, shape: dict[str, Any]) -> None:
     objective = Classify(tokenizer, examples(), context=32)
     model = start_model(None, shape, objective, context=32, seed=0)
     inputs: Any = objective.examples.inputs
@@ -230,7 +228,7 @@ def test_pictures_are_learned_from_a_file_of_settings(tmp_path: Path, capsys: py
     assert json.loads(capsys.readouterr().out)["classes"]["accuracy"] == 1.0
 
 
-def test_a_run_with_dropout_that_is_stopped_goes_on_to_the_same_weights(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_a_stopped_run_with_dropout_ends_with_the_same_weights(tokenizer: Tokenizer, tmp_path: Path) -> None:
     class Stop(Silent):
         def row(self, row: Any) -> None:
             if row["step"] == 6:

@@ -199,7 +199,7 @@ def test_fault_70_two_runs_in_one_place(new_model: Make, objective: Causal, tmp_
     assert (tmp_path / "out" / "config.json").exists()
 
 
-def test_fault_78_an_output_that_exists_is_refused_and_overwritten_on_request(
+def test_fault_78_an_existing_output_is_refused_or_overwritten(
     new_model: Make, objective: Causal, tmp_path: Path
 ) -> None:
     (tmp_path / "out").mkdir()

@@ -32,7 +32,7 @@ def places(documents: list[Document], tmp_path: Path) -> dict[str, float]:
     return found
 
 
-def test_two_resumes_give_the_weights_of_one_run_and_changed_data_is_refused(
+def test_two_resumes_equal_one_run_and_changed_data_is_refused(
     places: dict[str, float],
     tokenizer: Tokenizer,
     new_model: Callable[[], Transformer],

@@ -43,7 +43,7 @@ def test_a_packed_weight_is_the_nearest_of_the_table() -> None:
 
 
 @pytest.mark.parametrize("dora", [False, True])
-def test_lora_over_four_bits_is_lora_over_the_weights_that_they_stand_for(dora: bool) -> None:
+def test_lora_over_four_bits_is_lora_over_those_weights(dora: bool) -> None:
     pytest.importorskip("bitsandbytes")
     torch.manual_seed(1)
     config = ModelConfig(dim=64, layers=1, heads=2, ffn_dim=128, vocab=31, context=8, bias="all")

@@ -25,7 +25,7 @@ def alone(model: Transformer, ids: list[int], targets: list[int]) -> tuple[torch
     return F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum"), int((labels != IGNORE).sum())
 
 
-def test_packed_documents_have_the_loss_and_gradients_of_each_alone(
+def test_packed_documents_have_the_loss_of_each_alone(
     new_model: Make, tokenizer: Tokenizer, documents: list[Document]
 ) -> None:
     first, second = new_model(), new_model()
@@ -69,9 +69,7 @@ def test_packed_chats_have_the_loss_of_each_alone(
     assert loss.item() == pytest.approx(expected, rel=1e-6)
 
 
-def test_what_the_assistant_says_and_its_end_token_are_supervised(
-    tokenizer: Tokenizer, chats: list[ChatRecord]
-) -> None:
+def test_assistant_text_and_its_end_token_are_supervised(tokenizer: Tokenizer, chats: list[ChatRecord]) -> None:
     objective = Chat(tokenizer, chats[:1], context=256)
     batch, _ = objective.examples.batch(Cursor(), 1)
     targets = [int(t) for t in batch.targets_BT[0] if t != IGNORE]

@@ -90,7 +90,7 @@ def test_the_average_is_what_is_written(new_model: Make, objective: Causal, tmp_
     assert average.tensors[name].item() == pytest.approx(expected)
 
 
-def test_random_rounding_is_right_on_average_and_exact_where_it_can_be() -> None:
+def test_random_rounding_is_right_on_average() -> None:
     value = torch.full((200_000,), 1.0 + 2**-10)  # an eighth of the way to the next bfloat16
     target = torch.empty(200_000, dtype=torch.bfloat16)
     round_into_(target, value, torch.Generator().manual_seed(0))
@@ -121,7 +121,7 @@ def test_sgd_on_bfloat16_weights_is_refused(new_model: Make, objective: Causal, 
         trained(new_model, objective, replace(CONFIG, optimizer="sgd", weights="bf16"), tmp_path / "out")
 
 
-def test_fault_72_a_batch_that_cannot_fit_is_refused_with_the_levers(
+def test_fault_72_a_batch_that_cannot_fit_names_the_levers(
     new_model: Make, objective: Causal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory, "available", lambda device: 700_000)

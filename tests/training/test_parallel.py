@@ -70,9 +70,7 @@ def losses(folder: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-def test_two_processes_and_a_change_of_their_number_give_the_loss_of_one(
-    place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_processes_then_another_number_have_ones_loss(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
     run(read_settings(override(load_yaml("run.yaml"), ["out=one"]), "run.yaml"), watch=Silent())
     two = start(place, 2)
@@ -100,9 +98,7 @@ def checkpoints(place: Path) -> set[str]:
     return {path.name for path in (place / ".out.lapis" / ".journal").glob("step-*")}
 
 
-def test_fault_67_stopped_twice_and_gone_on_with_by_another_number_of_processes(
-    place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fault_67_stopped_twice_and_resumed_by_other_processes(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A signal to one of two processes stops both at one step; one goes on and is stopped, two finish: one's curve."""
     monkeypatch.chdir(place)
     settings = ["save_every=5", "steps=200", "keep=100"]

@@ -56,7 +56,7 @@ class StopsAfter(Silent):
 
 
 @pytest.mark.parametrize("kind", [GRPO, PPO])
-def test_a_run_stopped_among_steps_that_share_replies_goes_on_to_the_same_bytes(
+def test_a_stop_among_steps_that_share_replies_is_exact(
     kind: Any, new_model: Make, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     more = {"kl": 0.1, "kl_target": 0.5} if kind is PPO else {"kl": 0.1}
@@ -90,7 +90,7 @@ def test_a_step_in_parts_is_the_step(kind: Any, new_model: Make, tokenizer: Toke
 
 
 @pytest.mark.parametrize("prompts", [[[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11]], [[5, 6], [7, 8]]])
-def test_rollouts_say_what_training_says_and_end_with_the_end_token(new_model: Make, prompts: list[list[int]]) -> None:
+def test_rollouts_agree_with_training_and_end(new_model: Make, prompts: list[list[int]]) -> None:
     model = new_model()
     ends = list(range(0, 300, 12))
     rollouts = sample_rollouts(

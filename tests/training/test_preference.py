@@ -166,7 +166,7 @@ def test_accumulation_and_interruption_change_nothing(
     assert stamp > 0 and not kept.exists()  # read, not made anew, and gone with the run
 
 
-def test_the_reference_is_computed_once_and_kept_for_the_same_weights_and_pairs(
+def test_the_reference_is_computed_once_for_the_same_weights(
     tokenizer: Tokenizer, new_model: NewModel, tmp_path: Path
 ) -> None:
     model, other = new_model(), copy.deepcopy(new_model())

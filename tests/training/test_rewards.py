@@ -91,7 +91,7 @@ def test_a_language_of_ones_own_needs_a_sample(tmp_path: Path) -> None:
 
 
 @pytest.mark.real_data
-def test_real_answers_have_their_numbers_and_real_sentences_their_language(data_dir: Path) -> None:
+def test_real_answers_have_their_numbers_and_language(data_dir: Path) -> None:
     import json as plain
     import re
 
@@ -129,7 +129,7 @@ def cases(*replies: str) -> list[Case]:
     return [Case("p", reply, {"k": 2}, f"line {i}") for i, reply in enumerate(replies, 1)]
 
 
-def test_a_function_by_name_runs_elsewhere_and_may_hang_die_or_raise(tmp_path: Path) -> None:
+def test_a_function_by_name_may_hang_die_or_raise(tmp_path: Path) -> None:
     place = tmp_path / "mine.py"
     place.write_text(WORKER)
     assert InWorker("fine", f"{place}:fine", {"bonus": 0.5}, 5.0).score(cases("ab", "")) == [4.5, 2.5]
@@ -168,7 +168,7 @@ def test_wrong_signatures_names_weights_and_records_are_refused(tokenizer: Token
         judge.check([({"final": "one"}, "line 4")])
 
 
-def test_several_rewards_are_weighed_and_a_failure_is_nobodys_zero(tokenizer: Tokenizer) -> None:
+def test_several_rewards_are_weighed_and_failures_do_not_count(tokenizer: Tokenizer) -> None:
     def odd(prompt: Any, reply: str, record: Mapping[str, Any]) -> Any:
         return None if reply == "b" else torch.tensor(2.0)
 
@@ -178,7 +178,7 @@ def test_several_rewards_are_weighed_and_a_failure_is_nobodys_zero(tokenizer: To
     assert judge.names == ["odd", "ends"] and scores.failed == {"odd": 1}
 
 
-def test_a_reward_model_with_another_tokenizer_reads_the_reply_as_text(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_a_reward_model_with_another_tokenizer_reads_text(tokenizer: Tokenizer, tmp_path: Path) -> None:
     from lapis.evaluation.replies import reply_rewards
     from lapis.text.rows.pair_rows import encode_reply
 
@@ -200,7 +200,7 @@ def test_a_reward_model_with_another_tokenizer_reads_the_reply_as_text(tokenizer
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 4), st.integers(2, 6), st.integers(0, 10**6))
-def test_advantages_of_a_group_sum_to_nothing_and_failures_have_none(prompts: int, group: int, seed: int) -> None:
+def test_advantages_of_a_group_sum_to_zero_without_failures(prompts: int, group: int, seed: int) -> None:
     rewards_PG = torch.randn(prompts, group, generator=torch.Generator().manual_seed(seed))
     for made in (group_relative(rewards_PG, True), group_relative(rewards_PG, False), leave_one_out(rewards_PG)):
         torch.testing.assert_close(made.sum(1), torch.zeros(prompts), atol=1e-4, rtol=0)

@@ -119,7 +119,7 @@ def test_what_does_not_fit_is_one_line(lapis: Lapis, damage: Callable[[Path], No
     assert not Path("fused").exists()
 
 
-def test_another_base_can_be_given_and_other_commands_refuse_an_adapter(lapis: Lapis) -> None:
+def test_another_base_can_be_given_and_others_refuse_adapters(lapis: Lapis) -> None:
     Path("base").rename("moved")
     assert lapis("fuse", "adapter", "--out", "fused")[0] == 1
     assert lapis("fuse", "adapter", "--out", "fused", "--base", "moved")[0] == 0

@@ -112,7 +112,7 @@ def test_embeddings_are_added_by_token_string(folders, tmp_path):
     assert torch.equal(out[36:], onto["model.embed_tokens.weight"][36:])
 
 
-def test_a_model_that_can_chat_keeps_its_template_where_knowledge_is_grafted_onto_it(folders, tmp_path):
+def test_a_model_that_can_chat_keeps_its_template(folders, tmp_path):
     """onto is the one with a template here; what base read meanwhile is added, save to the template's rows."""
     base = folders.weights(1)
     read, talking = folders.near(base, 2), folders.near(base, 3)
@@ -176,7 +176,7 @@ def test_a_tied_chat_gives_its_embedding_to_an_untied_head(folders, tmp_path):
     assert torch.equal(head[:33], untied["lm_head.weight"][:33])
 
 
-def test_template_end_tokens_and_generation_settings_come_from_chat(trio, tmp_path):
+def test_template_end_tokens_and_settings_come_from_chat(trio, tmp_path):
     models = trio()
     (models["chat"] / "generation_config.json").write_text('{"eos_token_id": [34, 32], "temperature": 0.7}')
     graft(**models, out=tmp_path / "out")
@@ -349,7 +349,7 @@ def test_fault_24_every_shape_that_differs_is_listed(trio, folders, tmp_path):
         ({"hidden_size": 32}, r"chat: config.json says 32, but model.embed_tokens.weight is 40x16"),
     ],
 )
-def test_faults_35_and_36_sizes_in_the_config_against_the_tensors(trio, folders, tmp_path, change, message):
+def test_faults_35_and_36_config_sizes_against_the_tensors(trio, folders, tmp_path, change, message):
     models = trio()
     models["chat"] = folders.write(tmp_path / "odd", folders.read(models["chat"]), vocab=folders.words(), config=change)
     with pytest.raises(CheckpointError, match=message):

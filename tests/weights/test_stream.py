@@ -52,7 +52,7 @@ def stop_after(share: float):
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.9])
 @pytest.mark.parametrize("shards", [1, 3])
-def test_fault_73_an_interrupted_graft_goes_on_and_gives_the_same_bytes(trio, tmp_path, small, shards, share):
+def test_fault_73_an_interrupted_graft_gives_the_same_bytes(trio, tmp_path, small, shards, share):
     models = trio(shards=shards, tied=False)
     graft(**models, out=tmp_path / "whole", scale=0.5)
     out = tmp_path / "out"
@@ -135,7 +135,7 @@ def test_fault_75_a_disk_that_fills_up_leaves_nothing_visible(trio, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_fault_76_a_place_that_cannot_be_written_is_refused_before_work(trio):
+def test_fault_76_an_unwritable_place_is_refused_before_work(trio):
     seen = []
     with pytest.raises(OutputError):
         graft(**trio(), out="/proc/lapis-out", progress=lambda *_: seen.append(1))

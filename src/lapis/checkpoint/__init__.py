@@ -1,4 +1,4 @@
-"""A model directory as named tensors: open, read, and the one way to write."""
+"""A model folder or a hub id in, named tensors out; and the one way in which anything is written."""
 
 from lapis.checkpoint.store import Checkpoint, open_checkpoint
 

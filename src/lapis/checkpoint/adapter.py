@@ -278,7 +278,7 @@ def _by_pattern(place: Path, field: str, patterns: Mapping[str, Any], modules: S
 
 
 def _match(place: Path, field: str, keys: Sequence[str], names: Sequence[str]) -> list[list[str]]:
-    """The names that each regular expression matches, found in a process that can be ended."""
+    """The names that each regular expression matches, by a process that can be ended."""
     if not keys:
         return []
     command = [sys.executable, "-I", "-S", str(pattern_process.__file__)]

@@ -1,1 +1,1 @@
-"""The command line: one file per command group. Parse, call the API, show; no logic here."""
+"""A command line in, calls of the API and their results on the terminal out; one file per command, no logic."""

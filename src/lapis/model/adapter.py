@@ -159,27 +159,27 @@ def fold(model: Transformer) -> Transformer:
 def _tensors(model: Transformer) -> dict[str, Tensor]:
     """Every trained tensor by PEFT's name."""
     config, family = model.config, family_of(model.config)
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for module, (names, _) in _adapted(model).items():
         group = [_linear(model, name) for name in names]
         first = next(member for member in group if isinstance(member, LoraLinear))
         b_OR = [m.lora_B if isinstance(m, LoraLinear) else m.weight.new_zeros(len(m.weight), len(first.lora_A))
                 for m in group]  # fmt: skip
-        found[f"{LEAD}{module}.lora_A.weight"] = first.lora_A
-        found[f"{LEAD}{module}.lora_B.weight"] = torch.cat([b.float() for b in b_OR])
+        tensors[f"{LEAD}{module}.lora_A.weight"] = first.lora_A
+        tensors[f"{LEAD}{module}.lora_B.weight"] = torch.cat([b.float() for b in b_OR])
         if first.magnitude is not None:
             lengths = [m.magnitude if isinstance(m, LoraLinear) else row_lengths(m.weight) for m in group]
-            found[f"{LEAD}{module}.lora_magnitude_vector"] = torch.cat([x for x in lengths if x is not None])
+            tensors[f"{LEAD}{module}.lora_magnitude_vector"] = torch.cat([x for x in lengths if x is not None])
     for name, rows in token_rows(model).items():
-        found[f"{LEAD}{_module(config, family, name)}.token_adapter.trainable_tokens_delta"] = rows.rows
+        tensors[f"{LEAD}{_module(config, family, name)}.token_adapter.trainable_tokens_delta"] = rows.rows
     adapted = of(model)
     whole = {name: model.get_parameter(name) for name in (adapted.originals if adapted else {})}
     if config.tied and "embed.weight" in whole:  # PEFT wants the head, too, and ties it (ensure_weight_tying)
         rule, layer = family.rule_for("head.weight")
-        found[LEAD + family.disk_name(rule, layer)] = whole["embed.weight"]
+        tensors[LEAD + family.disk_name(rule, layer)] = whole["embed.weight"]
     for name, (sources, rule) in disk_layout(config, whole).items():
-        found[LEAD + name] = rule.transform.invert(tuple(model.get_parameter(s).detach() for s in sources))
-    return found
+        tensors[LEAD + name] = rule.transform.invert(tuple(model.get_parameter(s).detach() for s in sources))
+    return tensors
 
 
 def _labels(model: Transformer) -> dict[str, str]:
@@ -243,12 +243,12 @@ def _config(model: Transformer, adapted: Adapted) -> dict[str, Any]:
 
 def _adapted(model: Transformer) -> dict[str, tuple[tuple[str, ...], Rule]]:
     """Module on disk -> the modules here that it is, for those that are adapted."""
-    family, found = family_of(model.config), {}
+    family, modules = family_of(model.config), {}
     for name in adapters(model):
         rule, layer = family.rule_for(f"{name}.weight")
         names = tuple(n.replace("{layer}", str(layer)).removesuffix(".weight") for n in rule.names)
-        found[_module(model.config, family, f"{name}.weight")] = names, rule
-    return found
+        modules[_module(model.config, family, f"{name}.weight")] = names, rule
+    return modules
 
 
 def _module(config: Any, family: Family, name: str) -> str:
@@ -257,19 +257,19 @@ def _module(config: Any, family: Family, name: str) -> str:
     return family.disk_name(rule, layer, bare=config.head == "none").rpartition(".")[0]
 
 
-def _targets(wanted: set[str], everything: set[str]) -> list[str]:
-    """target_modules: the shortest endings of names that mean just the wanted modules, or else their full names."""
+def _targets(targets: set[str], everything: set[str]) -> list[str]:
+    """target_modules: the shortest endings of names that mean just the adapted modules, or else their full names."""
     endings: dict[str, set[str]] = defaultdict(set)
-    for module in wanted | everything:
+    for module in targets | everything:
         pieces = module.split(".")
         for i in range(len(pieces)):
             endings[".".join(pieces[i:])].add(module)
-    found: set[str] = set()
-    for module in wanted:
+    shortest: set[str] = set()
+    for module in targets:
         pieces = module.split(".")
         options = [".".join(pieces[i:]) for i in reversed(range(len(pieces)))]
-        found.add(next(ending for ending in options if endings[ending] <= wanted))
-    return sorted(found)
+        shortest.add(next(ending for ending in options if endings[ending] <= targets))
+    return sorted(shortest)
 
 
 def _short(module: str) -> str:
@@ -288,10 +288,10 @@ def _linear(model: Transformer, name: str) -> nn.Linear:
 
 def _places(model: Transformer, family: Family, adapter: Adapter, module: str) -> tuple[Rule, list[str]]:
     """The rule that an adapted module falls under, and the modules here that it is."""
-    found = family.match(f"{module}.weight")
-    if found is None or (found[1] is not None and found[1] >= model.config.layers):
+    matched = family.match(f"{module}.weight")
+    if matched is None or (matched[1] is not None and matched[1] >= model.config.layers):
         raise CheckpointError(f"{adapter.root}: {module} is no module of the base ({family.name})")
-    rule, layer = found
+    rule, layer = matched
     names = [name.replace("{layer}", str(layer)).removesuffix(".weight") for name in rule.names]
     try:
         for name in names:
@@ -302,7 +302,7 @@ def _places(model: Transformer, family: Family, adapter: Adapter, module: str) -
 
 
 def _rows(model: Transformer, family: Family, adapter: Adapter) -> dict[str, tuple[list[int], Tensor]]:
-    found = {}
+    rows = {}
     for module, (ids, name) in adapter.rows.items():
         rule, names = _places(model, family, adapter, module)
         if rule.component not in ("embed", "head"):
@@ -314,8 +314,8 @@ def _rows(model: Transformer, family: Family, adapter: Adapter) -> dict[str, tup
             raise CheckpointError(
                 f"{adapter.root}: {name} is {list(values.shape)}; the base has {model.config.dim} columns"
             )
-        found[f"{names[0]}.weight"] = ids, values
-    return found
+        rows[f"{names[0]}.weight"] = ids, values
+    return rows
 
 
 def _whole(model: Transformer, family: Family, adapter: Adapter) -> dict[str, Tensor]:
@@ -350,8 +350,8 @@ def _untied(model: Transformer, family: Family, adapter: Adapter) -> dict[str, s
     """
     if not model.config.tied:
         return adapter.whole
-    places = {disk: found[0].component for disk in adapter.whole if (found := family.match(disk)) and
-              found[0].kind == "weight"}  # fmt: skip
+    places = {disk: matched[0].component for disk in adapter.whole if (matched := family.match(disk)) and
+              matched[0].kind == "weight"}  # fmt: skip
     pair = {component: adapter.whole[disk] for disk, component in places.items() if component in ("embed", "head")}
     if not pair:
         return adapter.whole

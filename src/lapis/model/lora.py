@@ -192,8 +192,8 @@ class TokenRows(nn.Module):
 
 def of(model: nn.Module) -> Adapted | None:
     """What was wrapped, or None where the model is as it was."""
-    found: Adapted | None = getattr(model, "adapted", None)
-    return found
+    adapted: Adapted | None = getattr(model, "adapted", None)
+    return adapted
 
 
 def adapters(model: nn.Module) -> dict[str, LoraLinear]:
@@ -203,23 +203,23 @@ def adapters(model: nn.Module) -> dict[str, LoraLinear]:
 
 def token_rows(model: Transformer) -> dict[str, TokenRows]:
     """The trained rows, by the parameter that they belong to: "embed.weight", "head.weight"."""
-    found = {}
+    trained = {}
     for name, module in (("embed.weight", model.embed), ("head.weight", model.head)):
         if parametrize.is_parametrized(module, "weight"):
             rows = module.parametrizations.weight[0]  # type: ignore[union-attr, index]
             assert isinstance(rows, TokenRows)
-            found[name] = rows
-    return found
+            trained[name] = rows
+    return trained
 
 
 def whole_parameters(model: Transformer) -> dict[str, Tensor]:
     """The parameters of a model without adapters, by name; a matrix with trained rows is one, these in their places."""
-    found: dict[str, Tensor] = {n: p for n, p in model.named_parameters() if ".parametrizations." not in n}
+    parameters: dict[str, Tensor] = {n: p for n, p in model.named_parameters() if ".parametrizations." not in n}
     for name in token_rows(model):
         weight = model.get_submodule(name.rpartition(".")[0]).weight
         assert isinstance(weight, Tensor)
-        found[name] = weight
-    return found
+        parameters[name] = weight
+    return parameters
 
 
 def restore_whole(model: Transformer, tensors: dict[str, Tensor]) -> None:

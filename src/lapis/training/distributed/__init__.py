@@ -1,1 +1,1 @@
-"""One run in several processes: each takes its share of a step, and sums and gradients are added up."""
+"""The shares of a step that several processes computed in, their sums and gradients out."""

@@ -1,4 +1,4 @@
-"""Rewards: what a reply is worth. Built in (checkable), a user's function, or a reward model; several with weights.
+"""A reply and its prompt in, what the reply is worth out: built-in checks, a user's function, or a reward model.
 
 A reward is `reward(prompt, reply, record) -> float`: the prompt as the record has it (text or messages), the reply as
 text without its end token, and the whole record, to which "_reply" adds {"ended": bool, "tokens": int}. What fails (it

@@ -69,11 +69,11 @@ def hold(model: Transformer, config: LoraConfig, device: torch.device) -> None:
 
 def token_ids(tokens: tuple[int | str, ...], tokenizer: Tokenizer | None) -> tuple[int, ...]:
     """Ids of tokens that are given by id or by text, each once. Raises ConfigError for a text that is no token."""
-    found = []
+    ids = []
     for token in tokens:
         number = tokenizer.id(token) if isinstance(token, str) and tokenizer is not None else token
         if not isinstance(number, int):
             known = [] if tokenizer is None else list(tokenizer.special)
             raise ConfigError(f'tokens: "{token}" is no token; {nearest(str(token), known)}')
-        found.append(number)
-    return tuple(dict.fromkeys(found))
+        ids.append(number)
+    return tuple(dict.fromkeys(ids))

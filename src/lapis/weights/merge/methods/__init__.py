@@ -1,4 +1,4 @@
-"""The merge methods. Each is one function and one line in METHODS.
+"""Blocks of several models in, a block of their merge out: the methods, one function and one line in METHODS each.
 
 A function's signature holds its parameters, their defaults and their help; its docstring the formula and the source. It
 computes on float32 blocks (block.py), which merge/kernel.py cuts from tiles.
