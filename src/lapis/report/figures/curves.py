@@ -91,8 +91,8 @@ def learning_curves(
                 **common,
                 y=ys,
                 mode="lines+markers" if split != "train" or len(shown) < 20 else "lines",
-                line={"color": paint, "width": 2, "dash": dash},
-                marker={"color": paint, "size": 7, "symbol": theme.SYMBOLS[places[run]]},
+                line={"color": paint, "width": 2, "dash": dash if split == "train" else "dot"},
+                marker={"color": paint, "size": 7 if split == "train" else 10, "symbol": theme.SYMBOLS[places[run]]},
             )
     theme.axis_title(figure, x_name, y_name)
     figure.update_xaxes(type="log" if log_x else "linear", exponentformat="SI" if x != "seconds" else "none", nticks=7)

@@ -11,6 +11,7 @@ from typing import Any
 from lapis.report import plots
 from lapis.report.markup import Column
 from lapis.report.page import Page
+from lapis.report.pages.sections import short
 
 Row = Mapping[str, Any]
 
@@ -31,8 +32,8 @@ def plan_page(plan: Row) -> Page:
     """The page of one plan."""
     page = Page(
         "Which layers to tune or merge",
-        f"From {plan['base']} to {plan['chat']}, {GOALS[plan['goal']]}, with {plan['budget']:.0%} of the blocks' "
-        f"parameters.",
+        f"From `{short(plan['base'])}` to `{short(plan['chat'])}`, {GOALS[plan['goal']]}, with "
+        f"{plan['budget']:.0%} of the blocks' parameters.",
     )
     return add_plan(page, plan)
 
@@ -66,7 +67,7 @@ def add_plan(page: Page, plan: Row, of: str = "") -> Page:
     scored = [row for row in plan["pieces"] if row.get("style") is not None]
     if any(row.get("knowledge") is not None for row in scored):
         page.section(
-            "Every piece by what it does",
+            f"Every piece by what it does{of}",
             "Upwards: the share of what chat gained on replies that a piece's difference brings, the mean of putting "
             "it into the one model and of taking it out of the other. To the right: how much harder text becomes.",
         )
@@ -164,5 +165,8 @@ def _spelled(what: str, entries: Sequence[Row]) -> str:
     groups: dict[str, list[int]] = {}
     for entry in entries:
         groups.setdefault(entry["component"], []).append(entry["layer"])
-    parts = [f"`{component}` of {', '.join(map(str, layers))}" for component, layers in groups.items()]
+    parts = [
+        f"`{component}` of layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"
+        for component, layers in groups.items()
+    ]
     return f"{what}: {'; '.join(parts)}."
