@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lapis.errors import DataError
+from lapis.errors import DataError, OutputError
 from lapis.evaluation.choices import Choice, scored_choices
 from lapis.evaluation.text import windows_of
 from lapis.model.scoring import ScoredSequence, batches_by_length, lay_out, read_logits, token_log_probabilities
@@ -129,7 +129,11 @@ class PlanJournal:
             self.lines = {line["key"]: line for line in lines[1:]}
             os.truncate(path, sum(len(_dump(line)) for line in lines))  # a line that a kill cut in two
         else:
-            path.write_bytes(_dump({"job": job}))
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(_dump({"job": job}))
+            except OSError as error:
+                raise OutputError(f"{path}: cannot be written: {error.strerror}; give another --out") from None
 
     def add(self, key: str, figures: Any, passes: float) -> None:
         line = {"key": key, "figures": figures, "passes": passes}
