@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -29,6 +29,7 @@ def sequences(lengths: list[int]) -> list[ScoredSequence]:
     return [ScoredSequence(torch.randint(0, 50, (n,)).tolist(), (torch.rand(n) < 0.5).tolist()) for n in lengths]
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine is no fault of the code
 @given(st.lists(st.integers(1, 60), max_size=30), st.integers(1, 200))
 def test_batches_hold_all_and_no_more_places_than_allowed(lengths: list[int], most: int) -> None:
     batches = list(batches_by_length(lengths, most))
