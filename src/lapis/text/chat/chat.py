@@ -16,10 +16,11 @@ from lapis.text.chat.special_token_guard import (
     ChatTokenizer,
     Message,
     checked,
-    fitted,
     prints_calls,
     prints_tools,
     template_for,
+    with_plain_parts,
+    with_written_calls,
 )
 from lapis.text.chat.template import render_jobs
 from lapis.text.chat.turns import mask_of, spans_by_prefixes
@@ -42,7 +43,7 @@ def render(
     """
     source = template_for(tokenizer, tools)
     values = _variables(tokenizer, tools, documents, variables)
-    plain = fitted(source, _plain(messages), values)
+    plain = with_plain_parts(source, _plain(messages), values)
     return checked(render_jobs(source, plain, [(len(messages), add_generation_prompt)], values)[0]).text
 
 
@@ -113,6 +114,13 @@ def encode_turns(
     spans = [span for span, turn in zip(spans, turns, strict=True) if turn in learned]
     ids, places = chat.encode(whole.text)
     return ids, _take_end_tokens(mask_of(places, spans), ids, tokenizer.stop_ids)
+
+
+def write_calls(
+    tokenizer: ChatTokenizer, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None
+) -> Sequence[Message]:
+    """Messages to learn from: calls of tools are JSON text in the content where the template prints no calls."""
+    return with_written_calls(template_for(tokenizer, tools), messages)
 
 
 def count_gaps(

@@ -71,7 +71,7 @@ class ChatEncoder:
         self.source = template_for(tokenizer, variables["tools"])
         self.trusted = trusted
         self.guard = ""
-        messages = fitted(self.source, messages, variables)
+        messages = with_plain_parts(self.source, messages, variables)
         spelled = special_pattern(tokenizer)
         own = {name: value for name, value in variables.items() if name not in tokenizer.named}
         if any(spelled.search(text) for text in _texts([*messages, own])):
@@ -158,18 +158,8 @@ def prints_tools(source: str) -> bool:
     return re.search(r"\btools\b", source) is not None
 
 
-def fitted(source: str, messages: Sequence[Message], variables: Mapping[str, Any]) -> Sequence[Message]:
-    """Messages as a template can print them, where it would print `None` or a Python list.
-
-    Content that is a list of text parts becomes one text; calls of tools become JSON text in the content.
-
-    Raises:
-        DataError: For a part that is no text under such a template.
-    """
-    return _plain_calls(source, _plain_parts(source, messages, variables))
-
-
-def _plain_calls(source: str, messages: Sequence[Message]) -> Sequence[Message]:
+def with_written_calls(source: str, messages: Sequence[Message]) -> Sequence[Message]:
+    """Messages whose calls of tools are JSON text in the content, where the template prints no calls."""
     if prints_calls(source) or not any(message.get("tool_calls") for message in messages):
         return messages
     plain = []
@@ -184,7 +174,12 @@ def _plain_calls(source: str, messages: Sequence[Message]) -> Sequence[Message]:
     return plain
 
 
-def _plain_parts(source: str, messages: Sequence[Message], variables: Mapping[str, Any]) -> Sequence[Message]:
+def with_plain_parts(source: str, messages: Sequence[Message], variables: Mapping[str, Any]) -> Sequence[Message]:
+    """Messages whose content is a list of text parts as one text each, where the template would print the list.
+
+    Raises:
+        DataError: For a part that is no text under such a template.
+    """
     if not any(isinstance(message.get("content"), (list, tuple)) for message in messages):
         return messages
     if _reads_parts(source, json.dumps(dict(variables), sort_keys=True, default=str)):

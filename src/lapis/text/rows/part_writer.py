@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lapis.errors import DataError, TemplateError
-from lapis.text.chat.chat import count_gaps, count_replies, encode_turns
+from lapis.text.chat.chat import count_gaps, count_replies, encode_turns, write_calls
 from lapis.text.chat.special_token_guard import spelled_tokens
 from lapis.text.corpus.corpus import ChatRecord, Document, describe_file
 from lapis.text.rows.corpus_parts import Stretch, named
@@ -316,7 +316,7 @@ def _write_chats(
         try:
             ids, mask = encode_turns(
                 tokenizer,
-                item.messages,
+                write_calls(tokenizer, item.messages, item.tools),
                 tools=item.tools,
                 variables=item.variables,
                 trusted=shape.special == "trusted",
