@@ -149,8 +149,7 @@ def _compared_columns(traces: Sequence[LensTrace], names: Sequence[str]) -> list
                     Column(f"p {number}", "p", ".0%", group=short(trace))]  # fmt: skip
     for number, trace in enumerate(traces):
         columns += [
-            Column(f"{number} {name}", trace.label(name), ",", group=f"rank, {short(trace)}")
-            for name in names[:COMPARED]
+            Column(f"{number} {name}", show(name), ",", group=f"rank, {short(trace)}") for name in names[:COMPARED]
         ]
     return columns
 

@@ -117,7 +117,7 @@ def rank_trajectories(rows: Iterable[Row], title: str) -> go.Figure:
         figure.add_scatter(
             x=[row["layer"] for row in ordered],
             y=[row["rank"] for row in ordered],
-            name=plain(f"{word}, {model}" if len(models) > 1 else word, 30),
+            name=plain(f"{word}, {model}" if len(models) > 1 else word, 60),
             mode="lines+markers",
             line={"color": paint, "width": 2, "dash": dash},
             marker={"color": paint, "size": 7, "symbol": theme.SYMBOLS[place]},

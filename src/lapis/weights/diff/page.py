@@ -13,10 +13,10 @@ from lapis.weights.diff.lineage import Lineage
 from lapis.weights.diff.table import DiffTable
 
 FIGURES = [
-    Column("cosine", "cosine", ".6f"), Column("angle", "angle", ".3f", unit="degrees"),
-    Column("relative_norm", "|b − a| / |a|", ".3e"), Column("rounding_floor", "rounding floor", ".1e"),
-    Column("mean_abs", "mean |b − a|", ".2e"), Column("max_abs", "max |b − a|", ".2e"),
-    Column("identical", "identical", ".1%"),
+    Column("relative_norm", "|b − a| / |a|", ".3e"), Column("angle", "angle", ".3f", unit="degrees"),
+    Column("identical", "identical", ".1%"), Column("cosine", "cosine", ".6f"),
+    Column("rounding_floor", "rounding floor", ".1e"), Column("mean_abs", "mean |b − a|", ".2e"),
+    Column("max_abs", "max |b − a|", ".2e"),
 ]  # fmt: skip
 CURVES = 6  # spectra drawn in one picture
 EXTREMES = 8  # tensors in the lists of those that changed most and least
