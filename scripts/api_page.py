@@ -86,8 +86,9 @@ class Unquoted(ast.NodeTransformer):
 
     @staticmethod
     def plain(annotation: ast.expr | None) -> ast.expr | None:
-        quoted = isinstance(annotation, ast.Constant) and isinstance(annotation.value, str)
-        return ast.parse(annotation.value, mode="eval").body if quoted else annotation  # type: ignore[union-attr]
+        if isinstance(annotation, ast.Constant) and isinstance(annotation.value, str):
+            return ast.parse(annotation.value, mode="eval").body
+        return annotation
 
 
 def parameters(arguments: ast.arguments) -> list[str]:

@@ -51,7 +51,17 @@ def environment(version: str, torch: str) -> tuple[Path | None, str]:
     python = folder / "bin" / "python"
     if not python.exists():
         subprocess.run([base, "-m", "venv", folder], check=True)
-    command = [python, "-m", "pip", "install", "--quiet", f"torch=={torch}.*", "-e", f"{ROOT}[data,images]", *NEEDS]
+    command = [
+        str(python),
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        f"torch=={torch}.*",
+        "-e",
+        f"{ROOT}[data,images]",
+        *NEEDS,
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or ["pip failed"]
@@ -61,7 +71,7 @@ def environment(version: str, torch: str) -> tuple[Path | None, str]:
 
 def check(python: Path, jobs: str) -> tuple[bool, str]:
     """Runs the fast tests; whether all passed, and pytest's last line."""
-    command = [python, "-m", "pytest", "-q", "-n", jobs, *FAST]
+    command = [str(python), "-m", "pytest", "-q", "-n", jobs, *FAST]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     lines = [line for line in done.stdout.splitlines() if line.strip()] or ["no output"]
     if done.returncode:

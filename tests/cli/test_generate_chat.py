@@ -114,9 +114,9 @@ def opened(folder):
 
 
 def test_conversation_keeps_history_and_replies_like_generate(opened):
-    conversation = Conversation(*opened, Sampling(max_tokens=6), "be kind")
+    conversation = Conversation(*opened, Sampling(max_tokens=6), "be kind")  # type: ignore[call-arg]
     for turn in ("the cat", "a bird"):
-        expected = generate(
+        expected = generate(  # type: ignore[call-arg]
             *opened, [*conversation.messages, {"role": "user", "content": turn}], Sampling(max_tokens=6)
         )
         assert "".join(conversation.send(turn)) == expected
@@ -130,7 +130,7 @@ def test_conversation_keeps_history_and_replies_like_generate(opened):
 
 def test_retry_draws_anew_and_a_seed_repeats_it(opened):
     def talk(seed):
-        conversation = Conversation(*opened, Sampling(max_tokens=12, temperature=1.0, seed=seed))
+        conversation = Conversation(*opened, Sampling(max_tokens=12, temperature=1.0, seed=seed))  # type: ignore[call-arg]
         return "".join(conversation.send("the cat")), "".join(conversation.retry())
 
     first, again = talk(1)
@@ -138,7 +138,7 @@ def test_retry_draws_anew_and_a_seed_repeats_it(opened):
 
 
 def test_reply_that_is_left_keeps_what_was_said(opened):
-    conversation = Conversation(*opened, Sampling(max_tokens=50))
+    conversation = Conversation(*opened, Sampling(max_tokens=50))  # type: ignore[call-arg]
     pieces = conversation.send("the cat")
     said = next(pieces) + next(pieces)
     pieces.close()

@@ -4,6 +4,7 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -46,7 +47,7 @@ def folders(tmp_path_factory) -> list[str]:
     return found
 
 
-def run(capsys, *arguments: str) -> tuple[int, str, str]:
+def run(capsys, *arguments: str) -> tuple[Any, str, str]:
     with pytest.raises(SystemExit) as end:
         main(["lens", *arguments])
         raise SystemExit(0)

@@ -7,13 +7,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from lapis.inside.anatomy import anatomy
 
 import lapis
 from lapis.checkpoint import open_checkpoint
 from lapis.errors import CheckpointError
 from lapis.families.config import ModelConfig, Rope
-from lapis.inside.trace import trace
+from lapis.inside.trace import anatomy, trace
 from lapis.model.cache import Cache
 from lapis.model.check import plan_load
 from lapis.model.load import load, save

@@ -1,6 +1,7 @@
 """The lens against transformers' hidden states through their own norm and head, and against float64 recomputation."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -105,8 +106,8 @@ def test_every_family_equals_transformers(name, words, tmp_path):
         assert (one.layer, one.after, one.ranks) == (other.layer, other.after, other.ranks)
         assert one.entropy == pytest.approx(other.entropy, rel=1e-5)
         assert one.kl_to_final == pytest.approx(other.kl_to_final, rel=1e-4, abs=1e-7)
-    for one, other in zip(found.contributions, again.contributions, strict=True):
-        assert one.label == other.label and one.logit == pytest.approx(other.logit, abs=1e-5)
+    for part, twin in zip(found.contributions, again.contributions, strict=True):
+        assert part.label == twin.label and part.logit == pytest.approx(twin.logit, abs=1e-5)
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -175,7 +176,7 @@ def test_figures_equal_float64_to_1e_6(seed, places, states, vocab, biased, dtyp
     own_FV = torch.nn.functional.linear(
         rows_MD[states - 1 :: states].float(), matrix_VD.float(), None if bias_V is None else bias_V.float()
     )
-    found = readout.read(
+    found: Any = readout.read(
         rows_MD.view(places, states, 24), matrix_VD, bias_V, own_FV, more_XD=rows_MD[:2], tracked=tracked, width=16
     )  # fmt: skip
     found = SimpleNamespace(**{name.split("_P")[0]: value.flatten(0, 1) if "_PN" in name else value

@@ -4,6 +4,7 @@ import html
 import inspect
 import json
 from dataclasses import fields, replace
+from typing import Any
 
 import pytest
 import yaml
@@ -158,7 +159,7 @@ def test_the_journal_of_another_plan_is_not_gone_on_with(pair, tmp_path):
 
 
 def test_what_a_plan_costs_is_said_before_it_is_spent(pair):
-    events = []
+    events: list[Any] = []
     plan = lapis.plan(
         pair.base, pair.chat, chats=pair.chats, text=pair.text, draws=3, report=events.append,
         progress=lambda what, done, total: events.append(done) if what == "measuring" else None,

@@ -54,11 +54,11 @@ def test_files_folders_and_globs(tmp_path: Path) -> None:
 @given(st.text(st.sampled_from("ab \n\té한🙂"), min_size=1, max_size=300).filter(str.strip), st.integers(3, 9))
 def test_a_text_in_pieces_is_the_text(tmp_path_factory: pytest.TempPathFactory, text: str, piece: int) -> None:
     path = put(tmp_path_factory.mktemp("t"), "x.txt", b"\xef\xbb\xbf" + text.encode())
-    before, corpus.PIECE = corpus.PIECE, piece
+    before, corpus.PIECE = corpus.PIECE, piece  # type: ignore[attr-defined]
     try:
         found = list(documents(path))
     finally:
-        corpus.PIECE = before
+        corpus.PIECE = before  # type: ignore[attr-defined]
     assert "".join(d.text for d in found) == text
     assert [d.more for d in found] == [True] * (len(found) - 1) + [False]
     at = 0

@@ -229,7 +229,7 @@ def test_fault_60_a_pack_that_was_killed_goes_on(
     out = tmp_path / "out"
     from lapis.text.rows import parallel_packing
 
-    real, seen = parallel_packing.write_shard, []
+    real, seen = parallel_packing.write_shard, []  # type: ignore[attr-defined]
 
     def dies(*args: Any, **kwargs: Any) -> Any:
         seen.append(1)

@@ -52,7 +52,7 @@ def test_a_run_learns_and_leaves_a_folder_that_loads(
     new_model: Make, objective: Causal, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     model = new_model()
-    result = lapis.training.loop.loop.train(
+    result = lapis.training.loop.loop.train(  # type: ignore[attr-defined]
         model, objective, replace(CONFIG, steps=30), tmp_path / "out", watch=Silent()
     )
     assert result.log[0]["loss"] > 1.5 * result.loss

@@ -385,7 +385,7 @@ def test_template_tokens_are_those_that_only_chatting_trained():
     base = Vocabulary(ids, added, special, None, {"bos": "<s>", "eos": "</s>"}, (3,))
     chat = Vocabulary(ids, added, special, "  <|user|>{{ m }}", {"bos": "<s>", "eos": "<|end|>"}, (5, 3))
     assert template_tokens(chat, base) == ["<|user|>", "<|end|>"]
-    assert layout.template_tokens is template_tokens
+    assert layout.template_tokens is template_tokens  # type: ignore[attr-defined]
 
 
 def test_paths_and_opened_checkpoints_are_the_same(trio, tmp_path):
