@@ -123,3 +123,5 @@ def test_a_diff_in_which_no_row_moved_says_so(studio, tmp_path):
     lapis("diff", str(studio / "base"), str(studio / "base"), "--rows", "--html", str(tmp_path / "same.html"), "--json")
     page = (tmp_path / "same.html").read_text()
     assert "<strong>No row moved.</strong>" in page and "moved most" not in page
+    text = lapis("diff", str(studio / "base"), str(studio / "base"), "--rows")
+    assert "no row moved" in text and "moved most" not in text

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from lapis.cli.output import notes, progress, show, table, write_page
+from lapis.cli.output import line, notes, progress, show, table, write_page
 
 if TYPE_CHECKING:
     from lapis.weights.diff.lineage import Lineage
@@ -75,13 +75,16 @@ def diff(
                     for group in difference.by(key)
                 ],
             )
-        if rows:
+        moved = [row for row in difference.moved(top) if row["relative_norm"]]
+        if rows and not moved:
+            line("no row moved")
+        elif rows:
             table(
-                f"the {top} rows that moved most",
+                f"the {len(moved)} rows that moved most",
                 ["token", "id", "what", "|b-a|/|a|", "cosine", "z"],
                 [
                     [repr(row["token"]), row["id"], row["kind"], row["relative_norm"], row["cosine"], row["z"]]
-                    for row in difference.moved(top)
+                    for row in moved
                 ],
             )
         notes(difference.notes)

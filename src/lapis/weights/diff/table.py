@@ -140,7 +140,9 @@ class DiffTable:
         rows_ = sorted((row for row in self.rows if row["tensor"] == first), key=lambda row: -row["relative_norm"])
         apart = [row["token"] for row in rows_[:3] if row["z"] > OUTLIER] or [row["token"] for row in rows_[:1]]
         named = " and ".join([", ".join(apart[:-1]), apart[-1]] if len(apart) > 1 else apart)
-        return plots.embedding_rows(sorted(rows_, key=lambda row: int(row["id"])), f"{named} moved most")
+        moved = any(row["relative_norm"] for row in rows_)
+        title = f"{named} moved most" if moved else "No row moved"
+        return plots.embedding_rows(sorted(rows_, key=lambda row: int(row["id"])), title)
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
         """What a notebook shows: the finding, and the figures by layer."""
