@@ -35,6 +35,7 @@ Progress = Callable[[int, int], None]  # called with how many tokens are done, a
 
 BATCH_TOKENS = 2048  # places computed at once on a CPU: a few seconds on a laptop
 LOGITS = {"cpu": 2**23, "cuda": 2**26}  # elements of logits at once
+WIDENED = 8  # rows of logits in float32 at once, on a CPU
 SHARED = 0.25  # of the places that sharing rows must save; below that, the mask between sequences costs more
 
 
@@ -182,7 +183,12 @@ def read_logits(
     rows = max(16, LOGITS.get(hidden_RD.device.type, LOGITS["cpu"]) // model.config.vocab)
 
     def block(hidden: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
-        return read(model.head(hidden).float(), *rest)
+        logits = model.head(hidden)
+        if torch.is_grad_enabled() or logits.dtype == torch.float32 or logits.device.type != "cpu":
+            return read(logits.float(), *rest)
+        # a few rows at a time: their float32 copies are reused memory, where larger ones are fresh pages each time
+        few = zip(*(torch.split(tensor, WIDENED) for tensor in (logits, *rest)), strict=True)
+        return tuple(map(torch.cat, zip(*(read(part.float(), *others) for part, *others in few), strict=True)))
 
     if len(hidden_RD) <= rows:
         return block(hidden_RD, *others)
