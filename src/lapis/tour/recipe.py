@@ -1,7 +1,7 @@
 """The story of the tour: build, tune, move, graft, tune again, measure. Each step is a call that a user could make.
 
-    base      pre-trained on English with two fifths of the target language mixed in
-    chat      base, tuned on English chats (with a little text of both languages beside them)
+    base      pre-trained on English with some of the target language mixed in
+    chat      base, tuned on English chats
     adapted   base, continued on the target language with some English replayed
     tuned     adapted, tuned on the same English chats: the yardstick
     grafted   adapted + scale x (chat - base): no training step
@@ -35,21 +35,14 @@ from lapis.tour.telling.page import WHAT
 from lapis.training.config import TrainConfig
 from lapis.training.loop.loop import train
 from lapis.training.objectives.objective import Objective
-from lapis.training.objectives.supervised.next_token import Causal
+from lapis.training.objectives.supervised.next_token import Causal, Chat
 from lapis.training.setup.select import select_parts
 from lapis.weights.diff.diff import diff
 from lapis.weights.graft.graft import graft
 
 SHOWN = 4  # prompts of each language whose replies stand in the report
-TARGET_IN_BASE = 0.4  # share of the target language in the text that base reads
 ENGLISH_IN_ADAPTED = 0.25  # share of English replayed in what adapted reads
 SCALES = (0.5, 1.0, 1.5)
-ROWS_OF_TEXT = 1  # of the eight rows of a batch of chats
-LEARNING: dict[str, dict[str, Any]] = {
-    "base": {"lr": 4e-3, "batch": 4},  # of many small steps a short run learns most
-    "adapted": {"lr": 5e-4, "batch": 4},  # a gentle move: the further adapted drifts from base, the less a graft takes
-    "chat": {"lr": 8e-4, "batch": 8, "weight_decay": 0.0},
-}
 
 
 @dataclass
@@ -81,7 +74,8 @@ class Story:
         """
         english, target = self.material.languages
         chats = self.material.chats(english, held_out=False)
-        self.read("base", None, {english: 1 - TARGET_IN_BASE, target: TARGET_IN_BASE})
+        share = self.size.recipe.target_in_base
+        self.read("base", None, {english: 1 - share, target: share})
         self.chat("chat", "base", chats)
         self.read("adapted", "base", {target: 1 - ENGLISH_IN_ADAPTED, english: ENGLISH_IN_ADAPTED})
         self.chat("tuned", "adapted", chats)
@@ -127,36 +121,39 @@ class Story:
         self.clock.begin(name, f"{name}: {WHAT[name]}")
         torch.manual_seed(self.seed)
         model = load(self.models[start]) if start else Transformer(self.size.model(self.tokenizer.vocab_size))
-        self.train(name, model, Causal(tokenizer=self.tokenizer, data=[text], context=CONTEXT), LEARNING[name])
+        self.train(name, model, Causal(tokenizer=self.tokenizer, data=[text], context=CONTEXT))
 
     def chat(self, name: str, start: str, chats: Path) -> None:
-        """Learns chats, with some text beside them, unless that is done.
+        """Learns chats, with some text beside them where the recipe says so, unless that is done.
 
-        The embedding stays as it is, but for the rows of the chat template's own tokens: a graft leaves it alone as
-        well, and what the blocks learn must not rely on words that moved.
+        Then the embedding stays as it is, but for the rows of the chat template's own tokens: a graft leaves it alone
+        as well, and what the blocks learn must not rely on words that moved.
         """
         if self.is_done(name):
             return
-        text = self.mixed("beside", dict.fromkeys(self.material.languages, 0.5))
+        rows_of_text = self.size.recipe.rows_of_text
+        beside = [self.mixed("beside", dict.fromkeys(self.material.languages, 0.5))] if rows_of_text else []
         self.clock.begin(name, f"{name}: {WHAT[name]}")
         model = load(self.models[start])
-        select_parts(model, freeze=["embed"], tokens=[TURN_START, TURN_END], tokenizer=self.tokenizer)
-        beside = Causal(tokenizer=self.tokenizer, data=[text], context=CONTEXT)
-        lessons = Lessons(
-            tokenizer=self.tokenizer, data=[chats], context=CONTEXT, text=beside, rows_of_text=ROWS_OF_TEXT
-        )
-        self.train(name, model, lessons, LEARNING["chat"])
+        objective: Objective = Chat(tokenizer=self.tokenizer, data=[chats], context=CONTEXT)
+        if beside:
+            select_parts(model, freeze=["embed"], tokens=[TURN_START, TURN_END], tokenizer=self.tokenizer)
+            text = Causal(tokenizer=self.tokenizer, data=beside, context=CONTEXT)
+            objective = Lessons(
+                tokenizer=self.tokenizer, data=[chats], context=CONTEXT, text=text, rows_of_text=rows_of_text
+            )
+        self.train(name, model, objective)
 
     def is_done(self, name: str) -> bool:
         """Whether a model is there. It is listed from now on."""
         self.models[name] = self.out / name
         return self.models[name].is_dir()
 
-    def train(self, name: str, model: Transformer, objective: Objective, learning: Mapping[str, Any]) -> None:
+    def train(self, name: str, model: Transformer, objective: Objective) -> None:
         """One run. Its length is a number of tokens, whatever the machine does."""
         config = TrainConfig(
-            **learning, optimizer="muon", steps=self.size.steps(name, learning["batch"]), seed=self.seed,
-            precision=self.machine.precision, threads=self.machine.threads, compile="off",
+            **self.size.learning(name), seed=self.seed, precision=self.machine.precision, threads=self.machine.threads,
+            compile="off",
         )  # fmt: skip
         train(model, objective, config, self.models[name], watch=self.clock)
 

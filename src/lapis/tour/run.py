@@ -19,7 +19,7 @@ from lapis.tour.material import ENGLISH, Material, write_world
 from lapis.tour.recipe import Story
 from lapis.tour.setup import machine
 from lapis.tour.setup.size import CONTEXT, StorySize
-from lapis.tour.telling.clock import Clock, spelled
+from lapis.tour.telling.clock import Clock, on_terminal, spelled
 from lapis.tour.telling.page import page
 from lapis.tour.world import LANGUAGES, World
 
@@ -88,21 +88,33 @@ def _run(wanted: Tour) -> dict[str, Any]:
     kept = out / ".seconds"
     earlier = float(kept.read_text()) if kept.exists() else 0.0
     size = StorySize.of(wanted.minutes, real=wanted.data is not None)
-    computer = machine.settle(wanted.precision)
+    screen = on_terminal()
     try:
-        pace = machine.seconds_per_token(Transformer(size.model(size.vocabulary)), computer, CONTEXT)
-        clock = Clock(_left(out, size, real=wanted.data is not None), 1 / pace)
-        try:
-            clock.note(
-                f"{sum(size.tokens.values()) / 1e6:.1f} million tokens to learn: about {spelled(clock.seconds_left)} "
-                f"minutes on this machine as it is now ({computer.told})"
-            )
-            found = _told(wanted, size, computer, clock)
-        finally:
-            clock.stop()
+        screen.note("how fast this machine is, with one thread and with several")
+        computer, pace = _settled(out / ".machine", wanted, size)
+        clock = Clock(_left(out, size, real=wanted.data is not None), 1 / pace, screen)
+        clock.note(
+            f"{sum(size.tokens.values()) / 1e6:.1f} million tokens to learn: about {spelled(clock.seconds_left)} "
+            f"minutes on this machine as it is now ({computer.told})"
+        )
+        if not machine.multiplies_bfloat16():
+            clock.note("this processor has no bfloat16 instructions; with them it would take about a third")
+        found = _told(wanted, size, computer, clock)
     finally:
+        screen.close()
         kept.write_text(str(earlier + time.monotonic() - begun))
     return found | {"minutes": wanted.minutes, "seconds": earlier + time.monotonic() - begun}
+
+
+def _settled(note: Path, wanted: Tour, size: StorySize) -> tuple[machine.Machine, float]:
+    """What the tour computes with, as settled when it began, and the seconds that a token takes now."""
+    model = Transformer(size.model(size.vocabulary))
+    if note.is_file():
+        computer = machine.Machine(**json.loads(note.read_text()))
+        return computer, machine.seconds_per_token(model, computer, CONTEXT)
+    computer, pace = machine.settle(wanted.precision, model, CONTEXT)
+    note.write_text(json.dumps(asdict(computer)))
+    return computer, pace
 
 
 def _told(wanted: Tour, size: StorySize, computer: machine.Machine, clock: Clock) -> dict[str, Any]:

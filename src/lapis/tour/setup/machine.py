@@ -1,7 +1,8 @@
-"""What a tour computes with: threads and precision, settled once by what the machine is and not by how busy it is.
+"""What a tour computes with: the precision by what the machine is, the threads by how fast they are now.
 
-A run that measured its own speed would choose otherwise on a busy machine, and end with other bytes. Leaves out: how
-long the tour takes with it (clock.py).
+The precision is never measured: a busy machine would choose otherwise, and end with other models. Threads change the
+models by no more than rounding; on a machine that other work shares, several may wait for each other longer than one
+takes alone. Leaves out: how long the tour takes with it (clock.py).
 """
 
 import time
@@ -29,19 +30,30 @@ class Machine:
     @property
     def told(self) -> str:
         """For people."""
-        kind = "bfloat16" if self.precision == "bf16" else "float32, for the processor has no bfloat16 instructions"
+        kind = "bfloat16" if self.precision == "bf16" else "float32"
         return f"{self.threads} thread{'s' * (self.threads > 1)}, {kind}"
 
 
-def settle(precision: str) -> Machine:
-    """The machine as it is.
+def settle(precision: str, model: Transformer, context: int) -> tuple[Machine, float]:
+    """The machine as it is, and the seconds that a training step takes on it for each token.
 
     Args:
         precision: "float32", "bf16", or "auto": bf16 where the processor multiplies in it.
+        model: Of the size that is to be trained. It learns from this, so it is not the one that is trained.
+        context: Tokens of a row.
     """
     if precision == "auto":
         precision = "bf16" if multiplies_bfloat16() else "float32"
-    return Machine(min(torch.get_num_threads(), MOST_THREADS), "bf16" if precision == "bf16" else "float32")
+    kind: Literal["float32", "bf16"] = "bf16" if precision == "bf16" else "float32"
+    best = Machine(1, kind)
+    seconds = seconds_per_token(model, best, context)
+    most = min(torch.get_num_threads(), MOST_THREADS)
+    if most > 1:
+        several = Machine(most, kind)
+        with_several = seconds_per_token(model, several, context, limit=3 * seconds)
+        if with_several < seconds:
+            return several, with_several
+    return best, seconds
 
 
 def multiplies_bfloat16() -> bool:
@@ -50,10 +62,12 @@ def multiplies_bfloat16() -> bool:
     return any(getattr(torch.cpu, name, bool)() for name in known)
 
 
-def seconds_per_token(model: Transformer, machine: Machine, context: int, steps: int = 3) -> float:
+def seconds_per_token(
+    model: Transformer, machine: Machine, context: int, steps: int = 4, limit: float = float("inf")
+) -> float:
     """How long a training step takes for each of its tokens: the shortest of a few, on random tokens.
 
-    The model learns from it, so it is not the one that is trained.
+    limit: a machine whose first step takes longer is not tried further.
     """
     optimizers = Optimizers(model, "muon", 1e-3, 0.0)
     optimizers.set_precision(machine.precision)
@@ -68,5 +82,7 @@ def seconds_per_token(model: Transformer, machine: Machine, context: int, steps:
             loss.backward()  # type: ignore[no-untyped-call]
             optimizers.step(1.0, step)
             optimizers.clear()
-            best = min(best, time.perf_counter() - start)
-    return best / ids_BT.numel()
+            best = min(best, (time.perf_counter() - start) / ids_BT.numel())
+            if best > limit:
+                break
+    return best

@@ -8,22 +8,51 @@ minutes are about those that the whole takes on two cores of a recent server CPU
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from lapis.families.config import ModelConfig
 
 CONTEXT = 256
 FULL = 5.0  # minutes of the story that docs/evidence/tour.md measures
 
-RUNS = {"base": 2_400_000, "chat": 1_000_000, "adapted": 400_000, "tuned": 1_000_000, "yardstick": 300_000}
+RUNS = {"base": 3_200_000, "chat": 1_200_000, "adapted": 400_000, "tuned": 1_200_000, "yardstick": 300_000}
 """Tokens of each run of the full story. Both tunings on English chats see the same chats."""
+
+SHORT = 2.0  # minutes up to which a story is short
+SHORT_RUNS = {"base": 650_000, "chat": 330_000, "adapted": 80_000, "tuned": 330_000, "yardstick": 100_000}
+"""Tokens of each run for each minute of a short story, whose model has two layers and learns at a high rate."""
 
 REAL_RUNS = {"base": 1_150_000, "chat": 700_000, "adapted": 650_000, "tuned": 700_000, "yardstick": 700_000}
 """The same for real text, which has more words and more to say: fewer tokens of a larger model."""
 
 
-PEOPLE = ((1.0, 40), (2.5, 60), (float("inf"), 120))
-"""Minutes, and the inhabitants of the world up to these."""
+@dataclass(frozen=True)
+class LearningRates:
+    """How the models learn: what was tried is in docs/evidence/tour.md.
 
+    Args:
+        base, adapted, chat: Peak learning rates of Muon.
+        batch, chat_batch: Rows of CONTEXT tokens in a step.
+        target_in_base: Share of the target language in the text that base reads.
+        rows_of_text: Rows of a batch of chats that are text. With text beside them the chats leave the embedding alone;
+            with 0 they change all weights.
+    """
+
+    base: float
+    adapted: float
+    chat: float
+    batch: int
+    chat_batch: int
+    target_in_base: float
+    rows_of_text: int
+
+
+# many small steps learn most; the further adapted drifts from base, the less a graft takes
+WORLD_RECIPE = LearningRates(4e-3, 5e-4, 8e-4, 4, 8, target_in_base=0.4, rows_of_text=1)
+SHORT_RECIPE = LearningRates(1e-2, 1e-3, 1.5e-3, 4, 8, target_in_base=0.4, rows_of_text=1)
+REAL_RECIPE = LearningRates(3e-3, 1e-3, 4e-4, 8, 8, target_in_base=0.2, rows_of_text=0)
+
+PEOPLE, PEOPLE_OF_SHORT = 60, 40  # inhabitants of the built-in world
 CHATS = 12000  # training chats of the full story
 CHARACTERS_PER_TOKEN = 4.5  # somewhat more than what a token of the built-in world stands for
 SWEEP, MEASURING = 200_000.0, 300_000.0  # tokens that would be learned in the same time
@@ -38,6 +67,7 @@ class StorySize:
         vocabulary: Of the tokenizer, at most.
         tokens: Of each run.
         chats: Training chats of the built-in world.
+        recipe: How the models learn.
         exam: Share of the full exam (measure.py), so that measuring takes a small part of a short story, too.
     """
 
@@ -45,32 +75,49 @@ class StorySize:
     dim: int
     layers: int
     heads: int
+    kv_heads: int
     ffn_dim: int
     vocabulary: int
     tokens: Mapping[str, int]
     chats: int
+    recipe: LearningRates
     exam: float
 
-    def steps(self, run: str, batch: int) -> int:
-        """Steps of a run, each of `batch` rows."""
-        return max(1, round(self.tokens[run] / (batch * CONTEXT)))
+    def learning(self, run: str) -> dict[str, Any]:
+        """Of a run: the settings of its training."""
+        reads = run in ("base", "adapted")
+        batch = self.recipe.batch if reads else self.recipe.chat_batch
+        rates = {"base": self.recipe.base, "adapted": self.recipe.adapted}
+        steps = max(1, round(self.tokens[run] / (batch * CONTEXT)))
+        more = {} if reads else {"weight_decay": 0.0}
+        return {"optimizer": "muon", "lr": rates.get(run, self.recipe.chat), "batch": batch, "steps": steps, **more}
 
     def model(self, vocabulary: int) -> ModelConfig:
         """A Llama-shaped decoder for a tokenizer with so many tokens."""
         return ModelConfig(
-            dim=self.dim, layers=self.layers, heads=self.heads, kv_heads=self.heads, ffn_dim=self.ffn_dim,
+            dim=self.dim, layers=self.layers, heads=self.heads, kv_heads=self.kv_heads, ffn_dim=self.ffn_dim,
             vocab=vocabulary, context=CONTEXT, tied=True,
         )  # fmt: skip
 
     @classmethod
     def of(cls, minutes: float, *, real: bool) -> "StorySize":
         """The size of a story of so many minutes, on real text or on the built-in world."""
-        share = minutes / FULL
-        tokens = {run: max(4096, round(amount * share)) for run, amount in (REAL_RUNS if real else RUNS).items()}
+        share, short = minutes / FULL, minutes <= SHORT
+        full = REAL_RUNS if real else RUNS
+        tokens = {run: max(4096, round(amount * share)) for run, amount in full.items()}
+        exam = min(1.0, share)
         if real:
-            return cls(0, 256, 4, 4, 512, 4096, tokens, 0, min(1.0, share))
-        people = next(people for most, people in PEOPLE if minutes <= most)
-        return cls(people, 192, 3, 6, 512, 3072, tokens, max(1000, round(CHATS * share)), min(1.0, share))
+            return cls(
+                people=0, chats=0, dim=256, layers=4, heads=4, kv_heads=2, ffn_dim=512, vocabulary=4096,
+                tokens=tokens, recipe=REAL_RECIPE, exam=exam,
+            )  # fmt: skip
+        if short:
+            tokens = {run: max(4096, round(amount * minutes)) for run, amount in SHORT_RUNS.items()}
+        return cls(
+            people=PEOPLE_OF_SHORT if short else PEOPLE, chats=max(1000, round(CHATS * share)),
+            dim=192, layers=2 if short else 3, heads=6, kv_heads=6, ffn_dim=512, vocabulary=3072,
+            tokens=tokens, recipe=SHORT_RECIPE if short else WORLD_RECIPE, exam=exam,
+        )  # fmt: skip
 
     @property
     def work(self) -> dict[str, float]:

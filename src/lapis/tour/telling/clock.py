@@ -34,13 +34,13 @@ class Clock:
     Args:
         work: Part -> tokens, for the parts that are still to be done.
         pace: Tokens a second, as measured beforehand.
-        screen: Where to tell it; standard error, if not given.
+        screen: Where to tell it.
     """
 
-    def __init__(self, work: Mapping[str, float], pace: float, screen: "Screen | None" = None) -> None:
+    def __init__(self, work: Mapping[str, float], pace: float, screen: Screen) -> None:
         self.work = dict(work)
         self._learned, self._seconds = _MEMORY / 2 * pace, _MEMORY / 2
-        self.screen = screen or on_terminal()
+        self.screen = screen
         self.total = sum(self.work.values())
         self._part, self._share, self._last, self._said = "", 0.0, time.monotonic(), ""
 
@@ -94,10 +94,6 @@ class Clock:
 
     def close(self) -> None:
         """A run is over, and the tour goes on."""
-
-    def stop(self) -> None:
-        """The tour is over, or was stopped."""
-        self.screen.close()
 
 
 class TourBar:

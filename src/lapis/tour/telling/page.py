@@ -12,7 +12,7 @@ from lapis.tour.telling.verdict import LABELS, MEANS, advice, sentence
 Found = Mapping[str, Any]
 
 WHAT = {
-    "base": "pre-trained on English, with two fifths of text in the target language",
+    "base": "pre-trained on English, with some text of the target language",
     "chat": "base, tuned on English chats",
     "adapted": "base, continued on the target language",
     "grafted": "adapted + scale × (chat − base): no training step",
