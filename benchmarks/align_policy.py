@@ -32,7 +32,7 @@ from lapis.text.corpus.corpus import ChatRecord
 from lapis.text.tokenizer.tokenizer import Tokenizer, train_tokenizer
 from lapis.training.config import TrainConfig
 from lapis.training.loop.loop import train
-from lapis.training.loop.progress import Lines
+from lapis.training.loop.progress import LogLines
 from lapis.training.objectives.policy.policy import GRPO, PPO, RLOO
 from lapis.training.objectives.supervised.next_token import Chat
 
@@ -73,7 +73,7 @@ def make_start(folder: Path, lists: list[list[str]]) -> None:
         ModelConfig(dim=64, layers=2, heads=4, ffn_dim=176, vocab=tokenizer.rows, context=64, tied=True)
     )
     config = TrainConfig(epochs=10, batch=4, lr=3e-3, precision="float32", threads=1, sample_every=0)
-    train(model, Chat(tokenizer, chats, context=512), config, folder, watch=Lines("start"))
+    train(model, Chat(tokenizer, chats, context=512), config, folder, watch=LogLines("start"))
 
 
 def mean_reward(model: Transformer, tokenizer: Tokenizer, rows: list[dict[str, Any]], temperature: float) -> float:
@@ -102,7 +102,7 @@ def one_run(
     )  # fmt: skip
     start = time.perf_counter()
     result = train(model, made, config, options.folder / f"{name}-{seed}", overwrite=True, fresh=True,
-                   watch=Lines(f"{name} {seed}", 20))  # fmt: skip
+                   watch=LogLines(f"{name} {seed}", 20))  # fmt: skip
     return {
         "minutes": (time.perf_counter() - start) / 60,
         "first": result.log[0]["metrics"]["reward"],

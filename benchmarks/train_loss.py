@@ -79,7 +79,7 @@ def learn(
     from lapis.text.corpus.corpus import documents
     from lapis.training.config import TrainConfig
     from lapis.training.loop.loop import train
-    from lapis.training.loop.progress import Lines
+    from lapis.training.loop.progress import LogLines
     from lapis.training.objectives.supervised.next_token import Causal
     from lapis.training.setup.start import FRESH, zero_outputs
 
@@ -93,7 +93,7 @@ def learn(
         **FRESH, "steps": steps, "batch": BATCH, "precision": "bf16", "threads": given.threads, "seed": given.seed,
         "sample_every": 0, "save_every": 10**9, "keep": 1, "compile": "off", **settings,
     })  # fmt: skip
-    heard = Lines("bench", 60.0)
+    heard = LogLines("bench", 60.0)
     log: list[dict[str, Any]] = []
     try:
         log = train(model, Causal(tokenizer, rows), config, out, watch=heard).log

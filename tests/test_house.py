@@ -49,7 +49,7 @@ NO_FILE = {"utils", "util", "common", "helpers", "misc", "scaled", "swap", "tell
 
 # What is still to be mended. These lists only ever get shorter.
 CIRCLES_LEFT = {"checkpoint": 1}
-CLASSES_LEFT = {"Journal", "Lines", "Pieces", "Rows", "Sums", "Turn", "Word", "World", "_Run"}
+CLASSES_LEFT: set[str] = set()
 VAGUE_LEFT = {"Exam", "_told", "carry", "say", "told"}
 NO_FLOW_LEFT = {"tour", "tour/sentences", "tour/setup", "tour/words"}
 LONG_NAMES_LEFT = {"tour": 4}

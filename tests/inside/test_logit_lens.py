@@ -13,7 +13,7 @@ from lapis.families.config import ModelConfig
 from lapis.inside.lens import logit_lens
 from lapis.inside.lens.options import LensOptions
 from lapis.inside.lens.side_by_side import Opened, side_by_side
-from lapis.inside.prompt import Spelling, Word, as_words, spell
+from lapis.inside.prompt import Spelling, TrackedWord, as_words, spell
 from lapis.model.transformer import Transformer
 
 from .conftest import make_model
@@ -215,7 +215,9 @@ def test_it_draws_itself_and_gives_rows(words):
 def test_spellings(words):
     assert [s.text for s in spell("Malaysia", words).spellings] == [" Malaysia", "Malaysia"]
     assert spell(" Kuala", words).spellings == (Spelling(" Kuala", tuple(words.encode(" Kuala"))),)
-    assert spell("<|im_end|>", words) == Word("<|im_end|>", (Spelling("<|im_end|>", (words.special["<|im_end|>"],)),))
+    assert spell("<|im_end|>", words) == TrackedWord(
+        "<|im_end|>", (Spelling("<|im_end|>", (words.special["<|im_end|>"],)),)
+    )
     for word in ("Kuala", "吉隆坡", "naïve", "x"):
         for spelling in spell(word, words).spellings:
             assert words.decode(spelling.ids) == spelling.text

@@ -15,7 +15,7 @@ from lapis.model.load import save
 from lapis.model.transformer import Transformer
 from lapis.text.tokenizer.tokenizer import Tokenizer, train_tokenizer
 from lapis.training.objectives.policy.experience import Experience
-from lapis.training.objectives.policy.on_policy import OnPolicy, Turn
+from lapis.training.objectives.policy.on_policy import MicroBatch, OnPolicy
 from lapis.training.objectives.policy.policy import GRPO, PPO, RLOO
 
 transformers = pytest.importorskip("transformers")
@@ -61,13 +61,13 @@ def models(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> di
     return {**made, "root": root}
 
 
-def collected(objective: OnPolicy, models: dict[str, Any]) -> tuple[Turn, Experience]:
+def collected(objective: OnPolicy, models: dict[str, Any]) -> tuple[MicroBatch, Experience]:
     """Replies of `spoke`, as the second update of them gets them."""
     objective.begin(models["start"])
-    turn = Turn(0, 0, 0, 1, len(DATA), 11, list(range(len(DATA))))
+    turn = MicroBatch(0, 0, 0, 1, len(DATA), 11, list(range(len(DATA))))
     with torch.no_grad():
         objective.prepare(models["spoke"], turn)
-    return objective.prepare(models["spoke"], Turn(0, 1, 0, 1, len(DATA), 11, list(range(len(DATA)))))
+    return objective.prepare(models["spoke"], MicroBatch(0, 1, 0, 1, len(DATA), 11, list(range(len(DATA)))))
 
 
 def ours(objective: OnPolicy, batch: Any, model: Transformer, folder: Path) -> tuple[float, dict[str, torch.Tensor]]:
@@ -205,7 +205,7 @@ def test_ppo_is_the_formulas_written_out(tokenizer: Tokenizer, models: dict[str,
     torch.manual_seed(1)
     with torch.no_grad():
         objective.extra_module.weight.normal_(0, 0.3)
-    turn = Turn(0, 0, 0, 1, len(DATA), 11, list(range(len(DATA))))
+    turn = MicroBatch(0, 0, 0, 1, len(DATA), 11, list(range(len(DATA))))
     with torch.no_grad():
         _, experience = objective.prepare(models["spoke"], turn)
     with torch.no_grad():

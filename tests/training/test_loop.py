@@ -234,7 +234,7 @@ def test_ctrl_c_in_another_thread_is_left_alone(new_model: Make, objective: Caus
 
 
 def test_progress_goes_to_standard_error(tmp_path: Path) -> None:
-    code = "from lapis.training.loop.progress import Lines; w = Lines('x', 0); w.note('hello')"
+    code = "from lapis.training.loop.progress import LogLines; w = LogLines('x', 0); w.note('hello')"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     assert done.stdout == "" and done.stderr == "hello\n"

@@ -25,7 +25,7 @@ from lapis.text.tokenizer.tokenizer import Tokenizer
 from lapis.training.config import TrainConfig
 from lapis.training.loop.loop import train
 from lapis.training.loop.progress import Silent
-from lapis.training.loop.state import Journal
+from lapis.training.loop.state import CheckpointJournal
 from lapis.training.objectives.supervised.next_token import Causal
 from lapis.training.run import read_settings, run
 
@@ -66,7 +66,7 @@ def stopped(new_model: Make, objective: Causal, tmp_path: Path) -> Path:
     with pytest.raises(StopError):
         train(new_model(), objective, CONFIG, tmp_path / "out", watch=Heard(stop_at=9))
     journal = tmp_path / ".out.lapis" / ".journal"
-    assert [path.name for path in Journal(journal).checkpoints] == ["step-6", "step-3"]
+    assert [path.name for path in CheckpointJournal(journal).checkpoints] == ["step-6", "step-3"]
     return journal
 
 

@@ -19,7 +19,7 @@ from lapis.text.corpus.pairs import Pair
 from lapis.text.tokenizer.tokenizer import Tokenizer
 from lapis.training.config import TrainConfig
 from lapis.training.loop.loop import train
-from lapis.training.loop.progress import Lines, Silent
+from lapis.training.loop.progress import LogLines, Silent
 from lapis.training.loop.stop_request import StopSignal, stop_requests
 from lapis.training.objectives.objective import SMALL_BATCH, FirstRows
 from lapis.training.objectives.policy.policy import GRPO, PPO
@@ -201,7 +201,7 @@ def test_every_objective_has_a_small_batch(
 
 
 def test_lines_come_while_nothing_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
-    watch = Lines("run", 0.05)
+    watch = LogLines("run", 0.05)
     watch.stage("measuring how to compute a step")
     time.sleep(0.5)
     row = {"step": 1, "loss": 2.0, "share": 0.25, "seconds_left": 30.0, "tokens_per_second": 10.0}

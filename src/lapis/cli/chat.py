@@ -72,7 +72,7 @@ def chat(
         with suppress(ImportError):
             import readline  # noqa: F401  arrow keys and history in input()
         line(f"{' and '.join(conversations)}: /help lists commands, Ctrl-D leaves", "dim")
-    talk(conversations, Lines(interactive))
+    talk(conversations, ChatLines(interactive))
 
 
 def meet(folder: str, system: str, sampling: Sampling, runtime: Runtime) -> "Conversation":
@@ -90,7 +90,7 @@ def meet(folder: str, system: str, sampling: Sampling, runtime: Runtime) -> "Con
     return conversation
 
 
-def talk(conversations: "dict[str, Conversation]", lines: "Lines") -> None:
+def talk(conversations: "dict[str, Conversation]", lines: "ChatLines") -> None:
     """Reads turns and commands until there are no more."""
     while (line := lines.read()) is not None:
         text = line.strip()
@@ -108,7 +108,7 @@ def talk(conversations: "dict[str, Conversation]", lines: "Lines") -> None:
             print_status(str(error))
 
 
-class Lines:
+class ChatLines:
     """What the user types, line by line; a line that ends in a backslash goes on in the next."""
 
     def __init__(self, interactive: bool) -> None:

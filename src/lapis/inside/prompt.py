@@ -79,7 +79,7 @@ class Spelling:
 
 
 @dataclass(frozen=True)
-class Word:
+class TrackedWord:
     """What is tracked.
 
     Attributes:
@@ -104,7 +104,7 @@ class Word:
         return f"{word} (its piece {' or '.join(map(show, self.pieces))})" if self.pieces else word
 
 
-def as_words(track: str | Iterable[str | Word], tokenizer: Tokenizer, rows: int) -> list[Word]:
+def as_words(track: str | Iterable[str | TrackedWord], tokenizer: Tokenizer, rows: int) -> list[TrackedWord]:
     """The words of "Malaysia, Indonesia" or of a list, each once.
 
     In a text one space behind a comma belongs to the comma; any other space before a word stays part of it.
@@ -123,7 +123,7 @@ def as_words(track: str | Iterable[str | Word], tokenizer: Tokenizer, rows: int)
         track = [part.rstrip() for part in (first, *(other.removeprefix(" ") for other in others)) if part.strip()]
     words = {}
     for item in track:
-        word = item if isinstance(item, Word) else spell(item, tokenizer)
+        word = item if isinstance(item, TrackedWord) else spell(item, tokenizer)
         highest = max(i for spelling in word.spellings for i in spelling.ids)
         if highest >= rows:
             raise DataError(f'lens: "{word.text}" needs token {highest}, but the head has {rows:,} rows; track another')
@@ -131,7 +131,7 @@ def as_words(track: str | Iterable[str | Word], tokenizer: Tokenizer, rows: int)
     return list(words.values())
 
 
-def spell(word: str, tokenizer: Tokenizer) -> Word:
+def spell(word: str, tokenizer: Tokenizer) -> TrackedWord:
     """A word's spellings. One that begins with a space has only that one; a special token is that token itself.
 
     Raises:
@@ -140,7 +140,7 @@ def spell(word: str, tokenizer: Tokenizer) -> Word:
     if not word.strip():
         raise ConfigError("lens: a tracked word is empty; give words parted by commas")
     if word in tokenizer.special:
-        return Word(word, (Spelling(word, (tokenizer.special[word],)),))
+        return TrackedWord(word, (Spelling(word, (tokenizer.special[word],)),))
     spellings: dict[int, Spelling] = {}
     for text in (word,) if word[0].isspace() else (" " + word, word):
         ids = _behind_a_break(text, tokenizer)
@@ -152,13 +152,13 @@ def spell(word: str, tokenizer: Tokenizer) -> Word:
         raise ConfigError(f'lens: the tokenizer cannot express "{word}"; track a word in characters that it knows')
     whole = any(len(spelling.ids) == 1 for spelling in spellings.values())
     pieces = () if whole else tuple(token_text(index, tokenizer) for index in spellings)
-    return Word(word, tuple(spellings.values()), pieces)
+    return TrackedWord(word, tuple(spellings.values()), pieces)
 
 
-def token_word(index: int, tokenizer: Tokenizer) -> Word:
+def token_word(index: int, tokenizer: Tokenizer) -> TrackedWord:
     """A single token as a word, by its id."""
     text = token_text(index, tokenizer)
-    return Word(text, (Spelling(text, (index,)),))
+    return TrackedWord(text, (Spelling(text, (index,)),))
 
 
 def token_text(index: int, tokenizer: Tokenizer) -> str:

@@ -31,7 +31,7 @@ from lapis.text.tokenizer.tokenizer import Tokenizer
 from lapis.training.config import TrainConfig
 from lapis.training.distributed import parallel
 from lapis.training.loop.loop import train
-from lapis.training.loop.progress import Lines, Silent, Watch, live, watcher
+from lapis.training.loop.progress import LogLines, Silent, Watch, live, watcher
 from lapis.training.objectives.objective import Objective
 from lapis.training.objectives.registry import OBJECTIVES, objective_class, options
 from lapis.training.result import TrainResult
@@ -117,7 +117,7 @@ def run(config: RunConfig, *, overwrite: bool = False, fresh: bool = False, watc
     """Makes or opens the model, reads the data, trains. Raises what these do."""
     world = parallel.join()
     settings = TrainConfig(**{entry.name: getattr(config, entry.name) for entry in dataclasses.fields(TrainConfig)})
-    starting = watch or (Lines(Path(config.out).name) if world.leads and not sys.stderr.isatty() else Silent())
+    starting = watch or (LogLines(Path(config.out).name) if world.leads and not sys.stderr.isatty() else Silent())
     try:
         objective, model = world.together(lambda: _start(config, overwrite, world, starting))
     finally:

@@ -24,7 +24,7 @@ from lapis.inside.lens.tuned import TunedLens
 from lapis.inside.prompt import (
     Prompt,
     Spelling,
-    Word,
+    TrackedWord,
     as_tokenizer,
     as_words,
     check_length,
@@ -62,7 +62,7 @@ def lens(
     model: nn.Module,
     tokenizer: Any,
     prompt: Prompt,
-    track: str | Iterable[str | Word] = (),
+    track: str | Iterable[str | TrackedWord] = (),
     options: LensOptions = DEFAULT,
     *,
     tuned: TunedLens | None = None,
@@ -101,7 +101,7 @@ def lens(
 
 @torch.inference_mode()
 def see(
-    parts: Anatomy, tokenizer: Tokenizer, ids: Sequence[int], words: Sequence[Word], positions: int = 1
+    parts: Anatomy, tokenizer: Tokenizer, ids: Sequence[int], words: Sequence[TrackedWord], positions: int = 1
 ) -> Seen:  # fmt: skip
     """Runs the prompt, and the beginnings of words that have more than one token: each of them once."""
     paths = [spelling.ids[:-1] for word in words for spelling in word.spellings if len(spelling.ids) > 1]
@@ -162,7 +162,7 @@ def _one_after_another(
 @torch.inference_mode()
 def look(
     seen: Seen,
-    words: Sequence[Word],
+    words: Sequence[TrackedWord],
     given: bool,
     *,
     top: int = 10,
@@ -221,7 +221,7 @@ def look(
 
 
 @torch.inference_mode()
-def best_anywhere(seen: Seen, head: Anatomy | None = None, tuned: TunedLens | None = None) -> list[Word]:
+def best_anywhere(seen: Seen, head: Anatomy | None = None, tuned: TunedLens | None = None) -> list[TrackedWord]:
     """The tokens that are best at the end of any layer, the last layer's first."""
     end = slice(len(seen.positions) - 1, len(seen.positions))
     readout = _read(

@@ -15,7 +15,7 @@ from lapis.errors import DataError, LapisError
 from lapis.inside.lens.logit_lens import DEFAULT, Seen, best_anywhere, check_fits, look, see
 from lapis.inside.lens.options import LensOptions
 from lapis.inside.lens.table import LensTrace
-from lapis.inside.prompt import Prompt, Spelling, Word, as_words, check_length, encode
+from lapis.inside.prompt import Prompt, Spelling, TrackedWord, as_words, check_length, encode
 from lapis.inside.trace import anatomy, refuse
 from lapis.model.check import read_config
 from lapis.model.load import load
@@ -75,7 +75,7 @@ def side_by_side(
     one: Opened,
     other: Opened,
     prompt: Prompt,
-    track: str | Sequence[str | Word] = (),
+    track: str | Sequence[str | TrackedWord] = (),
     *,
     options: LensOptions = DEFAULT,
     swapped: bool = False,
@@ -119,9 +119,9 @@ def side_by_side(
     return one_trace, other_trace
 
 
-def _either(seen: Sequence[Seen], best: Sequence[list[Word]]) -> list[list[Word]]:
+def _either(seen: Sequence[Seen], best: Sequence[list[TrackedWord]]) -> list[list[TrackedWord]]:
     """The best tokens of both, for each model under its own ids; what only one of the tokenizers has is left out."""
-    lists: list[list[Word]] = [[], []]
+    lists: list[list[TrackedWord]] = [[], []]
     for owner, words in enumerate(best):
         for word in words:
             index = word.spellings[0].ids[0]
@@ -131,5 +131,5 @@ def _either(seen: Sequence[Seen], best: Sequence[list[Word]]) -> list[list[Word]
                 continue
             if there is not None and all(word.text != known.text for known in lists[0]):
                 lists[owner].append(word)
-                lists[1 - owner].append(Word(word.text, (Spelling(word.text, (there,)),)))
+                lists[1 - owner].append(TrackedWord(word.text, (Spelling(word.text, (there,)),)))
     return lists

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lapis.errors import ConfigError, MissingExtra
 from lapis.inside.contributions import Contribution
-from lapis.inside.prompt import Word, show
+from lapis.inside.prompt import TrackedWord, show
 
 if TYPE_CHECKING:
     import pandas
@@ -70,7 +70,7 @@ class LensTrace:
     model: str
     tokens: list[str]
     ids: list[int]
-    words: list[Word]
+    words: list[TrackedWord]
     given: bool
     readings: list[Reading]
     grid: list[Reading]

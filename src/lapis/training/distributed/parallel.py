@@ -28,7 +28,7 @@ _SHORT = 2000  # bytes that most messages fit into
 _PATIENCE = datetime.timedelta(hours=2)  # for the others while one process saves or evaluates
 
 
-class World:
+class Processes:
     """The processes of a run: this one's rank of size. With size 1 every method is the plain thing, at no cost."""
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
@@ -146,16 +146,16 @@ def leave() -> NoReturn:
     raise SystemExit(1)
 
 
-def join() -> World:
+def join() -> Processes:
     """The processes that torchrun started together (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT), or this one alone.
 
     Raises TrainingError where they cannot meet: the port is in use, or a process is missing.
     """
     if dist.is_initialized():
-        return World(dist.get_rank(), dist.get_world_size())
+        return Processes(dist.get_rank(), dist.get_world_size())
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1 or "RANK" not in os.environ:
-        return World()
+        return Processes()
     place = f"{os.environ.get('MASTER_ADDR', 'localhost')}:{os.environ.get('MASTER_PORT', '29500')}"
     cuda = torch.cuda.is_available()
     if cuda:
@@ -168,7 +168,7 @@ def join() -> World:
         used = "EADDRINUSE" in str(error) or "already in use" in str(error).lower()
         why = "the port is in use" if used else f"the processes cannot meet ({str(error).splitlines()[0][:120]})"
         raise TrainingError(f"train: {place}: {why}; give torchrun another port: --master-port N") from None
-    return World(dist.get_rank(), dist.get_world_size())
+    return Processes(dist.get_rank(), dist.get_world_size())
 
 
 def disconnect() -> None:

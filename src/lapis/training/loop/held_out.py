@@ -13,7 +13,7 @@ from torch import nn
 from lapis.config import nearest
 from lapis.errors import ConfigError, TrainingError
 from lapis.training.config import TrainConfig
-from lapis.training.distributed.parallel import World
+from lapis.training.distributed.parallel import Processes
 from lapis.training.loop.progress import Watch, live
 from lapis.training.loop.state import Best, TrainState
 from lapis.training.objectives.objective import Objective
@@ -25,7 +25,7 @@ LESS_IS_BETTER = ("loss", "nll", "perplexity", "error", "bits", "kl")
 class Evaluator:
     """Evaluates a run on the objective's held-out data. The first process computes; all know the result."""
 
-    def __init__(self, state: TrainState, config: TrainConfig, world: World, watch: Watch) -> None:
+    def __init__(self, state: TrainState, config: TrainConfig, world: Processes, watch: Watch) -> None:
         self.state, self.config, self.world, self.watch = state, config, world, watch
         self._warned = False
 

@@ -26,7 +26,7 @@ from lapis.training.distributed import parallel
 from lapis.training.loop.curve import Window
 from lapis.training.loop.held_out import Evaluator, overfitting
 from lapis.training.loop.progress import Silent, Watch, format_time, live, watcher
-from lapis.training.loop.state import Journal, TrainState, clean_journal, restore, weights_digest
+from lapis.training.loop.state import CheckpointJournal, TrainState, clean_journal, restore, weights_digest
 from lapis.training.loop.stop_request import StopRequest, StopSignal, stop_requests
 from lapis.training.loop.update import Batches, Updater
 from lapis.training.objectives.objective import Objective
@@ -74,7 +74,7 @@ def train(
     world = parallel.join()
     if not world.leads:
         with stop_requests(immediate=False) as request:
-            run = _Run(model, objective, config, world, None, Silent(), request)
+            run = _TrainingRun(model, objective, config, world, None, Silent(), request)
             result = run.go(out)
             world.gather(None)  # until the first process has written
             return result
@@ -89,7 +89,7 @@ def train(
             stop_requests(immediate=world.size == 1) as request,
         ):
             try:
-                run = _Run(model, objective, config, world, journal, watch, request)
+                run = _TrainingRun(model, objective, config, world, journal, watch, request)
                 result = run.go(out)
             except StopSignal:
                 raise TrainingError(
@@ -103,12 +103,12 @@ def train(
     return result
 
 
-class _Run:
+class _TrainingRun:
     """One run from its start, or from a checkpoint, to its end. journal: of the process that writes; else None."""
 
     def __init__(
-        self, model: Transformer, objective: Objective, config: TrainConfig, world: parallel.World,
-        journal: Journal | None, watch: Watch, request: StopRequest,
+        self, model: Transformer, objective: Objective, config: TrainConfig, world: parallel.Processes,
+        journal: CheckpointJournal | None, watch: Watch, request: StopRequest,
     ) -> None:  # fmt: skip
         self.model, self.objective, self.config, self.world = model, objective, config, world
         self.journal, self.watch = journal, watch
@@ -354,7 +354,7 @@ class _Run:
             if name in weights:
                 parameter.copy_(weights[name])
 
-    def _save(self, journal: Journal) -> Path:
+    def _save(self, journal: CheckpointJournal) -> Path:
         if self.window.steps:
             self._log()  # a checkpoint holds the whole curve so far
         return journal.write(self.state, self.facts, self.objective.tokenizer, self.config.keep)

@@ -74,7 +74,7 @@ class Bar(LiveWatch):
         self.progress.stop()
 
 
-class Lines(LiveWatch):
+class LogLines(LiveWatch):
     """Lines on standard error, for logs and pipes: after the first step, then each `seconds`, whatever is being done.
 
     Args:
@@ -130,7 +130,7 @@ def live(watch: Watch) -> LiveWatch:
 
 def watcher(label: str) -> Watch:
     """A bar where standard error is a terminal, lines where not."""
-    return Bar(label) if sys.stderr.isatty() else Lines(label)
+    return Bar(label) if sys.stderr.isatty() else LogLines(label)
 
 
 def format_row(row: Mapping[str, Any]) -> str:

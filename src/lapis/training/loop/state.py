@@ -98,7 +98,7 @@ class TrainState:
 
 
 def save(state: TrainState, folder: Path, facts: Mapping[str, Any], tokenizer: Saves | None) -> None:
-    """Write a checkpoint, whole or not at all. facts: what a rerun must agree with (see `Journal`)."""
+    """Write a checkpoint, whole or not at all. facts: what a rerun must agree with (see `CheckpointJournal`)."""
     with commit(folder, kind="checkpoint", overwrite=True) as staging:
         lora.save(state.model, staging.path)
         if tokenizer is not None:
@@ -136,7 +136,7 @@ def restore(state: TrainState, folder: Path) -> None:
     state.best = Best(**numbers["best"], weights=weights)
 
 
-class Journal:
+class CheckpointJournal:
     """The checkpoints of one unfinished run, and `run.json`: what the run was started with and has chosen."""
 
     def __init__(self, folder: Path) -> None:
@@ -222,17 +222,17 @@ class Journal:
 
 
 @contextmanager
-def clean_journal(staging: Staging, fresh: bool) -> Iterator[Journal]:
+def clean_journal(staging: Staging, fresh: bool) -> Iterator[CheckpointJournal]:
     """The run's journal; a refusal before the first checkpoint leaves nothing behind."""
     folder, before = staging.root / JOURNAL, staging.root / f"{JOURNAL}-before"
-    if before.exists() and not Journal(folder).checkpoints:  # a fresh start that never came to a checkpoint
+    if before.exists() and not CheckpointJournal(folder).checkpoints:  # a fresh start that never came to a checkpoint
         shutil.rmtree(folder)
         before.rename(folder)
     for entry in staging.path.iterdir():  # the rest of an output that was not finished
         shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     if fresh and folder.exists():
         folder.rename(before)
-    journal = Journal(folder)
+    journal = CheckpointJournal(folder)
     try:
         yield journal
     except BaseException:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lapis.errors import LapisError, TrainingError
 from lapis.training.config import TrainConfig
-from lapis.training.distributed.parallel import World
+from lapis.training.distributed.parallel import Processes
 from lapis.training.loop.progress import LiveWatch, Silent, format_time
 from lapis.training.loop.state import TrainState, rng_state, set_rng_state
 from lapis.training.loop.stop_request import StopRequest, StopSignal
@@ -29,7 +29,7 @@ Batches = Iterator[tuple[Any, dict[str, Any]]]
 
 
 @dataclass
-class Sums:
+class StepSums:
     """What a step adds up to.
 
     Attributes:
@@ -68,7 +68,7 @@ class Updater:
     watch: LiveWatch = Silent()
 
     def __init__(
-        self, state: TrainState, objective: Objective, config: TrainConfig, world: World, request: StopRequest
+        self, state: TrainState, objective: Objective, config: TrainConfig, world: Processes, request: StopRequest
     ) -> None:
         self.state, self.objective, self.config, self.world = state, objective, config, world
         self.request = request
@@ -79,7 +79,7 @@ class Updater:
         """The signal for which all processes stop, or None."""
         return self.request.signal if self.world.size == 1 else self._stop
 
-    def update(self, batches: Batches, scale: float, last_good: str) -> Sums | None:
+    def update(self, batches: Batches, scale: float, last_good: str) -> StepSums | None:
         """One update at `scale` times the peak learning rate; None where a stop was requested before it was whole.
 
         Raises TrainingError for a loss or gradient that is not finite, or where nothing is supervised.
@@ -105,9 +105,9 @@ class Updater:
         optimizers.clear()
         return sums
 
-    def _gather(self, batches: Batches, last_good: str) -> Sums | None:
+    def _gather(self, batches: Batches, last_good: str) -> StepSums | None:
         """The shares of all processes, added up; None where one of them stops."""
-        own, error = Sums(), None
+        own, error = StepSums(), None
         try:
             with self.request.at_once():
                 self._compute(batches, own, last_good)
@@ -129,12 +129,14 @@ class Updater:
         self._stop = next((each["stop"] for each in shares if each["stop"]), None)
         if not all(each["whole"] for each in shares):
             return None
-        total = Sums(cursor=own.cursor, without_gradient=set.intersection(*(set(each["without"]) for each in shares)))
+        total = StepSums(
+            cursor=own.cursor, without_gradient=set.intersection(*(set(each["without"]) for each in shares))
+        )
         for each in shares:
             total.add(*each["sums"])
         return total
 
-    def _compute(self, batches: Batches, own: Sums, last_good: str) -> None:
+    def _compute(self, batches: Batches, own: StepSums, last_good: str) -> None:
         """The micro-batches of this process: gradients, and sums into `own`, whose cursor stays None after a stop."""
         cursor, start, parts = None, time.monotonic(), self.config.accumulate
         for number in range(parts * self.world.size):

@@ -1,6 +1,6 @@
 """What changed between two models, in direction and magnitude: per tensor, layer, component, and embedding row.
 
-Both models are read once, tile by tile, and nothing is built. Rows of embedding and head are matched by the token's
+Both models are read once, tile by tile, and nothing is built. StoredRows of embedding and head are matched by the token's
 string where the vocabularies differ. Leaves out: pictures (report/), spectra and lineage (spectrum.py, lineage.py).
 """
 
@@ -19,7 +19,7 @@ from lapis.weights.diff import spectrum
 from lapis.weights.diff.measures import Sums, direction, mantissa, measure, measure_rows, ratio
 from lapis.weights.diff.table import DiffTable, Line
 from lapis.weights.engine.fp8 import is_number
-from lapis.weights.engine.sources import Rows, Source, Stored
+from lapis.weights.engine.sources import Source, Stored, StoredRows
 from lapis.weights.engine.tiles import Reader, each, spans
 from lapis.weights.matching import (
     Model,
@@ -182,8 +182,8 @@ def _by_token(
         for token, i in left.ids.items()
         if token in right.ids and i < limit_a and right.ids[token] < limit_b
     )
-    a = Rows("a", one, name, [row[0] for row in shared])
-    b = Rows("b", two, other, [row[1] for row in shared])
+    a = StoredRows("a", one, name, [row[0] for row in shared])
+    b = StoredRows("b", two, other, [row[1] for row in shared])
     return _Pair(name, one.part(name), a, b, [row[2] for row in shared] if rows else None, [row[0] for row in shared])
 
 

@@ -15,7 +15,7 @@ from lapis.checkpoint.tensor_file import torch_dtype
 from lapis.errors import CheckpointError
 from lapis.weights.engine.fp8 import COMPUTABLE, FP8, Scales, read_scales, scale_name
 
-__all__ = ["COMPUTABLE", "Rows", "Source", "Stored", "as_bytes", "columns_of", "read_rows"]
+__all__ = ["COMPUTABLE", "Source", "Stored", "StoredRows", "as_bytes", "columns_of", "read_rows"]
 
 
 class Source(Protocol):
@@ -62,7 +62,7 @@ class Stored:
         self._checkpoint.prefetch(self.name, first * item, (last - first) * item)
 
 
-class Rows:
+class StoredRows:
     """A tensor's rows in the order that `rows` gives; -1 is a row of zeros.
 
     rows: for each row of the result, the row of the stored tensor (dimension 0).

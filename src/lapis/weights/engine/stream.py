@@ -60,7 +60,7 @@ def stream(
     progress(done, total) is called in bytes of output. Raises CheckpointError for NaN or Inf in what is read or
     written, unless allow_nonfinite, which counts them.
     """
-    run = _Run(files, folder, journal, metadata or {"format": "pt"}, allow_nonfinite, progress)
+    run = _Streaming(files, folder, journal, metadata or {"format": "pt"}, allow_nonfinite, progress)
     with one_thread_each():
         return run()
 
@@ -103,7 +103,7 @@ class _Task:
     following: tuple[Source, ...]  # what the next tensor is made from
 
 
-class _Run:
+class _Streaming:
     def __init__(
         self,
         files: dict[str, Sequence[Output]],

@@ -27,7 +27,7 @@ from lapis.weights.checks import (
 from lapis.weights.engine.fp8 import is_scale
 from lapis.weights.engine.job import Entry, disk_bytes
 from lapis.weights.engine.outputs import Kernel, Output, unchanged
-from lapis.weights.engine.sources import Rows, Source, Stored, columns_of, read_rows
+from lapis.weights.engine.sources import Source, Stored, StoredRows, columns_of, read_rows
 from lapis.weights.engine.tiles import THREADS, TILE, Tile
 from lapis.weights.graft.scale import Scale, read_scale
 from lapis.weights.matching import (
@@ -235,7 +235,7 @@ class _Layout:
         grown = self.config.get("vocab_size", rows)
         if grown > rows:
             shape = (grown, *own.shape[1:])
-            source = Rows("onto", self.onto, name, [*range(rows), *[-1] * (grown - rows)])
+            source = StoredRows("onto", self.onto, name, [*range(rows), *[-1] * (grown - rows)])
         why = "embeddings are kept" + (f", but {len(patch.rows)} rows of the template are chat's" if patch else "")
         if self.embeddings == "keep" or not any(scales):
             self.entries.append(Entry(name, "copied", why))
@@ -246,7 +246,7 @@ class _Layout:
         shared -= set(self.held)
         listed = [token if (token := tokens.get(row)) in shared else None for row in range(shape[0])]
         others = tuple(
-            Rows(role, self.inputs[role], self._names[role][name], rows_for(listed, self.words[role]))  # type: ignore[arg-type]
+            StoredRows(role, self.inputs[role], self._names[role][name], rows_for(listed, self.words[role]))  # type: ignore[arg-type]
             for role in self.roles
         )
         why = f"{sum(token is not None for token in listed):,} shared tokens of {shape[0]:,} rows"

@@ -36,7 +36,7 @@ _SHOWN = 8  # prompts whose replies before and after go into the result
 
 
 @dataclass(frozen=True)
-class Turn:
+class MicroBatch:
     """One micro-batch of a step.
 
     Attributes:
@@ -128,7 +128,7 @@ class OnPolicy(Objective):
     # where the three objectives differ
 
     @abstractmethod
-    def with_advantages(self, model: Transformer, experience: Experience, turn: Turn) -> Experience:
+    def with_advantages(self, model: Transformer, experience: Experience, turn: MicroBatch) -> Experience:
         """The experience with its advantages."""
 
     @property
@@ -161,7 +161,7 @@ class OnPolicy(Objective):
         self._model = model
         self._before = self.replier.likeliest(model, self._shown())
 
-    def batches(self, state: DataPlace) -> Iterator[tuple[Turn, Cursor]]:
+    def batches(self, state: DataPlace) -> Iterator[tuple[MicroBatch, Cursor]]:
         cursor = state.cursor or {"order": None, "round": 0, "update": 0, "part": 0}
         parts = state.parts
         order, at, update, part = cursor["order"], cursor["round"], cursor["update"], cursor["part"]
@@ -169,7 +169,7 @@ class OnPolicy(Objective):
         while True:
             numbers, _, behind = next(stream)
             while update < self.updates:
-                turn = Turn(at, update, part, parts, state.rows, state.seed, numbers)
+                turn = MicroBatch(at, update, part, parts, state.rows, state.seed, numbers)
                 part = (part + 1) % parts
                 update += part == 0
                 now = {"order": order, "round": at, "update": update, "part": part}
@@ -178,7 +178,7 @@ class OnPolicy(Objective):
                 yield turn, now
             order, at, update = behind, at + 1, 0
 
-    def prepare(self, model: Transformer, batch: Turn) -> tuple[Turn, Experience]:
+    def prepare(self, model: Transformer, batch: MicroBatch) -> tuple[MicroBatch, Experience]:
         own = own_parts(batch.parts)
         if batch.update == 0 and batch.part == own[0]:
             experience = self._collect(model, batch, own)
@@ -192,7 +192,7 @@ class OnPolicy(Objective):
         piece = experience.rows(place * size, (place + 1) * size)
         return batch, Experience.of({name: t.to(device) for name, t in piece.tensors().items()})
 
-    def small_batch(self, model: Transformer, state: DataPlace, tokens: int) -> tuple[Turn, Experience]:
+    def small_batch(self, model: Transformer, state: DataPlace, tokens: int) -> tuple[MicroBatch, Experience]:
         """One group of made-up replies to the first prompt: sampling would take longer than what is measured, and needs
         the other processes."""
         device = next(model.parameters()).device
@@ -212,7 +212,7 @@ class OnPolicy(Objective):
         experience = Experience(rollouts, zeros_B, advantages=zeros_B)
         if self._reference is not None:
             experience = replace(experience, reference_BR=torch.zeros_like(rollouts.logprobs_BR))
-        turn = Turn(round=0, update=1, part=0, parts=1, rows=1, seed=state.seed, prompts=[0])
+        turn = MicroBatch(round=0, update=1, part=0, parts=1, rows=1, seed=state.seed, prompts=[0])
         return turn, experience
 
     def evaluate(self, model: Transformer) -> dict[str, float]:
@@ -265,7 +265,7 @@ class OnPolicy(Objective):
 
     # rollouts and rewards
 
-    def _collect(self, model: Transformer, turn: Turn, own: list[int]) -> Experience:
+    def _collect(self, model: Transformer, turn: MicroBatch, own: list[int]) -> Experience:
         """Replies to this process's prompts of the step, scored."""
         places = [part * turn.rows + i for part in own for i in range(turn.rows)]
         prompts = [self.prompts.rows[turn.prompts[place]] for place in places]
@@ -307,7 +307,7 @@ class OnPolicy(Objective):
                 self._warned.add(name)
                 self.notes.append(f"reward {name} failed: {why}; such replies teach nothing and are counted (unscored)")
 
-    def _guard(self, turn: Turn, experience: Experience) -> None:
+    def _guard(self, turn: MicroBatch, experience: Experience) -> None:
         for kind, warning in self.watching.see(turn.round, guard_figures(experience)):
             if self.guards == "stop":
                 self.halt = warning
@@ -318,7 +318,9 @@ class OnPolicy(Objective):
     def _score(self, model: Transformer, experience: Experience, learn_entropy: bool = False) -> ReplyScores:
         return score_replies(model, experience.rollouts, self.temperature, learn_entropy=learn_entropy)
 
-    def figures(self, turn: Turn, experience: Experience, scores: ReplyScores, stopped: Tensor) -> dict[str, float]:
+    def figures(
+        self, turn: MicroBatch, experience: Experience, scores: ReplyScores, stopped: Tensor
+    ) -> dict[str, float]:
         """What is reported. rollout_gap: the largest difference of a token's probability between rollout and training,
         of replies that no step has learned from yet."""
         if turn.update == 0:

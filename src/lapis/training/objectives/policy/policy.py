@@ -29,7 +29,7 @@ from lapis.training.objectives.policy.losses import (
     moments,
     whiten,
 )
-from lapis.training.objectives.policy.on_policy import OnPolicy, Turn
+from lapis.training.objectives.policy.on_policy import MicroBatch, OnPolicy
 
 
 @dataclass(eq=False, kw_only=True)
@@ -56,11 +56,11 @@ class GRPO(OnPolicy):
         super().__post_init__()
         _require_group(self)
 
-    def with_advantages(self, model: Transformer, experience: Experience, turn: Turn) -> Experience:
+    def with_advantages(self, model: Transformer, experience: Experience, turn: MicroBatch) -> Experience:
         rewards_PG = experience.rewards_B.view(-1, self.group)
         return replace(experience, advantages=group_relative(rewards_PG, self.scale == "group").flatten())
 
-    def loss(self, model: Transformer, batch: tuple[Turn, Experience]) -> Loss:
+    def loss(self, model: Transformer, batch: tuple[MicroBatch, Experience]) -> Loss:
         turn, experience = batch
         scores, rollouts = self._score(model, experience), experience.rollouts
         assert experience.advantages is not None
@@ -94,7 +94,7 @@ class RLOO(OnPolicy):
         super().__post_init__()
         _require_group(self)
 
-    def with_advantages(self, model: Transformer, experience: Experience, turn: Turn) -> Experience:
+    def with_advantages(self, model: Transformer, experience: Experience, turn: MicroBatch) -> Experience:
         rewards_B = experience.rewards_B
         if self.kl and experience.reference_BR is not None:
             rollouts = experience.rollouts
@@ -102,7 +102,7 @@ class RLOO(OnPolicy):
             rewards_B = rewards_B - self.kl * ratio_BR.sum(1)
         return replace(experience, advantages=leave_one_out(rewards_B.view(-1, self.group)).flatten())
 
-    def loss(self, model: Transformer, batch: tuple[Turn, Experience]) -> Loss:
+    def loss(self, model: Transformer, batch: tuple[MicroBatch, Experience]) -> Loss:
         turn, experience = batch
         scores, rollouts = self._score(model, experience), experience.rollouts
         logp_B = (scores.logprobs_BR * rollouts.mask_BR).sum(1)
@@ -173,7 +173,7 @@ class PPO(OnPolicy):
         nn.init.zeros_(self._head.bias)
         super().begin(model, folder)
 
-    def small_batch(self, model: Transformer, state: DataPlace, tokens: int) -> tuple[Turn, Experience]:
+    def small_batch(self, model: Transformer, state: DataPlace, tokens: int) -> tuple[MicroBatch, Experience]:
         turn, experience = super().small_batch(model, state, tokens)
         zeros_BR = torch.zeros_like(experience.rollouts.logprobs_BR)
         return turn, replace(experience, advantages=zeros_BR, values_BR=zeros_BR, returns_BR=zeros_BR)
@@ -185,7 +185,7 @@ class PPO(OnPolicy):
         return torch.zeros(mask_BR.shape, device=mask_BR.device).masked_scatter(mask_BR, values_N)
 
     @torch.no_grad()
-    def with_advantages(self, model: Transformer, experience: Experience, turn: Turn) -> Experience:
+    def with_advantages(self, model: Transformer, experience: Experience, turn: MicroBatch) -> Experience:
         rollouts, mask_BR = experience.rollouts, experience.rollouts.mask_BR
         values_BR = self.values(self._score(model, experience).hidden_ND, mask_BR)
         scored_BR = mask_BR & experience.rewards_B.isfinite()[:, None]
@@ -201,7 +201,7 @@ class PPO(OnPolicy):
         self._adapt(turn.round, weight, experience)
         return replace(experience, advantages=advantages_BR * scored_BR, values_BR=values_BR, returns_BR=returns_BR)
 
-    def loss(self, model: Transformer, batch: tuple[Turn, Experience]) -> Loss:
+    def loss(self, model: Transformer, batch: tuple[MicroBatch, Experience]) -> Loss:
         turn, experience = batch
         scores = self._score(model, experience, learn_entropy=self.entropy > 0)
         rollouts = experience.rollouts

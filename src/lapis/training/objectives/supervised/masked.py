@@ -69,8 +69,8 @@ class Masked(Objective):
                 "lapis tokenizer train --kind masked"
             )
         self.masker = Masker(self.tokenizer, self.share, self.whole_words)
-        self.examples = Pieces(self.tokenizer, self.data, self.context)
-        self.held_out = None if self.valid is None else Pieces(self.tokenizer, self.valid, self.context)
+        self.examples = HiddenPieces(self.tokenizer, self.data, self.context)
+        self.held_out = None if self.valid is None else HiddenPieces(self.tokenizer, self.valid, self.context)
         self.rows = len(self.examples)
 
     def describe(self) -> dict[str, Any]:
@@ -120,7 +120,7 @@ class Masked(Objective):
         pairs = zip(batch.targets_BT[0, places].tolist(), guesses, strict=True)
         return ", ".join(f"{self.tokenizer.text(truth)} -> {self.tokenizer.text(guess)}" for truth, guess in pairs)
 
-    def _batch(self, pieces: "Pieces", rows: list[int], seed: int, places: list[int]) -> RowBatch:
+    def _batch(self, pieces: "HiddenPieces", rows: list[int], seed: int, places: list[int]) -> RowBatch:
         ids, segments, positions = pieces.take(rows)
         targets = np.empty_like(ids)
         for i, place in enumerate(places):
@@ -197,7 +197,7 @@ def _within_word(sign: str) -> bool:
     return sign > "\xa0" and not "\u0100" <= sign <= "\u0121" and sign != "\u2581"
 
 
-class Pieces:
+class HiddenPieces:
     """Documents as framed pieces of at most `context` tokens, and which of them share a row. In memory.
 
     (Packed rows of `lapis data pack` hold a stream without [CLS] and [SEP], so they are not read here.)

@@ -33,7 +33,7 @@ from lapis.text.rows.mixture import Data, Draw, Mixture, draws
 from lapis.text.rows.packing import Report
 from lapis.text.rows.rows import IGNORE, RowBatch, Rows
 from lapis.text.tokenizer.tokenizer import Tokenizer
-from lapis.training.loop.progress import Lines
+from lapis.training.loop.progress import LogLines
 from lapis.training.objectives.objective import Cursor, DataPlace, Loss, Objective
 from lapis.training.objectives.supervised.cross_entropy import head_cross_entropy
 
@@ -241,7 +241,7 @@ def packing_progress() -> Iterator[Report | None]:
         with Console(stderr=True).status("reading data") as status:
             yield lambda texts, tokens: status.update(f"packing: {texts:,} texts, {tokens:,} tokens")
     else:
-        lines = Lines("data")
+        lines = LogLines("data")
         lines.stage("reading")
         try:
             yield lambda texts, tokens: lines.stage(f"packing: {texts:,} texts, {tokens:,} tokens")
