@@ -136,7 +136,9 @@ def run(config: RunConfig, *, overwrite: bool = False, fresh: bool = False, watc
     return result
 
 
-def _start(config: RunConfig, overwrite: bool, world: parallel.World, watch: Watch) -> tuple[Objective, Transformer]:
+def _start(
+    config: RunConfig, overwrite: bool, world: parallel.Processes, watch: Watch
+) -> tuple[Objective, Transformer]:
     """The objective and the model. Whatever is wrong with files and settings is found here."""
     if world.leads:
         inputs = [Path(place) for place in (config.model, config.tokenizer) if place is not None]

@@ -1,6 +1,6 @@
 """What changed between two models, in direction and magnitude: per tensor, layer, component, and embedding row.
 
-Both models are read once, tile by tile, and nothing is built. StoredRows of embedding and head are matched by the token's
+Both models are read once, tile by tile, and nothing is built. Rows of embedding and head are matched by the token's
 string where the vocabularies differ. Leaves out: pictures (report/), spectra and lineage (spectrum.py, lineage.py).
 """
 
