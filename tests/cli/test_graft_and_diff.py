@@ -69,7 +69,7 @@ def test_graft_prints_one_object_and_tries_the_result_out(run: Run, models: dict
 def test_diff_prints_one_object_and_writes_a_page(run: Run, models: dict[str, Path], tmp_path: Path) -> None:
     page = tmp_path / "diff.html"
     status, out, err = run("diff", models["base"], models["chat"], "--rows", "--html", page, "--json")
-    assert status == 0 and err == ""
+    assert status == 0 and err == f"page: {page}\n"
     result = json.loads(out)
     assert {"tensors", "rows", "same_shape", "only_in_a", "only_in_b"} <= result.keys()
     names = ("name", "layer", "component", "cosine", "relative_norm", "mean_abs", "max_abs", "identical")
@@ -77,10 +77,13 @@ def test_diff_prints_one_object_and_writes_a_page(run: Run, models: dict[str, Pa
     assert {"token", "id", "special", "relative_norm", "cosine"} <= result["rows"][0].keys()
     assert "changed most" in page.read_text(encoding="utf-8")
     assert "Is it the template" in page.read_text(encoding="utf-8")
-    status, out, _ = run("diff", models["base"], models["chat"], models["onto"], "--html", page, "--json")
+    status, out, err = run("diff", models["base"], models["chat"], "--html", page)
+    assert (status, out) == (1, "") and "exists already" in err
+    again = ("--html", page, "--overwrite")
+    status, out, _ = run("diff", models["base"], models["chat"], models["onto"], *again, "--json")
     assert status == 0 and json.loads(out)["cosines"][0][0] == pytest.approx(1)
     assert "How far each went" in page.read_text(encoding="utf-8")
-    status, _, _ = run("diff", models["base"], models["chat"], "--spectra", "--html", page)
+    status, _, _ = run("diff", models["base"], models["chat"], "--spectra", *again)
     assert status == 0 and "has the lowest stable rank" in page.read_text(encoding="utf-8")
     status, out, err = run("diff", models["base"], tmp_path / "nothing")
     assert (status, out) == (1, "") and err.count("\n") == 1

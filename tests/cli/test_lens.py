@@ -71,6 +71,7 @@ def test_json_is_one_object_and_nothing_else(folders, capsys):
 def test_people_see_every_layer_and_what_wrote_the_word(folders, capsys):
     status, out, _ = run(capsys, folders[0], PROMPT, "--track", "Kuala")
     assert status == 0 and "embed" in out and "Kuala" in out and "added to the logit" in out
+    assert re.search(r'did most to \w+ "Kuala": it added \+[\d.]+ to the logit, all parts together [+-][\d.]+', out)
     assert len([line for line in out.splitlines() if line.strip()[:1] in "012"]) >= 3
 
 

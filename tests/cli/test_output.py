@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 from lapis.cli import output
+from lapis.cli.main import main
 from lapis.errors import OutputError
 from lapis.report import Page
 
@@ -71,9 +72,10 @@ def test_a_terminal_gets_a_bar(monkeypatch):
     assert "reading [red]x" in text and "━" in text and "scoring" in text
 
 
-def test_a_page_is_written_whole_and_replaces_nothing(tmp_path):
+def test_a_page_is_written_whole_and_replaces_nothing(tmp_path, capsys):
     path = tmp_path / "page.html"
     output.write_page(Page("one"), path)
+    assert capsys.readouterr().err == f"page: {path}\n"  # so that one knows where to look
     with pytest.raises(OutputError, match="exists already"):
         output.write_page(Page("two"), path)
     output.write_page(Page("two"), path, overwrite=True)
@@ -84,3 +86,11 @@ def test_json_has_no_nan():
     code = "from lapis.cli.output import show; show({'a': [float('nan'), {'b': float('inf')}]}, True, print)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert json.loads(out) == {"a": [None, {"b": None}]}
+
+
+@pytest.mark.parametrize("command", ["eval", "diff", "tokenizer train", "data pack"])
+def test_help_lists_no_option_that_empties_a_list(command, capsys):
+    with pytest.raises(SystemExit):
+        main([*command.split(), "--help"])
+        raise SystemExit(0)
+    assert "Usage: lapis" in (text := capsys.readouterr().out) and "--empty-" not in text

@@ -1,6 +1,8 @@
 """Held-out figures: early stop, the best weights, and both over a restart."""
 
 import json
+import re
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -183,3 +185,36 @@ def test_there_is_one_final_loss(new_model: Make, make: Callable[[], Scored], tm
     assert result.loss == facts["loss"] == rows[-1]["loss"]
     page = run_page(rows, facts, "out").render()
     assert f"{result.loss:.3f}" in page and f"loss {result.loss:.3f}" in format_row(rows[-1])
+
+
+class Listens(Silent):
+    """Keeps what it hears."""
+
+    def __init__(self) -> None:
+        self.stages: list[str] = []
+        self.left: dict[int, float] = {}
+
+    def stage(self, text: str) -> None:
+        self.stages.append(text)
+
+    def step(self, row: Any) -> None:
+        self.left[row["step"]] = row["seconds_left"]
+
+
+def test_an_evaluation_says_how_far_it_is_and_counts_in_the_time_left(
+    new_model: Make, tokenizer: Tokenizer, documents: list[Document], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lapis.training.objectives.supervised.next_token.BATCH_TOKENS", 64)
+    objective, watch = Causal(tokenizer, documents, context=32, valid=documents[:8]), Listens()
+    evaluate = objective.evaluate
+
+    def slowly(model: Transformer) -> dict[str, float]:
+        time.sleep(1)
+        return evaluate(model)
+
+    monkeypatch.setattr(objective, "evaluate", slowly)
+    train(new_model(), objective, replace(CONFIG, steps=6, eval_every=3), tmp_path / "out", watch=watch)
+    heard = [text for text in watch.stages if text.startswith("evaluating held-out data  ")]
+    assert heard[0] == "evaluating held-out data  0%"
+    assert any(re.search(r"\d%  0:00:\d\d left$", text) for text in heard)
+    assert watch.left[4] >= 1  # one evaluation of more than a second is still to come

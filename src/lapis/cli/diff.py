@@ -1,5 +1,6 @@
 """`lapis diff`: what a fine-tune changed, from the command line."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lapis.cli.output import line, notes, progress, show, table, write_page
@@ -16,7 +17,8 @@ def diff(
     rows: bool = False,
     spectra: bool = False,
     top: int = 20,
-    html: str | None = None,
+    html: Path | None = None,
+    overwrite: bool = False,
     json: bool = False,
 ) -> None:
     """Direction and magnitude of b - a, per tensor, layer and component; with more models, who descends from whom.
@@ -37,14 +39,19 @@ def diff(
         How many of the rows that moved most are shown.
     html
         Write a page with the pictures to this file.
+    overwrite
+        Replace an existing page.
     json
         Print one JSON object.
     """
+    from lapis.checkpoint.commit import check_output
     from lapis.errors import CheckpointError
     from lapis.weights.diff.diff import diff as run
     from lapis.weights.diff.diff import unrelated
     from lapis.weights.diff.lineage import lineage
 
+    if html is not None:
+        check_output(html, overwrite=overwrite, inputs=[a, b, *others])
     with progress("reading") as report:
         if others:
             descent = lineage(a, [b, *others], progress=report)
@@ -55,7 +62,7 @@ def diff(
         if html:
             from lapis.weights.diff.page import lineage_page
 
-            write_page(lineage_page(descent), html, overwrite=True)
+            write_page(lineage_page(descent), html, overwrite=overwrite)
         return
     if unrelated(difference):
         raise CheckpointError(f"{a} and {b}: cosine 0.00 in every layer: these are not parent and child")
@@ -93,7 +100,7 @@ def diff(
     if html:
         from lapis.weights.diff.page import diff_page
 
-        write_page(diff_page(difference, a, b), html, overwrite=True)
+        write_page(diff_page(difference, a, b), html, overwrite=overwrite)
 
 
 def print_lineage(lineage: "Lineage") -> None:

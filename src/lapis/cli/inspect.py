@@ -19,6 +19,7 @@ def inspect(
     context: int | None = None,
     mixers: str | None = None,
     html: Path | None = None,
+    overwrite: bool = False,
     json: bool = False,
 ) -> None:
     """Count parameters, memory and FLOPs, by component and layer; no weight is read.
@@ -28,12 +29,13 @@ def inspect(
         context: Tokens in the sequence; default: what the model was made for.
         mixers: TOKENSxFEATURES, as 512x768: compare a fully connected layer, a per-token layer and attention there.
         html: Write a page with the picture to this file.
+        overwrite: Replace an existing page.
         json: Print one JSON object.
     """
     if html is not None:
-        check_output(html)
+        check_output(html, overwrite=overwrite)
     if mixers is not None:
-        compare_mixers(mixers, html, json)
+        compare_mixers(mixers, html, json, overwrite=overwrite)
         return
     if model is None:
         raise ConfigError("inspect: give a model folder, the name of a published size, or --mixers 512x768")
@@ -46,7 +48,8 @@ def inspect(
     if html is not None:
         from lapis.report.pages.inspect import inspect_page
 
-        write_page(inspect_page({"model": model, **result}, lengths(measured) if measured else ()), html)
+        page = inspect_page({"model": model, **result}, lengths(measured) if measured else ())
+        write_page(page, html, overwrite=overwrite)
 
 
 def measure_source(model: str, context: int | None) -> "tuple[dict[str, Any], Size | None, list[str]]":
@@ -140,7 +143,7 @@ def lengths(measured: "Size") -> "list[dict[str, Any]]":
     return rows
 
 
-def compare_mixers(spelled: str, html: Path | None, json: bool) -> None:
+def compare_mixers(spelled: str, html: Path | None, json: bool, *, overwrite: bool = False) -> None:
     from lapis.model.size import mixers
 
     try:
@@ -158,4 +161,4 @@ def compare_mixers(spelled: str, html: Path | None, json: bool) -> None:
         from lapis.report.pages.inspect import mixers_page
 
         drawn = [{"mixer": row.name, "parameters": row.parameters, "flops": row.flops} for row in rows]
-        write_page(mixers_page(tokens, features, drawn), html)
+        write_page(mixers_page(tokens, features, drawn), html, overwrite=overwrite)

@@ -9,7 +9,7 @@ import gc
 import os
 import sys
 
-from cyclopts import App, CycloptsError
+from cyclopts import App, CycloptsError, Parameter
 
 from lapis import __version__
 from lapis.errors import LapisError
@@ -41,7 +41,10 @@ GROUPS = {"tokenizer": "Train a tokenizer.", "data": "Pack text into rows, and l
 
 def make_app() -> App:
     """The command tree, with every command still unimported."""
-    app = App(name="lapis", version=__version__, help="See inside, train and graft language models, layer by layer.")
+    app = App(
+        name="lapis", version=__version__, help="See inside, train and graft language models, layer by layer.",
+        default_parameter=Parameter(negative_iterable=()),  # else each list has an --empty-LIST beside it
+    )  # fmt: skip
     groups: dict[str, App] = {}
     for order, (name, (place, text)) in enumerate(COMMANDS.items()):
         group, _, last = name.rpartition(" ")

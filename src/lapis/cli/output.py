@@ -65,7 +65,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, 
 
 
 def write_page(page: "Page", path: Path | str, *, overwrite: bool = False) -> None:
-    """Writes a page to a file, whole or not at all.
+    """Writes a page to a file, whole or not at all, and says on standard error where it lies.
 
     Raises:
         OutputError: The file exists and `overwrite` was not given.
@@ -74,6 +74,7 @@ def write_page(page: "Page", path: Path | str, *, overwrite: bool = False) -> No
 
     with commit_file(path, overwrite=overwrite) as temporary:
         temporary.write_text(page.render(), encoding="utf-8")
+    line(f"page: {path}", "dim", error=True)
 
 
 def _cell(value: Any) -> str:

@@ -43,17 +43,20 @@ def plan(
         onto: The model of a coming graft: measure there, and learn a scale for each piece.
         out: Write the plan here, for `lapis train` (plan: FILE) and `lapis graft --scale FILE`.
         html: Write a page with the scatter, the choice and the control.
-        overwrite: Replace an existing plan.
+        overwrite: Replace an existing plan or page.
         json: Print one JSON object.
     """
     from dataclasses import asdict
 
     from lapis.checkpoint.commit import check_output
-    from lapis.cli.output import line, progress, show
+    from lapis.cli.output import line, progress, show, write_page
     from lapis.planning.plan import plan as run
+    from lapis.report.pages.plan import plan_page
 
     if out is not None:
         check_output(out, overwrite=overwrite)
+    if html is not None:
+        check_output(html, overwrite=overwrite)
     journal = None if out is None else out.parent / f".{out.name}.journal"
     try:
         with progress("reading") as report:
@@ -69,7 +72,7 @@ def plan(
     if out is not None:
         result.save(out, overwrite=overwrite)
     if html is not None:
-        result.to_html(html)
+        write_page(plan_page(result.to_json()), html, overwrite=overwrite)
     show(result.to_json(), json, lambda: _print(result))
 
 

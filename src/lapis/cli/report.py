@@ -13,7 +13,7 @@ def report(*folders: Path, out: Path, overwrite: bool = False, json: bool = Fals
         json: Print one JSON object.
     """
     from lapis.checkpoint.commit import check_output
-    from lapis.cli.output import line, show, write_page
+    from lapis.cli.output import notes, show, write_page
     from lapis.errors import ConfigError
     from lapis.report.pages.working_folder import report_of
 
@@ -22,4 +22,4 @@ def report(*folders: Path, out: Path, overwrite: bool = False, json: bool = Fals
     check_output(out, overwrite=overwrite)
     page = report_of(folders)
     write_page(page, out, overwrite=overwrite)
-    show({"out": str(out), "sections": page.sections}, json, lambda: line(out))
+    show({"out": str(out), "sections": page.sections}, json, lambda: notes(page.sections))

@@ -205,7 +205,10 @@ class LensTrace:
         token = next(c.token for c in self.contributions if c.word == word[0])
         known = {s.ids[0]: s for w in self.words if w.text == word[0] for s in w.spellings}
         writes = "begin" if len(known[token].ids) > 1 else "write"
-        return f'{most["label"]} did most to {writes} "{show(word[0])}": {most["logit"]:+.2f} of {sum_of(rows):.2f}'
+        return (
+            f'{most["label"]} did most to {writes} "{show(word[0])}": it added {most["logit"]:+.2f} to the logit, '
+            f"all parts together {sum_of(rows):+.2f}"
+        )
 
     def ranks_finding(self) -> str:
         """One sentence: how the word that ends best got there."""

@@ -3,6 +3,7 @@
 The metrics are the objective's (`evaluate`); this file has them measured without a trace in the run, and compares them.
 """
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +15,7 @@ from lapis.config import nearest
 from lapis.errors import ConfigError, TrainingError
 from lapis.training.config import TrainConfig
 from lapis.training.distributed.parallel import Processes
-from lapis.training.loop.progress import Watch, live
+from lapis.training.loop.progress import Watch, format_time, live
 from lapis.training.loop.state import Best, TrainState
 from lapis.training.objectives.objective import Objective
 
@@ -28,6 +29,7 @@ class Evaluator:
     def __init__(self, state: TrainState, config: TrainConfig, world: Processes, watch: Watch) -> None:
         self.state, self.config, self.world, self.watch = state, config, world, watch
         self._warned = False
+        self._seconds = 0.0  # of the last evaluation
 
     @property
     def objective(self) -> Objective:
@@ -37,10 +39,27 @@ class Evaluator:
         """The held-out metrics of the weights as they are; empty where nothing is held out."""
         metrics: dict[str, float] = {}
         if self.world.leads:
+            started = time.monotonic()
+
+            def show(done: int, total: int) -> None:
+                seconds = time.monotonic() - started
+                left = seconds / done * (total - done) if done else self._seconds
+                text = f"  {done / total:.0%}" + (f"  {format_time(left)} left" if left else "")
+                live(self.watch).stage(f"evaluating held-out data{text}")
+
             live(self.watch).stage("evaluating held-out data")
+            self.objective.heard = show
             with untouched(self.state), torch.no_grad():
                 metrics = {name: float(value) for name, value in self.objective.evaluate(self.state.model).items()}
+            self._seconds = time.monotonic() - started
         return dict(self.world.from_lead(metrics))
+
+    def seconds_left(self) -> float:
+        """Seconds of the evaluations to come, as long as the last one took; 0 where none was or no end is fixed."""
+        total, every = self.state.schedule.total, self.config.eval_every
+        if total is None or not every:
+            return 0.0
+        return self._seconds * (total // every - self.state.step // every + (total % every > 0))
 
     def step(self) -> tuple[dict[str, float], bool]:
         """One evaluation within the run.

@@ -331,9 +331,10 @@ class _TrainingRun:
     def _row(self) -> dict[str, Any]:
         """The entry of the curve as it is now."""
         state = self.state
-        return self.window.row(
+        row = self.window.row(
             self.config, step=state.step, total=state.schedule.total, tokens=state.tokens, seconds=state.seconds
         )
+        return {**row, "seconds_left": row["seconds_left"] + self.evaluator.seconds_left()}
 
     def _show_notes(self) -> None:
         for note in self.objective.notes:

@@ -6,10 +6,10 @@ nothing: most objectives need `describe`, `batches`, `prepare` and `loss` only.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 import numpy as np
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from lapis.model.transformer import Transformer
 from lapis.text.rows.rows import shuffled
 from lapis.text.tokenizer.tokenizer import Tokenizer
+
+T = TypeVar("T")
 
 SMALL_BATCH = 512  # tokens of a batch to measure speed and memory with
 
@@ -81,6 +83,8 @@ class Objective(ABC):
 
     notes: list[str] = field(default_factory=list, init=False, repr=False)
     """Lines to show to the user. The loop shows them after each step, and empties the list."""
+    heard: Callable[[int, int], None] | None = field(default=None, init=False, repr=False)
+    """Hears how many parts of how many an evaluation has done."""
 
     @property
     def class_names(self) -> list[str]:
@@ -148,6 +152,13 @@ class Objective(ABC):
     def evaluate(self, model: Transformer) -> dict[str, float]:
         """Held-out metrics by name; empty where no data is held out."""
         return {}
+
+    def counted(self, parts: Sequence[T]) -> Iterator[T]:
+        """The parts of an evaluation one after another; `heard` is told how many are done."""
+        for done, part in enumerate(parts):
+            if self.heard is not None:
+                self.heard(done, len(parts))
+            yield part
 
     def sample(self, model: Transformer) -> str:
         """A few words that the model writes now; "" where there is nothing to show."""

@@ -198,7 +198,8 @@ def measure_speed(state: TrainState, config: TrainConfig, watch: Watch) -> dict[
         mode = config.compile if objective.compiles else "off"
         compile_, why = probe.compiling_pays(mode, count, precision, parts, budget)
     if seconds is not None:
-        watch.note(f"train: computes with {count} threads in {precision}: the fastest on {tokens} tokens")
+        threads = "1 thread" if count == 1 else f"{count} threads"
+        watch.note(f"train: computes with {threads} in {precision}: the fastest on {tokens} tokens")
     if why:
         watch.note(f"train: compile is {'on' if compile_ else 'off'}: {why}")
     state.optimizers.clear()

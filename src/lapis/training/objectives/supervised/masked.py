@@ -108,7 +108,7 @@ class Masked(Objective):
             return {}
         numbers = range(len(self.held_out))
         parts = [list(numbers[first : first + 16]) for first in range(0, len(numbers), 16)]
-        batches = (self.prepare(model, self._batch(self.held_out, rows, 0, rows)) for rows in parts)
+        batches = (self.prepare(model, self._batch(self.held_out, rows, 0, rows)) for rows in self.counted(parts))
         return {"valid_loss": mean_loss(model, batches, masked_loss)}
 
     def sample(self, model: Transformer) -> str:

@@ -109,7 +109,7 @@ class NextToken(Objective):
             return {}
         rows = np.asarray(self._held_out_rows)
         parts = np.array_split(rows, -(-len(rows) * self.held_out.length // BATCH_TOKENS))
-        batches = (Draw(self.held_out, part) for part in parts)
+        batches = (Draw(self.held_out, part) for part in self.counted(parts))
         return {"valid_loss": mean_loss(model, (self.prepare(model, batch) for batch in batches), next_token_loss)}
 
 
