@@ -201,7 +201,7 @@ class Listens(Silent):
         self.left[row["step"]] = row["seconds_left"]
 
 
-def test_an_evaluation_says_how_far_it_is_and_counts_in_the_time_left(
+def test_an_evaluation_says_how_far_it_is(
     new_model: Make, tokenizer: Tokenizer, documents: list[Document], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lapis.training.objectives.supervised.next_token.BATCH_TOKENS", 64)
