@@ -9,10 +9,12 @@ import torch
 
 import lapis
 from lapis.cli.main import main
+from lapis.evaluation.agree import PROMPTS, agreement
 from lapis.families.config import ModelConfig
 from lapis.model.load import save
 from lapis.model.transformer import Transformer
-from lapis.text.tokenizer.tokenizer import train_tokenizer
+from lapis.text.chat.chat import encode_prompt
+from lapis.text.tokenizer.tokenizer import Tokenizer, train_tokenizer
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -85,5 +87,32 @@ def test_diff_prints_one_object_and_writes_a_page(run: Run, models: dict[str, Pa
     assert "How far each went" in page.read_text(encoding="utf-8")
     status, _, _ = run("diff", models["base"], models["chat"], "--spectra", *again)
     assert status == 0 and "has the lowest stable rank" in page.read_text(encoding="utf-8")
+    status, out, _ = run("diff", models["base"], models["chat"])
+    assert status == 0 and "changed most, by" in out and "below the rounding floor" not in out
+    status, out, _ = run("diff", models["base"], models["base"])
+    assert status == 0 and "No weight changed" in out
     status, out, err = run("diff", models["base"], tmp_path / "nothing")
     assert (status, out) == (1, "") and err.count("\n") == 1
+
+
+def test_diff_says_what_rounding_alone_would_do(run: Run, models: dict[str, Path], tmp_path: Path) -> None:
+    model = lapis.load(models["base"])[0].bfloat16()
+    save(model, tmp_path / "a", torch.bfloat16)
+    with torch.no_grad():
+        model.blocks[0].mlp.up.weight[0, 0] *= 1.01
+    save(model, tmp_path / "b", torch.bfloat16)
+    status, out, _ = run("diff", tmp_path / "a", tmp_path / "b")
+    assert status == 0 and "1 of 1 changes are below the rounding floor" in out
+
+
+def test_a_graft_is_tried_out_in_one_pass(models: dict[str, Path]) -> None:
+    found = agreement(models["chat"], {"base": models["base"]})
+    tokenizer = Tokenizer.open(models["chat"])
+    kl, places = 0.0, 0
+    chat, base = (lapis.load(models[name])[0] for name in ("chat", "base"))
+    asked = [encode_prompt(tokenizer, [{"role": "user", "content": prompt}]) for prompt in PROMPTS]
+    for ids in [*(tokenizer.encode(prompt) for prompt in PROMPTS), *asked]:
+        with torch.no_grad():
+            ours, theirs = (model(torch.tensor([ids]))[0, -8:].double().log_softmax(-1) for model in (chat, base))
+        kl, places = kl + float((ours.exp() * (ours - theirs)).sum()), places + len(ours)
+    assert found["positions"] == places and found["kl_from"]["base"] == pytest.approx(kl / places, rel=1e-4)

@@ -94,7 +94,8 @@ def diff(
                     for row in moved
                 ],
             )
-        notes(difference.notes)
+        line(difference.finding())
+        notes([*filter(None, [difference.floor_finding()]), *difference.notes])
 
     show(difference.to_json(), json, render)
     if html:

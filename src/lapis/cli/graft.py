@@ -41,7 +41,8 @@ def graft(
     if smoke and not options.dry_run:
         from lapis.evaluation.agree import agreement
 
-        result.smoke = agreement(out, {"onto": onto, "chat": chat[0]})
+        with progress("trying the result out on a few prompts") as report_models:
+            result.smoke = agreement(out, {"onto": onto, "chat": chat[0]}, progress=report_models)
     show(result.to_json(), json, lambda: print_result(result))
     if result.smoke and result.smoke.get("finite") is False:
         raise CheckpointError(f"{out}: its predictions are not numbers; look at lapis-merge.json for what was merged")
@@ -66,7 +67,7 @@ def print_result(result: Any, hint: str = "") -> None:
         line(f"would write {result.out}: {counts}")
         line(f"needs {size(needs['disk_bytes'])} of disk and {size(needs['memory_bytes'])} of buffers")
     else:
-        line(f"{result.out}: {counts}")
+        line(f"{result.out}: {counts}" + (" (why: lapis-merge.json)" if result.tensors.get("skipped") else ""))
         resumed = f" ({size(result.bytes_resumed)} were there from before)" if result.bytes_resumed else ""
         line(
             f"read {size(result.bytes_read)}, wrote {size(result.bytes_written)}{resumed} in {result.seconds:.1f} s; "

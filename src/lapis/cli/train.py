@@ -47,7 +47,8 @@ def train(
         if result.overfitting:
             line(result.overfitting)
         if head == "language":
-            line(f'next: lapis generate {result.out} "..."', "dim")
+            talks = objective_class(how.objective).name == "chat"
+            line(f"next: lapis chat {result.out}" if talks else f'next: lapis generate {result.out} "..."', "dim")
 
     if html is not None and os.environ.get("RANK", "0") == "0":
         from lapis.cli.output import write_page

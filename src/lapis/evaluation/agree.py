@@ -6,7 +6,7 @@ model is in memory at a time. Leaves out: judging text (chats.py, choices.py).
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,13 +24,16 @@ _POSITIONS = 8  # the last ones of each prompt: 150,000 words x 32 positions are
 
 
 def agreement(
-    model: str | os.PathLike[str], others: Mapping[str, str | os.PathLike[str]], prompts: Sequence[str] = PROMPTS
+    model: str | os.PathLike[str],
+    others: Mapping[str, str | os.PathLike[str]],
+    prompts: Sequence[str] = PROMPTS,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
     """{"prompts", "positions", "finite", "kl_from": {name: nats per token or None}, "skipped": reason, where it was}.
 
     KL(model || other). None where another's tokenizer gives the prompts other ids. Where the model has a chat template,
     each prompt is also asked as a chat's first turn. Skips, with the reason, what cannot be judged: no tokenizer, an
-    architecture that is not known, too little memory.
+    architecture that is not known, too little memory. progress(done, total) is called after each model.
     """
     checkpoint = open_checkpoint(model)
     if reason := _reason_against(checkpoint):
@@ -45,7 +48,10 @@ def agreement(
     except LapisError as error:
         return {"skipped": str(error)}
     result: dict[str, Any] = {"prompts": len(rows), "positions": len(own), "finite": bool(torch.isfinite(own).all())}
-    result["kl_from"] = {name: _divergence(own, rows, tokenizer, other) for name, other in others.items()}
+    result["kl_from"] = {}
+    for done, (name, other) in enumerate(others.items(), 1):
+        progress(done, len(others) + 1)
+        result["kl_from"][name] = _divergence(own, rows, tokenizer, other)
     return result
 
 
@@ -65,10 +71,20 @@ def _divergence(own: torch.Tensor, rows: list[list[int]], tokenizer: Tokenizer, 
 
 @torch.no_grad()
 def _log_probabilities(checkpoint: Checkpoint, rows: list[list[int]]) -> torch.Tensor:
-    """[positions, words] at the last positions of each row."""
+    """[positions, words] at the last positions of each row.
+
+    In one pass: on a busy machine each pass waits for all threads at every product, and the rows are short.
+    """
     model = load(checkpoint)
-    logits = [model(torch.tensor([ids])[:, -model.config.context :])[0, -_POSITIONS:].float() for ids in rows]
-    return torch.cat(logits).log_softmax(-1)
+    rows = [ids[-model.config.context :] for ids in rows]
+    ids_BT = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
+    mask_BT = torch.zeros_like(ids_BT, dtype=torch.bool)
+    for number, ids in enumerate(rows):
+        ids_BT[number, : len(ids)], mask_BT[number, : len(ids)] = torch.tensor(ids), True
+    places = [(row, place) for row, ids in enumerate(rows) for place in range(len(ids))[-_POSITIONS:]]
+    rows_P, places_P = torch.tensor(places).T
+    logits_PV: torch.Tensor = model.head(model.hidden(ids_BT, mask_BT)[rows_P, places_P])
+    return logits_PV.float().log_softmax(-1)
 
 
 def _reason_against(checkpoint: Checkpoint) -> str:

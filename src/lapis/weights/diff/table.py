@@ -124,11 +124,19 @@ class DiffTable:
         """One sentence: where the change is largest, and how far the direction turned."""
         cells = [cell for cell in self.by("layer", "component", "kind") if cell["kind"] == "weight"]
         most = max(cells, key=lambda cell: cell["relative_norm"])
+        if not most["relative_norm"]:
+            return "No weight changed"
         turned = max(cells, key=lambda cell: cell["angle"])
         return (
             f"{_place(most)} changed most, by {most['relative_norm']:.2%} of its length; "
             f"{'it' if turned is most else _place(turned)} turned most, by {turned['angle']:.2f} degrees"
         )
+
+    def floor_finding(self) -> str:
+        """How many changes are smaller than what rounding does; "" where none is."""
+        changed = [cell for cell in self.by("layer", "component") if cell["relative_norm"]]
+        below = sum(cell["relative_norm"] < cell["rounding_floor"] for cell in changed)
+        return f"{below:,} of {len(changed):,} changes are below the rounding floor, and say little" if below else ""
 
     def plot(self, rows: bool = False) -> "go.Figure":
         """A picture: layer by component, or, with rows, how far each token's row moved."""
