@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lapis.errors import DataError
+from lapis.evaluation.chats import encode_record
 from lapis.text.chat.chat import encode_chat, render
 from lapis.text.corpus.corpus import chats, describe_file, documents, kind_of
 from lapis.text.corpus.files import files
@@ -101,6 +102,82 @@ def test_sharegpt_calls_and_tools(tmp_path: Path) -> None:
     assert chat.tools == [CALL]
 
 
+BARE = {"name": "f", "arguments": {"x": 1}}
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": '{"x": 1}'}},
+        {"role": "assistant", "content": None, "tool_calls": json.dumps([CALL])},
+        {"role": "assistant", "content": None, "tool_calls": [BARE]},
+        {"role": "tool_call", "content": json.dumps(BARE)},
+        {"from": "Function_Call", "value": json.dumps([BARE])},
+    ],
+)
+def test_a_call_of_a_tool_is_the_same_in_all_spellings(call: dict[str, Any], tmp_path: Path) -> None:
+    talk = [{"role": "User", "value": "hello"}, call, {"role": "tool_response", "content": "42"}, REPLY]
+    (chat,) = chats(write(tmp_path, {"messages": talk, "tools": [json.dumps({"name": "f"})]}))
+    assert chat.messages == [USER, {"role": "assistant", "content": None, "tool_calls": [CALL]},
+                             {"role": "tool", "content": "42"}, REPLY]  # fmt: skip
+    assert chat.tools == [{"type": "function", "function": {"name": "f"}}]
+
+
+def test_calls_that_are_empty_are_none(tmp_path: Path) -> None:
+    talk = [USER, {**REPLY, "tool_calls": [], "function_call": None}]
+    assert messages(tmp_path, {"messages": talk}) == [USER, REPLY]
+
+
+PRINTED = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.tool_calls %}{% for c in m.tool_calls %}"
+    "{{ c.function.name + ' ' }}ARGUMENTS{% endfor %}{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("given", [{"x": 1}, '{"x": 1}'])
+@pytest.mark.parametrize(
+    ("arguments", "printed"),
+    [
+        ("{{ c.function.arguments | tojson }}", 'f {"x": 1}'),
+        ("{{ c.function.arguments }}", 'f {"x": 1}'),
+        ("{{ '' + c.function.arguments }}", 'f {"x": 1}'),
+        ("{% for k, v in c.function.arguments.items() %}{{ k ~ '=' ~ v }}{% endfor %}", "f x=1"),
+        ("{{ c.function.arguments if c.function.arguments is string else c.function.arguments | tojson }}",
+         'f {"x": 1}'),
+    ],
+)  # fmt: skip
+def test_arguments_reach_the_template_as_it_reads_them(
+    arguments: str, printed: str, given: Any, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    made = Tokenizer(tokenizer._backend, tokenizer.named, {"default": PRINTED.replace("ARGUMENTS", arguments)})
+    call = {"type": "function", "function": {"name": "f", "arguments": given}}
+    talk = [USER, {"role": "assistant", "content": None, "tool_calls": [call]}, {"role": "tool", "content": "4"}, REPLY]
+    path = write(tmp_path, {"messages": talk})
+    ids = pack(path, made, length=128).arrays([0])[0][0]  # type: ignore[arg-type]
+    (chat,) = chats(path)
+    for text in (tokenizer.decode(ids), tokenizer.decode(encode_record(made, chat)[0])):
+        assert f"<|im_start|>assistant\n{printed}<|im_end|>" in text
+
+
+def test_arguments_that_are_no_object_are_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    source = PRINTED.replace("ARGUMENTS", "{{ c.function.arguments | tojson }}")
+    made = Tokenizer(tokenizer._backend, tokenizer.named, {"default": source})
+    call = {"type": "function", "function": {"name": "f", "arguments": "x=1"}}
+    path = write(tmp_path, {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [call]}]})
+    with pytest.raises(DataError, match="line 1: arguments of a call are 'x=1'"):
+        pack(path, made, length=64)
+
+
+def test_what_is_scored_has_the_tools_of_the_record(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    source = "{% if tools %}{{ tools | tojson }}{% endif %}{% if loud %}LOUD{% endif %}" + CHATML
+    made = Tokenizer(tokenizer._backend, tokenizer.named, {"default": source})
+    record = {"messages": [USER, REPLY], "tools": [CALL], "chat_template_kwargs": {"loud": True}}
+    (chat,) = chats(write(tmp_path, record))
+    text = tokenizer.decode(encode_record(made, chat)[0])
+    assert text.startswith('[{"type": "function"') and "LOUD" in text
+
+
 @pytest.mark.parametrize(
     ("record", "message"),
     [
@@ -114,7 +191,11 @@ def test_sharegpt_calls_and_tools(tmp_path: Path) -> None:
         ({"messages": [USER, REPLY], "system": 3}, "system is a number; expected text"),
         ({"messages": [USER, REPLY], "chat_template_kwargs": [1]}, "chat_template_kwargs is a list; expected an"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}, REPLY]}, "content[0] is of type 'image'"),
-        ({"conversations": [TALK[0], {"from": "function_call", "value": "f(1)"}]}, "is a function_call that is not"),
+        ({"conversations": [TALK[0], {"from": "tool_call", "value": "f(1)"}]}, "a tool_call, is text that is not JSON"),
+        ({"messages": [USER, {**REPLY, "mask": 1}]}, "messages[1].mask may say what is learned"),
+        ({"messages": [USER, {**REPLY, "tool_calls": "f(1)"}]}, "tool_calls is text that is not JSON"),
+        ({"messages": [USER, {**REPLY, "tool_calls": [{"name": "f"}]}]}, "expected an object with name and arguments"),
+        ({"messages": [USER, REPLY], "tools": [3]}, "tools holds a number; expected a list of objects"),
         ({"instruction": "a", "output": "b", "history": [["x"]]}, "history[0] is a list; expected a question and"),
     ],
 )  # fmt: skip

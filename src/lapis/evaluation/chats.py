@@ -13,7 +13,7 @@ from lapis.generation.generate import Reply, generate_batch
 from lapis.generation.options import Sampling
 from lapis.model.scoring import Precision, Progress, ScoredSequence, nll
 from lapis.model.transformer import Transformer
-from lapis.text.chat.chat import encode_chat, encode_prompt
+from lapis.text.chat.chat import encode_chat, encode_prompt, write_calls
 from lapis.text.corpus.corpus import ChatRecord
 from lapis.text.tokenizer.tokenizer import Tokenizer
 
@@ -38,12 +38,12 @@ def score_chats(
     replies: those of `answer`, where the caller has them already. Raises DataError where no token is the assistant's.
     """
     context = min(context or model.config.context, model.config.context)
-    conversations = [_messages(chat) for chat in chats]
+    conversations = list(chats)
     if not conversations:
         raise DataError("eval: there is no chat to score")
     sequences, cut = [], 0
-    for messages in conversations:
-        ids, scored = encode_chat(tokenizer, messages)
+    for chat in conversations:
+        ids, scored = encode_record(tokenizer, chat)
         cut += len(ids) > context + 1
         sequences.append(ScoredSequence(ids[: context + 1], scored[: context + 1]))
     tokens = sum(sum(sequence.scored[1:]) for sequence in sequences)
@@ -73,7 +73,7 @@ def answer(
     progress: Progress | None = None,
 ) -> list[Reply | None]:
     """The greedy reply to each chat up to its last assistant turn; None where the prompt leaves no room for one."""
-    prompts = [encode_prompt(tokenizer, prompt_of(_messages(chat))) for chat in chats]
+    prompts = [_encode_prompt(tokenizer, chat) for chat in chats]
     fits = [i for i, prompt in enumerate(prompts) if len(prompt) < model.config.context]
     replies = generate_batch(
         model,
@@ -97,5 +97,21 @@ def prompt_of(messages: Messages) -> Messages:
     return messages[: turns[-1]]
 
 
-def _messages(chat: ChatRecord | Messages) -> Messages:
-    return chat.messages if isinstance(chat, ChatRecord) else chat
+def encode_record(tokenizer: Tokenizer, chat: ChatRecord | Messages) -> tuple[list[int], list[bool]]:
+    """Ids and what is scored, with the tools, the variables and the calls that training would see."""
+    messages, tools, variables = _parts(tokenizer, chat)
+    return encode_chat(tokenizer, messages, tools=tools, variables=variables)
+
+
+def _encode_prompt(tokenizer: Tokenizer, chat: ChatRecord | Messages) -> list[int]:
+    messages, tools, variables = _parts(tokenizer, chat)
+    return encode_prompt(tokenizer, prompt_of(messages), tools=tools, variables=variables)
+
+
+def _parts(
+    tokenizer: Tokenizer, chat: ChatRecord | Messages
+) -> tuple[Messages, list[dict[str, Any]] | None, dict[str, Any] | None]:
+    if not isinstance(chat, ChatRecord):
+        return chat, None, None
+    messages = write_calls(tokenizer, chat.messages, chat.tools, chat.variables)
+    return messages, chat.tools, chat.variables

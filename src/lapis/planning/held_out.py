@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from lapis.errors import DataError, OutputError
+from lapis.evaluation.chats import encode_record
 from lapis.evaluation.choices import Choice, scored_choices
 from lapis.evaluation.text import windows_of
 from lapis.model.scoring import ScoredSequence, batches_by_length, lay_out, read_logits, token_log_probabilities
 from lapis.model.transformer import Transformer
-from lapis.text.chat.chat import encode_chat
 from lapis.text.corpus.corpus import ChatRecord
 from lapis.text.tokenizer.tokenizer import Tokenizer
 
@@ -45,7 +45,7 @@ class HeldOut:
     size: int = 0
     choices: list[ScoredSequence] = field(default_factory=list)
     questions: list[Choice] = field(default_factory=list)
-    prompts: list[Sequence[Mapping[str, Any]]] = field(default_factory=list)
+    prompts: list[ChatRecord] = field(default_factory=list)
     ends: frozenset[int] = frozenset()
 
     @property
@@ -68,14 +68,14 @@ def make_held_out(
         DataError: No chat has a token of the assistant within `context`.
     """
     sequences: list[ScoredSequence] = []
-    prompts: list[Sequence[Mapping[str, Any]]] = []
+    prompts: list[ChatRecord] = []
     for chat in chats:
         if len(sequences) == limit:
             break
-        ids, scored = encode_chat(tokenizer, chat.messages)
+        ids, scored = encode_record(tokenizer, chat)
         if any(scored[1 : context + 1]):
             sequences.append(ScoredSequence(ids[: context + 1], scored[: context + 1]))
-            prompts.append(chat.messages)
+            prompts.append(chat)
     if not sequences:
         raise DataError(f"plan: no chat has an assistant token within its first {context} tokens; give other --chats")
     lead = tokenizer.eos_id if tokenizer.eos_id is not None and not tokenizer.adds_bos else tokenizer.bos_id
@@ -92,7 +92,7 @@ def make_held_out(
     return HeldOut(
         sequences, windows, size,
         [s for q in questions for s in scored_choices(tokenizer, q, context)], list(questions),
-        [m for m in prompts if m[0].get("role") != "assistant"], frozenset(tokenizer.end_ids),
+        [chat for chat in prompts if chat.messages[0].get("role") != "assistant"], frozenset(tokenizer.end_ids),
     )  # fmt: skip
 
 

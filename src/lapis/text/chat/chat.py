@@ -11,16 +11,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lapis.errors import DataError
+from lapis.text.chat.calls import prints_calls, prints_tools, with_readable_calls
 from lapis.text.chat.special_token_guard import (
     ChatEncoder,
     ChatTokenizer,
     Message,
     checked,
-    prints_calls,
-    prints_tools,
     template_for,
     with_plain_parts,
-    with_written_calls,
 )
 from lapis.text.chat.template import render_jobs
 from lapis.text.chat.turns import mask_of, spans_by_prefixes
@@ -117,10 +115,14 @@ def encode_turns(
 
 
 def write_calls(
-    tokenizer: ChatTokenizer, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None
+    tokenizer: ChatTokenizer,
+    messages: Sequence[Message],
+    tools: Sequence[Mapping[str, Any]] | None,
+    variables: Mapping[str, Any] | None = None,
 ) -> Sequence[Message]:
-    """Messages to learn from: calls of tools are JSON text in the content where the template prints no calls."""
-    return with_written_calls(template_for(tokenizer, tools), messages)
+    """Messages to learn from, with calls of tools as the template can print them (calls.py)."""
+    values = _variables(tokenizer, tools, None, variables)
+    return with_readable_calls(template_for(tokenizer, tools), messages, values)
 
 
 def count_gaps(

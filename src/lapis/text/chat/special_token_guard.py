@@ -148,32 +148,6 @@ def special_pattern(tokenizer: ChatTokenizer) -> re.Pattern[str]:
     return _pattern(tuple(token for token in tokenizer.special if len(token) > 1))
 
 
-def prints_calls(source: str) -> bool:
-    """Whether a template prints calls of tools."""
-    return "tool_calls" in source
-
-
-def prints_tools(source: str) -> bool:
-    """Whether a template prints the tools that a chat may call."""
-    return re.search(r"\btools\b", source) is not None
-
-
-def with_written_calls(source: str, messages: Sequence[Message]) -> Sequence[Message]:
-    """Messages whose calls of tools are JSON text in the content, where the template prints no calls."""
-    if prints_calls(source) or not any(message.get("tool_calls") for message in messages):
-        return messages
-    plain = []
-    for message in messages:
-        calls = [call.get("function", call) for call in message.get("tool_calls") or () if isinstance(call, Mapping)]
-        if calls:
-            words = [message["content"]] if message.get("content") else []
-            words += [json.dumps({n: c.get(n) for n in ("name", "arguments")}, ensure_ascii=False) for c in calls]
-            message = {name: value for name, value in message.items() if name != "tool_calls"}
-            message["content"] = "\n".join(words)
-        plain.append(message)
-    return plain
-
-
 def with_plain_parts(source: str, messages: Sequence[Message], variables: Mapping[str, Any]) -> Sequence[Message]:
     """Messages whose content is a list of text parts as one text each, where the template would print the list.
 

@@ -6,7 +6,7 @@ about the chat (id, source, score) is let be.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,8 +38,10 @@ RECORD_FIELDS = (
 )  # fmt: skip
 _ROLE_OF = {
     "human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant", "model": "assistant",
-    "function_call": "assistant", "observation": "tool", "function_response": "tool", "function": "tool",
+    "function_call": "assistant", "tool_call": "assistant", "observation": "tool", "function_response": "tool",
+    "tool_response": "tool", "function": "tool", **{role: role for role in ROLES},
 }  # fmt: skip
+_LEARNED = ("weight", "train", "training", "trainable", "loss", "loss_mask", "loss_scale")  # 1 for what is learned
 
 
 @dataclass(frozen=True)
@@ -117,8 +119,7 @@ def chat_of(record: Any, field: str | None, path: Path, number: int) -> ChatReco
     variables = record.get("chat_template_kwargs")
     if variables is not None and not isinstance(variables, dict):
         raise DataError(f"{where}: chat_template_kwargs is {spelled(variables)}; expected an object")
-    padded = suffix(path) == ".parquet"
-    return ChatRecord([_unpadded(m, tools, padded) for m in messages], path, number, tools, variables or None)
+    return ChatRecord([without_padding(m, tools) for m in messages], path, number, tools, variables or None)
 
 
 def _recognised(record: dict[str, Any], path: Path, number: int) -> list[dict[str, Any]]:
@@ -185,8 +186,10 @@ def with_system(record: Mapping[str, Any], messages: list[dict[str, Any]], where
     return messages
 
 
-def refuse_fields(record: Mapping[str, Any], where: str) -> None:
-    """Raises DataError for a field that would change what is learned, and that lapis cannot follow."""
+def refuse_fields(record: Mapping[str, Any], where: str, unread: Sequence[str] = ()) -> None:
+    """Raises DataError for a field that would change what is learned, and that lapis cannot follow, or not there."""
+    if name := next((name for name in unread if record.get(name)), None):
+        raise DataError(f"{where}: has {name}, which is read in chats only; leave the record or the field out")
     media = next((name for name in MEDIA if record.get(name)), None)
     if media is not None:
         raise DataError(f"{where}: has {media}, which lapis does not read in chats; leave the record or the field out")
@@ -205,13 +208,14 @@ def tools_of(record: Mapping[str, Any], path: Path, number: int) -> list[dict[st
     if name is None:
         return None
     tools = record[name]
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools) if tools.strip() else []
-        except (ValueError, RecursionError):
-            raise DataError(f"{where}: {name} is text that is not JSON; expected a list of objects") from None
-    if not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise DataError(f"{where}: {name} is {spelled(tools)}; expected a list of objects")
+    try:
+        tools = json.loads(tools.strip() or "[]") if isinstance(tools, str) else tools
+        tools = tools if isinstance(tools, list) else [tools]
+        tools = [json.loads(tool) if isinstance(tool, str) else tool for tool in tools]
+    except (ValueError, RecursionError):
+        raise DataError(f"{where}: {name} is text that is not JSON; expected a list of objects") from None
+    if other := next((tool for tool in tools if not isinstance(tool, dict)), None):
+        raise DataError(f"{where}: {name} holds {spelled(other)}; expected a list of objects")
     if suffix(path) == ".parquet":
         tools = [without_nulls(tool) for tool in tools]
     bare = [isinstance(tool.get("name"), str) and "function" not in tool and "type" not in tool for tool in tools]
@@ -237,16 +241,11 @@ def without_nulls(value: Any) -> Any:
     return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
-def _unpadded(message: dict[str, Any], tools: list[dict[str, Any]] | None, padded: bool) -> dict[str, Any]:
-    """A message whose calls have no arguments that are only padding.
-
-    In parquet every null is; elsewhere one whose name the schema of the called tool does not have.
-    """
+def without_padding(message: dict[str, Any], tools: list[dict[str, Any]] | None) -> dict[str, Any]:
+    """A message whose calls have no arguments that are null and that the schema of the called tool does not have."""
     calls = message.get("tool_calls")
     if not isinstance(calls, list):
         return message
-    if padded:
-        return {**message, "tool_calls": without_nulls(calls)}
     return {**message, "tool_calls": [_unpadded_call(call, tools or []) for call in calls]}
 
 
@@ -265,6 +264,49 @@ def _unpadded_call(call: Any, tools: list[dict[str, Any]]) -> Any:
     return call if left == arguments else {**call, "function": {**function, "arguments": left}}
 
 
+def with_calls(message: dict[str, Any], where: str) -> dict[str, Any]:
+    """A message whose calls of tools are `tool_calls`, a list: they also come as JSON text, as `function_call`, bare.
+
+    Raises:
+        DataError: For calls that cannot be read, and where a message has them twice.
+    """
+    result = {name: value for name, value in message.items() if name not in ("function_call", "tool_calls")}
+    given = [name for name in ("tool_calls", "function_call") if message.get(name)]
+    if len(given) > 1:
+        raise DataError(f"{where} has both tool_calls and function_call; keep one of them")
+    return result | {"tool_calls": calls_of(message[given[0]], f"{where}.{given[0]}")} if given else result
+
+
+def calls_of(value: Any, where: str) -> list[dict[str, Any]]:
+    """Calls of tools as a list; a bare one (name and arguments) gets the shape that templates expect."""
+    try:
+        calls = json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        raise DataError(f"{where} is text that is not JSON; expected a call of a tool, or a list of these") from None
+    calls = calls if isinstance(calls, list) else [calls]
+    return [_shaped(call, where) for call in calls]
+
+
+def _shaped(call: Any, where: str) -> dict[str, Any]:
+    bare = isinstance(call, dict) and "function" not in call and "type" not in call
+    if not isinstance(call, dict) or (bare and ("name" not in call or "arguments" not in call)):
+        raise DataError(f"{where}: a call is {spelled(call)}; expected an object with name and arguments")
+    if not bare:
+        return call
+    rest = {name: item for name, item in call.items() if name not in ("name", "arguments")}
+    function = {"name": call["name"], "arguments": arguments_of(call["arguments"])}
+    return {**rest, "type": "function", "function": function}
+
+
+def arguments_of(value: Any) -> Any:
+    """Arguments that are JSON text of an object as that object; all else as it is."""
+    try:
+        read = json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        return value
+    return read if isinstance(read, dict) else value
+
+
 def messages_of(value: Any, field: str, path: Path, number: int) -> list[dict[str, Any]]:
     """Checked messages under the names that templates read. Raises DataError for what is no list of messages."""
     if not isinstance(value, list) or not value:
@@ -272,6 +314,11 @@ def messages_of(value: Any, field: str, path: Path, number: int) -> list[dict[st
             f"{at(path, number)}: {field} is {spelled(value) if value != [] else 'empty'}; expected a list of messages"
         )
     messages = [_message(message, f"{field}[{i}]", path, number) for i, message in enumerate(value)]
+    if suffix(path) == ".parquet":  # a table has every argument of every row, null where the row has none
+        messages = [
+            {**m, "tool_calls": without_nulls(m["tool_calls"])} if isinstance(m, dict) and "tool_calls" in m else m
+            for m in messages
+        ]
     for i, message in enumerate(messages):
         check_message(message, f"{field}[{i}]", path, number)
     return messages
@@ -282,38 +329,28 @@ def _message(message: Any, field: str, path: Path, number: int) -> Any:
     if not isinstance(message, dict):
         return message
     where = f"{at(path, number)}: {field}"
-    if "from" in message and "value" in message and "role" not in message:
-        message = {"role": message["from"], "content": message["value"],
-                   **{name: value for name, value in message.items() if name not in ("from", "value")}}  # fmt: skip
+    for theirs, ours in (("value", "content"), ("from", "role")):
+        if theirs in message and ours not in message:
+            message = {ours: message[theirs], **{name: value for name, value in message.items() if name != theirs}}
     role = message.get("role")
     result = {name: value for name, value in message.items() if value is not None or name == "content"}
     if isinstance(role, str):
         result["role"] = _ROLE_OF.get(role.lower(), role)
-    if role == "function_call":
-        result |= {"content": None, "tool_calls": _calls(message.get("content"), where)}
+    result = with_calls(result, where)
+    if isinstance(role, str) and role.lower() in ("function_call", "tool_call"):
+        result |= {"content": None, "tool_calls": calls_of(message.get("content"), f"{where}, a {role},")}
     if isinstance(result.get("content"), list):
         result["content"] = [without_nulls(part) for part in result["content"]]
     return _weighed(result, where)
 
 
-def _calls(value: Any, where: str) -> list[dict[str, Any]]:
-    """Tool calls that are written as JSON text: an object of name and arguments, or a list of these."""
-    try:
-        calls = json.loads(value) if isinstance(value, str) else value
-        calls = calls if isinstance(calls, list) else [calls]
-        made = []
-        for call in calls:
-            arguments = call["arguments"]
-            arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-            made.append({"type": "function", "function": {"name": call["name"], "arguments": arguments}})
-        return made
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise DataError(f"{where} is a function_call that is not JSON of name and arguments; mend it") from None
-
-
 def _weighed(message: dict[str, Any], where: str) -> dict[str, Any]:
     """The message with `weight: 0` where it is not to be learned, and without any other spelling of that."""
-    names = [name for name in ("weight", "train", "training", "loss") if name in message]
+    if unread := next((name for name in ("mask", "masked", "train_detail") if name in message), None):
+        raise DataError(
+            f"{where}.{unread} may say what is learned, which lapis reads as weight; use that, or leave it out"
+        )
+    names = [name for name in _LEARNED if name in message]
     if not names:
         return message
     values = []

@@ -161,7 +161,7 @@ def pair_of(record: Any, path: Path, number: int) -> Pair:
     for name in SIDES:
         if name not in record:
             raise DataError(f"{where}: the field {name} is missing; {nearest(name, record)}")
-    refuse_fields(record, where)
+    refuse_fields(record, where, ("chat_template_kwargs",))
     sides = {name: record[name] for name in SIDES}
     if all(isinstance(value, str) for value in sides.values()) and not _prompt_field(record):
         turns = {name: _turns(value) for name, value in sides.items()}
@@ -194,7 +194,7 @@ def verdict_of(record: Any, path: Path, number: int) -> Verdict:
     where = at(path, number)
     if not is_verdict(record):
         raise DataError(f"{where}: has no verdict; expected prompt, completion and label (true or false), as before")
-    refuse_fields(record, where)
+    refuse_fields(record, where, ("chat_template_kwargs",))
     label = record[_verdict_field(record)]
     reply_field = next((name for name in REPLIES if name in record), None)
     if reply_field is None:

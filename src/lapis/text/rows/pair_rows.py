@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lapis.errors import DataError, TemplateError
-from lapis.text.chat.chat import encode_turns
+from lapis.text.chat.chat import encode_turns, write_calls
 from lapis.text.chat.special_token_guard import spelled_tokens
 from lapis.text.corpus.pairs import (
     SIDES,
@@ -63,7 +63,7 @@ def encode_reply(
     trusted: bool = False,
 ) -> EncodedReply:
     """The chat of prompt and reply. Raises DataError where the template leaves no token of the reply."""
-    ids, mask = encode_turns(tokenizer, [*prompt, reply], tools=tools, trusted=trusted)
+    ids, mask = encode_turns(tokenizer, write_calls(tokenizer, [*prompt, reply], tools), tools=tools, trusted=trusted)
     last = len(mask)
     while last and not mask[last - 1]:
         last -= 1

@@ -316,7 +316,7 @@ def _write_chats(
         try:
             ids, mask = encode_turns(
                 tokenizer,
-                write_calls(tokenizer, item.messages, item.tools),
+                write_calls(tokenizer, item.messages, item.tools, item.variables),
                 tools=item.tools,
                 variables=item.variables,
                 trusted=shape.special == "trusted",
