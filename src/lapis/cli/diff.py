@@ -82,10 +82,8 @@ def diff(
                     for group in difference.by(key)
                 ],
             )
-        moved = [row for row in difference.moved(top) if row["relative_norm"]]
-        if rows and not moved:
-            line("no row moved")
-        elif rows:
+        moved = difference.moved(top)
+        if moved:
             table(
                 f"the {len(moved)} rows that moved most",
                 ["token", "id", "what", "|b-a|/|a|", "cosine", "z"],
@@ -94,6 +92,16 @@ def diff(
                     for row in moved
                 ],
             )
+        if difference.new_rows:
+            table(
+                f"tokens that only b has: {len(difference.new_rows)} rows",
+                ["token", "id", "what", "norm", "nearest", "cosine"],
+                [
+                    [repr(row["token"]), row["id"], row["kind"], row["norm"], repr(row["nearest"]),
+                     row["nearest_cosine"]]
+                    for row in difference.new_rows[:top]
+                ],
+            )  # fmt: skip
         line(difference.finding())
         notes([*filter(None, [difference.floor_finding()]), *difference.notes])
 

@@ -1,11 +1,11 @@
-"""What travels beside the weights: config, tokenizer, chat template, generation settings.
+"""What travels beside the weights: config, tokenizer, chat templates, generation settings.
 
-Everything comes from the model that is changed; where it has no chat template of its own, the template, the end tokens
-and the generation settings come from the chat model, with ids looked up by token string. Only data is carried: json,
-text, templates, SentencePiece models. Code is left behind.
+Everything comes from the model that is changed; where it has no chat template of its own, the templates, the end tokens
+and the generation settings come from the chat model, with ids looked up by token string. Only data is copied: json,
+text, templates, SentencePiece models. Code is left behind. How a tokenizer folder spells these things is
+text/tokenizer/folder.py's to know.
 """
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -15,16 +15,27 @@ from typing import Any
 from lapis.checkpoint import Checkpoint
 from lapis.checkpoint.commit import MANIFEST
 from lapis.checkpoint.store import INDEX
+from lapis.text.tokenizer.folder import (
+    CHAT_TEMPLATE,
+    CONFIG,
+    TEMPLATES,
+    add_tokens,
+    copy_templates,
+    eos_ids,
+    read_object,
+    template_files,
+    write_json,
+    write_named_tokens,
+)
 from lapis.weights.engine.outputs import Output
 from lapis.weights.vocabulary import Vocabulary
 
-ACCOUNT = "lapis-merge.json"
+ACCOUNT, GENERATION = "lapis-merge.json", "generation_config.json"
 _DATA = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".vocab")
-_PLAIN = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
-_OWN = {ACCOUNT, MANIFEST, "README.md", "config.json", "generation_config.json"}
+_OWN = {ACCOUNT, MANIFEST, "README.md", "config.json", GENERATION}
 
 
-def carry(
+def copy_tokenizer_files(
     onto: Checkpoint,
     folder: Path,
     *,
@@ -34,37 +45,51 @@ def carry(
     config: Mapping[str, Any] | None = None,
     new_tokens: Mapping[str, int] | None = None,
 ) -> list[str]:
-    """Writes every file that is not a weight into `folder`; returns lines that say what was done.
+    """Writes every file that is not a weight into a folder.
 
-    words, chat_words: the vocabularies of onto and chat. config: what config.json holds instead of onto's. new_tokens:
-    tokens of chat that onto's tokenizer gains, with their ids.
+    Args:
+        onto: The model that is changed.
+        folder: Where the files go.
+        chat: The model that templates and end tokens come from, where onto has none.
+        words: The vocabulary of onto.
+        chat_words: The vocabulary of chat.
+        config: What config.json holds instead of onto's.
+        new_tokens: Tokens of chat that onto's tokenizer gains, with their ids.
+
+    Returns:
+        Lines that say what was done.
     """
     notes = []
-    for path in sorted(onto.beside().iterdir()):
+    root = onto.beside()
+    for path in sorted(root.iterdir()):
         name = path.name
         if name in _OWN or name.startswith(".") or ".safetensors" in name or not path.is_file():
             continue
         if name.endswith(_DATA) or name.upper().startswith(("LICENSE", "NOTICE")):
-            found = onto.file(name)
-            if found is not None:
-                shutil.copyfile(found, folder / name)
+            source = onto.file(name)
+            if source is not None:
+                shutil.copyfile(source, folder / name)
         elif name.endswith(".py"):
             notes.append(f"{name} was not copied: it is code")
+    if (root / TEMPLATES).is_dir():
+        copy_templates(root, folder)
     settings = dict(onto.config if config is None else config)
-    generation = onto.json("generation_config.json")
+    generation = onto.json(GENERATION)
     if chat and words and chat_words:
         if new_tokens:
-            _add_tokens(chat, folder, new_tokens)
+            listed = (chat.json("tokenizer.json") or {}).get("added_tokens") or []
+            known = {token["content"]: token for token in listed}
+            add_tokens(folder, [{**known.get(t, {}), "content": t, "id": i} for t, i in new_tokens.items()])
             words = replace(words, ids={**words.ids, **new_tokens})
-        generation, more = _speech(chat, words, chat_words, generation, settings, folder)
+        generation, more = _add_chat_settings(chat, words, chat_words, generation, settings, folder)
         notes += more
     if generation is not None:
-        write_json(folder / "generation_config.json", generation)
+        write_json(folder / GENERATION, generation)
     write_json(folder / "config.json", settings)
     return notes
 
 
-def _speech(
+def _add_chat_settings(
     chat: Checkpoint,
     words: Vocabulary,
     chat_words: Vocabulary,
@@ -72,44 +97,51 @@ def _speech(
     settings: Mapping[str, Any],
     folder: Path,
 ) -> tuple[dict[str, Any] | None, list[str]]:
-    """Template, generation settings and end tokens of chat where onto has none; generation_config.json and notes."""
+    """Templates, generation settings and end tokens of chat where onto has none; generation_config.json and notes."""
     notes = []
     if chat_words.template and not words.template:
-        _give_template(chat, chat_words, words, folder)
+        copy_templates(chat.beside(), folder)
+        named = {"eos_token": chat_words.named.get("eos"), "pad_token": chat_words.named.get("pad")}
+        if "pad_token" in read_object(folder, CONFIG):
+            del named["pad_token"]
+        write_named_tokens(folder, **{name: token for name, token in named.items() if token in words.ids and token})
         notes.append("the chat template comes from chat")
-    theirs = chat.json("generation_config.json")
+    theirs = chat.json(GENERATION)
     if generation is None and theirs is not None:
         generation = _renumbered(theirs, chat_words, words)
-        notes.append("generation_config.json comes from chat")
+        notes.append(f"{GENERATION} comes from chat")
     ends = [words.ids[token] for token in _tokens(chat_words, chat_words.ends) if token in words.ids]
     if ends and (chat_words.template or not words.template):
         generation = dict(generation or {})
-        had = generation.get("eos_token_id", settings.get("eos_token_id"))
-        had = had if isinstance(had, list) else [] if had is None else [had]
-        both = list(dict.fromkeys([*ends, *had]))
-        if both != had:
+        before = eos_ids({"eos_token_id": generation.get("eos_token_id", settings.get("eos_token_id"))}, GENERATION)
+        both = join_ids(ends, before)
+        if both != before:
             generation["eos_token_id"] = both if len(both) > 1 else both[0]
             notes.append(f"generation ends at {', '.join(_tokens(words, both))}")
     return generation, notes
 
 
-def _add_tokens(chat: Checkpoint, folder: Path, new_tokens: Mapping[str, int]) -> None:
-    """Enters chat's added tokens into the tokenizer's files, under the ids that they have here."""
-    document, theirs = json.loads((folder / "tokenizer.json").read_bytes()), chat.json("tokenizer.json")
-    by_text = {token["content"]: token for token in theirs.get("added_tokens", [])}
-    entries = [{**by_text.get(token, _PLAIN), "content": token, "id": i} for token, i in new_tokens.items()]
-    document["added_tokens"] = (document.get("added_tokens") or []) + entries
-    write_json(folder / "tokenizer.json", document)
-    path = folder / "tokenizer_config.json"
-    settings = json.loads(path.read_bytes()) if path.is_file() else {}
-    if "added_tokens_decoder" in settings:
-        for entry in entries:
-            settings["added_tokens_decoder"][str(entry["id"])] = {k: v for k, v in entry.items() if k != "id"}
-        write_json(path, settings)
+def add_generation_settings(folder: Path, base: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """generation_config.json of a fine-tune in `folder`: all settings of the base, changed by its own; all end ids."""
+    ends = join_ids(*(eos_ids(settings, GENERATION) for settings in (own, base)))
+    settings = {**base, **own}
+    if ends:
+        settings["eos_token_id"] = ends if len(ends) > 1 else ends[0]
+    if settings:
+        write_json(folder / GENERATION, settings)
 
 
-def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def join_ids(*lists: Sequence[int]) -> list[int]:
+    """Ids of several lists, each once, in their order."""
+    return list(dict.fromkeys(i for ids in lists for i in ids))
+
+
+def write_template(folder: Path, template: str) -> None:
+    """Makes a chat template the one that holds: where the folder's tokenizer keeps it, and the files win."""
+    if template_files(folder) or not (folder / CONFIG).is_file():
+        (folder / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
+    else:
+        write_json(folder / CONFIG, {**read_object(folder, CONFIG), "chat_template": template})
 
 
 def write_index(folder: Path, files: Mapping[str, Sequence[Output]]) -> None:
@@ -119,25 +151,9 @@ def write_index(folder: Path, files: Mapping[str, Sequence[Output]]) -> None:
     write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(names.items()))})
 
 
-def _tokens(words: Vocabulary, ids: list[int] | tuple[int, ...]) -> list[str]:
+def _tokens(words: Vocabulary, ids: Sequence[int]) -> list[str]:
     names = words.tokens()
     return [names[i] for i in ids if i in names]
-
-
-def _give_template(chat: Checkpoint, chat_words: Vocabulary, words: Vocabulary, folder: Path) -> None:
-    """The template and the end token as they are stored: in a file of its own or in tokenizer_config.json."""
-    theirs = chat.json("tokenizer_config.json") or {}
-    path = folder / "tokenizer_config.json"
-    ours = json.loads(path.read_bytes()) if path.is_file() else {}
-    if "chat_template" in theirs:
-        ours["chat_template"] = theirs["chat_template"]
-    else:
-        (folder / "chat_template.jinja").write_text(chat_words.template or "", encoding="utf-8")
-    if chat_words.named.get("eos") in words.ids:
-        ours["eos_token"] = chat_words.named["eos"]
-    if "pad_token" not in ours and chat_words.named.get("pad") in words.ids:
-        ours["pad_token"] = chat_words.named["pad"]
-    write_json(path, ours)
 
 
 def _renumbered(settings: Mapping[str, Any], theirs: Vocabulary, ours: Vocabulary) -> dict[str, Any]:
@@ -146,9 +162,9 @@ def _renumbered(settings: Mapping[str, Any], theirs: Vocabulary, ours: Vocabular
     for key in [key for key in settings if key.endswith("_token_id")]:
         value = settings[key]
         ids = [ours.ids.get(names.get(i, "")) for i in (value if isinstance(value, list) else [value])]
-        kept = [i for i in ids if i is not None]
-        if not kept:
+        present = [i for i in ids if i is not None]
+        if not present:
             del result[key]
         else:
-            result[key] = kept if isinstance(value, list) else kept[0]
+            result[key] = present if isinstance(value, list) else present[0]
     return result

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 
 from lapis.checkpoint import Checkpoint
 from lapis.errors import CheckpointError
@@ -19,7 +20,7 @@ from lapis.weights.diff import spectrum
 from lapis.weights.diff.measures import Sums, direction, mantissa, measure, measure_rows, ratio
 from lapis.weights.diff.table import DiffTable, Line
 from lapis.weights.engine.fp8 import is_number
-from lapis.weights.engine.sources import Source, Stored, StoredRows
+from lapis.weights.engine.sources import Source, Stored, StoredRows, read_rows
 from lapis.weights.engine.tiles import Reader, each, spans
 from lapis.weights.matching import (
     Model,
@@ -31,6 +32,7 @@ from lapis.weights.matching import (
 )
 from lapis.weights.vocabulary import Vocabulary, open_vocabulary, relation
 
+NEIGHBORS, _BLOCK = 256, 4096  # new tokens whose neighbor is looked for; rows that are read at a time
 UNRELATED = 0.05  # a fine-tune's tensors have cosines near 1 with its parent's; unrelated ones near 0
 
 
@@ -104,8 +106,11 @@ def diff(
         lines.append(Line(pair.name, pair.part, sum(pair.partial, Sums()), tuple(pair.a.shape), extra))
         if progress and spectra:
             progress(done + 1, len(pairs))
+    if rows and words[0] and words[1] and (gone := len(words[0].ids.keys() - words[1].ids.keys())):
+        notes.append(f"{gone:,} tokens are only in a")
     table = DiffTable(
         lines,
+        new_rows=[row for pair in pairs if pair.tokens is not None for row in _new_rows(two, pair, words)],
         rows=[line for pair in pairs if pair.tokens is not None for line in _row_lines(pair, words)],
         same_shape=not mismatched,
         only_in_a=sorted(set(one.names) - set(names)),
@@ -114,6 +119,8 @@ def diff(
         notes=notes,
         bytes_read=read,
     )
+    if table.rows:
+        notes.append(table.rows_finding())
     if unrelated(table):
         notes.append("cosine 0.00 in every layer: these are not parent and child")
     return table
@@ -187,12 +194,55 @@ def _by_token(
     return _Pair(name, one.part(name), a, b, [row[2] for row in shared] if rows else None, [row[0] for row in shared])
 
 
+def _new_rows(two: Checkpoint, pair: _Pair, words: tuple[Vocabulary | None, Vocabulary | None]) -> list[dict[str, Any]]:
+    """One line for each token that only b has: the norm of its row, and the nearest token that both have.
+
+    Neighbors by cosine, of the first NEIGHBORS new tokens; the table is read once more, in blocks.
+    """
+    left, right = words
+    if left is None or right is None:
+        return []
+    count = two.info(pair.b.name).shape[0]
+    new = sorted((i, token) for token, i in right.ids.items() if token not in left.ids and i < count)
+    if not new:
+        return []
+    shared = {i: token for token, i in right.ids.items() if token in left.ids and i < count}
+    source = Stored("b", two, pair.b.name)
+    values = read_rows(source, [i for i, _ in new]).float()
+    units = torch.nn.functional.normalize(values[:NEIGHBORS], dim=1)
+    best = torch.full((len(units),), -2.0)
+    nearest = torch.full((len(units),), -1)
+    for first in range(0, count, _BLOCK):
+        ids = [i for i in range(first, min(first + _BLOCK, count)) if i in shared]
+        if ids:
+            block = torch.nn.functional.normalize(read_rows(source, ids).float(), dim=1)
+            cosine, place = (units @ block.T).max(1)
+            nearest = torch.where(cosine > best, torch.tensor(ids)[place], nearest)
+            best = torch.maximum(best, cosine)
+    return [
+        {
+            "tensor": pair.name,
+            "token": right.text(token),
+            "id": i,
+            "special": token in right.special,
+            "kind": right.kind(token),
+            "norm": float(values[n].norm()),
+            "nearest": right.text(shared[int(nearest[n])]) if n < len(units) and int(nearest[n]) >= 0 else None,
+            "nearest_cosine": float(best[n]) if n < len(units) and int(nearest[n]) >= 0 else None,
+        }
+        for n, (i, token) in enumerate(new)
+    ]
+
+
 def _row_lines(pair: _Pair, words: tuple[Vocabulary | None, Vocabulary | None]) -> list[dict[str, Any]]:
     """One line per row: its token, its figures, and a robust z-score of how far it moved."""
     squares = np.concatenate([part for part in pair.rows if part is not None] or [np.zeros((0, 3))])
     relative = np.array([ratio(dd, aa) for aa, _, dd in squares])
     usual = np.median(relative) if len(relative) else 0.0
     spread = 1.4826 * np.median(np.abs(relative - usual)) if len(relative) else 0.0
+    if not spread and len(relative):  # most rows did the same: the mean instead (Iglewicz and Hoaglin 1993)
+        spread = 1.2533 * np.mean(np.abs(relative[np.isfinite(relative)] - usual))
+    floor = 0.0 if pair.a.dtype == pair.b.dtype else 2.0 ** -mantissa(pair.a.dtype, pair.b.dtype)  # rounding alone
     known = [vocabulary for vocabulary in words if vocabulary]
     special = frozenset().union(*(vocabulary.special for vocabulary in known)) if known else frozenset()
     lines = []
@@ -206,6 +256,7 @@ def _row_lines(pair: _Pair, words: tuple[Vocabulary | None, Vocabulary | None]) 
             "special": token in special,
             "kind": "padding" if token is None else known[0].kind(token),
             "relative_norm": float(relative[i]),
+            "moved": bool(relative[i] > floor),
             "cosine": direction(aa, bb, dd)[0],
             "norm_a": aa**0.5,
             "z": float((relative[i] - usual) / spread) if spread else 0.0,

@@ -35,10 +35,22 @@ class Line:
 
 @dataclass
 class DiffTable:
-    """What `diff` returns. tensors: a line per tensor; rows: a line per row of embedding and head, if asked for."""
+    """What `diff` returns.
+
+    Attributes:
+        lines: A line for each tensor.
+        rows: A line for each row of embedding and head, where rows were measured.
+        new_rows: A line for each token that only b has: norm of its row, and the nearest of the tokens that both have.
+        same_shape: Whether all tensors that both have are of one shape.
+        only_in_a, only_in_b: Names of tensors.
+        mismatched: A line for each pair of tensors of different shapes.
+        notes: What a reader should be told besides.
+        bytes_read: From files.
+    """
 
     lines: list[Line]
     rows: list[dict[str, Any]] = field(default_factory=list)
+    new_rows: list[dict[str, Any]] = field(default_factory=list)
     same_shape: bool = True
     only_in_a: list[str] = field(default_factory=list)
     only_in_b: list[str] = field(default_factory=list)
@@ -74,8 +86,22 @@ class DiffTable:
         ]
 
     def moved(self, count: int = 20) -> list[dict[str, Any]]:
-        """The rows that changed most, relative to their length."""
-        return sorted(self.rows, key=lambda row: -row["relative_norm"])[:count]
+        """The rows that changed most, relative to their length; rows that did not move are not among them."""
+        moved = [row for row in self.rows if row["moved"]]
+        return sorted(moved, key=lambda row: -row["relative_norm"])[:count]
+
+    def rows_finding(self) -> str:
+        """One sentence: which rows of embedding and head moved most, and how many tokens are new in b."""
+        moved = self.moved(len(self.rows))
+        new = len({row["token"] for row in self.new_rows})
+        more = f"; {new:,} tokens are only in b" if new else ""
+        if not moved:
+            return f"no row moved{more}"
+        apart = [row for row in moved if row["z"] > OUTLIER][:3] or moved[:1]
+        several = len({row["tensor"] for row in self.rows}) > 1
+        names = list(dict.fromkeys(f"{row['token']} ({row['tensor']})" if several else row["token"] for row in apart))
+        joined = " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+        return f"{joined} moved most{more}"
 
     def outliers(self) -> list[dict[str, Any]]:
         """For each tensor of rows its figures with and without the rows that stand apart, and which those are."""
@@ -110,6 +136,7 @@ class DiffTable:
         if self.rows:
             result["rows"] = [{key: value for key, value in row.items() if key != "squares"} for row in self.rows]
             result["outliers"] = self.outliers()
+            result["new_rows"] = self.new_rows
         return result
 
     def to_pandas(self, rows: bool = False) -> "pandas.DataFrame":
@@ -144,13 +171,10 @@ class DiffTable:
 
         if not rows:
             return plots.layer_heatmap(self.by("layer", "component", "kind"), self.finding())
-        first = self.rows[0]["tensor"] if self.rows else ""
+        first = self.moved(1)[0]["tensor"] if self.moved(1) else self.rows[0]["tensor"] if self.rows else ""
         rows_ = sorted((row for row in self.rows if row["tensor"] == first), key=lambda row: -row["relative_norm"])
-        apart = [row["token"] for row in rows_[:3] if row["z"] > OUTLIER] or [row["token"] for row in rows_[:1]]
-        named = " and ".join([", ".join(apart[:-1]), apart[-1]] if len(apart) > 1 else apart)
-        moved = any(row["relative_norm"] for row in rows_)
-        title = f"{named} moved most" if moved else "No row moved"
-        return plots.embedding_rows(sorted(rows_, key=lambda row: int(row["id"])), title)
+        finding = self.rows_finding()
+        return plots.embedding_rows(sorted(rows_, key=lambda row: int(row["id"])), finding[0].upper() + finding[1:] if finding.startswith("no row") else finding)
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
         """What a notebook shows: the finding, and the figures by layer."""

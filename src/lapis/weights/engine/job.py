@@ -19,11 +19,12 @@ from lapis import __version__
 from lapis.checkpoint import Checkpoint
 from lapis.checkpoint.commit import commit
 from lapis.checkpoint.tensor_file import header_bytes
+from lapis.text.tokenizer.folder import write_json
 from lapis.weights.engine.journal import Journal
 from lapis.weights.engine.outputs import Account, Figures, Output
 from lapis.weights.engine.stream import stream
 from lapis.weights.engine.tiles import TILE
-from lapis.weights.tokenizer_files import ACCOUNT, write_json
+from lapis.weights.tokenizer_files import ACCOUNT
 
 
 @dataclass(frozen=True)

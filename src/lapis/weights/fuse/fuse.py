@@ -33,7 +33,7 @@ from lapis.weights.engine.outputs import Account
 from lapis.weights.fuse.layout import FuseLayout
 from lapis.weights.matching import format_problems
 from lapis.weights.merge.layout import sharded
-from lapis.weights.tokenizer_files import carry, write_index
+from lapis.weights.tokenizer_files import copy_tokenizer_files, write_index
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 GENERATION = "generation_config.json"
@@ -85,7 +85,7 @@ def fuse(
         recipe["dtype"] = dtype
 
     def beside(folder: Path, account: Account) -> None:
-        layout.notes += carry(onto, folder, config=layout.config)
+        layout.notes += copy_tokenizer_files(onto, folder, config=layout.config)
         _write_speech(adapter, onto, folder)
         (folder / INDEX).unlink(missing_ok=True)
         if len(files) > 1:

@@ -26,7 +26,7 @@ from lapis.weights.engine.outputs import Account
 from lapis.weights.graft.layout import GraftPlan, ScaleLike, plan_graft
 from lapis.weights.matching import Model
 from lapis.weights.options import GraftOptions, KeepOrAdd
-from lapis.weights.tokenizer_files import carry, write_index
+from lapis.weights.tokenizer_files import copy_tokenizer_files, write_index
 
 
 def graft(
@@ -103,7 +103,7 @@ def _write_beside(plan: GraftPlan, folder: Path) -> None:
     config = _changed_config(onto.config, plan)
     talks = plan.recipe["template"]  # whose template it is: chat's or onto's
     chat, chat_words = plan.inputs[talks], words[talks]
-    plan.notes += carry(
+    plan.notes += copy_tokenizer_files(
         onto, folder, chat=chat, words=words["onto"], chat_words=chat_words, config=config, new_tokens=plan.new_tokens
     )
     if onto.file(INDEX):

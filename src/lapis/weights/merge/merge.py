@@ -18,6 +18,7 @@ from lapis.checkpoint import Checkpoint, open_checkpoint
 from lapis.checkpoint.commit import check_output
 from lapis.checkpoint.store import INDEX
 from lapis.errors import CheckpointError, ConfigError
+from lapis.text.tokenizer.folder import write_json
 from lapis.weights.checks import (
     UNRELATED,
     check_configs,
@@ -34,10 +35,10 @@ from lapis.weights.merge.expression import parse_expression
 from lapis.weights.merge.layout import Layout, sharded
 from lapis.weights.merge.placing import place
 from lapis.weights.merge.recipe import Recipe, parse_recipe, read_recipe
-from lapis.weights.merge.settings import chat_template, output_config, write_template, write_tokenizer
+from lapis.weights.merge.settings import chat_template, output_config, write_tokenizer
 from lapis.weights.merge.union import Words
 from lapis.weights.options import MergeOptions
-from lapis.weights.tokenizer_files import carry, write_index, write_json
+from lapis.weights.tokenizer_files import copy_tokenizer_files, write_index, write_template
 from lapis.weights.vocabulary import open_vocabulary
 
 
@@ -235,7 +236,7 @@ def _is_negative(weight: Any) -> bool:
 
 def _write_beside(plan: MergePlan, folder: Path) -> None:
     """Everything that is not a weight: tokenizer and generation settings of the donor, config, index."""
-    plan.notes += carry(plan.donor, folder)
+    plan.notes += copy_tokenizer_files(plan.donor, folder)
     write_json(folder / "config.json", plan.config)
     if plan.words and plan.words.document:
         write_tokenizer(folder, plan.words.document)

@@ -6,14 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from lapis.checkpoint import Checkpoint
-from lapis.checkpoint.files import read_json
 from lapis.errors import ConfigError
 from lapis.families.base import Part
-from lapis.text.tokenizer.folder import CHATML
+from lapis.text.tokenizer.folder import CHATML, CONFIG, read_object, write_json
 from lapis.weights.engine.fp8 import without_quantization
 from lapis.weights.engine.stream import Output
 from lapis.weights.merge.placing import Placing
-from lapis.weights.tokenizer_files import write_json
 from lapis.weights.vocabulary import Vocabulary
 
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
@@ -60,37 +58,27 @@ def _has_head(parts: Any) -> bool:
     return any(part.component == "head" for part in parts)
 
 
-def chat_template(wish: str | None, words: Mapping[str, Vocabulary | None], donor: Checkpoint) -> str | None:
+def chat_template(request: str | None, words: Mapping[str, Vocabulary | None], donor: Checkpoint) -> str | None:
     """The template that a recipe asks for: "auto" (the one that most models have), "chatml", or a template's text."""
-    if wish is None:
+    if request is None:
         return None
     if words.get(donor.source) is None:
         raise ConfigError(f"chat_template: {donor.source} has no tokenizer to write it to")
-    if wish == "auto":
+    if request == "auto":
         had = Counter(vocabulary.template for vocabulary in words.values() if vocabulary and vocabulary.template)
         return had.most_common(1)[0][0] if had else None
-    if wish == "chatml":
+    if request == "chatml":
         return CHATML
-    if "{" not in wish:
-        raise ConfigError(f'chat_template is "{wish}"; give auto, chatml, or the text of a template')
-    return wish
+    if "{" not in request:
+        raise ConfigError(f'chat_template is "{request}"; give auto, chatml, or the text of a template')
+    return request
 
 
 def write_tokenizer(folder: Path, document: Mapping[str, Any]) -> None:
     """tokenizer.json with added tokens that the donor's lacks, and their table in tokenizer_config.json."""
     write_json(folder / "tokenizer.json", document)
-    path = folder / "tokenizer_config.json"
-    settings = read_json(path) if path.is_file() else {}
+    settings = read_object(folder, CONFIG)
     if isinstance(settings.get("added_tokens_decoder"), dict):
         for entry in document["added_tokens"]:
             settings["added_tokens_decoder"][str(entry["id"])] = {k: v for k, v in entry.items() if k != "id"}
-        write_json(path, settings)
-
-
-def write_template(folder: Path, template: str) -> None:
-    """Puts a chat template where the folder's tokenizer keeps it."""
-    jinja, settings = folder / "chat_template.jinja", folder / "tokenizer_config.json"
-    if jinja.is_file() or not settings.is_file():
-        jinja.write_text(template, encoding="utf-8")
-    else:
-        write_json(settings, {**read_json(settings), "chat_template": template})
+        write_json(folder / CONFIG, settings)
