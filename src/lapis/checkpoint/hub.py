@@ -66,8 +66,8 @@ class Snapshot:
             path = self.fetch(name)
             if name in self.sha256:
                 with path.open("rb") as file:
-                    found = hashlib.file_digest(file, "sha256").hexdigest()
-                if found != self.sha256[name]:
+                    digest = hashlib.file_digest(file, "sha256").hexdigest()
+                if digest != self.sha256[name]:
                     path.unlink()
                     (self.root / name).unlink(missing_ok=True)
                     raise CheckpointError(f"{self.source}: {name} came with other bytes than the hub lists; load again")
@@ -134,11 +134,11 @@ def find_model(source: str | os.PathLike[str], index: str) -> Snapshot:
 
     An adapter is fetched whole. Raises CheckpointError where `source` is no hub id either.
     """
-    found = hub_id(str(source))
-    if found is None:
+    identity = hub_id(str(source))
+    if identity is None:
         what = "is a file; give the folder that holds it" if os.path.exists(source) else "there is no such folder"
         raise CheckpointError(f"{source}: {what}")
-    snapshot = open_snapshot(str(source), *found)
+    snapshot = open_snapshot(str(source), *identity)
     if holds_adapter(snapshot.sizes):
         snapshot.fetch_beside()
         snapshot.fetch_weights([name for name in snapshot.sizes if name.endswith(".safetensors")])
@@ -151,10 +151,10 @@ def find_model(source: str | os.PathLike[str], index: str) -> Snapshot:
 
 def local_folder(source: Path | str) -> Path | None:
     """The folder in the cache with all that lies beside a hub model's weights; None where `source` is no hub id."""
-    found = hub_id(str(source))
-    if found is None:
+    identity = hub_id(str(source))
+    if identity is None:
         return None
-    snapshot = open_snapshot(str(source), *found)
+    snapshot = open_snapshot(str(source), *identity)
     snapshot.fetch_beside()
     return snapshot.root
 
@@ -194,9 +194,9 @@ def _remember(snapshot: Snapshot, revision: str) -> None:
 
 def _from_cache(source: str, repo: str, revision: str | None, why: str) -> Snapshot:
     """What the cache has of a revision, when the hub cannot be asked."""
-    folder, wanted = _folder(repo), revision or "main"
-    reference = folder / "refs" / wanted
-    commit = reference.read_text().strip() if reference.is_file() else wanted
+    folder, name = _folder(repo), revision or "main"
+    reference = folder / "refs" / name
+    commit = reference.read_text().strip() if reference.is_file() else name
     root = folder / "snapshots" / commit
     if "/" in commit or not root.is_dir():
         raise CheckpointError(

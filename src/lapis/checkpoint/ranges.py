@@ -16,7 +16,7 @@ from typing import Any
 from lapis.errors import CheckpointError
 
 BLOCK = 4 << 20  # bytes asked for at a time
-KEPT, AHEAD = 8, 2  # blocks of a file that are kept, and that are asked for before they are needed
+BLOCKS_HELD, AHEAD = 8, 2  # blocks of a file that are kept, and that are asked for before they are needed
 TRIES = 5
 PAUSE = 0.5  # seconds before the second try; each further one waits twice as long
 LONGEST = 60.0  # seconds of Retry-After that are waited for
@@ -74,30 +74,30 @@ class RemoteFile:
         return bytes(got)
 
     def _block(self, number: int) -> "Future[bytes]":
-        found = self._ask(number)
+        block = self._ask(number)
         for ahead in range(number + 1, number + 1 + AHEAD):
             if ahead * BLOCK < self.size:
                 self._ask(ahead)
-        return found
+        return block
 
     def _ask(self, number: int) -> "Future[bytes]":
         with self._lock:
-            found = self._blocks.get(number)
-            if found is None or (found.done() and found.exception() is not None):
+            block = self._blocks.get(number)
+            if block is None or (block.done() and block.exception() is not None):
                 first = number * BLOCK
-                found = self._blocks[number] = _POOL.submit(self.fetch, first, min(first + BLOCK, self.size))
-                while len(self._blocks) > KEPT:
+                block = self._blocks[number] = _POOL.submit(self.fetch, first, min(first + BLOCK, self.size))
+                while len(self._blocks) > BLOCKS_HELD:
                     self._blocks.popitem(last=False)
             self._blocks.move_to_end(number)
-        return found
+        return block
 
     def _go_on(self, first: int, last: int, got: bytearray) -> None:
         """One request, for what is still missing."""
         start = first + len(got)
         if start >= last:
             return
-        asked = {**self._headers, "Range": f"bytes={start}-{last - 1}"}
-        with self._client().stream("GET", self.url, headers=asked, timeout=TIMEOUT, follow_redirects=True) as answer:
+        request = {**self._headers, "Range": f"bytes={start}-{last - 1}"}
+        with self._client().stream("GET", self.url, headers=request, timeout=TIMEOUT, follow_redirects=True) as answer:
             if answer.status_code != 206:
                 raise self._unlike(answer)
             self._check(answer, start, last)
@@ -112,11 +112,13 @@ class RemoteFile:
         encoding = answer.headers.get("content-encoding", "identity")
         if encoding not in ("", "identity"):
             raise Refused(f"{self.name}: the server encoded a range as {encoding}; a proxy in between may do that")
-        said = answer.headers.get("content-range", "")
-        match = _RANGE.fullmatch(said.strip())
+        answered = answer.headers.get("content-range", "")
+        match = _RANGE.fullmatch(answered.strip())
         if match is None or tuple(map(int, match.groups())) != (start, last - 1, self.size):
-            wanted = f"bytes {start}-{last - 1}/{self.size}"
-            raise Refused(f'{self.name}: the server answered with the range "{said[:80]}" where {wanted} was asked for')
+            expected = f"bytes {start}-{last - 1}/{self.size}"
+            raise Refused(
+                f'{self.name}: the server answered with the range "{answered[:80]}" where {expected} was asked for'
+            )
         etag = answer.headers.get("etag")
         with self._lock:
             if self._etag is None:
@@ -173,8 +175,8 @@ def patiently(name: str, errors: type[Exception], tries: int = 0) -> Iterator[At
 def refusal(name: str, status: int, headers: Mapping[str, str]) -> Exception:
     """What a status means: something to try again, or the end."""
     if status in _AGAIN:
-        said = headers.get("retry-after", "")
-        after = float(said) if re.fullmatch(r"\d{1,6}(\.\d+)?", said) else None
+        text = headers.get("retry-after", "")
+        after = float(text) if re.fullmatch(r"\d{1,6}(\.\d+)?", text) else None
         return AgainError(f"status {status}" + (" (too many requests)" if status == 429 else ""), after)
     words = {
         401: "the hub wants a login (401); log in with `hf auth login`, or set HF_TOKEN",

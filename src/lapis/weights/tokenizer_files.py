@@ -121,16 +121,6 @@ def _add_chat_settings(
     return generation, notes
 
 
-def add_generation_settings(folder: Path, base: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    """generation_config.json of a fine-tune in `folder`: all settings of the base, changed by its own; all end ids."""
-    ends = join_ids(*(eos_ids(settings, GENERATION) for settings in (own, base)))
-    settings = {**base, **own}
-    if ends:
-        settings["eos_token_id"] = ends if len(ends) > 1 else ends[0]
-    if settings:
-        write_json(folder / GENERATION, settings)
-
-
 def join_ids(*lists: Sequence[int]) -> list[int]:
     """Ids of several lists, each once, in their order."""
     return list(dict.fromkeys(i for ids in lists for i in ids))

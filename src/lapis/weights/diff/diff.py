@@ -101,8 +101,8 @@ def diff(
     read = each([(pair, i) for pair in pairs for i in range(len(pair.tiles))], work, progress)
     lines = []
     for done, pair in enumerate(pairs):
-        wanted = spectra and pair.part.layer is not None and len(pair.a.shape) == 2
-        extra = spectrum.spectra(pair.a, pair.b) if wanted else {}
+        decompose = spectra and pair.part.layer is not None and len(pair.a.shape) == 2
+        extra = spectrum.spectra(pair.a, pair.b) if decompose else {}
         lines.append(Line(pair.name, pair.part, sum(pair.partial, Sums()), tuple(pair.a.shape), extra))
         if progress and spectra:
             progress(done + 1, len(pairs))
@@ -158,13 +158,13 @@ def _pair_up(
             shapes = ["x".join(map(str, info.shape)) or "a scalar" for info in (here, there)]
             mismatched[name] = f"{name} is {shapes[0]} in {one.source} and {shapes[1]} in {two.source}"
         else:
-            asked = rows and of_tokens and len(here.shape) > 1
-            tokens: list[str | None] | None = [None] * here.shape[0] if asked else None
+            by_row = rows and of_tokens and len(here.shape) > 1
+            tokens: list[str | None] | None = [None] * here.shape[0] if by_row else None
             if tokens is not None and (known := words[0] or words[1]):
                 for token, i in known.ids.items():
                     if i < len(tokens):
                         tokens[i] = token
-            ids = range(here.shape[0]) if asked else ()
+            ids = range(here.shape[0]) if by_row else ()
             pairs.append(_Pair(name, part, Stored("a", one, name), Stored("b", two, other), tokens, ids))
     if odd:
         notes.append(f"not compared, for they hold no floating point numbers: {', '.join(odd[:4])}")

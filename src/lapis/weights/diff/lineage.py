@@ -53,10 +53,10 @@ def lineage(base: Model, models: Sequence[Model], *, progress: Callable[[int, in
     names = [counterparts(first, other) for other in others]
     shared, skipped = [], 0
     for name in first.names:
-        found = [(other, table.get(name)) for other, table in zip(others, names, strict=True)]
-        same = all(n is not None and other.info(n).shape == first.info(name).shape for other, n in found)
-        if same and is_number(first, name) and all(is_number(other, n) for other, n in found if n):
-            shared.append([Stored("base", first, name)] + [Stored(o.source, o, n) for o, n in found if n])
+        pairs = [(other, table.get(name)) for other, table in zip(others, names, strict=True)]
+        same = all(n is not None and other.info(n).shape == first.info(name).shape for other, n in pairs)
+        if same and is_number(first, name) and all(is_number(other, n) for other, n in pairs if n):
+            shared.append([Stored("base", first, name)] + [Stored(o.source, o, n) for o, n in pairs if n])
         else:
             skipped += 1
     if not shared:
@@ -118,24 +118,24 @@ def _by_layer(base: Checkpoint, names: list[str], grams: Any) -> list[dict[str, 
     return [{"layer": layer, "cosines": _cosines(layers[layer][:-1])} for layer in order]
 
 
-def _meaning(found: Lineage, gram: Any) -> list[str]:
+def _meaning(result: Lineage, gram: Any) -> list[str]:
     """What the cosines say of descent, in sentences."""
     notes = []
-    for i, j in combinations(range(len(found.models)), 2):
+    for i, j in combinations(range(len(result.models)), 2):
         one, two = (i, j) if gram[i, i] <= gram[j, j] else (j, i)
         if not gram[one, one]:
-            notes.append(f"{found.models[one]} equals {found.base}")
+            notes.append(f"{result.models[one]} equals {result.base}")
             continue
         contained = gram[one, two] / gram[one, one]
-        if sqrt(gram[two, two]) == sqrt(gram[one, one]) and found.cosines[i][j] > 1 - 1e-9:
-            notes.append(f"{found.models[i]} and {found.models[j]} are the same")
-        elif CONTAINED[0] < contained < CONTAINED[1] and found.cosines[i][j] > ALIKE:
-            notes.append(f"{found.models[two]} looks made from {found.models[one]}: it contains its difference")
-        elif found.cosines[i][j] > ALIKE:
+        if sqrt(gram[two, two]) == sqrt(gram[one, one]) and result.cosines[i][j] > 1 - 1e-9:
+            notes.append(f"{result.models[i]} and {result.models[j]} are the same")
+        elif CONTAINED[0] < contained < CONTAINED[1] and result.cosines[i][j] > ALIKE:
+            notes.append(f"{result.models[two]} looks made from {result.models[one]}: it contains its difference")
+        elif result.cosines[i][j] > ALIKE:
             notes.append(
-                f"{found.models[i]} and {found.models[j]} went the same way (cosine {found.cosines[i][j]:.2f}): alike "
-                f"training, or a common parent nearer than {found.base}"
+                f"{result.models[i]} and {result.models[j]} went the same way (cosine {result.cosines[i][j]:.2f}): "
+                f"alike training, or a common parent nearer than {result.base}"
             )
     if not notes:
-        notes.append(f"the differences are independent: separate fine-tunes of {found.base}")
+        notes.append(f"the differences are independent: separate fine-tunes of {result.base}")
     return notes

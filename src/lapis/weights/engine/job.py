@@ -133,7 +133,7 @@ def _card(command: str, document: Mapping[str, Any]) -> str:
         for role, entry in inputs.items()
     )
     recipe = "\n".join(f"| {key} | `{value}` |" for key, value in document["recipe"].items())
-    told = "\n".join(f"- {note}" for note in document["notes"])
+    notes = "\n".join(f"- {note}" for note in document["notes"])
     rounding = "" if lost is None else f" Rounding to the stored dtype took {lost:.2%} of the difference (by norm)."
     return f"""---
 base_model:
@@ -154,7 +154,7 @@ tags: [lapis, merge, {command}]
 |---|---|
 {recipe}
 
-{told}
+{notes}
 
 What became of every tensor is in `{ACCOUNT}`.
 """

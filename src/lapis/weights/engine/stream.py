@@ -113,7 +113,7 @@ class _Streaming:
         allow_nonfinite: bool,
         progress: Callable[[int, int], None] | None,
     ) -> None:
-        self.journal, self.allow_nonfinite, self.tell = journal, allow_nonfinite, progress
+        self.journal, self.allow_nonfinite, self.report = journal, allow_nonfinite, progress
         self.lock = threading.Lock()
         self.failure: BaseException | None = None
         self.free: SimpleQueue[Buffer] = SimpleQueue()
@@ -334,8 +334,8 @@ class _Streaming:
                 if file.progress.done - file.recorded >= RECORD:
                     self.journal.record(file.name, file.progress, file.changed)
                     file.recorded, file.changed = file.progress.done, {}
-                if self.tell:
-                    self.tell(self.done, self.total)
+                if self.report:
+                    self.report(self.done, self.total)
                 following = file.pending.pop(file.progress.done, None)
             if following is None:
                 return

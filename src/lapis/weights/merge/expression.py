@@ -40,17 +40,17 @@ def coefficients(text: str) -> dict[str, float]:
     names: list[str] = []
     source, at, operand = "", 0, True  # a slash begins a path where an operand is due, and divides elsewhere
     while at < len(text):
-        found = (_OPERAND if operand else _OPERATOR).match(text, at)
-        if not found:
+        match = (_OPERAND if operand else _OPERATOR).match(text, at)
+        if not match:
             raise ConfigError(f'"{text}": "{text[at]}" at {at + 1} is not understood; put names with spaces in quotes')
-        if found.lastgroup in ("name", "quoted"):
-            names.append(found[0].strip("\"'"))
+        if match.lastgroup in ("name", "quoted"):
+            names.append(match[0].strip("\"'"))
             source += f" _{len(names) - 1} "
         else:
-            source += found[0]
-        if found.lastgroup != "space":
-            operand = found.lastgroup == "operator" and found[0] != ")"
-        at = found.end()
+            source += match[0]
+        if match.lastgroup != "space":
+            operand = match.lastgroup == "operator" and match[0] != ")"
+        at = match.end()
     try:
         tree = ast.parse(source.strip(), mode="eval")
         value = _value(tree.body, names, text)

@@ -25,11 +25,12 @@ def kernel_of(
     models: int,
     base: bool,
     seed: int = 0,
-    told: Counter[str] | None = None,
+    method_notes: Counter[str] | None = None,
 ) -> Kernel:
     """The kernel for one tensor. Its tiles' inputs are the models in order, then the base where there is one.
 
-    parameters: by recipe names, per-model ones as tuples. told: counts what the method has to say of the tensor.
+    parameters: by recipe names, per-model ones as tuples. method_notes: counts what the method has to say of the
+    tensor.
     Raises ConfigError for parameters that the method cannot take.
     """
     vector = len(shape) < 2
@@ -49,7 +50,7 @@ def kernel_of(
         except StopIteration as end:
             begin = end.value
     if isinstance(begin, Elementwise):
-        note(told, begin)
+        note(method_notes, begin)
 
     def sweep(tile: Tile, reduction: Reduction | None) -> tuple[Any, ...]:
         return (reduction or begin)(block(tile))  # type: ignore[operator]
@@ -59,7 +60,7 @@ def kernel_of(
         try:
             return steps.send(total(parts))
         except StopIteration as end:
-            note(told, end.value)
+            note(method_notes, end.value)
             last: Elementwise = end.value
             return last
 
@@ -76,9 +77,9 @@ def kernel_of(
     return Kernel(apply, (sweep,) * count, fold if count else None, rows=method.rows and not whole, whole=whole)
 
 
-def note(told: Counter[str] | None, last: Elementwise) -> None:
-    if told is not None and last.note:
-        told[last.note] += 1
+def note(method_notes: Counter[str] | None, last: Elementwise) -> None:
+    if method_notes is not None and last.note:
+        method_notes[last.note] += 1
 
 
 @cache

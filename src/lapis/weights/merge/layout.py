@@ -44,7 +44,7 @@ class Layout:
         self.entries: list[Entry] = []
         self.problems: list[str] = []
         self.notes: list[str] = []
-        self.told: Counter[str] = Counter()
+        self.method_notes: Counter[str] = Counter()
         self.words: Words | None = None
         self.token_models = list(
             dict.fromkeys(e.model for p in placing.placed if is_vocabulary(p.part) for e, _ in p.sources)
@@ -132,7 +132,7 @@ class Layout:
             return Output(placed.name, dtype, shape, tuple(sources))
         kernel = kernel_of(
             method, values, placed.name, shape,
-            models=len(merged), base=uses_base, seed=recipe.seed, told=self.told,
+            models=len(merged), base=uses_base, seed=recipe.seed, method_notes=self.method_notes,
         )  # fmt: skip
         inputs = [source for _, source in merged]
         inputs += [source for (entry, _), source in pairs if uses_base and entry.model == placed.base]
@@ -144,7 +144,7 @@ class Layout:
         """The sources of an embedding or head in the rows of the output's vocabulary."""
         assert self.words is not None and self.recipe.tokens is not None
         tensors = {source.role: source for source in stored}
-        for model in {self.words.donor, *self._wished()} - tensors.keys():
+        for model in {self.words.donor, *self._row_models()} - tensors.keys():
             same = [name for name in self.inputs[model].names if self.inputs[model].part(name) == placed.part]
             if not same:
                 raise ConfigError(f"{placed.name}: {model} has no such tensor to take rows from")
@@ -164,8 +164,12 @@ class Layout:
             for source in stored
         ]  # fmt: skip
 
-    def _wished(self) -> list[str]:
-        return [wish.model for wish in self.recipe.tokens.tokens.values() if wish.model] if self.recipe.tokens else []
+    def _row_models(self) -> list[str]:
+        return (
+            [source.model for source in self.recipe.tokens.tokens.values() if source.model]
+            if self.recipe.tokens
+            else []
+        )
 
     def _readable(self, model: str, name: str) -> bool:
         """Whether a tensor holds numbers that mean something by themselves; notes the problem where not."""

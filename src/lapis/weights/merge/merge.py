@@ -44,7 +44,20 @@ from lapis.weights.vocabulary import open_vocabulary
 
 @dataclass
 class MergePlan:
-    """What a merge will do, proved from headers alone. told: what methods say of tensors, counted as they run."""
+    """What a merge will do, proved before it runs.
+
+    Attributes:
+        recipe: What was asked for.
+        inputs: The models by their names in the recipe.
+        files: Name -> tensors in order.
+        entries: What becomes of every tensor.
+        config: config.json of the output.
+        donor: The model whose tokenizer files are taken.
+        words: The output's vocabulary, where it is not the donor's.
+        template: A chat template that the recipe asks for.
+        notes: What a reader should know.
+        method_notes: What methods say of tensors, counted as they run.
+    """
 
     recipe: Recipe
     inputs: dict[str, Checkpoint]
@@ -55,7 +68,7 @@ class MergePlan:
     words: Words | None
     template: str | None
     notes: list[str]
-    told: Counter[str] = field(default_factory=Counter)
+    method_notes: Counter[str] = field(default_factory=Counter)
 
     @property
     def disk_bytes(self) -> int:
@@ -119,7 +132,7 @@ def merge(
         result, plan.files, plan.inputs, [plan.recipe.written, plan.recipe.seed, tokens], beside,
         overwrite=overwrite, allow_nonfinite=allow_nonfinite, progress=progress,
     )  # fmt: skip
-    result.notes = plan.notes + [f"{number:,} tensors {what}" for what, number in sorted(plan.told.items())]
+    result.notes = plan.notes + [f"{number:,} tensors {what}" for what, number in sorted(plan.method_notes.items())]
     result.seconds = time.perf_counter() - started
     return result
 
@@ -187,7 +200,7 @@ def plan_merge(
     if recipe.method.seeded:
         notes.append(f"masks were drawn from seed {recipe.seed}, the tensor's name and the model's place")
     return MergePlan(
-        recipe, inputs, sharded(placed), entries, config, donor, layout.words, template, notes, layout.told
+        recipe, inputs, sharded(placed), entries, config, donor, layout.words, template, notes, layout.method_notes
     )
 
 

@@ -35,8 +35,8 @@ class Resolver:
         """
         for scope in scopes:
             if parameter.name in scope:
-                found, value = self._evaluate(scope[parameter.name], parameter, tensor, t)
-                if found:
+                is_set, value = self._evaluate(scope[parameter.name], parameter, tensor, t)
+                if is_set:
                     return value
         if parameter.default is Parameter.MISSING:
             of = f" for {model}" if model else ""
@@ -71,15 +71,15 @@ class Resolver:
     def problems(self, names: set[str]) -> list[str]:
         """Filters that are in no tensor's name, with the nearest word that is in one."""
         words = {word for name in names for word in (name, *name.split("."))}
-        found: dict[str, None] = {}
+        lines: dict[str, None] = {}
         for place, parameters in self.scopes:
             for parameter, setting in parameters.items():
                 for condition in _conditions(setting):
                     word = condition.get("filter")
                     if word not in (None, "*") and not any(str(word) in name for name in names):
                         near = _near_word(str(word), words)
-                        found[f'{place}: {parameter}: the filter "{word}" matches no tensor; {near}'] = None
-        return list(found)
+                        lines[f'{place}: {parameter}: the filter "{word}" matches no tensor; {near}'] = None
+        return list(lines)
 
     def notes(self) -> list[str]:
         """What a gradient gave outside the blocks, which surprises for the head."""
@@ -90,9 +90,9 @@ class Resolver:
 
 
 def _near_word(word: str, words: set[str]) -> str:
-    said = nearest(word, words)
+    hint = nearest(word, words)
     return (
-        said if said.startswith("did") else "a filter is a part of a tensor's name, such as self_attn or mlp.down_proj"
+        hint if hint.startswith("did") else "a filter is a part of a tensor's name, such as self_attn or mlp.down_proj"
     )
 
 
@@ -146,7 +146,7 @@ def _scalar(value: Any, parameter: Parameter, where: str) -> Any:
 
 def only(entry: Any, known: set[str], where: str) -> None:
     if not isinstance(entry, Mapping):
-        raise ConfigError(f"{where}: expected key: value lines, found {entry!r:.60}")
+        raise ConfigError(f"{where}: expected key: value lines, got {entry!r:.60}")
     for key in entry:
         if key not in known:
             raise ConfigError(f'{where}: unknown key "{key}"; {nearest(str(key), known)}')

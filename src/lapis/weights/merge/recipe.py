@@ -189,12 +189,12 @@ def _input(entry: Any, where: str, layered: bool) -> Input:
     model = _text(entry.get("model"), f"{where}: model")
     layers = None
     if layered:
-        found = entry.get("layer_range")
-        if not (isinstance(found, list) and len(found) == 2 and all(type(n) is int for n in found)):
-            raise ConfigError(f"{where}: layer_range is {found!r}; expected [first, last), such as [0, 12]")
-        layers = (found[0], found[1])
+        span = entry.get("layer_range")
+        if not (isinstance(span, list) and len(span) == 2 and all(type(n) is int for n in span)):
+            raise ConfigError(f"{where}: layer_range is {span!r}; expected [first, last), such as [0, 12]")
+        layers = (span[0], span[1])
         if not 0 <= layers[0] < layers[1]:
-            raise ConfigError(f"{where}: layer_range {found} holds no layers")
+            raise ConfigError(f"{where}: layer_range {span} holds no layers")
     return Input(model, layers, _mapping(entry, "parameters", where))
 
 
@@ -260,19 +260,19 @@ def _dtype(document: Mapping[str, Any], where: str) -> str | None:
 
 
 def _mapping(document: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
-    found = document.get(key)
-    if found is None:
+    value = document.get(key)
+    if value is None:
         return {}
-    if not isinstance(found, Mapping):
-        raise ConfigError(f"{where}: {key}: expected key: value lines, found {found!r:.60}")
-    return found
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{where}: {key}: expected key: value lines, got {value!r:.60}")
+    return value
 
 
 def _list(document: Mapping[str, Any], key: str, where: str) -> list[Any]:
-    found = document.get(key)
-    if not isinstance(found, list) or not found:
-        raise ConfigError(f"{where}: {key}: expected a list, found {found!r:.60}")
-    return found
+    value = document.get(key)
+    if not isinstance(value, list) or not value:
+        raise ConfigError(f"{where}: {key}: expected a list, got {value!r:.60}")
+    return value
 
 
 def _text(value: Any, where: str) -> str:

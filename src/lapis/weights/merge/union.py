@@ -137,17 +137,17 @@ def rows_of(
         result_rows[row] = ((result.donor, row),)
     known = {each: {t: i for t, i in words[each].ids.items() if i < rows[each]} for each in models}
     for token, row in result.ids.items():
-        wish = tokens.tokens.get(token)
+        source = tokens.tokens.get(token)
         own = known[model].get(token)
-        if own is not None and not (wish and wish.force):
+        if own is not None and not (source and source.force):
             result_rows[row] = ((model, own),)
-        elif wish and wish.kind == "zero":
+        elif source and source.kind == "zero":
             result_rows[row] = ()
-        elif wish and wish.kind == "model":
-            place = wish.token if isinstance(wish.token, int) else known[wish.model].get(wish.token or token)
-            if place is None or not 0 <= place < rows[wish.model]:
-                raise CheckpointError(f'tokenizer: "{token}" is to come from {wish.model}, which has no such token')
-            result_rows[row] = ((wish.model, place),)
+        elif source and source.kind == "model":
+            place = source.token if isinstance(source.token, int) else known[source.model].get(source.token or token)
+            if place is None or not 0 <= place < rows[source.model]:
+                raise CheckpointError(f'tokenizer: "{token}" is to come from {source.model}, which has no such token')
+            result_rows[row] = ((source.model, place),)
         else:
             having = tuple((each, known[each][token]) for each in models if token in known[each])
             from_base = tuple(pair for pair in having if pair[0] == base)

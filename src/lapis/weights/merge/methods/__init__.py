@@ -58,14 +58,14 @@ class Method:
     def parameters(self) -> dict[str, Parameter]:
         """By the name that a recipe uses: `lambda_` is written `lambda`."""
         hints = typing.get_type_hints(self.function, include_extras=True)
-        found = {}
+        parameters = {}
         for name, argument in inspect.signature(self.function).parameters.items():
             kind, words = typing.get_args(hints[name])
             written = name.rstrip("_")
             per_model = kind == PerModel
             default = argument.default[0] if per_model and isinstance(argument.default, tuple) else argument.default
-            found[written] = Parameter(written, float if per_model else kind, per_model, default, words)
-        return found
+            parameters[written] = Parameter(written, float if per_model else kind, per_model, default, words)
+        return parameters
 
     @property
     def help(self) -> str:

@@ -149,18 +149,18 @@ def cuts(
     """The scores at some ascending ranks, exactly, in two sweeps and without sorting.
 
     scores: a block's nonnegative float32 scores, a tensor for each thing that is ranked, which may use the same memory
-    one after the other. ranks(i, count): the 0-based ranks wanted of thing i, which has `count` elements. Nonnegative
+    one after the other. ranks(i, count): the 0-based ranks of thing i, which has `count` elements. Nonnegative
     floats sort like their bits: the first sweep counts the upper 16 bits of all, the second the lower 16 of the
-    elements whose upper bits are the ones wanted.
+    elements whose upper bits are those.
     """
 
     def upper(block: Block) -> tuple[Any, ...]:
-        found: list[Any] = []
+        counts: list[Any] = []
         for score in scores(block):
             count = torch.bincount(_bits(score) >> 16, minlength=1 << 15).numpy()
             values = np.flatnonzero(count)  # few of the 32,768: a block's counts stay small
-            found.append({block.first: (values.astype(np.uint16), count[values].astype(np.int32))})
-        return tuple(found)
+            counts.append({block.first: (values.astype(np.uint16), count[values].astype(np.int32))})
+        return tuple(counts)
 
     places: list[list[tuple[int, int]]] = []  # (upper bits, rank among the elements that have them)
     for i, blocks in enumerate((yield upper)):
@@ -170,17 +170,17 @@ def cuts(
         places.append([(top, rank - int(upto[top] - count[top])) for top, rank in tops])
 
     def lower(block: Block) -> tuple[Any, ...]:
-        found: list[Any] = []
+        counts: list[Any] = []
         for score, tops in zip(scores(block), places, strict=True):
             bits = _bits(score).numpy()
             for top, _ in tops:
                 low = bits - (top << 16)
                 low = np.compress(low.view(np.uint32) < 1 << 16, low)  # several times faster than an index
-                found.append({block.first: np.unique(low, return_counts=True)})
-        return tuple(found)
+                counts.append({block.first: np.unique(low, return_counts=True)})
+        return tuple(counts)
 
-    found = iter((yield lower))
-    return [[_cut(next(found), top, rank) for top, rank in tops] for tops in places]
+    counts = iter((yield lower))
+    return [[_cut(next(counts), top, rank) for top, rank in tops] for tops in places]
 
 
 def _bits(score: Tensor) -> Tensor:
@@ -235,5 +235,5 @@ RowWise = Annotated[bool, "with nuslerp_flatten: false, interpolate column vecto
 NormalizeWeights = Annotated[bool, "make the weights sum to 1"]
 Eps = Annotated[float, "smallest norm that is divided by"]
 MaxIterations = Annotated[int, "most steps towards the mean"]
-Tolerance = Annotated[float, "step below which the mean is taken as found"]
+Tolerance = Annotated[float, "step below which the mean is reached"]
 FilterWise = Annotated[bool, "one ratio for each row instead of for the tensor"]

@@ -244,7 +244,7 @@ def _band(density: PerModel, gamma: Sequence[float], at_least: int = 0) -> Gener
         bounds[thin[at]] = (low, low + kept, count)
         return [rank for rank in (low, low + kept) if rank < count]
 
-    found: list[list[Cut]] = (yield from cuts(sizes, ranks)) if thin else []
+    edges_of_all: list[list[Cut]] = (yield from cuts(sizes, ranks)) if thin else []
 
     def keep(block: Block, i: int, delta: Tensor) -> tuple[Mask | None, float]:
         if density[i] >= 1:
@@ -252,7 +252,7 @@ def _band(density: PerModel, gamma: Sequence[float], at_least: int = 0) -> Gener
         low, high, count = bounds.get(i, (0, 0, 0))
         if low == high:
             return np.zeros(delta.shape, np.bool_), 1.0
-        edges = found[thin.index(i)]
+        edges = edges_of_all[thin.index(i)]
         mask = edges[0].upper(block, torch.abs(delta, out=scratch(delta, "size")))
         if high < count:
             mask.sub_(edges[1].upper(block, delta.abs()))
