@@ -173,8 +173,7 @@ class DiffTable:
             return plots.layer_heatmap(self.by("layer", "component", "kind"), self.finding())
         first = self.moved(1)[0]["tensor"] if self.moved(1) else self.rows[0]["tensor"] if self.rows else ""
         rows_ = sorted((row for row in self.rows if row["tensor"] == first), key=lambda row: -row["relative_norm"])
-        finding = self.rows_finding()
-        return plots.embedding_rows(sorted(rows_, key=lambda row: int(row["id"])), finding[0].upper() + finding[1:] if finding.startswith("no row") else finding)
+        return plots.embedding_rows(sorted(rows_, key=lambda row: int(row["id"])), self.rows_finding())
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
         """What a notebook shows: the finding, and the figures by layer."""
