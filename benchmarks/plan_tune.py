@@ -41,7 +41,7 @@ from lapis.evaluation.choices import Choice, score_choices
 from lapis.evaluation.text import bits_per_byte
 from lapis.families.base import Part
 from lapis.families.config import ModelConfig
-from lapis.families.patterns import chosen, read_patterns
+from lapis.families.patterns import covered_parts
 from lapis.model.transformer import Transformer
 from lapis.planning.choice import at_random, learn_scales, worth
 from lapis.planning.choice import choose as pick
@@ -321,7 +321,7 @@ def foretold(lab: Lab, chat: str) -> dict[str, dict[str, float]]:
     for rule in (*RULES["style"][1:], *POOL):
         tune = list(POOL.get(rule, ())) or lab.picks("style", rule, chat)[0]
         lab.learn(f"style-{rule}", "base", "style", PART["style"], tune)
-        covered = chosen(read_patterns(tune, "tune"), [Part(p.layer, p.component, "weight") for p in parts], "tune")
+        covered = covered_parts(tune, [Part(p.layer, p.component, "weight") for p in parts], "tune")
         mine = [p for p in parts if Part(p.layer, p.component, "weight") in covered]
         put = measure_set(bench, runner, effects, mine, one.names)
         bench.put(one.names, "home")
