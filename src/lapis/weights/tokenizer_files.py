@@ -128,6 +128,7 @@ def join_ids(*lists: Sequence[int]) -> list[int]:
 
 def write_template(folder: Path, template: str) -> None:
     """Makes a chat template the one that holds: where the folder's tokenizer keeps it, and the files win."""
+    (folder / TEMPLATES / "default.jinja").unlink(missing_ok=True)
     if template_files(folder) or not (folder / CONFIG).is_file():
         (folder / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
     else:
