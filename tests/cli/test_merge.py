@@ -34,13 +34,16 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 
 @pytest.fixture
 def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder to stand in, with three small models: A, B and C."""
+    """A folder to stand in, with three small models: A, and B and C, fine-tunes of it."""
     monkeypatch.chdir(tmp_path)
     tokenizer = train_tokenizer(["a few words of text, said again and again: " * 20], 300)
-    for seed, name in enumerate(("A", "B", "C")):
-        torch.manual_seed(seed)
-        config = ModelConfig(dim=32, layers=2, heads=4, kv_heads=2, ffn_dim=64, vocab=300, context=64)
-        save(Transformer(config), tmp_path / name)
+    torch.manual_seed(0)
+    model = Transformer(ModelConfig(dim=32, layers=2, heads=4, kv_heads=2, ffn_dim=64, vocab=300, context=64))
+    for name in ("A", "B", "C"):
+        save(model, tmp_path / name)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += 0.2 * parameter.std().nan_to_num() * torch.randn_like(parameter)
         tokenizer.save(tmp_path / name)
     return tmp_path
 

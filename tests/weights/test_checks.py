@@ -1,6 +1,7 @@
 """What must be refused, or said, before models are combined: missing tensors, configs, strangers, unread tokens."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -61,7 +62,7 @@ def test_rope_is_compared_as_it_is_meant(folders, tmp_path, one, two, same):
     base = folders.weights(1)
     a = with_rope(folders, tmp_path, "a", base, 10_000.0, one)
     b = with_rope(folders, tmp_path, "b", folders.near(base, 2), 10_000.0 if same else 1_000_000.0, two)
-    results = [
+    results: list[Any] = [
         graft(a, b, a, tmp_path / "g", dry_run=True),
         merge(f"{a} + 0.5*({b} - {a})", tmp_path / "m", dry_run=True),
         diff(a, b),
@@ -159,7 +160,8 @@ def test_tokens_that_cannot_be_compared_are_refused_unless_told(folders, tmp_pat
 def test_equal_sentencepiece_files_are_equal_tokens(folders, tmp_path):
     base = folders.weights(1)
     a, b = (only_sentencepiece(folders, tmp_path, n, t) for n, t in (("a", base), ("b", folders.near(base, 2))))
-    recipe = {"merge_method": "linear", "models": [{"model": str(m)} for m in (a, b)], "parameters": {"weight": 1}}
+    recipe: dict[str, Any] = {"merge_method": "linear", "parameters": {"weight": 1}}
+    recipe["models"] = [{"model": str(m)} for m in (a, b)]
     assert merge(recipe, tmp_path / "out").tensors["merged"]
     c = only_sentencepiece(folders, tmp_path, "c", folders.near(base, 3), b"other pieces")
     recipe["models"].append({"model": str(c)})

@@ -67,7 +67,7 @@ def test_a_written_template_is_the_one_that_holds(tmp_path):
         assert read_templates(folder)["default"] == "after", style
 
 
-def test_generation_settings_are_kept_whole_and_end_ids_are_added(trio, tmp_path):
+def test_generation_settings_are_kept_and_end_ids_added(trio, tmp_path):
     models = trio()
     settings = {"temperature": 0.6, "top_p": 0.9, "do_sample": True, "eos_token_id": [32, 7], "pad_token_id": 0}
     (models["onto"] / "generation_config.json").write_text(json.dumps(settings))
