@@ -53,13 +53,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return folders
 
 
-def test_trying_out_reads_as_many_prompts_as_there_is_time_for(models: dict[str, Path]) -> None:
-    whole = agreement(models["onto"], {"same": models["onto"], "chat": models["chat"]}, seconds=600)
-    short = agreement(models["onto"], {"same": models["onto"]}, seconds=0)
-    assert whole["prompts"] == 2 * len(PROMPTS) and short["prompts"] == 1 and short["finite"]
-    assert whole["kl_from"]["same"] == pytest.approx(0, abs=1e-6) < whole["kl_from"]["chat"]
-
-
 def test_graft_prints_one_object_and_tries_the_result_out(run: Run, models: dict[str, Path], tmp_path: Path) -> None:
     options = [part for role, folder in models.items() for part in (f"--{role}", folder)]
     status, out, err = run("graft", *options, "--out", tmp_path / "out", "--scale", "0=0.5,1=1", "--json")
