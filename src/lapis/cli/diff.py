@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lapis.cli.output import notes, progress, show, table, write_page
+from lapis.cli.output import line, notes, progress, show, table, write_page
 
 if TYPE_CHECKING:
     from lapis.weights.diff.lineage import Lineage
