@@ -35,6 +35,15 @@ def test_text_is_no_markup_and_steers_no_terminal(printed):
     assert "a↵b⇥c" in text and "1,234" in text
 
 
+def test_no_figure_of_a_wide_table_is_cut(monkeypatch):
+    stream = io.StringIO()
+    monkeypatch.setattr(output, "console", Console(file=stream, width=60, highlight=False))
+    output.table("by piece", ["piece", *(f"gradient part {i}" for i in range(9))], [["layer 10", *[0.00012345] * 9]])
+    lines = stream.getvalue().splitlines()
+    assert lines[-1].startswith("layer 10") and lines[-1].count("0.0001234") == 9 and "…" not in stream.getvalue()
+    assert sum("gradient" in line for line in lines) == 1 and len(lines[-1]) == 8 + 9 * 11
+
+
 def test_a_log_gets_a_line_with_share_rate_and_time_left(monkeypatch, capsys):
     monkeypatch.setattr(output, "INTERVAL", 0.05)
     with output.progress("reading", "bytes") as report:

@@ -12,8 +12,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
@@ -24,6 +25,7 @@ from lapis.generation.text import for_terminal
 if TYPE_CHECKING:
     from lapis.report.page import Page
 
+FIRST_COLUMN = 24  # places that the first column of a table keeps, however narrow the screen is
 INTERVAL = 15.0  # seconds between two lines of progress in a log
 
 console = Console(highlight=False)
@@ -50,18 +52,38 @@ def notes(texts: Iterable[str]) -> None:
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, note: str = "") -> None:
-    """Prints a table; numbers are set to the right, the first column to the left."""
+    """Prints a table; numbers are set to the right, the first column to the left.
+
+    Where it is wider than the screen or the log, headings take several lines, then lines go beyond it: a figure is
+    never cut.
+    """
+    cells = [[_cell(value) for value in row] for row in rows]
+    headings = [for_terminal(column) for column in columns]
+    width = _table_width(headings, cells)
+    if width > console.width:
+        headings = [heading.replace(" ", "\n") for heading in headings]
+        width = _table_width(headings, cells)
     shown = Table(
         title=Text(for_terminal(title), "bold") if title else None, title_justify="left", box=None, pad_edge=False,
         caption=Text(for_terminal(note)) if note else None, caption_justify="left",
     )  # fmt: skip
-    for i, column in enumerate(columns):
-        shown.add_column(
-            Text(for_terminal(column)), justify="left" if i == 0 else "right", header_style="dim", no_wrap=i > 0
-        )
-    for row in rows:
-        shown.add_row(*(Text(_cell(value)) for value in row))
-    console.print(shown)
+    for i, heading in enumerate(headings):
+        justify: Literal["left", "right"] = "left" if i == 0 else "right"
+        shown.add_column(Text(heading), justify=justify, header_style="dim", no_wrap=i > 0)
+    for row in cells:
+        shown.add_row(*map(Text, row))
+    if width > console.width:
+        shown.width = width
+    console.print(shown, crop=False)
+
+
+def _table_width(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
+    """Places that a table needs at least; the first column may be broken into lines."""
+    widths = [
+        max(cell_len(part) for text in (heading, *(row[i] for row in rows)) for part in text.split("\n"))
+        for i, heading in enumerate(headings)
+    ]
+    return min(widths[0], FIRST_COLUMN) + sum(width + 2 for width in widths[1:])
 
 
 def write_page(page: "Page", path: Path | str, *, overwrite: bool = False) -> None:
