@@ -22,6 +22,13 @@ ARGUMENTS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync"
 ).split()
+# Where on the screen the middle point of a picture's first line lies
+MIDDLE_POINT = """plot => {
+  const trace = plot._fullData.find(trace => trace.visible === true && trace.hoverinfo !== "skip");
+  const [box, layout, i] = [plot.getBoundingClientRect(), plot._fullLayout, Math.floor(trace.x.length / 2)];
+  return [box.left + layout.xaxis._offset + layout.xaxis.d2p(trace.x[i]),
+          box.top + layout.yaxis._offset + layout.yaxis.d2p(trace.y[i])];
+}"""
 
 
 @pytest.fixture(scope="module")
@@ -186,9 +193,9 @@ def test_pages_draw_without_complaint_wide_and_narrow_and_hover(folders, tmp_pat
             assert page.evaluate("document.documentElement.scrollWidth") == width
             if width == 1280:
                 plots.first.scroll_into_view_if_needed()
-                box = plots.first.bounding_box()
-                page.mouse.move(box["x"] + 300, box["y"] + 100)
-                page.mouse.move(box["x"] + 302, box["y"] + 102)
+                x, y = plots.first.evaluate(MIDDLE_POINT)
+                page.mouse.move(x - 2, y - 2)
+                page.mouse.move(x, y)
                 page.wait_for_selector(".hoverlayer .hovertext")
                 assert "layer" in page.locator(".hoverlayer .hovertext").first.text_content()
             page.close()
