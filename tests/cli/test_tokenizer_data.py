@@ -156,7 +156,6 @@ def test_refusals_are_one_line_and_leave_nothing(place: Path, capsys: pytest.Cap
     exists = ("--out", place / "tokenizer")
     assert "exists already" in refused(capsys, "tokenizer", "train", place / "text.jsonl", "--vocab", 300, *exists)
     assert "is the input" in refused(capsys, "data", "pack", place / "text.jsonl", "--tokenizer", exists[1], *exists)
-    assert "give --tokenizer" in refused(capsys, "data", "show", place / "text.jsonl")
     assert "no such file" in refused(capsys, "data", "show", place / "nothing.jsonl")
     assert "no such" in refused(capsys, "tokens", place / "nothing", "text")
     model = make_model(place / "model", place / "tokenizer", tied=True)

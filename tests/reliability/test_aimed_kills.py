@@ -104,7 +104,8 @@ def test_faults_60_and_61_the_end_of_a_training_killed_anywhere(library: Path, t
         "torch.manual_seed(0)\n"
         "shape = lapis.ModelConfig(dim=16, layers=1, heads=2, kv_heads=2, ffn_dim=16, vocab=tokenizer.vocab_size,\n"
         "                          context=32, tied=True)\n"
-        "config = lapis.TrainConfig(steps=3, batch=2, save_every=2, seed=0)\n"
+        "config = lapis.TrainConfig(steps=3, batch=2, save_every=2, seed=0, threads=1,\n"
+        "                           precision='float32', compile='off')\n"
         "data = lapis.Causal(tokenizer, ['../text.txt'], context=16)\n"
         "lapis.train(lapis.Transformer(shape), data, config, 'out', watch=Silent())\n"
     )

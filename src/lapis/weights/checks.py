@@ -107,7 +107,8 @@ def missing_tensors(inputs: Mapping[str, Checkpoint], owner: str | None = None) 
             names = family.required(family.read_config(config))
         except CheckpointError:
             continue  # its own commands refuse it; shapes are compared all the same
-        there = {family.canonical(checkpoint.towers.inner(name) or name) for name in checkpoint.names}
+        spellings = {name for full in checkpoint.names for name in (full, checkpoint.towers.inner(full)) if name}
+        there = {family.canonical(name) for name in spellings}
         for name in names:
             if name in there:
                 continue
