@@ -7,7 +7,7 @@ JOBS ?= auto
 PEER ?= .venv-peers/bin/python
 SIZE ?= 0.5b
 
-.PHONY: tour test lint docs check-matrix bench bench-train bench-generate bench-diff-lens bench-merge bench-faults kill kill-train peers clean
+.PHONY: tour test lint docs check-matrix bench bench-train bench-generate bench-diff-lens bench-merge bench-faults kill kill-train reliability peers clean
 
 .venv/.core: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -58,6 +58,9 @@ bench-faults: .venv/.dev $(PEER)
 
 kill: .venv/.dev             ## 200 grafts killed at random moments and run again
 	$(BIN)/python benchmarks/kill.py --rounds 200 --seed 0
+
+reliability: .venv/.dev      ## every system call of a commit and of a training's end, killed once each
+	LAPIS_RELIABILITY=1 $(BIN)/python -m pytest -q tests/reliability
 
 kill-train: .venv/.dev       ## a training run killed ten times, for each of three seeds
 	for seed in 0 1 2; do $(BIN)/python benchmarks/kill_train.py --kills 10 --seed $$seed || exit 1; done
