@@ -36,6 +36,7 @@ MAY_IMPORT = {
 
 # sub-packages of more than ten files, with the reason
 MANY_FILES = {
+    "checkpoint": "one of the eleven is the script of another process",
     "cli": "one file for each command",
     "families": "one file for each architecture",
 }
@@ -48,7 +49,7 @@ VAGUE = {
 NO_FILE = {"utils", "util", "common", "helpers", "misc", "scaled", "swap", "tell"}
 
 # What is still to be mended. These lists only ever get shorter.
-CIRCLES_LEFT = {"checkpoint": 1}
+CIRCLES_LEFT: dict[str, int] = {}
 CLASSES_LEFT: set[str] = set()
 VAGUE_LEFT = {"Exam", "_told", "carry", "say", "told"}
 NO_FLOW_LEFT = {"tour", "tour/sentences", "tour/setup", "tour/words"}

@@ -11,8 +11,8 @@ if TYPE_CHECKING:  # what _PUBLIC says, for editors and type checkers
 
     import torch
 
+    from lapis.checkpoint.opening import open_checkpoint as open
     from lapis.checkpoint.store import Checkpoint
-    from lapis.checkpoint.store import open_checkpoint as open
     from lapis.errors import (
         CheckpointError,
         ConfigError,
@@ -54,7 +54,8 @@ __all__ = [
 
 # module -> the public names that it defines; name=there where it has another name there
 _PUBLIC = {
-    "lapis.checkpoint.store": "Checkpoint open=open_checkpoint",
+    "lapis.checkpoint.opening": "open=open_checkpoint",
+    "lapis.checkpoint.store": "Checkpoint",
     "lapis.errors": "CheckpointError ConfigError DataError LapisError MissingExtra OutputError TemplateError "
     "TrainingError",
     "lapis.families.config": "ModelConfig",

@@ -2,8 +2,6 @@
 
 LoRA, rsLoRA and DoRA on linear layers, on an embedding or a head; rows of tokens; modules saved in full. What PEFT can
 say and this file cannot is refused by name.
-
-Shapes: R rank, I inputs, O outputs.
 """
 
 import json
@@ -11,20 +9,15 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from math import sqrt
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lapis.checkpoint import pattern_process
 from lapis.checkpoint.files import contained, read_json
-from lapis.checkpoint.store import Checkpoint, open_checkpoint
+from lapis.checkpoint.store import CHANGED_BASE, Adapter, Checkpoint, stamp
 from lapis.checkpoint.tensor_file import read_header
 from lapis.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 LEAD = "base_model.model."
@@ -39,83 +32,11 @@ _KINDS = {
     "lora_A.weight": "A", "lora_B.weight": "B", "lora_magnitude_vector": "magnitude",
     "lora_magnitude_vector.weight": "magnitude", "lora_embedding_A": "A", "lora_embedding_B": "B",
 }  # fmt: skip
-# init_lora_weights that leave the base as it is, and those that take the first adapter out of it, by a rule that can be
-# repeated; the others (LoftQ, CorDA, LoRA-GA, PiSSA by a random algorithm) cannot be repeated from a folder
+# init_lora_weights that leave the base as it is; what is neither here nor in CHANGED_BASE (LoftQ, CorDA, LoRA-GA, PiSSA
+# by a random algorithm) cannot be repeated from a folder
 _SAME_BASE = (None, True, False, "gaussian", "orthogonal", "eva", "mica")
-_CHANGED_BASE = ("pissa", "olora")
 _PLAIN_KEY = re.compile(r"\^?(?:[A-Za-z0-9_-]|\\?\.)+\$?")  # matched in this process: it cannot take long
 _ROWS = ("token_adapter.trainable_tokens_delta", "trainable_tokens_delta")
-
-
-@dataclass
-class Adapter:
-    """A checked adapter.
-
-    Attributes:
-        root: The folder.
-        base: The model that it belongs to, as adapter_config.json names it.
-        config: adapter_config.json.
-        weights: Its tensors, to read from.
-        pairs: Module on disk ("model.layers.0.self_attn.q_proj") -> kind ("A", "B", "magnitude") -> name in the file.
-        rows: Module -> (ids, name) of trained rows of tokens.
-        whole: Tensor on disk -> name, of what was saved in full.
-        bases: Module -> name of the base's own weight, where the folder holds a copy of it.
-        alphas: lora_alpha of each module.
-    """
-
-    root: Path
-    base: str
-    config: dict[str, Any]
-    weights: Checkpoint
-    pairs: dict[str, dict[str, str]] = field(default_factory=dict)
-    rows: dict[str, tuple[list[int], str]] = field(default_factory=dict)
-    whole: dict[str, str] = field(default_factory=dict)
-    bases: dict[str, str] = field(default_factory=dict)
-    alphas: dict[str, float] = field(default_factory=dict)
-
-    def rank(self, module: str) -> int:
-        return self.weights.info(self.pairs[module]["A"]).shape[0]
-
-    def scale(self, module: str) -> float:
-        """The factor on B A."""
-        rank = self.rank(module)
-        return self.alphas[module] / (sqrt(rank) if self.config.get("use_rslora") else rank)
-
-    @property
-    def dora(self) -> bool:
-        return bool(self.config.get("use_dora"))
-
-    @property
-    def ties(self) -> bool:
-        """Whether what is done to a tied embedding is done to the head, too."""
-        return bool(self.config.get("ensure_weight_tying"))
-
-    def low_rank(self, module: str, weight_OI: Callable[[], "Tensor"]) -> tuple["Tensor", "Tensor"]:
-        """A [R, I] and B [O, R], float32, so that scale * B A is what the adapter adds to the base's weight.
-
-        PiSSA (Meng et al. 2024, arXiv:2404.02948, section 3) and OLoRA (Bueyuekakyuez 2024, arXiv:2406.01775) begin by
-        taking the first adapter out of the base; that is computed anew from the base and stands beside the trained one,
-        so the rank doubles.
-
-        Args:
-            module: A key of `pairs`.
-            weight_OI: The base's weight; called only where it is needed.
-        """
-        import torch
-
-        a_RI, b_OR = (self.weights.read(self.pairs[module][kind]).float() for kind in "AB")
-        kind = self.config.get("init_lora_weights")
-        if kind not in _CHANGED_BASE:
-            return a_RI, b_OR
-        weight, rank = weight_OI().float(), len(a_RI)
-        if kind == "pissa":
-            left_OK, values_K, right_KI = torch.linalg.svd(weight, full_matrices=False)
-            roots_R = (values_K[:rank] / self.scale(module)).sqrt()
-            first_OR, first_RI = left_OK[:, :rank] * roots_R, roots_R[:, None] * right_KI[:rank]
-        else:
-            q_OK, r_KI = torch.linalg.qr(weight)
-            first_OR, first_RI = q_OK[:, :rank], r_KI[:rank]
-        return torch.cat([a_RI, first_RI]), torch.cat([b_OR, -first_OR], dim=1)
 
 
 def open_adapter(source: str | os.PathLike[str]) -> Adapter:
@@ -133,7 +54,7 @@ def open_adapter(source: str | os.PathLike[str]) -> Adapter:
     if not (root / WEIGHTS).exists() and (root / "adapter_model.bin").exists():
         raise CheckpointError(f"{root}: adapter_model.bin is a pickle, which can run code and is never read")
     header = read_header(contained(root, WEIGHTS))
-    stats = {file: (s.st_ino, s.st_size, s.st_mtime_ns) for file in {contained(root, WEIGHTS)} for s in [file.stat()]}
+    stats = {file: stamp(file.stat()) for file in {contained(root, WEIGHTS)}}
     weights = Checkpoint(str(source), root, {}, None, header.tensors, {WEIGHTS: header}, [], stats)
     adapter = Adapter(root, str(config.get("base_model_name_or_path") or ""), config, weights)
     for name in header.tensors:
@@ -141,24 +62,6 @@ def open_adapter(source: str | os.PathLike[str]) -> Adapter:
     _check_pairs(adapter)
     _read_patterns(adapter)
     return adapter
-
-
-def base_of(adapter: Adapter, base: str | os.PathLike[str] | None = None) -> Checkpoint:
-    """The model that an adapter belongs to: `base`, or where its config says (also seen from its own folder).
-
-    Raises CheckpointError where it is not there.
-    """
-    if base is not None:
-        return open_checkpoint(base)
-    if not adapter.base:
-        raise CheckpointError(f"{adapter.root}: {CONFIG} names no base_model_name_or_path; give --base, or write it in")
-    near = adapter.root / adapter.base
-    place = adapter.base if Path(adapter.base).is_dir() or not near.is_dir() else str(near)
-    try:
-        return open_checkpoint(place)
-    except CheckpointError as error:
-        raise CheckpointError(f"{adapter.root}: its base cannot be opened: {error}; give --base, or correct "
-                              f"base_model_name_or_path in {CONFIG}") from None  # fmt: skip
 
 
 def _check_config(root: Path, config: Mapping[str, Any]) -> None:
@@ -169,7 +72,7 @@ def _check_config(root: Path, config: Mapping[str, Any]) -> None:
         if config.get(name, plain[0]) not in plain:
             raise CheckpointError(f"{place}: {name} is {config[name]!r:.60}, which lapis does not read")
     start = config.get("init_lora_weights")
-    if not isinstance(start, (bool, str, type(None))) or start not in (*_SAME_BASE, *_CHANGED_BASE):
+    if not isinstance(start, (bool, str, type(None))) or start not in (*_SAME_BASE, *CHANGED_BASE):
         raise CheckpointError(
             f"{place}: init_lora_weights is {start!r:.40}, which changes the base in a way that cannot be repeated; "
             "save it again in PEFT with path_initial_model_for_weight_conversion, which makes it a plain adapter"
@@ -244,7 +147,7 @@ def _check_pairs(adapter: Adapter) -> None:
         first, second = (adapter.weights.info(kinds[kind]).shape for kind in "AB")
         if len(first) != 2 or len(second) != 2 or first[0] != second[1]:
             raise CheckpointError(f"{root / WEIGHTS}: {module}: lora_A is {list(first)} and lora_B {list(second)}")
-        if "lora_embedding_A" in kinds["A"] and adapter.config.get("init_lora_weights") in _CHANGED_BASE:
+        if "lora_embedding_A" in kinds["A"] and adapter.config.get("init_lora_weights") in CHANGED_BASE:
             raise CheckpointError(f"{root / CONFIG}: init_lora_weights of an embedding must be true or false")
         if adapter.dora != ("magnitude" in kinds):
             raise CheckpointError(f"{root / WEIGHTS}: {module}: use_dora is {adapter.dora}, which its tensors deny")

@@ -1,7 +1,10 @@
-"""A model folder as named tensors. Opening reads headers only; a tensor is read into memory of its own when asked for.
+"""A model folder as named tensors, and the adapter on top of it. A tensor is read into memory of its own when needed.
 
-Nothing is mapped into memory, so a file that shrinks while it is read is an error and not a crash. Leaves out: what
-the names mean to a model (families/, model/load.py) and how anything is written (commit.py).
+Nothing is mapped into memory, so a file that shrinks while it is read is an error and not a crash. Leaves out: how a
+folder is opened and checked (opening.py, adapter.py), what the names mean to a model (families/, model/load.py) and how
+anything is written (commit.py).
+
+Shapes: R rank, I inputs, O outputs.
 """
 
 import hashlib
@@ -9,11 +12,12 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from math import sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lapis.checkpoint.files import contained, read_json
-from lapis.checkpoint.tensor_file import SHARD_NAME, Header, TensorInfo, holds_adapter, read_header, torch_dtype
+from lapis.checkpoint.tensor_file import Header, TensorInfo, torch_dtype
 from lapis.checkpoint.towers import Towers, find_towers, language_config
 from lapis.errors import CheckpointError
 from lapis.families import find
@@ -22,11 +26,10 @@ from lapis.families.base import Family, Part, fallback_part
 if TYPE_CHECKING:
     import torch
 
-    from lapis.checkpoint.adapter import Adapter
     from lapis.checkpoint.hub import Snapshot
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
+# init_lora_weights that take the first adapter out of the base, by a rule that can be repeated
+CHANGED_BASE = ("pissa", "olora")
 
 
 @dataclass
@@ -121,7 +124,7 @@ class Checkpoint:
                 if got == 0:
                     break
                 done += got
-            if done < len(buffer) or _stamp(os.fstat(handle)) != self._stats[info.file]:
+            if done < len(buffer) or stamp(os.fstat(handle)) != self._stats[info.file]:
                 raise CheckpointError(f"{info.file}: changed while it was being read; run again when it is at rest")
         finally:
             os.close(handle)
@@ -164,7 +167,7 @@ class Checkpoint:
         if self.snapshot is None or all(info.file in self._stats for info in self.index.values()):
             return self
         self.snapshot.fetch_weights(list(self.headers))
-        stats = {info.file: _stamp(info.file.stat()) for info in self.index.values()}
+        stats = {info.file: stamp(info.file.stat()) for info in self.index.values()}
         return replace(self, _stats=stats)
 
     def json(self, name: str) -> Any:
@@ -180,121 +183,77 @@ class Checkpoint:
         return total.hexdigest()
 
 
-def open_checkpoint(source: str | os.PathLike[str], *, adapters: bool = False) -> Checkpoint:
-    """Opens a model folder, or a model of the hub: config and headers are read and checked, no weight is.
+@dataclass
+class Adapter:
+    """A checked adapter.
 
-    source: a folder, or `owner/name` or `owner/name@revision` where no such folder is here (hub.py).
-
-    adapters: a folder that holds an adapter opens the model that it belongs to, with `adapter` set; otherwise it is
-    refused. Raises CheckpointError for every damage that headers, index and config can show, before anything is
-    allocated.
+    Attributes:
+        root: The folder.
+        base: The model that it belongs to, as adapter_config.json names it.
+        config: adapter_config.json.
+        weights: Its tensors, to read from.
+        pairs: Module on disk ("model.layers.0.self_attn.q_proj") -> kind ("A", "B", "magnitude") -> name in the file.
+        rows: Module -> (ids, name) of trained rows of tokens.
+        whole: Tensor on disk -> name, of what was saved in full.
+        bases: Module -> name of the base's own weight, where the folder holds a copy of it.
+        alphas: lora_alpha of each module.
     """
-    root, snapshot = Path(source), None
-    if not root.is_dir():
-        from lapis.checkpoint.hub import find_model
 
-        snapshot = find_model(source, INDEX)
-        root = snapshot.root
-    listed = [name for name in snapshot.sizes if "/" not in name] if snapshot else []
-    present = sorted({*listed, *os.listdir(root)})
-    if holds_adapter(present):
-        from lapis.checkpoint.adapter import base_of, open_adapter
+    root: Path
+    base: str
+    config: dict[str, Any]
+    weights: Checkpoint
+    pairs: dict[str, dict[str, str]] = field(default_factory=dict)
+    rows: dict[str, tuple[list[int], str]] = field(default_factory=dict)
+    whole: dict[str, str] = field(default_factory=dict)
+    bases: dict[str, str] = field(default_factory=dict)
+    alphas: dict[str, float] = field(default_factory=dict)
 
-        if not adapters:
-            raise CheckpointError(f"{source}: holds an adapter; make it a model with: lapis fuse {source} --out DIR")
-        adapter = open_adapter(root)
-        return replace(base_of(adapter), source=str(source), adapter=adapter)
-    config_path = contained(root, "config.json")
-    config = read_json(config_path)
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{config_path}: holds a {type(config).__name__}, not an object")
-    notes: list[str] = []
+    def rank(self, module: str) -> int:
+        return self.weights.info(self.pairs[module]["A"]).shape[0]
 
-    def header_of(name: str) -> Header:
-        if snapshot is not None and not snapshot.here(name) and name in snapshot.sizes:
-            return snapshot.header(name)
-        return read_header(contained(root, name))
+    def scale(self, module: str) -> float:
+        """The factor on B A."""
+        rank = self.rank(module)
+        return self.alphas[module] / (sqrt(rank) if self.config.get("use_rslora") else rank)
 
-    headers = {name: header_of(name) for name in _weight_files(root, present, header_of, notes)}
-    index: dict[str, TensorInfo] = {}
-    for file, header in headers.items():
-        for name, info in header.tensors.items():
-            if name in index:
-                raise CheckpointError(f"{root}: {name} stands in both {index[name].file.name} and {file}")
-            index[name] = info
-    _check_against_index(root, headers, notes)
-    stats = {info.file: _stamp(info.file.stat()) for info in index.values() if os.path.lexists(info.file)}
-    if len(stats) < len({info.file for info in index.values()}):
-        notes.append("weights are read from the hub in ranges, which no checksum covers; loading covers them")
-    return Checkpoint(str(source), root, config, find(config), index, headers, notes, stats, snapshot=snapshot)
+    @property
+    def dora(self) -> bool:
+        return bool(self.config.get("use_dora"))
 
+    @property
+    def ties(self) -> bool:
+        """Whether what is done to a tied embedding is done to the head, too."""
+        return bool(self.config.get("ensure_weight_tying"))
 
-def _weight_files(
-    root: Path, present: list[str], header_of: Callable[[str], Header], notes: list[str]
-) -> list[str]:  # fmt: skip
-    """Names of the safetensors files that make up the model; says what lies beside them and is not read."""
-    pickles = [name for name in present if name.endswith((".bin", ".pt", ".pth", ".ckpt")) and "train" not in name]
-    if INDEX in present:
-        files = sorted(set(_weight_map(root).values()))
-        missing = [name for name in files if name not in present and not os.path.lexists(root / name)]
-        if missing:
-            raise CheckpointError(
-                f"{root}: {len(missing)} of {len(files)} shards are missing: {', '.join(missing[:4])}"
-            )
-        if SINGLE in present and SINGLE not in files:
-            _refuse_ambiguous(root, files, header_of)
-            notes.append(f"{SINGLE} stands beside {INDEX} and lists the same tensors; the index was followed")
-    elif SINGLE in present:
-        files = [SINGLE]
-    else:
-        files = [name for name in present if SHARD_NAME.fullmatch(name)]
-        if files and len(files) != int(SHARD_NAME.fullmatch(files[0])[2]):  # type: ignore[index]
-            raise CheckpointError(f"{root}: {len(files)} shards, but {files[0]} says otherwise; fetch the others")
-    if not files:
-        if pickles:
-            raise CheckpointError(
-                f"{root}: {pickles[0]} is a pickle, which can run code and is never read; convert it to safetensors"
-            )
-        raise CheckpointError(f"{root}: there is no {SINGLE} and no {INDEX}")
-    aside = [n for n in present if n.endswith(".safetensors") and n not in files and n != SINGLE]
-    for names, why in ((pickles, "pickles are never read"), (aside, "not part of the index")):
-        if names:
-            notes.append(f"ignored {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}: {why}")
-    return files
+    def low_rank(self, module: str, weight_OI: Callable[[], "torch.Tensor"]) -> tuple["torch.Tensor", "torch.Tensor"]:
+        """A [R, I] and B [O, R], float32, so that scale * B A is what the adapter adds to the base's weight.
+
+        PiSSA (Meng et al. 2024, arXiv:2404.02948, section 3) and OLoRA (Bueyuekakyuez 2024, arXiv:2406.01775) begin by
+        taking the first adapter out of the base; that is computed anew from the base and stands beside the trained one,
+        so the rank doubles.
+
+        Args:
+            module: A key of `pairs`.
+            weight_OI: The base's weight; called only where it is needed.
+        """
+        import torch
+
+        a_RI, b_OR = (self.weights.read(self.pairs[module][kind]).float() for kind in "AB")
+        kind = self.config.get("init_lora_weights")
+        if kind not in CHANGED_BASE:
+            return a_RI, b_OR
+        weight, rank = weight_OI().float(), len(a_RI)
+        if kind == "pissa":
+            left_OK, values_K, right_KI = torch.linalg.svd(weight, full_matrices=False)
+            roots_R = (values_K[:rank] / self.scale(module)).sqrt()
+            first_OR, first_RI = left_OK[:, :rank] * roots_R, roots_R[:, None] * right_KI[:rank]
+        else:
+            q_OK, r_KI = torch.linalg.qr(weight)
+            first_OR, first_RI = q_OK[:, :rank], r_KI[:rank]
+        return torch.cat([a_RI, first_RI]), torch.cat([b_OR, -first_OR], dim=1)
 
 
-def _weight_map(root: Path) -> dict[str, str]:
-    path = contained(root, INDEX)
-    index = read_json(path)
-    names = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(names, dict) or not names or not all(isinstance(v, str) for v in names.values()):
-        raise CheckpointError(f"{path}: weight_map must map each tensor to a file")
-    return names
-
-
-def _check_against_index(root: Path, headers: dict[str, Header], notes: list[str]) -> None:
-    if not os.path.lexists(root / INDEX):
-        return
-    names = _weight_map(root)
-    lacking = [n for n, file in names.items() if n not in headers[file].tensors]
-    if lacking:
-        file = names[lacking[0]]
-        raise CheckpointError(
-            f"{root}: {INDEX} puts {lacking[0]} in {file}, which lacks it ({len(lacking)} such in all)"
-        )
-    extra = [n for header in headers.values() for n in header.tensors if n not in names]
-    if extra:
-        notes.append(f"{len(extra)} tensors are in the shards but not in {INDEX}: {', '.join(extra[:3])}")
-
-
-def _refuse_ambiguous(root: Path, shards: list[str], header_of: Callable[[str], Header]) -> None:
-    def table(names: list[str]) -> dict[str, tuple[str, tuple[int, ...]]]:
-        headers = [header_of(name) for name in names]
-        return {n: (info.dtype, info.shape) for header in headers for n, info in header.tensors.items()}
-
-    if table([SINGLE]) != table(shards):
-        raise CheckpointError(f"{root}: {SINGLE} and {INDEX} are both there and differ; remove the one that is stale")
-
-
-def _stamp(status: os.stat_result) -> tuple[int, int, int]:
+def stamp(status: os.stat_result) -> tuple[int, int, int]:
+    """What changes when a file is written again."""
     return status.st_ino, status.st_size, status.st_mtime_ns

@@ -1,7 +1,7 @@
 """Files of tensors in the safetensors format: dtypes, headers, and the one writer.
 
 A header is believed only after every length, name and offset in it has been checked against the file, before anything
-is allocated. Leaves out: which files make up a model (store.py), and files that are filled tile by tile
+is allocated. Leaves out: which files make up a model (opening.py), and files that are filled tile by tile
 (weights/engine/).
 """
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import torch
 
 HEADER_LIMIT = 100_000_000  # bytes; the safetensors library has the same cap
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 SHARD_NAME = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
 _MODEL = re.compile(r"model\.safetensors(\.index\.json)?")
 

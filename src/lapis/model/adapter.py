@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from lapis.checkpoint import Checkpoint
-from lapis.checkpoint.adapter import CONFIG, LEAD, WEIGHTS, Adapter, open_adapter
+from lapis.checkpoint.adapter import CONFIG, LEAD, WEIGHTS, open_adapter
+from lapis.checkpoint.store import Adapter
 from lapis.checkpoint.tensor_file import write_tensors
 from lapis.errors import CheckpointError, ConfigError
 from lapis.families import Family, Rule, family_of

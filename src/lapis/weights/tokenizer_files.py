@@ -14,7 +14,7 @@ from typing import Any
 
 from lapis.checkpoint import Checkpoint
 from lapis.checkpoint.commit import MANIFEST
-from lapis.checkpoint.store import INDEX
+from lapis.checkpoint.tensor_file import INDEX
 from lapis.text.tokenizer.folder import (
     CHAT_TEMPLATE,
     CONFIG,

@@ -15,9 +15,11 @@ from typing import Any, Literal
 import torch
 
 from lapis.checkpoint import Checkpoint
-from lapis.checkpoint.adapter import CONFIG, Adapter, base_of, open_adapter
+from lapis.checkpoint.adapter import CONFIG, open_adapter
 from lapis.checkpoint.commit import check_output
-from lapis.checkpoint.store import INDEX
+from lapis.checkpoint.opening import base_of
+from lapis.checkpoint.store import Adapter
+from lapis.checkpoint.tensor_file import INDEX
 from lapis.errors import CheckpointError
 from lapis.text.tokenizer.folder import (
     TOKENIZER_FILES,

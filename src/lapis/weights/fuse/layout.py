@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from lapis.checkpoint import Checkpoint
-from lapis.checkpoint.adapter import WEIGHTS, Adapter
+from lapis.checkpoint.adapter import WEIGHTS
+from lapis.checkpoint.store import Adapter
 from lapis.checkpoint.tensor_file import torch_dtype
 from lapis.errors import CheckpointError
 from lapis.families.config import class_fields

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lapis.checkpoint.adapter import Adapter
+from lapis.checkpoint.store import Adapter
 from lapis.weights.engine.outputs import Kernel
 from lapis.weights.engine.tiles import Tile
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lapis.checkpoint.commit import check_output
-from lapis.checkpoint.store import INDEX
+from lapis.checkpoint.tensor_file import INDEX
 from lapis.weights.engine.fp8 import without_quantization
 from lapis.weights.engine.job import MergeResult, count, produce, write_account
 from lapis.weights.engine.outputs import Account

@@ -16,7 +16,7 @@ from typing import Any
 
 from lapis.checkpoint import Checkpoint, open_checkpoint
 from lapis.checkpoint.commit import check_output
-from lapis.checkpoint.store import INDEX
+from lapis.checkpoint.tensor_file import INDEX
 from lapis.errors import CheckpointError, ConfigError
 from lapis.text.tokenizer.folder import write_json
 from lapis.weights.checks import (

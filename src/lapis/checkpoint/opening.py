@@ -1,0 +1,145 @@
+"""A folder, or a model of the hub, becomes a Checkpoint: which files make up the model, and whether they agree."""
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from lapis.checkpoint.adapter import CONFIG, open_adapter
+from lapis.checkpoint.files import contained, read_json
+from lapis.checkpoint.store import Adapter, Checkpoint, stamp
+from lapis.checkpoint.tensor_file import INDEX, SHARD_NAME, SINGLE, Header, TensorInfo, holds_adapter, read_header
+from lapis.errors import CheckpointError
+from lapis.families import find
+
+
+def open_checkpoint(source: str | os.PathLike[str], *, adapters: bool = False) -> Checkpoint:
+    """Opens a model folder, or a model of the hub: config and headers are read and checked, no weight is.
+
+    source: a folder, or `owner/name` or `owner/name@revision` where no such folder is here (hub.py).
+
+    adapters: a folder that holds an adapter opens the model that it belongs to, with `adapter` set; otherwise it is
+    refused. Raises CheckpointError for every damage that headers, index and config can show, before anything is
+    allocated.
+    """
+    root, snapshot = Path(source), None
+    if not root.is_dir():
+        from lapis.checkpoint.hub import find_model
+
+        snapshot = find_model(source, INDEX)
+        root = snapshot.root
+    listed = [name for name in snapshot.sizes if "/" not in name] if snapshot else []
+    present = sorted({*listed, *os.listdir(root)})
+    if holds_adapter(present):
+        if not adapters:
+            raise CheckpointError(f"{source}: holds an adapter; make it a model with: lapis fuse {source} --out DIR")
+        adapter = open_adapter(root)
+        return replace(base_of(adapter), source=str(source), adapter=adapter)
+    config_path = contained(root, "config.json")
+    config = read_json(config_path)
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{config_path}: holds a {type(config).__name__}, not an object")
+    notes: list[str] = []
+
+    def header_of(name: str) -> Header:
+        if snapshot is not None and not snapshot.here(name) and name in snapshot.sizes:
+            return snapshot.header(name)
+        return read_header(contained(root, name))
+
+    headers = {name: header_of(name) for name in _weight_files(root, present, header_of, notes)}
+    index: dict[str, TensorInfo] = {}
+    for file, header in headers.items():
+        for name, info in header.tensors.items():
+            if name in index:
+                raise CheckpointError(f"{root}: {name} stands in both {index[name].file.name} and {file}")
+            index[name] = info
+    _check_against_index(root, headers, notes)
+    stats = {info.file: stamp(info.file.stat()) for info in index.values() if os.path.lexists(info.file)}
+    if len(stats) < len({info.file for info in index.values()}):
+        notes.append("weights are read from the hub in ranges, which no checksum covers; loading covers them")
+    return Checkpoint(str(source), root, config, find(config), index, headers, notes, stats, snapshot=snapshot)
+
+
+def base_of(adapter: Adapter, base: str | os.PathLike[str] | None = None) -> Checkpoint:
+    """The model that an adapter belongs to: `base`, or where its config says (also seen from its own folder).
+
+    Raises CheckpointError where it is not there.
+    """
+    if base is not None:
+        return open_checkpoint(base)
+    if not adapter.base:
+        raise CheckpointError(f"{adapter.root}: {CONFIG} names no base_model_name_or_path; give --base, or write it in")
+    near = adapter.root / adapter.base
+    place = adapter.base if Path(adapter.base).is_dir() or not near.is_dir() else str(near)
+    try:
+        return open_checkpoint(place)
+    except CheckpointError as error:
+        raise CheckpointError(f"{adapter.root}: its base cannot be opened: {error}; give --base, or correct "
+                              f"base_model_name_or_path in {CONFIG}") from None  # fmt: skip
+
+
+def _weight_files(
+    root: Path, present: list[str], header_of: Callable[[str], Header], notes: list[str]
+) -> list[str]:  # fmt: skip
+    """Names of the safetensors files that make up the model; says what lies beside them and is not read."""
+    pickles = [name for name in present if name.endswith((".bin", ".pt", ".pth", ".ckpt")) and "train" not in name]
+    if INDEX in present:
+        files = sorted(set(_weight_map(root).values()))
+        missing = [name for name in files if name not in present and not os.path.lexists(root / name)]
+        if missing:
+            raise CheckpointError(
+                f"{root}: {len(missing)} of {len(files)} shards are missing: {', '.join(missing[:4])}"
+            )
+        if SINGLE in present and SINGLE not in files:
+            _refuse_ambiguous(root, files, header_of)
+            notes.append(f"{SINGLE} stands beside {INDEX} and lists the same tensors; the index was followed")
+    elif SINGLE in present:
+        files = [SINGLE]
+    else:
+        files = [name for name in present if SHARD_NAME.fullmatch(name)]
+        if files and len(files) != int(SHARD_NAME.fullmatch(files[0])[2]):  # type: ignore[index]
+            raise CheckpointError(f"{root}: {len(files)} shards, but {files[0]} says otherwise; fetch the others")
+    if not files:
+        if pickles:
+            raise CheckpointError(
+                f"{root}: {pickles[0]} is a pickle, which can run code and is never read; convert it to safetensors"
+            )
+        raise CheckpointError(f"{root}: there is no {SINGLE} and no {INDEX}")
+    aside = [n for n in present if n.endswith(".safetensors") and n not in files and n != SINGLE]
+    for names, why in ((pickles, "pickles are never read"), (aside, "not part of the index")):
+        if names:
+            notes.append(f"ignored {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}: {why}")
+    return files
+
+
+def _weight_map(root: Path) -> dict[str, str]:
+    path = contained(root, INDEX)
+    index = read_json(path)
+    names = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(names, dict) or not names or not all(isinstance(v, str) for v in names.values()):
+        raise CheckpointError(f"{path}: weight_map must map each tensor to a file")
+    return names
+
+
+def _check_against_index(root: Path, headers: dict[str, Header], notes: list[str]) -> None:
+    if not os.path.lexists(root / INDEX):
+        return
+    names = _weight_map(root)
+    lacking = [n for n, file in names.items() if n not in headers[file].tensors]
+    if lacking:
+        file = names[lacking[0]]
+        raise CheckpointError(
+            f"{root}: {INDEX} puts {lacking[0]} in {file}, which lacks it ({len(lacking)} such in all)"
+        )
+    extra = [n for header in headers.values() for n in header.tensors if n not in names]
+    if extra:
+        notes.append(f"{len(extra)} tensors are in the shards but not in {INDEX}: {', '.join(extra[:3])}")
+
+
+def _refuse_ambiguous(root: Path, shards: list[str], header_of: Callable[[str], Header]) -> None:
+    def table(names: list[str]) -> dict[str, tuple[str, tuple[int, ...]]]:
+        headers = [header_of(name) for name in names]
+        return {n: (info.dtype, info.shape) for header in headers for n, info in header.tensors.items()}
+
+    if table([SINGLE]) != table(shards):
+        raise CheckpointError(f"{root}: {SINGLE} and {INDEX} are both there and differ; remove the one that is stale")
