@@ -23,7 +23,7 @@ from lapis.planning.pieces import outside, pieces_of
 from lapis.planning.tensor_swap import Bench
 from lapis.text.tokenizer.tokenizer import Tokenizer
 from lapis.tour.material import ENGLISH, Material
-from lapis.tour.measure import exams, gap_closed
+from lapis.tour.measure import gap_closed, held_out_halves
 from lapis.weights.graft.graft import graft
 
 SINGLE = {"keep": (0.6, 0.65, 0.7), "add": (0.3, 0.4, 0.5)}
@@ -49,7 +49,7 @@ def main() -> None:
 def compare(tour: Path, options: argparse.Namespace) -> dict:
     language, limit = options.language, options.cost * options.aim
     material = Material(options.data or tour / "world", language)
-    choosing, reporting = exams(material)
+    choosing, reporting = held_out_halves(material)
     tokenizer = Tokenizer.open(tour / "tokenizer")
 
     def figures(folder: Path, exam) -> tuple[float, float]:

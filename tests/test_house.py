@@ -51,7 +51,7 @@ NO_FILE = {"utils", "util", "common", "helpers", "misc", "scaled", "swap", "tell
 # What is still to be mended. These lists only ever get shorter.
 CIRCLES_LEFT: dict[str, int] = {}
 CLASSES_LEFT: set[str] = set()
-VAGUE_LEFT = {"Exam", "_told", "carry", "say", "told"}
+VAGUE_LEFT = {"_told", "carry"}
 NO_FLOW_LEFT = {"tour", "tour/sentences", "tour/setup", "tour/words"}
 LONG_NAMES_LEFT = {"tour": 4}
 

@@ -10,7 +10,7 @@ from lapis.tour.telling.clock import Clock, TourLines, spelled
 from lapis.tour.telling.verdict import advice, sentence
 
 
-class Told:
+class RecordingScreen:
     """A screen that keeps what it is told."""
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class Told:
 
 
 def test_time_left_follows_from_the_pace_and_falls_to_nothing() -> None:
-    screen = Told()
+    screen = RecordingScreen()
     clock = Clock({"base": 3000.0, "chat": 1000.0}, 1000.0, screen)
     assert clock.seconds_left == pytest.approx(4.0)
     clock.begin("base", "base: read")
@@ -44,7 +44,7 @@ def test_time_left_follows_from_the_pace_and_falls_to_nothing() -> None:
 
 
 def test_a_machine_that_becomes_slower_is_told_so() -> None:
-    clock = Clock({"base": 1000.0}, 1000.0, Told())
+    clock = Clock({"base": 1000.0}, 1000.0, RecordingScreen())
     clock.begin("base", "base")
     for step in range(1, 6):
         time.sleep(0.02)  # 50 tokens a second

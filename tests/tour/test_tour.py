@@ -148,7 +148,7 @@ def test_material_is_mixed_by_share_and_halved_without_overlap(tmp_path: Path) -
     texts = [json.loads(line)["text"] for line in (tmp_path / "mixed.jsonl").read_text().splitlines()]
     hangul = sum(len(text) for text in texts if any("가" <= letter <= "힣" for letter in text))
     assert abs(hangul / sum(map(len, texts)) - 0.75) < 0.01
-    first, second = measure.exams(material)
+    first, second = measure.held_out_halves(material)
     for language in material.languages:
         assert not {id(chat) for chat in first.chats[language]} & {id(chat) for chat in second.chats[language]}
         assert first.prompts[language] and second.prompts[language]
@@ -157,7 +157,7 @@ def test_material_is_mixed_by_share_and_halved_without_overlap(tmp_path: Path) -
         }
     assert {prompt.split for prompt in first.prompts["ko"][:4]} == {"held_out", "local"}, "a few are of all splits"
     for language in material.languages:
-        texts = [set(exam.texts[language]) for exam in (first, second)]
+        texts = [set(half.texts[language]) for half in (first, second)]
         assert not texts[0] & texts[1]
     (tmp_path / "world" / "instruct" / "en.jsonl").unlink()
     with pytest.raises(DataError, match=r"en\.jsonl: there is no such file"):

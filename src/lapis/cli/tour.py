@@ -18,7 +18,7 @@ def tour(
 ) -> None:
     """Build a language model, teach it to chat, move it to another language, graft, measure, show.
 
-    A tour learns a fixed number of tokens, so it ends alike on every machine; how long it takes is told at its start.
+    A tour learns a fixed number of tokens, so it ends alike on every machine; how long it takes is shown at its start.
     The same command again goes on where a tour was stopped, and shows the table of one that is done.
 
     Parameters
@@ -37,25 +37,25 @@ def tour(
     from lapis.tour.telling.verdict import LABELS, MEANS, advice, sentence
 
     try:
-        found = run(Tour(minutes, language, data, out, seed, precision))
+        findings = run(Tour(minutes, language, data, out, seed, precision))
     except KeyboardInterrupt:
         line("What is done is kept. The same command again goes on.", error=True)
         raise
 
     def render() -> None:
-        line(sentence(found))
-        if advice(found):
-            line(f"\n{advice(found)}")
+        line(sentence(findings))
+        if advice(findings):
+            line(f"\n{advice(findings)}")
         line()
-        for code in reversed(found["languages"]):
-            rows = [[model, *(part[code][key] for key in LABELS)] for model, part in found["scores"].items()]
-            table(found["names"][code], ["model", *LABELS.values()], rows)
+        for code in reversed(findings["languages"]):
+            rows = [[model, *(part[code][key] for key in LABELS)] for model, part in findings["scores"].items()]
+            table(findings["names"][code], ["model", *LABELS.values()], rows)
             line()
         for key, label in LABELS.items():
             line(f"{label:<13}{MEANS[key]}", "dim")
-        line(f"\nreport   {found['report']}")
-        line(f"models   {', '.join(found['models'].values())}")
-        line(f"\nnext     lapis chat {found['models']['grafted']}")
-        line(f"         lapis diff {found['models']['base']} {found['models']['chat']}")
+        line(f"\nreport   {findings['report']}")
+        line(f"models   {', '.join(findings['models'].values())}")
+        line(f"\nnext     lapis chat {findings['models']['grafted']}")
+        line(f"         lapis diff {findings['models']['base']} {findings['models']['chat']}")
 
-    show(found, json, render)
+    show(findings, json, render)

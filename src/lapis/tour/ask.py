@@ -85,15 +85,15 @@ class Asker:
     """Makes turns, chats and questions about some of the people that a `Teller` knows.
 
     Args:
-        people: who may be named. Those who are not in `told` act in invented scenes only.
-        told: whose facts may be asked for, or stand in a text to read; all of `people` by default.
+        people: who may be named. Those who are not in `known` act in invented scenes only.
+        known: whose facts may be asked for, or stand in a text to read; all of `people` by default.
     """
 
-    def __init__(self, teller: Teller, people: Sequence[Person], told: Sequence[Person] | None = None) -> None:
+    def __init__(self, teller: Teller, people: Sequence[Person], known: Sequence[Person] | None = None) -> None:
         self.teller = teller
         self.people = people
-        self.told = people if told is None else told
-        self._told = {person.name for person in self.told}
+        self.known = people if known is None else known
+        self._known_names = {person.name for person in self.known}
         self.sentences = teller.language.sentences
 
     def turn(self, rng: Random, task: str, who: Person) -> Turn:
@@ -112,17 +112,17 @@ class Asker:
     def chat(self, rng: Random, tasks: Mapping[str, float]) -> list[Turn]:
         """One to three turns; a turn after a fact may ask for another fact by pronoun."""
         turns: list[Turn] = []
-        who = self.told[0]
+        who = self.known[0]
         for _ in range(rng.choices((1, 2, 3), (0.6, 0.25, 0.15))[0]):
-            asked = [turn.relation for turn in turns if turn.task == "fact"]
+            earlier = [turn.relation for turn in turns if turn.task == "fact"]
             # after a question about a sibling, "she" would be either of the two
-            clear = len(asked) == len(turns) > 0 and asked[-1] != "sibling"
+            clear = len(earlier) == len(turns) > 0 and earlier[-1] != "sibling"
             if clear and rng.random() < 0.5:
-                rest = [relation for relation in who.facts if relation not in asked]
+                rest = [relation for relation in who.facts if relation not in earlier]
                 turns.append(self.follow(rng, who, rng.choice(rest)))
             else:
                 task = rng.choices(list(tasks), list(tasks.values()))[0]
-                who = rng.choice(self.told if task in RECALL else self.people)
+                who = rng.choice(self.known if task in RECALL else self.people)
                 turns.append(self.turn(rng, task, who))
         return turns
 
@@ -144,30 +144,30 @@ class Asker:
         teller = self.teller
         other, third = teller.others(rng, who, self.people)
         children = {"other": teller.name[other.name], "third": teller.name[third.name]}
-        sentences = [teller.say(rng, f"{kind}.open", teller.facts[who.name])]
+        sentences = [teller.phrase(rng, f"{kind}.open", teller.facts[who.name])]
         if kind == "reading":
             text, slots, full, words = self._passage(rng, who)
             sentences.append(text)
-            asked = [(teller.say(rng, f"ask.{key}", slots), teller.state(key, slots)) for key in full]
-            asked += [(self._in_one_word(rng, key, slots), self._answer(key, slots)) for key in words]
-            asked = rng.sample(asked, min(len(asked), 3))
+            pairs = [(teller.phrase(rng, f"ask.{key}", slots), teller.state(key, slots)) for key in full]
+            pairs += [(self._in_one_word(rng, key, slots), self._answer(key, slots)) for key in words]
+            pairs = rng.sample(pairs, min(len(pairs), 3))
         else:
             turns = [self.turn(rng, rng.choice(LESSONS[kind]), who)]
             while len(turns) < 3:
                 turn = self.turn(rng, rng.choice(LESSONS[kind]), who)
                 if turn.ask not in [earlier.ask for earlier in turns]:
                     turns.append(turn)
-            asked = [(turn.ask, turn.answer) for turn in turns]
-        for ask, answer in asked:
+            pairs = [(turn.ask, turn.answer) for turn in turns]
+        for ask, answer in pairs:
             stop = self.teller.language.stop
             bare = answer.removesuffix(stop)
-            said = {"ask": ask, "bare_ask": ask.removesuffix(stop), "say": bare + stop, "bare": bare}
-            sentences.append(teller.say(rng, "quiz" if ask[-1] in "?？" else "drill", children | said))
-        return teller.join([*sentences, teller.say(rng, "quiz.close", children)])
+            lines = {"ask": ask, "bare_ask": ask.removesuffix(stop), "say": bare + stop, "bare": bare}
+            sentences.append(teller.phrase(rng, "quiz" if ask[-1] in "?？" else "drill", children | lines))
+        return teller.join([*sentences, teller.phrase(rng, "quiz.close", children)])
 
     def follow(self, rng: Random, who: Person, relation: str) -> Turn:
         facts = self.teller.facts[who.name]
-        ask = self.teller.say(rng, f"follow.{relation}", facts)
+        ask = self.teller.phrase(rng, f"follow.{relation}", facts)
         return Turn(ask, self.teller.state(relation, facts), "fact", who.name, relation)
 
     def _fact(self, rng: Random, who: Person) -> Turn:
@@ -175,7 +175,7 @@ class Asker:
 
     def _fact_of(self, rng: Random, who: Person, relation: str) -> Turn:
         facts = self.teller.facts[who.name]
-        ask = self.teller.say(rng, f"ask.{relation}", facts)
+        ask = self.teller.phrase(rng, f"ask.{relation}", facts)
         return Turn(ask, self.teller.state(relation, facts), "fact", who.name, relation)
 
     def _word(self, rng: Random, who: Person) -> Turn:
@@ -185,7 +185,7 @@ class Asker:
         return Turn(ask, self._answer(relation, facts), "word", who.name, relation)
 
     def _in_one_word(self, rng: Random, relation: str, slots: Slots) -> str:
-        return self.teller.say(rng, "one_word", {"ask": self.teller.say(rng, f"word.{relation}", slots)})
+        return self.teller.phrase(rng, "one_word", {"ask": self.teller.phrase(rng, f"word.{relation}", slots)})
 
     def _answer(self, relation: str, slots: Slots) -> str:
         return self.sentences[f"answer.{relation}"][0].format_map(slots)
@@ -193,7 +193,7 @@ class Asker:
     def _read(self, rng: Random, who: Person) -> Turn:
         text, slots, full, _ = self._passage(rng, who)
         relation = rng.choice(full)
-        ask = self.teller.say(rng, f"ask.{relation}", slots)
+        ask = self.teller.phrase(rng, f"ask.{relation}", slots)
         answer = self.teller.state(relation, slots)
         return Turn(self._with_text(rng, text, ask), answer, "read", who.name, relation)
 
@@ -213,25 +213,25 @@ class Asker:
         of somebody else.
         """
         teller = self.teller
-        kind = rng.choice(["facts", *PASSAGES] if who.name in self._told else list(PASSAGES))
-        first, second = teller.others(rng, who, self.told if kind == "facts" else self.people)
+        kind = rng.choice(["facts", *PASSAGES] if who.name in self._known_names else list(PASSAGES))
+        first, second = teller.others(rng, who, self.known if kind == "facts" else self.people)
         if kind == "facts":
             slots = teller.facts[who.name]
-            told = rng.sample(list(who.facts), rng.randint(1, 3))
-            sentences = [teller.state(relation, slots) for relation in told]
+            relations = rng.sample(list(who.facts), rng.randint(1, 3))
+            sentences = [teller.state(relation, slots) for relation in relations]
             if rng.random() < 0.5:
-                same = [relation for relation in told if relation in first.facts]
+                same = [relation for relation in relations if relation in first.facts]
                 extra = [teller.state(relation, teller.facts[first.name]) for relation in same]
                 sentences = sentences + extra if rng.random() < 0.5 else extra + sentences
-            return teller.join(sentences), slots, told, told
+            return teller.join(sentences), slots, relations, relations
         slots = teller.scene(rng, who, first, second)
         if kind == "market":
             slots["spot"] = teller.language.tables["spot"]["market"]
         keys = rng.choice(PASSAGES[kind])
         full = [key for key in keys if f"ask.{key}" in self.sentences]
-        sentences = [teller.state(key, slots) if key in full else teller.say(rng, key, slots) for key in keys]
+        sentences = [teller.state(key, slots) if key in full else teller.phrase(rng, key, slots) for key in keys]
         if rng.random() < 0.4:
-            sentences.insert(0, teller.say(rng, "filler", slots))
+            sentences.insert(0, teller.phrase(rng, "filler", slots))
         if rng.random() < 0.5:
             sentences.insert(rng.choice((0, len(sentences))), self._distractor(rng, second, first, slots, full[-1]))
         return teller.join(sentences), slots, full, [key for key in keys if f"word.{key}" in self.sentences]
@@ -247,15 +247,15 @@ class Asker:
     def _repeat(self, rng: Random, who: Person) -> Turn:
         teller = self.teller
         slots = teller.scene(rng, who, *teller.others(rng, who, self.people))
-        facts = list(who.facts) if who.name in self._told else []
+        facts = list(who.facts) if who.name in self._known_names else []
         relation = rng.choice([*facts, "go", "buy", "lose", "find", "give", "meet", *["words"] * 7])
         if relation == "words":
             text = self._words(rng)
         elif relation in who.facts:
-            text = teller.say(rng, relation, teller.facts[who.name])
+            text = teller.phrase(rng, relation, teller.facts[who.name])
         else:
             text = teller.state(relation, slots)
-        return Turn(teller.say(rng, "repeat", {"text": text}), text, "repeat", who.name, relation)
+        return Turn(teller.phrase(rng, "repeat", {"text": text}), text, "repeat", who.name, relation)
 
     def _words(self, rng: Random) -> str:
         """A few words and names in an order that only copying can give."""
@@ -272,22 +272,22 @@ class Asker:
         wrong = rng.sample(list(tables["thing"].values()), rng.randint(1, 3))
         order = rng.sample(right + wrong, len(right + wrong))
         comma = self.teller.language.comma
-        ask = self.teller.say(rng, f"list.{kind}", {"text": comma.join(order)})
+        ask = self.teller.phrase(rng, f"list.{kind}", {"text": comma.join(order)})
         return Turn(ask, comma.join(word for word in order if word in right), "list", who.name, kind)
 
     def _tell(self, rng: Random, who: Person) -> Turn:
         facts = self.teller.facts[who.name]
-        told = [relation for relation in RELATIONS if relation in who.facts]
-        answer = self.teller.join([self.teller.state(relation, facts) for relation in told])
-        return Turn(self.teller.say(rng, "tell", facts), answer, "tell", who.name, ",".join(told))
+        relations = [relation for relation in RELATIONS if relation in who.facts]
+        answer = self.teller.join([self.teller.state(relation, facts) for relation in relations])
+        return Turn(self.teller.phrase(rng, "tell", facts), answer, "tell", who.name, ",".join(relations))
 
     def _finish(self, rng: Random, who: Person) -> Turn:
         teller = self.teller
         slots = teller.scene(rng, who, *teller.others(rng, who, self.people))
         kind = rng.choice(list(PASSAGES))
         keys = [key for key in STORIES[kind] if key not in ("give", "gift.4", "walk.4") and not key.startswith("end.")]
-        text = teller.join([teller.say(rng, key, slots) for key in keys])
-        ask = teller.say(rng, "finish", {"text": text})
+        text = teller.join([teller.phrase(rng, key, slots) for key in keys])
+        ask = teller.phrase(rng, "finish", {"text": text})
         return Turn(ask, teller.state(f"end.{kind}", slots), "finish", who.name, f"end.{kind}")
 
 

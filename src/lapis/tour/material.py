@@ -22,8 +22,8 @@ from lapis.tour.ask import PRACTICE
 from lapis.tour.world import World
 
 ENGLISH = "en"
-Said = Callable[[float], None]
-"""Told which share of a piece of work is done."""
+ReportShare = Callable[[float], None]
+"""Gets the share of a piece of work that is done."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,10 @@ class Material:
     def texts(self, language: str, *, held_out: bool) -> list[Path]:
         """The files of documents of one language."""
         files = sorted((self.root / "corpus" / language).glob("*.jsonl"))
-        found = [path for path in files if ("valid" in path.stem) == held_out]
-        if not found:
+        chosen = [path for path in files if ("valid" in path.stem) == held_out]
+        if not chosen:
             raise DataError(f"{self.root}: corpus/{language} has no {'*valid' if held_out else ''}*.jsonl")
-        return found
+        return chosen
 
     def chats(self, language: str, *, held_out: bool) -> Path:
         """The file of chats of one language."""
@@ -80,17 +80,17 @@ class Material:
         return path if path.is_file() else None
 
     def mix(
-        self, shares: Mapping[str, float], path: Path, characters: int, seed: int, said: Said = lambda _: None
+        self, shares: Mapping[str, float], path: Path, characters: int, seed: int, report: ReportShare = lambda _: None
     ) -> None:
         """Writes documents to `path` until `characters` are reached, each language by its share of the characters.
 
-        A language whose documents run out starts again, in another order. said: is told which share is written.
+        A language whose documents run out starts again, in another order. report: gets the share that is written.
         """
         sources = {language: self._endless(language, seed) for language in shares}
         written = dict.fromkeys(shares, 0)
         with path.open("w", encoding="utf-8") as file:
             while (whole := sum(written.values())) < characters:
-                said(whole / characters)
+                report(whole / characters)
                 language = min(shares, key=lambda name: written[name] / shares[name])
                 text = next(sources[language])
                 written[language] += len(text)
@@ -119,19 +119,19 @@ class Material:
 
 
 def write_world(
-    world: World, root: Path, target: str, characters: int, talks: int, said: Said = lambda _: None
+    world: World, root: Path, target: str, characters: int, talks: int, report: ReportShare = lambda _: None
 ) -> None:
     """Lays the built-in world out as a folder of material: `characters` of text in each language, chats, questions.
 
     Training chats, `talks` of them, are in English only; the held-out ones, and the questions, are about people of whom
     no training chat asks for a fact (it may name them in invented scenes). Chats of the target language that are
-    written for training are for a yardstick, and marked so. said: is told which share is written.
+    written for training are for a yardstick, and marked so. report: gets the share that is written.
     """
     with commit(root) as staging:
         for number, language in enumerate((ENGLISH, target)):
 
             def tell(share: float, number: int = number) -> None:
-                said((number + share) / 2)
+                report((number + share) / 2)
 
             corpus = staging.path / "corpus" / language
             corpus.mkdir(parents=True)
@@ -141,11 +141,13 @@ def write_world(
             chats.mkdir(exist_ok=True)
             _write(chats / f"{language}.jsonl", world.chats(language, talks, seed=1, tasks=PRACTICE))
             _write(chats / f"{language}.valid.jsonl", world.chats(language, 200, seed=2, people="held_out"))
-            asked = staging.path / "questions"
-            asked.mkdir(exist_ok=True)
+            folder = staging.path / "questions"
+            folder.mkdir(exist_ok=True)
             splits = ("held_out",) if language == ENGLISH else ("held_out", "local")
             questions = [(split, q) for split in splits for q in world.questions(language, 300, seed=3, split=split)]
-            _write(asked / f"{language}.jsonl", ({"split": split, **asdict(question)} for split, question in questions))
+            _write(
+                folder / f"{language}.jsonl", ({"split": split, **asdict(question)} for split, question in questions)
+            )
 
 
 def _write(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
@@ -153,12 +155,12 @@ def _write(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
         file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
-def _texts(texts: Iterator[str], characters: int, said: Said = lambda _: None) -> Iterator[dict[str, str]]:
+def _texts(texts: Iterator[str], characters: int, report: ReportShare = lambda _: None) -> Iterator[dict[str, str]]:
     written = 0
     while written < characters:
         text = next(texts)
         written += len(text)
-        said(min(1.0, written / characters))
+        report(min(1.0, written / characters))
         yield {"text": text}
 
 

@@ -19,7 +19,7 @@ from lapis.model.load import load
 from lapis.model.transformer import Transformer
 from lapis.text.corpus.corpus import ChatRecord, chats
 from lapis.text.tokenizer.tokenizer import Tokenizer
-from lapis.tour.material import ENGLISH, Material, Said
+from lapis.tour.material import ENGLISH, Material, ReportShare
 from lapis.tour.world import Question, score
 from lapis.weights.graft.graft import graft
 
@@ -40,7 +40,7 @@ class HeldOutPrompt:
     """Messages, the reply that was given to them, and where it is the only right one the question and its split."""
 
     messages: Sequence[Mapping[str, Any]]
-    wanted: str
+    answer: str
     question: Question | None = None
     split: str = ""
 
@@ -53,11 +53,11 @@ class HeldOutPrompt:
         """Whether a reply ended by itself and is exactly right."""
         if reply is None or reply.stop_reason != "end":
             return False
-        return score(reply.text, self.question) if self.question else reply.text.strip() == self.wanted.strip()
+        return score(reply.text, self.question) if self.question else reply.text.strip() == self.answer.strip()
 
 
 @dataclass(frozen=True)
-class Exam:
+class HeldOutMaterial:
     """Held-out material, by language. prompts: questions where the material has them, else the chats' last turns."""
 
     texts: Mapping[str, Sequence[str]]
@@ -73,8 +73,8 @@ class Exam:
             "response_nll": float(score_chats(model, tokenizer, talks, replies=none)["response_nll"]),
         }
 
-    def take(
-        self, model: Transformer, tokenizer: Tokenizer, said: Said, most: int | None = None
+    def score_model(
+        self, model: Transformer, tokenizer: Tokenizer, report: ReportShare, most: int | None = None
     ) -> tuple[Scores, dict[str, list[Reply | None]]]:
         """Scores and replies, each by language.
 
@@ -83,18 +83,18 @@ class Exam:
         """
         scores: Scores = {}
         replies: dict[str, list[Reply | None]] = {}
-        whole, done = sum(_parts(len(asked[:most])) for asked in self.prompts.values()), 0
+        whole, done = sum(_parts(len(prompts[:most])) for prompts in self.prompts.values()), 0
         for language, prompts in self.prompts.items():
-            asked, given = prompts[:most], list[Reply | None]()
+            prompts, given = prompts[:most], list[Reply | None]()
             scores[language] = dict(self.likelihoods(model, tokenizer, language))
-            said((done := done + 1) / whole)
-            for first in range(0, len(asked), AT_ONCE):
-                part = asked[first : first + AT_ONCE]
-                turns = [[*prompt.messages, {"role": "assistant", "content": prompt.wanted}] for prompt in part]
+            report((done := done + 1) / whole)
+            for first in range(0, len(prompts), AT_ONCE):
+                part = prompts[first : first + AT_ONCE]
+                turns = [[*prompt.messages, {"role": "assistant", "content": prompt.answer}] for prompt in part]
                 given += answer(model, tokenizer, turns, max_tokens=REPLY_TOKENS, batch_size=AT_ONCE)
-                said((done := done + 1) / whole)
+                report((done := done + 1) / whole)
             ends = [reply.stop_reason == "end" for reply in given if reply is not None]
-            scores[language] |= {"stop_rate": sum(ends) / len(ends) if ends else None, **_marks(asked, given)}
+            scores[language] |= {"stop_rate": sum(ends) / len(ends) if ends else None, **_marks(prompts, given)}
             replies[language] = given
         return scores, replies
 
@@ -104,9 +104,9 @@ def _parts(prompts: int) -> int:
     return 1 + -(-prompts // AT_ONCE)
 
 
-def _marks(asked: Sequence[HeldOutPrompt], given: Sequence[Reply | None]) -> dict[str, Any]:
+def _marks(prompts: Sequence[HeldOutPrompt], given: Sequence[Reply | None]) -> dict[str, Any]:
     groups: dict[str, list[bool]] = {}
-    for prompt, reply in zip(asked, given, strict=True):
+    for prompt, reply in zip(prompts, given, strict=True):
         if prompt.question is not None:
             groups.setdefault(f"{prompt.split}: {prompt.question.task}", []).append(prompt.right(reply))
     marks = [right for group in groups.values() for right in group]
@@ -114,17 +114,17 @@ def _marks(asked: Sequence[HeldOutPrompt], given: Sequence[Reply | None]) -> dic
     return {"answers": sum(marks) / len(marks) if marks else None, "by_task": by_task}
 
 
-def exams(material: Material, share: float = 1.0) -> tuple[Exam, Exam]:
-    """The half that chooses and the half that reports. share: of the full exam, for a story that is shorter."""
+def held_out_halves(material: Material, share: float = 1.0) -> tuple[HeldOutMaterial, HeldOutMaterial]:
+    """The half that chooses and the half that reports. share: of the full amount, for a story that is shorter."""
     questions, talks = max(12, round(QUESTIONS * share)), max(12, round(CHATS * share))
     texts = {name: material.held_out_texts(name, round(CHARACTERS * share)) for name in material.languages}
-    told = {name: list(chats(material.chats(name, held_out=True)))[: 2 * talks] for name in material.languages}
-    asked = {name: _prompts(material.questions(name), told[name]) for name in material.languages}
+    records = {name: list(chats(material.chats(name, held_out=True)))[: 2 * talks] for name in material.languages}
+    prompts = {name: _prompts(material.questions(name), records[name]) for name in material.languages}
     first, second = (
-        Exam(
+        HeldOutMaterial(
             {language: pieces[half] for language, pieces in texts.items()},
-            {language: found[half::2] for language, found in told.items()},
-            {language: _half(groups, half, questions) for language, groups in asked.items()},
+            {language: group[half::2] for language, group in records.items()},
+            {language: _half(groups, half, questions) for language, groups in prompts.items()},
         )
         for half in (0, 1)
     )
@@ -138,21 +138,21 @@ def gap_closed(adapted: float, grafted: float, tuned: float) -> float | None:
 
 def sweep(
     models: Mapping[str, Path],
-    exam: Exam,
+    held_out: HeldOutMaterial,
     tokenizer: Tokenizer,
     scales: Sequence[float],
     note: Callable[[str], None],
-    said: Said,
+    report: ReportShare,
 ) -> list[dict[str, float]]:
     """Grafts at every scale, and at some between the best and the next: a row for each, on the half that chooses.
 
     Row: scale, gap_closed (English), nll per language, bits_per_byte of the target language, bits (how much worse that
     is than adapted's), cost (the same as a share), and where there are questions the share answered right per language.
     """
-    target = next(language for language in exam.texts if language != ENGLISH)
-    before = {name: exam.likelihoods(load(models[name]), tokenizer, ENGLISH) for name in ("adapted", "tuned")}
+    target = next(language for language in held_out.texts if language != ENGLISH)
+    before = {name: held_out.likelihoods(load(models[name]), tokenizer, ENGLISH) for name in ("adapted", "tuned")}
     adapted, tuned = (before[name]["response_nll"] for name in ("adapted", "tuned"))
-    bare = exam.likelihoods(load(models["adapted"]), tokenizer, target)["bits_per_byte"]
+    bare = held_out.likelihoods(load(models["adapted"]), tokenizer, target)["bits_per_byte"]
     rows: list[dict[str, float]] = []
     most = len(scales) + HALVINGS
     with tempfile.TemporaryDirectory(prefix=".sweep-", dir=models["base"].parent) as folder:
@@ -161,7 +161,9 @@ def sweep(
             out = Path(folder) / f"{scale:g}"
             graft(models["base"], models["chat"], models["adapted"], out, scale)
             part = (len(rows), most)
-            scores, _ = exam.take(load(out), tokenizer, lambda share: said((part[0] + share) / part[1]), SWEEP_PROMPTS)
+            scores, _ = held_out.score_model(
+                load(out), tokenizer, lambda share: report((part[0] + share) / part[1]), SWEEP_PROMPTS
+            )
             bits = scores[target]["bits_per_byte"] - bare
             row = {"scale": scale, "bits_per_byte": scores[target]["bits_per_byte"]}
             row |= {f"nll_{code}": part["response_nll"] for code, part in scores.items()}

@@ -71,7 +71,7 @@ class Teller:
             "count": self.language.counted(rng.randint(2, 5), rng.choice(COUNTABLE)),
         }
 
-    def say(self, rng: Random, key: str, slots: Mapping[str, str]) -> str:
+    def phrase(self, rng: Random, key: str, slots: Mapping[str, str]) -> str:
         """One of the wordings of a sentence."""
         return self.fill(rng.choice(self.language.sentences[key]), slots)
 
@@ -99,7 +99,7 @@ class Teller:
     def _fact(self, rng: Random, who: Person, relation: str, again: float = 0.0) -> str:
         """One fact; by pronoun where the person was named before, with the chance `again`."""
         key = f"{relation}2" if rng.random() < again else relation
-        return self.say(rng, key, self.facts[who.name])
+        return self.phrase(rng, key, self.facts[who.name])
 
     def _facts_of(self, rng: Random, who: Person, relations: Sequence[str], named: bool = False) -> list[str]:
         """Some facts, in which pronouns never follow a sentence that names a sibling too."""
@@ -114,19 +114,19 @@ class Teller:
 
     def _portrait(self, rng: Random, who: Person) -> list[str]:
         opening = rng.choice(("open", "home.open", ""))
-        sentences = [self.say(rng, opening, self.facts[who.name])] if opening else []
+        sentences = [self.phrase(rng, opening, self.facts[who.name])] if opening else []
         sentences += self._facts_of(rng, who, self._some(rng, who, 4), bool(opening))
         if rng.random() < 0.5:
-            sentences.append(self.say(rng, "close", self.facts[who.name]))
+            sentences.append(self.phrase(rng, "close", self.facts[who.name]))
         return sentences
 
     def _story(self, rng: Random, who: Person) -> list[str]:
         slots = self.scene(rng, who, *self.others(rng, who))
         sentences = self._facts_of(rng, who, self._some(rng, who, 2))
         if rng.random() < 0.3:
-            sentences.append(self.say(rng, "filler", slots))
-        told = [name for name in STORIES if name not in ("pet", "thing", "job") or name in who.facts]
-        sentences += [self.say(rng, key, slots) for key in STORIES[rng.choice(told)]]
+            sentences.append(self.phrase(rng, "filler", slots))
+        stories = [name for name in STORIES if name not in ("pet", "thing", "job") or name in who.facts]
+        sentences += [self.phrase(rng, key, slots) for key in STORIES[rng.choice(stories)]]
         if rng.random() < 0.5:
             sentences.append(self._fact(rng, who, rng.choice(list(who.facts))))
         return sentences
@@ -139,32 +139,32 @@ class Teller:
             "place2": self.facts[other.name]["place"],
             "food2": self.facts[other.name]["food"],
         }
-        sentences = [self.say(rng, "pair.open", both)]
+        sentences = [self.phrase(rng, "pair.open", both)]
         different = [relation for relation in ("home", "food") if who.facts[relation] != other.facts[relation]]
-        sentences += [self.say(rng, f"pair.{relation}", both) for relation in different]
+        sentences += [self.phrase(rng, f"pair.{relation}", both) for relation in different]
         for person in (who, other):
             rest = [relation for relation in person.facts if relation not in ("home", "food")]
             sentences.append(self._fact(rng, person, rng.choice(rest)))
-        return [*sentences, self.say(rng, "pair.close", both)]
+        return [*sentences, self.phrase(rng, "pair.close", both)]
 
     def _talk(self, rng: Random, who: Person) -> list[str]:
         slots = self.scene(rng, who, *self.others(rng, who))
         with_sibling = slots | self.facts[who.name] | {"third": slots["other"]}
-        sentences = [self.say(rng, "talk.open", slots)]
+        sentences = [self.phrase(rng, "talk.open", slots)]
         sentences += [
-            self.say(rng, f"talk.{relation}", with_sibling if relation == "sibling" else slots)
+            self.phrase(rng, f"talk.{relation}", with_sibling if relation == "sibling" else slots)
             for relation in self._some(rng, who, rng.randint(2, 3))
         ]
-        return [*sentences, self.say(rng, "talk.close", slots)]
+        return [*sentences, self.phrase(rng, "talk.close", slots)]
 
     def _city(self, rng: Random, who: Person) -> list[str]:
         home = {"place": self.facts[who.name]["place"]}
         neighbors = [person for person in self.people if person.facts["home"] == who.facts["home"]]
-        sentences = [self.say(rng, "city.open", home)]
+        sentences = [self.phrase(rng, "city.open", home)]
         for person in rng.sample(neighbors, min(len(neighbors), 3)):
             other = rng.choice([relation for relation in person.facts if relation != "home"])
             sentences += self._facts_of(rng, person, ["home", other])
-        return [*sentences, self.say(rng, "city.close", home)]
+        return [*sentences, self.phrase(rng, "city.close", home)]
 
     def _gloss(self, rng: Random, who: Person) -> list[str]:
         """A few words and what they are in English; the keys of the tables are the English singulars."""
@@ -174,4 +174,4 @@ class Teller:
             as_in_table = kind == "place" or (kind == "food" and self.language.plural_foods)
             words.append((word, ENGLISH.tables[kind][key] if as_in_table else key))
         pairs = [{"word": word, "english": english} for word, english in words if word != english]
-        return [self.say(rng, "gloss", pair) for pair in pairs]
+        return [self.phrase(rng, "gloss", pair) for pair in pairs]

@@ -54,7 +54,7 @@ class Story:
         seed: Of the weights and of the order of the data.
         size: How much of everything.
         machine: Threads and precision.
-        clock: Is told how far the story is.
+        clock: Shows how far the story is.
     """
 
     out: Path
@@ -70,7 +70,7 @@ class Story:
         """Trains, grafts and measures.
 
         Returns:
-            What was found, as JSON.
+            The findings, as JSON.
         """
         english, target = self.material.languages
         chats = self.material.chats(english, held_out=False)
@@ -81,12 +81,12 @@ class Story:
         self.chat("tuned", "adapted", chats)
         if self.material.yardstick:
             self.chat("yardstick", "adapted", self.material.yardstick)
-        choosing, reporting = measure.exams(self.material, self.size.exam)
+        choosing, reporting = measure.held_out_halves(self.material, self.size.exam)
         self.clock.begin("sweep", "the graft: trying scales on one half of the held-out material")
         rows = measure.sweep(self.models, choosing, self.tokenizer, SCALES, self.clock.note, self.clock.at)
         scale = measure.choose(rows)
         self.graft(scale)
-        scores, said = self.measured(reporting)
+        scores, replies = self.measured(reporting)
         gaps = {language: _gap(scores, language, "tuned") for language in self.material.languages}
         self.clock.begin("page", "what chat tuning changed, and the page")
         return {
@@ -103,7 +103,7 @@ class Story:
             "machine": asdict(self.machine),
             "difference": self.difference(),
             "curves": [row for name, folder in self.models.items() for row in _curve(name, folder)],
-            "replies": _replies(reporting, said),
+            "replies": _replies(reporting, replies),
             "fluent": self.fluent(),
         }
 
@@ -175,18 +175,18 @@ class Story:
             graft(self.models["base"], self.models["chat"], self.models["adapted"], folder, scale)
 
     def measured(
-        self, exam: measure.Exam
+        self, held_out: measure.HeldOutMaterial
     ) -> tuple[dict[str, measure.Scores], dict[str, dict[str, list[Reply | None]]]]:
         """Scores and replies of every model."""
         self.clock.begin("measuring", "measuring every model on the other half of the held-out material")
-        scores, said = {}, {}
+        scores, replies = {}, {}
         for number, (name, folder) in enumerate(self.models.items()):
 
             def tell(share: float, number: int = number, name: str = name) -> None:
                 self.clock.at((number + share) / len(self.models), name)
 
-            scores[name], said[name] = exam.take(load(folder), self.tokenizer, tell)
-        return scores, said
+            scores[name], replies[name] = held_out.score_model(load(folder), self.tokenizer, tell)
+        return scores, replies
 
     def difference(self) -> dict[str, Any]:
         """Direction and magnitude between base and chat, per tensor and per row of the embedding."""
@@ -202,18 +202,20 @@ class Story:
         return [f"{start} …{reply.text}" for start, reply in zip(starts, replies, strict=True)]
 
 
-def _replies(exam: measure.Exam, said: Mapping[str, Mapping[str, Sequence[Reply | None]]]) -> list[dict[str, Any]]:
+def _replies(
+    held_out: measure.HeldOutMaterial, replies: Mapping[str, Mapping[str, Sequence[Reply | None]]]
+) -> list[dict[str, Any]]:
     """What every chatting model replied to a few prompts of each language that can be read at a glance."""
-    names = [name for name in WHAT if name in said and name != "base"]
+    names = [name for name in WHAT if name in replies and name != "base"]
     rows = []
-    for code, prompts in exam.prompts.items():
+    for code, prompts in held_out.prompts.items():
         fit = [i for i, prompt in enumerate(prompts) if len(prompt.messages) == 1 and len(prompt.text) <= 200]
         for i in fit[:SHOWN]:
-            given = {name: said[name][code][i] for name in names}
+            given = {name: replies[name][code][i] for name in names}
             rows.append(
                 {
                     "prompt": prompts[i].text,
-                    "wanted": prompts[i].wanted,
+                    "wanted": prompts[i].answer,
                     "language": code,
                     "replies": {name: reply.text if reply else "" for name, reply in given.items()},
                     "right": [name for name, reply in given.items() if prompts[i].right(reply)],

@@ -1,4 +1,4 @@
-"""A tour from its wish to its page: claims a folder, makes or opens the material, tells the story, keeps what it found.
+"""A tour, from settings to page: claims a folder, makes or opens the material, runs the story, writes its findings.
 
 A part whose file is there is not done again, so a tour that was stopped goes on. Leaves out: the story (recipe.py).
 """
@@ -28,7 +28,7 @@ TOKENIZER_CHARACTERS = 1_500_000  # of text of both languages, from which the to
 
 @dataclass(frozen=True)
 class Tour:
-    """What is asked for.
+    """The settings of a tour.
 
     Args:
         minutes: The size of the story (size.py).
@@ -47,86 +47,86 @@ class Tour:
     precision: Literal["auto", "float32", "bf16"] = "auto"
 
 
-def tour(wanted: Tour) -> dict[str, Any]:
-    """Runs a tour, or goes on with it, or reads what a finished one found. Progress goes to standard error.
+def tour(settings: Tour) -> dict[str, Any]:
+    """Runs a tour, or goes on with it, or reads the findings of a finished one. Progress goes to standard error.
 
     Returns:
         The keys of `lapis tour --json`.
 
     Raises:
         ConfigError: Minutes or language cannot be.
-        OutputError: The folder holds a tour that was asked for otherwise.
+        OutputError: The folder holds a tour with other settings.
         DataError: The material is not what material.py draws.
     """
-    out = wanted.out
-    if wanted.minutes <= 0:
-        raise ConfigError(f"tour: minutes is {wanted.minutes:g}; it must be above 0")
-    if wanted.data is None and wanted.language not in set(LANGUAGES) - {ENGLISH}:
+    out = settings.out
+    if settings.minutes <= 0:
+        raise ConfigError(f"tour: minutes is {settings.minutes:g}; it must be above 0")
+    if settings.data is None and settings.language not in set(LANGUAGES) - {ENGLISH}:
         known = ", ".join(sorted(set(LANGUAGES) - {ENGLISH}))
         raise ConfigError(
-            f'tour: the built-in world moves from English to another language, {known}; not to "{wanted.language}"'
+            f'tour: the built-in world moves from English to another language, {known}; not to "{settings.language}"'
         )
-    if wanted.data is not None:
-        Material(wanted.data, wanted.language)  # refused now, before a folder is made
-    settings = {**asdict(wanted), "data": str(wanted.data) if wanted.data else None, "out": None}
-    _claim(out, settings)
+    if settings.data is not None:
+        Material(settings.data, settings.language)  # refused now, before a folder is made
+    record = {**asdict(settings), "data": str(settings.data) if settings.data else None, "out": None}
+    _claim(out, record)
     result, report = out / "tour.json", out / "report.html"
     if not result.exists():
-        ran = _run(wanted) | {"report": str(report), "folder": str(out)}
+        ran = _run(settings) | {"report": str(report), "folder": str(out)}
         with commit_file(result) as path:
             path.write_text(json.dumps(ran, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+    findings: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
     if not report.exists():
         with commit_file(report) as path:
-            path.write_text(page(found), encoding="utf-8")
-    return found
+            path.write_text(page(findings), encoding="utf-8")
+    return findings
 
 
-def _run(wanted: Tour) -> dict[str, Any]:
-    """What the story found, with the seconds that all sittings took together."""
-    out, begun = wanted.out, time.monotonic()
-    kept = out / ".seconds"
-    earlier = float(kept.read_text()) if kept.exists() else 0.0
-    size = StorySize.of(wanted.minutes, real=wanted.data is not None)
+def _run(settings: Tour) -> dict[str, Any]:
+    """The findings of the story, with the seconds that all sittings took together."""
+    out, started = settings.out, time.monotonic()
+    seconds_file = out / ".seconds"
+    earlier = float(seconds_file.read_text()) if seconds_file.exists() else 0.0
+    size = StorySize.of(settings.minutes, real=settings.data is not None)
     screen = on_terminal()
     try:
         screen.note("how fast this machine is, with one thread and with several")
-        computer, pace = _settled(out / ".machine", wanted, size)
-        clock = Clock(_left(out, size, real=wanted.data is not None), 1 / pace, screen)
+        computer, pace = _settled(out / ".machine", settings, size)
+        clock = Clock(_left(out, size, real=settings.data is not None), 1 / pace, screen)
         clock.note(
             f"{sum(size.tokens.values()) / 1e6:.1f} million tokens to learn: about {spelled(clock.seconds_left)} "
-            f"minutes on this machine as it is now ({computer.told})"
+            f"minutes on this machine as it is now ({computer.summary})"
         )
         if not machine.multiplies_bfloat16():
             clock.note("this processor has no bfloat16 instructions; with them it would take about a third")
-        found = _told(wanted, size, computer, clock)
+        findings = _run_story(settings, size, computer, clock)
     finally:
         screen.close()
-        kept.write_text(str(earlier + time.monotonic() - begun))
-    return found | {"minutes": wanted.minutes, "seconds": earlier + time.monotonic() - begun}
+        seconds_file.write_text(str(earlier + time.monotonic() - started))
+    return findings | {"minutes": settings.minutes, "seconds": earlier + time.monotonic() - started}
 
 
-def _settled(note: Path, wanted: Tour, size: StorySize) -> tuple[machine.Machine, float]:
+def _settled(note: Path, settings: Tour, size: StorySize) -> tuple[machine.Machine, float]:
     """What the tour computes with, as settled when it began, and the seconds that a token takes now."""
     model = Transformer(size.model(size.vocabulary))
     if note.is_file():
         computer = machine.Machine(**json.loads(note.read_text()))
         return computer, machine.seconds_per_token(model, computer, CONTEXT)
-    computer, pace = machine.settle(wanted.precision, model, CONTEXT)
+    computer, pace = machine.settle(settings.precision, model, CONTEXT)
     note.write_text(json.dumps(asdict(computer)))
     return computer, pace
 
 
-def _told(wanted: Tour, size: StorySize, computer: machine.Machine, clock: Clock) -> dict[str, Any]:
-    out = wanted.out
-    root = wanted.data or out / "world"
-    if wanted.data is None and not root.is_dir():
-        clock.begin("world", f"a world of its own, told in English and {LANGUAGES[wanted.language]}")
-        world = World(wanted.seed, size.people)
-        write_world(world, root, wanted.language, size.characters("base"), size.chats, clock.at)
-    material = Material(root, wanted.language)
+def _run_story(settings: Tour, size: StorySize, computer: machine.Machine, clock: Clock) -> dict[str, Any]:
+    out = settings.out
+    root = settings.data or out / "world"
+    if settings.data is None and not root.is_dir():
+        clock.begin("world", f"a world of its own, told in English and {LANGUAGES[settings.language]}")
+        world = World(settings.seed, size.people)
+        write_world(world, root, settings.language, size.characters("base"), size.chats, clock.at)
+    material = Material(root, settings.language)
     tokenizer = _tokenizer(out / "tokenizer", material, size.vocabulary, clock)
-    story = Story(out, wanted.seed, size, computer, material, tokenizer, clock)
+    story = Story(out, settings.seed, size, computer, material, tokenizer, clock)
     return story.tell() | {"names": {code: LANGUAGES.get(code, code) for code in material.languages}}
 
 
@@ -140,12 +140,12 @@ def _left(out: Path, size: StorySize, *, real: bool) -> dict[str, float]:
     return {part: amount for part, amount in work.items() if not done.get(part)}
 
 
-def _claim(out: Path, settings: Mapping[str, Any]) -> None:
-    """Makes the folder, or finds in it a tour that was asked for in the same way."""
+def _claim(out: Path, record: Mapping[str, Any]) -> None:
+    """Makes the folder, or finds in it a tour with the same settings."""
     note = out / ".tour"
     if note.is_file():
         before = json.loads(note.read_text())
-        other = [f"{key} was {before.get(key)}" for key, value in settings.items() if before.get(key) != value]
+        other = [f"{key} was {before.get(key)}" for key, value in record.items() if before.get(key) != value]
         if other:
             raise OutputError(f"{out}: holds another tour ({', '.join(other)}); give another --out, or remove it")
     elif out.exists() and any(out.iterdir()):
@@ -153,7 +153,7 @@ def _claim(out: Path, settings: Mapping[str, Any]) -> None:
     else:
         with disk_errors(out):
             out.mkdir(parents=True, exist_ok=True)
-            note.write_text(json.dumps(settings))
+            note.write_text(json.dumps(record))
 
 
 def _tokenizer(folder: Path, material: Material, vocabulary: int, clock: Clock) -> Tokenizer:

@@ -1,9 +1,9 @@
 """The built-in world: a few hundred facts about people who do not exist, told and asked about in five languages.
 
 It stands in for a corpus and a set of chats, so that the tour needs no download, and what a model knows can be asked
-exactly. Facts are drawn from a seed (people.py), told in documents (tell.py) and asked about in chats (ask.py), with
-the words and sentences of each language from tables. Same world in every language. Text is the same, byte for byte,
-for the same seeds on every machine.
+exactly. Facts are drawn from a seed (people.py), told in documents (narration.py) and asked about in chats (ask.py),
+with the words and sentences of each language from tables. Same world in every language, and the same text, byte
+for byte, from the same seeds on every machine.
 
     world = World(seed=0)
     texts = list(world.documents("ms", 1000, seed=1))
@@ -149,7 +149,7 @@ class World:
         prompts = []
         for key in openings:
             who = rng.choice([person for person in people if key != "work.1" or not person.child])
-            prompts.append(teller.say(rng, key, teller.scene(rng, who, *teller.others(rng, who, people))))
+            prompts.append(teller.phrase(rng, key, teller.scene(rng, who, *teller.others(rng, who, people))))
         return prompts
 
     def _teller(self, language: str) -> Teller:

@@ -28,8 +28,8 @@ class Machine:
     precision: Literal["float32", "bf16"]
 
     @property
-    def told(self) -> str:
-        """For people."""
+    def summary(self) -> str:
+        """For people: threads and precision."""
         kind = "bfloat16" if self.precision == "bf16" else "float32"
         return f"{self.threads} thread{'s' * (self.threads > 1)}, {kind}"
 

@@ -1,4 +1,4 @@
-"""How far a tour is and how long it will take: told at the start, and kept up to date on standard error.
+"""How far a tour is and how long it will take: shown at the start, and brought up to date on standard error.
 
 Work is counted in tokens: those that the runs learn, and for everything else as many as would be learned in the same
 time. So one pace, tokens a second, foretells the whole; it is measured before the first run, and again as the tour goes
@@ -19,11 +19,11 @@ _MEMORY = 60.0  # seconds over which the pace is averaged
 
 
 class Screen(Protocol):
-    """Where a tour tells how far it is."""
+    """Where a tour shows how far it is."""
 
     def note(self, text: str, heading: bool = False) -> None: ...
 
-    def at(self, share: float, said: str) -> None: ...
+    def at(self, share: float, detail: str) -> None: ...
 
     def close(self) -> None: ...
 
@@ -42,7 +42,7 @@ class Clock:
         self._learned, self._seconds = _MEMORY / 2 * pace, _MEMORY / 2
         self.screen = screen
         self.total = sum(self.work.values())
-        self._part, self._share, self._last, self._said = "", 0.0, time.monotonic(), ""
+        self._part, self._share, self._last, self._detail = "", 0.0, time.monotonic(), ""
 
     @property
     def seconds_left(self) -> float:
@@ -64,11 +64,11 @@ class Clock:
     def end(self) -> None:
         """The part that was begun last is done."""
         if self._part:
-            self.at(1.0, self._said)
+            self.at(1.0, self._detail)
             self.work.pop(self._part, None)
-            self._part, self._share, self._said = "", 0.0, ""
+            self._part, self._share, self._detail = "", 0.0, ""
 
-    def at(self, share: float, said: str = "") -> None:
+    def at(self, share: float, detail: str = "") -> None:
         """`share` of the part is done."""
         now = time.monotonic()
         done, spent = (share - self._share) * self.work.get(self._part, 0.0), now - self._last
@@ -77,16 +77,16 @@ class Clock:
             self._learned = self._learned * fade + done
             self._seconds = self._seconds * fade + spent
             self._share, self._last = share, now
-        self._said = said
+        self._detail = detail
         whole = 1 - (sum(self.work.values()) - self._share * self.work.get(self._part, 0.0)) / max(self.total, 1.0)
-        words = [self._part, f"{share:4.0%}", said, f"whole tour {whole:.0%}", f"{spelled(self.seconds_left)} left"]
+        words = [self._part, f"{share:4.0%}", detail, f"whole tour {whole:.0%}", f"{spelled(self.seconds_left)} left"]
         self.screen.at(whole, "  ".join(word for word in words if word))
 
     def row(self, row: Mapping[str, Any]) -> None:
         """An entry of a run's learning curve."""
         bits = row.get("bits_per_byte")
-        said = f"loss {row['loss']:.3f}" + ("" if bits is None else f"  {bits:.3f} bits/byte")
-        self.at(float(row["share"]), f"{said}  {row['tokens_per_second']:,.0f} tokens/s")
+        detail = f"loss {row['loss']:.3f}" + ("" if bits is None else f"  {bits:.3f} bits/byte")
+        self.at(float(row["share"]), f"{detail}  {row['tokens_per_second']:,.0f} tokens/s")
 
     def note(self, text: str) -> None:
         """A sample of text, or a warning."""
@@ -101,16 +101,16 @@ class TourBar:
 
     def __init__(self) -> None:
         self.console = Console(stderr=True, highlight=False)
-        columns = (BarColumn(bar_width=24), TaskProgressColumn(), TextColumn("{task.fields[said]}"))
+        columns = (BarColumn(bar_width=24), TaskProgressColumn(), TextColumn("{task.fields[detail]}"))
         self.progress = Progress(*columns, console=self.console, transient=True)
-        self.task = self.progress.add_task("", total=1.0, said="")
+        self.task = self.progress.add_task("", total=1.0, detail="")
         self.progress.start()
 
     def note(self, text: str, heading: bool = False) -> None:
         self.console.print(Text(text, "bold" if heading else "dim"))
 
-    def at(self, share: float, said: str) -> None:
-        self.progress.update(self.task, completed=share, said=said)
+    def at(self, share: float, detail: str) -> None:
+        self.progress.update(self.task, completed=share, detail=detail)
 
     def close(self) -> None:
         self.progress.stop()
@@ -125,10 +125,10 @@ class TourLines:
     def note(self, text: str, heading: bool = False) -> None:
         print(text, file=sys.stderr, flush=True)
 
-    def at(self, share: float, said: str) -> None:
+    def at(self, share: float, detail: str) -> None:
         if time.monotonic() - self.last >= self.seconds:
             self.last = time.monotonic()
-            self.note(f"  {said}")
+            self.note(f"  {detail}")
 
     def close(self) -> None:
         pass

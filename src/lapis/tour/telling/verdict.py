@@ -6,7 +6,7 @@ Plain findings in, sentences out, for the terminal and the page alike. Leaves ou
 from collections.abc import Mapping
 from typing import Any
 
-Found = Mapping[str, Any]
+Findings = Mapping[str, Any]
 
 FEW = 0.5  # of the questions: below, most answers are wrong
 HALF = 0.5  # of what tuning on the same chats gives
@@ -23,16 +23,16 @@ MEANS = {
 """What each score is."""
 
 
-def sentence(found: Found) -> str:
+def sentence(findings: Findings) -> str:
     """The result in a sentence or two."""
-    english, target = found["languages"]
-    scores, names = found["scores"], found["names"]
+    english, target = findings["languages"]
+    scores, names = findings["scores"], findings["names"]
 
     def of(model: str, code: str) -> str:
         return f"{100 * scores[model][code]['answers']:.0f}"
 
     if scores["grafted"][english]["answers"] is None:
-        return _by_likelihood(found)
+        return _by_likelihood(findings)
     most = f", {of('yardstick', target)} when tuned on {names[target]} chats" if "yardstick" in scores else ""
     return (
         f"Asked in {names[target]}, in which it never saw a chat, the grafted model answers {of('grafted', target)} of "
@@ -42,29 +42,29 @@ def sentence(found: Found) -> str:
     )
 
 
-def _by_likelihood(found: Found) -> str:
-    english, target = found["languages"]
-    names, gaps = found["names"], found["gap_closed"]
+def _by_likelihood(findings: Findings) -> str:
+    english, target = findings["languages"]
+    names, gaps = findings["names"], findings["gap_closed"]
     ways = [f"{gaps[code]:.0%} in {names[code]}" for code in (target, english) if gaps[code] is not None]
     went = f"went {' and '.join(ways)} of the way" if ways else "had no way to go"
     return (
         f"Without a training step the graft {went} from a model that cannot chat to one that was tuned on the chats, "
-        f"by how likely each finds the right replies; {names[target]} text became {found['cost']:+.1%} harder to "
+        f"by how likely each finds the right replies; {names[target]} text became {findings['cost']:+.1%} harder to "
         "predict."
     )
 
 
-def advice(found: Found) -> str:
+def advice(findings: Findings) -> str:
     """Why answers are few, and what to do; nothing where they are not."""
-    english, target = found["languages"]
-    scores, names = found["scores"], found["names"]
+    english, target = findings["languages"]
+    scores, names = findings["scores"], findings["names"]
     right = {(name, code): part[code]["answers"] for name, part in scores.items() for code in (english, target)}
     if right["chat", english] is None:
         return ""
-    more = f"lapis tour --minutes {max(5.0, 2 * found['minutes']):g} --out another/folder"
+    more = f"lapis tour --minutes {max(5.0, 2 * findings['minutes']):g} --out another/folder"
     if right["chat", english] < FEW:
         return (
-            f"Answers are few because the models learned from {sum(found['tokens'].values()) / 1e6:.1f} million "
+            f"Answers are few because the models learned from {sum(findings['tokens'].values()) / 1e6:.1f} million "
             f"tokens: chat itself answers {100 * right['chat', english]:.0f} of 100 in {names[english]}. A larger "
             f"story answers more: {more}"
         )
