@@ -1,6 +1,31 @@
-"""python -m lapis, so that `torchrun -m lapis` works."""
+"""python -m lapis, so that `torchrun -m lapis` works, and the `lapis` command."""
 
-from lapis.cli.main import main
+import os
+import signal
+from types import FrameType
+
+
+def main() -> None:
+    """Run the command line of this process.
+
+    A signal that comes before or after the command itself finds nothing to be saved: it ends the process at once.
+    """
+    listened = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]  # nohup
+    for number in listened:
+        signal.signal(number, _stop)
+    from lapis.cli.main import main as run
+
+    try:
+        run()
+    finally:
+        for number in listened:
+            signal.signal(number, signal.SIG_IGN)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    os.write(2, b"lapis: stopped\n")
+    os._exit(128 + number)
+
 
 if __name__ == "__main__":
     main()

@@ -181,10 +181,12 @@ def _write_json(path: Path, value: object) -> None:
 
 @contextmanager
 def disk_errors(out: Path) -> Iterator[None]:
-    """Turns a full disk or a read-only place into one line."""
+    """Turns a full disk or a read-only place into one line. An error that names another place goes on as it is."""
     try:
         yield
     except OSError as error:
+        if isinstance(error.filename, str) and not Path(os.path.abspath(error.filename)).is_relative_to(out.parent):
+            raise
         if error.errno in _FULL:
             raise OutputError(f"{out}: the disk is full ({error.strerror}); nothing was left half-written") from error
         if error.errno in _CLOSED:

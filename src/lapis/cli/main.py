@@ -1,17 +1,25 @@
 """`lapis`: the table of commands, and how errors end.
 
 A command's module is imported when the command is run, so `lapis --help` is quick and imports no torch. Exit status:
-0 = done, 1 = a refusal (one line), 2 = wrong usage, 130 = stopped by Ctrl-C.
+0 = done, 1 = a refusal (one line), 2 = wrong usage, 130 = stopped by Ctrl-C, 143 = by SIGTERM. Errors of the system
+(system_errors.py, streams.py) are refusals too; only a bug shows a traceback.
 """
 
 import atexit
 import gc
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
 
 from cyclopts import App, CycloptsError, Parameter
 
 from lapis import __version__
+from lapis.cli.streams import NotShown, discard, standard_streams
+from lapis.cli.system_errors import system_error
 from lapis.errors import LapisError
 
 # name -> (where it lives, what `lapis --help` says of it), in the order in which a user meets them
@@ -44,6 +52,7 @@ def make_app() -> App:
     app = App(
         name="lapis", version=__version__, help="See inside, train and graft language models, layer by layer.",
         default_parameter=Parameter(negative_iterable=()),  # else each list has an --empty-LIST beside it
+        suppress_keyboard_interrupt=False,  # `main` says that it was stopped
     )  # fmt: skip
     groups: dict[str, App] = {}
     for order, (name, (place, text)) in enumerate(COMMANDS.items()):
@@ -59,20 +68,63 @@ def main(arguments: list[str] | None = None) -> None:
     """Run one command line and exit."""
     gc.set_threshold(100_000, 50, 50)  # importing torch makes half a million objects, and none of them is garbage
     atexit.register(gc.freeze)  # else the interpreter looks through all of them once more before it ends
-    app = make_app()
+    with _stop_signals() as received:
+        try:
+            with standard_streams():
+                make_app()(arguments, exit_on_error=False, print_error=False, result_action="return_none")
+                sys.stdout.flush()
+        except CycloptsError as error:
+            _end(f"{error} (see lapis --help)", 2)
+        except NotShown as error:
+            discard(sys.stdout)
+            _end(str(error), 1)
+        except LapisError as error:
+            _end(str(error), 1)
+        except SystemExit:
+            raise
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt):
+                _end("stopped", 128 + (received or [signal.SIGINT])[-1])
+            line = system_error(error)
+            if line is None:
+                raise
+            _end(line, 1)
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """While inside, SIGINT and SIGTERM both raise KeyboardInterrupt. Yields the numbers that came so far.
+
+    While a module is imported they end the process: libraries swallow what is raised there, or make other errors of it.
+    """
+    received: list[int] = []
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        while frame is not None:
+            if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+                os.write(2, b"lapis: stopped\n")
+                os._exit(128 + number)
+            frame = frame.f_back
+        received.append(number)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    listened = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]  # nohup
+    before = {number: signal.signal(number, receive) for number in listened}
     try:
-        app(arguments, exit_on_error=False, print_error=False, result_action="return_none")
-    except CycloptsError as error:
-        _end(f"{error} (see lapis --help)", 2)
-    except LapisError as error:
-        _end(str(error), 1)
-    except KeyboardInterrupt:
-        _end("stopped", 130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left; nothing more to say
-        sys.exit(1)
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _end(message: str, status: int) -> None:
-    print("lapis: " + " ".join(message.split()), file=sys.stderr)
+    for number in (signal.SIGINT, signal.SIGTERM):  # this is the end already
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(number, signal.SIG_IGN)
+    if sys.stderr is not None:  # closed
+        with suppress(OSError):
+            print("lapis: " + " ".join(message.split()), file=sys.stderr)
     sys.exit(status)

@@ -20,6 +20,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from lapis.cli.streams import NotShown
 from lapis.generation.text import for_terminal
 
 if TYPE_CHECKING:
@@ -33,11 +34,22 @@ stderr = Console(stderr=True, highlight=False)
 
 
 def show(result: Mapping[str, Any], json: bool, render: Callable[[], None]) -> None:
-    """Prints `result` as the one JSON object of `--json`, or calls `render` to print it for people."""
-    if json:
-        sys.stdout.write(jsonlib.dumps(_finite(result), ensure_ascii=False) + "\n")
-    else:
-        render()
+    """Prints `result` as the one JSON object of `--json`, or calls `render` to print it for people.
+
+    Raises NotShown where standard output does not take it, unless the command has written what the result's "out"
+    names: then it is done, and a note says so.
+    """
+    try:
+        if json:
+            sys.stdout.write(jsonlib.dumps(_finite(result), ensure_ascii=False) + "\n")
+        else:
+            render()
+        sys.stdout.flush()
+    except NotShown as error:
+        out = result.get("out")
+        if not out or result.get("dry_run"):
+            raise
+        line(f"note: {out} is complete; {error}", error=True)
 
 
 def line(text: object = "", style: str = "", *, error: bool = False) -> None:
