@@ -9,8 +9,8 @@ LapisError                  a clear refusal; the command line prints it and exit
 ├── TrainingError           a run that must not go on: NaN, nothing supervised, lost state
 └── MissingExtra            an optional dependency is absent; names the install command
 
-Errors of the system (a full disk, no memory) that escape become one line in cli/system_errors.py. Anything else is a bug,
-and keeps its traceback.
+Errors of the system (a full disk, no memory) that escape become one line in cli/system_errors.py. Anything else is a
+bug, and keeps its traceback.
 """
 
 

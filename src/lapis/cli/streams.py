@@ -51,7 +51,7 @@ class _Stream:
         raise NotImplementedError
 
 
-class Shown(_Stream):
+class CheckedOutput(_Stream):
     """Standard output: raises NotShown, once; what comes after that goes nowhere."""
 
     _lost = False
@@ -67,7 +67,7 @@ class Shown(_Stream):
             raise NotShown(error) from None
 
 
-class Told(_Stream):
+class QuietErrors(_Stream):
     """Standard error: never raises."""
 
     def _attempt(self, act: Any, otherwise: int) -> int:
@@ -100,7 +100,7 @@ def standard_streams() -> Iterator[None]:
         sys.stderr = open(os.devnull, "w")
     if sys.stdout is None or 1 in closed:
         raise OutputError("standard output is closed; send it to a file, or to /dev/null")
-    sys.stdout, sys.stderr = Shown(sys.stdout), Told(sys.stderr)
+    sys.stdout, sys.stderr = CheckedOutput(sys.stdout), QuietErrors(sys.stderr)
     try:
         yield
     finally:
