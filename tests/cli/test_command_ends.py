@@ -106,7 +106,7 @@ def test_too_few_open_files(text: Path) -> None:
     assert done.returncode == 1 and "Too many open files; the limit of open files is reached" in one_line(done)
 
 
-def test_what_the_system_says_becomes_what_where_meaning_and_remedy(tmp_path: Path) -> None:
+def test_a_line_has_what_where_meaning_and_remedy(tmp_path: Path) -> None:
     for number, meaning in MEANINGS.items():
         line = system_error(OSError(number, os.strerror(number), str(tmp_path / "x")))
         assert line == f"{tmp_path / 'x'}: {os.strerror(number)}; {meaning}"
