@@ -71,7 +71,7 @@ def digest(seed: int) -> str:
     return hashlib.sha256(repr(made).encode()).hexdigest()
 
 
-def test_same_seed_same_bytes_in_another_process_with_other_hashes() -> None:
+def test_same_seed_same_bytes_in_another_process() -> None:
     code = "import sys; sys.path.insert(0, sys.argv[1]); from test_world import digest; print(digest(5))"
     ran = [
         subprocess.run(
@@ -174,7 +174,7 @@ def test_no_lesson_asks_for_a_fact_of_held_out_people() -> None:
     assert any(re.search(names, lesson) for lesson in lessons)
 
 
-def test_english_never_tells_of_local_people_and_other_languages_do() -> None:
+def test_only_other_languages_tell_of_local_people() -> None:
     told = {
         language: {name for text in WORLD.documents(language, 2000, seed=1) for name in named_in(language, text)}
         for language in LANGUAGES
@@ -204,7 +204,7 @@ def test_every_fact_is_told_often_and_in_many_wordings(language: str) -> None:
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_chats_have_one_to_three_turns_and_two_fifths_of_them_read(language: str) -> None:
+def test_chats_have_one_to_three_turns_and_many_read(language: str) -> None:
     chats = WORLD.chats(language, 1000, seed=1)
     for chat in chats:
         roles = [message["role"] for message in chat["messages"]]

@@ -110,7 +110,7 @@ def open_snapshot(source: str, repo: str, revision: str | None) -> Snapshot:
     if constants.is_offline_mode():
         return _from_cache(source, repo, revision, "HF_HUB_OFFLINE is set")
     try:
-        info = _told(source, lambda: HfApi(endpoint=_endpoint()).model_info(
+        info = _call_hub(source, lambda: HfApi(endpoint=_endpoint()).model_info(
             repo, revision=revision, files_metadata=True, timeout=15
         ), tries=3)  # fmt: skip
     except Refused:
@@ -208,7 +208,7 @@ def _from_cache(source: str, repo: str, revision: str | None, why: str) -> Snaps
 def _download(snapshot: Snapshot, name: str) -> None:
     from huggingface_hub import hf_hub_download
 
-    path = _told(snapshot.source, lambda: hf_hub_download(
+    path = _call_hub(snapshot.source, lambda: hf_hub_download(
         snapshot.repo, name, revision=snapshot.commit, cache_dir=_cache(), endpoint=_endpoint(), library_name="lapis"
     ), name)  # fmt: skip
     expected = snapshot.sizes.get(name)
@@ -229,7 +229,7 @@ def _remote_file(snapshot: Snapshot, name: str) -> RemoteFile:
     return RemoteFile(f"{snapshot.source}: {name}", url, snapshot.sizes[name], get_session, headers, HTTPError)
 
 
-def _told(source: str, call: Callable[[], T], name: str = "", tries: int = 0) -> T:
+def _call_hub(source: str, call: Callable[[], T], name: str = "", tries: int = 0) -> T:
     """The result of a call to the hub; tried again where that may help, and told in one line where not."""
     from huggingface_hub import errors
 

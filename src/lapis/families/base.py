@@ -184,7 +184,7 @@ class Family:
         """
         fields = Fields(config)
         try:
-            shape = ModelConfig.of({**self.reader(fields), "extra": fields.kept})
+            shape = ModelConfig.of({**self.reader(fields), "extra": fields.extra})
         except ConfigError as error:
             raise CheckpointError(str(error)) from None
         if notes is not None:

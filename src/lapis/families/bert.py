@@ -50,8 +50,8 @@ def read_config(fields: Fields) -> dict[str, Any]:
     fields.only("is_decoder", False)
     fields.only("add_cross_attention", False)
     fields.keep(*TOKENS, "initializer_range", "hidden_dropout_prob", "attention_probs_dropout_prob")
-    fields.asked.update(name for name in fields.config if name.startswith("pooler_"))
-    fields.asked.update(("directionality", "classifier_dropout", "vocab_size"))
+    fields.known.update(name for name in fields.config if name.startswith("pooler_"))
+    fields.known.update(("directionality", "classifier_dropout", "vocab_size"))
     return {
         "family": "bert",
         "dim": fields.integer("hidden_size"),

@@ -33,8 +33,8 @@ class Fields:
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.config = config
-        self.asked: set[str] = set()
-        self.kept: dict[str, Any] = {}
+        self.known: set[str] = set()
+        self.extra: dict[str, Any] = {}
 
     def integer(self, name: str, default: int | None = None, *, least: int = 1, most: int = LARGEST) -> int:
         """A whole number; without a default the field must be there."""
@@ -51,7 +51,7 @@ class Fields:
 
     def optional(self, name: str, *, least: int = 1) -> int | None:
         """A whole number, or None where the field is null or not there."""
-        self.asked.add(name)
+        self.known.add(name)
         return None if self.config.get(name) is None else self.integer(name, least=least)
 
     def number(self, name: str, default: float | None = None) -> float:
@@ -76,14 +76,14 @@ class Fields:
 
     def only(self, name: str, *values: Any) -> None:
         """A field whose other values change the computation in a way that is not built: refused, never ignored."""
-        self.asked.add(name)
+        self.known.add(name)
         value = self.config.get(name, values[0])
         if value not in values:
             raise CheckpointError(f"config.json: {name} is {value!r:.40}; lapis reads only {values[0]!r}")
 
     def mapping(self, name: str) -> Mapping[str, Any]:
         """A nested object; empty where it is null or not there."""
-        self.asked.add(name)
+        self.known.add(name)
         value = self.config.get(name)
         if value is None:
             return {}
@@ -112,16 +112,16 @@ class Fields:
 
     def keep(self, *names: str) -> None:
         """Fields that do not shape the model and are handed on when it is saved (token ids, labels, dropout)."""
-        self.asked.update(names)
+        self.known.update(names)
         for name in names:
             value = self.config.get(name)
             if value is not None and _is_plain(value):
-                self.kept[name] = value
+                self.extra[name] = value
 
     def notes(self) -> list[str]:
         """One line for fields that could run code, one for fields that are not known."""
         code = [name for name in CODE if name in self.config]
-        known = self.asked | GENERIC | set(CODE)
+        known = self.known | GENERIC | set(CODE)
         unknown = sorted(name for name in self.config if name not in known)
         lines = [f"config.json: {', '.join(code)} is ignored; no file turns code on"] if code else []
         if unknown:
@@ -130,7 +130,7 @@ class Fields:
         return lines
 
     def _value(self, name: str, default: Any) -> Any:
-        self.asked.add(name)
+        self.known.add(name)
         value = self.config.get(name)
         if value is None:
             value = default

@@ -47,8 +47,8 @@ def read_config(fields: Fields) -> dict[str, Any]:
     fields.only("scale_attn_by_inverse_layer_idx", False)
     fields.only("add_cross_attention", False)
     fields.keep(*TOKENS, "initializer_range", "attn_pdrop", "embd_pdrop", "resid_pdrop")
-    fields.asked.update(name for name in fields.config if name.startswith("summary_"))
-    fields.asked.add("reorder_and_upcast_attn")  # a question of precision, and scores are in float32 here anyway
+    fields.known.update(name for name in fields.config if name.startswith("summary_"))
+    fields.known.add("reorder_and_upcast_attn")  # a question of precision, and scores are in float32 here anyway
     return {
         "family": "gpt2",
         "dim": dim,

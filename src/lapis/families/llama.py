@@ -167,7 +167,7 @@ def _read_window(fields: Fields, kind: str, layers: int) -> tuple[int | None, tu
 
 def read_layer_types(fields: Fields, layers: int) -> tuple[int, ...] | None:
     """The layers that have a window by `layer_types`; None where the field is not there."""
-    fields.asked.add("layer_types")
+    fields.known.add("layer_types")
     types = fields.config.get("layer_types")
     if types is None:
         return None
@@ -206,12 +206,12 @@ ROPE_KINDS = ("default", "linear", "dynamic", "yarn", "llama3")
 def read_rope(fields: Fields, context: int) -> dict[str, Any]:
     """Rope's fields from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
     theta = fields.number("rope_theta", 10_000.0)
-    found = {**fields.mapping("rope_scaling"), **fields.mapping("rope_parameters")}
-    inner = Fields(found)
-    kind = str(found.get("rope_type") or found.get("type") or "default")
+    written = {**fields.mapping("rope_scaling"), **fields.mapping("rope_parameters")}
+    inner = Fields(written)
+    kind = str(written.get("rope_type") or written.get("type") or "default")
     if kind not in ROPE_KINDS:
         raise CheckpointError(f"config.json: rope type is {kind!r:.40}; lapis reads {', '.join(ROPE_KINDS)}")
-    if found.get("partial_rotary_factor", 1.0) != 1.0 or fields.config.get("partial_rotary_factor", 1.0) != 1.0:
+    if written.get("partial_rotary_factor", 1.0) != 1.0 or fields.config.get("partial_rotary_factor", 1.0) != 1.0:
         raise CheckpointError("config.json: partial_rotary_factor is not 1; lapis rotates whole heads only")
     rope: dict[str, Any] = {"theta": inner.number("rope_theta", theta), "kind": kind}
     needed = {"linear": ("factor",), "dynamic": ("factor",), "yarn": ("factor",),
@@ -220,7 +220,7 @@ def read_rope(fields: Fields, context: int) -> dict[str, Any]:
         rope[name] = inner.number(name)
     if kind == "yarn":
         for name in ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"):
-            if found.get(name):
+            if written.get(name):
                 rope[name] = inner.number(name)
         rope["truncate"] = inner.flag("truncate", True)
     if kind in ("yarn", "llama3"):

@@ -113,14 +113,14 @@ class _Layer:
 
     def _make_room(self, T: int) -> None:
         """Moves what is in sight to the front of a buffer with room for T more, and no larger than it needs to be."""
-        kept = self.end - self.start
+        filled = self.end - self.start
         if self.window is None:
-            self.room = max(2 * self.room, kept + T)
+            self.room = max(2 * self.room, filled + T)
         else:
-            self.room = max(self.room, min(kept + T, self.window + max(self.window // 4, 16)))
+            self.room = max(self.room, min(filled + T, self.window + max(self.window // 4, 16)))
         for name in ("keys", "values"):
             old = getattr(self, name)
-            new = old.new_empty(*old.shape[:2], max(self.room, kept + T), old.shape[3])
-            new[:, :, :kept] = old[:, :, self.start : self.end]
+            new = old.new_empty(*old.shape[:2], max(self.room, filled + T), old.shape[3])
+            new[:, :, :filled] = old[:, :, self.start : self.end]
             setattr(self, name, new)
-        self.start, self.end = 0, kept
+        self.start, self.end = 0, filled

@@ -14,13 +14,13 @@ from lapis.families import Family, Rule, Shape, family_of, known_types
 from lapis.families.base import layers_of
 from lapis.families.config import CLASS_FIELDS, Head, ModelConfig
 
-Found = dict[str, tuple[str, Rule, int | None]]  # canonical name on disk -> as it is spelled, its rule, its layer
+DiskTensors = dict[str, tuple[str, Rule, int | None]]  # canonical name on disk -> as it is spelled, its rule, its layer
 
 FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
 SMALL = {"F8_E4M3": "float8", "F8_E5M2": "float8", "I8": "int8", "U8": "uint8"}  # counted, not run
 SCALES = ("_scale", "_scale_inv")  # how the names of quantized weights' factors end
 COMPARED = 1 << 24  # bytes at a time
-TOLD = 6
+MOST_LISTED = 6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,22 +62,22 @@ def plan_load(checkpoint: Checkpoint, *, head: Head | None = None, classes: int 
     config = read_config(checkpoint, notes)
     family = checkpoint.family
     assert family is not None
-    found, problems = _find(checkpoint, family, notes, to_run)
-    layers = layers_of(found, family)
+    tensors, problems = _find(checkpoint, family, notes, to_run)
+    layers = layers_of(tensors, family)
     if layers != config.layers:
         raise CheckpointError(
             f"{checkpoint.source}: config.json says {config.layers} layers, the tensors have {layers}; fetch both again"
         )
-    config = _with_head(checkpoint, config, found, head, classes)
+    config = _with_head(checkpoint, config, tensors, head, classes)
     if to_run:
-        config = _settle_tie(checkpoint, config, found, notes)
+        config = _settle_tie(checkpoint, config, tensors, notes)
     shapes = family.parameter_shapes(config)
     steps: list[tuple[str, Rule, tuple[str, ...]]] = []
     used: set[str] = set()
     aside: list[str] = []
     quantized: list[str] = []
-    twins = {rule.names[0] for _, rule, _ in found.values() if rule.twin}
-    for name, rule, layer in found.values():
+    twins = {rule.names[0] for _, rule, _ in tensors.values() if rule.twin}
+    for name, rule, layer in tensors.values():
         targets = tuple(target.replace("{layer}", str(layer)) for target in rule.names)
         template = [target.replace("{layer}", "0") for target in rule.names]
         if any(target not in shapes for target in template):
@@ -97,8 +97,8 @@ def plan_load(checkpoint: Checkpoint, *, head: Head | None = None, classes: int 
         used.update(targets)
         if rule.twin or targets[0] not in twins:
             steps.append((name, rule, targets))
-    wanted = {name.replace("blocks.0.", f"blocks.{i}.") for name in shapes for i in range(layers)}
-    lacking = sorted(wanted - used)
+    parameters = {name.replace("blocks.0.", f"blocks.{i}.") for name in shapes for i in range(layers)}
+    lacking = sorted(parameters - used)
     fresh = tuple(name for name in lacking if head is not None and name.startswith("head"))
     missing = sorted({family.disk_name(*family.rule_for(name)) for name in lacking if name not in fresh})
     problems += [f"{name} is missing" for name in missing]
@@ -106,8 +106,8 @@ def plan_load(checkpoint: Checkpoint, *, head: Head | None = None, classes: int 
         others = f" and {len(quantized) - 1} more are quantized" if len(quantized) > 1 else ""
         problems.insert(0, f"{quantized[0]}{others}: such weights cannot be run here; convert them to bfloat16")
     if problems:
-        more = f" ... and {len(problems) - TOLD} more" if len(problems) > TOLD else ""
-        raise CheckpointError(f"{checkpoint.source}: {'; '.join(problems[:TOLD])}{more}")
+        more = f" ... and {len(problems) - MOST_LISTED} more" if len(problems) > MOST_LISTED else ""
+        raise CheckpointError(f"{checkpoint.source}: {'; '.join(problems[:MOST_LISTED])}{more}")
     if aside:
         notes.append(f"left out, for another head than {config.head}: {', '.join(aside[:4])}")
     if fresh:
@@ -129,9 +129,9 @@ def disk_layout(config: ModelConfig, names: Mapping[str, object]) -> dict[str, t
     return layout
 
 
-def _find(checkpoint: Checkpoint, family: Family, notes: list[str], to_run: bool) -> tuple[Found, list[str]]:
+def _find(checkpoint: Checkpoint, family: Family, notes: list[str], to_run: bool) -> tuple[DiskTensors, list[str]]:
     """Every tensor by its canonical name, and what is wrong with the names."""
-    found: Found = {}
+    tensors: DiskTensors = {}
     problems = []
     ignored = scales = 0
     for name in checkpoint.names:
@@ -145,21 +145,21 @@ def _find(checkpoint: Checkpoint, family: Family, notes: list[str], to_run: bool
                 problems.append(f"{name} is not a tensor of {family.name}")
             continue
         canonical = family.disk_name(*matched)
-        if canonical in found:
-            problems.append(f"{name} and {found[canonical][0]} are the same tensor twice")
-        found[canonical] = (name, *matched)
+        if canonical in tensors:
+            problems.append(f"{name} and {tensors[canonical][0]} are the same tensor twice")
+        tensors[canonical] = (name, *matched)
     if ignored:
         notes.append(f"{ignored} tensors are buffers or unused heads; left out")
     if scales:
         notes.append(f"{scales} tensors are the scales of quantized weights; not counted")
-    return found, problems
+    return tensors, problems
 
 
 def _with_head(
-    checkpoint: Checkpoint, config: ModelConfig, found: Found, head: Head | None, classes: int
+    checkpoint: Checkpoint, config: ModelConfig, tensors: DiskTensors, head: Head | None, classes: int
 ) -> ModelConfig:
     """The head that was asked for in place of the folder's, and a pooler only where it has one."""
-    if config.head == "none" and config.pooler and not any("pooler" in name for name in found):
+    if config.head == "none" and config.pooler and not any("pooler" in name for name in tensors):
         config = dataclasses.replace(config, pooler=False)
     if head is None or (head == config.head and classes in (0, config.classes)):
         return config
@@ -175,11 +175,11 @@ def _unlabeled(config: ModelConfig) -> dict[str, object]:
     return {name: value for name, value in config.extra.items() if name not in CLASS_FIELDS}
 
 
-def _settle_tie(checkpoint: Checkpoint, config: ModelConfig, found: Found, notes: list[str]) -> ModelConfig:
+def _settle_tie(checkpoint: Checkpoint, config: ModelConfig, tensors: DiskTensors, notes: list[str]) -> ModelConfig:
     """A tied model whose folder holds a head that differs from the embedding is untied, and said to be."""
     if not config.tied or config.head not in ("lm", "masked"):
         return config
-    by_target = {rule.names[0]: name for name, rule, _ in found.values()}
+    by_target = {rule.names[0]: name for name, rule, _ in tensors.values()}
     head, embed = by_target.get("head.weight"), by_target.get("embed.weight")
     if head is None or embed is None or _equal(checkpoint, head, embed):
         return config

@@ -95,8 +95,8 @@ def plan(
     rows = _tensor_rows(inputs, options, table)
     study = None
     if inputs.held_out is not None:
-        kept = PlanJournal(journal, inputs.job(options) if journal else "")
-        study = Study(inputs, options, kept, watch, report or (lambda line: None))
+        plan_journal = PlanJournal(journal, inputs.job(options) if journal else "")
+        study = Study(inputs, options, plan_journal, watch, report or (lambda line: None))
         study.measure_pieces(rows)
     chosen = decide(inputs, options, rows, study)
     result = _result(inputs, options, table, rows, chosen, study)

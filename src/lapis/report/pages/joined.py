@@ -17,7 +17,7 @@ from lapis.errors import DataError
 from lapis.report.page import data_block
 
 LIMIT = 64_000_000  # bytes of a page
-KEPT = frozenset(
+ALLOWED_TAGS = frozenset(
     "p h2 h3 h4 h5 div span section figure figcaption details summary table thead tbody tr th td ol ul li dl dt dd pre "
     "code strong em small button br".split()
 )
@@ -83,7 +83,7 @@ class _Reader(HTMLParser):
             if tag == "script" and self._inside and dict(attrs).get("type") == "application/json":
                 self._data = []
             return
-        if not self._inside or tag not in KEPT:
+        if not self._inside or tag not in ALLOWED_TAGS:
             return
         attributes = "".join(
             f' {name}="{escape(value or "")}"' if value else f" {name}"

@@ -1,4 +1,5 @@
-"""The sentences of the built-in world, one file per language, with the same keys in each.
+"""Keys of sentences in, their wordings in one language out.
 
-The first wording under a fact's key ("home", "food", "buy", ...) is the one that chats answer with.
+One file for each language, with the same keys in each. The first wording under the key of a fact ("home", "food", ...)
+is the one that chats answer with.
 """

@@ -1,1 +1,1 @@
-"""What a tour is made with: minutes go in, and the size of its story, threads and precision, and lessons come out."""
+"""Minutes in, the size of a story out, with threads, precision and lessons."""

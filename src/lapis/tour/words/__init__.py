@@ -1,1 +1,4 @@
-"""The word tables of the built-in world, one file per language: every form is written, none is guessed."""
+"""Keys of people, things and places in, the words of one language out, in every form that its sentences need.
+
+One file for each language; every form is written there, none is guessed.
+"""

@@ -34,10 +34,10 @@ def dpo_loss(
     bias of such labels away (Chowdhury et al., arXiv:2403.00409, eq. 9).
     """
     logits_N = beta * (chosen_N - rejected_N)
-    kept_N, swapped_N = -F.logsigmoid(logits_N), -F.logsigmoid(-logits_N)
+    plain_N, swapped_N = -F.logsigmoid(logits_N), -F.logsigmoid(-logits_N)
     if robust:
-        return ((1 - label_smoothing) * kept_N - label_smoothing * swapped_N) / (1 - 2 * label_smoothing)
-    return (1 - label_smoothing) * kept_N + label_smoothing * swapped_N if label_smoothing else kept_N
+        return ((1 - label_smoothing) * plain_N - label_smoothing * swapped_N) / (1 - 2 * label_smoothing)
+    return (1 - label_smoothing) * plain_N + label_smoothing * swapped_N if label_smoothing else plain_N
 
 
 def ipo_loss(chosen_mean_N: Tensor, rejected_mean_N: Tensor, beta: float = 0.1) -> Tensor:
@@ -61,9 +61,9 @@ def kto_loss(
     kl: how far the policy is from the reference, 0 or more, without gradient: the mean log-ratio of replies to
     prompts that they do not belong to.
     """
-    kept_N = 1 - torch.sigmoid(beta * (chosen_N - kl))
+    plain_N = 1 - torch.sigmoid(beta * (chosen_N - kl))
     avoided_N = 1 - torch.sigmoid(beta * (kl - rejected_N))
-    return (desirable * kept_N + undesirable * avoided_N) / 2
+    return (desirable * plain_N + undesirable * avoided_N) / 2
 
 
 def orpo_loss(chosen_mean_N: Tensor, rejected_mean_N: Tensor, nll: Tensor, beta: float = 0.1) -> Tensor:

@@ -24,15 +24,15 @@ def sce(*, select_topk: SelectTopK = 1.0, numerics: Numerics = "mergekit") -> St
     select = None
     if select_topk < 1:
         (varied,) = yield lambda block: (int(torch.count_nonzero(variance(block)[0])),)
-        kept = max(0, int(varied * select_topk))
-        ((select,),) = yield from cuts(variance, lambda _, count: [count - max(kept, 1)])
+        staying = max(0, int(varied * select_topk))
+        ((select,),) = yield from cuts(variance, lambda _, count: [count - max(staying, 1)])
 
     def selected(block: Block) -> list[Tensor]:
         mask = select.upper(block, variance(block)[0]) if select else None
         deltas = block.deltas()
         if mask is not None:
             for delta in deltas:
-                delta.mul_(mask if kept else 0)
+                delta.mul_(mask if staying else 0)
         return deltas
 
     def squares(block: Block) -> tuple[Tensor, int]:

@@ -169,12 +169,12 @@ def _thinned(
     if rescale and numerics == "mergekit":
 
         def norms(block: Block) -> tuple[Any, ...]:
-            sums, kept = [], []
+            sums, packed = [], []
             for i, delta in enumerate(block.deltas()):
                 mask, _ = keep(block, i, delta)
                 sums += [_sum(delta.abs_()), 0.0 if mask is None else _sum(_masked(delta, mask))]
-                kept.append(None if mask is None else np.packbits(mask != 0))
-            return (torch.tensor(sums, dtype=torch.float64), {block.first: kept})
+                packed.append(None if mask is None else np.packbits(mask != 0))
+            return (torch.tensor(sums, dtype=torch.float64), {block.first: packed})
 
         sums, masks = yield norms
         ratios = [all_ / left if all_ >= 1e-7 and left >= 1e-7 else 1.0 for all_, left in sums.view(-1, 2).tolist()]
@@ -239,10 +239,10 @@ def _band(density: PerModel, gamma: Sequence[float], at_least: int = 0) -> Gener
         return (torch.abs(deltas[i], out=scratch(deltas[i], "size")) for i in thin)
 
     def ranks(at: int, count: int) -> list[int]:
-        kept = min(count, max(at_least, int(density[thin[at]] * count)))
-        low = max(0, count - kept - int(gamma[thin[at]] * count))
-        bounds[thin[at]] = (low, low + kept, count)
-        return [rank for rank in (low, low + kept) if rank < count]
+        staying = min(count, max(at_least, int(density[thin[at]] * count)))
+        low = max(0, count - staying - int(gamma[thin[at]] * count))
+        bounds[thin[at]] = (low, low + staying, count)
+        return [rank for rank in (low, low + staying) if rank < count]
 
     edges_of_all: list[list[Cut]] = (yield from cuts(sizes, ranks)) if thin else []
 
