@@ -1,4 +1,4 @@
-"""Schedules, SGD, an average of the weights, bfloat16 weights, recomputed blocks, memory that is told of in time."""
+"""Schedules, SGD, an average of the weights, bfloat16 weights, recomputed blocks, memory that is refused in time."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,7 +21,7 @@ from lapis.training.loop.progress import Silent
 from lapis.training.objectives.supervised.next_token import Causal
 from lapis.training.optim.optimizers import Average, Schedule
 from lapis.training.optim.rounding import RoundedAdamW, round_into_
-from lapis.training.setup import memory
+from lapis.training.setup import probe
 from lapis.training.setup.probe import Probe
 
 Make = Callable[[], Transformer]
@@ -124,10 +124,10 @@ def test_sgd_on_bfloat16_weights_is_refused(new_model: Make, objective: Causal, 
 def test_fault_72_a_batch_that_cannot_fit_names_the_levers(
     new_model: Make, objective: Causal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory, "available", lambda device: 700_000)
+    monkeypatch.setattr(probe, "available", lambda device: 700_000)
     with pytest.raises(TrainingError, match=r"needs about .* are free; raise accumulate .*checkpointing to whole"):
         trained(new_model, objective, CONFIG, tmp_path / "out")
-    monkeypatch.setattr(memory, "available", lambda device: 100_000)
+    monkeypatch.setattr(probe, "available", lambda device: 100_000)
     with pytest.raises(TrainingError, match="train a LoRA, or freeze a part"):
         trained(new_model, objective, replace(CONFIG, batch=1), tmp_path / "out")
     assert not (tmp_path / "out").exists() and not (tmp_path / ".out.lapis").exists()

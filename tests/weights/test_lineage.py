@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lapis.errors import CheckpointError
-from lapis.weights.diff import spectrum
+from lapis.weights.diff import measures
 from lapis.weights.diff.diff import diff
 from lapis.weights.diff.lineage import lineage
 from lapis.weights.engine.fp8 import FP8
@@ -78,8 +78,8 @@ def test_a_low_rank_change_is_seen_by_the_randomized_way_too(folders, tmp_path, 
     one = folders.write(tmp_path / "one", wide, config=partial)
     two = folders.write(tmp_path / "two", {**wide, name: wide[name] + change}, config=partial)
     exact = next(x for x in diff(one, two, spectra=True).tensors if x["name"] == name)
-    monkeypatch.setattr(spectrum, "EXACT", 100)
-    monkeypatch.setattr(spectrum, "DIRECTIONS", 20)
+    monkeypatch.setattr(measures, "EXACT", 100)
+    monkeypatch.setattr(measures, "DIRECTIONS", 20)
     rough = next(x for x in diff(one, two, spectra=True).tensors if x["name"] == name)
     assert exact["rank_90"] == rough["rank_90"] <= 3
     assert rough["stable_rank"] == pytest.approx(exact["stable_rank"], rel=1e-3)

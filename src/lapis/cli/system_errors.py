@@ -44,7 +44,7 @@ def system_error(error: BaseException) -> str | None:
     """The line for an error that is none of lapis' own; None where it is a bug."""
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _OF_TORCH.search(str(error))):
         size = _REFUSED_SIZE.search(str(error))
-        return f"{_place(error)}out of memory{f' ({asked[1]} more were needed)' if size else ''}; {_MEMORY}"
+        return f"{_place(error)}out of memory{f' ({size[1]} more were needed)' if size else ''}; {_MEMORY}"
     if isinstance(error, RecursionError):
         return f"{_place(error)}something in it is nested too deeply to be read; flatten it, or fetch the file again"
     if isinstance(error, OSError):

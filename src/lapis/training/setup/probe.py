@@ -1,4 +1,9 @@
-"""How to compute a step fastest on this machine: measured on a small batch, without a trace in the run."""
+"""How to compute a step fastest on this machine, and whether it fits into its memory.
+
+Both are measured on small batches, without a trace in the run: the seconds of a step with several threads and
+precisions, and the bytes that a token keeps for the backward pass. On a CPU a process that takes too much is killed, so
+the refusal comes before. Leaves out: what exists for a moment within one operation.
+"""
 
 import math
 import time
@@ -11,14 +16,14 @@ import torch
 from torch import Tensor
 
 from lapis.errors import TrainingError
+from lapis.model.size import activation_bytes, free_memory
 from lapis.model.transformer import Transformer
 from lapis.training.config import TrainConfig
 from lapis.training.loop.progress import Watch, live
 from lapis.training.loop.state import TrainState
 from lapis.training.loop.update import out_of_memory_named
-from lapis.training.objectives.objective import SMALL_BATCH
+from lapis.training.objectives.objective import SMALL_BATCH, Objective
 from lapis.training.setup.blocks import TooSlow, autocast, compiled, stoppable
-from lapis.training.setup.memory import require_room
 
 Precision = Literal["float32", "bf16"]
 Compile = Literal["auto", "on", "off"]
@@ -27,6 +32,7 @@ Compute = Callable[[], Tensor]
 _FEW = 64  # tokens of the first measurement, which decides whether SMALL_BATCH can be afforded
 _PASSES = 12  # at most: four ways, three times each
 SECONDS = 10.0  # for all measuring, compiling apart
+_MEMORY_SECONDS = 5.0  # for measuring memory
 
 # the share of a step that compiling the blocks may save, and the seconds that it takes, on the safe side
 _GAIN = {"cpu": 0.1, "cuda": 0.3}
@@ -205,3 +211,73 @@ def measure_speed(state: TrainState, config: TrainConfig, watch: Watch) -> dict[
     state.optimizers.clear()
     facts: dict[str, Any] = {"threads": count, "precision": precision, "compile": compile_}
     return facts if seconds is None else {**facts, "seconds_per_token": seconds / tokens}
+
+
+def require_room(state: TrainState, objective: Objective, config: TrainConfig, precision: str) -> None:
+    """Raises TrainingError with what helps where the gradients, the optimizer and a micro-batch exceed what is free.
+
+    Measures only where a generous estimate comes near, and says nothing where that takes too long.
+    """
+    free = available(state.device)
+    trained = state.optimizers.parameters
+    states = {"adamw": 2, "muon": 1, "sgd": 1}[config.optimizer]
+    held = sum(p.numel() * p.element_size() for p in trained) * (1 + states)
+    shape = state.model.config
+    length = min(shape.context, objective.context)
+    if held + state.rows * activation_bytes(shape, length, 4) < free / 2:
+        return
+    with torch.random.fork_rng(devices=[state.device] if state.device.type == "cuda" else []):
+        try:
+            with stoppable(state.model, _MEMORY_SECONDS):
+                (less, few), (more, many) = (
+                    _saved(state, objective, precision, tokens) for tokens in (SMALL_BATCH // 8, SMALL_BATCH // 4)
+                )
+        except TooSlow:
+            return
+    per_token = (more - less) / (many - few) if many > few else more / many
+    step = int(max(0.0, less - per_token * few) + per_token * state.rows * objective.tokens_per_row)
+    if held + step <= free:
+        return
+    levers = []
+    if step > held:
+        if state.rows > 1:
+            levers.append("raise accumulate (the result is the same)")
+        if config.checkpointing != "whole":
+            levers.append("set checkpointing to whole (the same result, a third slower)")
+        levers.append("lower batch or context")
+    else:
+        levers.append("train a LoRA, or freeze a part")
+        if config.weights == "float32":
+            levers.append("set weights to bf16")
+    raise TrainingError(
+        f"train: a step needs about {(held + step) / 1e9:.1f} GB ({step / 1e9:.1f} GB for {state.rows} rows, "
+        f"{held / 1e9:.1f} GB for gradients and optimizer) and {free / 1e9:.1f} GB are free; {', or '.join(levers)}"
+    )
+
+
+def available(device: torch.device) -> int:
+    """Bytes that this process may still take: of the GPU, or of the machine or its container."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    free = free_memory()
+    return 1 << 62 if free is None else free
+
+
+def _saved(state: TrainState, objective: Objective, precision: str, tokens: int) -> tuple[int, int]:
+    """Bytes that the forward pass of a small batch keeps for the backward pass, besides the weights; and its tokens."""
+    weights = {p.untyped_storage().data_ptr() for p in state.model.parameters()}
+    sizes: dict[int, int] = {}
+
+    def count(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with autocast(state.device, precision):
+        with torch.no_grad():
+            batch = objective.small_batch(state.model, state, tokens)
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            loss, _, metrics = objective.loss(state.model, batch)
+    del loss
+    return sum(sizes.values()), max(1, int(metrics.get("tokens", tokens)))

@@ -1,7 +1,7 @@
 """What changed between two models, in direction and magnitude: per tensor, layer, component, and embedding row.
 
 Both models are read once, tile by tile, and nothing is built. Rows of embedding and head are matched by the token's
-string where the vocabularies differ. Leaves out: pictures (report/), spectra and lineage (spectrum.py, lineage.py).
+string where the vocabularies differ. Leaves out: pictures (report/), spectra (measures.py) and lineage (lineage.py).
 """
 
 import threading
@@ -16,7 +16,7 @@ from lapis.checkpoint import Checkpoint
 from lapis.errors import CheckpointError
 from lapis.families.base import Part
 from lapis.weights.checks import compare_configs, family_notes, missing_tensors
-from lapis.weights.diff import spectrum
+from lapis.weights.diff import measures
 from lapis.weights.diff.measures import Sums, direction, mantissa, measure, measure_rows, ratio
 from lapis.weights.diff.table import DiffTable, Line
 from lapis.weights.engine.fp8 import is_number
@@ -102,7 +102,7 @@ def diff(
     lines = []
     for done, pair in enumerate(pairs):
         decompose = spectra and pair.part.layer is not None and len(pair.a.shape) == 2
-        extra = spectrum.spectra(pair.a, pair.b) if decompose else {}
+        extra = measures.spectra(pair.a, pair.b) if decompose else {}
         lines.append(Line(pair.name, pair.part, sum(pair.partial, Sums()), tuple(pair.a.shape), extra))
         if progress and spectra:
             progress(done + 1, len(pairs))
