@@ -17,7 +17,7 @@ import pyarrow.parquet
 import pytest
 
 from lapis.errors import DataError
-from lapis.text.corpus.hub import choose
+from lapis.text.corpus.files import choose
 
 COMMIT = "a" * 40
 

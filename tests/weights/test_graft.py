@@ -377,7 +377,7 @@ def test_smaller_tiles_give_the_same_bytes(trio, tmp_path, monkeypatch):
 
 
 def test_template_tokens_are_those_that_only_chatting_trained():
-    from lapis.weights.vocabulary import Vocabulary, template_tokens
+    from lapis.text.tokenizer.vocabulary import Vocabulary, template_tokens
 
     ids = {"a": 0, "  ": 1, "<s>": 2, "</s>": 3, "<|user|>": 4, "<|end|>": 5, "<|pad|>": 6}
     added = frozenset(ids) - {"a"}

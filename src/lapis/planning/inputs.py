@@ -23,8 +23,8 @@ from lapis.planning.pieces import Piece, outside, pieces_of
 from lapis.text.corpus import corpus
 from lapis.text.corpus.corpus import ChatRecord
 from lapis.text.tokenizer.tokenizer import Tokenizer
+from lapis.text.tokenizer.vocabulary import open_vocabulary, template_tokens
 from lapis.weights.matching import is_vocabulary
-from lapis.weights.vocabulary import open_vocabulary, template_tokens
 
 Model = str | os.PathLike[str] | Checkpoint
 Files = str | Path | Sequence[str | Path]

@@ -18,10 +18,10 @@ from lapis.errors import CheckpointError
 from lapis.families import find
 from lapis.families.config import ModelConfig, Rope
 from lapis.families.fields import GENERIC, TOKENS
+from lapis.text.tokenizer.vocabulary import Vocabulary
 from lapis.weights.engine.fp8 import is_number
 from lapis.weights.engine.sources import Stored, as_bytes
 from lapis.weights.matching import counterparts, embedding_rows
-from lapis.weights.vocabulary import Vocabulary
 
 # fields that make the same shapes mean another computation
 _DECISIVE = ("model_type", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act", "sliding_window")

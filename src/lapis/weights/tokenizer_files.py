@@ -27,8 +27,8 @@ from lapis.text.tokenizer.folder import (
     write_json,
     write_named_tokens,
 )
+from lapis.text.tokenizer.vocabulary import Vocabulary
 from lapis.weights.engine.outputs import Output
-from lapis.weights.vocabulary import Vocabulary
 
 ACCOUNT, GENERATION = "lapis-merge.json", "generation_config.json"
 _DATA = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".vocab")

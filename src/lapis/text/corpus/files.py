@@ -1,18 +1,26 @@
 """The files that paths stand for: files(paths).
 
-A path is a file, a folder, a glob, or a data set on the hub (hub.py); folders and globs stand for the files in them, by
-name. Their bytes are in file_stream.py.
+A path is a file, a folder, a glob, or a data set on the hub (hub:OWNER/NAME[@REVISION][/FOLDER or /GLOB]); folders and
+globs stand for the files in them, by name. Of the hub the revision is settled once (a commit), the files come into
+huggingface_hub's own cache, whole and checked, and are read like any others; no code of a data set is ever run. Without
+a folder or glob it is the training split. A data set in a format that lapis does not read is taken as the hub's own
+conversion to parquet. Leaves out: reading (file_stream.py, corpus.py), models (checkpoint/hub.py).
 """
 
 import glob
+import json
 import os
+import re
 from collections.abc import Iterable, Sequence
-from pathlib import Path
+from fnmatch import fnmatch
+from pathlib import Path, PurePosixPath
+from urllib.parse import quote
 
+from lapis.checkpoint.commit import commit_file
+from lapis.checkpoint.files import read_json
 from lapis.config import nearest
 from lapis.errors import DataError
-from lapis.text.corpus.file_stream import KINDS, OpenedFile, suffix
-from lapis.text.corpus.hub import hub_files
+from lapis.text.corpus.file_stream import KINDS, OpenedFile, cache_folder, suffix
 
 HUB = "hub:"
 Source = str | Path
@@ -70,3 +78,112 @@ def _is_data(path: Path, root: Path, kinds: Sequence[str]) -> bool:
         return True
     with OpenedFile(path) as file:  # others hold settings, or describe the data
         return file.read(256).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+
+
+_DESCRIBES = re.compile(r"(^|/)(dataset_infos?|.*config|metadata|state|schema|croissant)\.json$")  # not records
+CONVERTED = "refs/convert/parquet"
+_SPEC = re.compile(rf"hub:([\w.-]+/[\w.-]+)(?:@({CONVERTED}|[^/]+))?(?:/(.+))?")
+_SPLITS = re.compile(r"(?<![a-z])(train(?:ing)?|test(?:ing)?|dev|valid(?:ation)?|eval)(?![a-z])", re.IGNORECASE)
+
+
+def hub_files(spec: str) -> list[Path]:
+    """Downloads what `spec` names, unless the cache has it. Raises DataError for whatever stands in the way."""
+    match = _SPEC.fullmatch(spec)
+    if match is None:
+        raise DataError(f"{spec}: expected hub:OWNER/NAME, hub:OWNER/NAME@REVISION or hub:OWNER/NAME/FOLDER")
+    repository, revision, pattern = match.groups()
+    commit, names = _listing(spec, repository, revision)
+    if revision is None and not _readable(names):
+        commit, names = _listing(spec, repository, CONVERTED)
+    return [_download(spec, repository, commit, name) for name in choose(spec, names, pattern)]
+
+
+def choose(spec: str, names: list[str], pattern: str | None) -> list[str]:
+    """Which of a data set's files a spec stands for. Raises DataError where that cannot be known."""
+    readable = _readable(names)
+    if not readable:
+        raise DataError(f"{spec}: holds no {', '.join(KINDS)} file (or .gz, .zst of these)")
+    if pattern is not None:
+        folder = pattern.rstrip("/")
+        chosen = [
+            name for name in readable if fnmatch(name, pattern) or name == folder or name.startswith(f"{folder}/")
+        ]
+        if not chosen:
+            raise DataError(f"{spec}: no file matches; {nearest(folder, [*readable, *_folders(readable)][:40])}")
+        return chosen
+    chosen = [name for name in readable if any(word.lower().startswith("train") for word in _SPLITS.findall(name))]
+    chosen = chosen or [name for name in readable if not _SPLITS.search(name)] or readable
+    folders = _folders(chosen)
+    if len(folders) > 1:
+        some = ", ".join(folders[:8]) + (", ..." if len(folders) > 8 else "")
+        raise DataError(f"{spec}: holds data in several folders ({some}); name one, as in {spec}/{folders[0]}")
+    return chosen
+
+
+def _readable(names: list[str]) -> list[str]:
+    kinds = [kind for kind in KINDS if kind != ".md"]  # the card of a data set is no data
+    data = (name for name in names if suffix(Path(name)) in kinds and not name.startswith("."))
+    return sorted(name for name in data if not _DESCRIBES.search(name))
+
+
+def _folders(names: list[str]) -> list[str]:
+    return sorted({str(PurePosixPath(name).parent) for name in names})
+
+
+def _listing(spec: str, repository: str, revision: str | None) -> tuple[str, list[str]]:
+    """The commit, and the names of the files in it; those of last time where HF_HUB_OFFLINE forbids to ask the hub."""
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    known = cache_folder() / "hub" / f"{repository.replace('/', '--')}@{quote(revision or 'main', safe='')}.json"
+    try:
+        info = huggingface_hub.HfApi().dataset_info(repository, revision=revision)
+    except errors.OfflineModeIsEnabled:
+        if not known.is_file():
+            raise DataError(f"{spec}: is not in the cache, and HF_HUB_OFFLINE forbids to fetch it") from None
+        listed = read_json(known)
+        return str(listed["commit"]), list(listed["files"])
+    except Exception as error:
+        if not _of_network(error):
+            raise
+        raise _refusal(spec, repository, revision, error) from None
+    commit, names = str(info.sha), [entry.rfilename for entry in info.siblings or []]
+    known.parent.mkdir(parents=True, exist_ok=True)
+    with commit_file(known, overwrite=True) as temporary:
+        temporary.write_text(json.dumps({"commit": commit, "files": names}))
+    return commit, names
+
+
+def _download(spec: str, repository: str, commit: str, name: str) -> Path:
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.hf_hub_download(repository, name, repo_type="dataset", revision=commit))
+    except Exception as error:
+        if not _of_network(error):
+            raise
+        raise _refusal(f"{spec}: {name}", repository, commit, error) from None
+
+
+def _of_network(error: Exception) -> bool:
+    """True for what the hub or the way to it raises; the HTTP library beneath huggingface_hub has had several names."""
+    from huggingface_hub import errors
+
+    known = (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.HFValidationError, OSError)
+    return isinstance(error, known) or type(error).__module__.startswith(("httpx", "httpcore", "requests", "urllib3"))
+
+
+def _refusal(spec: str, repository: str, revision: str | None, error: Exception) -> DataError:
+    from huggingface_hub import errors
+
+    page = f"https://huggingface.co/datasets/{repository}"
+    if isinstance(error, errors.GatedRepoError):
+        return DataError(f"{spec}: asks for its terms to be accepted first, at {page}; then log in with: hf auth login")
+    if isinstance(error, errors.RevisionNotFoundError):
+        return DataError(f"{spec}: has no revision {revision}; see {page}")
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return DataError(f"{spec}: there is no such data set, or it is private; to see private ones: hf auth login")
+    if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
+        return DataError(f"{spec}: the file is gone from the hub")
+    reason = re.sub(r"\s+", " ", str(error)).strip()[:160] or type(error).__name__
+    return DataError(f"{spec}: the hub did not answer: {reason}; try again")

@@ -23,7 +23,6 @@ from lapis.errors import ConfigError, TrainingError
 from lapis.model.transformer import Transformer
 from lapis.training.config import TrainConfig
 from lapis.training.distributed import parallel
-from lapis.training.loop.curve import Window
 from lapis.training.loop.held_out import Evaluator, overfitting
 from lapis.training.loop.progress import Silent, Watch, format_time, live, watcher
 from lapis.training.loop.state import CheckpointJournal, TrainState, clean_journal, restore, weights_digest
@@ -31,7 +30,7 @@ from lapis.training.loop.stop_request import StopRequest, StopSignal, stop_reque
 from lapis.training.loop.update import Batches, Updater
 from lapis.training.objectives.objective import Objective
 from lapis.training.optim.optimizers import Average, Optimizers, Schedule
-from lapis.training.result import TrainResult, last_metrics, write_result
+from lapis.training.result import TrainResult, Window, last_metrics, write_result
 from lapis.training.setup import probe
 from lapis.training.setup.blocks import compiled, recomputed, stoppable
 from lapis.training.setup.select import describe

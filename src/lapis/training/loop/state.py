@@ -23,9 +23,9 @@ from lapis.checkpoint.staging import JOURNAL, Staging
 from lapis.checkpoint.tensor_file import read_tensors, write_tensors
 from lapis.errors import LapisError, OutputError, TrainingError
 from lapis.model.transformer import Transformer
-from lapis.training.loop.curve import read_curve, write_curve
 from lapis.training.objectives.objective import Objective
 from lapis.training.optim.optimizers import Average, Optimizers, Schedule
+from lapis.training.result import read_curve, write_curve
 from lapis.training.setup import lora
 
 _STATE, _OPTIMIZER, _RNG, _LOG = "state.json", "optimizer.safetensors", "rng.safetensors", "log.jsonl"

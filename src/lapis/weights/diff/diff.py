@@ -15,6 +15,7 @@ import torch
 from lapis.checkpoint import Checkpoint
 from lapis.errors import CheckpointError
 from lapis.families.base import Part
+from lapis.text.tokenizer.vocabulary import Vocabulary, open_vocabulary, relation
 from lapis.weights.checks import compare_configs, family_notes, missing_tensors
 from lapis.weights.diff import measures
 from lapis.weights.diff.measures import Sums, direction, mantissa, measure, measure_rows, ratio
@@ -30,7 +31,6 @@ from lapis.weights.matching import (
     is_vocabulary,
     open_models,
 )
-from lapis.weights.vocabulary import Vocabulary, open_vocabulary, relation
 
 NEIGHBORS, _BLOCK = 256, 4096  # new tokens whose neighbor is looked for; rows that are read at a time
 UNRELATED = 0.05  # a fine-tune's tensors have cosines near 1 with its parent's; unrelated ones near 0

@@ -2,7 +2,7 @@
 
 A source answers "elements [first, last) of the flattened tensor" with raw bytes, into memory that the caller owns, so
 that a sweep over a model allocates nothing. FP8 tensors with known scales answer in float32. Leaves out: arithmetic
-(stream.py) and which rows belong together (vocabulary.py).
+(stream.py) and which rows belong together (text/tokenizer/vocabulary.py).
 """
 
 from collections.abc import Sequence

@@ -17,6 +17,7 @@ from lapis.checkpoint.towers import language_config
 from lapis.errors import CheckpointError, ConfigError
 from lapis.families import find
 from lapis.families.base import Part
+from lapis.text.tokenizer.vocabulary import Vocabulary, open_vocabulary, relation, rows_for, template_tokens
 from lapis.weights.checks import (
     check_configs,
     check_parents,
@@ -40,7 +41,6 @@ from lapis.weights.matching import (
     open_models,
 )
 from lapis.weights.options import GraftOptions
-from lapis.weights.vocabulary import Vocabulary, open_vocabulary, relation, rows_for, template_tokens
 
 ScaleLike = float | str | Path | Mapping[str, Any] | Scale
 

@@ -13,6 +13,7 @@ import torch
 
 from lapis.checkpoint import Checkpoint
 from lapis.errors import ConfigError
+from lapis.text.tokenizer.vocabulary import Vocabulary, relation
 from lapis.weights.engine.fp8 import is_number
 from lapis.weights.engine.job import Entry
 from lapis.weights.engine.outputs import Kernel, Output, unchanged
@@ -23,7 +24,6 @@ from lapis.weights.merge.parameters import Resolver
 from lapis.weights.merge.placing import Placed, Placing
 from lapis.weights.merge.recipe import Recipe, recipe_scopes
 from lapis.weights.merge.union import Aligned, Words, output_words, rows_of
-from lapis.weights.vocabulary import Vocabulary, relation
 
 SHARD = 5 * 10**9  # bytes of one weight file
 _BUFFERS = ("I64", "BOOL")  # what checkpoints keep beside weights; other whole numbers are quantized weights

@@ -19,6 +19,7 @@ from lapis.checkpoint.commit import check_output
 from lapis.checkpoint.tensor_file import INDEX
 from lapis.errors import CheckpointError, ConfigError
 from lapis.text.tokenizer.folder import write_json
+from lapis.text.tokenizer.vocabulary import open_vocabulary
 from lapis.weights.checks import (
     UNRELATED,
     check_configs,
@@ -39,7 +40,6 @@ from lapis.weights.merge.settings import chat_template, output_config, write_tok
 from lapis.weights.merge.union import Words
 from lapis.weights.options import MergeOptions
 from lapis.weights.tokenizer_files import copy_tokenizer_files, write_index, write_template
-from lapis.weights.vocabulary import open_vocabulary
 
 
 @dataclass

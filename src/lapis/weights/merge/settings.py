@@ -9,10 +9,10 @@ from lapis.checkpoint import Checkpoint
 from lapis.errors import ConfigError
 from lapis.families.base import Part
 from lapis.text.tokenizer.folder import CHATML, CONFIG, read_object, write_json
+from lapis.text.tokenizer.vocabulary import Vocabulary
 from lapis.weights.engine.fp8 import without_quantization
 from lapis.weights.engine.stream import Output
 from lapis.weights.merge.placing import Placing
-from lapis.weights.vocabulary import Vocabulary
 
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id")

@@ -14,9 +14,9 @@ import torch
 
 from lapis.checkpoint import Checkpoint
 from lapis.errors import CheckpointError
+from lapis.text.tokenizer.vocabulary import Vocabulary
 from lapis.weights.engine.sources import Stored, as_bytes, columns_of
 from lapis.weights.merge.recipe import Tokens
-from lapis.weights.vocabulary import Vocabulary
 
 Row = tuple[tuple[str, int], ...]
 """(model, row) whose mean a row is; nothing stands for zeros."""

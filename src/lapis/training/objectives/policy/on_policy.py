@@ -26,8 +26,7 @@ from lapis.training.distributed.parallel import own_parts, sum_over_processes
 from lapis.training.objectives.objective import Cursor, DataPlace, Objective, in_order
 from lapis.training.objectives.policy.experience import Experience, gather_experience, reference_log_probabilities
 from lapis.training.objectives.policy.guards import Guards, guard_figures, step_figures
-from lapis.training.objectives.policy.prompts import Prompt, Prompts, read_prompts
-from lapis.training.objectives.policy.replies import Replier
+from lapis.training.objectives.policy.prompts import Prompt, Prompts, Replier, read_prompts
 from lapis.training.objectives.policy.rollouts import ReplyScores, Rollouts, score_replies
 from lapis.training.objectives.reference import Reference
 from lapis.training.rewards import Judge, Scores, make_judge
