@@ -13,6 +13,9 @@ def main() -> None:
     listened = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]  # nohup
     for number in listened:
         signal.signal(number, _stop)
+    from lapis.processes import leave_current_folder
+
+    leave_current_folder()
     from lapis.cli.main import main as run
 
     try:

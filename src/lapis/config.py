@@ -10,21 +10,27 @@ import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
 from lapis.errors import ConfigError
+from lapis.parsing import DIGITS, LEVELS, quoted
+
+YAML_LIMIT = 1_000_000  # bytes
+_COMPARED = 2_000  # words that an unknown one is compared with
+NODES = 20_000  # in one text, with what aliases name written out
 
 T = TypeVar("T")
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """`did you mean "x"?` or the list of what is known; a suffix for an error line."""
-    known = list(known)
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f'did you mean "{close[0]}"?' if close else f"known: {', '.join(sorted(known))}"
+    known = list(islice(known, _COMPARED))
+    close = difflib.get_close_matches(word[:100], known, n=1, cutoff=0.5)
+    return f'did you mean "{close[0]:.100}"?' if close else f"known: {', '.join(sorted(known)):.1000}"
 
 
 def load_yaml(path: Path | str) -> dict[str, Any]:
@@ -41,7 +47,9 @@ def load_yaml(path: Path | str) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        with path.open("rb") as file:
+            raw = file.read(YAML_LIMIT + 1)
+        text = raw.decode("utf-8-sig")
     except FileNotFoundError:
         raise ConfigError(f"{path}: there is no such file") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -64,20 +72,22 @@ def parse_yaml(text: str, where: str) -> Any:
         where: What an error begins with: a path, or the assignment on a command line.
 
     Raises:
-        ConfigError: For what is not YAML, with the line, and for a key that stands twice.
+        ConfigError: For what is not YAML, with the line, for a key that stands twice, and for what is longer, deeper or
+            larger, with its aliases written out, than any settings are.
     """
+    if len(text) > YAML_LIMIT:
+        raise ConfigError(f"{where}: more than {YAML_LIMIT:,} bytes of YAML, which is the limit")
     try:
         return _Loader(text).get_single_data()
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{where}:{mark.line + 1}" if mark else where
-        raise ConfigError(
-            f"{place}: not YAML: {getattr(error, 'problem', None) or ' '.join(str(error).split())}"
-        ) from None
+        problem = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise ConfigError(f"{place}: not YAML: {problem:.200}") from None
     except RecursionError:
         raise ConfigError(f"{where}: lists and mappings are nested too deeply") from None
-    except (KeyError, ValueError) as error:  # a tag that is written out, over a text that is no such value
-        raise ConfigError(f"{where}: not YAML: {error}") from None
+    except (KeyError, ValueError, TypeError, AttributeError, IndexError) as error:  # a tag over what is no such value
+        raise ConfigError(f"{where}: not YAML: {error!s:.200}") from None
 
 
 def dump_yaml(settings: Mapping[str, Any]) -> str:
@@ -117,7 +127,7 @@ def build(cls: type[T], settings: Mapping[str, Any], where: str) -> T:
     values: dict[str, Any] = {}
     for key, value in settings.items():
         if key not in fields:
-            raise ConfigError(f'{where}: unknown key "{key}"; {nearest(str(key), fields)}')
+            raise ConfigError(f'{where}: unknown key "{key!s:.60}"; {nearest(f"{key!s:.60}", fields)}')
         values[key] = _fit(hints[key], value, f"{where}: {key}")
     for name, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
@@ -145,14 +155,14 @@ def _fit(hint: Any, value: Any, where: str) -> Any:
                     return _fit(option, value, where)
                 except ConfigError:
                     continue
-        raise ConfigError(f"{where} is {value!r}; expected {_spelled(hint)}")
+        raise ConfigError(f"{where} is {quoted(value)}; expected {_spelled(hint)}")
     if origin is typing.Literal:
         if value in args:
             return value
         word = {True: "on", False: "off", None: ""}[truth(value)]
         if word in args:
             return word
-        raise ConfigError(f"{where} is {value!r}; {nearest(str(value), [str(a) for a in args])}")
+        raise ConfigError(f"{where} is {quoted(value)}; {nearest(quoted(value), [str(a) for a in args])}")
     if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
         return build(typing.cast(type, hint), value, where)
     if origin in (list, tuple) and isinstance(value, (list, tuple)):
@@ -172,7 +182,7 @@ def _fit(hint: Any, value: Any, where: str) -> Any:
         return Path(value)
     if isinstance(hint, type) and isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool):
         return value
-    raise ConfigError(f"{where} is {value!r}; expected {_spelled(hint)}")
+    raise ConfigError(f"{where} is {quoted(value)}; expected {_spelled(hint)}")
 
 
 def _spelled(hint: Any) -> str:
@@ -194,16 +204,52 @@ _PLAIN = {  # tag -> pattern of a plain word and its first characters, tried in 
 
 
 class _Loader(yaml.SafeLoader):
-    """A SafeLoader with the plain words above, which refuses a key that stands twice."""
+    """A SafeLoader with the plain words above, which refuses a key that stands twice and what is beyond the limits."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._level = self._nodes = 0
+        self._sizes: dict[int, int] = {}  # nodes within one that an alias may name, itself included
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Counts, and counts what an alias names again for each time that it is named."""
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+        before = self._nodes
+        self._level += 1
+        node = super().compose_node(parent, index)
+        self._level -= 1
+        if isinstance(event, yaml.AliasEvent):
+            if id(node) not in self._sizes:
+                raise yaml.MarkedYAMLError(problem=f"*{event.anchor:.60} is in itself", problem_mark=event.start_mark)
+            self._nodes += self._sizes[id(node)]
+        else:
+            self._nodes += 1
+            if event.anchor is not None:
+                self._sizes[id(node)] = self._nodes - before
+        if self._nodes > NODES or self._level > LEVELS:
+            what = f"more than {NODES:,} values" if self._nodes > NODES else "nested too deeply"
+            raise yaml.MarkedYAMLError(problem=what, problem_mark=event.start_mark)
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key_node, _ in node.value:
             key = getattr(key_node, "value", None)
             if isinstance(key, str) and key in seen and key != "<<":
-                raise yaml.MarkedYAMLError(problem=f'the key "{key}" stands twice', problem_mark=key_node.start_mark)
+                raise yaml.MarkedYAMLError(
+                    problem=f'the key "{key:.60}" stands twice', problem_mark=key_node.start_mark
+                )
             seen.add(str(key))
         return super().construct_mapping(node, deep)
+
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
+        value = super().construct_scalar(node)
+        try:
+            str(value).encode()
+        except UnicodeEncodeError:  # YAML can spell half of a surrogate pair, which is no text
+            mark: Any = node.start_mark
+            raise yaml.MarkedYAMLError(problem="half a surrogate pair", problem_mark=mark) from None
+        return value
 
     def construct_number(self, node: yaml.ScalarNode) -> int | float:
         """Python's reading: digits are decimal also after a zero, underscores separate."""
@@ -211,6 +257,8 @@ class _Loader(yaml.SafeLoader):
         try:
             if node.tag.endswith(":float"):
                 return float(text.replace(".inf", "inf").replace(".nan", "nan"))
+            if len(text) > DIGITS + 3:
+                raise ValueError
             return int(text, 0 if text.lstrip("+-")[:2] in ("0x", "0o", "0b") else 10)
         except ValueError:
             raise yaml.MarkedYAMLError(
@@ -223,6 +271,11 @@ class _Dumper(yaml.SafeDumper):
 
 
 _Loader.yaml_implicit_resolvers = {}  # those of YAML 1.1 go
+_Loader.yaml_constructors = {  # and what a tag makes that no setting is: dates, sets, bytes
+    tag: make
+    for tag, make in yaml.SafeLoader.yaml_constructors.items()
+    if tag is None or tag.rpartition(":")[2] in ("null", "bool", "str", "seq", "map")
+}
 for _tag, (_pattern, _first) in _PLAIN.items():
     _whole = re.compile(f"(?:{_pattern.pattern})$")
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", _whole, _first)

@@ -136,7 +136,7 @@ def test_fault_33_a_damaged_config(folder: Path) -> None:
     (folder / "config.json").write_text('{"model_type": "llama", \n "hidden')
     refused(folder, "config.json: not JSON at line 2")
     (folder / "config.json").write_text('{"a": 1, "a": 2}')
-    refused(folder, 'holds "a" twice')
+    refused(folder, '"a" stands twice')
 
 
 def test_files_beside_the_index_are_named_once(folder: Path) -> None:

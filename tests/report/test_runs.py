@@ -100,7 +100,7 @@ def test_what_is_damaged_or_not_there_gets_one_line(tmp_path):
     with pytest.raises(DataError, match="nothing that lapis draws"):
         report_of([tmp_path])
     (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 2}\nnot json\n')
-    with pytest.raises(DataError, match="line 2 is not JSON"):
+    with pytest.raises(DataError, match="line 2: not JSON"):
         report_of([tmp_path])
 
 

@@ -174,7 +174,7 @@ def test_chats_keep_what_templates_need(tmp_path: Path) -> None:
 
 
 def test_fault_54_twins_and_nan_are_not_json(tmp_path: Path) -> None:
-    assert 'line 1: the field "text" stands twice' in refused(
+    assert 'line 1: the key "text" stands twice' in refused(
         documents, put(tmp_path, "a.jsonl", '{"text":"a","text":"b"}')
     )
     for word in ("NaN", "Infinity", "-Infinity"):

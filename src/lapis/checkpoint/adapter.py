@@ -18,6 +18,7 @@ from lapis.checkpoint.files import contained, read_json
 from lapis.checkpoint.store import CHANGED_BASE, Adapter, Checkpoint, stamp
 from lapis.checkpoint.tensor_file import read_header
 from lapis.errors import CheckpointError
+from lapis.parsing import quoted
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 LEAD = "base_model.model."
@@ -67,14 +68,14 @@ def open_adapter(source: str | os.PathLike[str]) -> Adapter:
 def _check_config(root: Path, config: Mapping[str, Any]) -> None:
     place = root / CONFIG
     if config.get("peft_type") != "LORA":
-        raise CheckpointError(f"{place}: peft_type is {config.get('peft_type')!r:.40}; lapis reads LORA")
+        raise CheckpointError(f"{place}: peft_type is {quoted(config.get('peft_type'))}; lapis reads LORA")
     for name, plain in _OTHER.items():
         if config.get(name, plain[0]) not in plain:
-            raise CheckpointError(f"{place}: {name} is {config[name]!r:.60}, which lapis does not read")
+            raise CheckpointError(f"{place}: {name} is {quoted(config[name])}, which lapis does not read")
     start = config.get("init_lora_weights")
     if not isinstance(start, (bool, str, type(None))) or start not in (*_SAME_BASE, *CHANGED_BASE):
         raise CheckpointError(
-            f"{place}: init_lora_weights is {start!r:.40}, which changes the base in a way that cannot be repeated; "
+            f"{place}: init_lora_weights is {quoted(start)}, which changes the base in a way that cannot be repeated; "
             "save it again in PEFT with path_initial_model_for_weight_conversion, which makes it a plain adapter"
         )
     if start == "olora" and config.get("fan_in_fan_out"):
@@ -82,10 +83,10 @@ def _check_config(root: Path, config: Mapping[str, Any]) -> None:
     for name, kinds in (("r", (int,)), ("lora_alpha", (int, float))):
         value = config.get(name)
         if not isinstance(value, kinds) or not _positive(value):
-            raise CheckpointError(f"{place}: {name} is {value!r:.40}; expected a number above 0")
+            raise CheckpointError(f"{place}: {name} is {quoted(value)}; expected a number above 0")
     dropout = config.get("lora_dropout", 0.0)
     if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
-        raise CheckpointError(f"{place}: lora_dropout is {dropout!r:.40}; expected a share, from 0 to below 1")
+        raise CheckpointError(f"{place}: lora_dropout is {quoted(dropout)}; expected a share, from 0 to below 1")
     for name in ("rank_pattern", "alpha_pattern"):
         patterns = config.get(name) or {}
         if not isinstance(patterns, dict) or not all(_positive(v) for v in patterns.values()):

@@ -4,15 +4,15 @@ Every file is untrusted. A path is opened only when it is a regular file inside 
 cache, which is where a snapshot's links lead).
 """
 
-import json
 import os
 import stat
 from pathlib import Path
 from typing import Any
 
 from lapis.errors import CheckpointError
+from lapis.parsing import ParseError, parse_json
 
-JSON_LIMIT = 512_000_000  # bytes; large tokenizers are near 40 MB
+JSON_LIMIT = 96_000_000  # bytes; large tokenizers are near 40 MB
 
 
 def contained(root: Path, relative: str) -> Path:
@@ -44,29 +44,13 @@ def contained(root: Path, relative: str) -> Path:
 def read_json(path: Path) -> Any:
     """A JSON file; CheckpointError with line and column where it is damaged, names a key twice, or is not UTF-8."""
     try:
-        if path.stat().st_size > JSON_LIMIT:
-            raise CheckpointError(f"{path}: {path.stat().st_size:,} bytes of JSON; the limit is {JSON_LIMIT:,}")
-        return json.loads(path.read_bytes().decode("utf-8-sig"), object_pairs_hook=no_twins)
-    except json.JSONDecodeError as error:
-        where = f"line {error.lineno}, column {error.colno}"
-        raise CheckpointError(f"{path}: not JSON at {where}: {error.msg}; fetch the file again") from None
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path}: not UTF-8 at byte {error.start}; fetch the file again") from None
-    except (TwinKeyError, RecursionError) as error:
-        raise CheckpointError(f"{path}: {error or 'nested too deeply'}") from None
+        with path.open("rb") as file:
+            raw = file.read(JSON_LIMIT + 1)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
-
-
-class TwinKeyError(ValueError):
-    """An object names a key twice."""
-
-
-def no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """For `object_pairs_hook` of a JSON decoder. Raises TwinKeyError for a key that stands twice."""
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        twin = next(name for name in names if names.count(name) > 1)
-        raise TwinKeyError(f'holds "{twin}" twice')
-    return result
+    if len(raw) > JSON_LIMIT:
+        raise CheckpointError(f"{path}: more than {JSON_LIMIT:,} bytes of JSON, which is the limit")
+    try:
+        return parse_json(raw)
+    except ParseError as error:
+        raise CheckpointError(f"{path}: {error}; fetch the file again") from None

@@ -15,13 +15,13 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lapis.checkpoint.files import TwinKeyError, no_twins
 from lapis.errors import CheckpointError
+from lapis.parsing import ParseError, parse_json, quoted
 
 if TYPE_CHECKING:
     import torch
 
-HEADER_LIMIT = 100_000_000  # bytes; the safetensors library has the same cap
+HEADER_LIMIT = 64_000_000  # bytes; that of the largest known model file is under 1 MB
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 SHARD_NAME = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
 _MODEL = re.compile(r"model\.safetensors(\.index\.json)?")
@@ -126,13 +126,9 @@ def parse_header(path: Path, size: int, read: Callable[[int, int], bytes]) -> He
         )
     raw = read(8, 8 + length)
     try:
-        entries = json.loads(raw.decode("utf-8"), object_pairs_hook=no_twins)
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path}: the header is not UTF-8 at byte {8 + error.start}") from None
-    except TwinKeyError as error:
-        raise CheckpointError(f"{path}: the header {error}; which one is meant cannot be known") from None
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: the header is not JSON: {error}") from None
+        entries = parse_json(raw)
+    except ParseError as error:
+        raise CheckpointError(f"{path}: the header is damaged: {error}; fetch the file again") from None
     if not isinstance(entries, dict):
         raise CheckpointError(f"{path}: the header is a {type(entries).__name__}, not an object")
     metadata = entries.pop("__metadata__", {}) or {}
@@ -209,23 +205,23 @@ def read_tensors(path: Path) -> dict[str, "torch.Tensor"]:
 
 
 def _tensor_info(path: Path, name: str, entry: Any, data: int) -> TensorInfo:
-    shown = name if name.isprintable() and name else repr(name)
+    shown = name if name.isprintable() and name else repr(name[:80])
     if shown != name or len(name) > 1024:
         raise CheckpointError(f"{path}: a tensor's name is not printable text: {shown[:80]}")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(f"{path}: {name}: expected dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in BITS:
-        raise CheckpointError(f"{path}: {name}: unknown dtype {dtype!r}; known: {', '.join(BITS)}")
+    if not isinstance(dtype, str) or dtype not in BITS:
+        raise CheckpointError(f"{path}: {name}: unknown dtype {quoted(dtype)}; known: {', '.join(BITS)}")
     if not isinstance(shape, list) or len(shape) > 16 or not all(_is_count(n) for n in shape):
-        raise CheckpointError(f"{path}: {name}: {shape!r:.80} is not a shape")
+        raise CheckpointError(f"{path}: {name}: {quoted(shape)} is not a shape")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_count(n) for n in offsets):
-        raise CheckpointError(f"{path}: {name}: data_offsets {offsets!r:.80} are not two offsets")
+        raise CheckpointError(f"{path}: {name}: data_offsets {quoted(offsets)} are not two offsets")
     first, last = offsets
     bits = prod(shape) * BITS[dtype]
     if bits % 8 or last - first != bits // 8:
         raise CheckpointError(
-            f"{path}: {name}: {'x'.join(map(str, shape)) or 'a scalar'} of {dtype} is {bits / 8:,.0f} bytes, "
+            f"{path}: {name}: {'x'.join(map(str, shape)) or 'a scalar'} of {dtype} is {-(-bits // 8):,} bytes, "
             f"but data_offsets hold {last - first:,}"
         )
     return TensorInfo(path, dtype, tuple(shape), data + first, data + last)

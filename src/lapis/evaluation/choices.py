@@ -5,7 +5,6 @@ A choice's score is the summed log-probability of its tokens after the prompt (a
 the same divided by its bytes (acc_norm), which does not favor short choices. Leaves out: few-shot prompts.
 """
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 from lapis.errors import DataError
 from lapis.model.scoring import Precision, Progress, ScoredSequence, nll
 from lapis.model.transformer import Transformer
+from lapis.parsing import ParseError, parse_json, quoted
 from lapis.text.chat.chat import encode_prompt
 from lapis.text.tokenizer.tokenizer import Tokenizer
 
@@ -77,9 +77,9 @@ def read_choices(path: Path | str) -> list[Choice]:
 
 def _question(line: str, where: str) -> Choice:
     try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not JSON at column {error.colno}: {error.msg}") from None
+        record = parse_json(line, constants=False)
+    except ParseError as error:
+        raise DataError(f"{where}: {error}") from None
     if not isinstance(record, dict):
         raise DataError(f"{where}: is not an object; expected prompt, choices and answer")
     if ("prompt" in record) == ("messages" in record):
@@ -92,7 +92,7 @@ def _question(line: str, where: str) -> Choice:
     if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c for c in choices):
         raise DataError(f"{where}: choices must be two or more texts")
     if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
-        raise DataError(f"{where}: answer is {answer!r:.40}; expected an index from 0 to {len(choices) - 1}")
+        raise DataError(f"{where}: answer is {quoted(answer)}; expected an index from 0 to {len(choices) - 1}")
     return Choice(prompt, tuple(choices), answer)
 
 

@@ -14,6 +14,7 @@ from lapis.errors import CheckpointError, ConfigError
 from lapis.families.config import ModelConfig
 from lapis.families.fields import Fields
 from lapis.families.shapes import SAME, Shape, Transform, common_shapes, has_parameter
+from lapis.parsing import quoted
 
 
 @dataclass(frozen=True)
@@ -203,7 +204,7 @@ def refuse_shape(config: ModelConfig, fields: Mapping[str, tuple[Any, ...]]) -> 
         if getattr(config, name) not in allowed:
             known = " or ".join(map(str, allowed))
             raise ConfigError(
-                f"{name}={getattr(config, name)!r} has no place in a {config.family} folder; it can be {known}"
+                f"{name}={quoted(getattr(config, name))} has no place in a {config.family} folder; it can be {known}"
             )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lapis.errors import CheckpointError
+from lapis.parsing import quoted
 
 LARGEST = 2**31 - 1
 MOST_LAYERS = 10_000
@@ -41,7 +42,7 @@ class Fields:
         value = self._value(name, default)
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
             raise CheckpointError(
-                f"config.json: {name} is {value!r:.40}; expected a whole number from {least} to {most:,}"
+                f"config.json: {name} is {quoted(value)}; expected a whole number from {least} to {most:,}"
             )
         return value
 
@@ -58,20 +59,20 @@ class Fields:
         """A positive, finite number; without a default the field must be there."""
         value = self._value(name, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-            raise CheckpointError(f"config.json: {name} is {value!r:.40}; expected a number above 0")
+            raise CheckpointError(f"config.json: {name} is {quoted(value)}; expected a number above 0")
         return float(value)
 
     def flag(self, name: str, default: bool) -> bool:
         value = self._value(name, default)
         if not isinstance(value, bool):
-            raise CheckpointError(f"config.json: {name} is {value!r:.40}; expected true or false")
+            raise CheckpointError(f"config.json: {name} is {quoted(value)}; expected true or false")
         return value
 
     def choice(self, name: str, options: Mapping[str, str]) -> str:
         """The option's value; CheckpointError names those that can be read."""
         value = self._value(name, None)
         if not isinstance(value, str) or value not in options:
-            raise CheckpointError(f"config.json: {name} is {value!r:.40}; lapis reads {', '.join(sorted(options))}")
+            raise CheckpointError(f"config.json: {name} is {quoted(value)}; lapis reads {', '.join(sorted(options))}")
         return options[value]
 
     def only(self, name: str, *values: Any) -> None:
@@ -79,7 +80,7 @@ class Fields:
         self.known.add(name)
         value = self.config.get(name, values[0])
         if value not in values:
-            raise CheckpointError(f"config.json: {name} is {value!r:.40}; lapis reads only {values[0]!r}")
+            raise CheckpointError(f"config.json: {name} is {quoted(value)}; lapis reads only {quoted(values[0])}")
 
     def mapping(self, name: str) -> Mapping[str, Any]:
         """A nested object; empty where it is null or not there."""
@@ -88,7 +89,7 @@ class Fields:
         if value is None:
             return {}
         if not isinstance(value, Mapping):
-            raise CheckpointError(f"config.json: {name} is {value!r:.40}; expected an object")
+            raise CheckpointError(f"config.json: {name} is {quoted(value)}; expected an object")
         return value
 
     def head(self, heads: Mapping[str, str], default: str) -> str:

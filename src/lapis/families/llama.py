@@ -11,6 +11,7 @@ from lapis.errors import CheckpointError, ConfigError
 from lapis.families.base import Family, refuse_shape, rules
 from lapis.families.config import ModelConfig, Rope
 from lapis.families.fields import TOKENS, Fields
+from lapis.parsing import quoted
 
 BLOCK = "layers.{layer}."
 RULES = (
@@ -210,7 +211,7 @@ def read_rope(fields: Fields, context: int) -> dict[str, Any]:
     inner = Fields(written)
     kind = str(written.get("rope_type") or written.get("type") or "default")
     if kind not in ROPE_KINDS:
-        raise CheckpointError(f"config.json: rope type is {kind!r:.40}; lapis reads {', '.join(ROPE_KINDS)}")
+        raise CheckpointError(f"config.json: rope type is {quoted(kind)}; lapis reads {', '.join(ROPE_KINDS)}")
     if written.get("partial_rotary_factor", 1.0) != 1.0 or fields.config.get("partial_rotary_factor", 1.0) != 1.0:
         raise CheckpointError("config.json: partial_rotary_factor is not 1; lapis rotates whole heads only")
     rope: dict[str, Any] = {"theta": inner.number("rope_theta", theta), "kind": kind}

@@ -15,6 +15,7 @@ from typing import Any
 
 from lapis.errors import ConfigError
 from lapis.families.base import Part
+from lapis.parsing import quoted
 
 _SHAPE = re.compile(r"(?:(?:layers?|blocks)\.)?(\d{1,6}(?:-\d{1,6})?)(?:\.([A-Za-z_][\w.]*))?")
 _NAME = re.compile(r"[A-Za-z_][\w.]*")
@@ -90,7 +91,7 @@ def read_layers(value: Any, where: str) -> tuple[int, ...]:
     for item in value if isinstance(value, list) else str(value).split(","):
         match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", str(item))
         if not match or int(match[2] or match[1]) - int(match[1]) not in range(_MOST_LAYERS):
-            raise ConfigError(f"{where}: {item!r} is not a layer or a range such as 0-7")
+            raise ConfigError(f"{where}: {quoted(item)} is not a layer or a range such as 0-7")
         layers += range(int(match[1]), int(match[2] or match[1]) + 1)
     return tuple(layers)
 

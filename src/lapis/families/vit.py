@@ -11,6 +11,7 @@ from lapis.families.bert import ACTIVATION_NAMES, ACTIVATIONS, ENCODER
 from lapis.families.config import ModelConfig
 from lapis.families.fields import Fields
 from lapis.families.shapes import BATCH_OF_ONE, Shape
+from lapis.parsing import quoted
 
 BLOCK = "encoder.layer.{layer}."
 BOTH = "weight bias"
@@ -71,7 +72,7 @@ def square(fields: Fields, name: str) -> int:
     value = fields.config.get(name)
     if isinstance(value, (list, tuple)) and len(value) == 2:
         if value[0] != value[1]:
-            raise CheckpointError(f"config.json: {name} is {value!r:.40}; lapis reads squares only")
+            raise CheckpointError(f"config.json: {name} is {quoted(value)}; lapis reads squares only")
         return Fields({name: value[0]}).integer(name)
     return fields.integer(name)
 

@@ -41,6 +41,7 @@ from lapis.model.lora import (
 )
 from lapis.model.nf4 import Nf4Linear
 from lapis.model.transformer import Transformer
+from lapis.parsing import ParseError, parse_json
 
 _TASKS = {"lm": "CAUSAL_LM", "classes": "SEQ_CLS", "scalar": "SEQ_CLS"}
 
@@ -192,8 +193,8 @@ def _labels(model: Transformer) -> dict[str, str]:
 def _read_labels(model: Transformer, adapter: Adapter) -> None:
     text = adapter.weights.headers[WEIGHTS].metadata.get("id2label", "null")
     try:
-        names = json.loads(text)
-    except ValueError:
+        names = parse_json(text)
+    except ParseError:
         names = None
     if isinstance(names, dict) and set(names) == set(map(str, range(model.config.classes))):
         extra = class_fields([str(names[str(number)]) for number in range(len(names))])

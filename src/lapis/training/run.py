@@ -26,6 +26,7 @@ from lapis.checkpoint.commit import check_output
 from lapis.config import build, nearest
 from lapis.errors import ConfigError
 from lapis.model.transformer import Transformer
+from lapis.parsing import quoted
 from lapis.text.rows.rows import MANIFEST, Rows
 from lapis.text.tokenizer.tokenizer import Tokenizer
 from lapis.training.config import TrainConfig
@@ -82,7 +83,7 @@ class RunConfig(TrainConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.objective not in OBJECTIVES:
-            raise ConfigError(f"objective is {self.objective!r}; {nearest(self.objective, OBJECTIVES)}")
+            raise ConfigError(f"objective is {quoted(self.objective)}; {nearest(self.objective, OBJECTIVES)}")
         if (self.model is None) == (self.new is None):
             raise ConfigError("train: give one of model (a folder) and new (the shape of a model to make)")
 
@@ -94,7 +95,7 @@ def read_settings(settings: Mapping[str, Any], where: str) -> RunConfig:
     """
     name = settings.get("objective")
     if not isinstance(name, str) or name not in OBJECTIVES:
-        why = f"objective is {name!r}; {nearest(str(name), OBJECTIVES)}" if name else '"objective" is missing'
+        why = f"objective is {quoted(name)}; {nearest(str(name), OBJECTIVES)}" if name else '"objective" is missing'
         raise ConfigError(f"{where}: {why}")
     own = options(objective_class(name))
     shared = {entry.name for entry in dataclasses.fields(RunConfig)} - {"options"}

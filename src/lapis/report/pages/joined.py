@@ -6,7 +6,6 @@ figures is parsed and written anew, and everything else is left out. Leaves out:
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from html import escape
@@ -14,6 +13,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 from lapis.errors import DataError
+from lapis.parsing import ParseError, parse_json
 from lapis.report.page import data_block
 
 LIMIT = 64_000_000  # bytes of a page
@@ -127,7 +127,7 @@ class _Reader(HTMLParser):
     def _close_data(self) -> None:
         raw, self._data = "".join(self._data or ()), None
         try:
-            self.out.append(data_block(json.loads(raw)))
-        except (ValueError, RecursionError):
+            self.out.append(data_block(parse_json(raw)))
+        except ParseError:
             raise DataError(f"{self.path}: the data of a picture is damaged; write the page again") from None
         self.figures += 1

@@ -8,7 +8,6 @@ alone; links are not followed.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lapis.errors import DataError
+from lapis.parsing import ParseError, parse_json
 from lapis.report.markup import Column
 from lapis.report.page import Page
 from lapis.report.pages import sections
@@ -24,7 +24,8 @@ from lapis.report.pages.plan import add_plan
 from lapis.report.pages.training import UNITS, Run, add_confusion, add_runs, title_of
 
 DEPTH = 2
-JSON_LIMIT = 256_000_000
+JSON_LIMIT = 96_000_000
+LINE_LIMIT = 16_000_000
 OPEN_PAGES = 3  # so many pages of other commands stand open; more are folded
 OF_MODELS = (
     "config.json",
@@ -189,9 +190,9 @@ def _object(path: Path) -> Json:
     if path.stat().st_size > JSON_LIMIT:
         raise DataError(f"{path}: {path.stat().st_size:,} bytes of JSON; the limit is {JSON_LIMIT:,}")
     try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not JSON: {error}; write it again") from None
+        value = parse_json(path.read_bytes())
+    except ParseError as error:
+        raise DataError(f"{path}: {error}; write it again") from None
     if not isinstance(value, dict):
         raise DataError(f"{path}: holds a {type(value).__name__}, not an object")
     return value
@@ -200,11 +201,11 @@ def _object(path: Path) -> Json:
 def _rows(path: Path) -> list[Json]:
     rows = []
     with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(iter(lambda: file.readline(LINE_LIMIT), b""), 1):
             try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                raise DataError(f"{path}: line {number} is not JSON; cut it off, or train again") from None
+                row = parse_json(line)
+            except ParseError as error:
+                raise DataError(f"{path}: line {number}: {error}; cut it off, or train again") from None
             if not isinstance(row, dict):
                 raise DataError(f"{path}: line {number} holds a {type(row).__name__}, not an object")
             rows.append(row)

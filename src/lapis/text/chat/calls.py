@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 from lapis.errors import DataError
+from lapis.parsing import ParseError, parse_json, quoted
 from lapis.text.chat.template import render_jobs
 
 Message = Mapping[str, Any]
@@ -79,7 +80,7 @@ def _with_arguments(call: Any, as_object: bool) -> Any:
         arguments = _object(arguments)
         if not isinstance(arguments, Mapping):
             raise DataError(
-                f"arguments of a call are {arguments!r:.40}, and the chat template reads them as an object; mend them"
+                f"arguments of a call are {quoted(arguments)}, and the chat template reads them as an object; mend them"
             )
     elif not as_object and isinstance(arguments, Mapping):
         arguments = json.dumps(arguments, ensure_ascii=False)
@@ -89,8 +90,8 @@ def _with_arguments(call: Any, as_object: bool) -> Any:
 def _object(arguments: Any) -> Any:
     """Arguments that are JSON text of an object as that object; all else as it is."""
     try:
-        read = json.loads(arguments) if isinstance(arguments, str) else arguments
-    except (ValueError, RecursionError):
+        read = parse_json(arguments) if isinstance(arguments, str) else arguments
+    except ParseError:
         return arguments
     return read if isinstance(read, dict) else arguments
 

@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lapis.errors import DataError, TemplateError
+from lapis.parsing import quoted
 from lapis.text.chat.template import Rendering, render_jobs
 
 if TYPE_CHECKING:
@@ -165,7 +166,7 @@ def with_plain_parts(source: str, messages: Sequence[Message], variables: Mappin
             other = [part for part in parts if not (isinstance(part, Mapping) and isinstance(part.get("text"), str))]
             if other:
                 kind = other[0].get("type") if isinstance(other[0], Mapping) else type(other[0]).__name__
-                raise DataError(f"a part of a message is of type {kind!r:.40}, and the chat template reads only text")
+                raise DataError(f"a part of a message is of type {quoted(kind)}, and the chat template reads only text")
             message = {**message, "content": "\n".join(part["text"] for part in parts)}
         plain.append(message)
     return plain

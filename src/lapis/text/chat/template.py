@@ -11,7 +11,6 @@ import os
 import select
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from lapis.errors import DataError, TemplateError
+from lapis.processes import process_environment, python
 
 WALL_SECONDS = 1.6  # for one request; the process itself ends at half of that in processor time (sandbox.py)
 STARVED_SECONDS = 30.0  # the longest wait where the machine is so busy that the process got next to no time
@@ -90,16 +90,14 @@ class _Worker:
         self.owner = os.getpid()
         self.templates: dict[str, int] = {}
         self.used = 0.0  # processor time, as of the last reply
-        # no secret of ours (tokens, keys) is in its environment; the import path is, since it needs jinja2
-        safe = {name: os.environ[name] for name in ("TZ", "SYSTEMROOT", "LD_LIBRARY_PATH") if name in os.environ}
         self.process = subprocess.Popen(
-            [sys.executable, "-P", str(Path(__file__).with_name("sandbox.py"))],
+            python(str(Path(__file__).with_name("sandbox.py"))),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C is for the parent
             bufsize=0,
-            env={**safe, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            env=process_environment(whole=False),  # no secret of ours; the import path, since it needs jinja2
         )
         try:
             self._receive(START_SECONDS, starting=True)

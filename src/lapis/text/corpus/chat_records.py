@@ -5,7 +5,6 @@ weight, train, chat_template_kwargs) or refused by name (pictures, sounds, fract
 about the chat (id, source, score) is let be.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 from lapis.config import nearest
 from lapis.errors import DataError
+from lapis.parsing import ParseError, parse_json, quoted
 from lapis.text.corpus.file_stream import at, suffix
 from lapis.text.corpus.records import checked_text, spelled
 
@@ -196,7 +196,7 @@ def refuse_fields(record: Mapping[str, Any], where: str, unread: Sequence[str] =
     weight = record.get("weight")
     if weight is not None and not (isinstance(weight, (int, float)) and weight == 1):
         raise DataError(
-            f"{where}: weight is {weight!r:.40} for the whole record, which lapis does not follow; leave the record "
+            f"{where}: weight is {quoted(weight)} for the whole record, which lapis does not follow; leave the record "
             "out, or put it into a source of its own with that weight"
         )
 
@@ -209,10 +209,10 @@ def tools_of(record: Mapping[str, Any], path: Path, number: int) -> list[dict[st
         return None
     tools = record[name]
     try:
-        tools = json.loads(tools.strip() or "[]") if isinstance(tools, str) else tools
+        tools = parse_json(tools.strip() or "[]") if isinstance(tools, str) else tools
         tools = tools if isinstance(tools, list) else [tools]
-        tools = [json.loads(tool) if isinstance(tool, str) else tool for tool in tools]
-    except (ValueError, RecursionError):
+        tools = [parse_json(tool) if isinstance(tool, str) else tool for tool in tools]
+    except ParseError:
         raise DataError(f"{where}: {name} is text that is not JSON; expected a list of objects") from None
     if other := next((tool for tool in tools if not isinstance(tool, dict)), None):
         raise DataError(f"{where}: {name} holds {spelled(other)}; expected a list of objects")
@@ -280,8 +280,8 @@ def with_calls(message: dict[str, Any], where: str) -> dict[str, Any]:
 def calls_of(value: Any, where: str) -> list[dict[str, Any]]:
     """Calls of tools as a list; a bare one (name and arguments) gets the shape that templates expect."""
     try:
-        calls = json.loads(value) if isinstance(value, str) else value
-    except (ValueError, RecursionError):
+        calls = parse_json(value) if isinstance(value, str) else value
+    except ParseError:
         raise DataError(f"{where} is text that is not JSON; expected a call of a tool, or a list of these") from None
     calls = calls if isinstance(calls, list) else [calls]
     return [_shaped(call, where) for call in calls]
@@ -301,8 +301,8 @@ def _shaped(call: Any, where: str) -> dict[str, Any]:
 def arguments_of(value: Any) -> Any:
     """Arguments that are JSON text of an object as that object; all else as it is."""
     try:
-        read = json.loads(value) if isinstance(value, str) else value
-    except (ValueError, RecursionError):
+        read = parse_json(value) if isinstance(value, str) else value
+    except ParseError:
         return value
     return read if isinstance(read, dict) else value
 
@@ -359,7 +359,7 @@ def _weighed(message: dict[str, Any], where: str) -> dict[str, Any]:
         if isinstance(value, (bool, int, float)) and value in (0, 1):
             values.append(bool(value))
         else:
-            raise DataError(f"{where}.{name} is {value!r:.40}; a message is learned (1) or not (0), nothing between")
+            raise DataError(f"{where}.{name} is {quoted(value)}; a message is learned (1) or not (0), nothing between")
     if len(set(values)) > 1:
         raise DataError(f"{where}: {' and '.join(names)} contradict each other; keep one of them")
     if values[0] and message.get("role") != "assistant" and names != ["weight"]:
@@ -376,7 +376,7 @@ def check_message(message: Any, field: str, path: Path, number: int) -> None:
     if "role" not in message:
         raise DataError(f"{where}.role is missing; {nearest('role', message)}")
     if message["role"] not in ROLES:
-        raise DataError(f"{where}.role is {message['role']!r:.40}; {nearest(str(message['role']), ROLES)}")
+        raise DataError(f"{where}.role is {quoted(message['role'])}; {nearest(str(message['role']), ROLES)}")
     content = message.get("content")
     if content is None and message.get("tool_calls"):
         return
@@ -387,7 +387,8 @@ def check_message(message: Any, field: str, path: Path, number: int) -> None:
             if not isinstance(part, dict) or "type" not in part:
                 raise DataError(f"{where}.content[{j}] is {spelled(part)}; expected an object with type and text")
             if part["type"] != "text":
-                raise DataError(f"{where}.content[{j}] is of type {part['type']!r:.40}; lapis reads text in chats only")
+                kind = quoted(part["type"])
+                raise DataError(f"{where}.content[{j}] is of type {kind}; lapis reads text in chats only")
             checked_text(part.get("text"), f"{field}.content[{j}].text", path, number)
     else:
         checked_text(content, f"{field}.content", path, number)

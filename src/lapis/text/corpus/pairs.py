@@ -20,6 +20,7 @@ from typing import Any
 
 from lapis.config import nearest
 from lapis.errors import DataError
+from lapis.parsing import quoted
 from lapis.text.corpus.chat_records import (
     CHAT_FIELDS,
     RECORD_FIELDS,
@@ -310,5 +311,5 @@ def _margin(value: Any, where: str) -> float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise DataError(f"{where}: margin is {value!r:.40}; expected a number")
+        raise DataError(f"{where}: margin is {quoted(value)}; expected a number")
     return float(value)

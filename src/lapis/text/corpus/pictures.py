@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from lapis.checkpoint.files import read_json
 from lapis.errors import CheckpointError, ConfigError, DataError, MissingExtra
+from lapis.parsing import quoted
 
 if TYPE_CHECKING:
     import torch
@@ -110,7 +111,7 @@ def scaling(folder: Path) -> tuple[list[float], list[float]]:
         values = held.get(name, [0.5])
         values = values if isinstance(values, list) else [values]
         if not values or not all(isinstance(value, (int, float)) for value in values):
-            raise CheckpointError(f"{path}: {name} is {values!r:.60}; expected a list of numbers")
+            raise CheckpointError(f"{path}: {name} is {quoted(values)}; expected a list of numbers")
         scales.append([float(value) for value in values])
     return scales[0], scales[1]
 

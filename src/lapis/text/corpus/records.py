@@ -7,13 +7,13 @@ chat_records.py, corpus.py, pairs.py and labels.py.
 """
 
 import codecs
-import json
 import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 from lapis.errors import DataError, MissingExtra
+from lapis.parsing import ParseError, parse_json
 from lapis.text.corpus.file_stream import PIECE, OpenedFile, at, pressed, suffix
 
 LINE_LIMIT = 32 << 20  # bytes of one line of jsonl
@@ -183,35 +183,15 @@ def _line(error: Exception) -> str:
     return re.sub(r"\s+", " ", str(error)).strip()[:120].rstrip(".")
 
 
-class _BadRecordError(ValueError):
-    pass
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    record = dict(pairs)
-    if len(record) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise _BadRecordError(f'the field "{next(n for n in names if names.count(n) > 1)}" stands twice')
-    return record
-
-
-def _constant(word: str) -> None:
-    raise _BadRecordError(f"{word} is not JSON")
-
-
 def _parse(raw: bytes, path: Path, number: int, position: int) -> Any:
     where = at(path, number)
     refuse_nul(raw, path, number, position)
     try:
-        return json.loads(raw.decode(), object_pairs_hook=_unique, parse_constant=_constant)
+        return parse_json(raw.decode(), constants=False)
     except UnicodeDecodeError as error:
         raise not_utf8(path, number, position + error.start, error) from None
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not JSON at column {error.colno}: {error.msg}") from None
-    except _BadRecordError as error:
+    except ParseError as error:
         raise DataError(f"{where}: {error}") from None
-    except RecursionError:
-        raise DataError(f"{where}: nested too deeply") from None
 
 
 def not_utf8(path: Path, line: int, byte: int, error: UnicodeDecodeError) -> DataError:

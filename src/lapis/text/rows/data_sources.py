@@ -23,6 +23,7 @@ from typing import Any, Literal
 from lapis.checkpoint.files import read_json
 from lapis.config import nearest
 from lapis.errors import ConfigError, DataError
+from lapis.parsing import quoted
 from lapis.text.corpus.corpus import kind_of
 from lapis.text.corpus.file_stream import cache_folder
 from lapis.text.corpus.files import files
@@ -85,7 +86,7 @@ def split_special(data: Any) -> tuple[Any, SpecialText]:
         raise ConfigError(f"data: {unknown[0]} is not known; {nearest(str(unknown[0]), ('path', 'weight', 'special'))}")
     special = data.get("special", "plain")
     if special not in ("plain", "trusted"):
-        raise ConfigError(f"data: special is {special!r:.40}; expected plain or trusted")
+        raise ConfigError(f"data: special is {quoted(special)}; expected plain or trusted")
     return data["path"], special
 
 
@@ -105,7 +106,7 @@ def _weighted(data: Any) -> dict[str, tuple[Any, float]] | None:
     sources: dict[str, tuple[Any, float]] = {}
     for i, entry in enumerate(entries):
         if not isinstance(entry, Mapping) or set(entry) - {"special"} != {"path", "weight"}:
-            raise ConfigError(f"data[{i}] is {entry!r:.60}; where sources are mixed each has path and weight")
+            raise ConfigError(f"data[{i}] is {quoted(entry)}; where sources are mixed each has path and weight")
         path, weight = entry["path"], entry["weight"]
         name = (
             path.source if isinstance(path, Rows) else ", ".join(map(str, path if isinstance(path, list) else [path]))
@@ -113,7 +114,7 @@ def _weighted(data: Any) -> dict[str, tuple[Any, float]] | None:
         number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
         if not number or not math.isfinite(weight) or weight <= 0:
             raise ConfigError(
-                f"data: the weight of {name} is {weight!r}; give a number above 0, or leave the source out"
+                f"data: the weight of {name} is {quoted(weight)}; give a number above 0, or leave the source out"
             )
         if name in sources:
             raise ConfigError(f"data: {name} stands twice; add the two weights")

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lapis.errors import ConfigError, DataError
+from lapis.parsing import quoted
 from lapis.text.rows.rows import RowBatch, Rows, shuffled
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ class Mixture:
         numbers = [*taken, value["seed"]] if isinstance(taken, list) else []
         good = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers)
         if not good or len(numbers) != len(self.sources) + 1:
-            raise DataError(f"the data cursor is {value!r:.80}; expected rows taken of {len(self.sources)} sources")
+            raise DataError(f"the data cursor is {quoted(value)}; expected rows taken of {len(self.sources)} sources")
         return MixtureCursor(tuple(numbers[:-1]), numbers[-1])
 
     def batch(self, cursor: MixtureCursor, size: int) -> tuple[RowBatch, MixtureCursor]:

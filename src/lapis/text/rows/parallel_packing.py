@@ -28,6 +28,7 @@ from lapis.checkpoint.commit import check_output, commit
 from lapis.checkpoint.files import read_json
 from lapis.checkpoint.staging import BUILD, JOURNAL, Busy, claim, disk_errors, kind_of, staging_of
 from lapis.errors import DataError, LapisError, OutputError
+from lapis.processes import process_environment, python
 from lapis.text.rows.corpus_parts import Stretch, read
 from lapis.text.rows.part_writer import Report, Shape, Shard, assemble, format_line, write_shard
 from lapis.text.rows.rows import MANIFEST, Rows, array_name
@@ -207,15 +208,9 @@ def _work_together(staging: Path, job: Job, tokenizer: Tokenizer, workers: int, 
     """All parts done, by so many processes beside whoever else is at it."""
     journal = staging / JOURNAL
     if workers > 1:
-        command = [
-            sys.executable,
-            "-c",
-            "from lapis.text.rows.parallel_packing import serve; serve()",
-            str(staging),
-            str(os.getpid()),
-        ]
-        environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}
-        helpers = [subprocess.Popen([*command, str(number)], env=environment) for number in range(workers)]
+        command = python("-c", f"from {__name__} import serve; serve()", str(staging), str(os.getpid()))
+        variables = {**process_environment(), "TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}
+        helpers = [subprocess.Popen([*command, str(number)], env=variables) for number in range(workers)]
         try:
             while any(helper.poll() is None for helper in helpers):
                 time.sleep(_PAUSE)

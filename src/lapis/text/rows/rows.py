@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from lapis.checkpoint.files import contained, read_json
 from lapis.errors import DataError
+from lapis.parsing import quoted
 
 if TYPE_CHECKING:
     import torch
@@ -52,7 +53,7 @@ class Cursor:
         names = {field.name for field in dataclasses.fields(cls)}
         good = isinstance(value, dict) and set(value) == names
         if not good or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in value.values()):
-            raise DataError(f"the data cursor is {value!r:.80}; expected {', '.join(sorted(names))}")
+            raise DataError(f"the data cursor is {quoted(value)}; expected {', '.join(sorted(names))}")
         return cls(**value)
 
 

@@ -16,6 +16,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from lapis.checkpoint.files import JSON_LIMIT, contained
 from lapis.errors import CheckpointError
+from lapis.parsing import quoted
 from lapis.text.tokenizer.folder import (
     CONFIG,
     has_file,
@@ -120,7 +121,7 @@ def _byte_level_bpe(folder: Path, kind: str, config: Mapping[str, Any]) -> token
         if line.strip() and not (number == 1 and line.startswith("#version")):
             pair = line.rstrip("\r").split(" ")
             if len(pair) != 2:
-                raise CheckpointError(f"{merges_path} line {number}: is {line!r:.40}; expected two tokens")
+                raise CheckpointError(f"{merges_path} line {number}: is {quoted(line)}; expected two tokens")
             merges.append((pair[0], pair[1]))
     try:
         backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges))
@@ -223,7 +224,7 @@ def _apply_settings(backend: tokenizers.Tokenizer, folder: Path, kind: str, conf
     """Applies what the class `kind` applies on top of tokenizer.json; True where that changed something."""
     wrong = [n for n in _SETTINGS if not isinstance(config.get(n), (bool, type(None)))]
     if wrong:
-        raise CheckpointError(f"{folder / CONFIG}: {wrong[0]} is {config[wrong[0]]!r:.40}; expected true or false")
+        raise CheckpointError(f"{folder / CONFIG}: {wrong[0]} is {quoted(config[wrong[0]])}; expected true or false")
     if kind in _BERT:
         return _apply_bert(backend, folder, config)
     if kind in _BYTE_LEVEL or (kind in _METASPACE and config.get("add_prefix_space") is not None):

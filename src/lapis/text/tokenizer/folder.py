@@ -26,6 +26,7 @@ from typing import Any
 
 from lapis.checkpoint.files import JSON_LIMIT, contained, read_json
 from lapis.errors import CheckpointError
+from lapis.parsing import quoted
 
 CONFIG, CHAT_TEMPLATE, TEMPLATES = "tokenizer_config.json", "chat_template.jinja", "additional_chat_templates"
 TOKENIZER_FILES = (
@@ -84,9 +85,9 @@ def read_token(value: Any, where: str, special: bool) -> dict[str, Any]:
         flags = {"special": special, **{name: value[name] for name in TOKEN_FLAGS if name in value}}
         wrong = [name for name, flag in flags.items() if not isinstance(flag, bool)]
         if wrong:
-            raise CheckpointError(f"{where}: {wrong[0]} is {flags[wrong[0]]!r}; expected true or false")
+            raise CheckpointError(f"{where}: {wrong[0]} is {quoted(flags[wrong[0]])}; expected true or false")
         return {"content": value["content"], **flags}
-    raise CheckpointError(f"{where}: is {value!r:.80}; expected a text, or an object with content")
+    raise CheckpointError(f"{where}: is {quoted(value)}; expected a text, or an object with content")
 
 
 def read_named_tokens(folder: Path) -> dict[str, str]:
@@ -190,7 +191,7 @@ def eos_ids(settings: Mapping[str, Any], where: str | Path) -> list[int]:
     value = settings.get("eos_token_id")
     ids = [] if value is None else value if isinstance(value, list) else [value]
     if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
-        raise CheckpointError(f"{where}: eos_token_id is {value!r:.60}; expected an id or a list of ids")
+        raise CheckpointError(f"{where}: eos_token_id is {quoted(value)}; expected an id or a list of ids")
     return ids
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from lapis.checkpoint import Checkpoint
 from lapis.checkpoint.files import contained
 from lapis.errors import CheckpointError
+from lapis.parsing import quoted
 from lapis.text.tokenizer.folder import (
     BYTE_OF,
     eos_ids,
@@ -107,7 +108,7 @@ def read_vocabulary(folder: Path, config: Mapping[str, Any] | None = None) -> Vo
         raise CheckpointError(f"{where} gives a token an id that is not a whole number from 0 on")
     for token in added:
         if not isinstance(token, dict) or not isinstance(token.get("content"), str) or not isinstance(token["id"], int):
-            raise CheckpointError(f"{where} has an added token without content and id: {token!r:.80}")
+            raise CheckpointError(f"{where} has an added token without content and id: {quoted(token)}")
         ids[token["content"]] = token["id"]
     named = {name: token for name, token in read_named_tokens(folder).items() if token in ids}
     ends = [ids[named["eos_token"]]] if "eos_token" in named else []

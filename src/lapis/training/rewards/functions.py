@@ -11,13 +11,13 @@ import os
 import queue
 import select
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lapis.errors import ConfigError
+from lapis.processes import process_environment, python
 from lapis.training.rewards.reward import Case, Failure, Record, as_number
 
 SHAPE = "reward(prompt, reply, record) -> float"
@@ -139,7 +139,7 @@ class InWorker:
         here = os.path.join(os.path.dirname(__file__), "worker.py")
         self._rest = b""
         self._process = subprocess.Popen(
-            [sys.executable, here], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=os.getcwd(),
+            python(here), env=process_environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=os.getcwd(),
             start_new_session=True,  # Ctrl-C is for the run, which saves; this process ends when its input does
         )  # fmt: skip
         answer = self._ask({"target": self.target, "options": self.options}, _START_SECONDS)

@@ -13,6 +13,7 @@ from typing import Any
 import lapis.training.rewards.builtin as builtin
 from lapis.config import nearest
 from lapis.errors import ConfigError, DataError
+from lapis.parsing import quoted
 from lapis.text.tokenizer.tokenizer import Tokenizer
 from lapis.training.rewards.functions import InProcess, InWorker
 from lapis.training.rewards.language import language
@@ -73,7 +74,9 @@ def _read(entry: Any, where: str) -> tuple[Any, float, dict[str, Any], str]:
     if _is_pair(entry):
         return entry[0], float(entry[1]), {}, ""
     if not isinstance(entry, Mapping):
-        raise ConfigError(f"{where} is {entry!r}; expected a name, a function, or name (or path), weight and options")
+        raise ConfigError(
+            f"{where} is {quoted(entry)}; expected a name, a function, or name (or path), weight and options"
+        )
     unknown = set(entry) - {"name", "path", "weight", "options"}
     if unknown:
         key = min(map(str, unknown))
@@ -83,9 +86,9 @@ def _read(entry: Any, where: str) -> tuple[Any, float, dict[str, Any], str]:
     if not isinstance(target, str):
         raise ConfigError(f"{where}: give name (of a reward that is built in) or path (a folder, or module:function)")
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or weight == 0 or abs(weight) == float("inf"):
-        raise ConfigError(f"{where}: weight is {weight!r}; expected a number that is not 0")
+        raise ConfigError(f"{where}: weight is {quoted(weight)}; expected a number that is not 0")
     if not isinstance(options, Mapping):
-        raise ConfigError(f"{where}: options is {options!r}; expected names and values")
+        raise ConfigError(f"{where}: options is {quoted(options)}; expected names and values")
     return target, float(weight), dict(options), str(entry["name"]) if "path" in entry and "name" in entry else ""
 
 

@@ -4,7 +4,6 @@ Computed in float32 and rounded once, to the base's dtype or to `dtype`. Peak me
 Bases of which only quantized weights are there are refused; what an adapter adds would be lost in their rounding.
 """
 
-import json
 import os
 import shutil
 import time
@@ -15,7 +14,7 @@ from typing import Any, Literal
 import torch
 
 from lapis.checkpoint import Checkpoint
-from lapis.checkpoint.adapter import CONFIG, open_adapter
+from lapis.checkpoint.adapter import open_adapter
 from lapis.checkpoint.commit import check_output
 from lapis.checkpoint.opening import base_of
 from lapis.checkpoint.store import Adapter
@@ -94,7 +93,7 @@ def fuse(
             write_index(folder, files)
         write_account(folder, "fuse", recipe, inputs, layout.entries, account.figures, layout.notes)
 
-    settings = json.loads((adapter.root / CONFIG).read_bytes())
+    settings = adapter.config
     produce(
         result, files, inputs, [recipe, settings, layout.config], beside,
         overwrite=overwrite, allow_nonfinite=allow_nonfinite, progress=progress,

@@ -5,7 +5,6 @@ tied to the embedding stays tied while both are changed alike; where an adapter 
 it, the output has a head of its own. Rows may have been added to both since the base was written.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -19,6 +18,7 @@ from lapis.checkpoint.store import Adapter
 from lapis.checkpoint.tensor_file import torch_dtype
 from lapis.errors import CheckpointError
 from lapis.families.config import class_fields
+from lapis.parsing import ParseError, parse_json
 from lapis.weights.engine.job import Entry
 from lapis.weights.engine.outputs import Output
 from lapis.weights.engine.sources import COMPUTABLE, Source, Stored
@@ -241,10 +241,19 @@ class FuseLayout:
             kinds = config.get("architectures") or [str(config.get("model_type", "")).capitalize()]
             config["architectures"] = [_HEADS.sub("", str(kinds[0])) + ending]
             config |= {"num_labels": self.classes, **class_fields([f"LABEL_{i}" for i in range(self.classes)])}
-        labels = json.loads(self.adapter.weights.headers[WEIGHTS].metadata.get("id2label", "null"))
-        if isinstance(labels, Mapping) and labels:
+        labels = self._labels()
+        if labels:
             config |= {"id2label": dict(labels), "label2id": {text: int(number) for number, text in labels.items()}}
         return config
+
+    def _labels(self) -> Mapping[str, str]:
+        """The names of a classifier's classes by number, as the adapter's file has them; empty where it has none."""
+        try:
+            labels = parse_json(self.adapter.weights.headers[WEIGHTS].metadata.get("id2label", "null"))
+        except ParseError:
+            return {}
+        sound = isinstance(labels, Mapping) and set(labels) == set(map(str, range(self.classes)))
+        return labels if sound and all(isinstance(text, str) for text in labels.values()) else {}
 
 
 def _spelled(shape: tuple[int, ...]) -> str:

@@ -21,6 +21,7 @@ from lapis.errors import ConfigError
 from lapis.families.base import Part
 from lapis.families.patterns import Pattern, read_layers, read_pattern
 from lapis.families.plan_file import shape_problem
+from lapis.parsing import quoted
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def _number(value: Any, where: str) -> float:
     try:
         number = float(value)
     except (TypeError, ValueError):
-        raise ConfigError(f"{where} is {value!r}; expected a number") from None
+        raise ConfigError(f"{where} is {quoted(value)}; expected a number") from None
     if not math.isfinite(number) or isinstance(value, bool):
-        raise ConfigError(f"{where} is {value!r}; expected a finite number")
+        raise ConfigError(f"{where} is {quoted(value)}; expected a finite number")
     return number

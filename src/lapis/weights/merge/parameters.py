@@ -11,6 +11,7 @@ from typing import Any, get_args, get_origin
 
 from lapis.config import nearest, truth
 from lapis.errors import ConfigError
+from lapis.parsing import quoted
 from lapis.weights.merge.methods import METHODS, Method, Parameter
 
 _ANYWHERE = {name for method in METHODS.values() for name in method.parameters} | {"int8_mask"}
@@ -109,7 +110,7 @@ def check_parameters(method: Method, parameters: Mapping[str, Any], where: str) 
         for condition in _conditions(setting):
             only(condition, {"filter", "value"}, f"{where}: {name}")
             if "value" not in condition:
-                raise ConfigError(f"{where}: {name}: the filter {condition.get('filter')!r} has no value")
+                raise ConfigError(f"{where}: {name}: the filter {quoted(condition.get('filter'))} has no value")
         for value in [c["value"] for c in _conditions(setting)] or [setting]:
             if value == [] or value is None:
                 raise ConfigError(f"{where}: {name} is empty")
@@ -141,12 +142,12 @@ def _scalar(value: Any, parameter: Parameter, where: str) -> Any:
         if number == number and abs(number) != float("inf") and (kind is float or number == int(number)):
             return kind(number)
     spelled = " or ".join(get_args(kind)) if get_origin(kind) else {bool: "true or false"}.get(kind, "a number")
-    raise ConfigError(f"{where}: {parameter.name} is {value!r}; expected {spelled}")
+    raise ConfigError(f"{where}: {parameter.name} is {quoted(value)}; expected {spelled}")
 
 
 def only(entry: Any, known: set[str], where: str) -> None:
     if not isinstance(entry, Mapping):
-        raise ConfigError(f"{where}: expected key: value lines, got {entry!r:.60}")
+        raise ConfigError(f"{where}: expected key: value lines, got {quoted(entry)}")
     for key in entry:
         if key not in known:
             raise ConfigError(f'{where}: unknown key "{key}"; {nearest(str(key), known)}')

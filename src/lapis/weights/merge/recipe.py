@@ -23,6 +23,7 @@ from typing import Any
 
 from lapis.config import load_yaml, nearest, truth
 from lapis.errors import ConfigError
+from lapis.parsing import quoted
 from lapis.weights.merge.methods import METHODS, Method
 from lapis.weights.merge.parameters import check_parameters, only
 
@@ -191,7 +192,7 @@ def _input(entry: Any, where: str, layered: bool) -> Input:
     if layered:
         span = entry.get("layer_range")
         if not (isinstance(span, list) and len(span) == 2 and all(type(n) is int for n in span)):
-            raise ConfigError(f"{where}: layer_range is {span!r}; expected [first, last), such as [0, 12]")
+            raise ConfigError(f"{where}: layer_range is {quoted(span)}; expected [first, last), such as [0, 12]")
         layers = (span[0], span[1])
         if not 0 <= layers[0] < layers[1]:
             raise ConfigError(f"{where}: layer_range {span} holds no layers")
@@ -235,7 +236,7 @@ def _token_source(entry: Any, where: str) -> TokenSource:
     only(entry, {"source", "force"}, where)
     source, force = entry.get("source"), truth(entry.get("force", False))
     if force is None:
-        raise ConfigError(f"{where}: force is {entry['force']!r:.40}; expected true or false")
+        raise ConfigError(f"{where}: force is {quoted(entry['force'])}; expected true or false")
     if source is None:
         return TokenSource(force=force)
     if isinstance(source, str):
@@ -264,20 +265,20 @@ def _mapping(document: Mapping[str, Any], key: str, where: str) -> Mapping[str, 
     if value is None:
         return {}
     if not isinstance(value, Mapping):
-        raise ConfigError(f"{where}: {key}: expected key: value lines, got {value!r:.60}")
+        raise ConfigError(f"{where}: {key}: expected key: value lines, got {quoted(value)}")
     return value
 
 
 def _list(document: Mapping[str, Any], key: str, where: str) -> list[Any]:
     value = document.get(key)
     if not isinstance(value, list) or not value:
-        raise ConfigError(f"{where}: {key}: expected a list, got {value!r:.60}")
+        raise ConfigError(f"{where}: {key}: expected a list, got {quoted(value)}")
     return value
 
 
 def _text(value: Any, where: str) -> str:
     if not isinstance(value, str) or not value:
-        raise ConfigError(f"{where} is {value!r}; expected the folder or the name of a model")
+        raise ConfigError(f"{where} is {quoted(value)}; expected the folder or the name of a model")
     return value
 
 
@@ -287,5 +288,5 @@ def _optional_text(document: Mapping[str, Any], key: str, where: str) -> str | N
 
 def _whole(value: Any, where: str) -> int:
     if type(value) is not int or value < 0:
-        raise ConfigError(f"{where} is {value!r}; expected a whole number")
+        raise ConfigError(f"{where} is {quoted(value)}; expected a whole number")
     return value

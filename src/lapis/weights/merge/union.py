@@ -14,6 +14,7 @@ import torch
 
 from lapis.checkpoint import Checkpoint
 from lapis.errors import CheckpointError
+from lapis.parsing import quoted
 from lapis.text.tokenizer.vocabulary import Vocabulary
 from lapis.weights.engine.sources import Stored, as_bytes, columns_of
 from lapis.weights.merge.recipe import Tokens
@@ -89,8 +90,8 @@ def _united(
     new = [t for t, i in learned.items() if i < rows and t not in special and t not in result.ids]
     if new and not (ours.get("type") == other.get("type") and ours.get("type") in ("BPE", "WordLevel")):
         result.problems.append(
-            f"{len(new):,} learned tokens of {model} ({new[0]!r}, ...) cannot join a {ours.get('type')} tokenizer; "
-            "use tokenizer_source: base"
+            f"{len(new):,} learned tokens of {model} ({quoted(new[0])}, ...) cannot join a {ours.get('type')} "
+            "tokenizer; use tokenizer_source: base"
         )
         return []
     for token in new:
