@@ -214,13 +214,13 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         """Counts, and counts what an alias names again for each time that it is named."""
         event: Any = self.peek_event()  # type: ignore[no-untyped-call]
-        before = self._nodes
+        mark, before = event.start_mark, self._nodes
         self._level += 1
         node = super().compose_node(parent, index)
         self._level -= 1
         if isinstance(event, yaml.AliasEvent):
             if id(node) not in self._sizes:
-                raise yaml.MarkedYAMLError(problem=f"*{event.anchor:.60} is in itself", problem_mark=event.start_mark)
+                raise yaml.MarkedYAMLError(problem=f"*{event.anchor:.60} is in itself", problem_mark=mark)
             self._nodes += self._sizes[id(node)]
         else:
             self._nodes += 1
@@ -228,7 +228,7 @@ class _Loader(yaml.SafeLoader):
                 self._sizes[id(node)] = self._nodes - before
         if self._nodes > NODES or self._level > LEVELS:
             what = f"more than {NODES:,} values" if self._nodes > NODES else "nested too deeply"
-            raise yaml.MarkedYAMLError(problem=what, problem_mark=event.start_mark)
+            raise yaml.MarkedYAMLError(problem=what, problem_mark=mark)
         return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:

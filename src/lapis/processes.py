@@ -39,4 +39,4 @@ def leave_current_folder() -> None:
 def _is_here(place: str) -> bool:
     """Whether a place on the import path is the current folder, and not where lapis itself lies."""
     real = os.path.realpath(place)
-    return not place or (real == os.path.realpath(os.getcwd()) and real != str(SOURCE))
+    return not place or (real == os.path.realpath(".") and real != str(SOURCE))
