@@ -7,8 +7,8 @@ import torch
 
 from lapis.errors import ConfigError
 from lapis.families.config import ModelConfig
+from lapis.model.blocks.nf4 import Nf4Linear, pack
 from lapis.model.lora import LoraConfig, LoraLinear, LoraNf4, adapters, off, wrap
-from lapis.model.nf4 import Nf4Linear, pack
 from lapis.model.transformer import Transformer
 from lapis.training.setup.lora import hold
 

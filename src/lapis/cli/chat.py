@@ -81,8 +81,10 @@ def meet(folder: str, system: str, sampling: Sampling, runtime: Runtime) -> "Con
 
     with progress(f"reading {folder}"):
         from lapis.generation.conversation import Conversation
-        from lapis.generation.ready import open_ready
+        from lapis.generation.ready import choose_device, open_ready
+        from lapis.model.threads import settle_threads
 
+        settle_threads(choose_device(runtime.device))
         model, tokenizer = open_ready(folder, runtime)
         conversation = Conversation(model, tokenizer, sampling, system)
     for note in model.notes:

@@ -39,6 +39,7 @@ def classify(
     from lapis.evaluation.classification import classify as run
     from lapis.generation.ready import choose_device, choose_dtype
     from lapis.model.load import load
+    from lapis.model.threads import settle_threads
     from lapis.text.tokenizer.tokenizer import Tokenizer
 
     if (text == "") == (file is None):
@@ -47,6 +48,7 @@ def classify(
         text = sys.stdin.read()
     with progress(f"reading {model}") as report:
         device = choose_device(runtime.device)
+        settle_threads(device)
         checkpoint = open_checkpoint(model, adapters=True)
         dtype, note = choose_dtype(checkpoint, runtime.dtype, device)
         opened = load(checkpoint, dtype, device)

@@ -26,7 +26,10 @@ def evaluate(
     """
     from lapis.cli.output import notes, progress, show
     from lapis.evaluation.evaluate import evaluate as run
+    from lapis.generation.ready import choose_device
+    from lapis.model.threads import settle_threads
 
+    settle_threads(choose_device(options.device))
     with progress("scoring", "tokens") as report:
         result = run(model, options, report)
     show(result, json, lambda: _print(result))

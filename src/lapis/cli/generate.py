@@ -39,9 +39,11 @@ def generate(
     start = time.perf_counter()
     with progress(f"reading {model}"):
         from lapis.generation.generate import Prompt, stream
-        from lapis.generation.ready import open_ready
+        from lapis.generation.ready import choose_device, open_ready
         from lapis.generation.text import for_terminal
+        from lapis.model.threads import settle_threads
 
+        settle_threads(choose_device(runtime.device))
         opened, tokenizer = open_ready(model, runtime)
     turns = [{"role": "system", "content": system}] * bool(system) + [{"role": "user", "content": prompt}]
     request: Prompt = turns if chat else prompt

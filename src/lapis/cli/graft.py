@@ -39,8 +39,12 @@ def graft(
     with bar("grafting") as report:
         result = run(base, chat, onto, out, scale or ["1.0"], **asdict(options), progress=report)
     if smoke and not options.dry_run:
-        from lapis.evaluation.agree import agreement
+        import torch
 
+        from lapis.evaluation.agree import agreement
+        from lapis.model.threads import settle_threads
+
+        settle_threads(torch.device("cpu"))
         with progress("trying the result out on a few prompts") as report_models:
             result.smoke = agreement(out, {"onto": onto, "chat": chat[0]}, progress=report_models)
     show(result.to_json(), json, lambda: print_result(result))

@@ -57,6 +57,7 @@ def lens(
     from lapis.generation.ready import choose_device, choose_dtype
     from lapis.inside.lens.logit_lens import lens as run
     from lapis.inside.lens.side_by_side import open_models, side_by_side
+    from lapis.model.threads import settle_threads
 
     if head == "swapped" and against is None:
         raise ConfigError("lens: --head swapped is for --against MODEL2; there is no other head")
@@ -72,6 +73,7 @@ def lens(
     if html is not None:
         options = options.for_page()
     device = choose_device(runtime.device)
+    settle_threads(device)
     choices = [choose_dtype(open_checkpoint(source, adapters=True), runtime.dtype, device) for source in sources]
     dtype = next((dtype for dtype, _ in choices if dtype is not None), None)
     for remark in dict.fromkeys(remark for _, remark in choices if remark):

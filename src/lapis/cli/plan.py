@@ -48,8 +48,11 @@ def plan(
     """
     from dataclasses import asdict
 
+    import torch
+
     from lapis.checkpoint.commit import check_output
     from lapis.cli.output import line, progress, show, write_page
+    from lapis.model.threads import settle_threads
     from lapis.planning.plan import plan as run
     from lapis.report.pages.plan import plan_page
 
@@ -57,6 +60,8 @@ def plan(
         check_output(out, overwrite=overwrite)
     if html is not None:
         check_output(html, overwrite=overwrite)
+    if chats is not None:
+        settle_threads(torch.device("cpu"))
     journal = None if out is None else out.parent / f".{out.name}.journal"
     try:
         with progress("reading") as report:

@@ -25,6 +25,7 @@ from lapis.checkpoint.tensor_file import write_tensors
 from lapis.errors import CheckpointError, ConfigError
 from lapis.families import Family, Rule, family_of
 from lapis.families.config import Head, class_fields
+from lapis.model.blocks.nf4 import Nf4Linear
 from lapis.model.check import disk_layout
 from lapis.model.lora import (
     Adapted,
@@ -39,7 +40,6 @@ from lapis.model.lora import (
     row_matrices,
     token_rows,
 )
-from lapis.model.nf4 import Nf4Linear
 from lapis.model.transformer import Transformer
 from lapis.parsing import ParseError, parse_json
 

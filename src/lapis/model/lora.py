@@ -24,8 +24,8 @@ from torch.nn.utils import parametrize
 from lapis.errors import ConfigError
 from lapis.families import Part, family_of, part_of
 from lapis.families.patterns import covered_parts
+from lapis.model.blocks.nf4 import Nf4Linear
 from lapis.model.heads import LanguageHead
-from lapis.model.nf4 import Nf4Linear
 from lapis.model.transformer import Transformer
 
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from lapis.checkpoint.commit import commit, commit_file
 from lapis.checkpoint.staging import disk_errors
 from lapis.errors import ConfigError, OutputError
+from lapis.model.threads import threads
 from lapis.model.transformer import Transformer
 from lapis.text.tokenizer.tokenizer import Tokenizer, train_tokenizer
 from lapis.tour.material import ENGLISH, Material, write_world
@@ -99,7 +100,8 @@ def _run(settings: Tour) -> dict[str, Any]:
         )
         if not machine.multiplies_bfloat16():
             clock.note("this processor has no bfloat16 instructions; with them it would take about a third")
-        findings = _run_story(settings, size, computer, clock)
+        with threads(computer.threads):
+            findings = _run_story(settings, size, computer, clock)
     finally:
         screen.close()
         seconds_file.write_text(str(earlier + time.monotonic() - started))

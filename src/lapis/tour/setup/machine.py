@@ -11,11 +11,11 @@ from typing import Literal
 
 import torch
 
+from lapis.model.threads import thread_counts, threads
 from lapis.model.transformer import Transformer
 from lapis.training.objectives.supervised.next_token import summed_cross_entropy
 from lapis.training.optim.optimizers import Optimizers
 from lapis.training.setup.blocks import autocast
-from lapis.training.setup.probe import threads
 
 MOST_THREADS = 4  # matrices of this size keep no more busy
 
@@ -45,10 +45,10 @@ def settle(precision: str, model: Transformer, context: int) -> tuple[Machine, f
     if precision == "auto":
         precision = "bf16" if multiplies_bfloat16() else "float32"
     kind: Literal["float32", "bf16"] = "bf16" if precision == "bf16" else "float32"
-    best = Machine(1, kind)
+    *more, least = thread_counts(MOST_THREADS)
+    best = Machine(least, kind)
     seconds = seconds_per_token(model, best, context)
-    most = min(torch.get_num_threads(), MOST_THREADS)
-    if most > 1:
+    for most in more:
         several = Machine(most, kind)
         with_several = seconds_per_token(model, several, context, limit=3 * seconds)
         if with_several < seconds:

@@ -15,7 +15,7 @@ from lapis.config import nearest
 from lapis.errors import ConfigError, TrainingError
 from lapis.training.config import TrainConfig
 from lapis.training.distributed.parallel import Processes
-from lapis.training.loop.progress import Watch, format_time, live
+from lapis.training.loop.progress import Watch, live, show_share
 from lapis.training.loop.state import Best, TrainState
 from lapis.training.objectives.objective import Objective
 
@@ -40,15 +40,7 @@ class Evaluator:
         metrics: dict[str, float] = {}
         if self.world.leads:
             started = time.monotonic()
-
-            def show(done: int, total: int) -> None:
-                seconds = time.monotonic() - started
-                left = seconds / done * (total - done) if done else self._seconds
-                text = f"  {done / total:.0%}" + (f"  {format_time(left)} left" if left else "")
-                live(self.watch).stage(f"evaluating held-out data{text}")
-
-            live(self.watch).stage("evaluating held-out data")
-            self.objective.heard = show
+            self.objective.heard = show_share(self.watch, "evaluating held-out data", self._seconds)
             with untouched(self.state), torch.no_grad():
                 metrics = {name: float(value) for name, value in self.objective.evaluate(self.state.model).items()}
             self._seconds = time.monotonic() - started

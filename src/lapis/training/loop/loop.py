@@ -10,7 +10,7 @@ Under torchrun every process runs this loop, the first one writes, and the weigh
 import json
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -20,19 +20,20 @@ from torch import Tensor
 
 from lapis.checkpoint.commit import commit
 from lapis.errors import ConfigError, TrainingError
+from lapis.model.threads import choose_threads, threads
 from lapis.model.transformer import Transformer
 from lapis.training.config import TrainConfig
 from lapis.training.distributed import parallel
 from lapis.training.loop.held_out import Evaluator, overfitting
-from lapis.training.loop.progress import Silent, Watch, format_time, live, watcher
+from lapis.training.loop.progress import Silent, Watch, format_time, live, show_share, watcher
 from lapis.training.loop.state import CheckpointJournal, TrainState, clean_journal, restore, weights_digest
 from lapis.training.loop.stop_request import StopRequest, StopSignal, stop_requests
 from lapis.training.loop.update import Batches, Updater
 from lapis.training.objectives.objective import Objective
 from lapis.training.optim.optimizers import Average, Optimizers, Schedule
 from lapis.training.result import TrainResult, Window, last_metrics, write_result
-from lapis.training.setup import probe
 from lapis.training.setup.blocks import compiled, recomputed, stoppable
+from lapis.training.setup.probe import measure_speed
 from lapis.training.setup.select import describe
 
 T = TypeVar("T")
@@ -120,8 +121,8 @@ class _TrainingRun:
                 f"(accumulate {config.accumulate}, {world.size} processes)"
             )
         self.request = request
-        live(self.watch).stage("starting")
-        with request.at_once():
+        objective.heard = show_share(self.watch, "starting")
+        with request.at_once(), self._threads_of_begin():
             objective.begin(model, journal.folder if journal else None)
         self.state = TrainState(
             model,
@@ -140,6 +141,13 @@ class _TrainingRun:
         self.evaluator = Evaluator(self.state, config, world, watch)
         self.window = Window(means=objective.means)
         self.facts: dict[str, Any] = {}
+
+    def _threads_of_begin(self) -> AbstractContextManager[None]:
+        """Those with which an objective computes before the steps are measured."""
+        device = next(self.model.parameters()).device
+        if not self.objective.computes_first or device.type != "cpu":
+            return nullcontext()
+        return threads(self.config.threads or choose_threads(device))
 
     def _set_dtype(self) -> None:
         trained = {p.dtype for p in self.model.parameters() if p.requires_grad}
@@ -162,7 +170,7 @@ class _TrainingRun:
                 self._begin()
             self.started = time.monotonic() - state.seconds  # measuring is no part of a budget; an earlier run is
             cpu = state.device.type == "cpu"
-            with probe.threads(self.facts["threads"]) if cpu else nullcontext():
+            with threads(self.facts["threads"]) if cpu else nullcontext():
                 with compiled(self.model, bool(self.facts.get("compile"))):
                     self._steps()
                 if config.best and state.best.weights:
@@ -219,7 +227,7 @@ class _TrainingRun:
             for warning in self.journal.warnings:
                 self.watch.note(f"train: {warning}")
         if world.from_lead(not self.facts):
-            measured = probe.measure_speed(state, self.config, self.watch)
+            measured = measure_speed(state, self.config, self.watch)
             if self.journal is not None:
                 self.facts = {"wanted": request, **measured}
                 self.journal.begin(self.facts)

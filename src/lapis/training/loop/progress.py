@@ -2,7 +2,8 @@
 
 import sys
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from rich.console import Console
@@ -126,6 +127,26 @@ class LogLines(LiveWatch):
 def live(watch: Watch) -> LiveWatch:
     """The watch itself, or where it only takes entries and notes one that shows nothing."""
     return watch if isinstance(watch, LiveWatch) else Silent()
+
+
+def show_share(watch: Watch, text: str, seconds: float = 0.0) -> Callable[[int, int], None]:
+    """Begins a stage that says its share and the time left, each time it is told what is done and what there is to do.
+
+    Args:
+        watch: Where it is shown.
+        text: What is being done.
+        seconds: How long it is likely to take, before anything is done.
+    """
+    started = time.monotonic()
+    live(watch).stage(text)
+
+    def show(done: int, total: int) -> None:
+        spent = time.monotonic() - started
+        left = spent / done * (total - done) if done else seconds
+        ahead = f"  {format_time(left)} left" if left else ""
+        live(watch).stage(f"{text}  {done / max(total, 1):.0%}{ahead}")
+
+    return show
 
 
 def watcher(label: str) -> Watch:

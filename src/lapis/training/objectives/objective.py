@@ -74,6 +74,8 @@ class Objective(ABC):
     needs_tokenizer: ClassVar[bool] = True
     compiles: ClassVar[bool] = True
     """Whether the model's blocks may run compiled; not where replies grow token by token."""
+    computes_first: ClassVar[bool] = False
+    """Whether `begin` runs a model over the data."""
     means = frozenset[str]()
     """Names of metrics that are means already. The others are sums, and are shown per supervised count."""
     rows = 0

@@ -26,6 +26,7 @@ from lapis.errors import ConfigError, LapisError, TrainingError
 from lapis.evaluation.replies import reply_log_probabilities
 from lapis.model import lora
 from lapis.model.load import load
+from lapis.model.scoring import Progress
 from lapis.model.transformer import Transformer
 from lapis.text.rows.pair_rows import EncodedReply
 from lapis.text.tokenizer.tokenizer import Tokenizer
@@ -93,6 +94,7 @@ def reply_references(
     source: str,
     replies: Mapping[str, Sequence[EncodedReply]],
     folder: Path | None,
+    progress: Progress | None = None,
 ) -> dict[str, Tensor]:
     """The reference's log-probability of each reply.
 
@@ -102,6 +104,7 @@ def reply_references(
         source: "start", "base" (the caller has switched the adapter off), or a folder.
         replies: Lists of replies by name.
         folder: Where the result is kept; what it holds for the same weights and replies is read, not computed.
+        progress: Called with tokens done and tokens in all.
 
     Returns:
         Nats, float32, one for each reply, by the names of `replies`; empty lists are left out.
@@ -117,9 +120,17 @@ def reply_references(
     known = _read(folder, facts)
     if known is not None:
         return known
-    values = {
-        name: torch.from_numpy(reply_log_probabilities(parent, some)).float() for name, some in replies.items() if some
-    }
+    values: dict[str, Tensor] = {}
+    sizes = {name: sum(len(reply.spoken.ids) for reply in some) for name, some in replies.items()}
+    for name, some in replies.items():
+        before = sum(sizes[other] for other in values)
+
+        def show(done: int, _: int, before: int = before) -> None:
+            if progress is not None:
+                progress(before + done, sum(sizes.values()))
+
+        if some:
+            values[name] = torch.from_numpy(reply_log_probabilities(parent, some, progress=show)).float()
     if folder is not None:
         with commit_file(folder / _FILE, overwrite=True) as temporary:
             write_tensors(temporary, values)

@@ -13,6 +13,7 @@ import torch
 from lapis.config import nearest
 from lapis.errors import ConfigError
 from lapis.model.adapter import fold, restore_adapter, write_adapter
+from lapis.model.blocks.nf4 import quantize
 from lapis.model.load import load as load_model
 from lapis.model.load import save as save_model
 from lapis.model.lora import (
@@ -28,7 +29,6 @@ from lapis.model.lora import (
     whole_parameters,
     wrap,
 )
-from lapis.model.nf4 import quantize
 from lapis.model.transformer import Transformer
 from lapis.text.tokenizer.tokenizer import Tokenizer
 

@@ -7,8 +7,7 @@ the refusal comes before. Leaves out: what exists for a moment within one operat
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from lapis.errors import TrainingError
 from lapis.model.size import activation_bytes, free_memory
+from lapis.model.threads import thread_counts, threads
 from lapis.model.transformer import Transformer
 from lapis.training.config import TrainConfig
 from lapis.training.loop.progress import Watch, live
@@ -37,17 +37,6 @@ _MEMORY_SECONDS = 5.0  # for measuring memory
 # the share of a step that compiling the blocks may save, and the seconds that it takes, on the safe side
 _GAIN = {"cpu": 0.1, "cuda": 0.3}
 _COST = {"cpu": 60.0, "cuda": 60.0}
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """torch's threads set to `count`, and put back."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @dataclass
@@ -104,8 +93,7 @@ class Probe:
             The seconds are None where there was nothing to choose, or no time to measure it.
         """
         device = next(self.model.parameters()).device
-        most = torch.get_num_threads()
-        counts = [count] if count else sorted({most, 1}, reverse=True) if device.type == "cpu" else [most]
+        counts = [count] if count else thread_counts() if device.type == "cpu" else [torch.get_num_threads()]
         precisions: list[Precision] = ["bf16" if precision == "bf16" else "float32"]
         if precision == "auto":  # a CPU without instructions for bfloat16 may take many times as long
             precisions = ["float32", "bf16"] if device.type == "cpu" else ["bf16", "float32"]

@@ -158,7 +158,7 @@ class OnPolicy(Objective):
             self._reference.begin(model)
             self.notes += self._reference.notes
         self._model = model
-        self._before = self.replier.likeliest(model, self._shown())
+        self._before = self.replier.likeliest(model, self._shown(), self.heard)
 
     def batches(self, state: DataPlace) -> Iterator[tuple[MicroBatch, Cursor]]:
         cursor = state.cursor or {"order": None, "round": 0, "update": 0, "part": 0}
@@ -218,7 +218,8 @@ class OnPolicy(Objective):
         """Mean reward of the likeliest reply to each held-out prompt, weighted and of each reward, and mean length."""
         if self.held_out is None:
             return {}
-        rollouts = self.replier.reply(model, self.held_out.rows, range(len(self.held_out.rows)))
+        rows = self.held_out.rows
+        rollouts = self.replier.reply(model, rows, range(len(rows)), progress=self.heard)
         scores = self.replier.score(self.held_out.rows, rollouts)
         figures = {"reward": _mean(scores.total)}
         if len(scores.parts) > 1:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from lapis.config import nearest
 from lapis.errors import DataError
-from lapis.model.scoring import evaluating
+from lapis.model.scoring import Progress, evaluating
 from lapis.model.transformer import Transformer
 from lapis.text.chat.chat import encode_prompt
 from lapis.text.corpus.corpus import check_message, checked_text, files, records
@@ -156,15 +156,22 @@ class Replier:
         group: int = 1,
         temperature: float = 0.0,
         seed: int = 0,
+        progress: Progress | None = None,
     ) -> Rollouts:
-        """`group` replies to each prompt; see `sample_rollouts`."""
+        """`group` replies to each prompt; see `sample_rollouts`. progress: called with tokens of each reply."""
         pieces, size = [], max(1, _ROWS // group)
         with evaluating(model):
             for first in range(0, len(prompts), size):
                 some = prompts[first : first + size]
+                earlier, rounds = first // size * self.max_tokens, -(-len(prompts) // size) * self.max_tokens
+
+                def show(done: int, earlier: int = earlier, rounds: int = rounds) -> None:
+                    if progress is not None:
+                        progress(earlier + done, rounds)
+
                 rollouts = sample_rollouts(
                     model, [row.ids for row in some], numbers[first : first + size], self.tokenizer.end_ids,
-                    group=group, max_tokens=self.max_tokens, temperature=temperature, seed=seed,
+                    group=group, max_tokens=self.max_tokens, temperature=temperature, seed=seed, progress=show,
                 )  # fmt: skip
                 pieces.append(rollouts)
         # copies, since tensors of inference mode cannot be part of a loss
@@ -181,9 +188,11 @@ class Replier:
             cases.append(Case(row.text, text, row.record, row.where, ended[i], lengths[i]))
         return self.judge.score(cases)
 
-    def likeliest(self, model: Transformer, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
+    def likeliest(
+        self, model: Transformer, prompts: Sequence[Prompt], progress: Progress | None = None
+    ) -> list[dict[str, Any]]:
         """Prompt, likeliest reply and reward, for people; a reward that failed is None."""
-        rollouts = self.reply(model, prompts, range(len(prompts)))
+        rollouts = self.reply(model, prompts, range(len(prompts)), progress=progress)
         scores = self.score(prompts, rollouts)
         return [
             {"prompt": row.shown, "reply": self.tokenizer.decode(ids[mask].tolist(), True),

@@ -8,7 +8,7 @@ Shapes: P prompts, B replies (each prompt's stand together), T prompt and reply,
 real tokens of replies.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -70,6 +70,7 @@ def sample_rollouts(
     max_tokens: int,
     temperature: float,
     seed: int,
+    progress: Callable[[int], None] = lambda tokens: None,
 ) -> Rollouts:
     """`group` replies to each prompt.
 
@@ -83,6 +84,7 @@ def sample_rollouts(
         max_tokens: Of a reply.
         temperature: Of sampling; 0 takes the likeliest token.
         seed: Of sampling.
+        progress: Called with the tokens that each reply has by then.
     """
     rows = [number * group + copy for number in numbers for copy in range(group)]
     repeated = [list(prompt) for prompt in prompts for _ in range(group)]
@@ -101,6 +103,7 @@ def sample_rollouts(
             chances[row].append(logprob)
             if token not in stop:
                 going.append(place)
+        progress(count)
         if not going or count == max_tokens:
             break
         if len(going) <= len(live) * 3 // 4:

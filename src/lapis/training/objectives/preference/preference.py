@@ -57,7 +57,7 @@ class ReplyPolicy(Pairwise):
         """The loss of each pair, [N]. logp_R: log-probabilities of all scored tokens."""
 
     def reply_values(self, model: Transformer, held_out: Paired) -> "np.ndarray[Any, Any]":
-        values = reply_log_probabilities(model, held_out.replies) - self._held_out_reference()
+        values = reply_log_probabilities(model, held_out.replies, progress=self.heard) - self._held_out_reference()
         sizes = np.asarray([len(reply) for reply in held_out.replies])
         return self.beta * (values / sizes if self.per_token else values)
 
@@ -76,6 +76,7 @@ class ReferencedPolicy(ReplyPolicy):
 
     reference: str = "start"
 
+    computes_first = True
     mismatched: ClassVar[bool] = False
     """Whether the reference scores replies to other prompts as well."""
 
@@ -91,9 +92,9 @@ class ReferencedPolicy(ReplyPolicy):
         if self.reference == "base":
             with without_adapter(model):
                 held_out = {"valid": replies["valid"]}
-                self._reference = reply_references(model, self.tokenizer, "base", held_out, None)
+                self._reference = reply_references(model, self.tokenizer, "base", held_out, None, self.heard)
             return
-        self._reference = reply_references(model, self.tokenizer, self.reference, replies, folder)
+        self._reference = reply_references(model, self.tokenizer, self.reference, replies, folder, self.heard)
 
     def prepare(self, model: Transformer, batch: PairBatch) -> PairBatch:
         known = self._known()

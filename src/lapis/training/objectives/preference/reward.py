@@ -56,7 +56,7 @@ class Reward(Pairwise):
         return loss_N.sum(), len(loss_N), {"tokens": batch.replies.tokens, **reward_sums(reward_S)}
 
     def reply_values(self, model: Transformer, held_out: Paired) -> "np.ndarray[Any, Any]":
-        return np.asarray(reply_rewards(model, held_out.replies))
+        return np.asarray(reply_rewards(model, held_out.replies, progress=self.heard))
 
     def sample(self, model: Transformer) -> str:
         """The rewards of the first pair."""

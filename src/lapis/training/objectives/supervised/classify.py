@@ -141,7 +141,7 @@ class Classify(Objective):
         if self.held_out is None:
             return {}
         self._check(model)
-        logits = predict(model, self.held_out.inputs)
+        logits = predict(model, self.held_out.inputs, progress=self.heard)
         scores = figures(self.held_out.numbers, logits.argmax(1).tolist(), self.class_names, self.positive)
         self._report = {**scores, "loss": loss_of(logits, self.held_out.numbers)}
         shown = {name: scores[name] for name in ("accuracy", "f1_macro", "f1") if scores[name] is not None}
