@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "model": {"checkpoint", "families", "text"},
     "weights": {"checkpoint", "families", "report", "text"},
     "generation": {"checkpoint", "model", "text"},
-    "evaluation": {"checkpoint", "families", "generation", "model", "text"},
+    "evaluation": {"checkpoint", "families", "generation", "model", "report", "text"},
     "training": {"model", "text", "checkpoint", "families", "generation", "evaluation"},
     "inside": {"checkpoint", "model", "text", "report"},
     "planning": {"checkpoint", "evaluation", "families", "model", "report", "text", "weights"},

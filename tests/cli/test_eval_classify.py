@@ -11,12 +11,12 @@ from lapis.checkpoint import open_checkpoint
 from lapis.checkpoint.commit import commit
 from lapis.cli.main import main
 from lapis.errors import ConfigError
-from lapis.evaluation.kinds import KINDS
 from lapis.evaluation.text import score_text
 from lapis.families.config import ModelConfig
 from lapis.generation import ready
 from lapis.model.load import load, save
 from lapis.model.transformer import Transformer, put_head
+from lapis.report.evaluations import KINDS
 from lapis.text.tokenizer.tokenizer import train_tokenizer
 
 TEXTS = ["The cat sleeps under the tree.", "Anak itu makan nasi di rumah.", "A dog runs."]

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from lapis.evaluation.kinds import EvalOptions
+from lapis.evaluation.options import EvalOptions
 
 WHOLE_MATRIX = 12  # classes of which the whole confusion matrix is shown
 MISTAKES = 10
@@ -40,7 +40,7 @@ def evaluate(
 def _print(result: Mapping[str, Any]) -> None:
     """Every figure with its unit, and the classes' table."""
     from lapis.cli.output import number, table
-    from lapis.evaluation.kinds import scores
+    from lapis.report.evaluations import scores
 
     rows = [(score.subject, score.metric.label, number(score.value), score.metric.unit) for score in scores(result)]
     table(result["model"], ["on", "score", "", "unit"], rows)

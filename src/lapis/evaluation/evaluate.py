@@ -16,13 +16,14 @@ from lapis.errors import ConfigError
 from lapis.evaluation.chats import score_chats
 from lapis.evaluation.choices import read_choices, score_choices
 from lapis.evaluation.classification import score_classes
-from lapis.evaluation.kinds import KINDS, EvalOptions
+from lapis.evaluation.options import EvalOptions
 from lapis.evaluation.preference import score_pairs
 from lapis.evaluation.text import score_text
 from lapis.generation.ready import choose_device, choose_dtype
 from lapis.model.load import load
 from lapis.model.scoring import Progress
 from lapis.model.transformer import Transformer
+from lapis.report.evaluations import KINDS
 from lapis.text.corpus import corpus
 from lapis.text.corpus.labels import labeled
 from lapis.text.corpus.pairs import pairs as read_pairs

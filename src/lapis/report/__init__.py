@@ -1,8 +1,9 @@
 """Pictures and pages: plain rows in, a plotly figure or one self-contained HTML file out.
 
-plots.py   rows -> figure, one function per picture
-page.py    figures, tables, text and replies -> one HTML string that works offline
-theme.py   the colors, fonts and axes that all of them share
+plots.py        rows -> figure, one function per picture
+page.py         figures, tables, text and replies -> one HTML string that works offline
+theme.py        the colors, fonts and axes that all of them share
+evaluations.py  the kinds of evaluation and their figures, by name, unit and direction
 
 Nothing here knows of models or tensors, and plotly is imported when the first figure is made, not before.
 """

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import PurePath
-from typing import Any
+from typing import Any, Literal
 
 from lapis.report import plots
+from lapis.report.evaluations import Metric, scores
 from lapis.report.markup import Column
 from lapis.report.page import Page
-
-EVALUATIONS = ("text", "chats", "choices", "classes", "pairs")  # what `lapis eval --json` tells of, besides "tasks"
 
 Objects = Mapping[str, Mapping[str, Any]]
 
@@ -118,37 +117,31 @@ def _scaled(value: Any, unit: float) -> float | None:
     return value / unit if isinstance(value, int | float) else None
 
 
-def kinds_of(value: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """The evaluations in what `lapis eval --json` printed: kind or task -> figures."""
-    kinds = {name: value[name] for name in EVALUATIONS if isinstance(value.get(name), Mapping)}
-    tasks = value.get("tasks")
-    if isinstance(tasks, Mapping):
-        kinds |= {str(name): figures for name, figures in tasks.items() if isinstance(figures, Mapping)}
-    return kinds
-
-
-def add_scores(page: Page, scores: Objects) -> None:
-    """A table for each kind of evaluation, a row for each model; of one model the last that was read."""
+def add_scores(page: Page, results: Objects) -> None:
+    """A table for each kind of evaluation or task, a row for each model; of one model the last that was read."""
     tables: dict[str, dict[str, dict[str, Any]]] = {}
-    for name, value in scores.items():
+    metrics: dict[str, dict[str, Metric]] = {}
+    for name, value in results.items():
         model = short(str(value.get("model", name)))
-        kinds = kinds_of(value) or {"classes": value}
-        for kind, figures in kinds.items():
-            row = {key: x for key, x in figures.items() if isinstance(x, int | float) and not isinstance(x, bool)}
-            if row:
-                tables.setdefault(kind, {})[model] = row
+        rows: dict[str, dict[str, Any]] = {}
+        for score in scores(value):
+            if isinstance(score.value, int | float) and not isinstance(score.value, bool):
+                rows.setdefault(score.subject, {})[score.metric.key] = score.value
+                metrics.setdefault(score.subject, {})[score.metric.key] = score.metric
+        for subject, row in rows.items():
+            tables.setdefault(subject, {})[model] = row
     page.section("Scores")
-    for kind, rows in tables.items():
-        keys = dict.fromkeys(key for row in rows.values() for key in row)
-        columns = [Column(key, best=_best(key) if len(rows) > 1 else "") for key in keys]
-        page.table([{"model": model, **row} for model, row in rows.items()], ["model", *columns], f"On {kind}")
+    for subject, of_models in tables.items():
+        columns = [
+            Column(metric.key, metric.label, unit="" if metric.unit == "share" else metric.unit,
+                   best=_BEST[metric.better] if len(of_models) > 1 else "")
+            for metric in metrics[subject].values()
+        ]  # fmt: skip
+        rows_of_table = [{"model": model, **row} for model, row in of_models.items()]
+        page.table(rows_of_table, ["model", *columns], f"On {subject}")
 
 
-def _best(key: str) -> Any:
-    """Which end of a figure is the better one, where that is known."""
-    if key in ("bits_per_byte", "nll", "response_nll", "loss", "calibration_error", "perplexity"):
-        return "min"
-    return "max" if key.startswith(("accuracy", "acc", "f1", "exact_match")) or key == "margin" else ""
+_BEST: dict[str, Literal["", "min", "max"]] = {"higher": "max", "lower": "min", "neither": ""}
 
 
 def short(source: str) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 
 from lapis.errors import DataError
 from lapis.parsing import ParseError, parse_json
+from lapis.report.evaluations import kinds_in
 from lapis.report.markup import Column
 from lapis.report.page import Page
 from lapis.report.pages import sections
@@ -135,7 +136,7 @@ def _entries(contents: Contents) -> list[dict[str, str]]:
     for name, model in contents.models.items():
         rows.append((name, "inspect", f"{model['parameters'].get('total', 0):,} parameters"))
     for name, figures in contents.scores.items():
-        rows.append((name, f"scores of {figures.get('model', name)}", ", ".join(sections.kinds_of(figures))))
+        rows.append((name, f"scores of {figures.get('model', name)}", ", ".join(kinds_in(figures))))
     rows += [(name, "page", joined.title) for name, joined in contents.pages.items()]
     return [{"name": name, "kind": kind, "figure": figure} for name, kind, figure in rows]
 
@@ -182,7 +183,7 @@ def _take_json(value: Json, label: str, contents: Contents) -> None:
         contents.lenses[label] = value
     elif isinstance(value.get("parameters"), dict) and isinstance(value.get("layers"), list):
         contents.models[label] = value
-    elif isinstance(value.get("confusion"), list) or sections.kinds_of(value):
+    elif kinds_in(value):
         contents.scores[label] = value
 
 

@@ -9,11 +9,11 @@ import torch
 from lapis.evaluation.chats import score_chats
 from lapis.evaluation.choices import Choice, score_choices
 from lapis.evaluation.classification import figures
-from lapis.evaluation.kinds import KINDS, scores
 from lapis.evaluation.preference import score_pairs
 from lapis.evaluation.text import score_text
 from lapis.families.config import ModelConfig
 from lapis.model.transformer import Transformer
+from lapis.report.evaluations import KINDS, scores
 from lapis.text.corpus.pairs import Pair
 from lapis.text.tokenizer.tokenizer import train_tokenizer
 
