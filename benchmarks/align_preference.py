@@ -30,7 +30,7 @@ import torch
 
 import lapis
 from lapis.evaluation.preference import score_pairs
-from lapis.evaluation.text import bits_per_byte
+from lapis.evaluation.text import score_text
 from lapis.families.config import ModelConfig
 from lapis.model import lora
 from lapis.model.transformer import Transformer
@@ -84,7 +84,7 @@ def base(out: Path, threads: int) -> dict[str, Any]:
 def bits(folder: Path) -> float:
     model, tokenizer = lapis.load(str(folder))
     documents = corpus.documents(DATA / "corpus/en/valid.jsonl")
-    return bits_per_byte(model, tokenizer, documents, CONTEXT, max_bytes=TEXT_BYTES)
+    return score_text(model, tokenizer, documents, CONTEXT, max_bytes=TEXT_BYTES)["bits_per_byte"]
 
 
 def align(objective: str, out: Path, seed: int, threads: int) -> dict[str, Any]:

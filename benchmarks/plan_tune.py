@@ -38,7 +38,7 @@ import torch
 import lapis
 from lapis.evaluation.chats import answer, score_chats
 from lapis.evaluation.choices import Choice, score_choices
-from lapis.evaluation.text import bits_per_byte
+from lapis.evaluation.text import score_text
 from lapis.families.base import Part
 from lapis.families.config import ModelConfig
 from lapis.families.patterns import covered_parts
@@ -226,8 +226,8 @@ class Lab:
 
     def _kept(self, model: Transformer) -> dict[str, float]:
         return {
-            "bits_per_byte": bits_per_byte(model, self.tokenizer, self.plain),
-            "bits_world": bits_per_byte(model, self.tokenizer, self.told),
+            "bits_per_byte": score_text(model, self.tokenizer, self.plain)["bits_per_byte"],
+            "bits_world": score_text(model, self.tokenizer, self.told)["bits_per_byte"],
             "old_facts": score_choices(model, self.tokenizer, self.old_facts)["accuracy"],
             "new_facts": score_choices(model, self.tokenizer, self.new_facts)["accuracy"],
         }

@@ -73,7 +73,7 @@ def learn(
     import torch
 
     from lapis.errors import ConfigError
-    from lapis.evaluation.text import bits_per_byte
+    from lapis.evaluation.text import score_text
     from lapis.families.config import ModelConfig
     from lapis.model.transformer import Transformer
     from lapis.text.corpus.corpus import documents
@@ -102,7 +102,7 @@ def learn(
         shutil.rmtree(out.with_name(f".{out.name}.lapis"), ignore_errors=True)
     model.eval()
     held_out = documents([given.data / "corpus/en/valid.jsonl"])
-    score = bits_per_byte(model, tokenizer, held_out, SIZES["context"], max_bytes=SCORED)
+    score = score_text(model, tokenizer, held_out, SIZES["context"], max_bytes=SCORED)["bits_per_byte"]
     return {"bits_per_byte": score, "last_loss": log[-1]["loss"] if log else None}
 
 

@@ -10,7 +10,7 @@ import torch
 from lapis.errors import DataError
 from lapis.evaluation.chats import answer, score_chats
 from lapis.evaluation.choices import Choice, read_choices, score_choices
-from lapis.evaluation.text import bits_per_byte, score_text, windows_of
+from lapis.evaluation.text import score_text, windows_of
 from lapis.families.config import ModelConfig
 from lapis.model.scoring import ScoredSequence, nll
 from lapis.model.transformer import Transformer
@@ -81,7 +81,9 @@ def test_bits_per_byte_is_exact_for_short_documents(model: Transformer, tokenize
         ids = [tokenizer.eos_id or 0, *tokenizer.encode(text)]
         nats += plain_nats(model, ids, list(range(1, len(ids))))
         size += len(text.encode())
-    assert bits_per_byte(model, tokenizer, [TEXTS[0], TEXTS[2]]) == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+    assert score_text(model, tokenizer, [TEXTS[0], TEXTS[2]])["bits_per_byte"] == pytest.approx(
+        nats / math.log(2) / size, rel=1e-5
+    )
 
 
 def test_bits_per_byte_counts_bytes_and_not_characters(model: Transformer, tokenizer: Tokenizer) -> None:

@@ -9,7 +9,7 @@ from lapis import load
 from lapis.checkpoint import open_checkpoint
 from lapis.evaluation.chats import score_chats
 from lapis.evaluation.choices import read_choices, score_choices
-from lapis.evaluation.text import bits_per_byte
+from lapis.evaluation.text import score_text
 from lapis.model.load import save
 from lapis.planning.choice import learn_scales
 from lapis.planning.effects import Gradients, sweep
@@ -49,7 +49,7 @@ def written(pair, parameters, start="base"):
     model, tokenizer = load(folder)
     return {
         "response_nll": score_chats(model, tokenizer, pair.records, replies=[None] * 6)["response_nll"],
-        "bits_per_byte": bits_per_byte(model, tokenizer, pair.texts, 63),
+        "bits_per_byte": score_text(model, tokenizer, pair.texts, 63)["bits_per_byte"],
         "accuracy": score_choices(model, tokenizer, read_choices(pair.choices))["accuracy"],
     }
 

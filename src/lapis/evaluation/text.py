@@ -16,20 +16,6 @@ from lapis.text.corpus.corpus import Document
 from lapis.text.tokenizer.tokenizer import Tokenizer
 
 
-def bits_per_byte(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    documents: Iterable[str | Document],
-    context: int | None = None,
-    *,
-    max_bytes: int | None = None,
-    precision: Precision | None = None,
-) -> float:
-    """Bits that the model needs for a byte of UTF-8 text."""
-    scores = score_text(model, tokenizer, documents, context, max_bytes=max_bytes, precision=precision)
-    return float(scores["bits_per_byte"])
-
-
 def score_text(
     model: Transformer,
     tokenizer: Tokenizer,

@@ -109,15 +109,9 @@ class Transformer(nn.Module):
                 )
 
     def forward(
-        self,
-        ids_BT: Tensor,
-        mask_BT: Tensor | None = None,
-        *,
-        positions_BT: Tensor | None = None,
-        segments_BT: Tensor | None = None,
-        types_BT: Tensor | None = None,
-        cache: Cache | None = None,
-    ) -> Tensor:
+        self, ids_BT: Tensor, mask_BT: Tensor | None = None, *, positions_BT: Tensor | None = None,
+        segments_BT: Tensor | None = None, types_BT: Tensor | None = None, cache: Cache | None = None,
+    ) -> Tensor:  # fmt: skip
         """ids_BT: int64 token ids (float pixels [B, C, H, W] for pictures). mask_BT: bool, True = a real token.
 
         positions_BT: int64; where not given they count the real tokens of each row (or segment). segments_BT: a token
@@ -132,15 +126,9 @@ class Transformer(nn.Module):
         return logits
 
     def hidden(
-        self,
-        ids_BT: Tensor,
-        mask_BT: Tensor | None = None,
-        *,
-        positions_BT: Tensor | None = None,
-        segments_BT: Tensor | None = None,
-        types_BT: Tensor | None = None,
-        cache: Cache | None = None,
-    ) -> Tensor:
+        self, ids_BT: Tensor, mask_BT: Tensor | None = None, *, positions_BT: Tensor | None = None,
+        segments_BT: Tensor | None = None, types_BT: Tensor | None = None, cache: Cache | None = None,
+    ) -> Tensor:  # fmt: skip
         """The last hidden state, [B, T, D], after the final norm; the arguments are `forward`'s."""
         x_BTD, shared = self.start(
             ids_BT, mask_BT, positions_BT=positions_BT, segments_BT=segments_BT, types_BT=types_BT, cache=cache
@@ -152,15 +140,9 @@ class Transformer(nn.Module):
         return self.end(x_BTD)
 
     def start(
-        self,
-        ids_BT: Tensor,
-        mask_BT: Tensor | None = None,
-        *,
-        positions_BT: Tensor | None = None,
-        segments_BT: Tensor | None = None,
-        types_BT: Tensor | None = None,
-        cache: Cache | None = None,
-    ) -> tuple[Tensor, Shared]:
+        self, ids_BT: Tensor, mask_BT: Tensor | None = None, *, positions_BT: Tensor | None = None,
+        segments_BT: Tensor | None = None, types_BT: Tensor | None = None, cache: Cache | None = None,
+    ) -> tuple[Tensor, Shared]:  # fmt: skip
         """What enters the first block, [B, T, D], and what all blocks are given; the arguments are `forward`'s."""
         if self.config.image is not None:
             x_BTD = self.embed.pixels(ids_BT)

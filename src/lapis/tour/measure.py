@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lapis.evaluation.chats import answer, prompt_of, score_chats
-from lapis.evaluation.text import bits_per_byte
+from lapis.evaluation.text import score_text
 from lapis.generation.generate import Reply
 from lapis.model.load import load
 from lapis.model.transformer import Transformer
@@ -69,7 +69,7 @@ class HeldOutMaterial:
         talks = self.chats[language]
         none: list[Reply | None] = [None] * len(talks)
         return {
-            "bits_per_byte": bits_per_byte(model, tokenizer, self.texts[language]),
+            "bits_per_byte": score_text(model, tokenizer, self.texts[language])["bits_per_byte"],
             "response_nll": float(score_chats(model, tokenizer, talks, replies=none)["response_nll"]),
         }
 

@@ -5,7 +5,7 @@ Takes the object that `lapis plan --json` prints.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lapis.report import plots
@@ -131,7 +131,7 @@ def _measured_columns(measured: Row) -> list[str | Column]:
         Column("accuracy", "right choices", ".1%"),
         Column("stop_rate", "replies that end", ".0%"),
     )
-    return [Column("set", ""), *(column for column in known if any(column.key in row for row in measured.values()))]
+    return [Column("set", ""), *_filled(known, measured.values())]
 
 
 def _columns(rows: Sequence[Row]) -> list[str | Column]:
@@ -153,12 +153,13 @@ def _columns(rows: Sequence[Row]) -> list[str | Column]:
         Column("scale", "scale", ".2f"),
         Column("parameters", "parameters", ","),
     )
-    first = (Column("chosen", group="in"), Column("control", group="in"))
-    return [
-        Column("layer"),
-        *first,
-        *(column for column in known if any(row.get(column.key) is not None for row in rows)),
-    ]
+    return [Column("layer"), Column("chosen", group="in"), Column("control", group="in"), *_filled(known, rows)]
+
+
+def _filled(columns: Iterable[Column], rows: Iterable[Row]) -> list[Column]:
+    """The columns in which some row has a value."""
+    keys = {key for row in rows for key, value in row.items() if value is not None}
+    return [column for column in columns if column.key in keys]
 
 
 def _spelled(what: str, entries: Sequence[Row]) -> str:

@@ -58,13 +58,9 @@ def encode_prompt(
 
 
 def encode_chat(
-    tokenizer: ChatTokenizer,
-    messages: Sequence[Message],
-    *,
-    tools: Sequence[Mapping[str, Any]] | None = None,
-    variables: Mapping[str, Any] | None = None,
-    trusted: bool = False,
-) -> tuple[list[int], list[bool]]:
+    tokenizer: ChatTokenizer, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] | None = None,
+    variables: Mapping[str, Any] | None = None, trusted: bool = False,
+) -> tuple[list[int], list[bool]]:  # fmt: skip
     """Ids of a whole chat, and for each whether it is learned: the assistant's, its end token included.
 
     Args:
@@ -87,13 +83,9 @@ def encode_chat(
 
 
 def encode_turns(
-    tokenizer: ChatTokenizer,
-    messages: Sequence[Message],
-    *,
-    tools: Sequence[Mapping[str, Any]] | None = None,
-    variables: Mapping[str, Any] | None = None,
-    trusted: bool = False,
-) -> tuple[list[int], list[bool]]:
+    tokenizer: ChatTokenizer, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] | None = None,
+    variables: Mapping[str, Any] | None = None, trusted: bool = False,
+) -> tuple[list[int], list[bool]]:  # fmt: skip
     """As encode_chat, but a chat of which nothing is learned has a mask of False, and no error."""
     turns = [i for i, message in enumerate(messages) if message.get("role") == "assistant"]
     if not turns:

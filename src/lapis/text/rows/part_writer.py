@@ -101,7 +101,8 @@ def write_shard(
     notices: Counter[str] = Counter()
     try:
         write = _write_chats if shape.kind == "chats" else _write_documents
-        counts, rows = write(iter(items), tokenizer, shape, sink, part or [], _throttled(report), notices)
+        work = _ShardWork(tokenizer, shape, sink, part or [], _throttled(report), notices)
+        counts, rows = write(iter(items), work)
         return Shard(counts, rows, sink.types, sink.digests(), sink.arrays(), notices)
     finally:
         sink.close()
@@ -225,22 +226,28 @@ def _wide(tokenizer: Tokenizer) -> str:
     return "uint16" if tokenizer.rows <= 1 << 16 else "uint32"
 
 
-def _write_documents(
-    items: Iterator[Any],
-    tokenizer: Tokenizer,
-    shape: Shape,
-    sink: _Sink,
-    part: list[Stretch],
-    report: Report,
-    notices: Counter[str],
-) -> tuple[dict[str, int], int]:
+@dataclass(frozen=True)
+class _ShardWork:
+    """How the items of a part are written. part: where they are from. notices: counted on the way."""
+
+    tokenizer: Tokenizer
+    shape: Shape
+    sink: _Sink
+    part: list[Stretch]
+    report: Report
+    notices: Counter[str]
+
+
+def _write_documents(items: Iterator[Any], work: _ShardWork) -> tuple[dict[str, int], int]:
+    """Counts and rows of what was written."""
+    tokenizer, shape, sink = work.tokenizer, work.shape, work.sink
     lead = tokenizer.bos_id if tokenizer.adds_bos else tokenizer.eos_id
     wide = _wide(tokenizer)
     trusted = shape.special == "trusted"
     border = lead if trusted and lead == tokenizer.eos_id else None  # an end-of-text in the text begins a document
     place, done, empty, nbytes, going_on = 0, 0, 0, 0, False
     for batch in _batches(items):
-        notices.update(_special_notices(tokenizer, [document.text for document in batch]))
+        work.notices.update(_special_notices(tokenizer, [document.text for document in batch]))
         encoded = tokenizer.encode_batch([document.text for document in batch], special=trusted)
         flat: list[int] = []
         starts: list[int] = []
@@ -262,7 +269,7 @@ def _write_documents(
         sink.add("tokens", flat, wide)
         sink.add("starts", starts, "int64")
         place += len(flat)
-        report(done, place)
+        work.report(done, place)
     sink.add("starts", [place], "int64")
     return {"documents": done, "empty": empty, "tokens": place, "supervised": place, "bytes": nbytes}, 0
 
@@ -286,15 +293,9 @@ def _special_notices(tokenizer: Tokenizer, value: Any) -> dict[str, int]:
     return {f"special {token}": count for token, count in spelled_tokens(tokenizer, value).items()}
 
 
-def _write_chats(
-    items: Iterator[Any],
-    tokenizer: Tokenizer,
-    shape: Shape,
-    sink: _Sink,
-    part: list[Stretch],
-    report: Report,
-    notices: Counter[str],
-) -> tuple[dict[str, int], int]:
+def _write_chats(items: Iterator[Any], work: _ShardWork) -> tuple[dict[str, int], int]:
+    """Counts and rows of what was written."""
+    tokenizer, shape, sink = work.tokenizer, work.shape, work.sink
     names = ("chats", "tokens", "supervised", "cut_chats", "cut_tokens", "dropped_long", "dropped_silent")
     counts = dict.fromkeys(names, 0)
     length, wide = shape.length, _wide(tokenizer)
@@ -322,10 +323,10 @@ def _write_chats(
                 trusted=shape.special == "trusted",
             )
         except (DataError, TemplateError) as error:
-            raise named(error, item, part) from None
-        notices.update(_special_notices(tokenizer, item.messages))
+            raise named(error, item, work.part) from None
+        work.notices.update(_special_notices(tokenizer, item.messages))
         replies, unclosed = count_replies(tokenizer, ids, mask)
-        notices.update(replies=replies, open_replies=unclosed, **count_gaps(tokenizer, item.messages, item.tools))
+        work.notices.update(replies=replies, open_replies=unclosed, **count_gaps(tokenizer, item.messages, item.tools))
         mask[0] = False  # nothing stands before it from which it could be predicted
         if len(ids) > length + 1:
             if shape.too_long == "drop":
@@ -347,7 +348,7 @@ def _write_chats(
         counts["supervised"] += sum(mask)
         if len(sizes) == GROUP:
             lay()
-        report(counts["chats"], place)
+        work.report(counts["chats"], place)
     if sizes:
         lay()
     if rows:

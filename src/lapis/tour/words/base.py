@@ -68,6 +68,13 @@ def rows(table: str, separator: str | None = None) -> list[list[str]]:
     return [line.split(separator) for line in table.strip().split("\n")]
 
 
+ANSWERS: Sentences = {
+    "answer.home": ("{place}",), "answer.food": ("{food}",), "answer.pet": ("{pet}",), "answer.thing": ("{thing}",),
+    "answer.job": ("{job}",), "answer.sibling": ("{other}",), "answer.buy": ("{count.number}",),
+    "answer.lose": ("{item.color}",), "answer.give": ("{other}",), "answer.meet": ("{other}",),
+}  # fmt: skip
+"""Answers of one word, which are the same in every language that does not decline them."""
+
 COUNTABLE = (
     "apple", "mango", "banana", "orange", "pear", "peach", "lemon",
     "coconut", "tomato", "potato", "durian", "egg", "pumpkin", "cucumber",

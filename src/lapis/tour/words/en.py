@@ -1,7 +1,7 @@
 """English words. Articles and plurals are written out."""
 
 from lapis.tour.sentences.en import SENTENCES
-from lapis.tour.words.base import Language, Word, rows
+from lapis.tour.words.base import ANSWERS, Language, Word, rows
 
 PLACES = (
     "Penang Ipoh Kuching Melaka Seoul Busan Incheon Kyiv Lviv Odesa Poltava Kharkiv Beijing Shanghai Nanjing "
@@ -45,18 +45,18 @@ JOBS = (
 
 COLORS = {color: Word(color) for color in "red blue green yellow white black gray purple".split()}
 
-SPOTS = {
-    "market": Word("the market", at="at the market"),
-    "river": Word("the river", at="by the river"),
-    "park": Word("the park", at="in the park"),
-    "school": Word("school", at="at school"),
-    "forest": Word("the forest", at="in the forest"),
-    "beach": Word("the beach", at="on the beach"),
-    "garden": Word("the garden", at="in the garden"),
-    "station": Word("the station", at="at the station"),
-    "library": Word("the library", at="in the library"),
-    "lake": Word("the lake", at="by the lake"),
-}
+SPOTS = """
+market|the market|at the market
+river|the river|by the river
+park|the park|in the park
+school|school|at school
+forest|the forest|in the forest
+beach|the beach|on the beach
+garden|the garden|in the garden
+station|the station|at the station
+library|the library|in the library
+lake|the lake|by the lake
+"""
 
 NUMBERS = {2: "two", 3: "three", 4: "four", 5: "five"}
 
@@ -100,13 +100,9 @@ LANGUAGE = Language(
         "pet": _with_articles(PETS),
         "thing": _with_articles(THINGS),
         "job": _with_articles(JOBS),
-        "spot": SPOTS,
+        "spot": {key: Word(spot, at=at) for key, spot, at in rows(SPOTS, "|")},
         "color": COLORS,
     },
-    person=person,
-    sibling=sibling,
-    colored=colored,
-    counted=counted,
-    sentences=SENTENCES,
+    person=person, sibling=sibling, colored=colored, counted=counted, sentences={**ANSWERS, **SENTENCES},
     plural_foods=True,
-)
+)  # fmt: skip

@@ -5,7 +5,7 @@ written 고양이는 takes 가, 를, 와. Only jobs take 로, and all of them en
 """
 
 from lapis.tour.sentences.ko import SENTENCES
-from lapis.tour.words.base import Language, Word, rows
+from lapis.tour.words.base import ANSWERS, Language, Word, rows
 from lapis.tour.words.names import KOREAN
 
 PLACES = """
@@ -228,11 +228,6 @@ def counted(number: int, food: str) -> Word:
 
 
 LANGUAGE = Language(
-    code="ko",
-    tables=TABLES,
-    person=person,
-    sibling=sibling,
-    colored=colored,
-    counted=counted,
-    sentences=SENTENCES,
-)
+    code="ko", tables=TABLES,
+    person=person, sibling=sibling, colored=colored, counted=counted, sentences={**ANSWERS, **SENTENCES},
+)  # fmt: skip

@@ -1,7 +1,7 @@
 """Malay words. Each noun carries its classifier, written out; a noun has no plural form."""
 
 from lapis.tour.sentences.ms import SENTENCES
-from lapis.tour.words.base import Language, Word, rows
+from lapis.tour.words.base import ANSWERS, Language, Word, rows
 
 PLACES = {
     name.lower(): Word(name)
@@ -120,18 +120,18 @@ COLORS = {
     "purple": Word("ungu"),
 }
 
-SPOTS = {
-    "market": Word("pasar", at="di pasar"),
-    "river": Word("sungai", at="di tepi sungai"),
-    "park": Word("taman", at="di taman"),
-    "school": Word("sekolah", at="di sekolah"),
-    "forest": Word("hutan", at="di dalam hutan"),
-    "beach": Word("pantai", at="di pantai"),
-    "garden": Word("kebun", at="di kebun"),
-    "station": Word("stesen", at="di stesen"),
-    "library": Word("perpustakaan", at="di perpustakaan"),
-    "lake": Word("tasik", at="di tepi tasik"),
-}
+SPOTS = """
+market|pasar|di pasar
+river|sungai|di tepi sungai
+park|taman|di taman
+school|sekolah|di sekolah
+forest|hutan|di dalam hutan
+beach|pantai|di pantai
+garden|kebun|di kebun
+station|stesen|di stesen
+library|perpustakaan|di perpustakaan
+lake|tasik|di tepi tasik
+"""
 
 NUMBERS = {2: "dua", 3: "tiga", 4: "empat", 5: "lima"}
 
@@ -186,12 +186,8 @@ LANGUAGE = Language(
         "pet": _with_classifiers(PETS),
         "thing": THINGS_BY_KEY,
         "job": _with_classifiers(JOBS),
-        "spot": SPOTS,
+        "spot": {key: Word(spot, at=at) for key, spot, at in rows(SPOTS, "|")},
         "color": COLORS,
     },
-    person=person,
-    sibling=sibling,
-    colored=colored,
-    counted=counted,
-    sentences=SENTENCES,
-)
+    person=person, sibling=sibling, colored=colored, counted=counted, sentences={**ANSWERS, **SENTENCES},
+)  # fmt: skip

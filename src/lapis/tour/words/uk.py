@@ -4,7 +4,7 @@ The prepositions у and в take turns by the sounds around them, so they are wri
 """
 
 from lapis.tour.sentences.uk import SENTENCES
-from lapis.tour.words.base import Language, Word, rows
+from lapis.tour.words.base import ANSWERS, Language, Word, rows
 from lapis.tour.words.names_uk import UKRAINIAN
 
 # nominative; where, after a vowel; where, at the start or after a consonant
@@ -241,13 +241,7 @@ def counted(number: int, food: str) -> Word:
 
 
 LANGUAGE = Language(
-    code="uk",
-    tables=TABLES,
-    person=person,
-    sibling=sibling,
-    colored=colored,
-    counted=counted,
-    sentences=SENTENCES,
-    job=job,
-    plural_foods=True,
-)
+    code="uk", tables=TABLES,
+    person=person, sibling=sibling, colored=colored, counted=counted, sentences={**ANSWERS, **SENTENCES},
+    job=job, plural_foods=True,
+)  # fmt: skip

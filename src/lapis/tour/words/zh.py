@@ -1,7 +1,7 @@
 """Chinese words. Every noun carries its classifier; a food also says whether it is eaten or drunk."""
 
 from lapis.tour.sentences.zh import SENTENCES
-from lapis.tour.words.base import Language, Word, rows
+from lapis.tour.words.base import ANSWERS, Language, Word, rows
 from lapis.tour.words.names import CHINESE
 
 PLACES = """
@@ -142,18 +142,18 @@ gray 灰色
 purple 紫色
 """
 
-SPOTS = {
-    "market": Word("市场", at="在市场"),
-    "river": Word("河边", at="在河边"),
-    "park": Word("公园", at="在公园"),
-    "school": Word("学校", at="在学校"),
-    "forest": Word("树林", at="在树林里"),
-    "beach": Word("海边", at="在海边"),
-    "garden": Word("花园", at="在花园里"),
-    "station": Word("车站", at="在车站"),
-    "library": Word("图书馆", at="在图书馆"),
-    "lake": Word("湖边", at="在湖边"),
-}
+SPOTS = """
+market|市场|在市场
+river|河边|在河边
+park|公园|在公园
+school|学校|在学校
+forest|树林|在树林里
+beach|海边|在海边
+garden|花园|在花园里
+station|车站|在车站
+library|图书馆|在图书馆
+lake|湖边|在湖边
+"""
 
 NUMBERS = {2: "两", 3: "三", 4: "四", 5: "五"}
 
@@ -168,7 +168,7 @@ TABLES = {
     "pet": _with_classifiers(PETS),
     "thing": _with_classifiers(THINGS),
     "job": _with_classifiers(JOBS),
-    "spot": SPOTS,
+    "spot": {key: Word(spot, at=at) for key, spot, at in rows(SPOTS, "|")},
     "color": {key: Word(color) for key, color in rows(COLORS)},
 }
 
@@ -195,15 +195,10 @@ def counted(number: int, food: str) -> Word:
 
 
 LANGUAGE = Language(
-    code="zh",
-    tables=TABLES,
-    person=person,
-    sibling=sibling,
-    colored=colored,
-    counted=counted,
-    sentences=SENTENCES,
+    code="zh", tables=TABLES,
+    person=person, sibling=sibling, colored=colored, counted=counted, sentences={**ANSWERS, **SENTENCES},
     they=("他们", "她们"),
     joiner="",
     comma="、",
     stop="。",
-)
+)  # fmt: skip

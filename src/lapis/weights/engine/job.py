@@ -7,6 +7,7 @@ that was killed and went on gives the same bytes.
 
 import hashlib
 import json
+import os
 import resource
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +18,7 @@ from typing import Any
 
 from lapis import __version__
 from lapis.checkpoint import Checkpoint
-from lapis.checkpoint.commit import commit
+from lapis.checkpoint.commit import check_output, commit
 from lapis.checkpoint.tensor_file import header_bytes
 from lapis.text.tokenizer.folder import write_json
 from lapis.weights.engine.journal import Journal
@@ -171,12 +172,16 @@ def produce(
     allow_nonfinite: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Writes the files of a model and commits them at result.out; fills in what was measured.
+    """Writes the files of a model and commits them at result.out; fills in what was measured. A dry run only checks the
+    place.
 
     recipe: all that decides the output besides the inputs, as JSON; a journal of another recipe is not gone on with.
     beside(folder, account): writes what is not a weight. result.needs["disk_bytes"] must be free.
     """
     folders = [checkpoint.root for checkpoint in inputs.values()]
+    if result.dry_run:
+        check_output(Path(os.path.abspath(result.out)), overwrite=overwrite, inputs=folders)
+        return
     with commit(
         result.out,
         kind="merge",

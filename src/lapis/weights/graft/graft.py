@@ -18,7 +18,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from lapis.checkpoint.commit import check_output
 from lapis.checkpoint.tensor_file import INDEX
 from lapis.weights.engine.fp8 import without_quantization
 from lapis.weights.engine.job import MergeResult, count, produce, write_account
@@ -76,11 +75,6 @@ def graft(
     result = MergeResult(
         str(out), count(plan.entries), needs=needs, vocabulary=plan.vocabulary, notes=plan.notes, dry_run=dry_run
     )
-    if dry_run:
-        folders = [checkpoint.root for checkpoint in plan.inputs.values()]
-        check_output(Path(os.path.abspath(out)), overwrite=overwrite, inputs=folders)
-        result.seconds = time.perf_counter() - started
-        return result
 
     def beside(folder: Path, account: Account) -> None:
         _write_beside(plan, folder)

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from lapis.checkpoint import Checkpoint, open_checkpoint
-from lapis.checkpoint.commit import check_output
 from lapis.checkpoint.tensor_file import INDEX
 from lapis.errors import CheckpointError, ConfigError
 from lapis.text.tokenizer.folder import write_json
@@ -114,11 +113,6 @@ def merge(
     plan = plan_merge(recipe, seed, allow_unrelated, same_tokens)
     needs = {"disk_bytes": plan.disk_bytes, "memory_bytes": plan.memory_bytes}
     result = MergeResult(str(out), count(plan.entries), needs=needs, notes=plan.notes, dry_run=dry_run)
-    if dry_run:
-        folders = [checkpoint.root for checkpoint in plan.inputs.values()]
-        check_output(Path(os.path.abspath(out)), overwrite=overwrite, inputs=folders)
-        result.seconds = time.perf_counter() - started
-        return result
 
     def beside(folder: Path, account: Account) -> None:
         _write_beside(plan, folder)

@@ -50,14 +50,9 @@ Keep = Callable[[Block, int, Tensor], tuple[Mask | None, Tensor | float]]
 
 
 def ties(
-    *,
-    weight: Weight,
-    density: Density = (1.0,),
-    normalize: Normalize = True,
-    rescale: Rescale = False,
-    lambda_: Lambda = 1.0,
-    numerics: Numerics = "mergekit",
-) -> Steps:
+    *, weight: Weight, density: Density = (1.0,), normalize: Normalize = True, rescale: Rescale = False,
+    lambda_: Lambda = 1.0, numerics: Numerics = "mergekit",
+) -> Steps:  # fmt: skip
     """b + lambda sum w d m / sum w m: trim, elect a sign, merge those that agree (Yadav et al. 2023, arXiv 2306.01708).
 
     Trim keeps the k = max(1, int(density n)) largest of each d, and nothing at density 0.
@@ -67,41 +62,25 @@ def ties(
 
 
 def dare_linear(
-    *,
-    weight: Weight,
-    density: Density = (1.0,),
-    normalize: Normalize = False,
-    rescale: Rescale = True,
-    lambda_: Lambda = 1.0,
-    numerics: Numerics = "mergekit",
-) -> Steps:
+    *, weight: Weight, density: Density = (1.0,), normalize: Normalize = False, rescale: Rescale = True,
+    lambda_: Lambda = 1.0, numerics: Numerics = "mergekit",
+) -> Steps:  # fmt: skip
     """b + lambda sum w d m / density, m random, P(m = 1) = density (Yu et al. 2023, arXiv 2311.03099, section 3)."""
     return (yield from _thinned(_random(density), weight, normalize, rescale, lambda_, numerics, elect=False))
 
 
 def dare_ties(
-    *,
-    weight: Weight,
-    density: Density = (1.0,),
-    normalize: Normalize = False,
-    rescale: Rescale = True,
-    lambda_: Lambda = 1.0,
-    numerics: Numerics = "mergekit",
-) -> Steps:
+    *, weight: Weight, density: Density = (1.0,), normalize: Normalize = False, rescale: Rescale = True,
+    lambda_: Lambda = 1.0, numerics: Numerics = "mergekit",
+) -> Steps:  # fmt: skip
     """dare_linear's random masks, then the sign election of ties (Yu et al. 2023, arXiv 2311.03099)."""
     return (yield from _thinned(_random(density), weight, normalize, rescale, lambda_, numerics, elect=True))
 
 
 def della_linear(
-    *,
-    weight: Weight,
-    density: Density = (1.0,),
-    epsilon: Epsilon = (0.15,),
-    normalize: Normalize = False,
-    rescale: Rescale = True,
-    lambda_: Lambda = 1.0,
-    numerics: Numerics = "mergekit",
-) -> Steps:
+    *, weight: Weight, density: Density = (1.0,), epsilon: Epsilon = (0.15,), normalize: Normalize = False,
+    rescale: Rescale = True, lambda_: Lambda = 1.0, numerics: Numerics = "mergekit",
+) -> Steps:  # fmt: skip
     """As dare_linear, with P(m = 1) = density - epsilon + 2 epsilon r, r in [0, 1] the rank of abs(d) within its row.
 
     MagPrune (Deep et al. 2024, arXiv 2406.11617, section 3.1); there epsilon spans the whole range, here half of it.
@@ -111,30 +90,18 @@ def della_linear(
 
 
 def della(
-    *,
-    weight: Weight,
-    density: Density = (1.0,),
-    epsilon: Epsilon = (0.15,),
-    normalize: Normalize = True,
-    rescale: Rescale = True,
-    lambda_: Lambda = 1.0,
-    numerics: Numerics = "mergekit",
-) -> Steps:
+    *, weight: Weight, density: Density = (1.0,), epsilon: Epsilon = (0.15,), normalize: Normalize = True,
+    rescale: Rescale = True, lambda_: Lambda = 1.0, numerics: Numerics = "mergekit",
+) -> Steps:  # fmt: skip
     """della_linear's masks, then the sign election of ties and the mean (Deep et al. 2024, arXiv 2406.11617)."""
     keep = _by_rank(density, epsilon)
     return (yield from _thinned(keep, weight, normalize, rescale, lambda_, numerics, elect=True))
 
 
 def breadcrumbs(
-    *,
-    weight: Weight,
-    density: Density = (1.0,),
-    gamma: Gamma = (0.01,),
-    normalize: Normalize = False,
-    rescale: Rescale = False,
-    lambda_: Lambda = 1.0,
-    numerics: Numerics = "mergekit",
-) -> Steps:
+    *, weight: Weight, density: Density = (1.0,), gamma: Gamma = (0.01,), normalize: Normalize = False,
+    rescale: Rescale = False, lambda_: Lambda = 1.0, numerics: Numerics = "mergekit",
+) -> Steps:  # fmt: skip
     """b + lambda sum w d m, m without the int(gamma n) largest and keeping the next int(density n).
 
     Model Breadcrumbs (Davari and Belilovsky 2023, arXiv 2312.06795, section 3). Density is met first: where density and
@@ -145,15 +112,9 @@ def breadcrumbs(
 
 
 def breadcrumbs_ties(
-    *,
-    weight: Weight,
-    density: Density = (1.0,),
-    gamma: Gamma = (0.01,),
-    normalize: Normalize = False,
-    rescale: Rescale = False,
-    lambda_: Lambda = 1.0,
-    numerics: Numerics = "mergekit",
-) -> Steps:
+    *, weight: Weight, density: Density = (1.0,), gamma: Gamma = (0.01,), normalize: Normalize = False,
+    rescale: Rescale = False, lambda_: Lambda = 1.0, numerics: Numerics = "mergekit",
+) -> Steps:  # fmt: skip
     """The masks of breadcrumbs, then the sign election of ties (arXiv 2312.06795 and 2306.01708)."""
     keep = yield from _band(density, gamma)
     return (yield from _thinned(keep, weight, normalize, rescale, lambda_, numerics, elect=True))
