@@ -1,6 +1,7 @@
 """`lapis graft` and `lapis diff` as a user types them: JSON on standard output, one line for a refusal, a page."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import lapis
 from lapis.cli.main import main
 from lapis.evaluation.agree import PROMPTS, agreement
 from lapis.families.config import ModelConfig
-from lapis.model.load import save
+from lapis.model.load import load, save
 from lapis.model.transformer import Transformer
 from lapis.text.chat.chat import encode_prompt
 from lapis.text.tokenizer.tokenizer import Tokenizer, train_tokenizer
@@ -103,6 +104,44 @@ def test_diff_says_what_rounding_alone_would_do(run: Run, models: dict[str, Path
     save(model, tmp_path / "b", torch.bfloat16)
     status, out, _ = run("diff", tmp_path / "a", tmp_path / "b")
     assert status == 0 and "1 of 1 changes are below the rounding floor" in out
+
+
+def test_rounding_is_said_with_the_remedy(run: Run, models: dict[str, Path], tmp_path: Path) -> None:
+    """Where bfloat16 eats a small difference, in graft and merge alike."""
+    model = lapis.load(models["base"])[0].bfloat16()
+    save(model, tmp_path / "a", torch.bfloat16)
+    small = load(tmp_path / "a").float()
+    with torch.no_grad():
+        for weight in small.parameters():
+            weight *= 1.001
+    save(small, tmp_path / "b", torch.float32)
+    a, b, c = tmp_path / "a", tmp_path / "b", tmp_path / "c"
+    shutil.copytree(a, c)
+    hint = "of the difference (by norm); --dtype float32 keeps it"
+    for number, command in enumerate((
+        ("graft", "--base", a, "--chat", b, "--onto", a, "--no-smoke"),
+        ("merge", f"{a} + 0.5*({b} - {c})"),
+    )):  # fmt: skip
+        more = () if command[0] == "graft" else ("--dtype", "bfloat16")
+        status, out, _ = run(*command, *more, "--out", tmp_path / f"coarse{number}")
+        assert status == 0 and hint in out
+        status, out, _ = run(*command, "--out", tmp_path / f"fine{number}", "--dtype", "float32")
+        assert status == 0 and "--dtype" not in out
+        saved = load(tmp_path / f"fine{number}")
+        assert {weight.dtype for weight in saved.parameters()} == {torch.float32}
+
+
+def test_large_models_are_tried_out_on_fewer_tokens(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Down to the end of one prompt, so that computing takes the same time for any size."""
+    parameters = sum(weight.numel() for weight in lapis.load(models["base"])[0].parameters())
+    labels: list[str] = []
+    for tokens in (10, 30):
+        monkeypatch.setattr("lapis.evaluation.agree._WORK", tokens * parameters)
+        found = agreement(models["chat"], {"base": models["base"]}, progress=lambda *told: labels.append(told[2]))
+        assert found["tokens"] == tokens and found["kl_from"]["base"] > 0
+    monkeypatch.setattr("lapis.evaluation.agree._WORK", 0)
+    assert agreement(models["chat"], {})["tokens"] == 8
+    assert labels[0] == "trying the result out on 10 tokens: reading and running chat"
 
 
 def test_a_graft_is_tried_out_in_one_pass(models: dict[str, Path]) -> None:

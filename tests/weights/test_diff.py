@@ -1,5 +1,7 @@
 """The figures of a difference equal a float64 recomputation; rows are matched by token; strangers are told."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -41,9 +43,27 @@ def test_rounding_floor_is_what_rounding_gives(folders, tmp_path):
     fine = folders.weights(1, vocab=4000, dtype=torch.float32)
     exact = {name: tensor.double() * (1 + 1e-9) for name, tensor in fine.items()}
     coarse = {name: tensor.to(torch.bfloat16) for name, tensor in fine.items()}
-    table = diff(folders.write(tmp_path / "a", coarse), folders.write(tmp_path / "b", exact))
-    seen = table.total
-    assert seen["relative_norm"] == pytest.approx(seen["rounding_floor"], rel=0.02)
+    rounded, whole = folders.write(tmp_path / "a", coarse), folders.write(tmp_path / "b", exact)
+    table = diff(whole, rounded)
+    assert table.total["relative_norm"] == pytest.approx(table.total["rounding_floor"], rel=0.02)
+    assert not any("coarsely" in note for note in table.notes)
+    table = diff(rounded, whole)  # nothing was rounded to b's dtype, and what a may have lost is said
+    assert table.total["rounding_floor"] < 1e-7
+    [note] = [note for note in table.notes if "coarsely" in note]
+    [about] = re.findall(r"about (\S+) of the length", note)
+    assert table.total["relative_norm"] == pytest.approx(float(about), rel=0.1)
+
+
+def test_a_small_change_that_is_stored_exactly_counts(folders, tmp_path):
+    """A change of a thousandth, in float32 beside a parent in bfloat16, is no rounding, and a row that has it moved."""
+    base = folders.weights(1)
+    chat = {name: tensor.float() for name, tensor in base.items()}
+    chat["model.layers.0.mlp.up_proj.weight"] *= 1.001
+    chat["model.embed_tokens.weight"][5] *= 1.001
+    one = folders.write(tmp_path / "a", base, vocab=folders.words())
+    table = diff(one, folders.write(tmp_path / "b", chat, vocab=folders.words()), rows=True)
+    assert table.floor_finding() == ""
+    assert [row["id"] for row in table.moved(3)] == [5]
 
 
 def test_rows_show_the_template(trio, folders, tmp_path):

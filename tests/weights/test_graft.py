@@ -44,6 +44,27 @@ def test_other_dtypes(trio, folders, tmp_path, dtype):
     torch.testing.assert_close(out[name], onto[name] + chat[name] - base[name])
 
 
+@pytest.mark.parametrize("name", ["float32", "float16"])
+def test_the_output_may_have_another_dtype(trio, folders, tmp_path, name):
+    """Every tensor has it, and config.json says so; in float32 nothing of the difference is lost."""
+    models, dtype = trio(tied=False), getattr(torch, name)
+    result = graft(**models, out=tmp_path / "out", scale=0.3, dtype=name)
+    base, chat, onto, out = (folders.read(folder) for folder in [*models.values(), tmp_path / "out"])
+    assert {tensor.dtype for tensor in out.values()} == {dtype}
+    merged = "model.layers.1.mlp.up_proj.weight"
+    exact = onto[merged].double() + 0.3 * (chat[merged].double() - base[merged].double())
+    torch.testing.assert_close(out[merged].double(), exact, rtol=2e-3 if name == "float16" else 1e-6, atol=1e-7)
+    for rows in ("model.embed_tokens.weight", "lm_head.weight"):
+        expected = onto[rows].clone()
+        expected[[33, 34]] = chat[rows][[33, 34]]
+        assert torch.equal(out[rows], expected.to(dtype))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["torch_dtype"] == name and verify(tmp_path / "out") == []
+    assert (result.lost_to_rounding < 1e-4) == (name == "float32")
+    with pytest.raises(ConfigError, match='dtype is "int8"; give float32 or bfloat16 or float16'):
+        graft(**models, out=tmp_path / "other", dtype="int8")
+
+
 def test_the_account_lists_every_tensor_of_every_input(trio, folders, tmp_path):
     models = trio(tied=False)
     result = graft(**models, out=tmp_path / "out", scale=0.5)

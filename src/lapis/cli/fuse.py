@@ -1,11 +1,8 @@
 """`lapis fuse`: an adapter added to its base."""
 
-from typing import Literal
-
 from lapis.cli.graft import bar, print_result
 from lapis.cli.output import show
-
-LOSS = 0.05  # share of what an adapter adds, lost to rounding, that is worth a hint
+from lapis.weights.options import Dtype
 
 
 def fuse(
@@ -14,7 +11,7 @@ def fuse(
     *,
     out: str,
     base: str | None = None,
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    dtype: Dtype | None = None,
     overwrite: bool = False,
     allow_nonfinite: bool = False,
     json: bool = False,
@@ -36,6 +33,4 @@ def fuse(
         result = run(
             adapter, out, base=base, dtype=dtype, overwrite=overwrite, allow_nonfinite=allow_nonfinite, progress=tell
         )
-    lossy = result.lost_to_rounding is not None and result.lost_to_rounding > LOSS and dtype != "float32"
-    hint = "; --dtype float32 keeps it" if lossy else ""
-    show(result.to_json(), json, lambda: print_result(result, hint))
+    show(result.to_json(), json, lambda: print_result(result))

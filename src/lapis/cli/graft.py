@@ -3,13 +3,18 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
 from lapis.cli.output import line, notes, progress, show, size
 from lapis.errors import CheckpointError
 from lapis.weights.options import GraftOptions
+
+if TYPE_CHECKING:
+    from lapis.weights.engine.job import MergeResult
+
+LOSS = 0.05  # share of a difference, lost to rounding, that is worth a hint
 
 
 def graft(
@@ -31,7 +36,8 @@ def graft(
         onto: The continuation of base that is to chat.
         out: A new folder.
         scale: 1.0, or 0-7=0.5,8-23=1, or attn=1,mlp=0.5, or a YAML file; one for all chats, or one for each.
-        smoke: At the end load the result and compare its predictions with onto's and chat's on a few prompts.
+        smoke: At the end load the result, onto and chat, and compare their predictions on a few prompts (fewer for
+            larger models: it computes for about two seconds); --no-smoke leaves it out.
         json: Print one JSON object.
     """
     from lapis.weights.graft.graft import graft as run
@@ -45,7 +51,7 @@ def graft(
         from lapis.model.threads import settle_threads
 
         settle_threads(torch.device("cpu"))
-        with progress("trying the result out on a few prompts") as report_models:
+        with progress("trying the result out") as report_models:
             result.smoke = agreement(out, {"onto": onto, "chat": chat[0]}, progress=report_models)
     show(result.to_json(), json, lambda: print_result(result))
     if result.smoke and result.smoke.get("finite") is False:
@@ -63,8 +69,8 @@ def bar(what: str) -> Iterator[Callable[[int, int], None]]:
             raise
 
 
-def print_result(result: Any, hint: str = "") -> None:
-    """What a graft or merge did, in a few lines. hint: what to do about rounding."""
+def print_result(result: "MergeResult") -> None:
+    """What a graft, a merge or a fuse did, in a few lines."""
     counts = ", ".join(f"{number:,} tensors {action}" for action, number in result.tensors.items())
     if result.dry_run:
         needs = result.needs
@@ -78,6 +84,7 @@ def print_result(result: Any, hint: str = "") -> None:
             f"peak memory {size(result.peak_memory_bytes)}"
         )
     if result.lost_to_rounding is not None:
+        hint = "; --dtype float32 keeps it" if result.lost_to_rounding > LOSS else ""
         line(f"rounding took {result.lost_to_rounding:.2%} of the difference (by norm){hint}")
     if result.nonfinite:
         line(f"{result.nonfinite:,} NaN or Inf were kept")
@@ -93,4 +100,5 @@ def _format_smoke(seen: Mapping[str, Any]) -> str:
         f"{kl:.3g} nats from {name}" if kl is not None else f"{name} reads the prompts as other tokens"
         for name, kl in seen["kl_from"].items()
     ]
-    return f"tried out on {seen['prompts']} prompts: its predictions are {', '.join(distances)} (KL per token)"
+    material = f"{seen['tokens']} tokens of {seen['prompts']} prompts"
+    return f"tried out on {material}: its predictions are {', '.join(distances)} (KL per token)"

@@ -2,7 +2,9 @@
 
 The proof after a graft or a merge that the result is a working model between its parents: predictions that are numbers,
 and the Kullback-Leibler divergence from each parent, in nats per token, averaged over the prompts' last positions. One
-model is in memory at a time. Leaves out: judging text (chats.py, choices.py).
+model is in memory at a time, and how many tokens it reads depends on its size, so that a model of any size computes for
+about two thirds of a second on one core; what is left is reading its weights. Leaves out: judging text (chats.py,
+choices.py).
 """
 
 import os
@@ -17,42 +19,62 @@ from lapis.families import Family
 from lapis.model.load import load
 from lapis.model.size import free_memory
 from lapis.text.chat.chat import encode_prompt
+from lapis.text.rows.sequences import together
 from lapis.text.tokenizer.tokenizer import Tokenizer
 
 PROMPTS = ("The capital of Malaysia is", "Apa khabar?", "1, 2, 3, 4,", "Who are you?")
 _POSITIONS = 8  # the last ones of each prompt: 150,000 words x 32 positions are 20 MB
+_WORK = 16e9  # parameters x tokens: twice as many FLOPs, at about 50 billion a second on one core
+_LEAST = 8  # tokens, however large the model is
 
 
 def agreement(
     model: str | os.PathLike[str],
     others: Mapping[str, str | os.PathLike[str]],
     prompts: Sequence[str] = PROMPTS,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int, int, str], None] = lambda done, total, label: None,
 ) -> dict[str, Any]:
-    """{"prompts", "positions", "finite", "kl_from": {name: nats per token or None}, "skipped": reason, where it was}.
+    """{"prompts", "tokens", "positions", "finite", "kl_from": {name: nats per token or None}}, or {"skipped": reason}.
 
     KL(model || other). None where another's tokenizer gives the prompts other ids. Where the model has a chat template,
-    each prompt is also asked as a chat's first turn. Skips, with the reason, what cannot be judged: no tokenizer, an
-    architecture that is not known, too little memory. progress(done, total) is called after each model.
+    each prompt is also given as a chat's first turn. A large model reads fewer of them, or the end of one. Skips, with
+    the reason, what cannot be judged: no tokenizer, an architecture that is not known, too little memory.
+    progress(done, total, what) is called before each model.
     """
     checkpoint = open_checkpoint(model)
     if reason := _reason_against(checkpoint):
         return {"skipped": reason}
     try:
         tokenizer = Tokenizer.open(checkpoint)
-        rows = [tokenizer.encode(text, add_special_tokens=True) for text in prompts]
-        if tokenizer.chat_template:
-            rows += [encode_prompt(tokenizer, [{"role": "user", "content": text}]) for text in prompts]
-        rows = [ids for ids in rows if ids]
+        rows = _rows(checkpoint, tokenizer, prompts)
+        tokens = sum(map(len, rows))
+        label = f"trying the result out on {tokens} tokens: reading and running {{}}".format
+        progress(0, len(others) + 1, label(os.path.basename(model)))
         own = _log_probabilities(checkpoint, rows)
     except LapisError as error:
         return {"skipped": str(error)}
-    result: dict[str, Any] = {"prompts": len(rows), "positions": len(own), "finite": bool(torch.isfinite(own).all())}
-    result["kl_from"] = {}
+    result: dict[str, Any] = {"prompts": len(rows), "tokens": tokens, "positions": len(own)}
+    result |= {"finite": bool(torch.isfinite(own).all()), "kl_from": {}}
     for done, (name, other) in enumerate(others.items(), 1):
-        progress(done, len(others) + 1)
+        progress(done, len(others) + 1, label(name))
         result["kl_from"][name] = _divergence(own, rows, tokenizer, other)
     return result
+
+
+def _rows(checkpoint: Checkpoint, tokenizer: Tokenizer, prompts: Sequence[str]) -> list[list[int]]:
+    """Prompts as chats and as text in turn, as many as the model's size allows; the last one may lose its start."""
+    room = max(_LEAST, int(_WORK / max(1, sum(info.elements for info in checkpoint.index.values()))))
+    rows = []
+    for text in prompts:
+        if tokenizer.chat_template:
+            rows.append(encode_prompt(tokenizer, [{"role": "user", "content": text}]))
+        rows.append(tokenizer.encode(text, add_special_tokens=True))
+    chosen = []
+    for ids in rows:
+        if ids and room > 0:
+            chosen.append(ids[-room:])
+            room -= len(chosen[-1])
+    return chosen
 
 
 def _divergence(own: torch.Tensor, rows: list[list[int]], tokenizer: Tokenizer, other: Any) -> float | None:
@@ -71,19 +93,18 @@ def _divergence(own: torch.Tensor, rows: list[list[int]], tokenizer: Tokenizer, 
 
 @torch.no_grad()
 def _log_probabilities(checkpoint: Checkpoint, rows: list[list[int]]) -> torch.Tensor:
-    """[positions, words] at the last positions of each row.
-
-    In one pass: on a busy machine each pass waits for all threads at every product, and the rows are short.
-    """
+    """[positions, words] at the last positions of each row, from one pass in which rows share lines."""
     model = load(checkpoint)
     rows = [ids[-model.config.context :] for ids in rows]
-    ids_BT = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
-    mask_BT = torch.zeros_like(ids_BT, dtype=torch.bool)
-    for number, ids in enumerate(rows):
-        ids_BT[number, : len(ids)], mask_BT[number, : len(ids)] = torch.tensor(ids), True
-    places = [(row, place) for row, ids in enumerate(rows) for place in range(len(ids))[-_POSITIONS:]]
+    batch = together(rows)
+    hidden_RTD = model.hidden(batch.ids_RT, positions_BT=batch.positions_RT, segments_BT=batch.segments_RT)
+    places = [
+        (int(batch.row_B[number]), int(batch.last_B[number]) - back)
+        for number, ids in enumerate(rows)
+        for back in range(min(len(ids), _POSITIONS))
+    ]
     rows_P, places_P = torch.tensor(places).T
-    logits_PV: torch.Tensor = model.head(model.hidden(ids_BT, mask_BT)[rows_P, places_P])
+    logits_PV: torch.Tensor = model.head(hidden_RTD[rows_P, places_P])
     return logits_PV.float().log_softmax(-1)
 
 

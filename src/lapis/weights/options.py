@@ -4,11 +4,12 @@ Needs no torch, so that the command line can read it at once.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from lapis.errors import ConfigError
 
 KeepOrAdd = Literal["keep", "add"]
+Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,9 @@ class WriteOptions:
     """Go on, with a note, where the difference of two models is taken that are no fine-tunes of each other."""
     same_tokens: bool = False
     """Take rows to stand for the same tokens where a tokenizer cannot be read to prove it."""
+    dtype: Dtype | None = None
+    """Of the weights that are written; by default onto's, or what a recipe says. float32 loses nothing of a small
+    difference to rounding."""
     overwrite: bool = False
     """Swap an existing folder for the new one, whole."""
     allow_nonfinite: bool = False
@@ -45,9 +49,12 @@ class GraftOptions(WriteOptions):
             ("embeddings", self.embeddings, (None, "keep", "add")),
             ("norms", self.norms, ("keep", "add")),
             ("template", self.template, ("chat", "onto")),
+            ("dtype", self.dtype, (None, *get_args(Dtype))),
         ):
             if value not in known:
-                raise ConfigError(f'graft: {option} is "{value}"; give {" or ".join(n for n in known if n)}')
+                raise ConfigError(
+                    f'graft: {option} is "{value}"; give {" or ".join(str(name) for name in known if name)}'
+                )
 
 
 @dataclass(frozen=True)

@@ -83,6 +83,12 @@ def diff(
     if in_blocks or not pairs:
         problems = list(mismatched.values()) or ["no tensor of one has its like in the other"]
         raise CheckpointError(format_problems("diff", problems) + "; these are not versions of one model")
+    coarser = {pair.a.dtype for pair in pairs if mantissa(pair.a.dtype) < mantissa(pair.b.dtype)}
+    for dtype in sorted(coarser, key=str):
+        notes.append(
+            f"a is stored in {str(dtype).removeprefix('torch.')}, more coarsely than b: if it is a rounded copy of "
+            f"what b was made from, about {0.4 * 2.0 ** -mantissa(dtype):.1e} of the length is that rounding"
+        )
     lock = threading.Lock()
 
     def work(reader: Reader, task: tuple[_Pair, int]) -> None:
@@ -90,7 +96,7 @@ def diff(
         first, last = pair.tiles[number]
         tile = reader.read(pair.name, (pair.a, pair.b), first, last, pair.a.shape)
         by_row = measure_rows(tile) if pair.tokens is not None else None
-        sums = measure(tile, mantissa(pair.a.dtype, pair.b.dtype))
+        sums = measure(tile, mantissa(pair.b.dtype))
         if not np.isfinite(sums.aa + sums.bb):
             role, source = ("a", pair.a) if not np.isfinite(sums.aa) else ("b", pair.b)
             model = one if role == "a" else two
@@ -242,7 +248,7 @@ def _row_lines(pair: _Pair, words: tuple[Vocabulary | None, Vocabulary | None]) 
     spread = 1.4826 * np.median(np.abs(relative - usual)) if len(relative) else 0.0
     if not spread and len(relative):  # most rows did the same: the mean instead (Iglewicz and Hoaglin 1993)
         spread = 1.2533 * np.mean(np.abs(relative[np.isfinite(relative)] - usual))
-    floor = 0.0 if pair.a.dtype == pair.b.dtype else 2.0 ** -mantissa(pair.a.dtype, pair.b.dtype)  # rounding alone
+    floor = 2.0 ** -mantissa(pair.b.dtype) if mantissa(pair.b.dtype) < mantissa(pair.a.dtype) else 0.0  # rounding alone
     known = [vocabulary for vocabulary in words if vocabulary]
     special = frozenset().union(*(vocabulary.special for vocabulary in known)) if known else frozenset()
     lines = []

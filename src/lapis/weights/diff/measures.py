@@ -2,8 +2,8 @@
 
 With d = b - a: direction is the cosine of a and b, magnitude is |d| / |a| (Frobenius). 1 - cosine is computed from |d|,
 which is exact where a and b are nearly parallel and the dot product is not. The rounding floor is the |d| / |a| that
-noise of up to half an ulp in every stored element would give: sqrt(sum (ulp / 2)^2 / 3) / |a|; a difference below it
-says nothing.
+rounding every element to b's dtype would give, noise of up to half an ulp: sqrt(sum (ulp / 2)^2 / 3) / |a|; a
+difference below it says nothing.
 
 The spectrum says how many directions carry a matrix and its change, and how much stands out from noise. stable rank:
 |D|_F^2 / s_1^2. rank_90: how many singular values hold 90 % of the energy |D|_F^2. SNR as in Spectrum (Hartford et al.
@@ -79,9 +79,9 @@ def direction(aa: float, bb: float, dd: float) -> tuple[float, float]:
     return 1 - apart, degrees(angle)
 
 
-def mantissa(*dtypes: torch.dtype) -> int:
-    """Bits of precision of the coarsest dtype."""
-    return min(_MANTISSA[dtype] for dtype in dtypes)
+def mantissa(dtype: torch.dtype) -> int:
+    """Bits of precision."""
+    return _MANTISSA[dtype]
 
 
 def measure(tile: Tile, bits: int) -> Sums:

@@ -216,6 +216,16 @@ def _job(inputs: Mapping[str, Checkpoint], recipe: Any) -> str:
     return hashlib.sha256(json.dumps(everything, sort_keys=True, default=str).encode()).hexdigest()
 
 
+def with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """config.json that says the dtype of its weights, in the fields in which it said one before."""
+    fields = [name for name in ("dtype", "torch_dtype") if name in config] or ["torch_dtype"]
+    result = {**config, **dict.fromkeys(fields, dtype)}
+    if isinstance(inner := config.get("text_config"), Mapping):
+        named = [name for name in ("dtype", "torch_dtype") if name in inner]
+        result["text_config"] = {**inner, **dict.fromkeys(named, dtype)}
+    return result
+
+
 def disk_bytes(files: Mapping[str, Sequence[Output]]) -> int:
     """How much of the disk the files of a job need, in bytes, with room for what lies beside the weights."""
     heads = sum(len(header_bytes({o.name: ("U8", o.shape) for o in each}, {})) for each in files.values())

@@ -9,7 +9,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -34,9 +34,9 @@ from lapis.weights.engine.outputs import Account
 from lapis.weights.fuse.layout import FuseLayout
 from lapis.weights.matching import format_problems
 from lapis.weights.merge.layout import sharded
+from lapis.weights.options import Dtype
 from lapis.weights.tokenizer_files import copy_tokenizer_files, write_index
 
-Dtype = Literal["float32", "bfloat16", "float16"]
 GENERATION = "generation_config.json"
 
 

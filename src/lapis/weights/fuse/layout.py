@@ -19,7 +19,7 @@ from lapis.checkpoint.tensor_file import torch_dtype
 from lapis.errors import CheckpointError
 from lapis.families.config import class_fields
 from lapis.parsing import ParseError, parse_json
-from lapis.weights.engine.job import Entry
+from lapis.weights.engine.job import Entry, with_dtype
 from lapis.weights.engine.outputs import Output
 from lapis.weights.engine.sources import COMPUTABLE, Source, Stored
 from lapis.weights.fuse.low_rank import LowRank, patch_rows, rounding
@@ -233,8 +233,7 @@ class FuseLayout:
     def _config(self) -> dict[str, Any]:
         config = dict(self.onto.config)
         if self.dtype is not None:
-            fields = [name for name in ("dtype", "torch_dtype") if name in config] or ["torch_dtype"]
-            config |= dict.fromkeys(fields, str(self.dtype).removeprefix("torch."))
+            config = with_dtype(config, str(self.dtype).removeprefix("torch."))
         if self.classes:
             image = "image_size" in config
             ending = "ForImageClassification" if image else "ForSequenceClassification"

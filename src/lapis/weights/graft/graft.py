@@ -20,11 +20,11 @@ from typing import Any, Literal
 
 from lapis.checkpoint.tensor_file import INDEX
 from lapis.weights.engine.fp8 import without_quantization
-from lapis.weights.engine.job import MergeResult, count, produce, write_account
+from lapis.weights.engine.job import MergeResult, count, produce, with_dtype, write_account
 from lapis.weights.engine.outputs import Account
 from lapis.weights.graft.layout import GraftPlan, ScaleLike, plan_graft
 from lapis.weights.matching import Model
-from lapis.weights.options import GraftOptions, KeepOrAdd
+from lapis.weights.options import Dtype, GraftOptions, KeepOrAdd
 from lapis.weights.tokenizer_files import copy_tokenizer_files, write_index
 
 
@@ -40,6 +40,7 @@ def graft(
     template: Literal["chat", "onto"] = GraftOptions.template,
     allow_unrelated: bool = GraftOptions.allow_unrelated,
     same_tokens: bool = GraftOptions.same_tokens,
+    dtype: Dtype | None = GraftOptions.dtype,
     overwrite: bool = GraftOptions.overwrite,
     allow_nonfinite: bool = GraftOptions.allow_nonfinite,
     dry_run: bool = GraftOptions.dry_run,
@@ -47,7 +48,8 @@ def graft(
 ) -> MergeResult:
     """Writes onto + scale * (chat - base) as a model folder.
 
-    Computes in float32 and rounds once to onto's dtype. Goes on where a killed run of the same graft stopped.
+    Computes in float32 and rounds once, to onto's dtype or to `dtype`. Goes on where a killed run of the same graft
+    stopped.
 
     Args:
         base: The model that chat was tuned from: a folder, a model of the hub, or an opened checkpoint.
@@ -68,7 +70,7 @@ def graft(
     """
     started = time.perf_counter()
     options = GraftOptions(
-        allow_unrelated, same_tokens, overwrite, allow_nonfinite, dry_run, embeddings, norms, template
+        allow_unrelated, same_tokens, dtype, overwrite, allow_nonfinite, dry_run, embeddings, norms, template
     )
     plan = plan_graft(base, chat, onto, scale, options)
     needs = {"disk_bytes": plan.disk_bytes, "memory_bytes": plan.memory_bytes}
@@ -109,7 +111,9 @@ def _changed_config(config: Mapping[str, Any], plan: GraftPlan) -> dict[str, Any
     result = dict(config)
     if "quantization_config" in plan.config:
         result = without_quantization(result)
-        result |= {key: "bfloat16" for key in ("torch_dtype", "dtype") if key in result}
+        result = with_dtype(result, "bfloat16")
+    if (dtype := plan.recipe.get("dtype")) is not None:
+        result = with_dtype(result, dtype)
     if "vocab_size" in plan.config:
         inner = result.get("text_config")
         if isinstance(inner, Mapping) and "vocab_size" in inner:

@@ -28,7 +28,7 @@ from lapis.weights.checks import (
 from lapis.weights.engine.fp8 import is_scale
 from lapis.weights.engine.job import Entry, disk_bytes
 from lapis.weights.engine.outputs import Kernel, Output, unchanged
-from lapis.weights.engine.sources import Source, Stored, StoredRows, columns_of, read_rows
+from lapis.weights.engine.sources import COMPUTABLE, Source, Stored, StoredRows, columns_of, read_rows
 from lapis.weights.engine.tiles import THREADS, TILE, Tile
 from lapis.weights.graft.scale import Scale, read_scale
 from lapis.weights.matching import (
@@ -97,7 +97,8 @@ def plan_graft(
     problems, notes = check_configs(inputs)
     for role, checkpoint in inputs.items():
         notes += [f"{role}: {note}" for note in checkpoint.notes]
-    layout = _Layout(inputs, words, scales, embeddings, options.norms, options.template)
+    dtype = None if options.dtype is None else getattr(torch, options.dtype)
+    layout = _Layout(inputs, words, scales, embeddings, options.norms, options.template, dtype)
     shape = _shape(inputs["onto"])
     problems += [line for each in scales for line in each.problems(layout.parts.values(), shape)]
     problems += check_vocabularies(inputs, words)
@@ -121,12 +122,14 @@ def plan_graft(
         why = f"no tokenizer.json in {', '.join(blind)}" if blind else "chat's template has no tokens of its own"
         why = f"these {len(layout.held)} rows stay onto's" if layout.held else why
         notes.append(f"no rows of template tokens were taken from chat: {why}")
-    recipe = {
+    recipe: dict[str, Any] = {
         "scale": [s.to_json() for s in scales] if len(scales) > 1 else scales[0].to_json(),
         "embeddings": embeddings,
         "norms": options.norms,
         "template": options.template,
     }
+    if options.dtype is not None:
+        recipe["dtype"] = options.dtype
     files = layout.files()
     return GraftPlan(
         files, layout.entries, inputs, recipe, words, layout.new_tokens, layout.vocabulary(),
@@ -145,9 +148,10 @@ class _Layout:
         embeddings: str,
         norms: str,
         template: str,
+        dtype: torch.dtype | None,
     ) -> None:
         self.inputs, self.words, self.scales = inputs, words, scales
-        self.embeddings, self.norms, self.onto = embeddings, norms, inputs["onto"]
+        self.embeddings, self.norms, self.onto, self.dtype = embeddings, norms, inputs["onto"], dtype
         self.parts: dict[str, Part] = {name: self.onto.part(name) for name in self.onto.names}
         self.roles = ("base", *(role for role in inputs if role.startswith("chat")))
         self.entries: list[Entry] = []
@@ -209,18 +213,21 @@ class _Layout:
             return None
         own = Stored("onto", self.onto, name)
         dtype = torch.bfloat16 if own.scaled else torch_dtype(info.dtype) or torch.uint8
+        if self.dtype is not None and own.dtype in COMPUTABLE:
+            dtype = self.dtype
+        rounding = Kernel(unchanged) if own.scaled or dtype != own.dtype else None
         if fate == "rows":
-            return self._token_rows(name, own, dtype)
+            return self._token_rows(name, own, dtype, rounding)
         if fate != "merge":
             why = {"keep": "norms are kept", "zero": "its scale is 0"}.get(fate, "not the language model's")
             self.entries.append(Entry(name, "copied", why + (", dequantized" if own.scaled else "")))
-            return Output(name, dtype, info.shape, (own,), Kernel(unchanged) if own.scaled else None)
+            return Output(name, dtype, info.shape, (own,), rounding)
         scales = [scale.of(part) for scale in self.scales]
         self.entries.append(Entry(name, "merged", scale=scales if len(scales) > 1 else scales[0]))
         others = tuple(self._stored(role, name) for role in self.roles)
         return Output(name, dtype, info.shape, (own, *others), Kernel(add_difference(scales)))
 
-    def _token_rows(self, name: str, own: Stored, dtype: torch.dtype) -> Output:
+    def _token_rows(self, name: str, own: Stored, dtype: torch.dtype, rounding: Kernel | None) -> Output:
         """Embedding or head: onto's rows, chat's for the template's tokens, the difference where it is asked for."""
         scales = [scale.of(self.parts[name]) for scale in self.scales]
         words, rows = self.words["onto"], own.shape[0]
@@ -239,7 +246,7 @@ class _Layout:
         why = "embeddings are kept" + (f", but {len(patch.rows)} rows of the template are chat's" if patch else "")
         if self.embeddings == "keep" or not any(scales):
             self.entries.append(Entry(name, "copied", why))
-            return Output(name, dtype, shape, (source,), Kernel(unchanged) if own.scaled else None, patch)
+            return Output(name, dtype, shape, (source,), rounding, patch)
         assert words is not None
         tokens = words.tokens()
         shared = set(words.ids).intersection(*(self.words[role].ids for role in self.roles))  # type: ignore[union-attr]

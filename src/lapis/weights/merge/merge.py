@@ -37,7 +37,7 @@ from lapis.weights.merge.placing import place
 from lapis.weights.merge.recipe import Recipe, parse_recipe, read_recipe
 from lapis.weights.merge.settings import chat_template, output_config, write_tokenizer
 from lapis.weights.merge.union import Words
-from lapis.weights.options import MergeOptions
+from lapis.weights.options import Dtype, MergeOptions
 from lapis.weights.tokenizer_files import copy_tokenizer_files, write_index, write_template
 
 
@@ -89,6 +89,7 @@ def merge(
     seed: int | None = MergeOptions.seed,
     allow_unrelated: bool = MergeOptions.allow_unrelated,
     same_tokens: bool = MergeOptions.same_tokens,
+    dtype: Dtype | None = MergeOptions.dtype,
     overwrite: bool = MergeOptions.overwrite,
     allow_nonfinite: bool = MergeOptions.allow_nonfinite,
     dry_run: bool = MergeOptions.dry_run,
@@ -110,7 +111,7 @@ def merge(
         OutputError: Where `out` cannot be written.
     """
     started = time.perf_counter()
-    plan = plan_merge(recipe, seed, allow_unrelated, same_tokens)
+    plan = plan_merge(recipe, seed, allow_unrelated, same_tokens, dtype)
     needs = {"disk_bytes": plan.disk_bytes, "memory_bytes": plan.memory_bytes}
     result = MergeResult(str(out), count(plan.entries), needs=needs, notes=plan.notes, dry_run=dry_run)
 
@@ -146,6 +147,7 @@ def plan_merge(
     seed: int | None = MergeOptions.seed,
     allow_unrelated: bool = MergeOptions.allow_unrelated,
     same_tokens: bool = MergeOptions.same_tokens,
+    dtype: Dtype | None = MergeOptions.dtype,
 ) -> MergePlan:
     """Checks a merge and lays it out; the arguments are those of `merge`.
 
@@ -155,6 +157,8 @@ def plan_merge(
     recipe = open_recipe(recipe)
     if seed is not None:
         recipe = replace(recipe, seed=seed)
+    if dtype is not None:
+        recipe = replace(recipe, dtype=dtype, written={**recipe.written, "out_dtype": dtype})
     inputs, problems = _open(recipe)
     if problems:
         raise CheckpointError(format_problems("merge", problems))
