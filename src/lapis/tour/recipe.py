@@ -27,6 +27,7 @@ from lapis.text.corpus.corpus import documents
 from lapis.text.tokenizer.tokenizer import TURN_END, TURN_START, Tokenizer
 from lapis.tour import measure
 from lapis.tour.material import ENGLISH, Material
+from lapis.tour.setup.copying import write_copying
 from lapis.tour.setup.lessons import Lessons
 from lapis.tour.setup.machine import Machine
 from lapis.tour.setup.size import CONTEXT, StorySize
@@ -120,8 +121,14 @@ class Story:
         text = self.mixed(name, shares)
         self.clock.begin(name, f"{name}: {WHAT[name]}")
         torch.manual_seed(self.seed)
-        model = load(self.models[start]) if start else Transformer(self.size.model(self.tokenizer.vocab_size))
+        model = load(self.models[start]) if start else self.new_model()
         self.train(name, model, Causal(tokenizer=self.tokenizer, data=[text], context=CONTEXT))
+
+    def new_model(self) -> Transformer:
+        """With random weights, but for the heads that copy."""
+        model = Transformer(self.size.model(self.tokenizer.vocab_size))
+        write_copying(model)
+        return model
 
     def chat(self, name: str, start: str, chats: Path) -> None:
         """Learns chats, with some text beside them where the recipe says so, unless that is done.
