@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 import threading
+import time
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -31,12 +32,15 @@ class Asked:
 @dataclass
 class Hub:
     """repos: name -> commit -> file -> bytes; branches: name -> branch -> commit. fault: called before each answer;
-    what it returns (status, headers, body) is sent in its place."""
+    what it returns (status, headers, body) is sent in its place. drip: seconds between two bytes of a body.
+    drip_headers: between two bytes of the headers, which then have no end."""
 
     repos: dict[str, dict[str, dict[str, bytes]]] = field(default_factory=dict)
     branches: dict[str, dict[str, str]] = field(default_factory=dict)
     asked: list[Asked] = field(default_factory=list)
     fault: Callable[[Asked], "tuple[int, dict[str, str], bytes] | None"] | None = None
+    drip: Callable[[Asked], float] = lambda asked: 0.0
+    drip_headers: float = 0.0
     url: str = ""
     store: str = ""
 
@@ -89,16 +93,33 @@ class _Handler(BaseHTTPRequestHandler):
         answer = self.hub.fault(asked) if self.hub.fault else None
         status, headers, body = answer or self._answer(asked)
         asked.status = status
+        if self.hub.drip_headers:
+            self._drip(b"HTTP/1.1 200 OK\r\nX: " + b"x" * 10_000, self.hub.drip_headers)
+            return
         self.send_response(status)
         headers = {"Content-Length": str(len(body)), **headers}
         for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
+            if seconds := self.hub.drip(asked):
+                self._drip(body, seconds)
+                return
             self.wfile.write(body)
             asked.sent = len(body)
         if int(headers["Content-Length"]) != len(body):
             self.close_connection = True
+
+    def _drip(self, data: bytes, seconds: float) -> None:
+        """One byte after the other, until the other side has had enough."""
+        self.close_connection = True
+        try:
+            for at in range(len(data)):
+                self.wfile.write(data[at : at + 1])
+                self.wfile.flush()
+                time.sleep(seconds)
+        except OSError:
+            pass
 
     def _answer(self, asked: Asked) -> tuple[int, dict[str, str], bytes]:
         hub = self.hub
@@ -118,17 +139,22 @@ class _Handler(BaseHTTPRequestHandler):
                 place = f"{hub.store}/store/{match[1]}/{commit}/{match[3]}"
                 linked = {"X-Linked-Size": str(len(body)), "X-Linked-Etag": f'"{digest}"', "Location": place}
                 return 302, known | linked, b""
-            return _part(asked, body, known | {"ETag": f'"{hashlib.sha1(body).hexdigest()}"'})
+            return _part(asked, body, known | {"ETag": f'"{git_digest(body)}"'})
         if match := re.fullmatch(r"/store/([^/]+/[^/]+)/([^/]+)/(.+)", asked.path):
             body = hub.repos[match[1]][match[2]][match[3]]
             return _part(asked, body, {"ETag": f'"{hashlib.sha256(body).hexdigest()}"'})
         return 404, {}, b""
 
 
+def git_digest(body: bytes) -> str:
+    """What git calls a file of these bytes."""
+    return hashlib.sha1(b"blob %d\0" % len(body) + body).hexdigest()
+
+
 def _info(repo: str, commit: str, files: dict[str, bytes]) -> tuple[int, dict[str, str], bytes]:
     siblings = []
     for name, body in files.items():
-        one = {"rfilename": name, "size": len(body), "blobId": hashlib.sha1(body).hexdigest()}
+        one = {"rfilename": name, "size": len(body), "blobId": git_digest(body)}
         if name.endswith(LARGE):
             one["lfs"] = {"sha256": hashlib.sha256(body).hexdigest(), "size": len(body), "pointerSize": 134}
         siblings.append(one)

@@ -5,11 +5,12 @@ import time
 
 import pytest
 import torch
-from huggingface_hub import constants
+from huggingface_hub import constants, try_to_load_from_cache
 
 import lapis
-from lapis.checkpoint import open_checkpoint, ranges
-from lapis.checkpoint.hub import hub_id
+from lapis.checkpoint import open_checkpoint
+from lapis.checkpoint.hub import models, ranges, requests
+from lapis.checkpoint.hub.models import hub_id
 from lapis.cli.main import main
 from lapis.errors import CheckpointError
 from lapis.families.config import ModelConfig
@@ -40,7 +41,7 @@ def files(tmp_path_factory) -> dict[str, dict[str, bytes]]:
 @pytest.fixture
 def hub(files, tmp_path, monkeypatch):
     """A hub with one model, an empty cache, short pauses, and a token."""
-    monkeypatch.setattr(ranges, "PAUSE", 0.001)
+    monkeypatch.setattr(requests, "PAUSE", 0.001)
     with serving(Hub()) as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
         monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
@@ -71,9 +72,7 @@ def test_opening_reads_headers_only(hub, files):
 
 
 def ranges_first() -> int:
-    from lapis.checkpoint import hub as module
-
-    return module.FIRST
+    return models.FIRST
 
 
 def settled(hub) -> int:
@@ -120,6 +119,8 @@ def test_loading_keeps_a_snapshot_that_serves_offline(hub, tmp_path, monkeypatch
     logits = model(ids)
     blob = (open_checkpoint(REPO).root / WEIGHTS).resolve()
     assert blob.parent.name == "blobs"
+    for name in (WEIGHTS, "config.json"):  # and the library whose cache it is finds them there
+        assert try_to_load_from_cache(REPO, name, cache_dir=tmp_path / "cache", revision="main")
     hub.asked.clear()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     again, _ = lapis.load(REPO)
@@ -252,7 +253,7 @@ def test_fault_90_an_encoded_range_is_refused(hub, files):
     body = files["base"][WEIGHTS]
     headers = {"Content-Range": f"bytes 0-{min(len(body), ranges_first()) - 1}/{len(body)}", "ETag": '"a"'}
     hub.fault = on_weights((206, headers | {"Content-Encoding": "gzip"}, b"x"))
-    with pytest.raises(CheckpointError, match="encoded a range as gzip"):
+    with pytest.raises(CheckpointError, match="encoded it as gzip"):
         lapis.open(REPO)
 
 
@@ -300,5 +301,5 @@ def test_importing_lapis_imports_no_hub_library():
     import subprocess
     import sys
 
-    code = "import sys, lapis.checkpoint, lapis.checkpoint.hub; print('huggingface_hub' in sys.modules)"
+    code = "import sys, lapis.checkpoint, lapis.checkpoint.hub.models; print('huggingface_hub' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"

@@ -40,9 +40,13 @@ SETS = {
 }
 
 
+def git(body: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(body) + body).hexdigest()
+
+
 class Hub(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
-        parts = self.path.removeprefix("/api/datasets/").removeprefix("/datasets/").split("/")
+        parts = self.path.partition("?")[0].removeprefix("/api/datasets/").removeprefix("/datasets/").split("/")
         name = "/".join(parts[:2])
         if self.path.startswith("/api/"):
             revision = "/".join(parts[3:]).replace("%2F", "/") or "main"
@@ -51,7 +55,7 @@ class Hub(BaseHTTPRequestHandler):
             if files is None:
                 self.answer(404, b"{}", {"X-Error-Code": "RevisionNotFound" if known else "RepoNotFound"})
                 return
-            entries = [{"rfilename": file} for file in files]
+            entries = [{"rfilename": file, "size": len(body), "blobId": git(body)} for file, body in files.items()]
             self.answer(200, json.dumps({"id": name, "sha": COMMIT, "siblings": entries}).encode(), {})
         else:
             found = [files["/".join(parts[4:])] for (n, _), files in SETS.items()

@@ -24,7 +24,7 @@ def open_checkpoint(source: str | os.PathLike[str], *, adapters: bool = False) -
     """
     root, snapshot = Path(source), None
     if not root.is_dir():
-        from lapis.checkpoint.hub import find_model
+        from lapis.checkpoint.hub.models import find_model
 
         snapshot = find_model(source, INDEX)
         root = snapshot.root
@@ -57,6 +57,8 @@ def open_checkpoint(source: str | os.PathLike[str], *, adapters: bool = False) -
     stats = {info.file: stamp(info.file.stat()) for info in index.values() if os.path.lexists(info.file)}
     if len(stats) < len({info.file for info in index.values()}):
         notes.append("weights are read from the hub in ranges, which no checksum covers; loading covers them")
+    if snapshot is not None and (bare := snapshot.unlisted(["config.json", *headers])):
+        notes.append(f"unverified: the hub lists no digest for {', '.join(bare[:4])}{' ...' if len(bare) > 4 else ''}")
     return Checkpoint(str(source), root, config, find(config), index, headers, notes, stats, snapshot=snapshot)
 
 

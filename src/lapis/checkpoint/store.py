@@ -26,7 +26,7 @@ from lapis.families.base import Family, Part, fallback_part
 if TYPE_CHECKING:
     import torch
 
-    from lapis.checkpoint.hub import Snapshot
+    from lapis.checkpoint.hub.models import Snapshot
 
 # init_lora_weights that take the first adapter out of the base, by a rule that can be repeated
 CHANGED_BASE = ("pissa", "olora")

@@ -18,8 +18,10 @@ from urllib.parse import quote
 
 from lapis.checkpoint.commit import commit_file
 from lapis.checkpoint.files import read_json
+from lapis.checkpoint.hub.repository import COMMIT, HubFile, Repository, fetch, list_files, safe_name
+from lapis.checkpoint.hub.requests import Refused
 from lapis.config import nearest
-from lapis.errors import DataError
+from lapis.errors import CheckpointError, DataError
 from lapis.text.corpus.file_stream import KINDS, OpenedFile, cache_folder, suffix
 
 HUB = "hub:"
@@ -92,10 +94,10 @@ def hub_files(spec: str) -> list[Path]:
     if match is None:
         raise DataError(f"{spec}: expected hub:OWNER/NAME, hub:OWNER/NAME@REVISION or hub:OWNER/NAME/FOLDER")
     repository, revision, pattern = match.groups()
-    commit, names = _listing(spec, repository, revision)
-    if revision is None and not _readable(names):
-        commit, names = _listing(spec, repository, CONVERTED)
-    return [_download(spec, repository, commit, name) for name in choose(spec, names, pattern)]
+    listing = _listing(spec, repository, revision)
+    if revision is None and not _readable(list(listing.files)):
+        listing = _listing(spec, repository, CONVERTED)
+    return [_download(spec, listing, name) for name in choose(spec, list(listing.files), pattern)]
 
 
 def choose(spec: str, names: list[str], pattern: str | None) -> list[str]:
@@ -130,60 +132,55 @@ def _folders(names: list[str]) -> list[str]:
     return sorted({str(PurePosixPath(name).parent) for name in names})
 
 
-def _listing(spec: str, repository: str, revision: str | None) -> tuple[str, list[str]]:
-    """The commit, and the names of the files in it; those of last time where HF_HUB_OFFLINE forbids to ask the hub."""
-    import huggingface_hub
-    from huggingface_hub import errors
+def _listing(spec: str, repository: str, revision: str | None) -> Repository:
+    """The files at a commit; those of last time where HF_HUB_OFFLINE forbids to ask the hub."""
+    from huggingface_hub import constants
 
-    known = cache_folder() / "hub" / f"{repository.replace('/', '--')}@{quote(revision or 'main', safe='')}.json"
-    try:
-        info = huggingface_hub.HfApi().dataset_info(repository, revision=revision)
-    except errors.OfflineModeIsEnabled:
+    label = f"{repository.replace('/', '--')}@{quote(revision or 'main', safe='')}.json"
+    known = cache_folder() / "hub" / label
+    if constants.is_offline_mode():
         if not known.is_file():
-            raise DataError(f"{spec}: is not in the cache, and HF_HUB_OFFLINE forbids to fetch it") from None
-        listed = read_json(known)
-        return str(listed["commit"]), list(listed["files"])
-    except Exception as error:
-        if not _of_network(error):
-            raise
+            raise DataError(f"{spec}: is not in the cache, and HF_HUB_OFFLINE forbids to fetch it")
+        return _remembered(spec, repository, known)
+    try:
+        listing = list_files(spec, "dataset", repository, revision)
+    except CheckpointError as error:
         raise _refusal(spec, repository, revision, error) from None
-    commit, names = str(info.sha), [entry.rfilename for entry in info.siblings or []]
     known.parent.mkdir(parents=True, exist_ok=True)
     with commit_file(known, overwrite=True) as temporary:
-        temporary.write_text(json.dumps({"commit": commit, "files": names}))
-    return commit, names
+        temporary.write_text(json.dumps({"commit": listing.commit, "files": list(listing.files)}))
+    return listing
 
 
-def _download(spec: str, repository: str, commit: str, name: str) -> Path:
-    import huggingface_hub
+def _remembered(spec: str, repository: str, known: Path) -> Repository:
+    """The list of files that an earlier run wrote down."""
+    listed = read_json(known)
+    commit, names = (listed.get("commit"), listed.get("files")) if isinstance(listed, dict) else (None, None)
+    if not isinstance(commit, str) or not COMMIT.fullmatch(commit) or not isinstance(names, list):
+        raise DataError(f"{known}: is no list of files; delete it, and ask the hub again")
+    return Repository(spec, "dataset", repository, commit, {name: HubFile(None) for name in names if safe_name(name)})
 
+
+def _download(spec: str, repository: Repository, name: str) -> Path:
+    if not repository.files[name].digest and os.path.lexists(repository.root / name):
+        return repository.root / name
     try:
-        return Path(huggingface_hub.hf_hub_download(repository, name, repo_type="dataset", revision=commit))
-    except Exception as error:
-        if not _of_network(error):
-            raise
-        raise _refusal(f"{spec}: {name}", repository, commit, error) from None
+        return fetch(repository, name)
+    except CheckpointError as error:
+        raise _refusal(f"{spec}: {name}", repository.name, repository.commit, error) from None
 
 
-def _of_network(error: Exception) -> bool:
-    """True for what the hub or the way to it raises; the HTTP library beneath huggingface_hub has had several names."""
-    from huggingface_hub import errors
-
-    known = (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.HFValidationError, OSError)
-    return isinstance(error, known) or type(error).__module__.startswith(("httpx", "httpcore", "requests", "urllib3"))
-
-
-def _refusal(spec: str, repository: str, revision: str | None, error: Exception) -> DataError:
-    from huggingface_hub import errors
-
-    page = f"https://huggingface.co/datasets/{repository}"
-    if isinstance(error, errors.GatedRepoError):
+def _refusal(spec: str, repository: str, revision: str | None, error: CheckpointError) -> DataError:
+    page, code = f"https://huggingface.co/datasets/{repository}", error.code if isinstance(error, Refused) else ""
+    if code == "GatedRepo":
         return DataError(f"{spec}: asks for its terms to be accepted first, at {page}; then log in with: hf auth login")
-    if isinstance(error, errors.RevisionNotFoundError):
+    if code == "RevisionNotFound":
         return DataError(f"{spec}: has no revision {revision}; see {page}")
-    if isinstance(error, errors.RepositoryNotFoundError):
+    if code == "RepoNotFound":
         return DataError(f"{spec}: there is no such data set, or it is private; to see private ones: hf auth login")
-    if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
+    if code == "EntryNotFound":
         return DataError(f"{spec}: the file is gone from the hub")
-    reason = re.sub(r"\s+", " ", str(error)).strip()[:160] or type(error).__name__
-    return DataError(f"{spec}: the hub did not answer: {reason}; try again")
+    reason = str(error).removeprefix(f"{spec}: ")
+    if isinstance(error, Refused) or "tried" not in reason:
+        return DataError(f"{spec}: {reason}")
+    return DataError(f"{spec}: the hub did not answer: {reason}")

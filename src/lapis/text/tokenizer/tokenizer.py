@@ -16,7 +16,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 
 from lapis.checkpoint.files import contained
-from lapis.checkpoint.hub import local_folder
+from lapis.checkpoint.hub.models import local_folder
 from lapis.errors import CheckpointError, ConfigError, DataError, LapisError
 from lapis.text.chat.chat import turn_end
 from lapis.text.chat.template import check_syntax
