@@ -27,10 +27,11 @@ MAY_IMPORT = {
     "inside": {"checkpoint", "model", "text", "report"},
     "planning": {"checkpoint", "evaluation", "families", "model", "report", "text", "weights"},
     "report": set(),
+    "language": {"checkpoint", "model", "text", "weights"},
     "tour": {"checkpoint", "evaluation", "families", "generation", "model", "report", "text", "training", "weights"},
     "cli": {
-        "checkpoint", "evaluation", "families", "generation", "inside", "model", "planning", "report", "text", "tour",
-        "training", "weights",
+        "checkpoint", "evaluation", "families", "generation", "inside", "language", "model", "planning", "report",
+        "text", "tour", "training", "weights",
     },
 }  # fmt: skip
 

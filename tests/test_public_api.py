@@ -23,6 +23,7 @@ OBJECTIVES = [
 ]  # fmt: skip
 FUNCTIONS = {
     "diff": ["a", "b", "rows", "spectra"],
+    "extend": ["model", "files", "out"],
     "generate": ["model", "tokenizer", "prompt", "sampling"],
     "graft": ["base", "chat", "onto", "out", "scale", "embeddings", "norms"],
     "lens": ["model", "tokenizer", "prompt", "track"],

@@ -78,6 +78,15 @@ def language_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return config
 
 
+def change_language_config(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json with fields of the language model changed: the nested ones, and where they stand at the top too."""
+    for name in _NESTED:
+        if isinstance(inner := config.get(name), Mapping):
+            outer = {key: value for key, value in changes.items() if key in config and key not in inner}
+            return {**config, **outer, name: {**inner, **{k: v for k, v in changes.items() if k not in outer}}}
+    return {**config, **changes}
+
+
 def _language_stem(stacks: Counter[str], names: list[str]) -> str:
     """The stem of the language model's layers: named so, or beside the embedding of tokens, or the one with most."""
     plain = [stem for stem in stacks if not _OTHER.search(stem)] or list(stacks)

@@ -28,6 +28,7 @@ COMMANDS = {
     "inspect": ("lapis.cli.inspect:inspect", "Parameters, memory and FLOPs, without reading a weight."),
     "tokens": ("lapis.cli.tokens:tokens", "Text as tokens, ids and vectors, and the way back."),
     "tokenizer train": ("lapis.cli.tokenizer:train", "Train a byte-level BPE tokenizer on text files."),
+    "tokenizer extend": ("lapis.cli.tokenizer:extend", "Add tokens of a language to a model, with rows for them."),
     "data pack": ("lapis.cli.data:pack", "Text or chats as rows of tokens on disk."),
     "data show": ("lapis.cli.data:show", "Rows in color: loss, document borders, end tokens, padding."),
     "train": ("lapis.cli.train:train", "Train from a YAML file and key=value."),
@@ -44,7 +45,7 @@ COMMANDS = {
     "chat": ("lapis.cli.chat:chat", "Talk with a model in the terminal."),
 }
 
-GROUPS = {"tokenizer": "Train a tokenizer.", "data": "Pack text into rows, and look at them."}
+GROUPS = {"tokenizer": "Train a tokenizer, or extend one.", "data": "Pack text into rows, and look at them."}
 
 
 def make_app() -> App:

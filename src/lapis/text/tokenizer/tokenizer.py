@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import tokenizers
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
 
 from lapis.checkpoint.files import contained
 from lapis.checkpoint.hub.models import local_folder
@@ -32,9 +32,12 @@ from lapis.text.tokenizer.folder import (
     read_templates,
     template_files,
 )
+from lapis.text.tokenizer.words import batches, marked_letters, refuse_half_characters
 
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 PAD, CLS, SEP, MASK = "[PAD]", "[CLS]", "[SEP]", "[MASK]"
+# GPT-2's splitting, but a combining mark stays with its letter
+_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?[\p{L}\p{M}]+| ?\p{N}+| ?[^\s\p{L}\p{M}\p{N}]+|\s+(?!\S)|\s+"
 
 
 class _HasFiles(Protocol):
@@ -120,7 +123,7 @@ class Tokenizer:
             try:
                 encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
             except (UnicodeEncodeError, TypeError):  # the library has a TypeError for half characters
-                _refuse_half_characters(texts)
+                refuse_half_characters(texts)
                 raise
         return [encoding.ids for encoding in encodings]
 
@@ -131,7 +134,7 @@ class Tokenizer:
             try:
                 encoding = self._backend.encode(text, add_special_tokens=False)
             except (UnicodeEncodeError, TypeError):
-                _refuse_half_characters([text])
+                refuse_half_characters([text])
                 raise
         return encoding.ids, encoding.offsets
 
@@ -260,7 +263,9 @@ class Tokenizer:
 def train_tokenizer(
     files_or_texts: Iterable[str | Path], vocab: int, kind: Literal["chat", "masked"] = "chat"
 ) -> Tokenizer:
-    """A byte-level BPE (GPT-2's splitting).
+    """A byte-level BPE, split as GPT-2 does it, save that combining marks stay with their letters.
+
+    Hindi, Thai, Tamil and vowelled Arabic have such marks. Where no token holds both, the splitting is GPT-2's own.
 
     files_or_texts: a Path is a file or folder of text or chats, a str is text itself. vocab: entries in all, at least
     260 (256 bytes and the special tokens); fewer come out where the text has no more pairs. kind: "chat" has ChatML's
@@ -273,16 +278,23 @@ def train_tokenizer(
     if vocab < (least := len(alphabet) + len(special)):
         raise ConfigError(f"vocab is {vocab}; the least is {least}: 256 bytes, {len(special)} special tokens")
     backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_PATTERN), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab, special_tokens=special, initial_alphabet=alphabet, show_progress=False, min_frequency=2
     )
     seen = [0]
     items = [files_or_texts] if isinstance(files_or_texts, (str, Path)) else files_or_texts
-    backend.train_from_iterator(_batches(_texts(items), seen), trainer)
+    backend.train_from_iterator(_counted(batches(_texts(items)), seen), trainer)
     if not seen[0]:
         raise DataError("there is no text to train a tokenizer on")
+    if not any(any(marked_letters(backend.decode([i]))) for i in range(backend.get_vocab_size())):
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     if kind == "masked":
         around = [(token, special.index(token)) for token in (CLS, SEP)]
         backend.post_processor = processors.TemplateProcessing(
@@ -301,23 +313,8 @@ def _texts(items: Iterable[str | Path]) -> Iterator[str]:
             yield from texts([item])
 
 
-def _batches(texts: Iterable[str], seen: list[int]) -> Iterator[list[str]]:
-    batch, size = [], 0
-    for text in texts:
-        _refuse_half_characters([text])
-        seen[0] += len(text)
-        batch.append(text)
-        size += len(text)
-        if size > 1_000_000:
-            yield batch
-            batch, size = [], 0
-    yield batch
-
-
-def _refuse_half_characters(texts: Iterable[str]) -> None:
-    for text in texts:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            code = ord(text[error.start])
-            raise DataError(f"character {error.start} is half a surrogate pair (U+{code:04X}); remove it") from None
+def _counted(batches: Iterable[list[str]], seen: list[int]) -> Iterator[list[str]]:
+    """The batches; seen[0] counts their characters."""
+    for batch in batches:
+        seen[0] += sum(map(len, batch))
+        yield batch

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lapis.checkpoint.tensor_file import INDEX
+from lapis.checkpoint.towers import change_language_config
 from lapis.weights.engine.fp8 import without_quantization
 from lapis.weights.engine.job import MergeResult, count, produce, with_dtype, write_account
 from lapis.weights.engine.outputs import Account
@@ -115,9 +116,5 @@ def _changed_config(config: Mapping[str, Any], plan: GraftPlan) -> dict[str, Any
     if (dtype := plan.recipe.get("dtype")) is not None:
         result = with_dtype(result, dtype)
     if "vocab_size" in plan.config:
-        inner = result.get("text_config")
-        if isinstance(inner, Mapping) and "vocab_size" in inner:
-            result["text_config"] = {**inner, "vocab_size": plan.config["vocab_size"]}
-        else:
-            result["vocab_size"] = plan.config["vocab_size"]
+        result = change_language_config(result, {"vocab_size": plan.config["vocab_size"]})
     return result
