@@ -28,8 +28,7 @@ from lapis.model.scoring import ScoredSequence
 from lapis.model.transformer import Transformer
 from lapis.planning.effects import sweep
 from lapis.planning.held_out import HeldOut, Runner
-from lapis.planning.pieces import pieces_of
-from lapis.planning.tensor_swap import Bench
+from lapis.planning.pieces import Bench, pieces_of
 
 TOKENS = 128
 

@@ -19,8 +19,7 @@ from lapis.model.load import load
 from lapis.planning.choice import learn_scales
 from lapis.planning.held_out import Runner, make_held_out
 from lapis.planning.inputs import template_rows
-from lapis.planning.pieces import outside, pieces_of
-from lapis.planning.tensor_swap import Bench
+from lapis.planning.pieces import Bench, outside, pieces_of
 from lapis.text.tokenizer.tokenizer import Tokenizer
 from lapis.tour.material import ENGLISH, Material
 from lapis.tour.measure import gap_closed, held_out_halves

@@ -48,8 +48,7 @@ from lapis.planning.choice import choose as pick
 from lapis.planning.effects import Effects, measure_set
 from lapis.planning.held_out import Runner, make_held_out
 from lapis.planning.inputs import template_rows
-from lapis.planning.pieces import pieces_of
-from lapis.planning.tensor_swap import Bench
+from lapis.planning.pieces import Bench, pieces_of
 from lapis.text.corpus import corpus
 from lapis.text.tokenizer.tokenizer import Tokenizer, train_tokenizer
 from lapis.tour.narration import Teller

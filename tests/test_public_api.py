@@ -10,7 +10,7 @@ import pytest
 
 import lapis
 import lapis.errors
-from lapis.training.objectives import registry
+from lapis.training import objectives
 
 ROOT = Path(__file__).parents[1]
 
@@ -52,7 +52,7 @@ def test_every_error_is_public() -> None:
 
 
 def test_every_objective_is_public() -> None:
-    classes = {registry.objective_class(name) for name in registry.OBJECTIVES}
+    classes = {objectives.objective_class(name) for name in objectives.OBJECTIVES}
     assert classes == {getattr(lapis, name) for name in OBJECTIVES}
 
 

@@ -35,8 +35,7 @@ if TYPE_CHECKING:  # what _PUBLIC says, for editors and type checkers
     from lapis.training.loop.loop import train
     from lapis.training.objectives.objective import Objective
     from lapis.training.objectives.policy.policy import GRPO, PPO, RLOO
-    from lapis.training.objectives.preference.preference import DPO, IPO, KTO, ORPO, SimPO
-    from lapis.training.objectives.preference.reward import Reward
+    from lapis.training.objectives.preference.preference import DPO, IPO, KTO, ORPO, Reward, SimPO
     from lapis.training.objectives.supervised.classify import Classify
     from lapis.training.objectives.supervised.masked import Masked
     from lapis.training.objectives.supervised.next_token import Causal, Chat
@@ -71,8 +70,7 @@ _PUBLIC = {
     "lapis.training.loop.loop": "train",
     "lapis.training.objectives.objective": "Objective",
     "lapis.training.objectives.policy.policy": "GRPO PPO RLOO",
-    "lapis.training.objectives.preference.preference": "DPO IPO KTO ORPO SimPO",
-    "lapis.training.objectives.preference.reward": "Reward",
+    "lapis.training.objectives.preference.preference": "DPO IPO KTO ORPO Reward SimPO",
     "lapis.training.objectives.supervised.classify": "Classify",
     "lapis.training.objectives.supervised.masked": "Masked",
     "lapis.training.objectives.supervised.next_token": "Causal Chat",

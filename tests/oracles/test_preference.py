@@ -19,8 +19,7 @@ from lapis.text.rows.pair_rows import EncodedReply
 from lapis.text.tokenizer.tokenizer import Tokenizer, train_tokenizer
 from lapis.training.objectives.preference.losses import dpo_loss
 from lapis.training.objectives.preference.pairwise import PairBatch, Pairwise
-from lapis.training.objectives.preference.preference import DPO, IPO, KTO, ORPO, SimPO
-from lapis.training.objectives.preference.reward import Reward
+from lapis.training.objectives.preference.preference import DPO, IPO, KTO, ORPO, Reward, SimPO
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("trl")

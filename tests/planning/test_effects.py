@@ -15,8 +15,7 @@ from lapis.planning.choice import learn_scales
 from lapis.planning.effects import Gradients, sweep
 from lapis.planning.held_out import Runner, make_held_out
 from lapis.planning.inputs import template_rows
-from lapis.planning.pieces import outside, pieces_of
-from lapis.planning.tensor_swap import Bench
+from lapis.planning.pieces import Bench, outside, pieces_of
 from lapis.text.corpus.corpus import chats
 
 

@@ -28,6 +28,7 @@ from lapis.text.tokenizer.tokenizer import Tokenizer
 from lapis.training.config import TrainConfig
 from lapis.training.loop.loop import train
 from lapis.training.loop.progress import Silent
+from lapis.training.objectives import objective_class, options
 from lapis.training.objectives.preference.losses import (
     dpo_loss,
     ipo_loss,
@@ -36,10 +37,8 @@ from lapis.training.objectives.preference.losses import (
     orpo_loss,
     simpo_loss,
 )
-from lapis.training.objectives.preference.preference import DPO, KTO
-from lapis.training.objectives.preference.reward import Reward
+from lapis.training.objectives.preference.preference import DPO, KTO, Reward
 from lapis.training.objectives.reference import weights_cosine
-from lapis.training.objectives.registry import objective_class, options
 from lapis.training.run import read_settings, run
 
 NewModel = Callable[[], Transformer]

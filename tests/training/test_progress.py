@@ -11,7 +11,7 @@ from lapis.text.corpus.labels import Labeled
 from lapis.text.corpus.pairs import Pair
 from lapis.text.tokenizer.tokenizer import Tokenizer, train_tokenizer
 from lapis.training.loop.progress import Silent, show_share
-from lapis.training.objectives.registry import OBJECTIVES, objective_class
+from lapis.training.objectives import OBJECTIVES, objective_class
 from lapis.training.setup.start import start_model
 
 BERT = {"family": "bert", "dim": 32, "layers": 2, "heads": 4, "ffn_dim": 48}

@@ -1,26 +1,34 @@
 """`lapis chat`: talk with a model in the terminal, or with two side by side.
 
-Reads lines, shows pieces. Ctrl-C stops the reply and not the chat. Works from a pipe too: one line, one turn. Leaves
+Reads lines, shows pieces. Ctrl-C stops the reply and not the chat. Works from a pipe too: one line, one turn. Of two
+replies in two columns the last lines stay in sight; at the end the whole is printed, with long words folded. Leaves
 out what a conversation is (generation/conversation.py).
 """
 
 import os
 import sys
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
 
 from lapis.cli.generate import ENDS
+from lapis.cli.output import console
 from lapis.config import nearest
 from lapis.errors import DataError, LapisError, OutputError
 from lapis.generation.options import Runtime, Sampling
+from lapis.generation.text import for_terminal
 
 if TYPE_CHECKING:
     from lapis.generation.conversation import Conversation
+
 
 HELP = {
     "/system [TEXT]": "show the system's message, or set it",
@@ -195,8 +203,6 @@ def answer(
     replies = {name: ask(conversation) for name, conversation in conversations.items()}
     with no_echo():
         if len(replies) > 1 and sys.stdout.isatty():
-            from lapis.cli.side_by_side import side_by_side
-
             side_by_side(replies)
         else:
             for name, pieces in replies.items():
@@ -253,3 +259,40 @@ def _name(folder: str, taken: "dict[str, Conversation]") -> str:
     """A model's short name; the whole path where two would share it."""
     short = Path(folder).resolve().name
     return folder if short in taken else short
+
+
+GAP = 3  # columns between the two
+
+
+def side_by_side(replies: Mapping[str, Generator[str, None, None]]) -> None:
+    """Takes a piece from each reply in turn, until all have ended or Ctrl-C stops them."""
+    texts = dict.fromkeys(replies, "")
+    going = dict(replies)
+    try:
+        with Live(console=console, refresh_per_second=10, transient=True) as live:
+            while going:
+                for name, pieces in list(going.items()):
+                    try:
+                        texts[name] += for_terminal(next(pieces))
+                    except StopIteration:
+                        del going[name]
+                live.update(columns(texts, console, console.height - 4))
+    except KeyboardInterrupt:
+        pass
+    finally:
+        for pieces in replies.values():
+            pieces.close()
+    console.print(columns(texts, console))
+
+
+def columns(texts: Mapping[str, str], console: Console, most: int | None = None) -> Table:
+    """One column per name, of equal width; of each text the last `most` lines."""
+    width = (console.width - GAP * (len(texts) - 1)) // len(texts)
+    table = Table(box=None, padding=(0, GAP, 0, 0), pad_edge=False, expand=False)
+    cells = []
+    for name, text in texts.items():
+        table.add_column(Text(name, style="bold"), width=width, overflow="fold")
+        lines = Text(text).wrap(console, width, overflow="fold")
+        cells.append(Text("\n").join(lines if most is None else lines[-most:]))
+    table.add_row(*cells)
+    return table

@@ -28,7 +28,7 @@ def train(
     from lapis.cli.output import line, show
     from lapis.config import load_yaml, override
     from lapis.training.distributed.parallel import leads
-    from lapis.training.objectives.registry import objective_class
+    from lapis.training.objectives import objective_class
     from lapis.training.run import read_settings, run
 
     if html is not None:

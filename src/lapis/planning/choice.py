@@ -14,8 +14,7 @@ from typing import Any
 from lapis.planning.effects import Effects, Gradients
 from lapis.planning.held_out import Figures, Runner
 from lapis.planning.options import Goal
-from lapis.planning.pieces import Piece, together
-from lapis.planning.tensor_swap import Bench
+from lapis.planning.pieces import Bench, Piece, together
 
 PRICE = 10.0  # shares of the replies' gain that the harm of the whole difference is worth
 LEAST = 1e-3  # a harm to text that counts as none

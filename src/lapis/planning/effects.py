@@ -16,8 +16,7 @@ from torch import Tensor
 from lapis.errors import DataError
 from lapis.model.scoring import token_log_probabilities
 from lapis.planning.held_out import Figures, HeldOutBatch, Runner
-from lapis.planning.pieces import Piece, together
-from lapis.planning.tensor_swap import Bench, Side
+from lapis.planning.pieces import Bench, Piece, Side, together
 
 Dots = dict[str, dict[str, float]]  # tensor -> "chats" and "text" -> figure
 

@@ -27,9 +27,8 @@ from lapis.planning.inputs import (
     same_words,
 )
 from lapis.planning.options import Goal, PieceSize, PlanOptions, Sweeps
-from lapis.planning.pieces import Piece, differences, outside, pieces_of, tensor_signals
+from lapis.planning.pieces import Bench, Piece, differences, outside, pieces_of, tensor_signals
 from lapis.planning.result import PlanResult
-from lapis.planning.tensor_swap import Bench
 from lapis.text.corpus.corpus import ChatRecord
 from lapis.weights.diff.table import DiffTable
 from lapis.weights.matching import is_norm, is_vocabulary

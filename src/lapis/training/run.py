@@ -33,8 +33,8 @@ from lapis.training.config import TrainConfig
 from lapis.training.distributed import parallel
 from lapis.training.loop.loop import train
 from lapis.training.loop.progress import LogLines, Silent, Watch, live, watcher
+from lapis.training.objectives import OBJECTIVES, objective_class, options
 from lapis.training.objectives.objective import Objective
-from lapis.training.objectives.registry import OBJECTIVES, objective_class, options
 from lapis.training.result import TrainResult
 from lapis.training.setup.lora import LoraConfig
 from lapis.training.setup.select import select_parts

@@ -1,8 +1,12 @@
-"""Learning from preference pairs without a reward model: DPO, IPO, KTO (with a reference), ORPO, SimPO (without one).
+"""Learning from preference pairs: DPO, IPO, KTO (with a reference), ORPO, SimPO (without one), and the reward model.
 
 Each is its loss (losses.py) over one forward pass of both replies. A loss is a mean over pairs, so micro-batches and
 processes do not change it, except for two terms that the methods define on a batch: KTO's distance from the reference
 and ORPO's likelihood of the chosen chats are those of a micro-batch.
+
+A reward model gives one number for a whole chat, higher for the reply that people chose. Its folder opens in
+transformers as AutoModelForSequenceClassification with num_labels=1, with the same scores. Leaves out: rewards for
+single steps of a reply.
 
 Shapes: N pairs, S = 2N replies, the chosen ones first.
 """
@@ -17,12 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lapis.errors import TrainingError
-from lapis.evaluation.replies import collate, log_probabilities, reply_log_probabilities
+from lapis.errors import ConfigError, TrainingError
+from lapis.evaluation.replies import collate, log_probabilities, reply_log_probabilities, reply_rewards, rewards
 from lapis.model.transformer import Transformer
 from lapis.text.rows.pair_rows import Paired
 from lapis.training.objectives.objective import Loss
-from lapis.training.objectives.preference.losses import dpo_loss, ipo_loss, kto_loss, orpo_loss, simpo_loss
+from lapis.training.objectives.preference.losses import dpo_loss, ipo_loss, kto_loss, orpo_loss, reward_loss, simpo_loss
 from lapis.training.objectives.preference.pairwise import PairBatch, Pairwise, reward_sums
 from lapis.training.objectives.reference import check_tokenizer, reply_references, without_adapter
 
@@ -213,3 +217,52 @@ class SimPO(ReplyPolicy):
 
     def pair_loss(self, chosen_N: Tensor, rejected_N: Tensor, batch: PairBatch, logp_R: Tensor) -> Tensor:
         return simpo_loss(chosen_N, rejected_N, self.beta, self.gamma, self.label_smoothing)
+
+
+@dataclass(eq=False, kw_only=True)
+class Reward(Pairwise):
+    """A reward model, by the loss of Bradley and Terry on pairs (see reward_loss).
+
+    Args:
+        margins: Use the margins of the records.
+        center: Weight of a penalty that keeps rewards around zero.
+    """
+
+    margins: bool = True
+    center: float = 0.0
+
+    name = "reward"
+    head = "scalar"
+    reply_only = False  # other tools score a chat as the template writes it, to its last character
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.center < 0:
+            raise ConfigError(f"reward: center is {self.center}; it must not be below 0")
+        self._uses_margins = self.margins and bool(self.examples.margins.any())
+
+    def prepare(self, model: Transformer, batch: PairBatch) -> PairBatch:
+        config = model.config
+        if config.head != "scalar":
+            raise ConfigError(f"reward: the model's head is {config.head}; put a scalar one on with: "
+                              'lapis.model.transformer.put_head(model, "scalar")')  # fmt: skip
+        if self.tokenizer.pad_id is not None:
+            config.extra.setdefault("pad_token_id", self.tokenizer.pad_id)  # where others look for a chat's last token
+        return super().prepare(model, batch)
+
+    def loss(self, model: Transformer, batch: PairBatch) -> Loss:
+        reward_S = rewards(model, batch.replies)
+        chosen_N, rejected_N = reward_S.chunk(2)
+        loss_N = reward_loss(chosen_N, rejected_N, batch.margins_N if self._uses_margins else None, self.center)
+        return loss_N.sum(), len(loss_N), {"tokens": batch.replies.tokens, **reward_sums(reward_S)}
+
+    def reply_values(self, model: Transformer, held_out: Paired) -> "np.ndarray[Any, Any]":
+        return np.asarray(reply_rewards(model, held_out.replies, progress=self.heard))
+
+    def sample(self, model: Transformer) -> str:
+        """The rewards of the first pair."""
+        replies = (self.held_out or self.examples).replies
+        first = replies[0]
+        chosen, rejected = reply_rewards(model, replies[:2])
+        text = " ".join(self.tokenizer.decode(first.ids[: first.first].tolist(), True).split())
+        return f"{text[:60]} -> chosen {chosen:.2f}, rejected {rejected:.2f}"
