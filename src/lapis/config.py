@@ -165,6 +165,8 @@ def _fit(hint: Any, value: Any, where: str) -> Any:
         raise ConfigError(f"{where} is {quoted(value)}; {nearest(quoted(value), [str(a) for a in args])}")
     if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
         return build(typing.cast(type, hint), value, where)
+    if origin in (list, tuple) and args[0] is str and isinstance(value, str):
+        return origin([value])  # one word where several may stand
     if origin in (list, tuple) and isinstance(value, (list, tuple)):
         return origin(_fit(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
     if origin is dict and isinstance(value, Mapping):

@@ -188,7 +188,33 @@ def test_a_plan_is_tuned_or_adapted(start: Start, tmp_path: Path) -> None:
         start("other", plan=str(place))
 
 
+@pytest.mark.parametrize("written, meant", [
+    ({"rank": 2, "targets": ["q_proj", "layers.1.up_proj"]}, {"rank": 2, "targets": ["attn.q", "layers.1.mlp.up"]}),
+    ({"rank": 2, "targets": ["model.layers.0.self_attn.v_proj"]}, {"rank": 2, "targets": ["layers.0.attn.v"]}),
+    ({"rank": 2, "targets": "all-linear"}, {"rank": 2, "targets": ["attn", "mlp"]}),
+    ({"rank": 2, "targets": ["self_attn"]}, {"rank": 2, "targets": ["attn"]}),
+    (
+        {"r": 2, "lora_alpha": 6, "lora_dropout": 0.0, "target_modules": ["q_proj", "v_proj"], "use_rslora": True,
+         "modules_to_save": ["embed_tokens"], "bias": "none", "task_type": "CAUSAL_LM", "peft_type": "LORA"},
+        {"rank": 2, "alpha": 6, "targets": ["attn.q", "attn.v"], "rslora": True, "whole": ["embed"]},
+    ),
+])  # fmt: skip
+def test_the_names_of_peft_mean_the_same(
+    start: Start, tmp_path: Path, written: dict[str, Any], meant: dict[str, Any]
+) -> None:
+    """The names of modules on disk and PEFT's own settings give the adapter that the names here give."""
+    start("one", lora=written)
+    start("other", lora=meant)
+    one, other = (tmp_path / name / "adapter_model.safetensors" for name in ("one", "other"))
+    assert one.read_bytes() == other.read_bytes()
+
+
 @pytest.mark.parametrize("settings, said", [
+    ({"lora": {"r": 2, "rank": 4}}, "r and rank are one setting"),
+    ({"lora": {"r": 2, "bias": "all"}}, "bias is 'all'; it can be none"),
+    ({"lora": {"r": 2, "peft_type": "LOHA"}}, "peft_type is 'LOHA'; it can be lora"),
+    ({"lora": {"r": 2, "layers_to_transform": [0]}}, "name layers in targets, as layers.0-5.attn"),
+    ({"lora": {"rank": 2, "targets": ["c_attn"]}}, '"c_attn" matches nothing; nearest: attn'),
     ({"lora": {"rank": 2, "targets": ["attn.qq"]}}, 'targets: "attn.qq" matches nothing; nearest: attn.q'),
     ({"lora": {"rank": 2, "targets": ["layers.5-9"]}}, "the layers are 0-1"),
     ({"lora": {"rank": 2, "targets": ["attn q"]}}, '"attn q" is no pattern'),

@@ -106,6 +106,16 @@ def test_stacked_chats_and_scales_by_part(trio, folders, tmp_path):
         assert torch.equal(out[name], exact.bfloat16())
 
 
+def test_scales_by_the_names_on_disk(trio, folders, tmp_path):
+    models = trio()
+    graft(**models, out=tmp_path / "one", scale="self_attn=0,1.q_proj=0.5,mlp=0.25")
+    graft(**models, out=tmp_path / "other", scale="attn=0,1.attn.q=0.5,mlp=0.25")
+    one, other = (folders.read(tmp_path / name) for name in ("one", "other"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    with pytest.raises(CheckpointError, match='"c_attn" matches nothing'):
+        graft(**models, out=tmp_path / "third", scale="c_attn=0.5")
+
+
 def test_embeddings_are_added_by_token_string(folders, tmp_path):
     """base, chat and onto number the same tokens differently; onto has words of its own, and padding."""
     base = folders.weights(1)

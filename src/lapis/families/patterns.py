@@ -5,16 +5,18 @@ layers.0-5        all of some layers (a number, or a range with both ends in it)
 layers.3.attn.q   a component of some layers; "3.attn.q" is the same
 embed, norm, head what lies outside the layers as well
 all               everything
+
+Where no component is called so, the name of a module on disk is understood too: q_proj, self_attn, layers.0-5.c_fc.
 """
 
 import difflib
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lapis.errors import ConfigError
-from lapis.families.base import Part
+from lapis.families.base import Family, Part
 from lapis.parsing import quoted
 
 _SHAPE = re.compile(r"(?:(?:layers?|blocks)\.)?(\d{1,6}(?:-\d{1,6})?)(?:\.([A-Za-z_][\w.]*))?")
@@ -44,6 +46,18 @@ class Pattern:
             for text in self.components
             for name in _FUSED.get(text, (text,))
         )
+
+    def resolved(self, parts: Iterable[Part], family: Family | None) -> "Pattern":
+        """The same with the components that names on disk stand for, where no part is called by these names."""
+        parts = list(parts)
+        texts = self.components or ()
+        if family is None or all(any(Pattern(None, (text,)).covers(part) for part in parts) for text in texts):
+            return self
+        if len(texts) == 1 and (match := family.match(f"{texts[0]}.weight")) is not None:
+            layers = self.layers if match[1] is None else (match[1],)
+            return Pattern(layers, (match[0].component,))
+        components = [component for text in texts for component in _components(text, family) or (text,)]
+        return replace(self, components=tuple(dict.fromkeys(components)))
 
     def __str__(self) -> str:
         pieces = [] if self.layers is None else [f"layers.{spell_layers(self.layers)}"]
@@ -96,19 +110,31 @@ def read_layers(value: Any, where: str) -> tuple[int, ...]:
     return tuple(layers)
 
 
-def covered_parts(texts: Iterable[str], parts: Iterable[Part], where: str) -> set[Part]:
+def covered_parts(texts: Iterable[str], parts: Iterable[Part], where: str, family: Family | None = None) -> set[Part]:
     """The parts that at least one pattern covers.
+
+    Args:
+        texts: Patterns.
+        parts: Of a model.
+        where: Which setting.
+        family: Whose names on disk are understood.
 
     Raises:
         ConfigError: For text that is no pattern, and for a pattern that covers no part, with the nearest names that
             there are.
     """
     parts = list(parts)
-    patterns = {text: read_pattern(text, where) for text in texts}
+    patterns = {text: read_pattern(text, where).resolved(parts, family) for text in texts}
     for text, pattern in patterns.items():
         if problem := pattern.problem(parts, text):
             raise ConfigError(f"{where}: {problem}")
     return {part for part in parts if any(pattern.covers(part) for pattern in patterns.values())}
+
+
+def _components(name: str, family: Family) -> list[str]:
+    """The components of the modules whose name on disk is `name`, ends with it, or has it as a part in between."""
+    stems = {rule.disk.rpartition(".")[0]: rule.component for rule in family.rules}
+    return [component for stem, component in stems.items() if f".{name}." in f".{stem}."]
 
 
 def spell_layers(layers: Iterable[int]) -> str:

@@ -51,6 +51,8 @@ class LoraConfig:
     base: str = "float32"
 
     def __post_init__(self) -> None:
+        if "all-linear" in self.targets:  # PEFT's word
+            object.__setattr__(self, "targets", ("attn", "mlp"))
         if self.rank < 1:
             raise ConfigError(f"lora: rank is {self.rank}; it must be 1 or more")
         if self.alpha is not None and self.alpha <= 0:
@@ -261,7 +263,7 @@ def wrap(model: Transformer, config: LoraConfig, base: str = "") -> Transformer:
     linears = {name: module for name, module in model.named_modules()
                if isinstance(module, Nf4Linear) or type(module) is nn.Linear}  # fmt: skip
     parts = {name: part_of(f"{name}.weight") for name in linears}
-    picked = covered_parts(config.targets, parts.values(), "lora: targets")
+    picked = covered_parts(config.targets, parts.values(), "lora: targets", family_of(model.config))
     shared: dict[tuple[int | None, str], nn.Parameter] = {}
     for name, linear in linears.items():
         if parts[name] not in picked:
@@ -292,7 +294,7 @@ def begin(model: Transformer, config: LoraConfig, base: str) -> None:
     if patterns is None:
         patterns = ("head",) if model.fresh or model.config.head in ("classes", "scalar") else ()
     named = {name: part_of(name) for name, _ in model.named_parameters()}
-    whole = covered_parts(patterns, named.values(), "lora: whole")
+    whole = covered_parts(patterns, named.values(), "lora: whole", family_of(model.config))
     originals = {name: model.get_parameter(name).detach().clone() for name, part in named.items() if part in whole}
     for name in originals:
         model.get_parameter(name).requires_grad_(True)

@@ -36,7 +36,7 @@ from lapis.training.loop.progress import LogLines, Silent, Watch, live, watcher
 from lapis.training.objectives import OBJECTIVES, objective_class, options
 from lapis.training.objectives.objective import Objective
 from lapis.training.result import TrainResult
-from lapis.training.setup.lora import LoraConfig
+from lapis.training.setup.lora import LoraConfig, read_names
 from lapis.training.setup.select import select_parts
 from lapis.training.setup.start import FRESH, preset_shape, start_model
 
@@ -109,6 +109,8 @@ def read_settings(settings: Mapping[str, Any], where: str) -> RunConfig:
     )
     values: Any = build(typed, {key: value for key, value in settings.items() if key not in shared}, where)
     rest = {key: value for key, value in settings.items() if key in shared}
+    if isinstance(rest.get("lora"), Mapping):
+        rest["lora"] = read_names(rest["lora"], where)
     if settings.get("new") is not None and "optimizer" not in settings and objective_class(name).head == "language":
         rest = {**FRESH, **rest}
     return build(RunConfig, {**rest, "options": vars(values)}, where)

@@ -6,7 +6,10 @@
 What is computed is in model/lora.py, the files are model/adapter.py's; this file joins them to a run's settings.
 """
 
+import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,12 +33,56 @@ from lapis.model.lora import (
     wrap,
 )
 from lapis.model.transformer import Transformer
+from lapis.parsing import quoted
 from lapis.text.tokenizer.tokenizer import Tokenizer
 
 __all__ = [
-    "Adapted", "LoraConfig", "LoraLinear", "fold", "hold", "of", "off", "put_rows", "restore", "row_matrices", "save",
-    "token_ids", "token_rows", "wrap",
+    "Adapted", "LoraConfig", "LoraLinear", "fold", "hold", "of", "off", "put_rows", "read_names", "restore",
+    "row_matrices", "save", "token_ids", "token_rows", "wrap",
 ]  # fmt: skip
+
+
+_FIELDS = {field.name for field in dataclasses.fields(LoraConfig)}
+_PEFT = {  # PEFT's names -> those here
+    "r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "target_modules": "targets", "use_rslora": "rslora",
+    "use_dora": "dora", "modules_to_save": "whole", "trainable_token_indices": "tokens",
+}  # fmt: skip
+_ONLY = {"peft_type": ("lora",), "bias": ("none",), "init_lora_weights": ("true",)}
+_LAYERS = "name layers in targets, as layers.0-5.attn"
+_INSTEAD = {
+    "layers_to_transform": _LAYERS,
+    "layers_pattern": _LAYERS,
+    "exclude_modules": "name in targets what is adapted",
+    "rank_pattern": "one rank is for all targets",
+    "alpha_pattern": "one alpha is for all targets",
+    "target_parameters": "name components in targets",
+    "ensure_weight_tying": "tied matrices stay tied",
+}
+
+
+def read_names(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Settings of `lora` by the names of LoraConfig; PEFT's are understood.
+
+    Args:
+        settings: As they stand in a file.
+        where: What an error begins with.
+
+    Raises:
+        ConfigError: For both names of one setting, or a setting of PEFT that has no like here, with the remedy.
+    """
+    result: dict[str, Any] = {}
+    for key, value in settings.items():
+        name = _PEFT.get(key, key)
+        if name in result or (name != key and name in settings):
+            raise ConfigError(f"{where}: lora: {key} and {name} are one setting; give one of them")
+        if key in _ONLY:
+            if value is not None and str(value).lower() not in _ONLY[key]:
+                raise ConfigError(f"{where}: lora: {key} is {quoted(value)}; it can be {' or '.join(_ONLY[key])}")
+        elif key in _INSTEAD and key not in _FIELDS:
+            raise ConfigError(f"{where}: lora: {key} is PEFT's and has no like here; {_INSTEAD[key]}")
+        elif key != "task_type":  # which the objective says
+            result[name] = value
+    return result
 
 
 def save(model: Transformer, folder: Path | str, dtype: torch.dtype | None = None) -> None:

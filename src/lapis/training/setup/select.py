@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from lapis.errors import ConfigError
-from lapis.families import part_of
+from lapis.families import family_of, part_of
 from lapis.families.patterns import covered_parts
 from lapis.families.plan_file import PlanFile
 from lapis.model.transformer import Transformer
@@ -83,6 +83,17 @@ def select_parts(
     lora.hold(model, lora_config, device or torch.device("cpu"))
     torch.manual_seed(seed)
     lora.wrap(model, replace(lora_config, tokens=lora.token_ids(lora_config.tokens, tokenizer)), base)
+    model.notes.append(_adapter_line(model, lora_config))
+
+
+def _adapter_line(model: Transformer, config: lora.LoraConfig) -> str:
+    """What of a model is adapted, and how much that is."""
+    adapted = {part_of(name).component for name, module in model.named_modules() if isinstance(module, lora.LoraLinear)}
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return (
+        f"LoRA of rank {config.rank} and alpha {config.strength:g} beside {', '.join(sorted(adapted))}: "
+        f"{count:,} parameters are trained"
+    )
 
 
 def describe(model: Transformer) -> dict[str, Any]:
@@ -104,8 +115,9 @@ def choose(model: Transformer, tune: Iterable[str] = (), freeze: Iterable[str] =
     """
     tune, freeze = tuple(tune), tuple(freeze)
     parts = {name: part_of(name) for name, _ in model.named_parameters()}
-    trained = covered_parts(tune, parts.values(), "tune") if tune else set(parts.values())
-    trained -= covered_parts(freeze, parts.values(), "freeze")
+    family = family_of(model.config)
+    trained = covered_parts(tune, parts.values(), "tune", family) if tune else set(parts.values())
+    trained -= covered_parts(freeze, parts.values(), "freeze", family)
     if not trained:
         raise ConfigError("train: tune and freeze leave nothing to train")
     for name, parameter in model.named_parameters():

@@ -98,6 +98,8 @@ def plan_graft(
     for role, checkpoint in inputs.items():
         notes += [f"{role}: {note}" for note in checkpoint.notes]
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
+    changed = inputs["onto"]
+    scales = [each.resolved(map(changed.part, changed.names), changed.family) for each in scales]
     layout = _Layout(inputs, words, scales, embeddings, options.norms, options.template, dtype)
     shape = _shape(inputs["onto"])
     problems += [line for each in scales for line in each.problems(layout.parts.values(), shape)]

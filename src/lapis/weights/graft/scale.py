@@ -12,13 +12,13 @@ Later lines win over earlier ones. Patterns are those of families/patterns.py.
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from lapis.config import load_yaml, nearest
 from lapis.errors import ConfigError
-from lapis.families.base import Part
+from lapis.families.base import Family, Part
 from lapis.families.patterns import Pattern, read_layers, read_pattern
 from lapis.families.plan_file import shape_problem
 from lapis.parsing import quoted
@@ -43,6 +43,11 @@ class Scale:
     def of(self, part: Part) -> float:
         """The number for one part."""
         return next((scale for pattern, scale in reversed(self.rules) if pattern.covers(part)), self.default)
+
+    def resolved(self, parts: Iterable[Part], family: Family | None) -> "Scale":
+        """The same by the names of components, where modules were named as they are on disk."""
+        parts = list(parts)
+        return replace(self, rules=tuple((pattern.resolved(parts, family), scale) for pattern, scale in self.rules))
 
     def to_json(self) -> Any:
         """A number where one number is all there is, else the mapping that the YAML file would hold."""
