@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from results_file import add_table
 
 from lapis.families.config import ModelConfig
 from lapis.generation.generate import generate_batch
@@ -148,9 +149,7 @@ def main() -> None:
     )
     print("\n".join([head, "", *lines]))
     if options.write:
-        place = Path(__file__).with_name("results") / "align_policy.md"
-        earlier = place.read_text() if place.exists() else "# Policies against a reward (benchmarks/align_policy.py)\n"
-        place.write_text(f"{earlier}\n{head}\n\n" + "\n".join(lines) + "\n")
+        add_table(__file__, "Policies against a reward", [head, "", *lines])
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from pathlib import Path
 
 import torch
 from merge import DIFF_STATE_DICTS, make, measured
+from results_file import add_table
 
 SHAPE = {
     "dim": 896, "layers": 24, "heads": 14, "kv_heads": 2, "ffn_dim": 4864, "vocab": 151_936, "context": 32_768,
@@ -200,10 +201,7 @@ def main() -> None:
         lines += ["", *lens_lines(options.work / "lens", 2 * options.rounds - 1, options.tokens, options.tune)]
     print("\n".join(lines))
     if options.write:
-        place = Path(__file__).with_name("results") / "diff_lens.md"
-        place.parent.mkdir(exist_ok=True)
-        before = place.read_text() if place.exists() else "# What looking costs (benchmarks/diff_lens.py)\n"
-        place.write_text(f"{before}\n" + "\n".join(lines) + "\n")
+        add_table(__file__, "What looking costs", lines)
 
 
 if __name__ == "__main__":

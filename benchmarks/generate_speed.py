@@ -23,6 +23,7 @@ from itertools import product
 from pathlib import Path
 
 import torch
+from results_file import add_table
 
 SHAPE = {
     "dim": 896, "layers": 24, "heads": 14, "kv_heads": 2, "ffn_dim": 4864, "vocab": 151_936, "context": 32_768,
@@ -190,9 +191,7 @@ def main() -> None:
     )
     print("\n".join([head, "", *lines]))
     if options.write:
-        place = Path(__file__).with_name("results") / "generate_speed.md"
-        before = place.read_text() if place.exists() else "# Generating, side by side (benchmarks/generate_speed.py)\n"
-        place.write_text(f"{before}\n{head}\n\n" + "\n".join(lines) + "\n")
+        add_table(__file__, "Generating, side by side", [head, "", *lines])
     print(json.dumps({" ".join(map(str, key)): round(value, 1) for key, value in found.items()}), file=sys.stderr)
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from results_file import add_table
 
 SIZES: dict[str, dict[str, Any]] = {
     "5 M": {"dim": 256, "layers": 6, "heads": 4, "ffn_dim": 704, "vocab": 4096, "context": 1024, "tied": True},
@@ -100,9 +101,7 @@ def main() -> None:
     )
     print("\n".join([head, "", *lines]))
     if options.write:
-        place = Path(__file__).with_name("results") / "rollouts.md"
-        earlier = place.read_text() if place.exists() else "# Rollouts, side by side (benchmarks/rollouts.py)\n"
-        place.write_text(f"{earlier}\n{head}\n\n" + "\n".join(lines) + "\n")
+        add_table(__file__, "Rollouts, side by side", [head, "", *lines])
     print(" ".join(sys.argv), file=sys.stderr)
 
 

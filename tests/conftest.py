@@ -2,7 +2,9 @@
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,3 +31,19 @@ def chromium() -> str:
     if not found:
         pytest.skip("no chromium on this machine")
     return found
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """run(*arguments) -> exit status, standard output, standard error; in this process, which has torch already."""
+    from lapis.cli.main import main
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        status: Any = 0
+        try:
+            main([str(argument) for argument in arguments])
+        except SystemExit as end:
+            status = end.code or 0
+        return int(status), *capfd.readouterr()
+
+    return call

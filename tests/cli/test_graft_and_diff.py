@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import lapis
-from lapis.cli.main import main
 from lapis.evaluation.agree import PROMPTS, agreement
 from lapis.families.config import ModelConfig
 from lapis.model.load import load, save
@@ -18,21 +17,6 @@ from lapis.text.chat.chat import encode_prompt
 from lapis.text.tokenizer.tokenizer import Tokenizer, train_tokenizer
 
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """run(*arguments) -> exit status, standard output, standard error; in this process, which has torch already."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        status = 0
-        try:
-            main([str(argument) for argument in arguments])
-        except SystemExit as end:
-            status = int(end.code or 0)
-        return status, *capsys.readouterr()
-
-    return call
 
 
 @pytest.fixture(scope="module")

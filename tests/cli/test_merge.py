@@ -8,28 +8,12 @@ import pytest
 import torch
 
 import lapis
-from lapis.cli.main import main
 from lapis.families.config import ModelConfig
 from lapis.model.load import save
 from lapis.model.transformer import Transformer
 from lapis.text.tokenizer.tokenizer import train_tokenizer
 
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """run(*arguments) -> exit status, standard output, standard error."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        status = 0
-        try:
-            main([str(argument) for argument in arguments])
-        except SystemExit as end:
-            status = int(end.code or 0)
-        return status, *capsys.readouterr()
-
-    return call
 
 
 @pytest.fixture

@@ -18,6 +18,8 @@ from lapis.training.objectives.policy.experience import Experience
 from lapis.training.objectives.policy.on_policy import MicroBatch, OnPolicy
 from lapis.training.objectives.policy.policy import GRPO, PPO, RLOO
 
+from .gradients import assert_same_gradients
+
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
@@ -107,19 +109,6 @@ def arguments(folder: Path, **more: Any) -> dict[str, Any]:
             "gradient_checkpointing": False, "temperature": 0.9, "disable_dropout": False, **more}  # fmt: skip
 
 
-def same(mine: tuple[float, dict[str, torch.Tensor]], loss: torch.Tensor, model: Any) -> None:
-    assert mine[0] == pytest.approx(loss.item(), abs=1e-5)
-    model.zero_grad()
-    loss.backward()
-    largest = 0.0
-    for name, parameter in model.named_parameters():
-        largest = max(largest, float(parameter.grad.abs().max()))
-        torch.testing.assert_close(
-            mine[1][name], parameter.grad, rtol=1e-5, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}"
-        )
-    assert largest > 1e-3  # something was compared
-
-
 @pytest.mark.parametrize(
     ("average", "scale", "kl", "loss_type", "unbiased"),
     [
@@ -170,7 +159,7 @@ def test_grpo_is_trls(
     loss = trainer._compute_loss(trainer.model, inputs)
     mine = ours(objective, batch, models["moved"], tmp_path / "grads")
     assert objective.loss(models["moved"], batch)[2]["clip_share"] > 0.05
-    same(mine, loss, trainer.model)
+    assert_same_gradients(mine, loss, trainer.model)
 
 
 @pytest.mark.parametrize("kl", [0.0, 0.2])
@@ -191,7 +180,7 @@ def test_rloo_is_trls(kl: float, tokenizer: Tokenizer, models: dict[str, Any], t
     inputs = theirs(trainer, models, batch[1])
     torch.testing.assert_close(inputs["advantages"], batch[1].advantages, rtol=1e-5, atol=1e-5)
     loss = trainer._compute_loss(trainer.model, inputs)
-    same(ours(objective, batch, models["moved"], tmp_path / "grads"), loss, trainer.model)
+    assert_same_gradients(ours(objective, batch, models["moved"], tmp_path / "grads"), loss, trainer.model)
 
 
 def test_ppo_is_the_formulas_written_out(tokenizer: Tokenizer, models: dict[str, Any]) -> None:

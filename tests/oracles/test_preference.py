@@ -21,6 +21,8 @@ from lapis.training.objectives.preference.losses import dpo_loss
 from lapis.training.objectives.preference.pairwise import PairBatch, Pairwise
 from lapis.training.objectives.preference.preference import DPO, IPO, KTO, ORPO, Reward, SimPO
 
+from .gradients import assert_same_gradients
+
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("trl")
 pytest.importorskip("datasets")
@@ -95,18 +97,6 @@ def ours(objective: Pairwise, model: Transformer, folder: Path) -> tuple[float, 
     return total.item() / count, load_file(folder / "model.safetensors")
 
 
-def same(mine: tuple[float, dict[str, torch.Tensor]], loss: torch.Tensor, model: Any) -> None:
-    assert mine[0] == pytest.approx(loss.item(), abs=1e-5)
-    model.zero_grad()
-    loss.backward()
-    largest = 0.0
-    for name, parameter in model.named_parameters():
-        grad = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
-        largest = max(largest, float(grad.abs().max()))
-        torch.testing.assert_close(mine[1][name], grad, rtol=1e-5, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
-    assert largest > 1e-3  # something was compared
-
-
 TRIPLE = {"prompt": "a", "chosen": "b", "rejected": "c"}  # a trainer wants data to be made; batches are ours
 SETTINGS: dict[str, Any] = {"per_device_train_batch_size": 3, "report_to": "none", "use_cpu": True, "bf16": False,
                             "gradient_checkpointing": False, "disable_dropout": False}  # fmt: skip
@@ -155,7 +145,7 @@ def test_objectives_with_a_reference(case: str, tokenizer: Tokenizer, folders: d
         processing_class=transformers.AutoTokenizer.from_pretrained(folders["start"]),
     )
     batch = trainer.data_collator(rows(objective))
-    same(mine, trainer.compute_loss(trainer.model, batch), trainer.model)
+    assert_same_gradients(mine, trainer.compute_loss(trainer.model, batch), trainer.model)
 
 
 def test_kto(tokenizer: Tokenizer, folders: dict[str, Path], tmp_path: Path) -> None:
@@ -181,7 +171,7 @@ def test_kto(tokenizer: Tokenizer, folders: dict[str, Path], tmp_path: Path) -> 
         processing_class=transformers.AutoTokenizer.from_pretrained(folders["start"]),
     )
     batch = trainer.data_collator(data)
-    same(mine, trainer.compute_loss(trainer.model, batch), trainer.model)
+    assert_same_gradients(mine, trainer.compute_loss(trainer.model, batch), trainer.model)
     assert trainer._metrics["eval"]["kl"][0] > 0.01  # the term was there
 
 
@@ -220,7 +210,7 @@ def test_objectives_without_a_reference(
         batch[f"{side}_attention_mask"] = pad([torch.ones_like(i) for i in ids], True, 0)
         batch[f"{side}_labels"] = pad(labels, True, -100)
     loss, _ = trainer.get_batch_loss_metrics(trainer.model, batch)
-    same(mine, loss, trainer.model)
+    assert_same_gradients(mine, loss, trainer.model)
     if smoothing:  # conservative DPO is CPO's smoothed loss on log-ratios
         trainer.loss_type, (chosen, rejected) = "sigmoid", torch.randn(2, 50) * 3
         smoothed, _, _ = trainer.cpo_loss(chosen, rejected)
@@ -246,7 +236,7 @@ def test_reward(margins: bool, tokenizer: Tokenizer, folders: dict[str, Path], t
         processing_class=transformers.AutoTokenizer.from_pretrained(folders["reward"]),
     )
     batch = trainer.data_collator(data)
-    same(mine, trainer.compute_loss(trainer.model, batch), trainer.model)
+    assert_same_gradients(mine, trainer.compute_loss(trainer.model, batch), trainer.model)
 
 
 def test_a_reward_folder_scores_a_chat_in_transformers_as_here(tokenizer: Tokenizer, folders: dict[str, Path]) -> None:

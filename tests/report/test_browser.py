@@ -1,17 +1,11 @@
 """The page in a real browser: nothing on the console, nothing asked of the network, no sideways scrolling, hovering."""
 
-import os
-
 import pytest
 
 from lapis.report import Column, Page, plots
 
 pytestmark = pytest.mark.browser
 
-ARGUMENTS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync"
-).split()
 LONG = "a-word-without-any-place-to-break-" * 8
 
 
@@ -40,15 +34,6 @@ def page_file(tmp_path_factory):
     file = tmp_path_factory.mktemp("page") / "report.html"
     file.write_text(page.render(), encoding="utf-8")
     return file
-
-
-@pytest.fixture(scope="module")
-def browser(chromium):
-    sync = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install 'lapis[dev]'")
-    with sync.sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=chromium, args=ARGUMENTS, env={**os.environ, "LANG": "C.UTF-8"})
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

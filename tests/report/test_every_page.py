@@ -1,17 +1,11 @@
 """Every page that lapis writes, in a real browser: drawn wide and narrow, light and dark, and each picture answers."""
 
-import os
-
 import pytest
 
 from .conftest import lapis
 
 pytestmark = pytest.mark.browser
 
-ARGUMENTS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync"
-).split()
 PAGES = ["beside", "causal", "classify", "diff", "inspect", "lens", "lineage", "mixers", "plan", "report"]
 WAYS = ((1280, "light"), (400, "dark"))
 
@@ -34,15 +28,6 @@ def pages(studio) -> dict[str, str]:
     """Name -> address of a page."""
     lapis("report", str(studio / "work"), "--out", str(studio / "report.html"), "--json")
     return {path.stem: path.as_uri() for path in sorted(studio.glob("*.html"))}
-
-
-@pytest.fixture(scope="module")
-def browser(chromium):
-    sync = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install 'lapis[dev]'")
-    with sync.sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=chromium, args=ARGUMENTS, env={**os.environ, "LANG": "C.UTF-8"})
-        yield browser
-        browser.close()
 
 
 @pytest.mark.parametrize("name", PAGES)

@@ -1,5 +1,6 @@
 """A tiny model, its tokenizer, and texts and chats that this file writes."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -41,6 +42,15 @@ def chats() -> list[ChatRecord]:
         )
         for i in range(24)
     ]
+
+
+@pytest.fixture
+def data_folder(tokenizer: Tokenizer, documents: list[Document], tmp_path: Path) -> Path:
+    """A folder with a tokenizer (tok) and texts.jsonl."""
+    (tmp_path / "tok").mkdir()
+    tokenizer.save(tmp_path / "tok")
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": d.text}) + "\n" for d in documents))
+    return tmp_path
 
 
 @pytest.fixture

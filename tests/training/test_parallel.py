@@ -13,8 +13,6 @@ import torch
 
 from lapis.config import load_yaml, override
 from lapis.model.load import load
-from lapis.text.corpus.corpus import Document
-from lapis.text.tokenizer.tokenizer import Tokenizer
 from lapis.training.loop.progress import Silent
 from lapis.training.run import read_settings, run
 
@@ -36,12 +34,9 @@ sample_every: 0
 
 
 @pytest.fixture
-def place(tokenizer: Tokenizer, documents: list[Document], tmp_path: Path) -> Path:
-    (tmp_path / "run.yaml").write_text(YAML)
-    (tmp_path / "tok").mkdir()
-    tokenizer.save(tmp_path / "tok")
-    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": d.text}) + "\n" for d in documents))
-    return tmp_path
+def place(data_folder: Path) -> Path:
+    (data_folder / "run.yaml").write_text(YAML)
+    return data_folder
 
 
 def free_port() -> int:

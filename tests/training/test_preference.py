@@ -90,17 +90,22 @@ def test_blocks_of_the_head_give_the_same_gradient(
         torch.testing.assert_close(blocks, whole, rtol=1e-4, atol=1e-5)
 
 
+def written_settings(name: str, tokenizer: Tokenizer, model: Transformer, place: Path) -> dict[str, Any]:
+    """Settings of a run over PAIRS; they and the model are written to the folder."""
+    save(model, place / "base")
+    tokenizer.save(place / "base")
+    lines = [{"prompt": p.prompt, "chosen": p.chosen["content"], "rejected": p.rejected["content"]} for p in PAIRS]
+    (place / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return {"objective": name, "model": str(place / "base"), "data": str(place / "pairs.jsonl"),
+            "valid": str(place / "pairs.jsonl"), "context": 64, "out": str(place / "out"), "steps": 12,
+            **SETTINGS}  # fmt: skip
+
+
 @pytest.mark.parametrize("name", ["reward", "dpo", "ipo", "kto", "orpo", "simpo"])
 def test_each_learns_its_pairs_from_settings(
     name: str, tokenizer: Tokenizer, new_model: NewModel, tmp_path: Path
 ) -> None:
-    save(new_model(), tmp_path / "base")
-    tokenizer.save(tmp_path / "base")
-    lines = [{"prompt": p.prompt, "chosen": p.chosen["content"], "rejected": p.rejected["content"]} for p in PAIRS]
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    settings = {"objective": name, "model": str(tmp_path / "base"), "data": str(tmp_path / "pairs.jsonl"),
-                "valid": str(tmp_path / "pairs.jsonl"), "context": 64, "out": str(tmp_path / "out"), "steps": 12,
-                **SETTINGS, "lr": 1e-2, "precision": "float32"}  # fmt: skip
+    settings = written_settings(name, tokenizer, new_model(), tmp_path) | {"lr": 1e-2, "precision": "float32"}
     result = run(read_settings(settings, "test"), watch=Silent())
     assert result.held_out["accuracy"] == 1 and result.held_out["loss"] < math.log(2)
     assert result.log[-1]["loss"] < result.log[0]["loss"]
@@ -117,13 +122,7 @@ def test_each_learns_its_pairs_from_settings(
 
 @pytest.mark.parametrize("name", ["dpo", "reward"])
 def test_with_lora(name: str, tokenizer: Tokenizer, new_model: NewModel, tmp_path: Path) -> None:
-    save(new_model(), tmp_path / "base")
-    tokenizer.save(tmp_path / "base")
-    lines = [{"prompt": p.prompt, "chosen": p.chosen["content"], "rejected": p.rejected["content"]} for p in PAIRS]
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    settings = {"objective": name, "model": str(tmp_path / "base"), "data": str(tmp_path / "pairs.jsonl"),
-                "valid": str(tmp_path / "pairs.jsonl"), "context": 64, "out": str(tmp_path / "out"), "steps": 12,
-                "lora": {"rank": 4}, **SETTINGS, "lr": 2e-2}  # fmt: skip
+    settings = written_settings(name, tokenizer, new_model(), tmp_path) | {"lora": {"rank": 4}, "lr": 2e-2}
     if name == "dpo":
         settings["reference"] = "base"
     result = run(read_settings(settings, "test"), watch=Silent())

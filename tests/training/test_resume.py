@@ -214,12 +214,9 @@ log_every: 10
 
 
 @pytest.fixture
-def place(tokenizer: Tokenizer, documents: list[Document], tmp_path: Path) -> Path:
-    (tmp_path / "run.yaml").write_text(YAML)
-    (tmp_path / "tok").mkdir()
-    tokenizer.save(tmp_path / "tok")
-    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": d.text}) + "\n" for d in documents))
-    return tmp_path
+def place(data_folder: Path) -> Path:
+    (data_folder / "run.yaml").write_text(YAML)
+    return data_folder
 
 
 def start(place: Path, *settings: str) -> "subprocess.Popen[str]":

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from lapis.cli.main import main
 from lapis.errors import ConfigError
 from lapis.model.load import load, save
 from lapis.text.corpus.corpus import ChatRecord, Document
@@ -39,31 +38,16 @@ CHAT = "objective: chat\nmodel: base\ndata: chats.jsonl\ncontext: 64\nout: chat\
 
 
 @pytest.fixture
-def lapis(
-    tokenizer: Tokenizer, documents: list[Document], chats: list[ChatRecord], tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
-) -> Lapis:  # fmt: skip
+def lapis(data_folder: Path, chats: list[ChatRecord], monkeypatch: pytest.MonkeyPatch, run: Lapis) -> Lapis:
     """Runs a command in a folder with texts, chats, a tokenizer and two settings files: (status, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-    Path("tok").mkdir()
-    tokenizer.save("tok")
-    Path("texts.jsonl").write_text("".join(json.dumps({"text": d.text}) + "\n" for d in documents))
+    monkeypatch.chdir(data_folder)
     Path("chats.jsonl").write_text("".join(json.dumps({"messages": c.messages}) + "\n" for c in chats))
     question = {"prompt": "The cat sat on the", "choices": [" mat", " zebra"], "answer": 0}
     Path("choices.jsonl").write_text(json.dumps(question) + "\n")
     Path("base.yaml").write_text(BASE)
     Path("chat.yaml").write_text(CHAT)
 
-    def call(*arguments: str) -> tuple[int, str, str]:
-        status: Any = 0
-        try:
-            main([*arguments])
-        except SystemExit as end:
-            status = end.code or 0
-        out, err = capfd.readouterr()
-        return int(status), out, err
-
-    return call
+    return run
 
 
 def test_train_then_tune_then_score(lapis: Lapis) -> None:

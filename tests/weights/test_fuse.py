@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lapis.cli.main import main
 from lapis.families.config import ModelConfig
 from lapis.model.adapter import fold, write_adapter
 from lapis.model.load import load, save
@@ -23,7 +22,7 @@ Lapis = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def lapis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Lapis:
+def lapis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Lapis) -> Lapis:
     """Runs a command beside `base`, a tied bfloat16 model, and `adapter`, made on it."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
@@ -39,16 +38,7 @@ def lapis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Capture
     write_adapter(model, "adapter")
     tokenizer.save(Path("adapter"))
 
-    def call(*arguments: str) -> tuple[int, str, str]:
-        status: Any = 0
-        try:
-            main([*arguments])
-        except SystemExit as end:
-            status = end.code or 0
-        out, err = capfd.readouterr()
-        return int(status), out, err
-
-    return call
+    return run
 
 
 def test_a_fused_model_is_the_folded_one_and_speaks(lapis: Lapis) -> None:

@@ -1,8 +1,8 @@
 """What is learned: an objective gives the loop its batches and their loss, and says how it is evaluated.
 
-A new objective is a dataclass that extends `Objective`, and one line in registry.py. Its fields after `data` are its
-options in a settings file, typed by their annotations; its docstring explains them. What it does not override does
-nothing: most objectives need `describe`, `batches`, `prepare` and `loss` only.
+A new objective is a dataclass that extends `Objective`, and one line in OBJECTIVES (__init__.py). Its fields after
+`data` are its options in a settings file, typed by their annotations; its docstring explains them. What it does not
+override does nothing: most objectives need `describe`, `batches`, `prepare` and `loss` only.
 """
 
 from abc import ABC, abstractmethod
