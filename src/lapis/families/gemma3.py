@@ -10,7 +10,16 @@ from lapis.errors import CheckpointError, ConfigError
 from lapis.families.base import Family, refuse_shape, rules
 from lapis.families.config import ModelConfig
 from lapis.families.fields import TOKENS, Fields
-from lapis.families.llama import GATE_NAMES, GATES, HEADS, read_layer_types, read_rope, write_layer_types, write_rope
+from lapis.families.llama import (
+    GATE_NAMES,
+    GATES,
+    HEADS,
+    read_layer_types,
+    read_rope,
+    write_layer_types,
+    write_rope,
+    write_sizes,
+)
 
 BLOCK = "layers.{layer}."
 RULES = (
@@ -117,13 +126,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     result: dict[str, Any] = {
         "architectures": [CLASSES[config.head]],
         "model_type": "gemma3_text",
-        "vocab_size": config.vocab,
-        "hidden_size": config.dim,
-        "intermediate_size": config.ffn_dim,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_dim,
+        **write_sizes(config),
         "query_pre_attn_scalar": int(scalar) if scalar == int(scalar) else scalar,
         "hidden_activation": GATE_NAMES[config.mlp],
         "max_position_embeddings": config.context,

@@ -107,13 +107,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     result: dict[str, Any] = {
         "architectures": [CLASSES[kind] + HEAD_NAMES[config.head]],
         "model_type": kind,
-        "vocab_size": config.vocab,
-        "hidden_size": config.dim,
-        "intermediate_size": config.ffn_dim,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_dim,
+        **write_sizes(config),
         "hidden_act": GATE_NAMES[config.mlp],
         "max_position_embeddings": config.context,
         "rms_norm_eps": config.norm_eps,
@@ -176,6 +170,19 @@ def read_layer_types(fields: Fields, layers: int) -> tuple[int, ...] | None:
     if not isinstance(types, list) or len(types) != layers or not set(map(str, types)) <= known:
         raise CheckpointError(f"config.json: layer_types must name {layers} times one of {', '.join(sorted(known))}")
     return tuple(i for i, name in enumerate(types) if name == "sliding_attention")
+
+
+def write_sizes(config: ModelConfig) -> dict[str, int]:
+    """The sizes under the names that they have in config.json, in that order."""
+    return {
+        "vocab_size": config.vocab,
+        "hidden_size": config.dim,
+        "intermediate_size": config.ffn_dim,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+    }
 
 
 def write_layer_types(config: ModelConfig) -> list[str]:
