@@ -5,12 +5,13 @@ import json
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import pytest
 from rich.console import Console
 
 from lapis.cli import output
-from lapis.cli.main import main
+from lapis.cli.main import COMMANDS, main
 from lapis.errors import OutputError
 from lapis.report import Page
 
@@ -103,3 +104,13 @@ def test_help_lists_no_option_that_empties_a_list(command, capsys):
         main([*command.split(), "--help"])
         raise SystemExit(0)
     assert "Usage: lapis" in (text := capsys.readouterr().out) and "--empty-" not in text
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_shows_no_empty_default(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with suppress(SystemExit):
+        main([*command.split(), "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Usage" in shown
+    for noise in ("[default: ()]", '[default: ""]', "[default: ]", "[default: None]", "--empty-"):
+        assert noise not in shown

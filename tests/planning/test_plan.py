@@ -3,10 +3,13 @@
 import html
 import inspect
 import json
+import os
+import signal
 from dataclasses import fields, replace
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 import lapis
@@ -15,8 +18,10 @@ from lapis.errors import CheckpointError, ConfigError, DataError
 from lapis.evaluation.chats import score_chats
 from lapis.families.base import Part
 from lapis.families.config import ModelConfig
+from lapis.model.check import read_config
 from lapis.model.transformer import Transformer
 from lapis.planning.choice import at_random
+from lapis.planning.held_out import PlanJournal
 from lapis.planning.options import PlanOptions
 from lapis.planning.pieces import Piece, pieces_of
 from lapis.weights.graft.scale import read_scale
@@ -249,8 +254,40 @@ def test_bad_input_gets_one_clear_line(pair, tmp_path, options, error, words):
     assert "\n" not in str(caught.value)
 
 
-def test_unrelated_models_are_recognized(pair, tmp_path):
-    shape = ModelConfig(dim=128, ffn_dim=128, layers=2, heads=2, vocab=pair.tokenizer.rows, context=64, tied=True)
-    one, two = (pair.write(Transformer(shape), pair.tokenizer, tmp_path / name) for name in ("one", "two"))
-    with pytest.raises(CheckpointError, match="not parent and child"):
-        lapis.plan(one, two)
+@pytest.mark.parametrize("stranger", ["chat", "onto"])
+def test_strangers_are_refused_unless_allowed(pair, tmp_path, stranger):
+    """The difference of unrelated models means nothing, whichever of the two it is."""
+    torch.manual_seed(1)
+    other = pair.write(Transformer(read_config(pair.base)), pair.tokenizer, tmp_path / "other")
+    settings = {"base": pair.base, "chat": pair.chat, "chats": pair.chats, "text": pair.text, stranger: other}
+    with pytest.raises(
+        CheckpointError, match=f"plan: {stranger} is no fine-tune of base: the cosine of their"
+    ) as caught:
+        lapis.plan(**settings)
+    assert "--allow-unrelated" in str(caught.value) and "\n" not in str(caught.value)
+    if stranger == "chat":
+        result = lapis.plan(pair.base, other, allow_unrelated=True)
+        assert any("is no fine-tune of base" in note and "as told" in note for note in result.notes)
+
+
+def test_sigterm_keeps_what_was_measured_and_says_so(pair, tmp_path, monkeypatch, capsys):
+    command = [
+        "plan", "--base", str(pair.base), "--chat", str(pair.chat), "--chats", str(pair.chats), "--budget", "0.5",
+        "--draws", "1", "--no-replies", "--out", str(tmp_path / "plan.yaml"),
+    ]  # fmt: skip
+    add = PlanJournal.add
+
+    def stop_after_three(self, *told):
+        add(self, *told)
+        if len(self.lines) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PlanJournal, "add", stop_after_three)
+        with pytest.raises(SystemExit) as end:
+            main(command)
+    assert end.value.code == 128 + signal.SIGTERM
+    assert "plan: what was measured is kept; the same command goes on from there" in capsys.readouterr().err
+    main(command)
+    assert "going on: 3 measurements are there already" in capsys.readouterr().err
+    assert (tmp_path / "plan.yaml").is_file() and not (tmp_path / ".plan.yaml.journal").exists()

@@ -62,22 +62,25 @@ def open_checkpoint(source: str | os.PathLike[str], *, adapters: bool = False) -
     return Checkpoint(str(source), root, config, find(config), index, headers, notes, stats, snapshot=snapshot)
 
 
-def base_of(adapter: Adapter, base: str | os.PathLike[str] | None = None) -> Checkpoint:
+_CORRECT = f"set base_model_name_or_path in {CONFIG}"
+
+
+def base_of(adapter: Adapter, base: str | os.PathLike[str] | None = None, remedy: str = _CORRECT) -> Checkpoint:
     """The model that an adapter belongs to: `base`, or where its config says (also seen from its own folder).
 
-    Raises CheckpointError where it is not there.
+    Raises CheckpointError where it is not there; `remedy` says what to do then.
     """
     if base is not None:
         return open_checkpoint(base)
     if not adapter.base:
-        raise CheckpointError(f"{adapter.root}: {CONFIG} names no base_model_name_or_path; give --base, or write it in")
+        raise CheckpointError(f"{adapter.root}: {CONFIG} names no base_model_name_or_path; {remedy}")
     near = adapter.root / adapter.base
     place = adapter.base if Path(adapter.base).is_dir() or not near.is_dir() else str(near)
     try:
         return open_checkpoint(place)
     except CheckpointError as error:
-        raise CheckpointError(f"{adapter.root}: its base cannot be opened: {error}; give --base, or correct "
-                              f"base_model_name_or_path in {CONFIG}") from None  # fmt: skip
+        reason = str(error).removesuffix("; give a folder")
+        raise CheckpointError(f"{adapter.root}: its base cannot be opened: {reason}; {remedy}") from None
 
 
 def _weight_files(

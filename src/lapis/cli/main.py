@@ -52,7 +52,8 @@ def make_app() -> App:
     """The command tree, with every command still unimported."""
     app = App(
         name="lapis", version=__version__, help="See inside, train and graft language models, layer by layer.",
-        default_parameter=Parameter(negative_iterable=()),  # else each list has an --empty-LIST beside it
+        # else each list has an --empty-LIST beside it, and what is empty by default says so
+        default_parameter=Parameter(negative_iterable=(), show_default=_shown_default),
         suppress_keyboard_interrupt=False,  # `main` says that it was stopped
     )  # fmt: skip
     groups: dict[str, App] = {}
@@ -63,6 +64,11 @@ def make_app() -> App:
             app.command(groups[group])
         (groups[group] if group else app).command(place, name=last, help=text, sort_key=order)
     return app
+
+
+def _shown_default(value: object) -> str | None:
+    """A default as the help shows it; nothing where it is empty."""
+    return None if value is None or value in ("", ()) else str(value)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -71,7 +71,9 @@ def plan(
                 report=lambda words: line(f"plan: {words}", error=True), journal=journal,
             )  # fmt: skip
     except KeyboardInterrupt:
-        if journal is not None and journal.exists():
+        if journal is None:
+            line("plan: nothing is kept; with --out FILE a plan that was stopped goes on", error=True)
+        elif journal.exists():
             line("plan: what was measured is kept; the same command goes on from there", error=True)
         raise
     if out is not None:

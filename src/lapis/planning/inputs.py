@@ -24,7 +24,8 @@ from lapis.text.corpus import corpus
 from lapis.text.corpus.corpus import ChatRecord
 from lapis.text.tokenizer.tokenizer import Tokenizer
 from lapis.text.tokenizer.vocabulary import open_vocabulary, template_tokens
-from lapis.weights.matching import is_vocabulary
+from lapis.weights.checks import check_parents, missing_tensors
+from lapis.weights.matching import format_problems, is_vocabulary
 
 Model = str | os.PathLike[str] | Checkpoint
 Files = str | Path | Sequence[str | Path]
@@ -38,7 +39,7 @@ class PlanInputs:
 
     shape: home's. layers, parts: the pieces by whole layers and of the chosen size. room: parameters that may be
     chosen. tokenizer, held_out: None where there are no chats to measure with. template: row in home -> row in chat of
-    the chat template's tokens.
+    the chat template's tokens. notes: on how the models are related.
     """
 
     base: Checkpoint
@@ -52,6 +53,7 @@ class PlanInputs:
     held_out: HeldOut | None
     template: dict[int, int]
     has_text: bool
+    notes: tuple[str, ...] = ()
 
     @property
     def grafting(self) -> bool:
@@ -101,6 +103,7 @@ def check_inputs(
     parent, child = _opened(base), _opened(chat)
     home = parent if onto is None else _opened(onto)
     shape = _check_models(parent, child, home)
+    notes = _check_relatives(parent, child, home, options.allow_unrelated)
     layers = pieces_of(home, "layers")
     parts = layers if options.pieces == "layers" else pieces_of(home, options.pieces)
     room = int(options.budget * sum(piece.parameters for piece in layers))
@@ -118,7 +121,7 @@ def check_inputs(
         held_out = _read_held_out(tokenizer, chats, text, choices, context, options.limit)
     return PlanInputs(
         parent, child, home, shape, layers, parts, room, tokenizer, held_out, template,
-        has_text=text is not None or choices is not None,
+        has_text=text is not None or choices is not None, notes=tuple(notes),
     )  # fmt: skip
 
 
@@ -204,6 +207,19 @@ def _check_models(base: Checkpoint, chat: Checkpoint, home: Checkpoint) -> Model
                     f"child"
                 )
     return shapes[2]
+
+
+def _check_relatives(base: Checkpoint, chat: Checkpoint, home: Checkpoint, allow_unrelated: bool) -> list[str]:
+    """Notes on how the models are related; raises CheckpointError for one that lacks a tensor, or is no relative."""
+    models = {"base": base, "chat": chat} | ({} if home is base else {"onto": home})
+    notes: list[str] = []
+    problems = missing_tensors(models)
+    if not problems:
+        pairs = [("base", base, role, model) for role, model in models.items() if role != "base"]
+        problems, notes = check_parents(pairs, allow_unrelated)
+    if problems:
+        raise CheckpointError(format_problems("plan", problems))
+    return notes
 
 
 def _read_held_out(

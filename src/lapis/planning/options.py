@@ -43,6 +43,8 @@ class PlanOptions:
     """Tokens of a chat or a window of text."""
     seed: int = 0
     """Of the random choices."""
+    allow_unrelated: bool = False
+    """Go on, with a note, where chat or onto is no fine-tune of base."""
 
     def __post_init__(self) -> None:
         if self.goal not in ("style", "knowledge"):

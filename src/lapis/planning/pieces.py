@@ -25,7 +25,7 @@ from lapis.model.check import plan_load
 from lapis.model.load import load
 from lapis.model.transformer import Transformer
 from lapis.planning.options import PieceSize
-from lapis.weights.diff.diff import diff, unrelated
+from lapis.weights.diff.diff import diff
 from lapis.weights.diff.measures import Sums
 from lapis.weights.diff.table import DiffTable
 from lapis.weights.matching import counterparts, is_vocabulary
@@ -82,12 +82,8 @@ def together(pieces: Iterable[Piece]) -> tuple[str, ...]:
 def differences(
     base: Checkpoint, chat: Checkpoint, spectra: bool, progress: Callable[[int, int], None] | None = None
 ) -> DiffTable:
-    """The table of differences. Raises CheckpointError where the two are not parent and child, or are the same."""
+    """The table of differences. Raises CheckpointError where the two are the same."""
     table = diff(base, chat, spectra=spectra, progress=progress)
-    if unrelated(table):
-        raise CheckpointError(
-            f"plan: {base.source} and {chat.source}: cosine 0.00 in every layer: these are not parent and child"
-        )
     if not any(line.sums.dd for line in table.lines if line.part.layer is not None):
         raise CheckpointError(f"plan: {base.source} and {chat.source} are the same in every layer; there is no choice")
     return table

@@ -60,6 +60,7 @@ def plan(
     limit: int = PlanOptions.limit,
     context: int = PlanOptions.context,
     seed: int = PlanOptions.seed,
+    allow_unrelated: bool = PlanOptions.allow_unrelated,
     progress: Progress | None = None,
     report: Callable[[str], None] | None = None,
     journal: Path | None = None,
@@ -86,8 +87,9 @@ def plan(
     """
     started = time.perf_counter()
     options = PlanOptions(
-        goal, budget, cost, embeddings, pieces, sweeps, spectra, gradients, replies, draws, limit, context, seed
-    )
+        goal, budget, cost, embeddings, pieces, sweeps, spectra, gradients, replies, draws, limit, context, seed,
+        allow_unrelated,
+    )  # fmt: skip
     inputs = check_inputs(base, chat, onto, chats, text, choices, options)
     watch = progress or (lambda what, done, total: None)
     table = differences(inputs.base, inputs.chat, spectra, lambda done, total: watch("comparing tensors", done, total))
@@ -299,7 +301,7 @@ def _result(
     result = PlanResult(
         options.goal, options.budget, inputs.base.source, inputs.chat.source,
         {key: getattr(inputs.shape, key) for key in ("family", "head_dim", *SHAPE)},
-        seed=options.seed, notes=list(table.notes),
+        seed=options.seed, notes=[*inputs.notes, *table.notes],
     )  # fmt: skip
     result.share = size / sum(piece.parameters for piece in inputs.layers)
     result.tune, result.control = ([e for p in set_ for e in p.entries()] for set_ in (chosen, control))

@@ -67,7 +67,7 @@ def fuse(
     """
     started = time.perf_counter()
     adapter = adapter if isinstance(adapter, Adapter) else open_adapter(adapter)
-    onto = base_of(adapter, base)
+    onto = base_of(adapter, base, remedy="give --base, the model that it was trained on")
     target = None if dtype is None else getattr(torch, dtype)
     _refuse_quantized(onto, adapter)
     if problems := missing_tensors({"base": onto}):
