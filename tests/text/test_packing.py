@@ -1,7 +1,9 @@
 """Rows: every token once, nothing across documents, the same order wherever one resumes, and counts that add up."""
 
 import json
+import os
 from collections import Counter
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from lapis.text.corpus.corpus import ChatRecord, Document
 from lapis.text.rows.packing import best_fit, pack
 from lapis.text.rows.rows import IGNORE, Cursor, Rows, shuffled
 from lapis.text.tokenizer.tokenizer import Tokenizer, train_tokenizer
+from lapis.training.objectives.supervised.next_token import Causal
 
 HERE = Path("here.jsonl")
 
@@ -224,6 +227,62 @@ def test_packed_folders_that_are_damaged_are_refused(tokenizer: Tokenizer, tmp_p
         (folder / "rows.json").write_text(json.dumps(info | change))
         with pytest.raises(DataError, match=r"rows\.json"):
             Rows.open(folder)
+
+
+def test_fault_32_rows_cut_while_they_are_used(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """They were mapped into memory, and reading beyond the new end of a file killed the process (SIGBUS)."""
+    for name, items in (("docs", docs("nasi lemak " * 30_000)), ("chats", [talk("a", "b " * 9)] * 3000)):
+        folder = tmp_path / name
+        pack(items, tokenizer, folder, length=200)
+        rows = Rows.open(folder)
+        rows.take(np.arange(2))
+        for file in sorted(folder.glob("tokens-*.bin")):
+            os.truncate(file, 4096)
+        with pytest.raises(DataError, match=r"tokens-00000\.bin: was changed while it was in use") as caught:
+            rows.take(np.arange(len(rows)))
+        assert "\n" not in str(caught.value)
+        with pytest.raises(DataError, match=r"tokens-00000\.bin: has 4,096 bytes"):
+            Rows.open(folder)
+
+
+@pytest.mark.parametrize("file", ["tokens-00000.bin", "starts-00000.bin", "rows.json", "lapis-manifest.json"])
+def test_fault_59_rows_that_are_not_as_they_were_packed(tokenizer: Tokenizer, tmp_path: Path, file: str) -> None:
+    folder = tmp_path / "rows"
+    pack(docs("saya suka nasi", "lemak"), tokenizer, folder, length=20)
+    opened = Rows.open(folder)
+    opened.verify()
+    before = (folder / file).stat()
+    raw = bytearray((folder / file).read_bytes())
+    if file == "rows.json":
+        raw[raw.index(b": ") + 1] = ord("\t")  # the same to a reader of JSON
+    else:
+        place = raw.index(b"tokens-00000.bin") + 60 if file.endswith("json") else 0
+        raw[place] = ord("a") if raw[place] != ord("a") else ord("b")
+    (folder / file).write_bytes(raw)
+    os.utime(folder / file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(DataError, match="pack the data again"):
+        Rows.open(folder).verify()
+    if file == "tokens-00000.bin":
+        with pytest.raises(DataError, match="was changed while it was in use"):
+            opened.take(np.arange(1))
+        with pytest.raises(DataError, match=r"tokens-00000\.bin: is not as it was packed"):
+            Causal(tokenizer, str(folder), context=20)
+
+
+def test_rows_of_somebody_who_means_harm_are_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Consistent files of which the values are not: no crash, no row that is not one."""
+    for name, items in (("docs", docs("saya suka nasi lemak " * 40)), ("chats", [talk("a", "b " * 9)] * 30)):
+        folder = tmp_path / name
+        pack(items, tokenizer, folder, length=30)
+        for array in sorted(folder.glob("*.bin")):
+            good = array.read_bytes()
+            for byte in (0x00, 0x7F, 0xFF):
+                array.write_bytes(bytes([byte]) * len(good))
+                with suppress(DataError):
+                    rows = Rows.open(folder)
+                    ids, targets, _, _ = rows.arrays(np.arange(len(rows)))
+                    assert ids.min() >= 0 and max(ids.max(), targets.max()) < tokenizer.rows
+            array.write_bytes(good)
 
 
 def test_what_cannot_be_packed_is_said(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -18,9 +18,10 @@ import torch
 
 from lapis.checkpoint.tensor_file import read_tensors, write_tensors
 from lapis.config import load_yaml, override
-from lapis.errors import OutputError, TrainingError
+from lapis.errors import DataError, OutputError, TrainingError
 from lapis.model.transformer import Transformer
 from lapis.text.corpus.corpus import Document
+from lapis.text.rows.packing import pack
 from lapis.text.tokenizer.tokenizer import Tokenizer
 from lapis.training.config import TrainConfig
 from lapis.training.loop.loop import train
@@ -268,3 +269,26 @@ def test_fault_62_a_stop_saves_and_says_how_to_go_on(place: Path, number: signal
     assert f"stopped by {number.name} after step" in last and "Run the same command again to go on" in last
     (checkpoint,) = (place / ".out.lapis" / ".journal").glob("step-*")
     assert str(checkpoint.name) in last
+
+
+def test_fault_59_rows_changed_on_the_disk(
+    new_model: Make, tokenizer: Tokenizer, documents: list[Document], tmp_path: Path
+) -> None:
+    """They are not gone on with, though path, size and time are what they were."""
+    pack(documents, tokenizer, tmp_path / "rows", 32)
+    with pytest.raises(StopError):
+        rows = Causal(tokenizer, str(tmp_path / "rows"), context=32)
+        train(new_model(), rows, CONFIG, tmp_path / "out", watch=Heard(stop_at=9))
+    file = tmp_path / "rows" / "tokens-00000.bin"
+    before, raw = file.stat(), bytearray(file.read_bytes())
+    raw[0], raw[2] = raw[2], raw[0]
+    file.write_bytes(raw)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(DataError, match=r"tokens-00000\.bin: is not as it was packed; restore it, or pack"):
+        Causal(tokenizer, str(tmp_path / "rows"), context=32)
+    raw[0], raw[2] = raw[2], raw[0]
+    file.write_bytes(raw)
+    rows = Causal(tokenizer, str(tmp_path / "rows"), context=32)
+    heard = Heard()
+    train(new_model(), rows, CONFIG, tmp_path / "out", watch=heard)
+    assert any("going on from" in note for note in heard.notes)

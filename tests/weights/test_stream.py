@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -91,6 +92,85 @@ def test_a_journal_of_another_job_is_not_gone_on_with(trio, tmp_path, small):
         graft(**models, out=out, scale=1.0, progress=stop_after(0.8))
     assert graft(**models, out=out, scale=0.5).bytes_resumed == 0
     assert files_of(out) == files_of(tmp_path / "whole")
+
+
+def replaced(file: Path, tensors) -> None:
+    """Another file of the same size in its place, with its times restored, as cp -p, rsync and tar do."""
+    before = file.stat()
+    save_file(tensors, file.with_name("new"), metadata={"format": "pt"})
+    assert file.with_name("new").stat().st_size == before.st_size
+    file.with_name("new").replace(file)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@pytest.mark.parametrize("role", ["base", "chat", "onto"])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_fault_32_an_input_replaced_between_two_runs(trio, tmp_path, small, caplog, role, shards):
+    """Never a mix of two models: what the interrupted run made of the other one is made anew, aloud."""
+    models, out = trio(shards=shards, tied=False), tmp_path / "out"
+    with pytest.raises(Stop):
+        graft(**models, out=out, scale=0.5, progress=stop_after(0.7))
+    for file in Path(models[role]).glob("*.safetensors"):
+        tensors = load_file(file)
+        replaced(file, {name: tensor + 0.01 for name, tensor in tensors.items()})
+    with caplog.at_level("WARNING", "lapis"):
+        result = graft(**models, out=out, scale=0.5)
+    graft(**models, out=tmp_path / "whole", scale=0.5)
+    assert files_of(out) == files_of(tmp_path / "whole")
+    assert result.bytes_resumed < 0.6 * (result.bytes_resumed + result.bytes_written)
+    said = " ".join(record.getMessage() for record in caplog.records)
+    assert ".safetensors is another file than when this was interrupted" in said
+
+
+def test_inputs_that_were_copied_are_gone_on_with(trio, tmp_path, small, caplog):
+    """A whole folder that went to another machine: what was read is compared, it is the same, and nothing is lost."""
+    models, out = trio(tied=False), tmp_path / "out"
+    graft(**models, out=tmp_path / "whole", scale=0.5)
+    with pytest.raises(Stop):
+        graft(**models, out=out, scale=0.5, progress=stop_after(0.7))
+    elsewhere = {role: tmp_path / "elsewhere" / role for role in models}
+    for role, folder in models.items():
+        shutil.copytree(folder, elsewhere[role])
+    with caplog.at_level("WARNING", "lapis"):
+        result = graft(**elsewhere, out=out, scale=0.5, progress=None)
+    assert result.bytes_resumed > 0.5 * result.bytes_written
+    said = " ".join(record.getMessage() for record in caplog.records)
+    assert "is another file" in said and f"{result.bytes_resumed:,} bytes of what was done are gone on with" in said
+    names = {"model.safetensors", "config.json", "tokenizer.json"}
+    assert {n: b for n, b in files_of(out).items() if n in names} == {
+        n: b for n, b in files_of(tmp_path / "whole").items() if n in names
+    }
+
+
+def test_a_part_that_was_replaced_is_made_anew_from_there(trio, tmp_path, small):
+    """And a rerun that is killed again goes on from what both agree on."""
+    models, out = trio(tied=False), tmp_path / "out"
+    with pytest.raises(Stop):
+        graft(**models, out=out, scale=0.5, progress=stop_after(0.8))
+    file = Path(models["chat"]) / "model.safetensors"
+    tensors = load_file(file)
+    name = max(open_checkpoint(models["chat"]).index.items(), key=lambda item: item[1].start)[0]
+    middle = sorted(tensors)[len(tensors) // 2]
+    replaced(file, {n: tensor + 0.01 if n in (name, middle) else tensor for n, tensor in tensors.items()})
+    with pytest.raises(Stop):
+        graft(**models, out=out, scale=0.5, progress=stop_after(0.9))
+    assert 0 < graft(**models, out=out, scale=0.5).bytes_resumed
+    graft(**models, out=tmp_path / "whole", scale=0.5)
+    assert files_of(out) == files_of(tmp_path / "whole")
+
+
+def test_another_tokenizer_between_two_runs_is_another_job(trio, tmp_path, small):
+    """Which rows belong together comes from the tokenizers, which no weight file shows."""
+    models, out = trio(tied=False), tmp_path / "out"
+    with pytest.raises(Stop):
+        graft(**models, out=out, embeddings="add", progress=stop_after(0.8))
+    file = Path(models["chat"]) / "tokenizer.json"
+    text = file.read_text()
+    assert '"w1"' in text and '"w2"' in text
+    file.write_text(text.replace('"w1"', '"swap"').replace('"w2"', '"w1"').replace('"swap"', '"w2"'))
+    result = graft(**models, out=out, embeddings="add")
+    graft(**models, out=tmp_path / "whole", embeddings="add")
+    assert result.bytes_resumed == 0 and files_of(out) == files_of(tmp_path / "whole")
 
 
 def test_saved_training_at_the_same_place_is_not_swept_away(trio, tmp_path):

@@ -49,7 +49,7 @@ class Checkpoint:
     index: dict[str, TensorInfo]
     headers: dict[str, Header]
     notes: list[str] = field(default_factory=list)
-    _stats: dict[Path, tuple[int, int, int]] = field(default_factory=dict, repr=False)
+    _stats: dict[Path, tuple[int, ...]] = field(default_factory=dict, repr=False)
     adapter: "Adapter | None" = None
     snapshot: "Snapshot | None" = None
 
@@ -254,6 +254,6 @@ class Adapter:
         return torch.cat([a_RI, first_RI]), torch.cat([b_OR, -first_OR], dim=1)
 
 
-def stamp(status: os.stat_result) -> tuple[int, int, int]:
-    """What changes when a file is written again."""
-    return status.st_ino, status.st_size, status.st_mtime_ns
+def stamp(status: os.stat_result) -> tuple[int, ...]:
+    """What changes when a file is written again or replaced; the change time (ctime) is the system's own."""
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns

@@ -197,11 +197,30 @@ def stream_tensors(
 
 
 def read_tensors(path: Path) -> dict[str, "torch.Tensor"]:
-    """The reverse of `write_tensors`; each tensor in memory of its own, so that the file may be deleted."""
-    from safetensors.torch import load_file
+    """The reverse of `write_tensors`; each tensor in memory of its own, so that the file may be deleted.
 
-    tensors: dict[str, torch.Tensor] = load_file(path)
-    return {name: tensor.clone() for name, tensor in tensors.items()}
+    Raises CheckpointError for a file that is damaged, or cut while it is read: it is read and never mapped.
+    """
+    import torch
+
+    tensors: dict[str, torch.Tensor] = {}
+    try:
+        with path.open("rb", buffering=0) as file:
+            for name, info in read_header(path).tensors.items():
+                dtype = torch_dtype(info.dtype)
+                if dtype is None:
+                    raise CheckpointError(f"{path}: {name} is {info.dtype}, which cannot be computed with here")
+                tensor = torch.empty(info.elements, dtype=dtype)
+                buffer, done = tensor.view(torch.uint8).numpy().data, 0
+                while done < info.nbytes:
+                    now = os.preadv(file.fileno(), [buffer[done:]], info.start + done)
+                    if not now:
+                        raise CheckpointError(f"{path}: was cut while it was read; {name} ends early")
+                    done += now
+                tensors[name] = tensor.view(info.shape)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+    return tensors
 
 
 def _tensor_info(path: Path, name: str, entry: Any, data: int) -> TensorInfo:

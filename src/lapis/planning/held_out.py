@@ -8,6 +8,7 @@ Shapes: B sequences, T places, R scored places, C compared places, D model dim, 
 """
 
 import json
+import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -33,6 +34,8 @@ COMPARED = 512  # places of each kind at which whole distributions are compared
 TEXT_TOKENS = 128  # of text for each chat
 
 Figures = dict[str, float]
+
+log = logging.getLogger("lapis")
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,8 @@ class PlanJournal:
             self.lines = {line["key"]: line for line in lines[1:]}
             os.truncate(path, sum(len(_dump(line)) for line in lines))  # a line that a kill cut in two
         else:
+            if lines:
+                log.warning("%s: what was measured there was of other models, texts or settings; measured anew", path)
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(_dump({"job": job}))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lapis.checkpoint import Checkpoint, open_checkpoint
+from lapis.checkpoint.store import stamp
 from lapis.errors import CheckpointError, ConfigError, DataError
 from lapis.evaluation.choices import Choice, read_choices
 from lapis.families.config import ModelConfig
@@ -75,7 +76,7 @@ class PlanInputs:
         stamps = []
         for model in (self.base, self.chat, self.home):
             files = sorted({info.file for info in model.index.values()})
-            stamps.append([model.digest(), [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files]])
+            stamps.append([model.digest(), [[str(f), *stamp(f.stat())] for f in files]])
         ids = [[list(map(int, s.ids)), list(map(int, s.scored))] for kind in ("chats", "text", "choices")
                for s in getattr(self.held_out, kind, ())]  # fmt: skip
         everything = [asdict(options), stamps, ids, sorted(self.template.items())]

@@ -15,6 +15,7 @@ a mixture in mixture.py.
 """
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -184,6 +185,7 @@ def _cached(listed: list[Path], settings: PackingSettings) -> Rows:
 
 
 def _checked(rows: Rows, settings: PackingSettings) -> Rows:
+    """Rows that fit the settings, and whose files are what was packed. One process of a machine looks through them."""
     kind = rows.info["kind"]
     if kind != settings.kind:
         raise DataError(f"{rows.source}: holds {kind}; this objective learns from {settings.kind}")
@@ -191,4 +193,6 @@ def _checked(rows: Rows, settings: PackingSettings) -> Rows:
         raise DataError(f"{rows.source}: was packed with another tokenizer; pack the data again")
     if settings.special == "trusted" and rows.info.get("special") != "trusted":
         raise DataError(f"{rows.source}: was packed as plain text; pack the data again with --special trusted")
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        rows.verify()
     return rows

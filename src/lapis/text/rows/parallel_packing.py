@@ -9,6 +9,7 @@ written in part_writer.py.
 
 import fcntl
 import json
+import logging
 import os
 import shutil
 import signal
@@ -27,6 +28,7 @@ import lapis.errors
 from lapis.checkpoint.commit import check_output, commit
 from lapis.checkpoint.files import read_json
 from lapis.checkpoint.staging import BUILD, JOURNAL, Busy, claim, disk_errors, kind_of, staging_of
+from lapis.checkpoint.store import stamp
 from lapis.errors import DataError, LapisError, OutputError
 from lapis.processes import process_environment, python
 from lapis.text.rows.corpus_parts import Stretch, read
@@ -37,6 +39,8 @@ from lapis.text.tokenizer.tokenizer import Tokenizer
 KIND = "packing"  # what staging folders say of this job
 _PAUSE = 0.05  # seconds between looks at what the others do
 _GOLDEN = 0.6180339887  # multiples of it, less whole numbers, lie far apart
+
+log = logging.getLogger("lapis")
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ class Job:
     def key(self) -> str:
         """The same job on the same files has the same key."""
         places = {stretch.file for part in self.parts for stretch in part}
-        stamps = {str(place): [place.stat().st_size, place.stat().st_mtime_ns] for place in places}
+        stamps = {str(place): stamp(place.stat()) for place in places}
         return sha256(json.dumps([self.to_json(), stamps], sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
@@ -174,6 +178,8 @@ def _holds(staging: Path, job: Job) -> bool:
 
 
 def _begin(staging: Path, job: Job, tokenizer: Tokenizer) -> None:
+    if (staging / JOURNAL / "plan.json").is_file():
+        log.warning("%s: what was begun there was of other or changed files, or other settings; done anew", staging)
     for entry in (staging / JOURNAL, staging / BUILD):
         shutil.rmtree(entry, ignore_errors=True)
         entry.mkdir()

@@ -1,7 +1,8 @@
 """Rows of tokens to train on, and the exact place in them.
 
 Tokens lie in shards, document after document, as if they were one array; a row is made when it is needed. So a
-packed folder is little more than its tokens, opens in no time, and is mapped, not read. The order of rows is a seeded
+packed folder is little more than its tokens and opens in no time. Its files are read and never mapped, so that one that
+is cut or changed meanwhile is an error and not a crash. The order of rows is a seeded
 permutation that is known at any place by itself (a Feistel network), so a cursor is three numbers and resuming is free.
 How rows come to be is in packing.py, several sources in mixture.py.
 Shape suffixes: B rows of a batch, T places of a row.
@@ -9,7 +10,9 @@ Shape suffixes: B rows of a batch, T places of a row.
 
 import dataclasses
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -18,8 +21,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lapis.checkpoint.commit import MANIFEST as COMMITTED
 from lapis.checkpoint.files import contained, read_json
-from lapis.errors import DataError
+from lapis.checkpoint.store import stamp
+from lapis.errors import CheckpointError, DataError
 from lapis.parsing import quoted
 
 if TYPE_CHECKING:
@@ -27,6 +32,8 @@ if TYPE_CHECKING:
 
 IGNORE = -100  # a target without loss, as torch's cross_entropy has it
 MANIFEST = "rows.json"
+MOST_LENGTH = 1 << 24  # tokens of a row
+_LONG = ("tokens", "said")  # arrays with an entry for each token
 _DTYPES = {
     "tokens": ("uint16", "uint32"),
     "starts": ("int64",),
@@ -77,7 +84,7 @@ class RowBatch:
 
 
 class Rows:
-    """Packed data: in memory (pack without `out`) or mapped from a folder (`Rows.open`).
+    """Packed data: in memory (pack without `out`) or read from a folder (`Rows.open`).
 
     info: what rows.json says: kind ("documents" or "chats"), length, rows, digest, counts, vocab, tokenizer.
     shards: arrays of each: tokens; starts, the place in tokens where each document begins, and the end of all. For
@@ -102,7 +109,7 @@ class Rows:
 
     @classmethod
     def open(cls, folder: str | Path) -> "Rows":
-        """Maps a packed folder. Raises DataError where it is not one, or a file has not the size it should have."""
+        """Opens a packed folder. Raises DataError where it is not one, or a file has not the size it should have."""
         root = Path(folder)
         if not (root / MANIFEST).is_file():
             raise DataError(
@@ -111,14 +118,15 @@ class Rows:
         info = read_json(contained(root, MANIFEST))
         try:
             if info["format"] != 2:
-                raise ValueError(f"format {info['format']}")
+                raise ValueError(f"format {quoted(info['format'])}")
+            _check_facts(info)
             needs = {"tokens", "starts"} | ({"said", "order", "rows"} if info["kind"] == "chats" else set())
             shards: list[Mapping[str, NDArray[Any]]] = []
             for number, entry in enumerate(info["shards"]):
                 if set(entry["arrays"]) != needs:
                     raise KeyError("arrays")
-                shards.append(_Mapped(root, number, {name: tuple(kind) for name, kind in entry["arrays"].items()}))
-            if not shards or not all(isinstance(info[k], int) and info[k] > 0 for k in ("length", "rows", "vocab")):
+                shards.append(_StoredShard(root, number, {name: tuple(kind) for name, kind in entry["arrays"].items()}))
+            if not shards:
                 raise KeyError("shards")
             rows = cls(info, shards, str(root))
             had = int(rows._begins[-1]) if rows.chats else -(-int(rows._begins[-1]) // rows.length)
@@ -126,7 +134,27 @@ class Rows:
                 raise ValueError("rows")
             return rows
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise DataError(f"{root / MANIFEST}: {error} is missing or wrong; pack the data again") from None
+            raise DataError(f"{root / MANIFEST}: {error!s:.100} is missing or wrong; pack the data again") from None
+
+    def verify(self) -> None:
+        """Reads a folder's files whole and compares them with its manifest. Rows in memory are as they are.
+
+        Raises:
+            DataError: Naming a file that is damaged, or was changed since the data was packed.
+        """
+        stored = [shard for shard in self._shards if isinstance(shard, _StoredShard)]
+        if not stored:
+            return
+        root = stored[0].root
+        try:
+            listed = {name: str(entry["sha256"]) for name, entry in read_json(root / COMMITTED)["files"].items()}
+        except (CheckpointError, KeyError, TypeError, AttributeError):
+            raise DataError(f"{root}: has no list of its files and their digests; pack the data again") from None
+        names = [MANIFEST, *(array_name(name, shard.number) for shard in stored for name in shard.types)]
+        with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)))) as pool:
+            for name, digest in zip(names, pool.map(lambda name: _sha256(root / name), names), strict=True):
+                if digest != listed.get(name):
+                    raise DataError(f"{root / name}: is not as it was packed; restore it, or pack the data again")
 
     def __len__(self) -> int:
         return self.count
@@ -188,7 +216,12 @@ class Rows:
         positions = np.zeros(shape, np.int64)
         fill = self._fill_chats if self.chats else self._fill_documents
         for i, row in enumerate(rows):
-            fill(int(row), ids[i], targets[i], segments[i], positions[i])
+            try:
+                fill(int(row), ids[i], targets[i], segments[i], positions[i])
+            except (ValueError, IndexError, OverflowError):
+                raise DataError(f"{self.source}: row {int(row):,} is damaged; pack the data again") from None
+        if ids.size and not 0 <= int(ids.min()) <= max(int(ids.max()), int(targets.max())) < self.info["vocab"]:
+            raise DataError(f"{self.source}: holds a token of which there is none; pack the data again")
         return ids, targets, segments, positions
 
     def _fill_documents(self, row: int, ids: Any, targets: Any, segments: Any, positions: Any) -> None:
@@ -246,22 +279,63 @@ def array_name(name: str, shard: int) -> str:
     return f"{name}-{shard:05}.bin"
 
 
-class _Mapped(Mapping[str, NDArray[Any]]):
-    """The arrays of a shard in a folder, mapped when they are first read. Their sizes are checked at once."""
+class _StoredArray:
+    """Tokens, or marks of tokens, that lie in a file; a slice is read when it is asked for."""
+
+    def __init__(self, shard: "_StoredShard", name: str) -> None:
+        self._shard, self._name = shard, name
+
+    def __getitem__(self, places: slice) -> NDArray[Any]:
+        first, last, _ = places.indices(self._shard.types[self._name][1])
+        return self._shard.read(self._name, first, max(first, last))
+
+
+class _StoredShard(Mapping[str, Any]):
+    """The arrays of a shard in a folder: borders are read whole when they are first needed, tokens in slices."""
 
     def __init__(self, root: Path, number: int, types: dict[str, tuple[str, int]]) -> None:
         self.root, self.number, self.types = root, number, types
+        self._files: dict[str, tuple[Path, tuple[int, ...]]] = {}
         for name, (dtype, size) in types.items():
-            if dtype not in _DTYPES[name] or not isinstance(size, int) or size < 1:
+            if dtype not in _DTYPES[name] or type(size) is not int or size < 1:
                 raise ValueError(f"arrays.{name}")
             path = contained(root, array_name(name, number))
-            if path.stat().st_size != size * np.dtype(dtype).itemsize:
-                raise DataError(
-                    f"{path}: has {path.stat().st_size:,} bytes, not {size:,} x {dtype}; pack the data again"
-                )
+            status = path.stat()
+            if status.st_size != size * np.dtype(dtype).itemsize:
+                raise DataError(f"{path}: has {status.st_size:,} bytes, not {size:,} x {dtype}; pack the data again")
+            self._files[name] = path, stamp(status)
 
-    def __getitem__(self, name: str) -> NDArray[Any]:
-        return _map(self.root / array_name(name, self.number), *self.types[name])
+    def read(self, name: str, first: int, last: int) -> NDArray[Any]:
+        """Entries [first, last) of an array. Raises DataError where the file is another than when it was opened."""
+        dtype = np.dtype(self.types[name][0])
+        path, opened = self._files[name]
+        result = np.empty(last - first, dtype)
+        buffer, done = result.view(np.uint8).data, 0
+        try:
+            handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                while done < len(buffer):
+                    now = os.preadv(handle, [buffer[done:]], first * dtype.itemsize + done)
+                    if not now:
+                        break
+                    done += now
+                changed = done < len(buffer) or stamp(os.fstat(handle)) != opened
+            finally:
+                os.close(handle)
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+        if changed:
+            raise DataError(f"{path}: was changed while it was in use; restore it, or pack the data again")
+        return result
+
+    def __getitem__(self, name: str) -> Any:
+        return _StoredArray(self, name) if name in _LONG else _borders(self, name)
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
 
     def __iter__(self) -> Any:
         return iter(self.types)
@@ -270,13 +344,35 @@ class _Mapped(Mapping[str, NDArray[Any]]):
         return len(self.types)
 
 
-@lru_cache(maxsize=4096)
-def _map(path: Path, dtype: str, size: int) -> NDArray[Any]:
-    return np.memmap(path, dtype, "r", shape=(size,))
+@lru_cache(maxsize=512)
+def _borders(shard: _StoredShard, name: str) -> NDArray[Any]:
+    return shard.read(name, 0, shard.types[name][1])
+
+
+def _check_facts(info: Mapping[str, Any]) -> None:
+    """Raises ValueError with the name of a field of rows.json that is not what `assemble` writes."""
+    for name in ("length", "rows", "vocab", "end", "pad"):
+        least = 0 if name in ("end", "pad") else 1
+        if type(info[name]) is not int or not least <= info[name] < 2**48:
+            raise ValueError(name)
+    if info["length"] > MOST_LENGTH or info["kind"] not in ("documents", "chats"):
+        raise ValueError("length" if info["length"] > MOST_LENGTH else "kind")
+    if not all(isinstance(info[name], str) for name in ("digest", "tokenizer")):
+        raise ValueError("digest")
+    if not all(type(number) is int and 0 <= number < 2**60 for number in info["counts"].values()):
+        raise ValueError("counts")
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def _size(shard: Mapping[str, NDArray[Any]], name: str) -> int:
-    return shard.types[name][1] if isinstance(shard, _Mapped) else len(shard[name])
+    return shard.types[name][1] if isinstance(shard, _StoredShard) else len(shard[name])
 
 
 def shuffled(places: NDArray[np.int64], count: int, seed: int, epoch: int) -> NDArray[np.int64]:

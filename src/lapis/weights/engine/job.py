@@ -7,6 +7,7 @@ that was killed and went on gives the same bytes.
 
 import hashlib
 import json
+import logging
 import os
 import resource
 from collections import Counter
@@ -19,13 +20,16 @@ from typing import Any
 from lapis import __version__
 from lapis.checkpoint import Checkpoint
 from lapis.checkpoint.commit import check_output, commit
+from lapis.checkpoint.store import stamp
 from lapis.checkpoint.tensor_file import header_bytes
 from lapis.text.tokenizer.folder import write_json
-from lapis.weights.engine.journal import Journal
+from lapis.weights.engine.journal import Identity, Journal
 from lapis.weights.engine.outputs import Account, Figures, Output
 from lapis.weights.engine.stream import stream
 from lapis.weights.engine.tiles import TILE
 from lapis.weights.tokenizer_files import ACCOUNT
+
+log = logging.getLogger("lapis")
 
 
 @dataclass(frozen=True)
@@ -190,9 +194,17 @@ def produce(
         inputs=folders,
         resumable=True,
     ) as staging:
-        journal = Journal(staging, _job(inputs, [recipe, allow_nonfinite]))
+        journal = Journal(staging, _job(inputs, files, [recipe, allow_nonfinite]), _identity(inputs))
+        if journal.moved:
+            log.warning(
+                "%s is another file than when this was interrupted (copied, restored or replaced): what was read of it "
+                "is compared, and what differs is done anew",
+                journal.moved[0],
+            )
         try:
             account = stream(dict(files), staging.path, journal, allow_nonfinite=allow_nonfinite, progress=progress)
+            if journal.moved:
+                log.warning("%s of what was done are gone on with", f"{account.bytes_resumed:,} bytes")
         finally:
             journal.close()
         beside(staging.path, account)
@@ -206,14 +218,30 @@ def produce(
     result.peak_memory_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _job(inputs: Mapping[str, Checkpoint], recipe: Any) -> str:
-    """A digest of all that decides the output's bytes: version, tiles, recipe, and which files were read."""
-    stamps = {}
+def _job(inputs: Mapping[str, Checkpoint], files: Mapping[str, Sequence[Output]], recipe: Any) -> str:
+    """A digest of all that decides the output's bytes besides the values of the inputs."""
+    everything = [__version__, TILE, recipe, {role: checkpoint.digest() for role, checkpoint in inputs.items()}]
+    total = hashlib.sha256(json.dumps(everything, sort_keys=True, default=str).encode())
+    for name, outputs in files.items():
+        for output in outputs:
+            sources = [(source.role, source.name, str(source.dtype), source.shape) for source in output.sources]
+            total.update(f"{name} {output.name} {output.dtype} {output.shape} {sources}\n".encode())
+            for part in (*output.sources, output.patch):
+                total.update(str(getattr(part, "rows", "")).encode())  # which rows of tokens go where
+    return total.hexdigest()
+
+
+def _identity(inputs: Mapping[str, Checkpoint]) -> Identity:
+    """Which files the inputs are: one that was replaced has another inode or change time, always."""
+    result: Identity = []
     for role, checkpoint in inputs.items():
-        files = sorted({info.file for info in checkpoint.index.values()})
-        stamps[role] = [checkpoint.digest(), [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files]]
-    everything = [__version__, TILE, recipe, stamps]
-    return hashlib.sha256(json.dumps(everything, sort_keys=True, default=str).encode()).hexdigest()
+        for file in sorted({info.file for info in checkpoint.index.values()}):
+            if not file.exists():  # read from the hub, at one commit, which is in its path
+                result.append([role, str(file)])
+                continue
+            status = file.stat()
+            result.append([role, os.path.abspath(file), *stamp(status)])
+    return result
 
 
 def with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:

@@ -1,15 +1,18 @@
 """What of an output is finished, so that a killed job goes on and gives the same bytes.
 
-One line of JSON per finished stretch: the file, how many of its bytes are done from the start, the sha256 of those, and
-the figures of the tensors in it. On a rerun the bytes are hashed again and compared, line by line; the last line that
-agrees is where work goes on, with the hash already in hand for the manifest. Data need not reach the disk before its
-line does: after a power cut the hash simply disagrees and that stretch is done again. Leaves out: what a job computes.
+The first line names the job and its input files. Then one line of JSON per finished stretch: the file, how many of its
+bytes are done from the start, the sha256 of those, a checksum of the inputs' bytes that they were made from, and the
+figures of the tensors in it. On a rerun the bytes are hashed again and compared, line by line; the last line that
+agrees is where work goes on, with the hash already in hand for the manifest. Where an input is not the file that it was
+(its inode or a time is another) its bytes are read and compared as well: a copy is gone on with, another model is not.
+Data need not reach the disk before its line does: after a power cut the hash simply disagrees and that stretch is done
+again. Leaves out: what a job computes.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,63 +24,104 @@ if TYPE_CHECKING:
 
 NAME = ".journal.jsonl"
 _BLOCK = 1 << 20
+_FIELDS = {"file", "done", "sha256", "figures", "inputs"}
+
+
+Identity = list[list[Any]]
+"""Role and path of each input file, and its inode, size and times (checkpoint/store.py)."""
 
 
 @dataclass
 class Progress:
-    """How far one file is: bytes done from its start, their running sha256, figures of its tensors so far."""
+    """How far one file is: bytes done from its start, their running sha256, figures of its tensors so far.
+
+    inputs: the checksum of the bytes that were read for it.
+    """
 
     done: int = 0
     sha256: "_Hash" = field(default_factory=hashlib.sha256)
     figures: dict[str, Any] = field(default_factory=dict)
+    inputs: int = 0
 
 
 class Journal:
-    """The journal of one staging folder. job: a digest of everything that decides the output's bytes."""
+    """The journal of one staging folder.
 
-    def __init__(self, staging: Staging, job: str) -> None:
+    job: a digest of everything that decides the output's bytes besides the inputs' values. inputs: which files those
+    are; `moved` names the ones that are not the files that an earlier run has read.
+    """
+
+    def __init__(self, staging: Staging, job: str, inputs: Identity | None = None) -> None:
         self.resumed_bytes = 0
+        self.moved: list[str] = []
+        self.dropped = False  # whether an earlier run had done more than can be used
         self._folder, self._path = staging.path, staging.root / NAME
         self._lines: dict[str, list[dict[str, Any]]] = {}
+        self._head = {"job": job, "inputs": inputs or []}
         lines = list(_read_lines(self._path))
         if lines and lines[0].get("job") == job:
             for line in lines[1:]:
                 self._lines.setdefault(line["file"], []).append(line)
+            before = [list(entry) for entry in lines[0].get("inputs", [])]
+            self.moved = [str(entry[1]) for entry in self._head["inputs"] if entry not in before]
             end = sum(len(_dump(line)) for line in lines)
             os.truncate(self._path, end)  # a line that a kill cut in two
         else:
             for entry in self._folder.iterdir():  # a merge's of another recipe; the lock says that nobody works on it
                 entry.unlink()
-            self._path.write_bytes(_dump({"job": job}))
+            self._path.write_bytes(_dump(self._head))
         self._handle = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
 
-    def progress(self, file: str) -> Progress:
-        """Where to go on with a file: the longest recorded stretch whose bytes are as they were."""
+    def progress(self, file: str, read_inputs: Callable[[int, int], int]) -> Progress:
+        """Where to go on with a file: the longest recorded stretch whose bytes are as they were.
+
+        read_inputs(first, last): the checksum of what bytes [first, last) of the file are made from; called where the
+        inputs are not the files that they were.
+        """
         lines, path = self._lines.get(file, []), self._folder / file
+        self._lines[file] = []
         result = Progress()
         if not lines or not path.is_file():
             return result
         running = hashlib.sha256()
         with path.open("rb") as data:
-            position = 0
+            position = inputs = 0
             figures: dict[str, Any] = {}
             for line in lines:
+                begin = position
                 while position < line["done"]:
                     block = data.read(min(_BLOCK, line["done"] - position))
                     if not block:
-                        return result
+                        break
                     running.update(block)
                     position += len(block)
-                figures.update(line["figures"])
                 if position != line["done"] or running.hexdigest() != line["sha256"]:
                     break
-                result = Progress(position, running.copy(), dict(figures))
+                if self.moved:
+                    inputs = (inputs + read_inputs(begin, position)) % 2**64
+                    if inputs != line["inputs"]:
+                        break
+                figures.update(line["figures"])
+                result = Progress(position, running.copy(), dict(figures), line["inputs"])
+                self._lines[file].append(line)
+        self.dropped |= len(self._lines[file]) < len(lines)
         self.resumed_bytes += result.done
         return result
 
+    def settle(self) -> None:
+        """Writes down what is gone on with, where that is less than there was or was made from other files."""
+        if not self.moved and not self.dropped:
+            return
+        aside = self._path.with_name(f"{NAME}.new")
+        aside.write_bytes(b"".join(map(_dump, [self._head, *(line for each in self._lines.values() for line in each)])))
+        os.replace(aside, self._path)
+        os.close(self._handle)
+        self._handle = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+
     def record(self, file: str, progress: Progress, figures: dict[str, Any]) -> None:
         """Says that a file is finished up to progress.done; figures: those that changed since the last record."""
-        line = {"file": file, "done": progress.done, "sha256": progress.sha256.hexdigest(), "figures": figures}
+        line = {"file": file, "done": progress.done, "sha256": progress.sha256.hexdigest(), "figures": figures,
+                "inputs": progress.inputs}  # fmt: skip
         os.write(self._handle, _dump(line))
 
     def close(self) -> None:
@@ -97,6 +141,9 @@ def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
             line = json.loads(raw)
         except ValueError:
             return
-        if not isinstance(line, dict) or _dump(line) != raw + b"\n" or not ({"job"} <= set(line) or "sha256" in line):
+        known = isinstance(line, dict) and (
+            "job" in line or {"file", "done", "sha256", "figures", "inputs"} <= set(line)
+        )
+        if not known or _dump(line) != raw + b"\n":
             return
         yield line

@@ -32,7 +32,8 @@ class Kernel:
 class Output:
     """One tensor to write. kernel None copies the bytes of the first source.
 
-    patch(first, last, values): overwrites parts of elements [first, last), given in the output's dtype, after rounding.
+    patch(first, last, values): overwrites parts of elements [first, last), given in the output's dtype, after rounding,
+    and returns the checksum of what it has read for that (engine/tiles.py).
     """
 
     name: str
@@ -40,7 +41,7 @@ class Output:
     shape: tuple[int, ...]
     sources: tuple[Source, ...]
     kernel: Kernel | None = None
-    patch: Callable[[int, int, torch.Tensor], None] | None = None
+    patch: Callable[[int, int, torch.Tensor], int] | None = None
 
     @property
     def nbytes(self) -> int:

@@ -73,15 +73,15 @@ class StoredRows:
         self.role, self.name, self.dtype = role, name, self._tensor.dtype
         self.shape = (len(rows), *self._tensor.shape[1:])
         self._columns = columns_of(self._tensor.shape)
-        self._rows = rows
+        self.rows = rows
 
     def read(self, first: int, last: int, into: memoryview) -> int:
         columns, item, at, read = self._columns, self.dtype.itemsize, first, 0
         while at < last:
             row, column = divmod(at, columns)
-            start, run = self._rows[row], row + 1
+            start, run = self.rows[row], row + 1
             # neighbors are read in one go
-            while run * columns < last and self._rows[run] == (start + run - row if start >= 0 else -1):
+            while run * columns < last and self.rows[run] == (start + run - row if start >= 0 else -1):
                 run += 1
             end = min(run * columns, last)
             piece = into[(at - first) * item : (end - first) * item]

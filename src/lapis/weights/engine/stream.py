@@ -14,6 +14,7 @@ what is computed (graft.py, methods.py) and where to write (checkpoint/commit.py
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from math import isfinite, prod
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -32,6 +33,7 @@ from lapis.weights.engine.tiles import (
     Held,
     Reader,
     Tile,
+    checksum,
     dot,
     finite,
     one_thread_each,
@@ -73,7 +75,7 @@ class _File:
     writer: Writer
     start: int
     progress: Progress
-    pending: dict[int, tuple["Buffer", int, str, Figures]] = field(default_factory=dict)
+    pending: dict[int, tuple["Buffer", int, str, Figures, int]] = field(default_factory=dict)
     changed: dict[str, Any] = field(default_factory=dict)
     recorded: int = 0
     end: int = 0
@@ -121,6 +123,7 @@ class _Streaming:
         self.figures = {output.name: Figures() for outputs in files.values() for output in outputs}
         self.account = Account(self.figures, {}, {})
         self.files = [self._prepare(name, outputs, folder, metadata) for name, outputs in files.items()]
+        journal.settle()
         self.total = sum(file.end for file in self.files)
         self.done = sum(file.progress.done for file in self.files)
         self.account.bytes_resumed = journal.resumed_bytes
@@ -155,7 +158,7 @@ class _Streaming:
     def _prepare(self, name: str, outputs: Sequence[Output], folder: Path, metadata: dict[str, str]) -> _File:
         """Lays the file out in full, or finds how far an earlier run came."""
         head = header_bytes({o.name: (dtype_name(o.dtype), o.shape) for o in outputs}, metadata)
-        progress = self.journal.progress(name)
+        progress = self.journal.progress(name, partial(_read_again, outputs, len(head)))
         end = len(head) + sum(output.nbytes for output in outputs)
         writer = Writer(folder / name, end, progress.done)
         if progress.done == 0:
@@ -248,12 +251,14 @@ class _Streaming:
         figures = Figures()
         if output.kernel is None:
             read = output.sources[0].read(task.first, task.last, buffer.bytes(count * output.dtype.itemsize))
+            inputs = checksum(values, 0, task.first)
             if output.dtype in COMPUTABLE and not finite(values):
                 figures.nonfinite = self._nonfinite(task, values)
         else:
             if task.sweep:
                 self._await(task.sweep.ready[-1])
             tile, read = self._read(task, reader), 0
+            inputs = reader.checksum
             if task.sweep and task.sweep.held:
                 task.sweep.held.release(task.first)
             result, delta = output.kernel.apply(tile, task.sweep.state if task.sweep else None)
@@ -273,8 +278,8 @@ class _Streaming:
                 figures.nonfinite = self._nonfinite(task, values)
                 figures.delta_sq = figures.error_sq = 0.0
         if output.patch:
-            output.patch(task.first, task.last, values)
-        self._finish(task, buffer, count * output.dtype.itemsize, figures, read)
+            inputs += output.patch(task.first, task.last, values)
+        self._finish(task, buffer, count * output.dtype.itemsize, figures, read, inputs)
 
     def _read(self, task: _Task, reader: Reader) -> Tile:
         output, held = task.output, task.sweep.held if task.sweep else None
@@ -307,18 +312,18 @@ class _Streaming:
                 if self.failure:
                     raise self.failure from None
 
-    def _finish(self, task: _Task, buffer: Buffer, size: int, figures: Figures, read: int) -> None:
+    def _finish(self, task: _Task, buffer: Buffer, size: int, figures: Figures, read: int, inputs: int) -> None:
         """Hands on a tile to be hashed and written, in order: whoever brings the next one does all that wait."""
         file = task.file
         with self.lock:
             self.account.bytes_read += read
             self.account.bytes_written += size
-            file.pending[task.offset] = (buffer, size, task.output.name, figures)
+            file.pending[task.offset] = (buffer, size, task.output.name, figures, inputs)
             if file.progress.done not in file.pending:
                 return
             taken = file.pending.pop(file.progress.done)
         while True:
-            buffer, size, name, figures = taken
+            buffer, size, name, figures, inputs = taken
             file.progress.sha256.update(buffer.bytes(size))
             file.writer.write(buffer.bytes(size))
             self.free.put(buffer)
@@ -330,6 +335,7 @@ class _Streaming:
             file.changed[name] = [total.delta_sq, total.error_sq, total.nonfinite, total.has_delta]
             with self.lock:
                 file.progress.done += size
+                file.progress.inputs = (file.progress.inputs + inputs) % 2**64
                 self.done += size
                 if file.progress.done - file.recorded >= RECORD:
                     self.journal.record(file.name, file.progress, file.changed)
@@ -340,3 +346,21 @@ class _Streaming:
             if following is None:
                 return
             taken = following
+
+
+def _read_again(outputs: Sequence[Output], head: int, first: int, last: int) -> int:
+    """The checksum of what bytes [first, last) of a file were made from, which are whole tiles; the head is none."""
+    total, offset, buffer = 0, head, Buffer()
+    for output in outputs:
+        kernel, item = output.kernel, output.dtype.itemsize
+        if offset < last and offset + output.nbytes > first:
+            for a, b in spans(output.shape, rows=bool(kernel and kernel.rows), whole=bool(kernel and kernel.whole)):
+                if first <= offset + a * item < last:
+                    for number, source in enumerate(output.sources if kernel else output.sources[:1]):
+                        values = buffer.of(b - a, source.dtype)
+                        source.read(a, b, buffer.bytes((b - a) * source.dtype.itemsize))
+                        total += checksum(values, number, a)
+                    if output.patch:
+                        total += output.patch(a, b, buffer.of(b - a, output.dtype))
+        offset += output.nbytes
+    return total

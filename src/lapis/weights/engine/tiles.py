@@ -24,6 +24,8 @@ _CHUNK = 1 << 16  # elements that are summed in float32 before the sum goes on i
 
 _STRIDE, _AHEAD = 8 * TILE, 32 * TILE  # how much is asked for at a time, and how far before it is read
 
+_ODD = (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)  # splitmix64's, whose bits are well mixed
+
 T = TypeVar("T")
 
 
@@ -99,7 +101,7 @@ class Reader:
 
     def __init__(self) -> None:
         self._stored, self._wide = Buffer(), [Buffer()]
-        self._taken = 0
+        self._taken = self.checksum = 0
 
     def read(
         self,
@@ -113,19 +115,23 @@ class Reader:
         """The tile [first, last) of every source. The last tile's memory is used again.
 
         held: where the bytes of an earlier pass over this tensor are, and those of this tile are kept.
+        `checksum` is then that of the bytes of all sources.
         """
         count, inputs = last - first, []
+        self.checksum = 0
         while len(self._wide) < len(sources):
             self._wide.append(Buffer())
         for at, (source, buffer) in enumerate(zip(sources, self._wide, strict=False)):
             vector = buffer.of(count, torch.float32)
             if source.dtype is torch.float32:
                 self._taken += source.read(first, last, buffer.bytes(count * 4))
+                self.checksum += checksum(vector, at, first)
             else:
                 bytes_, known = (self._stored, False) if held is None else held.bytes(first, at)
                 stored = bytes_.of(count, source.dtype)
                 if not known:
                     self._taken += source.read(first, last, bytes_.bytes(count * source.dtype.itemsize))
+                self.checksum += checksum(stored, at, first)
                 vector.copy_(stored)
             inputs.append(vector)
         return Tile(name, first, last, columns_of(shape), inputs)
@@ -134,6 +140,22 @@ class Reader:
         """Bytes read since this was last asked."""
         result, self._taken = self._taken, 0
         return result
+
+
+def checksum(values: torch.Tensor, source: int, first: int) -> int:
+    """A number of 64 bits for the bytes of one tile; those of several are added up.
+
+    It tells one model from another, which takes no cryptography, and is made while the bytes are in the cache.
+
+    Args:
+        values: The bytes as they were read, as a contiguous vector of any dtype.
+        source: Which of the tensor's sources they are.
+        first: Where in the tensor they begin.
+    """
+    raw = values.view(torch.uint8)
+    even = raw.numel() // 8 * 8
+    total = int(raw[:even].view(torch.int64).sum()) + int.from_bytes(bytes(raw[even:].tolist()), "little")
+    return (total + (source + 1) * _ODD[0] + first * _ODD[1]) * _ODD[2] % 2**64
 
 
 def prefetch(sources: Sequence[Source], first: int, following: Sequence[Source] = ()) -> None:

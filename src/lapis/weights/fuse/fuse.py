@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from lapis.checkpoint import Checkpoint
-from lapis.checkpoint.adapter import open_adapter
-from lapis.checkpoint.commit import check_output
+from lapis.checkpoint.adapter import WEIGHTS, open_adapter
+from lapis.checkpoint.commit import check_output, sha256_of
+from lapis.checkpoint.files import contained
 from lapis.checkpoint.opening import base_of
 from lapis.checkpoint.store import Adapter
 from lapis.checkpoint.tensor_file import INDEX
@@ -93,7 +94,8 @@ def fuse(
             write_index(folder, files)
         write_account(folder, "fuse", recipe, inputs, layout.entries, account.figures, layout.notes)
 
-    settings = adapter.config
+    # the adapter is read in a piece, so what it holds is a part of the job and no input that is compared tile by tile
+    settings = [adapter.config, sha256_of(contained(adapter.root, WEIGHTS))]
     produce(
         result, files, inputs, [recipe, settings, layout.config], beside,
         overwrite=overwrite, allow_nonfinite=allow_nonfinite, progress=progress,

@@ -29,7 +29,7 @@ from lapis.weights.engine.fp8 import is_scale
 from lapis.weights.engine.job import Entry, disk_bytes
 from lapis.weights.engine.outputs import Kernel, Output, unchanged
 from lapis.weights.engine.sources import COMPUTABLE, Source, Stored, StoredRows, columns_of, read_rows
-from lapis.weights.engine.tiles import THREADS, TILE, Tile
+from lapis.weights.engine.tiles import THREADS, TILE, Tile, checksum
 from lapis.weights.graft.scale import Scale, read_scale
 from lapis.weights.matching import (
     Model,
@@ -295,14 +295,17 @@ class _TemplateRows:
         self._source = source
         self._values: torch.Tensor | None = None
 
-    def __call__(self, first: int, last: int, values: torch.Tensor) -> None:
-        width = self._columns
+    def __call__(self, first: int, last: int, values: torch.Tensor) -> int:
+        width, inputs = self._columns, 0
         for i, row in enumerate(self.rows):
             start, end = max(row * width, first), min((row + 1) * width, last)
             if start < end:
                 if self._values is None:
                     self._values = read_rows(self._source, list(self.rows.values()))
-                values[start - first : end - first] = self._values[i, start - row * width : end - row * width]
+                given = self._values[i, start - row * width : end - row * width]
+                values[start - first : end - first] = given
+                inputs += checksum(given, i, start)
+        return inputs
 
 
 def add_difference(scales: Sequence[float]) -> Callable[[Tile, Any], tuple[torch.Tensor, torch.Tensor]]:
