@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from lapis.checkpoint import pattern_process
-from lapis.checkpoint.files import contained, read_json
-from lapis.checkpoint.store import CHANGED_BASE, Adapter, Checkpoint, stamp
+from lapis.checkpoint.files import contained, read_json, stamp
+from lapis.checkpoint.store import CHANGED_BASE, Adapter, Checkpoint
 from lapis.checkpoint.tensor_file import read_header
 from lapis.errors import CheckpointError
 from lapis.parsing import quoted

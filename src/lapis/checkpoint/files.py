@@ -41,6 +41,33 @@ def contained(root: Path, relative: str) -> Path:
     return real
 
 
+def stamp(status: os.stat_result) -> tuple[int, ...]:
+    """What changes when a file is written again or replaced; the change time (ctime) is the system's own."""
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def read_at(path: Path, offset: int, buffer: memoryview, opened: tuple[int, ...]) -> bool:
+    """Fills `buffer` with a file's bytes from `offset` on; read and never mapped, so that a cut file is no crash.
+
+    Returns:
+        False where the file ends early, or is another than when it had the stamp `opened`.
+
+    Raises:
+        OSError: Where it cannot be read.
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        done = 0
+        while done < len(buffer):
+            now = os.preadv(handle, [buffer[done:]], offset + done)
+            if now == 0:
+                return False
+            done += now
+        return stamp(os.fstat(handle)) == opened
+    finally:
+        os.close(handle)
+
+
 def read_json(path: Path) -> Any:
     """A JSON file; CheckpointError with line and column where it is damaged, names a key twice, or is not UTF-8."""
     try:

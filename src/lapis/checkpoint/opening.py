@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from lapis.checkpoint.adapter import CONFIG, open_adapter
-from lapis.checkpoint.files import contained, read_json
-from lapis.checkpoint.store import Adapter, Checkpoint, stamp
+from lapis.checkpoint.files import contained, read_json, stamp
+from lapis.checkpoint.store import Adapter, Checkpoint
 from lapis.checkpoint.tensor_file import INDEX, SHARD_NAME, SINGLE, Header, TensorInfo, holds_adapter, read_header
 from lapis.errors import CheckpointError
 from lapis.families import find

@@ -16,7 +16,7 @@ from math import sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lapis.checkpoint.files import contained, read_json
+from lapis.checkpoint.files import contained, read_at, read_json, stamp
 from lapis.checkpoint.tensor_file import Header, TensorInfo, torch_dtype
 from lapis.checkpoint.towers import Towers, find_towers, language_config
 from lapis.errors import CheckpointError
@@ -116,18 +116,8 @@ class Checkpoint:
         if self.snapshot is not None and info.file not in self._stats:
             self.snapshot.remote(info.file.name).read_into(info.start + offset, buffer)
             return
-        handle = os.open(info.file, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            done = 0
-            while done < len(buffer):
-                got = os.preadv(handle, [buffer[done:]], info.start + offset + done)
-                if got == 0:
-                    break
-                done += got
-            if done < len(buffer) or stamp(os.fstat(handle)) != self._stats[info.file]:
-                raise CheckpointError(f"{info.file}: changed while it was being read; run again when it is at rest")
-        finally:
-            os.close(handle)
+        if not read_at(info.file, info.start + offset, buffer, self._stats[info.file]):
+            raise CheckpointError(f"{info.file}: changed while it was being read; run again when it is at rest")
 
     def prefetch(self, name: str, offset: int, size: int) -> None:
         """Asks the system to have `size` bytes from `offset` bytes into the tensor at hand soon; returns at once."""
@@ -252,8 +242,3 @@ class Adapter:
             q_OK, r_KI = torch.linalg.qr(weight)
             first_OR, first_RI = q_OK[:, :rank], r_KI[:rank]
         return torch.cat([a_RI, first_RI]), torch.cat([b_OR, -first_OR], dim=1)
-
-
-def stamp(status: os.stat_result) -> tuple[int, ...]:
-    """What changes when a file is written again or replaced; the change time (ctime) is the system's own."""
-    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns

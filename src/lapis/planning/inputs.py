@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lapis.checkpoint import Checkpoint, open_checkpoint
-from lapis.checkpoint.store import stamp
+from lapis.checkpoint.files import stamp
 from lapis.errors import CheckpointError, ConfigError, DataError
 from lapis.evaluation.choices import Choice, read_choices
 from lapis.families.config import ModelConfig

@@ -29,6 +29,7 @@ from lapis.families import find
 from lapis.weights.engine.job import Entry, MergeResult, count, disk_bytes, produce, write_account
 from lapis.weights.engine.outputs import Account, Output
 from lapis.weights.engine.sources import Stored, StoredRows, columns_of
+from lapis.weights.engine.tiles import checksum
 from lapis.weights.matching import embedding_rows
 from lapis.weights.merge.layout import sharded
 from lapis.weights.tokenizer_files import copy_tokenizer_files, write_index
@@ -192,10 +193,13 @@ class _NewRows:
     def __init__(self, first: int, rows: Tensor) -> None:
         self._start, self._values = first * columns_of(rows.shape), rows.reshape(-1)
 
-    def __call__(self, first: int, last: int, values: Tensor) -> None:
+    def __call__(self, first: int, last: int, values: Tensor) -> int:
         start, end = max(first, self._start), min(last, self._start + len(self._values))
-        if start < end:
-            values[start - first : end - first] = self._values[start - self._start : end - self._start]
+        if start >= end:
+            return 0
+        given = self._values[start - self._start : end - self._start]
+        values[start - first : end - first] = given
+        return checksum(given, 0, start)
 
 
 def _output(

@@ -26,9 +26,8 @@ from typing import Any
 
 import lapis.errors
 from lapis.checkpoint.commit import check_output, commit
-from lapis.checkpoint.files import read_json
+from lapis.checkpoint.files import read_json, stamp
 from lapis.checkpoint.staging import BUILD, JOURNAL, Busy, claim, disk_errors, kind_of, staging_of
-from lapis.checkpoint.store import stamp
 from lapis.errors import DataError, LapisError, OutputError
 from lapis.processes import process_environment, python
 from lapis.text.rows.corpus_parts import Stretch, read

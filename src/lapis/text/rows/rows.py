@@ -22,8 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lapis.checkpoint.commit import MANIFEST as COMMITTED
-from lapis.checkpoint.files import contained, read_json
-from lapis.checkpoint.store import stamp
+from lapis.checkpoint.files import contained, read_at, read_json, stamp
 from lapis.errors import CheckpointError, DataError
 from lapis.parsing import quoted
 
@@ -310,21 +309,11 @@ class _StoredShard(Mapping[str, Any]):
         dtype = np.dtype(self.types[name][0])
         path, opened = self._files[name]
         result = np.empty(last - first, dtype)
-        buffer, done = result.view(np.uint8).data, 0
         try:
-            handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-            try:
-                while done < len(buffer):
-                    now = os.preadv(handle, [buffer[done:]], first * dtype.itemsize + done)
-                    if not now:
-                        break
-                    done += now
-                changed = done < len(buffer) or stamp(os.fstat(handle)) != opened
-            finally:
-                os.close(handle)
+            same = read_at(path, first * dtype.itemsize, result.view(np.uint8).data, opened)
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-        if changed:
+        if not same:
             raise DataError(f"{path}: was changed while it was in use; restore it, or pack the data again")
         return result
 

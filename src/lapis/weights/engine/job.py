@@ -20,7 +20,7 @@ from typing import Any
 from lapis import __version__
 from lapis.checkpoint import Checkpoint
 from lapis.checkpoint.commit import check_output, commit
-from lapis.checkpoint.store import stamp
+from lapis.checkpoint.files import stamp
 from lapis.checkpoint.tensor_file import header_bytes
 from lapis.text.tokenizer.folder import write_json
 from lapis.weights.engine.journal import Identity, Journal
