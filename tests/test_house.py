@@ -42,6 +42,9 @@ MANY_FILES = {
     "families": "one file for each architecture",
 }
 
+# rooms in which every docstring of more than one line lists its arguments
+DOCUMENTED = {"generation", "model", "text"}
+
 # words that do not say what a name stands for (docs/glossary.md)
 VAGUE = {
     "asked", "begun", "carry", "claims", "exam", "found", "guarded", "heed", "kept", "meant", "said", "say", "told",
@@ -227,6 +230,33 @@ def test_each_package_says_what_enters_and_what_leaves() -> None:
         sentence = first.endswith(".") and (not rest or rest.startswith("\n"))
         if not (sentence and re.search(r"\bin\b.*\bout\b", first)):
             wrong.append(f'{package}: "{first}" should be one line: "... in, ... out."')
+    assert not wrong, "\n".join(wrong)
+
+
+def public_functions(path: Path) -> Iterator[tuple[ast.FunctionDef, bool]]:
+    """Public functions and methods of public classes that take arguments, and whether each is a method."""
+    for node in tree(path).body:
+        inner = node.body if isinstance(node, ast.ClassDef) and not node.name.startswith("_") else []
+        for function, method in [(node, False), *((child, True) for child in inner)]:
+            if isinstance(function, ast.FunctionDef) and not function.name.startswith("_"):
+                arguments = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
+                if any(argument.arg not in ("self", "cls") for argument in arguments):
+                    yield function, method
+
+
+def test_docstrings_of_public_functions_explain_their_arguments() -> None:
+    """One line, or Google's sections. A method may go without where its name is a rule's (forward, to, read, ...)."""
+    exported = {name for entries in lapis._PUBLIC.values() for entry in entries.split() for name in entry.split("=")}
+    wrong = []
+    for path in sources():
+        room = path.relative_to(SOURCE).parts[0]
+        for function, method in public_functions(path):
+            lines = (ast.get_docstring(function) or "").splitlines()
+            public = function.name in exported and not method
+            if room in DOCUMENTED and ((not lines and not method) or (len(lines) > 1 and "Args:" not in lines)):
+                wrong.append(f"{place(path)}: {function.name}")
+            elif public and room != "cli" and "Args:" not in lines:
+                wrong.append(f"{place(path)}: {function.name} is public and has no Args")
     assert not wrong, "\n".join(wrong)
 
 

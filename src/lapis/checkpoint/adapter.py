@@ -43,7 +43,11 @@ _ROWS = ("token_adapter.trainable_tokens_delta", "trainable_tokens_delta")
 def open_adapter(source: str | os.PathLike[str]) -> Adapter:
     """Opens an adapter folder: config and header are read and checked, no weight is.
 
-    Raises CheckpointError for a file that is missing or damaged, another method than LoRA, or a tensor without a place.
+    Args:
+        source: A folder in PEFT's format.
+
+    Raises:
+        CheckpointError: For a file that is missing or damaged, another method than LoRA, or a tensor without a place.
     """
     root = Path(source)
     if not root.is_dir():

@@ -16,11 +16,13 @@ from lapis.families import find
 def open_checkpoint(source: str | os.PathLike[str], *, adapters: bool = False) -> Checkpoint:
     """Opens a model folder, or a model of the hub: config and headers are read and checked, no weight is.
 
-    source: a folder, or `owner/name` or `owner/name@revision` where no such folder is here (hub.py).
+    Args:
+        source: A folder, or `owner/name` or `owner/name@revision` where no such folder is here.
+        adapters: A folder that holds an adapter opens the model that it belongs to, with `adapter` set; otherwise it is
+            refused.
 
-    adapters: a folder that holds an adapter opens the model that it belongs to, with `adapter` set; otherwise it is
-    refused. Raises CheckpointError for every damage that headers, index and config can show, before anything is
-    allocated.
+    Raises:
+        CheckpointError: For every damage that headers, index and config can show, before anything is allocated.
     """
     root, snapshot = Path(source), None
     if not root.is_dir():
@@ -66,9 +68,15 @@ _CORRECT = f"set base_model_name_or_path in {CONFIG}"
 
 
 def base_of(adapter: Adapter, base: str | os.PathLike[str] | None = None, remedy: str = _CORRECT) -> Checkpoint:
-    """The model that an adapter belongs to: `base`, or where its config says (also seen from its own folder).
+    """The model that an adapter belongs to: the given one, or where its config says (also seen from its own folder).
 
-    Raises CheckpointError where it is not there; `remedy` says what to do then.
+    Args:
+        adapter: Opened.
+        base: A folder or a model of the hub, in place of what the config says.
+        remedy: What the refusal says to do.
+
+    Raises:
+        CheckpointError: Where it is not there.
     """
     if base is not None:
         return open_checkpoint(base)

@@ -98,8 +98,12 @@ def dtype_name(dtype: "torch.dtype") -> str:
 def read_header(path: Path) -> Header:
     """The checked header of a safetensors file. Reads the header's bytes only.
 
-    Raises CheckpointError (naming file and tensor) for a file that is cut, a length beyond it, duplicate or unprintable
-    names, unknown dtypes, shapes that do not fit their bytes, overlaps, holes, and trailing bytes.
+    Args:
+        path: Of the file.
+
+    Raises:
+        CheckpointError: Naming file and tensor, for a file that is cut, a length beyond it, duplicate or unprintable
+            names, unknown dtypes, shapes that do not fit their bytes, overlaps, holes, and trailing bytes.
     """
     try:
         with path.open("rb") as file:

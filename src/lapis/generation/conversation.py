@@ -48,9 +48,13 @@ class Conversation:
         return [{"role": "system", "content": self.system}] * bool(self.system) + self.turns
 
     def send(self, text: str) -> Generator[str, None, None]:
-        """The reply to `text`, in pieces. Where the reader leaves early, what came so far is the reply.
+        """The reply to a text, in pieces. Where the reader leaves early, what came so far is the reply.
 
-        Raises DataError where the conversation no longer fits the context; the turn is then taken back.
+        Args:
+            text: What the user says.
+
+        Raises:
+            DataError: Where the conversation no longer fits the context; the turn is then taken back.
         """
         self.turns.append({"role": "user", "content": text})
         yield from self._reply()

@@ -50,7 +50,14 @@ class Reply:
 def generate(model: Transformer, tokenizer: Tokenizer, prompt: Prompt, sampling: Sampling = Sampling()) -> str:  # noqa: B008
     """The model's continuation of a prompt, or its reply to a chat.
 
-    Raises DataError for a prompt that is empty or does not fit into the model's context.
+    Args:
+        model: In evaluating mode.
+        tokenizer: Of the model.
+        prompt: Text, ids, or messages (then the chat template is used).
+        sampling: How tokens are chosen, and when to stop.
+
+    Raises:
+        DataError: For a prompt that is empty or does not fit into the model's context.
     """
     return "".join(stream(model, tokenizer, prompt, sampling))
 
@@ -65,8 +72,16 @@ def stream(
 ) -> "Generator[str, None, Reply]":
     """The text of `generate` in pieces, each as soon as it is certain: no character is split, no stop text half shown.
 
-    memory: what earlier turns of the same chat have read; only what is new is read, and the memory goes on from here.
-    The generator's own value (`reply = yield from stream(...)`) is the Reply.
+    Args:
+        model: In evaluating mode.
+        tokenizer: Of the model.
+        prompt: Text, ids, or messages.
+        sampling: How tokens are chosen, and when to stop.
+        memory: What earlier turns of the same chat have read; only what is new is read, and the memory goes on from
+            here.
+
+    Returns:
+        The generator's own value (`reply = yield from stream(...)`) is the Reply.
     """
     memory = memory or Memory()
     row = _Row(tokenizer, encode(model, tokenizer, prompt), sampling, context(model))
@@ -92,8 +107,14 @@ def generate_batch(
 ) -> list[Reply]:
     """A Reply for each prompt, in their order. Prompts may differ in length; a row's reply depends on no other row.
 
-    batch_size: rows decoded at once; those of like length share a batch. logprobs: fill in Reply.logprobs. progress:
-    called with how many replies are complete, and of how many.
+    Args:
+        model: In evaluating mode.
+        tokenizer: Of the model.
+        prompts: Texts, ids, or messages.
+        sampling: How tokens are chosen, and when to stop; row i draws from seed + i.
+        batch_size: Rows decoded at once; those of like length share a batch.
+        logprobs: Fill in Reply.logprobs.
+        progress: Called with how many replies are complete, and of how many.
     """
     rows = [_Row(tokenizer, encode(model, tokenizer, p), sampling, context(model)) for p in prompts]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt))

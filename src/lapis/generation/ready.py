@@ -59,8 +59,13 @@ class PackedSwiGLU(nn.Module):
 def open_ready(folder: str | Path, runtime: Runtime = Runtime()) -> tuple[Transformer, Tokenizer]:  # noqa: B008
     """A folder's model, packed, and its tokenizer, which is opened while the weights are read.
 
-    Raises CheckpointError for what is damaged, and for a tokenizer with more tokens than the embedding has rows;
-    ConfigError for a device that is not there.
+    Args:
+        folder: A folder, or a model of the hub.
+        runtime: Device and precision.
+
+    Raises:
+        CheckpointError: For what is damaged, and for a tokenizer with more tokens than the embedding has rows.
+        ConfigError: For a device that is not there.
     """
     device = choose_device(runtime.device)
     checkpoint = open_checkpoint(folder, adapters=True)
@@ -93,8 +98,14 @@ def choose_device(name: str | None) -> torch.device:
 def choose_dtype(checkpoint: Checkpoint, name: str | None, device: torch.device) -> tuple[torch.dtype | None, str]:
     """The precision of weights and arithmetic, and a note where it is not what the folder holds.
 
-    A name is what is computed. Without one it is the folder's own (None), except on a processor without bfloat16
-    instructions: there float32 is faster than either half precision, which it would only imitate.
+    Args:
+        checkpoint: Opened.
+        name: Is what is computed. None is the folder's own, except on a processor without bfloat16 instructions: there
+            float32 is faster than either half precision, which it would only imitate.
+        device: Where the model runs.
+
+    Returns:
+        None for the folder's own precision; and the note, or "".
     """
     if name is not None:
         dtype: torch.dtype = getattr(torch, name)
@@ -139,10 +150,13 @@ def _tokenizer(checkpoint: Checkpoint) -> Tokenizer:
 
 @torch.inference_mode()
 def ready(model: Transformer) -> Transformer:
-    """The same model, packed in place and in evaluation mode. Does nothing more where packing does not apply.
+    """Packs a model in place and puts it into evaluating mode. Does nothing more where packing does not apply.
 
     Each weight is dropped as soon as it is packed, so the peak is one weight more. A tied embedding stays beside the
     packed head, since its rows are looked up.
+
+    Args:
+        model: Is returned.
     """
     for name in [name for name, _ in model.named_modules()]:  # names only: a list of modules would keep their weights
         _pack(model, name)

@@ -43,6 +43,10 @@ def top_p(logits_BV: Tensor, p: float) -> Tensor:
 
     The nucleus is the fewest tokens, likeliest first, whose probabilities reach p. It is looked for among the likeliest
     thousand, and in the whole vocabulary only where those do not reach p.
+
+    Args:
+        logits_BV: Float.
+        p: From above 0 to 1.
     """
     log_total_B1 = logits_BV.logsumexp(-1, keepdim=True)
     for width in sorted({min(_NUCLEUS, logits_BV.shape[-1]), logits_BV.shape[-1]}):
@@ -77,9 +81,21 @@ def filtered(logits_BV: Tensor, sampling: Sampling) -> Tensor:
 def choose(
     logits_BV: Tensor, sampling: Sampling, draws: Sequence[random.Random], seen_BV: Tensor | None = None
 ) -> Tensor:
-    """The next token of each row: ids_B, int64. Raises LapisError where a row's logits are not numbers.
+    """The next token of each row.
 
     One uniform number per row is turned into a token by the inverse of the cumulative distribution, in float64.
+
+    Args:
+        logits_BV: Float.
+        sampling: How tokens are chosen.
+        draws: A generator for each row.
+        seen_BV: bool, the tokens of prompt and reply, for the repetition penalty.
+
+    Returns:
+        ids_B, int64.
+
+    Raises:
+        LapisError: Where a row's logits are not numbers.
     """
     logits_BV = logits_BV.float()
     if seen_BV is not None:

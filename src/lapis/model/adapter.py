@@ -60,7 +60,12 @@ def write_adapter(model: Transformer, folder: Path | str) -> None:
 def attach(model: Transformer, adapter: Adapter) -> Transformer:
     """Puts an adapter on the model that it was made for, in place; all of it stays trainable.
 
-    Raises CheckpointError for a module that the model does not have, or of another shape.
+    Args:
+        model: The base.
+        adapter: Opened, and with values for modules of this model.
+
+    Raises:
+        CheckpointError: For a module that the model does not have, or of another shape.
     """
     family = family_of(model.config)
     config = LoraConfig(

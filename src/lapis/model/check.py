@@ -54,9 +54,15 @@ def read_config(source: Checkpoint | str | Path, notes: list[str] | None = None)
 def plan_load(checkpoint: Checkpoint, *, head: Head | None = None, classes: int = 0, to_run: bool = True) -> Plan:
     """Everything about loading that headers and config can show.
 
-    head, classes: put another head on top. to_run: False only counts: quantized weights pass, and no weight is read (to
-    run, the head is compared with the embedding where config.json ties them and both are there). Raises CheckpointError
-    listing all tensors that are missing, unknown or of a wrong shape.
+    Args:
+        checkpoint: Opened.
+        head: Another head to put on top.
+        classes: Of that head.
+        to_run: False only counts: quantized weights pass, and no weight is read. To run, the head is compared with the
+            embedding where config.json ties them and both are there.
+
+    Raises:
+        CheckpointError: With all tensors that are missing, unknown or of a wrong shape.
     """
     notes: list[str] = []
     config = read_config(checkpoint, notes)

@@ -84,6 +84,7 @@ class NoHead(nn.Module):
 
 
 def make_head(config: ModelConfig, embed: nn.Module) -> nn.Module:
+    """The head of a config; one that is tied shares the embedding's weight."""
     if config.head == "lm":
         return LanguageHead(config, embed)
     if config.head == "masked":

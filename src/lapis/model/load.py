@@ -37,13 +37,22 @@ def load(
     classes: int = 0,
     placed: Callable[[nn.Module, str], None] | None = None,
 ) -> Transformer:
-    """The model of a folder, with the weights in `dtype` (default: that of the folder).
+    """The model of a folder, in evaluating mode.
 
-    head, classes: put another head on top; one that the folder lacks is drawn at random, and `model.notes` says so.
-    placed: told the model and the name of each module as soon as all of its parameters are there; what it does with
-    them is done while the next ones are read. A folder that holds an adapter gives its base with the adapter on it.
-    Raises CheckpointError, before anything is allocated, listing all tensors that are missing, unknown or of a wrong
-    shape. Peak memory is that of the weights in the target dtype and of the few tensors under way.
+    A folder that holds an adapter gives its base with the adapter on it. Peak memory is that of the weights in the
+    target dtype and of the few tensors under way.
+
+    Args:
+        source: A folder, a model of the hub, or one that was opened.
+        dtype: Of the weights in memory; by default that of the folder.
+        device: Where the weights go.
+        head: Another head to put on top; one that the folder lacks is drawn at random, and `model.notes` says so.
+        classes: Of that head.
+        placed: Called with the model and the name of each module as soon as all of its parameters are there; what it
+            does with them is done while the next ones are read.
+
+    Raises:
+        CheckpointError: Before anything is allocated, with all tensors that are missing, unknown or of a wrong shape.
     """
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source, adapters=True)
     if checkpoint.adapter is not None and head is None:
@@ -82,8 +91,14 @@ def save(
 ) -> None:
     """Writes config.json and safetensors, as transformers would, into a folder (made if it is not there).
 
-    dtype: of the weights on disk (default: the model's). state: parameters by name, in place of the model's own (for
-    weights gathered from several devices). Raises ConfigError where no published family has the model's shape.
+    Args:
+        model: Of a family that is published.
+        folder: Files of the same names in it are replaced.
+        dtype: Of the weights on disk; by default the model's.
+        state: Parameters by name, in place of the model's own (for weights gathered from several devices).
+
+    Raises:
+        ConfigError: Where no published family has the model's shape.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

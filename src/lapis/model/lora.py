@@ -256,8 +256,15 @@ def off(model: nn.Module) -> Iterator[None]:
 def wrap(model: Transformer, config: LoraConfig, base: str = "") -> Transformer:
     """Puts fresh adapters on the targets, in place, and freezes all else; the model's function is what it was.
 
-    A is drawn from torch's generator (uniform, as in PEFT), B is zero. base: where the model comes from, for
-    adapter_config.json. Raises ConfigError for a target that matches nothing (nearest names), or an id without a row.
+    A is drawn from torch's generator (uniform, as in PEFT), B is zero.
+
+    Args:
+        model: The base.
+        config: Rank, targets and the rest.
+        base: Where the model comes from, for adapter_config.json.
+
+    Raises:
+        ConfigError: For a target that matches nothing (with the nearest names), or an id without a row.
     """
     begin(model, config, base)
     linears = {name: module for name, module in model.named_modules()

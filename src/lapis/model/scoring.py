@@ -54,7 +54,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def computing(model: nn.Module, precision: Precision | None) -> Iterator[None]:
-    """What is computed inside is of this precision; None: of that of the model's weights.
+    """What is computed inside is of this precision.
+
+    Args:
+        model: Whose weights decide where no precision is given.
+        precision: None: that of the model's weights.
 
     Raises:
         ConfigError: float32 is asked for, and the weights are of another precision.

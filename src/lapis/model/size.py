@@ -126,7 +126,12 @@ def visible_keys(config: ModelConfig, layer: int, context: int) -> float:
 def activation_bytes(config: ModelConfig, context: int, width: int = 2) -> int:
     """What autograd keeps of one sequence: what goes into each product, norm, activation and attention.
 
-    width: bytes of each number. Attention's scores are never kept whole (Dao et al. 2022, arXiv:2205.14135).
+    Attention's scores are never kept whole (Dao et al. 2022, arXiv:2205.14135).
+
+    Args:
+        config: Of the model.
+        context: Tokens of the sequence.
+        width: Bytes of each number.
     """
     inner, inner_kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
     mlp = 4 * config.ffn_dim if config.gated else 2 * config.ffn_dim
@@ -169,6 +174,10 @@ def mixers(tokens: int, features: int) -> list[Mixer]:
 
     A fully connected layer has a weight from every number to every other. A per-token layer (a 1x1 convolution) mixes
     features only. Attention mixes both, with parameters that do not depend on the number of tokens.
+
+    Args:
+        tokens: Of a sequence.
+        features: Of each token.
     """
     numbers = tokens * features
     return [

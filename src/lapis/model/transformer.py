@@ -83,9 +83,12 @@ class Transformer(nn.Module):
         self.reset_parameters()
 
     def drop(self, share: float) -> None:
-        """While training, leave out this share of what the embedding and each half of a block add to the stream.
+        """While training, leaves out a share of what the embedding and each half of a block add to the stream.
 
         (Srivastava et al. 2014; BERT's hidden_dropout_prob.) A setting of training, so no folder remembers it.
+
+        Args:
+            share: From 0 to below 1.
         """
         self.dropout = share
         for module in self.modules():
@@ -112,11 +115,21 @@ class Transformer(nn.Module):
         self, ids_BT: Tensor, mask_BT: Tensor | None = None, *, positions_BT: Tensor | None = None,
         segments_BT: Tensor | None = None, types_BT: Tensor | None = None, cache: Cache | None = None,
     ) -> Tensor:  # fmt: skip
-        """ids_BT: int64 token ids (float pixels [B, C, H, W] for pictures). mask_BT: bool, True = a real token.
+        """The logits of a language model, or those of a classifier.
 
-        positions_BT: int64; where not given they count the real tokens of each row (or segment). segments_BT: a token
-        attends only within its segment. types_BT: BERT's token types. cache: these tokens follow those in it.
-        Raises DataError for more tokens than a model with learned positions has.
+        Args:
+            ids_BT: int64 token ids; float pixels [B, C, H, W] for pictures.
+            mask_BT: bool, True = a real token.
+            positions_BT: int64; where not given they count the real tokens of each row (or segment).
+            segments_BT: int64; a token attends only within its segment.
+            types_BT: int64, BERT's token types.
+            cache: These tokens follow those in it.
+
+        Returns:
+            [B, T, V], or [B, classes] from a classifier's head.
+
+        Raises:
+            DataError: For more tokens than a model with learned positions has.
         """
         hidden_BTD = self.hidden(ids_BT, mask_BT, positions_BT=positions_BT, segments_BT=segments_BT,
                                  types_BT=types_BT, cache=cache)  # fmt: skip
@@ -204,6 +217,10 @@ def is_whole(mask_BT: Tensor, causal: bool) -> bool:
     """Whether the mask hides nothing that would be seen: all real, or (causal) padding on the right only.
 
     Looks at the values only where that is cheap, which is on the CPU and outside of a compiled graph.
+
+    Args:
+        mask_BT: bool, True = a real token.
+        causal: Whether later tokens are hidden anyway.
     """
     if mask_BT.device.type != "cpu" or torch.compiler.is_compiling():
         return False
@@ -244,6 +261,17 @@ def make_view(
     """Who sees whom: the causal order by place, the window by position, padding and other segments not at all.
 
     A layer with a window finds in the cache only the keys that are in sight, then the new ones.
+
+    Args:
+        T: New tokens.
+        past: Tokens in the cache.
+        causal: Whether later tokens are hidden.
+        window: Of positions that a token sees; None = all.
+        mask_BT: bool, True = a real token, of all tokens.
+        positions: int64 [T] or [B, T].
+        segments_BT: int64; a token attends only within its segment.
+        cache: What holds the earlier keys.
+        dtype: Of the scores.
     """
     key_mask = mask_BT if cache is None else cache.real_BS
     S = past + T if window is None or cache is None else cache.in_sight + T
@@ -273,11 +301,16 @@ def make_view(
 
 
 def put_head(model: Transformer, head: Head, classes: Sequence[str] = ()) -> list[str]:
-    """Another head on a model, in place; the names of its parameters that are new and drawn at random (0.02).
+    """Puts another head on a model, in place. A head that is the same already keeps its weights.
 
-    classes: their names in order, for head="classes"; config.json gets them, where transformers looks for them. What
-    the old head has of the same name and shape (a pooler, one's own embedding rows) is kept. A head that is the same
-    already keeps its weights.
+    Args:
+        model: Whose head is replaced. What the old one has of the same name and shape (a pooler, one's own embedding
+            rows) is kept.
+        head: The kind of the new one.
+        classes: Their names in order, for head="classes"; config.json gets them, where transformers looks for them.
+
+    Returns:
+        The names of the parameters that are new and drawn at random (standard deviation 0.02).
     """
     if (head == "classes") != bool(classes):
         raise ValueError("classes are given with the head of that name, and only with it")

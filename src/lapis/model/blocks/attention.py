@@ -120,8 +120,15 @@ class Attention(nn.Module):
 
 
 def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    """A boolean mask (True = sees) as numbers to add to the scores. The lowest finite number, not -inf, so that a row
-    that sees nothing (padding) stays finite."""
+    """A boolean mask as numbers to add to the scores.
+
+    Args:
+        seen: True = sees.
+        dtype: Of the scores.
+
+    Returns:
+        0, or the lowest finite number, not -inf, so that a row that sees nothing (padding) stays finite.
+    """
     return torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)
 
 
@@ -144,6 +151,17 @@ def dense_attention(
     Two batched products and a softmax, with the backward pass that follows from them. On a CPU with products in
     bfloat16 this takes a third to a half of the time of torch's fused attention, and a mask costs nothing more, at the
     price of keeping one weight for each pair of tokens.
+
+    Args:
+        q_BHTE: Queries; the legend of the letters is at the top.
+        k_BKSE: Keys.
+        v_BKSE: Values.
+        mask: Added to the scores, [1 or B, 1, 1 or T, S]; None hides nothing.
+        causal: A token's later keys are hidden, and there is no mask.
+        scale: Factor on the scores.
+
+    Returns:
+        [B, H, T, E], in the dtype of the queries.
     """
     if causal:
         make = triangle if torch.compiler.is_compiling() else _cached_triangle
@@ -210,6 +228,14 @@ def blocked_attention(
 
     A token's later keys are left out where `causal`. At 512 tokens this takes 0.4 of the time of torch's fused
     attention: 6.2 and 15.9 ms for 1,024 tokens of SmolLM2-135M, on one core of an EPYC with avx512_bf16.
+
+    Args:
+        q_BHTE: Queries, bfloat16, as all else; the arguments are those of `dense_attention`.
+        k_BKSE: Keys.
+        v_BKSE: Values.
+        mask: Added to the scores, [1 or B, 1, 1 or T, S]; None hides nothing.
+        causal: A token's later keys are hidden, and there is no mask.
+        scale: Factor on the scores.
     """
     B, H, T, E = q_BHTE.shape
     K, S = k_BKSE.shape[1:3]

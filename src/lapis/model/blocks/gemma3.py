@@ -25,6 +25,7 @@ class OffsetRMSNorm(RMSNorm):
 
 
 def make_offset_norm(config: ModelConfig, dim: int) -> OffsetRMSNorm:
+    """RMSNorm over `dim` numbers that multiplies by 1 + weight."""
     return OffsetRMSNorm(dim, config.norm_eps)
 
 

@@ -45,9 +45,15 @@ class Nf4Linear(nn.Module):
 
 
 def quantize(blocks: nn.Module, device: torch.device) -> None:
-    """Puts every linear layer of the blocks into NF4 on `device`, in place, one after the other.
+    """Puts every linear layer of the blocks into NF4, in place, one after the other.
 
-    Raises ConfigError without a CUDA GPU, MissingExtra without bitsandbytes.
+    Args:
+        blocks: Of a model on the CPU.
+        device: A CUDA GPU.
+
+    Raises:
+        ConfigError: Without a CUDA GPU.
+        MissingExtra: Without bitsandbytes.
     """
     if device.type != "cuda":
         raise ConfigError("lora: base nf4 needs a CUDA GPU; without one, base: bfloat16 halves the memory of float32")

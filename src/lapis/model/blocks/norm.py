@@ -86,4 +86,5 @@ Norm = RMSNorm | LayerNorm
 
 
 def make_norm(config: ModelConfig, dim: int) -> Norm:
+    """The norm of a config, over `dim` numbers."""
     return (RMSNorm if config.norm == "rms" else LayerNorm)(dim, config.norm_eps, config.norm_place == "post")

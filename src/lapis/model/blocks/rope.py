@@ -17,9 +17,17 @@ Rotation = tuple[Tensor, Tensor]
 
 
 def rope_tables(rope: Rope, config: ModelConfig, positions: Tensor, dtype: torch.dtype, length: int) -> Rotation:
-    """cos and signed sin for positions [T] or [B, T], as [..., T, 1, E], to be used by `rotate`.
+    """cos and signed sin for positions, to be used by `rotate`.
 
-    length: one more than the largest position; only the "dynamic" kind looks at it.
+    Args:
+        rope: Base and kind of the scaling.
+        config: Of the model, for the size of a head and the context.
+        positions: int64 [T] or [B, T].
+        dtype: Of the tables; they are computed in float32.
+        length: One more than the largest position; only the "dynamic" kind looks at it.
+
+    Returns:
+        Both as [..., T, 1, E].
     """
     inverse, scale = inverse_frequencies(rope, config, length, positions.device)
     angles = positions[..., None, None].float() * inverse

@@ -35,9 +35,18 @@ def render(
     add_generation_prompt: bool = False,
     variables: Mapping[str, Any] | None = None,
 ) -> str:
-    """The chat as the template writes it. variables: what else a template asks for (enable_thinking, ...).
+    """The chat as the template writes it.
 
-    Raises TemplateError where there is no template, it refuses the chat, or it had to be stopped.
+    Args:
+        tokenizer: With a chat template.
+        messages: `role` and `content` each.
+        tools: JSON schemas of tools.
+        documents: What retrieval templates quote.
+        add_generation_prompt: Also what begins the assistant's next turn.
+        variables: What else a template asks for (enable_thinking, ...).
+
+    Raises:
+        TemplateError: Where there is no template, it refuses the chat, or it had to be stopped.
     """
     source = template_for(tokenizer, tools)
     values = _variables(tokenizer, tools, documents, variables)
@@ -120,8 +129,17 @@ def write_calls(
 def count_gaps(
     tokenizer: ChatTokenizer, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None
 ) -> dict[str, int]:
-    """What of a chat its template cannot print: 1 for `calls_as_text`, where calls of tools are written as JSON text,
-    and for `tools_unseen`, where the tools themselves do not appear."""
+    """What of a chat its template cannot print.
+
+    Args:
+        tokenizer: With a chat template.
+        messages: Of the chat.
+        tools: JSON schemas of tools.
+
+    Returns:
+        1 for `calls_as_text`, where calls of tools are written as JSON text, and for `tools_unseen`, where the tools
+        themselves do not appear.
+    """
     source = template_for(tokenizer, tools)
     calls = any(message.get("tool_calls") for message in messages) and not prints_calls(source)
     unseen = bool(tools) and not prints_tools(source)

@@ -152,6 +152,11 @@ def special_pattern(tokenizer: ChatTokenizer) -> re.Pattern[str]:
 def with_plain_parts(source: str, messages: Sequence[Message], variables: Mapping[str, Any]) -> Sequence[Message]:
     """Messages whose content is a list of text parts as one text each, where the template would print the list.
 
+    Args:
+        source: Of the template.
+        messages: Of the chat.
+        variables: What else the template gets.
+
     Raises:
         DataError: For a part that is no text under such a template.
     """
@@ -199,6 +204,7 @@ def template_for(tokenizer: ChatTokenizer, tools: Sequence[Mapping[str, Any]] | 
 
 
 def checked(rendering: Rendering) -> Rendering:
+    """The rendering; TemplateError where the template refused the chat."""
     if rendering.error is not None:
         raise TemplateError(f"the chat template refuses the chat: {rendering.error}")
     return rendering
@@ -211,6 +217,7 @@ def _pattern(tokens: tuple[str, ...]) -> re.Pattern[str]:
 
 
 def end_pattern(tokenizer: ChatTokenizer) -> re.Pattern[str]:
+    """What the special tokens match, one of which ends each turn."""
     return _pattern(tuple(token for token in tokenizer.special if token.strip()))
 
 

@@ -64,8 +64,18 @@ def render_jobs(
 ) -> list[Rendering]:
     """Renders the first `count` messages for each (count, add_generation_prompt). Thread-safe.
 
-    A job that the template itself refuses gives a Rendering with an error. Raises TemplateError where the template does
-    not compile, or had to be stopped: too long, too much memory, too much text.
+    Args:
+        source: Of the template.
+        messages: Of the whole chat.
+        jobs: Pairs as above.
+        variables: What else the template gets.
+
+    Returns:
+        A Rendering for each job; one that the template itself refuses has an error.
+
+    Raises:
+        TemplateError: Where the template does not compile, or had to be stopped: too long, too much memory, too
+            much text.
     """
     results: list[dict[str, Any]] = []
     for first in range(0, len(jobs), JOBS_AT_ONCE):  # a chat of hundreds of turns must not use up the time of one

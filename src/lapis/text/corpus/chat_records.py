@@ -267,6 +267,10 @@ def _unpadded_call(call: Any, tools: list[dict[str, Any]]) -> Any:
 def with_calls(message: dict[str, Any], where: str) -> dict[str, Any]:
     """A message whose calls of tools are `tool_calls`, a list: they also come as JSON text, as `function_call`, bare.
 
+    Args:
+        message: As the record has it.
+        where: File and line, for errors.
+
     Raises:
         DataError: For calls that cannot be read, and where a message has them twice.
     """

@@ -91,6 +91,9 @@ class Verdict:
 def pairs(paths: Source | Iterable[Source]) -> Iterator[Pair]:
     """Every pair of the files.
 
+    Args:
+        paths: Files, folders, globs or data sets of the hub.
+
     Raises:
         DataError: For a record whose replies are equal or empty, whose prompts do not agree, that is no pair at all, or
             that is a reply with a verdict.
@@ -111,7 +114,13 @@ def first_record(paths: Source | Iterable[Source]) -> Any:
 
 
 def pairs_of_verdicts(paths: Source | Iterable[Source]) -> tuple[list[Pair], int, int]:
-    """Replies with verdicts as pairs, each of a good and a bad one; how many there were of both kinds.
+    """Replies with verdicts as pairs, each of a good and a bad one.
+
+    Args:
+        paths: Files, folders, globs or data sets of the hub.
+
+    Returns:
+        The pairs, and how many good and how many bad replies there were.
 
     Raises:
         DataError: For a record that is none, an empty reply, or where all verdicts are the same.

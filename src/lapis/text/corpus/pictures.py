@@ -75,10 +75,18 @@ def pictures(
     mean: Sequence[float] = (0.5,),
     std: Sequence[float] = (0.5,),
 ) -> Pictures:
-    """Pictures and labels: (pixels, labels) arrays, an .npz file of these two, or a folder with a folder per class.
+    """Pictures with their labels.
 
-    Pixels are [N, H, W], [N, C, H, W] or [N, H, W, C] with 1 or 3 channels, bytes or floats. resize: bring the files of
-    a folder to this side; else they must be of one size. Raises DataError, MissingExtra where Pillow is needed.
+    Args:
+        source: (pixels, labels) arrays, an .npz file of these two, or a folder with a folder for each class. Pixels are
+            [N, H, W], [N, C, H, W] or [N, H, W, C] with 1 or 3 channels, bytes or floats.
+        resize: Brings the files of a folder to this side; else they must be of one size.
+        mean: Of each channel, taken away.
+        std: Of each channel, divided by.
+
+    Raises:
+        DataError: For what is none of these, or damaged.
+        MissingExtra: Where Pillow is needed.
     """
     mean, std = tuple(mean), tuple(std)
     if len(mean) not in (1, 3) or len(std) not in (1, 3) or not all(value > 0 for value in std):

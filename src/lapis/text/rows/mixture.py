@@ -138,6 +138,10 @@ def draw(shares: Sequence[int], taken: Sequence[int]) -> int:
 
     After n draws source i has given n * share_i rows, to within 1 - 1/(2k - 2) of a row, for k sources. That is the
     least that can be promised (Tijdeman, "The chairman assignment problem", 1980). All in whole numbers.
+
+    Args:
+        shares: Of each source, whole numbers.
+        taken: Rows that each has given.
     """
     if len(shares) == 1:
         return 0

@@ -369,6 +369,12 @@ def shuffled(places: NDArray[np.int64], count: int, seed: int, epoch: int) -> ND
 
     A balanced Feistel network over the next power of four, walked until it lands inside (Black and Rogaway, "Ciphers
     with arbitrary finite domains", 2002): under four steps on average.
+
+    Args:
+        places: In the epoch's order, each below `count`.
+        count: Rows of an epoch.
+        seed: Of the run.
+        epoch: Each has an order of its own.
     """
     half = max(1, ((count - 1).bit_length() + 1) // 2)
     mask = np.uint64((1 << half) - 1)

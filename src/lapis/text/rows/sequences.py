@@ -31,9 +31,17 @@ def frame(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
 
 
 def encode_framed(tokenizer: Tokenizer, texts: Sequence[str], context: int) -> tuple[list[list[int]], int]:
-    """Ids of texts in their frames, at most `context` of them each; how many texts were cut.
+    """Ids of texts in their frames, at most `context` of them each.
 
     What is cut is the end of the text; the frame stays. A text without any token is one BOS or end-of-text token.
+
+    Args:
+        tokenizer: Whose frame is put around ([CLS] and [SEP], or BOS).
+        texts: Plain text.
+        context: Ids of each at most.
+
+    Returns:
+        The ids, and how many texts were cut.
     """
     before, after = frame(tokenizer)
     room = room_within(context, before, after)
@@ -72,9 +80,12 @@ class Together:
 def together(
     sequences: "Sequence[Sequence[int] | NDArray[np.int64]]", pad: int = 0, *, saving: float = 0.0
 ) -> Together:
-    """Rows as long as the longest sequence (1 or more tokens each), each filled best fit first.
+    """Rows as long as the longest sequence, each filled best fit first.
 
-    saving: the share of the places that this has to save; where it saves less, each sequence has a row of its own.
+    Args:
+        sequences: Of 1 or more tokens each.
+        pad: The id of padding.
+        saving: The share of the places that this has to save; where it saves less, each sequence has a row of its own.
     """
     import torch  # here, so that reading files need not wait for it
 
@@ -104,9 +115,15 @@ def together(
 def best_fit(sizes: NDArray[np.int64], length: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Which items share a row: the longest first, each into the fullest row that still holds it.
 
-    Returns the items in the order of rows, and where in it each row begins (and the last one ends). Best-fit decreasing
-    takes at most 22 % more rows than the least possible (Johnson et al., 1974). Time: n log(length), since rows with
-    the same room are one entry.
+    Best-fit decreasing takes at most 22 % more rows than the least possible (Johnson et al., 1974). Time: n
+    log(length), since rows with the same room are one entry.
+
+    Args:
+        sizes: Of the items, each at most `length`.
+        length: Of a row.
+
+    Returns:
+        The items in the order of rows, and where in it each row begins (and the last one ends).
     """
     rows: list[list[int]] = []
     room: dict[int, list[int]] = {}  # free places -> rows

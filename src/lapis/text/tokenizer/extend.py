@@ -99,6 +99,9 @@ class ExtendableTokenizer:
     def open(cls, folder: Path) -> "ExtendableTokenizer":
         """Opens the tokenizer of a folder.
 
+        Args:
+            folder: With a tokenizer.json.
+
         Raises:
             CheckpointError: For a tokenizer of a kind that cannot be extended, with the reason, or files that are
                 damaged.
@@ -211,6 +214,10 @@ class ExtendableTokenizer:
 
     def write(self, folder: Path, extension: Extension) -> list[str]:
         """Writes the tokenizer's files, extended, into a folder, over those of the old tokenizer that lie there.
+
+        Args:
+            folder: Where they go.
+            extension: The new merges and tokens.
 
         Returns:
             Lines that say what else was done.

@@ -32,6 +32,11 @@ def round_trip(checkpoint: _Tensors, tokenizer: Tokenizer, text: str) -> dict[st
 
     Reads the rows of these tokens and, in blocks, the output embedding.
 
+    Args:
+        checkpoint: Of the model.
+        tokenizer: Of the model.
+        text: Plain text.
+
     Raises:
         CheckpointError: Where the model has no token embedding, or tokens beyond it.
         DataError: For a text without tokens.

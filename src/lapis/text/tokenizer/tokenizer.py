@@ -78,6 +78,9 @@ class Tokenizer:
     def open(cls, folder: "str | Path | _HasFiles") -> "Tokenizer":
         """Opens a tokenizer or model folder, or that of a model of the hub. Every file is opened inside it only.
 
+        Args:
+            folder: Its path, or a checkpoint that was opened.
+
         Raises:
             CheckpointError: For a file that is missing, damaged, or contradicts another; it names file and field.
             TemplateError: For a chat template that does not parse.
@@ -108,9 +111,12 @@ class Tokenizer:
             path.write_bytes(raw)
 
     def encode(self, text: str, special: bool = False, add_special_tokens: bool = False) -> list[int]:
-        """Ids of a text. special: text that spells a special token becomes that token; only for text of one's own.
+        """Ids of a text.
 
-        add_special_tokens: also what the tokenizer puts around a text (a BOS token, BERT's [CLS] and [SEP]).
+        Args:
+            text: What spells a special token in it is plain text.
+            special: It becomes that token instead; only for text of one's own.
+            add_special_tokens: Also what the tokenizer puts around a text (a BOS token, BERT's [CLS] and [SEP]).
         """
         return self.encode_batch([text], special, add_special_tokens)[0]
 
@@ -265,13 +271,18 @@ def train_tokenizer(
 ) -> Tokenizer:
     """A byte-level BPE, split as GPT-2 does it, save that combining marks stay with their letters.
 
-    Hindi, Thai, Tamil and vowelled Arabic have such marks. Where no token holds both, the splitting is GPT-2's own.
+    Hindi, Thai, Tamil and vowelled Arabic have such marks. Where no token holds both, the splitting is GPT-2's own. The
+    same text gives the same tokenizer.
 
-    files_or_texts: a Path is a file or folder of text or chats, a str is text itself. vocab: entries in all, at least
-    260 (256 bytes and the special tokens); fewer come out where the text has no more pairs. kind: "chat" has ChatML's
-    special tokens and template, "masked" BERT's special tokens, [CLS] and [SEP] around every text (which a causal model
-    may read as its beginning and end). The same text gives
-    the same tokenizer. Raises DataError where there is no text.
+    Args:
+        files_or_texts: A Path is a file or folder of text or chats, a str is text itself.
+        vocab: Entries in all, at least 260 (256 bytes and the special tokens); fewer come out where the text has no
+            more pairs.
+        kind: "chat" has ChatML's special tokens and template, "masked" BERT's special tokens, [CLS] and [SEP] around
+            every text (which a causal model may read as its beginning and end).
+
+    Raises:
+        DataError: Where there is no text.
     """
     special = [PAD, CLS, SEP, MASK] if kind == "masked" else [END_OF_TEXT, TURN_START, TURN_END]
     alphabet = pre_tokenizers.ByteLevel.alphabet()

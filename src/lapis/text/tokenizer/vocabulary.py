@@ -151,6 +151,10 @@ def template_tokens(chat: Vocabulary, base: Vocabulary | None) -> list[str]:
 
     These are the added tokens whose text stands in the chat template, and the chat model's end tokens, save those that
     the base itself names as begin, end or padding, for these it has trained.
+
+    Args:
+        chat: Of the chat model.
+        base: Of the base; None where it has none that is text.
     """
     written = {
         token
@@ -163,9 +167,15 @@ def template_tokens(chat: Vocabulary, base: Vocabulary | None) -> list[str]:
 
 
 def relation(one: Vocabulary, other: Vocabulary, rows: tuple[int, int] = (0, 0)) -> str:
-    """How `one` relates to `other` by token string: equal, padded, extended, reduced, permuted or different.
+    """How `one` relates to `other` by token string.
 
-    rows: embedding rows of both; "padded" is equal tokens with a different number of rows.
+    Args:
+        one: A vocabulary.
+        other: Another.
+        rows: Embedding rows of both; "padded" is equal tokens with a different number of rows.
+
+    Returns:
+        equal, padded, extended, reduced, permuted or different.
     """
     if one.ids == other.ids:
         return "equal" if rows[0] == rows[1] else "padded"

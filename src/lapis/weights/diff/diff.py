@@ -64,9 +64,16 @@ def diff(
 ) -> DiffTable:
     """The differences b - a of every tensor that both models have, as a table.
 
-    rows: also row by row for embedding and head, with the token of each. spectra: also stable rank, the rank that holds
-    90 % of the energy, and SNR, for the matrices of the blocks; takes far longer. progress(done, total) counts tiles.
-    Raises CheckpointError, naming all, where tensors of the blocks differ in shape, and for NaN or Inf.
+    Args:
+        a: A folder, a model of the hub, or one that was opened; base, where the two are base and fine-tune.
+        b: The other.
+        rows: Also row by row for embedding and head, with the token of each.
+        spectra: Also stable rank, the rank that holds 90 % of the energy, and SNR, for the matrices of the blocks;
+            takes far longer.
+        progress: Called with (done, total) in tiles.
+
+    Raises:
+        CheckpointError: Where tensors of the blocks differ in shape, naming all, and for NaN or Inf.
     """
     models = open_models({"a": a, "b": b}, "diff")
     one, two = models.values()
