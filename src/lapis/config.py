@@ -1,11 +1,12 @@
 """Settings: dataclass <- YAML <- key=value. An unknown key is an error that names the nearest one.
 
 One dataclass is the only place where an option, its type and its default are written, and this file's reader is the
-one for all YAML. There are no environment variables, includes or interpolation.
+one for all YAML. It knows no environment variables, includes or interpolation.
 """
 
 import dataclasses
 import difflib
+import os
 import re
 import types
 import typing
@@ -24,6 +25,21 @@ _COMPARED = 2_000  # words that an unknown one is compared with
 NODES = 20_000  # in one text, with what aliases name written out
 
 T = TypeVar("T")
+
+
+def environment_number(name: str, default: int) -> int:
+    """A whole number that torchrun puts into the environment (RANK, WORLD_SIZE, ...), or `default`.
+
+    Raises:
+        ConfigError: It is something else.
+    """
+    value = os.environ.get(name, "").strip()
+    try:
+        return int(value) if value else default
+    except ValueError:
+        raise ConfigError(
+            f'{name} is "{value[:40]}" in the environment; torchrun sets it to a whole number, unset it to run alone'
+        ) from None
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

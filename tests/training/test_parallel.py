@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -117,3 +118,49 @@ def test_a_port_in_use_and_a_missing_file_are_one_line(place: Path) -> None:
         said, _ = finish([first, second])
     assert first.returncode == 1 and "the port is in use; give torchrun another port" in said
     assert len(said.strip().splitlines()) == 1
+
+
+def test_fault_69_a_stopped_process_ends_all_by_name(place: Path) -> None:
+    """SIGSTOP to either of two processes: the other ends by itself, and says in one line which one it was."""
+    runs = {}
+    for rank in (0, 1):  # both at once, since each waits out the silence
+        folder = f"out{rank}"
+        runs[rank] = start(place, 2, f"out={folder}", "save_every=5", "steps=100000")
+    for rank, processes in runs.items():
+        while not list((place / f".out{rank}.lapis" / ".journal").glob("step-*/state.json")):
+            assert processes[0].poll() is None, processes[0].communicate()
+            time.sleep(0.05)
+        processes[rank].send_signal(signal.SIGSTOP)
+    for rank, processes in runs.items():
+        told = processes[1 - rank].communicate(timeout=100)[1]
+        processes[rank].kill()
+        processes[rank].communicate()
+        lines = [line for line in told.splitlines() if line.startswith("lapis: ")]
+        assert processes[1 - rank].returncode == 1 and len(lines) == 1 and "Traceback" not in told, told
+        assert f"rank {rank} has not answered for" in lines[0] and "run the same command again" in lines[0]
+
+
+def test_processes_that_are_all_stopped_for_a_while_go_on(place: Path) -> None:
+    """Ctrl-Z and fg: nobody was missing."""
+    processes = start(place, 2, "save_every=5", "steps=60")
+    while not checkpoints(place):
+        assert processes[0].poll() is None, processes[0].communicate()
+        time.sleep(0.05)
+    for number in (signal.SIGSTOP, signal.SIGCONT):
+        for process in processes:
+            process.send_signal(number)
+        time.sleep(3)
+    said = finish(processes)
+    assert [process.returncode for process in processes] == [0, 0], said
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "MASTER_PORT", "LOCAL_WORLD_SIZE"])
+def test_an_environment_without_numbers_is_one_line(place: Path, name: str) -> None:
+    environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "2", name: "two"}
+    command = [sys.executable, "-m", "lapis", "train", "run.yaml"]
+    done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=100)
+    if name == "LOCAL_WORLD_SIZE":
+        command[3:] = ["data", "pack", "texts.jsonl", "--tokenizer", "tok", "--out", "packed"]
+        done = subprocess.run(command, cwd=place, env={**os.environ, name: "two"}, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert f'{name} is "two" in the environment; torchrun sets it to a whole number' in done.stderr

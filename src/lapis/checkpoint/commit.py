@@ -27,7 +27,7 @@ from lapis.checkpoint.staging import (
     disk_errors,
     drop,
     lock,
-    log,
+    note_once,
     seal,
     staging_of,
     sweep_finished,
@@ -64,7 +64,6 @@ def commit(
             a staging folder that another job or another user left.
     """
     out = Path(os.path.abspath(out))
-    sweep_finished(out)
     check_output(out, overwrite=overwrite, inputs=inputs)
     root = staging_of(out)
     handle = lock(root)
@@ -106,10 +105,16 @@ def commit_file(path: Path | str, *, overwrite: bool = False) -> Iterator[Path]:
             yield temporary
             sync(temporary)
             temporary.replace(path)
-            sync(path.parent)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
         finally:
             os.close(handle)
-            temporary.unlink(missing_ok=True)
+        try:
+            sync(path.parent)
+        except OSError as error:
+            note_once(f"{path} is complete, but its folder could not be synced ({error.strerror})")
 
 
 def _sweep_temporary(path: Path) -> None:
@@ -125,7 +130,11 @@ def _sweep_temporary(path: Path) -> None:
 
 
 def check_output(out: Path, *, overwrite: bool = False, inputs: Iterable[Path | str] = ()) -> None:
-    """Raises OutputError where `out` must not be written: it is (in) an input, or it exists."""
+    """Raises OutputError where `out` must not be written: it is (in) an input, or it exists.
+
+    What a killed job that had finished `out` left beside it is cleared away first.
+    """
+    sweep_finished(Path(os.path.abspath(out)))
     real = Path(os.path.realpath(out))
     for source in inputs:
         other = Path(os.path.realpath(source))
@@ -133,6 +142,14 @@ def check_output(out: Path, *, overwrite: bool = False, inputs: Iterable[Path | 
             raise OutputError(f"{out}: is the input {source}, or lies within it; give another --out")
     if os.path.lexists(out) and not overwrite and not (out.is_dir() and not any(out.iterdir())):
         raise OutputError(f"{out}: exists already; give another --out, or --overwrite")
+
+
+def inode(out: Path) -> int | None:
+    """Which folder lies at `out`: another number after a commit. None where there is none."""
+    try:
+        return out.stat().st_ino
+    except OSError:
+        return None
 
 
 def _empty(folder: Path) -> None:
@@ -213,7 +230,7 @@ def _move(staging: Staging, out: Path, overwrite: bool) -> None:
         sync(out.parent)
         drop(staging.root)
     except OSError as error:
-        log.warning("note: %s is complete, but %s could not be removed (%s)", out, staging.root, error.strerror)
+        note_once(f"{out} is complete, but {staging.root} could not be removed ({error.strerror})")
 
 
 def _exchange(new: Path, out: Path, aside: Path) -> None:
@@ -231,6 +248,6 @@ def _exchange(new: Path, out: Path, aside: Path) -> None:
         code = ctypes.get_errno()
     if code not in _NO_EXCHANGE:
         raise OSError(code, os.strerror(code), str(out))
-    log.warning("note: this file system cannot swap folders in one step; the old output is moved away first")
+    note_once("this file system cannot swap folders in one step; the old output is moved away first")
     out.rename(aside)
     new.rename(out)

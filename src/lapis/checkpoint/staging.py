@@ -20,6 +20,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 from lapis.errors import OutputError
@@ -208,7 +209,7 @@ def lock(staging: Path) -> int:
                     raise OutputError(f"{staging}: is a link or a file; remove it, or give another --out") from None
                 raise
             try:
-                if not _flock(handle):
+                if not try_lock(handle):
                     raise Busy(f"{staging.parent}: another lapis is writing {staging.name}; wait for it")
                 if os.stat(staging).st_ino == os.fstat(handle).st_ino:  # not renamed away in between
                     if not os.access(staging, os.W_OK):
@@ -222,17 +223,26 @@ def lock(staging: Path) -> int:
             os.close(handle)
 
 
-def _flock(handle: int) -> bool:
-    """Locks, or says that another process has the lock. A file system without locks is noted, not refused."""
+def try_lock(handle: int, kind: int = fcntl.LOCK_EX) -> bool:
+    """Locks an open file; False where another process has the lock. A file system without locks is noted, not refused.
+
+    kind: LOCK_EX or LOCK_SH of fcntl.
+    """
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
-        log.warning("note: this file system has no locks; do not write one output with two commands at once")
+        note_once("this file system has no locks; do not write one output with two commands at once")
     return True
+
+
+@cache
+def note_once(text: str) -> None:
+    """A line on standard error, the first time that it is said."""
+    log.warning("note: %s", text)
 
 
 def sync(path: Path) -> None:

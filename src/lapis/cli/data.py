@@ -1,6 +1,5 @@
 """`lapis data pack` and `lapis data show`: text as rows of tokens, and what of them carries loss."""
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -47,13 +46,16 @@ def pack(
     """
     import time
 
-    from lapis.checkpoint.commit import check_output
+    from lapis.checkpoint.commit import check_output, inode
     from lapis.cli.output import line, progress, show
+    from lapis.cli.system_errors import system_error
+    from lapis.config import environment_number
+    from lapis.errors import LapisError
     from lapis.text.rows.coverage import figures, lines
     from lapis.text.rows.packing import pack as pack_files
     from lapis.text.tokenizer.tokenizer import Tokenizer
 
-    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    alone = environment_number("WORLD_SIZE", 1) <= 1
     check_output(out, overwrite=overwrite or not alone, inputs=[tokenizer])  # another rank may be done already
     opened = Tokenizer.open(tokenizer)
     begin = time.monotonic()
@@ -62,19 +64,26 @@ def pack(
         def report(texts: int, tokens: int) -> None:
             shown.stage(f"packing: {texts:,} texts, {tokens:,} tokens, {tokens / (time.monotonic() - begin):,.0f}/s")
 
-        rows = pack_files(
-            files,
-            opened,
-            out,
-            length,
-            too_long=too_long,
-            field=field,
-            special=special,
-            workers=workers,
-            overwrite=overwrite,
-            report=report,
-        )
-    if os.environ.get("RANK", "0") == "0":
+        before = inode(out)
+        try:
+            rows = pack_files(
+                files,
+                opened,
+                out,
+                length,
+                too_long=too_long,
+                field=field,
+                special=special,
+                workers=workers,
+                overwrite=overwrite,
+                report=report,
+            )
+        except (LapisError, OSError) as error:
+            if inode(out) in (None, before):
+                raise
+            line(f"note: {out} is complete; it could not be looked at: {system_error(error) or error}", error=True)
+            return
+    if environment_number("RANK", 0) == 0:
         result = {"out": str(out), **figures(rows), "seconds": time.monotonic() - begin}
         show(result, json, lambda: line("\n".join(lines(rows))))
 

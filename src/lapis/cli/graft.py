@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from lapis.cli.output import line, notes, progress, show, size
-from lapis.errors import CheckpointError
+from lapis.cli.system_errors import system_error
+from lapis.errors import CheckpointError, LapisError
 from lapis.weights.options import GraftOptions
 
 if TYPE_CHECKING:
@@ -52,7 +53,10 @@ def graft(
 
         settle_threads(torch.device("cpu"))
         with progress("trying the result out") as report_models:
-            result.smoke = agreement(out, {"onto": onto, "chat": chat[0]}, progress=report_models)
+            try:
+                result.smoke = agreement(out, {"onto": onto, "chat": chat[0]}, progress=report_models)
+            except (LapisError, OSError, MemoryError) as error:  # the result is there all the same
+                result.smoke = {"skipped": system_error(error) or str(error)}
     show(result.to_json(), json, lambda: print_result(result))
     if result.smoke and result.smoke.get("finite") is False:
         raise CheckpointError(f"{out}: its predictions are not numbers; look at lapis-merge.json for what was merged")

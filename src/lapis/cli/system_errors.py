@@ -75,11 +75,13 @@ def _place(error: BaseException) -> str:
 def _paths_in_hand(trace: TracebackType | None) -> Iterator[Path]:
     """Paths among the local variables of the functions that were running, the innermost function first.
 
-    A call on an open file names no path in its error; the function that made the call knows it.
+    A call on an open file names no path in its error; the function that made the call knows it, or what it reads from.
     """
     frames = []
     while trace is not None:
         frames.append(trace.tb_frame)
         trace = trace.tb_next
     for frame in reversed(frames):
-        yield from (value for value in frame.f_locals.values() if isinstance(value, Path))
+        values = list(frame.f_locals.values())
+        within = [vars(value).get(name) for value in values if hasattr(value, "__dict__") for name in ("file", "path")]
+        yield from (value for value in [*values, *within] if isinstance(value, Path))

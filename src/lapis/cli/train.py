@@ -1,6 +1,5 @@
 """`lapis train`: a YAML file and key=value."""
 
-import os
 from pathlib import Path
 
 
@@ -50,7 +49,7 @@ def train(
             talks = objective_class(how.objective).name == "chat"
             line(f"next: lapis chat {result.out}" if talks else f'next: lapis generate {result.out} "..."', "dim")
 
-    if html is not None and os.environ.get("RANK", "0") == "0":
+    if html is not None and leads():
         from lapis.cli.output import write_page
         from lapis.report.pages.training import run_page
         from lapis.report.pages.working_folder import run_of

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lapis.checkpoint.commit import commit
+from lapis.config import environment_number
 from lapis.errors import ConfigError, DataError
 from lapis.text.corpus.corpus import ChatRecord, Document, Kind, Source, files, kind_of
 from lapis.text.rows.corpus_parts import parts, read
@@ -102,7 +103,7 @@ def pack(
 
 def processors() -> int:
     """Processors for this process: those it may use, shared with the other processes of torchrun on this machine."""
-    return max(1, len(os.sched_getaffinity(0)) // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    return max(1, len(os.sched_getaffinity(0)) // max(1, environment_number("LOCAL_WORLD_SIZE", 1)))
 
 
 def _sorted_out(sources: Any) -> tuple[list[Source] | None, Iterator[Document | ChatRecord]]:

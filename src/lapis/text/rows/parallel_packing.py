@@ -27,7 +27,8 @@ from typing import Any
 import lapis.errors
 from lapis.checkpoint.commit import check_output, commit
 from lapis.checkpoint.files import read_json, stamp
-from lapis.checkpoint.staging import BUILD, JOURNAL, Busy, claim, disk_errors, kind_of, staging_of
+from lapis.checkpoint.staging import BUILD, JOURNAL, Busy, claim, disk_errors, kind_of, staging_of, try_lock
+from lapis.config import environment_number
 from lapis.errors import DataError, LapisError, OutputError
 from lapis.processes import process_environment, python
 from lapis.text.rows.corpus_parts import Stretch, read
@@ -104,7 +105,7 @@ def share(
 
 
 def _ranks() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return environment_number("WORLD_SIZE", 1)
 
 
 class _NothingHere(Exception):
@@ -129,7 +130,7 @@ def _joined(staging: Path, out: Path, job: Job, tokenizer: Tokenizer) -> Iterato
         staging.mkdir(parents=True, exist_ok=True)
         handle = os.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
-            if _locked(handle, fcntl.LOCK_EX) and _same(handle, staging):
+            if try_lock(handle, fcntl.LOCK_EX) and _same(handle, staging):
                 if _ranks() > 1 and _finished(out, job):  # all was done between two looks
                     shutil.rmtree(staging)
                     yield False
@@ -138,8 +139,8 @@ def _joined(staging: Path, out: Path, job: Job, tokenizer: Tokenizer) -> Iterato
                 if not _holds(staging, job):
                     _begin(staging, job, tokenizer)
                 (staging / JOURNAL / "error.json").unlink(missing_ok=True)
-                fcntl.flock(handle, fcntl.LOCK_SH)
-            elif not _locked(handle, fcntl.LOCK_SH):  # another process starts it, or commits it
+                try_lock(handle, fcntl.LOCK_SH)  # nobody else can have it: this process lets go of its own
+            elif not try_lock(handle, fcntl.LOCK_SH):  # another process starts it, or commits it
                 time.sleep(_PAUSE)
                 if _finished(out, job):
                     yield False
@@ -153,14 +154,6 @@ def _joined(staging: Path, out: Path, job: Job, tokenizer: Tokenizer) -> Iterato
             return
         finally:
             os.close(handle)
-
-
-def _locked(handle: int, kind: int) -> bool:
-    try:
-        fcntl.flock(handle, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _same(handle: int, place: Path) -> bool:
@@ -201,7 +194,7 @@ def _clear(staging: Path, job: Job) -> None:
     except OSError:
         return
     try:
-        if not _locked(handle, fcntl.LOCK_EX):
+        if not try_lock(handle, fcntl.LOCK_EX):
             return
         if _holds(staging, job) or kind_of(staging) == KIND:
             shutil.rmtree(staging, ignore_errors=True)
@@ -260,7 +253,7 @@ def work(
     """
     journal = staging / JOURNAL
     left = list(range(len(job.parts)))
-    seat = int(os.environ.get("RANK", "0")) * 64 + number
+    seat = environment_number("RANK", 0) * 64 + number
     first = int(len(left) * (seat * _GOLDEN % 1))
     left = left[first:] + left[:first]
     while left:
@@ -282,7 +275,7 @@ def _take(
     journal = staging / JOURNAL
     handle = os.open(journal / f"{part}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
-        if not _locked(handle, fcntl.LOCK_EX):
+        if not try_lock(handle, fcntl.LOCK_EX):
             return False
         if (journal / f"{part}.json").exists():
             return True

@@ -4,8 +4,8 @@
 
 A step has accumulate x size micro-batches in one stream, and rank r computes the micro-batches r, r + size, ... Model
 and most objectives know nothing of it (policies need `own_parts` and `sum_over_processes`). gloo on CPUs, NCCL for
-gradients on GPUs; besides tensors, processes send each other JSON. Leaves out: sharding of weights (FSDP2), processes
-that come and go.
+gradients on GPUs; besides tensors, processes send each other JSON. One that dies or is stopped ends all (liveness.py).
+Leaves out: sharding of weights (FSDP2), processes that come and go.
 """
 
 import datetime
@@ -19,13 +19,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lapis.errors import LapisError, TrainingError
+from lapis.config import environment_number
+from lapis.errors import ConfigError, LapisError, TrainingError
+from lapis.training.distributed.liveness import watch_processes
 
 T = TypeVar("T")
 
 _BUCKET = 1 << 23  # elements added up in one message
 _SHORT = 2000  # bytes that most messages fit into
 _PATIENCE = datetime.timedelta(hours=2)  # for the others while one process saves or evaluates
+_ends: list[Callable[[], None]] = []  # of the watch over the processes, which belongs to torch's one process group
 
 
 class Processes:
@@ -138,7 +141,7 @@ class Processes:
 
 def leads() -> bool:
     """Whether this process is the one that writes, also before it joins the others and after it left them."""
-    return os.environ.get("RANK", "0") == "0"
+    return environment_number("RANK", 0) == 0
 
 
 def leave() -> NoReturn:
@@ -153,27 +156,32 @@ def join() -> Processes:
     """
     if dist.is_initialized():
         return Processes(dist.get_rank(), dist.get_world_size())
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1 or "RANK" not in os.environ:
+    size, rank = environment_number("WORLD_SIZE", 1), environment_number("RANK", 0)
+    if size <= 1 or "RANK" not in os.environ:
         return Processes()
-    place = f"{os.environ.get('MASTER_ADDR', 'localhost')}:{os.environ.get('MASTER_PORT', '29500')}"
+    if not 0 <= rank < size:
+        raise ConfigError(f"train: RANK is {rank} and WORLD_SIZE {size}; torchrun sets them, unset both to run alone")
+    host, port = os.environ.get("MASTER_ADDR", "localhost"), environment_number("MASTER_PORT", 29500)
     cuda = torch.cuda.is_available()
     if cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(environment_number("LOCAL_RANK", 0))
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_PATIENCE)
+        _ends.append(watch_processes(rank, size, host, port))
     except (RuntimeError, ValueError) as error:
-        if int(os.environ["RANK"]) != 0:
+        if rank != 0:
             leave()
         used = "EADDRINUSE" in str(error) or "already in use" in str(error).lower()
         why = "the port is in use" if used else f"the processes cannot meet ({str(error).splitlines()[0][:120]})"
-        raise TrainingError(f"train: {place}: {why}; give torchrun another port: --master-port N") from None
+        raise TrainingError(f"train: {host}:{port}: {why}; give torchrun another port: --master-port N") from None
     return Processes(dist.get_rank(), dist.get_world_size())
 
 
 def disconnect() -> None:
     """Closes the connections, so that the process ends without a warning."""
     if dist.is_initialized():
+        while _ends:
+            _ends.pop()()
         dist.destroy_process_group()
 
 

@@ -122,7 +122,9 @@ class Journal:
         """Says that a file is finished up to progress.done; figures: those that changed since the last record."""
         line = {"file": file, "done": progress.done, "sha256": progress.sha256.hexdigest(), "figures": figures,
                 "inputs": progress.inputs}  # fmt: skip
-        os.write(self._handle, _dump(line))
+        left = memoryview(_dump(line))
+        while left:
+            left = left[os.write(self._handle, left) :]
 
     def close(self) -> None:
         os.close(self._handle)

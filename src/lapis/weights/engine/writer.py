@@ -11,6 +11,8 @@ import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+from lapis.checkpoint.staging import note_once
+
 BLOCK = 4 << 20
 _ALIGNED = 4096  # what any disk's direct writes are content with
 
@@ -22,7 +24,7 @@ class Writer:
     """
 
     def __init__(self, path: Path, end: int, start: int = 0) -> None:
-        self._end = end
+        self._end, self._name = end, str(path)
         self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         _reserve(self._handle, end)
         self._direct = _direct(path)
@@ -39,13 +41,23 @@ class Writer:
         while data:
             if self._block is None:
                 self._block, self._spare = mmap.mmap(-1, BLOCK), mmap.mmap(-1, BLOCK)
-                self._block[: self._fill] = os.pread(self._handle, self._fill, self._at)
+                self._restore(self._block)
             now = min(BLOCK - self._fill, len(data))
             self._block[self._fill : self._fill + now] = data[:now]
             self._fill += now
             data = data[now:]
             if self._fill == BLOCK:
                 self._send()
+
+    def _restore(self, block: mmap.mmap) -> None:
+        """What an earlier run wrote of the block that is being filled."""
+        done = 0
+        while done < self._fill:
+            part = os.pread(self._handle, self._fill - done, self._at + done)
+            if not part:
+                raise OSError(errno.EIO, "is shorter than it was", self._name)
+            block[done : done + len(part)] = part
+            done += len(part)
 
     def close(self) -> None:
         """Writes what is left; the file then has its size."""
@@ -98,11 +110,15 @@ def _reserve(handle: int, end: int) -> None:
     except OSError as error:
         if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
             raise
+        note_once("this file system cannot reserve space; a disk that fills up shows only when it is full")
 
 
 def _direct(path: Path) -> int | None:
     """A handle for direct writes, where they are to be had."""
     try:
         return os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_DIRECT)
-    except (OSError, AttributeError):
+    except AttributeError:
+        return None
+    except OSError:
+        note_once("this file system has no direct writes; what else is in memory gives way to the output")
         return None

@@ -8,7 +8,6 @@ Shapes: B rows, T places, R places with loss, D model dim.
 
 import copy
 import math
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor
 
+from lapis.config import environment_number
 from lapis.errors import ConfigError, LapisError
 from lapis.generation.generate import generate
 from lapis.generation.options import Sampling
@@ -235,7 +235,7 @@ def summed_cross_entropy(model: Transformer, hidden_RD: Tensor, targets_R: Tenso
 @contextmanager
 def packing_progress() -> Iterator[Report | None]:
     """How far packing is: a line on a terminal that changes, a new line each 15 seconds in a log."""
-    if os.environ.get("RANK", "0") != "0":
+    if environment_number("RANK", 0) != 0:
         yield None
     elif sys.stderr.isatty():
         with Console(stderr=True).status("reading data") as status:

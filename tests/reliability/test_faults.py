@@ -1,0 +1,76 @@
+"""Every call of every job: killed there, or failing; faults 60, 61, 63, 73, 74, 75 and 79 by number.
+
+Commands run in forks of one process with faults.c in front of the C library. Here a few calls of each job are tried,
+the last ones of a commit among them; all are tried by `make reliability` (scripts/reliability.py).
+"""
+
+import errno
+from pathlib import Path
+
+import pytest
+
+from .aimed import ERRORS, Forks, digest, fail_each, kill_each
+from .jobs import jobs, lookers
+
+WRITERS = ("graft over an old output", "fuse", "data pack", "tokenizer train", "train")
+LOOKERS = ("inspect", "eval")
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_faults_60_61_73_74_and_79_killed_at_calls(forks: Forks, place: Path, name: str) -> None:
+    before = digest(place / "inputs")
+    job = jobs(forks, place)[name]()
+    kill_each(job, step=40, last=7)
+    assert not job.wrong and job.kills > 6
+    assert digest(place / "inputs") == before
+
+
+@pytest.mark.parametrize("name", [*WRITERS, *LOOKERS])
+def test_faults_63_and_75_calls_that_fail(forks: Forks, place: Path, name: str) -> None:
+    before = digest(place / "inputs")
+    job = {**jobs(forks, place), **lookers(forks, place)}[name]()
+    fail_each(job, step=60)
+    assert not job.wrong and job.errors > 0
+    assert digest(place / "inputs") == before
+
+
+@pytest.mark.parametrize("name", ["graft over an old output", "data pack"])
+@pytest.mark.parametrize("kind", ["lock", "allocate", "direct", "exchange"])
+def test_a_file_system_without_something_gives_the_same(forks: Forks, place: Path, name: str, kind: str) -> None:
+    """Network disks, exFAT, overlays: every call of a kind fails, the job does without, and says so once."""
+    job = jobs(forks, place)[name]()
+    tried = {}
+    for code in [code for code in ERRORS[kind] if code not in (errno.EIO, errno.ENOSPC)]:
+        job.prepare()
+        ended = job.run(-1, code, [kind])
+        assert ended.status == 0 and job.seen() == job.after, (code, ended.told)
+        assert not [path for path in job.folder.iterdir() if path.name.startswith(".")]
+        tried[code] = ended.told.count("note: this file system")
+    met = kind in {found for found, _ in job.calls(tuple(ERRORS))}
+    assert set(tried.values()) == {int(met)}, tried
+
+
+def test_a_file_cut_by_a_kill_before_its_last_trim(forks: Forks, tmp_path: Path) -> None:
+    """Killed between the last padded write and the truncation: the rerun trims, and the file has its size."""
+    script = (
+        "from pathlib import Path\nfrom lapis.weights.engine.writer import Writer\n"
+        "done = Path('done')\nstart = int(done.read_text()) if done.exists() else 0\n"
+        "writer = Writer(Path('file'), 10_001, start)\nwriter.write(b'x' * (10_001 - start))\n"
+        "done.write_text('10001')\nwriter.close()\n"
+    )
+    armed = {"FAULT_UNDER": f"{tmp_path}/", "FAULT_KINDS": "truncate", "FAULT_AT": 1}
+    assert forks.run(["-c", script], tmp_path, **armed).was_killed
+    assert forks.run(["-c", script], tmp_path).status == 0
+    assert (tmp_path / "file").read_bytes() == b"x" * 10_001
+
+
+def test_a_block_that_is_read_back_by_halves(forks: Forks, tmp_path: Path) -> None:
+    """A rerun begins in the middle of a block, whose beginning it reads back."""
+    script = (
+        "from pathlib import Path\nfrom lapis.weights.engine.writer import Writer\n"
+        "Path('file').write_bytes(b'a' * 3000)\n"
+        "writer = Writer(Path('file'), 9000, 3000)\nwriter.write(b'b' * 6000)\nwriter.close()\n"
+    )
+    armed = {"FAULT_UNDER": f"{tmp_path}/", "FAULT_KINDS": "read", "FAULT_AT": -1, "FAULT_ERRNO": -1}
+    assert forks.run(["-c", script], tmp_path, **armed).status == 0
+    assert (tmp_path / "file").read_bytes() == b"a" * 3000 + b"b" * 6000
