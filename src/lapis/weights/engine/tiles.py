@@ -153,6 +153,7 @@ def checksum(values: torch.Tensor, source: int, first: int) -> int:
         first: Where in the tensor they begin.
     """
     raw = values.view(torch.uint8)
+    raw = raw.clone() if raw.storage_offset() % 8 else raw
     even = raw.numel() // 8 * 8
     total = int(raw[:even].view(torch.int64).sum()) + int.from_bytes(bytes(raw[even:].tolist()), "little")
     return (total + (source + 1) * _ODD[0] + first * _ODD[1]) * _ODD[2] % 2**64
