@@ -37,7 +37,7 @@ class Checkpoint:
     """A folder that was opened and checked; made by `open_checkpoint`.
 
     source: what the user typed. root: the folder. config: config.json as it stands (families/ reads what it allows).
-    index: name on disk -> TensorInfo. notes: what a reader should be told once (files ignored, tensors not indexed).
+    index: name on disk -> TensorInfo. notes: what a reader should know (files ignored, tensors not indexed).
     adapter: what goes on top of the weights, where an adapter was opened; its files stand before the model's.
     snapshot: where a model of the hub was opened; weights that are not in the cache are then read by ranges.
     """

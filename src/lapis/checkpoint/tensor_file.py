@@ -123,10 +123,10 @@ def parse_header(path: Path, size: int, read: Callable[[int, int], bytes]) -> He
         raise CheckpointError(f"{path}: {size} bytes; too short to be safetensors, fetch it again")
     length = int.from_bytes(read(0, 8), "little")
     if length > HEADER_LIMIT:
-        raise CheckpointError(f"{path}: claims a header of {length:,} bytes; the limit is {HEADER_LIMIT:,}")
+        raise CheckpointError(f"{path}: gives its header as {length:,} bytes; the limit is {HEADER_LIMIT:,}")
     if 8 + length > size:
         raise CheckpointError(
-            f"{path}: claims a header of {length:,} bytes but has {size:,} in all; truncated, fetch it again"
+            f"{path}: gives its header as {length:,} bytes but has {size:,} in all; truncated, fetch it again"
         )
     raw = read(8, 8 + length)
     try:

@@ -25,7 +25,7 @@ MEANINGS = {
     errno.ENOSPC: _FULL, errno.EDQUOT: _FULL, errno.EFBIG: _FULL,
     errno.EACCES: _RIGHTS, errno.EPERM: _RIGHTS, errno.EROFS: _RIGHTS,
     errno.ENOENT: _ABSENT, errno.ENOTDIR: _ABSENT, errno.ELOOP: _ABSENT,
-    errno.EISDIR: "it is a folder where a file is meant; give the file",
+    errno.EISDIR: "it is a folder and not a file; give the file",
     errno.ENAMETOOLONG: "the name is too long for this file system; give a shorter one",
     errno.EMFILE: _FEW_HANDLES, errno.ENFILE: _FEW_HANDLES,
     errno.EXDEV: _NOT_THERE, errno.ENOLCK: _NOT_THERE, errno.EOPNOTSUPP: _NOT_THERE, errno.ENOSYS: _NOT_THERE,

@@ -91,7 +91,7 @@ def extend(
         init: How new rows begin: the mean of the old tokens' rows, mean-norm (scaled to the rows' typical length),
             distilled (trained on snippets until hidden states are those of the old tokens), random. By default
             mean-norm for an embedding, mean for a head and for an embedding that is tied to it.
-        replay: Text of the language that the model knows already: how much of it is cut in another way is told.
+        replay: Text of the language that the model knows already: how much of it is cut in another way is reported.
         only_target: Learn nothing that changes the ids of the replay text.
         least: Times that a new token must occur in the text.
         snippets: Stretches of text that each distilled row is trained on.

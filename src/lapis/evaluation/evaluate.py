@@ -75,7 +75,7 @@ def evaluate(
     if options.tasks:
         import lapis.evaluation.harness  # noqa: F401  says at once where lm-eval is not installed
     if options.choices is not None:
-        read_choices(options.choices)  # what is damaged is told before the model is loaded
+        read_choices(options.choices)  # what is damaged is refused before the model is loaded
     report(0, None, f"reading {model}")
     device = choose_device(options.device)
     checkpoint = open_checkpoint(model, adapters=True)

@@ -1,4 +1,4 @@
-"""A config.json read through an allow-list: what a family asks for is checked; all else is left out and told.
+"""A config.json read through an allow-list: what a family asks for is checked; all else is left out, with a note.
 
 Leaves out: which fields a family has (its own file).
 """
@@ -93,7 +93,7 @@ class Fields:
         return value
 
     def head(self, heads: Mapping[str, str], default: str) -> str:
-        """Which head the folder has, from the end of `architectures`' name; `default` where it is not said."""
+        """Which head the folder has, from the end of `architectures`' name; `default` where it has none."""
         named = self.config.get("architectures")
         if not named:
             return default

@@ -19,7 +19,7 @@ from lapis.errors import ConfigError
 from lapis.families.config import ModelConfig
 
 FORMAT = "lapis-plan/1"
-# not the vocabulary: what is said of layers holds when tokens were added
+# not the vocabulary: what holds of layers holds when tokens were added
 SHAPE = ("family", "dim", "layers", "heads", "kv_heads", "head_dim", "ffn_dim")
 
 

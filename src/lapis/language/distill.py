@@ -1,4 +1,4 @@
-"""Rows of new tokens that mean what their old tokens meant: Token Distillation (Dobler et al., arXiv:2505.20133).
+"""Rows of new tokens with the meaning of their old tokens: Token Distillation (Dobler et al., arXiv:2505.20133).
 
 A model reads a stretch of text twice: in its old tokens, and in its new ones, whose rows alone are trained. After each
 new token, and wherever both ways of cutting end at the same byte, the last hidden states are to be the same (mean

@@ -45,7 +45,7 @@ class ExtendResult:
         examples: New tokens as they read, the most frequent first.
         sha256: Of the output's manifest.
         seconds: Time taken.
-        notes: What a user should be told.
+        notes: Lines for the user.
     """
 
     out: str

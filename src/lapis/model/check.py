@@ -1,6 +1,6 @@
-"""What loading a folder would do, from config.json and headers alone: everything that can be wrong is told at once.
+"""What loading a folder would do, from config.json and headers alone: all problems in one message.
 
-No torch is imported and nothing is allocated, whatever sizes config.json claims. Leaves out: reading the tensors
+No torch is imported and nothing is allocated, whatever sizes config.json gives. Leaves out: reading the tensors
 (load.py).
 """
 
@@ -182,7 +182,7 @@ def _unlabeled(config: ModelConfig) -> dict[str, object]:
 
 
 def _settle_tie(checkpoint: Checkpoint, config: ModelConfig, tensors: DiskTensors, notes: list[str]) -> ModelConfig:
-    """A tied model whose folder holds a head that differs from the embedding is untied, and said to be."""
+    """A tied model whose folder holds a head that differs from the embedding is untied, with a note."""
     if not config.tied or config.head not in ("lm", "masked"):
         return config
     by_target = {rule.names[0]: name for name, rule, _ in tensors.values()}

@@ -306,5 +306,5 @@ def _picked_and_beaten(logits_RV: Tensor, ids_R: Tensor) -> tuple[Tensor, Tensor
 
 
 def _picked_alone(logits_RV: Tensor, ids_R: Tensor) -> tuple[Tensor, Tensor]:
-    """log p of each id; nothing is said of others, which would cost another look at all logits."""
+    """log p of each id; not of others, which would cost another look at all logits."""
     return _picked(logits_RV, ids_R), torch.zeros(len(ids_R), dtype=torch.bool, device=ids_R.device)

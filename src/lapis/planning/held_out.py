@@ -156,8 +156,8 @@ class PlanJournal:
 class Runner:
     """Runs held-out material on a model, whole or from a layer on, and remembers what was measured.
 
-    passes: forward passes over all of the material so far; a backward pass counts as two. watch: told the passes after
-    each measurement.
+    passes: forward passes over all of the material so far; a backward pass counts as two. watch: called with the
+    passes after each measurement.
     """
 
     def __init__(

@@ -92,7 +92,7 @@ def check_inputs(
     choices: str | Path | Sequence[Choice] | None,
     options: PlanOptions,
 ) -> PlanInputs:
-    """Everything that a plan needs; all that can be wrong is told before a weight is read.
+    """Everything that a plan needs; all problems are reported before a weight is read.
 
     Raises:
         ConfigError: A budget that holds no piece, or a graft without chats and text.

@@ -1,6 +1,6 @@
 """`lapis.plan`: check what is given, measure, decide, and put the result together.
 
-inputs = check_inputs(...)          what can be wrong is told before a weight is read    inputs.py
+inputs = check_inputs(...)          problems are reported before a weight is read    inputs.py
 study = Study(...)                  every piece's effects, with one model in memory      effects.py
 chosen = decide(...)                which pieces fit the goal and the budget             choice.py
 PlanResult                          what was found, to show and to write                 result.py

@@ -210,7 +210,7 @@ def check_same_tokens(
         for role, text in unread.items()
     ]
     if same_tokens:
-        return [], [f"{line}; rows are taken to stand for the same tokens, as told" for line in lines]
+        return [], [f"{line}; rows are taken to stand for the same tokens (--same-tokens)" for line in lines]
     remedy = "save its tokenizer with tokenizer.json, or give --same-tokens where the rows are known to agree"
     return [f"{line}; {remedy}" for line in lines], []
 
@@ -235,7 +235,7 @@ def check_parents(
         if cosine >= max(UNRELATED, 3 / count**0.5):
             notes.append(f"{role} and {other_role} are far apart: the cosine of their weights is {cosine:.2f}")
         elif allow_unrelated:
-            notes.append(f"{line}; their difference was taken all the same, as told")
+            notes.append(f"{line}; their difference was taken all the same (--allow-unrelated)")
         else:
             problems.append(f"{line}; is it another release? --allow-unrelated takes the difference all the same")
     return problems, notes

@@ -37,7 +37,7 @@ _WORDS = {"model": "model", "dataset": "data set"}
 
 @dataclass(frozen=True)
 class HubFile:
-    """A file as the hub lists it. size: None where it is not said. digest: sha256 of a large file, git's of others."""
+    """A file as the hub lists it. size: None where it is not known. digest: sha256 of a large file, git's of others."""
 
     size: int | None
     digest: str = ""

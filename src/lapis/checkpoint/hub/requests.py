@@ -1,7 +1,7 @@
 """One request to a hub: an address in, a checked answer out, tried again where it broke off, within a bounded time.
 
 The client, its proxies and its certificates are huggingface_hub's. A server, a mirror, or whatever stands in between
-may answer anything: a status is told in one line, a body that ends early or comes too slowly is asked for again, and
+may answer anything: a status becomes one line, a body that ends early or comes too slowly is asked for again, and
 nothing is waited for without an end. Leaves out: what the bodies are (repository.py, ranges.py).
 """
 
@@ -55,7 +55,7 @@ def opened(name: str, url: str, headers: Mapping[str, str]) -> Iterator[Any]:
     Args:
         name: What the address is called in messages.
         url: The address.
-        headers: Of the request, besides that no encoding is wanted.
+        headers: Of the request, besides the refusal of encodings.
 
     Yields:
         httpx's response, with `headers`, `status_code` and `iter_raw`.
@@ -111,7 +111,7 @@ def body(answer: Any, limit: int) -> Iterator[bytes]:
 
 
 class Attempt(contextlib.AbstractContextManager["Attempt"]):
-    """One try, as a context: what may pass is swallowed and waited for, the last one is told in a line."""
+    """One try, as a context: what may pass is swallowed and waited for, the last one becomes a line."""
 
     def __init__(self, name: str, number: int, last: bool) -> None:
         self.name, self.number, self.last, self.done = name, number, last, False

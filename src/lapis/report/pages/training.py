@@ -25,8 +25,8 @@ UNITS = {
 }  # fmt: skip
 HELD_OUT_LOSS = ("valid_loss", "loss")
 OPTIMIZER = ("lr", "grad_norm", "tokens_per_second")
-SAMPLES = 6  # of what a model said on the way, the last ones
-RISE = 1.01  # over the lowest held-out loss, from which a run is said to over-fit
+SAMPLES = 6  # of what a model wrote on the way, the last ones
+RISE = 1.01  # over the lowest held-out loss, from which a run counts as over-fitting
 
 
 @dataclass(frozen=True)
@@ -261,7 +261,7 @@ def _with_reward(row: Mapping[str, Any], key: str) -> str:
 
 
 def _add_words(page: Page, run: Run, several: bool) -> None:
-    """What the model said: samples on the way, and replies before and after."""
+    """What the model wrote: samples on the way, and replies before and after."""
     of = f", {run.name}" if several else ""
     samples = [f"step {row.get('step', 0):,}: {row['sample']}" for row in run.log if row.get("sample")]
     if samples:

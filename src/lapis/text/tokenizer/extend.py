@@ -150,7 +150,7 @@ class ExtendableTokenizer:
 
         Args:
             counts: The text, as `count_words` gives it.
-            add: New tokens that are wanted.
+            add: How many new tokens.
             least: Times that a token must occur.
             replay: Text whose ids must stay as they are: no pair that stands in it is merged, and none of its words is
                 learned from.

@@ -23,7 +23,7 @@ class LearnedMerges:
     Attributes:
         merges: Pairs of ids and the id that they become, in the order of their ranks.
         counts: How often each new token occurred when it was learned, by its id.
-        enough: Whether as many new tokens were possible as were wanted.
+        enough: Whether as many new tokens were possible as `add` says.
     """
 
     merges: list[tuple[int, int, int]] = field(default_factory=list)
@@ -51,7 +51,7 @@ def learn_merges(
         spelling: Id -> token as the vocabulary spells it, of every old token.
         ranks: The merges that there are: pair -> (rank, id of the result).
         first: The id of the first new token; the others follow.
-        add: New tokens that are wanted.
+        add: How many new tokens.
         least: Times that a pair must occur to be merged.
         longest: Characters of a token's spelling at most; of a byte-level tokenizer these are bytes.
         banned: Pairs that are never merged.

@@ -89,7 +89,7 @@ WHAT_RUNS = {
 
 
 def _stats(findings: Findings, names: Mapping[str, str]) -> list[tuple[str, str, str]]:
-    """Key figures, those of the target language first: they are what a tour claims."""
+    """Key figures, those of the target language first: they are what a tour shows."""
     english, target = findings["languages"]
     stats = []
     for code in (target, english):

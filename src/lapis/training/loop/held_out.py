@@ -19,7 +19,7 @@ from lapis.training.loop.progress import Watch, live, show_share
 from lapis.training.loop.state import Best, TrainState
 from lapis.training.objectives.objective import Objective
 
-RISE = 1.01  # over the lowest held-out loss, from which a run is said to over-fit
+RISE = 1.01  # over the lowest held-out loss, from which a run counts as over-fitting
 LESS_IS_BETTER = ("loss", "nll", "perplexity", "error", "bits", "kl")
 
 

@@ -130,7 +130,7 @@ def live(watch: Watch) -> LiveWatch:
 
 
 def show_share(watch: Watch, text: str, seconds: float = 0.0) -> Callable[[int, int], None]:
-    """Begins a stage that says its share and the time left, each time it is told what is done and what there is to do.
+    """Begins a stage that says its share and the time left, each time it is called with done and total.
 
     Args:
         watch: Where it is shown.

@@ -156,7 +156,7 @@ class Objective(ABC):
         return {}
 
     def counted(self, parts: Sequence[T]) -> Iterator[T]:
-        """The parts of an evaluation one after another; `heard` is told how many are done."""
+        """The parts of an evaluation one after another; `heard` is called with how many are done."""
         for done, part in enumerate(parts):
             if self.heard is not None:
                 self.heard(done, len(parts))

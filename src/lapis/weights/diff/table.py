@@ -44,7 +44,7 @@ class DiffTable:
         same_shape: Whether all tensors that both have are of one shape.
         only_in_a, only_in_b: Names of tensors.
         mismatched: A line for each pair of tensors of different shapes.
-        notes: What a reader should be told besides.
+        notes: What a reader should know besides.
         bytes_read: From files.
     """
 

@@ -245,7 +245,7 @@ def _identity(inputs: Mapping[str, Checkpoint]) -> Identity:
 
 
 def with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """config.json that says the dtype of its weights, in the fields in which it said one before."""
+    """config.json with the dtype of its weights, in the fields that held one before."""
     fields = [name for name in ("dtype", "torch_dtype") if name in config] or ["torch_dtype"]
     result = {**config, **dict.fromkeys(fields, dtype)}
     if isinstance(inner := config.get("text_config"), Mapping):

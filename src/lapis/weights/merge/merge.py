@@ -1,6 +1,6 @@
 """A merge: a recipe in, a model folder out, streamed and resumable. No model is ever built.
 
-Everything is checked first, from headers, configs and tokenizers, and all problems are told at once. Leaves out: the
+Everything is checked first, from headers, configs and tokenizers, and all problems are listed at once. Leaves out: the
 recipe's grammar (recipe.py), which tensors meet (placing.py) and how (layout.py), vocabularies (union.py), the methods
 (methods/), the engine (stream.py).
 """

@@ -51,7 +51,7 @@ class Placing:
 
 
 def place(recipe: Recipe, models: Mapping[str, Checkpoint]) -> Placing:
-    """Lays the output out. Every tensor of every model is placed, or told in `unused` or `problems`."""
+    """Lays the output out. Every tensor of every model is placed, or listed in `unused` or `problems`."""
     result = Placing(recipe.base or recipe.slices[0].inputs[0].model)
     tables = {model: _by_layer(checkpoint) for model, checkpoint in models.items()}
     slices = [_with_layers(each, tables, result.problems) for each in recipe.slices]

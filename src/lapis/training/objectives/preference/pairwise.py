@@ -41,7 +41,7 @@ class Pairwise(Objective):
     """Base class of the objectives on preference pairs, with the options of all of them.
 
     Args:
-        data: .jsonl of prompt, chosen and rejected, and where wanted margin (text/corpus/pairs.py), or pairs.
+        data: .jsonl of prompt, chosen, rejected and, optionally, margin (text/corpus/pairs.py), or pairs.
         context: Tokens of a chat.
         too_long: A chat that is longer is cut at its end, or its pair dropped. Both are counted.
         valid: Held-out pairs: accuracy, calibration and the effect of length are measured on them.

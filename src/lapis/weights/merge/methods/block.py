@@ -96,7 +96,7 @@ Reduction = Callable[[Block], tuple[Any, ...]]
 class Elementwise:
     """The last step of a merge: a block of the inputs -> a block of the output and what was added to the base, if any.
 
-    note: what a user is told.
+    note: a line for the user.
     """
 
     apply: Callable[[Block], Result]
