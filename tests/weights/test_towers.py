@@ -56,6 +56,34 @@ NAMES = {
         ["thinker.audio_tower.conv1.weight", *stack("thinker.audio_tower."), "talker.model.embed_tokens.weight",
          *stack("talker.model.")],
     ),
+    "omni": (  # Qwen2.5-Omni: what speaks has more layers here than what thinks
+        "thinker.model",
+        ["thinker.model.embed_tokens.weight", "thinker.model.norm.weight", "thinker.lm_head.weight",
+         *stack("thinker.model.", 2)],
+        ["thinker.audio_tower.proj.weight", *stack("thinker.audio_tower.", 5), "thinker.visual.merger.mlp.0.weight",
+         *(f"thinker.visual.blocks.{i}.attn.q.weight" for i in range(5)), "talker.model.embed_tokens.weight",
+         *stack("talker.model.", 6), "talker.model.norm.weight", "talker.codec_head.weight",
+         "talker.thinker_to_talker_proj.weight", "token2wav.code2wav_dit_model.proj_out.weight",
+         *(f"token2wav.code2wav_dit_model.transformer_blocks.{i}.ff.ff.0.weight" for i in range(4))],
+    ),
+    "omni with experts": (  # Qwen3-Omni
+        "thinker.model",
+        ["thinker.model.embed_tokens.weight", "thinker.lm_head.weight", *stack("thinker.model.", 2)],
+        [*stack("talker.model.", 3), "talker.text_projection.linear_fc1.weight",
+         *stack("talker.code_predictor.model.", 3), "talker.code_predictor.lm_head.0.weight",
+         *stack("code2wav.pre_transformer.", 3), "code2wav.decoder.0.conv.weight"],
+    ),
+    "sees, hears and speaks": (  # MiniCPM-o
+        "llm.model",
+        ["llm.model.embed_tokens.weight", "llm.lm_head.weight", *stack("llm.model.")],
+        ["resampler.attn.in_proj_weight", *stack("vpm.encoder.", 3), *stack("apm.", 3), *stack("tts.model.", 3),
+         "tts.emb_code.0.weight", "audio_projection_layer.linear1.weight"],
+    ),
+    "speech in two depths": (  # CSM: the depth decoder has an embedding of its own
+        "backbone_model",
+        ["backbone_model.embed_tokens.weight", "lm_head.weight", *stack("backbone_model.")],
+        ["depth_decoder.model.embed_tokens.weight", *stack("depth_decoder.model.", 4), "codec_model.quantizer.weight"],
+    ),
     "extra predictions": ("model", ["model.embed_tokens.weight", *stack("model.")], stack("mtp.", 1)),
     "encoder and decoder": ("model", ["model.shared.weight", *stack("model.encoder."), *stack("model.decoder.")], []),
     "pictures only": ("vit.encoder", [f"vit.encoder.layer.{i}.attention.output.dense.weight" for i in range(3)], []),
@@ -152,6 +180,66 @@ def test_scales_of_a_graft_number_the_language_model_alone(pair, tmp_path):
     assert any("vision_tower" in note for note in done.notes)
     layers = {line["layer"] for line in diff(tmp_path / "a", tmp_path / "b").tensors if "vision" in line["name"]}
     assert layers == {None}
+
+
+def omni(folder, tensors, text):
+    """A folder that sees, hears, thinks and speaks: as many layers speak as think, and more see."""
+    random = torch.Generator().manual_seed(7)
+    shapes = {"thinker.visual.merger.mlp.0.weight": (4, 4), "thinker.audio_tower.proj.weight": (4, 4),
+              "talker.model.embed_tokens.weight": (8, 4), "talker.codec_head.weight": (8, 4),
+              "token2wav.dit.transformer_blocks.0.ff.weight": (4, 4)}  # fmt: skip
+    for i in range(6):
+        shapes |= {f"thinker.visual.blocks.{i}.attn.q.weight": (4, 4),
+                   f"thinker.audio_tower.layers.{i}.fc1.weight": (4, 4)}  # fmt: skip
+    for i in range(2):
+        shapes |= {f"talker.model.layers.{i}.{part}.weight": (4, 4) for part in ("self_attn.q_proj", "mlp.up_proj")}
+    others = {name: torch.randn(shape, generator=random) for name, shape in shapes.items()}
+    inside = {"thinker." + name: tensor for name, tensor in tensors.items()}
+    save_file({**others, **inside}, folder / "model.safetensors", metadata={"format": "pt"})
+    thinker = {"model_type": "qwen2_5_omni_thinker", "text_config": text, "vision_config": {"depth": 6}}
+    speech = {"num_hidden_layers": 2, "vocab_size": 8, "hidden_size": 4}
+    config = {"model_type": "qwen2_5_omni", "architectures": ["X"], "thinker_config": thinker, "talker_config": speech}
+    (folder / "config.json").write_text(json.dumps(config))
+    return others
+
+
+@pytest.mark.parametrize("role", ["base", "chat", "onto"])
+def test_what_thinks_is_matched_and_what_speaks_is_copied(tmp_path, role):
+    base = weights(1)
+    tensors = {"base": base, "chat": near(base, 2), "onto": near(base, 3)}
+    models = {name: write_model(tmp_path / name, t, vocab=words()) for name, t in tensors.items()}
+    options = {"scale": "0=0.5,1=1", "norms": "add"}
+    plain = graft(**models, out=tmp_path / "plain", **options)
+    folder = write_model(tmp_path / "mm", tensors[role], vocab=words())
+    others = omni(folder, tensors[role], json.loads((models[role] / "config.json").read_text()))
+    assert open_checkpoint(folder).part("talker.model.layers.1.mlp.up_proj.weight").layer is None
+    done = graft(**{**models, role: folder}, out=tmp_path / "out", **options)
+    assert done.tensors["merged"] == plain.tensors["merged"]
+    out, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "plain"))
+    lead = "thinker." if role == "onto" else ""
+    assert all(torch.equal(out[lead + name], tensor) for name, tensor in expected.items())
+    if role == "onto":
+        assert all(torch.equal(out[name], tensor) for name, tensor in others.items())
+        assert {"talker", "visual", "audio_tower"} <= {note.split()[3] for note in done.notes if "copied" in note}
+    table = diff(models["base"], folder if role != "base" else models["chat"])
+    assert len(table.tensors) == len(base) and not table.only_in_a
+
+
+def test_settings_of_what_thinks_are_changed(tmp_path):
+    """A stack of more layers, in another dtype: the nested fields say so, and those of what speaks stay."""
+    tensors = weights(1)
+    folder = write_model(tmp_path / "a", tensors, vocab=words())
+    others = omni(folder, tensors, json.loads((folder / "config.json").read_text()))
+    slices = [{"sources": [{"model": str(folder), "layer_range": span}]} for span in ([0, 2], [1, 2])]
+    merge({"merge_method": "passthrough", "slices": slices}, tmp_path / "out", dtype="float32")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    text = config["thinker_config"]["text_config"]
+    assert text["num_hidden_layers"] == 3 and text["torch_dtype"] == "float32"
+    assert config["talker_config"]["num_hidden_layers"] == 2 and config["thinker_config"]["vision_config"]["depth"] == 6
+    out = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(out[name], tensor) for name, tensor in others.items())
+    name = "thinker.model.layers.{}.mlp.up_proj.weight"
+    assert torch.equal(out[name.format(2)], tensors["model.layers.1.mlp.up_proj.weight"].float())
 
 
 @pytest.mark.parametrize("stem", ["model.language_model.", "language_model.model."])

@@ -78,8 +78,8 @@ class Checkpoint:
         Layers are the language model's. What belongs to another tower lies outside of them.
         """
         if tower := self.towers.others.get(name):
-            part = fallback_part(name)
-            return part if part.layer is None else Part(None, f"{tower}.{part.component}", part.kind)
+            part = fallback_part(name)  # its embedding is no table of tokens either
+            return Part(None, f"{tower}.{part.component}", part.kind)
         inner = name if self.family else self.towers.inner(name) or name
         return (self._language.part(inner) if self._language else None) or fallback_part(name)
 

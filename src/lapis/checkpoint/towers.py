@@ -1,8 +1,8 @@
-"""Which tensors of a folder are its language model, and which belong to another tower (vision, audio, a projector).
+"""Which tensors of a folder are its language model, and which belong to another tower (vision, audio, speech out).
 
 A multimodal folder numbers the layers of each tower from 0, and puts the language model's names under a stem of their
-own (`model.language_model.layers.0...`, `language_model.model.layers.0...`), where a text-only folder has `model.` or
-nothing. Here a stem is what stands before the number of a layer.
+own (`model.language_model.layers.0...`, `language_model.model.layers.0...`, `thinker.model.layers.0...`), where a
+text-only folder has `model.` or nothing. Here a stem is what stands before the number of a layer.
 """
 
 import re
@@ -11,12 +11,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-_NESTED = ("text_config", "llm_config", "language_config")
+_NESTED = ("thinker_config", "text_config", "llm_config", "language_config")  # each may hold one of the later ones
 _STACK = re.compile(r"(.*?)(?:^|\.)(?:layers|layer|h|blocks|block)\.\d+\.")
-_LANGUAGE = re.compile(r"(^|\.)(language_model|text_model|text_decoder|language|llm)(\.|$)")
+_LANGUAGE = re.compile(r"(^|\.)(language_model|text_model|text_decoder|language|llm|thinker)(\.|$)")
 _EMBEDDING = re.compile(r"(.*?)(?:^|\.)(?:embed_tokens|tok_embeddings|wte|word_embeddings)\.weight")
 _OTHER = re.compile(
     r"vision|visual|image|video|audio|speech|multi_?modal|projector|connector|resampler|aligner|(^|[._])mm_"
+    r"|talker|token2wav|code2wav|vocoder|codec|depth_decoder|code_predictor|(^|[._])tts([._]|$)"
 )
 _SIDES = re.compile(r"(^|\.)(encoder|decoder)(?=\.|$)")
 _HEAD = re.compile(r"(?:.*\.)?lm_head\.(weight|bias)")
@@ -74,17 +75,31 @@ def language_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The fields of config.json that are the language model's: of a multimodal folder the nested ones come first."""
     for name in _NESTED:
         if isinstance(inner := config.get(name), Mapping):
-            return {**{key: value for key, value in config.items() if key != name}, **inner}
+            return {**{key: value for key, value in config.items() if key != name}, **language_config(inner)}
     return config
 
 
-def change_language_config(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json with fields of the language model changed: the nested ones, and where they stand at the top too."""
+def language_levels(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """The mappings of config.json that hold fields of the language model, the innermost first and the top last.
+
+    Args:
+        config: Nested mappings on the way are replaced by copies, so that the levels can be changed.
+    """
     for name in _NESTED:
         if isinstance(inner := config.get(name), Mapping):
-            outer = {key: value for key, value in changes.items() if key in config and key not in inner}
-            return {**config, **outer, name: {**inner, **{k: v for k, v in changes.items() if k not in outer}}}
-    return {**config, **changes}
+            config[name] = dict(inner)
+            return [*language_levels(config[name]), config]
+    return [config]
+
+
+def change_language_config(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json with fields of the language model changed: where they stand, else at the innermost level."""
+    result = dict(config)
+    levels = language_levels(result)
+    for key, value in changes.items():
+        for level in [level for level in levels if key in level] or levels[:1]:
+            level[key] = value
+    return result
 
 
 def _language_stem(stacks: Counter[str], names: list[str]) -> str:

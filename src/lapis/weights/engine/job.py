@@ -22,6 +22,7 @@ from lapis.checkpoint import Checkpoint
 from lapis.checkpoint.commit import check_output, commit
 from lapis.checkpoint.files import stamp
 from lapis.checkpoint.tensor_file import header_bytes
+from lapis.checkpoint.towers import language_levels
 from lapis.text.tokenizer.folder import write_json
 from lapis.weights.engine.journal import Identity, Journal
 from lapis.weights.engine.outputs import Account, Figures, Output
@@ -246,12 +247,12 @@ def _identity(inputs: Mapping[str, Checkpoint]) -> Identity:
 
 def with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     """config.json with the dtype of its weights, in the fields that held one before."""
-    fields = [name for name in ("dtype", "torch_dtype") if name in config] or ["torch_dtype"]
-    result = {**config, **dict.fromkeys(fields, dtype)}
-    if isinstance(inner := config.get("text_config"), Mapping):
-        named = [name for name in ("dtype", "torch_dtype") if name in inner]
-        result["text_config"] = {**inner, **dict.fromkeys(named, dtype)}
-    return result
+    result = dict(config)
+    levels = language_levels(result)
+    for level in levels:
+        level |= {name: dtype for name in ("dtype", "torch_dtype") if name in level}
+    named = any(name in level for level in levels for name in ("dtype", "torch_dtype"))
+    return result if named else {**result, "torch_dtype": dtype}
 
 
 def disk_bytes(files: Mapping[str, Sequence[Output]]) -> int:

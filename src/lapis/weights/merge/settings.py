@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lapis.checkpoint import Checkpoint
+from lapis.checkpoint.towers import language_levels
 from lapis.errors import ConfigError
 from lapis.families.base import Part
 from lapis.text.tokenizer.folder import CHATML, CONFIG, read_object, write_json
@@ -23,10 +24,7 @@ def output_config(
 ) -> tuple[dict[str, Any], list[str]]:
     """config.json of the output, and lines that say what changed. donor: the model whose tokens it has."""
     config, notes = without_quantization(owner.config), []
-    inner = dict(config["text_config"]) if isinstance(config.get("text_config"), Mapping) else None
-    if inner is not None:
-        config["text_config"] = inner
-    places = [config] if inner is None else [inner, config]
+    places = language_levels(config)
     for place in places:
         for key in _LAYER_COUNTS:
             had = place.get(key)
