@@ -27,10 +27,10 @@ def data_dir() -> Path:
 @pytest.fixture(scope="session")
 def chromium() -> str:
     """A headless browser; tests that use it carry the marker `browser`."""
-    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if not found:
+    result = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if not result:
         pytest.skip("no chromium on this machine")
-    return found
+    return result
 
 
 @pytest.fixture

@@ -126,13 +126,13 @@ class _Handler(BaseHTTPRequestHandler):
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", asked.path):
             if match[1] not in hub.repos:
                 return 404, {"X-Error-Code": "RepoNotFound"}, b"{}"
-            found = hub.find(match[1], (match[2] or "main").replace("%2F", "/"))
-            return (404, {"X-Error-Code": "RevisionNotFound"}, b"{}") if found is None else _info(match[1], *found)
+            result = hub.find(match[1], (match[2] or "main").replace("%2F", "/"))
+            return (404, {"X-Error-Code": "RevisionNotFound"}, b"{}") if result is None else _info(match[1], *result)
         if match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", asked.path):
-            found = hub.find(match[1], match[2])
-            if found is None or match[3] not in found[1]:
+            result = hub.find(match[1], match[2])
+            if result is None or match[3] not in result[1]:
                 return 404, {"X-Error-Code": "EntryNotFound"}, b""
-            commit, body = found[0], found[1][match[3]]
+            commit, body = result[0], result[1][match[3]]
             known = {"X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
             if match[3].endswith(LARGE):
                 digest = hashlib.sha256(body).hexdigest()

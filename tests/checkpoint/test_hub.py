@@ -27,15 +27,15 @@ WEIGHTS = "model.safetensors"
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> dict[str, dict[str, bytes]]:
     """Two models of one shape, as the files that lie on the hub."""
-    found = {}
+    result = {}
     for name, seed in (("base", 0), ("chat", 1)):
         folder = tmp_path_factory.mktemp(name)
         torch.manual_seed(seed)
         shape = {"dim": 32, "layers": 2, "heads": 4, "kv_heads": 2, "ffn_dim": 48, "vocab": 300, "context": 64}
         save(Transformer(ModelConfig(**shape, family="llama")), folder)
         train_tokenizer(["in Malaysia they say Kuala Lumpur. " * 40], 290).save(folder)
-        found[name] = {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
-    return found
+        result[name] = {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+    return result
 
 
 @pytest.fixture
@@ -64,11 +64,11 @@ def test_hub_ids(tmp_path, monkeypatch):
 
 
 def test_opening_reads_headers_only(hub, files):
-    found = lapis.open(REPO)
-    assert found.family.name == "llama" and found.nbytes > 50_000
+    result = lapis.open(REPO)
+    assert result.family.name == "llama" and result.nbytes > 50_000
     assert hub.weights_sent() <= ranges_first() and {a.path.rsplit("/", 1)[1] for a in hub.asked} >= {"config.json"}
     assert not any("tokenizer" in a.path for a in hub.asked)
-    assert found.root.parent.name == "snapshots" and found.root.name == hub.branches[REPO]["main"]
+    assert result.root.parent.name == "snapshots" and result.root.name == hub.branches[REPO]["main"]
 
 
 def ranges_first() -> int:
@@ -103,14 +103,14 @@ def test_tensors_are_read_by_ranges_and_equal_the_file(hub, files, monkeypatch, 
 
 def test_a_difference_of_two_models_downloads_neither(hub, files, tmp_path):
     hub.put("aina/chat", files["chat"])
-    found = lapis.diff(REPO, "aina/chat")
+    result = lapis.diff(REPO, "aina/chat")
     for name in ("base", "chat"):
         (tmp_path / name).mkdir()
         for file, body in files[name].items():
             (tmp_path / name / file).write_bytes(body)
-    assert found.tensors == lapis.diff(tmp_path / "base", tmp_path / "chat").tensors
+    assert result.tensors == lapis.diff(tmp_path / "base", tmp_path / "chat").tensors
     assert not list((tmp_path / "cache").rglob(WEIGHTS))
-    assert any("no checksum covers" in note for note in found.notes)
+    assert any("no checksum covers" in note for note in result.notes)
 
 
 def test_loading_keeps_a_snapshot_that_serves_offline(hub, tmp_path, monkeypatch):
@@ -196,9 +196,9 @@ def cut(hub, files, keep: int):
 
 def test_faults_81_and_86_a_broken_body_goes_on_where_it_was(hub, files):
     hub.fault = on_weights(cut(hub, files, 100), cut(hub, files, 50))
-    found = lapis.open(REPO)
+    result = lapis.open(REPO)
     asked = [int(a.range.removeprefix("bytes=").split("-")[0]) for a in hub.asked if a.path.startswith("/store/")]
-    assert asked == [0, 100, 150] and len(found.names) == 21
+    assert asked == [0, 100, 150] and len(result.names) == 21
 
 
 def test_fault_88_what_passes_is_tried_again(hub, monkeypatch):
@@ -227,26 +227,26 @@ def test_faults_83_84_88_wrong_answers_are_never_data(hub, answer, message):
 
 
 def test_fault_85_a_file_that_changes_while_it_is_read(hub, files):
-    found = lapis.open(REPO)
+    result = lapis.open(REPO)
     commit = hub.branches[REPO]["main"]
     changed = bytearray(files["base"][WEIGHTS])
     changed[-1] ^= 1
     hub.repos[REPO][commit] = {**files["base"], WEIGHTS: bytes(changed)}
     with pytest.raises(CheckpointError, match="changed on the server"):
-        found.read("model.norm.weight")
+        result.read("model.norm.weight")
 
 
 def test_fault_87_other_bytes_of_the_same_length(hub, files):
-    found = lapis.open(REPO)
+    result = lapis.open(REPO)
     good = files["base"][WEIGHTS]
     bad = good[:-4] + b"evil"
     hub.fault = lambda asked: (
         (200, {"ETag": '"x"'}, bad) if asked.path.startswith("/store/") and asked.method == "GET" else None
     )
     with pytest.raises(CheckpointError, match="came with other bytes than the hub lists; load again"):
-        found.fetched()
+        result.fetched()
     hub.fault = None
-    assert torch.equal(found.fetched().read("lm_head.weight"), found.read("lm_head.weight"))
+    assert torch.equal(result.fetched().read("lm_head.weight"), result.read("lm_head.weight"))
 
 
 def test_fault_90_an_encoded_range_is_refused(hub, files):
@@ -281,9 +281,9 @@ def test_a_hub_that_cannot_be_reached(hub, monkeypatch):
 @pytest.mark.parametrize("name", ["../../evil.json", "/etc/passwd", "a/../../b.json"])
 def test_fault_25_names_that_lead_outside_are_left_out(hub, files, name, tmp_path):
     hub.put("aina/evil", {**files["base"], name: b"{}"})
-    found = lapis.open("aina/evil")
-    assert name not in found.snapshot.sizes
-    found.beside()
+    result = lapis.open("aina/evil")
+    assert name not in result.snapshot.sizes
+    result.beside()
     assert not (tmp_path / "cache" / "evil.json").exists()
 
 

@@ -121,15 +121,15 @@ def test_large_models_are_tried_out_on_fewer_tokens(models: dict[str, Path], mon
     labels: list[str] = []
     for tokens in (10, 30):
         monkeypatch.setattr("lapis.evaluation.agree._WORK", tokens * parameters)
-        found = agreement(models["chat"], {"base": models["base"]}, progress=lambda *told: labels.append(told[2]))
-        assert found["tokens"] == tokens and found["kl_from"]["base"] > 0
+        outcome = agreement(models["chat"], {"base": models["base"]}, progress=lambda *told: labels.append(told[2]))
+        assert outcome["tokens"] == tokens and outcome["kl_from"]["base"] > 0
     monkeypatch.setattr("lapis.evaluation.agree._WORK", 0)
     assert agreement(models["chat"], {})["tokens"] == 8
     assert labels[0] == "trying the result out on 10 tokens: reading and running chat"
 
 
 def test_a_graft_is_tried_out_in_one_pass(models: dict[str, Path]) -> None:
-    found = agreement(models["chat"], {"base": models["base"]})
+    outcome = agreement(models["chat"], {"base": models["base"]})
     tokenizer = Tokenizer.open(models["chat"])
     kl, places = 0.0, 0
     chat, base = (lapis.load(models[name])[0] for name in ("chat", "base"))
@@ -138,4 +138,4 @@ def test_a_graft_is_tried_out_in_one_pass(models: dict[str, Path]) -> None:
         with torch.no_grad():
             ours, theirs = (model(torch.tensor([ids]))[0, -8:].double().log_softmax(-1) for model in (chat, base))
         kl, places = kl + float((ours.exp() * (ours - theirs)).sum()), places + len(ours)
-    assert found["positions"] == places and found["kl_from"]["base"] == pytest.approx(kl / places, rel=1e-4)
+    assert outcome["positions"] == places and outcome["kl_from"]["base"] == pytest.approx(kl / places, rel=1e-4)

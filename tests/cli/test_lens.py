@@ -39,7 +39,7 @@ def folders(tmp_path_factory) -> list[str]:
     shape = {"dim": 32, "heads": 4, "ffn_dim": 48, "vocab": tokenizer.vocab_size, "context": 40}
     bert = {"causal": False, "norm_place": "post", "norm": "layer", "positions": "learned", "bias": "all",
             "mlp": "gelu", "types": 2, "tied": True, "family": "bert", "head": "masked"}  # fmt: skip
-    found = []
+    result = []
     for seed, name in enumerate(("one", "other", "encoder", "damaged")):
         torch.manual_seed(seed)
         model = Transformer(ModelConfig(**shape, layers=3, **(bert if name == "encoder" else {})))
@@ -50,8 +50,8 @@ def folders(tmp_path_factory) -> list[str]:
                 model.blocks[1].mlp.up.weight[3, 5] = torch.nan
         save(model, root / name)
         tokenizer.save(root / name)
-        found.append(str(root / name))
-    return found
+        result.append(str(root / name))
+    return result
 
 
 def run(capsys, *arguments: str) -> tuple[Any, str, str]:
@@ -64,15 +64,15 @@ def run(capsys, *arguments: str) -> tuple[Any, str, str]:
 
 def test_json_is_one_object_and_nothing_else(folders, capsys):
     status, out, err = run(capsys, folders[0], PROMPT, "--track", "Kuala, Jakarta", "--json")
-    found = json.loads(out)
-    assert (status, err) == (0, "") and found["tokens"][3] == " Malaysia"
-    assert [layer["layer"] for layer in found["layers"]] == [0, 1, 2]
-    for layer in found["layers"]:
+    result = json.loads(out)
+    assert (status, err) == (0, "") and result["tokens"][3] == " Malaysia"
+    assert [layer["layer"] for layer in result["layers"]] == [0, 1, 2]
+    for layer in result["layers"]:
         assert layer["entropy"] > 0 and layer["kl_to_final"] >= 0 and len(layer["top"]) == 10
         assert set(layer["ranks"]) == {"Kuala", "Jakarta"}
     status, out, _ = run(capsys, folders[0], PROMPT, "--against", folders[1], "--head", "swapped", "--json")
-    found = json.loads(out)
-    assert status == 0 and len(found["against"]["layers"]) == 3 and found["head"] == folders[1]
+    result = json.loads(out)
+    assert status == 0 and len(result["against"]["layers"]) == 3 and result["head"] == folders[1]
 
 
 def test_people_see_every_layer_and_what_wrote_the_word(folders, capsys):
@@ -104,14 +104,14 @@ def bfloat16_folder(folders, tmp_path_factory) -> str:
 
 
 def test_what_dtype_says_is_what_is_computed(bfloat16_folder, capsys):
-    found = json.loads(run(capsys, bfloat16_folder, PROMPT, "--track", "Kuala", "--dtype", "float32", "--json")[1])
+    result = json.loads(run(capsys, bfloat16_folder, PROMPT, "--track", "Kuala", "--dtype", "float32", "--json")[1])
     model, tokenizer = lapis.load(bfloat16_folder, torch.float32)
     with torch.inference_mode():
         logits = model(torch.tensor([tokenizer.encode(PROMPT)]))[0, -1].double()
     exact = logits.log_softmax(-1)
-    assert found["layers"][-1]["entropy"] == pytest.approx(-(exact.exp() * exact).sum().item(), rel=1e-5)
+    assert result["layers"][-1]["entropy"] == pytest.approx(-(exact.exp() * exact).sum().item(), rel=1e-5)
     rounded = json.loads(run(capsys, bfloat16_folder, PROMPT, "--track", "Kuala", "--dtype", "bfloat16", "--json")[1])
-    assert rounded["layers"][-1]["entropy"] != found["layers"][-1]["entropy"]
+    assert rounded["layers"][-1]["entropy"] != result["layers"][-1]["entropy"]
 
 
 def test_a_page_changes_no_figure(bfloat16_folder, tmp_path, capsys):
@@ -125,12 +125,12 @@ def test_a_page_changes_no_figure(bfloat16_folder, tmp_path, capsys):
 def test_a_typed_space_and_the_followed_token_reach_the_page(folders, tmp_path, capsys):
     page = tmp_path / "page.html"
     out = run(capsys, folders[0], PROMPT, "--track", " Malaysia, zebra", "--html", str(page), "--json")[1]
-    found = json.loads(out)
-    assert set(found["layers"][0]["ranks"]) == {" Malaysia", "zebra"}
-    for layer in (found["embedding"], *found["layers"]):
+    result = json.loads(out)
+    assert set(result["layers"][0]["ranks"]) == {" Malaysia", "zebra"}
+    for layer in (result["embedding"], *result["layers"]):
         assert layer["ranks"][" Malaysia"] == layer["spellings"][" Malaysia"]["rank"]
     text = page.read_text()
-    assert "␣Malaysia" in text and found["words"][1]["label"] in text and "(its piece " in found["words"][1]["label"]
+    assert "␣Malaysia" in text and result["words"][1]["label"] in text and "(its piece " in result["words"][1]["label"]
 
 
 def test_two_models_stand_side_by_side_in_one_table(folders, tmp_path, capsys):

@@ -74,14 +74,14 @@ def test_a_field_of_another_name_and_several_workers(place: Path, capsys: pytest
     (place / "two.jsonl").write_text("".join(json.dumps({"text": t, "content": t[::-1]}) + "\n" for t in TEXTS))
     pack = ("data", "pack", place / "two.jsonl", "--tokenizer", place / "tokenizer", "--length", 32, "--json")
     assert "line 1: text and content could both be the text" in refused(capsys, *pack, "--out", place / "a")
-    found = []
+    outcome = []
     for field, workers in (("content", 1), ("content", 2), ("text", 1)):
         options = ("--out", place / f"{field}-{workers}", "--field", field, "--workers", workers)
-        found.append(json.loads(run(capsys, *pack, *options)))
-    assert found[0]["digest"] == found[1]["digest"] != found[2]["digest"]
+        outcome.append(json.loads(run(capsys, *pack, *options)))
+    assert outcome[0]["digest"] == outcome[1]["digest"] != outcome[2]["digest"]
     shown = json.loads(run(capsys, "data", "show", place / "two.jsonl", "--field", "content", "--length", 32,
                            "--tokenizer", place / "tokenizer", "--json"))  # fmt: skip
-    assert shown["coverage"] == found[0]["coverage"] and set(shown["coverage"]) == {"supervised", "padding", "cut"}
+    assert shown["coverage"] == outcome[0]["coverage"] and set(shown["coverage"]) == {"supervised", "padding", "cut"}
     said = run(capsys, "data", "show", place / "content-1", "--rows", 0)
     assert "100.0% of tokens carry loss" in said and "0.0% of tokens were cut" in said
 

@@ -87,13 +87,13 @@ def test_bits_per_byte_is_exact_for_short_documents(model: Transformer, tokenize
 
 
 def test_bits_per_byte_counts_bytes_and_not_characters(model: Transformer, tokenizer: Tokenizer) -> None:
-    found = score_text(model, tokenizer, ["고양이"])
-    assert found["bytes"] == 9 and found["tokens"] == len(tokenizer.encode("고양이"))
+    result = score_text(model, tokenizer, ["고양이"])
+    assert result["bytes"] == 9 and result["tokens"] == len(tokenizer.encode("고양이"))
 
 
 def test_a_long_document_is_scored_once(model: Transformer, tokenizer: Tokenizer) -> None:
-    found = score_text(model, tokenizer, [TEXTS[1] * 20], context=16)
-    assert found["tokens"] == len(tokenizer.encode(TEXTS[1] * 20))
+    result = score_text(model, tokenizer, [TEXTS[1] * 20], context=16)
+    assert result["tokens"] == len(tokenizer.encode(TEXTS[1] * 20))
 
 
 def test_no_text_is_an_error(model: Transformer, tokenizer: Tokenizer) -> None:
@@ -110,17 +110,17 @@ def test_response_nll_is_over_the_assistants_tokens(model: Transformer, tokenize
         places = [i for i, own in enumerate(said) if own]
         nats += plain_nats(model, ids, places)
         tokens += len(places)
-    found = score_chats(model, tokenizer, CHATS, max_tokens=4)
-    assert found["response_nll"] == pytest.approx(nats / tokens, rel=1e-5)
-    assert found["tokens"] == tokens and found["chats"] == 2
+    result = score_chats(model, tokenizer, CHATS, max_tokens=4)
+    assert result["response_nll"] == pytest.approx(nats / tokens, rel=1e-5)
+    assert result["tokens"] == tokens and result["chats"] == 2
 
 
 def test_stop_rate_is_the_share_of_replies_that_end(tokenizer: Tokenizer, model: Transformer) -> None:
     replies = answer(model, tokenizer, CHATS, max_tokens=3)
     ends = [r is not None and r.stop_reason == "end" for r in replies]
-    found = score_chats(model, tokenizer, CHATS, max_tokens=3)
-    assert found["stop_rate"] == sum(ends) / 2
-    assert score_chats(model, tokenizer, CHATS, replies=replies)["stop_rate"] == found["stop_rate"]
+    result = score_chats(model, tokenizer, CHATS, max_tokens=3)
+    assert result["stop_rate"] == sum(ends) / 2
+    assert score_chats(model, tokenizer, CHATS, replies=replies)["stop_rate"] == result["stop_rate"]
 
 
 def test_choices_take_the_likeliest(model: Transformer, tokenizer: Tokenizer) -> None:
@@ -130,8 +130,8 @@ def test_choices_take_the_likeliest(model: Transformer, tokenizer: Tokenizer) ->
         ids = tokenizer.encode("The " + text)
         costs.append(plain_nats(model, ids, list(range(len(tokenizer.encode("The ")), len(ids)))))
     best = costs.index(min(costs))
-    found = score_choices(model, tokenizer, [Choice("The ", choices, best), Choice("The ", choices, (best + 1) % 3)])
-    assert found["accuracy"] == 0.5 and found["n"] == 2
+    result = score_choices(model, tokenizer, [Choice("The ", choices, best), Choice("The ", choices, (best + 1) % 3)])
+    assert result["accuracy"] == 0.5 and result["n"] == 2
 
 
 @pytest.mark.parametrize("record, said", [

@@ -41,12 +41,12 @@ def test_one_stop_text_may_be_given_as_text():
 def test_draws_follow_the_filtered_distribution():
     logits_V = torch.tensor([2.0, 1.0, 0.5, -1.0, -math.inf, 0.0])
     sampling = Sampling(temperature=0.8, top_p=0.95, seed=7)
-    wanted = filtered(logits_V[None], sampling).softmax(-1)[0]
+    expected = filtered(logits_V[None], sampling).softmax(-1)[0]
     n = 20_000
     ids = choose(logits_V.expand(n, -1), sampling, generators(sampling, range(n)))
     share = torch.bincount(ids, minlength=6) / n
-    assert (share - wanted).abs().max() < 0.015
-    assert share[wanted == 0].sum() == 0
+    assert (share - expected).abs().max() < 0.015
+    assert share[expected == 0].sum() == 0
 
 
 @given(st.integers(0, 1000), st.integers(1, 6), st.floats(0.1, 3), st.integers(0, 12), st.floats(0.05, 1))

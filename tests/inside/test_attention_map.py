@@ -15,25 +15,25 @@ def test_the_weighted_sum_of_values_is_what_the_core_gives(model, words):
     handle = model.blocks[1].attn.core.register_forward_hook(lambda core, args, out: kept.update(v=args[2], out=out))
     maps = attention_maps(model, words, PROMPT, [(1, head) for head in range(4)])
     handle.remove()
-    for head, found in enumerate(maps):
+    for head, result in enumerate(maps):
         v_SE = kept["v"][0, head * kept["v"].shape[1] // 4]
-        assert torch.allclose(found.weights_TS @ v_SE, kept["out"][0, head], atol=1e-5)
-        assert torch.allclose(found.scores_TS.softmax(1), found.weights_TS, atol=1e-6)
+        assert torch.allclose(result.weights_TS @ v_SE, kept["out"][0, head], atol=1e-5)
+        assert torch.allclose(result.scores_TS.softmax(1), result.weights_TS, atol=1e-6)
         E = v_SE.shape[1]
-        added = found.weights_TS[-1][:, None] * (v_SE @ model.blocks[1].attn.o.weight[:, head * E : (head + 1) * E].T)
-        assert torch.allclose(found.moved_TS[-1], added.norm(dim=1), atol=1e-5)
+        added = result.weights_TS[-1][:, None] * (v_SE @ model.blocks[1].attn.o.weight[:, head * E : (head + 1) * E].T)
+        assert torch.allclose(result.moved_TS[-1], added.norm(dim=1), atol=1e-5)
         window = model.config.window
-        rows = found.lookup()
-        assert len(rows) == (window or len(found.tokens)) and sum(row["weight"] for row in rows) == pytest.approx(1)
-        shares = found.rows("values")["weights"]
+        rows = result.lookup()
+        assert len(rows) == (window or len(result.tokens)) and sum(row["weight"] for row in rows) == pytest.approx(1)
+        shares = result.rows("values")["weights"]
         assert all(sum(x for x in line if x is not None) == pytest.approx(1, abs=1e-5) for line in shares)
         assert shares[0][1] is None
 
 
 def test_it_draws_itself_and_refuses_heads_that_are_not_there(model, words):
-    (found,) = attention_maps(model, words, PROMPT, [(0, 3)])
-    assert found.label == "0.3" and found.plot("values").data
+    (result,) = attention_maps(model, words, PROMPT, [(0, 3)])
+    assert result.label == "0.3" and result.plot("values").data
     pytest.importorskip("pandas")
-    assert set(found.to_pandas()) == {"query", "token", "position", "score", "weight", "moves"}
+    assert set(result.to_pandas()) == {"query", "token", "position", "score", "weight", "moves"}
     with pytest.raises(ConfigError, match=r"no head 3\.0; 3 layers have 4 each"):
         attention_maps(model, words, PROMPT, [(3, 0)])

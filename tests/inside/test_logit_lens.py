@@ -28,36 +28,36 @@ def logprobs(model: Transformer, ids: list[int]) -> torch.Tensor:
 
 def test_the_last_row_is_the_model_itself(model, words):
     ids = words.encode(PROMPT)
-    found = lapis.lens(model, words, PROMPT, ["Malaysia", "Kuala"])
+    result = lapis.lens(model, words, PROMPT, ["Malaysia", "Kuala"])
     said = logprobs(model, ids)[-1].exp().topk(10)
-    assert [index for _, index, _ in found.readings[-1].top] == said.indices.tolist()
-    assert [p for _, _, p in found.readings[-1].top] == pytest.approx(said.values.tolist(), rel=1e-5)
-    assert found.readings[-1].kl_to_final == 0 and all(r.kl_to_final > 0 for r in found.readings[:-1])
-    assert [(r.layer, r.after) for r in found.readings] == [
+    assert [index for _, index, _ in result.readings[-1].top] == said.indices.tolist()
+    assert [p for _, _, p in result.readings[-1].top] == pytest.approx(said.values.tolist(), rel=1e-5)
+    assert result.readings[-1].kl_to_final == 0 and all(r.kl_to_final > 0 for r in result.readings[:-1])
+    assert [(r.layer, r.after) for r in result.readings] == [
         (None, "embedding"), *((layer, half) for layer in range(3) for half in ("attention", "mlp")),
     ]  # fmt: skip
 
 
 def test_words_of_several_tokens_equal_teacher_forcing(model, words):
     ids = words.encode(PROMPT)
-    found = lapis.lens(model, words, PROMPT, "Malaysia, zebra")
+    result = lapis.lens(model, words, PROMPT, "Malaysia, zebra")
     several = 0
-    for word in found.words:
+    for word in result.words:
         expected = []
         for spelling in word.spellings:
             rows = logprobs(model, [*ids, *spelling.ids])
             total = sum(rows[len(ids) - 1 + i, index].item() for i, index in enumerate(spelling.ids))
-            assert found.readings[-1].spellings[spelling.text]["logprob"] == pytest.approx(total, rel=1e-5)
+            assert result.readings[-1].spellings[spelling.text]["logprob"] == pytest.approx(total, rel=1e-5)
             rank = 1 + int((rows[len(ids) - 1] > rows[len(ids) - 1, spelling.ids[0]]).sum())
-            assert found.readings[-1].spellings[spelling.text]["rank"] == rank
+            assert result.readings[-1].spellings[spelling.text]["rank"] == rank
             expected.append((rank, total))
             several += len(spelling.ids) > 1
         single = [rank for (rank, _), s in zip(expected, word.spellings, strict=True) if len(s.ids) == 1]
-        assert found.readings[-1].ranks[word.text] == min(single or [rank for rank, _ in expected])
+        assert result.readings[-1].ranks[word.text] == min(single or [rank for rank, _ in expected])
         both = math.log(sum(math.exp(total) for _, total in expected))
-        assert found.readings[-1].logprobs[word.text] == pytest.approx(both, rel=1e-5)
-    assert several >= 2 and found.layers[0].logprobs["zebra"] is not None
-    assert next(r for r in found.readings if r.after == "attention").logprobs["zebra"] is None
+        assert result.readings[-1].logprobs[word.text] == pytest.approx(both, rel=1e-5)
+    assert several >= 2 and result.layers[0].logprobs["zebra"] is not None
+    assert next(r for r in result.readings if r.after == "attention").logprobs["zebra"] is None
 
 
 def test_an_early_layer_reads_as_the_model_cut_off_there(words):
@@ -73,21 +73,21 @@ def test_an_early_layer_reads_as_the_model_cut_off_there(words):
 
 
 def test_without_words_it_tracks_the_best_of_every_layer(model, words):
-    found = lapis.lens(model, words, PROMPT)
-    best = {layer.top[0][1] for layer in found.layers}
-    assert not found.given and {w.spellings[0].ids[0] for w in found.words} == best
-    assert all(layer.ranks[layer.top[0][0]] == 1 for layer in found.layers)
-    assert found.leading()[0] == found.next_token
+    result = lapis.lens(model, words, PROMPT)
+    best = {layer.top[0][1] for layer in result.layers}
+    assert not result.given and {w.spellings[0].ids[0] for w in result.words} == best
+    assert all(layer.ranks[layer.top[0][0]] == 1 for layer in result.layers)
+    assert result.leading()[0] == result.next_token
 
 
 def test_the_grid_is_the_lens_of_each_prefix(model, words, monkeypatch):
     monkeypatch.setattr(logit_lens, "GROUP", 2)  # several walks over the head
     ids = words.encode(PROMPT)
-    found = lapis.lens(model, words, PROMPT, ["Kuala"], LensOptions(positions=99))
-    assert {r.position for r in found.grid} == set(range(len(ids))) and len(found.grid) == 4 * len(ids)
+    result = lapis.lens(model, words, PROMPT, ["Kuala"], LensOptions(positions=99))
+    assert {r.position for r in result.grid} == set(range(len(ids))) and len(result.grid) == 4 * len(ids)
     for place in (0, 2, len(ids) - 1):
         alone = lapis.lens(model, words, ids[: place + 1], ["Kuala"])
-        mine = {r.layer: r for r in found.grid if r.position == place}
+        mine = {r.layer: r for r in result.grid if r.position == place}
         for reading in [alone.readings[0], *alone.layers]:
             there = mine[reading.layer]
             assert [i for _, i, _ in there.top[:4]] == [i for _, i, _ in reading.top[:4]]
@@ -96,11 +96,11 @@ def test_the_grid_is_the_lens_of_each_prefix(model, words, monkeypatch):
 
 
 def test_contributions_add_up_to_the_logit(model, words):
-    found = lapis.lens(model, words, PROMPT, ["Malaysia", "Kuala"])
+    result = lapis.lens(model, words, PROMPT, ["Malaysia", "Kuala"])
     with torch.inference_mode():
-        logits = model(torch.tensor([found.ids]))[0, -1]
-    for word in found.words:
-        mine = [c for c in found.contributions if c.word == word.text]
+        logits = model(torch.tensor([result.ids]))[0, -1]
+    for word in result.words:
+        mine = [c for c in result.contributions if c.word == word.text]
         total = sum(c.logit for c in mine if c.part != "rounding")
         assert total == pytest.approx(logits[mine[0].token].item(), abs=2e-5)
         assert sum(c.part == "head" for c in mine) == 12 and sum(c.part == "mlp" for c in mine) == 3
@@ -112,17 +112,17 @@ def test_a_contribution_is_what_cutting_out_a_last_head_loses(words):
     model = make_model()
     with torch.no_grad():
         model.blocks[2].mlp.down.weight.zero_()
-    found = lapis.lens(model, words, PROMPT, ["Kuala"])
-    mine = {(c.layer, c.head): c.logit for c in found.contributions if c.part == "head"}
-    E, token, last = model.config.head_dim, found.contributions[0].token, {}
+    result = lapis.lens(model, words, PROMPT, ["Kuala"])
+    mine = {(c.layer, c.head): c.logit for c in result.contributions if c.part == "head"}
+    E, token, last = model.config.head_dim, result.contributions[0].token, {}
     with torch.inference_mode():
         handle = model.norm.final.register_forward_pre_hook(lambda m, a: last.update(x=a[0].view(-1, 32)[-1]))
-        model(torch.tensor([found.ids]))
+        model(torch.tensor([result.ids]))
         scale = model.norm.final(last["x"]) / last["x"]
         reads = scale * model.head.matrix[token]
         whole = last["x"] @ reads
         model.blocks[2].attn.o.weight[:, E : 2 * E] = 0
-        model(torch.tensor([found.ids]))
+        model(torch.tensor([result.ids]))
         handle.remove()
         assert mine[2, 1] == pytest.approx((whole - last["x"] @ reads).item(), abs=1e-5)
 
@@ -131,16 +131,16 @@ def test_a_contribution_is_what_cutting_out_a_last_head_loses(words):
 def test_bfloat16_is_read_in_full_from_its_own_states(kind, words):
     """Logits are float32 sums: ranks do not tie as rounded logits do, and figures are those of float64."""
     model = make_model(kind).bfloat16()
-    found = lapis.lens(model, words, PROMPT, ["Kuala"])
+    result = lapis.lens(model, words, PROMPT, ["Kuala"])
     with torch.inference_mode():
-        hidden = model.hidden(torch.tensor([found.ids]))[0, -1]
+        hidden = model.hidden(torch.tensor([result.ids]))[0, -1]
         exact = hidden.double() @ model.head.matrix.double().T
-    token = found.words[0].spellings[0].ids[0]
-    assert found.readings[-1].spellings[" Kuala"]["rank"] == 1 + int((exact > exact[token]).sum())
-    assert found.readings[-1].spellings[" Kuala"]["logprob"] == pytest.approx(
+    token = result.words[0].spellings[0].ids[0]
+    assert result.readings[-1].spellings[" Kuala"]["rank"] == 1 + int((exact > exact[token]).sum())
+    assert result.readings[-1].spellings[" Kuala"]["logprob"] == pytest.approx(
         exact.log_softmax(-1)[token].item(), rel=1e-6
     )  # fmt: skip
-    assert "rounding" in {c.part for c in found.contributions}
+    assert "rounding" in {c.part for c in result.contributions}
 
 
 def test_no_hook_stays_on_the_plain_path(words):
@@ -187,29 +187,29 @@ def test_two_models_side_by_side(words):
 
 
 def test_json_has_the_keys_that_others_rely_on(words):
-    found = json.loads(
+    result = json.loads(
         json.dumps(lapis.lens(make_model(), words, PROMPT, "Kuala,Jakarta", LensOptions(positions=3)).to_json())
     )
-    assert found["tokens"] == ["the", " capital", " of", " Malaysia", " is"]
-    assert [layer["layer"] for layer in found["layers"]] == [0, 1, 2]
-    for layer in found["layers"]:
+    assert result["tokens"] == ["the", " capital", " of", " Malaysia", " is"]
+    assert [layer["layer"] for layer in result["layers"]] == [0, 1, 2]
+    for layer in result["layers"]:
         assert set(layer) >= {"layer", "top", "entropy", "kl_to_final", "ranks", "after_attention"}
         assert set(layer["ranks"]) == {"Kuala", "Jakarta"} and all(rank >= 1 for rank in layer["ranks"].values())
 
 
 def test_it_draws_itself_and_gives_rows(words):
     pandas = pytest.importorskip("pandas")
-    found = lapis.lens(make_model(), words, PROMPT, ["Kuala"], LensOptions(positions=3))
-    assert "Kuala" in str(found) and len(str(found).splitlines()) == 6
-    frame = found.to_pandas()
-    assert isinstance(frame, pandas.DataFrame) and len(frame) == len(found.readings)
-    assert len(found.to_pandas("grid")) == 12 and found.to_pandas("contributions")["logit"].abs().sum() > 0
+    result = lapis.lens(make_model(), words, PROMPT, ["Kuala"], LensOptions(positions=3))
+    assert "Kuala" in str(result) and len(str(result).splitlines()) == 6
+    frame = result.to_pandas()
+    assert isinstance(frame, pandas.DataFrame) and len(frame) == len(result.readings)
+    assert len(result.to_pandas("grid")) == 12 and result.to_pandas("contributions")["logit"].abs().sum() > 0
     for what in ("ranks", "grid", "contributions"):
-        assert found.plot(what).data
-    shown = found._repr_mimebundle_()
-    assert shown["text/plain"] == str(found) and "Kuala" in shown["text/html"]
+        assert result.plot(what).data
+    shown = result._repr_mimebundle_()
+    assert shown["text/plain"] == str(result) and "Kuala" in shown["text/html"]
     with pytest.raises(ConfigError, match="cannot plot"):
-        found.plot("pie")
+        result.plot("pie")
 
 
 def test_spellings(words):
@@ -225,24 +225,24 @@ def test_spellings(words):
 
 def test_a_word_is_followed_by_its_single_token(model, words):
     """ " Malaysia" is a token and "Malaysia" begins with a piece: the ranks are the token's."""
-    found = lapis.lens(model, words, PROMPT, ["Malaysia", "zebra"])
-    whole, piece = found.words[0].spellings
+    result = lapis.lens(model, words, PROMPT, ["Malaysia", "zebra"])
+    whole, piece = result.words[0].spellings
     assert len(whole.ids) == 1 < len(piece.ids)
-    for reading in found.readings:
+    for reading in result.readings:
         assert reading.ranks["Malaysia"] == reading.spellings[" Malaysia"]["rank"]
-    assert found.words[0].label == "Malaysia"
-    assert [s["followed"] for s in found.to_json()["words"][0]["spellings"]] == [True, False]
+    assert result.words[0].label == "Malaysia"
+    assert [s["followed"] for s in result.to_json()["words"][0]["spellings"]] == [True, False]
     # without a token of its own, the label says of which piece the ranks are
-    pieces = [words.text(s.ids[0]) for s in found.words[1].spellings]
-    assert all(len(s.ids) > 1 for s in found.words[1].spellings) and found.words[1].pieces == tuple(pieces)
-    label = found.words[1].label
+    pieces = [words.text(s.ids[0]) for s in result.words[1].spellings]
+    assert all(len(s.ids) > 1 for s in result.words[1].spellings) and result.words[1].pieces == tuple(pieces)
+    label = result.words[1].label
     assert label.startswith("zebra (its piece ") and all(piece.strip() in label for piece in pieces)
-    assert label in str(found) and found.to_json()["words"][1]["label"] == label
+    assert label in str(result) and result.to_json()["words"][1]["label"] == label
 
 
 def test_a_contribution_is_that_of_the_followed_token(model, words):
-    found = lapis.lens(model, words, PROMPT, ["Malaysia"])
-    assert {c.token for c in found.contributions} == {found.words[0].spellings[0].ids[0]}
+    result = lapis.lens(model, words, PROMPT, ["Malaysia"])
+    assert {c.token for c in result.contributions} == {result.words[0].spellings[0].ids[0]}
 
 
 def test_a_typed_space_stays(words):
@@ -313,7 +313,7 @@ def test_states_that_overflow_are_said_to(words):
 
 
 def test_without_pandas_one_line_says_how_to_get_it(words, monkeypatch):
-    found = lapis.lens(make_model(), words, PROMPT)
+    result = lapis.lens(make_model(), words, PROMPT)
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(MissingExtra, match="pandas is not installed; pip install"):
-        found.to_pandas()
+        result.to_pandas()

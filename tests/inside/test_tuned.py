@@ -42,10 +42,10 @@ def test_it_lowers_the_kl_on_unseen_text_and_is_nowhere_worse(turned, words, tun
     assert (
         len(after) == 3 and all(b <= a for a, b in zip(before, after, strict=True)) and sum(after) < 0.8 * sum(before)
     )
-    found = lapis.lens(turned, words, PROMPT, ["Kuala"], LensOptions(positions=3), tuned=tuned)
+    result = lapis.lens(turned, words, PROMPT, ["Kuala"], LensOptions(positions=3), tuned=tuned)
     plain = lapis.lens(turned, words, PROMPT, ["Kuala"])
-    assert found.readings[-1].top == plain.readings[-1].top and found.readings[-1].kl_to_final == 0
-    assert [r.after for r in found.readings] == ["embedding", "mlp", "mlp", "mlp"] and not found.contributions
+    assert result.readings[-1].top == plain.readings[-1].top and result.readings[-1].kl_to_final == 0
+    assert [r.after for r in result.readings] == ["embedding", "mlp", "mlp", "mlp"] and not result.contributions
 
 
 def test_saved_and_opened_it_is_the_same(turned, words, tuned, tmp_path):

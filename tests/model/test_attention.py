@@ -72,11 +72,11 @@ def test_the_core_in_bfloat16_has_the_gradients_of_float64(masked: bool) -> None
     seen[1, :, :, 1:4] = False
     mask = additive(seen, torch.bfloat16) if masked else None
     out = dense_attention(*tensors, mask, not masked, 8**-0.5)  # type: ignore[call-arg]
-    wanted = reference(*exact, mask, not masked)  # type: ignore[call-arg]
+    expected = reference(*exact, mask, not masked)  # type: ignore[call-arg]
     grad = torch.randn_like(out)
     out.backward(grad)
-    wanted.backward(grad.double())
-    for got, true in zip([out, *(t.grad for t in tensors)], [wanted, *(t.grad for t in exact)], strict=True):
+    expected.backward(grad.double())
+    for got, true in zip([out, *(t.grad for t in tensors)], [expected, *(t.grad for t in exact)], strict=True):
         assert (got.double() - true).norm() <= 1e-2 * true.norm()
 
 

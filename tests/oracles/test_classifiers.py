@@ -84,14 +84,14 @@ def test_masks_are_distributed_as_transformers_collator_does(
     """15 %; of these 80 % the mask token, 10 % any token, 10 % as they were; special tokens never. Four sigma."""
     tokenizer = tokenizers("masked")
     objective = masked(tokenizer, context=32, whole_words=whole)
-    found = []
+    result = []
     steps = objective.batches(SimpleNamespace(rows=200, cursor=None, seed=0))  # type: ignore[arg-type]
     for _ in range(5):
         batch, _ = next(steps)
         real = batch.segments_BT > 0
         truth = torch.where(batch.targets_BT == IGNORE, batch.ids_BT, batch.targets_BT)
-        found.append((truth[real], batch.ids_BT[real], batch.targets_BT[real]))
-    ours = [torch.cat(parts) for parts in zip(*found, strict=True)]
+        result.append((truth[real], batch.ids_BT[real], batch.targets_BT[real]))
+    ours = [torch.cat(parts) for parts in zip(*result, strict=True)]
 
     tokenizer.save(tmp_path)
     collator = transformers.DataCollatorForLanguageModeling(
@@ -179,18 +179,18 @@ def test_figures_are_scikit_learns(case: tuple[int, list[tuple[int, int]]]) -> N
     C, pairs = case
     truth, said = [t for t, _ in pairs], [p for _, p in pairs]
     names, every = [f"c{i}" for i in range(C)], list(range(C))
-    found = figures(truth, said, names)
-    assert found["confusion"] == metrics.confusion_matrix(truth, said, labels=every).tolist()
-    assert found["accuracy"] == pytest.approx(metrics.accuracy_score(truth, said))
+    result = figures(truth, said, names)
+    assert result["confusion"] == metrics.confusion_matrix(truth, said, labels=every).tolist()
+    assert result["accuracy"] == pytest.approx(metrics.accuracy_score(truth, said))
     macro = metrics.f1_score(truth, said, labels=every, average="macro", zero_division=0)
-    assert found["f1_macro"] == pytest.approx(macro)
+    assert result["f1_macro"] == pytest.approx(macro)
     by = metrics.precision_recall_fscore_support(truth, said, labels=every, zero_division=0)
     for i, name in enumerate(names):
-        assert list(found["by_class"][name].values()) == pytest.approx([column[i] for column in by])
+        assert list(result["by_class"][name].values()) == pytest.approx([column[i] for column in by])
     if C == 2:
-        assert found["f1"] == pytest.approx(metrics.f1_score(truth, said, labels=every, zero_division=0))
+        assert result["f1"] == pytest.approx(metrics.f1_score(truth, said, labels=every, zero_division=0))
         assert figures(truth, said, names, "c0")["f1"] == pytest.approx(
             metrics.f1_score(truth, said, labels=every, pos_label=0, zero_division=0)
         )
     else:
-        assert found["f1"] is None
+        assert result["f1"] is None

@@ -126,17 +126,17 @@ def test_greedy_equals_transformers(name, tmp_path, tokenizer):
     prompts = [tokenizer.encode(text) for text in TEXTS]
     # the end token is one that random weights say now and then, so that rows end at different times
     ends = tuple({their_ids(theirs, [prompts[0]], (), max_new_tokens=9)[0][-1], *tokenizer.end_ids})
-    wanted = their_ids(theirs, prompts, ends, max_new_tokens=24)
+    expected = their_ids(theirs, prompts, ends, max_new_tokens=24)
     tokenizer.__dict__["end_ids"] = ends
     try:
         replies = generate_batch(model, tokenizer, TEXTS, Sampling(max_tokens=24))
-        assert [list(reply.ids) for reply in replies] == wanted
-        assert {reply.stop_reason for reply in replies} == {"end" if row[-1] in ends else "length" for row in wanted}
+        assert [list(reply.ids) for reply in replies] == expected
+        assert {reply.stop_reason for reply in replies} == {"end" if row[-1] in ends else "length" for row in expected}
         assert [generate(model, tokenizer, text, Sampling(max_tokens=24)) for text in TEXTS] == [
             reply.text for reply in replies
         ]
         packed = generate_batch(ready(model), tokenizer, TEXTS, Sampling(max_tokens=24))
-        assert [list(reply.ids) for reply in packed] == wanted
+        assert [list(reply.ids) for reply in packed] == expected
     finally:
         del tokenizer.__dict__["end_ids"]
 
@@ -153,11 +153,11 @@ def test_repetition_penalty_in_a_reply_equals_transformers(tmp_path, tokenizer):
     theirs, model = pair("llama", tmp_path)
     for text in TEXTS:  # one by one: in a batch transformers also punishes its padding
         prompt = tokenizer.encode(text)
-        (wanted,) = their_ids(theirs, [prompt], tokenizer.end_ids, max_new_tokens=24, repetition_penalty=1.4)
+        (expected,) = their_ids(theirs, [prompt], tokenizer.end_ids, max_new_tokens=24, repetition_penalty=1.4)
         (reply,) = generate_batch(model, tokenizer, [prompt], Sampling(max_tokens=24, repetition_penalty=1.4))
-        assert list(reply.ids) == wanted
+        assert list(reply.ids) == expected
     together = generate_batch(model, tokenizer, TEXTS, Sampling(max_tokens=24, repetition_penalty=1.4))
-    assert list(together[-1].ids) == wanted
+    assert list(together[-1].ids) == expected
 
 
 def test_logprobs_are_those_of_the_whole_sequence(tmp_path, tokenizer):
@@ -167,5 +167,5 @@ def test_logprobs_are_those_of_the_whole_sequence(tmp_path, tokenizer):
         prompt = tokenizer.encode(text)
         with torch.no_grad():
             logits_TV = theirs(torch.tensor([prompt + list(reply.ids)])).logits[0, len(prompt) - 1 : -1]
-        wanted = logits_TV.log_softmax(-1).gather(1, torch.tensor(reply.ids)[:, None])[:, 0]
-        assert torch.allclose(torch.tensor(reply.logprobs), wanted, atol=2e-4)
+        expected = logits_TV.log_softmax(-1).gather(1, torch.tensor(reply.ids)[:, None])[:, 0]
+        assert torch.allclose(torch.tensor(reply.logprobs), expected, atol=2e-4)

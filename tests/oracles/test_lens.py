@@ -80,9 +80,9 @@ def expected(theirs, ids: list[int]) -> torch.Tensor:
         return torch.stack([*rows, out.logits[0, -1]])
 
 
-def check_readings(found, logits_LV: torch.Tensor) -> None:
+def check_readings(result, logits_LV: torch.Tensor) -> None:
     chances_LV = logits_LV.double().softmax(-1)
-    for reading, chances_V in zip([found.readings[0], *found.layers], chances_LV, strict=True):
+    for reading, chances_V in zip([result.readings[0], *result.layers], chances_LV, strict=True):
         top = chances_V.topk(5)
         assert [index for _, index, _ in reading.top[:5]] == top.indices.tolist()
         assert [p for _, _, p in reading.top[:5]] == pytest.approx(top.values.tolist(), rel=1e-5)
@@ -93,37 +93,37 @@ def test_every_family_equals_transformers(name, words, tmp_path):
     theirs = make(*FAMILIES[name])
     theirs.save_pretrained(tmp_path)
     ours = load(tmp_path)
-    found = lapis.lens(ours, words, IDS)
+    result = lapis.lens(ours, words, IDS)
     logits_LV = expected(theirs, IDS)
-    check_readings(found, logits_LV)
+    check_readings(result, logits_LV)
     with torch.inference_mode():
         seen = trace(anatomy(ours), torch.tensor([IDS]), (torch.tensor([0]), torch.tensor([len(IDS) - 1])))
         states = torch.cat([seen.embed_PD, *seen.after_LPD])
         assert (ours.head(ours.norm.final(states)) - logits_LV).abs().max() <= 1e-5
     # and through hooks on transformers' own model: the same readings and contributions
     again = lapis.lens(theirs, words, IDS)
-    for one, other in zip(found.readings, again.readings, strict=True):
+    for one, other in zip(result.readings, again.readings, strict=True):
         assert (one.layer, one.after, one.ranks) == (other.layer, other.after, other.ranks)
         assert one.entropy == pytest.approx(other.entropy, rel=1e-5)
         assert one.kl_to_final == pytest.approx(other.kl_to_final, rel=1e-4, abs=1e-7)
-    for part, twin in zip(found.contributions, again.contributions, strict=True):
+    for part, twin in zip(result.contributions, again.contributions, strict=True):
         assert part.label == twin.label and part.logit == pytest.approx(twin.logit, abs=1e-5)
 
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_models_that_only_transformers_has(name, words):
     theirs = make(*OTHERS[name])
-    found = lapis.lens(theirs, words, IDS, ["kuala", "jakarta"])
-    check_readings(found, expected(theirs, IDS))
-    sums = {w.text: sum(c.logit for c in found.contributions if c.word == w.text) for w in found.words}
-    rest = [abs(c.logit) for c in found.contributions if c.part == "rounding"]
+    result = lapis.lens(theirs, words, IDS, ["kuala", "jakarta"])
+    check_readings(result, expected(theirs, IDS))
+    sums = {w.text: sum(c.logit for c in result.contributions if c.word == w.text) for w in result.words}
+    rest = [abs(c.logit) for c in result.contributions if c.part == "rounding"]
     if name == "olmo2":
-        assert not sums["kuala"] and found.notes and len(found.readings) == 1 + len(found.layers)
+        assert not sums["kuala"] and result.notes and len(result.readings) == 1 + len(result.layers)
     else:
         last = expected(theirs, IDS)[-1]
-        for word in found.words:
+        for word in result.words:
             assert sums[word.text] == pytest.approx(last[word.spellings[0].ids[0]].item(), abs=1e-5)
-        assert max(rest) < 1e-4 and any(c.part == "head" for c in found.contributions)
+        assert max(rest) < 1e-4 and any(c.part == "head" for c in result.contributions)
 
 
 def test_a_model_that_does_more_at_its_end_is_refused(words):
@@ -176,36 +176,36 @@ def test_figures_equal_float64_to_1e_6(seed, places, states, vocab, biased, dtyp
     own_FV = torch.nn.functional.linear(
         rows_MD[states - 1 :: states].float(), matrix_VD.float(), None if bias_V is None else bias_V.float()
     )
-    found: Any = readout.read(
+    result: Any = readout.read(
         rows_MD.view(places, states, 24), matrix_VD, bias_V, own_FV, more_XD=rows_MD[:2], tracked=tracked, width=16
     )  # fmt: skip
-    found = SimpleNamespace(**{name.split("_P")[0]: value.flatten(0, 1) if "_PN" in name else value
-                               for name, value in vars(found).items()})  # fmt: skip
-    np.testing.assert_allclose(found.more_logprobs_XR, found.logprobs[:2], rtol=1e-6, atol=1e-6)
-    wanted = recomputed(rows_MD, matrix_VD, bias_V, reference_M)
-    np.testing.assert_allclose(found.entropy, wanted["entropy"], rtol=1e-6, atol=1e-7)
-    np.testing.assert_allclose(found.kl, wanted["kl"], rtol=1e-6, atol=2e-6)
-    np.testing.assert_allclose(found.logprobs, wanted["logprobs"][:, tracked], rtol=1e-6, atol=2e-6)
-    np.testing.assert_array_equal(found.ranks[:, 0], found.ranks[:, 1])
-    apart = np.abs(np.diff(np.sort(wanted["logprobs"], 1), axis=1))
+    result = SimpleNamespace(**{name.split("_P")[0]: value.flatten(0, 1) if "_PN" in name else value
+                               for name, value in vars(result).items()})  # fmt: skip
+    np.testing.assert_allclose(result.more_logprobs_XR, result.logprobs[:2], rtol=1e-6, atol=1e-6)
+    target = recomputed(rows_MD, matrix_VD, bias_V, reference_M)
+    np.testing.assert_allclose(result.entropy, target["entropy"], rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(result.kl, target["kl"], rtol=1e-6, atol=2e-6)
+    np.testing.assert_allclose(result.logprobs, target["logprobs"][:, tracked], rtol=1e-6, atol=2e-6)
+    np.testing.assert_array_equal(result.ranks[:, 0], result.ranks[:, 1])
+    apart = np.abs(np.diff(np.sort(target["logprobs"], 1), axis=1))
     if apart[apart > 1e-9].min() > 1e-5:
-        np.testing.assert_array_equal(found.ranks, wanted["ranks"][:, tracked])
-        best = np.sort(wanted["logprobs"], 1)[:, ::-1][:, :8]
-        np.testing.assert_allclose(found.top_logprobs[:, : best.shape[1]][:, :8], best, rtol=1e-5, atol=1e-5)
+        np.testing.assert_array_equal(result.ranks, target["ranks"][:, tracked])
+        best = np.sort(target["logprobs"], 1)[:, ::-1][:, :8]
+        np.testing.assert_allclose(result.top_logprobs[:, : best.shape[1]][:, :8], best, rtol=1e-5, atol=1e-5)
 
 
 def test_the_readings_of_a_model_equal_float64(words):
     """The whole way, on a model: 1e-6 relative."""
     parts = anatomy(make(*FAMILIES["qwen2-tied"]))
-    found = lapis.lens(parts.model, words, IDS, ["kuala"])
+    result = lapis.lens(parts.model, words, IDS, ["kuala"])
     with torch.inference_mode():
         seen = trace(parts, torch.tensor([IDS]), (torch.tensor([0]), torch.tensor([len(IDS) - 1])))
         states = [seen.embed_PD, *(x for pair in zip(seen.middle_LPD, seen.after_LPD, strict=True) for x in pair)]
         rows_MD = parts.norm(torch.cat(states))
-    wanted = recomputed(rows_MD.clone(), parts.matrix.detach(), None, np.full(len(rows_MD), len(rows_MD) - 1))
+    target = recomputed(rows_MD.clone(), parts.matrix.detach(), None, np.full(len(rows_MD), len(rows_MD) - 1))
     kuala = as_tokenizer(words).encode(" kuala")[0]
-    for row, reading in enumerate(found.readings):
-        assert reading.entropy == pytest.approx(wanted["entropy"][row], rel=1e-6)
-        assert reading.kl_to_final == pytest.approx(wanted["kl"][row], rel=1e-6, abs=1e-7)
-        assert reading.logprobs["kuala"] == pytest.approx(wanted["logprobs"][row, kuala], rel=1e-6)
-        assert reading.ranks["kuala"] == wanted["ranks"][row, kuala]
+    for row, reading in enumerate(result.readings):
+        assert reading.entropy == pytest.approx(target["entropy"][row], rel=1e-6)
+        assert reading.kl_to_final == pytest.approx(target["kl"][row], rel=1e-6, abs=1e-7)
+        assert reading.logprobs["kuala"] == pytest.approx(target["logprobs"][row, kuala], rel=1e-6)
+        assert reading.ranks["kuala"] == target["ranks"][row, kuala]

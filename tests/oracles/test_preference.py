@@ -109,13 +109,13 @@ def theirs(folder: Path, kind: str = "CausalLM", **more: Any) -> Any:
 
 def rows(objective: Pairwise) -> list[dict[str, Any]]:
     """The same ids, as TRL's data sets have them."""
-    found = []
+    result = []
     for pair in range(len(PAIRS)):
         chosen, rejected = (reply.spoken for reply in objective.examples.replies[2 * pair : 2 * pair + 2])
         parts = {"prompt_ids": chosen.ids[: chosen.first], "chosen_ids": chosen.ids[chosen.first :],
                  "rejected_ids": rejected.ids[rejected.first :]}  # fmt: skip
-        found.append({name: part.tolist() for name, part in parts.items()})
-    return found
+        result.append({name: part.tolist() for name, part in parts.items()})
+    return result
 
 
 REFERENCED: dict[str, tuple[Callable[..., Pairwise], dict[str, Any], dict[str, Any]]] = {

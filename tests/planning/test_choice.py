@@ -61,6 +61,6 @@ def test_the_search_ends_with_the_best_set_it_measured() -> None:
     bench = SimpleNamespace(put=put)
     runner = SimpleNamespace(start=lambda: None, score=score, recorded=lambda key, measure: measure())
     home, full = {"response_nll": 2.0, "bits_per_byte": 1.0}, {"response_nll": 1.0, "bits_per_byte": 1.01}
-    found = search(bench, runner, Effects(home, full), PIECES, SINGLE, [p.names[0] for p in PIECES], 40, seed=0)  # type: ignore[arg-type]
+    result = search(bench, runner, Effects(home, full), PIECES, SINGLE, [p.names[0] for p in PIECES], 40, seed=0)  # type: ignore[arg-type]
     assert len(seen) == TRIES and not inside
-    assert {piece.label for piece in found} == {"0.attn", "1.attn", "2.attn", "3.attn"}
+    assert {piece.label for piece in result} == {"0.attn", "1.attn", "2.attn", "3.attn"}

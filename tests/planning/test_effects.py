@@ -68,9 +68,9 @@ def test_a_sweep_measures_what_written_models_measure(pair, bench, runner):
     effects = sweep(bench, runner, pieces, base.names)
     assert {piece.label for piece in pieces} == set(CASES)
     for label, names in CASES.items():
-        for found, start in ((effects.into[label], "base"), (effects.out[label], "chat")):
+        for result, start in ((effects.into[label], "base"), (effects.out[label], "chat")):
             truth = written(pair, names, start)
-            assert {key: found[key] for key in truth} == pytest.approx(truth, rel=2e-5), (label, start)
+            assert {key: result[key] for key in truth} == pytest.approx(truth, rel=2e-5), (label, start)
     after = {name: p.clone() for name, p in bench.model.named_parameters()}
     fresh = Bench(base, base, bench.chat, bench.template).model
     assert all(torch.equal(value, after[name]) for name, value in fresh.named_parameters())

@@ -28,20 +28,20 @@ from lapis.weights.graft.scale import read_scale
 
 
 @pytest.fixture(scope="module")
-def found(pair):
+def outcome(pair):
     return lapis.plan(pair.base, pair.planted, budget=0.3, chats=pair.chats, text=pair.text, choices=pair.choices)
 
 
-def test_the_piece_that_was_tuned_is_chosen_and_explains_all(found):
-    assert found.tune == [{"layer": 1, "component": "mlp"}]
-    by_label = {row["layer"]: row for row in found.pieces}
+def test_the_piece_that_was_tuned_is_chosen_and_explains_all(outcome):
+    assert outcome.tune == [{"layer": 1, "component": "mlp"}]
+    by_label = {row["layer"]: row for row in outcome.pieces}
     assert by_label["1.mlp"]["style"] == pytest.approx(1.0, abs=1e-6)
     assert all(row["style"] == pytest.approx(0.0, abs=1e-6) for label, row in by_label.items() if label != "1.mlp")
-    assert found.measured["chosen"]["style"] == pytest.approx(1.0, abs=1e-6)
-    assert found.measured["chosen"]["style_out"] == pytest.approx(1.0, abs=1e-6)
+    assert outcome.measured["chosen"]["style"] == pytest.approx(1.0, abs=1e-6)
+    assert outcome.measured["chosen"]["style_out"] == pytest.approx(1.0, abs=1e-6)
     assert by_label["1.mlp"]["energy"] == pytest.approx(1.0)
     assert by_label["1.mlp"]["gradient_chats"] > 0 and by_label["0.mlp"]["gradient_chats"] == 0
-    assert {"response_nll", "bits_per_byte", "stop_rate", "accuracy"} <= found.measured["control"].keys()
+    assert {"response_nll", "bits_per_byte", "stop_rate", "accuracy"} <= outcome.measured["control"].keys()
 
 
 def test_control_has_the_size_of_the_choice_and_repeats(pair):
@@ -54,19 +54,19 @@ def test_control_has_the_size_of_the_choice_and_repeats(pair):
         assert size - min(piece.parameters for piece in parts) < taken <= size
 
 
-def test_the_budget_holds_and_pieces_make_up_the_blocks(pair, found):
+def test_the_budget_holds_and_pieces_make_up_the_blocks(pair, outcome):
     checkpoint = lapis.open(pair.base)
     sizes = {
         size: sum(p.parameters for p in pieces_of(checkpoint, size)) for size in ("layers", "halves", "components")
     }
     assert len(set(sizes.values())) == 1
-    assert found.share <= 0.3
+    assert outcome.share <= 0.3
     assert Piece(2, "", (), 0).entries() == [{"layer": 2, "component": "attn"}, {"layer": 2, "component": "mlp"}]
 
 
-def test_graft_reads_the_plan_as_it_is(pair, found, tmp_path):
+def test_graft_reads_the_plan_as_it_is(pair, outcome, tmp_path):
     path = tmp_path / "plan.yaml"
-    found.save(path)
+    outcome.save(path)
     scale = read_scale(path)
     assert scale.of(Part(1, "mlp.up", "weight")) == 1.0
     assert scale.of(Part(1, "attn.q", "weight")) == scale.of(Part(0, "mlp.up", "weight")) == 0.0
@@ -75,13 +75,13 @@ def test_graft_reads_the_plan_as_it_is(pair, found, tmp_path):
     assert max(line["relative_norm"] for line in table.tensors if line["component"].startswith(("mlp", "attn"))) < 1e-6
     written = yaml.safe_load(path.read_text())
     assert written["format"] == "lapis-plan/1" and written["model"]["layers"] == 3
-    assert written["tune"] == found.tune and written["control"] == found.control
-    assert written["tokens"] == found.template == ["<|im_start|>", "<|im_end|>"]
+    assert written["tune"] == outcome.tune and written["control"] == outcome.control
+    assert written["tokens"] == outcome.template == ["<|im_start|>", "<|im_end|>"]
 
 
-def test_a_plan_for_another_shape_is_refused_by_graft(pair, found, tmp_path):
+def test_a_plan_for_another_shape_is_refused_by_graft(pair, outcome, tmp_path):
     path = tmp_path / "plan.yaml"
-    found.save(path)
+    outcome.save(path)
     path.write_text(path.read_text().replace("layers: 3", "layers: 5", 1))
     with pytest.raises(CheckpointError, match=r"made for another model \(layers 5 there, 3 here\)"):
         lapis.graft(pair.base, pair.planted, pair.onto, tmp_path / "out", path)
@@ -95,8 +95,8 @@ def test_scales_are_learned_on_the_model_to_chat_and_grafted(pair, tmp_path):
     assert read_scale(tmp_path / "plan.yaml").of(Part(0, "attn.q", "weight")) == plan.scales[0]["scale"]
     lapis.graft(pair.base, pair.chat, pair.onto, tmp_path / "out", tmp_path / "plan.yaml")
     model, tokenizer = lapis.load(tmp_path / "out")
-    found = score_chats(model, tokenizer, pair.records, replies=[None] * len(pair.records))
-    assert found["response_nll"] == pytest.approx(plan.measured["scaled"]["response_nll"], rel=1e-3)
+    outcome = score_chats(model, tokenizer, pair.records, replies=[None] * len(pair.records))
+    assert outcome["response_nll"] == pytest.approx(plan.measured["scaled"]["response_nll"], rel=1e-3)
     assert plan.measured["scaled"]["knowledge"] <= 0.05
 
 
@@ -175,26 +175,28 @@ def test_what_a_plan_costs_is_said_before_it_is_spent(pair):
     assert any("a pass takes" in str(event) for event in events[:8])
 
 
-def test_the_choice_is_compared_with_several_random_ones(found):
-    assert len(found.controls) == 8 and len({row["seed"] for row in found.controls}) == 8
-    styles = [row["style"] for row in found.controls]
-    assert f"({min(styles):.0%} to {max(styles):.0%})" in found.finding() and "8 random choices" in found.finding()
-    assert found.measured["control"]["style"] == styles[0]
+def test_the_choice_is_compared_with_several_random_ones(outcome):
+    assert len(outcome.controls) == 8 and len({row["seed"] for row in outcome.controls}) == 8
+    styles = [row["style"] for row in outcome.controls]
+    assert f"({min(styles):.0%} to {max(styles):.0%})" in outcome.finding() and "8 random choices" in outcome.finding()
+    assert outcome.measured["control"]["style"] == styles[0]
     for style in styles:  # one piece is planted, the others bring nothing
         assert style == pytest.approx(1.0, abs=1e-6) or style == pytest.approx(0.0, abs=1e-6)
     lucky = sum(style > 0.99 for style in styles)
-    assert ("better than all of these" in found.finding()) == (lucky == 0)
-    assert (f"better than {8 - lucky} of 8: it may be no better than chance" in found.finding()) == (lucky > 0)
+    assert ("better than all of these" in outcome.finding()) == (lucky == 0)
+    assert (f"better than {8 - lucky} of 8: it may be no better than chance" in outcome.finding()) == (lucky > 0)
 
 
-def test_text_that_gets_easier_is_said_to_get_easier(found):
-    found = replace(found, measured={**found.measured, "chosen": {**found.measured["chosen"], "knowledge": -0.008}})
-    assert "plain text gets 0.8% easier" in found.finding() and "-0.8" not in found.finding()
-    found.measured["chosen"]["knowledge"] = 0.012
-    assert "plain text gets 1.2% harder" in found.finding()
+def test_text_that_gets_easier_is_said_to_get_easier(outcome):
+    outcome = replace(
+        outcome, measured={**outcome.measured, "chosen": {**outcome.measured["chosen"], "knowledge": -0.008}}
+    )
+    assert "plain text gets 0.8% easier" in outcome.finding() and "-0.8" not in outcome.finding()
+    outcome.measured["chosen"]["knowledge"] = 0.012
+    assert "plain text gets 1.2% harder" in outcome.finding()
 
 
-def test_what_is_said_of_the_templates_rows_was_measured(pair, found):
+def test_what_is_said_of_the_templates_rows_was_measured(pair, outcome):
     plan = lapis.plan(pair.base, pair.chat, budget=0.3)
     base, chat = (lapis.load(folder)[0].embed.weight.detach() for folder in (pair.base, pair.chat))
     rows = {row["token"]: row for row in plan.template_rows}
@@ -205,7 +207,7 @@ def test_what_is_said_of_the_templates_rows_was_measured(pair, found):
         assert row["moved"] == pytest.approx(float((chat[i] - base[i]).norm() / base[i].norm()), rel=1e-6)
     assert any("<|im_end|>: chat moved its row by" in line for line in plan.template_findings())
     # where only an MLP was tuned, chat has the rows that base has, and that is what is said
-    assert all(line.endswith("chat's row is the one that base has") for line in found.template_findings())
+    assert all(line.endswith("chat's row is the one that base has") for line in outcome.template_findings())
     assert not any("never" in line for line in [*plan.template_findings(), *plan.notes, plan.finding()])
 
 
@@ -217,10 +219,10 @@ def test_the_options_of_python_and_of_the_command_are_the_same():
     assert set(parameters) == {field.name for field in fields(PlanOptions)} | models
 
 
-def test_python_gives_picture_table_and_page(found):
-    assert len(found.plot().data) >= 1
-    assert "1.mlp" in found.to_html()
-    assert list(found.to_pandas()["layer"])[:2] == ["0.attn", "0.mlp"]
+def test_python_gives_picture_table_and_page(outcome):
+    assert len(outcome.plot().data) >= 1
+    assert "1.mlp" in outcome.to_html()
+    assert list(outcome.to_pandas()["layer"])[:2] == ["0.attn", "0.mlp"]
 
 
 @pytest.mark.parametrize(

@@ -47,18 +47,18 @@ def test_the_table_has_the_keys_of_the_scores(result: dict[str, dict[str, object
 
 
 def test_scores_are_read_in_order_with_labels_and_directions(result: dict[str, object]) -> None:
-    found = list(scores(result))
-    assert [score.subject for score in found if score.subject in KINDS] == sorted(
-        (score.subject for score in found if score.subject in KINDS), key=list(KINDS).index
+    outcome = list(scores(result))
+    assert [score.subject for score in outcome if score.subject in KINDS] == sorted(
+        (score.subject for score in outcome if score.subject in KINDS), key=list(KINDS).index
     )
-    by_key = {(score.subject, score.metric.key): score for score in found}
+    by_key = {(score.subject, score.metric.key): score for score in outcome}
     assert by_key["text", "bits_per_byte"].metric.better == "lower"
     assert by_key["classes", "f1_macro"].metric.label == "F1, mean over classes"
     assert by_key["arc_easy", "acc"].metric.better == "higher" and by_key["arc_easy", "acc"].kind is KINDS["tasks"]
     assert by_key["arc_easy", "bleu"].metric.label == "bleu" and by_key["arc_easy", "bleu"].metric.better == "neither"
-    assert not any(score.metric.key in ("confusion", "by_class", "classes") for score in found)
+    assert not any(score.metric.key in ("confusion", "by_class", "classes") for score in outcome)
 
 
 def test_the_file_of_a_classifier_is_read_as_classes() -> None:
-    found = {score.metric.key: score.value for score in scores(figures([0, 1], [0, 0], ["ham", "spam"]))}
-    assert found["accuracy"] == 0.5 and np.isclose(float(found["f1_macro"] or 0), 1 / 3)
+    outcome = {score.metric.key: score.value for score in scores(figures([0, 1], [0, 0], ["ham", "spam"]))}
+    assert outcome["accuracy"] == 0.5 and np.isclose(float(outcome["f1_macro"] or 0), 1 / 3)

@@ -27,14 +27,14 @@ def models(place: Path) -> tuple[Path, Path]:
 
 
 def test_a_table_of_differences_shows_itself_in_a_notebook(tmp_path):
-    found = lapis.diff(*models(tmp_path))
-    shown = found._repr_mimebundle_()
-    assert shown["text/plain"] == str(found)
-    assert found.finding() in shown["text/html"] and "<td" in shown["text/html"]
+    result = lapis.diff(*models(tmp_path))
+    shown = result._repr_mimebundle_()
+    assert shown["text/plain"] == str(result)
+    assert result.finding() in shown["text/html"] and "<td" in shown["text/html"]
     display = pytest.importorskip("IPython.core.formatters", reason="IPython is not installed").DisplayFormatter()
-    formats, _ = display.format(found)
+    formats, _ = display.format(result)
     assert formats["text/html"] == shown["text/html"]
-    assert found.plot().data and len(found.to_pandas()) == 2
+    assert result.plot().data and len(result.to_pandas()) == 2
 
 
 def test_every_extra_that_a_message_names_can_be_installed():

@@ -96,7 +96,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("tokenizers")
     words = ["Hello there, how are you? I am fine. assistant user system model", "Apa khabar? Khabar baik, 2 + 2 = 4."]
     base = train_tokenizer(words * 4, 400)
-    found = {}
+    result = {}
     for name, (bos, eos) in NAMED.items():
         folder = root / name
         folder.mkdir()
@@ -112,8 +112,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         (folder / "tokenizer_config.json").write_text(json.dumps(config))
         with (folder / "chat_template.jinja").open("w", newline="") as file:
             file.write((TEMPLATES / f"{name}.jinja").read_text())
-        found[name] = folder
-    return found
+        result[name] = folder
+    return result
 
 
 @pytest.fixture(scope="session")

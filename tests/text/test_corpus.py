@@ -56,13 +56,13 @@ def test_a_text_in_pieces_is_the_text(tmp_path_factory: pytest.TempPathFactory, 
     path = put(tmp_path_factory.mktemp("t"), "x.txt", b"\xef\xbb\xbf" + text.encode())
     before, corpus.PIECE = corpus.PIECE, piece  # type: ignore[attr-defined]
     try:
-        found = list(documents(path))
+        result = list(documents(path))
     finally:
         corpus.PIECE = before  # type: ignore[attr-defined]
-    assert "".join(d.text for d in found) == text
-    assert [d.more for d in found] == [True] * (len(found) - 1) + [False]
+    assert "".join(d.text for d in result) == text
+    assert [d.more for d in result] == [True] * (len(result) - 1) + [False]
     at = 0
-    for d in found:
+    for d in result:
         assert d.line == 1 + text.count("\n", 0, at)
         at += len(d.text)
 
@@ -168,8 +168,8 @@ def test_faults_52_and_57_chats_of_another_schema(record: Any, says: str, tmp_pa
 def test_chats_keep_what_templates_need(tmp_path: Path) -> None:
     call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
     record = {**chat(USER, call, {"role": "tool", "content": "1"}, REPLY), "tools": [{"type": "function"}], "id": 3}
-    (found,) = chats(put(tmp_path, "a.jsonl", json.dumps(record)))
-    assert (found.messages, found.tools) == (record["messages"], record["tools"])
+    (result,) = chats(put(tmp_path, "a.jsonl", json.dumps(record)))
+    assert (result.messages, result.tools) == (record["messages"], record["tools"])
     assert "plain text" in refused(chats, put(tmp_path, "a.txt", "x"))
 
 

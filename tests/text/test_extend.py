@@ -91,8 +91,8 @@ def in_order(word: tuple[int, ...], merges: list[tuple[int, int, int]]) -> tuple
     """A word under merges, the earliest that applies first and from the left, as every encoder does it."""
     ranks = {(left, right): (rank, merged) for rank, (left, right, merged) in enumerate(merges)}
     parts = list(word)
-    while found := [(ranks[pair], place) for place, pair in enumerate(pairwise(parts)) if pair in ranks]:
-        (_, merged), place = min(found)
+    while result := [(ranks[pair], place) for place, pair in enumerate(pairwise(parts)) if pair in ranks]:
+        (_, merged), place = min(result)
         parts[place : place + 2] = [merged]
     return tuple(parts)
 

@@ -58,10 +58,10 @@ class Hub(BaseHTTPRequestHandler):
             entries = [{"rfilename": file, "size": len(body), "blobId": git(body)} for file, body in files.items()]
             self.answer(200, json.dumps({"id": name, "sha": COMMIT, "siblings": entries}).encode(), {})
         else:
-            found = [files["/".join(parts[4:])] for (n, _), files in SETS.items()
+            result = [files["/".join(parts[4:])] for (n, _), files in SETS.items()
                      if n == name and "/".join(parts[4:]) in files]  # fmt: skip
-            etag = f'"{hashlib.sha256(found[0]).hexdigest()}"'
-            self.answer(200, found[0], {"ETag": etag, "X-Repo-Commit": COMMIT})
+            etag = f'"{hashlib.sha256(result[0]).hexdigest()}"'
+            self.answer(200, result[0], {"ETag": etag, "X-Repo-Commit": COMMIT})
 
     do_HEAD = do_GET
 

@@ -27,9 +27,9 @@ def test_all_formats_give_the_same_examples(tmp_path: Path) -> None:
     (tmp_path / "b.csv.zst").write_bytes(pyarrow.compress((tmp_path / "a.csv").read_bytes(), "zstd", asbytes=True))
     (tmp_path / "c.json").write_text(json.dumps([{"label": a, "text": b} for a, b in ROWS], indent=1))
     for name in ("a.tsv", "a.csv", "a.jsonl", "b.tsv.gz", "b.csv.zst", "c.json"):
-        found = list(labeled(tmp_path / name))
-        assert [(e.label, e.text) for e in found] == ROWS, name
-        assert [e.line for e in found] == ([1, 2, 3] if ".json" in name else [2, 3, 4])
+        result = list(labeled(tmp_path / name))
+        assert [(e.label, e.text) for e in result] == ROWS, name
+        assert [e.line for e in result] == ([1, 2, 3] if ".json" in name else [2, 3, 4])
     assert list(bare_texts(tmp_path / "a.tsv")) == list(bare_texts([tmp_path / "a.jsonl"])) == [b for _, b in ROWS]
 
 
@@ -100,8 +100,8 @@ def test_pictures_of_arrays_files_and_folders(tmp_path: Path) -> None:
     assert folder.labels == arrays.labels == ("cat", "cat", "dog", "dog")
     assert folder.shape == arrays.shape == (3, 6, 6)
     expected = pixels.transpose(0, 3, 1, 2)[[2, 0]] / 255 * 2 - 1
-    for found in (folder, arrays):
-        np.testing.assert_allclose(found.take([2, 0]).numpy(), expected, atol=1e-6)
+    for result in (folder, arrays):
+        np.testing.assert_allclose(result.take([2, 0]).numpy(), expected, atol=1e-6)
     floats = random.random((4, 6, 6))
     np.testing.assert_allclose(pictures((floats, [0, 1, 2, 3])).take([1]).numpy()[0, 0], floats[1], atol=1e-6)
 

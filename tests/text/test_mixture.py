@@ -57,17 +57,17 @@ def test_shares_are_kept_to_less_than_a_row_at_any_moment(shares: list[int]) -> 
 def test_one_stream_for_any_batches_ranks_and_resumes(mixture: Mixture, sizes: list[int], seed: int) -> None:
     """Resumed after every batch, each time with another batch size: the rows of one long read."""
     whole, end = mixture.indices(mixture.start(seed), sum(sizes))
-    found, saved = [], None
+    result, saved = [], None
     for size in sizes:
         batch, saved = next(draws(mixture, size, seed, saved))
         saved = json.loads(json.dumps(saved))
-        found.append(batch.rows)
+        result.append(batch.rows)
         world = 2
         ranks = [mixture.take(batch.rows[rank::world]).ids_BT for rank in range(world)]
         together = torch.empty(size, mixture.length, dtype=torch.int64)
         together[0::2], together[1::2] = ranks
         assert torch.equal(together, batch.to("cpu").ids_BT)
-    assert np.concatenate(found).tolist() == whole.tolist()
+    assert np.concatenate(result).tolist() == whole.tolist()
     assert mixture.resumed(saved) == end
 
 
@@ -96,14 +96,14 @@ def test_weights_from_settings(tokenizer: Tokenizer, tmp_path: Path) -> None:
         (tmp_path / f"{name}.txt").write_text(f"{word} " * 40)
     pack(tmp_path / "three.txt", tokenizer, tmp_path / "packed", length=12)
     one, two, packed = (str(tmp_path / name) for name in ("one.txt", "two.txt", "packed"))
-    wanted = PackingSettings(tokenizer, "documents", 12)
-    by_name = open_data({one: 0.7, two: 0.1, packed: 0.2}, wanted)
+    expected = PackingSettings(tokenizer, "documents", 12)
+    by_name = open_data({one: 0.7, two: 0.1, packed: 0.2}, expected)
     listed = [{"path": one, "weight": 7}, {"path": [two], "weight": 1}, {"path": packed, "weight": 2}]
-    by_list = open_data(listed, wanted)
+    by_list = open_data(listed, expected)
     assert isinstance(by_name, Mixture) and isinstance(by_list, Mixture)
     assert by_name.facts == by_list.facts and by_name.shares == [7, 1, 2] and by_name.digest == by_list.digest
     assert by_name.facts[two]["digest"] == pack(two, tokenizer, length=12).digest
-    both = open_data([one, two], wanted)
+    both = open_data([one, two], expected)
     assert not isinstance(both, Mixture) and both.counts["documents"] == 2
     for bad, says in (
         ({one: 0}, "the weight of .*one.txt is 0"),
@@ -117,7 +117,7 @@ def test_weights_from_settings(tokenizer: Tokenizer, tmp_path: Path) -> None:
         ({}, "at least one source"),
     ):
         with pytest.raises(ConfigError, match=says):
-            open_data(bad, wanted)
+            open_data(bad, expected)
     with pytest.raises(ConfigError, match=r"packed: was packed in rows of 12, but context is 20"):
         open_data({one: 1, packed: 1}, PackingSettings(tokenizer, "documents", 20))
     with pytest.raises(DataError, match=r"one\.txt: holds documents; this objective learns from chats"):
@@ -139,9 +139,9 @@ def test_large_files_are_packed_once_into_the_cache(
     monkeypatch.setenv("LAPIS_CACHE", str(tmp_path / "cache"))
     file = tmp_path / "a.txt"
     file.write_text("saya suka nasi lemak " * 50)
-    wanted = PackingSettings(tokenizer, "documents", 12, workers=1)
-    first, again = open_data(str(file), wanted), open_data(str(file), wanted)
+    expected = PackingSettings(tokenizer, "documents", 12, workers=1)
+    first, again = open_data(str(file), expected), open_data(str(file), expected)
     assert first.digest == again.digest == packing.pack(file, tokenizer, length=12).digest
     assert len(list((tmp_path / "cache" / "rows").iterdir())) == 1
     file.write_text("saya suka makan " * 50)
-    assert open_data(str(file), wanted).digest != first.digest
+    assert open_data(str(file), expected).digest != first.digest

@@ -41,7 +41,7 @@ def talk(*contents: str) -> ChatRecord:
 def pieces(rows: Rows, numbers: Any = None) -> list[tuple[list[int], list[int]]]:
     """Inputs and targets of every segment, row after row. Checks segments and positions on the way."""
     batch = rows.take(np.arange(len(rows)) if numbers is None else numbers)
-    found = []
+    result = []
     for ids, targets, segments, positions in zip(
         *(getattr(batch, name).tolist() for name in ("ids_BT", "targets_BT", "segments_BT", "positions_BT")),
         strict=True,
@@ -50,10 +50,10 @@ def pieces(rows: Rows, numbers: Any = None) -> list[tuple[list[int], list[int]]]
         for segment in range(1, max(segments) + 1):
             places = [t for t, s in enumerate(segments) if s == segment]
             assert [positions[t] for t in places] == list(range(len(places)))
-            found.append(([ids[t] for t in places], [targets[t] for t in places]))
+            result.append(([ids[t] for t in places], [targets[t] for t in places]))
         padding = [t for t, s in enumerate(segments) if s == 0]
         assert all(targets[t] == IGNORE and positions[t] == 0 for t in padding)
-    return found
+    return result
 
 
 @settings(max_examples=60, deadline=None)
@@ -102,8 +102,8 @@ def test_a_tokenizer_that_begins_texts_with_bos(tmp_path: Path, tokenizer: Token
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     bos = Tokenizer.open(tmp_path)
     assert bos.adds_bos
-    found = pieces(pack(docs("nasi", "lemak"), bos, length=99))
-    for (inputs, targets), text in zip(found, ("nasi", "lemak"), strict=True):
+    result = pieces(pack(docs("nasi", "lemak"), bos, length=99))
+    for (inputs, targets), text in zip(result, ("nasi", "lemak"), strict=True):
         assert (inputs, targets) == ([1, *bos.encode(text)], [*bos.encode(text), 0])
 
 

@@ -65,13 +65,13 @@ def naive(texts: list[str], tokenizer: Tokenizer, length: int) -> tuple[list[lis
 
 
 def whole(texts: Any) -> list[str]:
-    found: list[str] = []
+    result: list[str] = []
     for document in texts:
         if document.rest:
-            found[-1] += document.text
+            result[-1] += document.text
         else:
-            found.append(document.text)
-    return found
+            result.append(document.text)
+    return result
 
 
 def taken(rows: Rows) -> list[list[list[int]]]:
@@ -86,10 +86,10 @@ def test_parts_give_the_rows_of_one_naive_pass(
     ids, targets = naive(whole(documents(corpus)), tokenizer, 48)
     rows = pack(corpus, tokenizer, length=48)
     assert len(rows._shards) > 10 or span > 300
-    found = taken(rows)
-    assert found[0] == ids and found[1] == targets
+    result = taken(rows)
+    assert result[0] == ids and result[1] == targets
     one = pack(documents(corpus), tokenizer, length=48)
-    assert taken(one) == found and one.counts == rows.counts
+    assert taken(one) == result and one.counts == rows.counts
 
 
 def test_one_worker_and_three_write_the_same_bytes(
@@ -121,9 +121,9 @@ def test_parquet_zst_and_gz_give_the_rows_of_jsonl(tmp_path: Path, tokenizer: To
         frames = [pyarrow.Codec("zstd").compress(piece, asbytes=True) for piece in (raw[:half], raw[half:])]
         (tmp_path / f"{name}-zst.jsonl.zst").write_bytes(b"".join(frames))
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / f"{name}.parquet")
-        found = [pack(path, tokenizer, length=64) for path in sorted(tmp_path.glob(f"{name}*"))]
-        assert len(found) == 4 and len({rows.digest for rows in found}) == 1
-        assert [taken(rows) for rows in found[1:]] == [taken(found[0])] * 3
+        result = [pack(path, tokenizer, length=64) for path in sorted(tmp_path.glob(f"{name}*"))]
+        assert len(result) == 4 and len({rows.digest for rows in result}) == 1
+        assert [taken(rows) for rows in result[1:]] == [taken(result[0])] * 3
     table = pyarrow.Table.from_pylist([{"messages": [*talks[0], call, *talks[0]]}, {"messages": talks[1]}])
     pyarrow.parquet.write_table(table, tmp_path / "tools.parquet")
     first, second = chats(tmp_path / "tools.parquet")
@@ -142,18 +142,18 @@ def test_chats_in_many_parts_are_whole_and_once(
     file.write_text("\n".join(map(json.dumps, lines)))
     rows = pack(file, tokenizer, tmp_path / "out", 80, workers=2)
     assert len(rows._shards) > 3
-    found = []
+    result = []
     for ids, targets, segments, _ in zip(*taken(rows), strict=True):
         for segment in range(1, max(segments) + 1):
             at = [t for t, s in enumerate(segments) if s == segment]
-            found.append(([ids[t] for t in at], [targets[t] for t in at]))
+            result.append(([ids[t] for t in at], [targets[t] for t in at]))
     expected = []
     for chat in chats(file):
         ids, mask = encode_chat(tokenizer, chat.messages)
         ids, mask = ids[:81], mask[:81]
         if any(mask[1:]):
             expected.append((ids[:-1], [i if own else IGNORE for i, own in zip(ids[1:], mask[1:], strict=True)]))
-    assert sorted(found) == sorted(expected)
+    assert sorted(result) == sorted(expected)
 
 
 def test_faults_name_the_line_of_the_file_from_any_part(

@@ -77,7 +77,7 @@ def test_the_size_of_a_story_is_a_function_of_its_minutes_alone() -> None:
         assert set(size.work) >= set(RUNS) | {"world", "tokenizer", "sweep", "measuring"}
 
 
-def found(chat: float, tuned: float, grafted: float, target: float, yardstick: float) -> dict[str, object]:
+def result(chat: float, tuned: float, grafted: float, target: float, yardstick: float) -> dict[str, object]:
     def part(english: float | None, malay: float | None) -> dict[str, dict[str, float | None]]:
         return {"en": {"answers": english}, "ms": {"answers": malay}}
 
@@ -92,17 +92,17 @@ def found(chat: float, tuned: float, grafted: float, target: float, yardstick: f
 
 
 def test_few_answers_have_a_reason_and_a_remedy() -> None:
-    good = found(0.85, 0.9, 0.7, 0.28, 0.6)
+    good = result(0.85, 0.9, 0.7, 0.28, 0.6)
     said = sentence(good)
     assert "Malay" in said and "28 of 100" in said and "60 when tuned on Malay chats" in said and "70 of 100" in said
     assert advice(good) == ""
-    for short in (found(0.1, 0.1, 0.05, 0.01, 0.1), found(0.85, 0.9, 0.7, 0.1, 0.3)):
+    for short in (result(0.1, 0.1, 0.05, 0.01, 0.1), result(0.85, 0.9, 0.7, 0.1, 0.3)):
         assert "lapis tour --minutes 10" in advice(short)
-    assert "lapis plan" in advice(found(0.85, 0.9, 0.3, 0.1, 0.6))
+    assert "lapis plan" in advice(result(0.85, 0.9, 0.3, 0.1, 0.6))
 
 
 def test_real_text_is_told_by_likelihood() -> None:
-    real = found(0.0, 0.0, 0.0, 0.0, 0.0)
+    real = result(0.0, 0.0, 0.0, 0.0, 0.0)
     for part in real["scores"].values():  # type: ignore[attr-defined]
         part["en"]["answers"] = part["ms"]["answers"] = None
     assert "25% in Malay and 50% in English of the way" in sentence(real) and advice(real) == ""

@@ -48,13 +48,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
 
 
 def test_one_seed_gives_the_same_bytes_stopped_or_not(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
-    _, found = finished
+    _, result = finished
     done = lapis("tour", "--minutes", MINUTES, "--out", tmp_path / "again", "--json")
     again = json.loads(done.stdout)
-    for name in found["models"]:
-        ours, theirs = (Path(models[name]) / "model.safetensors" for models in (found["models"], again["models"]))
+    for name in result["models"]:
+        ours, theirs = (Path(models[name]) / "model.safetensors" for models in (result["models"], again["models"]))
         assert ours.read_bytes() == theirs.read_bytes(), name
-    assert again["tokens"] == found["tokens"] and again["scores"] == found["scores"]
+    assert again["tokens"] == result["tokens"] and again["scores"] == result["scores"]
 
 
 @pytest.mark.parametrize("part", ["a world of its own", "base:", "chat:"])
@@ -75,21 +75,21 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path, part: str) -> None:
 
 
 def test_the_findings_are_all_there(finished: tuple[Path, dict[str, Any]]) -> None:
-    _, found = finished
-    assert sorted(found["models"]) == sorted(MODELS)
-    for part in found["scores"].values():
+    _, result = finished
+    assert sorted(result["models"]) == sorted(MODELS)
+    for part in result["scores"].values():
         assert set(part) == {"en", "ms"}
         for scores in part.values():
             assert 0 < scores["bits_per_byte"] < 8 and scores["response_nll"] > 0
             assert 0 <= scores["stop_rate"] <= 1 and 0 <= scores["answers"] <= 1
-    assert set(found["gap_closed"]) == {"en", "ms"}
-    assert found["scale"] in {row["scale"] for row in found["sweep"]}
-    assert found["seconds"] > 0
+    assert set(result["gap_closed"]) == {"en", "ms"}
+    assert result["scale"] in {row["scale"] for row in result["sweep"]}
+    assert result["seconds"] > 0
 
 
 def test_every_model_is_whole_and_loads_in_transformers(finished: tuple[Path, dict[str, Any]]) -> None:
-    _, found = finished
-    for folder in found["models"].values():
+    _, result = finished
+    for folder in result["models"].values():
         assert verify(Path(folder)) == []
         theirs = AutoModelForCausalLM.from_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -99,21 +99,21 @@ def test_every_model_is_whole_and_loads_in_transformers(finished: tuple[Path, di
 
 
 def test_the_graft_is_the_arithmetic_it_says(finished: tuple[Path, dict[str, Any]]) -> None:
-    _, found = finished
+    _, result = finished
     base, chat, adapted, grafted = (
-        load(found["models"][name]).state_dict() for name in ("base", "chat", "adapted", "grafted")
+        load(result["models"][name]).state_dict() for name in ("base", "chat", "adapted", "grafted")
     )
     for name, weight in grafted.items():
         if "norm" in name:
             assert torch.equal(weight, adapted[name]), name
         elif "embed" not in name:
-            wanted = adapted[name].double() + found["scale"] * (chat[name].double() - base[name].double())
-            assert (weight - wanted).abs().max() <= 1e-6, name
+            expected = adapted[name].double() + result["scale"] * (chat[name].double() - base[name].double())
+            assert (weight - expected).abs().max() <= 1e-6, name
 
 
 def test_the_report_is_one_file_that_asks_for_nothing(finished: tuple[Path, dict[str, Any]]) -> None:
-    _, found = finished
-    html = Path(found["report"]).read_text(encoding="utf-8")
+    _, result = finished
+    html = Path(result["report"]).read_text(encoding="utf-8")
     assert "grafted" in html and "<script src" not in html and '<link rel="stylesheet"' not in html
 
 

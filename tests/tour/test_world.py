@@ -56,7 +56,7 @@ def name_pattern(language: str) -> tuple[re.Pattern[str], dict[str, str]]:
 
 def named_in(language: str, text: str) -> set[str]:
     pattern, forms = name_pattern(language)
-    return {forms[found] for found in pattern.findall(text)}
+    return {forms[result] for result in pattern.findall(text)}
 
 
 # what a seed fixes

@@ -37,12 +37,12 @@ WORDS = {"fruit": ["apple", "pear", "plum", "fig"], "animal": ["cat", "dog", "he
 
 def examples(count: int = 48) -> list[Labeled]:
     """The class is told by one word."""
-    found = []
+    outcome = []
     for i in range(count):
         label = ["fruit", "animal"][i % 2]
         text = f"I saw {'the ' * (i % 5)}{WORDS[label][i // 2 % 4]} near house {i}"
-        found.append(Labeled(text, label, Path("words.tsv"), i + 2))
-    return found
+        outcome.append(Labeled(text, label, Path("words.tsv"), i + 2))
+    return outcome
 
 
 def table(path: Path, count: int = 48) -> Path:
@@ -164,8 +164,8 @@ def test_words_are_learned_and_the_folder_says_so(
     assert class_names(model.config) == ["animal", "fruit"]
 
     main(["eval", str(out), "--classes", str(tmp_path / "train.tsv"), "--json"])
-    found = json.loads(capsys.readouterr().out)["classes"]
-    assert found["accuracy"] == 1.0 and found["by_class"]["fruit"]["n"] == 24 and found["positive"] == "fruit"
+    outcome = json.loads(capsys.readouterr().out)["classes"]
+    assert outcome["accuracy"] == 1.0 and outcome["by_class"]["fruit"]["n"] == 24 and outcome["positive"] == "fruit"
     main(["eval", str(out), "--classes", str(tmp_path / "train.tsv")])
     assert "taken for fruit" in capsys.readouterr().out
     (tmp_path / "odd.tsv").write_text("label\ttext\nfruit\tan apple\nfruits\ta pear\n")

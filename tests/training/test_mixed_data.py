@@ -24,12 +24,12 @@ CONFIG = TrainConfig(steps=12, batch=4, accumulate=2, save_every=3, threads=1, p
 
 @pytest.fixture
 def places(documents: list[Document], tmp_path: Path) -> dict[str, float]:
-    found = {}
+    result = {}
     for name, part, weight in (("one", documents[:60], 0.75), ("two", documents[60:], 0.25)):
         path = tmp_path / f"{name}.jsonl"
         path.write_text("".join(json.dumps({"text": d.text}) + "\n" for d in part))
-        found[str(path)] = weight
-    return found
+        result[str(path)] = weight
+    return result
 
 
 def test_two_resumes_equal_one_run_and_changed_data_is_refused(

@@ -41,9 +41,9 @@ def place(data_folder: Path) -> Path:
 
 
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("localhost", 0))
-        return int(found.getsockname()[1])
+    with socket.socket() as result:
+        result.bind(("localhost", 0))
+        return int(result.getsockname()[1])
 
 
 def start(place: Path, size: int, *settings: str, port: int | None = None) -> list["subprocess.Popen[str]"]:

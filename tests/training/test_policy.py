@@ -289,9 +289,9 @@ def test_two_processes_give_the_loss_of_one(
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in DATA))
     save(new_model(), tmp_path / "start")
     tokenizer.save(tmp_path / "start")
-    with socket.socket() as found:
-        found.bind(("localhost", 0))
-        port = str(found.getsockname()[1])
+    with socket.socket() as outcome:
+        outcome.bind(("localhost", 0))
+        port = str(outcome.getsockname()[1])
     shared = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
     command = [sys.executable, "-m", "lapis", "train", "run.yaml"]
 

@@ -113,9 +113,9 @@ def test_each_learns_its_pairs_from_settings(
     assert facts["counts"]["pairs"] == 12 and facts["objective"] == name
     again, words = load(tmp_path / "out"), Tokenizer.open(tmp_path / "out")
     if name in ("dpo", "kto"):
-        found = score_pairs(again, words, PAIRS, reference=load(tmp_path / "base"))
-        assert found["by"] == "log-ratio to the reference"
-        assert {key: found[key] for key in result.held_out} == pytest.approx(dict(result.held_out), abs=1e-4)
+        outcome = score_pairs(again, words, PAIRS, reference=load(tmp_path / "base"))
+        assert outcome["by"] == "log-ratio to the reference"
+        assert {key: outcome[key] for key in result.held_out} == pytest.approx(dict(result.held_out), abs=1e-4)
     else:
         assert score_pairs(again, words, PAIRS)["accuracy"] == 1
 
@@ -129,8 +129,8 @@ def test_with_lora(name: str, tokenizer: Tokenizer, new_model: NewModel, tmp_pat
     assert result.held_out["accuracy"] == 1
     model, words = lapis.load(str(tmp_path / "out"))
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
-    found = score_pairs(model, words, PAIRS, reference=tmp_path / "base")
-    assert found["margin"] == pytest.approx(result.held_out["margin"], rel=1e-4)
+    outcome = score_pairs(model, words, PAIRS, reference=tmp_path / "base")
+    assert outcome["margin"] == pytest.approx(result.held_out["margin"], rel=1e-4)
 
 
 def test_accumulation_and_interruption_change_nothing(
@@ -303,12 +303,12 @@ def test_log1mexp_has_a_gradient_everywhere() -> None:
 
 
 def test_figures_of_pairs_by_hand() -> None:
-    found = pair_figures([3.0, 1.0, 0.0, 2.0], [1.0, 2.0, 0.0, 0.0], [9, 4, 5, 1], [3, 8, 5, 6])
-    assert found["accuracy"] == (1 + 0 + 0.5 + 1) / 4 and found["margin"] == 0.75
-    assert found["longer_preferred"] == pytest.approx(2 / 3) and found["longer_chosen"] == pytest.approx(1 / 3)
-    assert found["accuracy_chosen_longer"] == 1 and found["accuracy_chosen_shorter"] == 0.5
-    assert found["length_correlation_within"] == pytest.approx(np.corrcoef([2, -1, 0, 2], [6, -4, 0, -5])[0, 1])
-    assert found["loss"] == pytest.approx(np.mean(np.log1p(np.exp([-2, 1, 0, -2]))))
+    outcome = pair_figures([3.0, 1.0, 0.0, 2.0], [1.0, 2.0, 0.0, 0.0], [9, 4, 5, 1], [3, 8, 5, 6])
+    assert outcome["accuracy"] == (1 + 0 + 0.5 + 1) / 4 and outcome["margin"] == 0.75
+    assert outcome["longer_preferred"] == pytest.approx(2 / 3) and outcome["longer_chosen"] == pytest.approx(1 / 3)
+    assert outcome["accuracy_chosen_longer"] == 1 and outcome["accuracy_chosen_shorter"] == 0.5
+    assert outcome["length_correlation_within"] == pytest.approx(np.corrcoef([2, -1, 0, 2], [6, -4, 0, -5])[0, 1])
+    assert outcome["loss"] == pytest.approx(np.mean(np.log1p(np.exp([-2, 1, 0, -2]))))
     assert calibration_error([0.75] * 4, [1, 1, 1, 0]) == 0 and calibration_error([0.95] * 2, [0, 0]) == 0.95
     assert pair_figures([1.0], [0.0], [4], [4])["longer_preferred"] is None
 
@@ -327,8 +327,8 @@ def test_lapis_eval_scores_pairs(
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     told = ["eval", str(tmp_path / "tuned"), "--pairs", str(tmp_path / "pairs.jsonl"), "--json"]
     main([*told, "--reference", str(tmp_path / "base")])
-    found = json.loads(capsys.readouterr().out)["pairs"]
-    assert found["by"] == "log-ratio to the reference" and found["pairs"] == 12 and found["margin"] != 0
+    outcome = json.loads(capsys.readouterr().out)["pairs"]
+    assert outcome["by"] == "log-ratio to the reference" and outcome["pairs"] == 12 and outcome["margin"] != 0
     main(told)
     assert json.loads(capsys.readouterr().out)["pairs"]["by"] == "log-probability per token"
 

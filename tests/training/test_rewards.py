@@ -135,10 +135,10 @@ def test_a_function_by_name_may_hang_die_or_raise(tmp_path: Path) -> None:
     assert InWorker("fine", f"{place}:fine", {"bonus": 0.5}, 5.0).score(cases("ab", "")) == [4.5, 2.5]
     reward = InWorker("troubled", f"{place}:troubled", {}, 0.3)
     begun = time.monotonic()
-    found = reward.score(cases("a", "hang", "b", "die", "c", "raise", "text", "nan", "d"))
+    result = reward.score(cases("a", "hang", "b", "die", "c", "raise", "text", "nan", "d"))
     assert time.monotonic() - begun < 10
-    assert [value for value in found if isinstance(value, float)] == [1.0] * 4
-    why = [value.why for value in found if isinstance(value, Failure)]
+    assert [value for value in result if isinstance(value, float)] == [1.0] * 4
+    why = [value.why for value in result if isinstance(value, Failure)]
     assert why[0] == "took more than 0.3 s for line 2" and "ended its process at line 4" in why[1]
     assert "raised KeyError: 'x' for line 6" in why[2] and "returned str" in why[3] and "returned nan" in why[4]
     for target, said in (
@@ -189,10 +189,10 @@ def test_a_reward_model_with_another_tokenizer_reads_text(tokenizer: Tokenizer, 
     other.save(tmp_path)
     judge = make_judge([str(tmp_path)], tokenizer, 1.0)
     assert "has another tokenizer; replies are encoded again, as text" in judge.notes[0]
-    found = judge.score(cases("under tree 3", "no")).total
+    result = judge.score(cases("under tree 3", "no")).total
     replies = [encode_reply(other, [{"role": "user", "content": "p"}], {"role": "assistant", "content": reply})
                for reply in ("under tree 3", "no")]  # fmt: skip
-    assert found == pytest.approx(reply_rewards(model.eval(), replies), abs=1e-6)
+    assert result == pytest.approx(reply_rewards(model.eval(), replies), abs=1e-6)
     save(Transformer(ModelConfig(dim=16, layers=1, heads=2, ffn_dim=16, vocab=other.rows, context=64)), tmp_path)
     with pytest.raises(ConfigError, match=r"its head is lm"):
         make_judge([str(tmp_path)], tokenizer, 1.0)
@@ -223,10 +223,10 @@ def test_returns_without_a_baseline_are_what_comes_later() -> None:
 
 
 def seen(guards: Guards, rows: list[dict[str, float]]) -> set[str]:
-    found: set[str] = set()
+    result: set[str] = set()
     for at, row in enumerate(rows):
-        found |= {kind for kind, _ in guards.see(at, row)}
-    return found
+        result |= {kind for kind, _ in guards.see(at, row)}
+    return result
 
 
 def course(**ends: tuple[float, float]) -> list[dict[str, float]]:

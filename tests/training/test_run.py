@@ -63,11 +63,11 @@ def test_train_then_tune_then_score(lapis: Lapis) -> None:
         "eval", "chat", "--text", "texts.jsonl", "--chats", "chats.jsonl", "--choices", "choices.jsonl",
         "--limit", "6", "--json",
     )  # fmt: skip
-    found = json.loads(out)
+    result = json.loads(out)
     assert status == 0
-    assert found["text"]["bits_per_byte"] > 0 and found["text"]["documents"] == 6
-    assert {"response_nll", "stop_rate", "tokens"} <= set(found["chats"]) and found["chats"]["chats"] == 6
-    assert found["choices"] == {"accuracy": 1.0, "accuracy_per_byte": 1.0, "n": 1, "chance": 0.5}
+    assert result["text"]["bits_per_byte"] > 0 and result["text"]["documents"] == 6
+    assert {"response_nll", "stop_rate", "tokens"} <= set(result["chats"]) and result["chats"]["chats"] == 6
+    assert result["choices"] == {"accuracy": 1.0, "accuracy_per_byte": 1.0, "n": 1, "chance": 0.5}
 
 
 def test_a_new_language_model_has_the_recipe_and_loads_elsewhere(lapis: Lapis) -> None:

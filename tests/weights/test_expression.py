@@ -79,11 +79,11 @@ def test_equals_the_same_sum_of_numbers(text):
     tree = ast.parse(text, mode="eval")
     expected = _number(tree.body, given_numbers)
     try:
-        found = coefficients(text)
+        result = coefficients(text)
     except ConfigError as error:
         assert "cancels out" in str(error)
         return
-    assert sum(weight * given_numbers[name] for name, weight in found.items()) == pytest.approx(expected)
+    assert sum(weight * given_numbers[name] for name, weight in result.items()) == pytest.approx(expected)
 
 
 def _number(node, names):

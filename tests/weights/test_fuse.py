@@ -44,8 +44,8 @@ def lapis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Lapis) -> Lapis:
 def test_a_fused_model_is_the_folded_one_and_speaks(lapis: Lapis) -> None:
     status, out, _ = lapis("fuse", "adapter", "--out", "fused", "--json")
     assert status == 0
-    found = json.loads(out)
-    assert found["tensors"]["merged"] == 15 and found["lost_to_rounding"] > 0
+    result = json.loads(out)
+    assert result["tensors"]["merged"] == 15 and result["lost_to_rounding"] > 0
     folded = fold(load("adapter"))
     for (name, a), b in zip(load("fused").named_parameters(), folded.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=2**-8, atol=0, msg=name)

@@ -21,16 +21,16 @@ def tree(folders, tmp_path):
 
 
 def test_cosines_equal_float64_and_tell_who_descends_from_whom(tree, folders):
-    found = lineage(tree["base"], [tree["chat"], tree["code"], tree["more"]])
+    result = lineage(tree["base"], [tree["chat"], tree["code"], tree["more"]])
     vectors = {k: torch.cat([t.double().ravel() for _, t in sorted(folders.read(p).items())]) for k, p in tree.items()}
     deltas = torch.stack([vectors[name] - vectors["base"] for name in ("chat", "code", "more")])
     expected = (
         np.corrcoef(deltas.numpy()) * 0 + (deltas @ deltas.T / deltas.norm(dim=1)[:, None] / deltas.norm(dim=1)).numpy()
     )
-    assert np.array(found.cosines) == pytest.approx(expected, abs=1e-7)
-    assert found.relative_norms == pytest.approx((deltas.norm(dim=1) / vectors["base"].norm()).tolist(), rel=1e-6)
-    assert found.notes == [f"{tree['more']} looks made from {tree['chat']}: it contains its difference"]
-    assert len(found.layers) == 3
+    assert np.array(result.cosines) == pytest.approx(expected, abs=1e-7)
+    assert result.relative_norms == pytest.approx((deltas.norm(dim=1) / vectors["base"].norm()).tolist(), rel=1e-6)
+    assert result.notes == [f"{tree['more']} looks made from {tree['chat']}: it contains its difference"]
+    assert len(result.layers) == 3
 
 
 def test_siblings_and_a_base_that_is_not_the_parent(tree):
