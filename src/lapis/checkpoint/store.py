@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lapis.checkpoint.files import contained, read_at, read_json, stamp
-from lapis.checkpoint.tensor_file import Header, TensorInfo, torch_dtype
+from lapis.checkpoint.tensor_file import Header, TensorInfo, finite, torch_dtype
 from lapis.checkpoint.towers import Towers, find_towers, language_config
 from lapis.errors import CheckpointError
 from lapis.families import find
@@ -199,6 +199,13 @@ class Adapter:
     bases: dict[str, str] = field(default_factory=dict)
     alphas: dict[str, float] = field(default_factory=dict)
 
+    def read(self, name: str) -> "torch.Tensor":
+        """One of its tensors. Raises CheckpointError for NaN and Inf."""
+        tensor = self.weights.read(name)
+        if tensor.is_floating_point() and not finite(tensor):
+            raise CheckpointError(f"{self.root}: {name} holds NaN or Inf; the adapter is damaged, fetch it again")
+        return tensor
+
     def rank(self, module: str) -> int:
         return self.weights.info(self.pairs[module]["A"]).shape[0]
 
@@ -229,7 +236,7 @@ class Adapter:
         """
         import torch
 
-        a_RI, b_OR = (self.weights.read(self.pairs[module][kind]).float() for kind in "AB")
+        a_RI, b_OR = (self.read(self.pairs[module][kind]).float() for kind in "AB")
         kind = self.config.get("init_lora_weights")
         if kind not in CHANGED_BASE:
             return a_RI, b_OR

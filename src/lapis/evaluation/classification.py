@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lapis.errors import ConfigError, DataError
+from lapis.errors import ConfigError, DataError, LapisError
 from lapis.families.config import class_names
 from lapis.model.scoring import Progress, evaluating
 from lapis.model.transformer import Transformer
@@ -107,6 +107,9 @@ def classify(
         whole, _ = encode_framed(tokenizer, inputs, 2**31)
         logits, cut = predict(model, ids, progress=progress), [len(a) < len(b) for a, b in zip(ids, whole, strict=True)]
     values = torch.from_numpy(logits).double()
+    if not bool(values.isfinite().all()):
+        number = int((~values.isfinite()).any(-1).int().argmax())
+        raise LapisError(f"classify: the model computes NaN or Inf for input {number + 1}; try --dtype float32")
     if model.config.head == "scalar":
         return [Prediction(None, {}, float(row[0]), long) for row, long in zip(values, cut, strict=True)]
     several = model.config.extra.get("problem_type") == "multi_label_classification"

@@ -5,14 +5,15 @@
 One line in _SCORERS for each kind of kinds.py. Leaves out showing it (cli/eval.py).
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from lapis.checkpoint import open_checkpoint
-from lapis.errors import ConfigError
+from lapis.errors import ConfigError, LapisError
 from lapis.evaluation.chats import score_chats
 from lapis.evaluation.choices import read_choices, score_choices
 from lapis.evaluation.classification import score_classes
@@ -92,7 +93,20 @@ def evaluate(
         if getattr(options, kind):
             report(0, None, KINDS[kind].title)
             result[kind] = _SCORERS[kind](job)
+            _check_finite(result[kind], f"eval: {model}: {kind}", infinite=kind == "tasks")
     return result
+
+
+def _check_finite(scores: Any, where: str, infinite: bool) -> None:
+    """Raises LapisError for a score that is no number: what it would say is not known. infinite: may a score be so."""
+    if isinstance(scores, Mapping):
+        for name, value in scores.items():
+            _check_finite(value, f"{where}.{name}", infinite)
+    elif isinstance(scores, (list, tuple)):
+        for value in scores:
+            _check_finite(value, where, infinite)
+    elif isinstance(scores, float) and (math.isnan(scores) or (math.isinf(scores) and not infinite)):
+        raise LapisError(f"{where} is {scores}: the model computes NaN or Inf there; try --precision float32")
 
 
 def _score_text(job: _Job) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def attach(model: Transformer, adapter: Adapter) -> Transformer:
                                   "make it a model with: lapis fuse")  # fmt: skip
     for module, kinds in adapter.pairs.items():
         names = _places(model, family, adapter, module)[1]
-        length_O = adapter.weights.read(kinds["magnitude"]).float().flatten() if adapter.dora else None
+        length_O = adapter.read(kinds["magnitude"]).float().flatten() if adapter.dora else None
         linears = [_linear(model, name) for name in names]
         if any(type(linear) is not nn.Linear for linear in linears):
             raise CheckpointError(f"{adapter.root}: {module} is adapted, which lapis runs for linear layers only; "
@@ -133,7 +133,7 @@ def restore_adapter(model: Transformer, folder: Path | str) -> None:
     for module, kinds in adapter.pairs.items():
         names = _places(model, family, adapter, module)[1]
         sizes = [_linear(model, name).out_features for name in names]
-        slices = {kind: adapter.weights.read(name) for kind, name in kinds.items()}
+        slices = {kind: adapter.read(name) for kind, name in kinds.items()}
         for i, name in enumerate(names):
             if name not in here:
                 continue
@@ -314,7 +314,7 @@ def _rows(model: Transformer, family: Family, adapter: Adapter) -> dict[str, tup
         rule, names = _places(model, family, adapter, module)
         if rule.component not in ("embed", "head"):
             raise CheckpointError(f"{adapter.root}: {module} has no row for each token")
-        values = adapter.weights.read(name)
+        values = adapter.read(name)
         if names[0] == "head" and "head.weight" not in row_matrices(model):  # tied: the embedding's rows serve both
             continue
         if values.shape[1:] != (model.config.dim,):
@@ -345,7 +345,7 @@ def _whole(model: Transformer, family: Family, adapter: Adapter) -> dict[str, Te
             raise CheckpointError(
                 f"{adapter.root}: {disk} is {list(actual)}; the base has {list(expected)}{remedy}"
             )  # fmt: skip
-        pieces = rule.transform.apply(adapter.weights.read(name), shapes)
+        pieces = rule.transform.apply(adapter.read(name), shapes)
         tensors |= {target: piece.clone() for target, piece in zip(targets, pieces, strict=True)}
     return tensors
 
@@ -363,7 +363,7 @@ def _untied(model: Transformer, family: Family, adapter: Adapter) -> dict[str, s
     if not pair:
         return adapter.whole
     if not (adapter.ties and "embed" in pair):
-        tensors = [adapter.weights.read(name) for name in pair.values()]
+        tensors = [adapter.read(name) for name in pair.values()]
         if len(tensors) < 2 or tensors[0].shape != tensors[1].shape or not bool((tensors[0] == tensors[1]).all()):
             raise CheckpointError(
                 f"{adapter.root}: changes the embedding and the head apart, which its base ties; make it a model with: "

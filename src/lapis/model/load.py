@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from lapis.checkpoint import Checkpoint, open_checkpoint
-from lapis.checkpoint.tensor_file import stream_tensors, torch_dtype
+from lapis.checkpoint.tensor_file import finite, stream_tensors, torch_dtype
+from lapis.errors import CheckpointError
 from lapis.families import Rule, family_of, part_of
 from lapis.families.config import Head, ModelConfig
 from lapis.model.adapter import attach, head_of
@@ -136,17 +137,28 @@ def config_json(config: ModelConfig, dtype: torch.dtype) -> dict[str, object]:
 
 
 def _read(checkpoint: Checkpoint, name: str, dtype: torch.dtype, piece_N: Tensor) -> Tensor:
-    """A tensor in the target dtype; one that is converted goes through `piece_N`, bytes for a CHUNK of elements."""
+    """A tensor in the target dtype; one that is converted goes through `piece_N`, bytes for a CHUNK of elements.
+
+    Raises CheckpointError for NaN and Inf, which a model can turn into plausible numbers: a damaged query projection
+    gives finite logits. Each chunk is looked at while it is in the cache.
+    """
     info = checkpoint.index[name]
     kind = torch_dtype(info.dtype)
-    if kind is None or kind == dtype:
+    if kind is None:
         return checkpoint.read(name)
     result = torch.empty(info.elements, dtype=dtype)
     for first in range(0, info.elements, CHUNK):
-        last = min(first + CHUNK, info.elements)
-        raw_N = piece_N[: (last - first) * kind.itemsize]
+        values_N = result[first : first + CHUNK]
+        raw_N = values_N.view(torch.uint8) if kind == dtype else piece_N[: len(values_N) * kind.itemsize]
         checkpoint.read_into(name, first * kind.itemsize, raw_N.numpy().data)
-        result[first:last] = raw_N.view(kind)
+        if kind != dtype:
+            values_N.copy_(raw_N.view(kind))
+        if not finite(values_N):
+            count, own = int((~values_N.isfinite()).sum()), kind == dtype or not finite(raw_N.view(kind))
+            what = f"{count:,} NaN or Inf" if own else f"{count:,} numbers too large for {str(dtype)[6:]}"
+            where = f"elements {first:,} to {first + len(values_N):,}"
+            remedy = "fetch it again" if own else "give another dtype"
+            raise CheckpointError(f"{checkpoint.source}: {name} holds {what} ({where}); {remedy}")
     return result.view(info.shape)
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from lapis.checkpoint.tensor_file import dtype_name, header_bytes
+from lapis.checkpoint.tensor_file import dtype_name, finite, header_bytes
 from lapis.errors import CheckpointError
 from lapis.weights.engine.journal import Journal, Progress
 from lapis.weights.engine.outputs import Account, Figures, Kernel, Output
@@ -35,7 +35,6 @@ from lapis.weights.engine.tiles import (
     Tile,
     checksum,
     dot,
-    finite,
     one_thread_each,
     prefetch,
     spans,

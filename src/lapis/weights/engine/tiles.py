@@ -182,12 +182,6 @@ def dot(one: torch.Tensor, other: torch.Tensor) -> float:
     return sum((float(torch.dot(a, b)) for a, b in pairs), 0.0)
 
 
-def finite(values: torch.Tensor) -> bool:
-    """Whether a vector is free of NaN and Inf; its sum tells, and is far cheaper than looking at each element."""
-    total = float(values.sum(dtype=torch.float32))
-    return abs(total) < float("inf") or bool(torch.isfinite(values).all())
-
-
 @contextmanager
 def one_thread_each() -> Iterator[None]:
     """Inside, torch computes each operation on one thread, since the threads here share the cores by tiles, and memory
