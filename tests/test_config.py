@@ -30,6 +30,11 @@ class Outer:
     note: str | None = None
 
 
+@dataclass(frozen=True)
+class Usual:
+    rank: int = 8
+
+
 def test_yaml_and_key_value_fill_nested_dataclasses(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("steps: 3\nfiles: [a, b]\ninner: {kind: muon}\n")
@@ -116,6 +121,21 @@ def test_words_are_switches_where_a_setting_is_true_or_false(text: str) -> None:
 )
 def test_words_choose_among_on_off_and_auto(written: str, value: str) -> None:
     assert build(Outer, override({"steps": 1}, [f"compile={written}"]), "c.yaml").compile == value
+
+
+def test_words_say_that_there_is_none_or_the_usual() -> None:
+    @dataclass(frozen=True)
+    class Outer:
+        inner: Usual | None = None
+        most: int | None = 3
+        name: str | None = None
+
+    for word in ("off", "no", "None", "null", "false"):
+        assert build(Outer, override({}, [f"inner={word}", f"most={word}"]), "x") == Outer(None, None)
+    assert build(Outer, override({}, ["inner=on"]), "x").inner == Usual()
+    assert build(Outer, override({}, ["name=off"]), "x").name == "off"
+    with pytest.raises(ConfigError, match="most is 'on'; expected int"):
+        build(Outer, override({}, ["most=on"]), "x")
 
 
 def test_a_word_stays_text_where_text_is_expected() -> None:

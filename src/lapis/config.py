@@ -161,7 +161,7 @@ def _fit(hint: Any, value: Any, where: str) -> Any:
     if hint is Any:
         return value
     if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in args:
+        if type(None) in args and (value is None or (_means_none(value) and not {str, bool, Any} & set(args))):
             return None
         if len(options := [option for option in args if option is not type(None)]) == 1:
             return _fit(options[0], value, where)  # its own words say best what is wrong
@@ -179,8 +179,8 @@ def _fit(hint: Any, value: Any, where: str) -> Any:
         if word in args:
             return word
         raise ConfigError(f"{where} is {quoted(value)}; {nearest(quoted(value), [str(a) for a in args])}")
-    if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
-        return build(typing.cast(type, hint), value, where)
+    if dataclasses.is_dataclass(hint) and (isinstance(value, Mapping) or truth(value)):
+        return build(typing.cast(type, hint), value if isinstance(value, Mapping) else {}, where)
     if origin in (list, tuple) and args[0] is str and isinstance(value, str):
         return origin([value])  # one word where several may stand
     if origin in (list, tuple) and isinstance(value, (list, tuple)):
@@ -201,6 +201,11 @@ def _fit(hint: Any, value: Any, where: str) -> Any:
     if isinstance(hint, type) and isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool):
         return value
     raise ConfigError(f"{where} is {quoted(value)}; expected {_spelled(hint)}")
+
+
+def _means_none(value: Any) -> bool:
+    """Whether a word says that there is none, as `lora: off` does."""
+    return truth(value) is False or (isinstance(value, str) and value.lower() in ("none", "null"))
 
 
 def _spelled(hint: Any) -> str:
