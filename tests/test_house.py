@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "inside": {"checkpoint", "model", "text", "report"},
     "planning": {"checkpoint", "evaluation", "families", "model", "report", "text", "weights"},
     "report": set(),
-    "language": {"checkpoint", "model", "text", "weights"},
+    "language": {"checkpoint", "evaluation", "families", "generation", "model", "text", "weights"},
     "tour": {"checkpoint", "evaluation", "families", "generation", "model", "report", "text", "training", "weights"},
     "cli": {
         "checkpoint", "evaluation", "families", "generation", "inside", "language", "model", "planning", "report",

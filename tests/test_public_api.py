@@ -24,6 +24,7 @@ OBJECTIVES = [
 FUNCTIONS = {
     "diff": ["a", "b", "rows", "spectra"],
     "extend": ["model", "files", "out"],
+    "fertility": ["model", "files"],
     "generate": ["model", "tokenizer", "prompt", "sampling"],
     "graft": ["base", "chat", "onto", "out", "scale", "embeddings", "norms"],
     "lens": ["model", "tokenizer", "prompt", "track"],

@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # what _PUBLIC says, for editors and type checkers
     from lapis.generation.options import Sampling
     from lapis.inside.lens.logit_lens import lens
     from lapis.language.extend import extend
+    from lapis.language.fertility import fertility
     from lapis.model.transformer import Transformer
     from lapis.planning.plan import plan
     from lapis.text.tokenizer.tokenizer import Tokenizer
@@ -49,7 +50,7 @@ __all__ = [
     "DPO", "GRPO", "IPO", "KTO", "ORPO", "PPO", "RLOO", "Causal", "Chat", "Checkpoint", "CheckpointError", "Classify",
     "ConfigError", "DataError", "LapisError", "Masked", "MissingExtra", "ModelConfig", "Objective", "OutputError",
     "Reward", "Sampling", "SimPO", "TemplateError", "Tokenizer", "TrainConfig", "TrainingError", "Transformer",
-    "__version__", "diff", "extend", "generate", "graft", "lens", "load", "merge", "open", "plan", "train",
+    "__version__", "diff", "extend", "fertility", "generate", "graft", "lens", "load", "merge", "open", "plan", "train",
 ]  # fmt: skip
 
 # module -> the public names that it defines; name=there where it has another name there
@@ -63,6 +64,7 @@ _PUBLIC = {
     "lapis.generation.options": "Sampling",
     "lapis.inside.lens.logit_lens": "lens",
     "lapis.language.extend": "extend",
+    "lapis.language.fertility": "fertility",
     "lapis.model.transformer": "Transformer",
     "lapis.planning.plan": "plan",
     "lapis.text.tokenizer.tokenizer": "Tokenizer",

@@ -193,6 +193,19 @@ def test_the_first_of_the_new_tokens_are_a_smaller_extension(metaspace: Path) ->
             assert (part.tokens, part.merges) == (alone.tokens, alone.merges)
 
 
+@pytest.mark.parametrize("kind", ["byte_level", "metaspace"])
+def test_what_another_text_saves_is_what_encoding_it_saves(kind: str, request: pytest.FixtureRequest) -> None:
+    base = ExtendableTokenizer.open(request.getfixturevalue(kind))
+    gained = base.learn(base.count_words(KOREAN + HINDI), 80)
+    other = ["학교에서 나는 밥을 배운 오늘, हम किताबें सीखते हैं 친구들", "말했습니다 말 말을 12 학교"]
+    counts = base.count_words(other)
+    saved = base.tokens_saved(counts, gained)
+    assert len(saved) == len(gained.tokens) + 1
+    for size in (0, 1, 7, 30, 55, 80):
+        encoded = base.extended(gained.cut(size)).encode_batch(other, add_special_tokens=False)
+        assert sum(map(len, encoded)) == counts.tokens - saved[size]
+
+
 def test_marks_stay_with_their_letters(byte_level: Path, metaspace: Path) -> None:
     base = ExtendableTokenizer.open(metaspace)
     counts = base.count_words(HINDI)

@@ -29,6 +29,7 @@ COMMANDS = {
     "tokens": ("lapis.cli.tokens:tokens", "Text as tokens, ids and vectors, and the way back."),
     "tokenizer train": ("lapis.cli.tokenizer:train", "Train a byte-level BPE tokenizer on text files."),
     "tokenizer extend": ("lapis.cli.tokenizer:extend", "Add tokens of a language to a model, with rows for them."),
+    "fertility": ("lapis.cli.fertility:fertility", "What a language costs a model, and whether more tokens pay."),
     "data pack": ("lapis.cli.data:pack", "Text or chats as rows of tokens on disk."),
     "data show": ("lapis.cli.data:show", "Rows in color: loss, document borders, end tokens, padding."),
     "train": ("lapis.cli.train:train", "Train from a YAML file and key=value."),

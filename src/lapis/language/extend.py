@@ -9,7 +9,7 @@ tokenizer alone gives a tokenizer alone.
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +18,7 @@ from lapis.checkpoint import Checkpoint, open_checkpoint
 from lapis.checkpoint.commit import check_output, commit
 from lapis.checkpoint.hub.models import local_folder
 from lapis.errors import ConfigError, DataError
+from lapis.language.texts import first_bytes
 from lapis.text.corpus.labels import bare_texts
 from lapis.text.tokenizer.extend import LEAST, ExtendableTokenizer, Extension, changed_share
 from lapis.text.tokenizer.roundtrip import holds_only_tokenizer
@@ -169,18 +170,6 @@ def open_source(model: str | os.PathLike[str]) -> tuple[Path, Checkpoint | None]
         return folder, None
     checkpoint = open_checkpoint(model)
     return checkpoint.beside(), checkpoint
-
-
-def first_bytes(texts: Iterable[str], size: int) -> Iterator[str]:
-    """Texts until they have `size` bytes; the last one is cut."""
-    left = size
-    for text in texts:
-        raw = text.encode(errors="replace")
-        if len(raw) >= left:
-            yield raw[:left].decode(errors="ignore")
-            return
-        left -= len(raw)
-        yield text
 
 
 def _write_model(

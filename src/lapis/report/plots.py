@@ -7,6 +7,7 @@
     embedding_rows                                                  embedding.py
     lens_grid, rank_trajectories, attention_map, contributions      forward_pass.py
     matrix                                                          matrix.py
+    fertility_curve                                                 fertility.py
 
 Each takes the rows and a title that states the finding, and says in its docstring what a row holds. A figure shows
 itself in a notebook; Page.figure puts it on a page. A figure made elsewhere with plotly fits on a page as well.
@@ -14,6 +15,7 @@ itself in a notebook; Page.figure puts it on a page. A figure made elsewhere wit
 
 from lapis.report.figures.curves import learning_curves, metric_panels
 from lapis.report.figures.embedding import embedding_rows
+from lapis.report.figures.fertility import fertility_curve
 from lapis.report.figures.forward_pass import attention_map, contributions, lens_grid, rank_trajectories
 from lapis.report.figures.matrix import matrix
 from lapis.report.figures.plan import plan_scatter, plan_stack
@@ -24,6 +26,7 @@ __all__ = [
     "attention_map",
     "contributions",
     "embedding_rows",
+    "fertility_curve",
     "growth",
     "layer_heatmap",
     "learning_curves",

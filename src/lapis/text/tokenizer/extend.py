@@ -15,7 +15,7 @@ import json
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -29,7 +29,7 @@ from lapis.checkpoint.files import contained
 from lapis.errors import CheckpointError
 from lapis.text.tokenizer.backend import open_backend
 from lapis.text.tokenizer.folder import BYTE_OF, CONFIG, TOKENIZER_FILES, has_file, template_files, write_json
-from lapis.text.tokenizer.merges import Pair, learn_merges
+from lapis.text.tokenizer.merges import Pair, learn_merges, saved_by
 from lapis.text.tokenizer.words import SPACE, WordCounts, WordCutter, batches, is_mark, marked_letters
 
 LEAST = 5  # times that a token must occur in the text to be learned
@@ -55,6 +55,7 @@ class Extension:
         counts: How often each new token occurred when it was learned.
         enough: Whether the text carried as many as were asked for.
         old_tokens: Of each new token the ids that the old tokenizer has for it.
+        characters: How many of the new tokens, from the first on, are characters that the vocabulary lacked.
     """
 
     tokens: list[str]
@@ -63,6 +64,7 @@ class Extension:
     counts: list[int]
     enough: bool
     old_tokens: list[tuple[int, ...]]
+    characters: int = 0
 
     def cut(self, count: int) -> "Extension":
         """The first `count` of the new tokens, with the merges that they need."""
@@ -73,7 +75,7 @@ class Extension:
         )
         return replace(
             self, tokens=self.tokens[:count], merges=self.merges[:end], counts=self.counts[:count],
-            old_tokens=self.old_tokens[:count],
+            old_tokens=self.old_tokens[:count], characters=min(count, self.characters),
         )  # fmt: skip
 
 
@@ -131,6 +133,7 @@ class ExtendableTokenizer:
                 marked.update(marked_letters(text))
             for encoding in self.backend.encode_batch(batch, add_special_tokens=False):
                 counts.words.update(cutter.words(encoding))
+                counts.tokens += len(encoding)
             if progress:
                 progress(counts.bytes)
         counts.characters, counts.marks = cutter.characters, marked.total()
@@ -167,10 +170,7 @@ class ExtendableTokenizer:
             words = {word: n for word, n in words.items() if word not in replay.words}
             banned = {pair for word in replay.words for pair in pairwise(word)}
         chosen = [(c, n) for c, n in counts.characters.most_common() if n >= least and c not in spared][:add]
-        listed = list(counts.characters)
-        place = {self.size + listed.index(c): self.size + i for i, (c, _) in enumerate(chosen)}
-        if counts.characters:
-            words = _with_characters(words, place, self.size)
+        words = self._with_characters(words, counts, [c for c, _ in chosen])
         spelling = self.spelling | {self.size + i: c for i, (c, _) in enumerate(chosen)}
         fit = _any if self.byte_level else _keeps_marks
         learned = learn_merges(
@@ -193,7 +193,48 @@ class ExtendableTokenizer:
             counts=[n for _, n in chosen] + list(learned.counts.values()),
             enough=learned.enough,
             old_tokens=[old[i] for i in order],
+            characters=len(chosen),
         )
+
+    def tokens_saved(self, counts: WordCounts, extension: Extension) -> list[int]:
+        """How many tokens fewer another text has with the first 0, 1, 2, ... of the new tokens.
+
+        Args:
+            counts: The text, as `count_words` gives it.
+            extension: The new tokens.
+        """
+        characters = extension.tokens[: extension.characters]
+        saved = [0]
+        for character in characters:
+            saved.append(saved[-1] + counts.characters[character] * (len(character.encode()) - 1))
+        words = self._with_characters(dict(counts.words), counts, characters)
+        spelling = self.spelling | {self.size + i: c for i, c in enumerate(characters)}
+        ids = {token: i for i, token in spelling.items()}
+        ids |= {token: extension.first + i for i, token in enumerate(extension.tokens)}
+        pairs = ((ids[left], ids[right]) for left, right in extension.merges)
+        further = saved_by(words, spelling, self.ranks, self.size + len(characters), pairs)
+        return saved + [saved[-1] + n for n in further]
+
+    def _with_characters(
+        self, words: dict[tuple[int, ...], int], counts: WordCounts, characters: Sequence[str]
+    ) -> dict[tuple[int, ...], int]:
+        """Words with the given characters under their new ids, cut where another one that is unknown stands."""
+        if not counts.characters:
+            return words
+        new = {character: self.size + i for i, character in enumerate(characters)}
+        place = {self.size + i: new.get(character, -1) for i, character in enumerate(counts.characters)}
+        result: Counter[tuple[int, ...]] = Counter()
+        for word, times in words.items():
+            run: list[int] = []
+            for token in word:
+                number = place.get(token, token)
+                if number < 0:
+                    result[tuple(run)] += times
+                    run = []
+                else:
+                    run.append(number)
+            result[tuple(run)] += times
+        return {word: times for word, times in result.items() if len(word) > 1}
 
     def extended_document(self, extension: Extension) -> dict[str, Any]:
         """What tokenizer.json holds then. Added tokens get a place in the vocabulary, so that they keep their ids."""
@@ -280,22 +321,6 @@ def changed_share(old: tokenizers.Tokenizer, new: tokenizers.Tokenizer, texts: I
                     touched[first:last] = True
             changed += int(touched.sum())
     return changed / max(total, 1)
-
-
-def _with_characters(words: dict[tuple[int, ...], int], place: dict[int, int], size: int) -> dict[tuple[int, ...], int]:
-    """Words with the chosen characters under their new ids, cut where a character that was not chosen stands."""
-    result: Counter[tuple[int, ...]] = Counter()
-    for word, times in words.items():
-        run: list[int] = []
-        for token in word:
-            number = place.get(token, -1) if token >= size else token
-            if number >= 0:
-                run.append(number)
-                continue
-            result[tuple(run)] += times
-            run = []
-        result[tuple(run)] += times
-    return {word: times for word, times in result.items() if len(word) > 1}
 
 
 def _any(left: str, right: str) -> bool:

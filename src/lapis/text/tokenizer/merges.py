@@ -9,7 +9,7 @@ encoded, since they rank before it. Leaves out: what a word is and what becomes 
 
 import heapq
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -77,6 +77,39 @@ def learn_merges(
     return result
 
 
+def saved_by(
+    words: Mapping[tuple[int, ...], int],
+    spelling: Mapping[int, str],
+    ranks: Mapping[Pair, tuple[int, int]],
+    first: int,
+    merges: Iterable[Pair],
+) -> list[int]:
+    """How many tokens fewer a text has after each new token, all before it included.
+
+    Args:
+        words: The words of the text -> how often they occur.
+        spelling: Id -> token, of every old token.
+        ranks: The merges that there are: pair -> (rank, id of the result).
+        first: The id of the first new token.
+        merges: Pairs in the order of their ranks.
+
+    Returns:
+        A count for each new token. Merges that yield a token that there was before count with the new one before them.
+    """
+    state = _Words(words, spelling, ranks, first, 0, (), lambda left, right: False)
+    saved: list[int] = []
+    total = 0
+    for pair in merges:
+        before = state.tokens
+        new = state.merge(pair)[2]
+        total += before - state.tokens
+        if new or not saved:
+            saved.append(total)
+        else:
+            saved[-1] = total
+    return saved
+
+
 class _Words:
     """The words as they stand, how often each pair of neighbors occurs in them, and in which words."""
 
@@ -98,6 +131,7 @@ class _Words:
         ordered = sorted((word for word in words if len(word) > 1), key=lambda word: (-words[word], word))
         self.words = [list(word) for word in ordered]
         self.times = [words[word] for word in ordered]
+        self.tokens = sum(len(word) * times for word, times in zip(self.words, self.times, strict=True))
         self.count: dict[Pair, int] = defaultdict(int)
         self.where: dict[Pair, list[int]] = defaultdict(list)  # may name a word twice, or one that lost the pair
         for number, word in enumerate(self.words):
@@ -124,7 +158,7 @@ class _Words:
     def merge(self, pair: Pair) -> tuple[int, int, bool]:
         """Joins a pair wherever it stands; the token's id, how often it occurred, and whether the token is new."""
         token = self.spelling[pair[0]] + self.spelling[pair[1]]
-        count, merged = self.count[pair], self.ids.get(token)
+        count, merged = self.count.get(pair, 0), self.ids.get(token)
         new = merged is None
         if merged is None:
             merged, self._next_id = self._next_id, self._next_id + 1
@@ -138,6 +172,7 @@ class _Words:
             if len(after) == len(before):
                 continue
             times = self.times[number]
+            self.tokens -= times * (len(before) - len(after))
             for old in pairwise(before):
                 changed[old] -= times
             pairs = set(pairwise(before))

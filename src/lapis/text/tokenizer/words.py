@@ -31,6 +31,7 @@ class WordCounts:
         characters: Characters that the vocabulary lacks and spells in bytes -> occurrences.
         documents: Texts read.
         bytes: Of UTF-8.
+        tokens: Of the whole text, also outside of words.
         marks: Letters with a combining mark behind them.
         cut_marks: Those of them that the tokenizer's splitting cuts from their mark.
     """
@@ -39,6 +40,7 @@ class WordCounts:
     characters: Counter[str] = field(default_factory=Counter)
     documents: int = 0
     bytes: int = 0
+    tokens: int = 0
     marks: int = 0
     cut_marks: int = 0
 

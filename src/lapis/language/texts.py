@@ -1,0 +1,72 @@
+"""Text of a language, part of it held out: files in, texts to learn from and texts to measure on out.
+
+Which document is held out depends on its text alone, so that every step of an adaptation holds out the same ones.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from hashlib import sha256
+from pathlib import Path
+
+from lapis.errors import DataError
+from lapis.text.corpus.labels import bare_texts
+
+SHARE = 20  # one document in so many is held out
+FEW = 200  # documents: below that, long ones are cut, so that something can be held out
+PIECE = 2000  # characters of a piece of such a document
+
+
+def read_texts(files: Sequence[str | Path], most: int | None = None) -> tuple[list[str], list[str]]:
+    """Texts to learn from, and held-out texts.
+
+    Args:
+        files: Files, folders, globs.
+        most: Bytes that are read at most.
+
+    Raises:
+        DataError: Where there is no text, or too little to hold some out.
+    """
+    texts = [text for text in first_bytes(bare_texts(files), most) if text.strip()]
+    if len(texts) < FEW:
+        texts = [piece for text in texts for piece in pieces(text)]
+    learn: list[str] = []
+    held: list[str] = []
+    for text in texts:
+        (held if is_held_out(text) else learn).append(text)
+    if not held and len(learn) > 1:
+        held.append(learn.pop())
+    if not learn or not held:
+        named = ", ".join(map(str, files))
+        raise DataError(f"{named}: holds {len(texts)} texts; at least 2 are needed, to learn from one and hold one out")
+    return learn, held
+
+
+def is_held_out(text: str) -> bool:
+    """Whether a document belongs to those that are held out."""
+    return sha256(text.encode(errors="replace")).digest()[0] % SHARE == 0
+
+
+def pieces(text: str) -> Iterator[str]:
+    """A text cut at line ends, or else at spaces, into pieces of about PIECE characters."""
+    place = 0
+    while place < len(text):
+        end = place + PIECE
+        if end < len(text):
+            cut = max(text.rfind("\n", place + PIECE // 2, end), text.rfind(" ", place + PIECE // 2, end))
+            end = cut + 1 if cut > 0 else end
+        yield text[place:end]
+        place = end
+
+
+def first_bytes(texts: Iterable[str], size: int | None) -> Iterator[str]:
+    """Texts until they have `size` bytes; the last one is cut."""
+    left = size
+    for text in texts:
+        if left is None:
+            yield text
+            continue
+        raw = text.encode(errors="replace")
+        if len(raw) >= left:
+            yield raw[:left].decode(errors="ignore")
+            return
+        left -= len(raw)
+        yield text

@@ -1,0 +1,152 @@
+"""What a language costs: every figure by its definition, a curve that encoding confirms, and when not to extend."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+import torch
+from tokenizers import models
+
+from lapis.errors import DataError
+from lapis.families.config import ModelConfig, Rope
+from lapis.language.extend import extend
+from lapis.language.fertility import fertility
+from lapis.language.recommend import ENOUGH, Curve, knee_of, recommend
+from lapis.language.texts import is_held_out, read_texts
+from lapis.model.load import save
+from lapis.model.size import measure
+from lapis.model.transformer import Transformer
+from lapis.report.pages.fertility import fertility_page
+from lapis.text.tokenizer.tokenizer import Tokenizer, train_tokenizer
+
+ENGLISH = "The old house stands by the river, and the children of the village play in its garden every day. "
+PLACES = ["학교에서", "집에서", "공원에서", "시장에서", "도서관에서"]
+KOREAN = [
+    f"나는 오늘 {a} 친구들과 함께 밥을 먹고 {b} 책을 {n} 읽었습니다." for a in PLACES for b in PLACES for n in range(9)
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "small"
+    tokenizer = train_tokenizer([ENGLISH * 20], 300)
+    torch.manual_seed(0)
+    config = ModelConfig(
+        family="llama", dim=32, layers=2, heads=4, kv_heads=2, head_dim=8, ffn_dim=48, vocab=tokenizer.rows,
+        context=128, tied=True, rope=Rope(theta=1e4),
+    )  # fmt: skip
+    folder.mkdir()
+    save(Transformer(config), folder)
+    tokenizer.save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def korean(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "ko.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in KOREAN))
+    return path
+
+
+@pytest.fixture(scope="module")
+def english(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "en.txt"
+    path.write_text("\n".join(ENGLISH for _ in range(80)))
+    return path
+
+
+def test_figures_are_by_their_definitions(model: Path, korean: Path, english: Path) -> None:
+    result = fertility(model, [korean], replay=[english], scored=600)
+    held = [text for text in KOREAN if is_held_out(text)]
+    tokenizer, target = Tokenizer.open(model), result.languages["target"]
+    ids = [i for text in held for i in tokenizer.encode(text)]
+    size = sum(len(text.encode()) for text in held)
+    assert (target["documents"], target["bytes"]) == (len(held), size)
+    assert target["tokens_per_byte"] == pytest.approx(len(ids) / size)
+    assert target["tokens_per_word"] == pytest.approx(len(ids) / sum(len(text.split()) for text in held))
+    assert target["single_byte_share"] > 0.7 > 0.05 > result.languages["replay"]["single_byte_share"]
+    assert target["bits_per_byte"] > 1 and result.languages["replay"]["bits_per_byte"] > 1
+    assert target["characters_per_second"] > 0
+
+
+def test_the_curve_is_what_extending_brings(model: Path, korean: Path, tmp_path: Path) -> None:
+    result = fertility(model, [korean], run=False)
+    learn, held = read_texts([korean])
+    (tmp_path / "learn.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in learn))
+    size, base = sum(len(text.encode()) for text in held), measure(_shape(model), 128)
+    for point in result.curve[1:]:
+        out = tmp_path / str(point["added"])
+        extend(model, [tmp_path / "learn.jsonl"], out, add=point["added"])
+        tokens = sum(map(len, Tokenizer.open(out).encode_batch(held)))
+        assert point["tokens_per_byte"] == pytest.approx(tokens / size)
+        grown = measure(_shape(out), 128)
+        assert point["parameters"] == grown.total - base.total
+        assert point["flops_per_byte"] == pytest.approx(grown.flops_per_token * tokens / size)
+        assert point["kv_bytes_per_byte"] == pytest.approx(base.kv_cache_bytes / 128 * tokens / size)
+    assert [point["added"] for point in result.curve] == sorted({point["added"] for point in result.curve})
+
+
+def _shape(folder: Path) -> ModelConfig:
+    from lapis.checkpoint import open_checkpoint
+
+    checkpoint = open_checkpoint(folder)
+    assert checkpoint.family is not None
+    return checkpoint.family.read_config(checkpoint.config)
+
+
+def test_a_recommendation_is_what_can_be_learned() -> None:
+    falling = np.linspace(1.0, 0.5, 1001)
+    counts = np.array([ENOUGH] * 400 + [ENOUGH - 1] * 600)
+    assert recommend(Curve(falling, counts))["add"] == 400
+    assert recommend(Curve(falling, np.array([ENOUGH] * 1000), falling + np.linspace(0, 1, 1001)))["add"] == 0
+    few = recommend(Curve(falling, np.array([ENOUGH] * 90 + [5] * 910)))
+    assert few["add"] == 0 and "do not extend" in few["reason"] and "too seldom" in few["reason"]
+    flat = recommend(Curve(np.linspace(1.0, 0.95, 1001), np.array([1000] * 1000)))
+    assert flat["add"] == 0 and "save 5.0% of tokens" in flat["reason"]
+    assert recommend(Curve(np.array([1.0]), np.array([], int)))["add"] == 0
+
+
+def test_the_knee_is_where_the_curve_bends() -> None:
+    bend = np.concatenate((np.linspace(1, 0.2, 51), np.linspace(0.2, 0.1, 950)))
+    assert knee_of(bend) == 50
+    assert knee_of(np.ones(9)) == 0
+
+
+def test_the_same_documents_are_held_out_each_time(korean: Path, english: Path) -> None:
+    assert read_texts([korean]) == read_texts([korean])
+    learn, held = read_texts([korean])
+    assert sorted(learn + held) == sorted(KOREAN) and held == [text for text in KOREAN if is_held_out(text)]
+    learn, held = read_texts([english])
+    assert len(held) >= 1 and sum(map(len, learn + held)) == len(english.read_text())
+    with pytest.raises(DataError, match="at least 2 are needed"):
+        one = korean.with_name("one.txt")
+        one.write_text("one short text")
+        read_texts([one])
+
+
+def test_a_tokenizer_that_cannot_be_extended_is_measured(tmp_path: Path, korean: Path) -> None:
+    words = {token: i for i, token in enumerate(["[UNK]", "[CLS]", "[SEP]", *"abc나는오늘"])}
+    backend = tokenizers.Tokenizer(models.WordPiece(words, unk_token="[UNK]"))
+    backend.save(str(tmp_path / "tokenizer.json"))
+    result = fertility(tmp_path, [korean])
+    assert result.curve == [] and result.recommendation["add"] == 0
+    assert "WordPiece" in result.recommendation["reason"]
+
+
+def test_the_command_prints_one_object_and_writes_a_page(
+    model: Path, korean: Path, english: Path, tmp_path: Path
+) -> None:
+    page = tmp_path / "page.html"
+    command = [sys.executable, "-m", "lapis", "fertility", model, korean, "--replay", english, "--against", model]
+    ran = subprocess.run([*command, "--no-run", "--json", "--html", page], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    result = json.loads(ran.stdout)
+    assert set(result) >= {"languages", "curve", "recommendation", "against"}
+    assert set(result["recommendation"]) == {"add", "reason"}
+    assert {"added", "tokens_per_byte", "parameters", "flops_per_byte"} <= set(result["curve"][0])
+    assert result["against"]["languages"] == result["languages"]
+    assert page.read_text() == fertility_page(result).render()
