@@ -5,9 +5,9 @@ from itertools import pairwise
 
 import pytest
 
+from lapis.tour.clock import Clock, TourLines, spelled
+from lapis.tour.page import advice, sentence
 from lapis.tour.setup.size import RUNS, StorySize
-from lapis.tour.telling.clock import Clock, TourLines, spelled
-from lapis.tour.telling.verdict import advice, sentence
 
 
 class RecordingScreen:

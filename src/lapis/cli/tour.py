@@ -32,9 +32,9 @@ def tour(
     json: print one JSON object.
     """
     from lapis.cli.output import line, show, table
+    from lapis.tour.page import LABELS, MEANS, advice, sentence
     from lapis.tour.run import Tour
     from lapis.tour.run import tour as run
-    from lapis.tour.telling.verdict import LABELS, MEANS, advice, sentence
 
     try:
         findings = run(Tour(minutes, language, data, out, seed, precision))

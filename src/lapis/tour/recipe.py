@@ -7,11 +7,14 @@
     grafted   adapted + scale x (chat - base): no training step
 
 A step whose folder is there is not done again, so a tour that was stopped goes on. Leaves out: how a score is taken
-(measure.py), the page (telling/page.py), and the built-in world (world.py).
+(measure.py), the page (page.py), and the built-in world (world.py).
+
+Shapes: B rows, T places.
 """
 
+import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,18 +27,19 @@ from lapis.generation.options import Sampling
 from lapis.model.load import load
 from lapis.model.transformer import Transformer
 from lapis.text.corpus.corpus import documents
+from lapis.text.rows.mixture import Draw, draws
+from lapis.text.rows.rows import RowBatch
 from lapis.text.tokenizer.tokenizer import TURN_END, TURN_START, Tokenizer
 from lapis.tour import measure
+from lapis.tour.clock import Clock
 from lapis.tour.material import ENGLISH, Material
+from lapis.tour.page import WHAT
 from lapis.tour.setup.copying import write_copying
-from lapis.tour.setup.lessons import Lessons
 from lapis.tour.setup.machine import Machine
 from lapis.tour.setup.size import CONTEXT, StorySize
-from lapis.tour.telling.clock import Clock
-from lapis.tour.telling.page import WHAT
 from lapis.training.config import TrainConfig
 from lapis.training.loop.loop import train
-from lapis.training.objectives.objective import Objective
+from lapis.training.objectives.objective import Cursor, DataPlace, Objective
 from lapis.training.objectives.supervised.next_token import Causal, Chat
 from lapis.training.setup.select import select_parts
 from lapis.weights.diff.diff import diff
@@ -250,3 +254,36 @@ def _curve(name: str, folder: Path) -> list[dict[str, Any]]:
 def _first_sentence(text: str) -> str:
     end = text.find(". ")
     return text[: end + 1] if 0 < end < 120 else " ".join(text.split()[:8])
+
+
+@dataclass(eq=False, kw_only=True)
+class Lessons(Chat):
+    """Chats, and beside them text.
+
+    A graft adds what tuning changed. What tuning forgot would be added as well; where a few rows of every batch are
+    text, little is forgotten.
+
+    Args:
+        text: In both languages. It holds no chat.
+        rows_of_text: Of each batch.
+    """
+
+    text: Causal
+    rows_of_text: int
+
+    def describe(self) -> dict[str, Any]:
+        return {**super().describe(), "text": self.text.describe(), "rows_of_text": self.rows_of_text}
+
+    def batches(self, state: DataPlace) -> Iterator[tuple[Any, Cursor]]:
+        place = state.cursor or {"chats": None, "text": None}
+        chats = draws(self.examples, state.rows - self.rows_of_text, state.seed, place["chats"])
+        texts = draws(self.text.examples, self.rows_of_text, state.seed, place["text"])
+        for (chat, after_chat), (text, after_text) in zip(chats, texts, strict=True):
+            yield (chat, text), {"chats": after_chat, "text": after_text}
+
+    def prepare(self, model: Transformer, batch: tuple[Draw, Draw] | Draw | RowBatch) -> RowBatch:
+        device = next(model.parameters()).device
+        parts = [part.to(device) for part in (batch if isinstance(batch, tuple) else (batch,))]
+        return RowBatch(
+            *(torch.cat([getattr(part, field.name) for part in parts]) for field in dataclasses.fields(RowBatch))
+        )

@@ -16,12 +16,12 @@ from lapis.errors import ConfigError, OutputError
 from lapis.model.threads import threads
 from lapis.model.transformer import Transformer
 from lapis.text.tokenizer.tokenizer import Tokenizer, train_tokenizer
+from lapis.tour.clock import Clock, on_terminal, spelled
 from lapis.tour.material import ENGLISH, Material, write_world
+from lapis.tour.page import page
 from lapis.tour.recipe import Story
 from lapis.tour.setup import machine
 from lapis.tour.setup.size import CONTEXT, StorySize
-from lapis.tour.telling.clock import Clock, on_terminal, spelled
-from lapis.tour.telling.page import page
 from lapis.tour.world import LANGUAGES, World
 
 TOKENIZER_CHARACTERS = 1_500_000  # of text of both languages, from which the tokenizer is trained
