@@ -6,6 +6,7 @@ one for all YAML. It knows no environment variables, includes or interpolation.
 
 import dataclasses
 import difflib
+import math
 import os
 import re
 import types
@@ -155,7 +156,44 @@ def build(cls: type[T], settings: Mapping[str, Any], where: str) -> T:
         raise ConfigError(f"{where}: {error}") from None
 
 
+def check_number(value: float, where: str) -> None:
+    """The one place where a number of settings is checked, before what it is a number of looks at its range.
+
+    Args:
+        value: A number from a file, a command line or a program.
+        where: What an error begins with.
+
+    Raises:
+        ConfigError: For NaN, infinity, and what no setting means: a whole number of more than 63 bits, a size beyond
+            1e30 or below 1e-30.
+    """
+    if isinstance(value, int):
+        if not -(2**63) < value < 2**63:
+            raise ConfigError(f"{where} is {quoted(value)}; expected a whole number of at most 63 bits")
+    elif not math.isfinite(value):
+        raise ConfigError(f"{where} is {value}; expected a finite number")
+    elif value and not 1e-30 <= abs(value) <= 1e30:
+        raise ConfigError(f"{where} is {value:g}; expected 0, or a number between 1e-30 and 1e30")
+
+
+def check_numbers(settings: Any, where: str) -> None:
+    """Checks every number of a dataclass, also those in lists, as `check_number` does."""
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        for item in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(item, (int, float)):
+                check_number(item, f"{where}: {field.name}")
+
+
 def _fit(hint: Any, value: Any, where: str) -> Any:
+    """`_typed`, and where that is a number, one that a setting can be."""
+    result = _typed(hint, value, where)
+    if isinstance(result, (int, float)):
+        check_number(result, where)
+    return result
+
+
+def _typed(hint: Any, value: Any, where: str) -> Any:
     """The value as the annotated type, or ConfigError. Widens int to float and list to tuple, nothing else."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
@@ -169,8 +207,9 @@ def _fit(hint: Any, value: Any, where: str) -> Any:
             if option is not type(None):
                 try:
                     return _fit(option, value, where)
-                except ConfigError:
-                    continue
+                except ConfigError as error:
+                    if str(error).startswith((f"{where}.", f"{where}[")):  # it fits but for something in it
+                        raise
         raise ConfigError(f"{where} is {quoted(value)}; expected {_spelled(hint)}")
     if origin is typing.Literal:
         if value in args:

@@ -14,13 +14,14 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import Any
 
 from cyclopts import App, CycloptsError, Parameter
 
 from lapis import __version__
 from lapis.cli.streams import NotShown, discard, standard_streams
 from lapis.cli.system_errors import system_error
-from lapis.errors import LapisError
+from lapis.errors import ConfigError, LapisError
 
 # name -> (where it lives, what `lapis --help` says of it), in the order in which a user meets them
 COMMANDS = {
@@ -49,12 +50,25 @@ COMMANDS = {
 GROUPS = {"tokenizer": "Train a tokenizer, or extend one.", "data": "Pack text into rows, and look at them."}
 
 
+def _check_number(_kind: Any, value: Any) -> None:
+    """Refuses a number that no option can be; what an option is a number of looks at its range."""
+    if isinstance(value, (int, float)):
+        from lapis.config import check_number
+
+        try:
+            check_number(value, "it")
+        except ConfigError as error:
+            raise ValueError(f"{error}") from None
+
+
 def make_app() -> App:
     """The command tree, with every command still unimported."""
     app = App(
         name="lapis", version=__version__, help="See inside, train and graft language models, layer by layer.",
         # else each list has an --empty-LIST beside it, and what is empty by default says so
-        default_parameter=Parameter(negative_iterable=(), show_default=_shown_default),
+        default_parameter=Parameter(
+            negative_iterable=(), show_default=_shown_default, validator=_check_number
+        ),
         suppress_keyboard_interrupt=False,  # `main` says that it was stopped
     )  # fmt: skip
     groups: dict[str, App] = {}

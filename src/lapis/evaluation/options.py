@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from lapis.config import check_numbers
 from lapis.errors import ConfigError
 
 
@@ -50,6 +51,7 @@ class EvalOptions:
     """cpu or cuda; default: a GPU where there is one."""
 
     def __post_init__(self) -> None:
+        check_numbers(self, "eval")
         for name in ("context", "limit", "max_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -5,7 +5,9 @@ from dataclasses import dataclass, field
 from math import sqrt
 from typing import Any, Literal
 
+from lapis.config import check_numbers
 from lapis.errors import ConfigError
+from lapis.families.fields import LARGEST, MOST_LAYERS
 
 # MLP kinds -> (has a gate, activation)
 MLP_KINDS = {
@@ -115,9 +117,11 @@ class ModelConfig:
     extra: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
+        check_numbers(self, "model")
         for name in ("dim", "layers", "heads", "ffn_dim", "context"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"model: {name} is {getattr(self, name)}; expected 1 or more")
+            most = MOST_LAYERS if name == "layers" else LARGEST
+            if not 1 <= getattr(self, name) <= most:
+                raise ConfigError(f"model: {name} is {getattr(self, name)}; expected 1 to {most:,}")
         if self.head_dim == 0 and self.dim % self.heads:
             raise ConfigError(f"model: dim {self.dim} is not a multiple of heads {self.heads}; give head_dim")
         object.__setattr__(self, "kv_heads", self.kv_heads or self.heads)

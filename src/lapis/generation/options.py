@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from lapis.config import check_numbers
 from lapis.errors import ConfigError
 
 
@@ -32,6 +33,7 @@ class Sampling:
     """Row i of a batch draws from seed + i; none draws anew each time."""
 
     def __post_init__(self) -> None:
+        check_numbers(self, "sampling")
         stop: Any = self.stop
         object.__setattr__(self, "stop", (stop,) if isinstance(stop, str) else tuple(stop))
         for name, fits, expected in (

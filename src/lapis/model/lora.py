@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from lapis.config import check_numbers
 from lapis.errors import ConfigError
 from lapis.families import Part, family_of, part_of
 from lapis.families.patterns import covered_parts
@@ -51,6 +52,7 @@ class LoraConfig:
     base: str = "float32"
 
     def __post_init__(self) -> None:
+        check_numbers(self, "lora")
         if "all-linear" in self.targets:  # PEFT's word
             object.__setattr__(self, "targets", ("attn", "mlp"))
         if self.rank < 1:

@@ -6,6 +6,7 @@ Needs no torch, so that the command line can read it at once. Leaves out what a 
 from dataclasses import dataclass
 from typing import Literal
 
+from lapis.config import check_numbers
 from lapis.errors import ConfigError
 
 Goal = Literal["style", "knowledge"]
@@ -47,6 +48,7 @@ class PlanOptions:
     """Go on, with a note, where chat or onto is no fine-tune of base."""
 
     def __post_init__(self) -> None:
+        check_numbers(self, "plan")
         if self.goal not in ("style", "knowledge"):
             raise ConfigError(f'plan: goal is "{self.goal}"; give style or knowledge')
         if not 0 < self.budget <= 1:

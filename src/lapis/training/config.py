@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from lapis.config import check_numbers
 from lapis.errors import ConfigError
 
 Shape = Literal["wsd", "constant", "cosine", "linear"]
@@ -74,6 +75,7 @@ class TrainConfig:
     best: bool = False
 
     def __post_init__(self) -> None:
+        check_numbers(self, "train")
         bounds = [self.steps, self.epochs, self.minutes]
         if sum(bound is not None for bound in bounds) != 1:
             raise ConfigError("train: give one of steps, epochs or minutes")

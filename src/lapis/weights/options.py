@@ -6,6 +6,7 @@ Needs no torch, so that the command line can read it at once.
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from lapis.config import check_numbers
 from lapis.errors import ConfigError
 
 KeepOrAdd = Literal["keep", "add"]
@@ -63,3 +64,6 @@ class MergeOptions(WriteOptions):
 
     seed: int | None = None
     """What random masks are drawn from, instead of the recipe's."""
+
+    def __post_init__(self) -> None:
+        check_numbers(self, "merge")

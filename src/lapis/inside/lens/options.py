@@ -3,6 +3,7 @@ once."""
 
 from dataclasses import dataclass, replace
 
+from lapis.config import check_numbers
 from lapis.errors import ConfigError
 
 GRID = 24  # tokens of the prompt that a page shows
@@ -23,6 +24,7 @@ class LensOptions:
     """Tokens named per layer."""
 
     def __post_init__(self) -> None:
+        check_numbers(self, "lens")
         for name in ("positions", "top"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import lapis.training.rewards.builtin as builtin
-from lapis.config import nearest
+from lapis.config import check_number, nearest
 from lapis.errors import ConfigError, DataError
 from lapis.parsing import quoted
 from lapis.text.tokenizer.tokenizer import Tokenizer
@@ -85,8 +85,9 @@ def _read(entry: Any, where: str) -> tuple[Any, float, dict[str, Any], str]:
     weight, options = entry.get("weight", 1.0), entry.get("options") or {}
     if not isinstance(target, str):
         raise ConfigError(f"{where}: give name (of a reward that is built in) or path (a folder, or module:function)")
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or weight == 0 or abs(weight) == float("inf"):
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or weight == 0:
         raise ConfigError(f"{where}: weight is {quoted(weight)}; expected a number that is not 0")
+    check_number(weight, f"{where}: weight")
     if not isinstance(options, Mapping):
         raise ConfigError(f"{where}: options is {quoted(options)}; expected names and values")
     return target, float(weight), dict(options), str(entry["name"]) if "path" in entry and "name" in entry else ""

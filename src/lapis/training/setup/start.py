@@ -4,7 +4,9 @@ Adapters and what is frozen come after it (lora.py, select.py).
 """
 
 import dataclasses
+import os
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 
 from lapis.config import build, nearest
 from lapis.errors import ConfigError
-from lapis.families import PRESETS, find
+from lapis.families import PRESETS, family_of, find
 from lapis.families.config import Head, ModelConfig, class_fields
 from lapis.model.load import load
 from lapis.model.transformer import Transformer
@@ -59,6 +61,7 @@ def start_model(
     torch.manual_seed(seed)
     if new is not None:
         shape, notes = _shape(new, objective.tokenizer, head, classes, context)
+        _check_memory(shape)
         model = Transformer(shape)
         model.notes += notes
         if zero_init and head == "lm":
@@ -72,6 +75,20 @@ def start_model(
     if context is not None and context > model.config.context:
         raise ConfigError(f"train: context is {context}; the model has {model.config.context}, give that or less")
     return model
+
+
+def _check_memory(shape: ModelConfig) -> None:
+    """Raises ConfigError for a model whose weights alone are larger than the machine's memory, before it is made."""
+    of_block, others = 0, 0
+    for name, size in family_of(shape).parameter_shapes(shape).items():
+        count = prod(size)
+        of_block, others = (of_block + count, others) if name.startswith("blocks.0.") else (of_block, others + count)
+    parameters, memory = others + shape.layers * of_block, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if parameters * 4 > memory:
+        raise ConfigError(
+            f"train: new is a model of {parameters:,} parameters, whose weights take {parameters * 4 / 1e9:,.0f} GB; "
+            f"this machine has {memory / 1e9:,.0f} GB of memory, give smaller sizes"
+        )
 
 
 @torch.no_grad()

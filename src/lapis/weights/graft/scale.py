@@ -10,13 +10,12 @@ Written as `1.0`, as `0-7=0.5,8-23=1.0`, as `attn=1,mlp=0.5,12-23.mlp=0`, or in 
 Later lines win over earlier ones. Patterns are those of families/patterns.py.
 """
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lapis.config import load_yaml, nearest
+from lapis.config import check_number, load_yaml, nearest
 from lapis.errors import ConfigError
 from lapis.families.base import Family, Part
 from lapis.families.patterns import Pattern, read_layers, read_pattern
@@ -136,8 +135,9 @@ def _from_mapping(settings: Mapping[str, Any], where: str) -> Scale:
 def _number(value: Any, where: str) -> float:
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ConfigError(f"{where} is {quoted(value)}; expected a number") from None
-    if not math.isfinite(number) or isinstance(value, bool):
-        raise ConfigError(f"{where} is {quoted(value)}; expected a finite number")
+    if isinstance(value, bool):
+        raise ConfigError(f"{where} is {quoted(value)}; expected a number")
+    check_number(number, where)
     return number

@@ -8,6 +8,7 @@ Python's grammar and an allow-list of sums, differences and products with number
 import ast
 import re
 
+from lapis.config import check_number
 from lapis.errors import ConfigError
 from lapis.weights.merge.methods import METHODS
 from lapis.weights.merge.recipe import Input, Recipe, Slice
@@ -61,6 +62,8 @@ def coefficients(text: str) -> dict[str, float]:
     gone = [name for name, weight in value.items() if weight == 0]
     if gone:
         raise ConfigError(f'"{text}": {gone[0]} cancels out; leave it away')
+    for name, weight in value.items():
+        check_number(weight, f'"{text:.200}": the factor of {name:.100}')
     return value
 
 
@@ -70,8 +73,7 @@ def _value(node: ast.expr, names: list[str], text: str) -> float | dict[str, flo
         case ast.Name(id=name):
             return {names[int(name[1:])]: 1.0}
         case ast.Constant(value=int() | float() as number) if not isinstance(number, bool):
-            if abs(number) > 1e30:
-                raise ConfigError(f'"{text}": {number:g} is out of range')
+            check_number(number, f'"{text:.200}": a number')
             return float(number)
         case ast.UnaryOp(op=ast.USub() | ast.UAdd() as sign, operand=operand):
             value = _value(operand, names, text)

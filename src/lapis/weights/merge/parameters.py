@@ -5,11 +5,12 @@ A setting is a value, a list (a gradient over the layers of a slice, interpolate
 the input, then the output slice, the module, and the top.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args, get_origin
 
-from lapis.config import nearest, truth
+from lapis.config import check_number, nearest, truth
 from lapis.errors import ConfigError
 from lapis.parsing import quoted
 from lapis.weights.merge.methods import METHODS, Method, Parameter
@@ -137,9 +138,14 @@ def _scalar(value: Any, parameter: Parameter, where: str) -> Any:
     elif isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
             number = float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             number = float("nan")
         if number == number and abs(number) != float("inf") and (kind is float or number == int(number)):
+            check_number(number, f"{where}: {parameter.name}")
+            least, most = parameter.span
+            if not least <= number <= most:
+                expected = f"from {least:g} to {most:g}" if most < math.inf else f"{least:g} or more"
+                raise ConfigError(f"{where}: {parameter.name} is {number:g}; expected {expected}")
             return kind(number)
     spelled = " or ".join(get_args(kind)) if get_origin(kind) else {bool: "true or false"}.get(kind, "a number")
     raise ConfigError(f"{where}: {parameter.name} is {quoted(value)}; expected {spelled}")

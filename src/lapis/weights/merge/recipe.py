@@ -21,11 +21,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lapis.config import load_yaml, nearest, truth
+from lapis.config import check_number, load_yaml, nearest, truth
 from lapis.errors import ConfigError
+from lapis.families.fields import MOST_LAYERS
 from lapis.parsing import quoted
 from lapis.weights.merge.methods import METHODS, Method
 from lapis.weights.merge.parameters import check_parameters, only
+
+MOST_PADDING = 1 << 16  # rows
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 
@@ -124,6 +127,9 @@ def parse_recipe(document: Mapping[str, Any], where: str = "recipe") -> Recipe:
         slices = [Slice(tuple(inputs))]
     else:
         slices = [_slice(entry, f"{where}: slices[{i}]") for i, entry in enumerate(_list(body, "slices", where))]
+        layers = sum(max(last - first for first, last in filter(None, (e.layers for e in s.inputs))) for s in slices)
+        if layers > MOST_LAYERS:
+            raise ConfigError(f"{where}: the slices hold {layers:,} layers; a model has at most {MOST_LAYERS:,}")
     if base and given == ["models"] and base not in [entry.model for entry in slices[0].inputs]:
         slices = [Slice((*slices[0].inputs, Input(base)))]
         notes.append(f"base_model {base} is not among the models; added")
@@ -194,8 +200,9 @@ def _input(entry: Any, where: str, layered: bool) -> Input:
         if not (isinstance(span, list) and len(span) == 2 and all(type(n) is int for n in span)):
             raise ConfigError(f"{where}: layer_range is {quoted(span)}; expected [first, last), such as [0, 12]")
         layers = (span[0], span[1])
-        if not 0 <= layers[0] < layers[1]:
-            raise ConfigError(f"{where}: layer_range {span} holds no layers")
+        if not 0 <= layers[0] < layers[1] <= MOST_LAYERS:
+            why = "holds no layers" if layers[1] <= MOST_LAYERS else f"goes beyond {MOST_LAYERS:,} layers"
+            raise ConfigError(f"{where}: layer_range {quoted(span)} {why}")
     return Input(model, layers, _mapping(entry, "parameters", where))
 
 
@@ -229,6 +236,8 @@ def _tokens(document: Mapping[str, Any], where: str) -> Tokens | None:
         for token, entry in _mapping(settings, "tokens", f"{where}: tokenizer").items()
     }
     multiple = _whole(settings.get("pad_to_multiple_of") or 1, f"{where}: tokenizer: pad_to_multiple_of")
+    if multiple > MOST_PADDING:
+        raise ConfigError(f"{where}: tokenizer: pad_to_multiple_of is {multiple:,}; expected at most {MOST_PADDING:,}")
     return Tokens(_text(settings.get("source", "union"), f"{where}: tokenizer: source"), listed, max(1, multiple))
 
 
@@ -289,4 +298,5 @@ def _optional_text(document: Mapping[str, Any], key: str, where: str) -> str | N
 def _whole(value: Any, where: str) -> int:
     if type(value) is not int or value < 0:
         raise ConfigError(f"{where} is {quoted(value)}; expected a whole number")
+    check_number(value, where)
     return value

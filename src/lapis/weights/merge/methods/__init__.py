@@ -6,6 +6,7 @@ Leaves out: recipes (weights/merge/recipe.py), files (weights/engine/stream.py).
 """
 
 import inspect
+import math
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -20,13 +21,17 @@ __all__ = ["METHODS", "Block", "Elementwise", "Method", "Parameter"]
 
 @dataclass(frozen=True)
 class Parameter:
-    """One parameter of a method as a recipe names it. default is MISSING where a recipe must set it."""
+    """One parameter of a method as a recipe names it. default is MISSING where a recipe must set it.
+
+    span: the least and the most that a number can be.
+    """
 
     name: str
     kind: Any
     per_model: bool
     default: Any
     help: str
+    span: tuple[float, float] = (-math.inf, math.inf)
 
     MISSING: typing.ClassVar[Any] = inspect.Parameter.empty
 
@@ -60,11 +65,11 @@ class Method:
         hints = typing.get_type_hints(self.function, include_extras=True)
         parameters = {}
         for name, argument in inspect.signature(self.function).parameters.items():
-            kind, words = typing.get_args(hints[name])
+            kind, words, *span = typing.get_args(hints[name])
             written = name.rstrip("_")
             per_model = kind == PerModel
             default = argument.default[0] if per_model and isinstance(argument.default, tuple) else argument.default
-            parameters[written] = Parameter(written, float if per_model else kind, per_model, default, words)
+            parameters[written] = Parameter(written, float if per_model else kind, per_model, default, words, *span)
         return parameters
 
     @property

@@ -13,6 +13,7 @@ import hashlib
 import threading
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
+from math import inf
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -216,24 +217,24 @@ _Ints = np.ndarray[Any, np.dtype[np.integer[Any]]]
 PerModel = tuple[float, ...]
 
 Weight = Annotated[PerModel, "share of each model"]
-Density = Annotated[PerModel, "share of each model's difference that is kept, 0 to 1"]
-Gamma = Annotated[PerModel, "share of each model's largest differences that is dropped as outliers"]
-Epsilon = Annotated[PerModel, "how far keep probabilities go from density at the smallest and largest of a row"]
+Density = Annotated[PerModel, "share of each model's difference that is kept, 0 to 1", (0, 1)]
+Gamma = Annotated[PerModel, "share of each model's largest differences that is dropped as outliers", (0, 1)]
+Epsilon = Annotated[PerModel, "how far keep probabilities go from density at the smallest and largest of a row", (0, 1)]
 Normalize = Annotated[bool, "divide by the sum of the weights"]
 Lambda = Annotated[float, "scale of the merged difference"]
 Interpolation = Annotated[float, "0 gives the base, 1 the other model"]
-NearswapT = Annotated[float, "distance within which the other model's elements are taken over"]
+NearswapT = Annotated[float, "distance within which the other model's elements are taken over", (0, inf)]
 Rescale = Annotated[bool, "make up for what was dropped"]
 Scale = Annotated[PerModel, "factor on the tensor"]
-RamEpsilon = Annotated[float, "a difference up to this size counts as none"]
+RamEpsilon = Annotated[float, "a difference up to this size counts as none", (0, inf)]
 RamR = Annotated[float, "how strongly what one model owns alone is raised"]
-RamAlpha = Annotated[float, "the most that the shared-to-own ratio counts"]
+RamAlpha = Annotated[float, "the most that the shared-to-own ratio counts", (0, inf)]
 Numerics = Annotated[Literal["mergekit", "paper"], "whose choices are followed where the two differ"]
-SelectTopK = Annotated[float, "share of elements, those of largest variance over the models, that is merged"]
+SelectTopK = Annotated[float, "share of elements, those of largest variance over the models, that is merged", (0, 1)]
 Flatten = Annotated[bool, "interpolate the tensor as one vector"]
 RowWise = Annotated[bool, "with nuslerp_flatten: false, interpolate column vectors (dimension 0), as mergekit names it"]
 NormalizeWeights = Annotated[bool, "make the weights sum to 1"]
-Eps = Annotated[float, "smallest norm that is divided by"]
-MaxIterations = Annotated[int, "most steps towards the mean"]
-Tolerance = Annotated[float, "step below which the mean is reached"]
+Eps = Annotated[float, "smallest norm that is divided by", (0, inf)]
+MaxIterations = Annotated[int, "most steps towards the mean", (1, 100_000)]
+Tolerance = Annotated[float, "step below which the mean is reached", (0, inf)]
 FilterWise = Annotated[bool, "one ratio for each row instead of for the tensor"]
