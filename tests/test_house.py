@@ -27,11 +27,12 @@ MAY_IMPORT = {
     "inside": {"checkpoint", "model", "text", "report"},
     "planning": {"checkpoint", "evaluation", "families", "model", "report", "text", "weights"},
     "report": set(),
+    "formats": {"checkpoint", "evaluation", "families", "model", "text"},
     "language": {"checkpoint", "evaluation", "families", "generation", "model", "text", "weights"},
     "tour": {"checkpoint", "evaluation", "families", "generation", "model", "report", "text", "training", "weights"},
     "cli": {
-        "checkpoint", "evaluation", "families", "generation", "inside", "language", "model", "planning", "report",
-        "text", "tour", "training", "weights",
+        "checkpoint", "evaluation", "families", "formats", "generation", "inside", "language", "model", "planning",
+        "report", "text", "tour", "training", "weights",
     },
 }  # fmt: skip
 

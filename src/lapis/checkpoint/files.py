@@ -68,6 +68,15 @@ def read_at(path: Path, offset: int, buffer: memoryview, opened: tuple[int, ...]
         os.close(handle)
 
 
+def describe_absence(source: str | os.PathLike[str]) -> str:
+    """Why there is no folder, and what helps: for messages, after the path and a colon."""
+    if not os.path.exists(source):
+        return "there is no such file" if str(source).endswith(".gguf") else "there is no such folder"
+    if str(source).endswith(".gguf"):
+        return f"is a GGUF file; make a model folder of it with: lapis import {source} --out DIR"
+    return "is a file; give the folder that holds it"
+
+
 def read_json(path: Path) -> Any:
     """A JSON file; CheckpointError with line and column where it is damaged, names a key twice, or is not UTF-8."""
     try:

@@ -37,6 +37,11 @@ def open_checkpoint(source: str | os.PathLike[str], *, adapters: bool = False) -
             raise CheckpointError(f"{source}: holds an adapter; make it a model with: lapis fuse {source} --out DIR")
         adapter = open_adapter(root)
         return replace(base_of(adapter), source=str(source), adapter=adapter)
+    if "config.json" not in present and (files := [name for name in present if name.endswith(".gguf")]):
+        place = root / files[0]
+        raise CheckpointError(
+            f"{source}: holds a GGUF file; make a model folder of it with: lapis import {place} --out DIR"
+        )
     config_path = contained(root, "config.json")
     config = read_json(config_path)
     if not isinstance(config, dict):

@@ -43,6 +43,8 @@ COMMANDS = {
     "graft": ("lapis.cli.graft:graft", "Add chat - base to a model: the chat vector."),
     "merge": ("lapis.cli.merge:merge", "Merge models by a recipe or a formula."),
     "report": ("lapis.cli.report:report", "What some folders hold, as one page."),
+    "export": ("lapis.cli.export:export", "A model as one GGUF file, for llama.cpp and Ollama."),
+    "import": ("lapis.cli.export:import_", "A model folder from a GGUF file."),
     "generate": ("lapis.cli.generate:generate", "Continue a prompt."),
     "chat": ("lapis.cli.chat:chat", "Talk with a model in the terminal."),
 }

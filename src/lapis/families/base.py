@@ -13,6 +13,7 @@ from typing import Any
 from lapis.errors import CheckpointError, ConfigError
 from lapis.families.config import ModelConfig
 from lapis.families.fields import Fields
+from lapis.families.gguf import Gguf
 from lapis.families.shapes import SAME, Shape, Transform, common_shapes, has_parameter
 from lapis.parsing import quoted
 
@@ -88,6 +89,7 @@ class Family:
             only.
         presets: Published sizes: name -> the fields of config.json that shape the model.
         block: A module of `lapis.model.blocks`, whose `ARCHITECTURE` builds the model; its own where the block differs.
+        gguf: model_type -> how such a model lies in a GGUF file, where llama.cpp has it.
     """
 
     name: str
@@ -102,6 +104,7 @@ class Family:
     defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     block: str = "standard"
+    gguf: Mapping[str, Gguf] = field(default_factory=dict)
 
     @cached_property
     def _patterns(self) -> tuple[tuple[re.Pattern[str], Rule], ...]:

@@ -10,6 +10,7 @@ from lapis.errors import ConfigError
 from lapis.families.base import Family, refuse_shape, rules
 from lapis.families.config import ModelConfig
 from lapis.families.fields import TOKENS, Fields
+from lapis.families.gguf import LEARNED, Gguf
 
 BLOCK = "encoder.layer.{layer}."
 BOTH = "weight bias"
@@ -126,5 +127,18 @@ FAMILY = Family(
     shapes=lambda config: {"embed.types": (config.types, config.dim), "head.transform": (config.dim, config.dim)},
     defaults={"bert": {**ENCODER, "norm_place": "post", "types": 2, "tied": True}},
     presets={"bert-base-uncased": _preset(768, 12, 12), "bert-large-uncased": _preset(1024, 24, 16)},
+    gguf={
+        "bert": Gguf(
+            "bert",
+            inner=("masked",),
+            computes={
+                **LEARNED,
+                "norm_place": ("post",),
+                "causal": (False,),
+                "head": ("none", "masked"),
+                "mlp": ("gelu", "gelu_tanh"),
+            },
+        )
+    },
     spellings=((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias")),
 )

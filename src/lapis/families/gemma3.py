@@ -10,6 +10,7 @@ from lapis.errors import CheckpointError, ConfigError
 from lapis.families.base import Family, refuse_shape, rules
 from lapis.families.config import ModelConfig
 from lapis.families.fields import TOKENS, Fields
+from lapis.families.gguf import ROTARY, Gguf
 from lapis.families.llama import (
     GATE_NAMES,
     GATES,
@@ -170,5 +171,9 @@ FAMILY = Family(
     block="gemma3",
     defaults={"gemma3_text": {"qk_norm": True, "mlp": "geglu_tanh", "tied": True, "rope": {"theta": 1e6},
                               "window_rope": {"theta": 1e4}}},
+    gguf={"gemma3_text": Gguf(
+        "gemma3", norm_offset=1.0, windows="sixth",
+        computes={**ROTARY, "mlp": ("geglu_tanh",), "bias": ("none",), "query_scalar": (0.0,)},
+    )},
     presets={"gemma-3-270m": _preset(640, 18, 4, 2048), "gemma-3-1b": _preset(1152, 26, 4, 6912)},
 )  # fmt: skip

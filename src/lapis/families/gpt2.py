@@ -10,6 +10,7 @@ from lapis.errors import ConfigError
 from lapis.families.base import Family, Rule, refuse_shape, rules
 from lapis.families.config import ModelConfig
 from lapis.families.fields import TOKENS, Fields
+from lapis.families.gguf import LEARNED, Gguf
 from lapis.families.shapes import STACK, STACK_TRANSPOSE, TRANSPOSE
 
 BLOCK = "h.{layer}."
@@ -122,6 +123,12 @@ FAMILY = Family(
             "mlp": "gelu_tanh",
             "tied": True,
         }
+    },
+    gguf={
+        "gpt2": Gguf(
+            "gpt2",
+            computes={**LEARNED, "norm_place": ("pre",), "causal": (True,), "head": ("lm",), "mlp": ("gelu_tanh",)},
+        )
     },
     presets={
         "gpt2": _preset(768, 12, 12),

@@ -11,6 +11,7 @@ from lapis.errors import CheckpointError, ConfigError
 from lapis.families.base import Family, refuse_shape, rules
 from lapis.families.config import ModelConfig, Rope
 from lapis.families.fields import TOKENS, Fields
+from lapis.families.gguf import ROTARY, Gguf
 from lapis.parsing import quoted
 
 BLOCK = "layers.{layer}."
@@ -297,4 +298,10 @@ FAMILY = Family(
     ignored=(r"rotary_emb\.inv_freq$",),
     defaults={"qwen2": {"bias": "qkv"}, "qwen3": {"qk_norm": True}},
     presets=PRESETS,
+    gguf={
+        "llama": Gguf("llama", permuted=True, computes={**ROTARY, "mlp": ("swiglu",)}),
+        "mistral": Gguf("llama", permuted=True, computes={**ROTARY, "mlp": ("swiglu",)}),
+        "qwen2": Gguf("qwen2", computes={**ROTARY, "mlp": ("swiglu",)}),
+        "qwen3": Gguf("qwen3", computes={**ROTARY, "mlp": ("swiglu",), "bias": ("none",)}),
+    },
 )

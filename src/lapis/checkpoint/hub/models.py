@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lapis.checkpoint.files import contained
+from lapis.checkpoint.files import contained, describe_absence
 from lapis.checkpoint.hub.ranges import RemoteFile
 from lapis.checkpoint.hub.repository import (
     REVISION,
@@ -126,8 +126,7 @@ def find_model(source: str | os.PathLike[str], index: str) -> Snapshot:
     """
     identity = hub_id(str(source))
     if identity is None:
-        what = "is a file; give the folder that holds it" if os.path.exists(source) else "there is no such folder"
-        raise CheckpointError(f"{source}: {what}")
+        raise CheckpointError(f"{source}: {describe_absence(source)}")
     snapshot = open_snapshot(str(source), *identity)
     if holds_adapter(snapshot.sizes):
         snapshot.fetch_beside()

@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
 
-from lapis.checkpoint.files import contained
+from lapis.checkpoint.files import contained, describe_absence
 from lapis.checkpoint.hub.models import local_folder
 from lapis.errors import CheckpointError, ConfigError, DataError, LapisError
 from lapis.text.chat.chat import turn_end
@@ -36,8 +36,12 @@ from lapis.text.tokenizer.words import batches, marked_letters, refuse_half_char
 
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 PAD, CLS, SEP, MASK = "[PAD]", "[CLS]", "[SEP]", "[MASK]"
-# GPT-2's splitting, but a combining mark stays with its letter
-_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?[\p{L}\p{M}]+| ?\p{N}+| ?[^\s\p{L}\p{M}\p{N}]+|\s+(?!\S)|\s+"
+# Qwen 3.5's splitting: a combining mark stays with its letter, and GGUF files have a name for it ("qwen35"), as they
+# have none for GPT-2's with marks
+_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
 
 
 class _HasFiles(Protocol):
@@ -89,8 +93,7 @@ class Tokenizer:
         if not root.is_dir():
             cached = local_folder(root)
             if cached is None:
-                what = "is a file; give the folder that holds it" if root.exists() else "there is no such folder"
-                raise CheckpointError(f"{root}: {what}")
+                raise CheckpointError(f"{root}: {describe_absence(root)}")
             root = cached
         backend, named, as_stored = open_backend(root)
         templates = read_templates(root)
@@ -239,6 +242,11 @@ class Tokenizer:
         """The template for chats without tools, or None."""
         return self.templates.get("default")
 
+    def document(self) -> dict[str, Any]:
+        """What encodes, as the object that tokenizer.json holds."""
+        document: dict[str, Any] = json.loads(self._backend.to_str())
+        return document
+
     def digest(self) -> str:
         """sha256 over vocabulary, merges, special tokens and templates: what the ids of a chat depend on."""
         import hashlib
@@ -269,10 +277,9 @@ class Tokenizer:
 def train_tokenizer(
     files_or_texts: Iterable[str | Path], vocab: int, kind: Literal["chat", "masked"] = "chat"
 ) -> Tokenizer:
-    """A byte-level BPE, split as GPT-2 does it, save that combining marks stay with their letters.
+    """A byte-level BPE, split as Qwen 3.5 does it: combining marks stay with their letters, digits stand alone.
 
-    Hindi, Thai, Tamil and vowelled Arabic have such marks. Where no token holds both, the splitting is GPT-2's own. The
-    same text gives the same tokenizer.
+    Hindi, Thai, Tamil and vowelled Arabic have such marks. The same text gives the same tokenizer.
 
     Args:
         files_or_texts: A Path is a file or folder of text or chats, a str is text itself.

@@ -1,0 +1,277 @@
+"""The shape of a model as the keys of a GGUF file, and back.
+
+The keys are those that llama.cpp reads for all architectures alike. What they cannot say is refused by name. Leaves out
+the tokenizer (formats/vocabulary/) and the tensors (tensors.py).
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from lapis.errors import CheckpointError, ConfigError
+from lapis.families import FAMILIES, Family
+from lapis.families.config import ModelConfig, Rope
+from lapis.families.gguf import Gguf
+from lapis.formats.gguf.header import GgufFile
+from lapis.formats.gguf.library import Array
+from lapis.formats.gguf.tensors import ROPE_FACTORS
+
+NEAR_THETA = 10_000.0  # of layers with a window, which llama.cpp knows without a key
+SIXTH = 6
+MEAN_POOLING, CLS_POOLING = 1, 2
+
+
+def layout_of(config: ModelConfig, family: Family) -> Gguf:
+    """How a model of this shape lies in a file. Raises ConfigError where llama.cpp does not have it, by name."""
+    layout = family.gguf.get(config.family)
+    if layout is None:
+        known = ", ".join(kind for other in FAMILIES for kind in other.gguf)
+        raise ConfigError(f"{config.family} has no GGUF file here; known: {known}")
+    layout.check(config)
+    return layout
+
+
+def write_keys(config: ModelConfig, layout: Gguf, notes: list[str]) -> dict[str, Any]:
+    """Key without the architecture's name in front -> int, float or bool. notes: gains what a reader should know.
+
+    Raises ConfigError for windows and rotary positions that llama.cpp has no words for.
+    """
+    epsilon = "attention.layer_norm_rms_epsilon" if config.norm == "rms" else "attention.layer_norm_epsilon"
+    keys: dict[str, Any] = {
+        "vocab_size": config.vocab, "context_length": config.context, "embedding_length": config.dim,
+        "block_count": config.layers, "feed_forward_length": config.ffn_dim, "attention.head_count": config.heads,
+        "attention.head_count_kv": config.kv_heads, epsilon: float(config.norm_eps),
+    }  # fmt: skip
+    if config.positions == "rotary":
+        keys |= {"attention.key_length": config.head_dim, "attention.value_length": config.head_dim,
+                 "rope.dimension_count": config.head_dim, "rope.freq_base": float(config.rope.theta),
+                 **_rope_keys(config.rope)}  # fmt: skip
+    if not config.causal:
+        keys |= {"attention.causal": False, "pooling_type": MEAN_POOLING}
+        notes.append(
+            "its embedding of a text is the mean of its last layer (pooling_type 1); --pooling cls is llama.cpp's"
+        )
+    if layout.windows == "sixth":
+        _check_sixth(config)
+        keys["attention.sliding_window"] = config.window
+    elif config.window is not None and config.window < config.context:
+        keys["context_length"] = config.window
+        notes.append(
+            f"llama.cpp has no window for {config.family}: the context is told as {config.window:,} tokens, within "
+            "which nothing differs"
+        )
+    return keys
+
+
+def _check_sixth(config: ModelConfig) -> None:
+    """Windows in all layers but each sixth, with a rotary base of 10,000: what llama.cpp takes for granted."""
+    windowed = [config.windowed(i) for i in range(config.layers)]
+    if config.window is None or windowed != [bool((i + 1) % SIXTH) for i in range(config.layers)]:
+        raise ConfigError(
+            f"llama.cpp gives {config.family} a window in five layers of six, in order; this model has no GGUF file"
+        )
+    near = config.window_rope or config.rope
+    if near != Rope(theta=NEAR_THETA):
+        raise ConfigError(
+            f"layers with a window turn by {near.kind} rotary positions of base {near.theta:g}; llama.cpp knows only "
+            f"{NEAR_THETA:g} there"
+        )
+
+
+def _rope_keys(rope: Rope) -> dict[str, Any]:
+    if rope.kind in ("default", "llama3"):  # llama3's factors are a tensor
+        return {}
+    plain = Rope(rope.theta, rope.kind, rope.factor, rope.original_context)
+    if rope.kind == "dynamic" or replace(rope, beta_fast=None, beta_slow=None) != plain or _own_betas(rope):
+        raise ConfigError(f"rotary positions of kind {rope.kind} with these settings have no words in a GGUF file")
+    keys: dict[str, Any] = {"rope.scaling.type": rope.kind, "rope.scaling.factor": float(rope.factor or 1.0)}
+    if rope.original_context:
+        keys["rope.scaling.original_context_length"] = rope.original_context
+    return keys
+
+
+def _own_betas(rope: Rope) -> bool:
+    return rope.beta_fast not in (None, 32) or rope.beta_slow not in (None, 1)
+
+
+def rope_factors(rope: Rope, head_dim: int, context: int) -> Array | None:
+    """What llama3's rotary positions divide each pair's frequency by, float32 [head_dim / 2]; None for other kinds."""
+    if rope.kind != "llama3":
+        return None
+    inverse = 1.0 / rope.theta ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    factor, low, high = rope.factor or 1.0, rope.low_freq_factor or 1.0, rope.high_freq_factor or 4.0
+    turns = (rope.original_context or context) * inverse / (2 * math.pi)
+    smooth = np.clip((turns - low) / (high - low), 0, 1)
+    factors: Array = (1 / ((1 - smooth) / factor + smooth)).astype(np.float32)
+    return factors
+
+
+class _Keys:
+    """The keys of one architecture, each asked for with its type and range."""
+
+    def __init__(self, file: GgufFile, arch: str) -> None:
+        self.file, self.arch = file, arch
+
+    def value(self, name: str) -> Any:
+        return self.file.fields.get(f"{self.arch}.{name}")
+
+    def whole(self, name: str, default: int | None = None) -> int:
+        value = self.value(name)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
+            self.wrong(name, value, "a whole number from 1")
+        assert isinstance(value, int)
+        return value
+
+    def number(self, name: str, default: float | None = None) -> float:
+        value = self.value(name)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            self.wrong(name, value, "a number above 0")
+        assert isinstance(value, (int, float))
+        return float(np.float32(value).astype(str)) if isinstance(value, float) else float(value)
+
+    def wrong(self, name: str, value: Any, expected: str) -> None:
+        what = "is missing" if value is None else f"is {value!r:.40}"
+        raise CheckpointError(f"{self.file.path}: {self.arch}.{name} {what}; expected {expected}")
+
+
+def read_shape(file: GgufFile) -> tuple[ModelConfig, Family, Gguf]:
+    """The model that a file holds, from its keys and from which tensors are there.
+
+    Raises:
+        CheckpointError: For an architecture that is not known, a key that is missing or wrong, or one that says what
+            lapis does not compute.
+    """
+    arch = file.fields.get("general.architecture")
+    known = {layout.arch: (kind, family, layout) for family in reversed(FAMILIES)
+             for kind, layout in reversed(list(family.gguf.items()))}  # fmt: skip
+    if arch not in known:
+        raise CheckpointError(
+            f"{file.path}: general.architecture is {arch!r:.40}; lapis imports {', '.join(sorted(known))}"
+        )
+    kind, family, layout = known[str(arch)]
+    keys = _Keys(file, str(arch))
+    has: Callable[[str], bool] = file.tensors.__contains__
+    embedding = file.tensors.get("token_embd.weight")
+    if embedding is None or len(embedding.shape) != 2:
+        raise CheckpointError(f"{file.path}: holds no token_embd.weight; it is no language model")
+    if keys.value("expert_count"):
+        raise CheckpointError(f"{file.path}: holds a mixture of experts, which lapis does not run")
+    dim, heads, layers = (keys.whole(n) for n in ("embedding_length", "attention.head_count", "block_count"))
+    if layers > len(file.tensors):
+        raise CheckpointError(f"{file.path}: claims {layers:,} blocks, and holds {len(file.tensors):,} tensors")
+    if dim % heads and keys.value("attention.key_length") is None:
+        raise CheckpointError(f"{file.path}: embedding_length {dim} is not a multiple of {heads} heads")
+    context, head_dim = keys.whole("context_length"), keys.whole("attention.key_length", dim // heads)
+    fields: dict[str, Any] = {
+        "family": kind, "dim": dim, "layers": layers, "heads": heads, "head_dim": head_dim,
+        "kv_heads": keys.whole("attention.head_count_kv", heads), "ffn_dim": keys.whole("feed_forward_length"),
+        "vocab": embedding.shape[0], "context": context, "bias": _bias(file, layers),
+        "tied": not has("output.weight"), "qk_norm": has("blk.0.attn_q_norm.weight"),
+        **{name: values[0] for name, values in layout.computes.items() if name not in ("bias", "query_scalar")},
+    }  # fmt: skip
+    if fields["norm"] == "rms":
+        fields["norm_eps"] = keys.number("attention.layer_norm_rms_epsilon")
+    else:
+        fields["norm_eps"] = keys.number("attention.layer_norm_epsilon")
+    if fields["positions"] == "rotary":
+        fields["rope"] = _read_rope(file, keys, head_dim, context)
+    if (position := file.tensors.get("position_embd.weight")) is not None:
+        fields["context"] = position.shape[0]
+    if (types := file.tensors.get("token_types.weight")) is not None:
+        fields["types"] = types.shape[0]
+    if layout.windows == "sixth":
+        fields |= {"window": keys.whole("attention.sliding_window"), "window_rope": {"theta": NEAR_THETA},
+                   "window_layers": tuple(i for i in range(layers) if (i + 1) % SIXTH)}  # fmt: skip
+        pattern = keys.value("attention.sliding_window_pattern")
+        if pattern not in (None, SIXTH, [bool((i + 1) % SIXTH) for i in range(layers)]):
+            raise CheckpointError(f"{file.path}: {arch}.attention.sliding_window_pattern is not one layer of six")
+    elif arch == "llama" and (window := keys.value("attention.sliding_window")):
+        fields |= {"family": "mistral", "window": window}
+    try:
+        return ModelConfig.of(fields), family, family.gguf[fields["family"]]
+    except (ConfigError, TypeError) as error:
+        raise CheckpointError(f"{file.path}: {error}") from None
+
+
+def _bias(file: GgufFile, layers: int) -> str:
+    """Which linear layers have a bias, from the tensors of the first block."""
+    has = {name for name in ("attn_q", "attn_qkv", "attn_output", "ffn_up") if f"blk.0.{name}.bias" in file.tensors}
+    attention = bool(has & {"attn_q", "attn_qkv"})
+    if attention and "attn_output" not in has:
+        return "qkv"
+    return {(False, False): "none", (True, False): "attention", (False, True): "mlp", (True, True): "all"}[
+        attention, "ffn_up" in has
+    ]
+
+
+def _read_rope(file: GgufFile, keys: _Keys, head_dim: int, context: int) -> dict[str, Any]:
+    if keys.whole("rope.dimension_count", head_dim) != head_dim:
+        keys.wrong("rope.dimension_count", keys.value("rope.dimension_count"), f"the whole head, {head_dim}")
+    rope: dict[str, Any] = {"theta": keys.number("rope.freq_base", 10_000.0)}
+    if (tensor := file.tensors.get(ROPE_FACTORS)) is not None:
+        if tensor.type != "F32" or tensor.shape != (head_dim // 2,):
+            raise CheckpointError(f"{file.path}: {ROPE_FACTORS} is no vector of {head_dim // 2} float32 numbers")
+        return rope | _llama3_of(file.read(tensor, 0, 1).view(np.float32)[0], rope["theta"], head_dim, str(file.path))
+    kind = keys.value("rope.scaling.type") or "none"
+    linear = keys.value("rope.scale_linear")
+    if kind == "none" and linear not in (None, 1.0):
+        return rope | {"kind": "linear", "factor": float(linear)}
+    if kind == "none":
+        return rope
+    if kind not in ("linear", "yarn"):
+        keys.wrong("rope.scaling.type", kind, "none, linear or yarn")
+    rope |= {"kind": kind, "factor": keys.number("rope.scaling.factor")}
+    if kind == "yarn":
+        rope["original_context"] = keys.whole("rope.scaling.original_context_length", context)
+        odd = [name for name in ("attn_factor", "yarn_log_multiplier", "yarn_attn_factor", "yarn_beta_fast",
+                                 "yarn_beta_slow", "yarn_ext_factor")
+               if keys.value(f"rope.scaling.{name}") is not None]  # fmt: skip
+        if odd:
+            keys.wrong(f"rope.scaling.{odd[0]}", keys.value(f"rope.scaling.{odd[0]}"), "no such key: it is not read")
+    return rope
+
+
+def _llama3_of(factors: Array, theta: float, head_dim: int, where: str) -> dict[str, Any]:
+    """llama3's settings from the tensor of factors that they gave.
+
+    The blend is a line over how often a pair turns, so two pairs between the ends give its slope and height. Any one of
+    the lengths that are consistent with it gives the same model; 8192 is taken, with which Llama 3.1 was trained.
+    """
+    original = 8192
+    factor = float(factors.max())
+    inverse = 1.0 / theta ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    turns = original * inverse / (2 * math.pi)
+    for low, high in ((1.0, 4.0), _line(factors.astype(np.float64), turns, factor)):
+        rope: dict[str, Any] = {"kind": "llama3", "factor": factor, "low_freq_factor": low, "high_freq_factor": high,
+                "original_context": original}  # fmt: skip
+        again = rope_factors(Rope(theta, **rope), head_dim, original) if high > low > 0 else None
+        if again is not None and np.allclose(again, factors, rtol=1e-4):
+            return rope
+    raise CheckpointError(f"{where}: {ROPE_FACTORS} holds no factors that llama3's rotary positions give")
+
+
+def _line(factors: Array, turns: Array, factor: float) -> tuple[float, float]:
+    """low and high of the blend, any that give these factors; (0, 0) where none do.
+
+    turns: how often each pair turns in the original context, falling.
+    """
+    if factor <= 1:
+        return 0.0, 0.0
+    smooth = (1 / factors - 1 / factor) / (1 - 1 / factor)
+    slow, fast = turns[smooth <= 1e-3], turns[smooth >= 1 - 1e-3]
+    between = np.flatnonzero((smooth > 1e-3) & (smooth < 1 - 1e-3))
+    below, above = float(slow.max(initial=turns.min() / 2)), float(fast.min(initial=turns.max() * 2))
+    if len(between) == 0:
+        return below, above
+    first, last = between[0], between[-1]
+    turn, height = float(turns[first]), float(smooth[first])
+    if first == last:
+        width = min((turn - below) / height, (above - turn) / (1 - height))
+    else:
+        width = float((turns[first] - turns[last]) / (smooth[first] - smooth[last]))
+    return turn - height * width, turn + (1 - height) * width

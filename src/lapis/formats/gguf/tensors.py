@@ -1,0 +1,128 @@
+"""Which tensor of a folder is which in a GGUF file, and how its numbers lie there.
+
+The names are the gguf library's table. The numbers differ in four ways, each undone when a file is read: rows of q and
+k of Llama (families/gguf.py, `permuted`); matrices of GPT-2, which folders hold transposed; norms of Gemma, which
+folders keep around 0; and vectors, which are float32 whatever the file's type is. Rows come in pieces of whole heads,
+so that no matrix is held twice.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+
+from lapis.checkpoint import Checkpoint
+from lapis.errors import CheckpointError
+from lapis.families import Family, ModelConfig, Rule
+from lapis.families.gguf import Gguf
+from lapis.formats.gguf.header import GgufFile
+from lapis.formats.gguf.library import Array, dequantized, gguf_library
+
+PIECE = 1 << 22  # numbers that are held as float32 at a time
+ROPE_FACTORS = "rope_freqs.weight"
+
+
+@dataclass(frozen=True)
+class PlacedTensor:
+    """One tensor in both places.
+
+    Attributes:
+        name: On disk, as transformers writes it.
+        file_name: In the GGUF file.
+        shape: In the file, rows first.
+        heads: For q and k whose rows are reordered within each head: how many heads; else 0.
+        transposed: The folder has its inputs first.
+        offset: Added in the file.
+        component: Of the family's table.
+    """
+
+    name: str
+    file_name: str
+    shape: tuple[int, ...]
+    heads: int
+    transposed: bool
+    offset: float
+    component: str
+
+    @property
+    def columns(self) -> int:
+        return self.shape[-1]
+
+    @property
+    def rows(self) -> int:
+        return prod(self.shape[:-1])
+
+    def pieces(self) -> Iterator[tuple[int, int]]:
+        """[first, last) of rows that are worked on together: whole heads, or as many as PIECE holds."""
+        unit = self.rows // self.heads if self.heads and len(self.shape) > 1 else 1
+        step = self.rows if self.transposed else max(1, PIECE // (self.columns * unit)) * unit
+        for first in range(0, self.rows, step):
+            yield first, min(first + step, self.rows)
+
+
+def place_tensors(family: Family, layout: Gguf, config: ModelConfig) -> list[PlacedTensor]:
+    """Every tensor of a model of this shape, in the order of the family's table, layer by layer."""
+    library = gguf_library()
+    arch = next(arch for arch, name in library.MODEL_ARCH_NAMES.items() if name == layout.arch)
+    names = library.get_tensor_name_map(arch, config.layers)
+    placed = []
+    for name, shape in family.required(config).items():
+        matched = family.match(name)
+        assert matched is not None
+        rule = matched[0]
+        file_name = names.get_name(name, try_suffixes=(".weight", ".bias")) or names.get_name(
+            name.removeprefix(family.prefix), try_suffixes=(".weight", ".bias")
+        )
+        if file_name is None:
+            raise CheckpointError(f"{name} has no place in a GGUF file of {layout.arch}")
+        heads = {"attn.q": config.heads, "attn.k": config.kv_heads}.get(rule.component, 0) if layout.permuted else 0
+        flipped = rule.transform.transposed and len(shape) == 2
+        placed.append(
+            PlacedTensor(
+                name, file_name, shape[::-1] if flipped else shape, heads, flipped,
+                layout.norm_offset if _is_norm(rule) else 0.0, rule.component,
+            )
+        )  # fmt: skip
+    return placed
+
+
+def _is_norm(rule: Rule) -> bool:
+    return rule.kind == "weight" and ("norm" in rule.component)
+
+
+def rows_of_folder(checkpoint: Checkpoint, name: str, placed: PlacedTensor, first: int, last: int) -> Array:
+    """Rows [first, last) as the file has them, float32 [rows, columns]. name: as the folder spells the tensor."""
+    if placed.transposed:
+        return np.ascontiguousarray(checkpoint.read(name).float().numpy().T[first:last])
+    width = placed.columns
+    flat = checkpoint.read_range(name, first * width, last * width).float().numpy()
+    if placed.heads and len(placed.shape) == 1:  # a bias of q or k: one number for each row
+        return _interleaved(flat.reshape(-1, 1), placed.heads).reshape(1, -1)
+    values = flat.reshape(last - first, width)
+    if placed.heads:
+        values = _interleaved(values, placed.heads * (last - first) // placed.rows)
+    return values + np.float32(placed.offset) if placed.offset else values
+
+
+def rows_of_file(file: GgufFile, placed: PlacedTensor, first: int, last: int) -> Array:
+    """Rows [first, last) of a tensor of the file, float32 [rows, columns], in the folder's order but not transposed."""
+    tensor = file.tensors[placed.file_name]
+    values = dequantized(file.read(tensor, first, last), tensor.type)
+    if placed.heads and len(placed.shape) == 1:
+        return _halved(values.reshape(-1, 1), placed.heads).reshape(1, -1)
+    if placed.heads:
+        values = _halved(values, placed.heads * (last - first) // placed.rows)
+    return values - np.float32(placed.offset) if placed.offset else values
+
+
+def _interleaved(rows_RC: Array, heads: int) -> Array:
+    """Within each head, row i of the first half and row i of the second become neighbors."""
+    width = rows_RC.shape[1]
+    return rows_RC.reshape(heads, 2, -1, width).swapaxes(1, 2).reshape(-1, width)
+
+
+def _halved(rows_RC: Array, heads: int) -> Array:
+    """The reverse of `_interleaved`."""
+    width = rows_RC.shape[1]
+    return rows_RC.reshape(heads, -1, 2, width).swapaxes(1, 2).reshape(-1, width)

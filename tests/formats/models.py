@@ -1,0 +1,151 @@
+"""Small random models of every family, each with a tokenizer of its own, as folders."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from lapis.formats.vocabulary.probe import LINES
+from lapis.formats.vocabulary.reading import loses_letters
+from lapis.text.tokenizer.tokenizer import Tokenizer, train_tokenizer
+
+transformers.logging.set_verbosity_error()
+
+DECODER = {
+    "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "intermediate_size": 96, "max_position_embeddings": 128, "initializer_range": 0.15,
+}  # fmt: skip
+LLAMA3 = {"rope_parameters": {"rope_type": "llama3", "rope_theta": 10_000.0, "factor": 8.0, "low_freq_factor": 1.0,
+                              "high_freq_factor": 4.0, "original_max_position_embeddings": 32}}  # fmt: skip
+LINEAR = {"rope_parameters": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0}}
+YARN = {"rope_parameters": {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0,
+                            "original_max_position_embeddings": 32}}  # fmt: skip
+GEMMA = {**DECODER, "num_hidden_layers": 7, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8,
+         "num_key_value_heads": 1, "initializer_range": 0.05}  # fmt: skip
+GPT2 = {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 128, "initializer_range": 0.4}
+BERT = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96,
+        "max_position_embeddings": 128, "initializer_range": 0.1}  # fmt: skip
+
+# name -> class of transformers, options of its config
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaForCausalLM", DECODER),
+    "llama-tied-biases": (
+        "LlamaForCausalLM",
+        {**DECODER, "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True, "head_dim": 32},
+    ),
+    "llama-rope-llama3": ("LlamaForCausalLM", {**DECODER, **LLAMA3}),
+    "llama-rope-linear": ("LlamaForCausalLM", {**DECODER, **LINEAR}),
+    "llama-rope-yarn": ("LlamaForCausalLM", {**DECODER, **YARN}),
+    "mistral": ("MistralForCausalLM", {**DECODER, "sliding_window": None, "head_dim": 32}),
+    "mistral-window": ("MistralForCausalLM", {**DECODER, "sliding_window": 80}),
+    "qwen2": ("Qwen2ForCausalLM", DECODER),
+    "qwen2-tied": ("Qwen2ForCausalLM", {**DECODER, "tie_word_embeddings": True}),
+    "qwen3": ("Qwen3ForCausalLM", {**DECODER, "head_dim": 32}),
+    "gemma3": ("Gemma3ForCausalLM", GEMMA),
+    "gemma3-untied": ("Gemma3ForCausalLM", {**GEMMA, "tie_word_embeddings": False, "num_key_value_heads": 2}),
+    "gpt2": ("GPT2LMHeadModel", GPT2),
+    "gpt2-untied-inner": ("GPT2LMHeadModel", {**GPT2, "tie_word_embeddings": False, "n_inner": 96}),
+    "bert": ("BertModel", BERT),
+    "bert-masked": ("BertForMaskedLM", BERT),
+}
+ENCODERS = ("bert", "bert-masked")
+
+
+def make_folder(folder: Path, name: str, tokenizer: Tokenizer | None = None, rows_beyond: int = 3) -> Path:
+    """A model and a tokenizer. rows_beyond: rows of the embedding that no token has."""
+    kind, options = CASES[name]
+    tokenizer = tokenizer or (word_piece() if name in ENCODERS else byte_level())
+    model_class = getattr(transformers, kind)
+    torch.manual_seed(7)
+    ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    config = model_class.config_class(**options, vocab_size=tokenizer.rows + rows_beyond, **ids)
+    model = model_class(config).eval()
+    for parameter_name, parameter in model.named_parameters():
+        if parameter.ndim == 1:  # norms and biases, which begin at 1 and 0
+            torch.nn.init.normal_(parameter, 1.0 if "norm" in parameter_name.lower() and "bias" not in parameter_name
+                                  and "gemma" not in name else 0.0, 0.1)  # fmt: skip
+    model.save_pretrained(folder)
+    tokenizer.save(folder)
+    return folder
+
+
+def byte_level(vocab: int = 600) -> Tokenizer:
+    """What lapis trains."""
+    return train_tokenizer([*LINES, *(line.lower() for line in LINES)], vocab)
+
+
+def word_piece(lowercase: bool = True) -> Tokenizer:
+    """BERT's kind."""
+    backend = Backend(models.WordPiece(unk_token="[UNK]"))
+    backend.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    trainer = trainers.WordPieceTrainer(vocab_size=700, special_tokens=special, show_progress=False)
+    backend.train_from_iterator([line for line in LINES if not (lowercase and loses_letters(line))], trainer)
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    named = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]",
+             "mask_token": "[MASK]"}  # fmt: skip
+    return Tokenizer(backend, named, {})
+
+
+def sentence_piece(prefix: bool = True) -> Tokenizer:
+    """Llama 2's kind: every pair of pieces that together are a piece is a merge, by the piece's rank."""
+    special = ["<unk>", "<s>", "</s>"]
+    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
+    words = [f"▁{word}" for line in LINES for word in line.split()]
+    pieces: dict[str, int] = {}
+    for word in words:
+        for length in range(2, min(len(word), 9) + 1):
+            for start in range(len(word) - length + 1):
+                piece = word[start : start + length]
+                pieces[piece] = pieces.get(piece, 0) + length
+    chosen = sorted(pieces, key=lambda piece: (-pieces[piece], piece))[:900]
+    singles = ["▁", *sorted({char for word in words for char in word} - {"▁"})[:300]]
+    vocab = {token: i for i, token in enumerate([*special, *bytes_, *chosen, *singles])}
+    merges = [
+        (piece[:cut], piece[cut:]) for piece in chosen for cut in range(1, len(piece))
+        if piece[:cut] in vocab and piece[cut:] in vocab
+    ]  # fmt: skip
+    backend = Backend(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    steps: list[Any] = [normalizers.Prepend("▁")] if prefix else []
+    backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    backend.add_special_tokens(special)
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return Tokenizer(backend, {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}, {})
+
+
+def cut_by(steps: Callable[[], list[Any]], *, whole_words: bool = False) -> Tokenizer:
+    """A byte-level tokenizer with another splitting."""
+    backend = Backend(models.BPE(ignore_merges=whole_words))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(steps())
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=["<|endoftext|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )  # fmt: skip
+    backend.train_from_iterator([*LINES, *(line.lower() for line in LINES)], trainer)
+    return Tokenizer(backend, {"eos_token": "<|endoftext|>"}, {})
+
+
+def ternary_folder(folder: Path) -> Path:
+    """A model whose matrices hold -d, 0 and d, each row its own d, and are 256 wide."""
+    tokenizer = byte_level()
+    options = {**DECODER, "hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2}
+    torch.manual_seed(3)
+    config = transformers.LlamaConfig(**options, vocab_size=tokenizer.rows, eos_token_id=0)
+    model = transformers.LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if parameter.ndim == 2 and "proj" in parameter_name:
+                parameter.copy_(parameter.sign() * (parameter.abs() > 0.08) * 0.125)
+    model.save_pretrained(folder)
+    tokenizer.save(folder)
+    return folder
