@@ -16,7 +16,10 @@ import lapis
 
 PAGE = Path(__file__).parents[1] / "docs" / "api.md"
 SECTIONS = {
-    "Functions": ["open", "load", "generate", "train", "lens", "diff", "plan", "graft", "merge", "fertility", "extend"],
+    "Functions": [
+        "open", "load", "generate", "train", "lens", "diff", "plan", "graft", "merge", "fertility", "extend",
+        "export_gguf", "import_gguf",
+    ],
     "Types": ["Checkpoint", "ModelConfig", "Transformer", "Tokenizer", "Sampling", "TrainConfig"],
     "Objectives": [
         "Objective", "Causal", "Masked", "Classify", "Chat", "Reward", "DPO", "IPO", "KTO", "ORPO", "SimPO", "GRPO",

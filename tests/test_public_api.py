@@ -23,10 +23,12 @@ OBJECTIVES = [
 ]  # fmt: skip
 FUNCTIONS = {
     "diff": ["a", "b", "rows", "spectra"],
+    "export_gguf": ["model", "out"],
     "extend": ["model", "files", "out"],
     "fertility": ["model", "files"],
     "generate": ["model", "tokenizer", "prompt", "sampling"],
     "graft": ["base", "chat", "onto", "out", "scale", "embeddings", "norms"],
+    "import_gguf": ["file", "out"],
     "lens": ["model", "tokenizer", "prompt", "track"],
     "load": ["source", "dtype", "device"],
     "merge": ["recipe", "out"],

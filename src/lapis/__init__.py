@@ -24,6 +24,8 @@ if TYPE_CHECKING:  # what _PUBLIC says, for editors and type checkers
         TrainingError,
     )
     from lapis.families.config import ModelConfig
+    from lapis.formats.export import export_gguf
+    from lapis.formats.importing import import_gguf
     from lapis.generation.generate import generate
     from lapis.generation.options import Sampling
     from lapis.inside.lens.logit_lens import lens
@@ -50,7 +52,8 @@ __all__ = [
     "DPO", "GRPO", "IPO", "KTO", "ORPO", "PPO", "RLOO", "Causal", "Chat", "Checkpoint", "CheckpointError", "Classify",
     "ConfigError", "DataError", "LapisError", "Masked", "MissingExtra", "ModelConfig", "Objective", "OutputError",
     "Reward", "Sampling", "SimPO", "TemplateError", "Tokenizer", "TrainConfig", "TrainingError", "Transformer",
-    "__version__", "diff", "extend", "fertility", "generate", "graft", "lens", "load", "merge", "open", "plan", "train",
+    "__version__", "diff", "export_gguf", "extend", "fertility", "generate", "graft", "import_gguf", "lens", "load",
+    "merge", "open", "plan", "train",
 ]  # fmt: skip
 
 # module -> the public names that it defines; name=there where it has another name there
@@ -60,6 +63,8 @@ _PUBLIC = {
     "lapis.errors": "CheckpointError ConfigError DataError LapisError MissingExtra OutputError TemplateError "
     "TrainingError",
     "lapis.families.config": "ModelConfig",
+    "lapis.formats.export": "export_gguf",
+    "lapis.formats.importing": "import_gguf",
     "lapis.generation.generate": "generate",
     "lapis.generation.options": "Sampling",
     "lapis.inside.lens.logit_lens": "lens",
