@@ -59,8 +59,8 @@ bench-faults: .venv/.dev $(PEER)
 kill: .venv/.dev             ## 200 grafts killed at random moments and run again
 	$(BIN)/python benchmarks/kill.py --rounds 200 --seed 0
 
-reliability: .venv/.dev      ## every system call of a commit and of a training's end, killed once each
-	LAPIS_RELIABILITY=1 $(BIN)/python -m pytest -q tests/reliability
+reliability: .venv/.dev      ## every system call of every job: killed there, and failing
+	$(BIN)/python benchmarks/reliability.py --write
 
 kill-train: .venv/.dev       ## a training run killed ten times, for each of three seeds
 	for seed in 0 1 2; do $(BIN)/python benchmarks/kill_train.py --kills 10 --seed $$seed || exit 1; done

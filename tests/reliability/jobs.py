@@ -15,6 +15,7 @@ from .aimed import Forks, Job
 WORDS = ("red green blue black white one two three four five six seven eight nine ten cat dog hen cow pig").split()
 SHAPE = {"dim": 16, "layers": 2, "heads": 2, "kv_heads": 1, "ffn_dim": 16, "tied": True}
 TRAINED = ("training.json", "log.jsonl")  # they hold times under names of their own
+TOUR = ("tour.json", "report.html", ".seconds", ".machine")
 
 
 def make_inputs(forks: Forks, folder: Path) -> None:
@@ -22,6 +23,7 @@ def make_inputs(forks: Forks, folder: Path) -> None:
     folder.mkdir()
     lines = [" ".join(WORDS[(i * j) % len(WORDS)] for j in range(1, 12)) for i in range(1, 60)]
     (folder / "text.txt").write_text("\n".join(lines) + "\n")
+    (folder / "other.txt").write_text("zebra zoology zigzag zenith\n" * 20)
     chats = [
         {"messages": [{"role": "user", "content": WORDS[i]}, {"role": "assistant", "content": f"{WORDS[-i - 1]}."}]}
         for i in range(len(WORDS))
@@ -66,20 +68,27 @@ _GRAFT = ("graft", "--base", "../inputs/base", "--chat", "../inputs/chat", "--on
 def jobs(forks: Forks, place: Path) -> dict[str, Callable[[], Job]]:
     """The commands that write."""
     old = {"out": place / "inputs" / "base"}
+    text, tokenizer = "../inputs/text.txt", ("--tokenizer", "../inputs/tokenizer")
+    pack = ("data", "pack", text, *tokenizer, "--out", "out", "--length", "32", "--workers")
+    extend = ("tokenizer", "extend", "../inputs/base", "../inputs/other.txt", "--add", "8", "--least", "2")
+    plan = ("plan", "--base", "../inputs/base", "--chat", "../inputs/chat", "--goal", "style", "--budget", "0.5")
+    page: dict[str, object] = {"outputs": ["page.html"]}
     every: dict[str, tuple[tuple[str, ...], dict[str, object]]] = {
         "graft": ((*_GRAFT, "--no-smoke"), {}),
         "graft over an old output": ((*_GRAFT, "--no-smoke", "--overwrite"), {"old": old}),
         "graft and a look at it": (_GRAFT, {}),
         "merge": (("merge", "../inputs/recipe.yaml", "--out", "out"), {}),
         "fuse": (("fuse", "../inputs/adapter", "--out", "out"), {}),
-        "data pack": (("data", "pack", "../inputs/text.txt", "--tokenizer", "../inputs/tokenizer", "--out", "out",
-                       "--length", "32", "--workers", "1"), {}),
-        "tokenizer train": (("tokenizer", "train", "../inputs/text.txt", "--vocab", "300", "--out", "out"), {}),
+        "data pack": ((*pack, "1"), {}),
+        "data pack by two": ((*pack, "2"), {}),
+        "tokenizer extend": ((*extend, "--out", "out"), {}),
+        "tokenizer train": (("tokenizer", "train", text, "--vocab", "300", "--out", "out"), {}),
         "train": (("train", "../inputs/job.yaml"), {"loose": TRAINED}),
-        "report": (("report", "../inputs/base", "../inputs/chat", "--out", "page.html"), {"outputs": ["page.html"]}),
-        "diff": (("diff", "../inputs/base", "../inputs/chat", "--html", "page.html"), {"outputs": ["page.html"]}),
-        "plan": (("plan", "--base", "../inputs/base", "--chat", "../inputs/chat", "--goal", "style", "--budget", "0.5",
-                  "--chats", "../inputs/chats.jsonl", "--text", "../inputs/text.txt", "--out", "plan.yaml"),
+        "train over an old output": (("train", "../inputs/job.yaml", "--overwrite"), {"loose": TRAINED, "old": old}),
+        "tour": (("tour", "--minutes", "0.1", "--out", "out"), {"loose": TOUR, "seconds": 300.0}),
+        "report": (("report", "../inputs/base", "../inputs/chat", "--out", "page.html"), page),
+        "diff": (("diff", "../inputs/base", "../inputs/chat", "--html", "page.html"), page),
+        "plan": ((*plan, "--chats", "../inputs/chats.jsonl", "--text", text, "--out", "plan.yaml"),
                  {"outputs": ["plan.yaml"]}),
     }  # fmt: skip
     return {name: partial(Job, name, arguments, place, forks, **more) for name, (arguments, more) in every.items()}  # type: ignore[arg-type]

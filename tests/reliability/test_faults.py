@@ -1,7 +1,7 @@
 """Every call of every job: killed there, or failing; faults 60, 61, 63, 73, 74, 75 and 79 by number.
 
 Commands run in forks of one process with faults.c in front of the C library. Here a few calls of each job are tried,
-the last ones of a commit among them; all are tried by `make reliability` (scripts/reliability.py).
+the last ones of a commit among them; all are tried by `make reliability` (benchmarks/reliability.py).
 """
 
 import errno

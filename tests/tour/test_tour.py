@@ -18,6 +18,7 @@ from lapis.errors import DataError
 from lapis.model.load import load
 from lapis.tour import measure
 from lapis.tour.material import Material, write_world
+from lapis.tour.run import _claim
 from lapis.tour.world import World
 
 MINUTES = "0.1"
@@ -41,9 +42,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     first.send_signal(signal.SIGKILL)
     first.wait()
     before = (out / "base" / "model.safetensors").stat().st_mtime_ns
+    (out / ".sweep-left").mkdir()  # as of a tour that was killed while it tried scales
+    for note in (".seconds", ".machine"):  # and while it wrote its notes
+        (out / note).write_bytes(b"")
     done = lapis("tour", "--minutes", MINUTES, "--out", out, "--json")
     assert done.returncode == 0, done.stderr
     assert (out / "base" / "model.safetensors").stat().st_mtime_ns == before, "base was trained again"
+    assert not (out / ".sweep-left").exists()
     return out, json.loads(done.stdout)
 
 
@@ -124,6 +129,22 @@ def test_a_finished_tour_is_shown_again_another_refused(finished: tuple[Path, di
     other = lapis("tour", "--minutes", 1, "--out", out)
     assert other.returncode == 1 and "holds another tour (minutes was 0.1)" in other.stderr
     assert other.stderr.count("\n") == 1
+
+
+def test_a_note_that_was_cut_is_no_traceback(tmp_path: Path) -> None:
+    """An empty .tour: a folder with nothing else is begun anew, another is refused."""
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / ".tour").touch()
+    (out / "..tour.lapis-0123").touch()
+    _claim(out, {"minutes": 1})
+    assert json.loads((out / ".tour").read_text()) == {"minutes": 1}
+    (out / "base").mkdir()
+    (out / ".tour").write_text("{")
+    done = lapis("tour", "--minutes", MINUTES, "--out", out)
+    assert done.returncode == 1 and done.stderr == (
+        f"lapis: {out}: exists already and its .tour cannot be read; give another --out\n"
+    )
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ A command's module is imported when the command is run, so `lapis --help` is qui
 
 import atexit
 import gc
-import os
 import signal
 import sys
 import threading
@@ -49,6 +48,7 @@ COMMANDS = {
     "chat": ("lapis.cli.chat:chat", "Talk with a model in the terminal."),
 }
 
+_LOOK_AGAIN = 0.02  # seconds until a signal that came during an import is looked at again
 GROUPS = {"tokenizer": "Train a tokenizer, or extend one.", "data": "Pack text into rows, and look at them."}
 
 
@@ -119,17 +119,20 @@ def main(arguments: list[str] | None = None) -> None:
 def _stop_signals() -> Iterator[list[int]]:
     """While inside, SIGINT and SIGTERM both raise KeyboardInterrupt. Yields the numbers that came so far.
 
-    While a module is imported they end the process: libraries swallow what is raised there, or make other errors of it.
+    One that comes while a module is imported waits until that is done: libraries swallow what is raised there, or make
+    other errors of it.
     """
     received: list[int] = []
 
     def receive(number: int, frame: FrameType | None) -> None:
+        if number != signal.SIGALRM:
+            received.append(number)
         while frame is not None:
             if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
-                os.write(2, b"lapis: stopped\n")
-                os._exit(128 + number)
+                signal.signal(signal.SIGALRM, receive)
+                signal.setitimer(signal.ITIMER_REAL, _LOOK_AGAIN)
+                return
             frame = frame.f_back
-        received.append(number)
         raise KeyboardInterrupt
 
     if threading.current_thread() is not threading.main_thread():
@@ -140,6 +143,7 @@ def _stop_signals() -> Iterator[list[int]]:
     try:
         yield received
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
             signal.signal(number, handler)
 

@@ -5,6 +5,7 @@ measuring takes a small part of a tour, and every prompt is replied to once. Lea
 """
 
 import json
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -155,6 +156,8 @@ def sweep(
     bare = held_out.likelihoods(load(models["adapted"]), tokenizer, target)["bits_per_byte"]
     rows: list[dict[str, float]] = []
     most = len(scales) + HALVINGS
+    for left in models["base"].parent.glob(".sweep-*"):  # of a tour that was killed here
+        shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=".sweep-", dir=models["base"].parent) as folder:
 
         def attempt(scale: float) -> None:

@@ -6,7 +6,8 @@ A part whose file is there is not done again, so a tour that was stopped goes on
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -87,7 +88,8 @@ def _run(settings: Tour) -> dict[str, Any]:
     """The findings of the story, with the seconds that all sittings took together."""
     out, started = settings.out, time.monotonic()
     seconds_file = out / ".seconds"
-    earlier = float(seconds_file.read_text()) if seconds_file.exists() else 0.0
+    noted = _read_note(seconds_file)
+    earlier = float(noted) if isinstance(noted, int | float) else 0.0
     size = StorySize.of(settings.minutes, real=settings.data is not None)
     screen = on_terminal()
     try:
@@ -104,18 +106,20 @@ def _run(settings: Tour) -> dict[str, Any]:
             findings = _run_story(settings, size, computer, clock)
     finally:
         screen.close()
-        seconds_file.write_text(str(earlier + time.monotonic() - started))
+        with suppress(OSError, OutputError):  # without it a rerun only counts fewer seconds
+            _write_note(seconds_file, earlier + time.monotonic() - started)
     return findings | {"minutes": settings.minutes, "seconds": earlier + time.monotonic() - started}
 
 
 def _settled(note: Path, settings: Tour, size: StorySize) -> tuple[machine.Machine, float]:
     """What the tour computes with, as settled when it began, and the seconds that a token takes now."""
     model = Transformer(size.model(size.vocabulary))
-    if note.is_file():
-        computer = machine.Machine(**json.loads(note.read_text()))
+    settled = _read_note(note)
+    if isinstance(settled, dict) and set(settled) == {entry.name for entry in fields(machine.Machine)}:
+        computer = machine.Machine(**settled)
         return computer, machine.seconds_per_token(model, computer, CONTEXT)
     computer, pace = machine.settle(settings.precision, model, CONTEXT)
-    note.write_text(json.dumps(asdict(computer)))
+    _write_note(note, asdict(computer))
     return computer, pace
 
 
@@ -145,17 +149,31 @@ def _left(out: Path, size: StorySize, *, real: bool) -> dict[str, float]:
 def _claim(out: Path, record: Mapping[str, Any]) -> None:
     """Makes the folder, or finds in it a tour with the same settings."""
     note = out / ".tour"
-    if note.is_file():
-        before = json.loads(note.read_text())
+    before = _read_note(note)
+    if isinstance(before, dict):
         other = [f"{key} was {before.get(key)}" for key, value in record.items() if before.get(key) != value]
         if other:
             raise OutputError(f"{out}: holds another tour ({', '.join(other)}); give another --out, or remove it")
-    elif out.exists() and any(out.iterdir()):
-        raise OutputError(f"{out}: exists already and is no tour; give another --out")
+    elif out.exists() and any(not entry.name.startswith((note.name, f".{note.name}.")) for entry in out.iterdir()):
+        why = "its .tour cannot be read" if note.exists() else "is no tour"
+        raise OutputError(f"{out}: exists already and {why}; give another --out")
     else:
         with disk_errors(out):
             out.mkdir(parents=True, exist_ok=True)
-            note.write_text(json.dumps(record))
+        _write_note(note, record)
+
+
+def _read_note(path: Path) -> Any:
+    """The JSON of a note; None where there is none, or only a piece of one."""
+    try:
+        return json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _write_note(path: Path, value: Any) -> None:
+    with commit_file(path, overwrite=True) as temporary:
+        temporary.write_text(json.dumps(value))
 
 
 def _tokenizer(folder: Path, material: Material, vocabulary: int, clock: Clock) -> Tokenizer:

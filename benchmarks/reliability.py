@@ -1,0 +1,119 @@
+"""Every system call of every job, killed once and twice, and failing with every error: is anything lost or wrong?
+
+    python benchmarks/reliability.py --write             all jobs, and the table in benchmarks/results/reliability.md
+    python benchmarks/reliability.py --jobs graft fuse   some of them
+
+A kill: the process ends before the n-th call that changes the disk; what is visible must be old or new, and the same
+command must then give the bytes of an undisturbed run, with nothing left behind. An error: the n-th call fails or does
+half; the command must end with its output, or with one line and no traceback, and the rerun must give the same bytes.
+Where errors are too many, every so many-th trial is made (--step). Needs a C compiler on Linux.
+"""
+
+import argparse
+import json
+import resource
+import shutil
+import sys
+import tempfile
+import time
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from tests.reliability.aimed import Forks, Job, build, digest, fail_each, kill_each  # noqa: E402
+from tests.reliability.jobs import jobs, lookers, make_inputs  # noqa: E402
+
+# job -> every so many-th kill, how many of the last ones, every so many-th error, where trials are long or many
+STEPS = {"plan": (4, 20, 40), "tour": (120, 4, 400), "graft and a look at it": (2, 20, 4)}
+RESULT = ROOT / "benchmarks" / "results" / "reliability.md"
+
+
+def trial(job: Job, phase: str, step: int) -> dict[str, Any]:
+    """All trials of one job: "kills", or "errors"."""
+    inputs = digest(job.place / "inputs")
+    begin, spent = time.monotonic(), _processor_seconds()
+    kill_step, last, error_step = STEPS.get(job.name, (1, 20, step))
+    if phase == "errors":
+        fail_each(job, error_step)
+    elif job.outputs:
+        kill_each(job, kill_step, last)
+        kill_each(job, 2 * kill_step, twice=True)
+    if digest(job.place / "inputs") != inputs:
+        job.wrong.append(f"{job.name}: the inputs changed")
+    return {
+        "job": job.name,
+        "phase": phase,
+        "kills": job.kills,
+        "errors": job.errors,
+        "wrong": job.wrong,
+        "seconds": time.monotonic() - begin,
+        "processor_seconds": _processor_seconds() - spent,
+    }
+
+
+def _processor_seconds() -> float:
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(each.ru_utime + each.ru_stime for each in used)
+
+
+def processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return "an unnamed processor"
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """A line for each job, over both phases, and one for all."""
+    lines = ["| job | kills | errors injected | wrong |", "|---|---:|---:|---:|"]
+    total = [0, 0, 0]
+    for name in dict.fromkeys(row["job"] for row in rows):
+        own = [row for row in rows if row["job"] == name]
+        kills, errors = (sum(row[key] for row in own) for key in ("kills", "errors"))
+        wrong = sum(len(row["wrong"]) for row in own)
+        lines.append(f"| {name} | {kills:,} | {errors:,} | {wrong} |")
+        total = [a + b for a, b in zip(total, (kills, errors, wrong), strict=True)]
+    return "\n".join([*lines, "| **all** | **{:,}** | **{:,}** | **{}** |".format(*total)])
+
+
+def main() -> int:
+    options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    options.add_argument("--jobs", nargs="*", default=[])
+    options.add_argument("--phases", nargs="*", default=["kills", "errors"])
+    options.add_argument("--step", type=int, default=2, help="of errors, where a job's own is not smaller")
+    options.add_argument("--results", type=Path, help="a .jsonl to which each job's result is appended, and read from")
+    options.add_argument("--write", action="store_true")
+    given = options.parse_args()
+    place = Path(tempfile.mkdtemp(prefix="lapis-reliability-"))
+    rows: list[dict[str, Any]] = []
+    if given.results and given.results.exists():
+        rows = [json.loads(line) for line in given.results.read_text().splitlines()]
+    forks = Forks(build(place), place)
+    try:
+        (place / "jobs").mkdir()
+        make_inputs(forks, place / "jobs" / "inputs")
+        every = {**jobs(forks, place / "jobs"), **lookers(forks, place / "jobs")}
+        for phase, name in product(given.phases, every):
+            known = any((row["job"], row["phase"]) == (name, phase) for row in rows)
+            if known or (given.jobs and name not in given.jobs):
+                continue
+            row = trial(every[name](), phase, given.step)
+            rows.append(row)
+            print(f"{name}: {row['kills']} kills, {row['errors']} errors, {len(row['wrong'])} wrong", flush=True)
+            for line in row["wrong"]:
+                print(f"  {line}", flush=True)
+            if given.results:
+                with given.results.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+    finally:
+        forks.close()
+        shutil.rmtree(place, ignore_errors=True)
+    print(table(rows))
+    return int(any(row["wrong"] for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
