@@ -2,7 +2,7 @@
 
     evaluate("runs/chat", EvalOptions(text=(Path("valid.txt"),)))   -> {"model", "precision", "text": {...}}
 
-One line in _SCORERS for each kind of kinds.py. Leaves out showing it (cli/eval.py).
+One line in _SCORERS for each kind of report/evaluations.py. Leaves out showing it (cli/eval.py).
 """
 
 import math
