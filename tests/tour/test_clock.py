@@ -70,7 +70,7 @@ def test_the_size_of_a_story_is_a_function_of_its_minutes_alone() -> None:
     sizes = [StorySize.of(minutes, real=False) for minutes in (0.1, 1, 2, 5, 10)]
     for smaller, larger in pairwise(sizes):
         assert all(smaller.tokens[run] <= larger.tokens[run] for run in RUNS)
-        assert smaller.people <= larger.people and smaller.exam <= larger.exam
+        assert smaller.people <= larger.people and smaller.held_out <= larger.held_out
         assert smaller.chats <= larger.chats
     for size in sizes:
         assert size.tokens["chat"] == size.tokens["tuned"], "both tunings see as much"

@@ -86,7 +86,7 @@ class Story:
         self.chat("tuned", "adapted", chats)
         if self.material.yardstick:
             self.chat("yardstick", "adapted", self.material.yardstick)
-        choosing, reporting = measure.held_out_halves(self.material, self.size.exam)
+        choosing, reporting = measure.held_out_halves(self.material, self.size.held_out)
         self.clock.begin("sweep", "the graft: trying scales on one half of the held-out material")
         rows = measure.sweep(self.models, choosing, self.tokenizer, SCALES, self.clock.note, self.clock.at)
         scale = measure.choose(rows)

@@ -68,7 +68,8 @@ class StorySize:
         tokens: Of each run.
         chats: Training chats of the built-in world.
         recipe: How the models learn.
-        exam: Share of the full exam (measure.py), so that measuring takes a small part of a short story, too.
+        held_out: Share of the full held-out material (measure.py), so that measuring takes a small part of a short
+            story, too.
     """
 
     people: int
@@ -81,7 +82,7 @@ class StorySize:
     tokens: Mapping[str, int]
     chats: int
     recipe: LearningRates
-    exam: float
+    held_out: float
 
     def learning(self, run: str) -> dict[str, Any]:
         """Of a run: the settings of its training."""
@@ -105,18 +106,18 @@ class StorySize:
         share, short = minutes / FULL, minutes <= SHORT
         full = REAL_RUNS if real else RUNS
         tokens = {run: max(4096, round(amount * share)) for run, amount in full.items()}
-        exam = min(1.0, share)
+        held_out = min(1.0, share)
         if real:
             return cls(
                 people=0, chats=0, dim=256, layers=4, heads=4, kv_heads=2, ffn_dim=512, vocabulary=4096,
-                tokens=tokens, recipe=REAL_RECIPE, exam=exam,
+                tokens=tokens, recipe=REAL_RECIPE, held_out=held_out,
             )  # fmt: skip
         if short:
             tokens = {run: max(4096, round(amount * minutes)) for run, amount in SHORT_RUNS.items()}
         return cls(
             people=PEOPLE_OF_SHORT if short else PEOPLE, chats=max(1000, round(CHATS * share)),
             dim=192, layers=2 if short else 3, heads=6, kv_heads=6, ffn_dim=512, vocabulary=3072,
-            tokens=tokens, recipe=SHORT_RECIPE if short else WORLD_RECIPE, exam=exam,
+            tokens=tokens, recipe=SHORT_RECIPE if short else WORLD_RECIPE, held_out=held_out,
         )  # fmt: skip
 
     @property
@@ -127,7 +128,7 @@ class StorySize:
             if run in ("base", "adapted"):
                 work[f"text for {run}"] = 0.01 * tokens
             work[run] = float(tokens)
-        return {**work, "sweep": SWEEP * self.exam, "measuring": MEASURING * self.exam, "page": 10_000.0}
+        return {**work, "sweep": SWEEP * self.held_out, "measuring": MEASURING * self.held_out, "page": 10_000.0}
 
     def characters(self, run: str) -> int:
         """Of the text that a run reads: somewhat more than its tokens. Beside chats stands an eighth as much."""
