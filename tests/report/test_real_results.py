@@ -111,17 +111,19 @@ def test_the_page_of_a_run_stands_for_nothing_twice(studio, tmp_path):
 
 def test_a_diff_lists_what_changed_most_and_least(studio):
     page, table = (studio / "diff.html").read_text(), json.loads((studio / "diff.json").read_text())
-    lines = sorted(table["tensors"], key=lambda line: -line["relative_norm"])
+    lines = sorted((x for x in table["tensors"] if x["relative_norm"]), key=lambda line: -line["relative_norm"])
     most, least = (page[page.index(f"Changed {end}</h3>") :].split("</table>")[0] for end in ("most", "least"))
     for shown, line in ((most, lines[0]), (least, lines[-1])):
-        first = re.search(r'<th scope="row">([^<]*)</th>', shown)[1]
-        assert first == line["name"].removeprefix("model.").removesuffix(".weight")
+        first = re.search(r'<th scope="row">(.*?)</th>', shown)[1]
+        assert first.replace("<wbr>", "") == line["name"].removeprefix("model.").removesuffix(".weight")
     assert "<h3>By layer</h3>" in page and "By layer</summary>" not in page
 
 
 def test_a_diff_in_which_no_row_moved_says_so(studio, tmp_path):
     lapis("diff", str(studio / "base"), str(studio / "base"), "--rows", "--html", str(tmp_path / "same.html"), "--json")
     page = (tmp_path / "same.html").read_text()
-    assert "<strong>No row moved.</strong>" in page and "moved most" not in page
+    assert "<strong>No row moved.</strong>" in page and "moved most" not in page and "Note: no row" not in page
+    count = len(json.loads((studio / "diff.json").read_text())["tensors"])
+    assert f"{count} of {count} tensors did not change at all: " in page and "Changed least" not in page
     text = lapis("diff", str(studio / "base"), str(studio / "base"), "--rows")
     assert "no row moved" in text and "moved most" not in text

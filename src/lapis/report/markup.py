@@ -47,7 +47,7 @@ class Column:
             return "yes" if value else "no"
         if isinstance(value, int | float):
             spec = self.format or ("," if isinstance(value, int) else ".4g")
-            return format(value, spec).replace("-", "−")
+            return "0" if value == 0 and spec.endswith("e") else format(value, spec).replace("-", "−")
         return str(value)
 
 
@@ -55,6 +55,11 @@ def escape(text: object) -> str:
     """Text for HTML: markup escaped, control characters made visible, lone surrogates replaced."""
     shown = "".join(chr(0x2400 + ord(c)) if ord(c) < 0x20 and c not in "\n\t" else c for c in str(text))
     return html.escape(shown.encode("utf-8", "replace").decode("utf-8"), quote=True)
+
+
+def breakable(name: str) -> str:
+    """A name for HTML, which a narrow column may break after its dots, slashes and underscores."""
+    return re.sub(r"(?<=\w)([./_]+)(?=\w)", r"\1<wbr>", escape(name)) if len(name) > 12 else escape(name)
 
 
 def prose(text: str) -> str:
@@ -93,7 +98,7 @@ def table(
         cells = []
         for i, head in enumerate(heads):
             value = row.get(head.key)
-            text = escape(head.show(value))
+            text = breakable(head.show(value)) if i == 0 else escape(head.show(value))
             css = ["number"] if numeric[i] else []
             if best[i] is not None and value == best[i]:
                 css.append("best")

@@ -154,7 +154,7 @@ def attention_map(rows: Iterable[Row], tokens: Sequence[str], title: str) -> go.
         wide=min(most, len(shown)),
         narrow=1,
         gap=130,
-        top=58,
+        top=76,
     )
     figure.update_layout(margin_r=28, margin_b=110)
     ticks = list(range(count))
@@ -176,11 +176,11 @@ def attention_map(rows: Iterable[Row], tokens: Sequence[str], title: str) -> go.
         theme.axis_title(figure, "looked at", "looking", panel=i)
     figure.update_layout(
         coloraxis=theme.color_axis(
-            theme.BLUES, 0, 1, x=1, xanchor="right", y=1 + 26 / wide, len=150, lenmode="pixels",
+            theme.BLUES, 0, 1, x=1, xanchor="right", y=1 + 44 / wide, len=150, lenmode="pixels",
             tickvals=[0, 0.5, 1], tickformat=".0%",
         )
     )  # fmt: skip
-    theme.adapt(figure, coloraxis__colorbar__y=1 + 26 / small)
+    theme.adapt(figure, coloraxis__colorbar__y=1 + 44 / small)
     return figure
 
 

@@ -19,10 +19,10 @@ from lapis.report.page import data_block
 LIMIT = 64_000_000  # bytes of a page
 ALLOWED_TAGS = frozenset(
     "p h2 h3 h4 h5 div span section figure figcaption details summary table thead tbody tr th td ol ul li dl dt dd pre "
-    "code strong em small button br".split()
+    "code strong em small button br wbr".split()
 )
 LESS = {"h2": "h3", "h3": "h4", "h4": "h5", "section": "div"}  # a page becomes a section
-VOID = frozenset({"br"})
+VOID = frozenset({"br", "wbr"})
 ATTRIBUTES = {
     "class": re.compile(r"[\w -]{1,80}"), "role": re.compile(r"img|region"), "tabindex": re.compile("0"),
     "aria-label": re.compile(r".*", re.DOTALL), "aria-hidden": re.compile("true"), "dir": re.compile("auto"),

@@ -13,11 +13,11 @@ from lapis.weights.diff.lineage import Lineage
 from lapis.weights.diff.table import DiffTable
 
 FIGURES = [
-    Column("relative_norm", "|b − a| / |a|", ".3e"), Column("angle", "angle", ".3f", unit="degrees"),
-    Column("identical", "identical", ".1%"), Column("cosine", "cosine", ".6f"),
-    Column("rounding_floor", "rounding floor", ".1e"), Column("mean_abs", "mean |b − a|", ".2e"),
-    Column("max_abs", "max |b − a|", ".2e"),
+    Column("relative_norm", "|b − a| / |a|", ".2e"), Column("angle", "angle", ".3f", unit="°"),
+    Column("identical", "identical", ".1%"), Column("mean_abs", "mean", ".1e"), Column("max_abs", "max", ".1e"),
+    Column("cosine", "cosine", ".6f"), Column("rounding_floor", "floor", ".1e"),
 ]  # fmt: skip
+LEGEND = "Mean and max are of |b − a|, element by element. A change below the floor may be rounding alone."
 CURVES = 6  # spectra drawn in one picture
 EXTREMES = 8  # tensors in the lists of those that changed most and least
 
@@ -40,7 +40,7 @@ def diff_page(table: DiffTable, a: str, b: str) -> Page:
     layers = [{**g, "layer": "outside" if g["layer"] is None else str(g["layer"])} for g in table.by("layer")]
     page.beside(
         lambda: page.table(layers, ["layer", *FIGURES], "By layer"),
-        lambda: page.table(table.by("component"), ["component", *FIGURES], "By component"),
+        lambda: page.table(table.by("component"), ["component", *FIGURES], "By component", caption=LEGEND),
     )
     if table.rows:
         _add_rows(page, table)
@@ -48,7 +48,8 @@ def diff_page(table: DiffTable, a: str, b: str) -> Page:
     if with_spectra:
         _add_spectra(page, with_spectra)
     for note in table.notes:
-        page.text(f"Note: {note}")
+        if not table.rows or note != table.rows_finding():  # the section of the rows says it
+            page.text(f"Note: {note}")
     return page
 
 
@@ -62,11 +63,17 @@ def _add_extremes(page: Page, table: DiffTable) -> None:
         Column("name"), Column("relative_norm", "|b − a| / |a|", ".2%"), Column("angle", "turned by", ".2f", unit="°"),
         Column("identical", "identical", ".0%"),
     ]  # fmt: skip
-    few = min(EXTREMES, -(-len(lines) // 2))
-    page.beside(
-        lambda: page.table(lines[:few], columns, "Changed most"),
-        lambda: page.table(lines[::-1][:few], columns, "Changed least"),
-    )
+    changed = [line for line in lines if line["relative_norm"]]
+    if changed:
+        few = min(EXTREMES, -(-len(changed) // 2))
+        page.beside(
+            lambda: page.table(changed[:few], columns, "Changed most"),
+            lambda: page.table(changed[::-1][:few], columns, "Changed least"),
+        )
+    if len(changed) < len(lines):
+        same = dict.fromkeys(line["component"] for line in lines if not line["relative_norm"])
+        count = f"{len(lines) - len(changed):,} of {len(lines):,}"
+        page.text(f"{count} tensors did not change at all: {', '.join(same)}.")
 
 
 def _add_rows(page: Page, table: DiffTable) -> None:

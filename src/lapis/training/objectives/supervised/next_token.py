@@ -168,12 +168,12 @@ class Chat(NextToken):
         return super().read(data, too_long or self.too_long)
 
     def sample(self, model: Transformer) -> str:
-        """The prompt of the first chat, and what the model replies."""
+        """What the user says in the first chat, and what the model replies."""
         batch, _ = next(draws(self.examples, 1, 0, None))
         first = batch.to("cpu")
         supervised = (first.targets_BT[0] != IGNORE).nonzero()
         prompt = first.ids_BT[0, : int(supervised[0]) + 1].tolist()
-        return f"{self.tokenizer.decode(prompt, True)} -> {continuation(model, self.tokenizer, prompt)}"
+        return f"{last_words(self.tokenizer, prompt)} -> {continuation(model, self.tokenizer, prompt)}"
 
 
 def without_last_rows(data: Data, share: float) -> Rows:
@@ -247,6 +247,22 @@ def packing_progress() -> Iterator[Report | None]:
             yield lambda texts, tokens: lines.stage(f"packing: {texts:,} texts, {tokens:,} tokens")
         finally:
             lines.close()
+
+
+def last_words(tokenizer: Tokenizer, prompt: list[int]) -> str:
+    """What was said last in a prompt, without what the template writes around it, as far as special tokens tell."""
+    special = set(tokenizer.added)
+    turns: list[list[int]] = [[]]
+    for token in prompt:
+        if token in special:
+            turns.append([])
+        else:
+            turns[-1].append(token)
+    texts = [text for ids in turns if (text := tokenizer.decode(ids).strip())]
+    if len(texts) < 2:
+        return tokenizer.decode(prompt, True)
+    role, line, rest = texts[-2].partition("\n")  # the last one opens the reply
+    return rest.strip() if line and len(role.split()) == 1 and rest.strip() else texts[-2]
 
 
 def continuation(model: Transformer, tokenizer: Tokenizer, prompt: str | list[int]) -> str:
