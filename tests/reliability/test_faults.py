@@ -5,11 +5,12 @@ the last ones of a commit among them; all are tried by `make reliability` (bench
 """
 
 import errno
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from .aimed import ERRORS, Forks, digest, fail_each, kill_each
+from .aimed import CHANGING, ERRORS, Forks, digest, fail_each, kill_each
 from .jobs import jobs, lookers
 
 WRITERS = ("graft over an old output", "fuse", "data pack", "tokenizer train", "train")
@@ -48,6 +49,35 @@ def test_a_file_system_without_something_gives_the_same(forks: Forks, place: Pat
         tried[code] = ended.told.count("note: this file system")
     met = kind in {found for found, _ in job.calls(tuple(ERRORS))}
     assert set(tried.values()) == {int(met)}, tried
+
+
+@pytest.mark.parametrize(
+    ("name", "other", "says"),
+    [
+        ("graft", ("--scale", "0.5"), "a merge of the same inputs with other settings"),
+        ("graft", ("--base", "../inputs/onto"), "another merge (base ../inputs/base, chat ../inputs/chat, onto"),
+        ("data pack", ("--length", "16"), "a packing of the same inputs with other settings"),
+        ("data pack", ("pack", "../inputs/other.txt"), "another packing (../inputs/text.txt)"),
+    ],
+)
+def test_another_jobs_staging_folder_is_left_alone(
+    forks: Forks, place: Path, name: str, other: Sequence[str], says: str
+) -> None:
+    """An interrupted job's own command goes on; another one with the same --out is refused, and touches nothing."""
+    job = jobs(forks, place)[name]()
+    job.prepare()
+    assert job.run(30, kinds=CHANGING).was_killed
+    before = digest(job.folder)
+    arguments = list(job.arguments)
+    if other[0] in arguments:
+        arguments[arguments.index(other[0]) + 1] = other[1]
+    else:
+        arguments += other
+    refused = forks.run(arguments, job.folder)
+    assert refused.status == 1 and says in refused.told and refused.told.count("\n") == 1, refused.told
+    assert "finish it with its own command, remove that folder to give it up" in refused.told
+    assert digest(job.folder) == before
+    assert job.run().status == 0 and job.seen() == job.after
 
 
 def test_a_file_cut_by_a_kill_before_its_last_trim(forks: Forks, tmp_path: Path) -> None:

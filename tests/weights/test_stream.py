@@ -85,11 +85,16 @@ def test_damage_to_finished_ranges_is_found_and_redone(trio, tmp_path, small):
     assert files_of(out) == files_of(tmp_path / "whole")
 
 
-def test_a_journal_of_another_job_is_not_gone_on_with(trio, tmp_path, small):
+def test_another_job_is_refused_until_the_folder_is_removed(trio, tmp_path, small):
     models, out = trio(), tmp_path / "out"
     graft(**models, out=tmp_path / "whole", scale=0.5)
     with pytest.raises(Stop):
         graft(**models, out=out, scale=1.0, progress=stop_after(0.8))
+    before = files_of(staging_of(out) / "out")
+    with pytest.raises(OutputError, match="a merge of the same inputs with other settings that was interrupted"):
+        graft(**models, out=out, scale=0.5)
+    assert files_of(staging_of(out) / "out") == before
+    shutil.rmtree(staging_of(out))
     assert graft(**models, out=out, scale=0.5).bytes_resumed == 0
     assert files_of(out) == files_of(tmp_path / "whole")
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from lapis.checkpoint.staging import (
     BUILD,
     REPLACED,
+    JobName,
     Staging,
     claim,
     disk_errors,
@@ -44,6 +45,7 @@ def commit(
     out: Path | str,
     *,
     kind: str = "output",
+    job: JobName | None = None,
     overwrite: bool = False,
     needs_bytes: int = 0,
     inputs: Iterable[Path | str] = (),
@@ -54,6 +56,7 @@ def commit(
     Args:
         out: The output folder. Parents are made.
         kind: What is being made, for people ("training", "merge"). What another kind of job left is never touched.
+        job: Which job of that kind, where it goes on with what was interrupted; another's is never touched.
         overwrite: Swap an existing folder for the new one, whole; the new one has its permissions.
         needs_bytes: Refuse now if the disk has less.
         inputs: Folders that are read; `out` must not be one of them.
@@ -68,7 +71,7 @@ def commit(
     root = staging_of(out)
     handle = lock(root)
     try:
-        claim(root, kind)
+        claim(root, kind, job)
     except BaseException:
         os.close(handle)
         raise

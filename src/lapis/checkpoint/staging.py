@@ -1,11 +1,11 @@
 """The staging folder: the hidden sibling in which an output is made, who owns it, and what it looks like after a kill.
 
-    .NAME.lapis/owner.json     which kind of job works here
+    .NAME.lapis/owner.json     which kind of job works here, and which job of that kind
     .NAME.lapis/.journal...    what a job needs to go on after a kill
     .NAME.lapis/out/           the output as it grows
     .NAME.lapis/sealed.json    out/ is whole and on the disk; which folder it is
 
-A folder that another user, another kind of job or another program left is refused and never touched. How an output is
+A folder that another user, another job or another program left is refused and never touched. How an output is
 sealed and put into place: commit.py. What jobs hold in their journals: weights/engine/journal.py,
 training/loop/state.py, text/rows/parallel_packing.py.
 """
@@ -19,7 +19,7 @@ import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 
@@ -35,6 +35,19 @@ _NO_FSYNC = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)  # of folders; a file
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 
 log = logging.getLogger("lapis")  # a warning is a line on standard error, unless a program decides otherwise
+
+
+@dataclass(frozen=True)
+class JobName:
+    """Which of its kind a job is that can be gone on with.
+
+    Attributes:
+        key: Differs from that of any job that a user would call another one.
+        about: What people know it by, such as its inputs.
+    """
+
+    key: str
+    about: str
 
 
 class Busy(OutputError):
@@ -70,11 +83,16 @@ def staging_of(out: Path) -> Path:
     return out.with_name(f".{out.name}.lapis")
 
 
-def claim(root: Path, kind: str) -> None:
-    """Makes a staging folder this kind of job's own, with an empty or a half-made `out/` in it. Its lock is held.
+def claim(root: Path, kind: str, job: JobName | None = None) -> None:
+    """Makes a staging folder this job's own, with an empty or a half-made `out/` in it. Its lock is held.
+
+    Args:
+        root: The staging folder.
+        kind: Of job.
+        job: Which one, where it goes on with what an interrupted one has done.
 
     Raises:
-        OutputError: Where another user, another kind of job or somebody without lapis put something there.
+        OutputError: Where another user, another job or somebody without lapis put something there.
     """
     place = root.lstat()
     if place.st_uid != os.geteuid():
@@ -88,11 +106,22 @@ def claim(root: Path, kind: str) -> None:
             f"{root}: holds a {owner} that was interrupted; finish it with its own command, remove that folder to give "
             "it up, or give another --out"
         )
+    before = job_of(root)
+    if before is not None and before != job and (job is None or before.key != job.key):
+        what = (
+            f"another {kind} ({before.about})"
+            if job is None or before.about != job.about
+            else f"a {kind} of the same inputs with other settings"
+        )
+        raise OutputError(
+            f"{root}: holds {what} that was interrupted; finish it with its own command, remove that folder to give it "
+            "up, or give another --out"
+        )
     with disk_errors(root):
         _adopt_flat(root)
         (root / _SEAL).unlink(missing_ok=True)  # a rerun works on: what it makes is not what was sealed
-        if not owner:
-            _write_json(root / _OWNER, {"kind": kind})
+        if not owner or (job is not None and before is None):
+            _write_json(root / _OWNER, {"kind": kind, **({"job": asdict(job)} if job else {})})
         (root / BUILD).mkdir(exist_ok=True)
 
 
@@ -112,6 +141,14 @@ def kind_of(root: Path) -> str | None:
     if (root / JOURNAL / "plan.json").is_file():
         return "packing"
     return "training" if (root / JOURNAL).is_dir() else None
+
+
+def job_of(root: Path) -> JobName | None:
+    """The job that a staging folder belongs to, where its kind is one that goes on."""
+    try:
+        return JobName(**json.loads((root / _OWNER).read_bytes())["job"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _adopt_flat(root: Path) -> None:

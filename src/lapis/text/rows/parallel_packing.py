@@ -27,7 +27,7 @@ from typing import Any
 import lapis.errors
 from lapis.checkpoint.commit import check_output, commit
 from lapis.checkpoint.files import read_json, stamp
-from lapis.checkpoint.staging import BUILD, JOURNAL, Busy, claim, disk_errors, kind_of, staging_of, try_lock
+from lapis.checkpoint.staging import BUILD, JOURNAL, Busy, JobName, claim, disk_errors, job_of, staging_of, try_lock
 from lapis.config import environment_number
 from lapis.errors import DataError, LapisError, OutputError
 from lapis.processes import process_environment, python
@@ -59,6 +59,14 @@ class Job:
         stamps = {str(place): stamp(place.stat()) for place in places}
         return sha256(json.dumps([self.to_json(), stamps], sort_keys=True).encode()).hexdigest()
 
+    @property
+    def named(self) -> JobName:
+        """The job as a user knows it: the same command has the same, though the files hold something else."""
+        places = sorted({str(stretch.file) for part in self.parts for stretch in part})
+        text = json.dumps([asdict(self.shape), self.field, self.tokenizer, places], sort_keys=True)
+        more = f" and {len(places) - 1:,} more" if len(places) > 1 else ""
+        return JobName(sha256(text.encode()).hexdigest(), f"{places[0]}{more}")
+
     def to_json(self) -> dict[str, Any]:
         value = asdict(self)
         if self.shape.special == "plain":  # as in jobs of versions that knew nothing else, which go on
@@ -86,7 +94,7 @@ def share(
                 _work_together(staging, job, tokenizer, min(workers, len(job.parts)), report)
         while not _finished(out, job) or staging.exists():
             try:
-                with commit(out, kind=KIND, overwrite=overwrite, resumable=True) as sealed:
+                with commit(out, kind=KIND, job=job.named, overwrite=overwrite, resumable=True) as sealed:
                     _seal(staging, sealed.digests, job, tokenizer)
                 break
             except _NothingHere:
@@ -123,7 +131,7 @@ def _finished(out: Path, job: Job) -> bool:
 def _joined(staging: Path, out: Path, job: Job, tokenizer: Tokenizer) -> Iterator[bool]:
     """The staging folder with this job in it, held so that nobody clears or commits it; False where all is done.
 
-    Who finds it free puts the job there (what lies there of another job is deleted); the others come in.
+    Who finds it free puts the job there (what lies there of this job on other content is deleted); the others come in.
     """
     plan = staging / JOURNAL / "plan.json"
     while True:
@@ -135,7 +143,7 @@ def _joined(staging: Path, out: Path, job: Job, tokenizer: Tokenizer) -> Iterato
                     shutil.rmtree(staging)
                     yield False
                     return
-                claim(staging, KIND)
+                claim(staging, KIND, job.named)
                 if not _holds(staging, job):
                     _begin(staging, job, tokenizer)
                 (staging / JOURNAL / "error.json").unlink(missing_ok=True)
@@ -171,7 +179,7 @@ def _holds(staging: Path, job: Job) -> bool:
 
 def _begin(staging: Path, job: Job, tokenizer: Tokenizer) -> None:
     if (staging / JOURNAL / "plan.json").is_file():
-        log.warning("%s: what was begun there was of other or changed files, or other settings; done anew", staging)
+        log.warning("%s: what was begun there was of files that changed; done anew", staging)
     for entry in (staging / JOURNAL, staging / BUILD):
         shutil.rmtree(entry, ignore_errors=True)
         entry.mkdir()
@@ -196,7 +204,7 @@ def _clear(staging: Path, job: Job) -> None:
     try:
         if not try_lock(handle, fcntl.LOCK_EX):
             return
-        if _holds(staging, job) or kind_of(staging) == KIND:
+        if job_of(staging) == job.named:
             shutil.rmtree(staging, ignore_errors=True)
     finally:
         os.close(handle)

@@ -21,6 +21,7 @@ from lapis import __version__
 from lapis.checkpoint import Checkpoint
 from lapis.checkpoint.commit import check_output, commit
 from lapis.checkpoint.files import stamp
+from lapis.checkpoint.staging import JobName
 from lapis.checkpoint.tensor_file import header_bytes
 from lapis.checkpoint.towers import language_levels
 from lapis.text.tokenizer.folder import write_json
@@ -190,6 +191,7 @@ def produce(
     with commit(
         result.out,
         kind="merge",
+        job=_named(inputs, [recipe, allow_nonfinite]),
         overwrite=overwrite,
         needs_bytes=result.needs["disk_bytes"],
         inputs=folders,
@@ -217,6 +219,15 @@ def produce(
     result.nonfinite = sum(seen.nonfinite for seen in account.figures.values())
     result.sha256 = staging.manifest_sha256
     result.peak_memory_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _named(inputs: Mapping[str, Checkpoint], recipe: Any) -> JobName:
+    """The job as a user knows it: the same command has the same, though the files of its inputs be others."""
+    sources = {role: str(checkpoint.source) for role, checkpoint in inputs.items()}
+    text = json.dumps([recipe, sources], sort_keys=True, default=str)
+    return JobName(
+        hashlib.sha256(text.encode()).hexdigest(), ", ".join(f"{role} {place}" for role, place in sources.items())
+    )
 
 
 def _job(inputs: Mapping[str, Checkpoint], files: Mapping[str, Sequence[Output]], recipe: Any) -> str:
