@@ -28,7 +28,9 @@ MAY_IMPORT = {
     "planning": {"checkpoint", "evaluation", "families", "model", "report", "text", "weights"},
     "report": set(),
     "formats": {"checkpoint", "evaluation", "families", "model", "text"},
-    "language": {"checkpoint", "evaluation", "families", "generation", "model", "text", "weights"},
+    "language": {
+        "checkpoint", "evaluation", "families", "generation", "model", "report", "text", "training", "weights",
+    },
     "tour": {"checkpoint", "evaluation", "families", "generation", "model", "report", "text", "training", "weights"},
     "cli": {
         "checkpoint", "evaluation", "families", "formats", "generation", "inside", "language", "model", "planning",

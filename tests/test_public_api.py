@@ -24,6 +24,7 @@ OBJECTIVES = [
 FUNCTIONS = {
     "diff": ["a", "b", "rows", "spectra"],
     "export_gguf": ["model", "out"],
+    "adapt": ["plan"],
     "extend": ["model", "files", "out"],
     "fertility": ["model", "files"],
     "generate": ["model", "tokenizer", "prompt", "sampling"],

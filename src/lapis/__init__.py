@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # what _PUBLIC says, for editors and type checkers
     from lapis.generation.generate import generate
     from lapis.generation.options import Sampling
     from lapis.inside.lens.logit_lens import lens
+    from lapis.language.adapt import adapt
     from lapis.language.extend import extend
     from lapis.language.fertility import fertility
     from lapis.model.transformer import Transformer
@@ -52,8 +53,8 @@ __all__ = [
     "DPO", "GRPO", "IPO", "KTO", "ORPO", "PPO", "RLOO", "Causal", "Chat", "Checkpoint", "CheckpointError", "Classify",
     "ConfigError", "DataError", "LapisError", "Masked", "MissingExtra", "ModelConfig", "Objective", "OutputError",
     "Reward", "Sampling", "SimPO", "TemplateError", "Tokenizer", "TrainConfig", "TrainingError", "Transformer",
-    "__version__", "diff", "export_gguf", "extend", "fertility", "generate", "graft", "import_gguf", "lens", "load",
-    "merge", "open", "plan", "train",
+    "__version__", "adapt", "diff", "export_gguf", "extend", "fertility", "generate", "graft", "import_gguf", "lens",
+    "load", "merge", "open", "plan", "train",
 ]  # fmt: skip
 
 # module -> the public names that it defines; name=there where it has another name there
@@ -68,6 +69,7 @@ _PUBLIC = {
     "lapis.generation.generate": "generate",
     "lapis.generation.options": "Sampling",
     "lapis.inside.lens.logit_lens": "lens",
+    "lapis.language.adapt": "adapt",
     "lapis.language.extend": "extend",
     "lapis.language.fertility": "fertility",
     "lapis.model.transformer": "Transformer",

@@ -30,6 +30,8 @@ COMMANDS = {
     "tokenizer train": ("lapis.cli.tokenizer:train", "Train a byte-level BPE tokenizer on text files."),
     "tokenizer extend": ("lapis.cli.tokenizer:extend", "Add tokens of a language to a model, with rows for them."),
     "fertility": ("lapis.cli.fertility:fertility", "What a language costs a model, and whether more tokens pay."),
+    "adapt": ("lapis.cli.adapt:adapt", "A model and text of a language in, a model that speaks it out."),
+    "card": ("lapis.cli.card:card", "Models side by side in two languages, as a page and a model card."),
     "data pack": ("lapis.cli.data:pack", "Text or chats as rows of tokens on disk."),
     "data show": ("lapis.cli.data:show", "Rows in color: loss, document borders, end tokens, padding."),
     "train": ("lapis.cli.train:train", "Train from a YAML file and key=value."),

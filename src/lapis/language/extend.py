@@ -9,7 +9,7 @@ tokenizer alone gives a tokenizer alone.
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +22,7 @@ from lapis.language.texts import first_bytes
 from lapis.text.corpus.labels import bare_texts
 from lapis.text.tokenizer.extend import LEAST, ExtendableTokenizer, Extension, changed_share
 from lapis.text.tokenizer.roundtrip import holds_only_tokenizer
+from lapis.weights.engine.job import MergeResult
 from lapis.weights.rows import check_init, first_rows, token_tables, write_grown
 
 Init = Literal["mean", "mean-norm", "distilled", "random"]
@@ -176,6 +177,48 @@ def _write_model(
     result: ExtendResult, checkpoint: Checkpoint, base: ExtendableTokenizer, gained: Extension, init: Init | None,
     files: Sequence[str | Path], snippets: int, seed: int, overwrite: bool, progress: Report,
 ) -> None:  # fmt: skip
+    recipe = {"tokens_per_byte": result.tokens_per_byte, "replay_changed": result.replay_changed}
+    written = add_rows(
+        checkpoint, base, gained, result.out, init=init, files=files, snippets=snippets, seed=seed, recipe=recipe,
+        overwrite=overwrite, progress=progress,
+    )  # fmt: skip
+    result.rows, result.init = written.vocabulary["rows"], written.vocabulary["init"]
+    result.notes += written.notes
+    result.sha256 = written.sha256
+
+
+def add_rows(
+    checkpoint: Checkpoint,
+    base: ExtendableTokenizer,
+    gained: Extension,
+    out: str | os.PathLike[str],
+    *,
+    init: Init | None = None,
+    files: Sequence[str | Path] = (),
+    snippets: int = SNIPPETS,
+    seed: int = 0,
+    recipe: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    progress: Report = lambda done, total, label: None,
+) -> MergeResult:
+    """Writes a model with rows for the new tokens of its tokenizer.
+
+    Args:
+        checkpoint: The model.
+        base: Its tokenizer.
+        gained: What the tokenizer gains.
+        out: A new folder.
+        init: How rows begin; the arguments from here on are those of `extend`.
+        files: Text that distilled rows are trained on.
+        snippets: Stretches of it for each row.
+        seed: Of random rows, and of the order of snippets.
+        recipe: More for the account of the output.
+        overwrite: Swap an existing folder for the new one, whole.
+        progress: Called with what is done, what there is to do, and what it is.
+
+    Returns:
+        What was done; `vocabulary` has `rows` before and after, and `init`.
+    """
     checkpoint = checkpoint.fetched()
     tables = token_tables(checkpoint)
     simple = "mean" if init == "distilled" else init
@@ -191,15 +234,15 @@ def _write_model(
         for name in tables.copies:
             rows[name] = rows[tables.embed]
     given: str = init or ("mean" if tables.tied else "mean-norm")
-    result.init = {"embedding": given} | ({"head": "random" if init == "random" else "mean"} if tables.head else {})
-    recipe = {
-        "add": len(gained.tokens), "first_id": gained.first, **{f"init.{k}": v for k, v in result.init.items()},
-        "seed": seed, "tokens_per_byte": result.tokens_per_byte, "replay_changed": result.replay_changed,
+    rules = {"embedding": given} | ({"head": "random" if init == "random" else "mean"} if tables.head else {})
+    settings = {
+        "add": len(gained.tokens), "first_id": gained.first, **{f"init.{k}": v for k, v in rules.items()},
+        "seed": seed, **(recipe or {}),
     }  # fmt: skip
     written = write_grown(
-        checkpoint, result.out, tables, rows, gained.first, lambda folder: base.write(folder, gained), recipe,
+        checkpoint, out, tables, rows, gained.first, lambda folder: base.write(folder, gained), settings,
         overwrite=overwrite, progress=lambda done, total: progress(done, total, "writing"),
     )  # fmt: skip
-    result.rows = {"before": tables.rows, "after": max(tables.rows, gained.first + len(gained.tokens))}
-    result.notes += written.notes
-    result.sha256 = written.sha256
+    grown = max(tables.rows, gained.first + len(gained.tokens))
+    written.vocabulary = {"rows": {"before": tables.rows, "after": grown}, "init": rules}
+    return written

@@ -205,7 +205,12 @@ def powers(low: float, high: float, most: int = 8) -> dict[str, list[Any]]:
 
 
 def adapt(figure: go.Figure, **overrides: Any) -> None:
-    """Add settings for narrow screens: `adapt(figure, height=600, yaxis__domain=[0, 0.4])`."""
+    """Add settings for narrow screens: `adapt(figure, height=600, yaxis__domain=[0, 0.4])`.
+
+    Args:
+        figure: Of `new_figure`.
+        overrides: Settings of plotly's layout, `__` for the dots of their names.
+    """
     meta = dict(figure.layout.meta)
     meta["narrow"] = {**meta["narrow"], **{key.replace("__", "."): value for key, value in overrides.items()}}
     figure.layout.meta = meta

@@ -119,8 +119,7 @@ class ExtendableTokenizer:
     def ranks(self) -> dict[Pair, tuple[int, int]]:
         """Pair of ids -> rank and result of its merge."""
         ids = self.document["model"]["vocab"]
-        pairs = (entry.split(" ") if isinstance(entry, str) else entry for entry in self.document["model"]["merges"])
-        return {(ids[left], ids[right]): (rank, ids[left + right]) for rank, (left, right) in enumerate(pairs)}
+        return {(ids[left], ids[right]): (rank, ids[left + right]) for rank, (left, right) in enumerate(self._pairs())}
 
     def count_words(self, texts: Iterable[str], progress: Callable[[int], None] | None = None) -> WordCounts:
         """Reads a text. progress: called with the bytes read so far."""
@@ -195,6 +194,39 @@ class ExtendableTokenizer:
             old_tokens=[old[i] for i in order],
             characters=len(chosen),
         )
+
+    def read_extension(self, folder: Path) -> Extension:
+        """What another tokenizer has more than this one, which it extends.
+
+        Args:
+            folder: A folder that `write` wrote.
+
+        Raises:
+            CheckpointError: Where it is no extension of this tokenizer.
+        """
+        other = ExtendableTokenizer.open(folder)
+        tokens = [token for token, i in sorted(other.ids.items(), key=lambda entry: entry[1]) if i >= self.size]
+        mine, theirs = self._pairs(), other._pairs()
+        same = all(other.ids.get(token) == i for token, i in self.ids.items())
+        if not same or theirs[: len(mine)] != mine or other.size != self.size + len(tokens):
+            raise CheckpointError(f"{folder}: its tokenizer is no extension of that of {self.source}; extend it again")
+        merges = theirs[len(mine) :]
+        made = {left + right for left, right in merges}
+        old: dict[str, tuple[int, ...]] = {}
+        for token in tokens:
+            if token not in made:
+                old[token] = tuple(self.ids[f"<0x{b:02X}>"] for b in token.encode())
+        for left, right in merges:
+            if left + right not in self.ids and left + right not in old:
+                old[left + right] = old.get(left, (self.ids.get(left, 0),)) + old.get(right, (self.ids.get(right, 0),))
+        return Extension(
+            tokens, self.size, merges, [], True, [old[token] for token in tokens],
+            sum(token not in made for token in tokens),
+        )  # fmt: skip
+
+    def _pairs(self) -> list[tuple[str, str]]:
+        entries = self.document["model"]["merges"]
+        return [tuple(entry.split(" ") if isinstance(entry, str) else entry) for entry in entries]
 
     def tokens_saved(self, counts: WordCounts, extension: Extension) -> list[int]:
         """How many tokens fewer another text has with the first 0, 1, 2, ... of the new tokens.

@@ -118,7 +118,7 @@ def choose(model: Transformer, tune: Iterable[str] = (), freeze: Iterable[str] =
     family = family_of(model.config)
     trained = covered_parts(tune, parts.values(), "tune", family) if tune else set(parts.values())
     trained -= covered_parts(freeze, parts.values(), "freeze", family)
-    if not trained:
+    if not (trained or tokens):
         raise ConfigError("train: tune and freeze leave nothing to train")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(parts[name] in trained)

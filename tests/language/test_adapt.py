@@ -1,0 +1,205 @@
+"""The flow of an adaptation: every step once, again when what it read changed, and nothing that was edited is lost."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from lapis.errors import CheckpointError, ConfigError, DataError, OutputError
+from lapis.families.config import ModelConfig, Rope
+from lapis.language.adapt import adapt, read_plan
+from lapis.language.card import readme
+from lapis.language.scores import ratio
+from lapis.language.steps import Steps
+from lapis.model.load import load, save
+from lapis.model.transformer import Transformer
+from lapis.report.pages.card import card_page
+from lapis.text.tokenizer.tokenizer import Tokenizer, train_tokenizer
+
+SUBJECTS = ["dog", "cat", "child", "teacher", "river", "village", "garden", "house"]
+ENGLISH = [
+    f"The old {a} stands by the {b}, and the {c} plays in it." for a in SUBJECTS for b in SUBJECTS for c in SUBJECTS
+]
+MALAY = [
+    f"{a.capitalize()} itu bermain dengan {b} di dalam {c} setiap hari."
+    for a in ("anjing", "kucing", "kanak-kanak", "cikgu", "jiran", "adik")
+    for b in ("bola", "kucing", "kawan", "batu", "air", "pasir")
+    for c in ("taman", "rumah", "kampung", "sekolah", "sungai", "pasar")
+]
+TINY = {"steps": 6, "minutes": None, "precision": "float32", "threads": 1, "sample_every": 0, "log_every": 2}
+
+
+def write(path: Path, texts: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts), encoding="utf-8")
+    return path
+
+
+def make(folder: Path, seed: int, like: Path | None = None) -> Path:
+    """A small model; with `like`, a fine-tune of that one."""
+    tokenizer = train_tokenizer(ENGLISH[:60], 300)
+    torch.manual_seed(seed)
+    config = ModelConfig(
+        family="llama", dim=32, layers=2, heads=4, kv_heads=2, head_dim=8, ffn_dim=48, vocab=tokenizer.rows,
+        context=64, tied=True, rope=Rope(theta=1e4),
+    )  # fmt: skip
+    model = Transformer(config) if like is None else load(like, torch.float32)
+    if like is not None:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += 0.001 * torch.randn_like(parameter)
+    folder.mkdir()
+    save(model, folder)
+    tokenizer.save(folder)
+    return folder
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """plan(**changes) -> the settings of a tiny adaptation, all of whose inputs are there."""
+    base = make(tmp_path / "base", 0)
+    chat = make(tmp_path / "chat", 1, base)
+    chats = tmp_path / "chats.jsonl"
+    turn = {"messages": [{"role": "user", "content": "Apa itu?"}, {"role": "assistant", "content": "Kucing itu."}]}
+    chats.write_text((json.dumps(turn) + "\n") * 3)
+    settings = {
+        "base": str(base), "chat": str(chat), "text": [str(write(tmp_path / "ms.jsonl", MALAY))],
+        "replay": [str(write(tmp_path / "en.jsonl", ENGLISH[:300]))], "chats": [str(chats)], "vocab": 40,
+        "out": str(tmp_path / "out"), "train": TINY, "context": 32, "batch": 4, "scored": 1500, "language": "ms",
+    }  # fmt: skip
+    return lambda **changes: {**settings, **changes}
+
+
+def times(out: Path) -> dict[str, int]:
+    return {step.name: step.stat().st_mtime_ns for step in out.iterdir() if step.is_dir()}
+
+
+def test_every_step_is_made_once_and_the_card_tells(plan: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    result = adapt(plan())
+    out = tmp_path / "out"
+    names = ["measure", "tokenizer", "start", "embedded", "adapted", "grafted", "card"]
+    assert list(result["steps"]) == names
+    assert all((out / name / "lapis-manifest.json").is_file() for name in names)
+    assert list(result["scores"]) == ["base", "start", "embedded", "adapted", "grafted"]
+    for scores in result["scores"].values():
+        assert set(scores) == {"target", "replay"}
+        for figure in scores["target"].values():
+            low, high = figure["interval"]
+            assert low <= figure["value"] <= high and figure["n"] >= 3
+    target = result["scores"]["grafted"]["target"]
+    assert {"bits_per_byte", "tokens_per_byte", "characters_per_second", "response_nll", "stop_rate"} == set(target)
+    before, after = (result["scores"][name]["target"]["bits_per_byte"]["value"] for name in ("base", "grafted"))
+    assert result["won"] == pytest.approx(1 - after / before)
+    before, after = (result["scores"][name]["replay"]["bits_per_byte"]["value"] for name in ("base", "grafted"))
+    assert result["cost"] == pytest.approx(after / before - 1)
+    assert Tokenizer.open(out / "adapted").rows == 340 == load(out / "grafted").config.vocab
+
+    base, start, embedded, adapted = (load(Path(p), torch.float32).state_dict() for p in (
+        plan()["base"], out / "start", out / "embedded", out / "adapted"))  # fmt: skip
+    old = {name: (a.equal(b[:300] if "embed" in name else b)) for name, a in base.items() for b in [embedded[name]]}
+    assert all(old.values())  # rows of new tokens alone were trained
+    assert not start["embed.weight"][300:].equal(embedded["embed.weight"][300:])
+    assert not any(adapted[name].equal(embedded[name]) for name in adapted)
+
+    seen = times(out)
+    assert adapt(plan())["scores"] == result["scores"]
+    assert times(out) == seen
+
+    adapt(plan(scale=0.5))
+    redone = {name for name, changed in times(out).items() if changed != seen[name]}
+    assert redone == {"grafted", "card", ".steps"}
+
+
+def test_a_step_that_was_edited_is_refused(plan: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    settings = plan(chat=None, vocab=0, chats=[])
+    adapt(settings)
+    config = tmp_path / "out" / "adapted" / "config.json"
+    config.write_text(config.read_text() + " ")
+    with pytest.raises(OutputError, match=r"adapted: config.json was changed.*made again"):
+        adapt(settings)
+    assert config.read_text().endswith(" ")
+
+
+def test_without_new_tokens_the_base_is_trained_as_it_is(plan: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    few = str(write(tmp_path / "few.jsonl", MALAY[:30]))  # so little text carries nothing
+    result = adapt(plan(chat=None, vocab="auto", chats=[], text=[few]))
+    assert list(result["steps"]) == ["measure", "adapted", "card"]
+    reason = json.loads((tmp_path / "out" / "measure" / "fertility.json").read_text())["recommendation"]["reason"]
+    assert "do not extend" in reason
+    card = json.loads((tmp_path / "out" / "card" / "card.json").read_text())
+    head = yaml.safe_load(readme(card).split("---")[1])
+    assert head["language"] == ["ms"] and head["base_model"] == [plan()["base"]]
+    assert (tmp_path / "out" / "card" / "index.html").read_text() == card_page(card).render()
+
+
+def test_what_cannot_be_is_refused_before_anything_is_done(plan: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    stranger = make(tmp_path / "stranger", 9)
+    for changes, error, text in (
+        ({"replay": plan()["text"]}, DataError, "100% of the replay documents"),
+        ({"text": [str(tmp_path / "nothing")]}, DataError, "nothing"),
+        ({"chat": str(stranger)}, CheckpointError, "related"),
+        ({"base": str(tmp_path / "nowhere")}, CheckpointError, "nowhere"),
+        ({"replay_share": 1.0}, ConfigError, "replay_share"),
+        ({"vocab": -1}, ConfigError, "vocab is -1"),
+        ({"speed": 3}, ConfigError, "speed"),
+    ):
+        with pytest.raises(error, match=text):
+            adapt(plan(**changes))
+        assert not (tmp_path / "out" / "measure").exists()
+    (tmp_path / "out").mkdir(exist_ok=True)
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    with pytest.raises(OutputError, match="no adaptation"):
+        adapt(plan())
+
+
+def test_a_dry_run_writes_a_plan_that_can_be_run(plan: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    settings = plan(chat=None, vocab=0, chats=[])
+    options = [f"--{key}={settings[key]}" for key in ("base", "out", "vocab")]
+    options += ["--text", settings["text"][0], "--replay", settings["replay"][0], "--dry-run", "--json"]
+    ran = subprocess.run([sys.executable, "-m", "lapis", "adapt", *options], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert list(json.loads(ran.stdout)["steps"]) == ["measure", "adapted", "card"]
+    written = yaml.safe_load((tmp_path / "out" / "plan.yaml").read_text())
+    assert read_plan(written) == read_plan({key: settings[key] for key in ("base", "out", "vocab", "text", "replay")})
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["plan.yaml"]
+
+
+def test_steps_go_on_where_they_were_stopped(tmp_path: Path) -> None:
+    made: list[str] = []
+
+    def make_step(folder: Path, overwrite: bool) -> None:
+        made.append(folder.name)
+        if overwrite:
+            (folder / "file").write_text("second")
+            return
+        folder.mkdir(parents=True)
+        (folder / "file").write_text("first")
+
+    def stop(folder: Path, overwrite: bool) -> None:
+        raise KeyboardInterrupt
+
+    for after in ({"a": 1}, {"a": 2}):  # a first time, and while an older one is replaced
+        with pytest.raises(KeyboardInterrupt):
+            Steps(tmp_path).run("one", after, [], stop)
+        Steps(tmp_path).run("one", after, [], make_step)
+        Steps(tmp_path).run("one", after, [], stop)  # done: not called
+    assert made == ["one", "one"] and (tmp_path / "one" / "file").read_text() == "second"
+    note = tmp_path / ".steps" / "one.json"
+    written = json.loads(note.read_text())
+    note.write_text(json.dumps({**written, "stamps": None, "replaces": {"file": [1, 1]}}))
+    Steps(tmp_path).run("one", {"a": 2}, [], stop)  # whole already, only its note was lacking
+    (tmp_path / "two").mkdir()
+    with pytest.raises(OutputError, match="no step of this adaptation"):
+        Steps(tmp_path).run("two", {}, [], make_step)
+
+
+def test_a_ratio_has_an_interval_that_holds_it() -> None:
+    figure = ratio([10.0, 20.0, 30.0, 100.0], [10.0, 10.0, 10.0, 20.0])
+    assert figure["value"] == pytest.approx(160 / 50) and figure["n"] == 4
+    assert 1.0 <= figure["interval"][0] < figure["value"] < figure["interval"][1] <= 5.0
+    assert ratio([3.0], [2.0]) == {"value": 1.5, "interval": [1.5, 1.5], "n": 1}
