@@ -200,7 +200,7 @@ def test_lengths_of_an_earlier_use_are_not_kept(folder: Path, trained: Tokenizer
     [
         ("tokenizer.json", '{"model": ', r"tokenizer\.json.*line 1 column"),
         ("tokenizer.json", "{}", "not a tokenizer"),
-        ("tokenizer_config.json", '{"eos_token": "a"', r"tokenizer_config\.json.*line 1, column"),
+        ("tokenizer_config.json", '{"eos_token": "a"', r"tokenizer_config\.json.*column"),
         ("tokenizer_config.json", "[]", "not an object"),
         ("tokenizer_config.json", '{"eos_token": 5}', "eos_token"),
         ("tokenizer_config.json", '{"added_tokens_decoder": {"x": "y"}}', "must map ids"),

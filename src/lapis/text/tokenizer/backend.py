@@ -14,7 +14,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
-from lapis.checkpoint.files import JSON_LIMIT, contained
+from lapis.checkpoint.files import contained
 from lapis.errors import CheckpointError
 from lapis.parsing import quoted
 from lapis.text.tokenizer.folder import (
@@ -25,6 +25,7 @@ from lapis.text.tokenizer.folder import (
     read_named_tokens,
     read_object,
 )
+from lapis.text.tokenizer.trial import open_stored, state_of
 
 END_OF_TEXT = "<|endoftext|>"
 _BERT = frozenset({"BertTokenizer", "DistilBertTokenizer", "FunnelTokenizer", "MPNetTokenizer", "MobileBertTokenizer"})
@@ -62,12 +63,15 @@ def open_backend(folder: Path) -> tuple[tokenizers.Tokenizer, dict[str, str], bo
     """
     config, kind = read_object(folder, CONFIG), _class_name(folder)
     as_stored = has_file(folder, "tokenizer.json")
-    backend = _stored(contained(folder, "tokenizer.json")) if as_stored else _built(folder, kind, config)
+    if as_stored:
+        backend, as_stored = open_stored(contained(folder, "tokenizer.json"))
+    else:
+        backend = _built(folder, kind, config)
     named = read_named_tokens(folder)
     if not config and not named and backend.token_to_id(END_OF_TEXT) is not None:
         named = {"eos_token": END_OF_TEXT, "bos_token": END_OF_TEXT}  # GPT-2's folder has no more than tokenizer.json
     _add_tokens(backend, folder, named)
-    changed = as_stored and _apply_settings(backend, folder, kind, config)
+    changed = has_file(folder, "tokenizer.json") and _apply_settings(backend, folder, kind, config)
     return backend, named, as_stored and not changed
 
 
@@ -81,15 +85,6 @@ def _class_name(folder: Path) -> str:
         registered = _OF_MODEL_TYPE[model_type]
         declared = "" if registered is None else declared or registered
     return "" if declared in _PLAIN or f"{declared}Fast" in _PLAIN else declared
-
-
-def _stored(path: Path) -> tokenizers.Tokenizer:
-    if path.stat().st_size > JSON_LIMIT:
-        raise CheckpointError(f"{path}: {path.stat().st_size:,} bytes of JSON; the limit is {JSON_LIMIT:,}")
-    try:
-        return tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing more precise
-        raise CheckpointError(f"{path}: not a tokenizer: {' '.join(str(error).split())[:200]}") from None
 
 
 def _built(folder: Path, kind: str, config: Mapping[str, Any]) -> tokenizers.Tokenizer:
@@ -241,8 +236,8 @@ def _apply_settings(backend: tokenizers.Tokenizer, folder: Path, kind: str, conf
 
 
 def _apply_bert(backend: tokenizers.Tokenizer, folder: Path, config: Mapping[str, Any]) -> bool:
-    stored, normalizer = _state(backend.normalizer), _bert_normalizer(config)
-    if stored == _state(normalizer):
+    stored, normalizer = state_of(backend.normalizer), _bert_normalizer(config)
+    if stored == state_of(normalizer):
         return False
     if stored.get("type") == "BertNormalizer":
         backend.normalizer = normalizer
@@ -260,7 +255,7 @@ def _apply_bert(backend: tokenizers.Tokenizer, folder: Path, config: Mapping[str
 def _apply_prefix_space(backend: tokenizers.Tokenizer, config: Mapping[str, Any], kind: str) -> bool:
     """Whether a space is put before a text: in ByteLevel, in Metaspace, or by a normalizer that prepends one."""
     space = bool(config.get("add_prefix_space"))
-    splitter, normalizer = _state(backend.pre_tokenizer), _state(backend.normalizer)
+    splitter, normalizer = state_of(backend.pre_tokenizer), state_of(backend.normalizer)
     changed = False
     for step in splitter.get("pretokenizers", [splitter]):
         if step.get("type") == "ByteLevel" and kind in _BYTE_LEVEL and step.get("add_prefix_space") != space:
@@ -286,7 +281,7 @@ def _apply_prefix_space(backend: tokenizers.Tokenizer, config: Mapping[str, Any]
 
 def _agrees(backend: tokenizers.Tokenizer, name: str, value: bool) -> bool:
     """Whether tokenizer.json does what a setting asks for, as far as its steps show."""
-    steps = [step for part in (backend.normalizer, backend.pre_tokenizer) for step in _steps(_state(part))]
+    steps = [step for part in (backend.normalizer, backend.pre_tokenizer) for step in _steps(state_of(part))]
     types = [step.get("type") for step in steps]
     if name == "do_lower_case":
         return value == ("Lowercase" in types or any(step.get("lowercase") for step in steps))
@@ -302,8 +297,3 @@ def _agrees(backend: tokenizers.Tokenizer, name: str, value: bool) -> bool:
 
 def _steps(state: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return list(state.get("pretokenizers") or state.get("normalizers") or [state])
-
-
-def _state(part: Any) -> dict[str, Any]:
-    """A step of a tokenizer as it stands in tokenizer.json."""
-    return {} if part is None else dict(json.loads(part.__getstate__()))

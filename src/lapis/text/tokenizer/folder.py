@@ -29,6 +29,12 @@ from lapis.errors import CheckpointError
 from lapis.parsing import quoted
 
 CONFIG, CHAT_TEMPLATE, TEMPLATES = "tokenizer_config.json", "chat_template.jinja", "additional_chat_templates"
+# how tokenizers that lapis trains split a text: Qwen 3.5's way, where a combining mark stays with its letter, and for
+# which GGUF files have a name ("qwen35"), as they have none for GPT-2's with marks
+TRAINED_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
 TOKENIZER_FILES = (
     "tokenizer.json", CONFIG, "special_tokens_map.json", CHAT_TEMPLATE, "added_tokens.json", "vocab.json", "merges.txt",
     "vocab.txt", "tokenizer.model",

@@ -27,21 +27,17 @@ from lapis.text.tokenizer.folder import (
     CHATML,
     TOKEN_FLAGS,
     TOKENIZER_FILES,
+    TRAINED_PATTERN,
     has_file,
     read_end_ids,
     read_templates,
     template_files,
 )
+from lapis.text.tokenizer.trial import MOST_IDS, is_panic
 from lapis.text.tokenizer.words import batches, marked_letters, refuse_half_characters
 
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 PAD, CLS, SEP, MASK = "[PAD]", "[CLS]", "[SEP]", "[MASK]"
-# Qwen 3.5's splitting: a combining mark stays with its letter, and GGUF files have a name for it ("qwen35"), as they
-# have none for GPT-2's with marks
-_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+"
-)
 
 
 class _HasFiles(Protocol):
@@ -134,6 +130,8 @@ class Tokenizer:
             except (UnicodeEncodeError, TypeError):  # the library has a TypeError for half characters
                 refuse_half_characters(texts)
                 raise
+            except BaseException as error:
+                raise self._stopped(error) from None
         return [encoding.ids for encoding in encodings]
 
     def encode_spans(self, text: str, special: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
@@ -145,6 +143,8 @@ class Tokenizer:
             except (UnicodeEncodeError, TypeError):
                 refuse_half_characters([text])
                 raise
+            except BaseException as error:
+                raise self._stopped(error) from None
         return encoding.ids, encoding.offsets
 
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
@@ -152,7 +152,17 @@ class Tokenizer:
         ids = [int(i) for i in ids]
         if ids and not (0 <= min(ids) and max(ids) < 2**32):
             raise DataError(f"token id {min(ids) if min(ids) < 0 else max(ids)}: there is no such token")
-        return str(self._backend.decode(ids, skip_special_tokens=skip_special))
+        try:
+            return str(self._backend.decode(ids, skip_special_tokens=skip_special))
+        except BaseException as error:
+            raise self._stopped(error) from None
+
+    def _stopped(self, error: BaseException) -> BaseException:
+        """A panic of the library as a refusal; every other error as it is."""
+        if not is_panic(error):
+            return error
+        why = " ".join(str(error).split())[:200]
+        return CheckpointError(f"{self.source}: the tokenizer is broken: {why}; use another one")
 
     @property
     def vocab_size(self) -> int:
@@ -162,7 +172,10 @@ class Tokenizer:
     @cached_property
     def rows(self) -> int:
         """Embedding rows that the ids need: the highest id plus one."""
-        return 1 + max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1)
+        rows = 1 + max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1)
+        if rows > MOST_IDS:
+            raise CheckpointError(f"{self.source}: has a token of the id {rows - 1:,}; ids go to {MOST_IDS:,} at most")
+        return rows
 
     def check_rows(self, rows: int) -> None:
         """Raises CheckpointError where a token's id has no row in an embedding of `rows` rows. More rows are fine."""
@@ -298,7 +311,7 @@ def train_tokenizer(
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(_PATTERN), "isolated"),
+            pre_tokenizers.Split(Regex(TRAINED_PATTERN), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
