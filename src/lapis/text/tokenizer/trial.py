@@ -60,9 +60,16 @@ _verdicts: dict[str, str] = {}
 
 
 def open_stored(path: Path) -> tuple[tokenizers.Tokenizer, bool]:
-    """The tokenizer of a tokenizer.json, and whether it is just what the file holds.
+    """Opens a tokenizer.json.
 
-    Raises CheckpointError for what is no tokenizer, or one that cannot be used without harm.
+    Args:
+        path: The file.
+
+    Returns:
+        The tokenizer, and whether it is just what the file holds.
+
+    Raises:
+        CheckpointError: For what is no tokenizer, or one that cannot be used without harm.
     """
     with path.open("rb") as file:
         raw = file.read(JSON_LIMIT + 1)
@@ -90,8 +97,7 @@ def is_panic(error: BaseException) -> bool:
 
 
 def is_plain(raw: bytes) -> bool:
-    """Whether the file names only steps that need no trial. Words in the vocabulary that look like a step's name lead
-    to a trial at most."""
+    """Whether a file names only steps that need no trial; a word of its vocabulary that looks like one costs a trial."""
     if b"\\u" in raw and re.search(rb'"\\u00(?:74|54|52)', raw):  # "type" or "Regex", spelled so that it is not seen
         return False
     patterns = set(_REGEX.findall(raw))
@@ -105,10 +111,7 @@ def is_plain(raw: bytes) -> bool:
 
 
 def try_out(raw: bytes) -> str:
-    """Why a file is no good, found in a process that can be ended; "" where it is.
-
-    Remembered by digest; that of a good one also in the cache of lapis.
-    """
+    """Why a file is no good, by a process that can be ended; "" where it is good, which the cache remembers."""
     key = hashlib.sha256(raw).hexdigest()
     good = cache_folder() / "tokenizers" / f"{key}-{tokenizers.__version__}"
     if key not in _verdicts and not good.is_file():
