@@ -97,7 +97,7 @@ def is_panic(error: BaseException) -> bool:
 
 
 def is_plain(raw: bytes) -> bool:
-    """Whether a file names only steps that need no trial; a word of its vocabulary that looks like one costs a trial."""
+    """Whether a file names only steps that need no trial; a word that looks like another costs one."""
     if b"\\u" in raw and re.search(rb'"\\u00(?:74|54|52)', raw):  # "type" or "Regex", spelled so that it is not seen
         return False
     patterns = set(_REGEX.findall(raw))
