@@ -187,6 +187,20 @@ def test_growth_holds_the_numbers_of_the_rows():
     assert list(flops.y) == [row["flops"] for row in GROWTH] and list(attention.x) == [128, 256, 512]
 
 
+def test_no_two_ticks_of_an_axis_read_the_same():
+    """Where values lie close together, shares have more decimals, and a layer stands once."""
+    rows = [{"layer": str(i), "style": 0.1 * i, "knowledge": 0.0004 + 0.0001 * i, "chosen": i == 0} for i in range(4)]
+    layout = plots.plan_scatter(rows, "t").layout
+    step = (rows[-1]["knowledge"] - rows[0]["knowledge"]) / 7
+    assert format(0.0005, layout.xaxis.tickformat) != format(0.0005 + step, layout.xaxis.tickformat)
+    assert layout.xaxis.tickformat[0] == "+" and layout.yaxis.tickformat == ".0%"
+    words = [{"word": "a", "layer": layer, "rank": 3} for layer in range(3)]
+    few, many = plots.rank_trajectories(words, "t"), FIGURES["ranks"]()
+    assert few.layout.xaxis.dtick == 1 and many.layout.xaxis.dtick == 1
+    thirty = plots.rank_trajectories([{**words[0], "layer": layer} for layer in range(30)], "t")
+    assert thirty.layout.xaxis.dtick == 3 and thirty.layout.meta["narrow"]["xaxis.dtick"] == 5
+
+
 def test_treemap_adds_up():
     figure = FIGURES["treemap"]()
     sizes = dict(zip(figure.data[0].ids, figure.data[0].values, strict=True))

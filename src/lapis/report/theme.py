@@ -204,6 +204,19 @@ def powers(low: float, high: float, most: int = 8) -> dict[str, list[Any]]:
     return {"tickvals": [10.0**power for power in exponents], "ticktext": texts}
 
 
+def percent(values: Iterable[float | None], sign: str = "") -> str:
+    """A tick format for shares, with as many decimals as tell the ticks of these values apart.
+
+    Args:
+        values: What is drawn along the axis.
+        sign: "+" shows it.
+    """
+    known = [value for value in values if value is not None]
+    step = 100 * (max(known, default=1.0) - min(known, default=0.0)) / 7
+    digits = min(6, max(0, math.ceil(-math.log10(step)))) if step > 0 else 1
+    return f"{sign}.{digits}%"
+
+
 def adapt(figure: go.Figure, **overrides: Any) -> None:
     """Add settings for narrow screens: `adapt(figure, height=600, yaxis__domain=[0, 0.4])`.
 

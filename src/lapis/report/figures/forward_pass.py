@@ -127,8 +127,9 @@ def rank_trajectories(rows: Iterable[Row], title: str) -> go.Figure:
     theme.axis_title(figure, "layer", "rank of the word (1 = said next)")
     foot = max(math.log10(worst), 0.5)
     figure.update_yaxes(type="log", range=[foot * 1.04, -0.06 * foot], **theme.powers(1, max(worst, 10)))
-    figure.update_xaxes(tickformat="d", nticks=14)
-    theme.adapt(figure, height=380, xaxis__nticks=7)
+    layers = max(row["layer"] for points in groups.values() for row in points)
+    figure.update_xaxes(tickformat="d", tick0=0, dtick=-(-layers // 14) or 1)
+    theme.adapt(figure, height=380, xaxis__dtick=-(-layers // 7) or 1)
     return figure
 
 

@@ -54,8 +54,8 @@ def plan_scatter(rows: Iterable[Row], title: str) -> go.Figure:
                 cliponaxis=False,
             )  # fmt: skip
     theme.axis_title(figure, "how much harder text becomes", "share of the replies' gain")
-    figure.update_xaxes(tickformat="+.1~%")
-    figure.update_yaxes(tickformat=".0%")
+    figure.update_xaxes(tickformat=theme.percent((row["knowledge"] for row in everything), "+"))
+    figure.update_yaxes(tickformat=theme.percent(row["style"] for row in everything))
     theme.adapt(figure, height=400, xaxis__nticks=5)
     return figure
 

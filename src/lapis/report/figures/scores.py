@@ -199,7 +199,7 @@ def growth(rows: Iterable[Row], title: str) -> go.Figure:
         theme.axis_title(figure, "tokens in the sequence", "GB" if panel == 1 else "FLOPs", panel=panel)
         x_axis = {"type": "log", "tickvals": contexts[:: -(-len(contexts) // 5)], "exponentformat": "none"}
         y_axis = {"type": "log", "exponentformat": "SI", "nticks": 5, "dtick": 1}
-        figure.update_layout({f"xaxis{number}": {**x_axis, "tickformat": ".3~s"}, f"yaxis{number}": y_axis})
+        figure.update_layout({f"xaxis{number}": {**x_axis, "tickformat": ",d"}, f"yaxis{number}": y_axis})
     return figure
 
 
