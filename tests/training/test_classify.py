@@ -265,7 +265,11 @@ def test_another_head_keeps_what_fits(tokenizer: Tokenizer) -> None:
     pooler = model.head.pooler.weight.clone()  # type: ignore[union-attr]
     assert put_head(model, "classes", ["a", "b", "c"]) == ["head.classes.weight", "head.classes.bias"]
     assert torch.equal(model.head.pooler.weight, pooler) and class_names(model.config) == ["a", "b", "c"]  # type: ignore[union-attr]
-    assert "head.transform.weight" in put_head(model, "masked") and model(torch.tensor([[1, 2]])).shape == (1, 2, 300)
+    assert "head.transform.weight" in put_head(model, "masked") and model(torch.tensor([[1, 2]])).shape == (
+        1,
+        2,
+        tokenizer.rows,
+    )
     assert class_names(model.config) == [] and "id2label" not in model.config.extra
 
 

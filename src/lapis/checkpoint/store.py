@@ -22,6 +22,7 @@ from lapis.checkpoint.towers import Towers, find_towers, language_config
 from lapis.errors import CheckpointError
 from lapis.families import find
 from lapis.families.base import Family, Part, fallback_part
+from lapis.parsing import ParseError, parse_json
 
 if TYPE_CHECKING:
     import torch
@@ -213,6 +214,21 @@ class Adapter:
         """The factor on B A."""
         rank = self.rank(module)
         return self.alphas[module] / (sqrt(rank) if self.config.get("use_rslora") else rank)
+
+    def class_names(self, count: int) -> list[str]:
+        """The names of a classifier's `count` classes, by number; empty where the folder has none.
+
+        adapter_config.json has no place for them, so they lie in the metadata of the weights.
+        """
+        (header,) = self.weights.headers.values()
+        try:
+            names = parse_json(header.metadata.get("id2label", "null"))
+        except ParseError:
+            return []
+        if not isinstance(names, dict) or set(names) != set(map(str, range(count))):
+            return []
+        ordered = [names[str(number)] for number in range(count)]
+        return ordered if all(isinstance(name, str) for name in ordered) else []
 
     @property
     def dora(self) -> bool:

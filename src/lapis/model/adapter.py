@@ -41,7 +41,6 @@ from lapis.model.lora import (
     token_rows,
 )
 from lapis.model.transformer import Transformer
-from lapis.parsing import ParseError, parse_json
 
 _TASKS = {"lm": "CAUSAL_LM", "classes": "SEQ_CLS", "scalar": "SEQ_CLS"}
 
@@ -196,14 +195,8 @@ def _labels(model: Transformer) -> dict[str, str]:
 
 
 def _read_labels(model: Transformer, adapter: Adapter) -> None:
-    text = adapter.weights.headers[WEIGHTS].metadata.get("id2label", "null")
-    try:
-        names = parse_json(text)
-    except ParseError:
-        names = None
-    if isinstance(names, dict) and set(names) == set(map(str, range(model.config.classes))):
-        extra = class_fields([str(names[str(number)]) for number in range(len(names))])
-        model.config = dataclasses.replace(model.config, extra={**model.config.extra, **extra})
+    extra = class_fields(adapter.class_names(model.config.classes))
+    model.config = dataclasses.replace(model.config, extra={**model.config.extra, **extra})
 
 
 def _config(model: Transformer, adapted: Adapted) -> dict[str, Any]:

@@ -13,12 +13,10 @@ from typing import Any
 import torch
 
 from lapis.checkpoint import Checkpoint
-from lapis.checkpoint.adapter import WEIGHTS
 from lapis.checkpoint.store import Adapter
 from lapis.checkpoint.tensor_file import torch_dtype
 from lapis.errors import CheckpointError
 from lapis.families.config import class_fields
-from lapis.parsing import ParseError, parse_json
 from lapis.weights.engine.job import Entry, with_dtype
 from lapis.weights.engine.outputs import Output
 from lapis.weights.engine.sources import COMPUTABLE, Source, Stored
@@ -240,19 +238,8 @@ class FuseLayout:
             kinds = config.get("architectures") or [str(config.get("model_type", "")).capitalize()]
             config["architectures"] = [_HEADS.sub("", str(kinds[0])) + ending]
             config |= {"num_labels": self.classes, **class_fields([f"LABEL_{i}" for i in range(self.classes)])}
-        labels = self._labels()
-        if labels:
-            config |= {"id2label": dict(labels), "label2id": {text: int(number) for number, text in labels.items()}}
+        config |= class_fields(self.adapter.class_names(self.classes))
         return config
-
-    def _labels(self) -> Mapping[str, str]:
-        """The names of a classifier's classes by number, as the adapter's file has them; empty where it has none."""
-        try:
-            labels = parse_json(self.adapter.weights.headers[WEIGHTS].metadata.get("id2label", "null"))
-        except ParseError:
-            return {}
-        sound = isinstance(labels, Mapping) and set(labels) == set(map(str, range(self.classes)))
-        return labels if sound and all(isinstance(text, str) for text in labels.values()) else {}
 
 
 def _spelled(shape: tuple[int, ...]) -> str:
