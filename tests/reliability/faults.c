@@ -7,6 +7,8 @@
    FAULT_KINDS  kinds that count, separated by commas ("write,fsync,rename"); absent: all of them
    FAULT_LOG    where the kinds of all counted calls are appended, one on a line
 
+   FAULT_CLOCK  seconds by which the wall clock jumps at each look at it, to and fro
+
    Kinds: open (for writing), direct (for writing past the page cache), look (open for reading), read, write, fsync,
    rename, exchange (a swapping rename), mkdir, unlink, truncate, allocate, lock, chmod. The environment is read at each
    call, so a process that was started without a fault can be given one.
@@ -28,6 +30,7 @@
 #include <sys/syscall.h>
 #include <sys/types.h>
 #include <sys/uio.h>
+#include <time.h>
 #include <unistd.h>
 
 enum { PASS, FAIL, HALF };
@@ -256,6 +259,14 @@ CUT_PATH(truncate64, off64_t)
         return on_handle("allocate", fd) == FAIL ? errno : real(fd, at, size); }
 ALLOCATE(posix_fallocate, off_t)
 ALLOCATE(posix_fallocate64, off64_t)
+int clock_gettime(clockid_t clock, struct timespec *now) {
+    static atomic_long looks;
+    REAL(int, "clock_gettime", clockid_t, struct timespec *);
+    int status = real(clock, now);
+    const char *jump = clock == CLOCK_REALTIME ? getenv("FAULT_CLOCK") : NULL;
+    if (jump) now->tv_sec += atol(jump) * (atomic_fetch_add(&looks, 1) % 2 ? 1 : -1);
+    return status;
+}
 int flock(int fd, int operation) {
     REAL(int, "flock", int, int);
     FAILS(on_handle("lock", fd));

@@ -80,6 +80,46 @@ def test_another_jobs_staging_folder_is_left_alone(
     assert job.run().status == 0 and job.seen() == job.after
 
 
+@pytest.mark.parametrize("jump", [10**9, -(10**6)])
+def test_fault_71_a_clock_that_jumps(forks: Forks, place: Path, jump: int) -> None:
+    """Decades to and fro at each look at the wall clock: the same training, and a packing by two."""
+    for name in ("train", "data pack by two"):
+        job = jobs(forks, place)[name]()
+        job.prepare()
+        ended = forks.run(job.arguments, job.folder, FAULT_CLOCK=jump)
+        assert ended.status == 0 and job.seen() == job.after, ended.told
+
+
+def test_fault_72_memory_that_runs_out_names_the_lever(forks: Forks, place: Path) -> None:
+    """A real limit on memory, which the step of a large batch meets."""
+    script = (
+        "import resource\nfrom pathlib import Path\nfrom lapis.cli.main import main\n"
+        "pages = int(Path('/proc/self/statm').read_text().split()[0])\n"
+        "limit = pages * resource.getpagesize() + 300_000_000\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (limit, limit))\n"
+        "main(['train', '../inputs/job.yaml', 'batch=16384', 'out=large'])\n"
+    )
+    folder = place / "work"
+    folder.mkdir(exist_ok=True)
+    ended = forks.run(["-c", script], folder)
+    assert ended.status == 1 and "Traceback" not in ended.told, ended.told
+    assert "out of memory; raise accumulate" in ended.told.splitlines()[-1], ended.told
+    assert not (folder / "large").exists() and not (folder / ".large.lapis").exists()
+
+
+@pytest.mark.parametrize("name", [*WRITERS, "merge", "tokenizer extend", "report", "diff", "plan"])
+def test_fault_76_a_read_only_place_is_refused_at_once(forks: Forks, place: Path, name: str) -> None:
+    """A file system that is read-only: before weights are read, text is packed, or a step is trained, of which lines
+    would be on standard error."""
+    job = jobs(forks, place)[name]()
+    job.prepare()
+    kinds = "open,direct,mkdir,unlink,rename,exchange,write,truncate,chmod"
+    armed = {"FAULT_UNDER": f"{job.folder}", "FAULT_KINDS": kinds, "FAULT_AT": -1, "FAULT_ERRNO": errno.EROFS}
+    ended = forks.run(job.arguments, job.folder, **armed)
+    assert ended.status == 1 and ended.told.count("\n") == 1, ended.told
+    assert "cannot be written: Read-only file system; give another --out" in ended.told
+
+
 def test_a_file_cut_by_a_kill_before_its_last_trim(forks: Forks, tmp_path: Path) -> None:
     """Killed between the last padded write and the truncation: the rerun trims, and the file has its size."""
     script = (

@@ -133,7 +133,7 @@ def _sweep_temporary(path: Path) -> None:
 
 
 def check_output(out: Path, *, overwrite: bool = False, inputs: Iterable[Path | str] = ()) -> None:
-    """Raises OutputError where `out` must not be written: it is (in) an input, or it exists.
+    """Raises OutputError where `out` must not be written: it is (in) an input, it exists, or its place is read-only.
 
     What a killed job that had finished `out` left beside it is cleared away first.
     """
@@ -145,6 +145,21 @@ def check_output(out: Path, *, overwrite: bool = False, inputs: Iterable[Path | 
             raise OutputError(f"{out}: is the input {source}, or lies within it; give another --out")
     if os.path.lexists(out) and not overwrite and not (out.is_dir() and not any(out.iterdir())):
         raise OutputError(f"{out}: exists already; give another --out, or --overwrite")
+    _check_writable(out)
+
+
+def _check_writable(out: Path) -> None:
+    """Raises OutputError where nothing can be made in the folder that is to hold `out`, or the nearest that exists."""
+    place = next(parent for parent in Path(os.path.abspath(out)).parents if os.path.lexists(parent))
+    why = "" if os.access(place, os.W_OK | os.X_OK) else os.strerror(errno.EACCES)
+    if hasattr(os, "O_TMPFILE"):
+        try:  # a file without a name, which nobody sees and no kill leaves behind
+            os.close(os.open(place, os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC, 0o600))
+        except OSError as error:
+            if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+                why = error.strerror or ""
+    if why:
+        raise OutputError(f"{out}: cannot be written: {why}; give another --out")
 
 
 def inode(out: Path) -> int | None:

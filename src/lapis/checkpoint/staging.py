@@ -223,7 +223,7 @@ def disk_errors(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if isinstance(error.filename, str) and not Path(os.path.abspath(error.filename)).is_relative_to(out.parent):
+        if isinstance(error.filename, str) and not _lies_in(error.filename, out.parent):
             raise
         if error.errno in _FULL:
             raise OutputError(f"{out}: the disk is full ({error.strerror}); nothing was left half-written") from error
@@ -258,6 +258,10 @@ def lock(staging: Path) -> int:
                 os.close(handle)
                 raise
             os.close(handle)
+
+
+def _lies_in(path: str, folder: Path) -> bool:
+    return Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder))
 
 
 def try_lock(handle: int, kind: int = fcntl.LOCK_EX) -> bool:
