@@ -6,8 +6,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from lapis.errors import ConfigError
+from lapis.families.config import ModelConfig
+from lapis.model.transformer import Transformer
 from lapis.training.optim.muon import Muon, hidden_matrices, orthogonalize
 from lapis.training.optim.optimizers import Optimizers, Schedule
+from lapis.training.optim.rates import rates_by_name
 
 
 def test_muon_equals_torchs_muon() -> None:
@@ -80,3 +84,29 @@ def test_schedule_rises_stays_and_falls(total: int, warmup: int, share: float) -
 def test_the_stable_part_does_not_know_the_length() -> None:
     known, unknown = Schedule(10, 40, 100), Schedule(10, 0, None)
     assert [known.scale(s) for s in range(60)] == [unknown.scale(s) for s in range(60)]
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon", "sgd"])
+def test_each_part_moves_at_its_own_rate(kind: str) -> None:
+    def moved(rates: dict[str, float]) -> dict[str, float]:
+        torch.manual_seed(0)
+        model = Transformer(ModelConfig(dim=16, layers=2, heads=2, ffn_dim=24, vocab=30, context=8, tied=False))
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        optimizers = Optimizers(model, kind, 1e-3, 0.0, rates=rates_by_name(rates, before, 1e-3))  # type: ignore[arg-type]
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter) + 0.1 * torch.randn_like(parameter)
+        optimizers.step(0.5)
+        return {name: float((p.detach() - before[name]).norm()) for name, p in model.named_parameters()}
+
+    plain, apart = moved({}), moved({"layers": 1e-4, "1.mlp": 5e-4, "embed": 1e-2})
+    for name, distance in plain.items():
+        times = 10 if name.startswith("embed") else 0.5 if "1.mlp" in name else 0.1 if "blocks" in name else 1
+        assert apart[name] == pytest.approx(times * distance, rel=1e-3), name
+
+
+def test_rates_that_cannot_be_are_refused() -> None:
+    names = ["embed.weight", "blocks.0.attn.q.weight", "norm.final.weight"]
+    assert rates_by_name({"blocks": 1e-5}, names, 1e-3) == dict(zip(names, (1e-3, 1e-5, 1e-3), strict=True))
+    for rates, text in (({"embed": 0}, "above 0"), ({"head": 1e-4}, "head"), ({"9.mlp": 1e-4}, "9.mlp")):
+        with pytest.raises(ConfigError, match=text):
+            rates_by_name(rates, names, 1e-3)

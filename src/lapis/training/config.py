@@ -1,6 +1,6 @@
 """TrainConfig: every option of a run, in one place. The options of an objective are its own fields."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lapis.config import check_numbers
@@ -21,6 +21,7 @@ class TrainConfig:
         accumulate: Parts in which the rows of a step are computed, to save memory; the result is the same.
         optimizer: Muon takes the matrices inside blocks, AdamW the rest.
         lr: Peak learning rate. Muon's updates are scaled so that AdamW's rate fits it too.
+        rates: Peak learning rates of some parts, by pattern (optim/rates.py); the rest has lr.
         weight_decay: Of matrices.
         warmup: Steps, at most a tenth of the run.
         schedule: How the rate goes on after the warm-up (optim/optimizers.py).
@@ -52,6 +53,7 @@ class TrainConfig:
     accumulate: int = 1
     optimizer: Literal["adamw", "muon", "sgd"] = "adamw"
     lr: float = 3e-4
+    rates: dict[str, float] = field(default_factory=dict)
     weight_decay: float = 0.1
     warmup: int = 50
     schedule: Shape = "wsd"

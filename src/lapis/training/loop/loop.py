@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lapis.checkpoint.commit import commit
 from lapis.errors import ConfigError, TrainingError
+from lapis.families import family_of
 from lapis.model.threads import choose_threads, threads
 from lapis.model.transformer import Transformer
 from lapis.training.config import TrainConfig
@@ -31,6 +32,7 @@ from lapis.training.loop.stop_request import StopRequest, StopSignal, stop_reque
 from lapis.training.loop.update import Batches, Updater
 from lapis.training.objectives.objective import Objective
 from lapis.training.optim.optimizers import Average, Optimizers, Schedule
+from lapis.training.optim.rates import rates_by_name
 from lapis.training.result import TrainResult, Window, last_metrics, write_result
 from lapis.training.setup.blocks import compiled, recomputed, stoppable
 from lapis.training.setup.probe import measure_speed
@@ -127,7 +129,15 @@ class _TrainingRun:
         self.state = TrainState(
             model,
             objective,
-            Optimizers(model, config.optimizer, config.lr, config.weight_decay, config.seed, objective.extra_module),
+            Optimizers(
+                model,
+                config.optimizer,
+                config.lr,
+                config.weight_decay,
+                config.seed,
+                objective.extra_module,
+                self._rates(),
+            ),
             Schedule.of(config, objective.rows),
             Average(model, config.ema if world.leads else 0.0),
             rows=config.batch // parts,
@@ -148,6 +158,11 @@ class _TrainingRun:
         if not self.objective.computes_first or device.type != "cpu":
             return nullcontext()
         return threads(self.config.threads or choose_threads(device))
+
+    def _rates(self) -> dict[str, float]:
+        """Peak learning rates by parameter."""
+        names = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+        return rates_by_name(self.config.rates, names, self.config.lr, family_of(self.model.config))
 
     def _set_dtype(self) -> None:
         trained = {p.dtype for p in self.model.parameters() if p.requires_grad}

@@ -1,11 +1,12 @@
 """What turns gradients into weights: optimizers with named state, the learning rate of a step, an average of weights.
 
-AdamW, Muon (with AdamW for what is no hidden matrix) and SGD. Leaves out: optimizers or rates per layer.
+AdamW, Muon (with AdamW for what is no hidden matrix) and SGD, with a rate for each part (rates.py). Leaves out: an
+optimizer for each part.
 """
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -29,11 +30,12 @@ class Optimizers:
         weight_decay: Of matrices.
         seed: Of the random rounding of bfloat16 weights (rounding.py). SGD has no such rounding.
         extra: A module that the objective trains beside the model.
+        rates: Peak learning rates by parameter, where they differ from lr (rates.py).
     """
 
     def __init__(
         self, model: nn.Module, kind: Literal["adamw", "muon", "sgd"], lr: float, weight_decay: float, seed: int = 0,
-        extra: nn.Module | None = None,
+        extra: nn.Module | None = None, rates: Mapping[str, float] | None = None,
     ) -> None:  # fmt: skip
         self.lr, self.seed = lr, seed
         beside = [] if extra is None else [(f"objective.{name}", p) for name, p in extra.named_parameters()]
@@ -44,9 +46,16 @@ class Optimizers:
         matrices = [p for p in self.parameters if p.ndim >= 2]
         vectors = [p for p in self.parameters if p.ndim < 2]
         hidden = hidden_matrices(model) if kind == "muon" else set()
+        peak_of = {parameter: (rates or {}).get(name, lr) for parameter, name in self.names.items()}
+        peaks = list(dict.fromkeys(peak_of.values()))
         groups = [
-            {"params": [p for p in matrices if p not in hidden], "weight_decay": weight_decay},
-            {"params": vectors, "weight_decay": 0.0},  # norms and biases have nothing to shrink towards
+            {
+                "params": [p for p in params if p not in hidden and peak_of[p] == peak],
+                "weight_decay": decay,
+                "peak": peak,
+            }
+            for params, decay in ((matrices, weight_decay), (vectors, 0.0))  # norms and biases do not shrink
+            for peak in peaks
         ]
         groups = [group for group in groups if group["params"]]
         self.parts: list[torch.optim.Optimizer] = []
@@ -59,8 +68,10 @@ class Optimizers:
             self.parts.append(RoundedAdamW(groups, lr))
         elif groups:
             self.parts.append(torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True))
-        if hidden:
-            self.parts.append(Muon([p for p in matrices if p in hidden], lr, weight_decay))
+        for peak in peaks:
+            if mine := [p for p in matrices if p in hidden and peak_of[p] == peak]:
+                self.parts.append(Muon(mine, lr, weight_decay))
+                self.parts[-1].param_groups[0]["peak"] = peak
 
     def set_precision(self, precision: str) -> None:
         """Muon orthogonalizes in bfloat16 where the rest of the step is in bfloat16, too."""
@@ -74,7 +85,7 @@ class Optimizers:
             if isinstance(part, (RoundedAdamW, Muon)):
                 part.seed = self.seed * 1_000_003 + step  # so that every process rounds alike
             for group in part.param_groups:
-                group["lr"] = self.lr * scale
+                group["lr"] = group["peak"] * scale
             part.step()
 
     def clear(self) -> None:
