@@ -1,6 +1,8 @@
 """Export against llama.cpp itself: ids, logits, greedy tokens and embeddings of every family; and what is refused."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -314,9 +316,32 @@ def test_a_text_says_what_rounding_costs(tmp_path: Path) -> None:
     assert results["f32"]["before"] == pytest.approx(expected, abs=1e-6)
 
 
-def test_the_library_is_named_where_it_is_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
+def test_folders_that_cannot_be_exported_are_refused(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "model", "llama")
+    (folder / "tokenizer.json").rename(tmp_path / "tokenizer.json")
+    with pytest.raises(lapis.CheckpointError, match=r"there is no tokenizer\.json"):
+        export_gguf(folder, tmp_path / "x.gguf", type="f16")
+    (tmp_path / "tokenizer.json").rename(folder / "tokenizer.json")
+    (_made(tmp_path / "adapter") / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(lapis.CheckpointError, match="holds an adapter; make it a model with: lapis fuse"):
+        export_gguf(tmp_path / "adapter", tmp_path / "x.gguf", type="f16")
+    assert not list(tmp_path.glob("*.gguf"))
 
+
+def test_a_disk_that_fills_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "model", "llama")
+    export_gguf(folder, tmp_path / "whole.gguf", type="f32")
+    for command in (["export", folder, "--gguf", tmp_path / "x.gguf", "--type", "f32"],
+                    ["import", tmp_path / "whole.gguf", "--out", tmp_path / "back"]):  # fmt: skip
+        limited = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000));"
+        run = f"{limited} from lapis.cli.main import main; main(sys.argv[1:])"
+        done = subprocess.run([sys.executable, "-c", run, *map(str, command)], capture_output=True, text=True)
+        assert done.returncode == 1 and done.stderr.count("\n") == 1 and "full" in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "whole.gguf"]
+
+
+def test_the_library_is_named_where_it_is_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(lapis.MissingExtra, match=r"gguf.*pip install 'lapis\[gguf\]'"):
         export_gguf(tmp_path / "model", tmp_path / "x.gguf")
