@@ -15,7 +15,7 @@ from lapis.weights.diff.table import DiffTable
 FIGURES = [
     Column("relative_norm", "|b − a| / |a|", ".2e"), Column("angle", "angle", ".3f", unit="°"),
     Column("identical", "identical", ".1%"), Column("mean_abs", "mean", ".1e"), Column("max_abs", "max", ".1e"),
-    Column("cosine", "cosine", ".6f"), Column("rounding_floor", "floor", ".1e"),
+    Column("cosine", "cosine", ".5f"), Column("rounding_floor", "floor", ".0e"),
 ]  # fmt: skip
 LEGEND = "Mean and max are of |b − a|, element by element. A change below the floor may be rounding alone."
 CURVES = 6  # spectra drawn in one picture
