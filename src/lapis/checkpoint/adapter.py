@@ -50,7 +50,7 @@ def open_adapter(source: str | os.PathLike[str]) -> Adapter:
         CheckpointError: For a file that is missing or damaged, another method than LoRA, or a tensor without a place.
     """
     root = Path(source)
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise CheckpointError(f"{source}: there is no such folder")
     config = read_json(contained(root, CONFIG))
     if not isinstance(config, dict):

@@ -25,7 +25,7 @@ def open_checkpoint(source: str | os.PathLike[str], *, adapters: bool = False) -
         CheckpointError: For every damage that headers, index and config can show, before anything is allocated.
     """
     root, snapshot = Path(source), None
-    if not root.is_dir():
+    if not os.path.isdir(root):
         from lapis.checkpoint.hub.models import find_model
 
         snapshot = find_model(source, INDEX)
@@ -88,7 +88,7 @@ def base_of(adapter: Adapter, base: str | os.PathLike[str] | None = None, remedy
     if not adapter.base:
         raise CheckpointError(f"{adapter.root}: {CONFIG} names no base_model_name_or_path; {remedy}")
     near = adapter.root / adapter.base
-    place = adapter.base if Path(adapter.base).is_dir() or not near.is_dir() else str(near)
+    place = adapter.base if os.path.isdir(adapter.base) or not os.path.isdir(near) else str(near)
     try:
         return open_checkpoint(place)
     except CheckpointError as error:
@@ -106,7 +106,7 @@ def _weight_files(
         missing = [name for name in files if name not in present and not os.path.lexists(root / name)]
         if missing:
             raise CheckpointError(
-                f"{root}: {len(missing)} of {len(files)} shards are missing: {', '.join(missing[:4])}"
+                f"{root}: {len(missing)} of {len(files)} shards are missing: {', '.join(missing[:4]):.400}"
             )
         if SINGLE in present and SINGLE not in files:
             _refuse_ambiguous(root, files, header_of)

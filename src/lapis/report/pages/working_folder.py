@@ -9,7 +9,8 @@ alone; links are not followed.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,30 +92,48 @@ def report_of(folders: Sequence[Path | str]) -> Page:
         raise DataError(f"report: {names}: nothing that lapis draws (log.jsonl, lapis-merge.json, .json, .html)")
     contents.drop_doubles()
     page = Page(f"Report on {names}", "What these folders hold, on one page.")
-    entries = _entries(contents)
+    with _drawing(names):
+        entries = _entries(contents)
     if len(entries) > 1:
         page.table(entries, ["name", Column("kind", "what it is"), Column("figure", "in short")], "What is here")
-    groups = contents.runs()
-    for objective, runs in groups.items():
-        add_runs(page, runs, objective if len(groups) > 1 else "")
+    with _drawing(", ".join(contents.logs)):
+        groups = contents.runs()
+        for objective, runs in groups.items():
+            add_runs(page, runs, objective if len(groups) > 1 else "")
     if contents.merges:
-        sections.add_merges(page, contents.merges)
+        with _drawing(", ".join(contents.merges)):
+            sections.add_merges(page, contents.merges)
     for name, table in contents.diffs.items():
-        sections.add_diff(page, name, table)
+        with _drawing(name):
+            sections.add_diff(page, name, table)
     for name, plan in contents.plans.items():
-        add_plan(page, plan, f": {name}")
+        with _drawing(name):
+            add_plan(page, plan, f": {name}")
     for name, trace in contents.lenses.items():
-        sections.add_lens(page, name, trace)
+        with _drawing(name):
+            sections.add_lens(page, name, trace)
     if contents.models:
-        sections.add_models(page, contents.models)
+        with _drawing(", ".join(contents.models)):
+            sections.add_models(page, contents.models)
     if contents.scores:
-        sections.add_scores(page, contents.scores)
-        for name, figures in contents.scores.items():
-            add_confusion(page, figures, name if len(contents.scores) > 1 else "")
+        with _drawing(", ".join(contents.scores)):
+            sections.add_scores(page, contents.scores)
+            for name, figures in contents.scores.items():
+                add_confusion(page, figures, name if len(contents.scores) > 1 else "")
     folded = len(contents.pages) > OPEN_PAGES
     for joined in contents.pages.values():
         page.chapter(joined.title, joined.blocks, joined.figures, folded=folded)
     return page
+
+
+@contextmanager
+def _drawing(names: str) -> Iterator[None]:
+    """Tells what a file that is not as lapis writes it does to what is drawn from it: values of other types, mostly."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        raise DataError(f"report: {names:.200}: is not as lapis writes it ({why:.120}); write it again") from None
 
 
 def _entries(contents: Contents) -> list[dict[str, str]]:

@@ -44,7 +44,7 @@ def files(paths: Source | Iterable[Source], kinds: Sequence[str] = KINDS, what: 
         path = Path(source)
         if str(source).startswith(HUB):
             listed.update(dict.fromkeys(hub_files(str(source))))
-        elif path.is_dir():
+        elif os.path.isdir(path):
             inside = sorted(p for p in path.rglob("*") if _is_data(p, path, kinds))
             if not inside:
                 raise DataError(f"{path}: the folder holds no {', '.join(kinds)} (or .gz, .zst of these)")

@@ -348,7 +348,8 @@ def _check_facts(info: Mapping[str, Any]) -> None:
         raise ValueError("length" if info["length"] > MOST_LENGTH else "kind")
     if not all(isinstance(info[name], str) for name in ("digest", "tokenizer")):
         raise ValueError("digest")
-    if not all(type(number) is int and 0 <= number < 2**60 for number in info["counts"].values()):
+    needed = {"tokens", "supervised"} | ({"bytes"} if info["kind"] == "documents" else set())
+    if not needed <= set(info["counts"]) or not all(type(n) is int and 0 <= n < 2**60 for n in info["counts"].values()):
         raise ValueError("counts")
 
 

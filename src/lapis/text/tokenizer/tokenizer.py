@@ -6,6 +6,7 @@ The spellings of the files are in folder.py and backend.py, chats in lapis.text.
 """
 
 import json
+import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -86,7 +87,7 @@ class Tokenizer:
             TemplateError: For a chat template that does not parse.
         """
         root = Path(folder) if isinstance(folder, (str, Path)) else folder.beside()
-        if not root.is_dir():
+        if not os.path.isdir(root):
             cached = local_folder(root)
             if cached is None:
                 raise CheckpointError(f"{root}: {describe_absence(root)}")

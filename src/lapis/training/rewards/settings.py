@@ -6,6 +6,7 @@ In Python a function stands for itself, and (function, 0.2) for one with a weigh
 """
 
 import inspect
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -112,7 +113,7 @@ def _make(
             raise ConfigError(f"reward {target}: {error}") from None
         field = options.get("field", parameters["field"].default) if "field" in parameters else None
         return target, _BuiltIn(target, function, field), ""
-    if Path(target).is_dir():
+    if os.path.isdir(target):
         from lapis.training.rewards.model import RewardModel
 
         if options:

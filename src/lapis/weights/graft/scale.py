@@ -10,6 +10,7 @@ Written as `1.0`, as `0-7=0.5,8-23=1.0`, as `attn=1,mlp=0.5,12-23.mlp=0`, or in 
 Later lines win over earlier ones. Patterns are those of families/patterns.py.
 """
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -88,7 +89,7 @@ def read_scale(value: "float | str | Path | Mapping[str, Any] | Scale", where: s
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return Scale(_number(value, where))
     text = str(value).strip()
-    if text.endswith((".yaml", ".yml")) or Path(text).is_file():
+    if text.endswith((".yaml", ".yml")) or os.path.isfile(text):
         settings = load_yaml(text)
         return _from_mapping(settings.get("plan", settings), text)
     if "=" not in text:

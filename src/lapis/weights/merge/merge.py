@@ -139,7 +139,7 @@ def open_recipe(recipe: Recipe | Mapping[str, Any] | str | os.PathLike[str]) -> 
     if isinstance(recipe, Mapping):
         return parse_recipe(recipe)
     text = os.fspath(recipe)
-    return read_recipe(text) if text.endswith((".yaml", ".yml")) or Path(text).is_file() else parse_expression(text)
+    return read_recipe(text) if text.endswith((".yaml", ".yml")) or os.path.isfile(text) else parse_expression(text)
 
 
 def plan_merge(
@@ -208,7 +208,7 @@ def _open(recipe: Recipe) -> tuple[dict[str, Checkpoint], list[str]]:
         try:
             inputs[model] = open_checkpoint(model)
         except CheckpointError as error:
-            if "+" in model and not Path(model).exists():
+            if "+" in model and not os.path.exists(model):
                 problems.append(f"{model}: adapters are not added on the way; run lapis fuse first, then merge")
             else:
                 problems.append(str(error))

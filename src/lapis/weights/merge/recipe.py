@@ -113,9 +113,10 @@ def parse_recipe(document: Mapping[str, Any], where: str = "recipe") -> Recipe:
     }  # fmt: skip
     only(document, known, where)
     name = document.get("merge_method")
-    if name not in METHODS:
-        what = "merge_method is missing" if name is None else f'merge_method is "{name}"'
-        raise ConfigError(f"{where}: {what}; {nearest(str(name), METHODS)}")
+    if not isinstance(name, str) or name not in METHODS:
+        shown = f'"{name:.60}"' if isinstance(name, str) else quoted(name)
+        what = "merge_method is missing" if name is None else f"merge_method is {shown}"
+        raise ConfigError(f"{where}: {what}; {nearest(shown, METHODS)}")
     method, notes = METHODS[name], []
     body, module = _body(document, where)
     base = _optional_text(document, "base_model", where)
@@ -286,7 +287,7 @@ def _list(document: Mapping[str, Any], key: str, where: str) -> list[Any]:
 
 
 def _text(value: Any, where: str) -> str:
-    if not isinstance(value, str) or not value:
+    if not isinstance(value, str) or not 0 < len(value) <= 1000:
         raise ConfigError(f"{where} is {quoted(value)}; expected the folder or the name of a model")
     return value
 
