@@ -59,7 +59,7 @@ def environment(version: str, torch: str) -> tuple[Path | None, str]:
         "--quiet",
         f"torch=={torch}.*",
         "-e",
-        f"{ROOT}[data,images]",
+        f"{ROOT}[data,gguf,images]",
         *NEEDS,
     ]
     done = subprocess.run(command, capture_output=True, text=True)
