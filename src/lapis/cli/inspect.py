@@ -1,6 +1,5 @@
 """`lapis inspect`: parameters, memory and FLOPs of a model, or what ways of mixing an input cost. Reads no weight."""
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +43,7 @@ def inspect(
     result, measured, notes = measure_source(model, context)
     show({"model": model, **result, "notes": notes}, json, lambda: render(model, result, measured))
     for note in notes:
-        print(f"note: {note}", file=sys.stderr)
+        line(f"note: {note}", error=True)
     if html is not None:
         from lapis.report.pages.inspect import inspect_page
 

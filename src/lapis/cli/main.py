@@ -7,6 +7,7 @@ A command's module is imported when the command is run, so `lapis --help` is qui
 
 import atexit
 import gc
+import logging
 import signal
 import sys
 import threading
@@ -21,6 +22,9 @@ from lapis import __version__
 from lapis.cli.streams import NotShown, discard, standard_streams
 from lapis.cli.system_errors import system_error
 from lapis.errors import ConfigError, LapisError
+from lapis.generation.text import for_terminal
+
+LONGEST = 4000  # characters of a line that ends a command
 
 # name -> (where it lives, what `lapis --help` says of it), in the order in which a user meets them
 COMMANDS = {
@@ -94,6 +98,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Run one command line and exit."""
     gc.set_threshold(100_000, 50, 50)  # importing torch makes half a million objects, and none of them is garbage
     atexit.register(gc.freeze)  # else the interpreter looks through all of them once more before it ends
+    if not any(isinstance(handler, _Warnings) for handler in logging.getLogger("lapis").handlers):
+        logging.getLogger("lapis").addHandler(_Warnings())
     with _stop_signals() as received:
         try:
             with standard_streams():
@@ -150,11 +156,20 @@ def _stop_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+class _Warnings(logging.Handler):
+    """Warnings of the library as lines on standard error, whatever the files that they name are called."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if sys.stderr is not None:
+            with suppress(OSError):
+                print(for_terminal(" ".join(record.getMessage().split()))[:LONGEST], file=sys.stderr)
+
+
 def _end(message: str, status: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # this is the end already
         if threading.current_thread() is threading.main_thread():
             signal.signal(number, signal.SIG_IGN)
     if sys.stderr is not None:  # closed
         with suppress(OSError):
-            print("lapis: " + " ".join(message.split()), file=sys.stderr)
+            print("lapis: " + for_terminal(" ".join(message.split()))[:LONGEST], file=sys.stderr)
     sys.exit(status)

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 FIRST_COLUMN = 24  # places that the first column of a table keeps, however narrow the screen is
 INTERVAL = 15.0  # seconds between two lines of progress in a log
 
+_ESCAPED = {code: f"\\u{code:04x}" for code in range(0x7F, 0xA0)}  # control characters that steer some terminals
+
 console = Console(highlight=False)
 stderr = Console(stderr=True, highlight=False)
 
@@ -41,7 +43,8 @@ def show(result: Mapping[str, Any], json: bool, render: Callable[[], None]) -> N
     """
     try:
         if json:
-            sys.stdout.write(jsonlib.dumps(_finite(result), ensure_ascii=False) + "\n")
+            text = jsonlib.dumps(_finite(result), ensure_ascii=False)
+            sys.stdout.write(text.translate(_ESCAPED) + "\n")  # JSON itself spells those below a space
         else:
             render()
         sys.stdout.flush()

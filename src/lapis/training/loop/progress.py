@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from lapis.generation.text import for_terminal
+
 
 class Watch(Protocol):
     """What a run reports to."""
@@ -52,24 +54,24 @@ class Bar(LiveWatch):
 
     def __init__(self, label: str) -> None:
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             TaskProgressColumn(),
             TimeElapsedColumn(),
-            TextColumn("{task.fields[text]}"),
+            TextColumn("{task.fields[text]}", markup=False),
         )
         self.progress = Progress(*columns, console=Console(stderr=True, highlight=False))
-        self.task = self.progress.add_task(label, total=1.0, text="")
+        self.task = self.progress.add_task(for_terminal(label), total=1.0, text="")
         self.progress.start()
 
     def stage(self, text: str) -> None:
-        self.progress.update(self.task, text=text)
+        self.progress.update(self.task, text=for_terminal(text))
 
     def step(self, row: Mapping[str, Any]) -> None:
         self.progress.update(self.task, completed=row["share"], text=format_row(row))
 
     def note(self, text: str) -> None:
-        self.progress.console.print(Text(text, "dim"))
+        self.progress.console.print(Text(for_terminal(text), "dim"))
 
     def close(self) -> None:
         self.progress.stop()
@@ -106,7 +108,7 @@ class LogLines(LiveWatch):
             self.note(f"{self.label}  {row['share']:4.0%}  {format_row(row)}")
 
     def note(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+        print(for_terminal(text), file=sys.stderr, flush=True)
 
     def close(self) -> None:
         self._ended.set()
