@@ -64,7 +64,8 @@ def evil_text(folder: Path) -> None:
 COMMANDS = [
     ["inspect", "{model}"], ["inspect", "{model}", "--json"], ["generate", "{model}", EVIL, "--max-tokens", "2"],
     ["tokens", "{model}", EVIL + "nasi"], ["tokens", "{model}", EVIL, "--json"], ["lens", "{model}", "nasi " + EVIL],
-    ["lens", "{model}", "nasi", "--track", EVIL], ["diff", "{good}", "{model}"], ["diff", "{model}", "{good}", "--rows"],
+    ["lens", "{model}", "nasi", "--track", EVIL], ["diff", "{good}", "{model}"],
+    ["diff", "{model}", "{good}", "--rows"],
     ["graft", "--base", "{good}", "--chat", "{model}", "--onto", "{good}", "--out", "{out}", "--dry-run"],
     ["merge", "{model}/recipe.yaml", "--out", "{out}"], ["merge", EVIL, "--out", "{out}"],
     ["data", "show", "{model}/text.jsonl"], ["data", "show", "{model}/text.jsonl", "--tokenizer", "{good}"],
