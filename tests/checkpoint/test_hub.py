@@ -154,8 +154,8 @@ def test_the_command_line_takes_hub_ids(hub, capsys):
     assert len(json.loads(capsys.readouterr().out)["layers"]) == 2
     with pytest.raises(SystemExit) as stopped:
         main(["inspect", "aina/absent"])
-    said = capsys.readouterr().err.strip()
-    assert stopped.value.code == 1 and said.count("\n") == 0 and "the hub has no such model" in said
+    error_text = capsys.readouterr().err.strip()
+    assert stopped.value.code == 1 and error_text.count("\n") == 0 and "the hub has no such model" in error_text
 
 
 def test_fault_89_another_host_gets_no_token(hub):
@@ -221,9 +221,9 @@ def test_fault_88_what_passes_is_tried_again(hub, monkeypatch):
 ])  # fmt: skip
 def test_faults_83_84_88_wrong_answers_are_never_data(hub, answer, message):
     hub.fault = on_weights(answer)
-    with pytest.raises(CheckpointError, match=f"aina/tiny: model.safetensors: .*{message}") as told:
+    with pytest.raises(CheckpointError, match=f"aina/tiny: model.safetensors: .*{message}") as caught:
         lapis.open(REPO)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_fault_85_a_file_that_changes_while_it_is_read(hub, files):
@@ -265,9 +265,9 @@ def test_fault_90_an_encoded_range_is_refused(hub, files):
 ])  # fmt: skip
 def test_fault_88_a_model_that_is_not_given(hub, status, code, message):
     hub.fault = lambda asked: (status, {"X-Error-Code": code}, b"{}")
-    with pytest.raises(CheckpointError, match=message) as told:
+    with pytest.raises(CheckpointError, match=message) as caught:
         lapis.open(REPO)
-    assert str(told.value).startswith("aina/tiny: ") and "\n" not in str(told.value)
+    assert str(caught.value).startswith("aina/tiny: ") and "\n" not in str(caught.value)
 
 
 def test_a_hub_that_cannot_be_reached(hub, monkeypatch):

@@ -86,11 +86,11 @@ def test_a_signal_while_modules_are_imported(tmp_path: Path, number: signal.Sign
         )  # fmt: skip
         time.sleep(delay)
         process.send_signal(number)
-        told = process.communicate(timeout=60)[1]
-        ended = (process.returncode, told)
-        if process.returncode == -number and not told:
+        error_text = process.communicate(timeout=60)[1]
+        ended = (process.returncode, error_text)
+        if process.returncode == -number and not error_text:
             continue  # Python itself had hardly begun
-        if "there is no such folder" in told:
+        if "there is no such folder" in error_text:
             assert ended == (1, f"lapis: {tmp_path / 'none'}: there is no such folder\n")
             break  # too late: the work was done
         assert ended == (128 + number, "lapis: stopped\n")

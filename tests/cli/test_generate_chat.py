@@ -82,7 +82,7 @@ def test_generate_reads_standard_input_and_uses_the_template(folder, capsys, mon
 
 
 @pytest.mark.parametrize(
-    ("arguments", "status", "told"),
+    ("arguments", "status", "message"),
     [
         (["the", "--top-p", "2"], 1, "top_p is 2.0; expected above 0"),
         (["the", "--system", "x"], 1, "--system is for --chat"),
@@ -90,10 +90,10 @@ def test_generate_reads_standard_input_and_uses_the_template(folder, capsys, mon
         (["the", "--temperatur", "1"], 2, "--temperature"),
     ],
 )
-def test_generate_refuses_in_one_line(folder, capsys, arguments, status, told):
+def test_generate_refuses_in_one_line(folder, capsys, arguments, status, message):
     assert run("generate", folder, *arguments) == status
     error = capsys.readouterr().err
-    assert told in error and len(error.splitlines()) == 1 and "Traceback" not in error
+    assert message in error and len(error.splitlines()) == 1 and "Traceback" not in error
 
 
 def test_fault_95_prompt_beyond_the_context(tmp_path, folder, capsys):
@@ -140,9 +140,9 @@ def test_retry_draws_anew_and_a_seed_repeats_it(opened):
 def test_reply_that_is_left_keeps_what_was_said(opened):
     conversation = Conversation(*opened, Sampling(max_tokens=50))  # type: ignore[call-arg]
     pieces = conversation.send("the cat")
-    said = next(pieces) + next(pieces)
+    words = next(pieces) + next(pieces)
     pieces.close()
-    assert conversation.turns[-1] == {"role": "assistant", "content": said}
+    assert conversation.turns[-1] == {"role": "assistant", "content": words}
     assert conversation.last_reply.stop_reason == "stopped"
     assert "".join(conversation.send("a bird"))
 
@@ -186,8 +186,8 @@ def test_chat_from_a_pipe(folder, tmp_path):
     assert [m["content"] for m in messages if m["role"] != "assistant"] == ["be kind", "the cat", "/slash\nand more"]
     expected = generate(model, tokenizer, [{"role": "user", "content": "the cat"}], Sampling(max_tokens=8))
     assert messages[2]["content"] == expected and done.stdout.startswith(f"{expected}\n{expected}\n")
-    for told in ('did you mean "/system"?', "exists already", "nothing to answer yet", "/save FILE"):
-        assert told in done.stderr
+    for message in ('did you mean "/system"?', "exists already", "nothing to answer yet", "/save FILE"):
+        assert message in done.stderr
 
 
 def test_chat_against_another(folder):

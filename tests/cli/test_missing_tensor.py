@@ -92,8 +92,8 @@ def test_every_command_names_the_tensor(
         if (place / "aside").exists():
             shutil.rmtree(place / "base")
             shutil.move(place / "aside", place / "base")
-    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lapis:")]
-    assert end.value.code == 1 and len(said) == 1 and GONE in said[0]
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lapis:")]
+    assert end.value.code == 1 and len(errors) == 1 and GONE in errors[0]
     assert not (place / "out").exists()
 
 
@@ -114,8 +114,8 @@ def test_an_adapter_without_its_base_has_one_remedy(
         (place / "lost" / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(SystemExit) as end:
         main(shlex.split(command))
-    said = capsys.readouterr().err
-    assert end.value.code == 1 and said.count("\n") == 1
-    assert said.endswith(f"/nowhere/at/all: there is no such folder; {remedy}\n") and ("--base" in said) == (
+    errors = capsys.readouterr().err
+    assert end.value.code == 1 and errors.count("\n") == 1
+    assert errors.endswith(f"/nowhere/at/all: there is no such folder; {remedy}\n") and ("--base" in errors) == (
         command.startswith("fuse")
     )

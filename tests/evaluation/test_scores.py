@@ -59,7 +59,9 @@ def test_nll_equals_one_at_a_time(model: Transformer) -> None:
         sequences.append(ScoredSequence(ids, (torch.rand(length) < 0.6).tolist()))
     for batch_tokens in (1, 40, 8192):
         got = nll(model, sequences, batch_tokens=batch_tokens)
-        want = [plain_nats(model, [*s.ids], [i for i, said in enumerate(s.scored) if said and i]) for s in sequences]
+        want = [
+            plain_nats(model, [*s.ids], [i for i, learned in enumerate(s.scored) if learned and i]) for s in sequences
+        ]
         assert got == pytest.approx(want, rel=1e-5, abs=1e-5)
 
 
@@ -69,7 +71,7 @@ def test_windows_score_each_id_once_with_at_least_half_a_context(length: int, co
     seen = []
     for window in windows_of(ids, context):
         assert len(window.ids) <= context + 1
-        scored = [place for place, said in enumerate(window.scored) if said]
+        scored = [place for place, learned in enumerate(window.scored) if learned]
         seen += [window.ids[place] for place in scored]
         assert window.ids[0] == 100 or scored[0] >= max(1, context // 2)
     assert seen == ids[1:]
@@ -104,10 +106,10 @@ def test_no_text_is_an_error(model: Transformer, tokenizer: Tokenizer) -> None:
 def test_response_nll_is_over_the_assistants_tokens(model: Transformer, tokenizer: Tokenizer) -> None:
     nats, tokens = 0.0, 0
     for chat in CHATS:
-        ids, said = encode_chat(tokenizer, chat)
+        ids, learned = encode_chat(tokenizer, chat)
         if len(ids) > 65:
-            ids, said = ids[:65], said[:65]
-        places = [i for i, own in enumerate(said) if own]
+            ids, learned = ids[:65], learned[:65]
+        places = [i for i, own in enumerate(learned) if own]
         nats += plain_nats(model, ids, places)
         tokens += len(places)
     result = score_chats(model, tokenizer, CHATS, max_tokens=4)
@@ -134,14 +136,14 @@ def test_choices_take_the_likeliest(model: Transformer, tokenizer: Tokenizer) ->
     assert result["accuracy"] == 0.5 and result["n"] == 2
 
 
-@pytest.mark.parametrize("record, said", [
+@pytest.mark.parametrize("record, learned", [
     ({"prompt": "a", "choices": ["x"], "answer": 0}, "two or more"),
     ({"prompt": "a", "choices": ["x", "y"], "answer": 2}, "from 0 to 1"),
     ({"choices": ["x", "y"], "answer": 0}, "one of prompt"),
     ({"prompt": 3, "choices": ["x", "y"], "answer": 0}, "prompt is empty or of a wrong type"),
 ])  # fmt: skip
-def test_a_wrong_record_names_line_and_field(tmp_path: Path, record: dict[str, object], said: str) -> None:
+def test_a_wrong_record_names_line_and_field(tmp_path: Path, record: dict[str, object], learned: str) -> None:
     good = json.dumps({"prompt": "a", "choices": ["x", "y"], "answer": 1})
     (tmp_path / "c.jsonl").write_text(good + "\n" + json.dumps(record) + "\n")
-    with pytest.raises(DataError, match=f"line 2: .*{said}"):
+    with pytest.raises(DataError, match=f"line 2: .*{learned}"):
         read_choices(tmp_path / "c.jsonl")

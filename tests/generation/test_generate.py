@@ -46,10 +46,10 @@ def test_pieces_make_the_text_and_split_no_character(tokenizer, text, context):
     ids = tokenizer.encode("the" + text)
     lead = tokenizer.decode(ids[:context])
     pieces = Pieces(tokenizer, ids[:context])
-    said = [pieces.add(token) for token in ids[context:]]
+    released = [pieces.add(token) for token in ids[context:]]
     if "\N{REPLACEMENT CHARACTER}" not in text + lead:
-        assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in said)
-        assert "".join(said) + pieces.end() == ("the" + text)[len(lead) :] == pieces.text
+        assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in released)
+        assert "".join(released) + pieces.end() == ("the" + text)[len(lead) :] == pieces.text
 
 
 @given(st.lists(st.sampled_from("abc"), max_size=30), st.lists(st.text("abc", min_size=1, max_size=4), max_size=3))

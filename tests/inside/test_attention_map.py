@@ -11,13 +11,15 @@ PROMPT = "the capital of Malaysia is Kuala Lumpur"
 
 def test_the_weighted_sum_of_values_is_what_the_core_gives(model, words):
     """In every family, with grouped keys and with a window."""
-    kept = {}
-    handle = model.blocks[1].attn.core.register_forward_hook(lambda core, args, out: kept.update(v=args[2], out=out))
+    captured = {}
+    handle = model.blocks[1].attn.core.register_forward_hook(
+        lambda core, args, out: captured.update(v=args[2], out=out)
+    )
     maps = attention_maps(model, words, PROMPT, [(1, head) for head in range(4)])
     handle.remove()
     for head, result in enumerate(maps):
-        v_SE = kept["v"][0, head * kept["v"].shape[1] // 4]
-        assert torch.allclose(result.weights_TS @ v_SE, kept["out"][0, head], atol=1e-5)
+        v_SE = captured["v"][0, head * captured["v"].shape[1] // 4]
+        assert torch.allclose(result.weights_TS @ v_SE, captured["out"][0, head], atol=1e-5)
         assert torch.allclose(result.scores_TS.softmax(1), result.weights_TS, atol=1e-6)
         E = v_SE.shape[1]
         added = result.weights_TS[-1][:, None] * (v_SE @ model.blocks[1].attn.o.weight[:, head * E : (head + 1) * E].T)

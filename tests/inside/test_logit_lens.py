@@ -29,9 +29,9 @@ def logprobs(model: Transformer, ids: list[int]) -> torch.Tensor:
 def test_the_last_row_is_the_model_itself(model, words):
     ids = words.encode(PROMPT)
     result = lapis.lens(model, words, PROMPT, ["Malaysia", "Kuala"])
-    said = logprobs(model, ids)[-1].exp().topk(10)
-    assert [index for _, index, _ in result.readings[-1].top] == said.indices.tolist()
-    assert [p for _, _, p in result.readings[-1].top] == pytest.approx(said.values.tolist(), rel=1e-5)
+    likeliest = logprobs(model, ids)[-1].exp().topk(10)
+    assert [index for _, index, _ in result.readings[-1].top] == likeliest.indices.tolist()
+    assert [p for _, _, p in result.readings[-1].top] == pytest.approx(likeliest.values.tolist(), rel=1e-5)
     assert result.readings[-1].kl_to_final == 0 and all(r.kl_to_final > 0 for r in result.readings[:-1])
     assert [(r.layer, r.after) for r in result.readings] == [
         (None, "embedding"), *((layer, half) for layer in range(3) for half in ("attention", "mlp")),

@@ -115,9 +115,9 @@ def test_fault_24_shapes_that_differ_are_listed_together(make_folder: Make) -> N
     folder = make_folder()
     tensors = folder.tensors
     folder.put({**tensors, Q0: torch.zeros(16, 8), "model.norm.weight": torch.zeros(8), "extra.weight": torch.zeros(2)})
-    said = refusal(folder)
-    assert "extra.weight is not a tensor of llama" in said
-    assert f"{Q0} is 16x8 but 16x16 by config.json" in said and "model.norm.weight is 8 but 16" in said
+    message = refusal(folder)
+    assert "extra.weight is not a tensor of llama" in message
+    assert f"{Q0} is 16x8 but 16x16 by config.json" in message and "model.norm.weight is 8 but 16" in message
 
 
 def test_fault_24_a_long_list_is_cut_and_counted(make_folder: Make) -> None:

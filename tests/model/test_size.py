@@ -101,12 +101,12 @@ def test_activations_are_about_what_autograd_keeps(fields: dict[str, Any]) -> No
     shape = dataclasses.replace(shape, **fields)
     model = Transformer(shape)
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept: dict[int, int] = {}
+    saved: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
+            saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     ids = torch.zeros(1, 64, dtype=torch.long)
@@ -114,7 +114,7 @@ def test_activations_are_about_what_autograd_keeps(fields: dict[str, Any]) -> No
         logits = model(ids)
         loss = torch.nn.functional.cross_entropy(logits[0], ids[0])
     assert loss.isfinite()
-    assert sum(kept.values()) == pytest.approx(activation_bytes(shape, 64, width=4), rel=0.05)
+    assert sum(saved.values()) == pytest.approx(activation_bytes(shape, 64, width=4), rel=0.05)
 
 
 def test_mixers_cost_what_such_layers_cost() -> None:

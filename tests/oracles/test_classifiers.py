@@ -177,20 +177,20 @@ def test_a_saved_picture_classifier_is_the_same_in_transformers(tmp_path: Path) 
 def test_figures_are_scikit_learns(case: tuple[int, list[tuple[int, int]]]) -> None:
     metrics = pytest.importorskip("sklearn.metrics")
     C, pairs = case
-    truth, said = [t for t, _ in pairs], [p for _, p in pairs]
+    truth, predicted = [t for t, _ in pairs], [p for _, p in pairs]
     names, every = [f"c{i}" for i in range(C)], list(range(C))
-    result = figures(truth, said, names)
-    assert result["confusion"] == metrics.confusion_matrix(truth, said, labels=every).tolist()
-    assert result["accuracy"] == pytest.approx(metrics.accuracy_score(truth, said))
-    macro = metrics.f1_score(truth, said, labels=every, average="macro", zero_division=0)
+    result = figures(truth, predicted, names)
+    assert result["confusion"] == metrics.confusion_matrix(truth, predicted, labels=every).tolist()
+    assert result["accuracy"] == pytest.approx(metrics.accuracy_score(truth, predicted))
+    macro = metrics.f1_score(truth, predicted, labels=every, average="macro", zero_division=0)
     assert result["f1_macro"] == pytest.approx(macro)
-    by = metrics.precision_recall_fscore_support(truth, said, labels=every, zero_division=0)
+    by = metrics.precision_recall_fscore_support(truth, predicted, labels=every, zero_division=0)
     for i, name in enumerate(names):
         assert list(result["by_class"][name].values()) == pytest.approx([column[i] for column in by])
     if C == 2:
-        assert result["f1"] == pytest.approx(metrics.f1_score(truth, said, labels=every, zero_division=0))
-        assert figures(truth, said, names, "c0")["f1"] == pytest.approx(
-            metrics.f1_score(truth, said, labels=every, pos_label=0, zero_division=0)
+        assert result["f1"] == pytest.approx(metrics.f1_score(truth, predicted, labels=every, zero_division=0))
+        assert figures(truth, predicted, names, "c0")["f1"] == pytest.approx(
+            metrics.f1_score(truth, predicted, labels=every, pos_label=0, zero_division=0)
         )
     else:
         assert result["f1"] is None

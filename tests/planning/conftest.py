@@ -35,9 +35,9 @@ def learn(model, tokenizer, chats, steps: int, only=lambda name: True) -> None:
     for _ in range(steps):
         optimizer.zero_grad()
         loss = torch.zeros(())
-        for ids, said in rows:
+        for ids, learned in rows:
             logits = model(torch.tensor([ids[:-1]]))[0]
-            keep = torch.tensor(said[1:])
+            keep = torch.tensor(learned[1:])
             loss = loss + torch.nn.functional.cross_entropy(logits[keep], torch.tensor(ids[1:])[keep])
         loss.backward()
         optimizer.step()

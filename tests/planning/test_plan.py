@@ -143,9 +143,9 @@ def test_a_plan_that_was_killed_goes_on_to_the_same_end(pair, tmp_path, graft):
             lapis.plan(pair.base, pair.chat, **options, progress=watch)
         with journal.open("ab") as file:
             file.write(b'{"key": "cut in t')
-    told = []
-    again = lapis.plan(pair.base, pair.chat, **options, report=told.append)
-    assert any("going on" in line for line in told) and not journal.exists()
+    messages = []
+    again = lapis.plan(pair.base, pair.chat, **options, report=messages.append)
+    assert any("going on" in line for line in messages) and not journal.exists()
     same = {key: value for key, value in whole.to_json().items() if key not in ("seconds", "passes")}
     assert {key: again.to_json()[key] for key in same} == same
 
@@ -158,9 +158,9 @@ def test_the_journal_of_another_plan_is_not_gone_on_with(pair, tmp_path):
     options = {"chats": pair.chats, "text": pair.text, "draws": 1, "journal": tmp_path / "journal"}
     with pytest.raises(KeyboardInterrupt):
         lapis.plan(pair.base, pair.chat, **options, progress=stop)
-    told = []
-    lapis.plan(pair.base, pair.chat, **options, seed=1, report=told.append)
-    assert not any("going on" in line for line in told)
+    messages = []
+    lapis.plan(pair.base, pair.chat, **options, seed=1, report=messages.append)
+    assert not any("going on" in line for line in messages)
 
 
 def test_what_a_plan_costs_is_said_before_it_is_spent(pair):
@@ -279,8 +279,8 @@ def test_sigterm_keeps_what_was_measured_and_says_so(pair, tmp_path, monkeypatch
     ]  # fmt: skip
     add = PlanJournal.add
 
-    def stop_after_three(self, *told):
-        add(self, *told)
+    def stop_after_three(self, *messages):
+        add(self, *messages)
         if len(self.lines) == 3:
             os.kill(os.getpid(), signal.SIGTERM)
 

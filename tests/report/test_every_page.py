@@ -36,8 +36,8 @@ def test_it_draws_and_answers(name, pages, browser):
         complaints: list[str] = []
         context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
         page = context.new_page()
-        page.on("console", lambda message, told=complaints: told.append(message.text))
-        page.on("pageerror", lambda error, told=complaints: told.append(str(error)))
+        page.on("console", lambda message, messages=complaints: messages.append(message.text))
+        page.on("pageerror", lambda error, messages=complaints: messages.append(str(error)))
         page.goto(pages[name])
         page.wait_for_selector("html[data-ready]", timeout=60_000)
         plots = page.locator(".plot")

@@ -46,7 +46,7 @@ def messages(folder: Path, record: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    ("record", "expected", "told"),
+    ("record", "expected", "description"),
     [
         ({"messages": [USER, REPLY]}, [USER, REPLY], "format: messages (messages)"),
         ({"conversations": TALK}, [USER, REPLY], "format: ShareGPT (conversations)"),
@@ -75,12 +75,14 @@ def messages(folder: Path, record: dict[str, Any]) -> list[dict[str, Any]]:
     ],
 )  # fmt: skip
 def test_every_chat_format_is_the_same_chat(
-    record: dict[str, Any], expected: list[dict[str, Any]], told: str, tmp_path: Path
+    record: dict[str, Any], expected: list[dict[str, Any]], description: str, tmp_path: Path
 ) -> None:
     assert messages(tmp_path, record) == expected
     path = tmp_path / "data.jsonl"
-    assert kind_of(path) == "chats" and describe_file(path) == told
-    assert preview(path, 1)["format"] == told and preview(path, 1)["records"][0]["parts"][-1]["text"] == "the cat"
+    assert kind_of(path) == "chats" and describe_file(path) == description
+    assert (
+        preview(path, 1)["format"] == description and preview(path, 1)["records"][0]["parts"][-1]["text"] == "the cat"
+    )
     with pytest.raises(DataError, match="where a document"):
         list(documents(path))
 
@@ -241,8 +243,8 @@ def test_padding_of_tables_is_not_data(tmp_path: Path) -> None:
     for path in (tmp_path / "data.parquet", write(tmp_path, *padded, name="padded.jsonl")):
         for one, other in zip(plain, chats(path), strict=True):
             assert (one.messages, one.tools) == (other.messages, other.tools), path.name
-    kept = row("add", "x", None)
-    assert next(chats(write(tmp_path, kept))).messages[1]["tool_calls"][0]["function"]["arguments"] == {"x": None}
+    call_row = row("add", "x", None)
+    assert next(chats(write(tmp_path, call_row))).messages[1]["tool_calls"][0]["function"]["arguments"] == {"x": None}
 
 
 WORDS = st.text(st.characters(exclude_characters="\0", codec="utf-8"), max_size=9)
@@ -299,9 +301,11 @@ def test_special_tokens_in_text_are_counted_and_may_be_trusted(trusted: bool, tm
     path = write(tmp_path, {"messages": talk}, {"messages": talk})
     source = {"path": str(path), "special": "trusted"} if trusted else str(path)
     rows = open_data(source, PackingSettings(tokenizer, "chats", 64))
-    told = "\n".join(lines(rows))
-    assert "special tokens spelled in the text: 6 (<|aud_1|> 4, <|aud_2|> 2)" in told
-    assert ("they are tokens" in told) is trusted and ("special: trusted makes them tokens" in told) is not trusted
+    description = "\n".join(lines(rows))
+    assert "special tokens spelled in the text: 6 (<|aud_1|> 4, <|aud_2|> 2)" in description
+    assert ("they are tokens" in description) is trusted and (
+        "special: trusted makes them tokens" in description
+    ) is not trusted
     ids, mask = encode_chat(tokenizer, talk, trusted=trusted)
     if trusted:
         assert ids == theirs.apply_chat_template(talk, tokenize=True, return_dict=False)
@@ -379,8 +383,11 @@ def test_calls_without_a_place_in_the_template_are_text(tokenizer: Tokenizer, tm
     rows = pack(path, tokenizer, length=128)
     ids = rows.arrays([0])[0][0]  # type: ignore[arg-type]
     assert '<|im_start|>assistant\n{"name": "f", "arguments": {"x": 1}}<|im_end|>' in tokenizer.decode(ids)
-    told = "\n".join(lines(rows))
-    assert "calls of tools are written as JSON text in 1 chats" in told and "the tools of 1 chats do not appear" in told
+    description = "\n".join(lines(rows))
+    assert (
+        "calls of tools are written as JSON text in 1 chats" in description
+        and "the tools of 1 chats do not appear" in description
+    )
 
 
 ONE, TWO = {"from": "gpt", "value": "the cat"}, {"from": "gpt", "value": "the dog"}
@@ -388,7 +395,7 @@ DOG = {"role": "assistant", "content": "the dog"}
 
 
 @pytest.mark.parametrize(
-    ("record", "told"),
+    ("record", "description"),
     [
         ({"conversations": TALK[:1], "chosen": ONE, "rejected": TWO},
          "format: LLaMA-Factory preferences (conversations, chosen, rejected)"),
@@ -404,11 +411,11 @@ DOG = {"role": "assistant", "content": "the dog"}
          "format: pairs (prompt, chosen, rejected)"),
     ],
 )  # fmt: skip
-def test_every_preference_format_is_the_same_pair(record: dict[str, Any], told: str, tmp_path: Path) -> None:
+def test_every_preference_format_is_the_same_pair(record: dict[str, Any], description: str, tmp_path: Path) -> None:
     path = write(tmp_path, record)
     (pair,) = pairs(path)
     assert (pair.prompt, pair.chosen, pair.rejected) == ([USER], REPLY, DOG)
-    assert preview(path, 1)["format"] == told and preview(path, 1)["kind"] == "preferences"
+    assert preview(path, 1)["format"] == description and preview(path, 1)["kind"] == "preferences"
 
 
 def test_system_and_tools_of_a_pair_are_kept(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def test_all_formats_give_the_same_examples(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "told"),
+    ("name", "content", "message"),
     [
         ("x.tsv", "", "the file is empty"),
         ("x.tsv", "label\ttext\n", "holds no examples"),
@@ -51,11 +51,11 @@ def test_all_formats_give_the_same_examples(tmp_path: Path) -> None:
         ("x.tsv.gz", b"\x1f\x8b\x08\0\0\0", "the gzip stream ends too early; it is truncated"),
     ],
 )
-def test_what_is_wrong_is_told_with_its_line(tmp_path: Path, name: str, content: str | bytes, told: str) -> None:
+def test_what_is_wrong_is_told_with_its_line(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(DataError) as error:
         list(labeled(tmp_path / name))
-    assert told in str(error.value) and str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
+    assert message in str(error.value) and str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_label_outside_the_classes_is_told_with_file_and_line() -> None:
@@ -116,13 +116,13 @@ def test_pictures_of_arrays_files_and_folders(tmp_path: Path) -> None:
 
 def test_arrays_that_are_no_pictures_are_refused(tmp_path: Path) -> None:
     good = np.zeros((3, 4, 4))
-    for pixels, labels, told in [
+    for pixels, labels, message in [
         (np.zeros((3, 4)), [0, 1, 2], "has the shape"),
         (good, [0, 1], "3 pictures, labels"),
         (good, [0.5, 1.5, 2.5], "one word or number each"),
         (np.where(np.arange(3)[:, None, None] == 1, np.nan, good), [0, 1, 2], "picture 1 holds NaN"),
     ]:
-        with pytest.raises(DataError, match=told):
+        with pytest.raises(DataError, match=message):
             pictures((pixels, labels))
     np.savez(tmp_path / "x.npz", pixels=np.array([{}], object), labels=[0])
     with pytest.raises(DataError, match=r"cannot be read as \.npz"):  # objects would be unpickled

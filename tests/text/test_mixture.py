@@ -87,8 +87,10 @@ def test_rows_of_a_mixture_are_those_of_its_sources(mixture: Mixture) -> None:
     ids = mixture.take(numbers).ids_BT
     a, b, c = (one.take(np.arange(len(one))).ids_BT for one in mixture.sources)
     assert torch.equal(ids, torch.stack([a[0], c[-1], a[0], b[0]]))
-    said = "\n".join(lines(mixture))
-    assert "50.0% a" in said and "read 5.4" not in said.split("\n")[-1] and said.count("times in an epoch") == 3
+    summary = "\n".join(lines(mixture))
+    assert (
+        "50.0% a" in summary and "read 5.4" not in summary.split("\n")[-1] and summary.count("times in an epoch") == 3
+    )
 
 
 def test_weights_from_settings(tokenizer: Tokenizer, tmp_path: Path) -> None:

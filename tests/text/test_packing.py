@@ -59,14 +59,14 @@ def pieces(rows: Rows, numbers: Any = None) -> list[tuple[list[int], list[int]]]
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.text(st.sampled_from("saya 밥\n"), max_size=40), min_size=1, max_size=8), st.integers(2, 40))
 def test_documents_lose_no_token_and_cross_no_border(tokenizer: Tokenizer, texts: list[str], length: int) -> None:
-    kept = [[0, *tokenizer.encode(text), 0] for text in texts if text]
-    if not kept:
+    framed = [[0, *tokenizer.encode(text), 0] for text in texts if text]
+    if not framed:
         with pytest.raises(DataError, match="every document is empty"):
             pack(docs(*texts), tokenizer, length=length)
         return
     rows = pack(docs(*texts), tokenizer, length=length)
     expected, at = [], 0
-    for ids in kept:  # what a document alone gives, cut where a row ends
+    for ids in framed:  # what a document alone gives, cut where a row ends
         inputs, targets = ids[:-1], ids[1:]
         while inputs:
             room = length - at % length
@@ -74,7 +74,7 @@ def test_documents_lose_no_token_and_cross_no_border(tokenizer: Tokenizer, texts
             at += len(inputs[:room])
             inputs, targets = inputs[room:], targets[room:]
     assert pieces(rows) == expected
-    assert rows.counts["empty"] == len(texts) - len(kept)
+    assert rows.counts["empty"] == len(texts) - len(framed)
     assert rows.counts["tokens"] + rows.counts["padding"] == len(rows) * length
     assert rows.counts["bytes"] == sum(len(text.encode()) for text in texts)
 

@@ -243,8 +243,8 @@ def test_fault_60_a_pack_that_was_killed_goes_on(
     done = {p.name: p.stat().st_mtime_ns for p in (tmp_path / ".out.lapis" / "out").glob("*.bin")}
     assert len(done) == 6 and not out.exists()
     pack(corpus, tokenizer, out, 48, workers=1)
-    kept = {p.name: p.stat().st_mtime_ns for p in out.glob("*.bin")}
-    assert done.items() <= kept.items(), "what was done is not done again"
+    times = {p.name: p.stat().st_mtime_ns for p in out.glob("*.bin")}
+    assert done.items() <= times.items(), "what was done is not done again"
     assert Rows.open(out).digest == pack(corpus, tokenizer, length=48).digest
     with pytest.raises(OutputError, match="exists"):
         share(job_of(corpus, tokenizer), tokenizer, out, workers=1)

@@ -211,15 +211,15 @@ def test_fault_78_an_existing_output_is_refused_or_overwritten(
     assert not (tmp_path / "out" / "mine.txt").exists()
 
 
-@pytest.mark.parametrize("wrong, said", [
+@pytest.mark.parametrize("wrong, message", [
     ({"steps": None}, "one of steps, epochs or minutes"),
     ({"minutes": 1.0}, "one of steps, epochs or minutes"),
     ({"accumulate": 3}, "accumulate 3 equal parts"),
     ({"lr": -1.0}, "lr is -1.0; it must be above 0"),
     ({"decay": 2.0}, "share of the run"),
 ])  # fmt: skip
-def test_wrong_settings_are_refused(wrong: dict[str, Any], said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_wrong_settings_are_refused(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         replace(CONFIG, **wrong)
 
 

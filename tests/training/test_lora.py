@@ -209,7 +209,7 @@ def test_the_names_of_peft_mean_the_same(
     assert one.read_bytes() == other.read_bytes()
 
 
-@pytest.mark.parametrize("settings, said", [
+@pytest.mark.parametrize("settings, message", [
     ({"lora": {"r": 2, "rank": 4}}, "r and rank are one setting"),
     ({"lora": {"r": 2, "bias": "all"}}, "bias is 'all'; it can be none"),
     ({"lora": {"r": 2, "peft_type": "LOHA"}}, "peft_type is 'LOHA'; it can be lora"),
@@ -230,12 +230,12 @@ def test_the_names_of_peft_mean_the_same(
     ({"freeze": ["all"]}, "leave nothing to train"),
     ({"lora": {}, "model": None, "new": {"dim": 16, "layers": 1, "heads": 2, "ffn_dim": 24}}, "lora needs model"),
 ])  # fmt: skip
-def test_wrong_settings_are_one_line(start: Start, tmp_path: Path, settings: dict[str, Any], said: str) -> None:
+def test_wrong_settings_are_one_line(start: Start, tmp_path: Path, settings: dict[str, Any], message: str) -> None:
     if "new" in settings:
         settings = {**settings, "tokenizer": str(tmp_path / "base")}
     with pytest.raises(LapisError) as caught:
         start("out", **settings)
-    assert said in str(caught.value) and "\n" not in str(caught.value)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
 
 

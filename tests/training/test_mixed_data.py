@@ -76,8 +76,8 @@ def test_chats_are_mixed_too_and_coverage_is_told(
     mixed = Chat(tokenizer, Mixture(parts), context=64)
     assert mixed.data.weights == [0.25, 0.75] and mixed.sample(new_model())
     objective = Chat(tokenizer, chats, context=64)
-    said = objective.coverage()
-    assert "rows of 64 tokens from 24 chats" in said[0] and "of tokens carry loss" in said[1]
+    shares = objective.coverage()
+    assert "rows of 64 tokens from 24 chats" in shares[0] and "of tokens carry loss" in shares[1]
     counts = objective.examples.counts
-    assert f"{counts['supervised'] / counts['tokens']:.1%} of tokens" in said[1]
+    assert f"{counts['supervised'] / counts['tokens']:.1%} of tokens" in shares[1]
     assert objective.sample(new_model())

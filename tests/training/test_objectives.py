@@ -60,8 +60,8 @@ def test_packed_chats_have_the_loss_of_each_alone(
     objective = Chat(tokenizer, chats[:4], context=256)
     expected, count = 0.0, 0
     for chat in chats[:4]:
-        ids, said = encode_chat(tokenizer, chat.messages)
-        targets = [i if own else IGNORE for i, own in zip(ids, said, strict=True)]
+        ids, learned = encode_chat(tokenizer, chat.messages)
+        targets = [i if own else IGNORE for i, own in zip(ids, learned, strict=True)]
         nats, n = alone(model, ids[:-1], targets[1:])
         expected, count = expected + nats.item(), count + n
     batch, _ = objective.examples.batch(Cursor(), objective.rows)

@@ -70,8 +70,8 @@ def test_two_processes_then_another_number_have_ones_loss(place: Path, monkeypat
     monkeypatch.chdir(place)
     run(read_settings(override(load_yaml("run.yaml"), ["out=one"]), "run.yaml"), watch=Silent())
     two = start(place, 2)
-    said = finish(two)
-    assert [process.returncode for process in two] == [0, 0], said
+    errors = finish(two)
+    assert [process.returncode for process in two] == [0, 0], errors
     assert losses(place / "out") == pytest.approx(losses(place / "one"), abs=1e-5)
     for name, weight in load("one").state_dict().items():
         torch.testing.assert_close(load("out").state_dict()[name], weight, rtol=1e-4, atol=1e-5)
@@ -85,9 +85,9 @@ def stopped(place: Path, size: int, *settings: str) -> list[str]:
         assert processes[0].poll() is None, processes[0].communicate()
         time.sleep(0.01)
     processes[-1].terminate()
-    said = finish(processes)
+    errors = finish(processes)
     assert [process.returncode for process in processes] == [1] * size
-    return said
+    return errors
 
 
 def checkpoints(place: Path) -> set[str]:
@@ -98,13 +98,13 @@ def test_fault_67_stopped_twice_and_resumed_by_other_processes(place: Path, monk
     """A signal to one of two processes stops both at one step; one goes on and is stopped, two finish: one's curve."""
     monkeypatch.chdir(place)
     settings = ["save_every=5", "steps=200", "keep=100"]
-    said = stopped(place, 2, *settings)
-    assert "stopped by SIGTERM after step" in said[0] and "Run the same command again" in said[0]
-    assert said[1] == ""  # told once
+    errors = stopped(place, 2, *settings)
+    assert "stopped by SIGTERM after step" in errors[0] and "Run the same command again" in errors[0]
+    assert errors[1] == ""  # told once
     stopped(place, 1, *settings)
     last = start(place, 2, *settings)
-    said = finish(last)
-    assert [process.returncode for process in last] == [0, 0], said
+    errors = finish(last)
+    assert [process.returncode for process in last] == [0, 0], errors
     run(read_settings(override(load_yaml("run.yaml"), [*settings, "out=one"]), "run.yaml"), watch=Silent())
     assert losses(place / "out") == pytest.approx(losses(place / "one"), abs=1e-5)
 
@@ -115,9 +115,9 @@ def test_a_port_in_use_and_a_missing_file_are_one_line(place: Path) -> None:
         taken.listen()
         first, second = start(place, 2, port=int(taken.getsockname()[1]))
         second.kill()  # it would wait for the first one for a long time
-        said, _ = finish([first, second])
-    assert first.returncode == 1 and "the port is in use; give torchrun another port" in said
-    assert len(said.strip().splitlines()) == 1
+        errors, _ = finish([first, second])
+    assert first.returncode == 1 and "the port is in use; give torchrun another port" in errors
+    assert len(errors.strip().splitlines()) == 1
 
 
 def test_fault_69_a_stopped_process_ends_all_by_name(place: Path) -> None:
@@ -132,11 +132,11 @@ def test_fault_69_a_stopped_process_ends_all_by_name(place: Path) -> None:
             time.sleep(0.05)
         processes[rank].send_signal(signal.SIGSTOP)
     for rank, processes in runs.items():
-        told = processes[1 - rank].communicate(timeout=100)[1]
+        error_text = processes[1 - rank].communicate(timeout=100)[1]
         processes[rank].kill()
         processes[rank].communicate()
-        lines = [line for line in told.splitlines() if line.startswith("lapis: ")]
-        assert processes[1 - rank].returncode == 1 and len(lines) == 1 and "Traceback" not in told, told
+        lines = [line for line in error_text.splitlines() if line.startswith("lapis: ")]
+        assert processes[1 - rank].returncode == 1 and len(lines) == 1 and "Traceback" not in error_text, error_text
         assert f"rank {rank} has not answered for" in lines[0] and "run the same command again" in lines[0]
 
 
@@ -150,8 +150,8 @@ def test_processes_that_are_all_stopped_for_a_while_go_on(place: Path) -> None:
         for process in processes:
             process.send_signal(number)
         time.sleep(3)
-    said = finish(processes)
-    assert [process.returncode for process in processes] == [0, 0], said
+    errors = finish(processes)
+    assert [process.returncode for process in processes] == [0, 0], errors
 
 
 @pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "MASTER_PORT", "LOCAL_WORLD_SIZE"])

@@ -156,12 +156,12 @@ def test_accumulation_and_interruption_change_nothing(
     config = TrainConfig(**{**SETTINGS, "steps": 6, "save_every": 2})
     with pytest.raises((KeyboardInterrupt, LapisError)):
         train(new_model(), Dies(tokenizer, PAIRS, context=64), config, tmp_path / "died", watch=Silent())
-    kept = tmp_path / ".died.lapis" / ".journal" / "reference.json"
-    stamp = kept.stat().st_mtime_ns
+    cached = tmp_path / ".died.lapis" / ".journal" / "reference.json"
+    stamp = cached.stat().st_mtime_ns
     model = new_model()
     train(model, DPO(tokenizer, PAIRS, context=64), config, tmp_path / "died", watch=Silent())
     assert all(torch.equal(a, b) for a, b in zip(whole, model.parameters(), strict=True))
-    assert stamp > 0 and not kept.exists()  # read, not made anew, and gone with the run
+    assert stamp > 0 and not cached.exists()  # read, not made anew, and gone with the run
 
 
 def test_the_reference_is_computed_once_for_the_same_weights(
@@ -325,11 +325,11 @@ def test_lapis_eval_scores_pairs(
         tokenizer.save(tmp_path / name)
     lines = [{"prompt": p.prompt, "chosen": p.chosen["content"], "rejected": p.rejected["content"]} for p in PAIRS]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    told = ["eval", str(tmp_path / "tuned"), "--pairs", str(tmp_path / "pairs.jsonl"), "--json"]
-    main([*told, "--reference", str(tmp_path / "base")])
+    command = ["eval", str(tmp_path / "tuned"), "--pairs", str(tmp_path / "pairs.jsonl"), "--json"]
+    main([*command, "--reference", str(tmp_path / "base")])
     outcome = json.loads(capsys.readouterr().out)["pairs"]
     assert outcome["by"] == "log-ratio to the reference" and outcome["pairs"] == 12 and outcome["margin"] != 0
-    main(told)
+    main(command)
     assert json.loads(capsys.readouterr().out)["pairs"]["by"] == "log-probability per token"
 
 

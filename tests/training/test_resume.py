@@ -244,8 +244,8 @@ def test_fault_60_killed_and_run_again_gives_the_same_bytes(place: Path, monkeyp
         process.communicate()
         assert not (place / "out").exists()
     process = start(place)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 0 and "going on from" in said
+    _, error_text = process.communicate(timeout=60)
+    assert process.returncode == 0 and "going on from" in error_text
 
     monkeypatch.chdir(place)
     settings = override(load_yaml("run.yaml"), ["out=whole"])
@@ -262,10 +262,10 @@ def test_fault_62_a_stop_saves_and_says_how_to_go_on(place: Path, number: signal
     time.sleep(0.3)
     begin = time.monotonic()
     process.send_signal(number)
-    _, said = process.communicate(timeout=60)
+    _, error_text = process.communicate(timeout=60)
     assert time.monotonic() - begin < 10
-    assert process.returncode == 1 and "Traceback" not in said
-    last = said.strip().splitlines()[-1]
+    assert process.returncode == 1 and "Traceback" not in error_text
+    last = error_text.strip().splitlines()[-1]
     assert f"stopped by {number.name} after step" in last and "Run the same command again to go on" in last
     (checkpoint,) = (place / ".out.lapis" / ".journal").glob("step-*")
     assert str(checkpoint.name) in last

@@ -149,12 +149,12 @@ def test_generation_settings_are_kept_and_end_ids_added(
 ) -> None:
     save(new_model(), tmp_path / "base")
     tokenizer.save(tmp_path / "base")
-    kept = {"temperature": 0.6, "top_p": 0.9, "top_k": 20, "do_sample": True, "repetition_penalty": 1.05,
+    sampling = {"temperature": 0.6, "top_p": 0.9, "top_k": 20, "do_sample": True, "repetition_penalty": 1.05,
             "pad_token_id": 0, "max_length": 200}  # fmt: skip
-    (tmp_path / "base" / "generation_config.json").write_text(json.dumps({**kept, "eos_token_id": 7}))
+    (tmp_path / "base" / "generation_config.json").write_text(json.dumps({**sampling, "eos_token_id": 7}))
     settings = {"objective": "chat", "model": str(tmp_path / "base"), "data": chats, "context": 64, "steps": 1,
                 "out": str(tmp_path / "out"), "threads": 1, "precision": "float32", "batch": 2, **more}  # fmt: skip
     run(read_settings(settings, "test"), watch=Silent())
     written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
-    assert {name: written[name] for name in kept} == kept
+    assert {name: written[name] for name in sampling} == sampling
     assert set(written["eos_token_id"]) == {7, *tokenizer.end_ids}

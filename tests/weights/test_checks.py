@@ -74,7 +74,7 @@ def test_rope_is_compared_as_it_is_meant(folders, tmp_path, one, two, same):
 
 
 @pytest.mark.parametrize(
-    ("one", "two", "said"),
+    ("one", "two", "message"),
     [
         ({"rms_norm_eps": 1e-5}, {"rms_norm_eps": 1e-6}, "norm_eps is 1e-05 in"),
         ({}, {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}, "rope_factor is not there in"),
@@ -85,13 +85,13 @@ def test_rope_is_compared_as_it_is_meant(folders, tmp_path, one, two, same):
         ({"model_type": "odd", "logit_softcap": 30}, {"model_type": "odd", "logit_softcap": 50}, "logit_softcap is 30"),
     ],
 )  # fmt: skip
-def test_fields_that_change_the_arithmetic_are_named(folders, tmp_path, one, two, said):
+def test_fields_that_change_the_arithmetic_are_named(folders, tmp_path, one, two, message):
     base = folders.weights(1)
     a = folders.write(tmp_path / "a", base, vocab=folders.words(), config=one)
     b = folders.write(tmp_path / "b", folders.near(base, 2), vocab=folders.words(), config=two)
     for result in (graft(a, b, a, tmp_path / "g", dry_run=True), diff(a, b)):
         lines = [note for note in result.notes if (" in " in note and "is kept" in note) or "something else" in note]
-        assert any(said in line for line in lines) if said else not lines, lines
+        assert any(message in line for line in lines) if message else not lines, lines
 
 
 @pytest.fixture

@@ -73,7 +73,7 @@ def _tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
 LEAD = "base_model.model.model.layers.0.mlp.up_proj."
 
 
-@pytest.mark.parametrize("damage, said", [
+@pytest.mark.parametrize("damage, message", [
     (_four_bits, "base holds 4-bit weights; what adapter adds is smaller than their steps"),
     (lambda p: _set("adapter/adapter_config.json", base_model_name_or_path=str(p / "gone")), "its base cannot be"),
     (lambda p: _set("adapter/adapter_config.json", base_model_name_or_path=None), "give --base"),
@@ -101,11 +101,13 @@ LEAD = "base_model.model.model.layers.0.mlp.up_proj."
     (lambda p: Path("adapter/adapter_model.safetensors").rename("adapter/adapter_model.bin"), "is a pickle"),
     (lambda p: Path("adapter/adapter_model.safetensors").write_bytes(b"\x09"), "adapter_model.safetensors"),
 ])  # fmt: skip
-def test_what_does_not_fit_is_one_line(lapis: Lapis, damage: Callable[[Path], None], said: str, tmp_path: Path) -> None:
+def test_what_does_not_fit_is_one_line(
+    lapis: Lapis, damage: Callable[[Path], None], message: str, tmp_path: Path
+) -> None:
     damage(tmp_path)
     status, out, err = lapis("fuse", "adapter", "--out", "fused")
     lines = [line for line in err.strip().splitlines() if not line.startswith("fusing")]  # progress of a slow machine
-    assert status == 1 and out == "" and said in err and len(lines) == 1, err
+    assert status == 1 and out == "" and message in err and len(lines) == 1, err
     assert not Path("fused").exists()
 
 

@@ -47,9 +47,9 @@ def keep_of(method, delta, i, n):
     if method == "ties":
         return top_mask(delta, n - max(1, int(0.3 * n)), n), 1.0
     if method.startswith("breadcrumbs"):
-        kept = int(0.3 * n)
-        low = n - kept - int(0.05 * n)
-        return top_mask(delta, low, low + kept), 1.0
+        staying = int(0.3 * n)
+        low = n - staying - int(0.05 * n)
+        return top_mask(delta, low, low + staying), 1.0
     if method.startswith("dare"):
         return random_mask(delta, i, 0.3), 0.3
     rows = delta.abs()
@@ -61,7 +61,7 @@ def keep_of(method, delta, i, n):
 
 
 def thinned(method, base, models, weight, rescale, normalize, elect, numerics, lambda_):
-    kept = []
+    staying = []
     for i, delta in enumerate(deltas_of(base, models)):
         mask, probability = keep_of(method, delta, i, delta.numel())
         masked = delta * mask
@@ -69,8 +69,8 @@ def thinned(method, base, models, weight, rescale, normalize, elect, numerics, l
             masked = masked / probability
         elif rescale:
             masked = masked * (delta.abs().sum() / masked.abs().sum())
-        kept.append(masked)
-    d = torch.stack(kept)
+        staying.append(masked)
+    d = torch.stack(staying)
     w = torch.tensor(weight, dtype=torch.float64).view(-1, 1, 1)
     if not elect:
         return base.double() + lambda_ * (w * d).sum(0) / (w.sum() if normalize else 1.0)

@@ -123,8 +123,8 @@ def test_fault_32_an_input_replaced_between_two_runs(trio, tmp_path, small, capl
     graft(**models, out=tmp_path / "whole", scale=0.5)
     assert files_of(out) == files_of(tmp_path / "whole")
     assert result.bytes_resumed < 0.6 * (result.bytes_resumed + result.bytes_written)
-    said = " ".join(record.getMessage() for record in caplog.records)
-    assert ".safetensors is another file than when this was interrupted" in said
+    logged = " ".join(record.getMessage() for record in caplog.records)
+    assert ".safetensors is another file than when this was interrupted" in logged
 
 
 def test_inputs_that_were_copied_are_gone_on_with(trio, tmp_path, small, caplog):
@@ -139,8 +139,8 @@ def test_inputs_that_were_copied_are_gone_on_with(trio, tmp_path, small, caplog)
     with caplog.at_level("WARNING", "lapis"):
         result = graft(**elsewhere, out=out, scale=0.5, progress=None)
     assert result.bytes_resumed > 0.5 * result.bytes_written
-    said = " ".join(record.getMessage() for record in caplog.records)
-    assert "is another file" in said and f"{result.bytes_resumed:,} bytes of what was done are gone on with" in said
+    logged = " ".join(record.getMessage() for record in caplog.records)
+    assert "is another file" in logged and f"{result.bytes_resumed:,} bytes of what was done are gone on with" in logged
     names = {"model.safetensors", "config.json", "tokenizer.json"}
     assert {n: b for n, b in files_of(out).items() if n in names} == {
         n: b for n, b in files_of(tmp_path / "whole").items() if n in names
