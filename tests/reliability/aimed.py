@@ -81,13 +81,16 @@ class Ended:
 
 
 class Forks:
-    """A server with the fault library in front of its C library. scratch: a folder whose calls never count."""
+    """A server with the fault library in front of its C library.
 
-    def __init__(self, library: Path, scratch: Path) -> None:
+    scratch: a folder whose calls never count. modules: what it imports besides lapis.
+    """
+
+    def __init__(self, library: Path, scratch: Path, modules: Sequence[str] = ()) -> None:
         self.scratch = scratch
         self.runs = 0
         self._server = subprocess.Popen(
-            [sys.executable, str(SERVER)],
+            [sys.executable, str(SERVER), *modules],
             env={**os.environ, "LD_PRELOAD": str(library), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -28,7 +28,7 @@ def import_all() -> None:
     for module in pkgutil.walk_packages(lapis.__path__, "lapis."):
         if not module.name.endswith(("__main__", "pattern_process", "evaluation.harness")):
             importlib.import_module(module.name)
-    for name in LATE:
+    for name in (*LATE, *sys.argv[1:]):
         importlib.import_module(name)
 
 
