@@ -61,6 +61,8 @@ kill: .venv/.dev             ## 200 grafts killed at random moments and run agai
 
 reliability: .venv/.dev      ## every system call of every job: killed there, and failing
 	$(BIN)/python benchmarks/reliability.py --write
+	$(BIN)/python benchmarks/reliability_peers.py
+	$(BIN)/python benchmarks/hub_faults.py
 
 kill-train: .venv/.dev       ## a training run killed ten times, for each of three seeds
 	for seed in 0 1 2; do $(BIN)/python benchmarks/kill_train.py --kills 10 --seed $$seed || exit 1; done

@@ -1,6 +1,6 @@
 """Every system call of every job, killed once and twice, and failing with every error: is anything lost or wrong?
 
-    python benchmarks/reliability.py --write             all jobs, and the table in benchmarks/results/reliability.md
+    python benchmarks/reliability.py --write             all jobs, and a table at the end of results/reliability.md
     python benchmarks/reliability.py --jobs graft fuse   some of them
 
 A kill: the process ends before the n-th call that changes the disk; what is visible must be old or new, and the same
@@ -16,6 +16,7 @@ import shutil
 import sys
 import tempfile
 import time
+from datetime import date
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from tests.reliability.aimed import Forks, Job, build, digest, fail_each, kill_each  # noqa: E402
+from tests.reliability.catalogue import count as count_faults  # noqa: E402
 from tests.reliability.jobs import jobs, lookers, make_inputs  # noqa: E402
 
 # job -> every so many-th kill, how many of the last ones, every so many-th error, where trials are long or many
@@ -79,13 +81,23 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, "| **all** | **{:,}** | **{:,}** | **{}** |".format(*total)])
 
 
+def section(rows: list[dict[str, Any]]) -> str:
+    """The table with its date and processor, and how many numbered faults tests name."""
+    claimed, places = count_faults()
+    return (
+        f"## Aimed kills and injected errors, {date.today()}\n\n{processor()}, Python {sys.version.split()[0]}. "
+        f"`benchmarks/reliability.py`; {claimed} numbered faults are claimed, {places} tests or inputs name one.\n\n"
+        f"{table(rows)}"
+    )
+
+
 def main() -> int:
     options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     options.add_argument("--jobs", nargs="*", default=[])
     options.add_argument("--phases", nargs="*", default=["kills", "errors"])
     options.add_argument("--step", type=int, default=2, help="of errors, where a job's own is not smaller")
     options.add_argument("--results", type=Path, help="a .jsonl to which each job's result is appended, and read from")
-    options.add_argument("--write", action="store_true")
+    options.add_argument("--write", action="store_true", help=f"append the table to {RESULT.name}")
     given = options.parse_args()
     place = Path(tempfile.mkdtemp(prefix="lapis-reliability-"))
     rows: list[dict[str, Any]] = []
@@ -111,7 +123,11 @@ def main() -> int:
     finally:
         forks.close()
         shutil.rmtree(place, ignore_errors=True)
-    print(table(rows))
+    shown = section(rows)
+    print(shown)
+    if given.write:
+        with RESULT.open("a", encoding="utf-8") as file:
+            file.write(f"\n{shown}\n")
     return int(any(row["wrong"] for row in rows))
 
 

@@ -45,6 +45,7 @@ def make_inputs(forks: Forks, folder: Path) -> None:
     for name, settings in runs.items():
         (folder / f"{name}.yaml").write_text(json.dumps({**settings, "out": f"../inputs/{name}"}))
         _made(forks, work, "train", f"../inputs/{name}.yaml")
+    _made(forks, work, "export", "../inputs/base", "--gguf", "../inputs/model.gguf")
     (folder / "job.yaml").write_text(json.dumps({**runs["base"], "steps": 3, "save_every": 1, "keep": 1, "out": "out"}))
     recipe = {
         "merge_method": "ties",
@@ -86,6 +87,8 @@ def jobs(forks: Forks, place: Path) -> dict[str, Callable[[], Job]]:
         "train": (("train", "../inputs/job.yaml"), {"loose": TRAINED}),
         "train over an old output": (("train", "../inputs/job.yaml", "--overwrite"), {"loose": TRAINED, "old": old}),
         "tour": (("tour", "--minutes", "0.1", "--out", "out"), {"loose": TOUR, "seconds": 300.0}),
+        "export": (("export", "../inputs/base", "--gguf", "model.gguf"), {"outputs": ["model.gguf"]}),
+        "import": (("import", "../inputs/model.gguf", "--out", "out"), {}),
         "report": (("report", "../inputs/base", "../inputs/chat", "--out", "page.html"), page),
         "diff": (("diff", "../inputs/base", "../inputs/chat", "--html", "page.html"), page),
         "plan": ((*plan, "--chats", "../inputs/chats.jsonl", "--text", text, "--out", "plan.yaml"),
