@@ -6,7 +6,6 @@ Takes the object that `lapis card --json` prints.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 from lapis.report import plots
@@ -26,7 +25,7 @@ def card_page(card: Mapping[str, Any]) -> Page:
     first, last = next(iter(scores)), list(scores)[-1]
     page = Page(
         f"From {first} to {last}",
-        "Counted for a byte of held-out text, with 95 % bootstrap intervals over documents.",
+        "Counted for a byte of held-out text, with 95\u00a0% bootstrap intervals over documents.",
     )
     stats = [_stat("won", scores, "target", first, last)]
     if card["cost"] is not None:
@@ -34,7 +33,8 @@ def card_page(card: Mapping[str, Any]) -> Page:
     page.stats(stats)
     page.section("Side by side", "The first row is what was started from.")
     languages = list(scores[first])
-    page.beside(*(partial(_table, page, scores, language) for language in languages))
+    for language in languages:
+        _table(page, scores, language)
     rows = [
         {"model": name, "language": TITLES.get(language, language), "bits_per_byte": figures["bits_per_byte"]["value"]}
         for name, each in scores.items()
@@ -66,9 +66,14 @@ def _table(page: Page, scores: Mapping[str, Any], language: str) -> None:
         for name, each in scores.items()
     ]
     known = [key for key in FIGURES if any(key in row for row in rows)]
-    page.table(rows, ["model", *(Column(key, FIGURES[key]) for key in known)], TITLES.get(language, language))
+    counts = {key: next(each[language][key]["n"] for each in scores.values() if key in each[language]) for key in known}
+    behind = ", ".join(f"{FIGURES[key]}: {count}" for key, count in counts.items())
+    page.table(
+        rows, ["model", *(Column(key, FIGURES[key]) for key in known)], TITLES.get(language, language),
+        caption=f"How many documents or chats stand behind a figure: {behind}.",
+    )  # fmt: skip
 
 
 def _spelled(figure: Mapping[str, Any]) -> str:
     low, high = figure["interval"]
-    return f"{figure['value']:.3g} ({low:.3g} to {high:.3g}, n = {figure['n']})"
+    return f"{figure['value']:.3g}\u00a0({low:.3g}\u2060–\u2060{high:.3g})"
