@@ -10,6 +10,7 @@ model of 1.1 B.
 
 import argparse
 import json
+import os
 import platform
 import sys
 import tempfile
@@ -41,7 +42,8 @@ def main() -> None:
     parser.add_argument("--text", type=Path)
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
-    lines = [f"{date.today()}: {platform.machine()}, Python {platform.python_version()}, one run each", "",
+    lines = [f"{date.today()}: {platform.machine()}, Python {platform.python_version()}, one run each, "
+             f"load {os.getloadavg()[0]:.0f}", "",
              "| what | seconds | processor, s | peak MB | file or weights, MB | bits per byte |",
              "|---|---:|---:|---:|---:|---:|"]  # fmt: skip
     print("\n".join(lines))

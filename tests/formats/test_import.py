@@ -167,16 +167,16 @@ def test_the_command_line_goes_there_and_back(tmp_path: Path) -> None:
     imported = json.loads(run("import", file, "--out", back, "--json").stdout)
     assert imported["out"] == str(back) and imported["tokenizer"]["proved"] == 300
     shown = run("import", file, "--out", tmp_path / "second")
-    assert "the same" in shown.stdout or "equal ids on 300 texts" in shown.stdout
+    assert "equal ids on 300 texts in many scripts" in shown.stdout
     for command in (["generate", file, "x"], ["inspect", file], ["tokens", file, "x"], ["eval", file, "--text", file],
                     ["diff", file, folder]):  # fmt: skip
         refused = run(*command)
-        assert refused.returncode == 1 and refused.stderr.count("\n") == 1
+        assert refused.returncode == 1 and refused.stderr.count("lapis: ") == 1 and "Traceback" not in refused.stderr
         assert (
             f"{file}: is a GGUF file; make a model folder of it with: lapis import {file} --out DIR" in refused.stderr
         )
     (tmp_path / "only").mkdir()
     file.rename(tmp_path / "only" / "m.gguf")
     refused = run("inspect", tmp_path / "only")
-    assert refused.returncode == 1 and "lapis import" in refused.stderr and refused.stderr.count("\n") == 1
+    assert refused.returncode == 1 and "lapis import" in refused.stderr and "Traceback" not in refused.stderr
     assert read_gguf(tmp_path / "only" / "m.gguf").version == 3

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from lapis.formats.ollama import CHATS, FORMS, modelfile, recognize
+from lapis.formats.ollama import CHATS, FORMS, Form, modelfile, recognize
 from lapis.text.tokenizer.folder import CHATML
 from lapis.text.tokenizer.tokenizer import Tokenizer
 
@@ -50,7 +50,7 @@ def test_forms_differ_on_every_chat() -> None:
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
-def test_templates_of_go_are_balanced(form: object) -> None:
+def test_templates_of_go_are_balanced(form: Form) -> None:
     text = form.template
     assert text.count("{{") == text.count("}}")
     opened = sum(text.count(f"{{{{{dash} {word} ") for dash in ("", "-") for word in ("range", "if"))

@@ -37,6 +37,10 @@ def measure_rounding(
         text: A file of text, or a folder of such.
         tell: Called with what is done, what there is to do, and what it is.
     """
+    texts = list(documents(text))
+    size = sum(len(document.text.encode()) for document in texts)
+    if tell:
+        tell(0, None, "reading the model, to measure what rounding costs")
     model = load(checkpoint, torch.float32)
     check_text(model.config)
     tokenizer = Tokenizer.open(checkpoint)
@@ -47,9 +51,9 @@ def measure_rounding(
 
         def progress(done: int, total: int, name: str = name) -> None:
             if tell:
-                tell(done, total, f"bits per byte {name} rounding")
+                tell(size * done / max(total, 1), size, f"bits per byte {name} rounding")
 
-        result[name] = float(score_text(model, tokenizer, documents(text), progress=progress)["bits_per_byte"])
+        result[name] = float(score_text(model, tokenizer, texts, progress=progress)["bits_per_byte"])
     return result
 
 
