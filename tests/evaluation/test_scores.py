@@ -136,14 +136,14 @@ def test_choices_take_the_likeliest(model: Transformer, tokenizer: Tokenizer) ->
     assert result["accuracy"] == 0.5 and result["n"] == 2
 
 
-@pytest.mark.parametrize("record, learned", [
+@pytest.mark.parametrize("record, message", [
     ({"prompt": "a", "choices": ["x"], "answer": 0}, "two or more"),
     ({"prompt": "a", "choices": ["x", "y"], "answer": 2}, "from 0 to 1"),
     ({"choices": ["x", "y"], "answer": 0}, "one of prompt"),
     ({"prompt": 3, "choices": ["x", "y"], "answer": 0}, "prompt is empty or of a wrong type"),
 ])  # fmt: skip
-def test_a_wrong_record_names_line_and_field(tmp_path: Path, record: dict[str, object], learned: str) -> None:
+def test_a_wrong_record_names_line_and_field(tmp_path: Path, record: dict[str, object], message: str) -> None:
     good = json.dumps({"prompt": "a", "choices": ["x", "y"], "answer": 1})
     (tmp_path / "c.jsonl").write_text(good + "\n" + json.dumps(record) + "\n")
-    with pytest.raises(DataError, match=f"line 2: .*{learned}"):
+    with pytest.raises(DataError, match=f"line 2: .*{message}"):
         read_choices(tmp_path / "c.jsonl")
