@@ -134,6 +134,7 @@ def test_words_say_that_there_is_none_or_the_usual() -> None:
         assert build(Outer, override({}, [f"inner={word}", f"most={word}"]), "x") == Outer(None, None)
     assert build(Outer, override({}, ["inner=on"]), "x").inner == Usual()
     assert build(Outer, override({}, ["name=off"]), "x").name == "off"
+    assert build(Inner, override({}, ["rate=off"]), "x").rate == 0
     with pytest.raises(ConfigError, match="most is 'on'; expected int"):
         build(Outer, override({}, ["most=on"]), "x")
 

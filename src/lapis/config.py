@@ -228,6 +228,8 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
         return {key: _fit(args[1], item, f"{where}.{key}") for key, item in value.items()}
     if hint is bool and (switch := truth(value)) is not None:
         return switch
+    if hint in (int, float) and truth(value) is False:
+        return hint(0)  # weight_decay: off, eval_every: no
     if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         try:
             return float(value)

@@ -1,5 +1,6 @@
 """Every family against transformers: small random models, the same logits, the same keys on disk, both ways."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,8 @@ import torch
 import transformers
 from safetensors import safe_open
 
+from lapis.errors import CheckpointError
+from lapis.families import ModelConfig, find
 from lapis.model.cache import Cache
 from lapis.model.load import load, save
 from lapis.model.transformer import Transformer
@@ -245,3 +248,49 @@ def test_cached_logits_equal_uncached(pair: Pair, padding: str) -> None:
         parts.append(pair.ours(ids[:, chunk], part_mask, cache=cache))
     real = torch.ones(2, 24, dtype=torch.bool) if mask is None else mask
     assert gap(torch.cat(parts, 1)[real], pair.ours(ids, mask)[real]) <= 1e-5
+
+
+BOTH_ROPES = {"rope_theta": 5000.0, "rope_scaling": {"rope_type": "linear", "factor": 4.0}}
+STRETCHED = {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32}}
+
+
+@pytest.mark.parametrize("fields", [
+    {**BOTH_ROPES, "rope_parameters": {"rope_theta": 777.0, "rope_type": "default"}},
+    {**BOTH_ROPES, **STRETCHED, "rope_parameters": {"rope_theta": 5000.0, "rope_type": "linear", "factor": 8.0}},
+    {"rope_theta": 5000.0, "rope_parameters": {"rope_theta": 777.0, "rope_type": "default"}},
+    {**STRETCHED, "rope_parameters": {"rope_type": "default"}},
+])  # fmt: skip
+def test_of_two_spellings_of_rope_the_same_one_counts(fields: dict[str, Any]) -> None:
+    """A folder of transformers 5 to which somebody added `rope_scaling`, as one does to stretch the context."""
+    config = with_ropes(transformers.LlamaConfig(**DECODER), fields)
+    theirs = transformers.LlamaConfig.from_dict(dict(config)).rope_parameters
+    ours = read_config_of(config).rope
+    assert (ours.kind, ours.theta) == (theirs["rope_type"], theirs["rope_theta"])
+    assert ours.factor == theirs.get("factor", ours.factor)
+
+
+def test_a_theta_that_would_be_lost_is_refused() -> None:
+    fields = {**STRETCHED, "rope_parameters": {"rope_theta": 777.0, "rope_type": "default"}}
+    config = with_ropes(transformers.LlamaConfig(**DECODER), fields)
+    with pytest.raises(CheckpointError, match="rope_theta stands in rope_parameters alone"):
+        read_config_of(config)
+
+
+def test_gemma_stretches_its_full_layers_alone() -> None:
+    fields = {**TWO_ROPES, "rope_scaling": {"rope_type": "linear", "factor": 4.0}}
+    config = with_ropes(transformers.Gemma3TextConfig(**GEMMA), fields)
+    theirs = transformers.Gemma3TextConfig.from_dict(json.loads(json.dumps(config))).rope_parameters["full_attention"]
+    ours = read_config_of(config).rope
+    assert (ours.kind, ours.theta, ours.factor) == (theirs["rope_type"], theirs["rope_theta"], theirs["factor"])
+
+
+def with_ropes(made: Any, fields: dict[str, Any]) -> dict[str, Any]:
+    """A config.json with these fields for rotary positions, and no others."""
+    config = {key: value for key, value in made.to_dict().items() if not key.startswith("rope_")}
+    return {**config, **json.loads(json.dumps(fields))}
+
+
+def read_config_of(config: dict[str, Any]) -> ModelConfig:
+    family = find(config)
+    assert family is not None
+    return family.read_config(config)

@@ -108,8 +108,8 @@ def _read_ropes(fields: Fields, context: int) -> tuple[dict[str, Any], dict[str,
     by_type = fields.mapping("rope_parameters")
     if by_type and not set(by_type) <= {FULL, WINDOWED}:
         raise CheckpointError(f"config.json: rope_parameters must be given for {FULL} and {WINDOWED}")
-    full = {"rope_theta": fields.number("rope_theta", 1e6), "rope_scaling": fields.mapping("rope_scaling"),
-            "rope_parameters": by_type.get(FULL)}  # fmt: skip
+    written = {**(by_type.get(FULL) or {}), **fields.mapping("rope_scaling")}
+    full = {"rope_theta": fields.number("rope_theta", 1e6), "rope_parameters": written}
     near = {"rope_theta": fields.number("rope_local_base_freq", 1e4), "rope_parameters": by_type.get(WINDOWED)}
     return read_rope(Fields(full), context), read_rope(Fields(near), context)
 

@@ -213,10 +213,18 @@ ROPE_KINDS = ("default", "linear", "dynamic", "yarn", "llama3")
 
 
 def read_rope(fields: Fields, context: int) -> dict[str, Any]:
-    """Rope's fields from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
+    """Rope's fields from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before).
+
+    Where a folder has both, `rope_scaling` counts alone, in every version of transformers.
+    """
     theta = fields.number("rope_theta", 10_000.0)
-    written = {**fields.mapping("rope_scaling"), **fields.mapping("rope_parameters")}
+    scaling, parameters = fields.mapping("rope_scaling"), fields.mapping("rope_parameters")
+    written = scaling or parameters
     inner = Fields(written)
+    if scaling and "rope_theta" not in {*scaling, *fields.config} and parameters.get("rope_theta", theta) != theta:
+        raise CheckpointError(
+            "config.json: rope_theta stands in rope_parameters alone, which rope_scaling replaces; write it beside both"
+        )
     kind = str(written.get("rope_type") or written.get("type") or "default")
     if kind not in ROPE_KINDS:
         raise CheckpointError(f"config.json: rope type is {quoted(kind)}; lapis reads {', '.join(ROPE_KINDS)}")

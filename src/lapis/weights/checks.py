@@ -295,7 +295,7 @@ def _differing(one: ModelConfig, two: ModelConfig, names: Iterable[str]) -> dict
 
 def _rope_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     """Rotary positions of a family that is not known, in one spelling: `rope_theta`, `rope_factor`, ..."""
-    nested = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    nested = config.get("rope_scaling") or config.get("rope_parameters") or {}  # where both stand, the former counts
     fields: dict[str, Any] = {"rope_theta": config["rope_theta"]} if config.get("rope_theta") is not None else {}
     for key, value in nested.items() if isinstance(nested, Mapping) else ():
         if isinstance(value, Mapping):  # one set for each kind of layer
