@@ -7,7 +7,7 @@ JOBS ?= auto
 PEER ?= .venv-peers/bin/python
 SIZE ?= 0.5b
 
-.PHONY: tour test lint docs check-matrix bench bench-train bench-generate bench-diff-lens bench-merge bench-faults kill kill-train reliability peers clean
+.PHONY: tour test lint docs check-matrix bench bench-train bench-generate bench-diff-lens bench-gguf bench-merge bench-faults kill kill-train reliability peers clean
 
 .venv/.core: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -50,6 +50,9 @@ bench-generate: .venv/.dev
 bench-diff-lens: .venv/.dev
 	$(BIN)/python benchmarks/diff_lens.py --write
 
+bench-gguf: .venv/.dev
+	$(BIN)/python benchmarks/gguf_files.py --write $(if $(LAPIS_MODELS),--models $(LAPIS_MODELS))
+
 bench-merge: .venv/.dev $(PEER)
 	$(BIN)/python benchmarks/merge.py --size $(SIZE) --peer-python $(PEER)
 
@@ -63,6 +66,7 @@ reliability: .venv/.dev      ## every system call of every job: killed there, an
 	$(BIN)/python benchmarks/reliability.py --write
 	$(BIN)/python benchmarks/reliability_peers.py
 	$(BIN)/python benchmarks/hub_faults.py
+	LAPIS_RELIABILITY=1 $(BIN)/python -m pytest -q tests/formats/test_header.py
 
 kill-train: .venv/.dev       ## a training run killed ten times, for each of three seeds
 	for seed in 0 1 2; do $(BIN)/python benchmarks/kill_train.py --kills 10 --seed $$seed || exit 1; done
