@@ -13,7 +13,7 @@ import yaml
 
 from lapis.errors import CheckpointError, ConfigError, DataError, OutputError
 from lapis.families.config import ModelConfig, Rope
-from lapis.language.adapt import adapt, read_plan
+from lapis.language.adapt import adapt, read_plan, share_in_language
 from lapis.language.card import readme
 from lapis.language.scores import ratio
 from lapis.language.steps import Steps
@@ -110,7 +110,9 @@ def test_every_step_is_made_once_and_the_card_tells(plan: Callable[..., dict[str
     assert adapt(plan())["scores"] == result["scores"]
     assert times(out) == seen
 
-    adapt(plan(scale=0.5))
+    remarks: list[str] = []
+    adapt(plan(scale=0.5, cost=-1.0), note=remarks.append)
+    assert "above -100.0%" in remarks[-1]
     redone = {name for name, changed in times(out).items() if changed != seen[name]}
     assert redone == {"grafted", "card", ".steps"}
 
@@ -196,6 +198,12 @@ def test_steps_go_on_where_they_were_stopped(tmp_path: Path) -> None:
     (tmp_path / "two").mkdir()
     with pytest.raises(OutputError, match="no step of this adaptation"):
         Steps(tmp_path).run("two", {}, [], make_step)
+
+
+def test_text_of_another_language_is_told() -> None:
+    assert share_in_language("ms", MALAY[:50]) > 0.8
+    assert share_in_language("ms", ENGLISH[:50]) < 0.2
+    assert share_in_language("ko", [*MALAY[:15], *["나는 오늘 학교에서 밥을 먹었습니다."] * 5]) == 0.25
 
 
 def test_a_ratio_has_an_interval_that_holds_it() -> None:

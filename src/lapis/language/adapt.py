@@ -37,6 +37,7 @@ from lapis.text.corpus import corpus
 from lapis.text.corpus.files import files
 from lapis.text.tokenizer.extend import ExtendableTokenizer
 from lapis.text.tokenizer.folder import write_json
+from lapis.training.rewards.language import SAMPLES, SCRIPTS, language
 from lapis.training.run import read_settings
 from lapis.training.run import run as train
 from lapis.weights.graft.graft import graft
@@ -46,6 +47,7 @@ Bar = Callable[[str], AbstractContextManager[Report]]
 PLAN = "plan.yaml"
 SAME = 0.1  # share of the replay documents that may stand in the target's text, too
 CHATS = 32  # that models are measured on
+MOSTLY = 0.8  # share of documents in the language; below that it is told
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ class AdaptPlan:
         batch: Rows of a step.
         train: More settings of both trainings (`lapis train`), such as {steps: 500, minutes: null}.
         scale: Of the graft.
+        cost: By which share bits per byte of the replay text may rise; more is told at the end.
         scored: Bytes of held-out text of each language that models are measured on.
         seed: Of everything.
     """
@@ -95,6 +98,7 @@ class AdaptPlan:
     batch: int = 16
     train: dict[str, Any] = field(default_factory=dict)
     scale: float = 1.0
+    cost: float = 0.03
     scored: int = 40_000
     seed: int = 0
 
@@ -199,6 +203,11 @@ class _Adaptation:
         how = {"chats": chats, "scored": plan.scored, "language": plan.language}
         card = steps.run("card", how, ["measure", *last], self._card)
         written = load_yaml(card / "card.json")
+        if written["cost"] is not None and written["cost"] > plan.cost:
+            self.note(
+                f"the replay text costs {written['cost']:.1%} more bits per byte than before, above {plan.cost:.1%}: "
+                "take more replay, a lower lr, or a smaller scale"
+            )
         return {
             "steps": {name: str(folder) for name, folder in steps.done.items()},
             **{key: written[key] for key in ("scores", "gap_closed", "won", "cost")},
@@ -208,6 +217,10 @@ class _Adaptation:
     def _measure(self, folder: Path, overwrite: bool) -> None:
         plan = self.plan
         self.note("measure: what this language costs, and whether to extend")
+        if plan.language in {*SCRIPTS, *SAMPLES}:
+            share = share_in_language(plan.language, _documents(plan.text))
+            if share < MOSTLY:
+                self.note(f"text: {share:.0%} of the documents look like {plan.language}; the rest is another language")
         with self.bar("reading text") as report, commit(folder, kind="adapt", overwrite=overwrite) as staging:
             measured = fertility(plan.base, plan.text, replay=plan.replay, run=False, progress=report)
             write_json(staging.path / "fertility.json", measured.to_json())
@@ -343,6 +356,19 @@ def _check(plan: AdaptPlan, out: Path) -> None:
             )
     if plan.chat is not None:
         plan_graft(plan.base, plan.chat, plan.base)
+
+
+def share_in_language(code: str, texts: Iterable[str]) -> float:
+    """The share of texts that look like a language more than like any other that is known.
+
+    Args:
+        code: Of the language, such as "ms".
+        texts: Documents; the first 200 are looked at, and of each its beginning.
+    """
+    rivals = [name for name in (*SCRIPTS, *SAMPLES) if code == name or {code, name} != {"ms", "id"}]  # too near to tell
+    sure = language(code, list(dict.fromkeys(rivals)))
+    marks = [sure("", text[:1000], {}) >= 0.5 for text in islice(texts, 200)]
+    return sum(marks) / max(1, len(marks))
 
 
 def _documents(paths: Iterable[str]) -> Iterable[str]:
