@@ -122,13 +122,16 @@ class Fields:
     def notes(self) -> list[str]:
         """One line for fields that could run code, one for fields that are not known."""
         code = [name for name in CODE if name in self.config]
-        known = self.known | GENERIC | set(CODE)
-        unknown = sorted(name for name in self.config if name not in known)
+        unknown = sorted(self.unknown() - set(code))
         lines = [f"config.json: {', '.join(code)} is ignored; no file turns code on"] if code else []
         if unknown:
             shown = ", ".join(name[:40] for name in unknown[:8])
             lines.append(f"config.json: left out, not known here: {shown}{' ...' if len(unknown) > 8 else ''}")
         return lines
+
+    def unknown(self) -> set[str]:
+        """Fields that were not asked for and have no known meaning."""
+        return {name for name in self.config if name not in self.known and name not in GENERIC}
 
     def _value(self, name: str, default: Any) -> Any:
         self.known.add(name)

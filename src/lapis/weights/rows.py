@@ -26,6 +26,7 @@ from lapis.checkpoint.tensor_file import INDEX, torch_dtype
 from lapis.checkpoint.towers import change_language_config, language_config
 from lapis.errors import CheckpointError, ConfigError
 from lapis.families import find
+from lapis.weights.config_fields import carried_config
 from lapis.weights.engine.job import Entry, MergeResult, count, disk_bytes, produce, write_account
 from lapis.weights.engine.outputs import Account, Output
 from lapis.weights.engine.sources import Stored, StoredRows, columns_of
@@ -170,8 +171,10 @@ def write_grown(
     if tables.untie:
         notes.append("config.json tied a head that differs from the embedding; the output says that it is not tied")
     result = MergeResult(str(out), count(entries), needs={"disk_bytes": disk_bytes(files)}, notes=notes)
+    carried, dropped = carried_config(checkpoint.config)
+    notes += dropped
     config = change_language_config(
-        checkpoint.config, {"vocab_size": total} | ({"tie_word_embeddings": False} if tables.untie else {})
+        carried, {"vocab_size": total} | ({"tie_word_embeddings": False} if tables.untie else {})
     )
 
     def write_beside(folder: Path, account: Account) -> None:

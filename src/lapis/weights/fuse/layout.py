@@ -17,6 +17,7 @@ from lapis.checkpoint.store import Adapter
 from lapis.checkpoint.tensor_file import torch_dtype
 from lapis.errors import CheckpointError
 from lapis.families.config import class_fields
+from lapis.weights.config_fields import carried_config, settled_tie
 from lapis.weights.engine.job import Entry, with_dtype
 from lapis.weights.engine.outputs import Output
 from lapis.weights.engine.sources import COMPUTABLE, Source, Stored
@@ -229,7 +230,9 @@ class FuseLayout:
         return 0
 
     def _config(self) -> dict[str, Any]:
-        config = dict(self.onto.config)
+        config, dropped = carried_config(self.onto.config)
+        config, untied = settled_tie(config, {"base": self.onto})
+        self.notes += dropped + untied
         if self.dtype is not None:
             config = with_dtype(config, str(self.dtype).removeprefix("torch."))
         if self.classes:

@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from lapis.checkpoint.tensor_file import INDEX
 from lapis.checkpoint.towers import change_language_config
+from lapis.weights.config_fields import carried_config, settled_tie
 from lapis.weights.engine.fp8 import without_quantization
 from lapis.weights.engine.job import MergeResult, count, produce, with_dtype, write_account
 from lapis.weights.engine.outputs import Account
@@ -97,7 +98,9 @@ def graft(
 def _write_beside(plan: GraftPlan, folder: Path) -> None:
     """Everything that is not a weight."""
     onto, words = plan.inputs["onto"], plan.words
-    config = _changed_config(onto.config, plan)
+    carried, dropped = carried_config(onto.config)
+    config, untied = settled_tie(_changed_config(carried, plan), plan.inputs)
+    plan.notes += dropped + untied
     talks = plan.recipe["template"]  # whose template it is: chat's or onto's
     chat, chat_words = plan.inputs[talks], words[talks]
     plan.notes += copy_tokenizer_files(

@@ -27,6 +27,7 @@ from lapis.weights.checks import (
     check_vocabularies,
     kinship,
 )
+from lapis.weights.config_fields import settled_tie
 from lapis.weights.engine.job import Entry, MergeResult, count, disk_bytes, produce, write_account
 from lapis.weights.engine.outputs import Account, Output
 from lapis.weights.engine.tiles import THREADS, TILE
@@ -191,6 +192,9 @@ def plan_merge(
         raise CheckpointError(format_problems("merge", problems))
     placed = [output for output in outputs if output]
     config, changed = output_config(inputs[placing.owner], donor, placing, placed, recipe.dtype)
+    if any(inputs[placing.owner].part(output.name).component == "head" for output in placed):
+        config, untied = settled_tie(config, inputs)
+        changed += untied
     notes += placing.notes + layout.resolver.notes() + layout.notes + changed
     entries = layout.entries + [
         Entry(name, "skipped", why, role=model) for (model, name), why in placing.unused.items()

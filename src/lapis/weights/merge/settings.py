@@ -11,6 +11,7 @@ from lapis.errors import ConfigError
 from lapis.families.base import Part
 from lapis.text.tokenizer.folder import CHATML, CONFIG, read_object, write_json
 from lapis.text.tokenizer.vocabulary import Vocabulary
+from lapis.weights.config_fields import carried_config
 from lapis.weights.engine.fp8 import without_quantization
 from lapis.weights.engine.stream import Output
 from lapis.weights.merge.placing import Placing
@@ -23,7 +24,7 @@ def output_config(
     owner: Checkpoint, donor: Checkpoint, placing: Placing, outputs: Sequence[Output], dtype: str | None
 ) -> tuple[dict[str, Any], list[str]]:
     """config.json of the output, and lines that say what changed. donor: the model whose tokens it has."""
-    config, notes = without_quantization(owner.config), []
+    config, notes = carried_config(without_quantization(owner.config))
     places = language_levels(config)
     for place in places:
         for key in _LAYER_COUNTS:
