@@ -42,8 +42,9 @@ def test_a_graft_speaks_as_chat_where_onto_is_silent(trio, tmp_path, chat):
 def test_a_template_of_onto_stays_whole(trio, tmp_path, onto):
     models = trio()
     spell(models["onto"], OTHER, onto)
-    graft(**models, out=tmp_path / "out")
+    done = graft(**models, out=tmp_path / "out")
     assert read_templates(tmp_path / "out") == read_templates(models["onto"])
+    assert any("onto's own chat template is kept" in note for note in done.notes)
 
 
 @pytest.mark.parametrize("style", ["config", "jinja", "both", "folder"])

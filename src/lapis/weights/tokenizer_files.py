@@ -106,6 +106,11 @@ def _add_chat_settings(
             del named["pad_token"]
         write_named_tokens(folder, **{name: token for name, token in named.items() if token in words.ids and token})
         notes.append("the chat template comes from chat")
+    elif chat_words.template and chat_words.template != words.template:
+        notes.append(
+            "onto's own chat template is kept, and chat's is another; where replies go wrong, put chat's "
+            "chat_template.jinja into the result"
+        )
     theirs = chat.json(GENERATION)
     if generation is None and theirs is not None:
         generation = _renumbered(theirs, chat_words, words)
