@@ -7,10 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # xdist fills the cores; also what makes sums repeat bit for bit
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+settings.register_profile("lapis", deadline=None)  # how long a case takes says how busy the machine is
+settings.load_profile("lapis")
 
 ROOT = Path(__file__).parents[1]
 
