@@ -134,7 +134,8 @@ class Job:
         outputs: What it makes in its folder; none for commands that only look.
         old: What lies there before it runs, by output; empty, unless it overwrites.
         seconds: After which it hangs.
-        loose: Files of an output that differ from run to run.
+        loose: Names of files that differ from run to run.
+        grows: An output is a working folder, whose parts appear one after the other, each of them whole.
         wrong: What was found, one line each.
         kills: Trials that ended in a kill.
         errors: Trials in which an error was injected.
@@ -148,6 +149,7 @@ class Job:
     old: Mapping[str, Path] = field(default_factory=dict)
     seconds: float = 60.0
     loose: Sequence[str] = ()
+    grows: bool = False
     wrong: list[str] = field(default_factory=list)
     kills: int = 0
     errors: int = 0
@@ -196,7 +198,7 @@ class Job:
         """What is to be equal, by name: digests of files, and of JSON whatever is no time."""
         files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
         names = {p: p.relative_to(path).as_posix() if path.is_dir() else p.name for p in files}
-        return {names[p]: _content(p) for p in files if names[p] not in (MANIFEST, *self.loose)}
+        return {names[p]: _content(p) for p in files if p.name not in (MANIFEST, *self.loose)}
 
     def kill(self, number: int, second: int = 0, kinds: Sequence[str] = CHANGING) -> None:
         """Killed at a call: what is visible is old or new, and the same command then gives the new.
@@ -243,7 +245,12 @@ class Job:
         """Whether the new output is there, whole; what is neither old nor new is wrong."""
         seen = self.seen()
         for name in self.outputs:
-            if seen.get(name) not in (self.before.get(name), self.after[name]):
+            if self.grows:
+                parts = {part: value for part, value in seen.get(name, {}).items() if not part.startswith(".")}
+                right = all(self.after[name].get(part) == value for part, value in parts.items())
+            else:
+                right = seen.get(name) in (self.before.get(name), self.after[name])
+            if not right:
                 self.wrong.append(f"{where}: shows another {name}: {_difference(seen.get(name), self.after[name])}")
         return seen == self.after
 

@@ -86,7 +86,7 @@ def jobs(forks: Forks, place: Path) -> dict[str, Callable[[], Job]]:
         "tokenizer train": (("tokenizer", "train", text, "--vocab", "300", "--out", "out"), {}),
         "train": (("train", "../inputs/job.yaml"), {"loose": TRAINED}),
         "train over an old output": (("train", "../inputs/job.yaml", "--overwrite"), {"loose": TRAINED, "old": old}),
-        "tour": (("tour", "--minutes", "0.1", "--out", "out"), {"loose": TOUR, "seconds": 300.0}),
+        "tour": (("tour", "--minutes", "0.1", "--out", "out"), {"loose": TOUR, "seconds": 600.0, "grows": True}),
         "export": (("export", "../inputs/base", "--gguf", "model.gguf"), {"outputs": ["model.gguf"]}),
         "import": (("import", "../inputs/model.gguf", "--out", "out"), {}),
         "report": (("report", "../inputs/base", "../inputs/chat", "--out", "page.html"), page),
