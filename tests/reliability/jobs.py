@@ -15,7 +15,7 @@ from .aimed import Forks, Job
 WORDS = ("red green blue black white one two three four five six seven eight nine ten cat dog hen cow pig").split()
 SHAPE = {"dim": 16, "layers": 2, "heads": 2, "kv_heads": 1, "ffn_dim": 16, "tied": True}
 TRAINED = ("training.json", "log.jsonl")  # they hold times under names of their own
-TOUR = ("tour.json", "report.html", ".seconds", ".machine")
+TOUR = (*TRAINED, "tour.json", "report.html", ".seconds", ".machine")
 
 
 def make_inputs(forks: Forks, folder: Path) -> None:
