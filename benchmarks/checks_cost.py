@@ -3,8 +3,8 @@
     python benchmarks/checks_cost.py [--dim 1024 --layers 16] [--rounds 7] [--write]
 
 Three models of one shape with random weights. Without: the checksum of what is read, and the look for NaN and Inf as
-weights are loaded, are replaced by nothing. Ratios are of medians of processor seconds and of wall seconds. --write puts
-the table into benchmarks/results/checks_cost.md.
+weights are loaded, are replaced by nothing. Ratios are of medians of processor seconds and of wall seconds. With
+--write the table goes to benchmarks/results/checks_cost.md.
 """
 
 import argparse
