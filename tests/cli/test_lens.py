@@ -150,7 +150,7 @@ def test_two_models_stand_side_by_side_in_one_table(folders, tmp_path, capsys):
         (("one", "the " * 50), "the context of"),
         (("one", ""), "the prompt is empty"),
         (("encoder", PROMPT), "is an encoder (bert)"),
-        (("damaged", PROMPT), "blocks.1.mlp.up.weight holds NaN or Inf"),
+        (("damaged", PROMPT), "model.layers.1.mlp.up_proj.weight holds 1 NaN or Inf"),
         (("nowhere", PROMPT), "there is no such folder"),
         (("one", PROMPT, "--head", "swapped"), "--head swapped is for --against"),
         (("one", PROMPT, "--tune", "x.txt"), "say with --tuned DIR"),

@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -188,6 +189,9 @@ def test_faults_60_and_63_a_full_disk_and_a_kill_leave_nothing(place: Path) -> N
     assert killed.wait() == -signal.SIGKILL
     (place / "big.txt").unlink()
     assert not (place / "out").exists()
+    other = subprocess.run(command, cwd=place, capture_output=True, text=True)
+    assert other.returncode == 1 and "big.txt" in other.stderr and other.stderr.count("\n") == 1
+    shutil.rmtree(place / ".out.lapis")
     again = subprocess.run(command, cwd=place, capture_output=True, text=True)
     assert again.returncode == 0 and sorted(p.name for p in place.iterdir()) == sorted([*before, "out"])
 

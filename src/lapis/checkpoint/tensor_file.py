@@ -204,7 +204,8 @@ def finite(values: "torch.Tensor") -> bool:
     """Whether a vector is free of NaN and Inf; its sum tells, and is far cheaper than looking at each element."""
     import torch
 
-    total = float(values.sum(dtype=torch.float32))
+    wide = values.dtype in (torch.bfloat16, torch.float32)  # sums of others overflow; a sum in another dtype is slower
+    total = float(values.sum() if wide else values.sum(dtype=torch.float32))
     return abs(total) < float("inf") or bool(torch.isfinite(values).all())
 
 

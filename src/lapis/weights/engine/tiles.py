@@ -152,6 +152,9 @@ def checksum(values: torch.Tensor, source: int, first: int) -> int:
         source: Which of the tensor's sources they are.
         first: Where in the tensor they begin.
     """
+    if values.nbytes % 8 == 0 and values.storage_offset() * values.itemsize % 8 == 0:
+        total = int(values.view(torch.int64).sum())
+        return (total + (source + 1) * _ODD[0] + first * _ODD[1]) * _ODD[2] % 2**64
     raw = values.view(torch.uint8)
     raw = raw.clone() if raw.storage_offset() % 8 else raw
     even = raw.numel() // 8 * 8
