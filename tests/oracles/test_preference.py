@@ -153,8 +153,8 @@ def test_kto(tokenizer: Tokenizer, folders: dict[str, Path], tmp_path: Path) -> 
     from trl import KTOConfig, KTOTrainer
 
     objective = KTO(tokenizer, PAIRS, context=128, beta=0.3, desirable=1.2, undesirable=0.7)
-    objective.begin(load(folders["moved"]))
-    mine = ours(objective, load(folders["start"]), tmp_path / "grads")
+    objective.begin(load(folders["start"]))
+    mine = ours(objective, load(folders["moved"]), tmp_path / "grads")
 
     data = []
     for pair, row in enumerate(rows(objective)):
@@ -164,8 +164,8 @@ def test_kto(tokenizer: Tokenizer, folders: dict[str, Path], tmp_path: Path) -> 
                  for side in ("chosen", "rejected")]  # fmt: skip
     settings = {**SETTINGS, "per_device_train_batch_size": 6}
     trainer = KTOTrainer(
-        model=theirs(folders["start"]),
-        ref_model=theirs(folders["moved"]),
+        model=theirs(folders["moved"]),
+        ref_model=theirs(folders["start"]),
         args=KTOConfig(output_dir=str(tmp_path), beta=0.3, desirable_weight=1.2, undesirable_weight=0.7, **settings),
         train_dataset=Dataset.from_list([{"prompt": "a", "completion": "b", "label": True}] * 2),
         processing_class=transformers.AutoTokenizer.from_pretrained(folders["start"]),
