@@ -1,5 +1,6 @@
 """The whole tour as a user types it, short: every model loads elsewhere, every number is there, a stop is harmless."""
 
+import fcntl
 import json
 import os
 import signal
@@ -147,6 +148,17 @@ def test_a_note_that_was_cut_is_no_traceback(tmp_path: Path) -> None:
     )
 
 
+def test_two_tours_do_not_share_a_folder(tmp_path: Path) -> None:
+    handle = os.open(tmp_path, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        done = lapis("tour", "--minutes", MINUTES, "--out", tmp_path)
+    finally:
+        os.close(handle)
+    assert done.returncode == 1 and "another tour is at work in it" in done.stderr
+    assert os.listdir(tmp_path) == [".tour"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -154,6 +166,7 @@ def test_a_note_that_was_cut_is_no_traceback(tmp_path: Path) -> None:
         (["--language", "xx"], "xx"),
         (["--language", "en"], "from English to another language"),
         (["--minutes", "0"], "minutes"),
+        (["--minutes", "0.01"], "give 0.1 to 10000"),
     ],
 )
 def test_what_cannot_be_a_tour_is_one_line(tmp_path: Path, arguments: list[str], says: str) -> None:

@@ -4,15 +4,16 @@ A part whose file is there is not done again, so a tour that was stopped goes on
 """
 
 import json
+import os
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from lapis.checkpoint.commit import commit, commit_file
-from lapis.checkpoint.staging import disk_errors
+from lapis.checkpoint.staging import disk_errors, try_lock
 from lapis.errors import ConfigError, OutputError
 from lapis.model.threads import threads
 from lapis.model.transformer import Transformer
@@ -25,6 +26,7 @@ from lapis.tour.setup import machine
 from lapis.tour.setup.size import CONTEXT, StorySize
 from lapis.tour.world import LANGUAGES, World
 
+LEAST_MINUTES, MOST_MINUTES = 0.1, 10_000.0  # below, no held-out text is left to score
 TOKENIZER_CHARACTERS = 1_500_000  # of text of both languages, from which the tokenizer is trained
 
 
@@ -61,8 +63,8 @@ def tour(settings: Tour) -> dict[str, Any]:
         DataError: The material is not what material.py draws.
     """
     out = settings.out
-    if settings.minutes <= 0:
-        raise ConfigError(f"tour: minutes is {settings.minutes:g}; it must be above 0")
+    if not LEAST_MINUTES <= settings.minutes <= MOST_MINUTES:
+        raise ConfigError(f"tour: minutes is {settings.minutes:g}; give {LEAST_MINUTES:g} to {MOST_MINUTES:g}")
     if settings.data is None and settings.language not in set(LANGUAGES) - {ENGLISH}:
         known = ", ".join(sorted(set(LANGUAGES) - {ENGLISH}))
         raise ConfigError(
@@ -73,14 +75,15 @@ def tour(settings: Tour) -> dict[str, Any]:
     record = {**asdict(settings), "data": str(settings.data) if settings.data else None, "out": None}
     _claim(out, record)
     result, report = out / "tour.json", out / "report.html"
-    if not result.exists():
-        ran = _run(settings) | {"report": str(report), "folder": str(out)}
-        with commit_file(result) as path:
-            path.write_text(json.dumps(ran, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    findings: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
-    if not report.exists():
-        with commit_file(report) as path:
-            path.write_text(page(findings), encoding="utf-8")
+    with _locked(out):
+        if not result.exists():
+            ran = _run(settings) | {"report": str(report), "folder": str(out)}
+            with commit_file(result) as path:
+                path.write_text(json.dumps(ran, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        findings: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+        if not report.exists():
+            with commit_file(report) as path:
+                path.write_text(page(findings), encoding="utf-8")
     return findings
 
 
@@ -161,6 +164,18 @@ def _claim(out: Path, record: Mapping[str, Any]) -> None:
         with disk_errors(out):
             out.mkdir(parents=True, exist_ok=True)
         _write_note(note, record)
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """No other tour works in the folder meanwhile."""
+    handle = os.open(out, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        if not try_lock(handle):
+            raise OutputError(f"{out}: another tour is at work in it; wait for it, or give another --out")
+        yield
+    finally:
+        os.close(handle)
 
 
 def _read_note(path: Path) -> Any:
