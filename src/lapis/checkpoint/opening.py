@@ -147,7 +147,7 @@ def _check_against_index(root: Path, headers: dict[str, Header], notes: list[str
     if lacking:
         file = names[lacking[0]]
         raise CheckpointError(
-            f"{root}: {INDEX} puts {lacking[0]} in {file}, which lacks it ({len(lacking)} such in all)"
+            f"{root}: {INDEX} puts {lacking[0]:.200} in {file:.200}, which lacks it ({len(lacking)} such in all)"
         )
     extra = [n for header in headers.values() for n in header.tensors if n not in names]
     if extra:

@@ -103,10 +103,12 @@ def read_layers(value: Any, where: str) -> tuple[int, ...]:
     """
     layers: list[int] = []
     for item in value if isinstance(value, list) else str(value).split(","):
-        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", str(item))
+        match = re.fullmatch(r"\s*(\d{1,9})\s*(?:-\s*(\d{1,9})\s*)?", str(item))
         if not match or int(match[2] or match[1]) - int(match[1]) not in range(_MOST_LAYERS):
             raise ConfigError(f"{where}: {quoted(item)} is not a layer or a range such as 0-7")
         layers += range(int(match[1]), int(match[2] or match[1]) + 1)
+        if len(layers) > _MOST_LAYERS:
+            raise ConfigError(f"{where}: names more than {_MOST_LAYERS:,} layers")
     return tuple(layers)
 
 

@@ -214,8 +214,8 @@ def tools_of(record: Mapping[str, Any], path: Path, number: int) -> list[dict[st
         tools = [parse_json(tool) if isinstance(tool, str) else tool for tool in tools]
     except ParseError:
         raise DataError(f"{where}: {name} is text that is not JSON; expected a list of objects") from None
-    if other := next((tool for tool in tools if not isinstance(tool, dict)), None):
-        raise DataError(f"{where}: {name} holds {spelled(other)}; expected a list of objects")
+    if others := [tool for tool in tools if not isinstance(tool, dict)]:
+        raise DataError(f"{where}: {name} holds {spelled(others[0])}; expected a list of objects")
     if suffix(path) == ".parquet":
         tools = [without_nulls(tool) for tool in tools]
     bare = [isinstance(tool.get("name"), str) and "function" not in tool and "type" not in tool for tool in tools]

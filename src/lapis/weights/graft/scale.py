@@ -119,6 +119,11 @@ def _from_mapping(settings: Mapping[str, Any], where: str) -> Scale:
             if key not in known:
                 raise ConfigError(f'{place}: unknown key "{key}"; {nearest(str(key), known)}')
         layers, components = line.get("layers", line.get("layer")), line.get("components", line.get("component"))
+        if components is not None and not isinstance(components, str):
+            if not isinstance(components, list) or not all(isinstance(part, str) for part in components):
+                raise ConfigError(
+                    f"{place}: components is {quoted(components)}; expected names such as attn and mlp.up"
+                )
         pattern = Pattern(
             None if layers is None else read_layers(layers, place),
             None if components is None else tuple([components] if isinstance(components, str) else components),

@@ -145,6 +145,8 @@ class Layout:
         assert self.words is not None and self.recipe.tokens is not None
         tensors = {source.role: source for source in stored}
         for model in {self.words.donor, *self._row_models()} - tensors.keys():
+            if model not in self.inputs:
+                raise ConfigError(f"tokenizer: {model} is none of the models that are merged; rows come from these")
             same = [name for name in self.inputs[model].names if self.inputs[model].part(name) == placed.part]
             if not same:
                 raise ConfigError(f"{placed.name}: {model} has no such tensor to take rows from")
