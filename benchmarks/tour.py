@@ -64,7 +64,7 @@ ROWS = {
     **{f"idle-{seed}": Row(f"seed {seed}", ("--seed", str(seed))) for seed in range(3)},
     "busy-0": Row("seed 0, a job of two threads beside it", beside=True),
     **{f"one-{seed}": Row(f"seed {seed}, one thread", ("--seed", str(seed)), threads=1) for seed in range(3)},
-    "float32-0": Row("seed 0, one thread, float32", ("--precision", "float32"), threads=1),
+    "float32-0": Row("seed 0, float32", ("--precision", "float32")),
     **{f"{code}-0": Row(f"seed 0, to {name}", ("--language", code), threads=1)
        for code, name in {"ko": "Korean", "uk": "Ukrainian", "zh": "Chinese"}.items()},
     "plain-0": Row("seed 0, no lessons and no glosses in the text", threads=1, without=PLAIN),
