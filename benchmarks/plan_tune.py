@@ -1,6 +1,6 @@
 """Style, knowledge and grafting on the base: what a plan's quarter of the parameters does, beside other quarters.
 
-    python benchmarks/plan_tune.py --seed 0 [--only style|real|knowledge|base|pool] [--data ../shared/data] [--out DIR]
+    python benchmarks/plan_tune.py --seed 0 [--only style|real|knowledge|base|pool] [--data $LAPIS_DATA] [--out DIR]
     python benchmarks/plan_tune.py --table            medians over the seeds that are there
 
 A small base reads real English and the built-in world (some 160 facts of 60 people); chat is base tuned on chats of

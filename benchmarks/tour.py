@@ -37,7 +37,7 @@ class Row:
 
     what: str
     options: tuple[str, ...] = ()
-    threads: int = 2
+    threads: int = 0  # 0: what the tour itself finds fastest
     beside: bool = False  # another job of two threads
     without: tuple[str, ...] = ()  # kinds of text of the built-in world
 
@@ -45,7 +45,7 @@ class Row:
         """Runs it, and leaves beside its folder what it took."""
         if (out / "tour.json").exists():
             return
-        environment = os.environ | {"OMP_NUM_THREADS": str(self.threads)}
+        environment = os.environ | ({"OMP_NUM_THREADS": str(self.threads)} if self.threads else {})
         command = [sys.executable, "-c", RUN, " ".join(self.without), "tour", "--out", str(out), *self.options]
         spin = subprocess.Popen([sys.executable, "-c", SPIN]) if self.beside else None
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
