@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 # init_lora_weights that take the first adapter out of the base, by a rule that can be repeated
 CHANGED_BASE = ("pissa", "olora")
+_COMPARED = 1 << 24  # bytes at a time
 
 
 @dataclass
@@ -119,6 +120,19 @@ class Checkpoint:
             return
         if not read_at(info.file, info.start + offset, buffer, self._stats[info.file]):
             raise CheckpointError(f"{info.file}: changed while it was being read; run again when it is at rest")
+
+    def same_bytes(self, first: str, second: str) -> bool:
+        """Whether two tensors have the same shape, dtype and bytes. Memory does not grow with their size."""
+        one, other = self.info(first), self.info(second)
+        if (one.shape, one.dtype) != (other.shape, other.dtype):
+            return False
+        for start in range(0, one.nbytes, _COMPARED):
+            buffers = [bytearray(min(_COMPARED, one.nbytes - start)) for _ in range(2)]
+            for name, buffer in zip((first, second), buffers, strict=True):
+                self.read_into(name, start, memoryview(buffer))
+            if buffers[0] != buffers[1]:
+                return False
+        return True
 
     def prefetch(self, name: str, offset: int, size: int) -> None:
         """Asks the system to have `size` bytes from `offset` bytes into the tensor at hand soon; returns at once."""

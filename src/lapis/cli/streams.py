@@ -7,6 +7,7 @@ Standard error holds progress and notes: where it cannot take them, work goes on
 import errno
 import os
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import IO, Any
@@ -24,7 +25,7 @@ class NotShown(OutputError):
             super().__init__(f"standard output: {error.strerror}; the rest was not shown, send it to another place")
 
 
-class _Stream:
+class _Stream(ABC):
     """A text stream with another way of failing. The rest is the stream's own."""
 
     def __init__(self, stream: IO[str]) -> None:
@@ -47,8 +48,9 @@ class _Stream:
         self._stream.flush()
         return 0
 
+    @abstractmethod
     def _attempt(self, act: Any, otherwise: int) -> int:
-        raise NotImplementedError
+        """What `act` gives; where the stream takes nothing, `otherwise`."""
 
 
 class CheckedOutput(_Stream):

@@ -19,7 +19,6 @@ DiskTensors = dict[str, tuple[str, Rule, int | None]]  # canonical name on disk 
 FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
 SMALL = {"F8_E4M3": "float8", "F8_E5M2": "float8", "I8": "int8", "U8": "uint8"}  # counted, not run
 SCALES = ("_scale", "_scale_inv")  # how the names of quantized weights' factors end
-COMPARED = 1 << 24  # bytes at a time
 MOST_LISTED = 6
 
 
@@ -187,24 +186,10 @@ def _settle_tie(checkpoint: Checkpoint, config: ModelConfig, tensors: DiskTensor
         return config
     by_target = {rule.names[0]: name for name, rule, _ in tensors.values()}
     head, embed = by_target.get("head.weight"), by_target.get("embed.weight")
-    if head is None or embed is None or _equal(checkpoint, head, embed):
+    if head is None or embed is None or checkpoint.same_bytes(head, embed):
         return config
     notes.append(f"config.json ties the head to the embedding, but {head} differs from {embed}; both are kept")
     return dataclasses.replace(config, tied=False)
-
-
-def _equal(checkpoint: Checkpoint, first: str, second: str) -> bool:
-    """Whether two tensors are the same, byte for byte."""
-    one, other = checkpoint.index[first], checkpoint.index[second]
-    if (one.shape, one.dtype) != (other.shape, other.dtype):
-        return False
-    for start in range(0, one.nbytes, COMPARED):
-        buffers = [bytearray(min(COMPARED, one.nbytes - start)) for _ in range(2)]
-        for name, buffer in zip((first, second), buffers, strict=True):
-            checkpoint.read_into(name, start, memoryview(buffer))
-        if buffers[0] != buffers[1]:
-            return False
-    return True
 
 
 def _dtype_of(checkpoint: Checkpoint, steps: list[tuple[str, Rule, tuple[str, ...]]]) -> str:

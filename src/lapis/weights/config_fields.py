@@ -15,7 +15,7 @@ from lapis.families import find
 from lapis.families.fields import CODE, Fields
 
 _HANDLED = {"quantization_config"}  # whoever changes dtypes writes or removes it
-_SHOWN, _BLOCK = 8, 1 << 24
+_SHOWN = 8
 
 
 def carried_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -62,7 +62,7 @@ def settled_tie(config: dict[str, Any], inputs: Mapping[str, Checkpoint]) -> tup
         names = {checkpoint.part(name).component: name for name in checkpoint.names
                  if checkpoint.part(name).kind == "weight" and len(checkpoint.info(name).shape) == 2}  # fmt: skip
         embed, head = names.get("embed"), names.get("head")
-        if embed and head and not _equal(checkpoint, embed, head):
+        if embed and head and not checkpoint.same_bytes(embed, head):
             note = (
                 f"config.json ties the head to the embedding, but in {role} {head} differs from {embed}: both are kept"
             )
@@ -81,17 +81,3 @@ def _unknown(config: Mapping[str, Any]) -> set[str]:
     except CheckpointError:
         return set()
     return fields.unknown() - _HANDLED
-
-
-def _equal(checkpoint: Checkpoint, one: str, other: str) -> bool:
-    """Whether two tensors hold the same bytes."""
-    first, second = checkpoint.info(one), checkpoint.info(other)
-    if (first.dtype, first.shape) != (second.dtype, second.shape):
-        return False
-    for start in range(0, first.nbytes, _BLOCK):
-        blocks = [bytearray(min(_BLOCK, first.nbytes - start)) for _ in range(2)]
-        for name, block in zip((one, other), blocks, strict=True):
-            checkpoint.read_into(name, start, memoryview(block))
-        if blocks[0] != blocks[1]:
-            return False
-    return True

@@ -10,8 +10,9 @@ from functools import lru_cache
 from typing import Any
 
 from lapis.errors import DataError
-from lapis.parsing import ParseError, parse_json, quoted
+from lapis.parsing import quoted
 from lapis.text.chat.template import render_jobs
+from lapis.text.corpus.chat_records import arguments_of
 
 Message = Mapping[str, Any]
 _NAME = "lapis-argument"  # of a call that shows how a template prints arguments
@@ -65,7 +66,7 @@ def _written(message: Message) -> Message:
         return message
     words = [message["content"]] if message.get("content") else []
     for call in calls:
-        called = {"name": call.get("name"), "arguments": _object(call.get("arguments"))}
+        called = {"name": call.get("name"), "arguments": arguments_of(call.get("arguments"))}
         words.append(json.dumps(called, ensure_ascii=False))
     rest = {name: value for name, value in message.items() if name != "tool_calls"}
     return {**rest, "content": "\n".join(words)}
@@ -77,7 +78,7 @@ def _with_arguments(call: Any, as_object: bool) -> Any:
         return call
     arguments = function["arguments"]
     if as_object and isinstance(arguments, str):
-        arguments = _object(arguments)
+        arguments = arguments_of(arguments)
         if not isinstance(arguments, Mapping):
             raise DataError(
                 f"arguments of a call are {quoted(arguments)}, and the chat template reads them as an object; mend them"
@@ -85,15 +86,6 @@ def _with_arguments(call: Any, as_object: bool) -> Any:
     elif not as_object and isinstance(arguments, Mapping):
         arguments = json.dumps(arguments, ensure_ascii=False)
     return {**call, "function": {**function, "arguments": arguments}}
-
-
-def _object(arguments: Any) -> Any:
-    """Arguments that are JSON text of an object as that object; all else as it is."""
-    try:
-        read = parse_json(arguments) if isinstance(arguments, str) else arguments
-    except ParseError:
-        return arguments
-    return read if isinstance(read, dict) else arguments
 
 
 @lru_cache(maxsize=256)
