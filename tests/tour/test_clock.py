@@ -99,6 +99,8 @@ def test_few_answers_have_a_reason_and_a_remedy() -> None:
     for short in (result(0.1, 0.1, 0.05, 0.01, 0.1), result(0.85, 0.9, 0.7, 0.1, 0.3)):
         assert "lapis tour --minutes 10" in advice(short)
     assert "lapis plan" in advice(result(0.85, 0.9, 0.3, 0.1, 0.6))
+    far = advice(result(0.9, 0.9, 0.9, 0.0, 0.57))  # as a tour to Chinese ends
+    assert "reaches Malay little" in far and "with them it is 57" in far and "lapis train" in far
 
 
 def test_real_text_is_told_by_likelihood() -> None:

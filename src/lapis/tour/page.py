@@ -12,6 +12,7 @@ from lapis.report import Column, Page, plots
 Findings = Mapping[str, Any]
 
 FEW = 0.5  # of the questions: below, most answers are wrong
+FEW_IN_TARGET = 0.15  # of the questions in the target language, in which no chat was trained
 HALF = 0.5  # of what tuning on the same chats gives
 
 LABELS = {"answers": "right", "response_nll": "response NLL", "stop_rate": "stops", "bits_per_byte": "bits/byte"}
@@ -238,5 +239,13 @@ def advice(findings: Findings) -> str:
         return (
             f"Even tuned on {names[target]} chats the model answers {100 * right['yardstick', target]:.0f} of 100: "
             f"what is missing is {names[target]}, and more text brings it: {more}"
+        )
+    if right["grafted", target] < FEW_IN_TARGET:
+        tuned = right.get(("yardstick", target))
+        with_them = "" if tuned is None else f": with them it is {100 * tuned:.0f}"
+        return (
+            f"What English chats teach reaches {names[target]} little: chat itself, asked in {names[target]}, answers "
+            f"{100 * right['chat', target]:.0f} of 100. Chats of the language bring it{with_them}; tune the grafted "
+            "model on some with lapis train"
         )
     return ""

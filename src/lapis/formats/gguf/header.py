@@ -238,7 +238,9 @@ class _HeaderReader:
 
     def take(self, count: int, what: str) -> bytes:
         if count > self.size - self.position:
-            self.refuse(f"{what}: needs {count:,} bytes where {self.size - self.position:,} are left; truncated")
+            self.refuse(
+                f"{what}: needs {count:,} bytes where {self.size - self.position:,} are left; truncated, fetch it again"
+            )
         raw = self.file.read(count)
         if len(raw) < count:
             self.refuse("changed while it was being read; run again when it is at rest")
