@@ -14,8 +14,8 @@ import yaml
 from lapis.errors import CheckpointError, ConfigError, DataError, OutputError
 from lapis.families.config import ModelConfig, Rope
 from lapis.language.adapt import adapt, read_plan, share_in_language
-from lapis.language.card import readme
-from lapis.language.scores import ratio
+from lapis.language.card.card import readme
+from lapis.language.card.scores import ratio
 from lapis.language.steps import Steps
 from lapis.model.load import load, save
 from lapis.model.transformer import Transformer

@@ -33,8 +33,8 @@ def card(
     from lapis.cli.output import line, progress, show
     from lapis.errors import ConfigError
     from lapis.language.adapt import CHATS
-    from lapis.language.card import make_card, write_card
-    from lapis.language.scores import HeldOutText
+    from lapis.language.card.card import make_card, write_card
+    from lapis.language.card.scores import HeldOutText
     from lapis.text.corpus import corpus
 
     names = {model.name: model for model in models}

@@ -25,10 +25,10 @@ from typing import Any, Literal
 from lapis.checkpoint.commit import commit, commit_file
 from lapis.config import build, dump_yaml, load_yaml
 from lapis.errors import ConfigError, DataError, OutputError
-from lapis.language.card import make_card, write_card
+from lapis.language.card.card import make_card, write_card
+from lapis.language.card.scores import HeldOutText
 from lapis.language.extend import Init, add_rows, open_source
 from lapis.language.fertility import Report, fertility
-from lapis.language.scores import HeldOutText
 from lapis.language.steps import Steps
 from lapis.language.texts import first_bytes, read_texts
 from lapis.model.check import read_config

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from lapis import __version__
-from lapis.language.scores import HeldOutText, prompts_of, score_model
+from lapis.language.card.scores import HeldOutText, prompts_of, score_model
 from lapis.report.pages.card import card_page
 from lapis.text.tokenizer.folder import write_json
 
