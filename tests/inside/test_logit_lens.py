@@ -1,5 +1,6 @@
 """The lens: what it reads, what it tracks, and what it refuses."""
 
+import copy
 import json
 import math
 import sys
@@ -10,6 +11,7 @@ import torch
 import lapis
 from lapis.errors import ConfigError, DataError, LapisError, MissingExtra
 from lapis.families.config import ModelConfig
+from lapis.generation.ready import ready
 from lapis.inside.lens import logit_lens
 from lapis.inside.lens.options import LensOptions
 from lapis.inside.lens.side_by_side import Opened, side_by_side
@@ -70,6 +72,29 @@ def test_an_early_layer_reads_as_the_model_cut_off_there(words):
     assert whole.layers[0].ranks == cut.layers[0].ranks
     assert whole.layers[0].logprobs["Malaysia"] == pytest.approx(cut.layers[0].logprobs["Malaysia"], rel=1e-5)
     assert whole.layers[0].entropy == pytest.approx(cut.layers[0].entropy, rel=1e-6)
+
+
+def test_a_packed_model_is_read_like_the_one_it_was(model, words):
+    packed = ready(copy.deepcopy(model))
+    expected, actual = (lapis.lens(m, words, PROMPT, "Malaysia, zebra") for m in (model, packed))
+    for one, other in zip(expected.readings, actual.readings, strict=True):
+        assert [index for _, index, _ in one.top] == [index for _, index, _ in other.top]
+        if one.after != "attention":
+            assert one.logprobs == pytest.approx(other.logprobs, rel=1e-4, abs=1e-5)
+        assert one.kl_to_final == pytest.approx(other.kl_to_final, rel=1e-4, abs=1e-5)
+    assert [c.label for c in expected.contributions] == [c.label for c in actual.contributions]
+    logits = [c.logit for c in actual.contributions]
+    assert [c.logit for c in expected.contributions] == pytest.approx(logits, rel=1e-3, abs=1e-4)
+
+
+def test_the_layer_that_decided_leads_to_the_end(model, words):
+    for prompt in ("the capital of Malaysia is", "in Malaysia", "they say Kuala", "Jakarta"):
+        result = lapis.lens(model, words, prompt)
+        best = [layer.top[0][1] for layer in result.layers]
+        assert best[result.decided :] == [best[-1]] * (len(best) - result.decided)
+        assert result.decided == 0 or best[result.decided - 1] != best[-1]
+        assert result.to_json()["decided"] == result.decided
+        assert f"leads from layer {result.decided} on" in result.finding()
 
 
 def test_without_words_it_tracks_the_best_of_every_layer(model, words):

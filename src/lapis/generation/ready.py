@@ -1,8 +1,8 @@
 """A model made ready to generate: weights packed once into the order in which the processor reads them.
 
 One token at a time, a model is as fast as its weights can be read. oneDNN reads a packed weight at the memory's full
-speed and the usual layout at two thirds of it (benchmarks/results/), with the same sums. A packed model only generates:
-it has no weights left to train, save or look into. Leaves out quantization; GPUs, where nothing needs packing.
+speed and the usual layout at two thirds of it (benchmarks/results/), with the same sums. A packed model generates and
+can be looked into; it has no weights left to train or save. Leaves out quantization; GPUs, where nothing needs packing.
 """
 
 from collections import Counter
@@ -31,16 +31,22 @@ class PackedLinear(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
-        self._bias = None if bias is None else bias.detach()
+        self.bias = None if bias is None else bias.detach()
+
+    @property
+    def matrix(self) -> Tensor:
+        """The weight in its usual layout, [out, in]; unpacked anew at every call."""
+        matrix: Tensor = self._packed.to_dense()
+        return matrix
 
     def forward(self, x: Tensor, activation: str = "none") -> Tensor:
         """activation: "none", or "swish", applied before the sum is rounded."""
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, activation, [], "")
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, activation, [], "")
         return y
 
     def times(self, x: Tensor, other: Tensor) -> Tensor:
         """y * other, multiplied before it is rounded."""
-        y: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, other, self._packed, self._bias, "mul")
+        y: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, other, self._packed, self.bias, "mul")
         return y
 
 

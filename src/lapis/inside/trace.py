@@ -11,7 +11,7 @@ Shapes: B batch, T time, P chosen places, D model dim, L layers, I heads x head 
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -86,10 +86,9 @@ def refuse(name: str, family: str, causal: bool, head: str) -> None:
 
 
 def _own(model: Transformer, name: str) -> Anatomy:
-    config, head = model.config, model.head
+    config, head = model.config, cast(LanguageHead, model.head)  # or one that was packed to generate
     refuse(name, config.family, config.causal, config.head)
-    if not isinstance(head, LanguageHead):
-        raise LapisError(f"lens: {name} was packed to generate and cannot be looked into; load it again")
+    matrix = model.embed.weight if config.tied else head.matrix
 
     def run(
         ids_BT: Tensor, cache: Cache | None, branches: Branches | None, places: Places
@@ -112,7 +111,7 @@ def _own(model: Transformer, name: str) -> Anatomy:
     blocks: list[Any] = list(model.blocks)
     return Anatomy(
         name, model, blocks, [block.added[0] for block in blocks], [block.added[1] for block in blocks],
-        [block.attn.o for block in blocks], config.heads, model.norm.final, head.matrix, head.bias, config.context,
+        [block.attn.o for block in blocks], config.heads, model.norm.final, matrix, head.bias, config.context,
         run, True,
     )  # fmt: skip
 

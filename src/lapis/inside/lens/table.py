@@ -89,6 +89,13 @@ class LensTrace:
         """The token that the model says next."""
         return self.readings[-1].top[0][0]
 
+    @property
+    def decided(self) -> int:
+        """The layer from which on the token that the model says next is the best one, without a break to the end."""
+        final = self.readings[-1].top[0][1]
+        others = [reading.layer for reading in self.layers if reading.top[0][1] != final]
+        return 0 if not others else 1 + (others[-1] or 0)
+
     def label(self, name: str) -> str:
         """A tracked word as pages and tables name it: with the piece that is followed, where it has no token."""
         return next((word.label for word in self.words if word.text == name), name)
@@ -108,6 +115,7 @@ class LensTrace:
             "tuned": self.tuned or None,
             "tokens": self.tokens,
             "ids": self.ids,
+            "decided": self.decided,
             "words": [
                 {"word": word.text, "label": word.label, "given": self.given, "spellings": [
                     {"text": spelling.text, "ids": list(spelling.ids), "followed": spelling in word.followed}
@@ -151,12 +159,8 @@ class LensTrace:
     def finding(self) -> str:
         """One sentence: what is said, and from which layer on it leads."""
         final = self.readings[-1].top[0]
-        since = next(
-            (self.layers[i].layer for i in range(len(self.layers))
-             if all(layer.top[0][1] == final[1] for layer in self.layers[i:])), None,
-        )  # fmt: skip
         return (
-            f'"{show(final[0])}" is said next ({final[2]:.0%}); it leads from layer {since} on, '
+            f'"{show(final[0])}" is said next ({final[2]:.0%}); it leads from layer {self.decided} on, '
             f"of layers 0 to {len(self.layers) - 1}"
         )
 
