@@ -62,10 +62,13 @@ bench-faults: .venv/.dev $(PEER)
 kill: .venv/.dev             ## 200 grafts killed at random moments and run again
 	$(BIN)/python benchmarks/kill.py --rounds 200 --seed 0
 
-reliability: .venv/.dev      ## every system call of every job: killed there, and failing
+reliability: .venv/.dev      ## every system call of every job: killed there, and failing; a million mutated files
+	mkdir -p build
 	$(BIN)/python benchmarks/reliability.py --write
 	$(BIN)/python benchmarks/reliability_peers.py
 	$(BIN)/python benchmarks/hub_faults.py
+	$(BIN)/python benchmarks/fuzz.py --totals build/fuzz.jsonl
+	$(BIN)/python benchmarks/fuzz.py --totals build/fuzz.jsonl --write
 	LAPIS_RELIABILITY=1 $(BIN)/python -m pytest -q tests/formats/test_header.py
 
 kill-train: .venv/.dev       ## a training run killed ten times, for each of three seeds

@@ -1,0 +1,47 @@
+"""One mutated file: what came of it, how long it took, and the memory that it added."""
+
+import random
+import resource
+from dataclasses import dataclass
+
+from lapis.errors import LapisError
+
+from .cases import Case
+
+LONGEST_REFUSAL = 4000  # characters
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """refused: with one line. crash: what is wrong, "" where nothing is. seconds: of the processor. grown: bytes."""
+
+    refused: bool
+    crash: str
+    seconds: float
+    grown: int
+
+
+def tried(kind: str, case: Case, seed: int, number: int) -> Outcome:
+    """Tries one case, which is the same for the same kind, seed and number."""
+    rng, crash, refused = random.Random(f"{kind} {seed} {number}"), "", False
+    memory, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, _seconds()
+    try:
+        case(rng)
+    except LapisError as error:
+        refused, text = True, str(error).strip()
+        if "\n" in text or len(text) >= LONGEST_REFUSAL:
+            crash = f"{len(text):,} characters, {text.count(chr(10))} line breaks: {text[:200]!r}"
+    except BaseException as error:  # a panic of Rust is no Exception
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        crash = f"{type(error).__name__}: {error!s:.300}"
+    if crash:
+        crash = f"{kind}, seed {seed}, number {number}: {crash}"
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory) * 1024
+    return Outcome(refused, crash, _seconds() - started, grown)
+
+
+def _seconds() -> float:
+    """Of the processor, those of ended children among them."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(each.ru_utime + each.ru_stime for each in used)
