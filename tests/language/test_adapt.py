@@ -13,9 +13,10 @@ import yaml
 
 from lapis.errors import CheckpointError, ConfigError, DataError, OutputError
 from lapis.families.config import ModelConfig, Rope
-from lapis.language.adapt import adapt, read_plan, share_in_language
+from lapis.language.adapt import adapt, share_in_language
 from lapis.language.card.card import readme
 from lapis.language.card.scores import ratio
+from lapis.language.plan import AdaptPlan, read_plan
 from lapis.language.steps import Steps
 from lapis.model.load import load, save
 from lapis.model.transformer import Transformer
@@ -32,7 +33,8 @@ MALAY = [
     for b in ("bola", "kucing", "kawan", "batu", "air", "pasir")
     for c in ("taman", "rumah", "kampung", "sekolah", "sungai", "pasar")
 ]
-TINY = {"steps": 6, "minutes": None, "precision": "float32", "threads": 1, "sample_every": 0, "log_every": 2}
+TINY = {"precision": "float32", "threads": 1, "sample_every": 0, "log_every": 2}
+STEP = 4 * 32  # tokens of a step
 
 
 def write(path: Path, texts: list[str]) -> Path:
@@ -70,7 +72,8 @@ def plan(tmp_path: Path) -> Callable[..., dict[str, Any]]:
     settings = {
         "base": str(base), "chat": str(chat), "text": [str(write(tmp_path / "ms.jsonl", MALAY))],
         "replay": [str(write(tmp_path / "en.jsonl", ENGLISH[:300]))], "chats": [str(chats)], "vocab": 40,
-        "out": str(tmp_path / "out"), "train": TINY, "context": 32, "batch": 4, "scored": 1500, "language": "ms",
+        "out": str(tmp_path / "out"), "train": TINY, "context": 32, "batch": 4, "tokens": 12 * STEP, "embedded": 0.5,
+        "scored": 1500, "language": "ms",
     }  # fmt: skip
     return lambda **changes: {**settings, **changes}
 
@@ -149,6 +152,9 @@ def test_what_cannot_be_is_refused_before_anything_is_done(plan: Callable[..., d
         ({"replay_share": 1.0}, ConfigError, "replay_share"),
         ({"vocab": -1}, ConfigError, "vocab is -1"),
         ({"speed": 3}, ConfigError, "speed"),
+        ({"merge_back": 1.0}, ConfigError, "merge_back"),
+        ({"train": {"lr": 1e-3}}, ConfigError, "train: lr is settled by lr and rows_lr of the plan"),
+        ({"train": {"steps": 5}}, ConfigError, "train: steps is settled by tokens of the plan"),
     ):
         with pytest.raises(error, match=text):
             adapt(plan(**changes))
@@ -169,6 +175,50 @@ def test_a_dry_run_writes_a_plan_that_can_be_run(plan: Callable[..., dict[str, A
     written = yaml.safe_load((tmp_path / "out" / "plan.yaml").read_text())
     assert read_plan(written) == read_plan({key: settings[key] for key in ("base", "out", "vocab", "text", "replay")})
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["plan.yaml"]
+
+
+def steps_of(folder: Path) -> int:
+    return int(json.loads((folder / "training.json").read_text())["steps"])
+
+
+def test_how_much_is_trained_is_counted_in_tokens(plan: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    out, remarks = tmp_path / "out", list[str]()
+    settings = plan(chat=None, chats=[], embedded=0.25)
+    adapt(settings, note=remarks.append)
+    assert [steps_of(out / name) for name in ("embedded", "adapted")] == [3, 9]
+    speed = yaml.safe_load((out / "plan.yaml").read_text())["tokens_per_second"]
+    assert speed > 0 and f"training: {12 * STEP:,} tokens, about" in " ".join(remarks)
+
+    seen = times(out)
+    adapt(settings)  # measured no second time
+    assert yaml.safe_load((out / "plan.yaml").read_text())["tokens_per_second"] == speed
+    written = {**yaml.safe_load((out / "plan.yaml").read_text()), "minutes": 1.0, "tokens_per_second": 8 * STEP / 60}
+    adapt(written)
+    assert [steps_of(out / name) for name in ("embedded", "adapted")] == [2, 6]
+    adapt({**settings, "minutes": 1.0})  # goes by what is in the folder's plan
+    assert [steps_of(out / name) for name in ("embedded", "adapted")] == [2, 6]
+    assert times(out)["start"] == seen["start"]
+
+
+def test_minutes_are_tokens_at_the_measured_speed() -> None:
+    plan = AdaptPlan("b", ("t",), "o", minutes=2.0, tokens_per_second=100.0, batch=4, context=50)
+    assert plan.trained_tokens == 12_000 and plan.steps(0.25, 50) == 15 and plan.steps(1e-9, 50) == 1
+    assert AdaptPlan("b", ("t",), "o", tokens=5, tokens_per_second=100.0).trained_tokens == 5
+
+
+def test_merged_back_is_between_both(plan: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    result = adapt(plan(merge_back=0.25, ema=0.5))
+    names = ["measure", "tokenizer", "start", "embedded", "adapted", "merged", "grafted", "card"]
+    assert list(result["steps"]) == names
+    assert json.loads((tmp_path / "out" / "adapted" / "training.json").read_text())["config"]["ema"] == 0.5
+    before, after, merged = (
+        load(tmp_path / "out" / name, torch.float32).state_dict() for name in ("embedded", "adapted", "merged")
+    )
+    for name in merged:
+        expected = 0.75 * after[name].double() + 0.25 * before[name].double()
+        assert torch.allclose(merged[name].double(), expected, rtol=0, atol=1e-7), name
+    config = json.loads((tmp_path / "out" / "grafted" / "lapis-merge.json").read_text())
+    assert "merged" in json.dumps(config["inputs"])
 
 
 def test_steps_go_on_where_they_were_stopped(tmp_path: Path) -> None:

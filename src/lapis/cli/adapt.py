@@ -13,7 +13,16 @@ def adapt(
     replay: list[str] | None = None,
     chats: list[str] | None = None,
     vocab: str | None = None,
+    tokens: int | None = None,
     minutes: float | None = None,
+    lr: float | None = None,
+    rows_lr: float | None = None,
+    replay_share: float | None = None,
+    ema: float | None = None,
+    merge_back: float | None = None,
+    scale: float | None = None,
+    cost: float | None = None,
+    seed: int | None = None,
     language: str | None = None,
     out: str | None = None,
     dry_run: bool = False,
@@ -26,14 +35,23 @@ def adapt(
 
     Args:
         plan: A YAML file with these options as keys, and with more: `lapis adapt --dry-run` writes it.
-        settings: key=value, each in place of what the file says.
+        settings: key=value for any key of that file, with a file or without one.
         base: The model to start from.
         chat: Its chat version, whose ability to chat is grafted on.
         text: Files, folders and globs of the language.
         replay: Text of what the model is not to lose.
         chats: Chats of the language, to measure replies on.
         vocab: New tokens: auto (the default) takes the recommendation of the first step, 0 adds none.
-        minutes: Of training.
+        tokens: That are trained on; how long that takes on this machine is told.
+        minutes: In place of tokens: as many as this machine trains in that time, measured once and kept in plan.yaml.
+        lr: Peak learning rate while everything is trained.
+        rows_lr: Peak learning rate of new rows, while they are trained alone.
+        replay_share: The share of replay in what is read.
+        ema: Decay of a running average of the weights, which is then the result.
+        merge_back: The share of the weights before the training, mixed into the result.
+        scale: Of the graft.
+        cost: By which share bits per byte of the replay text may rise.
+        seed: Of everything.
         language: A code such as ms, for the model card.
         out: The folder of the steps.
         dry_run: Check everything, write OUT/plan.yaml, and do nothing.
@@ -43,14 +61,18 @@ def adapt(
     from lapis.config import load_yaml, override
     from lapis.errors import ConfigError
     from lapis.language.adapt import adapt as run
-    from lapis.language.adapt import read_plan
+    from lapis.language.plan import read_plan
 
+    if plan and "=" in plan.name and not plan.exists():  # no file: the first of the settings
+        plan, settings = None, (str(plan), *settings)
     given = {
-        "base": base, "chat": chat, "text": text, "replay": replay, "chats": chats, "minutes": minutes,
-        "language": language, "out": out, "vocab": int(vocab) if vocab and vocab.isdecimal() else vocab,
+        "base": base, "chat": chat, "text": text, "replay": replay, "chats": chats, "tokens": tokens,
+        "minutes": minutes, "lr": lr, "rows_lr": rows_lr, "replay_share": replay_share, "ema": ema,
+        "merge_back": merge_back, "scale": scale, "cost": cost, "seed": seed, "language": language, "out": out,
+        "vocab": int(vocab) if vocab and vocab.isdecimal() else vocab,
     }  # fmt: skip
     merged = {
-        **(override(load_yaml(plan), settings) if plan else {}),
+        **override(load_yaml(plan) if plan else {}, settings),
         **{key: value for key, value in given.items() if value is not None},
     }
     missing = [key for key in ("base", "text", "out") if key not in merged]

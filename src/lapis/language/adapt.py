@@ -5,33 +5,37 @@
     start/      the model with rows for them               (not where none are added)
     embedded/   the new rows trained alone                 (not where none are added)
     adapted/    everything trained, on the language with some replay
-    grafted/    adapted + scale x (chat - base)            (where a chat model is given)
+    merged/     that, mixed with what it was trained from  (where merge_back is given)
+    grafted/    the last of these + scale x (chat - base)  (where a chat model is given)
     card/       two languages side by side, from base to end
 
 Each step is an ordinary output of an ordinary command. A step that is there is not done again, unless what it read has
 changed; a run that is stopped goes on with the same command.
 """
 
-import dataclasses
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
+
+import torch
 
 from lapis.checkpoint.commit import commit, commit_file
-from lapis.config import build, dump_yaml, load_yaml
+from lapis.config import dump_yaml, load_yaml
 from lapis.errors import ConfigError, DataError, OutputError
 from lapis.language.card.card import make_card, write_card
 from lapis.language.card.scores import HeldOutText
-from lapis.language.extend import Init, add_rows, open_source
+from lapis.language.extend import add_rows, open_source
 from lapis.language.fertility import Report, fertility
+from lapis.language.plan import PLAN, AdaptPlan, earlier_speed, read_plan
 from lapis.language.steps import Steps
 from lapis.language.texts import first_bytes, read_texts
 from lapis.model.check import read_config
+from lapis.model.load import load
 from lapis.report.pages.fertility import fertility_page
 from lapis.text.corpus import corpus
 from lapis.text.corpus.files import files
@@ -40,93 +44,15 @@ from lapis.text.tokenizer.folder import write_json
 from lapis.training.rewards.language import SAMPLES, SCRIPTS, language
 from lapis.training.run import read_settings
 from lapis.training.run import run as train
+from lapis.training.setup.probe import training_speed
 from lapis.weights.graft.graft import graft
 from lapis.weights.graft.layout import plan_graft
+from lapis.weights.merge.merge import merge
 
 Bar = Callable[[str], AbstractContextManager[Report]]
-PLAN = "plan.yaml"
 SAME = 0.1  # share of the replay documents that may stand in the target's text, too
 CHATS = 32  # that models are measured on
 MOSTLY = 0.8  # share of documents in the language; below that it is told
-
-
-@dataclass(frozen=True)
-class AdaptPlan:
-    """What to adapt to what. Every field is a key of plan.yaml.
-
-    Args:
-        base: The model to start from.
-        text: Files, folders and globs of the language.
-        out: The folder of the steps.
-        replay: Text of what the model is not to lose.
-        chat: The chat version of base, whose ability to chat is grafted on.
-        chats: Chats of the language, to measure replies on.
-        replay_chats: Chats of what the model knew.
-        vocab: New tokens; "auto" takes the recommendation of the first step, 0 adds none.
-        init: How new rows begin (`lapis tokenizer extend --init`).
-        language: A code such as "ms", for the model card.
-        minutes: Of training, both steps together.
-        embedded: The share of the minutes in which new rows are trained alone.
-        replay_share: The share of replay in what is read while everything is trained.
-        lr: Peak learning rate while everything is trained.
-        rows_lr: Peak learning rate of new rows, while they are trained alone.
-        context: Tokens of a row.
-        batch: Rows of a step.
-        train: More settings of both trainings (`lapis train`), such as {steps: 500, minutes: null}.
-        scale: Of the graft.
-        cost: By which share bits per byte of the replay text may rise; more is told at the end.
-        scored: Bytes of held-out text of each language that models are measured on.
-        seed: Of everything.
-    """
-
-    base: str
-    text: tuple[str, ...]
-    out: str
-    replay: tuple[str, ...] = ()
-    chat: str | None = None
-    chats: tuple[str, ...] = ()
-    replay_chats: tuple[str, ...] = ()
-    vocab: Literal["auto"] | int = "auto"
-    init: Init | None = None
-    language: str = ""
-    minutes: float = 45.0
-    embedded: float = 0.2
-    replay_share: float = 0.1
-    lr: float = 1e-4
-    rows_lr: float = 1e-3
-    context: int = 512
-    batch: int = 16
-    train: dict[str, Any] = field(default_factory=dict)
-    scale: float = 1.0
-    cost: float = 0.03
-    scored: int = 40_000
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not self.text:
-            raise ConfigError("adapt: text is missing; give files of the language")
-        for name in ("embedded", "replay_share"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"adapt: {name} is {getattr(self, name)}; it is a share, from 0 to below 1")
-        if isinstance(self.vocab, int) and self.vocab < 0:
-            raise ConfigError(f"adapt: vocab is {self.vocab}; give auto, 0 for no new tokens, or their number")
-        if self.minutes <= 0:
-            raise ConfigError(f"adapt: minutes is {self.minutes:g}; it must be above 0")
-
-
-def read_plan(settings: Mapping[str, Any], where: str = "adapt") -> AdaptPlan:
-    """A plan from the mapping of a file.
-
-    Args:
-        settings: Its keys; lists may be given as one text.
-        where: Named in errors.
-
-    Raises:
-        ConfigError: For an unknown key, or a value of another type.
-    """
-    lists = ("text", "replay", "chats", "replay_chats")
-    listed = {key: [value] if key in lists and isinstance(value, str) else value for key, value in settings.items()}
-    return build(AdaptPlan, listed, where)
 
 
 def adapt(
@@ -157,15 +83,24 @@ def adapt(
         plan = read_plan(plan, "adapt") if isinstance(plan, Mapping) else read_plan(load_yaml(Path(plan)), str(plan))
     out = Path(os.path.abspath(plan.out))
     _check(plan, out)
+    plan = replace(plan, tokens_per_second=earlier_speed(plan, out))
+    if plan.tokens_per_second is None and not dry_run:
+        with bar("measuring how fast this machine trains"):
+            plan = replace(plan, tokens_per_second=_speed(plan))
     out.mkdir(parents=True, exist_ok=True)
     settings = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(plan).items()}
     with commit_file(out / PLAN, overwrite=True) as path:
         path.write_text(dump_yaml(settings), encoding="utf-8")
     if dry_run:
-        names = ["measure", *(["tokenizer", "start", "embedded"] if plan.vocab else []), "adapted"]
-        names += ["grafted"] * (plan.chat is not None) + ["card"]
-        return {"plan": str(out / PLAN), "steps": {name: str(out / name) for name in names}, "dry_run": True}
+        return {"plan": str(out / PLAN), "steps": {name: str(out / name) for name in plan.step_names}, "dry_run": True}
+    note(f"training: {plan.trained_tokens:,} tokens, {plan.time_of(1)}")
     return _Adaptation(plan, Steps(out), bar, note).run()
+
+
+def _speed(plan: AdaptPlan) -> float:
+    """Tokens per second of training on this machine, to three digits."""
+    threads, precision = plan.train.get("threads", 0), plan.train.get("precision", "auto")
+    return float(f"{training_speed(load(plan.base, torch.float32).train(), threads, precision):.3g}")
 
 
 class _Adaptation:
@@ -175,6 +110,11 @@ class _Adaptation:
         self.plan, self.steps, self.bar, self.note = plan, steps, bar, note
         self.models: dict[str, str | Path] = {"base": plan.base}
         self.inputs = {"base": _stamps([plan.base]), "chat": _stamps([plan.chat] if plan.chat else [])}
+
+    @property
+    def last_model(self) -> str | Path:
+        """The newest model."""
+        return list(self.models.values())[-1]
 
     def run(self) -> dict[str, Any]:
         plan, steps = self.plan, self.steps
@@ -189,13 +129,19 @@ class _Adaptation:
             self.models["start"] = steps.done["start"]
             last = ["start"]
             if plan.embedded:
-                self._train("embedded", steps.done["start"], plan.embedded, plan.rows_lr, self._rows(), last)
+                rows = {"lr": plan.rows_lr, **self._rows()}
+                self._train("embedded", steps.done["start"], plan.embedded, rows, last)
                 last = ["embedded"]
         share = 1 - plan.embedded if added else 1.0
-        self._train("adapted", list(self.models.values())[-1], share, plan.lr, {}, last)
+        self._train("adapted", self.last_model, share, {"lr": plan.lr, "ema": plan.ema}, last)
         last = ["adapted"]
+        if plan.merge_back:
+            self.note(f"merged: {1 - plan.merge_back:g} x adapted + {plan.merge_back:g} x what it was trained from")
+            steps.run("merged", {"merge_back": plan.merge_back}, last, self._merge_back)
+            self.models["merged"] = steps.done["merged"]
+            last = ["merged"]
         if plan.chat is not None:
-            self.note(f"grafted: adapted + {plan.scale:g} x (chat - base)")
+            self.note(f"grafted: {last[0]} + {plan.scale:g} x (chat - base)")
             steps.run("grafted", {"scale": plan.scale, **self.inputs}, last, self._graft)
             self.models["grafted"] = steps.done["grafted"]
             last = ["grafted"]
@@ -269,31 +215,43 @@ class _Adaptation:
         gained = base.read_extension(self.steps.done["tokenizer"])
         return {"freeze": ["all"], "tokens": list(range(gained.first, gained.first + len(gained.tokens)))}
 
-    def _train(
-        self, name: str, model: str | Path, share: float, lr: float, more: Mapping[str, Any], after: Sequence[str]
-    ) -> None:
-        plan = self.plan
+    def _train(self, name: str, model: str | Path, share: float, how: Mapping[str, Any], after: Sequence[str]) -> None:
+        """Trains `model` on a share of the tokens: everything, or with `tokens` in `how` only these rows."""
+        plan, alone = self.plan, "tokens" in how
         text, replay = str(self._text("text")), str(self._text("replay"))
-        mixed = bool(plan.replay) and plan.replay_share > 0 and not more
+        mixed = bool(plan.replay) and plan.replay_share > 0 and not alone
+        context = min(plan.context, read_config(str(model)).context)
         settings: dict[str, Any] = {
-            "objective": "causal", "model": str(model), "minutes": plan.minutes * share, "lr": lr, "batch": plan.batch,
-            "context": min(plan.context, read_config(str(model)).context), "seed": plan.seed, **more, **plan.train,
+            "objective": "causal", "model": str(model), "steps": plan.steps(share, context), "batch": plan.batch,
+            "context": context, "seed": plan.seed, **how, **plan.train,
             "data": {text: 1 - plan.replay_share, replay: plan.replay_share} if mixed else [text],
         }  # fmt: skip
 
         def make(folder: Path, overwrite: bool) -> None:
-            self.note(f"{name}: training " + ("new rows alone" if more else "everything"))
+            what = "new rows alone" if alone else "everything"
+            self.note(f"{name}: training {what}, {settings['steps']:,} steps, {plan.time_of(share)}")
             train(read_settings({**settings, "out": str(folder)}, f"adapt: {name}"), overwrite=overwrite)
 
         described = {key: value for key, value in settings.items() if key not in ("data", "model")}
-        self.models[name] = self.steps.run(name, {**described, "mixed": mixed, **self.inputs}, after, make)
+        described |= {"mixed": plan.replay_share if mixed else 0}
+        self.models[name] = self.steps.run(name, {**described, **self.inputs}, after, make)
+
+    def _merge_back(self, folder: Path, overwrite: bool) -> None:
+        *_, before, trained = self.models.values()
+        share = self.plan.merge_back
+        weights = [{"model": str(m), "parameters": {"weight": w}} for m, w in ((trained, 1 - share), (before, share))]
+        with self.bar("merging") as report:
+            merge(
+                {"merge_method": "linear", "models": weights}, folder, overwrite=overwrite,
+                progress=lambda done, total: report(done, total, "merging"),
+            )  # fmt: skip
 
     def _graft(self, folder: Path, overwrite: bool) -> None:
         plan = self.plan
         assert plan.chat is not None
         with self.bar("grafting") as report:
             graft(
-                plan.base, plan.chat, self.steps.done["adapted"], folder, plan.scale, overwrite=overwrite,
+                plan.base, plan.chat, self.last_model, folder, plan.scale, overwrite=overwrite,
                 progress=lambda done, total: report(done, total, "grafting"),
             )  # fmt: skip
 
@@ -317,7 +275,7 @@ class _Adaptation:
 
     def _how(self) -> dict[str, Any]:
         plan = self.plan
-        fields = dataclasses.asdict(plan)
+        fields = asdict(plan)
         settings = {
             key: ", ".join(value) if isinstance(value, tuple) else value
             for key, value in fields.items()

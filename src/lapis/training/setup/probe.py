@@ -23,6 +23,7 @@ from lapis.training.loop.progress import Watch, live
 from lapis.training.loop.state import TrainState
 from lapis.training.loop.update import out_of_memory_named
 from lapis.training.objectives.objective import SMALL_BATCH, Objective
+from lapis.training.objectives.supervised.next_token import summed_cross_entropy
 from lapis.training.setup.blocks import TooSlow, autocast, compiled, stoppable
 
 Precision = Literal["float32", "bf16"]
@@ -199,6 +200,25 @@ def measure_speed(state: TrainState, config: TrainConfig, watch: Watch) -> dict[
     state.optimizers.clear()
     facts: dict[str, Any] = {"threads": count, "precision": precision, "compile": compile_}
     return facts if seconds is None else {**facts, "seconds_per_token": seconds / tokens}
+
+
+def training_speed(model: Transformer, threads: int = 0, precision: str = "auto") -> float:
+    """Tokens per second that this machine trains, roughly: forward and backward of a small batch of random tokens.
+
+    Args:
+        model: Whose parameters need gradients.
+        threads: 0 takes the fastest number.
+        precision: "auto" takes the faster one.
+    """
+    device, length = next(model.parameters()).device, min(SMALL_BATCH, model.config.context)
+    ids_BT = torch.randint(model.config.vocab, (1, length), generator=torch.Generator().manual_seed(0)).to(device)
+
+    def compute() -> Tensor:
+        return summed_cross_entropy(model, model.hidden(ids_BT).flatten(0, 1), ids_BT.flatten())
+
+    probe = Probe(model, compute)
+    count, chosen, seconds = probe.fastest(precision, threads)
+    return length / (probe.seconds(count, chosen) if seconds is None else seconds)
 
 
 def require_room(state: TrainState, objective: Objective, config: TrainConfig, precision: str) -> None:

@@ -1,0 +1,148 @@
+"""What to adapt to what: the fields of plan.yaml in, an AdaptPlan out, with how much is trained in tokens.
+
+How much is trained is a number of tokens, so that a run is the same on a busy machine. Minutes are turned into tokens
+by `tokens_per_second`, which is measured once and stays in plan.yaml. Leaves out: the flow itself (adapt.py).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from lapis.config import build, load_yaml
+from lapis.errors import ConfigError
+from lapis.language.extend import Init
+
+PLAN = "plan.yaml"
+# settings of a training -> what says them here; the rest of `train` goes to both trainings as it is
+_SETTLED = {
+    "objective": "causal", "model": "base", "new": "base", "data": "text and replay", "valid": "text and replay",
+    "tokenizer": "vocab", "out": "out", "steps": "tokens", "epochs": "tokens", "minutes": "minutes", "batch": "batch",
+    "context": "context", "lr": "lr and rows_lr", "ema": "ema", "seed": "seed", "limits": "cost", "freeze": "embedded",
+    "tokens": "embedded",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class AdaptPlan:
+    """What to adapt to what. Every field is a key of plan.yaml.
+
+    Args:
+        base: The model to start from.
+        text: Files, folders and globs of the language.
+        out: The folder of the steps.
+        replay: Text of what the model is not to lose.
+        chat: The chat version of base, whose ability to chat is grafted on.
+        chats: Chats of the language, to measure replies on.
+        replay_chats: Chats of what the model knew.
+        vocab: New tokens; "auto" takes the recommendation of the first step, 0 adds none.
+        init: How new rows begin (`lapis tokenizer extend --init`).
+        language: A code such as "ms", for the model card.
+        tokens: That are trained on, both trainings together.
+        minutes: In place of tokens: as many as `tokens_per_second` gives in this time.
+        tokens_per_second: That this machine trains; measured where it is not given, and kept in plan.yaml.
+        embedded: The share of the tokens on which new rows are trained alone.
+        replay_share: The share of replay in what is read while everything is trained.
+        lr: Peak learning rate while everything is trained.
+        rows_lr: Peak learning rate of new rows, while they are trained alone.
+        ema: Decay of a running average of the weights while everything is trained, which is then the result; 0 = none.
+        merge_back: The share of the weights that everything was trained from, mixed into the result; 0 = none.
+        context: Tokens of a row.
+        batch: Rows of a step.
+        train: More settings of both trainings (`lapis train`), such as {warmup: 20, precision: float32}.
+        scale: Of the graft.
+        cost: By which share bits per byte of the replay text may rise; more is told at the end.
+        scored: Bytes of held-out text of each language that models are measured on.
+        seed: Of everything.
+    """
+
+    base: str
+    text: tuple[str, ...]
+    out: str
+    replay: tuple[str, ...] = ()
+    chat: str | None = None
+    chats: tuple[str, ...] = ()
+    replay_chats: tuple[str, ...] = ()
+    vocab: Literal["auto"] | int = "auto"
+    init: Init | None = None
+    language: str = ""
+    tokens: int = 1_000_000
+    minutes: float | None = None
+    tokens_per_second: float | None = None
+    embedded: float = 0.2
+    replay_share: float = 0.1
+    lr: float = 1e-4
+    rows_lr: float = 1e-3
+    ema: float = 0.0
+    merge_back: float = 0.0
+    context: int = 512
+    batch: int = 16
+    train: dict[str, Any] = field(default_factory=dict)
+    scale: float = 1.0
+    cost: float = 0.03
+    scored: int = 40_000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.text:
+            raise ConfigError("adapt: text is missing; give files of the language")
+        for name in ("embedded", "replay_share", "ema", "merge_back"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"adapt: {name} is {getattr(self, name)}; it is a share, from 0 to below 1")
+        if isinstance(self.vocab, int) and self.vocab < 0:
+            raise ConfigError(f"adapt: vocab is {self.vocab}; give auto, 0 for no new tokens, or their number")
+        for name in ("tokens", "minutes", "tokens_per_second", "batch", "context", "lr", "rows_lr", "scored"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ConfigError(f"adapt: {name} is {value:g}; it must be above 0")
+        for name in self.train:
+            if name in _SETTLED:
+                raise ConfigError(f"adapt: train: {name} is settled by {_SETTLED[name]} of the plan; give that")
+
+    @property
+    def trained_tokens(self) -> int:
+        """How many tokens both trainings read."""
+        if self.minutes is None or self.tokens_per_second is None:
+            return self.tokens
+        return max(1, int(self.minutes * 60 * self.tokens_per_second))
+
+    def time_of(self, share: float) -> str:
+        """About how long a share of the tokens takes; "" where nobody has measured."""
+        if self.tokens_per_second is None:
+            return ""
+        minutes = self.trained_tokens * share / self.tokens_per_second / 60
+        return f"about {minutes:,.0f} minutes at {self.tokens_per_second:,.0f} tokens a second"
+
+    @property
+    def step_names(self) -> list[str]:
+        """The steps, as far as they are known before the first one is done."""
+        names = ["measure", *(["tokenizer", "start", *(["embedded"] if self.embedded else [])] if self.vocab else [])]
+        names += ["adapted", *(["merged"] if self.merge_back else []), *(["grafted"] if self.chat is not None else [])]
+        return [*names, "card"]
+
+    def steps(self, share: float, context: int) -> int:
+        """Steps of a training that reads a share of the tokens, in rows of `context` tokens."""
+        return max(1, round(self.trained_tokens * share / (self.batch * context)))
+
+
+def read_plan(settings: Mapping[str, Any], where: str = "adapt") -> AdaptPlan:
+    """A plan from the mapping of a file.
+
+    Args:
+        settings: Its keys; lists may be given as one text.
+        where: Named in errors.
+
+    Raises:
+        ConfigError: For an unknown key, or a value of another type.
+    """
+    return build(AdaptPlan, settings, where)
+
+
+def earlier_speed(plan: AdaptPlan, out: Path) -> float | None:
+    """The tokens per second that an earlier call of the same adaptation measured; None where there was none."""
+    if plan.tokens_per_second is not None or not (out / PLAN).is_file():
+        return plan.tokens_per_second
+    before = load_yaml(out / PLAN)
+    same = all(before.get(name) == getattr(plan, name) for name in ("base", "context"))
+    speed = before.get("tokens_per_second")
+    return float(speed) if same and isinstance(speed, (int, float)) and speed > 0 else None
