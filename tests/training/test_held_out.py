@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -134,13 +133,13 @@ def test_next_tokens_have_a_held_out_part(
     curve = [row["held_out"]["valid_loss"] for row in result.log if "held_out" in row]
     assert len(curve) == 3 and curve[-1] == result.held_out["valid_loss"] < curve[0]
     model = load(tmp_path / "out")
-    rows = objective.held_out.take(np.asarray(objective._held_out_rows))
+    rows = objective.held_out[""].draws()[0].to("cpu")
     logits = model(rows.ids_BT, positions_BT=rows.positions_BT, segments_BT=rows.segments_BT)
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows.targets_BT.flatten(), ignore_index=IGNORE)
     assert curve[-1] == pytest.approx(expected.item(), rel=1e-5)
     assert ("valid_bits_per_byte" in result.held_out) == (kind == "causal")
     if valid == 0.25:  # what is held out is never learned from
-        total = len(objective.held_out)
+        total = len(objective.held_out[""].data)
         assert objective.rows == total - round(total / 4)
         batches = objective.batches(FirstRows(1, 0))
         learned_rows = {int(next(batches)[0].rows[0]) for _ in range(2 * objective.rows)}
@@ -218,3 +217,108 @@ def test_an_evaluation_says_how_far_it_is(
     assert heard[0] == "evaluating held-out data  0%"
     assert any(re.search(r"\d%  0:00:\d\d left$", text) for text in heard)
     assert watch.left[4] >= 1  # one evaluation of more than a second is still to come
+
+
+BIRDS = [Document(f"Birds sing {i} songs over the {'north south east west'.split()[i % 4]} sea.", Path("b"), i)
+         for i in range(40)]  # fmt: skip
+
+
+class Recorded(Causal):
+    """Causal that keeps the weights of each evaluation."""
+
+    def evaluate(self, model: Transformer) -> dict[str, float]:
+        metrics = super().evaluate(model)
+        seen = self.__dict__.setdefault("seen", [])
+        seen.append((metrics, {name: p.detach().clone() for name, p in model.named_parameters()}))
+        return metrics
+
+
+@pytest.fixture
+def forgets(new_model: Make, tokenizer: Tokenizer, documents: list[Document], tmp_path: Path) -> Callable[[], Any]:
+    """() -> a model that knows birds, and an objective that teaches cats and watches both."""
+    model = new_model()
+    config = replace(CONFIG, steps=30, eval_every=0)
+    train(model, Causal(tokenizer, BIRDS[8:], context=32), config, tmp_path / "birds", watch=Silent())
+
+    def make_both() -> tuple[Transformer, Recorded]:
+        learned, valid = documents[:-8], {"cats": documents[-8:], "birds": BIRDS[:8]}
+        return load(tmp_path / "birds", torch.float32), Recorded(tokenizer, learned, context=32, valid=valid)
+
+    return make_both
+
+
+def test_each_held_out_text_has_a_name(forgets: Callable[[], Any], tokenizer: Tokenizer) -> None:
+    model, objective = forgets()
+    figures = objective.evaluate(model)
+    assert list(figures) == ["cats/bits_per_byte", "birds/bits_per_byte"]
+    alone = Causal(tokenizer, BIRDS, context=32, valid=BIRDS[:8])
+    assert figures["birds/bits_per_byte"] == alone.evaluate(model)["valid_bits_per_byte"]
+    assert "rows of cats, " in objective.coverage()[-1] and set(objective.describe()["valid"]) == {"cats", "birds"}
+    with pytest.raises(ConfigError, match="valid: 'a b' is no name"):
+        Causal(tokenizer, BIRDS, context=32, valid={"a b": BIRDS})
+
+
+LIMITED = replace(CONFIG, steps=40, eval_every=2, lr=3e-3, schedule="constant", limits={"birds/bits_per_byte": "20%"})
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.5])
+def test_a_run_ends_within_its_limits(ema: float, forgets: Callable[[], Any], tmp_path: Path) -> None:
+    notes: list[str] = []
+    watch = Silent()
+    watch.note = notes.append  # type: ignore[method-assign]
+    model, objective = forgets()
+    result = train(model, objective, replace(LIMITED, ema=ema), tmp_path / "out", watch=watch)
+    start, *evaluated = [metrics["birds/bits_per_byte"] for metrics, _ in objective.seen]
+    limit = 1.2 * start
+    assert result.start == objective.seen[0][0] and start <= limit
+    *within, beyond, again = evaluated  # what was written is measured once more
+    assert all(value <= limit for value in within) and beyond > limit and again == within[-1]
+    assert result.steps == 2 * (len(within) + 1) < 40 and result.best_step == 2 * len(within)
+    assert result.held_out["birds/bits_per_byte"] == again
+    saved = load(tmp_path / "out").state_dict()
+    assert all(torch.equal(saved[name], weight) for name, weight in objective.seen[-3][1].items())
+    assert result.ended and result.ended in notes[-1]
+    assert f"beyond its limit of {limit:.4g}, 20% from {start:.4g} at the start" in result.ended
+    assert f"ends with the weights of step {result.best_step}, the last within" in result.ended
+    facts = json.loads((tmp_path / "out" / "training.json").read_text())
+    page = run_page(result.log, facts, "out").render()
+    assert "Why it ended: birds/bits_per_byte is" in page and "bits per byte, birds" in page
+
+
+def test_limits_outlive_a_kill(forgets: Callable[[], Any], tmp_path: Path) -> None:
+    digests = []
+    config = replace(LIMITED, limits={"birds/bits_per_byte": "60%"})
+    for name in ("whole", "killed"):
+        if name == "killed":
+            with pytest.raises(StopError):
+                train(*forgets(), config, tmp_path / name, watch=Breaks())
+        result = train(*forgets(), config, tmp_path / name, watch=Silent())
+        assert result.ended and result.steps > 8
+        digests.append([(tmp_path / name / "model.safetensors").read_bytes(), result.start, result.ended])
+    assert digests[0] == digests[1]
+
+
+def test_limits_that_are_left_at_once_or_never_met(forgets: Callable[[], Any], tmp_path: Path) -> None:
+    model, objective = forgets()
+    result = train(model, objective, replace(LIMITED, limits={"birds/bits_per_byte": "0%"}), tmp_path / "a",
+                   watch=Silent())  # fmt: skip
+    assert result.steps == 2 and result.best_step == 0 and "weights before the first step" in (result.ended or "")
+    assert all(torch.equal(p, objective.seen[0][1][name]) for name, p in model.named_parameters())
+    result = train(*forgets(), replace(LIMITED, steps=6, limits={"birds/bits_per_byte": 0.01}), tmp_path / "b",
+                   watch=Silent())  # fmt: skip
+    assert result.steps == 6 and result.ended is None
+    model, objective = forgets()  # left by the very last steps
+    config = replace(LIMITED, steps=3, lr=3e-2, eval_every=9, limits={"birds/bits_per_byte": "50%"})
+    result = train(model, objective, config, tmp_path / "c", watch=Silent())
+    assert result.steps == 3 and result.ended and result.best_step is not None and result.best_step < 3
+    assert result.held_out["birds/bits_per_byte"] <= 1.5 * result.start["birds/bits_per_byte"]
+
+
+def test_limits_that_cannot_be_are_refused(forgets: Callable[[], Any], tmp_path: Path) -> None:
+    for limits, text in (({"birds": "3"}, 'a share such as "3%"'), ({"birds": "-3%"}, "birds is")):
+        with pytest.raises(ConfigError, match=text):
+            replace(CONFIG, limits=limits)
+    with pytest.raises(ConfigError, match="limits need eval_every"):
+        replace(LIMITED, eval_every=0)
+    with pytest.raises(ConfigError, match=r"birds/bits_per_bite. is not measured; did you mean"):
+        train(*forgets(), replace(LIMITED, limits={"birds/bits_per_bite": 1.0}), tmp_path / "out", watch=Silent())

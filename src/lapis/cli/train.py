@@ -43,8 +43,9 @@ def train(
         for name, value in result.held_out.items():
             text += f", held-out {name.replace('_', ' ')} {value:.4g}"
         line(f"{text}, {result.tokens_per_second:,.0f} tokens/s, {result.seconds:,.0f} s")
-        if result.overfitting:
-            line(result.overfitting)
+        for sentence in (result.overfitting, result.ended):
+            if sentence:
+                line(sentence)
         if head == "language":
             talks = objective_class(how.objective).name == "chat"
             line(f"next: lapis chat {result.out}" if talks else f'next: lapis generate {result.out} "..."', "dim")

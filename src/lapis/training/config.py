@@ -1,10 +1,12 @@
 """TrainConfig: every option of a run, in one place. The options of an objective are its own fields."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lapis.config import check_numbers
 from lapis.errors import ConfigError
+from lapis.parsing import quoted
 
 Shape = Literal["wsd", "constant", "cosine", "linear"]
 
@@ -44,6 +46,8 @@ class TrainConfig:
             loss, nll, perplexity, error, kl or bits per byte; more for any other.
         early_stop: Stop after so many evaluations without a better value; 0 = never.
         best: End with the weights of the best evaluation.
+        limits: Held-out metric -> how far it may go: a value, or a share of its value at the start, such as "3%", by
+            which it may become worse. The run ends at the first evaluation beyond, with the weights of the last within.
     """
 
     steps: int | None = None
@@ -75,6 +79,7 @@ class TrainConfig:
     watch_metric: str = ""
     early_stop: int = 0
     best: bool = False
+    limits: dict[str, float | str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_numbers(self, "train")
@@ -104,6 +109,11 @@ class TrainConfig:
             raise ConfigError(f"train: decay is {self.decay}; it is a share of the run, from 0 to 1")
         if (self.early_stop or self.best) and not self.eval_every:
             raise ConfigError("train: early_stop and best need eval_every, the steps between evaluations")
+        if self.limits and not self.eval_every:
+            raise ConfigError("train: limits need eval_every, the steps between evaluations")
+        for name, limit in self.limits.items():
+            if isinstance(limit, str) and not re.fullmatch(r"\d+(\.\d+)? ?%", limit):
+                raise ConfigError(f'train: limits: {name} is {quoted(limit)}; give a value, or a share such as "3%"')
         if self.batch % self.accumulate:
             raise ConfigError(
                 f"train: batch {self.batch} does not divide into accumulate {self.accumulate} equal parts"

@@ -120,8 +120,10 @@ class TrainResult:
         log: The learning curve.
         metrics: The objective's own, over the last tenth of the curve.
         held_out: Held-out metrics of the weights that were written; empty where nothing is held out.
-        best_step: The step of these weights, where the run ends with the best.
+        best_step: The step of these weights, where the run ends with the best, or with the last within the limits.
         overfitting: A sentence where the held-out loss rose again while the run went on.
+        start: Held-out metrics before the first step, where there were limits.
+        ended: Why the run ended early, or with other weights than the last; None where it did not.
     """
 
     out: Path
@@ -138,6 +140,8 @@ class TrainResult:
     held_out: dict[str, float] = field(default_factory=dict)
     best_step: int | None = None
     overfitting: str | None = None
+    start: dict[str, float] = field(default_factory=dict)
+    ended: str | None = None
 
     def figures(self) -> dict[str, Any]:
         """Everything but the curve and the folder, as JSON."""

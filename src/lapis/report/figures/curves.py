@@ -117,7 +117,7 @@ def metric_panels(runs: Runs, names: Sequence[str], title: str, *, x: str = "ste
         return theme.nothing(title)
     figure = theme.new_figure(title)
     wide = min(3, len(names))
-    titles = [METRICS.get(name, name.replace("_", " ")) for name in names]
+    titles = [metric_title(name) for name in names]
     several = len(runs) > 1
     heights = theme.panels(figure, titles, height=170, wide=wide, top=62 if several else 30)
     places = theme.series(runs)
@@ -157,6 +157,12 @@ def metric_panels(runs: Runs, names: Sequence[str], title: str, *, x: str = "ste
         if panel > len(names) - wide:
             theme.axis_title(figure, AXES.get(x, x), panel=panel)
     return figure
+
+
+def metric_title(name: str) -> str:
+    """A metric as a reader would call it; ms/bits_per_byte is "bits per byte, ms"."""
+    of, _, plainly = name.rpartition("/")
+    return METRICS.get(plainly, plainly.replace("_", " ")) + (f", {of}" if of else "")
 
 
 def metric_points(rows: Iterable[Row], name: str, x: str, held_out: bool | None = None) -> list[tuple[float, float]]:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lapis.report.figures.curves import METRICS, Runs, learning_curves, metric_panels, metric_points
+from lapis.report.figures.curves import Runs, learning_curves, metric_panels, metric_points, metric_title
 from lapis.report.figures.matrix import matrix
 from lapis.report.markup import Column
 from lapis.report.page import Page
@@ -49,8 +49,11 @@ class Run:
 
     @property
     def rows(self) -> list[Row]:
-        """The log; a held-out measurement that was made only at the end stands at the last row."""
+        """The log; a held-out measurement that was made only at the end stands at the last row, one at the start in a
+        row of its own."""
         rows: list[Row] = [dict(row) for row in self.log]
+        if rows and isinstance(start := self.facts.get("start"), Mapping) and start:
+            rows.insert(0, {"step": 0, "tokens": 0, "seconds": 0.0, "held_out": dict(start)})
         last = self.facts.get("held_out")
         if rows and isinstance(last, Mapping) and last and not any(row.get("held_out") for row in rows):
             rows[-1] = {**rows[-1], "held_out": last}
@@ -126,6 +129,8 @@ def add_runs(page: Page, runs: Sequence[Run], heading: str = "") -> Page:
     for run in runs:
         if (sentence := _over_fitting(run)) is not None:
             page.text(f"{run.name}: {sentence}" if len(runs) > 1 else sentence[0].upper() + sentence[1:])
+        if isinstance(ended := run.facts.get("ended"), str):
+            page.text(f"{run.name}: {ended}." if len(runs) > 1 else f"Why it ended: {ended}.")
     if any(row.get("bits_per_byte") is not None for rows in curves.values() for row in rows):
         rows = [{"run": name, **row} for name, mine in curves.items() for row in mine]
         page.figure(learning_curves(rows, "The same in bits per byte, which tokenizers share", x=x, y="bits_per_byte"))
@@ -203,7 +208,7 @@ def _moved(runs: Runs, names: Sequence[str]) -> str:
             if name in names and len(points) > 1:
                 few = max(1, len(points) // 20)
                 first, last = (sum(v for _, v in part) / few for part in (points[:few], points[-few:]))
-                known = METRICS.get(name, name.replace("_", " "))
+                known = metric_title(name)
                 return f"{known[0].upper()}{known[1:]}: from {first:.3g} to {last:.3g}"
     return "What the objective measures"
 
@@ -221,7 +226,7 @@ def _key_figures(run: Run, unit: str) -> list[tuple[str, str, str]]:
         figures.append(("held-out loss", f"{run.held_out[-1][1]:.3f}", unit))
     held_out = run.facts.get("held_out") or last.get("held_out") or {}
     others = [(name, value) for name, value in held_out.items() if name not in HELD_OUT_LOSS]
-    figures += [(f"held-out {METRICS.get(name, name.replace('_', ' '))}", f"{value:.4g}", "")
+    figures += [(f"held-out {metric_title(name)}", f"{value:.4g}", "")
                 for name, value in others[:2] if isinstance(value, int | float)]  # fmt: skip
     figures.append(("steps", f"{last.get('step', len(run.log)):,}", f"{last.get('tokens', 0):,} tokens"))
     if last.get("seconds"):

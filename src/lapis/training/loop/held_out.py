@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lapis.config import nearest
 from lapis.errors import ConfigError, TrainingError
+from lapis.parsing import quoted
 from lapis.training.config import TrainConfig
 from lapis.training.distributed.parallel import Processes
 from lapis.training.loop.progress import Watch, live, show_share
@@ -30,6 +31,7 @@ class Evaluator:
         self.state, self.config, self.world, self.watch = state, config, world, watch
         self._warned = False
         self._seconds = 0.0  # of the last evaluation
+        self.latest: dict[str, float] = {}
 
     @property
     def objective(self) -> Objective:
@@ -46,6 +48,26 @@ class Evaluator:
             self._seconds = time.monotonic() - started
         return dict(self.world.from_lead(metrics))
 
+    def begin(self) -> None:
+        """Measures the start, from which limits count; nothing where there are none, or where it is known.
+
+        Raises:
+            TrainingError: Where the objective has no held-out data.
+            ConfigError: For a limit of what is not measured.
+        """
+        state = self.state
+        if not self.config.limits or state.start:
+            return
+        state.start = self._required()
+        for name in self.config.limits:
+            if name not in state.start:
+                raise ConfigError(f"train: limits: {quoted(name)} is not measured; {nearest(name, state.start)}")
+        self._note(state.start)
+        if beyond := self._beyond(state.start):
+            self.watch.note(f"train: {beyond} from the start; the run ends when it has come within and leaves again")
+        else:
+            self._keep_within()
+
     def seconds_left(self) -> float:
         """Seconds of the evaluations to come, as long as the last one took; 0 where none was or no end is fixed."""
         total, every = self.state.schedule.total, self.config.eval_every
@@ -57,7 +79,8 @@ class Evaluator:
         """One evaluation within the run.
 
         Returns:
-            The metrics, and whether the watched one has not improved for so long that the run should stop.
+            The metrics, and whether the run should stop: the watched one has not improved for long, or one is beyond
+            its limit. `state.ended` says which.
 
         Raises:
             TrainingError: Where the objective has no held-out data.
@@ -65,18 +88,76 @@ class Evaluator:
         """
         state, config = self.state, self.config
         with state.average.in_place():
-            metrics = self.metrics()
-            if not metrics:
-                raise TrainingError("train: eval_every is set, but the objective has no held-out data; give it some")
+            metrics = self._required()
+            self._note(metrics)
+            if self._left(metrics):
+                return metrics, True
+            if config.limits and not self._beyond(metrics):
+                self._keep_within()
             name = watched_metric(metrics, config.watch_metric)
             update_best(state.best, state.step, name, metrics[name], state.model, config.best and self.world.leads)
         self._warn_of_overfitting(metrics)
-        text = "  ".join(f"{key} {value:.4g}" for key, value in metrics.items())
-        self.watch.note(f"  step {state.step}: held-out {text}")
         if config.early_stop and state.best.stale >= config.early_stop:
-            self.watch.note(f"train: {name} was best at step {state.best.step} ({state.best.value:.4g}); stopped early")
-            return metrics, True
-        return metrics, False
+            state.ended = f"{name} was best at step {state.best.step} ({state.best.value:.4g}); stopped early"
+            self.watch.note(f"train: {state.ended}")
+        return metrics, bool(state.ended)
+
+    def result(self) -> dict[str, float]:
+        """Gives the model the weights that the run ends with, and measures these.
+
+        They are the best ones, where that was asked for; after the limits were left those of the last evaluation
+        within; else the last ones, or their average.
+        """
+        state = self.state
+        if state.left:
+            put_weights(state.model, state.within.weights)
+        elif self.config.best and state.best.weights:
+            put_weights(state.model, state.best.weights)
+        else:
+            state.average.put()
+        metrics = self.metrics()
+        if not state.left and self._left(metrics):  # by the last steps
+            put_weights(state.model, state.within.weights)
+            metrics = self.metrics()
+        return metrics
+
+    def _left(self, metrics: Mapping[str, float]) -> bool:
+        """Whether a metric is beyond its limit now and none was at an earlier evaluation; notes why the run ends."""
+        state, beyond = self.state, self._beyond(metrics)
+        if not beyond or state.within.step is None:
+            return False
+        of = f"of step {state.within.step:,}" if state.within.step else "before the first step"
+        state.left, state.ended = True, f"{beyond}; the run ends with the weights {of}, the last within"
+        self.watch.note(f"train: {state.ended}")
+        return True
+
+    def _beyond(self, metrics: Mapping[str, float]) -> str:
+        """Half a sentence about a metric that is beyond its limit; "" where none is. A NaN is."""
+        for name, limit in self.config.limits.items():
+            bound, over = limit, ""
+            if isinstance(limit, str):
+                share = float(limit.rstrip(" %")) / 100
+                bound = self.state.start[name] * (1 + share if less_is_better(name) else 1 - share)
+                over = f", {limit} from {self.state.start[name]:.4g} at the start"
+            if not (metrics[name] == bound or better(name, metrics[name], float(bound))):
+                return f"{name} is {metrics[name]:.4g}, beyond its limit of {bound:.4g}{over}"
+        return ""
+
+    def _keep_within(self) -> None:
+        state = self.state
+        weights = trained_weights(state.model) if self.world.leads else {}
+        state.within = Best(state.step, weights=weights)
+
+    def _required(self) -> dict[str, float]:
+        metrics = self.metrics()
+        if not metrics:
+            raise TrainingError("train: eval_every is set, but the objective has no held-out data; give it some")
+        return metrics
+
+    def _note(self, metrics: Mapping[str, float]) -> None:
+        self.latest = dict(metrics)
+        text = "  ".join(f"{key} {value:.4g}" for key, value in metrics.items())
+        self.watch.note(f"  step {self.state.step}: held-out {text}")
 
     def _warn_of_overfitting(self, metrics: Mapping[str, float]) -> None:
         rows = [*self.state.log, {"step": self.state.step, "held_out": metrics}]
@@ -135,8 +216,12 @@ def watched_metric(metrics: Mapping[str, float], name: str) -> str:
 
 def better(name: str, value: float, than: float) -> bool:
     """Whether a metric improved; a NaN never does."""
-    less = any(word in name.split("/")[-1].lower().replace("_", " ").split() for word in LESS_IS_BETTER)
-    return value < than if less else value > than
+    return value < than if less_is_better(name) else value > than
+
+
+def less_is_better(name: str) -> bool:
+    """Whether a metric is a loss of some kind, by its name behind the last slash."""
+    return any(word in name.split("/")[-1].lower().replace("_", " ").split() for word in LESS_IS_BETTER)
 
 
 def update_best(best: Best, step: int, name: str, value: float, model: nn.Module, keep: bool) -> None:
@@ -144,6 +229,18 @@ def update_best(best: Best, step: int, name: str, value: float, model: nn.Module
     if best.step is None or better(name, value, best.value):
         best.step, best.value, best.stale = step, value, 0
         if keep:
-            best.weights = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+            best.weights = trained_weights(model)
     else:
         best.stale += 1
+
+
+def trained_weights(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of what is trained."""
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+@torch.no_grad()
+def put_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Gives parameters these values."""
+    for name, weight in weights.items():
+        model.get_parameter(name).copy_(weight)

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import torch
-from torch import Tensor
 
 from lapis.checkpoint.commit import commit
 from lapis.errors import ConfigError, TrainingError
@@ -82,10 +81,15 @@ def train(
             return result
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     watch = watch or watcher(out.name)
+    copies = 3 + (config.ema > 0) + config.best + bool(config.limits)  # that a checkpoint holds
     try:
         with (
             commit(
-                out, kind="training", overwrite=overwrite, resumable=True, needs_bytes=(3 * config.keep + 4) * weights
+                out,
+                kind="training",
+                overwrite=overwrite,
+                resumable=True,
+                needs_bytes=(copies * config.keep + 4) * weights,
             ) as staging,
             clean_journal(staging, fresh) as journal,
             stop_requests(immediate=world.size == 1) as request,
@@ -186,15 +190,13 @@ class _TrainingRun:
             self.started = time.monotonic() - state.seconds  # measuring is no part of a budget; an earlier run is
             cpu = state.device.type == "cpu"
             with threads(self.facts["threads"]) if cpu else nullcontext():
+                with self.request.at_once():
+                    self.evaluator.begin()
                 with compiled(self.model, bool(self.facts.get("compile"))):
                     self._steps()
-                if config.best and state.best.weights:
-                    self._put_weights(state.best.weights)
-                else:
-                    state.average.put()
-                held_out = self._unless_stopped(self.evaluator.metrics)
+                held_out = self._unless_stopped(self.evaluator.result)
         self.model.eval()
-        if held_out and config.eval_every and not config.best:
+        if held_out and config.eval_every and not config.best and not state.ended:
             state.log[-1]["held_out"] = held_out  # so that both curves reach the end
         spent = sum(row["train_seconds"] for row in state.log)
         return TrainResult(
@@ -210,7 +212,9 @@ class _TrainingRun:
             log=state.log,
             metrics=last_metrics(state.log),
             held_out=held_out,
-            best_step=state.best.step if config.best else None,
+            best_step=state.within.step if state.left else state.best.step if config.best else None,
+            start=state.start,
+            ended=state.ended or None,
             overfitting=overfitting(state.log),
         )
 
@@ -263,7 +267,9 @@ class _TrainingRun:
         of_objective = world.spread(state.objective.state_tensors(), state.device)
         numbers = [state.step, state.cursor, state.seconds, state.tokens, asdict(state.schedule), state.log]
         state.step, state.cursor, state.seconds, state.tokens, shape, state.log = world.from_lead(numbers)
+        evaluations = world.from_lead(state.evaluations())
         if not world.leads:
+            state.take_evaluations(evaluations)
             state.schedule = Schedule(**shape)
             state.optimizers.restore(held)
             if of_objective:
@@ -273,6 +279,8 @@ class _TrainingRun:
         state, config = self.state, self.config
         batches = self.objective.batches(state)
         saved = sampled = time.monotonic()
+        if state.ended:
+            return
         if self._evaluation_is_due() and "held_out" not in state.log[-1] and self._evaluate():
             return  # stopped while it evaluated
         self._show_estimate()
@@ -286,7 +294,7 @@ class _TrainingRun:
             self._fit_budget()
             self._show_notes()
             done = state.step == state.schedule.total
-            live(self.watch).step(self._row())
+            live(self.watch).step({**self._row(), "evaluated": self.evaluator.latest})
             if done or state.step % config.log_every == 0:
                 self._log()
             if not done and self._evaluation_is_due() and self._evaluate():
@@ -370,12 +378,6 @@ class _TrainingRun:
             self._log()
         self.state.log[-1]["held_out"] = metrics
         return stop
-
-    @torch.no_grad()
-    def _put_weights(self, weights: dict[str, Tensor]) -> None:
-        for name, parameter in self.model.named_parameters():
-            if name in weights:
-                parameter.copy_(weights[name])
 
     def _save(self, journal: CheckpointJournal) -> Path:
         if self.window.steps:

@@ -163,6 +163,8 @@ def format_row(row: Mapping[str, Any]) -> str:
         text += f"  {row['bits_per_byte']:.3f} bits/byte"
     for name, value in list(row.get("metrics", {}).items())[:5]:
         text += f"  {name.replace('_', ' ')} {value:.3g}"
+    for name, value in list(row.get("evaluated", {}).items())[:3]:
+        text += f"  {name.replace('_', ' ')} {value:.4g}"
     return f"{text}  {row['tokens_per_second']:,.0f} tok/s  {format_time(row['seconds_left'])} left"
 
 

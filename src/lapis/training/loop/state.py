@@ -30,6 +30,7 @@ from lapis.training.setup import lora
 
 _STATE, _OPTIMIZER, _RNG, _LOG = "state.json", "optimizer.safetensors", "rng.safetensors", "log.jsonl"
 _BEST, _AVERAGE, _OBJECTIVE = "best.safetensors", "average.safetensors", "objective.safetensors"
+_WITHIN = "within.safetensors"
 
 
 class Saves(Protocol):
@@ -75,6 +76,10 @@ class TrainState:
         tokens: Positions computed.
         log: The learning curve, one mapping per entry.
         best: The best evaluation so far.
+        within: The last evaluation within the limits.
+        start: Held-out metrics before the first step, where there are limits.
+        ended: Why the run ends otherwise than with its last step; "" while it does not.
+        left: Whether it ends since a metric went beyond its limit.
     """
 
     model: Transformer
@@ -91,10 +96,24 @@ class TrainState:
     tokens: int = 0
     log: list[dict[str, Any]] = field(default_factory=list)
     best: Best = field(default_factory=Best)
+    within: Best = field(default_factory=Best)
+    start: dict[str, float] = field(default_factory=dict)
+    ended: str = ""
+    left: bool = False
 
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+    def evaluations(self) -> dict[str, Any]:
+        """What evaluations have shown, without weights, as JSON."""
+        numbers = {"best": self.best.numbers(), "within": self.within.numbers()}
+        return {**numbers, "start": self.start, "ended": self.ended, "left": self.left}
+
+    def take_evaluations(self, numbers: Mapping[str, Any]) -> None:
+        """The reverse of `evaluations`."""
+        self.best, self.within = Best(**numbers["best"]), Best(**numbers["within"])
+        self.start, self.ended, self.left = dict(numbers["start"]), numbers["ended"], numbers["left"]
 
 
 def save(state: TrainState, folder: Path, facts: Mapping[str, Any], tokenizer: Saves | None) -> None:
@@ -110,10 +129,11 @@ def save(state: TrainState, folder: Path, facts: Mapping[str, Any], tokenizer: S
             write_tensors(staging.path / _AVERAGE, state.average.tensors)
         if tensors := state.objective.state_tensors():
             write_tensors(staging.path / _OBJECTIVE, tensors)
-        if state.best.weights:
-            write_tensors(staging.path / _BEST, state.best.weights)
+        for name, best in ((_BEST, state.best), (_WITHIN, state.within)):
+            if best.weights:
+                write_tensors(staging.path / name, best.weights)
         numbers = {"step": state.step, "cursor": state.cursor, "seconds": state.seconds, "tokens": state.tokens,
-                   "best": state.best.numbers()}  # fmt: skip
+                   **state.evaluations()}  # fmt: skip
         text = json.dumps({**numbers, "schedule": asdict(state.schedule), "facts": facts}, indent=1, ensure_ascii=False)
         (staging.path / _STATE).write_text(text + "\n", encoding="utf-8")
 
@@ -132,8 +152,10 @@ def restore(state: TrainState, folder: Path) -> None:
         state.average.restore(read_tensors(folder / _AVERAGE))
     if (folder / _OBJECTIVE).exists():
         state.objective.restore_tensors(read_tensors(folder / _OBJECTIVE))
-    weights = read_tensors(folder / _BEST) if (folder / _BEST).exists() else {}
-    state.best = Best(**numbers["best"], weights=weights)
+    state.take_evaluations(numbers)
+    for name, best in ((_BEST, state.best), (_WITHIN, state.within)):
+        if (folder / name).exists():
+            best.weights = read_tensors(folder / name)
 
 
 class CheckpointJournal:

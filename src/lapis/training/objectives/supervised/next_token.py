@@ -8,10 +8,12 @@ Shapes: B rows, T places, R places with loss, D model dim.
 
 import copy
 import math
+import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, fields
+from itertools import groupby
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -27,6 +29,7 @@ from lapis.generation.options import Sampling
 from lapis.model.heads import LanguageHead, MaskedHead
 from lapis.model.scoring import BATCH_TOKENS, evaluating
 from lapis.model.transformer import Transformer
+from lapis.parsing import quoted
 from lapis.text.rows.coverage import lines
 from lapis.text.rows.data_sources import PackingSettings, open_data
 from lapis.text.rows.mixture import Data, Draw, Mixture, draws
@@ -36,6 +39,35 @@ from lapis.text.tokenizer.tokenizer import Tokenizer
 from lapis.training.loop.progress import LogLines
 from lapis.training.objectives.objective import Cursor, DataPlace, Loss, Objective
 from lapis.training.objectives.supervised.cross_entropy import head_cross_entropy
+
+
+@dataclass(frozen=True)
+class HeldOutRows:
+    """The rows of some data that are held out."""
+
+    data: Data
+    rows: range
+
+    def draws(self) -> list[Draw]:
+        """All of them, in batches."""
+        parts = np.array_split(np.asarray(self.rows), -(-len(self.rows) * self.data.length // BATCH_TOKENS))
+        return [Draw(self.data, part) for part in parts]
+
+
+def named_places(valid: Any) -> dict[str, Any]:
+    """What is held out, by name; "" is the name of the only one. A mapping with weights or with `path` is one source.
+
+    Raises ConfigError for a name that would not read well in a curve.
+    """
+    one = not isinstance(valid, Mapping) or "path" in valid
+    if one or all(isinstance(place, (int, float)) for place in valid.values()):
+        return {"": valid}
+    for name in valid:
+        if not re.fullmatch(r"[\w.+-]{1,40}", str(name)):
+            raise ConfigError(
+                f"valid: {quoted(name)} is no name; give letters, digits, dots and dashes, as in ms: FILE"
+            )
+    return {str(name): place for name, place in valid.items()}
 
 
 @dataclass(eq=False)
@@ -52,14 +84,14 @@ class NextToken(Objective):
 
     def __post_init__(self) -> None:
         self.examples = self.read(self.data)
-        self.held_out: Data | None = None
-        self._held_out_rows = range(0)
+        self.held_out: dict[str, HeldOutRows] = {}
         if isinstance(self.valid, float):
-            self.held_out, self.examples = self.examples, without_last_rows(self.examples, self.valid)
-            self._held_out_rows = range(len(self.examples), len(self.held_out))
+            whole, self.examples = self.examples, without_last_rows(self.examples, self.valid)
+            self.held_out[""] = HeldOutRows(whole, range(len(self.examples), len(whole)))
         elif self.valid is not None:
-            self.held_out = self.read(self.valid)
-            self._held_out_rows = range(len(self.held_out))
+            for name, place in named_places(self.valid).items():
+                data = self.read(place)
+                self.held_out[name] = HeldOutRows(data, range(len(data)))
         self.rows = len(self.examples)
 
     def read(self, data: Any, too_long: Literal["cut", "drop"] = "cut") -> Data:
@@ -75,11 +107,12 @@ class NextToken(Objective):
     def describe(self) -> dict[str, Any]:
         examples = self.examples
         counts = {"rows": self.rows, **examples.counts}
-        if self.held_out is not None:
-            counts["held_out"] = len(self._held_out_rows)
+        if self.held_out:
+            counts["held_out"] = sum(len(held.rows) for held in self.held_out.values())
         return {
             "objective": self.name,
             "data": examples.facts if isinstance(examples, Mixture) else examples.digest,
+            **({"valid": {name: held.data.digest for name, held in self.held_out.items()}} if self.held_out else {}),
             "counts": counts,
             "context": examples.length,
             "tokenizer": self.tokenizer.digest(),
@@ -87,8 +120,10 @@ class NextToken(Objective):
 
     def coverage(self) -> list[str]:
         """How much of the data carries loss, and how much is held out."""
-        held_out = [f"held out: {len(self._held_out_rows):,} rows"] if self.held_out is not None else []
-        return [*lines(self.examples), *held_out]
+        held_out = [
+            f"{len(held.rows):,} rows" + (f" of {name}" if name else "") for name, held in self.held_out.items()
+        ]
+        return [*lines(self.examples), *([f"held out: {', '.join(held_out)}"] if held_out else [])]
 
     def batches(self, state: DataPlace) -> Iterator[tuple[Draw, Cursor]]:
         return draws(self.examples, state.rows, state.seed, state.cursor)
@@ -104,13 +139,16 @@ class NextToken(Objective):
         return total, count, {"tokens": batch.ids_BT.numel()}
 
     def evaluate(self, model: Transformer) -> dict[str, float]:
-        """valid_loss: nats per supervised token of the held-out rows, each once."""
-        if self.held_out is None:
-            return {}
-        rows = np.asarray(self._held_out_rows)
-        parts = np.array_split(rows, -(-len(rows) * self.held_out.length // BATCH_TOKENS))
-        batches = (Draw(self.held_out, part) for part in self.counted(parts))
-        return {"valid_loss": mean_loss(model, (self.prepare(model, batch) for batch in batches), next_token_loss)}
+        """valid_loss, or NAME/loss of each held-out text that has a name."""
+        return {f"{name}/loss" if name else "valid_loss": loss for name, loss in self.held_out_losses(model).items()}
+
+    def held_out_losses(self, model: Transformer) -> dict[str, float]:
+        """Nats per supervised token of the held-out rows, each once, by the name of what is held out."""
+        parts = [(name, draw) for name, held in self.held_out.items() for draw in held.draws()]
+        return {
+            name: mean_loss(model, (self.prepare(model, draw) for _, draw in mine), next_token_loss)
+            for name, mine in groupby(self.counted(parts), key=lambda part: part[0])
+        }
 
 
 @dataclass(eq=False, kw_only=True)
@@ -122,7 +160,8 @@ class Causal(NextToken):
             {place: weight} or a list of {path, weight} (text/rows/data_sources.py).
         context: Tokens of a row.
         valid: Held-out data of the same kind, or a share such as 0.05 of the rows of `data`, which are then not learned
-            from: valid_loss and valid_bits_per_byte are measured on it.
+            from: valid_loss and valid_bits_per_byte are measured on it. Several by name, as {ms: a.jsonl, en: [b, c]}:
+            NAME/bits_per_byte of each.
         field: What holds the text in a record, where it has another name than usual.
         workers: Processes that pack large files; 0 = one for each processor.
     """
@@ -135,11 +174,11 @@ class Causal(NextToken):
         return total, count, {"tokens": batch.ids_BT.numel(), "bytes": count * self.examples.bytes_per_token}
 
     def evaluate(self, model: Transformer) -> dict[str, float]:
-        """valid_loss, and valid_bits_per_byte of the same rows."""
-        metrics = super().evaluate(model)
-        if self.held_out is not None:
-            bytes_per_token = self.held_out.bytes_per_token
-            metrics["valid_bits_per_byte"] = metrics["valid_loss"] / math.log(2) / bytes_per_token
+        """valid_loss and valid_bits_per_byte, or NAME/bits_per_byte of each held-out text that has a name."""
+        metrics: dict[str, float] = {}
+        for name, loss in self.held_out_losses(model).items():
+            bits = loss / math.log(2) / self.held_out[name].data.bytes_per_token
+            metrics |= {f"{name}/bits_per_byte": bits} if name else {"valid_loss": loss, "valid_bits_per_byte": bits}
         return metrics
 
     def sample(self, model: Transformer) -> str:
@@ -154,7 +193,7 @@ class Chat(NextToken):
         data: Files of chats, chats, rows that are packed already, or several of these by weights, as for Causal.
         context: Tokens of a row.
         valid: Held-out data of the same kind, or a share such as 0.05 of the rows of `data`, which are then not learned
-            from: valid_loss is measured on it.
+            from: valid_loss is measured on it. Several by name, as {ms: a.jsonl, en: b.jsonl}: NAME/loss of each.
         too_long: A chat longer than a row is cut at its end, or dropped. Both are counted.
         field: What holds the messages in a record, where it has another name than usual.
         workers: Processes that pack large files; 0 = one for each processor.
