@@ -31,10 +31,11 @@ MAY_IMPORT = {
     "language": {
         "checkpoint", "evaluation", "families", "generation", "model", "report", "text", "training", "weights",
     },
+    "serving": {"families", "generation", "model", "text"},
     "tour": {"checkpoint", "evaluation", "families", "generation", "model", "report", "text", "training", "weights"},
     "cli": {
         "checkpoint", "evaluation", "families", "formats", "generation", "inside", "language", "model", "planning",
-        "report", "text", "tour", "training", "weights",
+        "report", "serving", "text", "tour", "training", "weights",
     },
 }  # fmt: skip
 

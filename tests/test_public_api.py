@@ -35,6 +35,7 @@ FUNCTIONS = {
     "merge": ["recipe", "out"],
     "open": ["source"],
     "plan": ["base", "chat", "goal", "budget"],
+    "serve": ["models", "options", "runtime"],
     "train": ["model", "objective", "config", "out"],
 }
 TYPES = ["Checkpoint", "ModelConfig", "Objective", "Sampling", "Tokenizer", "TrainConfig", "Transformer"]

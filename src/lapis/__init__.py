@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # what _PUBLIC says, for editors and type checkers
     from lapis.language.fertility import fertility
     from lapis.model.transformer import Transformer
     from lapis.planning.plan import plan
+    from lapis.serving.serve import serve
     from lapis.text.tokenizer.tokenizer import Tokenizer
     from lapis.training.config import TrainConfig
     from lapis.training.loop.loop import train
@@ -54,7 +55,7 @@ __all__ = [
     "ConfigError", "DataError", "LapisError", "Masked", "MissingExtra", "ModelConfig", "Objective", "OutputError",
     "Reward", "Sampling", "SimPO", "TemplateError", "Tokenizer", "TrainConfig", "TrainingError", "Transformer",
     "__version__", "adapt", "diff", "export_gguf", "extend", "fertility", "generate", "graft", "import_gguf", "lens",
-    "load", "merge", "open", "plan", "train",
+    "load", "merge", "open", "plan", "serve", "train",
 ]  # fmt: skip
 
 # module -> the public names that it defines; name=there where it has another name there
@@ -74,6 +75,7 @@ _PUBLIC = {
     "lapis.language.fertility": "fertility",
     "lapis.model.transformer": "Transformer",
     "lapis.planning.plan": "plan",
+    "lapis.serving.serve": "serve",
     "lapis.text.tokenizer.tokenizer": "Tokenizer",
     "lapis.training.config": "TrainConfig",
     "lapis.training.loop.loop": "train",

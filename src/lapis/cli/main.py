@@ -52,6 +52,7 @@ COMMANDS = {
     "import": ("lapis.cli.export:import_", "A model folder from a GGUF file."),
     "generate": ("lapis.cli.generate:generate", "Continue a prompt."),
     "chat": ("lapis.cli.chat:chat", "Talk with a model in the terminal."),
+    "serve": ("lapis.cli.serve:serve", "Serve models behind OpenAI's API, with a page to talk to them."),
 }
 
 _LOOK_AGAIN = 0.02  # seconds until a signal that came during an import is looked at again

@@ -84,7 +84,7 @@ def stream(
         The generator's own value (`reply = yield from stream(...)`) is the Reply.
     """
     memory = memory or Memory()
-    row = _Row(tokenizer, encode(model, tokenizer, prompt), sampling, context(model))
+    row = ReplyRow(tokenizer, encode(model, tokenizer, prompt), sampling, context(model))
     decoding = Decoding(model, [row.prompt], sampling, cache=memory.recall(row.prompt))
     while not row.stop_reason:
         memory.forget()  # a step that is interrupted leaves a cache in which nothing is certain
@@ -116,7 +116,7 @@ def generate_batch(
         logprobs: Fill in Reply.logprobs.
         progress: Called with how many replies are complete, and of how many.
     """
-    rows = [_Row(tokenizer, encode(model, tokenizer, p), sampling, context(model)) for p in prompts]
+    rows = [ReplyRow(tokenizer, encode(model, tokenizer, p), sampling, context(model)) for p in prompts]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt))
     for start in range(0, len(order), batch_size):
         numbers = order[start : start + batch_size]
@@ -276,8 +276,8 @@ class Memory:
         self.cache = None
 
 
-class _Row:
-    """One prompt and the reply to it so far."""
+class ReplyRow:
+    """One prompt and the reply to it so far; context: tokens that both may have together."""
 
     def __init__(self, tokenizer: Tokenizer, prompt: list[int], sampling: Sampling, context: int) -> None:
         self.prompt = prompt

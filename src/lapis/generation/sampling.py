@@ -32,6 +32,11 @@ def penalize(logits_BV: Tensor, seen_BV: Tensor, penalty: float) -> Tensor:
     return torch.where(seen_BV, lowered_BV, logits_BV)
 
 
+def lower_repeated(logits_BV: Tensor, counts_BV: Tensor, frequency: float, presence: float) -> Tensor:
+    """OpenAI's penalties: `frequency` for each time that a token is in the reply, `presence` where it is at all."""
+    return logits_BV - counts_BV * frequency - (counts_BV > 0) * presence
+
+
 def top_k(logits_BV: Tensor, k: int) -> Tensor:
     """Logits with all but the k largest of each row at -inf; ties with the k-th stay."""
     kth_B1 = logits_BV.topk(min(k, logits_BV.shape[-1])).values[:, -1:]

@@ -7,6 +7,7 @@ The spellings of the files are in folder.py and backend.py, chats in lapis.text.
 
 import json
 import os
+import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -206,14 +207,17 @@ class Tokenizer:
         """One token as a reader can see it: spaces as they are, control characters and half characters escaped."""
         token = self.token(id)
         if id not in self.added:
-            if self._byte_level:
-                try:
-                    token = bytes(BYTE_OF[c] for c in token).decode(errors="backslashreplace")
-                except KeyError:
-                    pass
-            else:
-                token = token.replace("▁", " ")
+            token = self.bytes_of(id).decode(errors="backslashreplace") if self._byte_level else token.replace("▁", " ")
         return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in token)
+
+    def bytes_of(self, id: int) -> bytes:
+        """The bytes that a token stands for, which may be a part of a character; none for an id without a token."""
+        token = self._backend.id_to_token(id) or ""
+        if id not in self.added and self._byte_level and all(c in BYTE_OF for c in token):
+            return bytes(BYTE_OF[c] for c in token)
+        if id not in self.added and re.fullmatch(r"<0x[0-9A-F]{2}>", token):
+            return bytes([int(token[3:5], 16)])
+        return (token if id in self.added else token.replace("▁", " ")).encode()
 
     @cached_property
     def _byte_level(self) -> bool:

@@ -1,0 +1,1 @@
+"""Models and requests in, replies as OpenAI's API has them out."""

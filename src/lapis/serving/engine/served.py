@@ -1,0 +1,117 @@
+"""A model as it is served: under a name that says nothing of this machine, with its tokenizer and its limits."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lapis.errors import ConfigError
+from lapis.generation.generate import context as model_context
+from lapis.generation.options import Runtime
+from lapis.generation.ready import open_ready
+from lapis.model.blocks.norm import compute_dtype
+from lapis.model.size import free_memory
+from lapis.model.transformer import Transformer
+from lapis.serving.engine.slots import slot_bytes
+from lapis.text.tokenizer.tokenizer import Tokenizer
+
+CACHE_SHARE = 0.5  # of the memory that is free once all weights are there, for keys and values
+LEAST_CONTEXT = 256
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """name: what clients call it. source: what the user typed, which no answer shows. context: of prompt and reply.
+
+    replies: whether it continues text; a model that does not has embeddings only. chats: whether it has a template.
+    """
+
+    name: str
+    source: str
+    model: Transformer
+    tokenizer: Tokenizer
+    context: int
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def replies(self) -> bool:
+        return self.model.config.head == "lm" and self.model.config.causal
+
+    @property
+    def chats(self) -> bool:
+        return self.replies and self.tokenizer.chat_template is not None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return compute_dtype(self.model.embed.weight)
+
+    def defaults(self) -> Mapping[str, Any]:
+        """What the folder's generation_config.json says of sampling."""
+        return self.model.generation
+
+    def hides(self, text: str) -> str:
+        """A message without the places of this machine."""
+        for place in sorted({self.source, self.tokenizer.source, str(Path(self.source).absolute())}, key=len)[::-1]:
+            text = text.replace(place, self.name)
+        return text
+
+
+def name_models(sources: list[str]) -> list[str]:
+    """A name for each: the last part of its path, numbered where two would share it.
+
+    Args:
+        sources: What the user typed.
+
+    Raises:
+        ConfigError: For a model that is named twice.
+    """
+    names: list[str] = []
+    places: list[str] = []
+    for source in sources:
+        folder = Path(source)
+        place = str(folder.resolve()) if folder.exists() else source
+        if place in places:
+            raise ConfigError(f"serve: {source} is named twice; name each model once")
+        places.append(place)
+        name = short = folder.resolve().name if folder.exists() else source
+        number = 2
+        while name in names:
+            name, number = f"{short}-{number}", number + 1
+        names.append(name)
+    return names
+
+
+def open_models(sources: list[str], runtime: Runtime, rows: int, most: int | None) -> list[ServedModel]:
+    """The models of folders or of the hub, ready to reply, with the context that the memory holds for `rows` of each.
+
+    Args:
+        sources: Folders, adapters (served with their base) or models of the hub.
+        runtime: Device and precision.
+        rows: Replies at once.
+        most: Tokens that prompt and reply may have together; None for all that the model has.
+    """
+    names = name_models(sources)
+    opened = [open_ready(source, runtime) for source in sources]
+    for source, (model, _) in zip(sources, opened, strict=True):
+        if model.config.image is not None or model.config.head in ("classes", "scalar"):
+            raise ConfigError(f"serve: {source} has the head of a classifier; serve a model that writes, or an encoder")
+    free = free_memory()
+    served = []
+    for name, source, (model, tokenizer) in zip(names, sources, opened, strict=True):
+        context = model_context(model) if most is None else min(most, model_context(model))
+        if free is not None and model.embed.weight.device.type == "cpu" and model.config.causal:
+            each = slot_bytes(model.config, compute_dtype(model.embed.weight)) * rows
+            fits = max(int(free * CACHE_SHARE / len(sources)) // each, LEAST_CONTEXT)
+            if fits < context:
+                model.notes.append(
+                    f"{name}: {rows} replies at once of {context:,} tokens do not fit into memory; the context is "
+                    f"{fits:,} (--rows and --context change that)"
+                )
+                context = fits
+        if model.config.head == "lm" and model.config.causal and tokenizer.chat_template is None:
+            model.notes.append(f"{name}: has no chat template; /v1/completions and /v1/embeddings only")
+        served.append(ServedModel(name, source, model, tokenizer, context))
+    return served

@@ -1,0 +1,1 @@
+"""Bodies of requests in, OpenAI's objects and events out; one file for each route."""
