@@ -12,70 +12,16 @@ import torch
 import yaml
 
 from lapis.errors import CheckpointError, ConfigError, DataError, OutputError
-from lapis.families.config import ModelConfig, Rope
-from lapis.language.adapt import adapt, share_in_language
-from lapis.language.card.card import readme
-from lapis.language.card.scores import ratio
+from lapis.language.adapt import adapt
+from lapis.language.card.naming import share_in_language
+from lapis.language.card.readme import readme
 from lapis.language.plan import AdaptPlan, read_plan
 from lapis.language.steps import Steps
-from lapis.model.load import load, save
-from lapis.model.transformer import Transformer
+from lapis.model.load import load
 from lapis.report.pages.card import card_page
-from lapis.text.tokenizer.tokenizer import Tokenizer, train_tokenizer
+from lapis.text.tokenizer.tokenizer import Tokenizer
 
-SUBJECTS = ["dog", "cat", "child", "teacher", "river", "village", "garden", "house"]
-ENGLISH = [
-    f"The old {a} stands by the {b}, and the {c} plays in it." for a in SUBJECTS for b in SUBJECTS for c in SUBJECTS
-]
-MALAY = [
-    f"{a.capitalize()} itu bermain dengan {b} di dalam {c} setiap hari."
-    for a in ("anjing", "kucing", "kanak-kanak", "cikgu", "jiran", "adik")
-    for b in ("bola", "kucing", "kawan", "batu", "air", "pasir")
-    for c in ("taman", "rumah", "kampung", "sekolah", "sungai", "pasar")
-]
-TINY = {"precision": "float32", "threads": 1, "sample_every": 0, "log_every": 2}
-STEP = 4 * 32  # tokens of a step
-
-
-def write(path: Path, texts: list[str]) -> Path:
-    path.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts), encoding="utf-8")
-    return path
-
-
-def make(folder: Path, seed: int, like: Path | None = None) -> Path:
-    """A small model; with `like`, a fine-tune of that one."""
-    tokenizer = train_tokenizer(ENGLISH[:60], 300)
-    torch.manual_seed(seed)
-    config = ModelConfig(
-        family="llama", dim=32, layers=2, heads=4, kv_heads=2, head_dim=8, ffn_dim=48, vocab=tokenizer.rows,
-        context=64, tied=True, rope=Rope(theta=1e4),
-    )  # fmt: skip
-    model = Transformer(config) if like is None else load(like, torch.float32)
-    if like is not None:
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter += 0.001 * torch.randn_like(parameter)
-    folder.mkdir()
-    save(model, folder)
-    tokenizer.save(folder)
-    return folder
-
-
-@pytest.fixture
-def plan(tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    """plan(**changes) -> the settings of a tiny adaptation, all of whose inputs are there."""
-    base = make(tmp_path / "base", 0)
-    chat = make(tmp_path / "chat", 1, base)
-    chats = tmp_path / "chats.jsonl"
-    turn = {"messages": [{"role": "user", "content": "Apa itu?"}, {"role": "assistant", "content": "Kucing itu."}]}
-    chats.write_text((json.dumps(turn) + "\n") * 3)
-    settings = {
-        "base": str(base), "chat": str(chat), "text": [str(write(tmp_path / "ms.jsonl", MALAY))],
-        "replay": [str(write(tmp_path / "en.jsonl", ENGLISH[:300]))], "chats": [str(chats)], "vocab": 40,
-        "out": str(tmp_path / "out"), "train": TINY, "context": 32, "batch": 4, "tokens": 12 * STEP, "embedded": 0.5,
-        "scored": 1500, "language": "ms",
-    }  # fmt: skip
-    return lambda **changes: {**settings, **changes}
+from .conftest import ENGLISH, MALAY, STEP, make, write
 
 
 def times(out: Path) -> dict[str, int]:
@@ -88,14 +34,17 @@ def test_every_step_is_made_once_and_the_card_tells(plan: Callable[..., dict[str
     names = ["measure", "tokenizer", "start", "embedded", "adapted", "grafted", "card"]
     assert list(result["steps"]) == names
     assert all((out / name / "lapis-manifest.json").is_file() for name in names)
-    assert list(result["scores"]) == ["base", "start", "embedded", "adapted", "grafted"]
+    assert list(result["scores"]) == ["base", "chat", "start", "embedded", "adapted", "grafted"]
     for scores in result["scores"].values():
         assert set(scores) == {"target", "replay"}
         for figure in scores["target"].values():
             low, high = figure["interval"]
             assert low <= figure["value"] <= high and figure["n"] >= 3
     target = result["scores"]["grafted"]["target"]
-    assert {"bits_per_byte", "tokens_per_byte", "characters_per_second", "response_nll", "stop_rate"} == set(target)
+    assert set(target) == {
+        "bits_per_byte", "tokens_per_byte", "characters_per_second", "response_nll", "response_bits_per_byte",
+        "stop_rate", "in_language",
+    }  # fmt: skip
     before, after = (result["scores"][name]["target"]["bits_per_byte"]["value"] for name in ("base", "grafted"))
     assert result["won"] == pytest.approx(1 - after / before)
     before, after = (result["scores"][name]["replay"]["bits_per_byte"]["value"] for name in ("base", "grafted"))
@@ -138,7 +87,7 @@ def test_without_new_tokens_the_base_is_trained_as_it_is(plan: Callable[..., dic
     assert "do not extend" in reason
     card = json.loads((tmp_path / "out" / "card" / "card.json").read_text())
     head = yaml.safe_load(readme(card).split("---")[1])
-    assert head["language"] == ["ms"] and head["base_model"] == [plan()["base"]]
+    assert head["language"] == ["ms", "en"] and "base_model" not in head  # which no folder of this machine is
     assert (tmp_path / "out" / "card" / "index.html").read_text() == card_page(card).render()
 
 
@@ -254,10 +203,3 @@ def test_text_of_another_language_is_told() -> None:
     assert share_in_language("ms", MALAY[:50]) > 0.8
     assert share_in_language("ms", ENGLISH[:50]) < 0.2
     assert share_in_language("ko", [*MALAY[:15], *["나는 오늘 학교에서 밥을 먹었습니다."] * 5]) == 0.25
-
-
-def test_a_ratio_has_an_interval_that_holds_it() -> None:
-    figure = ratio([10.0, 20.0, 30.0, 100.0], [10.0, 10.0, 10.0, 20.0])
-    assert figure["value"] == pytest.approx(160 / 50) and figure["n"] == 4
-    assert 1.0 <= figure["interval"][0] < figure["value"] < figure["interval"][1] <= 5.0
-    assert ratio([3.0], [2.0]) == {"value": 1.5, "interval": [1.5, 1.5], "n": 1}

@@ -1,5 +1,6 @@
 """lm-evaluation-harness gives a lapis model the scores that it gives the same folder with its own "hf" model."""
 
+import dataclasses
 import json
 import sys
 from importlib import import_module
@@ -148,6 +149,54 @@ def test_local_task_files_run_from_python_and_command_line(
     with pytest.raises(SystemExit):
         main(["eval", str(folder), "--tasks", "birds_pik", "--task-folder", str(tasks)])
     assert 'there is no task "birds_pik"; did you mean "birds_pick"?' in capsys.readouterr().err
+
+
+BELEBELE = """
+task: belebele_here
+output_type: multiple_choice
+doc_to_text: "P: {{flores_passage}}\\nQ: {{question.strip()}}\\nA: {{mc_answer1}}\\nB: {{mc_answer2}}\\n\\
+  C: {{mc_answer3}}\\nD: {{mc_answer4}}\\nAnswer:"
+doc_to_choice: ["A", "B", "C", "D"]
+doc_to_target: "{{['1', '2', '3', '4'].index(correct_answer_num)}}"
+metric_list: [{metric: acc}]
+"""
+INCLUDE = """
+task: include_here
+output_type: multiple_choice
+doc_to_text: "{{question.strip()}}\\nA. {{option_a}}\\nB. {{option_b}}\\nC. {{option_c}}\\nD. {{option_d}}\\nAnswer:"
+doc_to_choice: ["A", "B", "C", "D"]
+doc_to_target: answer
+metric_list: [{metric: acc}]
+"""
+
+
+@pytest.mark.parametrize("words", [BELEBELE, INCLUDE], ids=["belebele", "include"])
+def test_records_of_a_benchmark_are_asked_in_its_words(
+    words: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The records as they are, and the task file over the same records, by lm-eval: each answer alike."""
+    from lapis.evaluation.choices import mark_choices
+    from lapis.evaluation.harness import mark_tasks
+    from lapis.language.card.folder import read_questions
+
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    rows: list[dict[str, Any]] = [
+        {"flores_passage": f"b{i}", "question": f" q{i} ", **{f"mc_answer{n}": f"{i}{n}" for n in range(1, 5)},
+         **{f"option_{a}": f"{i}{a}" for a in "abcd"}, "answer": i % 4, "correct_answer_num": str(i % 4 + 1)}
+        for i in range(12)
+    ]  # fmt: skip
+    if words is INCLUDE:
+        for row in rows:
+            del row["flores_passage"]
+    file, task = tmp_path / "rows.jsonl", tmp_path / "task.yaml"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task.write_text(f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {file}}}}}\ntest_split: test{words}")
+    model, tokenizer = lapis.load(folder, torch.float32)
+    model.config = dataclasses.replace(model.config, context=400)
+    (questions, _), (none, tasks) = read_questions([file]), read_questions([task])
+    ours = [right for right, _ in mark_choices(model, tokenizer, questions)]
+    assert ours == mark_tasks(model, tokenizer, tasks[0]) and none == []
+    assert 0 < sum(ours) < 12
 
 
 def test_without_lm_eval_one_line_names_the_extra(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

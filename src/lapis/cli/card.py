@@ -7,10 +7,17 @@ def card(
     models: list[Path],
     /,
     *,
-    text: list[Path],
     out: Path,
+    text: list[Path] | None = None,
     replay: list[Path] | None = None,
     chats: list[Path] | None = None,
+    replay_chats: list[Path] | None = None,
+    choices: list[Path] | None = None,
+    replay_choices: list[Path] | None = None,
+    tuned: Path | None = None,
+    language: str | None = None,
+    license: str | None = None,
+    base_model: list[str] | None = None,
     scored: int = 40_000,
     overwrite: bool = False,
     json: bool = False,
@@ -18,48 +25,53 @@ def card(
     """Measure models side by side: bits and tokens for a byte, speed, replies; what was won and what was lost.
 
     Args:
-        models: Model folders, what was started from first and the result last.
-        text: Held-out text of the language.
+        models: A folder of `lapis adapt`, which brings its steps and its held-out text; or model folders, what was
+            started from first and the result last. Of both: the steps first.
         out: A new folder: index.html (one offline page), README.md (a model card for a hub), card.json.
+        text: Held-out text of the language.
         replay: Held-out text of what the models knew before.
         chats: Chats of the language, to measure replies on.
+        replay_chats: Chats of what the models knew.
+        choices: Questions of multiple choice in the language: jsonl (also Belebele's and INCLUDE's records), or task
+            files of lm-evaluation-harness (.yaml; they may name Python that is run).
+        replay_choices: The same in what the models knew.
+        tuned: A model tuned on chats of the language: the yardstick of the gap that was closed.
+        language: A code such as ms.
+        license: For the model card, as hubs spell it, such as apache-2.0.
+        base_model: owner/name on the hub of what a local folder was started from; may be given again.
         scored: Bytes of text of each language that are scored.
         overwrite: Replace the folder if it exists.
         json: Print one JSON object.
     """
-    from itertools import islice
-
     from lapis.checkpoint.commit import check_output, commit
-    from lapis.cli.output import line, progress, show
-    from lapis.errors import ConfigError
-    from lapis.language.adapt import CHATS
+    from lapis.cli.output import line, progress, show, table
     from lapis.language.card.card import make_card, write_card
-    from lapis.language.card.scores import HeldOutText
-    from lapis.text.corpus import corpus
+    from lapis.language.card.folder import gather
+    from lapis.report.pages.card import FIGURES, TOKEN_BOUND, spelled_change, title_of
 
-    names = {model.name: model for model in models}
-    if len(names) < len(models):
-        raise ConfigError("card: two of these folders have the same name; give each a name of its own")
+    given = {
+        "text": text, "replay": replay, "chats": chats, "replay_chats": replay_chats, "choices": choices,
+        "replay_choices": replay_choices, "language": language, "license": license, "base_models": base_model,
+    }  # fmt: skip
     check_output(out, overwrite=overwrite, inputs=models)
-    talks = list(islice(corpus.chats(chats), CHATS)) if chats else []
-    languages = {"target": HeldOutText(_texts(text, scored), talks)}
-    if replay:
-        languages["replay"] = HeldOutText(_texts(replay, scored))
+    gathered = gather(models, {key: value for key, value in given.items() if value is not None}, scored)
     with progress("measuring") as report, commit(out, kind="card", overwrite=overwrite) as staging:
-        result = make_card(names, languages, progress=report)
+        result = make_card(gathered.models, gathered.held, tuned=tuned, how=gathered.how, progress=report)
         write_card(staging.path, result)
 
     def render() -> None:
-        line(f"bits per byte of the language: {result['won']:.1%} fewer")
-        if result["cost"] is not None:
-            line(f"bits per byte of the replay text: {result['cost']:+.1%}")
+        changes = result["changes"].get(result["result"], {})
+        rows = []
+        for key, (label, _, _) in FIGURES.items():
+            cells = [spelled_change(key, each[key]) if key in each else ("", "") for each in changes.values()]
+            if any(value for value, _ in cells) and key not in TOKEN_BOUND:
+                rows.append((label, *(f"{value} ({interval})" if value else "" for value, interval in cells)))
+        first = next(iter(result["steps"]))
+        table(f"{first} to {result['result']}", ["", *(title_of(result, name) for name in changes)], rows)
+        if result["gap_closed"] is not None:
+            line(f"gap closed: {result['gap_closed']:.0%}")
+        for key, why in result["reasons"].items():
+            line(f"{key.replace('_', ' ')}: not known; {why}", "dim")
         line(f"card: {out / 'index.html'}")
 
-    show({**result, "card": str(out / "index.html")}, json, render)
-
-
-def _texts(files: list[Path], size: int) -> list[str]:
-    from lapis.language.texts import first_bytes
-    from lapis.text.corpus import corpus
-
-    return list(first_bytes((document.text for document in corpus.documents(files)), size))
+    show({**result, "out": str(out), "card": str(out / "index.html")}, json, render)

@@ -1,6 +1,7 @@
 """Multiple choice by log-probability: the choice that the model finds likeliest is its answer.
 
 A record is one line of jsonl: `prompt` (text) or `messages` (a chat), `choices` (texts), `answer` (an index from 0).
+Records of Belebele, of INCLUDE and of MMLU's kind are read as they are, and asked with lm-evaluation-harness' words.
 A choice's score is the summed log-probability of its tokens after the prompt (as in lm-evaluation-harness: acc), and
 the same divided by its bytes (acc_norm), which does not favor short choices. Leaves out: few-shot prompts.
 """
@@ -16,6 +17,8 @@ from lapis.model.transformer import Transformer
 from lapis.parsing import ParseError, parse_json, quoted
 from lapis.text.chat.chat import encode_prompt
 from lapis.text.tokenizer.tokenizer import Tokenizer
+
+LETTERS = "ABCDEFGHIJ"
 
 
 @dataclass(frozen=True)
@@ -40,22 +43,37 @@ def score_choices(
     Raises DataError where there is no question, or one is longer than the model's context.
     """
     listed = list(questions)
-    if not listed:
-        raise DataError("eval: there is no question to score")
-    sequences = [s for question in listed for s in scored_choices(tokenizer, question, model.config.context)]
-    nats = iter(nll(model, sequences, precision=precision, progress=progress))
-    right = right_per_byte = 0
-    for question in listed:
-        costs = [next(nats) for _ in question.choices]
-        per_byte = [cost / len(text.encode()) for cost, text in zip(costs, question.choices, strict=True)]
-        right += costs.index(min(costs)) == question.answer
-        right_per_byte += per_byte.index(min(per_byte)) == question.answer
+    marks = mark_choices(model, tokenizer, listed, precision=precision, progress=progress)
     return {
-        "accuracy": right / len(listed),
-        "accuracy_per_byte": right_per_byte / len(listed),
+        "accuracy": sum(right for right, _ in marks) / len(listed),
+        "accuracy_per_byte": sum(right for _, right in marks) / len(listed),
         "n": len(listed),
         "chance": sum(1 / len(question.choices) for question in listed) / len(listed),
     }
+
+
+def mark_choices(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    questions: Sequence[Choice],
+    *,
+    precision: Precision | None = None,
+    progress: Progress | None = None,
+) -> list[tuple[bool, bool]]:
+    """Of each question whether the likeliest choice is right, and whether that which is likeliest per byte is.
+
+    Raises DataError where there is no question, or one is longer than the model's context.
+    """
+    if not questions:
+        raise DataError("eval: there is no question to score")
+    sequences = [s for question in questions for s in scored_choices(tokenizer, question, model.config.context)]
+    nats = iter(nll(model, sequences, precision=precision, progress=progress))
+    marks = []
+    for question in questions:
+        costs = [next(nats) for _ in question.choices]
+        per_byte = [cost / len(text.encode()) for cost, text in zip(costs, question.choices, strict=True)]
+        marks.append((costs.index(min(costs)) == question.answer, per_byte.index(min(per_byte)) == question.answer))
+    return marks
 
 
 def read_choices(path: Path | str) -> list[Choice]:
@@ -82,6 +100,8 @@ def _question(line: str, where: str) -> Choice:
         raise DataError(f"{where}: {error}") from None
     if not isinstance(record, dict):
         raise DataError(f"{where}: is not an object; expected prompt, choices and answer")
+    if "question" in record and "prompt" not in record and "messages" not in record:
+        record = _benchmark_record(record, where)
     if ("prompt" in record) == ("messages" in record):
         raise DataError(f"{where}: expected one of prompt (text) and messages (a chat)")
     prompt: Any = record["prompt" if "prompt" in record else "messages"]
@@ -94,6 +114,33 @@ def _question(line: str, where: str) -> Choice:
     if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
         raise DataError(f"{where}: answer is {quoted(answer)}; expected an index from 0 to {len(choices) - 1}")
     return Choice(prompt, tuple(choices), answer)
+
+
+def _benchmark_record(record: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A record of a benchmark as prompt, choices and answer, in the words of lm-evaluation-harness' task."""
+    belebele = "flores_passage" in record
+    if belebele:
+        options = [record.get(f"mc_answer{n}") for n in range(1, 5)]
+        answer, first, mark = record.get("correct_answer_num"), 1, ":"
+    else:
+        options = record.get("choices") or [record.get(f"option_{letter}") for letter in "abcd"]
+        answer, first, mark = record.get("answer"), 0, "."
+    given = [record["question"], *(options if isinstance(options, list) else [None])]
+    if not all(isinstance(text, str) and text for text in given) or not 2 <= len(given) - 1 <= len(LETTERS):
+        fields = "flores_passage, question, mc_answer1 to mc_answer4" if belebele else "question, option_a to option_d"
+        raise DataError(f"{where}: expected {fields} as texts")
+    if isinstance(answer, str) and answer in LETTERS[: len(options)]:
+        answer = LETTERS.index(answer) + first
+    if isinstance(answer, str) and answer.isdecimal():
+        answer = int(answer)
+    lines = [f"{letter}{mark} {text}" for letter, text in zip(LETTERS, options, strict=False)]
+    question = record["question"].strip()
+    head = [f"P: {record['flores_passage']}", f"Q: {question}"] if belebele else [question]
+    return {
+        "prompt": "\n".join([*head, *lines, "Answer:"]),
+        "choices": [f" {letter}" for letter in LETTERS[: len(options)]],
+        "answer": answer - first if isinstance(answer, int) and not isinstance(answer, bool) else answer,
+    }
 
 
 def scored_choices(tokenizer: Tokenizer, question: Choice, context: int) -> list[ScoredSequence]:

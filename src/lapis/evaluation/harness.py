@@ -9,6 +9,7 @@ with its own "hf" model. A task file may name Python that lm-eval runs: give fol
 Leaves out: pictures, more than one process, models that are not causal.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -205,6 +206,44 @@ def run_tasks(
     )
     assert results is not None
     return {task: _numbers(metrics) for task, metrics in results["results"].items()}
+
+
+def mark_tasks(model: Transformer, tokenizer: Tokenizer, file: Path, *, progress: Progress | None = None) -> list[bool]:
+    """Of each question of a task file's multiple choice whether the model's answer is right (lm-eval's acc).
+
+    Args:
+        model: Whose answers.
+        tokenizer: Of the model.
+        file: A task of lm-eval, as YAML. What it includes lies beside it.
+        progress: Called with how many tokens are done, and of how many.
+
+    Raises:
+        ConfigError: For a file that names no task, or a task without accuracy.
+    """
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    name = task_name(file)
+    results = simple_evaluate(
+        LapisLM(model, tokenizer, progress=progress),
+        tasks=[name],
+        task_manager=TaskManager(include_path=str(file.parent), include_defaults=False),
+        bootstrap_iters=0,
+        log_samples=True,
+    )
+    assert results is not None
+    samples = results["samples"][name]
+    if not samples or any("acc" not in sample for sample in samples):
+        raise ConfigError(f"{file}: the task {name} has no acc; give a task of multiple choice")
+    return [bool(sample["acc"]) for sample in samples]
+
+
+def task_name(file: Path) -> str:
+    """The task that a file of lm-eval defines. Raises ConfigError where it names none."""
+    names = re.findall(r"^task:\s*['\"]?([\w.-]+)['\"]?\s*$", file.read_text(encoding="utf-8"), re.MULTILINE)
+    if len(names) != 1:
+        raise ConfigError(f"{file}: names no task; give a task file of lm-evaluation-harness, with one line task: NAME")
+    return str(names[0])
 
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:

@@ -13,12 +13,10 @@ Each step is an ordinary output of an ordinary command. A step that is there is 
 changed; a run that is stopped goes on with the same command.
 """
 
-import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, replace
-from itertools import islice
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +24,12 @@ import torch
 
 from lapis.checkpoint.commit import commit, commit_file
 from lapis.config import dump_yaml, load_yaml
-from lapis.errors import ConfigError, DataError, OutputError
+from lapis.errors import DataError
 from lapis.language.card.card import make_card, write_card
-from lapis.language.card.scores import HeldOutText
+from lapis.language.card.folder import held_out_of, how_made, measured_files, parents_of
 from lapis.language.extend import add_rows, open_source
 from lapis.language.fertility import Report, fertility
+from lapis.language.inputs import check_inputs, other_language, stamps
 from lapis.language.plan import PLAN, AdaptPlan, earlier_speed, read_plan
 from lapis.language.steps import Steps
 from lapis.language.texts import first_bytes, read_texts
@@ -41,18 +40,13 @@ from lapis.text.corpus import corpus
 from lapis.text.corpus.files import files
 from lapis.text.tokenizer.extend import ExtendableTokenizer
 from lapis.text.tokenizer.folder import write_json
-from lapis.training.rewards.language import SAMPLES, SCRIPTS, language
 from lapis.training.run import read_settings
 from lapis.training.run import run as train
 from lapis.training.setup.probe import training_speed
 from lapis.weights.graft.graft import graft
-from lapis.weights.graft.layout import plan_graft
 from lapis.weights.merge.merge import merge
 
 Bar = Callable[[str], AbstractContextManager[Report]]
-SAME = 0.1  # share of the replay documents that may stand in the target's text, too
-CHATS = 32  # that models are measured on
-MOSTLY = 0.8  # share of documents in the language; below that it is told
 
 
 def adapt(
@@ -82,7 +76,7 @@ def adapt(
     if not isinstance(plan, AdaptPlan):
         plan = read_plan(plan, "adapt") if isinstance(plan, Mapping) else read_plan(load_yaml(Path(plan)), str(plan))
     out = Path(os.path.abspath(plan.out))
-    _check(plan, out)
+    check_inputs(plan, out)
     plan = replace(plan, tokens_per_second=earlier_speed(plan, out))
     if plan.tokens_per_second is None and not dry_run:
         with bar("measuring how fast this machine trains"):
@@ -109,7 +103,7 @@ class _Adaptation:
     def __init__(self, plan: AdaptPlan, steps: Steps, bar: Bar, note: Callable[[str], None]) -> None:
         self.plan, self.steps, self.bar, self.note = plan, steps, bar, note
         self.models: dict[str, str | Path] = {"base": plan.base}
-        self.inputs = {"base": _stamps([plan.base]), "chat": _stamps([plan.chat] if plan.chat else [])}
+        self.inputs = {"base": stamps([plan.base]), "chat": stamps([plan.chat] if plan.chat else [])}
 
     @property
     def last_model(self) -> str | Path:
@@ -118,7 +112,7 @@ class _Adaptation:
 
     def run(self) -> dict[str, Any]:
         plan, steps = self.plan, self.steps
-        texts = {name: _stamps(files(list(getattr(plan, name)))) for name in ("text", "replay") if getattr(plan, name)}
+        texts = {name: stamps(files(list(getattr(plan, name)))) for name in ("text", "replay") if getattr(plan, name)}
         steps.run("measure", {**texts, "base": self.inputs["base"], "scored": plan.scored}, [], self._measure)
         added = self._added()
         last = ["measure"]
@@ -145,8 +139,12 @@ class _Adaptation:
             steps.run("grafted", {"scale": plan.scale, **self.inputs}, last, self._graft)
             self.models["grafted"] = steps.done["grafted"]
             last = ["grafted"]
-        chats = {name: _stamps(files(list(paths))) for name, paths in self._chats().items() if paths}
-        how = {"chats": chats, "scored": plan.scored, "language": plan.language}
+        how = {
+            "files": stamps(measured_files(vars(plan))),
+            "scored": plan.scored,
+            "language": plan.language,
+            "license": plan.license,
+        }
         card = steps.run("card", how, ["measure", *last], self._card)
         written = load_yaml(card / "card.json")
         if written["cost"] is not None and written["cost"] > plan.cost:
@@ -163,10 +161,8 @@ class _Adaptation:
     def _measure(self, folder: Path, overwrite: bool) -> None:
         plan = self.plan
         self.note("measure: what this language costs, and whether to extend")
-        if plan.language in {*SCRIPTS, *SAMPLES}:
-            share = share_in_language(plan.language, _documents(plan.text))
-            if share < MOSTLY:
-                self.note(f"text: {share:.0%} of the documents look like {plan.language}; the rest is another language")
+        if remark := other_language(plan):
+            self.note(remark)
         with self.bar("reading text") as report, commit(folder, kind="adapt", overwrite=overwrite) as staging:
             measured = fertility(plan.base, plan.text, replay=plan.replay, run=False, progress=report)
             write_json(staging.path / "fertility.json", measured.to_json())
@@ -255,86 +251,16 @@ class _Adaptation:
                 progress=lambda done, total: report(done, total, "grafting"),
             )  # fmt: skip
 
-    def _chats(self) -> dict[str, tuple[str, ...]]:
-        return {"target": self.plan.chats, "replay": self.plan.replay_chats}
-
     def _card(self, folder: Path, overwrite: bool) -> None:
         self.note("card: measuring every step in each language")
-        languages = {}
-        for name, part in (("target", "text"), ("replay", "replay")):
-            if not getattr(self.plan, part):
-                continue
-            held = self.steps.done["measure"] / f"{part}.held.jsonl"
-            chats = self._chats()[name]
-            languages[name] = HeldOutText(
-                [document.text for document in corpus.documents(held)],
-                list(islice(corpus.chats(list(chats)), CHATS)) if chats else (),
-            )
+        settings, out = vars(self.plan), self.steps.out
+        models = {**parents_of(settings), **self.models}
         with self.bar("measuring") as report, commit(folder, kind="adapt", overwrite=overwrite) as staging:
-            write_card(staging.path, make_card(self.models, languages, how=self._how(), progress=report))
-
-    def _how(self) -> dict[str, Any]:
-        plan = self.plan
-        fields = asdict(plan)
-        settings = {
-            key: ", ".join(value) if isinstance(value, tuple) else value
-            for key, value in fields.items()
-            if value not in (None, (), "", {})
-        }
-        digests = {
-            path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in sorted(self.steps.done["measure"].glob("*.jsonl"))
-        }
-        return {**settings, "added": self._added(), "data": digests}
+            how = how_made(out, settings)
+            write_card(staging.path, make_card(models, held_out_of(out, settings), how=how, progress=report))
 
     def _text(self, part: str) -> Path:
         return self.steps.done["measure"] / f"{part}.jsonl"
-
-
-def _check(plan: AdaptPlan, out: Path) -> None:
-    """Whatever can be known to be wrong before anything is computed."""
-    if out.exists() and any(out.iterdir()) and not (out / PLAN).is_file():
-        raise OutputError(f"{out}: exists already and is no adaptation; give another --out")
-    source, checkpoint = open_source(plan.base)
-    if checkpoint is None:
-        raise ConfigError(f"adapt: base is {plan.base}, which holds a tokenizer and no weights; give a model")
-    if plan.vocab not in ("auto", 0):
-        ExtendableTokenizer.open(source)
-    for name in ("text", "replay", "chats", "replay_chats"):
-        if paths := getattr(plan, name):
-            files(list(paths))
-    if plan.replay:
-        target = {_digest(text) for text in _documents(plan.text)}
-        replayed = [_digest(text) for text in _documents(plan.replay)]
-        share = sum(digest in target for digest in replayed) / max(1, len(replayed))
-        if share > SAME:
-            raise DataError(
-                f"adapt: {share:.0%} of the replay documents stand in the target's text, too; replay is text of what "
-                "the model knew before, so give other files"
-            )
-    if plan.chat is not None:
-        plan_graft(plan.base, plan.chat, plan.base)
-
-
-def share_in_language(code: str, texts: Iterable[str]) -> float:
-    """The share of texts that look like a language more than like any other that is known.
-
-    Args:
-        code: Of the language, such as "ms".
-        texts: Documents; the first 200 are looked at, and of each its beginning.
-    """
-    rivals = [name for name in (*SCRIPTS, *SAMPLES) if code == name or {code, name} != {"ms", "id"}]  # too near to tell
-    sure = language(code, list(dict.fromkeys(rivals)))
-    marks = [sure("", text[:1000], {}) >= 0.5 for text in islice(texts, 200)]
-    return sum(marks) / max(1, len(marks))
-
-
-def _documents(paths: Iterable[str]) -> Iterable[str]:
-    return first_bytes((document.text for document in corpus.documents(list(paths))), 20_000_000)
-
-
-def _digest(text: str) -> bytes:
-    return hashlib.sha256(text.strip().encode(errors="replace")).digest()
 
 
 def _write_texts(path: Path, texts: Iterable[str]) -> None:
@@ -343,14 +269,3 @@ def _write_texts(path: Path, texts: Iterable[str]) -> None:
     with path.open("w", encoding="utf-8") as file:
         for text in texts:
             file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
-
-
-def _stamps(places: Iterable[str | Path]) -> list[list[Any]]:
-    """Name, size and time of change of every file of some files and folders; of a model of the hub its name."""
-    stamps: list[list[Any]] = []
-    for place in map(Path, places):
-        listed = sorted(path for path in place.iterdir() if path.is_file()) if place.is_dir() else [place]
-        for path in listed:
-            known = [path.stat().st_size, path.stat().st_mtime_ns] if path.is_file() else []
-            stamps.append([str(path), *known])
-    return stamps

@@ -35,9 +35,12 @@ class AdaptPlan:
         chat: The chat version of base, whose ability to chat is grafted on.
         chats: Chats of the language, to measure replies on.
         replay_chats: Chats of what the model knew.
+        choices: Questions of multiple choice in the language: jsonl, or task files of lm-evaluation-harness.
+        replay_choices: The same in what the model knew.
         vocab: New tokens; "auto" takes the recommendation of the first step, 0 adds none.
         init: How new rows begin (`lapis tokenizer extend --init`).
         language: A code such as "ms", for the model card.
+        license: For the model card; by default what base states of itself.
         tokens: That are trained on, both trainings together.
         minutes: In place of tokens: as many as `tokens_per_second` gives in this time.
         tokens_per_second: That this machine trains; measured where it is not given, and kept in plan.yaml.
@@ -63,9 +66,12 @@ class AdaptPlan:
     chat: str | None = None
     chats: tuple[str, ...] = ()
     replay_chats: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
+    replay_choices: tuple[str, ...] = ()
     vocab: Literal["auto"] | int = "auto"
     init: Init | None = None
     language: str = ""
+    license: str = ""
     tokens: int = 1_000_000
     minutes: float | None = None
     tokens_per_second: float | None = None

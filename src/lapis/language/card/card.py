@@ -1,27 +1,32 @@
 """The card of an adaptation: what was won, what it cost, and how it was made, as a page and as the hub's README.md.
 
-card = make_card({"start": ..., "adapted": ...}, {"target": HeldOutText(...), "replay": HeldOutText(...)})
+card = make_card({"base": ..., "adapted": ...}, {"target": HeldOutText(...), "replay": HeldOutText(...)})
 write_card(folder, card)                           card.json, index.html, README.md
 """
 
+import math
+import platform
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lapis import __version__
-from lapis.language.card.scores import HeldOutText, prompts_of, score_model
-from lapis.report.pages.card import card_page
-from lapis.text.tokenizer.folder import write_json
+from lapis.language.card.bootstrap import Counts, Figure, change, difference, ratio, share_of_way
+from lapis.language.card.naming import SURE, Languages, name_languages
+from lapis.language.card.readme import readme
+from lapis.language.card.scores import PROMPTS, HeldOutText, Measured, score_model
+from lapis.report.pages.card import SHARES, card_page
+from lapis.text.tokenizer.folder import read_templates, write_json
 
 Report = Callable[[float, float | None, str], None]
+TUNED = "tuned"
 
 
 def make_card(
     models: Mapping[str, str | Path],
     languages: Mapping[str, HeldOutText],
     *,
+    tuned: str | Path | None = None,
     how: Mapping[str, Any] | None = None,
     progress: Report = lambda done, total, label: None,
 ) -> dict[str, Any]:
@@ -30,39 +35,56 @@ def make_card(
     Args:
         models: What each is called -> its folder, the first one that was started from, the last one the result.
         languages: "target", and "replay" where something should be kept -> what is measured on.
+        tuned: A model that was tuned on chats of the language: the yardstick of `gap_closed`.
         how: How the result was made: settings, files with digests, seeds, for the card to say.
         progress: Called with what is done, what there is to do, and what it is.
 
     Returns:
-        `steps`, `scores`, `gap_closed` (None: that takes a model that was tuned), `cost` (by how much the replay text's
-        bits per byte rose, as a share; None without such a text), `won` (by how much the target's fell), `replies`,
-        `how`.
+        `steps`, `languages` (name -> code), `scores` (model -> language -> score -> figure), `changes` (the same, from
+        the first model on), `won` and `cost` (the shares by which bits per byte of the target fell and of the replay
+        text rose), `gap_closed` (of the way from before the last step to `tuned`, by bits per byte of the replies
+        that were given), `reasons` (why one of these is None), `replies`, `notes`, `how`.
     """
-    scores, replies = {}, {}
-    for name, folder in models.items():
+    listed = {**models, **({TUNED: tuned} if tuned is not None else {})}
+    template = next((own for name in reversed(listed) if (own := _templates(listed[name]))), None)
+    named = name_languages(languages)
+    measured: dict[str, Measured] = {}
+    for name, folder in listed.items():
 
         def relabel(done: float, total: float | None, label: str, name: str = name) -> None:
             progress(done, total, f"{name}: {label}")
 
-        scores[name], replies[name] = score_model(folder, languages, relabel)
+        measured[name] = score_model(folder, languages, template, relabel)
+        for language, replies in measured[name].replies.items():
+            marks = [float(named.detect(reply)[named.codes[language]] >= SURE) for reply in replies]
+            measured[name].counts[language]["in_language"] = Counts(marks, [1.0] * len(marks))
     first, last = next(iter(models)), list(models)[-1]
-    shown = [
-        {
-            "language": language,
-            "prompt": prompt,
-            "replies": {name: given[language][i] for name, given in replies.items() if language in given},
-        }
-        for language, held in languages.items()
-        for i, prompt in enumerate(prompts_of(held.chats))
-    ]
+    counts = {name: one.counts for name, one in measured.items()}
+    changes = {name: _changes(counts[first], counts[name]) for name in listed if name != first}
+    gap, why = _gap_closed(counts, list(models))
+    cost = changes.get(last, {}).get("replay", {}).get("bits_per_byte")
+    reasons = {"gap_closed": why} if gap is None else {}
+    if cost is None:
+        reasons["cost"] = "no replay text was given, so nobody knows what was lost"
+    won = changes.get(last, {}).get("target", {}).get("bits_per_byte")
+    if won is None:
+        reasons["won"] = "there is one model only"
+    scores = {name: _figures(of_model, languages) for name, of_model in counts.items()}
     return {
         "lapis": __version__,
-        "steps": {name: str(folder) for name, folder in models.items()},
+        "machine": f"{platform.machine()}, {platform.system()}",
+        "steps": {name: str(folder) for name, folder in listed.items()},
+        "result": last,
+        "languages": dict(named.codes),
         "scores": scores,
-        "gap_closed": None,
-        "won": _change(scores[first]["target"], scores[last]["target"]),
-        "cost": -_change(scores[first]["replay"], scores[last]["replay"]) if "replay" in languages else None,
-        "replies": [row for row in shown if row["replies"]],
+        "changes": changes,
+        "gap_closed": None if gap is None else gap["value"],
+        "gap": gap,
+        "won": None if won is None else -won["value"],
+        "cost": None if cost is None else cost["value"],
+        "reasons": reasons,
+        "replies": _shown(languages, measured, named),
+        "notes": {name: one.notes for name, one in measured.items() if one.notes},
         "how": dict(how or {}),
     }
 
@@ -74,49 +96,69 @@ def write_card(folder: Path, card: Mapping[str, Any]) -> None:
     (folder / "README.md").write_text(readme(card), encoding="utf-8")
 
 
-def readme(card: Mapping[str, Any]) -> str:
-    """The model card as hubs read it: YAML first, then what a person wants to know."""
-    how, scores = card["how"], card["scores"]
-    first, last = next(iter(scores)), list(scores)[-1]
-    head: dict[str, Any] = {"library_name": "transformers", "tags": ["lapis", "language-adaptation"]}
-    if how.get("language"):
-        head["language"] = [how["language"]]
-    if how.get("base"):
-        head["base_model"] = [how["base"]] + ([how["chat"]] if how.get("chat") else [])
-    lines = ["---", yaml.safe_dump(head, allow_unicode=True, sort_keys=True).strip(), "---", ""]
-    lines += [f"# {Path(card['steps'][last]).parent.name or last}", ""]
-    lines += [f"Made by lapis {card['lapis']} from {first} to {last}.", ""]
-    lines += ["| | " + " | ".join(_heads(scores)) + " |", "|---" * (1 + len(_heads(scores))) + "|"]
-    for name, languages in scores.items():
-        cells = [_cell(languages[language].get(key)) for language, key in _columns(scores)]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    lines += ["", "In brackets: 95 % bootstrap intervals over documents or chats.", ""]
-    lines.append(f"**Won**: {card['won']:.1%} fewer bits per byte of the language.")
-    if card["cost"] is not None:
-        lines.append(f"**Lost**: {card['cost']:.1%} more bits per byte of the replay text.")
-    lines += ["", "## How it was made", "", "| setting | value |", "|---|---|"]
-    lines += [f"| {key} | `{value}` |" for key, value in how.items() if not isinstance(value, Mapping)]
-    for name, digest in (how.get("data") or {}).items():
-        lines.append(f"| {name} (sha256) | `{digest}` |")
-    return "\n".join([*lines, ""])
+def _templates(folder: str | Path) -> dict[str, str]:
+    """The chat templates of a model's folder; none for a model of the hub that was not fetched yet."""
+    return dict(read_templates(Path(folder))) if Path(folder).is_dir() else {}
 
 
-def _change(before: Mapping[str, Any], after: Mapping[str, Any]) -> float:
-    """By which share bits per byte of `after` are below those of `before`."""
-    return 1 - float(after["bits_per_byte"]["value"]) / float(before["bits_per_byte"]["value"])
+def _figures(
+    counts: Mapping[str, Mapping[str, Counts]], languages: Mapping[str, HeldOutText]
+) -> dict[str, dict[str, Figure]]:
+    """Language -> score -> figure; beside the share of right answers, what guessing gives."""
+    figures = {
+        language: {key: ratio(value) for key, value in each.items() if value.n} for language, each in counts.items()
+    }
+    for language, each in figures.items():
+        if "choices" in each and (chance := languages[language].chance()) is not None:
+            each["choices"]["chance"] = chance
+    return figures
 
 
-def _columns(scores: Mapping[str, Any]) -> list[tuple[str, str]]:
-    listed = {(language, key): None for each in scores.values() for language in each for key in each[language]}
-    return list(listed)
+def _changes(before: Mapping[str, Mapping[str, Counts]], after: Mapping[str, Mapping[str, Counts]]) -> dict[str, Any]:
+    """Language -> score -> how much it changed, where both models have it."""
+    changes: dict[str, Any] = {}
+    for language, each in after.items():
+        figures = {
+            key: (difference if key in SHARES else change)(before[language][key], counts)
+            for key, counts in each.items()
+            if key in before[language] and counts.n and before[language][key].n
+        }
+        changes[language] = {key: figure for key, figure in figures.items() if math.isfinite(figure["value"])}
+    return changes
 
 
-def _heads(scores: Mapping[str, Any]) -> list[str]:
-    return [f"{language}: {key.replace('_', ' ')}" for language, key in _columns(scores)]
+def _gap_closed(
+    counts: Mapping[str, Mapping[str, Mapping[str, Counts]]], models: list[str]
+) -> tuple[Figure | None, str]:
+    """How much of the way from the model before the last step to the tuned one the last step went, or why not."""
+    if TUNED not in counts:
+        return None, "no model tuned on chats of the language was given (lapis card --tuned), so there is no yardstick"
+    before = "adapted" if "adapted" in models else models[-2] if len(models) > 1 else ""
+    if not before or before == models[-1]:
+        return None, "there is no step after the adaptation whose way could be measured"
+    key = "response_bits_per_byte"
+    of = [counts[name]["target"].get(key) for name in (before, models[-1], TUNED)]
+    if any(one is None or not one.n for one in of):
+        return None, "there are no chats of the language to measure replies on"
+    start, reached, end = (one for one in of if one is not None)
+    if ratio(start)["value"] <= ratio(end)["value"]:
+        return None, f"{TUNED} finds the replies no likelier than {before} does, so there is no gap to close"
+    return share_of_way(start, reached, end), ""
 
 
-def _cell(figure: Mapping[str, Any] | None) -> str:
-    if figure is None:
-        return "–"
-    low, high = figure["interval"]
-    return f"{figure['value']:.3g} [{low:.3g}, {high:.3g}] n={figure['n']}"
+def _shown(
+    languages: Mapping[str, HeldOutText], measured: Mapping[str, Measured], named: Languages
+) -> list[dict[str, Any]]:
+    """The first prompts of each language, with every model's reply and the language that it is in."""
+    rows = []
+    for language, held in languages.items():
+        for number, prompt in enumerate(held.prompts()[:PROMPTS]):
+            given = {
+                name: one.replies[language][number]
+                for name, one in measured.items()
+                if number < len(one.replies.get(language, ()))
+            }
+            if given:
+                spoken = {name: named.of(reply) for name, reply in given.items()}
+                rows.append({"language": language, "prompt": prompt, "replies": given, "spoken": spoken})
+    return rows

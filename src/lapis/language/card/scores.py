@@ -1,23 +1,26 @@
-"""What a model can do in each language, with intervals: a folder, held-out texts and chats in, scores out.
+"""What a model can do in each language, counted document by document: a folder, held-out material in, counts out.
 
-Every figure is {"value", "interval", "n"}: the value over all documents (or chats), the bounds between which it lies in
-95 % of bootstrap samples of them (Efron 1979; 1,000 samples, drawn with a fixed seed), and how many there were. Bits
-and tokens are for a byte of text, so that models with different tokenizers compare.
+Of every score it is kept what was counted in each document (or chat, or question), and what for, so that a figure, and
+the difference of two models on the same documents, have bootstrap intervals (bootstrap.py). Bits and tokens are for a
+byte of text, so that models with different tokenizers compare; so do replies, which may be as long in bytes as one
+another.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from lapis.evaluation.chats import answer, prompt_of, score_chats
+from lapis.errors import DataError
+from lapis.evaluation.chats import answer, encode_record, prompt_of
+from lapis.evaluation.choices import Choice, mark_choices, scored_choices
 from lapis.evaluation.text import windows_of
-from lapis.generation.options import Runtime
+from lapis.generation.generate import Reply, generate_batch
+from lapis.generation.options import Runtime, Sampling
 from lapis.generation.ready import open_ready
+from lapis.language.card.bootstrap import Counts
 from lapis.language.fertility import CONTEXT, tokens_per_second
 from lapis.model.scoring import ScoredSequence, nll
 from lapis.model.threads import settle_threads
@@ -26,106 +29,190 @@ from lapis.text.corpus.corpus import ChatRecord
 from lapis.text.tokenizer.tokenizer import Tokenizer
 
 Report = Callable[[float, float | None, str], None]
-SAMPLES = 1000  # of the bootstrap
 PROMPTS = 10  # whose replies are shown
-REPLY = 64  # tokens at most
+REPLY = 240  # bytes of a reply, by the model's tokens per byte of the language
 TIMED = 4  # texts behind which generation is timed
-Figure = dict[str, Any]
+WORDS = 8  # of a document, where it begins a continuation
 
 
 @dataclass(frozen=True)
 class HeldOutText:
-    """What a language is measured on. texts: Documents. chats: With the replies that were given."""
+    """What a language is measured on.
+
+    Attributes:
+        texts: Documents.
+        chats: With the replies that were given.
+        choices: Questions of multiple choice.
+        tasks: Task files of lm-evaluation-harness, of multiple choice.
+        code: Of the language, such as "ms"; "" where nobody said.
+    """
 
     texts: Sequence[str]
     chats: Sequence[ChatRecord] = ()
+    choices: Sequence[Choice] = ()
+    tasks: Sequence[Path] = ()
+    code: str = ""
+
+    def prompts(self) -> list[str]:
+        """What the models are given to reply to, or to go on with: the same for all of them."""
+        if self.chats:
+            return [str(prompt_of(chat.messages)[-1]["content"]) for chat in self.chats]
+        return [" ".join(text.split()[:WORDS]) for text in self.texts[:PROMPTS]]
+
+    def chance(self) -> float | None:
+        """The accuracy of guessing, where that is known."""
+        return sum(1 / len(one.choices) for one in self.choices) / len(self.choices) if self.choices else None
+
+
+@dataclass
+class Measured:
+    """One model.
+
+    Attributes:
+        counts: Language -> score -> what was counted.
+        replies: Language -> replies to its prompts.
+        notes: What could not be measured, and why.
+    """
+
+    counts: dict[str, dict[str, Counts]] = field(default_factory=dict)
+    replies: dict[str, list[str]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 def score_model(
-    folder: str | Path, languages: Mapping[str, HeldOutText], progress: Report = lambda done, total, label: None
-) -> tuple[dict[str, dict[str, Figure]], dict[str, list[str]]]:
-    """Scores a model.
+    folder: str | Path,
+    languages: Mapping[str, HeldOutText],
+    templates: Mapping[str, str] | None = None,
+    progress: Report = lambda done, total, label: None,
+) -> Measured:
+    """Measures a model.
 
     Args:
         folder: The model.
         languages: Name -> what it is measured on.
+        templates: Chat templates for a model that has none of its own.
         progress: Called with what is done, what there is to do, and what it is.
 
     Returns:
-        Language -> `bits_per_byte`, `tokens_per_byte`, `characters_per_second`, and where there are chats
-        `response_nll` and `stop_rate`; language -> replies to its first PROMPTS chats.
+        Of each language the counts of `bits_per_byte`, `tokens_per_byte`, `characters_per_second`; where there are
+        chats and a template `response_nll` (per token), `response_bits_per_byte` and `stop_rate`; and `choices`, the
+        share of right answers, where there are questions.
     """
+    progress(0, None, f"reading {Path(folder).name}")
     model, tokenizer = open_ready(str(folder), Runtime())
     settle_threads(next(model.parameters()).device)
-    scores: dict[str, dict[str, Figure]] = {}
-    replies: dict[str, list[str]] = {}
+    measured = Measured()
+    if tokenizer.chat_template is None and templates:
+        tokenizer.templates = dict(templates)
+        measured.notes.append("has no chat template; it was given that of the last model that has one")
     for name, held in languages.items():
-        scores[name] = _text_scores(model, tokenizer, held.texts, partial(_relabel, progress, name))
+        of_model = _Measuring(model, tokenizer, held, name, progress)
+        counts = measured.counts[name] = of_model.text()
         if held.chats and tokenizer.chat_template is not None:
-            more, replies[name] = _chat_scores(model, tokenizer, held.chats)
-            scores[name] |= more
-    return scores, replies
+            counts |= (given := of_model.likelihoods())
+            if not given:
+                measured.notes.append(f"no chat of {name} fits into its context of {model.config.context} tokens")
+            replies = answer(
+                model, tokenizer, held.chats, max_tokens=of_model.room(counts), progress=of_model.report("replies")
+            )
+            ended = [0.0 if reply is None else float(reply.stop_reason == "end") for reply in replies]
+            counts["stop_rate"] = Counts(ended, [float(reply is not None) for reply in replies])
+            measured.replies[name] = ["" if reply is None else reply.text for reply in replies]
+        elif not held.chats:
+            measured.replies[name] = [reply.text for reply in of_model.continuations(of_model.room(counts))]
+        if held.choices or held.tasks:
+            counts["choices"] = of_model.questions()
+            if left := int(len(counts["choices"].sizes) - sum(counts["choices"].sizes)):
+                measured.notes.append(f"{left} question(s) of {name} are longer than its context and were left out")
+    return measured
 
 
-def ratio(numbers: Sequence[float], sizes: Sequence[float]) -> Figure:
-    """sum(numbers) / sum(sizes) over documents, with its interval.
+@dataclass(frozen=True)
+class _Measuring:
+    """A model on one language."""
 
-    Args:
-        numbers: Of each document what is counted.
-        sizes: Of each document what it is counted for.
-    """
-    top, bottom = np.array(numbers, float), np.array(sizes, float)
-    count = len(top)
-    drawn = np.random.default_rng(0).integers(0, count, (SAMPLES, count))
-    totals = bottom[drawn].sum(1)
-    sampled = top[drawn].sum(1)[totals > 0] / totals[totals > 0]
-    low, high = np.quantile(sampled, (0.025, 0.975)) if len(sampled) else (math.nan, math.nan)
-    return {"value": float(top.sum() / bottom.sum()), "interval": [float(low), float(high)], "n": count}
+    model: Transformer
+    tokenizer: Tokenizer
+    held: HeldOutText
+    name: str
+    progress: Report
+
+    def report(self, label: str) -> Callable[[int, int], None]:
+        return lambda done, total: self.progress(done, total, f"{label}, {self.name}")
+
+    def room(self, counts: Mapping[str, Counts]) -> int:
+        """Tokens of a reply of REPLY bytes; as many bytes for every tokenizer."""
+        used = counts["tokens_per_byte"]
+        return max(16, min(self.model.config.context // 2, math.ceil(REPLY * sum(used.numbers) / sum(used.sizes))))
+
+    def text(self) -> dict[str, Counts]:
+        tokenizer, texts = self.tokenizer, self.held.texts
+        lead = tokenizer.bos_id if tokenizer.adds_bos or tokenizer.eos_id is None else tokenizer.eos_id
+        windows: list[ScoredSequence] = []
+        owner: list[int] = []
+        tokens, sizes = [], [float(len(text.encode())) for text in texts]
+        for number, ids in enumerate(tokenizer.encode_batch(texts)):
+            tokens.append(float(len(ids)))
+            document = windows_of([0 if lead is None else lead, *ids], min(CONTEXT, self.model.config.context))
+            windows += document
+            owner += [number] * len(document)
+        bits = np.zeros(len(texts))
+        np.add.at(bits, owner, np.array(nll(self.model, windows, progress=self.report("bits per byte"))) / math.log(2))
+        speeds = [tokens_per_second(self.model, tokenizer, text[:200]) for text in texts[:TIMED]]
+        characters = sum(map(len, texts)) / sum(tokens)
+        return {
+            "bits_per_byte": Counts(bits.tolist(), sizes),
+            "tokens_per_byte": Counts(tokens, sizes),
+            "characters_per_second": Counts([speed * characters for speed in speeds], [1.0] * len(speeds)),
+        }
+
+    def likelihoods(self) -> dict[str, Counts]:
+        """Of the replies that were given; a chat that is longer than the context counts for nothing."""
+        context = self.model.config.context
+        records = [encode_record(self.tokenizer, chat) for chat in self.held.chats]
+        fits = [float(len(ids) <= context + 1) for ids, _ in records]
+        if not any(fits):
+            return {}
+        nats = nll(
+            self.model,
+            [ScoredSequence(ids[: context + 1], scored[: context + 1]) for ids, scored in records],
+            progress=self.report("replies that were given"),
+        )
+        spent = [value * fit for value, fit in zip(nats, fits, strict=True)]
+        tokens = [fit * sum(scored[1:]) for (_, scored), fit in zip(records, fits, strict=True)]
+        sizes = [fit * _bytes_replied(chat) for chat, fit in zip(self.held.chats, fits, strict=True)]
+        return {
+            "response_nll": Counts(spent, tokens),
+            "response_bits_per_byte": Counts([value / math.log(2) for value in spent], sizes),
+        }
+
+    def continuations(self, room: int) -> list[Reply]:
+        prompts = [self.tokenizer.encode(text, add_special_tokens=True) for text in self.held.prompts()]
+        fitting = [ids[: max(1, self.model.config.context - room - 1)] for ids in prompts if ids]
+        return generate_batch(
+            self.model, self.tokenizer, fitting, Sampling(max_tokens=room), progress=self.report("continuations")
+        )
+
+    def questions(self) -> Counts:
+        fits = [self._fits(question) for question in self.held.choices]
+        fitting = [question for question, fit in zip(self.held.choices, fits, strict=True) if fit]
+        report = self.report("multiple choice")
+        marks = iter(mark_choices(self.model, self.tokenizer, fitting, progress=report) if fitting else ())
+        right = [float(next(marks)[0]) if fit else 0.0 for fit in fits]
+        for task in self.held.tasks:
+            from lapis.evaluation.harness import mark_tasks
+
+            right += map(float, mark_tasks(self.model, self.tokenizer, task, progress=report))
+        return Counts(right, [*map(float, fits), *[1.0] * (len(right) - len(fits))])
+
+    def _fits(self, question: Choice) -> bool:
+        try:
+            scored_choices(self.tokenizer, question, self.model.config.context)
+        except DataError:
+            return False
+        return True
 
 
-def _relabel(progress: Report, name: str, done: float, total: float | None) -> None:
-    progress(done, total, f"bits per byte, {name}")
-
-
-def _text_scores(
-    model: Transformer, tokenizer: Tokenizer, texts: Sequence[str], progress: Callable[[int, int], None]
-) -> dict[str, Figure]:
-    lead = tokenizer.bos_id if tokenizer.adds_bos or tokenizer.eos_id is None else tokenizer.eos_id
-    windows: list[ScoredSequence] = []
-    owner: list[int] = []
-    tokens, sizes = [], [len(text.encode()) for text in texts]
-    for number, ids in enumerate(tokenizer.encode_batch(texts)):
-        tokens.append(len(ids))
-        document = windows_of([0 if lead is None else lead, *ids], min(CONTEXT, model.config.context))
-        windows += document
-        owner += [number] * len(document)
-    bits = np.zeros(len(texts))
-    np.add.at(bits, owner, np.array(nll(model, windows, progress=progress)) / math.log(2))
-    speeds = [tokens_per_second(model, tokenizer, text[:200]) for text in texts[:TIMED]]
-    characters = sum(map(len, texts)) / sum(tokens)
-    return {
-        "bits_per_byte": ratio(list(bits), sizes),
-        "tokens_per_byte": ratio(tokens, sizes),
-        "characters_per_second": ratio([speed * characters for speed in speeds], [1.0] * len(speeds)),
-    }
-
-
-def _chat_scores(
-    model: Transformer, tokenizer: Tokenizer, chats: Sequence[ChatRecord]
-) -> tuple[dict[str, Figure], list[str]]:
-    nats, tokens = [], []
-    for chat in chats:
-        score = score_chats(model, tokenizer, [chat], replies=[None])
-        nats.append(float(score["response_nll"]) * int(score["tokens"]))
-        tokens.append(float(score["tokens"]))
-    given = answer(model, tokenizer, chats, max_tokens=REPLY)
-    ended = [float(reply.stop_reason == "end") for reply in given if reply is not None]
-    figures = {"response_nll": ratio(nats, tokens)}
-    if ended:
-        figures["stop_rate"] = ratio(ended, [1.0] * len(ended))
-    return figures, [reply.text if reply else "" for reply in given[:PROMPTS]]
-
-
-def prompts_of(chats: Sequence[ChatRecord]) -> list[str]:
-    """What the user said last in the chats whose replies are shown."""
-    return [str(prompt_of(chat.messages)[-1]["content"]) for chat in chats[:PROMPTS]]
+def _bytes_replied(chat: ChatRecord) -> int:
+    turns = [turn for turn in chat.messages if turn["role"] == "assistant"]
+    return sum(len(str(turn.get("content") or "").encode()) for turn in turns)

@@ -5,6 +5,7 @@ Takes the object that `lapis card --json` prints.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,68 +13,154 @@ from lapis.report import plots
 from lapis.report.markup import Column
 from lapis.report.page import Page
 
+# score -> what it is called, how it is written, and which way is better
 FIGURES = {
-    "bits_per_byte": "bits per byte", "tokens_per_byte": "tokens per byte",
-    "characters_per_second": "characters per second", "response_nll": "response NLL", "stop_rate": "stop rate",
+    "bits_per_byte": ("bits per byte", ".3f", "less"),
+    "tokens_per_byte": ("tokens per byte", ".3f", "less"),
+    "characters_per_second": ("characters per second", ".3g", "more"),
+    "response_bits_per_byte": ("given replies: bits per byte", ".3f", "less"),
+    "response_nll": ("given replies: nats per token", ".3f", "less"),
+    "stop_rate": ("own replies that end", ".0%", "more"),
+    "in_language": ("own replies in the language", ".0%", "more"),
+    "choices": ("questions answered right", ".1%", "more"),
+}
+COUNTED = {
+    "stop_rate": "replies", "in_language": "replies", "choices": "questions", "response_bits_per_byte": "chats",
+    "response_nll": "chats", "characters_per_second": "texts",
 }  # fmt: skip
+SHARES = ("stop_rate", "in_language", "choices")  # changes of these are points
+TOKEN_BOUND = ("response_nll",)  # not to be compared where tokenizers differ
 TITLES = {"target": "The language", "replay": "What it knew before"}
+CODE = re.compile(r"[a-z]{2,3}")
 
 
 def card_page(card: Mapping[str, Any]) -> Page:
     """The page of one adaptation."""
-    scores = card["scores"]
-    first, last = next(iter(scores)), list(scores)[-1]
+    scores, last = card["scores"], card["result"]
+    first = next(iter(scores))
+    title = card["how"].get("title")
     page = Page(
-        f"From {first} to {last}",
-        "Counted for a byte of held-out text, with 95\u00a0% bootstrap intervals over documents.",
+        f"{title}: from {first} to {last}" if title else f"From {first} to {last}",
+        "Two languages, measured alike on text that nothing was learned from. Counted for a byte of text, so that "
+        "models with different tokenizers compare. In brackets: 95\u00a0% bootstrap intervals.",
     )
-    stats = [_stat("won", scores, "target", first, last)]
-    if card["cost"] is not None:
-        stats.append(_stat("lost", scores, "replay", first, last))
-    page.stats(stats)
-    page.section("Side by side", "The first row is what was started from.")
-    languages = list(scores[first])
-    for language in languages:
-        _table(page, scores, language)
+    _won_and_lost(page, card, first, last)
+    page.section("Side by side", "The first model is what was started from.")
+    for language in scores[first]:
+        _table(page, card, language)
     rows = [
-        {"model": name, "language": TITLES.get(language, language), "bits_per_byte": figures["bits_per_byte"]["value"]}
+        {"model": name, "language": title_of(card, language), "bits_per_byte": figures["bits_per_byte"]["value"]}
         for name, each in scores.items()
         for language, figures in each.items()
     ]
-    title = f"{scores[last]['target']['bits_per_byte']['value']:.3f} bits for a byte of the language at the end"
-    page.figure(plots.scores(rows, title, metric="bits_per_byte", format=".3f"))
+    page.figure(plots.scores(rows, "Bits per byte of held-out text", metric="bits_per_byte", format=".3f"))
+    for name, many in card["notes"].items():
+        for note in many:
+            page.text(f"Note: {name} {note}.")
     if card["replies"]:
-        page.section("Replies", "To the same prompts, the most likely token each time.")
-        page.replies(card["replies"])
-    if card["how"]:
-        page.section("How it was made")
-        page.table([{"setting": key, "value": str(value)} for key, value in card["how"].items()], ["setting", "value"])
+        page.section(
+            "Replies", "To the same prompts, the likeliest token each time; beside a name the language of the reply."
+        )
+        page.replies([_reply(card, row) for row in card["replies"]])
+    _how(page, card["how"])
     return page
 
 
-def _stat(label: str, scores: Mapping[str, Any], language: str, first: str, last: str) -> tuple[str, str, str]:
-    """By how much bits per byte of a language fell (or rose), with both ends."""
-    before, after = (scores[name][language]["bits_per_byte"] for name in (first, last))
-    change = after["value"] / before["value"] - 1
-    names = {"won": "bits per byte of the language", "lost": "bits per byte of what it knew"}
-    note = f"{before['value']:.3f} → {after['value']:.3f}, {after['n']} documents"
-    return names[label], f"{change:+.1%}".replace("-", "−"), note
+def title_of(card: Mapping[str, Any], language: str) -> str:
+    """What a language is called, with its code where that is known."""
+    code = card["languages"].get(language, "")
+    title = TITLES.get(language, language)
+    return f"{title} ({code})" if CODE.fullmatch(code) else title
 
 
-def _table(page: Page, scores: Mapping[str, Any], language: str) -> None:
-    rows = [
-        {"model": name, **{key: _spelled(figure) for key, figure in each[language].items()}}
-        for name, each in scores.items()
-    ]
-    known = [key for key in FIGURES if any(key in row for row in rows)]
-    counts = {key: next(each[language][key]["n"] for each in scores.values() if key in each[language]) for key in known}
-    behind = ", ".join(f"{FIGURES[key]}: {count}" for key, count in counts.items())
-    page.table(
-        rows, ["model", *(Column(key, FIGURES[key]) for key in known)], TITLES.get(language, language),
-        caption=f"How many documents or chats stand behind a figure: {behind}.",
-    )  # fmt: skip
+def spelled(key: str, figure: Mapping[str, Any]) -> str:
+    """A score with its interval."""
+    form = FIGURES[key][1]
+    low, high = (format(end, form) for end in figure["interval"])
+    return f"{format(figure['value'], form)}\u00a0({low}\u2060–\u2060{high})"
 
 
-def _spelled(figure: Mapping[str, Any]) -> str:
-    low, high = figure["interval"]
-    return f"{figure['value']:.3g}\u00a0({low:.3g}\u2060–\u2060{high:.3g})"
+def spelled_change(key: str, figure: Mapping[str, Any]) -> tuple[str, str]:
+    """A change and its interval: percent, or points where the score itself is a share."""
+    values = [100 * value for value in (figure["value"], *figure["interval"])]
+    digits = 0 if max(map(abs, values)) >= 20 else 1
+    value, low, high = (f"{number:+.{digits}f}".replace("-", "−") for number in values)
+    return f"{value}\u00a0{'points' if key in SHARES else '%'}", f"{low} to {high}"
+
+
+def _won_and_lost(page: Page, card: Mapping[str, Any], first: str, last: str) -> None:
+    """A column for each language with the same figures in the same size."""
+    changes = card["changes"].get(last, {})
+    page.section("What was won, and what was lost", f"What changed from {first} to {last}.")
+
+    def column(language: str) -> None:
+        page.text(f"**{title_of(card, language)}**")
+        page.stats(
+            [
+                _stat(card, language, key, (first, last))
+                for key in FIGURES
+                if key in changes[language] and key not in TOKEN_BOUND
+            ]
+        )
+
+    page.beside(*((lambda name=name: column(name)) for name in changes))
+    if gap := card["gap"]:
+        low, high = gap["interval"]
+        page.text(
+            f"**Gap closed: {gap['value']:.0%}** ({low:.0%} to {high:.0%}, {gap['n']} chats) of the way to the model "
+            "that was tuned on chats of the language, by bits per byte of the replies that were given."
+        )
+    for key, why in card["reasons"].items():
+        page.text(f"{key.replace('_', ' ').capitalize()}: not known. {why[:1].upper()}{why[1:]}.")
+
+
+def _stat(card: Mapping[str, Any], language: str, key: str, ends: tuple[str, str]) -> tuple[str, str, str]:
+    figure = card["changes"][ends[1]][language][key]
+    label, form, better = FIGURES[key]
+    before, after = (format(card["scores"][name][language][key]["value"], form) for name in ends)
+    value, interval = spelled_change(key, figure)
+    note = f"{before} → {after}; {interval}; {figure['n']} {COUNTED.get(key, 'documents')}"
+    return f"{label} ({better} is better)", value, note
+
+
+def _table(page: Page, card: Mapping[str, Any], language: str) -> None:
+    """A row for each score, a column for each model."""
+    rows = []
+    scores = {name: each[language] for name, each in card["scores"].items()}
+    for key, (label, _, better) in FIGURES.items():
+        known = {name: figures[key] for name, figures in scores.items() if key in figures}
+        if known:
+            counts = sorted({figure["n"] for figure in known.values()})
+            row = {"score": f"{label} {'↓' if better == 'less' else '↑'}"}
+            row |= {name: spelled(key, figure) for name, figure in known.items()}
+            row["n"] = f"{'–'.join(map(str, counts[:: max(1, len(counts) - 1)]))} {COUNTED.get(key, 'documents')}"
+            rows.append(row)
+    chance = next((f["choices"]["chance"] for f in scores.values() if "chance" in f.get("choices", {})), None)
+    caption = "↓ less is better, ↑ more is better. Nats per token compare only where tokens per byte are equal."
+    if chance is not None:
+        caption += f" Guessing answers {chance:.0%} of the questions right."
+    if any("characters_per_second" in figures for figures in scores.values()):
+        caption += f" Characters per second: generated on this machine ({card['machine']})."
+    columns = [Column("score", " "), *(Column(name) for name in scores), Column("n", "measured on")]
+    page.table(rows, columns, title_of(card, language), caption=caption)
+
+
+def _reply(card: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of replies as the page takes it; the language of a reply beside the model's name."""
+    code = card["languages"].get(row["language"], "")
+    spoken = row["spoken"]
+    named = {f"{name}, {spoken.get(name) or '?'}": text for name, text in row["replies"].items()}
+    return {"prompt": row["prompt"], "replies": named, **({"language": code} if CODE.fullmatch(code) else {})}
+
+
+def _how(page: Page, how: Mapping[str, Any]) -> None:
+    settings = {**({"licence": how["license"]} if how.get("license") else {}), **(how.get("settings") or {})}
+    digests = [{"file": name, "sha256": digest} for name, digest in (how.get("data") or {}).items()]
+    for role, files in (how.get("models") or {}).items():
+        digests += [{"file": f"{role}: {name}", "sha256": digest} for name, digest in files.items()]
+    if settings or digests:
+        page.section("How it was made")
+    if settings:
+        page.table([{"setting": key, "value": str(value)} for key, value in settings.items()], ["setting", "value"])
+    if digests:
+        page.table(digests, ["file", "sha256"], folded="Digests of the files that were read")

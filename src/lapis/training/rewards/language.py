@@ -9,8 +9,10 @@ import math
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Any
 
 from lapis.config import nearest
@@ -61,7 +63,50 @@ SAMPLES = {
     "bg": "Хората, които живеят в тази къща, имат две деца и днес те отиват на училище. Това не е каквото бих казал, "
     "но имаше добра причина за него. Ние ще дойдем с вас, когато дъждът спре, или по-късно, ако така им е удобно.",
 }
+TWINS = {"ms": "id", "id": "ms"}  # too near to be told apart by a sentence
 _LEAST = 3  # letters; fewer are in no language
+
+
+@dataclass(frozen=True)
+class Detector:
+    """How sure it is, for each of some languages, that a text is in it; 0 where there are fewer letters than _LEAST.
+
+    Attributes:
+        scripts: Of each language the scripts of its letters.
+        tables: Of each language its pieces; a language without is told by its script alone.
+    """
+
+    scripts: Mapping[str, tuple[str, ...]]
+    tables: Mapping[str, Mapping[str, float]]
+
+    def __call__(self, text: str) -> dict[str, float]:
+        """Language -> the share of letters in its script, times its probability among those of that script."""
+        counts = Counter(_script(c) for c in text if c.isalpha())
+        if counts.total() < _LEAST:
+            return dict.fromkeys(self.scripts, 0.0)
+        shares = {own: sum(counts[one] for one in own) / counts.total() for own in set(self.scripts.values())}
+        sure = {code: shares[own] for code, own in self.scripts.items()}
+        for own in (own for own, share in shares.items() if share > 0):
+            rivals = {code: self.tables[code] for code in self.tables if self.scripts[code] == own}
+            if len(rivals) > 1:
+                for code, probability in _probabilities(text, rivals).items():
+                    sure[code] *= probability
+        return sure
+
+
+def detector(codes: Iterable[str], samples: Mapping[str, str] = MappingProxyType({})) -> Detector:
+    """What tells some languages apart.
+
+    Args:
+        codes: Of the languages; each is known, or a sample of it is given.
+        samples: Language -> text, in place of what is built in.
+    """
+    listed = {code: samples.get(code) or SAMPLES.get(code, "") for code in codes}
+    scripts = {
+        code: SCRIPTS.get(code) or (("LATIN",) if code in SAMPLES else _main_script(text))
+        for code, text in listed.items()
+    }
+    return Detector(scripts, {code: _table(text) for code, text in listed.items() if text})
 
 
 def language(code: str, among: list[str] = [], samples: dict[str, str] = {}) -> Function:  # noqa: B006 (never changed)
@@ -72,23 +117,19 @@ def language(code: str, among: list[str] = [], samples: dict[str, str] = {}) -> 
     for name in (code, *among):
         if name not in known:
             raise ConfigError(f'reward language: "{name}" is not known; {nearest(name, known)}, or give samples of it')
-    script = SCRIPTS.get(code, ("LATIN",))
-    rivals = [name for name in (among or known) if SCRIPTS.get(name, ("LATIN",)) == script or name == code]
-    rivals = list(dict.fromkeys([code, *rivals]))
-    samples_of = {name: " ".join(texts(samples[name])) if name in samples else SAMPLES.get(name, "") for name in rivals}
-    samples_of = {name: text for name, text in samples_of.items() if text}
-    if code not in samples_of:
-        samples_of = {}  # its script decides
-    tables = {name: _table(text) for name, text in samples_of.items()}
+    rivals = list(dict.fromkeys([code, *(among or known)]))
+    sure = detector(rivals, {name: " ".join(texts(samples[name])) for name in rivals if name in samples})
 
     def reward(prompt: Any, reply: str, record: Mapping[str, Any]) -> float:
-        letters = [c for c in reply if c.isalpha()]
-        if len(letters) < _LEAST:
-            return 0.0
-        share = sum(_script(c) in script for c in letters) / len(letters)
-        return share * (_probability(code, reply, tables) if len(tables) > 1 else 1.0)
+        return sure(reply)[code]
 
     return reward
+
+
+def _main_script(text: str) -> tuple[str, ...]:
+    """The script of most letters of a text."""
+    most = Counter(_script(c) for c in text[:100_000] if c.isalpha()).most_common(1)
+    return (most[0][0],) if most else ("LATIN",)
 
 
 @lru_cache(1 << 16)
@@ -109,10 +150,10 @@ def _table(text: str) -> dict[str, float]:
     return {**{piece: math.log(n + 1) - total for piece, n in counts.items()}, "": -total}
 
 
-def _probability(code: str, text: str, tables: Mapping[str, Mapping[str, float]]) -> float:
+def _probabilities(text: str, tables: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     pieces = _pieces(text[:20_000])
     logs = {name: sum(table.get(p, table[""]) for p in pieces) for name, table in tables.items()}
     best = max(logs.values())
     # pieces overlap, so they are not independent: a third of the evidence is nearer to the truth
     weights = {name: math.exp((value - best) / 3) for name, value in logs.items()}
-    return weights[code] / sum(weights.values())
+    return {name: weight / sum(weights.values()) for name, weight in weights.items()}

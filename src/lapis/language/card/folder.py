@@ -1,0 +1,212 @@
+"""What a folder of `lapis adapt` has for a card: the folder in; models, held-out material and how it was made out."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from lapis.checkpoint.hub.models import hub_id
+from lapis.config import load_yaml, parse_yaml
+from lapis.errors import ConfigError, DataError
+from lapis.evaluation.chats import prompt_of
+from lapis.evaluation.choices import Choice, read_choices
+from lapis.language.card.scores import HeldOutText
+from lapis.language.texts import first_bytes
+from lapis.text.corpus import corpus
+from lapis.text.corpus.files import files
+
+PLAN = "plan.yaml"
+PARTS = {"target": "text", "replay": "replay"}  # language -> what its files in measure/ are called
+ORDER = ("start", "embedded", "adapted", "merged", "grafted")  # of steps that hold a model; others come after these
+MEASURED = ("chats", "replay_chats", "choices", "replay_choices")  # keys of a plan whose files a card reads
+CHATS = 32  # that models are measured on
+QUESTIONS = 500
+Paths = Sequence[str | Path]
+
+
+def is_adaptation(folder: Path) -> bool:
+    """Whether a folder is one of `lapis adapt` whose text was measured."""
+    return (folder / PLAN).is_file() and (folder / "measure").is_dir()
+
+
+def models_of(folder: Path) -> dict[str, str | Path]:
+    """The models of an adaptation in their order: the base, the chat model, and every step that holds a model."""
+    plan = load_yaml(folder / PLAN)
+    steps = [place for place in folder.iterdir() if any(place.glob("*.safetensors")) and not place.name.startswith(".")]
+    steps.sort(key=lambda place: (ORDER.index(place.name) if place.name in ORDER else len(ORDER), place.name))
+    return {**parents_of(plan), **{place.name: place for place in steps}}
+
+
+def parents_of(plan: Mapping[str, Any]) -> dict[str, str | Path]:
+    """What an adaptation starts from: the base, and the chat model where there is one."""
+    return {name: str(plan[name]) for name in ("base", "chat") if plan.get(name)}
+
+
+def held_out_of(folder: Path, plan: Mapping[str, Any]) -> dict[str, HeldOutText]:
+    """The held-out material of an adaptation, by language.
+
+    Args:
+        folder: Of the adaptation.
+        plan: Its settings, as plan.yaml has them.
+    """
+    held = {}
+    for name, part in PARTS.items():
+        file = folder / "measure" / f"{part}.held.jsonl"
+        if file.is_file():
+            before = "" if name == "target" else "replay_"
+            held[name] = HeldOutText(
+                [document.text for document in corpus.documents(file)],
+                read_chats(plan.get(f"{before}chats") or ()),
+                *read_questions(plan.get(f"{before}choices") or ()),
+                str(plan.get("language") or "") if name == "target" else "",
+            )
+    return held
+
+
+def read_chats(paths: Paths) -> list[corpus.ChatRecord]:
+    """The chats that models are measured on. Raises DataError where one of them has no reply of the assistant's."""
+    chats = list(islice(corpus.chats(list(paths)), CHATS)) if paths else []
+    for chat in chats:
+        try:
+            prompt_of(chat.messages)
+        except DataError:
+            raise DataError(
+                f"{chat.where}: the chat has no reply of the assistant after a prompt; leave it out"
+            ) from None
+    return chats
+
+
+def read_questions(paths: Paths) -> tuple[list[Choice], list[Path]]:
+    """Questions of multiple choice: those of jsonl files, and the task files of lm-evaluation-harness.
+
+    Args:
+        paths: Files; what ends in .yaml or .yml is a task file.
+
+    Raises:
+        MissingExtra: For a task file where lm-eval is not installed.
+    """
+    tasks = [Path(path) for path in paths if Path(path).suffix in (".yaml", ".yml")]
+    for task in tasks:
+        from lapis.evaluation.harness import task_name
+
+        task_name(task)
+    questions = [one for path in paths if Path(path) not in tasks for one in read_choices(path)[:QUESTIONS]]
+    return questions, tasks
+
+
+def measured_files(plan: Mapping[str, Any]) -> list[Path]:
+    """The files besides the text that models are measured on: chats, and questions.
+
+    Args:
+        plan: With the keys of MEASURED, where they are given.
+    """
+    chats = [path for key in MEASURED if "chats" in key and plan.get(key) for path in files(list(plan[key]))]
+    return chats + [Path(path) for key in MEASURED if "choices" in key for path in plan.get(key) or ()]
+
+
+def how_made(folder: Path, plan: Mapping[str, Any]) -> dict[str, Any]:
+    """How an adaptation was made: what README.md says of it, without the places of this machine.
+
+    Args:
+        folder: Of the adaptation.
+        plan: Its settings.
+    """
+    vocab = plan.get("vocab", "auto")
+    added = load_yaml(folder / "measure" / "fertility.json")["recommendation"]["add"] if vocab == "auto" else vocab
+    parents = parents_of(plan)
+    places = ("base", "chat", "out", "text", "replay", "chats", "replay_chats", "choices", "replay_choices", "language")
+    shown = {key: value for key, value in plan.items() if key not in places and value not in (None, "", {}, [], ())}
+    return {
+        "title": folder.name,
+        "language": plan.get("language") or "",
+        "license": plan.get("license") or licence_of(plan["base"]),
+        "base_models": [str(source).partition("@")[0] for source in parents.values() if hub_id(str(source))],
+        "settings": {**{role: Path(source).name for role, source in parents.items()}, "new tokens": added, **shown},
+        "data": {path.name: _sha256(path) for path in sorted((folder / "measure").glob("*.jsonl"))},
+        "models": {role: digests_of(source) for role, source in parents.items()},
+    }
+
+
+def digests_of(source: str | Path) -> dict[str, str]:
+    """sha256 of a model folder's weights; of a model of the hub nothing, since its name says which it is."""
+    folder = Path(source)
+    return {path.name: _sha256(path) for path in sorted(folder.glob("*.safetensors"))} if folder.is_dir() else {}
+
+
+def licence_of(source: str | Path) -> str:
+    """The licence that a model folder's README.md states; "" where it states none."""
+    file = Path(source) / "README.md"
+    if not file.is_file():
+        return ""
+    head = file.read_text(encoding="utf-8", errors="replace").split("---")
+    try:
+        stated = parse_yaml(head[1], str(file)) if len(head) > 2 and not head[0].strip() else None
+    except ConfigError:
+        return ""
+    return str(stated.get("license") or "") if isinstance(stated, dict) else ""
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class CardInputs:
+    """What a card is made of. models: Name -> folder. held: Language -> material. how: As README.md tells it."""
+
+    models: dict[str, str | Path]
+    held: dict[str, HeldOutText]
+    how: dict[str, Any]
+
+
+def gather(folders: Sequence[Path], given: Mapping[str, Any], scored: int) -> CardInputs:
+    """Models and held-out material of what a user named.
+
+    Args:
+        folders: Of an adaptation, of models, or both.
+        given: Keys of a plan in place of those of the adaptation's own: text, replay, chats, choices, language, ...
+        scored: Bytes of each given text that are scored.
+
+    Raises:
+        ConfigError: Where there is no text, or two models have one name.
+    """
+    models: dict[str, str | Path] = {}
+    held: dict[str, HeldOutText] = {}
+    how: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
+    for folder in folders:
+        adapted = is_adaptation(folder)
+        named = models_of(folder) if adapted else {folder.name or folder.resolve().name: folder}
+        if twice := [name for name in named if name in models]:
+            raise ConfigError(f"card: two of these models are called {twice[0]}; give each folder a name of its own")
+        models |= named
+        if adapted and not held:
+            settings = load_yaml(folder / PLAN)
+            held, how = held_out_of(folder, {**settings, **given}), how_made(folder, settings)
+    if not models:
+        raise ConfigError("card: no model is named; give a folder of lapis adapt, or model folders")
+    if not held and not given.get("text"):
+        raise ConfigError("card: --text is missing; give held-out text of the language, or a folder of lapis adapt")
+    for name, part in PARTS.items():
+        if paths := given.get(part):
+            texts = list(first_bytes((document.text for document in corpus.documents(list(paths))), scored))
+            before = "" if name == "target" else "replay_"
+            held[name] = HeldOutText(
+                texts,
+                read_chats({**settings, **given}.get(f"{before}chats") or ()),
+                *read_questions({**settings, **given}.get(f"{before}choices") or ()),
+                str(given.get("language") or settings.get("language") or "") if name == "target" else "",
+            )
+    first = next(iter(models.values()))
+    made = {"license": licence_of(first), "data": _digests(given), "models": {next(iter(models)): digests_of(first)}}
+    stated = {key: given[key] for key in ("language", "license", "base_models") if given.get(key)}
+    return CardInputs(models, held, {**(how or made), **stated})
+
+
+def _digests(given: Mapping[str, Any]) -> dict[str, str]:
+    """sha256 of the files that a user named."""
+    texts = [path for part in PARTS.values() for path in (files(list(given[part])) if given.get(part) else ())]
+    return {path.name: _sha256(path) for path in [*texts, *measured_files(given)]}

@@ -1,0 +1,144 @@
+"""The model card as hubs read it: the object of `lapis card --json` in, README.md out, YAML first.
+
+Nothing of this machine's folders is in it: models of the hub by their ids, others by the last part of their names.
+What models wrote stands in fences, so that no reply can be read as part of the page.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import PurePath
+from typing import Any
+
+import yaml
+
+from lapis.report.pages.card import CODE, COUNTED, FIGURES, TOKEN_BOUND, spelled, spelled_change, title_of
+
+HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*")
+USE = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+name = "."  # this folder, or its name on the hub
+tokenizer, model = AutoTokenizer.from_pretrained(name), AutoModelForCausalLM.from_pretrained(name)
+```"""
+
+
+def readme(card: Mapping[str, Any]) -> str:
+    """README.md of a card.
+
+    Args:
+        card: What `make_card` returns; of its `how` the keys `language`, `license`, `base_models`, `title`, `settings`,
+            `data`, `models` are read.
+    """
+    how, scores = card["how"], card["scores"]
+    first, last = next(iter(scores)), card["result"]
+    lines = ["---", yaml.safe_dump(metadata(card), allow_unicode=True, sort_keys=True).strip(), "---", ""]
+    title = how.get("title") or PurePath(card["steps"][last]).parent.name or last
+    lines += [f"# {_plain(title)}", "", f"Made by lapis {card['lapis']}, from {_plain(first)} to {_plain(last)}.", ""]
+    lines += ["## What was won, and what was lost", "", *_changes(card, first, last), ""]
+    lines += ["## Scores", "", "In brackets: 95 % bootstrap intervals over what was measured on."]
+    for language in scores[first]:
+        lines += ["", f"### {title_of(card, language)}", "", *_scores(scores, language)]
+    notes = [f"- {_plain(name)}: {_plain(note)}" for name, many in card["notes"].items() for note in many]
+    lines += ["", *notes, *([""] if notes else []), f"Characters per second: on {_plain(card['machine'])}."]
+    if card["replies"]:
+        lines += ["", "## Replies", "", "The likeliest token each time; the same prompts for every model.", ""]
+        lines += ["<details><summary>Show them</summary>", "", *_replies(card, (first, last)), "</details>"]
+    lines += ["", "## How it was made", "", "| | |", "|---|---|"]
+    lines += [f"| {_plain(key)} | {_plain(value)} |" for key, value in (how.get("settings") or {}).items()]
+    lines += [f"| {_plain(name)} (sha256) | `{digest}` |" for name, digest in (how.get("data") or {}).items()]
+    for role, files in (how.get("models") or {}).items():
+        lines += [f"| {_plain(role)}: {_plain(name)} (sha256) | `{digest}` |" for name, digest in files.items()]
+    lines += ["", "## Licence", ""]
+    licence = how.get("license")
+    lines.append(
+        f"{_plain(licence)}; that of the model it was made from, and of the texts, hold as well."
+        if licence
+        else "No licence is stated here. That of the model it was made from, and of the texts, hold."
+    )
+    lines += ["", "## Use", "", USE, ""]
+    return "\n".join(lines)
+
+
+def metadata(card: Mapping[str, Any]) -> dict[str, Any]:
+    """The YAML head, in the hub's fields."""
+    how = card["how"]
+    spoken = [
+        how.get("language"),
+        *(card["languages"][name] for name in ("target", "replay") if name in card["languages"]),
+    ]
+    codes = list(dict.fromkeys(code for code in spoken if code and CODE.fullmatch(code)))
+    tags = ["lapis", "language-adaptation"]
+    head: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
+    if codes:
+        head["language"] = codes
+    if how.get("license"):
+        head["license"] = how["license"]
+    parents = [name for name in how.get("base_models") or () if HUB_ID.fullmatch(name)]
+    if parents:
+        head["base_model"] = parents
+        head["base_model_relation"] = "merge" if len(parents) > 1 else "finetune"
+    return head
+
+
+def _changes(card: Mapping[str, Any], first: str, last: str) -> list[str]:
+    changes = card["changes"].get(last, {})
+    heads = [title_of(card, language) for language in changes]
+    lines = [_line([f"from {_plain(first)} to {_plain(last)}", *heads]), "|---" * (1 + len(changes)) + "|"]
+    for key, (label, _, better) in FIGURES.items():
+        if key in TOKEN_BOUND or not any(key in each for each in changes.values()):
+            continue
+        cells = []
+        for each in changes.values():
+            value, interval = spelled_change(key, each[key]) if key in each else ("–", "")
+            cells.append(f"{value} ({interval}; {each[key]['n']} {_counted(key)})" if interval else value)
+        lines.append(_line([f"{label} ({better} is better)", *cells]))
+    if gap := card["gap"]:
+        low, high = gap["interval"]
+        lines += ["", f"Gap closed: {gap['value']:.0%} ({low:.0%} to {high:.0%}; {gap['n']} chats) of the way to a "
+                  "model tuned on chats of the language, by bits per byte of the replies that were given."]  # fmt: skip
+    for key, why in card["reasons"].items():
+        lines += ["", f"{key.replace('_', ' ').capitalize()}: not known; {why}."]
+    return lines
+
+
+def _scores(scores: Mapping[str, Any], language: str) -> list[str]:
+    lines = [_line(["", *map(_plain, scores), "measured on"]), "|---" * (2 + len(scores)) + "|"]
+    for key, (label, _, better) in FIGURES.items():
+        known = [each[language][key] for each in scores.values() if key in each[language]]
+        if known:
+            cells = [spelled(key, each[language][key]) if key in each[language] else "–" for each in scores.values()]
+            lines.append(
+                _line([f"{label} ({better} is better)", *cells, f"{max(f['n'] for f in known)} {_counted(key)}"])
+            )
+    return lines
+
+
+def _counted(key: str) -> str:
+    return COUNTED.get(key, "documents")
+
+
+def _line(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _replies(card: Mapping[str, Any], names: Iterable[str]) -> list[str]:
+    lines = []
+    for row in card["replies"]:
+        lines += _fenced("prompt", row["prompt"])
+        for name in dict.fromkeys(names):
+            if name in row["replies"]:
+                lines += _fenced(name, row["replies"][name])
+        lines.append("---")
+        lines.append("")
+    return lines[:-2]
+
+
+def _fenced(label: str, text: str) -> list[str]:
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return [f"{_plain(label)}:", "", f"{fence}text", text.strip(), fence, ""]
+
+
+def _plain(value: object) -> str:
+    """Text in a line of Markdown: no line ends, and nothing that is markup."""
+    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", " ".join(str(value).split()))

@@ -1,0 +1,85 @@
+"""What an adaptation reads, looked at before anything is computed: a plan in, a refusal or a remark out."""
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from lapis.errors import ConfigError, DataError, OutputError
+from lapis.language.card.folder import read_chats, read_questions
+from lapis.language.card.naming import KNOWN, MOSTLY, share_in_language
+from lapis.language.extend import open_source
+from lapis.language.plan import PLAN, AdaptPlan
+from lapis.language.texts import first_bytes
+from lapis.text.corpus import corpus
+from lapis.text.corpus.files import files
+from lapis.text.tokenizer.extend import ExtendableTokenizer
+from lapis.weights.graft.layout import plan_graft
+
+SAME = 0.1  # share of the replay documents that may stand in the target's text, too
+READ = 20_000_000  # bytes of a text that are looked at
+
+
+def check_inputs(plan: AdaptPlan, out: Path) -> None:
+    """Refuses whatever can be known to be wrong before anything is computed.
+
+    Args:
+        plan: What to adapt to what.
+        out: Its folder, absolute.
+
+    Raises:
+        LapisError: Of the kind that fits.
+    """
+    if out.exists() and any(out.iterdir()) and not (out / PLAN).is_file():
+        raise OutputError(f"{out}: exists already and is no adaptation; give another --out")
+    source, checkpoint = open_source(plan.base)
+    if checkpoint is None:
+        raise ConfigError(f"adapt: base is {plan.base}, which holds a tokenizer and no weights; give a model")
+    if plan.vocab not in ("auto", 0):
+        ExtendableTokenizer.open(source)
+    for name in ("text", "replay"):
+        if paths := getattr(plan, name):
+            files(list(paths))
+    for chats, choices in ((plan.chats, plan.choices), (plan.replay_chats, plan.replay_choices)):
+        read_chats(chats)
+        read_questions(choices)
+    if plan.replay:
+        target = {_digest(text) for text in _documents(plan.text)}
+        replayed = [_digest(text) for text in _documents(plan.replay)]
+        share = sum(digest in target for digest in replayed) / max(1, len(replayed))
+        if share > SAME:
+            raise DataError(
+                f"adapt: {share:.0%} of the replay documents stand in the target's text, too; replay is text of what "
+                "the model knew before, so give other files"
+            )
+    if plan.chat is not None:
+        plan_graft(plan.base, plan.chat, plan.base)
+
+
+def other_language(plan: AdaptPlan) -> str:
+    """A remark where the text is mostly another language than the plan says; "" where it is not, or nobody knows."""
+    if plan.language not in KNOWN:
+        return ""
+    share = share_in_language(plan.language, _documents(plan.text))
+    if share >= MOSTLY:
+        return ""
+    return f"text: {share:.0%} of the documents look like {plan.language}; the rest is another language"
+
+
+def _documents(paths: Iterable[str]) -> Iterable[str]:
+    return first_bytes((document.text for document in corpus.documents(list(paths))), READ)
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.strip().encode(errors="replace")).digest()
+
+
+def stamps(places: Iterable[str | Path]) -> list[list[Any]]:
+    """Name, size and time of change of every file of some files and folders; of a model of the hub its name."""
+    stamps: list[list[Any]] = []
+    for place in map(Path, places):
+        listed = sorted(path for path in place.iterdir() if path.is_file()) if place.is_dir() else [place]
+        for path in listed:
+            known = [path.stat().st_size, path.stat().st_mtime_ns] if path.is_file() else []
+            stamps.append([str(path), *known])
+    return stamps
