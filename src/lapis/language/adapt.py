@@ -1,6 +1,7 @@
 """From a public model to one that speaks the user's language: `lapis adapt`.
 
     measure/    what the language costs, and whether to extend; the text, with a part held out
+    replay/     text that the model draws itself           (where replay is "self")
     tokenizer/  the tokenizer with more tokens             (not where none are added)
     start/      the model with rows for them               (not where none are added)
     embedded/   the new rows trained alone                 (not where none are added)
@@ -31,6 +32,7 @@ from lapis.language.extend import add_rows, open_source
 from lapis.language.fertility import Report, fertility
 from lapis.language.inputs import check_inputs, other_language, stamps
 from lapis.language.plan import PLAN, AdaptPlan, earlier_speed, read_plan
+from lapis.language.replay import bits_per_byte, draw_texts
 from lapis.language.steps import Steps
 from lapis.language.texts import first_bytes, read_texts
 from lapis.model.check import read_config
@@ -47,6 +49,8 @@ from lapis.weights.graft.graft import graft
 from lapis.weights.merge.merge import merge
 
 Bar = Callable[[str], AbstractContextManager[Report]]
+EVALUATIONS = 10  # of a training on the way, unless train says otherwise
+BITS = "replay/bits_per_byte"
 
 
 def adapt(
@@ -112,13 +116,18 @@ class _Adaptation:
 
     def run(self) -> dict[str, Any]:
         plan, steps = self.plan, self.steps
-        texts = {name: stamps(files(list(getattr(plan, name)))) for name in ("text", "replay") if getattr(plan, name)}
-        steps.run("measure", {**texts, "base": self.inputs["base"], "scored": plan.scored}, [], self._measure)
-        added = self._added()
+        texts = {name: stamps(files(list(paths))) for name, paths in plan.texts.items()}
+        how = {"base": self.inputs["base"], "scored": plan.scored, "context": plan.context}
+        steps.run("measure", {**texts, **how}, [], self._measure)
         last = ["measure"]
+        if plan.draws_replay:
+            drawn = plan.replay_share * plan.trained_tokens + plan.scored / 4  # as many as are read, and held-out ones
+            steps.run("replay", {"tokens": int(drawn), "seed": plan.seed, **how}, last, self._draw_replay)
+            last = ["replay"]
+        added = self._added()
         if added:
             self.note(f"tokenizer: {added:,} new tokens")
-            steps.run("tokenizer", {"add": added}, ["measure"], self._tokenizer)
+            steps.run("tokenizer", {"add": added}, last, self._tokenizer)
             steps.run("start", {"init": plan.init, "seed": plan.seed}, ["tokenizer"], self._start)
             self.models["start"] = steps.done["start"]
             last = ["start"]
@@ -147,6 +156,8 @@ class _Adaptation:
         }
         card = steps.run("card", how, ["measure", *last], self._card)
         written = load_yaml(card / "card.json")
+        if ended := load_yaml(steps.done["adapted"] / "training.json").get("ended"):
+            self.note(f"adapted: {ended}")
         if written["cost"] is not None and written["cost"] > plan.cost:
             self.note(
                 f"the replay text costs {written['cost']:.1%} more bits per byte than before, above {plan.cost:.1%}: "
@@ -164,15 +175,35 @@ class _Adaptation:
         if remark := other_language(plan):
             self.note(remark)
         with self.bar("reading text") as report, commit(folder, kind="adapt", overwrite=overwrite) as staging:
-            measured = fertility(plan.base, plan.text, replay=plan.replay, run=False, progress=report)
+            measured = fertility(plan.base, plan.text, replay=plan.texts.get("replay", ()), run=False, progress=report)
             write_json(staging.path / "fertility.json", measured.to_json())
             (staging.path / "index.html").write_text(fertility_page(measured.to_json()).render(), encoding="utf-8")
-            for name in ("text", "replay"):
-                if paths := getattr(plan, name):
-                    learn, held = read_texts(paths)
-                    _write_texts(staging.path / f"{name}.jsonl", learn)
-                    _write_texts(staging.path / f"{name}.held.jsonl", first_bytes(held, plan.scored))
+            for name, paths in plan.texts.items():
+                learn, held = read_texts(paths)
+                _write_texts(staging.path / f"{name}.jsonl", learn)
+                _write_texts(staging.path / f"{name}.held.jsonl", first_bytes(held, plan.scored))
+            self._measure_base(staging.path)
         self.note(measured.recommendation["reason"])
+
+    def _measure_base(self, folder: Path) -> None:
+        """Bits per byte of the held-out texts in a folder, before anything is trained."""
+        held = {"target": folder / "text.held.jsonl", "replay": folder / "replay.held.jsonl"}
+        with self.bar("measuring the base"):
+            held = {name: path for name, path in held.items() if path.exists()}
+            bits = bits_per_byte(self.plan.base, held, self._context(self.plan.base))
+        write_json(folder / "base.json", {name: round(value, 6) for name, value in bits.items()})
+
+    def _draw_replay(self, folder: Path, overwrite: bool) -> None:
+        plan = self.plan
+        self.note("replay: drawing text from the model itself")
+        with self.bar("drawing text") as report, commit(folder, kind="adapt", overwrite=overwrite) as staging:
+            tokens = int(plan.replay_share * plan.trained_tokens + plan.scored / 4)
+            drawn = draw_texts(plan.base, tokens, plan.seed, report)
+            few = max(1, len(drawn) // 10)
+            held = first_bytes((each.plain for each in drawn[:few]), plan.scored)
+            _write_texts(staging.path / "replay.held.jsonl", held)
+            _write_texts(staging.path / "replay.jsonl", (each.text for each in drawn[few:] or drawn))
+            self._measure_base(staging.path)
 
     def _added(self) -> int:
         if self.plan.vocab != "auto":
@@ -216,19 +247,24 @@ class _Adaptation:
         plan, alone = self.plan, "tokens" in how
         text, replay = str(self._text("text")), str(self._text("replay"))
         mixed = bool(plan.replay) and plan.replay_share > 0 and not alone
-        context = min(plan.context, read_config(str(model)).context)
+        context = self._context(model)
+        steps = plan.steps(share, context)
+        sources = [{"path": text, "weight": 1 - plan.replay_share}, {"path": replay, "weight": plan.replay_share}]
+        sources[1] |= {"special": "trusted"} if plan.draws_replay else {}
         settings: dict[str, Any] = {
-            "objective": "causal", "model": str(model), "steps": plan.steps(share, context), "batch": plan.batch,
-            "context": context, "seed": plan.seed, **how, **plan.train,
-            "data": {text: 1 - plan.replay_share, replay: plan.replay_share} if mixed else [text],
+            "objective": "causal", "model": str(model), "steps": steps, "batch": plan.batch, "context": context,
+            "seed": plan.seed, "eval_every": max(1, steps // EVALUATIONS), **how, **plan.train,
+            "data": sources if mixed else [text], "valid": {name: str(path) for name, path in self._held().items()},
         }  # fmt: skip
+        if plan.replay and settings["eval_every"] and not alone:
+            settings["limits"] = {BITS: round(self._base_bits() * (1 + plan.cost), 6)}
 
         def make(folder: Path, overwrite: bool) -> None:
             what = "new rows alone" if alone else "everything"
             self.note(f"{name}: training {what}, {settings['steps']:,} steps, {plan.time_of(share)}")
             train(read_settings({**settings, "out": str(folder)}, f"adapt: {name}"), overwrite=overwrite)
 
-        described = {key: value for key, value in settings.items() if key not in ("data", "model")}
+        described = {key: value for key, value in settings.items() if key not in ("data", "model", "valid")}
         described |= {"mixed": plan.replay_share if mixed else 0}
         self.models[name] = self.steps.run(name, {**described, **self.inputs}, after, make)
 
@@ -260,7 +296,21 @@ class _Adaptation:
             write_card(staging.path, make_card(models, held_out_of(out, settings), how=how, progress=report))
 
     def _text(self, part: str) -> Path:
-        return self.steps.done["measure"] / f"{part}.jsonl"
+        """Text to learn from."""
+        drawn = part == "replay" and self.plan.draws_replay
+        return self.steps.done["replay" if drawn else "measure"] / f"{part}.jsonl"
+
+    def _held(self) -> dict[str, Path]:
+        """Held-out text of each language."""
+        parts = {"target": "text", **({"replay": "replay"} if self.plan.replay else {})}
+        return {name: self._text(part).with_suffix(".held.jsonl") for name, part in parts.items()}
+
+    def _base_bits(self) -> float:
+        """Bits per byte of the replay text before anything was trained."""
+        return float(load_yaml(self._text("replay").with_name("base.json"))[BITS])
+
+    def _context(self, model: str | Path) -> int:
+        return min(self.plan.context, read_config(str(model)).context)
 
 
 def _write_texts(path: Path, texts: Iterable[str]) -> None:

@@ -37,13 +37,12 @@ def check_inputs(plan: AdaptPlan, out: Path) -> None:
         raise ConfigError(f"adapt: base is {plan.base}, which holds a tokenizer and no weights; give a model")
     if plan.vocab not in ("auto", 0):
         ExtendableTokenizer.open(source)
-    for name in ("text", "replay"):
-        if paths := getattr(plan, name):
-            files(list(paths))
+    for paths in plan.texts.values():
+        files(list(paths))
     for chats, choices in ((plan.chats, plan.choices), (plan.replay_chats, plan.replay_choices)):
         read_chats(chats)
         read_questions(choices)
-    if plan.replay:
+    if "replay" in plan.texts:
         target = {_digest(text) for text in _documents(plan.text)}
         replayed = [_digest(text) for text in _documents(plan.replay)]
         share = sum(digest in target for digest in replayed) / max(1, len(replayed))

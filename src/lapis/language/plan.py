@@ -12,6 +12,7 @@ from typing import Any, Literal
 from lapis.config import build, load_yaml
 from lapis.errors import ConfigError
 from lapis.language.extend import Init
+from lapis.language.replay import SELF
 
 PLAN = "plan.yaml"
 # settings of a training -> what says them here; the rest of `train` goes to both trainings as it is
@@ -31,7 +32,7 @@ class AdaptPlan:
         base: The model to start from.
         text: Files, folders and globs of the language.
         out: The folder of the steps.
-        replay: Text of what the model is not to lose.
+        replay: Text of what the model is not to lose; "self" has the model draw it.
         chat: The chat version of base, whose ability to chat is grafted on.
         chats: Chats of the language, to measure replies on.
         replay_chats: Chats of what the model knew.
@@ -54,7 +55,8 @@ class AdaptPlan:
         batch: Rows of a step.
         train: More settings of both trainings (`lapis train`), such as {warmup: 20, precision: float32}.
         scale: Of the graft.
-        cost: By which share bits per byte of the replay text may rise; more is told at the end.
+        cost: By which share bits per byte of the replay text may rise: training ends where they rise more, and what the
+            result costs beyond it is told.
         scored: Bytes of held-out text of each language that models are measured on.
         seed: Of everything.
     """
@@ -101,9 +103,22 @@ class AdaptPlan:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ConfigError(f"adapt: {name} is {value:g}; it must be above 0")
+        if self.cost < 0:
+            raise ConfigError(f"adapt: cost is {self.cost:g}; it is a share, from 0 on")
         for name in self.train:
             if name in _SETTLED:
                 raise ConfigError(f"adapt: train: {name} is settled by {_SETTLED[name]} of the plan; give that")
+
+    @property
+    def draws_replay(self) -> bool:
+        """Whether the model writes the replay text itself."""
+        return self.replay == (SELF,)
+
+    @property
+    def texts(self) -> dict[str, tuple[str, ...]]:
+        """The files of text and of replay, where they are given."""
+        given = {"text": self.text, "replay": () if self.draws_replay else self.replay}
+        return {name: paths for name, paths in given.items() if paths}
 
     @property
     def trained_tokens(self) -> int:
@@ -122,7 +137,8 @@ class AdaptPlan:
     @property
     def step_names(self) -> list[str]:
         """The steps, as far as they are known before the first one is done."""
-        names = ["measure", *(["tokenizer", "start", *(["embedded"] if self.embedded else [])] if self.vocab else [])]
+        names = ["measure", *(["replay"] if self.draws_replay else [])]
+        names += [*(["tokenizer", "start", *(["embedded"] if self.embedded else [])] if self.vocab else [])]
         names += ["adapted", *(["merged"] if self.merge_back else []), *(["grafted"] if self.chat is not None else [])]
         return [*names, "card"]
 

@@ -18,6 +18,7 @@ from lapis.text.corpus import corpus
 from lapis.text.corpus.files import files
 
 PLAN = "plan.yaml"
+TEXTS = ("measure", "replay")  # steps that hold texts; the second one where a model drew its replay itself
 PARTS = {"target": "text", "replay": "replay"}  # language -> what its files in measure/ are called
 ORDER = ("start", "embedded", "adapted", "merged", "grafted")  # of steps that hold a model; others come after these
 MEASURED = ("chats", "replay_chats", "choices", "replay_choices")  # keys of a plan whose files a card reads
@@ -53,8 +54,8 @@ def held_out_of(folder: Path, plan: Mapping[str, Any]) -> dict[str, HeldOutText]
     """
     held = {}
     for name, part in PARTS.items():
-        file = folder / "measure" / f"{part}.held.jsonl"
-        if file.is_file():
+        file = next((place for step in TEXTS if (place := folder / step / f"{part}.held.jsonl").is_file()), None)
+        if file is not None:
             before = "" if name == "target" else "replay_"
             held[name] = HeldOutText(
                 [document.text for document in corpus.documents(file)],
@@ -124,7 +125,7 @@ def how_made(folder: Path, plan: Mapping[str, Any]) -> dict[str, Any]:
         "license": plan.get("license") or licence_of(plan["base"]),
         "base_models": [str(source).partition("@")[0] for source in parents.values() if hub_id(str(source))],
         "settings": {**{role: Path(source).name for role, source in parents.items()}, "new tokens": added, **shown},
-        "data": {path.name: _sha256(path) for path in sorted((folder / "measure").glob("*.jsonl"))},
+        "data": {path.name: _sha256(path) for step in TEXTS for path in sorted((folder / step).glob("*.jsonl"))},
         "models": {role: digests_of(source) for role, source in parents.items()},
     }
 

@@ -1,0 +1,126 @@
+"""What a model is not to lose: bits per byte of held-out text before it is trained, and text that it draws itself.
+
+Text of a model's own is replay where there is no other: samples from it keep nearly all that it knew (Marek et al.,
+"Forgetting in Language Models", arXiv:2605.26097). A base continues nothing; a chat model also writes what its user
+might say, after what its template writes before a user's turn (Xu et al., "Magpie", arXiv:2406.08464), and replies.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+
+import torch
+
+from lapis.errors import DataError
+from lapis.generation.generate import Reply, generate_batch
+from lapis.generation.options import Runtime, Sampling
+from lapis.generation.ready import open_ready
+from lapis.model.load import load
+from lapis.model.threads import settle_threads
+from lapis.model.transformer import Transformer
+from lapis.text.chat.chat import encode_prompt, render
+from lapis.text.tokenizer.tokenizer import Tokenizer
+from lapis.training.objectives.supervised.next_token import Causal
+
+SELF = "self"  # in the place of files: the model draws them
+MOST = 200_000  # tokens that are drawn; more are read again
+LENGTH = 256  # tokens of a text, of a user's turn and of a reply, each at most
+BATCH = 64  # texts that are drawn at once
+EMPTY = 4  # batches without a text, after which a model is taken to write nothing
+
+Report = Callable[[float, float | None, str], None]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A text that a model drew. text: As it is read again, special tokens and all. plain: Without what the template
+    writes. tokens: How many were drawn."""
+
+    text: str
+    plain: str
+    tokens: int
+
+
+def bits_per_byte(model: str | Path, texts: Mapping[str, Path], context: int) -> dict[str, float]:
+    """NAME/bits_per_byte of a model on held-out texts, counted as a training counts it on the way.
+
+    Args:
+        model: A folder, or a model of the hub.
+        texts: Name -> file.
+        context: Tokens of a row.
+    """
+    tokenizer = Tokenizer.open(model)
+    loaded = load(model, torch.float32)
+    settle_threads(next(loaded.parameters()).device)
+    return Causal(tokenizer, list(texts.values()), context=context, valid=dict(texts)).evaluate(loaded)
+
+
+def draw_texts(
+    source: str | Path, tokens: int, seed: int, progress: Report = lambda done, total, label: None
+) -> list[Drawn]:
+    """Texts that a model writes by itself, at temperature 1.
+
+    Args:
+        source: The model.
+        tokens: How many are drawn, at least; MOST at most.
+        seed: Of the draws.
+        progress: Called with tokens drawn, how many there will be, and what it is.
+
+    Raises:
+        DataError: Where the model writes nothing.
+    """
+    model, tokenizer = open_ready(str(source), Runtime())
+    settle_threads(next(model.parameters()).device)
+    wanted, total, empty = min(tokens, MOST), 0, 0
+    texts: list[Drawn] = []
+    write = _chats if tokenizer.chat_template else _documents
+    for batch in write(model, tokenizer, seed):
+        written = [drawn for drawn in batch if drawn.plain.strip()]
+        empty = 0 if written else empty + 1
+        if empty == EMPTY:
+            raise DataError(f"adapt: replay is self, and {source} writes nothing by itself; give text as replay")
+        texts += written
+        total += sum(drawn.tokens for drawn in written)
+        progress(min(total, wanted), wanted, "drawing replay text")
+        if total >= wanted:
+            return texts
+    return texts
+
+
+def _documents(model: Transformer, tokenizer: Tokenizer, seed: int) -> Iterator[list[Drawn]]:
+    for replies in _batches(model, tokenizer, "", seed):
+        texts = [reply.text.replace("\0", "") for reply in replies]  # no text holds a NUL
+        yield [Drawn(text, text, len(reply.ids)) for text, reply in zip(texts, replies, strict=True)]
+
+
+def _chats(model: Transformer, tokenizer: Tokenizer, seed: int) -> Iterator[list[Drawn]]:
+    for number, asked in enumerate(_batches(model, tokenizer, opening(tokenizer), seed)):
+        texts = [reply.text.replace("\0", "").strip() for reply in asked]
+        turns = [[{"role": "user", "content": text}] for text in texts if text]
+        sampling = _sampling(model, seed + 2**30 + number * BATCH)
+        replies = generate_batch(model, tokenizer, turns, sampling) if turns else []
+        yield [_exchange(tokenizer, turn, reply) for turn, reply in zip(turns, replies, strict=True)]
+
+
+def _exchange(tokenizer: Tokenizer, turn: list[dict[str, str]], reply: Reply) -> Drawn:
+    answer = reply.text.replace("\0", "")
+    text = render(tokenizer, [*turn, {"role": "assistant", "content": answer}])
+    return Drawn(text, f"{turn[0]['content']}\n\n{answer}", len(reply.ids) + reply.prompt_tokens)
+
+
+def _batches(model: Transformer, tokenizer: Tokenizer, prompt: str | list[int], seed: int) -> Iterator[list[Reply]]:
+    number = 0
+    while True:
+        yield generate_batch(model, tokenizer, [prompt] * BATCH, _sampling(model, seed * 1_000_003 + number * BATCH))
+        number += 1
+
+
+def _sampling(model: Transformer, seed: int) -> Sampling:
+    return Sampling(temperature=1.0, max_tokens=min(LENGTH, max(1, model.config.context // 3)), seed=seed)
+
+
+def opening(tokenizer: Tokenizer) -> list[int]:
+    """The ids that a chat template writes before what the user says first."""
+    one, other = (encode_prompt(tokenizer, [{"role": "user", "content": content}]) for content in ("Q", "7"))
+    return [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))]
