@@ -72,7 +72,7 @@ def draw_texts(
     """
     model, tokenizer = open_ready(str(source), Runtime())
     settle_threads(next(model.parameters()).device)
-    wanted, total, empty = min(tokens, MOST), 0, 0
+    goal, total, empty = min(tokens, MOST), 0, 0
     texts: list[Drawn] = []
     write = _chats if tokenizer.chat_template else _documents
     for batch in write(model, tokenizer, seed):
@@ -82,8 +82,8 @@ def draw_texts(
             raise DataError(f"adapt: replay is self, and {source} writes nothing by itself; give text as replay")
         texts += written
         total += sum(drawn.tokens for drawn in written)
-        progress(min(total, wanted), wanted, "drawing replay text")
-        if total >= wanted:
+        progress(min(total, goal), goal, "drawing replay text")
+        if total >= goal:
             return texts
     return texts
 
@@ -95,8 +95,8 @@ def _documents(model: Transformer, tokenizer: Tokenizer, seed: int) -> Iterator[
 
 
 def _chats(model: Transformer, tokenizer: Tokenizer, seed: int) -> Iterator[list[Drawn]]:
-    for number, asked in enumerate(_batches(model, tokenizer, opening(tokenizer), seed)):
-        texts = [reply.text.replace("\0", "").strip() for reply in asked]
+    for number, openings in enumerate(_batches(model, tokenizer, opening(tokenizer), seed)):
+        texts = [reply.text.replace("\0", "").strip() for reply in openings]
         turns = [[{"role": "user", "content": text}] for text in texts if text]
         sampling = _sampling(model, seed + 2**30 + number * BATCH)
         replies = generate_batch(model, tokenizer, turns, sampling) if turns else []
