@@ -24,12 +24,13 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tests.reliability.aimed import Forks, Job, build, digest, fail_each, kill_each  # noqa: E402
+from tests.reliability.aimed import ERRORS, Forks, Job, build, digest, fail_each, kill_each  # noqa: E402
 from tests.reliability.catalogue import count as count_faults  # noqa: E402
 from tests.reliability.jobs import jobs, lookers, make_inputs  # noqa: E402
+from tests.reliability.legs import fail_legs, kill_legs  # noqa: E402
 
 # job -> every so many-th kill, how many of the last ones, every so many-th error, where trials are long or many
-STEPS = {"plan": (4, 20, 40), "tour": (120, 4, 400), "graft and a look at it": (2, 20, 4)}
+STEPS = {"plan": (4, 20, 40), "tour": (8, 4, 60), "adapt": (8, 4, 40), "graft and a look at it": (2, 20, 4)}
 RESULT = ROOT / "benchmarks" / "results" / "reliability.md"
 
 
@@ -38,7 +39,13 @@ def trial(job: Job, phase: str, step: int) -> dict[str, Any]:
     inputs = digest(job.place / "inputs")
     begin, spent = time.monotonic(), _processor_seconds()
     kill_step, last, error_step = STEPS.get(job.name, (1, 20, step))
-    if phase == "errors":
+    if job.grows:
+        with tempfile.TemporaryDirectory(dir=job.place.parent) as room:
+            if phase == "errors":
+                fail_legs(job, Path(room), ERRORS, error_step)
+            else:
+                kill_legs(job, Path(room), kill_step)
+    elif phase == "errors":
         fail_each(job, error_step)
     elif job.outputs:
         kill_each(job, kill_step, last)

@@ -12,7 +12,8 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Any
 import pytest
 
 from lapis.checkpoint.commit import MANIFEST, verify
+from lapis.language.card.card import write_card
 
 SOURCE, SERVER = Path(__file__).with_name("faults.c"), Path(__file__).with_name("server.py")
 HALF = -1  # a read or a write does half of what it was to do
@@ -53,8 +55,8 @@ ERRORS: dict[str, tuple[int, ...]] = {
     "lock": (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL),
     "chmod": (errno.EPERM, errno.EOPNOTSUPP),
 }
-# figures of JSON that differ from run to run
-TIMES = ("seconds", "per_second", "peak_memory", "minutes", "time")
+CARD, DRAWN_FROM_CARD = "card.json", ("card.json", "index.html", "README.md")
+CLOCKED = "characters_per_second"  # the one score of a card that a clock gives
 
 
 def build(folder: Path) -> Path:
@@ -134,7 +136,7 @@ class Job:
         outputs: What it makes in its folder; none for commands that only look.
         old: What lies there before it runs, by output; empty, unless it overwrites.
         seconds: After which it hangs.
-        loose: Names of files that differ from run to run.
+        loose: Names of files, and of folders, that hold times and nothing else that matters.
         grows: An output is a working folder, whose parts appear one after the other, each of them whole.
         wrong: What was found, one line each.
         kills: Trials that ended in a kill.
@@ -171,9 +173,9 @@ class Job:
         for name, path in self.old.items():
             (shutil.copytree if path.is_dir() else shutil.copy)(path, self.folder / name)  # type: ignore[operator]
 
-    def run(self, at: int = 0, code: int = 0, kinds: Sequence[str] = ()) -> Ended:
+    def run(self, at: int = 0, code: int = 0, kinds: Sequence[str] = (), **more: object) -> Ended:
         """Runs the command; with `at` it is killed (code 0) or a call of it fails (an errno); -1 is every call."""
-        armed: dict[str, object] = {"FAULT_UNDER": f"{self.place}/", "FAULT_AT": at, "FAULT_ERRNO": code}
+        armed = {"FAULT_UNDER": f"{self.place}/", "FAULT_AT": at, "FAULT_ERRNO": code, **more}
         if kinds:
             armed["FAULT_KINDS"] = ",".join(kinds)
         return self.forks.run(self.arguments, self.folder, self.seconds, **armed)
@@ -182,11 +184,12 @@ class Job:
         """(kind, path) of every call of an undisturbed run."""
         self.log.unlink(missing_ok=True)
         self.prepare()
-        armed: dict[str, object] = {"FAULT_UNDER": f"{self.place}/", "FAULT_LOG": self.log}
-        if kinds:
-            armed["FAULT_KINDS"] = ",".join(kinds)
-        done = self.forks.run(self.arguments, self.folder, self.seconds, **armed)
+        done = self.run(kinds=kinds, FAULT_LOG=self.log)
         assert done.status == 0, f"{self.name}: {done.told}"
+        return self.logged()
+
+    def logged(self) -> list[tuple[str, str]]:
+        """(kind, path) of what the run before wrote to the log."""
         lines = self.log.read_text().splitlines() if self.log.exists() else []
         return [(kind, path) for kind, _, path in (line.partition(" ") for line in lines)]
 
@@ -195,10 +198,11 @@ class Job:
         return {name: self.content(self.folder / name) for name in self.outputs if (self.folder / name).exists()}
 
     def content(self, path: Path) -> dict[str, Any]:
-        """What is to be equal, by name: digests of files, and of JSON whatever is no time."""
+        """What is to be equal, by name: digests of files; of a card all but the speed, and that its page shows it."""
         files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
         names = {p: p.relative_to(path).as_posix() if path.is_dir() else p.name for p in files}
-        return {names[p]: _content(p) for p in files if p.name not in (MANIFEST, *self.loose)}
+        loose = {MANIFEST, *self.loose}
+        return {name: _content(p) for p, name in names.items() if not loose & {p.name, *Path(name).parts}}
 
     def kill(self, number: int, second: int = 0, kinds: Sequence[str] = CHANGING) -> None:
         """Killed at a call: what is visible is old or new, and the same command then gives the new.
@@ -218,16 +222,20 @@ class Job:
             again = self.run(second, kinds=kinds)
             self.kills += again.was_killed
             where += f", then at call {second}"
-        self._rerun(where, self._visible(where))
+        self._rerun(where, self.visible(where))
 
     def fail(self, number: int, code: int, kind: str) -> None:
         """A call that fails: one line or none, nothing wrong to be seen, and the same command then gives the new."""
         self.prepare()
+        self.fail_from_here(number, code, kind)
+
+    def fail_from_here(self, number: int, code: int, kind: str) -> None:
+        """The same, in the folder as it is."""
         ended = self.run(number, code, [kind])
         self.errors += 1
         what = "does half" if code == HALF else f"fails with {errno.errorcode[code]}"
         where = f"{self.name}: {kind} {number} {what}"
-        whole = self._visible(where)
+        whole = self.visible(where)
         lines = [line for line in ended.told.splitlines() if line.startswith("lapis: ")]
         if ended.status not in (0, 1) or "Traceback" in ended.told:
             last = ended.told.strip().splitlines()[-1:] or [""]
@@ -241,7 +249,7 @@ class Job:
         if ended.status != 0 or self._left():
             self._rerun(where, whole)
 
-    def _visible(self, where: str) -> bool:
+    def visible(self, where: str) -> bool:
         """Whether the new output is there, whole; what is neither old nor new is wrong."""
         seen = self.seen()
         for name in self.outputs:
@@ -275,20 +283,21 @@ class Job:
 
 
 def _content(path: Path) -> Any:
-    data = path.read_bytes()
-    if path.suffix in (".json", ".jsonl"):
-        return [_timeless(json.loads(line)) for line in _documents(path, data)]
-    return sha256(data).hexdigest()
+    card = path.parent / CARD
+    if not card.is_file() or path.name not in DRAWN_FROM_CARD:
+        return sha256(path.read_bytes()).hexdigest()
+    value = json.loads(card.read_bytes())
+    if path.name == CARD:
+        return _without(CLOCKED, value)
+    with tempfile.TemporaryDirectory() as place:
+        write_card(Path(place), value)
+        return "drawn from its card" if (Path(place) / path.name).read_bytes() == path.read_bytes() else "other"
 
 
-def _documents(path: Path, data: bytes) -> Iterator[bytes]:
-    yield from data.splitlines() if path.suffix == ".jsonl" else [data]
-
-
-def _timeless(value: Any) -> Any:
+def _without(key: str, value: Any) -> Any:
     if isinstance(value, dict):
-        return {k: _timeless(v) for k, v in value.items() if not any(word in k for word in TIMES)}
-    return [_timeless(item) for item in value] if isinstance(value, list) else value
+        return {name: _without(key, part) for name, part in value.items() if name != key}
+    return [_without(key, part) for part in value] if isinstance(value, list) else value
 
 
 def _difference(seen: Any, wanted: Any) -> str:

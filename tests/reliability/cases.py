@@ -225,7 +225,10 @@ def tokenizers_case(good: SimpleNamespace, place: Path) -> Case:
         words = Tokenizer.open(copied(good.base, place / "words", **{
             **{other: json.dumps(documents_[other]).encode() for other in names}, name: text_of(documents_[name], rng),
         }))  # fmt: skip
-        words.decode(words.encode("nasi lemak <|im_end|> 123", add_special_tokens=True))
+        for text in ("nasi lemak <|im_end|> 123", "", "é字😀 \u0301\u200d\ufdfa  \n\t\0'll", "aaaa" * 50):
+            words.decode(words.encode(text, add_special_tokens=True))
+        for index in (0, 1, 255, 299, 300, 5000):
+            words.decode([index])
         _ = words.end_ids, words.digest(), words.rows, words.adds_bos
 
     return case

@@ -7,6 +7,8 @@
    FAULT_KINDS  kinds that count, separated by commas ("write,fsync,rename"); absent: all of them
    FAULT_LOG    where the kinds of all counted calls are appended, one on a line
 
+   FAULT_UNTIL  a beginning of paths: SIGKILL before the first call that changes something under it
+
    FAULT_CLOCK  seconds by which the wall clock jumps at each look at it, to and fro
 
    Kinds: open (for writing), direct (for writing past the page cache), look (open for reading), read, write, fsync,
@@ -67,9 +69,16 @@ static const char *absolute(int at, const char *path, char *room) {
     return room;
 }
 
+static void die(void) {
+    kill(getpid(), SIGKILL);
+    for (;;) pause();
+}
+
 /* Counts a call: PASS where it is to be made, FAIL with errno set, HALF. Does not return where it kills. */
 static int strikes(const char *kind, const char *path) {
     const char *kinds = getenv("FAULT_KINDS"), *at = getenv("FAULT_AT"), *code = getenv("FAULT_ERRNO");
+    const char *until = getenv("FAULT_UNTIL");
+    if (until && path && !strncmp(path, until, strlen(until)) && !listed("look,read,lock", kind)) die();
     if (!under(path) || (kinds && !listed(kinds, kind))) return PASS;
     const char *log = getenv("FAULT_LOG");
     if (log) {
@@ -85,10 +94,7 @@ static int strikes(const char *kind, const char *path) {
     if (!wanted || (wanted > 0 && wanted != number)) return PASS;
     int error = code ? atoi(code) : 0;
     if (error < 0) return HALF;
-    if (!error) {
-        kill(getpid(), SIGKILL);
-        for (;;) pause();
-    }
+    if (!error) die();
     errno = error;
     return FAIL;
 }

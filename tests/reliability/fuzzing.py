@@ -1,7 +1,10 @@
 """One mutated file: what came of it, how long it took, and the memory that it added."""
 
+import os
 import random
 import resource
+import sys
+import tempfile
 from dataclasses import dataclass
 
 from lapis.errors import LapisError
@@ -25,6 +28,8 @@ def tried(kind: str, case: Case, seed: int, number: int) -> Outcome:
     """Tries one case, which is the same for the same kind, seed and number."""
     rng, crash, refused = random.Random(f"{kind} {seed} {number}"), "", False
     memory, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, _seconds()
+    told, kept = tempfile.TemporaryFile(), os.dup(2)
+    os.dup2(told.fileno(), 2)  # where a library in another language tells of itself
     try:
         case(rng)
     except LapisError as error:
@@ -35,6 +40,14 @@ def tried(kind: str, case: Case, seed: int, number: int) -> Outcome:
         if isinstance(error, KeyboardInterrupt):
             raise
         crash = f"{type(error).__name__}: {error!s:.300}"
+    finally:
+        sys.stderr.flush()
+        os.dup2(kept, 2)
+        os.close(kept)
+        with told:
+            told.seek(0)
+            panics = [line for line in told.read().decode(errors="replace").splitlines() if "panicked" in line]
+    crash = crash or "".join(panics)
     if crash:
         crash = f"{kind}, seed {seed}, number {number}: {crash}"
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory) * 1024

@@ -14,8 +14,9 @@ from .aimed import Forks, Job
 
 WORDS = ("red green blue black white one two three four five six seven eight nine ten cat dog hen cow pig").split()
 SHAPE = {"dim": 16, "layers": 2, "heads": 2, "kv_heads": 1, "ffn_dim": 16, "tied": True}
-TRAINED = ("training.json", "log.jsonl")  # they hold times under names of their own
-TOUR = (*TRAINED, "tour.json", "report.html", ".seconds", ".machine")
+TIMES = ("times.json",)  # what a clock said of a training
+TOUR = (*TIMES, ".seconds")
+ADAPTED = (*TIMES, ".steps")  # notes on the steps hold the times of change of their files
 
 
 def make_inputs(forks: Forks, folder: Path) -> None:
@@ -23,6 +24,8 @@ def make_inputs(forks: Forks, folder: Path) -> None:
     folder.mkdir()
     lines = [" ".join(WORDS[(i * j) % len(WORDS)] for j in range(1, 12)) for i in range(1, 60)]
     (folder / "text.txt").write_text("\n".join(lines) + "\n")
+    for name, texts in (("text", lines), ("replay", [f"zebra {line} zenith" for line in lines[20:]])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     (folder / "other.txt").write_text("zebra zoology zigzag zenith\n" * 20)
     chats = [
         {"messages": [{"role": "user", "content": WORDS[i]}, {"role": "assistant", "content": f"{WORDS[-i - 1]}."}]}
@@ -55,6 +58,13 @@ def make_inputs(forks: Forks, folder: Path) -> None:
         ],
     }
     (folder / "recipe.yaml").write_text(json.dumps(recipe))
+    adaptation = {
+        "base": "../inputs/base", "chat": "../inputs/chat", "text": ["../inputs/text.jsonl"],
+        "replay": ["../inputs/replay.jsonl"], "chats": ["../inputs/chats.jsonl"], "vocab": 4, "context": 32, "batch": 2,
+        "tokens": 256, "tokens_per_second": 1000.0, "scored": 2000, "out": "out",
+        "train": {"threads": 1, "precision": "float32", "compile": "off"},
+    }  # fmt: skip
+    (folder / "adapt.yaml").write_text(json.dumps(adaptation))
     work.rmdir()
 
 
@@ -84,9 +94,12 @@ def jobs(forks: Forks, place: Path) -> dict[str, Callable[[], Job]]:
         "data pack by two": ((*pack, "2"), {}),
         "tokenizer extend": ((*extend, "--out", "out"), {}),
         "tokenizer train": (("tokenizer", "train", text, "--vocab", "300", "--out", "out"), {}),
-        "train": (("train", "../inputs/job.yaml"), {"loose": TRAINED}),
-        "train over an old output": (("train", "../inputs/job.yaml", "--overwrite"), {"loose": TRAINED, "old": old}),
+        "train": (("train", "../inputs/job.yaml"), {"loose": TIMES}),
+        "train over an old output": (("train", "../inputs/job.yaml", "--overwrite"), {"loose": TIMES, "old": old}),
         "tour": (("tour", "--minutes", "0.1", "--out", "out"), {"loose": TOUR, "seconds": 600.0, "grows": True}),
+        "adapt": (("adapt", "../inputs/adapt.yaml"), {"loose": ADAPTED, "seconds": 600.0, "grows": True}),
+        "card": (("card", "../inputs/base", "../inputs/chat", "--text", text, "--replay", "../inputs/other.txt",
+                  "--chats", "../inputs/chats.jsonl", "--out", "out"), {}),
         "export": (("export", "../inputs/base", "--gguf", "model.gguf"), {"outputs": ["model.gguf"]}),
         "import": (("import", "../inputs/model.gguf", "--out", "out"), {}),
         "report": (("report", "../inputs/base", "../inputs/chat", "--out", "page.html"), page),

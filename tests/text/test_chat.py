@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -361,6 +362,17 @@ def test_fault_45_syntax_error_is_found_at_load(folders: dict[str, Path], tmp_pa
     (tmp_path / "chat_template.jinja").write_text("{% if x %}" * 100_000)
     with pytest.raises(TemplateError, match=r"nested too deeply|limit|wrong"):
         Tokenizer.open(tmp_path)
+
+
+def test_a_number_that_nothing_reads_is_one_line(folders: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(next(iter(folders.values())), tmp_path / "model")
+    path = tmp_path / "model" / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"chat_template": f"{{% if {'9' * 5000} %}}{{% endif %}}"}))
+    for template in (tmp_path / "model").glob("*.jinja"):
+        template.unlink()
+    with pytest.raises(TemplateError, match="holds what cannot be read: Exceeds the limit"):
+        Tokenizer.open(tmp_path / "model")
 
 
 def test_the_rendering_process_holds_no_secret_and_no_files(ours: Any, monkeypatch: pytest.MonkeyPatch) -> None:

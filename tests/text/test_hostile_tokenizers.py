@@ -111,6 +111,19 @@ def test_a_tokenizer_that_means_harm_is_one_line(folder: Path, kind: str) -> Non
     assert max(map(int, lines[-1].split())) < 1000  # megabytes
 
 
+@pytest.mark.parametrize("tried_first", [True, False])
+def test_a_panic_is_one_line(
+    folder: Path, tried_first: bool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A prefix longer than the tokens that it is cut from; the library tells of it on standard error, by itself."""
+    if not tried_first:  # as if it were of a kind that nobody has met yet
+        monkeypatch.setattr(trial, "is_plain", lambda raw: True)
+    change(folder, model__continuing_subword_prefix="x" * 50)
+    with pytest.raises(LapisError, match="out of range") as refused:
+        Tokenizer.open(folder)
+    assert "\n" not in str(refused.value) and capfd.readouterr().err == ""
+
+
 def test_ids_of_a_billion_take_no_memory(folder: Path) -> None:
     """`pack` took 3.9 GB for them."""
     vocab = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]

@@ -60,7 +60,10 @@ def test_a_run_learns_and_leaves_a_folder_that_loads(
     assert result.bits_per_byte is not None and result.bits_per_byte < 4
     assert_same(weights(model), weights(load(tmp_path / "out")))
     assert Tokenizer.open(tmp_path / "out").digest() == tokenizer.digest()
-    assert [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()] == result.log
+    timeless = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    times = json.loads((tmp_path / "out" / "times.json").read_text())
+    assert [{**row, **at} for row, at in zip(timeless, times["curve"], strict=True)] == result.log
+    assert not {"seconds", "tokens_per_second", "share"} & timeless[0].keys() and times["seconds"] == result.seconds
     assert [p.name for p in tmp_path.iterdir()] == ["out"]  # nothing hidden is left
 
 

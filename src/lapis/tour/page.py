@@ -38,7 +38,7 @@ ORDER = tuple(WHAT)
 
 
 def page(findings: Findings) -> str:
-    """The report of a tour as HTML. findings: what recipe.Story.tell returned, with its names, seconds and folder."""
+    """The report of a tour as HTML. findings: what recipe.Story.tell returned, with its names, minutes and folder."""
     names = findings["names"]
     english, target = findings["languages"]
     gaps, scores = findings["gap_closed"], findings["scores"]
@@ -47,8 +47,7 @@ def page(findings: Findings) -> str:
         f"chat ability back by adding `{findings['scale']:g} × (chat − base)` to its weights, with no training step. "
         f"\n\n**{sentence(findings)}**"
     )
-    minutes, folder = findings["seconds"] / 60, findings["folder"]
-    footer = f"Made by `lapis tour` in {minutes:.1f} minutes. The models lie in `{folder}`."
+    footer = f"Made by `lapis tour --minutes {findings['minutes']:g}`. The models lie in `{findings['folder']}`."
     report = Page(f"Chat ability, grafted onto {names[target]}", lead, footer=footer)
     report.stats(_stats(findings, names))
     if advice(findings):

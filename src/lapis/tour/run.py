@@ -27,6 +27,7 @@ from lapis.tour.setup.size import CONTEXT, StorySize
 from lapis.tour.world import LANGUAGES, World
 
 LEAST_MINUTES, MOST_MINUTES = 0.1, 10_000.0  # below, no held-out text is left to score
+SECONDS = ".seconds"  # the note of how long all sittings took together
 TOKENIZER_CHARACTERS = 1_500_000  # of text of both languages, from which the tokenizer is trained
 
 
@@ -77,20 +78,21 @@ def tour(settings: Tour) -> dict[str, Any]:
     result, report = out / "tour.json", out / "report.html"
     with _locked(out):
         if not result.exists():
-            ran = _run(settings) | {"report": str(report), "folder": str(out)}
+            ran = _run(settings) | {"minutes": settings.minutes, "report": str(report), "folder": str(out)}
             with commit_file(result) as path:
                 path.write_text(json.dumps(ran, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
         findings: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
         if not report.exists():
             with commit_file(report) as path:
                 path.write_text(page(findings), encoding="utf-8")
-    return findings
+    noted = _read_note(out / SECONDS)
+    return findings | {"seconds": float(noted) if isinstance(noted, int | float) else 0.0}
 
 
 def _run(settings: Tour) -> dict[str, Any]:
-    """The findings of the story, with the seconds that all sittings took together."""
+    """The findings of the story. The seconds of all sittings are noted apart: the findings are the same at any pace."""
     out, started = settings.out, time.monotonic()
-    seconds_file = out / ".seconds"
+    seconds_file = out / SECONDS
     noted = _read_note(seconds_file)
     earlier = float(noted) if isinstance(noted, int | float) else 0.0
     size = StorySize.of(settings.minutes, real=settings.data is not None)
@@ -106,12 +108,11 @@ def _run(settings: Tour) -> dict[str, Any]:
         if not machine.multiplies_bfloat16():
             clock.note("this processor has no bfloat16 instructions; with them it would take about a third")
         with threads(computer.threads):
-            findings = _run_story(settings, size, computer, clock)
+            return _run_story(settings, size, computer, clock)
     finally:
         screen.close()
         with suppress(OSError, OutputError):  # without it a rerun only counts fewer seconds
             _write_note(seconds_file, earlier + time.monotonic() - started)
-    return findings | {"minutes": settings.minutes, "seconds": earlier + time.monotonic() - started}
 
 
 def _settled(note: Path, settings: Tour, size: StorySize) -> tuple[machine.Machine, float]:

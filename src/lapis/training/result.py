@@ -1,7 +1,8 @@
 """The learning curve of a run, and what a finished run gives: TrainResult, and the files of its folder.
 
 A model folder that everything loads, with log.jsonl (the learning curve, whose entries are sums over a few steps) and
-training.json (settings and figures) beside it.
+training.json (settings and figures) beside it. What a clock said is in times.json, so that all other files of a run of
+so many steps are the same bytes whenever and wherever they are made, and after any number of kills.
 """
 
 import json
@@ -20,6 +21,9 @@ from lapis.training.objectives.objective import Objective
 from lapis.training.setup import lora
 
 Row = dict[str, Any]
+
+TIMES = "times.json"
+OF_TIME = ("share", "tokens_per_second", "seconds", "train_seconds", "seconds_left")  # of a row of the curve
 
 
 class Window:
@@ -147,6 +151,11 @@ class TrainResult:
         """Everything but the curve and the folder, as JSON."""
         return {name: value for name, value in vars(self).items() if name not in ("out", "log")}
 
+    def times(self) -> dict[str, Any]:
+        """What a clock said: of the run, and at each entry of its curve."""
+        curve = [{name: row[name] for name in ("step", *OF_TIME) if name in row} for row in self.log]
+        return {"seconds": self.seconds, "tokens_per_second": self.tokens_per_second, "curve": curve}
+
 
 def write_result(
     model: Transformer, objective: Objective, config: TrainConfig, folder: Path, result: TrainResult
@@ -159,8 +168,11 @@ def write_result(
     if generation := generation_config(model, tokenizer):
         (folder / "generation_config.json").write_text(json.dumps(generation) + "\n")
     objective.write(folder)
-    write_curve(folder / "log.jsonl", result.log)
-    facts: Mapping[str, Any] = {"config": asdict(config), **objective.describe(), **result.figures()}
+    timeless = [{name: value for name, value in row.items() if name not in OF_TIME} for row in result.log]
+    write_curve(folder / "log.jsonl", timeless)
+    (folder / TIMES).write_text(json.dumps(result.times(), indent=1) + "\n")
+    figures = {name: value for name, value in result.figures().items() if name not in OF_TIME}
+    facts: Mapping[str, Any] = {"config": asdict(config), **objective.describe(), **figures}
     (folder / "training.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
 
 

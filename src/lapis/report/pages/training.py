@@ -35,13 +35,20 @@ class Run:
 
     Attributes:
         name: Of its folder.
-        log: Rows of log.jsonl.
+        log: Rows of log.jsonl, with what times.json says of each.
         facts: training.json, with "replies" and the confusion matrix of a classifier where the folder has them.
     """
 
     name: str
     log: Sequence[Row]
     facts: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, name: str, log: Sequence[Row], facts: Mapping[str, Any]) -> Run:
+        """A run from its files: facts holds times.json as "times", if there is one."""
+        rest = dict(facts)
+        at_step = {row["step"]: row for row in (rest.pop("times", None) or {}).get("curve", ())}
+        return cls(name, [{**at_step.get(row.get("step"), {}), **row} for row in log], rest)
 
     @property
     def objective(self) -> str:

@@ -1,9 +1,9 @@
 """All that a working folder holds, as one page: a table first, then each kind of thing once.
 
-What is looked for in a folder and in its subfolders, two levels deep: `log.jsonl` with `training.json` (lapis train),
-`lapis-merge.json` (graft, merge, fuse), pages written with --html, and, kept in a .json file, what --json printed of
-`lapis diff`, `lens`, `plan`, `inspect` and `eval`, or a classifier's classes.json. Models and everything else are left
-alone; links are not followed.
+What is looked for in a folder and in its subfolders, two levels deep: `log.jsonl` with `training.json`, `times.json`
+(lapis train), `lapis-merge.json` (graft, merge, fuse), pages written with --html, and, kept in a .json file, what
+--json printed of `lapis diff`, `lens`, `plan`, `inspect` and `eval`, or a classifier's classes.json. Models and
+everything else are left alone; links are not followed.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Contents:
         """The training runs, by objective: losses of different objectives are no quantities of one kind."""
         groups: dict[str, list[Run]] = {}
         for name, log in self.logs.items():
-            run = Run(name, log, self.facts.get(name, {}))
+            run = Run.of(name, log, self.facts.get(name, {}))
             groups.setdefault(run.objective, []).append(run)
         return groups
 
@@ -178,6 +178,8 @@ def _take(path: Path, name: str, contents: Contents) -> None:
         contents.logs[name] = _rows(path)
     elif path.name == "training.json":
         contents.facts[name] = {**contents.facts.get(name, {}), **_object(path)}
+    elif path.name == "times.json":
+        contents.facts[name] = {**contents.facts.get(name, {}), "times": _object(path)}
     elif path.name == "replies.jsonl":
         contents.facts[name] = {**contents.facts.get(name, {}), "replies": _rows(path)}
     elif path.name == "lapis-merge.json":
@@ -239,10 +241,10 @@ def run_of(folder: Path) -> Run:
         DataError: A file is damaged.
     """
     contents = Contents()
-    for name in ("log.jsonl", "training.json", "replies.jsonl"):
+    for name in ("log.jsonl", "training.json", "times.json", "replies.jsonl"):
         if (folder / name).is_file():
             _take(folder / name, folder.name, contents)
     facts = contents.facts.get(folder.name, {})
     if (folder / "classes.json").is_file():
         facts = {**facts, "classes.json": _object(folder / "classes.json")}
-    return Run(folder.name, contents.logs.get(folder.name, []), facts)
+    return Run.of(folder.name, contents.logs.get(folder.name, []), facts)

@@ -54,6 +54,8 @@ def check_syntax(source: str, where: str) -> None:
         ) from None
     except RecursionError:
         raise TemplateError(f"{where}: the chat template is nested too deeply") from None
+    except (ArithmeticError, ValueError, SyntaxError) as error:  # numbers that Python does not read
+        raise TemplateError(f"{where}: the chat template holds what cannot be read: {_line(str(error))}") from None
 
 
 def render_jobs(

@@ -10,10 +10,12 @@ import binascii
 import hashlib
 import json
 import logging
+import os
 import re
 import subprocess
+import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,7 @@ _PLAIN = NORMALIZERS - {"Precompiled"} | PRE_TOKENIZERS | {
     "ByteFallback", "Fuse", "BPEDecoder", "CTC",
 }  # fmt: skip
 _TYPE = re.compile(rb'"type"\s*:\s*"((?:[^"\\]|\\.)*)"')
+_PREFIX = re.compile(rb'"continuing_subword_prefix"\s*:\s*"((?:[^"\\]|\\.)*)"')
 _REGEX = re.compile(rb'"Regex"\s*:\s*("(?:[^"\\]|\\.)*")')
 _LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -78,7 +81,8 @@ def open_stored(path: Path) -> tuple[tokenizers.Tokenizer, bool]:
     if not is_plain(raw) and (wrong := try_out(raw)):
         raise CheckpointError(f"{path}: the tokenizer was stopped when it was tried: {wrong}")
     try:
-        backend = tokenizers.Tokenizer.from_buffer(raw)
+        with _panics_untold():
+            backend = tokenizers.Tokenizer.from_buffer(raw)
     except BaseException as error:
         if not isinstance(error, Exception) and not is_panic(error):
             raise
@@ -91,6 +95,33 @@ def open_stored(path: Path) -> tuple[tokenizers.Tokenizer, bool]:
     return backend, not dropout
 
 
+@contextmanager
+def _panics_untold() -> Iterator[None]:
+    """The library writes a panic to standard error itself, in many lines; the caller tells it in one.
+
+    What else is written meanwhile is passed on.
+    """
+    try:
+        kept = os.dup(2)
+    except OSError:  # there is no standard error
+        yield
+        return
+    panicked = False
+    with tempfile.TemporaryFile() as written:
+        os.dup2(written.fileno(), 2)
+        try:
+            yield
+        except BaseException as error:
+            panicked = is_panic(error)
+            raise
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+            if not panicked:
+                written.seek(0)
+                os.write(2, written.read())
+
+
 def is_panic(error: BaseException) -> bool:
     """Whether an error is a panic of the library, which is no Exception and belongs to none of its classes."""
     return type(error).__name__ == "PanicException"
@@ -98,7 +129,9 @@ def is_panic(error: BaseException) -> bool:
 
 def is_plain(raw: bytes) -> bool:
     """Whether a file names only steps that need no trial; a word that looks like another costs one."""
-    if b"\\u" in raw and re.search(rb'"\\u00(?:74|54|52)', raw):  # "type" or "Regex", spelled so that it is not seen
+    if b"\\u00" in raw and re.search(rb"\\u00[2-7]", raw):  # letters that are spelled so that they are not seen
+        return False
+    if b'"merges"' in raw and set(_PREFIX.findall(raw)) - {b""}:  # cut off tokens that may be shorter
         return False
     patterns = set(_REGEX.findall(raw))
     try:

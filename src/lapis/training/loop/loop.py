@@ -52,7 +52,7 @@ def train(
     fresh: bool = False,
     watch: Watch | None = None,
 ) -> TrainResult:
-    """Train `model` in place and put the result at `out` as a model folder, with log.jsonl and training.json.
+    """Train `model` in place and put the result at `out` as a model folder, with log.jsonl, training.json, times.json.
 
     Args:
         model: Trained in place.
