@@ -30,7 +30,9 @@ def check_inputs(plan: AdaptPlan, out: Path) -> None:
     Raises:
         LapisError: Of the kind that fits.
     """
-    if out.exists() and any(out.iterdir()) and not (out / PLAN).is_file():
+    begun = f".{PLAN}.lapis-"  # a plan that was being written when its adaptation was killed
+    holds = [path.name for path in out.iterdir() if not path.name.startswith(begun)] if out.exists() else []
+    if holds and not (out / PLAN).is_file():
         raise OutputError(f"{out}: exists already and is no adaptation; give another --out")
     source, checkpoint = open_source(plan.base)
     if checkpoint is None:
