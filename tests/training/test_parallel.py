@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -46,15 +47,18 @@ def free_port() -> int:
         return int(result.getsockname()[1])
 
 
-def start(place: Path, size: int, *settings: str, port: int | None = None) -> list["subprocess.Popen[str]"]:
-    """The processes, in the environment that torchrun gives them."""
+def start(
+    place: Path, size: int, *settings: str, port: int | None = None, command: Sequence[str] = (),
+    ranks: Sequence[int] | None = None, **more: str,
+) -> list["subprocess.Popen[str]"]:  # fmt: skip
+    """The processes, in the environment that torchrun gives them, with `more`; ranks: those that come at all."""
     shared = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(size), "MASTER_ADDR": "localhost",
-              "MASTER_PORT": str(port or free_port())}  # fmt: skip
-    command = [sys.executable, "-m", "lapis", "train", "run.yaml", *settings]
+              "MASTER_PORT": str(port or free_port()), **more}  # fmt: skip
+    command = [sys.executable, *(command or ["-m", "lapis", "train", "run.yaml", *settings])]
     return [
         subprocess.Popen(command, cwd=place, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, text=True,
                          stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
-        for rank in range(size)
+        for rank in (range(size) if ranks is None else ranks)
     ]  # fmt: skip
 
 
@@ -140,6 +144,42 @@ def test_fault_69_a_stopped_process_ends_all_by_name(place: Path) -> None:
         assert f"rank {rank} has not answered for" in lines[0] and "run the same command again" in lines[0]
 
 
+def test_fault_69_a_process_that_computes_for_ever_ends_all(place: Path) -> None:
+    """It answers, so nothing but the steps that it does not come forward shows it."""
+    script = (
+        "import os, time\nfrom lapis.config import load_yaml\nfrom lapis.errors import LapisError\n"
+        "from lapis.training.objectives.supervised.next_token import Causal\n"
+        "from lapis.training.run import read_settings, run\n"
+        "prepare, calls = Causal.prepare, []\n"
+        "def stuck(self, model, batch):\n"
+        "    calls.append(1)\n"
+        "    while os.environ['RANK'] == '1' and len(calls) == 20:\n        time.sleep(0.001)\n"
+        "    return prepare(self, model, batch)\n"
+        "Causal.prepare = stuck\n"
+        "run(read_settings(load_yaml('run.yaml'), 'run.yaml'))\n"
+    )
+    processes = start(place, 2, command=["-c", script], LAPIS_PATIENCE="5")
+    errors = finish(processes)
+    assert [process.returncode for process in processes] == [1, 1], errors
+    lines = [line for error in errors for line in error.splitlines() if line.startswith("lapis: ")]
+    assert len(lines) == 1 and "Traceback" not in "".join(errors), errors
+    assert "rank 1 computes, and has come no step forward for" in lines[0] and "while rank 0 waits" in lines[0]
+    assert "LAPIS_PATIENCE=SECONDS" in lines[0] and "go on from the last checkpoint" in lines[0]
+
+
+def test_fault_69_processes_that_never_come_are_named(place: Path) -> None:
+    """The last two of three; and the first, which holds the place where they meet."""
+    alone = start(place, 3, ranks=[0], LAPIS_PATIENCE="6")
+    without_first = start(place, 3, ranks=[1, 2], LAPIS_PATIENCE="6")
+    ended = [finish(alone), finish(without_first)]
+    assert [process.returncode for process in alone + without_first] == [1, 1, 1], ended
+    assert "train: waiting for rank 1, 2 of 3" in ended[0][0]
+    for errors, missing in zip(ended, ("1, 2", "0"), strict=True):
+        lines = [line for error in errors for line in error.splitlines() if line.startswith("lapis: ")]
+        assert len(lines) == 1 and "Traceback" not in "".join(errors), errors
+        assert f"rank {missing} of 3 has not come to localhost:" in lines[0] and "start all of them" in lines[0]
+
+
 def test_processes_that_are_all_stopped_for_a_while_go_on(place: Path) -> None:
     """Ctrl-Z and fg: nobody was missing."""
     processes = start(place, 2, "save_every=5", "steps=60")
@@ -154,13 +194,21 @@ def test_processes_that_are_all_stopped_for_a_while_go_on(place: Path) -> None:
     assert [process.returncode for process in processes] == [0, 0], errors
 
 
+def test_a_rank_without_a_place_to_meet_is_one_line(place: Path) -> None:
+    environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "2"}
+    command = [sys.executable, "-m", "lapis", "train", "run.yaml"]
+    done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "RANK is set and MASTER_ADDR is not" in done.stderr
+
+
 @pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "MASTER_PORT", "LOCAL_WORLD_SIZE"])
 def test_an_environment_without_numbers_is_one_line(place: Path, name: str) -> None:
     environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "2", name: "two"}
     command = [sys.executable, "-m", "lapis", "train", "run.yaml"]
-    done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=100)
     if name == "LOCAL_WORLD_SIZE":
         command[3:] = ["data", "pack", "texts.jsonl", "--tokenizer", "tok", "--out", "packed"]
-        done = subprocess.run(command, cwd=place, env={**os.environ, name: "two"}, capture_output=True, text=True)
+        environment = {**os.environ, name: "two"}
+    done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=100)
     assert done.returncode == 1 and done.stderr.count("\n") == 1
     assert f'{name} is "two" in the environment; torchrun sets it to a whole number' in done.stderr

@@ -1,8 +1,10 @@
-"""A process that is stopped ends the run of all within half a minute, by name; no other waits for it for hours.
+"""A process that is stopped, missing, or computes without an end ends the run of all, by name; none waits for hours.
 
 Each process counts up a number in the store where they met, and looks at the numbers of the others. One that stands
-still is stopped, or its machine is gone: sends and receives to it would wait for as long as a save may take. One that
-has died shows at once, as a broken connection (parallel.py). Leaves out: a process that computes for ever.
+still is stopped, or its machine is gone. Beside it each process tells how often it came a step forward (a block of the
+model, a message, a reward, a megabyte read or written) and whether it waits for the others: one that does not wait, and
+comes no step forward for `patience()` seconds while others wait for it, computes without an end. A process that has
+died shows at once, as a broken connection (parallel.py).
 """
 
 import atexit
@@ -11,24 +13,97 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
-from torch._C._distributed_c10d import TCPStore
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
+from lapis.config import environment_number
+from lapis.errors import TrainingError
+from lapis.training.distributed.forward import place, step_forward, waits
+
+PATIENCE = "LAPIS_PATIENCE"  # in the environment: seconds, of which the next line is the default
+_PATIENCE = 600
 _BEAT = 2.0  # seconds between two looks
 _SILENCE = 20.0  # seconds after which a process counts as stopped
+_TOLD = 5.0  # seconds after which it is told who is waited for at the start
+_LONGEST = 20  # times the longest pause between two steps forward so far is no pause without an end
 _GRACE = 4.0  # seconds that the others leave to the one that says it
 _ENDED = 1 << 40  # added to its number by a process that is done
+_MEGABYTE = 1_000_000
+
+
+def patience() -> int:
+    """Seconds that a process may compute without a step forward while others wait, or be missing at the start."""
+    return max(1, environment_number(PATIENCE, _PATIENCE))
+
+
+def meet(rank: int, size: int, host: str, port: int) -> Store:
+    """Where all processes of a run have met: the store for their messages.
+
+    Args:
+        rank: This process'.
+        size: How many there are.
+        host: Where the store is.
+        port: Of the store.
+
+    Raises:
+        TrainingError: In the first process that is there, with the ranks that did not come in `patience()` seconds; the
+            others end without a word. RuntimeError where the store cannot be made.
+    """
+    end, holds = time.monotonic() + patience(), rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    try:
+        store = _store(host, port, patience(), holds)
+    except RuntimeError as error:
+        if rank == 0:
+            raise
+        if rank != 1 and os.environ.get("LOCAL_RANK", "0") != "0":  # one of each machine says it
+            raise SystemExit(1) from None
+        raise TrainingError(_missing([0], size, host, port)) from error
+    here = [f"at/{other}" for other in range(size)]
+    store.set(here[rank], place())
+    told = time.monotonic() + _TOLD
+    while absent := [other for other in range(size) if not store.check([here[other]])]:
+        now = time.monotonic()
+        first = rank == min(other for other in range(size) if other not in absent)
+        if now > end:
+            if first:
+                raise TrainingError(_missing(absent, size, host, port))
+            time.sleep(_GRACE)  # the store may be that one's
+            raise SystemExit(1)
+        if first and now > told:
+            os.write(2, f"train: waiting for rank {_names(absent)} of {size}, {end - now:.0f} seconds more\n".encode())
+            told = now + max(60.0, _TOLD)
+        time.sleep(0.05)
+    return store
+
+
+def _store(host: str, port: int, seconds: float, holds: bool) -> Store:
+    """A connection to the store of this run, and of this attempt of torchrun. holds: this process has the store."""
+    store = TCPStore(
+        host, port, is_master=holds, wait_for_workers=False, timeout=datetime.timedelta(seconds=seconds),
+        multi_tenant=True,
+    )  # fmt: skip
+    return PrefixStore(f"lapis/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _missing(ranks: list[int], size: int, host: str, port: int) -> str:
+    return (
+        f"train: rank {_names(ranks)} of {size} has not come to {host}:{port} in {patience()} seconds; start all of "
+        f"them (the same torchrun command on every machine), or give them more time with {PATIENCE}=SECONDS"
+    )
+
+
+def _names(ranks: list[int]) -> str:
+    return ", ".join(map(str, ranks))
 
 
 class _Watch:
     def __init__(self, rank: int, size: int, host: str, port: int) -> None:
         self.rank, self.size = rank, size
-        # a connection of its own: the run's may be waiting for something
-        self.store = TCPStore(
-            host, port, is_master=False, wait_for_workers=False, timeout=datetime.timedelta(seconds=_SILENCE)
-        )
+        self.store = _store(host, port, _SILENCE, False)  # the run's own connection may be waiting for something
         self.ended = threading.Event()
         self.answered = time.monotonic()  # when the store did
+        self.patience = patience()
         self.beats = threading.Thread(target=self._beat, daemon=True)
         self.guard = threading.Thread(target=self._guard, daemon=True)
 
@@ -49,27 +124,47 @@ class _Watch:
                 pass  # its holder has ended first
 
     def _key(self, rank: int) -> str:
-        return f"lapis/alive/{rank}"
+        return f"alive/{rank}"
 
     def _beat(self) -> None:
-        numbers = [-1] * self.size
-        moved = [time.monotonic()] * self.size
-        looked = time.monotonic()
+        ranks = range(self.size)
+        numbers, places = [-1] * self.size, [""] * self.size
+        moved, forward, longest = ([time.monotonic()] * self.size, [time.monotonic()] * self.size, [0.0] * self.size)
+        looked, known = time.monotonic(), _bytes_moved()
         try:
             while not self.ended.wait(_BEAT):
+                if (amount := _bytes_moved()) > known + _MEGABYTE:
+                    known = amount
+                    step_forward()
                 self.store.add(self._key(self.rank), 1)
+                self.store.set(f"at/{self.rank}", place())
                 now = time.monotonic()
                 if now - looked > _SILENCE / 2:  # this one was stopped, all of them perhaps (Ctrl-Z)
-                    moved = [now] * self.size
+                    moved, forward = [now] * self.size, [now] * self.size
                 looked = now
-                for rank in range(self.size):
+                found = [each.decode() for each in self.store.multi_get([f"at/{rank}" for rank in ranks])]
+                for rank in ranks:
                     number = self.store.add(self._key(rank), 0)
                     if number != numbers[rank] or number >= _ENDED:
                         numbers[rank], moved[rank] = number, now
+                    if found[rank] != places[rank] or number >= _ENDED:
+                        longest[rank] = max(longest[rank], 0.0 if waits(places[rank]) else now - forward[rank])
+                        places[rank], forward[rank] = found[rank], now
                 self.answered = time.monotonic()
-                silent = [rank for rank in range(self.size) if now - moved[rank] > _SILENCE]
+                silent = [rank for rank in ranks if now - moved[rank] > _SILENCE]
                 if silent:
-                    self._end(silent)
+                    self._end(silent, f"has not answered for {_SILENCE:.0f} seconds: it is stopped, or its machine is "
+                              "gone; end it, and")  # fmt: skip
+                waiting = [rank for rank in ranks if waits(places[rank])]
+                stuck = [
+                    rank for rank in ranks
+                    if rank not in waiting and now - forward[rank] > max(self.patience, _LONGEST * longest[rank])
+                ]  # fmt: skip
+                if stuck and waiting:
+                    seconds = min(now - forward[rank] for rank in stuck)
+                    self._end(stuck, f"computes, and has come no step forward for {seconds:.0f} seconds, while rank "
+                              f"{_names(waiting)} waits for it; see what it computes (a reward, a source of data), "
+                              f"give it more time with {PATIENCE}=SECONDS, or")  # fmt: skip
         except RuntimeError:
             self.ended.set()  # the store's holder has ended, which shows in all connections to it
 
@@ -82,19 +177,28 @@ class _Watch:
                 self.answered = now
             looked = now
             if now - self.answered > _SILENCE:
-                self._end([0])
+                self._end([0], f"has not answered for {_SILENCE:.0f} seconds: it is stopped, or its machine is gone; "
+                          "end it, and")  # fmt: skip
 
-    def _end(self, silent: list[int]) -> None:
-        names = ", ".join(map(str, silent))
-        if self.rank == min(rank for rank in range(self.size) if rank not in silent):
+    def _end(self, ranks: list[int], why: str) -> None:
+        if self.rank == min(rank for rank in range(self.size) if rank not in ranks):
             line = (
-                f"lapis: train: rank {names} has not answered for {_SILENCE:.0f} seconds: it is stopped, or its "
-                "machine is gone; end it, and run the same command again to go on from the last checkpoint\n"
+                f"lapis: train: rank {_names(ranks)} {why} run the same command again to go on from the last "
+                "checkpoint\n"
             )
             os.write(2, line.encode())
         else:
             time.sleep(_GRACE)
         os._exit(1)  # the main thread waits where nothing can wake it
+
+
+def _bytes_moved() -> int:
+    """Bytes that this process has read and written in all; 0 where the system does not tell."""
+    try:
+        lines = Path("/proc/self/io").read_text().splitlines()
+        return sum(int(line.split()[1]) for line in lines if line.startswith(("rchar:", "wchar:")))
+    except (OSError, ValueError, IndexError):
+        return 0
 
 
 def watch_processes(rank: int, size: int, host: str, port: int) -> Callable[[], None]:

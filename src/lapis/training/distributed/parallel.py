@@ -4,7 +4,8 @@
 
 A step has accumulate x size micro-batches in one stream, and rank r computes the micro-batches r, r + size, ... Model
 and most objectives know nothing of it (policies need `own_parts` and `sum_over_processes`). gloo on CPUs, NCCL for
-gradients on GPUs; besides tensors, processes send each other JSON. One that dies or is stopped ends all (liveness.py).
+gradients on GPUs; besides tensors, processes send each other JSON. One that dies, is stopped, or computes without an
+end ends all (liveness.py).
 Leaves out: sharding of weights (FSDP2), processes that come and go.
 """
 
@@ -21,7 +22,8 @@ from torch import Tensor
 
 from lapis.config import environment_number
 from lapis.errors import ConfigError, LapisError, TrainingError
-from lapis.training.distributed.liveness import watch_processes
+from lapis.training.distributed.forward import waiting
+from lapis.training.distributed.liveness import meet, watch_processes
 
 T = TypeVar("T")
 
@@ -129,7 +131,8 @@ class Processes:
     def _connection(self) -> Iterator[None]:
         """A process that died shows as a broken connection in the others."""
         try:
-            yield
+            with waiting():
+                yield
         except RuntimeError as error:
             if not self.leads:
                 leave()
@@ -161,12 +164,16 @@ def join() -> Processes:
         return Processes()
     if not 0 <= rank < size:
         raise ConfigError(f"train: RANK is {rank} and WORLD_SIZE {size}; torchrun sets them, unset both to run alone")
-    host, port = os.environ.get("MASTER_ADDR", "localhost"), environment_number("MASTER_PORT", 29500)
+    host, port = os.environ.get("MASTER_ADDR", ""), environment_number("MASTER_PORT", 29500)
+    if not host:
+        raise ConfigError("train: RANK is set and MASTER_ADDR is not; torchrun sets both, unset RANK to run alone")
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(environment_number("LOCAL_RANK", 0))
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_PATIENCE)
+        store = meet(rank, size, host, port)
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE)
         _ends.append(watch_processes(rank, size, host, port))
     except (RuntimeError, ValueError) as error:
         if rank != 0:

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.text import Text
 
 from lapis.generation.text import for_terminal
+from lapis.training.distributed.forward import step_forward
 
 
 class Watch(Protocol):
@@ -143,6 +144,7 @@ def show_share(watch: Watch, text: str, seconds: float = 0.0) -> Callable[[int, 
     live(watch).stage(text)
 
     def show(done: int, total: int) -> None:
+        step_forward()
         spent = time.monotonic() - started
         left = spent / done * (total - done) if done else seconds
         ahead = f"  {format_time(left)} left" if left else ""

@@ -18,6 +18,7 @@ from typing import Any
 
 from lapis.errors import ConfigError
 from lapis.processes import process_environment, python
+from lapis.training.distributed.forward import step_forward
 from lapis.training.rewards.reward import Case, Failure, Record, as_number
 
 SHAPE = "reward(prompt, reply, record) -> float"
@@ -65,6 +66,7 @@ class InProcess:
             try:
                 while len(values) < len(cases):
                     values.append(results.get(timeout=self.seconds))
+                    step_forward()
             except queue.Empty:
                 hangs += 1
                 values.append(_hung(cases[len(values)], self.seconds))
@@ -100,6 +102,7 @@ class InWorker:
         values: list[float | Failure] = []
         hangs = 0
         for case in cases:
+            step_forward()
             if hangs >= _HANGS:
                 values.append(Failure("not tried: it hung before in this batch"))
                 continue

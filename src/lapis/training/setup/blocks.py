@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lapis.model.transformer import Transformer
+from lapis.training.distributed.forward import step_forward
 
 Recompute = Literal["none", "selective", "whole"]
 
@@ -52,6 +53,7 @@ def stoppable(model: Transformer, seconds: float = math.inf) -> Iterator[None]:
     end = time.perf_counter() + seconds
 
     def check(gradient: Tensor | None = None) -> None:
+        step_forward()
         if time.perf_counter() > end:
             raise TooSlow
 
