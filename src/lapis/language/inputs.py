@@ -30,8 +30,8 @@ def check_inputs(plan: AdaptPlan, out: Path) -> None:
     Raises:
         LapisError: Of the kind that fits.
     """
-    begun = f".{PLAN}.lapis-"  # a plan that was being written when its adaptation was killed
-    holds = [path.name for path in out.iterdir() if not path.name.startswith(begun)] if out.exists() else []
+    unfinished = f".{PLAN}.lapis-"  # a plan that was being written when its adaptation was killed
+    holds = [path.name for path in out.iterdir() if not path.name.startswith(unfinished)] if out.exists() else []
     if holds and not (out / PLAN).is_file():
         raise OutputError(f"{out}: exists already and is no adaptation; give another --out")
     source, checkpoint = open_source(plan.base)

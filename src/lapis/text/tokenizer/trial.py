@@ -102,7 +102,7 @@ def _panics_untold() -> Iterator[None]:
     What else is written meanwhile is passed on.
     """
     try:
-        kept = os.dup(2)
+        own_stderr = os.dup(2)
     except OSError:  # there is no standard error
         yield
         return
@@ -115,8 +115,8 @@ def _panics_untold() -> Iterator[None]:
             panicked = is_panic(error)
             raise
         finally:
-            os.dup2(kept, 2)
-            os.close(kept)
+            os.dup2(own_stderr, 2)
+            os.close(own_stderr)
             if not panicked:
                 written.seek(0)
                 os.write(2, written.read())

@@ -25,7 +25,7 @@ PATIENCE = "LAPIS_PATIENCE"  # in the environment: seconds, of which the next li
 _PATIENCE = 600
 _BEAT = 2.0  # seconds between two looks
 _SILENCE = 20.0  # seconds after which a process counts as stopped
-_TOLD = 5.0  # seconds after which it is told who is waited for at the start
+_NOTE_AFTER = 5.0  # seconds after which it is told who is waited for at the start
 _LONGEST = 20  # times the longest pause between two steps forward so far is no pause without an end
 _GRACE = 4.0  # seconds that the others leave to the one that says it
 _ENDED = 1 << 40  # added to its number by a process that is done
@@ -61,7 +61,7 @@ def meet(rank: int, size: int, host: str, port: int) -> Store:
         raise TrainingError(_missing([0], size, host, port)) from error
     here = [f"at/{other}" for other in range(size)]
     store.set(here[rank], place())
-    told = time.monotonic() + _TOLD
+    next_note = time.monotonic() + _NOTE_AFTER
     while absent := [other for other in range(size) if not store.check([here[other]])]:
         now = time.monotonic()
         first = rank == min(other for other in range(size) if other not in absent)
@@ -70,9 +70,9 @@ def meet(rank: int, size: int, host: str, port: int) -> Store:
                 raise TrainingError(_missing(absent, size, host, port))
             time.sleep(_GRACE)  # the store may be that one's
             raise SystemExit(1)
-        if first and now > told:
+        if first and now > next_note:
             os.write(2, f"train: waiting for rank {_names(absent)} of {size}, {end - now:.0f} seconds more\n".encode())
-            told = now + max(60.0, _TOLD)
+            next_note = now + max(60.0, _NOTE_AFTER)
         time.sleep(0.05)
     return store
 
@@ -142,14 +142,14 @@ class _Watch:
                 if now - looked > _SILENCE / 2:  # this one was stopped, all of them perhaps (Ctrl-Z)
                     moved, forward = [now] * self.size, [now] * self.size
                 looked = now
-                found = [each.decode() for each in self.store.multi_get([f"at/{rank}" for rank in ranks])]
+                announced = [each.decode() for each in self.store.multi_get([f"at/{rank}" for rank in ranks])]
                 for rank in ranks:
                     number = self.store.add(self._key(rank), 0)
                     if number != numbers[rank] or number >= _ENDED:
                         numbers[rank], moved[rank] = number, now
-                    if found[rank] != places[rank] or number >= _ENDED:
+                    if announced[rank] != places[rank] or number >= _ENDED:
                         longest[rank] = max(longest[rank], 0.0 if waits(places[rank]) else now - forward[rank])
-                        places[rank], forward[rank] = found[rank], now
+                        places[rank], forward[rank] = announced[rank], now
                 self.answered = time.monotonic()
                 silent = [rank for rank in ranks if now - moved[rank] > _SILENCE]
                 if silent:
