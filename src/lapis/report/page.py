@@ -246,15 +246,21 @@ def _asset(name: str) -> str:
     return files("lapis.report").joinpath(name).read_text(encoding="utf-8")
 
 
-def _styles() -> str:
-    """The style sheet, with the colors of theme.py as its variables."""
+def variables(more: Mapping[str, tuple[str, str]] | None = None) -> str:
+    """The fonts, and the colors of theme.py, as variables of a style sheet: light ones, and dark ones on a dark screen.
+
+    Args:
+        more: Further colors: name -> (light, dark).
+    """
+    colors = {**theme.COLORS, **(more or {})}
     fonts = f"--sans:{theme.SANS};--serif:{SERIF};--mono:{MONO};"
-    light = "".join(f"--{role}:{pair[0]};" for role, pair in theme.COLORS.items())
-    dark = "".join(f"--{role}:{pair[1]};" for role, pair in theme.COLORS.items())
-    return (
-        f":root{{{fonts}{light}}}\n@media screen and (prefers-color-scheme: dark){{:root{{{dark}}}}}\n"
-        f"{_asset('page.css')}"
-    )
+    light, dark = ("".join(f"--{role}:{pair[mode]};" for role, pair in colors.items()) for mode in (0, 1))
+    return f":root{{{fonts}{light}}}\n@media screen and (prefers-color-scheme: dark){{:root{{{dark}}}}}\n"
+
+
+def _styles() -> str:
+    """The style sheet, with its variables."""
+    return variables() + _asset("page.css")
 
 
 def _sha256(text: str) -> str:
