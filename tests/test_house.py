@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "language": {
         "checkpoint", "evaluation", "families", "generation", "model", "report", "text", "training", "weights",
     },
-    "serving": {"families", "generation", "model", "text"},
+    "serving": {"families", "generation", "inside", "model", "report", "text"},
     "tour": {"checkpoint", "evaluation", "families", "generation", "model", "report", "text", "training", "weights"},
     "cli": {
         "checkpoint", "evaluation", "families", "formats", "generation", "inside", "language", "model", "planning",

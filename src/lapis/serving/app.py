@@ -8,10 +8,11 @@ from lapis.serving import pages
 from lapis.serving.engine.engine import Engine
 from lapis.serving.errors import handle_errors
 from lapis.serving.gate import Gate, Limits
+from lapis.serving.lens import LensReader
 from lapis.serving.metrics import Metrics
-from lapis.serving.routes import chat, models
+from lapis.serving.routes import chat, lens, models
 
-ROUTERS = (models.router, chat.router, pages.router)
+ROUTERS = (models.router, chat.router, lens.router, pages.router)
 
 
 def make_app(engine: Engine, limits: Limits) -> FastAPI:
@@ -25,7 +26,7 @@ def make_app(engine: Engine, limits: Limits) -> FastAPI:
         title="lapis", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False,
         summary="OpenAI's API for models of this machine.",
     )  # fmt: skip
-    app.state.engine, app.state.metrics = engine, Metrics()
+    app.state.engine, app.state.metrics, app.state.lens = engine, Metrics(), LensReader(engine)
     for router in ROUTERS:
         for route in router.routes:
             assert isinstance(route, APIRoute)

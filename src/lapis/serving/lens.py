@@ -1,77 +1,118 @@
 """The live lens: what every layer would have said at one place of a reply, which one decided, and what did most for it.
 
-The reading itself is that of `lapis.lens`. Here a chat, a reply and a place become its prompt, and its trace becomes the
-object that the page shows.
+The reading itself is that of `lapis.lens`. Here it is made to share a machine with replies that are under way: what
+stands before the place is read in pieces between their steps, and kept, so that the next place of the same reply costs
+one token.
 """
 
+import asyncio
 import math
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
-from lapis.errors import DataError
-from lapis.inside.lens.logit_lens import lens
-from lapis.inside.lens.options import LensOptions
-from lapis.inside.lens.table import LensTrace, Reading
-from lapis.inside.prompt import token_text, token_word
-from lapis.model.transformer import Transformer
-from lapis.text.chat.chat import encode_prompt
-from lapis.text.tokenizer.tokenizer import Tokenizer
+import torch
 
-OPTIONS = LensOptions(top=5)
+from lapis.errors import DataError
+from lapis.generation.generate import Memory
+from lapis.inside.lens.logit_lens import Seen, best_anywhere, look, see
+from lapis.inside.lens.table import LensTrace, Reading
+from lapis.inside.prompt import token_word
+from lapis.inside.trace import anatomy
+from lapis.model.cache import Cache
+from lapis.serving.engine.engine import Engine
+from lapis.serving.engine.served import ServedModel
+
+TOP = 5  # tokens named for each layer
 PARTS = 3  # heads and MLPs that are named
 
 
-def read_lens(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    messages: Sequence[Mapping[str, Any]],
-    reply: str | Sequence[int],
-    place: int,
-    *,
-    context: int,
-    name: str = "",
-) -> dict[str, Any]:
-    """What every layer would have said where a token of a reply stands.
+class LensReader:
+    """The lens of all models of an engine, one place at a time for each of them."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._memories: dict[str, Memory] = defaultdict(Memory)
+        self._turns: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+
+    async def read(
+        self, served: ServedModel, prompt: Sequence[int], reply: Sequence[int], place: int
+    ) -> dict[str, Any]:
+        """What every layer would have said where a token of a reply stands.
+
+        Args:
+            served: The model.
+            prompt: Ids of what it replied to.
+            reply: Ids of the reply.
+            place: Of a token in it, from 0; the number of tokens is the place behind the last.
+
+        Returns:
+            `token` (token, id, probability, rank) and `at_end`, whether it is what would come next and not one of the
+            reply; `decided`, the layer from which on the last layer's choice leads; `embedding` and `layers` (layer,
+            top, entropy, kl_to_final, probability and rank of the token); `parts` (part, layer, head, logit), those
+            that added most to the token's logit.
+
+        Raises:
+            DataError: For a place that is not in the reply, an id that is no token, more tokens than the context.
+            QueueFull: Where as much waits as may.
+        """
+        ids = checked(served, prompt, reply, place)
+        said = reply[place] if place < len(reply) else None
+        async with self._turns[served.name]:
+            memory = self._memories[served.name]
+            cache = memory.recall(ids)
+            if cache is None:
+                weight = served.model.embed.weight
+                cache = Cache(served.model.config, 1, len(ids), dtype=served.dtype, device=weight.device)
+            while (done := cache.length) < len(ids) - 1:
+                piece = ids[done : min(done + self._engine.piece(served.name), len(ids) - 1)]
+                await self._engine.compute(served.name, partial(_read, piece=piece, cache=cache))
+            result = await self._engine.compute(served.name, partial(look_inside, ids=ids, said=said, cache=cache))
+            memory.keep(cache, ids)
+        return {"object": "lapis.lens", "model": served.name, "place": place, "at_end": said is None} | result
+
+
+def checked(served: ServedModel, prompt: Sequence[int], reply: Sequence[int], place: int) -> list[int]:
+    """The ids before a place of a reply. Raises DataError for a place or an id that there is not, and for too many."""
+    vocab = served.model.config.vocab
+    if not 0 <= place <= len(reply):
+        raise DataError(f"place is {place} and the reply has {len(reply):,} tokens; give 0 to {len(reply):,}")
+    if reply and not 0 <= min(reply) <= max(reply) < vocab:
+        bad = min(reply) if min(reply) < 0 else max(reply)
+        raise DataError(f"reply: {bad} is no token of {served.name}; ids go from 0 to {vocab - 1:,}")
+    ids = [*prompt, *reply[:place]]
+    if len(ids) > served.context:
+        raise DataError(f"there are {len(ids):,} tokens before this place, and the context is {served.context:,}")
+    return ids
+
+
+@torch.inference_mode()
+def _read(served: ServedModel, piece: list[int], cache: Cache) -> None:
+    """Reads a piece of what stands before the place."""
+    served.model.hidden(torch.tensor([piece], device=served.model.embed.weight.device), cache=cache)
+
+
+def look_inside(served: ServedModel, ids: list[int], said: int | None, cache: Cache | None = None) -> dict[str, Any]:
+    """The layers at the end of some ids.
 
     Args:
-        model: As it is served, packed or not.
-        tokenizer: The model's.
-        messages: What the model replied to.
-        reply: Its tokens, or their text, which may be cut into other tokens than those that were said.
-        place: Of a token in the reply, from 0; the number of tokens is the place behind the last.
-        context: Tokens that prompt and reply may have together.
-        name: What the model is called.
-
-    Returns:
-        `token` (token, id, probability, rank) and `at_end`, whether it is what would come next and not one of the
-        reply; `decided`, the layer from which on the last layer's choice leads; `embedding` and `layers` (layer, top,
-        entropy, kl_to_final, probability and rank of the token); `parts` (part, layer, head, logit), those that added
-        most to the token's logit.
-
-    Raises:
-        DataError: For a place that is not in the reply, an id that is no token, or more tokens than the context.
+        served: The model.
+        ids: All that it has read there.
+        said: The token that followed; None for what would follow.
+        cache: Of the ids but the last, or of some of them; is appended to.
     """
-    said = tokenizer.encode(reply) if isinstance(reply, str) else list(reply)
-    if not 0 <= place <= len(said):
-        raise DataError(f"lens: place {place} is not in a reply of {len(said)} tokens; give 0 to {len(said)}")
-    if said and not 0 <= min(said) <= max(said) < model.config.vocab:
-        bad = min(said) if min(said) < 0 else max(said)
-        raise DataError(f"lens: {bad} is no token of this model, which has {model.config.vocab:,}")
-    prompt = encode_prompt(tokenizer, messages) + said[:place]
-    if len(prompt) > context:
-        raise DataError(f"lens: up to this place there are {len(prompt):,} tokens; the context is {context:,}")
-    words = [token_word(said[place], tokenizer)] if place < len(said) else []
-    trace = lens(model, tokenizer, prompt, words, OPTIONS, name=name)
-    index = said[place] if place < len(said) else trace.readings[-1].top[0][1]
-    return {"object": "lapis.lens", "model": name, "place": place, "at_end": place == len(said)} | _shown(
-        trace, index, token_text(index, tokenizer)
-    )
+    words = [] if said is None else [token_word(said, served.tokenizer)]
+    seen: Seen = see(anatomy(served.model, served.name), served.tokenizer, ids, words, cache=cache)
+    words = words or best_anywhere(seen)[:1]
+    trace = look(seen, words, True, top=TOP)
+    return _shown(trace, words[0].spellings[0].ids[0], words[0].text)
 
 
 def _shown(trace: LensTrace, index: int, text: str) -> dict[str, Any]:
     """The figures of one token in a trace."""
     rows = [_row(reading, text) for reading in (trace.readings[0], *trace.layers)]
-    parts = [c for c in trace.contributions if c.token == index and c.part != "rounding" and c.logit > 0]
+    parts = [c for c in trace.contributions if c.part != "rounding" and c.logit > 0]
     parts.sort(key=lambda c: -c.logit)
     return {
         "token": {"token": text, "id": index, "probability": rows[-1]["probability"], "rank": rows[-1]["rank"]},

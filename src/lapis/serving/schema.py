@@ -182,6 +182,16 @@ class ChatRequest(SamplingBody):
     """Variables for the template (enable_thinking, ...), beyond OpenAI's."""
 
 
+class LensRequest(Body):
+    """POST /lapis/lens. reply: its token ids, or its text, which may be cut into other tokens than those it had."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MOST_MESSAGES)]
+    reply: str | list[int]
+    place: Annotated[int, Field(ge=0, le=2**31)]
+    """Of a token in the reply, from 0; the number of tokens is the place behind the last."""
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
 class CompletionRequest(SamplingBody):
     """POST /v1/completions."""
 

@@ -101,17 +101,30 @@ def lens(
 
 @torch.inference_mode()
 def see(
-    parts: Anatomy, tokenizer: Tokenizer, ids: Sequence[int], words: Sequence[TrackedWord], positions: int = 1
+    parts: Anatomy, tokenizer: Tokenizer, ids: Sequence[int], words: Sequence[TrackedWord], positions: int = 1,
+    cache: Cache | None = None,
 ) -> Seen:  # fmt: skip
-    """Runs the prompt, and the beginnings of words that have more than one token: each of them once."""
+    """Runs the prompt, and the beginnings of words that have more than one token: each of them once.
+
+    Args:
+        parts: The model.
+        tokenizer: Its own.
+        ids: The prompt.
+        words: What is tracked.
+        positions: How many of the last tokens are kept.
+        cache: What one of lapis' own models has read of the prompt, at most all that is not kept. Is appended to, and
+            used up where words have more than one token.
+    """
     paths = [spelling.ids[:-1] for word in words for spelling in word.spellings if len(spelling.ids) > 1]
     longest = max(map(len, paths), default=0)
     check_length(ids, longest, parts.context, parts.name)
     chosen = list(range(max(0, len(ids) - max(1, positions)), len(ids)))
     later = {path: number for number, path in enumerate(sorted({p[: t + 1] for p in paths for t in range(len(p))}))}
-    run = _at_once if parts.own and len(ids) <= AT_ONCE else _one_after_another
     with evaluating(parts.model):
-        prompt, onward = run(parts, list(ids), chosen, list(later))
+        if cache is None and parts.own and len(ids) <= AT_ONCE:
+            prompt, onward = _at_once(parts, list(ids), chosen, list(later))
+        else:
+            prompt, onward = _one_after_another(parts, list(ids), chosen, list(later), cache)
     return Seen(parts, tokenizer, list(ids), chosen, prompt, onward, later)
 
 
@@ -134,17 +147,17 @@ def _at_once(
 
 
 def _one_after_another(
-    parts: Anatomy, ids: list[int], chosen: list[int], later: list[tuple[int, ...]]
+    parts: Anatomy, ids: list[int], chosen: list[int], later: list[tuple[int, ...]], cache: Cache | None
 ) -> tuple[Trace, Trace | None]:  # fmt: skip
     """The words' beginnings as a batch that goes on from the prompt: with the cache, where the model is lapis' own."""
     device, longest = parts.matrix.device, max(map(len, later), default=0)
-    cache = None
-    if later and parts.own:
+    read = 0 if cache is None else cache.length
+    if cache is None and later and parts.own:
         config: Any = parts.model.config
         weight = next(parts.model.parameters())
         cache = Cache(config, 1, len(ids) + longest, dtype=weight.dtype, device=weight.device)
-    prompt_BT = torch.tensor([ids], device=device)
-    prompt = trace(parts, prompt_BT, _places([(0, t) for t in chosen], device), cache)
+    prompt_BT = torch.tensor([ids[read:]], device=device)
+    prompt = trace(parts, prompt_BT, _places([(0, t - read) for t in chosen], device), cache)
     if not later:
         return prompt, None
     # Padding stands to the right, where a causal model does not see it

@@ -37,7 +37,7 @@ class RunningBatch:
         self.reading: RunningRow | None = None
         self.read_tokens = self.shared_tokens = self.written_tokens = self.ended = 0
         self._send = send
-        self._piece = 256
+        self.piece = 256
         # with this kind of rope a token's angle depends on the longest sequence, so none may share a pass
         self._together = served.model.config.rope.kind != "dynamic"
 
@@ -95,7 +95,7 @@ class RunningBatch:
     def _read(self, row: RunningRow) -> None:
         """Reads a piece of a prompt; after the last, the row has its first token and joins the others."""
         done = len(self.slots.held[row.slot])
-        piece = row.prompt[done : done + self._piece]
+        piece = row.prompt[done : done + self.piece]
         start = time.perf_counter()
         ids_1T = torch.tensor([piece], device=self.served.model.embed.weight.device)
         hidden_1TD = self.served.model.hidden(ids_1T, cache=self.slots.one(row.slot))
@@ -114,7 +114,7 @@ class RunningBatch:
 
     def _fit_piece(self, tokens: int, seconds: float) -> None:
         fits = int(tokens * PIECE_SECONDS / max(seconds, 1e-6))
-        self._piece = min(max(fits, self._piece // 2, PIECE[0]), self._piece * 2, PIECE[1])
+        self.piece = min(max(fits, self.piece // 2, PIECE[0]), self.piece * 2, PIECE[1])
 
     @torch.inference_mode()
     def _write(self) -> None:

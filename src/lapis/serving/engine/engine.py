@@ -124,6 +124,10 @@ class Engine:
             self._wake.notify()
         return await asyncio.wrap_future(future)
 
+    def piece(self, name: str) -> int:
+        """Tokens of a prompt that the model reads in a fraction of a second."""
+        return self._batches[name].piece
+
     @property
     def waiting(self) -> int:
         """Rows and work that nobody has begun with."""

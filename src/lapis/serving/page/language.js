@@ -35,6 +35,11 @@ export function number(value, digits = 0) {
   return new Intl.NumberFormat(code, { maximumFractionDigits: digits }).format(value);
 }
 
+/** Names one after another, as the language lists them. */
+export function list(names) {
+  return new Intl.ListFormat(code, { type: "unit" }).format(names);
+}
+
 /** A signed number with two digits. */
 export function signed(value) {
   const format = { signDisplay: "always", minimumFractionDigits: 2, maximumFractionDigits: 2 };

@@ -2,7 +2,7 @@
 import { element } from "./dom.js";
 import { readLens, ServerError } from "./api.js";
 import { errorText } from "./errors.js";
-import { number, percent, signed, t } from "./language.js";
+import { list, number, percent, signed, t } from "./language.js";
 import { visible } from "./text.js";
 
 const PAUSE = 200;  // milliseconds that a place stands still before the server is asked about it
@@ -60,7 +60,7 @@ function verdict(seen) {
 /** The parts of the model that did most for the token. */
 function strongest(seen) {
   if (!seen.parts.length) return null;
-  const names = seen.parts.map(part => `${partName(part)} (${signed(part.logit)})`).join(", ");
+  const names = list(seen.parts.map(part => `${partName(part)} (${signed(part.logit)})`));
   return element("p", { class: "note" }, t("lens_parts", { token: visible(seen.token.token), parts: names }));
 }
 

@@ -5,7 +5,7 @@ import { saveFile } from "./copying.js";
 import { Conversation } from "./conversation.js";
 import { button, element } from "./dom.js";
 import { errorText } from "./errors.js";
-import { LANGUAGES, preferred, t, useLanguage } from "./language.js";
+import { LANGUAGES, list, preferred, t, useLanguage } from "./language.js";
 import { chosenModels, sampling, renameModels, showModels, systemPrompt } from "./settings.js";
 import { ConversationView } from "./view.js";
 
@@ -43,7 +43,7 @@ async function letAnswer(turn, models) {
   const replies = models.map(model => conversation.begin(turn, model, systemPrompt(), settings.seed));
   draw();
   followEnd(true);
-  announce(t("writing", { model: models.join(", ") }));
+  announce(t("writing", { model: list(models) }));
   await Promise.all(replies.map(reply => write(reply, settings, running.signal)));
   running = null;
   const atStop = document.activeElement === stop;

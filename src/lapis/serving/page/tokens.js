@@ -67,15 +67,20 @@ export class TokenView {
     const final = this.reply.state !== "writing";
     const known = this.groups.length ? this.groups.at(-1).last + 1 : 0;
     for (const group of groupsOf(this.reply.tokens, known, final)) this.#add(group, group.text, this.#labelOf(group));
-    const count = this.reply.tokens.length;
-    if (final && !this.ended) {
-      this.ended = true;
-      this.#add({ first: count, last: count }, t("end"), t("end_label"));
-      this.strip.lastElementChild.classList.add("end");
-    }
+    if (final && !this.ended) this.#end();
     if (this.state.place !== null && this.groups.some(group => group.last >= this.state.place)) this.#mark();
     else if (this.groups.length) this.groups[0].option.tabIndex = 0;
     this.#explain();
+  }
+
+  /** A reply that ended by itself has its end token as the last; behind any other stands the place of what comes next. */
+  #end() {
+    this.ended = true;
+    const { tokens, text, reason } = this.reply;
+    if (reason !== "stop" || text.endsWith(tokens.at(-1).token)) {
+      this.#add({ first: tokens.length, last: tokens.length }, t("end"), t("end_label"));
+    }
+    this.strip.lastElementChild.classList.add("end");
   }
 
   #add(group, text, label) {

@@ -155,11 +155,11 @@ def token_text(served: ServedModel, token: int) -> tuple[str, list[int]]:
 
 
 def logprob_objects(served: ServedModel, scores: Sequence[TokenScore]) -> list[dict[str, Any]]:
-    """Log-probabilities as chat completions have them."""
+    """Log-probabilities as chat completions have them; the ids are beyond that."""
 
     def one(token: int, logprob: float) -> dict[str, Any]:
         text, raw = token_text(served, token)
-        return {"token": text, "logprob": max(logprob, -9999.0), "bytes": raw}
+        return {"token": text, "id": token, "logprob": max(logprob, -9999.0), "bytes": raw}
 
     return [
         {**one(score.id, score.logprob), "top_logprobs": [one(token, value) for token, value in score.top]}

@@ -54,7 +54,7 @@ export default {
   "speed": "за секунду: {rate}",
   "seed_used": "зерно {seed}",
   "look_inside": "Зазирнути всередину",
-  "close_inside": "Закрити нутро",
+  "close_inside": "Згорнути",
   "tokens_of": "Токени відповіді {model}",
   "legend": "Імовірність:",
   "choose_token": "Виберіть токен клацанням або клавішею Tab і стрілками.",

@@ -1,0 +1,31 @@
+"""POST /lapis/lens: what every layer would have said at a place of a reply."""
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.concurrency import run_in_threadpool
+
+from lapis.serving.lens import LensReader
+from lapis.serving.routes.chat import message_of
+from lapis.serving.routes.orders import writer_of
+from lapis.serving.routes.replies import while_connected
+from lapis.serving.schema import LensRequest
+from lapis.text.chat.chat import encode_prompt, write_calls
+
+router = APIRouter()
+
+
+@router.post("/lapis/lens", tags=["lapis"])
+async def lens(body: LensRequest, request: Request) -> dict[str, Any]:
+    """The lens at a place of a reply to a chat."""
+    served = writer_of(request, body.model)
+    reader = request.app.state.lens
+    assert isinstance(reader, LensReader)
+
+    def encode() -> tuple[list[int], list[int]]:
+        messages = write_calls(served.tokenizer, [message_of(message) for message in body.messages], None)
+        reply = served.tokenizer.encode(body.reply) if isinstance(body.reply, str) else body.reply
+        return encode_prompt(served.tokenizer, messages, variables=body.chat_template_kwargs), reply
+
+    prompt, reply = await run_in_threadpool(encode)
+    return await while_connected(request, [], reader.read(served, prompt, reply, body.place))
