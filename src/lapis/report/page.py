@@ -146,7 +146,7 @@ class Page:
         figure, offered as a folded table (all keys of the first row, or `columns`).
         """
         spec: dict[str, Any] = (
-            json.loads(figure.to_json()) if hasattr(figure, "to_json") else copy.deepcopy(dict(figure))
+            json.loads(figure.to_json(engine="json")) if hasattr(figure, "to_json") else copy.deepcopy(dict(figure))
         )
         layout = dict(spec.get("layout", {}))
         layout.pop("template", None)

@@ -6,9 +6,9 @@ from fastapi.routing import APIRoute
 from lapis import __version__
 from lapis.serving import pages
 from lapis.serving.engine.engine import Engine
+from lapis.serving.engine.lens import LensReader
 from lapis.serving.errors import handle_errors
 from lapis.serving.gate import Gate, Limits
-from lapis.serving.lens import LensReader
 from lapis.serving.metrics import Metrics
 from lapis.serving.routes import chat, lens, models
 

@@ -5,7 +5,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.concurrency import run_in_threadpool
 
-from lapis.serving.lens import LensReader
+from lapis.serving.engine.lens import LensReader
 from lapis.serving.routes.chat import message_of
 from lapis.serving.routes.orders import writer_of
 from lapis.serving.routes.replies import while_connected

@@ -58,7 +58,7 @@ class LensReader:
             QueueFull: Where as much waits as may.
         """
         ids = checked(served, prompt, reply, place)
-        said = reply[place] if place < len(reply) else None
+        token = reply[place] if place < len(reply) else None
         async with self._turns[served.name]:
             memory = self._memories[served.name]
             cache = memory.recall(ids)
@@ -68,9 +68,9 @@ class LensReader:
             while (done := cache.length) < len(ids) - 1:
                 piece = ids[done : min(done + self._engine.piece(served.name), len(ids) - 1)]
                 await self._engine.compute(served.name, partial(_read, piece=piece, cache=cache))
-            result = await self._engine.compute(served.name, partial(look_inside, ids=ids, said=said, cache=cache))
+            result = await self._engine.compute(served.name, partial(look_inside, ids=ids, token=token, cache=cache))
             memory.keep(cache, ids)
-        return {"object": "lapis.lens", "model": served.name, "place": place, "at_end": said is None} | result
+        return {"object": "lapis.lens", "model": served.name, "place": place, "at_end": token is None} | result
 
 
 def checked(served: ServedModel, prompt: Sequence[int], reply: Sequence[int], place: int) -> list[int]:
@@ -93,16 +93,16 @@ def _read(served: ServedModel, piece: list[int], cache: Cache) -> None:
     served.model.hidden(torch.tensor([piece], device=served.model.embed.weight.device), cache=cache)
 
 
-def look_inside(served: ServedModel, ids: list[int], said: int | None, cache: Cache | None = None) -> dict[str, Any]:
+def look_inside(served: ServedModel, ids: list[int], token: int | None, cache: Cache | None = None) -> dict[str, Any]:
     """The layers at the end of some ids.
 
     Args:
         served: The model.
         ids: All that it has read there.
-        said: The token that followed; None for what would follow.
+        token: The one that followed; None for what would follow.
         cache: Of the ids but the last, or of some of them; is appended to.
     """
-    words = [] if said is None else [token_word(said, served.tokenizer)]
+    words = [] if token is None else [token_word(token, served.tokenizer)]
     seen: Seen = see(anatomy(served.model, served.name), served.tokenizer, ids, words, cache=cache)
     words = words or best_anywhere(seen)[:1]
     trace = look(seen, words, True, top=TOP)
