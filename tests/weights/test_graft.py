@@ -9,7 +9,6 @@ from safetensors.torch import load_file, save_file
 
 from lapis.checkpoint.commit import verify
 from lapis.errors import CheckpointError, ConfigError
-from lapis.weights.graft import layout
 from lapis.weights.graft.graft import graft
 
 
@@ -408,7 +407,8 @@ def test_smaller_tiles_give_the_same_bytes(trio, tmp_path, monkeypatch):
 
 
 def test_template_tokens_are_those_that_only_chatting_trained():
-    from lapis.text.tokenizer.vocabulary import Vocabulary, template_tokens
+    from lapis.text.chat.template_tokens import template_tokens
+    from lapis.text.tokenizer.vocabulary import Vocabulary
 
     ids = {"a": 0, "  ": 1, "<s>": 2, "</s>": 3, "<|user|>": 4, "<|end|>": 5, "<|pad|>": 6}
     added = frozenset(ids) - {"a"}
@@ -416,7 +416,12 @@ def test_template_tokens_are_those_that_only_chatting_trained():
     base = Vocabulary(ids, added, special, None, {"bos": "<s>", "eos": "</s>"}, (3,))
     chat = Vocabulary(ids, added, special, "  <|user|>{{ m }}", {"bos": "<s>", "eos": "<|end|>"}, (5, 3))
     assert template_tokens(chat, base) == ["<|user|>", "<|end|>"]
-    assert layout.template_tokens is template_tokens  # type: ignore[attr-defined]
+    joined = "{{ bos_token }}{% for m in messages %}{{ '<|' + m.role + '|>' }}  {{ m.content }}{% endfor %}"
+    chat = Vocabulary(ids, added, special, joined, {"bos": "<s>", "eos": "<|end|>"}, (5, 3))
+    assert template_tokens(chat, base) == ["<|user|>", "<|end|>"]  # put together, and the start that base knows
+    endless = "{% for i in range(10**9) %}{% for j in range(10**9) %}{% endfor %}{% endfor %}<|user|>"
+    chat = Vocabulary(ids, added, special, endless, {"eos": "<|end|>"}, (5,))
+    assert template_tokens(chat, base) == ["<|user|>", "<|end|>"]  # as far as its source tells
 
 
 def test_paths_and_opened_checkpoints_are_the_same(trio, tmp_path):

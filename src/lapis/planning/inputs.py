@@ -21,10 +21,11 @@ from lapis.model.check import read_config
 from lapis.planning.held_out import HeldOut, make_held_out
 from lapis.planning.options import PlanOptions
 from lapis.planning.pieces import Piece, outside, pieces_of
+from lapis.text.chat.template_tokens import template_tokens
 from lapis.text.corpus import corpus
 from lapis.text.corpus.corpus import ChatRecord
 from lapis.text.tokenizer.tokenizer import Tokenizer
-from lapis.text.tokenizer.vocabulary import open_vocabulary, template_tokens
+from lapis.text.tokenizer.vocabulary import open_vocabulary
 from lapis.weights.checks import check_parents, missing_tensors
 from lapis.weights.matching import format_problems, is_vocabulary
 

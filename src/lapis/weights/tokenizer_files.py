@@ -32,6 +32,7 @@ from lapis.weights.engine.outputs import Output
 
 ACCOUNT, GENERATION = "lapis-merge.json", "generation_config.json"
 _DATA = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".vocab")
+_ID_LISTS = ("suppress_tokens", "begin_suppress_tokens")  # of generation_config.json
 _OWN = {ACCOUNT, MANIFEST, "README.md", "config.json", GENERATION}
 
 
@@ -155,7 +156,7 @@ def _tokens(words: Vocabulary, ids: Sequence[int]) -> list[str]:
 def _renumbered(settings: Mapping[str, Any], theirs: Vocabulary, ours: Vocabulary) -> dict[str, Any]:
     """generation_config.json with each token id replaced by the id that the same token has here; lost ones go."""
     names, result = theirs.tokens(), dict(settings)
-    for key in [key for key in settings if key.endswith("_token_id")]:
+    for key in [key for key in settings if key.endswith("_token_id") or key in _ID_LISTS]:
         value = settings[key]
         ids = [ours.ids.get(names.get(i, "")) for i in (value if isinstance(value, list) else [value])]
         present = [i for i in ids if i is not None]

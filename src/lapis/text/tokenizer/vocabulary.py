@@ -5,7 +5,7 @@ nothing where nothing is encoded. Leaves out vocabularies that exist only as a S
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -146,26 +146,6 @@ def open_vocabulary(checkpoint: Checkpoint) -> Vocabulary | None:
     return read_vocabulary(checkpoint.beside(), checkpoint.config)
 
 
-def template_tokens(chat: Vocabulary, base: Vocabulary | None) -> list[str]:
-    """The tokens that only chatting gave a meaning: whose rows a base model, and its continuation, never trained.
-
-    These are the added tokens whose text stands in the chat template, and the chat model's end tokens, save those that
-    the base itself names as begin, end or padding, for these it has trained.
-
-    Args:
-        chat: Of the chat model.
-        base: Of the base; None where it has none that is text.
-    """
-    written = {
-        token
-        for token in chat.added
-        if chat.template and token in chat.template and (token in chat.special or _is_tag(token))
-    }
-    known = set(base.named.values()) | {t for t, i in base.ids.items() if i in base.ends} if base else set()
-    ends = {token for token, i in chat.ids.items() if i in chat.ends}
-    return sorted(written | (ends - known), key=lambda token: chat.ids[token])
-
-
 def relation(one: Vocabulary, other: Vocabulary, rows: tuple[int, int] = (0, 0)) -> str:
     """How `one` relates to `other` by token string.
 
@@ -188,10 +168,21 @@ def relation(one: Vocabulary, other: Vocabulary, rows: tuple[int, int] = (0, 0))
     return "reduced" if len(shared) == len(one.ids) else "different"
 
 
+def differences(words: Vocabulary, tokens: Iterable[str], shown: int = 5) -> str:
+    """How many tokens, and the first ones as they read: 12,345 tokens (" yang", " dan", ...).
+
+    Args:
+        words: Whose tokens they are.
+        tokens: Some of them.
+        shown: How many are named.
+    """
+    listed = sorted(tokens, key=lambda token: words.ids[token])
+    readable = [text for token in listed if (text := words.text(token)).strip() and "\ufffd" not in text]
+    named = ", ".join(quoted(text) for text in (readable or listed)[:shown])
+    more = ", ..." if len(listed) > shown else ""
+    return f"{len(listed):,} {'token' if len(listed) == 1 else 'tokens'} ({named}{more})"
+
+
 def rows_for(tokens: Sequence[str | None], other: Vocabulary) -> list[int]:
     """For each token its row in `other`; -1 where it has none."""
     return [-1 if token is None else other.ids.get(token, -1) for token in tokens]
-
-
-def _is_tag(token: str) -> bool:
-    return len(token) > 2 and (token[0], token[-1]) in {("<", ">"), ("[", "]")}

@@ -17,7 +17,8 @@ from lapis.checkpoint.towers import language_config
 from lapis.errors import CheckpointError, ConfigError
 from lapis.families import find
 from lapis.families.base import Part
-from lapis.text.tokenizer.vocabulary import Vocabulary, open_vocabulary, relation, rows_for, template_tokens
+from lapis.text.chat.template_tokens import template_tokens
+from lapis.text.tokenizer.vocabulary import Vocabulary, differences, open_vocabulary, relation, rows_for
 from lapis.weights.checks import (
     check_configs,
     check_parents,
@@ -104,6 +105,7 @@ def plan_graft(
     shape = _shape(inputs["onto"])
     problems += [line for each in scales for line in each.problems(layout.parts.values(), shape)]
     problems += check_vocabularies(inputs, words)
+    notes += layout.strangers()
     unread = [role for role in inputs if words[role] is None]
     if unread and embeddings == "add":
         problems.append(f"no tokenizer.json in {', '.join(unread)}; embeddings can be added by token string only")
@@ -181,6 +183,22 @@ class _Layout:
             where = f"new rows: the embedding has {first + len(lacking):,} instead of {self._rows:,}"
         self.notes.append(f"onto's vocabulary gains {', '.join(lacking)} from chat, in {where}")
         return added
+
+    def strangers(self) -> list[str]:
+        """Lines about tokens that not all models have, or that have other ids, by name and count."""
+        own = self.words["onto"]
+        others = {role: words for role in self.roles if (words := self.words[role])}
+        if own is None or not others:
+            return []
+        alone = set(own.ids).difference(*(words.ids for words in others.values()))
+        lines = [f"onto alone has {differences(own, alone)}: their rows stay as they are"] if alone else []
+        for role, words in others.items():
+            if lacking := words.ids.keys() - own.ids.keys() - self.new_tokens.keys():
+                lines.append(f"{role} has {differences(words, lacking)} that onto lacks: nothing is taken of them")
+            moved = sum(own.ids.get(token, i) != i for token, i in words.ids.items())
+            if moved:
+                lines.append(f"{moved:,} tokens have other ids in {role} than in onto: rows are matched by token")
+        return lines
 
     def fate(self, name: str) -> str:
         """What becomes of a tensor: merge, keep (a norm), rows (of tokens), zero, scales (of FP8), tower (another)."""
@@ -284,7 +302,16 @@ class _Layout:
         result: dict[str, Any] = {
             f"onto_to_{role}": relation(own, other) for role in self.roles if (other := self.words[role])
         }
-        return result | {"tokens": len(own.ids), "template_tokens": self.template, "new_tokens": self.new_tokens}
+        strangers = {
+            f"only_in_{role}": len(words.ids.keys() - own.ids.keys())
+            for role in self.roles
+            if (words := self.words[role])
+        }
+        return (
+            result
+            | strangers
+            | {"tokens": len(own.ids), "template_tokens": self.template, "new_tokens": self.new_tokens}
+        )
 
 
 class _TemplateRows:
