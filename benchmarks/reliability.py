@@ -24,7 +24,16 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tests.reliability.aimed import ERRORS, Forks, Job, build, digest, fail_each, kill_each  # noqa: E402
+from tests.reliability.aimed import (  # noqa: E402
+    ERRORS,
+    Forks,
+    Job,
+    OutOfTime,
+    build,
+    digest,
+    fail_each,
+    kill_each,
+)
 from tests.reliability.catalogue import count as count_faults  # noqa: E402
 from tests.reliability.jobs import jobs, lookers, make_inputs  # noqa: E402
 from tests.reliability.legs import fail_legs, kill_legs  # noqa: E402
@@ -34,27 +43,33 @@ STEPS = {"plan": (4, 20, 40), "tour": (8, 4, 60), "adapt": (8, 4, 40), "graft an
 RESULT = ROOT / "benchmarks" / "results" / "reliability.md"
 
 
-def trial(job: Job, phase: str, step: int) -> dict[str, Any]:
-    """All trials of one job: "kills", or "errors"."""
+def trials(job: Job, phase: str, step: int, skip: int, until: float) -> dict[str, Any]:
+    """All trials of one job, "kills" or "errors", but for the first `skip`, and those after `until`."""
+    job.skip, job.until, done = skip, until, True
     inputs = digest(job.place / "inputs")
     begin, spent = time.monotonic(), _processor_seconds()
     kill_step, last, error_step = STEPS.get(job.name, (1, 20, step))
-    if job.grows:
-        with tempfile.TemporaryDirectory(dir=job.place.parent) as room:
-            if phase == "errors":
-                fail_legs(job, Path(room), ERRORS, error_step)
-            else:
-                kill_legs(job, Path(room), kill_step)
-    elif phase == "errors":
-        fail_each(job, error_step)
-    elif job.outputs:
-        kill_each(job, kill_step, last)
-        kill_each(job, 2 * kill_step, twice=True)
+    try:
+        if job.grows:
+            with tempfile.TemporaryDirectory(dir=job.place.parent) as room:
+                if phase == "errors":
+                    fail_legs(job, Path(room), ERRORS, error_step)
+                else:
+                    kill_legs(job, Path(room), kill_step)
+        elif phase == "errors":
+            fail_each(job, error_step)
+        elif job.outputs:
+            kill_each(job, kill_step, last)
+            kill_each(job, 2 * kill_step, twice=True)
+    except OutOfTime:
+        done = False
     if digest(job.place / "inputs") != inputs:
         job.wrong.append(f"{job.name}: the inputs changed")
     return {
         "job": job.name,
         "phase": phase,
+        "done": done,
+        "tried": job.tried - min(skip, job.tried),
         "kills": job.kills,
         "errors": job.errors,
         "wrong": job.wrong,
@@ -103,23 +118,27 @@ def main() -> int:
     options.add_argument("--jobs", nargs="*", default=[])
     options.add_argument("--phases", nargs="*", default=["kills", "errors"])
     options.add_argument("--step", type=int, default=2, help="of errors, where a job's own is not smaller")
-    options.add_argument("--results", type=Path, help="a .jsonl to which each job's result is appended, and read from")
+    options.add_argument(
+        "--results", type=Path, help="a .jsonl to which results are appended; trials in it are not made"
+    )
+    options.add_argument("--seconds", type=float, default=float("inf"), help="after which no trial is begun")
     options.add_argument("--write", action="store_true", help=f"append the table to {RESULT.name}")
     given = options.parse_args()
     place = Path(tempfile.mkdtemp(prefix="lapis-reliability-"))
     rows: list[dict[str, Any]] = []
     if given.results and given.results.exists():
         rows = [json.loads(line) for line in given.results.read_text().splitlines()]
-    forks = Forks(build(place), place)
+    forks, until = Forks(build(place), place), time.monotonic() + given.seconds
     try:
         (place / "jobs").mkdir()
         make_inputs(forks, place / "jobs" / "inputs")
         every = {**jobs(forks, place / "jobs"), **lookers(forks, place / "jobs")}
         for phase, name in product(given.phases, every):
-            known = any((row["job"], row["phase"]) == (name, phase) for row in rows)
-            if known or (given.jobs and name not in given.jobs):
+            known = [row for row in rows if (row["job"], row["phase"]) == (name, phase)]
+            wanted = not given.jobs or name in given.jobs
+            if not wanted or any(row["done"] for row in known) or time.monotonic() > until:
                 continue
-            row = trial(every[name](), phase, given.step)
+            row = trials(every[name](), phase, given.step, sum(row["tried"] for row in known), until)
             rows.append(row)
             print(f"{name}: {row['kills']} kills, {row['errors']} errors, {len(row['wrong'])} wrong", flush=True)
             for line in row["wrong"]:

@@ -6,6 +6,7 @@ does not show that it is damaged.
 
 import json
 import math
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -136,3 +137,28 @@ def test_scores_that_are_no_numbers_are_not_printed(
             main(["eval", str(tmp_path), "--text", str(folders.root / "text.jsonl"), *json_flag])
         captured = capsys.readouterr()
         assert stopped.value.code == 1 and captured.out == "" and "computes NaN or Inf" in captured.err
+
+
+def test_a_graft_that_predicts_no_numbers_is_not_written(
+    folders: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Finite weights that overflow when they are multiplied: nothing is visible, nothing stays, an old output does."""
+    shutil.copytree(folders.good, tmp_path / "chat")
+    place = tmp_path / "chat" / "model.safetensors"
+    tensors = load_file(place)
+    for name in tensors:
+        if "mlp" in name:
+            tensors[name] = tensors[name] * 1e30
+    save_file(tensors, place, metadata={"format": "pt"})
+    shutil.copytree(folders.good, tmp_path / "old")
+    before = (tmp_path / "old" / "model.safetensors").read_bytes()
+    models = ["--base", str(folders.good), "--chat", str(tmp_path / "chat"), "--onto", str(folders.good)]
+    for out, more in (("new", []), ("old", ["--overwrite"])):
+        with pytest.raises(SystemExit) as end:
+            main(["graft", *models, "--out", str(tmp_path / out), *more])
+        error = capsys.readouterr().err
+        assert end.value.code == 1 and error.count("lapis: ") == 1 and "would be no numbers" in error, error
+    assert (tmp_path / "old" / "model.safetensors").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["chat", "old"]
+    main(["graft", *models, "--out", str(tmp_path / "new"), "--no-smoke"])
+    assert (tmp_path / "new" / "model.safetensors").is_file()

@@ -7,12 +7,14 @@ no window is too small to be hit.
 
 import errno
 import json
+import math
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -124,6 +126,10 @@ class Forks:
         self._server.stdout.close()
 
 
+class OutOfTime(Exception):
+    """The rest of the trials is for another call."""
+
+
 @dataclass
 class Job:
     """A command that reads `place`/inputs, and is run in `place`/work.
@@ -141,6 +147,9 @@ class Job:
         wrong: What was found, one line each.
         kills: Trials that ended in a kill.
         errors: Trials in which an error was injected.
+        skip: Trials that were made by an earlier call.
+        until: When no further trial is begun (time.monotonic).
+        tried: Trials, with those that were skipped.
     """
 
     name: str
@@ -155,6 +164,9 @@ class Job:
     wrong: list[str] = field(default_factory=list)
     kills: int = 0
     errors: int = 0
+    skip: int = 0
+    until: float = math.inf
+    tried: int = 0
 
     def __post_init__(self) -> None:
         self.folder = self.place / "work"
@@ -165,6 +177,13 @@ class Job:
         assert done.status == 0, f"{self.name}: {done.told}"
         self.after = self.seen()
         assert set(self.after) == set(self.outputs), f"{self.name}: {sorted(self.after)}"
+
+    def is_due(self) -> bool:
+        """Before each trial: whether it is to be made. Raises OutOfTime."""
+        if self.tried >= self.skip and time.monotonic() > self.until:
+            raise OutOfTime
+        self.tried += 1
+        return self.tried > self.skip
 
     def prepare(self) -> None:
         """An empty folder, but for old outputs."""
@@ -209,6 +228,8 @@ class Job:
 
         second: the call at which the rerun is killed as well.
         """
+        if not self.is_due():
+            return
         self.prepare()
         killed = self.run(number, kinds=kinds)
         where = f"{self.name}: killed at call {number}"
@@ -226,8 +247,9 @@ class Job:
 
     def fail(self, number: int, code: int, kind: str) -> None:
         """A call that fails: one line or none, nothing wrong to be seen, and the same command then gives the new."""
-        self.prepare()
-        self.fail_from_here(number, code, kind)
+        if self.is_due():
+            self.prepare()
+            self.fail_from_here(number, code, kind)
 
     def fail_from_here(self, number: int, code: int, kind: str) -> None:
         """The same, in the folder as it is."""

@@ -74,12 +74,15 @@ def fail_legs(job: Job, room: Path, errors: dict[str, tuple[int, ...]], step: in
             if number in _numbers(leg.calls):
                 trials += [(kind, seen[kind], code) for code in errors[kind]]
         for kind, count, code in trials[::step]:
-            _restore(job, leg)
-            job.fail_from_here(count, code, kind)
+            if job.is_due():
+                _restore(job, leg)
+                job.fail_from_here(count, code, kind)
 
 
 def kill_leg(job: Job, leg: Leg, number: int) -> None:
     """One trial: what is visible was whole, and the leg then ends as it does without kills."""
+    if not job.is_due():
+        return
     _restore(job, leg)
     where = f"{job.name}: {leg.end.name}: killed at call {number}, {' '.join(leg.calls[number - 1])}"
     killed = job.run(number, kinds=CHANGING)

@@ -85,7 +85,7 @@ def commit(
             _seal(staging)
             _move(staging, out, overwrite)
     except BaseException:
-        if not resumable or staging.fresh:
+        if not resumable or staging.useless or staging.fresh:
             shutil.rmtree(root, ignore_errors=True)
         raise
     finally:

@@ -64,6 +64,7 @@ class Staging:
         digests: sha256 that the writer knows already, by relative name.
         sizes: Bytes that files must have on the disk, where the writer knows them.
         manifest_sha256: Of the manifest, once it is written.
+        useless: What lies here is no good, and none of it is kept for a rerun.
     """
 
     path: Path
@@ -71,6 +72,7 @@ class Staging:
     digests: dict[str, str] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
     manifest_sha256: str = ""
+    useless: bool = False
 
     @property
     def fresh(self) -> bool:

@@ -1,8 +1,10 @@
 """`lapis graft`: the chat vector from the command line."""
 
+import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
@@ -37,29 +39,48 @@ def graft(
         onto: The continuation of base that is to chat.
         out: A new folder.
         scale: 1.0, or 0-7=0.5,8-23=1, or attn=1,mlp=0.5, or a YAML file; one for all chats, or one for each.
-        smoke: At the end load the result, onto and chat, and compare their predictions on a few prompts (fewer for
-            larger models: it computes for about two seconds); --no-smoke leaves it out.
+        smoke: Before the result is put in place, load it, onto and chat, and compare their predictions on a few prompts
+            (fewer for larger models: it computes for about two seconds); --no-smoke leaves it out.
         json: Print one JSON object.
     """
     from lapis.weights.graft.graft import graft as run
 
-    with bar("grafting") as report:
-        result = run(base, chat, onto, out, scale or ["1.0"], **asdict(options), progress=report)
-    if smoke and not options.dry_run:
-        import torch
+    seen: dict[str, Any] = {}
+    with ExitStack() as bars:
 
-        from lapis.evaluation.agree import agreement
-        from lapis.model.threads import settle_threads
+        def check(folder: Path) -> None:
+            bars.close()  # the bar of what is written
+            seen.update(_tried_out(folder, out, {"onto": onto, "chat": chat[0]}))
 
-        settle_threads(torch.device("cpu"))
-        with progress("trying the result out") as report_models:
-            try:
-                result.smoke = agreement(out, {"onto": onto, "chat": chat[0]}, progress=report_models)
-            except (LapisError, OSError, MemoryError) as error:  # the result is there all the same
-                result.smoke = {"skipped": system_error(error) or str(error)}
+        report = bars.enter_context(bar("grafting"))
+        given = asdict(options) | {"check": check if smoke else None, "progress": report}
+        result = run(base, chat, onto, out, scale or ["1.0"], **given)
+    result.smoke = seen or None
     show(result.to_json(), json, lambda: print_result(result))
-    if result.smoke and result.smoke.get("finite") is False:
-        raise CheckpointError(f"{out}: its predictions are not numbers; look at lapis-merge.json for what was merged")
+
+
+def _tried_out(folder: Path, out: str, parents: Mapping[str, str]) -> dict[str, Any]:
+    """How far the predictions of what is being committed are from its parents', or why that is not known.
+
+    Raises CheckpointError where they are no numbers: such a model is not committed.
+    """
+    import torch
+
+    from lapis.evaluation.agree import agreement
+    from lapis.model.threads import settle_threads
+
+    settle_threads(torch.device("cpu"))
+    with progress("trying the result out") as report:
+        try:
+            found = agreement(folder, parents, name=os.path.basename(out), progress=report)
+        except (LapisError, OSError, MemoryError) as error:
+            found = {"skipped": system_error(error) or str(error)}
+    if found.get("finite") is False:
+        raise CheckpointError(
+            f"{out}: its predictions would be no numbers, so nothing was written; try a smaller --scale, or look at "
+            "the inputs with lapis diff; --no-smoke writes it all the same"
+        )
+    return {key: value.replace(str(folder), out) if key == "skipped" else value for key, value in found.items()}
 
 
 @contextmanager

@@ -33,13 +33,15 @@ def agreement(
     others: Mapping[str, str | os.PathLike[str]],
     prompts: Sequence[str] = PROMPTS,
     progress: Callable[[int, int, str], None] = lambda done, total, label: None,
+    *,
+    name: str | None = None,
 ) -> dict[str, Any]:
     """{"prompts", "tokens", "positions", "finite", "kl_from": {name: nats per token or None}}, or {"skipped": reason}.
 
     KL(model || other). None where another's tokenizer gives the prompts other ids. Where the model has a chat template,
     each prompt is also given as a chat's first turn. A large model reads fewer of them, or the end of one. Skips, with
     the reason, what cannot be judged: no tokenizer, an architecture that is not known, too little memory.
-    progress(done, total, what) is called before each model.
+    progress(done, total, what) is called before each model; name: what the first is called in it, if not as its folder.
     """
     checkpoint = open_checkpoint(model)
     if reason := _reason_against(checkpoint):
@@ -49,15 +51,15 @@ def agreement(
         rows = _rows(checkpoint, tokenizer, prompts)
         tokens = sum(map(len, rows))
         label = f"trying the result out on {tokens} tokens: reading and running {{}}".format
-        progress(0, len(others) + 1, label(os.path.basename(model)))
+        progress(0, len(others) + 1, label(name or os.path.basename(model)))
         own = _log_probabilities(checkpoint, rows)
     except LapisError as error:
         return {"skipped": str(error)}
     result: dict[str, Any] = {"prompts": len(rows), "tokens": tokens, "positions": len(own)}
     result |= {"finite": bool(torch.isfinite(own).all()), "kl_from": {}}
-    for done, (name, other) in enumerate(others.items(), 1):
-        progress(done, len(others) + 1, label(name))
-        result["kl_from"][name] = _divergence(own, rows, tokenizer, other)
+    for done, (role, other) in enumerate(others.items(), 1):
+        progress(done, len(others) + 1, label(role))
+        result["kl_from"][role] = _divergence(own, rows, tokenizer, other)
     return result
 
 

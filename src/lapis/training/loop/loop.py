@@ -103,7 +103,10 @@ def train(
                     "command again"
                 ) from None
             run.write(staging.path, result)
-        world.gather(None)
+        try:
+            world.gather(None)
+        except TrainingError:  # the result is there all the same
+            watch.note(f"train: {out} is complete; another process of this run had ended before it could be told")
     finally:
         watch.close()
     return result

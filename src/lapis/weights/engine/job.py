@@ -24,6 +24,7 @@ from lapis.checkpoint.files import stamp
 from lapis.checkpoint.staging import JobName
 from lapis.checkpoint.tensor_file import header_bytes
 from lapis.checkpoint.towers import language_levels
+from lapis.errors import LapisError
 from lapis.text.tokenizer.folder import write_json
 from lapis.weights.engine.journal import Identity, Journal
 from lapis.weights.engine.outputs import Account, Figures, Output
@@ -176,10 +177,13 @@ def produce(
     *,
     overwrite: bool = False,
     allow_nonfinite: bool = False,
+    check: Callable[[Path], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Writes the files of a model and commits them at result.out; fills in what was measured. A dry run only checks the
     place.
+
+    check(folder): Called when all is written and nothing is visible; where it raises LapisError, nothing is kept.
 
     recipe: all that decides the output besides the inputs, as JSON; a journal of another recipe is not gone on with.
     beside(folder, account): writes what is not a weight. result.needs["disk_bytes"] must be free.
@@ -211,6 +215,12 @@ def produce(
         finally:
             journal.close()
         beside(staging.path, account)
+        if check is not None:
+            try:
+                check(staging.path)
+            except LapisError:
+                staging.useless = True
+                raise
         staging.digests.update(account.digests)
         staging.sizes.update(account.sizes)
     result.bytes_read, result.bytes_written = account.bytes_read, account.bytes_written

@@ -9,7 +9,7 @@ move in. Where `onto` is the one that was taught to chat, and the difference wha
 it the rows of its template.
 
 Everything is proved from headers, configs and tokenizers before a weight is read (layout.py). Leaves out: building
-a model, so the last proof, that the output talks, belongs to the caller (cli/graft.py).
+a model, so the last proof, that the output talks, is the caller's `check` (cli/graft.py).
 """
 
 import os
@@ -46,6 +46,7 @@ def graft(
     overwrite: bool = GraftOptions.overwrite,
     allow_nonfinite: bool = GraftOptions.allow_nonfinite,
     dry_run: bool = GraftOptions.dry_run,
+    check: Callable[[Path], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> MergeResult:
     """Writes onto + scale * (chat - base) as a model folder.
@@ -60,6 +61,8 @@ def graft(
         out: A new folder.
         scale: 1.0, or 0-7=0.5,8-23=1, or attn=1,mlp=0.5, or a YAML file; one for all chats, or one for each.
         embeddings: This and the options after it are those of `lapis.weights.options.GraftOptions`.
+        check: Called with the folder when all of it is written and nothing can be seen yet; where it raises LapisError,
+            nothing is kept.
         progress: Called with (done, total) in bytes of output.
 
     Returns:
@@ -89,7 +92,7 @@ def graft(
 
     produce(
         result, plan.files, plan.inputs, [plan.recipe, plan.vocabulary], beside,
-        overwrite=overwrite, allow_nonfinite=allow_nonfinite, progress=progress,
+        overwrite=overwrite, allow_nonfinite=allow_nonfinite, check=check, progress=progress,
     )  # fmt: skip
     result.seconds = time.perf_counter() - started
     return result
