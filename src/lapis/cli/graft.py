@@ -45,17 +45,17 @@ def graft(
     """
     from lapis.weights.graft.graft import graft as run
 
-    seen: dict[str, Any] = {}
+    agreed: dict[str, Any] = {}
     with ExitStack() as bars:
 
         def check(folder: Path) -> None:
             bars.close()  # the bar of what is written
-            seen.update(_tried_out(folder, out, {"onto": onto, "chat": chat[0]}))
+            agreed.update(_tried_out(folder, out, {"onto": onto, "chat": chat[0]}))
 
         report = bars.enter_context(bar("grafting"))
         given = asdict(options) | {"check": check if smoke else None, "progress": report}
         result = run(base, chat, onto, out, scale or ["1.0"], **given)
-    result.smoke = seen or None
+    result.smoke = agreed or None
     show(result.to_json(), json, lambda: print_result(result))
 
 
@@ -72,15 +72,15 @@ def _tried_out(folder: Path, out: str, parents: Mapping[str, str]) -> dict[str, 
     settle_threads(torch.device("cpu"))
     with progress("trying the result out") as report:
         try:
-            found = agreement(folder, parents, name=os.path.basename(out), progress=report)
+            agreed = agreement(folder, parents, name=os.path.basename(out), progress=report)
         except (LapisError, OSError, MemoryError) as error:
-            found = {"skipped": system_error(error) or str(error)}
-    if found.get("finite") is False:
+            agreed = {"skipped": system_error(error) or str(error)}
+    if agreed.get("finite") is False:
         raise CheckpointError(
             f"{out}: its predictions would be no numbers, so nothing was written; try a smaller --scale, or look at "
             "the inputs with lapis diff; --no-smoke writes it all the same"
         )
-    return {key: value.replace(str(folder), out) if key == "skipped" else value for key, value in found.items()}
+    return {key: value.replace(str(folder), out) if key == "skipped" else value for key, value in agreed.items()}
 
 
 @contextmanager
