@@ -30,6 +30,9 @@ GPT2 = {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 128, "initialize
 BERT = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96,
         "max_position_embeddings": 128, "initializer_range": 0.1}  # fmt: skip
 
+GRANITE = {"attention_multiplier": 0.125, "residual_multiplier": 0.22, "logits_scaling": 8.0,
+           "embedding_multiplier": 12.0}  # fmt: skip
+
 # name -> class of transformers, options of its config
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", DECODER),
@@ -47,6 +50,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3ForCausalLM", {**DECODER, "head_dim": 32}),
     "gemma3": ("Gemma3ForCausalLM", GEMMA),
     "gemma3-untied": ("Gemma3ForCausalLM", {**GEMMA, "tie_word_embeddings": False, "num_key_value_heads": 2}),
+    "ministral": ("MinistralForCausalLM", {**DECODER, "head_dim": 16, "sliding_window": 128}),
+    "smollm3": ("SmolLM3ForCausalLM", {**DECODER, "num_hidden_layers": 5, "tie_word_embeddings": True}),
+    "olmo2": ("Olmo2ForCausalLM", {**DECODER, "num_key_value_heads": 4}),
+    "olmo2-gqa": ("Olmo2ForCausalLM", DECODER),
+    "granite": ("GraniteForCausalLM", {**DECODER, **GRANITE}),
+    "granite-tied": ("GraniteForCausalLM", {**DECODER, **GRANITE, "tie_word_embeddings": True}),
+    "phi3": ("Phi3ForCausalLM", DECODER),
     "gpt2": ("GPT2LMHeadModel", GPT2),
     "gpt2-untied-inner": ("GPT2LMHeadModel", {**GPT2, "tie_word_embeddings": False, "n_inner": 96}),
     "bert": ("BertModel", BERT),

@@ -29,6 +29,10 @@ SHAPES = {
         "query_scalar": 7.0,
     },
     "qwen3": {"qk_norm": True, "family": "qwen3", "head_dim": 10},
+    "smollm3": {"family": "smollm3", "nope_layers": (1,), "tied": True},
+    "olmo3": {"family": "olmo3", "qk_norm": True, "qk_norm_over": "all", "window": 3, "window_layers": (0, 1)},
+    "granite": {"family": "granite", "embed_scale": 3.0, "residual_scale": 0.5, "logit_divisor": 4.0},
+    "apertus": {"family": "apertus", "mlp": "xielu", "qk_norm": True},
 }
 
 

@@ -25,6 +25,21 @@ SHAPES = {
         LLAMA, family="gemma3_text", mlp="geglu_tanh", qk_norm=True, head_dim=8, query_scalar=6.0, tied=True, window=5,
         window_layers=(0,), rope=Rope(theta=1e6), window_rope=Rope(theta=1e4),
     ),
+    "ministral": dataclasses.replace(LLAMA, family="ministral", window=5, window_layers=(1,)),
+    "ministral3": dataclasses.replace(
+        LLAMA, family="ministral3", rope=Rope(kind="yarn", factor=2.0, original_context=8, query_growth=0.1)
+    ),
+    "smollm3": dataclasses.replace(LLAMA, family="smollm3", tied=True, nope_layers=(1,), bias="all"),
+    "olmo2": dataclasses.replace(LLAMA, family="olmo2", qk_norm=True, qk_norm_over="all"),
+    "olmo3": dataclasses.replace(
+        LLAMA, family="olmo3", qk_norm=True, qk_norm_over="all", window=5, window_layers=(0,), bias="attention",
+        rope=Rope(kind="linear", factor=2.0), window_rope=Rope(),
+    ),
+    "granite": dataclasses.replace(
+        LLAMA, family="granite", embed_scale=12.0, residual_scale=0.22, logit_divisor=8.0, query_scalar=64.0, tied=True
+    ),
+    "phi3": dataclasses.replace(LLAMA, family="phi3", window=5),
+    "apertus": dataclasses.replace(LLAMA, family="apertus", mlp="xielu", qk_norm=True),
     "gpt2": ModelConfig(
         dim=16, layers=2, heads=2, ffn_dim=24, vocab=31, context=32, family="gpt2", norm="layer", norm_eps=1e-5,
         mlp="gelu_tanh", positions="learned", bias="all", tied=True,

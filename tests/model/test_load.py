@@ -212,7 +212,7 @@ def test_the_same_tensor_under_two_names_is_refused(make_folder: Make) -> None:
 def test_an_unknown_family_is_refused_by_name(make_folder: Make) -> None:
     folder = make_folder()
     folder.set(model_type="mamba")
-    assert refusal(folder).startswith("config.json: model_type is mamba; lapis builds llama, mistral, qwen2")
+    assert refusal(folder).startswith("config.json: model_type is mamba; lapis builds llama, qwen2, qwen3, mistral")
 
 
 @pytest.mark.parametrize("on_disk", [torch.bfloat16, torch.float32])

@@ -71,6 +71,8 @@ LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 10_000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }  # fmt: skip
+GROWING = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 8,
+           "llama_4_scaling_beta": 0.1}  # fmt: skip
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 4.0}
 
 CAUSAL: dict[str, tuple[str, dict[str, Any]]] = {
@@ -84,6 +86,16 @@ CAUSAL: dict[str, tuple[str, dict[str, Any]]] = {
         {**SHAPE, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
     ),
     "qwen3": ("Qwen3ForCausalLM", {**SHAPE, "head_dim": 16}),
+    "ministral3": ("Ministral3ForCausalLM", {**SHAPE, "head_dim": 16, "sliding_window": 9, "rope_parameters": GROWING}),
+    "smollm3": ("SmolLM3ForCausalLM", {**SHAPE, "no_rope_layer_interval": 2, "pad_token_id": 0}),
+    "olmo2": ("Olmo2ForCausalLM", SHAPE),
+    "olmo3": ("Olmo3ForCausalLM", {**SHAPE, "num_hidden_layers": 4, "sliding_window": 6}),
+    "granite": (
+        "GraniteForCausalLM",
+        {**SHAPE, "attention_multiplier": 0.125, "residual_multiplier": 0.22, "logits_scaling": 8.0},
+    ),
+    "phi3": ("Phi3ForCausalLM", {**SHAPE, "pad_token_id": 0, "sliding_window": 7}),
+    "apertus": ("ApertusForCausalLM", SHAPE),
     "gpt2": (
         "GPT2LMHeadModel",
         {"n_embd": 48, "n_layer": 3, "n_head": 3, "vocab_size": 300, "n_positions": 64, "initializer_range": 0.3},

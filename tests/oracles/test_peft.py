@@ -27,6 +27,11 @@ SHAPES = {
     "qwen2": dataclasses.replace(LLAMA, family="qwen2", bias="qkv", tied=True),
     "gemma3": dataclasses.replace(LLAMA, family="gemma3_text", qk_norm=True, mlp="geglu_tanh", tied=True, window=3,
                                   window_layers=(0,), query_scalar=7.0),
+    "smollm3": dataclasses.replace(LLAMA, family="smollm3", nope_layers=(1,), tied=True),
+    "olmo2": dataclasses.replace(LLAMA, family="olmo2", qk_norm=True, qk_norm_over="all"),
+    "granite": dataclasses.replace(LLAMA, family="granite", embed_scale=3.0, residual_scale=0.5, logit_divisor=0.25),
+    "phi3": dataclasses.replace(LLAMA, family="phi3"),
+    "apertus": dataclasses.replace(LLAMA, family="apertus", mlp="xielu", qk_norm=True),
     "gpt2": ModelConfig(dim=16, layers=2, heads=2, ffn_dim=24, vocab=31, context=32, family="gpt2", norm_eps=1e-5,
                         mlp="gelu_tanh", **LEARNED),
     "bert": ModelConfig(dim=16, layers=2, heads=2, ffn_dim=24, vocab=31, context=32, family="bert", norm_eps=1e-12,
@@ -89,9 +94,11 @@ def test_what_lapis_writes_is_the_same_in_peft(family: str, kind: str, tmp_path:
 def test_what_peft_writes_is_the_same_here(family: str, kind: str, tmp_path: Path) -> None:
     torch.manual_seed(2)
     save(Transformer(SHAPES[family]), tmp_path / "base")
-    targets = {"gpt2": ["c_attn", "mlp.c_proj"], "bert": ["query", "attention.output.dense"]}.get(
-        family, ["q_proj", "down_proj"]
-    )
+    targets = {
+        "gpt2": ["c_attn", "mlp.c_proj"],
+        "phi3": ["qkv_proj", "gate_up_proj"],
+        "bert": ["query", "attention.output.dense"],
+    }.get(family, ["q_proj", "down_proj"])
     config = peft.LoraConfig(
         r=4, lora_alpha=6, target_modules=targets, use_dora=kind == "dora", use_rslora=kind == "patterns",
         task_type="SEQ_CLS" if family == "bert" else "CAUSAL_LM", init_lora_weights=False,

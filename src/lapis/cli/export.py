@@ -58,7 +58,7 @@ def import_(
     What a file rounded stays rounded: a folder from a 4-bit file is no 16-bit model, and says so.
 
     Args:
-        file: A .gguf file of Llama, Mistral, Qwen2, Qwen3, Gemma 3, GPT-2 or BERT.
+        file: A .gguf file of a family that `lapis export` writes.
         out: A new folder.
         dtype: Of the weights that are written; f32 keeps exactly what the file says.
         overwrite: Swap an existing folder for the new one, whole.

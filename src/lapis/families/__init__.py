@@ -12,7 +12,13 @@ from lapis.families.shapes import Shape
 # the files of this room that hold a FAMILY
 _FILES = (
     "llama",
+    "mistral",
     "gemma3",
+    "smollm3",
+    "olmo",
+    "granite",
+    "phi3",
+    "apertus",
     "gpt2",
     "bert",
     "vit",

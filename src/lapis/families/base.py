@@ -202,7 +202,10 @@ class Family:
 
 def refuse_shape(config: ModelConfig, fields: Mapping[str, tuple[Any, ...]]) -> None:
     """Raises ConfigError where a field has a value that a family's folder cannot say. fields: name -> what it can."""
-    plain = {"query_scalar": (0, config.head_dim), "window_rope": (None,)}
+    plain = {
+        "query_scalar": (0, config.head_dim), "window_rope": (None,), "nope_layers": ((),), "qk_norm_over": ("head",),
+        "embed_scale": (0.0,), "residual_scale": (1.0,), "logit_divisor": (1.0,),
+    }  # fmt: skip
     for name, allowed in (plain | dict(fields)).items():
         if getattr(config, name) not in allowed:
             known = " or ".join(map(str, allowed))

@@ -19,8 +19,9 @@ MLP_KINDS = {
     "relu": (False, "relu"),
     "relu2": (False, "relu2"),
     "silu": (False, "silu"),
+    "xielu": (False, "xielu"),
 }
-MlpKind = Literal["swiglu", "geglu", "geglu_tanh", "gelu", "gelu_tanh", "relu", "relu2", "silu"]
+MlpKind = Literal["swiglu", "geglu", "geglu_tanh", "gelu", "gelu_tanh", "relu", "relu2", "silu", "xielu"]
 Head = Literal["lm", "masked", "classes", "scalar", "none"]
 Bias = Literal["none", "qkv", "attention", "mlp", "all"]
 
@@ -30,7 +31,8 @@ class Rope:
     """Rotary positions (Su et al. 2021, arXiv:2104.09864) and how they are stretched beyond the trained context.
 
     kind: "linear" divides positions by `factor`; "dynamic" grows theta with the length (NTK); "yarn"
-    (arXiv:2309.00071) and "llama3" treat slow and fast frequencies apart, with the other fields.
+    (arXiv:2309.00071) and "llama3" treat slow and fast frequencies apart, with the other fields. query_growth: beta in
+    1 + beta log(1 + floor(position / original_context)), which the queries of Ministral 3 are multiplied by.
     """
 
     theta: float = 10_000.0
@@ -45,6 +47,7 @@ class Rope:
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool = True
+    query_growth: float | None = None
 
 
 @dataclass(frozen=True)
@@ -77,9 +80,14 @@ class ModelConfig:
         family: The model_type that a saved folder gets. It also says which block the model has.
         norm_place: "post" is BERT's, with a norm after the embedding and none at the end.
         rope: Rotary positions; window_rope: those of layers with a window, where they differ.
+        nope_layers: Those that turn nothing, though the others do.
         window: How many tokens back a token sees, itself included, in `window_layers` (None = all layers).
         bias: Which linear layers have one.
-        qk_norm: Whether queries and keys are normed, head by head.
+        qk_norm: Whether queries and keys are normed.
+        qk_norm_over: Head by head, or all heads as one vector.
+        embed_scale: What embedded tokens are multiplied by; 0 = what the family does by itself.
+        residual_scale: What each half of a block is multiplied by before it is added to the stream.
+        logit_divisor: What logits are divided by; it is applied to the last hidden state.
         tied: Whether the head is the embedding.
         head: What stands on top; "classes" and "scalar" look at one token of each sequence.
         types: Token types (BERT).
@@ -103,11 +111,16 @@ class ModelConfig:
     positions: Literal["rotary", "learned", "none"] = "rotary"
     rope: Rope = Rope()
     window_rope: Rope | None = None
+    nope_layers: tuple[int, ...] = ()
     window: int | None = None
     window_layers: tuple[int, ...] | None = None
     causal: bool = True
     bias: Bias = "none"
     qk_norm: bool = False
+    qk_norm_over: Literal["head", "all"] = "head"
+    embed_scale: float = 0.0
+    residual_scale: float = 1.0
+    logit_divisor: float = 1.0
     tied: bool = False
     head: Head = "lm"
     classes: int = 0

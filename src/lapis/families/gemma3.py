@@ -11,16 +11,9 @@ from lapis.families.base import Family, refuse_shape, rules
 from lapis.families.config import ModelConfig
 from lapis.families.fields import TOKENS, Fields
 from lapis.families.gguf import ROTARY, Gguf
-from lapis.families.llama import (
-    GATE_NAMES,
-    GATES,
-    HEADS,
-    read_layer_types,
-    read_rope,
-    write_layer_types,
-    write_rope,
-    write_sizes,
-)
+from lapis.families.llama import GATE_NAMES, GATES, HEADS, write_sizes
+from lapis.families.rotary import read_ropes, write_ropes
+from lapis.families.windows import read_window, write_window
 
 BLOCK = "layers.{layer}."
 RULES = (
@@ -48,7 +41,6 @@ CLASSES = {
     "scalar": "Gemma3TextForSequenceClassification",
     "none": "Gemma3TextModel",
 }
-FULL, WINDOWED = "full_attention", "sliding_attention"
 PATTERN = 6  # every sixth layer sees everything, where config.json does not say
 
 
@@ -63,7 +55,7 @@ def read_config(fields: Fields) -> dict[str, Any]:
     fields.only("partial_rotary_factor", 1.0, None)
     fields.keep(*TOKENS, "initializer_range", "attention_dropout")
     window, window_layers = _read_window(fields, layers)
-    rope, window_rope = _read_ropes(fields, context)
+    rope, window_rope = read_ropes(fields, context, 1e6, 1e4, "rope_local_base_freq")
     return {
         "family": "gemma3_text",
         "dim": fields.integer("hidden_size"),
@@ -93,25 +85,9 @@ def _read_window(fields: Fields, layers: int) -> tuple[int | None, tuple[int, ..
     """The window and the layers that have it, by layer_types or by the pattern of older folders."""
     if "sliding_window" not in fields.config:
         raise CheckpointError("config.json: sliding_window is missing; write null where there is none")
-    window, chosen = fields.optional("sliding_window"), read_layer_types(fields, layers)
     older = [fields.optional(name) for name in ("sliding_window_pattern", "_sliding_window_pattern")]
-    if chosen is None:
-        pattern = next((number for number in older if number), PATTERN)
-        chosen = tuple(i for i in range(layers) if (i + 1) % pattern)
-    if not window or not chosen:
-        return None, None
-    return window, None if len(chosen) == layers else chosen
-
-
-def _read_ropes(fields: Fields, context: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Rotary positions of full layers and of those with a window: by layer type (transformers 5), or older fields."""
-    by_type = fields.mapping("rope_parameters")
-    if by_type and not set(by_type) <= {FULL, WINDOWED}:
-        raise CheckpointError(f"config.json: rope_parameters must be given for {FULL} and {WINDOWED}")
-    written = {**(by_type.get(FULL) or {}), **fields.mapping("rope_scaling")}
-    full = {"rope_theta": fields.number("rope_theta", 1e6), "rope_parameters": written}
-    near = {"rope_theta": fields.number("rope_local_base_freq", 1e4), "rope_parameters": by_type.get(WINDOWED)}
-    return read_rope(Fields(full), context), read_rope(Fields(near), context)
+    pattern = next((number for number in older if number), PATTERN)
+    return read_window(fields, layers, tuple(i for i in range(layers) if (i + 1) % pattern))
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
@@ -123,7 +99,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     if config.dim % config.heads:
         raise ConfigError(f"dim {config.dim} has no place in a gemma3_text folder; it is a multiple of heads there")
     scalar = config.query_scalar or config.head_dim
-    ropes = [write_rope(rope) for rope in (config.rope, config.window_rope or config.rope)]
+    near = config.window_rope or config.rope
     result: dict[str, Any] = {
         "architectures": [CLASSES[config.head]],
         "model_type": "gemma3_text",
@@ -134,12 +110,9 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
         "rms_norm_eps": config.norm_eps,
         "attention_bias": config.bias == "attention",
         "tie_word_embeddings": config.tied,
-        "sliding_window": config.window,
-        "layer_types": write_layer_types(config),
-        "rope_theta": ropes[0]["rope_theta"],
-        "rope_local_base_freq": ropes[1]["rope_theta"],
-        "rope_scaling": ropes[0]["rope_scaling"],
-        "rope_parameters": {name: rope["rope_parameters"] for name, rope in zip((FULL, WINDOWED), ropes, strict=True)},
+        **write_window(config),
+        **write_ropes(config.rope, near),
+        "rope_local_base_freq": near.theta,
         **config.extra,
     }
     for name in TOKENS:

@@ -23,6 +23,8 @@ class Gguf:
         windows: Which windows llama.cpp keeps to: none, or those of every layer but each sixth.
         computes: Field of ModelConfig -> the values that llama.cpp computes with; others are refused.
         inner: Heads that stay behind: the file holds the encoder alone.
+        numbers: Field of ModelConfig -> the key that has its number.
+        nope_every: Each layer with such a number turns nothing, which llama.cpp takes for granted; 0 = none.
     """
 
     arch: str
@@ -31,6 +33,12 @@ class Gguf:
     windows: Literal["none", "sixth"] = "none"
     computes: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     inner: tuple[str, ...] = ()
+    numbers: Mapping[str, str] = field(default_factory=dict)
+    nope_every: int = 0
+
+    def nope_layers(self, layers: int) -> tuple[int, ...]:
+        """The layers that llama.cpp does not turn."""
+        return tuple(i for i in range(layers) if self.nope_every and (i + 1) % self.nope_every == 0)
 
     def check(self, config: ModelConfig) -> None:
         """Raises ConfigError where llama.cpp would compute something else than the model."""
@@ -42,6 +50,11 @@ class Gguf:
                     f"{name} is {value!r}, and llama.cpp computes {config.family} with {known} only; such a model has "
                     "no GGUF file"
                 )
+        if config.nope_layers != self.nope_layers(config.layers):
+            raise ConfigError(
+                f"llama.cpp leaves each {self.nope_every}th layer of {config.family} without rotary positions; this "
+                f"model leaves {', '.join(map(str, config.nope_layers)) or 'none'} (from 0), so it has no GGUF file"
+            )
 
 
 ROTARY = {"norm": ("rms",), "norm_place": ("pre",), "causal": (True,), "head": ("lm",), "positions": ("rotary",)}

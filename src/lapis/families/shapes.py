@@ -67,10 +67,11 @@ def common_shapes(config: ModelConfig) -> dict[str, Shape]:
     """Component -> shape of its weight. A component that is not listed is a norm over the width, (dim,)."""
     dim, ffn_dim, head_dim = config.dim, config.ffn_dim, config.head_dim
     inner, inner_kv = config.heads * head_dim, config.kv_heads * head_dim
+    normed, normed_kv = (head_dim, head_dim) if config.qk_norm_over == "head" else (inner, inner_kv)
     return {
         "embed": (config.vocab, dim), "embed.position": (config.context, dim),
         "attn.q": (inner, dim), "attn.k": (inner_kv, dim), "attn.v": (inner_kv, dim), "attn.o": (dim, inner),
-        "attn.q_norm": (head_dim,), "attn.k_norm": (head_dim,),
+        "attn.q_norm": (normed,), "attn.k_norm": (normed_kv,),
         "mlp.gate": (ffn_dim, dim), "mlp.up": (ffn_dim, dim), "mlp.down": (dim, ffn_dim),
         "head": (config.vocab, dim), "head.pooler": (dim, dim), "head.classes": (config.classes, dim),
     }  # fmt: skip

@@ -120,13 +120,16 @@ def freeze(norm: nn.Module, state_D: Tensor) -> tuple[Tensor, bool, Tensor] | No
 
     norm(state) = gain * (state - mean) + shift. None where no usual kind of norm gives what this one gives.
     """
-    weight = getattr(norm, "weight", None)
+    gain, weight = getattr(norm, "gain", None), getattr(norm, "weight", None)
+    weight = weight if gain is None else gain
     weight_D = torch.ones_like(state_D).double() if weight is None else weight.double()
     bias = getattr(norm, "bias", None)
     shift_D = torch.zeros_like(weight_D) if bias is None else bias.double()
     eps = next((float(e) for name in ("eps", "variance_epsilon", "epsilon") if (e := getattr(norm, name, None))), 1e-6)
     wide_D, target_D = state_D.double(), norm(state_D).double()
     allowed = 4 * max(torch.finfo(state_D.dtype).eps, 1e-6) * target_D.abs().max().clamp(min=1)
+    if weight is None and (factor := getattr(norm, "scale", None)) is not None:  # a number takes the place of a norm
+        return torch.full_like(wide_D, factor), False, shift_D
     for centers in (False, True):
         centered_D = wide_D - wide_D.mean() if centers else wide_D
         scale = (centered_D.square().mean() + eps).rsqrt()

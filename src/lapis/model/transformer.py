@@ -19,8 +19,8 @@ from lapis.errors import DataError
 from lapis.families.config import CLASS_FIELDS, Head, ModelConfig, class_fields
 from lapis.model.blocks import architecture_of
 from lapis.model.blocks.attention import Shared, View, additive
-from lapis.model.blocks.norm import LayerNorm, RMSNorm, compute_dtype
-from lapis.model.blocks.rope import rope_tables
+from lapis.model.blocks.norm import compute_dtype
+from lapis.model.blocks.rope import query_gain, rope_tables
 from lapis.model.blocks.standard import Norms, TransformerBlock
 from lapis.model.cache import Cache
 from lapis.model.heads import make_head
@@ -102,10 +102,11 @@ class Transformer(nn.Module):
         for name, parameter in self.named_parameters():
             if parameter.is_meta:
                 continue  # nothing to draw; and torch would import its compiler for it, which takes a second
+            module, _, last = name.rpartition(".")
             if name.endswith("bias"):
                 parameter.zero_()
-            elif isinstance(module := self.get_submodule(name.rpartition(".")[0]), (RMSNorm, LayerNorm)):
-                parameter.fill_(module.neutral)
+            elif last in (starts := getattr(self.get_submodule(module), "starts", {})):
+                parameter.fill_(starts[last])
             else:
                 parameter.normal_(
                     0.0, residual_std if name.endswith(("attn.o.weight", "mlp.down.weight")) else INIT_STD
@@ -210,7 +211,7 @@ class Transformer(nn.Module):
         rotation = near_rotation = rope_tables(config.rope, config, positions, dtype, length)
         if config.window_rope is not None:
             near_rotation = rope_tables(config.window_rope, config, positions, dtype, length)
-        return positions, Shared(full, near, rotation, near_rotation)
+        return positions, Shared(full, near, rotation, near_rotation, query_gain(config, positions, dtype))
 
 
 def is_whole(mask_BT: Tensor, causal: bool) -> bool:

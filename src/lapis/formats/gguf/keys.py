@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from lapis.errors import CheckpointError, ConfigError
-from lapis.families import FAMILIES, Family
+from lapis.families import FAMILIES, Family, family_of
 from lapis.families.config import ModelConfig, Rope
 from lapis.families.gguf import Gguf
 from lapis.formats.gguf.header import GgufFile
@@ -49,6 +49,7 @@ def write_keys(config: ModelConfig, layout: Gguf, notes: list[str]) -> dict[str,
         keys |= {"attention.key_length": config.head_dim, "attention.value_length": config.head_dim,
                  "rope.dimension_count": config.head_dim, "rope.freq_base": float(config.rope.theta),
                  **_rope_keys(config.rope)}  # fmt: skip
+    keys |= {key: float(_number(config, name)) for name, key in layout.numbers.items()}
     if not config.causal:
         keys |= {"attention.causal": False, "pooling_type": MEAN_POOLING}
         notes.append(
@@ -64,6 +65,16 @@ def write_keys(config: ModelConfig, layout: Gguf, notes: list[str]) -> dict[str,
             "which nothing differs"
         )
     return keys
+
+
+def _number(config: ModelConfig, name: str) -> float:
+    """A field as the file says it: the scale of scores, not what its root divides by."""
+    return config.attention_scale if name == "query_scalar" else float(getattr(config, name))
+
+
+def _field(name: str, number: float) -> float:
+    """The reverse of `_number`."""
+    return float(f"{number**-2:.6g}") if name == "query_scalar" else number
 
 
 def _check_sixth(config: ModelConfig) -> None:
@@ -173,6 +184,8 @@ def read_shape(file: GgufFile) -> tuple[ModelConfig, Family, Gguf]:
         "vocab": embedding.shape[0], "context": context, "bias": _bias(file, layers),
         "tied": not has("output.weight"), "qk_norm": has("blk.0.attn_q_norm.weight"),
         **{name: values[0] for name, values in layout.computes.items() if name not in ("bias", "query_scalar")},
+        **{name: _field(name, keys.number(key)) for name, key in layout.numbers.items()},
+        "nope_layers": layout.nope_layers(layers),
     }  # fmt: skip
     if fields["norm"] == "rms":
         fields["norm_eps"] = keys.number("attention.layer_norm_rms_epsilon")
@@ -193,7 +206,9 @@ def read_shape(file: GgufFile) -> tuple[ModelConfig, Family, Gguf]:
     elif arch == "llama" and (window := keys.value("attention.sliding_window")):
         fields |= {"family": "mistral", "window": window}
     try:
-        return ModelConfig.of(fields), family, family.gguf[fields["family"]]
+        config = ModelConfig.of(fields)
+        family = family_of(config)
+        return config, family, family.gguf[config.family]
     except (ConfigError, TypeError) as error:
         raise CheckpointError(f"{file.path}: {error}") from None
 

@@ -32,12 +32,16 @@ class View(NamedTuple):
 
 
 class Shared(NamedTuple):
-    """What all layers of one forward pass share. near, near_rotation: of the layers with a sliding window."""
+    """What all layers of one forward pass share.
+
+    near, near_rotation: of the layers with a sliding window. query_gain: [..., T, 1, 1], by position.
+    """
 
     full: View
     near: View
     rotation: Rotation | None = None
     near_rotation: Rotation | None = None
+    query_gain: Tensor | None = None
 
 
 class AttentionCore(nn.Module):
@@ -89,27 +93,32 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, norm: Callable[[ModelConfig, int], Norm] = make_norm) -> None:
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
-        self.near = config.windowed(layer)
+        self.near, self.turns = config.windowed(layer), layer not in config.nope_layers
+        self.normed_whole = config.qk_norm_over == "all"
         bias, out_bias = config.bias in ("qkv", "attention", "all"), config.bias in ("attention", "all")
         inner, inner_kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
         self.q = nn.Linear(config.dim, inner, bias=bias)
         self.k = nn.Linear(config.dim, inner_kv, bias=bias)
         self.v = nn.Linear(config.dim, inner_kv, bias=bias)
         self.o = nn.Linear(inner, config.dim, bias=out_bias)
-        self.q_norm = norm(config, config.head_dim) if config.qk_norm else None
-        self.k_norm = norm(config, config.head_dim) if config.qk_norm else None
+        widths = (inner, inner_kv) if self.normed_whole else (config.head_dim, config.head_dim)
+        self.q_norm, self.k_norm = (norm(config, width) if config.qk_norm else None for width in widths)
         self.core = AttentionCore(config.attention_scale)
 
     def forward(self, x_BTD: Tensor, shared: Shared, cache: Cache | None) -> Tensor:
         B, T, _ = x_BTD.shape
-        q_BTHE = self.q(x_BTD).view(B, T, -1, self.head_dim)
-        k_BTKE = self.k(x_BTD).view(B, T, -1, self.head_dim)
+        q, k = self.q(x_BTD), self.k(x_BTD)
+        if self.normed_whole and self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q_BTHE, k_BTKE = q.view(B, T, -1, self.head_dim), k.view(B, T, -1, self.head_dim)
         v_BKTE = self.v(x_BTD).view(B, T, -1, self.head_dim).transpose(1, 2)
-        if self.q_norm is not None and self.k_norm is not None:
+        if not self.normed_whole and self.q_norm is not None and self.k_norm is not None:
             q_BTHE, k_BTKE = self.q_norm(q_BTHE), self.k_norm(k_BTKE)
         rotation = shared.near_rotation if self.near else shared.rotation
-        if rotation is not None:
+        if rotation is not None and self.turns:
             q_BTHE, k_BTKE = rotate(q_BTHE, rotation), rotate(k_BTKE, rotation)
+        if shared.query_gain is not None:
+            q_BTHE = q_BTHE * shared.query_gain
         q_BHTE, k_BKSE, v_BKSE = q_BTHE.transpose(1, 2), k_BTKE.transpose(1, 2), v_BKTE
         if cache is not None:
             k_BKSE, v_BKSE = cache.update(self.layer, k_BKSE, v_BKSE)

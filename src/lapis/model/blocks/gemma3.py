@@ -4,6 +4,7 @@ Shapes: B batch, T time, D model dim.
 """
 
 from math import sqrt
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -17,7 +18,7 @@ from lapis.model.cache import Cache
 class OffsetRMSNorm(RMSNorm):
     """x / sqrt(mean(x^2) + eps) * (1 + weight), where 1 + weight is a float32 and never rounded."""
 
-    neutral = 0.0
+    starts: ClassVar = {"weight": 0.0}
 
     @property
     def gain(self) -> Tensor:

@@ -4,7 +4,7 @@ Under autocast a norm that feeds projections gives the lower dtype at once, so t
 stands on the residual stream (BERT's) keeps the stream's dtype. Leaves out: BatchNorm, norms without weights.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +16,11 @@ from lapis.families.config import ModelConfig
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich 2019, arXiv:1910.07467)."""
 
-    neutral = 1.0  # the weight that changes nothing
+    starts: ClassVar = {"weight": 1.0}  # the weight that changes nothing
 
     def __init__(self, dim: int, eps: float, on_stream: bool = False) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.full((dim,), self.neutral))
+        self.weight = nn.Parameter(torch.full((dim,), self.starts["weight"]))
         self.eps, self.on_stream = eps, on_stream
 
     @property
@@ -41,7 +41,7 @@ class RMSNorm(nn.Module):
 class LayerNorm(nn.Module):
     """(x - mean) / sqrt(var + eps) * weight + bias (Ba et al. 2016, arXiv:1607.06450)."""
 
-    neutral = 1.0
+    starts: ClassVar = {"weight": 1.0}
 
     def __init__(self, dim: int, eps: float, on_stream: bool = False) -> None:
         super().__init__()

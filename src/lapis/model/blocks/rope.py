@@ -37,6 +37,14 @@ def rope_tables(rope: Rope, config: ModelConfig, positions: Tensor, dtype: torch
     return torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)
 
 
+def query_gain(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """What queries are multiplied by, [..., T, 1, 1]; None where the model multiplies them by nothing."""
+    if (beta := config.rope.query_growth) is None:
+        return None
+    original = config.rope.original_context or config.context
+    return (1 + beta * torch.log1p(positions.div(original, rounding_mode="floor"))).to(dtype)[..., None, None]
+
+
 def rotate(x_BTHE: Tensor, rotation: Rotation) -> Tensor:
     """Each head's pairs turned by their angle: (a, b) -> (a cos - b sin, b cos + a sin)."""
     cos, sin = rotation

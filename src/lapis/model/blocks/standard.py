@@ -75,12 +75,13 @@ class TransformerBlock(nn.Module):
     dropout = 0.0
 
     def __init__(
-        self, config: ModelConfig, layer: int, norm: MakeNorm = make_norm, norms: tuple[str, ...] = ("attn", "mlp")
-    ) -> None:
+        self, config: ModelConfig, layer: int, norm: MakeNorm = make_norm, norms: tuple[str, ...] = ("attn", "mlp"),
+        mlp: Callable[[ModelConfig], nn.Module] = Mlp,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.norm = Norms(config, norm, *norms)
         self.attn = Attention(config, layer, norm)
-        self.mlp = Mlp(config)
+        self.mlp = mlp(config)
         self.post = config.norm_place == "post"
 
     @property
