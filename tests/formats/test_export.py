@@ -197,7 +197,6 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "rope": ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "kind dynamic"),
     "window": ("gemma3", {"layer_types": ["full_attention"] * 7}, "five layers of six"),
     "nope": ("smollm3", {"no_rope_layers": [0, 1, 1, 1, 1]}, "each 4th layer of smollm3 without"),
-    "tied": ("olmo2", {"tie_word_embeddings": True}, "computes olmo2 with False only"),
     "scale": ("gemma3", {"query_pre_attn_scalar": 24}, "query_scalar is 24.0"),
 }
 

@@ -31,7 +31,7 @@ def make_final_norm(config: ModelConfig, dim: int) -> DividedRMSNorm:
     return norm
 
 
-class Scale(nn.Module):
+class ResidualScale(nn.Module):
     """x times a number."""
 
     def __init__(self, scale: float) -> None:
@@ -47,7 +47,7 @@ class ScaledBlock(TransformerBlock):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__(config, layer)
-        self.attn_scale, self.mlp_scale = Scale(config.residual_scale), Scale(config.residual_scale)
+        self.attn_scale, self.mlp_scale = ResidualScale(config.residual_scale), ResidualScale(config.residual_scale)
 
     @property
     def added(self) -> tuple[nn.Module, nn.Module]:
