@@ -18,17 +18,13 @@ from lapis.model.cache import Cache
 class DividedRMSNorm(RMSNorm):
     """RMSNorm whose result is divided by a number; weight / divisor is a float32 and never rounded."""
 
-    divisor = 1.0
+    def __init__(self, config: ModelConfig, dim: int) -> None:
+        super().__init__(dim, config.norm_eps)
+        self.divisor = config.logit_divisor if config.head == "lm" else 1.0
 
     @property
     def gain(self) -> Tensor:
         return self.weight.float() / self.divisor
-
-
-def make_final_norm(config: ModelConfig, dim: int) -> DividedRMSNorm:
-    norm = DividedRMSNorm(dim, config.norm_eps)
-    norm.divisor = config.logit_divisor if config.head == "lm" else 1.0
-    return norm
 
 
 class ResidualScale(nn.Module):
@@ -58,4 +54,4 @@ class ScaledBlock(TransformerBlock):
         return x_BTD + self._dropped(self.mlp_scale(self.mlp(self.norm.mlp(x_BTD))))
 
 
-ARCHITECTURE = Architecture(ScaledBlock, make_final_norm, lambda config: config.embed_scale or 1.0)
+ARCHITECTURE = Architecture(ScaledBlock, DividedRMSNorm, lambda config: config.embed_scale or 1.0)
