@@ -22,6 +22,8 @@ OBJECTIVES = [
     "Causal", "Chat", "Classify", "DPO", "GRPO", "IPO", "KTO", "Masked", "ORPO", "PPO", "RLOO", "Reward", "SimPO",
 ]  # fmt: skip
 FUNCTIONS = {
+    "delta_apply": ["delta", "onto", "out", "scale", "embeddings", "norms"],
+    "delta_extract": ["base", "chat", "out", "bits", "rank"],
     "diff": ["a", "b", "rows", "spectra"],
     "export_gguf": ["model", "out"],
     "adapt": ["plan"],
@@ -34,6 +36,7 @@ FUNCTIONS = {
     "load": ["source", "dtype", "device"],
     "merge": ["recipe", "out"],
     "open": ["source"],
+    "open_delta": ["source"],
     "plan": ["base", "chat", "goal", "budget"],
     "serve": ["models", "options", "runtime"],
     "train": ["model", "objective", "config", "out"],

@@ -44,6 +44,9 @@ if TYPE_CHECKING:  # what _PUBLIC says, for editors and type checkers
     from lapis.training.objectives.supervised.classify import Classify
     from lapis.training.objectives.supervised.masked import Masked
     from lapis.training.objectives.supervised.next_token import Causal, Chat
+    from lapis.weights.delta.apply import delta_apply
+    from lapis.weights.delta.extract import delta_extract
+    from lapis.weights.delta.file import open_delta
     from lapis.weights.diff.diff import diff
     from lapis.weights.graft.graft import graft
     from lapis.weights.merge.merge import merge
@@ -54,8 +57,8 @@ __all__ = [
     "DPO", "GRPO", "IPO", "KTO", "ORPO", "PPO", "RLOO", "Causal", "Chat", "Checkpoint", "CheckpointError", "Classify",
     "ConfigError", "DataError", "LapisError", "Masked", "MissingExtra", "ModelConfig", "Objective", "OutputError",
     "Reward", "Sampling", "SimPO", "TemplateError", "Tokenizer", "TrainConfig", "TrainingError", "Transformer",
-    "__version__", "adapt", "diff", "export_gguf", "extend", "fertility", "generate", "graft", "import_gguf", "lens",
-    "load", "merge", "open", "plan", "serve", "train",
+    "__version__", "adapt", "delta_apply", "delta_extract", "diff", "export_gguf", "extend", "fertility", "generate",
+    "graft", "import_gguf", "lens", "load", "merge", "open", "open_delta", "plan", "serve", "train",
 ]  # fmt: skip
 
 # module -> the public names that it defines; name=there where it has another name there
@@ -85,6 +88,9 @@ _PUBLIC = {
     "lapis.training.objectives.supervised.classify": "Classify",
     "lapis.training.objectives.supervised.masked": "Masked",
     "lapis.training.objectives.supervised.next_token": "Causal Chat",
+    "lapis.weights.delta.apply": "delta_apply",
+    "lapis.weights.delta.extract": "delta_extract",
+    "lapis.weights.delta.file": "open_delta",
     "lapis.weights.diff.diff": "diff",
     "lapis.weights.graft.graft": "graft",
     "lapis.weights.merge.merge": "merge",

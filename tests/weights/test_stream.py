@@ -20,7 +20,7 @@ from lapis.errors import CheckpointError, OutputError
 from lapis.weights.engine import stream as engine
 from lapis.weights.engine import tiles
 from lapis.weights.engine.journal import NAME, Journal
-from lapis.weights.engine.sources import Stored, StoredRows
+from lapis.weights.engine.sources import RowsOf, Stored
 from lapis.weights.engine.stream import Kernel, Output, stream
 from lapis.weights.graft.graft import graft
 from lapis.weights.graft.layout import GraftPlan
@@ -339,7 +339,7 @@ def test_rows_in_any_order_and_any_tiles(tmp_path_factory, rows, cut):
     tensor = torch.arange(21.0).view(7, 3)
     save_file({"t": tensor}, folder / "model.safetensors")
     (folder / "config.json").write_text("{}")
-    source = StoredRows("a", open_checkpoint(folder), "t", rows)
+    source = RowsOf(Stored("a", open_checkpoint(folder), "t"), rows)
     made = torch.full((len(rows) * 3,), 99.0)
     for first in range(0, len(made), cut):
         last = min(first + cut, len(made))

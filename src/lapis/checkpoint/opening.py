@@ -8,7 +8,16 @@ from pathlib import Path
 from lapis.checkpoint.adapter import CONFIG, open_adapter
 from lapis.checkpoint.files import contained, read_json, stamp
 from lapis.checkpoint.store import Adapter, Checkpoint
-from lapis.checkpoint.tensor_file import INDEX, SHARD_NAME, SINGLE, Header, TensorInfo, holds_adapter, read_header
+from lapis.checkpoint.tensor_file import (
+    INDEX,
+    SHARD_NAME,
+    SINGLE,
+    Header,
+    TensorInfo,
+    holds_adapter,
+    holds_delta,
+    read_header,
+)
 from lapis.errors import CheckpointError
 from lapis.families import find
 
@@ -37,6 +46,10 @@ def open_checkpoint(source: str | os.PathLike[str], *, adapters: bool = False) -
             raise CheckpointError(f"{source}: holds an adapter; make it a model with: lapis fuse {source} --out DIR")
         adapter = open_adapter(root)
         return replace(base_of(adapter), source=str(source), adapter=adapter)
+    if holds_delta(present):
+        raise CheckpointError(
+            f"{source}: holds a delta; add it to a model with: lapis delta apply {source} --onto MODEL --out DIR"
+        )
     if "config.json" not in present and (files := [name for name in present if name.endswith(".gguf")]):
         place = root / files[0]
         raise CheckpointError(

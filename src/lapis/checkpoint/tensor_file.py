@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 HEADER_LIMIT = 64_000_000  # bytes; that of the largest known model file is under 1 MB
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+DELTA = "delta.safetensors"  # of a folder that holds a difference (weights/delta/)
 SHARD_NAME = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
 _MODEL = re.compile(r"model\.safetensors(\.index\.json)?")
 
@@ -42,6 +43,12 @@ def holds_adapter(names: Iterable[str]) -> bool:
     listed = list(names)
     weights = any(_MODEL.fullmatch(name) or SHARD_NAME.fullmatch(name) for name in listed)
     return "adapter_config.json" in listed and not weights
+
+
+def holds_delta(names: Iterable[str]) -> bool:
+    """Whether a folder's files are a delta's, and no model's."""
+    listed = list(names)
+    return DELTA in listed and not any(_MODEL.fullmatch(name) or SHARD_NAME.fullmatch(name) for name in listed)
 
 
 @dataclass(frozen=True)
@@ -143,10 +150,13 @@ def parse_header(path: Path, size: int, read: Callable[[int, int], bytes]) -> He
     return Header(tensors, metadata, size, raw)
 
 
-def header_bytes(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
+def header_bytes(
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str], least: int = 0
+) -> bytes:
     """The first bytes of a safetensors file that holds `tensors` (name -> dtype name, shape) in this order.
 
-    Tensors follow one another without holes. Padded with spaces to a multiple of 8, so that data is aligned.
+    Tensors follow one another without holes. Padded with spaces to a multiple of 8, so that data is aligned, and to
+    `least` bytes.
     """
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
@@ -155,7 +165,7 @@ def header_bytes(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: M
         entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + nbytes]}
         offset += nbytes
     raw = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    raw += b" " * (-len(raw) % 8)
+    raw += b" " * max(-len(raw) % 8, least - 8 - len(raw))
     return len(raw).to_bytes(8, "little") + raw
 
 

@@ -45,18 +45,30 @@ def graft(
     """
     from lapis.weights.graft.graft import graft as run
 
+    with trial(out, {"onto": onto, "chat": chat[0]}, "grafting", smoke=smoke) as (check, report, agreed):
+        given = asdict(options) | {"check": check, "progress": report}
+        result = run(base, chat, onto, out, scale or ["1.0"], **given)
+    result.smoke = agreed or None
+    show(result.to_json(), json, lambda: print_result(result))
+
+
+Trial = tuple[Callable[[Path], None] | None, Callable[[int, int], None], dict[str, Any]]
+
+
+@contextmanager
+def trial(out: str, parents: Mapping[str, str], what: str, *, smoke: bool) -> Iterator[Trial]:
+    """A progress bar for a graft, and what tries its result out before it is put in place.
+
+    Yields `check` and `progress` of the call (no check without `smoke`), and what the check fills in.
+    """
     agreed: dict[str, Any] = {}
     with ExitStack() as bars:
 
         def check(folder: Path) -> None:
             bars.close()  # the bar of what is written
-            agreed.update(_tried_out(folder, out, {"onto": onto, "chat": chat[0]}))
+            agreed.update(_tried_out(folder, out, parents))
 
-        report = bars.enter_context(bar("grafting"))
-        given = asdict(options) | {"check": check if smoke else None, "progress": report}
-        result = run(base, chat, onto, out, scale or ["1.0"], **given)
-    result.smoke = agreed or None
-    show(result.to_json(), json, lambda: print_result(result))
+        yield check if smoke else None, bars.enter_context(bar(what)), agreed
 
 
 def _tried_out(folder: Path, out: str, parents: Mapping[str, str]) -> dict[str, Any]:

@@ -46,6 +46,9 @@ COMMANDS = {
     "plan": ("lapis.cli.plan:plan", "Which layers to tune or merge, with evidence."),
     "lens": ("lapis.cli.lens:lens", "What every layer would say, and how words rank on the way."),
     "graft": ("lapis.cli.graft:graft", "Add chat - base to a model: the chat vector."),
+    "delta extract": ("lapis.cli.delta:extract", "What a chat model learned, as a small file."),
+    "delta apply": ("lapis.cli.delta:apply", "Add such files to a model."),
+    "delta show": ("lapis.cli.delta:show_delta", "What such a file holds, and what it loses."),
     "merge": ("lapis.cli.merge:merge", "Merge models by a recipe or a formula."),
     "report": ("lapis.cli.report:report", "What some folders hold, as one page."),
     "export": ("lapis.cli.export:export", "A model as one GGUF file, for llama.cpp and Ollama."),
@@ -56,7 +59,11 @@ COMMANDS = {
 }
 
 _LOOK_AGAIN = 0.02  # seconds until a signal that came during an import is looked at again
-GROUPS = {"tokenizer": "Train a tokenizer, or extend one.", "data": "Pack text into rows, and look at them."}
+GROUPS = {
+    "tokenizer": "Train a tokenizer, or extend one.",
+    "data": "Pack text into rows, and look at them.",
+    "delta": "What a chat model learned as a small file: made, added to a model, shown.",
+}
 
 
 def _check_number(_kind: Any, value: Any) -> None:

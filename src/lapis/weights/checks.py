@@ -145,29 +145,31 @@ def check_sizes(checkpoint: Checkpoint) -> list[str]:
     return problems
 
 
-def check_tensors(inputs: Mapping[str, Checkpoint], fates: Mapping[str, str]) -> list[str]:
-    """Problems with names, shapes and dtypes. fates: what becomes of each tensor of onto (graft/layout.py)."""
+def check_tensors(inputs: Mapping[str, Checkpoint], fates: Mapping[str, str], owner: str = "onto") -> list[str]:
+    """Problems with names, shapes and dtypes. fates: what becomes of each tensor of the owner (graft/layout.py)."""
     problems = []
-    onto = inputs["onto"]
+    onto, what = inputs[owner], "a graft" if owner == "onto" else "a difference"
     names = {role: counterparts(onto, checkpoint) for role, checkpoint in inputs.items()}
     for name, fate in fates.items():
         if fate not in ("merge", "rows"):
             continue
         info = onto.info(name)
-        infos = {"onto": info}
+        infos = {owner: info}
         for role, checkpoint in inputs.items():
             if checkpoint is onto:
                 continue
             other = names[role].get(name)
             if other is None:
-                problems.append(f"{name} is in onto and not in {role} ({checkpoint.source}); is it a whole model?")
+                problems.append(f"{name} is in {owner} and not in {role} ({checkpoint.source}); is it a whole model?")
                 continue
             infos[role] = checkpoint.info(other)
             ours, theirs = info.shape, infos[role].shape
             if (ours[1:] if fate == "rows" else ours) != (theirs[1:] if fate == "rows" else theirs):
-                problems.append(f"{name} is {_x(ours)} in onto and {_x(theirs)} in {role}; a graft needs equal shapes")
+                problems.append(
+                    f"{name} is {_x(ours)} in {owner} and {_x(theirs)} in {role}; {what} needs equal shapes"
+                )
         for role, each in infos.items():
-            stored = name if role == "onto" else names[role][name]
+            stored = name if role == owner else names[role][name]
             if not is_number(inputs[role], stored):
                 problems.append(
                     f"{name} is {each.dtype} in {role}: numbers without a known scale; give the unquantized model"

@@ -58,6 +58,55 @@ class GraftOptions(WriteOptions):
                 )
 
 
+Bits = Literal["exact", "8", "4", "1"]
+
+
+@dataclass(frozen=True)
+class ExtractOptions:
+    """How a delta is made. Raises ConfigError for values that do not go together."""
+
+    bits: Bits | None = None
+    """exact: all bits, compressed. 8 or 4: that many for a number, and a factor for 64. 1: the sign, and a factor for a
+    row. By default exact."""
+    rank: int | None = None
+    """In place of bits: two thin matrices for each matrix, by singular value decomposition."""
+    peft: bool = False
+    """With a rank: write it as a PEFT adapter, too, in the same folder."""
+    embeddings: KeepOrAdd = "keep"
+    """keep: of the rows of tokens only those of the chat template's, which is what a graft takes. add: also the
+    difference of every row that changed."""
+    license: str | None = None
+    """What the delta is under; by default what the chat model's card says."""
+    allow_unrelated: bool = False
+    """Go on, with a note, where chat is no fine-tune of base."""
+    same_tokens: bool = False
+    """Take rows to stand for the same tokens where a tokenizer cannot be read to prove it."""
+    overwrite: bool = False
+    """Swap an existing folder for the new one, whole."""
+    allow_nonfinite: bool = False
+    """Keep NaN and Inf instead of stopping; only an exact delta can."""
+    dry_run: bool = False
+    """Check everything and say what would be done; read a sample of the weights at most, write nothing."""
+
+    def __post_init__(self) -> None:
+        bits = None if self.bits is None else str(self.bits)
+        object.__setattr__(self, "bits", bits)
+        if bits not in (None, *get_args(Bits)):
+            raise ConfigError(f'delta: bits is "{bits}"; give exact, 8, 4 or 1')
+        if self.embeddings not in get_args(KeepOrAdd):
+            raise ConfigError(f'delta: embeddings is "{self.embeddings}"; give keep or add')
+        if self.rank is not None and bits is not None:
+            raise ConfigError(f"delta: bits is {bits} and rank {self.rank}; give one of the two")
+        if self.rank is not None and not (isinstance(self.rank, int) and 0 < self.rank < 2**20):
+            raise ConfigError(f"delta: rank is {self.rank}; expected a whole number from 1 on")
+        if self.peft and self.rank is None:
+            raise ConfigError("delta: an adapter has a rank; give --rank, such as --rank 64 --peft")
+        if self.allow_nonfinite and (self.rank is not None or bits not in (None, "exact")):
+            raise ConfigError("delta: only an exact delta can keep NaN and Inf; leave --allow-nonfinite out")
+        if self.rank is None and bits is None:
+            object.__setattr__(self, "bits", "exact")
+
+
 @dataclass(frozen=True)
 class MergeOptions(WriteOptions):
     """How a merge is made."""

@@ -29,7 +29,7 @@ from lapis.families import find
 from lapis.weights.config_fields import carried_config
 from lapis.weights.engine.job import Entry, MergeResult, count, disk_bytes, produce, write_account
 from lapis.weights.engine.outputs import Account, Output
-from lapis.weights.engine.sources import Stored, StoredRows, columns_of
+from lapis.weights.engine.sources import RowsOf, Stored, columns_of
 from lapis.weights.engine.tiles import checksum
 from lapis.weights.matching import embedding_rows
 from lapis.weights.merge.layout import sharded
@@ -220,7 +220,7 @@ def _output(
         return Output(name, dtype, info.shape, (stored,))
     entries.append(Entry(name, "merged", f"{len(rows[name]):,} rows are new"))
     numbers = [*range(info.shape[0]), *[-1] * (total - info.shape[0])]
-    source = StoredRows("onto", checkpoint, name, numbers)
+    source = RowsOf(Stored("onto", checkpoint, name), numbers)
     shape = (total, *info.shape[1:])
     return Output(name, dtype, shape, (source,), None, _NewRows(first, rows[name].view(-1, *info.shape[1:])))
 

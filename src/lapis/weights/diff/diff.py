@@ -21,7 +21,7 @@ from lapis.weights.diff import measures
 from lapis.weights.diff.measures import Sums, direction, mantissa, measure, measure_rows, ratio
 from lapis.weights.diff.table import DiffTable, Line
 from lapis.weights.engine.fp8 import is_number
-from lapis.weights.engine.sources import Source, Stored, StoredRows, read_rows
+from lapis.weights.engine.sources import RowsOf, Source, Stored, read_rows
 from lapis.weights.engine.tiles import Reader, each, spans
 from lapis.weights.matching import (
     Model,
@@ -202,8 +202,8 @@ def _by_token(
         for token, i in left.ids.items()
         if token in right.ids and i < limit_a and right.ids[token] < limit_b
     )
-    a = StoredRows("a", one, name, [row[0] for row in shared])
-    b = StoredRows("b", two, other, [row[1] for row in shared])
+    a = RowsOf(Stored("a", one, name), [row[0] for row in shared])
+    b = RowsOf(Stored("b", two, other), [row[1] for row in shared])
     return _Pair(name, one.part(name), a, b, [row[2] for row in shared] if rows else None, [row[0] for row in shared])
 
 

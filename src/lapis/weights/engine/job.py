@@ -195,13 +195,13 @@ def produce(
     with commit(
         result.out,
         kind="merge",
-        job=_named(inputs, recipe),  # allowing what stopped it is the same job
+        job=job_name(inputs, recipe),  # allowing what stopped it is the same job
         overwrite=overwrite,
         needs_bytes=result.needs["disk_bytes"],
         inputs=folders,
         resumable=True,
     ) as staging:
-        journal = Journal(staging, _job(inputs, files, [recipe, allow_nonfinite]), _identity(inputs))
+        journal = Journal(staging, _job(inputs, files, [recipe, allow_nonfinite]), input_files(inputs))
         if journal.moved:
             log.warning(
                 "%s is another file than when this was interrupted (copied, restored or replaced): what was read of it "
@@ -231,7 +231,7 @@ def produce(
     result.peak_memory_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _named(inputs: Mapping[str, Checkpoint], recipe: Any) -> JobName:
+def job_name(inputs: Mapping[str, Checkpoint], recipe: Any) -> JobName:
     """The job as a user knows it: the same command has the same, though the files of its inputs be others."""
     sources = {role: str(checkpoint.source) for role, checkpoint in inputs.items()}
     text = json.dumps([recipe, sources], sort_keys=True, default=str)
@@ -253,7 +253,7 @@ def _job(inputs: Mapping[str, Checkpoint], files: Mapping[str, Sequence[Output]]
     return total.hexdigest()
 
 
-def _identity(inputs: Mapping[str, Checkpoint]) -> Identity:
+def input_files(inputs: Mapping[str, Checkpoint]) -> Identity:
     """Which files the inputs are: one that was replaced has another inode or change time, always."""
     result: Identity = []
     for role, checkpoint in inputs.items():

@@ -15,7 +15,7 @@ from lapis.checkpoint.tensor_file import torch_dtype
 from lapis.errors import CheckpointError
 from lapis.weights.engine.fp8 import COMPUTABLE, FP8, Scales, read_scales, scale_name
 
-__all__ = ["COMPUTABLE", "Source", "Stored", "StoredRows", "as_bytes", "columns_of", "read_rows"]
+__all__ = ["COMPUTABLE", "RowsOf", "Source", "Stored", "as_bytes", "columns_of", "read_rows"]
 
 
 class Source(Protocol):
@@ -62,15 +62,15 @@ class Stored:
         self._checkpoint.prefetch(self.name, first * item, (last - first) * item)
 
 
-class StoredRows:
-    """A tensor's rows in the order that `rows` gives; -1 is a row of zeros.
+class RowsOf:
+    """A source's rows in the order that `rows` gives; -1 is a row of zeros.
 
-    rows: for each row of the result, the row of the stored tensor (dimension 0).
+    rows: for each row of the result, the row of the source (dimension 0).
     """
 
-    def __init__(self, role: str, checkpoint: Checkpoint, name: str, rows: Sequence[int]) -> None:
-        self._tensor = Stored(role, checkpoint, name)
-        self.role, self.name, self.dtype = role, name, self._tensor.dtype
+    def __init__(self, source: Source, rows: Sequence[int]) -> None:
+        self._tensor = source
+        self.role, self.name, self.dtype = source.role, source.name, source.dtype
         self.shape = (len(rows), *self._tensor.shape[1:])
         self._columns = columns_of(self._tensor.shape)
         self.rows = rows

@@ -77,24 +77,46 @@ def graft(
     options = GraftOptions(
         allow_unrelated, same_tokens, dtype, overwrite, allow_nonfinite, dry_run, embeddings, norms, template
     )
-    plan = plan_graft(base, chat, onto, scale, options)
+    result = write_graft(plan_graft(base, chat, onto, scale, options), out, "graft", options, check, progress)
+    result.seconds = time.perf_counter() - started
+    return result
+
+
+def write_graft(
+    plan: GraftPlan,
+    out: str | os.PathLike[str],
+    command: str,
+    options: GraftOptions,
+    check: Callable[[Path], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> MergeResult:
+    """Writes what was laid out as a model folder; a dry run only checks the place.
+
+    Args:
+        plan: Of `plan_graft`, or of deltas (weights/delta/apply.py).
+        out: A new folder.
+        command: For the account.
+        options: overwrite, allow_nonfinite and dry_run count here.
+        check: As `graft` has it.
+        progress: Called with (done, total) in bytes of output.
+    """
     needs = {"disk_bytes": plan.disk_bytes, "memory_bytes": plan.memory_bytes}
     result = MergeResult(
-        str(out), count(plan.entries), needs=needs, vocabulary=plan.vocabulary, notes=plan.notes, dry_run=dry_run
-    )
+        str(out), count(plan.entries), needs=needs, vocabulary=plan.vocabulary, notes=plan.notes,
+        dry_run=options.dry_run,
+    )  # fmt: skip
 
     def beside(folder: Path, account: Account) -> None:
         _write_beside(plan, folder)
         write_account(
-            folder, "graft", plan.recipe, plan.inputs, plan.entries, account.figures, plan.notes,
+            folder, command, plan.recipe, plan.inputs, plan.entries, account.figures, plan.notes,
             vocabulary=plan.vocabulary,
         )  # fmt: skip
 
     produce(
         result, plan.files, plan.inputs, [plan.recipe, plan.vocabulary], beside,
-        overwrite=overwrite, allow_nonfinite=allow_nonfinite, check=check, progress=progress,
+        overwrite=options.overwrite, allow_nonfinite=options.allow_nonfinite, check=check, progress=progress,
     )  # fmt: skip
-    result.seconds = time.perf_counter() - started
     return result
 
 
@@ -102,10 +124,9 @@ def _write_beside(plan: GraftPlan, folder: Path) -> None:
     """Everything that is not a weight."""
     onto, words = plan.inputs["onto"], plan.words
     carried, dropped = carried_config(onto.config)
-    config, untied = settled_tie(_changed_config(carried, plan), plan.inputs)
+    config, untied = settled_tie(_changed_config(carried, plan), plan.models)
     plan.notes += dropped + untied
-    talks = plan.recipe["template"]  # whose template it is: chat's or onto's
-    chat, chat_words = plan.inputs[talks], words[talks]
+    chat, chat_words = plan.spoken, words[plan.speaker]
     plan.notes += copy_tokenizer_files(
         onto, folder, chat=chat, words=words["onto"], chat_words=chat_words, config=config, new_tokens=plan.new_tokens
     )

@@ -5,7 +5,7 @@ Leaves out: running it (graft.py), what is checked of configs and shapes (checks
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from lapis.errors import CheckpointError, ConfigError
 from lapis.families import find
 from lapis.families.base import Part
 from lapis.text.chat.template_tokens import template_tokens
-from lapis.text.tokenizer.vocabulary import Vocabulary, differences, open_vocabulary, relation, rows_for
+from lapis.text.tokenizer.vocabulary import Vocabulary, differences, open_vocabulary, relation
 from lapis.weights.checks import (
     check_configs,
     check_parents,
@@ -29,12 +29,12 @@ from lapis.weights.checks import (
 from lapis.weights.engine.fp8 import is_scale
 from lapis.weights.engine.job import Entry, disk_bytes
 from lapis.weights.engine.outputs import Kernel, Output, unchanged
-from lapis.weights.engine.sources import COMPUTABLE, Source, Stored, StoredRows, columns_of, read_rows
-from lapis.weights.engine.tiles import THREADS, TILE, Tile, checksum
+from lapis.weights.engine.sources import COMPUTABLE, RowsOf, Source, Stored, columns_of, read_rows
+from lapis.weights.engine.tiles import THREADS, TILE, checksum
+from lapis.weights.graft.differences import Differences, ModelDifferences
 from lapis.weights.graft.scale import Scale, read_scale
 from lapis.weights.matching import (
     Model,
-    counterparts,
     embedding_rows,
     format_problems,
     is_norm,
@@ -48,7 +48,16 @@ ScaleLike = float | str | Path | Mapping[str, Any] | Scale
 
 @dataclass
 class GraftPlan:
-    """A graft that can be done. config: keys of config.json that change; None removes one. words: by role."""
+    """A graft that can be done.
+
+    Attributes:
+        inputs: What is read, by role.
+        models: Those of them that are whole models.
+        config: Keys of config.json that change; None removes one.
+        words: Vocabularies by role.
+        speaker: Whose template and end tokens the output has where onto has none, as a role of words.
+        spoken: The files of that model.
+    """
 
     files: dict[str, list[Output]]
     entries: list[Entry]
@@ -58,7 +67,10 @@ class GraftPlan:
     new_tokens: dict[str, int]
     vocabulary: dict[str, Any]
     notes: list[str]
-    config: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any]
+    models: dict[str, Checkpoint]
+    speaker: str
+    spoken: Checkpoint
 
     @property
     def disk_bytes(self) -> int:
@@ -84,24 +96,72 @@ def plan_graft(
         CheckpointError: With all problems of the models at once.
         ConfigError: For an option that is none of those that there are.
     """
-    chats, scales = _listed(chat), [read_scale(each) for each in _listed(scale)]
-    embeddings: str = options.embeddings or next((str(each.embeddings) for each in scales if each.embeddings), "keep")
-    if embeddings not in ("keep", "add"):
-        raise ConfigError(f'graft: embeddings is "{embeddings}" in the plan; give keep or add')
-    if len(scales) == 1:
-        scales *= len(chats)
-    if len(scales) != len(chats) or not chats:
-        raise ConfigError(f"graft: {len(chats)} chat models and {len(scales)} scales; give one scale, or one for each")
+    chats = listed(chat)
+    scales, embeddings = read_scales(scale, len(chats), "graft", options)
     roles = {"chat" if i == 0 else f"chat{i + 1}": each for i, each in enumerate(chats)}
     inputs = open_models({"base": base} | roles | {"onto": onto}, "graft")
     words = {role: open_vocabulary(checkpoint) for role, checkpoint in inputs.items()}
+    own, chat_words = words["onto"], words["chat"]
+    tokens = template_tokens(chat_words, words["base"]) if own and chat_words else []
+    parent = inputs["base"]
+    pairs = [("base", parent, role, checkpoint) for role, checkpoint in inputs.items() if role != "base"]
+    return lay_out(
+        inputs, words, ModelDifferences(inputs, words, tokens), scales, embeddings, options,
+        lambda: check_parents(pairs, options.allow_unrelated),
+    )  # fmt: skip
+
+
+def read_scales(
+    scale: ScaleLike | Sequence[ScaleLike], count: int, what: str, options: GraftOptions
+) -> tuple[list[Scale], str]:
+    """One scale for each of `count` differences, and whether embeddings are kept or added. what: names the command."""
+    scales = [read_scale(each) for each in listed(scale)]
+    embeddings: str = options.embeddings or next((str(each.embeddings) for each in scales if each.embeddings), "keep")
+    if embeddings not in ("keep", "add"):
+        raise ConfigError(f'{what}: embeddings is "{embeddings}" in the plan; give keep or add')
+    if len(scales) == 1:
+        scales *= count
+    if len(scales) != count or not count:
+        models = "chat models" if what == "graft" else "deltas"
+        raise ConfigError(f"{what}: {count} {models} and {len(scales)} scales; give one scale, or one for each")
+    return scales, embeddings
+
+
+def listed(value: Any) -> list[Any]:
+    """A list of what may be one or several."""
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def lay_out(
+    inputs: dict[str, Checkpoint],
+    words: dict[str, Vocabulary | None],
+    differences: Differences,
+    scales: Sequence[Scale],
+    embeddings: str,
+    options: GraftOptions,
+    related: Callable[[], tuple[list[str], list[str]]],
+) -> GraftPlan:
+    """Checks a graft of any differences and lays it out.
+
+    Args:
+        inputs: "onto", and the models that the differences are of, by role; "chat" has the template. Headers are read.
+        words: Their vocabularies.
+        differences: What is added.
+        scales: One for each difference.
+        embeddings: "keep" or "add".
+        options: How it is made.
+        related: Problems and notes where models have nothing to do with each other; reads weights, so it comes last.
+
+    Raises:
+        CheckpointError: With all problems of the models at once.
+    """
     problems, notes = check_configs(inputs)
     for role, checkpoint in inputs.items():
         notes += [f"{role}: {note}" for note in checkpoint.notes]
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
     changed = inputs["onto"]
     scales = [each.resolved(map(changed.part, changed.names), changed.family) for each in scales]
-    layout = _Layout(inputs, words, scales, embeddings, options.norms, options.template, dtype)
+    layout = _Layout(inputs, words, differences, scales, embeddings, options.norms, options.template, dtype)
     shape = _shape(inputs["onto"])
     problems += [line for each in scales for line in each.problems(layout.parts.values(), shape)]
     problems += check_vocabularies(inputs, words)
@@ -113,9 +173,7 @@ def plan_graft(
     more, lines = check_same_tokens(inputs, words, options.same_tokens)
     problems, notes = problems + more, notes + lines
     if not problems:
-        parent = inputs["base"]
-        pairs = [("base", parent, role, checkpoint) for role, checkpoint in inputs.items() if role != "base"]
-        problems, lines = check_parents(pairs, options.allow_unrelated)
+        problems, lines = related()
         notes += lines
     if problems:
         raise CheckpointError(format_problems("graft", problems))
@@ -135,9 +193,10 @@ def plan_graft(
     if options.dtype is not None:
         recipe["dtype"] = options.dtype
     files = layout.files()
+    speaker = "onto" if options.template == "onto" else next(role for role in inputs if role not in ("base", "onto"))
     return GraftPlan(
         files, layout.entries, inputs, recipe, words, layout.new_tokens, layout.vocabulary(),
-        notes + layout.notes, layout.config,
+        notes + layout.notes, layout.config, inputs, speaker, inputs[speaker],
     )  # fmt: skip
 
 
@@ -148,24 +207,23 @@ class _Layout:
         self,
         inputs: dict[str, Checkpoint],
         words: dict[str, Vocabulary | None],
+        differences: Differences,
         scales: list[Scale],
         embeddings: str,
         norms: str,
         template: str,
         dtype: torch.dtype | None,
     ) -> None:
-        self.inputs, self.words, self.scales = inputs, words, scales
+        self.inputs, self.words, self.differences, self.scales = inputs, words, differences, scales
         self.embeddings, self.norms, self.onto, self.dtype = embeddings, norms, inputs["onto"], dtype
         self.parts: dict[str, Part] = {name: self.onto.part(name) for name in self.onto.names}
-        self.roles = ("base", *(role for role in inputs if role.startswith("chat")))
+        self.roles = [role for role in inputs if role != "onto"]
         self.entries: list[Entry] = []
         self.notes: list[str] = []
         self.config: dict[str, Any] = {}
-        own, chat = words["onto"], words["chat"]
-        tokens = template_tokens(chat, words["base"]) if own and chat else []
+        tokens = differences.template
         self.template, self.held = (tokens, []) if template == "chat" else ([], tokens)
         self._rows = embedding_rows(self.onto)
-        self._names = {role: counterparts(self.onto, checkpoint) for role, checkpoint in inputs.items()}
         self._patched: set[tuple[str, str]] = set()
         self.new_tokens = self._add_tokens()
 
@@ -244,8 +302,8 @@ class _Layout:
             return Output(name, dtype, info.shape, (own,), rounding)
         scales = [scale.of(part) for scale in self.scales]
         self.entries.append(Entry(name, "merged", scale=scales if len(scales) > 1 else scales[0]))
-        others = tuple(self._stored(role, name) for role in self.roles)
-        return Output(name, dtype, info.shape, (own, *others), Kernel(add_difference(scales)))
+        others = self.differences.sources(name)
+        return Output(name, dtype, info.shape, (own, *others), Kernel(self.differences.apply(scales)))
 
     def _token_rows(self, name: str, own: Stored, dtype: torch.dtype, rounding: Kernel | None) -> Output:
         """Embedding or head: onto's rows, chat's for the template's tokens, the difference where it is asked for."""
@@ -255,33 +313,25 @@ class _Layout:
         source: Source = own
         if self.template and words:
             places = {**words.ids, **self.new_tokens}
-            theirs = self.words["chat"].ids  # type: ignore[union-attr]
-            given = self._stored("chat", name)
+            given, theirs = self.differences.template_rows(name)
             patch = _TemplateRows(given, {places[t]: theirs[t] for t in self.template}, columns_of(own.shape))
-            self._patched.add(("chat", given.name))
+            self._patched.add((given.role, given.name))
         grown = self.config.get("vocab_size", rows)
         if grown > rows:
             shape = (grown, *own.shape[1:])
-            source = StoredRows("onto", self.onto, name, [*range(rows), *[-1] * (grown - rows)])
+            source = RowsOf(own, [*range(rows), *[-1] * (grown - rows)])
         why = "embeddings are kept" + (f", but {len(patch.rows)} rows of the template are chat's" if patch else "")
         if self.embeddings == "keep" or not any(scales):
             self.entries.append(Entry(name, "copied", why))
             return Output(name, dtype, shape, (source,), rounding, patch)
         assert words is not None
         tokens = words.tokens()
-        shared = set(words.ids).intersection(*(self.words[role].ids for role in self.roles))  # type: ignore[union-attr]
-        shared -= set(self.held)
+        shared = (self.differences.shared or set()).intersection(words.ids) - set(self.held)
         listed = [token if (token := tokens.get(row)) in shared else None for row in range(shape[0])]
-        others = tuple(
-            StoredRows(role, self.inputs[role], self._names[role][name], rows_for(listed, self.words[role]))  # type: ignore[arg-type]
-            for role in self.roles
-        )
+        others = self.differences.token_rows(name, listed)
         why = f"{sum(token is not None for token in listed):,} shared tokens of {shape[0]:,} rows"
         self.entries.append(Entry(name, "merged", why, scales if len(scales) > 1 else scales[0]))
-        return Output(name, dtype, shape, (source, *others), Kernel(add_difference(scales)), patch)
-
-    def _stored(self, role: str, name: str) -> Stored:
-        return Stored(role, self.inputs[role], self._names[role][name])
+        return Output(name, dtype, shape, (source, *others), Kernel(self.differences.apply(scales)), patch)
 
     def _unused(self, role: str, name: str) -> str:
         part = self.inputs[role].part(name)
@@ -335,22 +385,6 @@ class _TemplateRows:
         return inputs
 
 
-def add_difference(scales: Sequence[float]) -> Callable[[Tile, Any], tuple[torch.Tensor, torch.Tensor]]:
-    """The kernel onto + sum of scale * (chat - base), for inputs onto, base, chat, chat2, ... in float32."""
-    first, *rest = scales
-
-    def apply(tile: Tile, _state: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        onto, base, chat, *more = tile.inputs
-        delta = chat.sub_(base)
-        if first != 1.0:
-            delta.mul_(first)
-        for other, scale in zip(more, rest, strict=True):
-            delta.add_(other.sub_(base), alpha=scale)
-        return torch.add(onto, delta, out=base), delta
-
-    return apply
-
-
 def _shape(model: Checkpoint) -> dict[str, Any]:
     """What config.json says of the model's shape; empty where its family is not known or does not say."""
     try:
@@ -359,7 +393,3 @@ def _shape(model: Checkpoint) -> dict[str, Any]:
         return vars(family.read_config(config)) if family else {}
     except CheckpointError:
         return {}
-
-
-def _listed(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, (list, tuple)) else [value]

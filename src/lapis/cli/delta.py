@@ -1,0 +1,126 @@
+"""`lapis delta`: chat vectors as files from the command line."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from lapis.cli.graft import bar, print_result, trial
+from lapis.cli.output import line, notes, show, size, table
+from lapis.weights.options import ExtractOptions, GraftOptions
+
+if TYPE_CHECKING:
+    from lapis.weights.delta.extract import DeltaResult
+    from lapis.weights.delta.file import DeltaFile
+
+WORST = 8  # tensors whose error is shown
+
+
+def extract(
+    *,
+    base: str,
+    chat: str,
+    out: str,
+    options: Annotated[ExtractOptions, Parameter(name="*")] = ExtractOptions(),  # noqa: B008
+    json: bool = False,
+) -> None:
+    """Write chat - base as a folder that `lapis delta apply` adds to a model: a chat vector as a file.
+
+    Args:
+        base: The model that chat was tuned from.
+        chat: Its chat version.
+        out: A new folder.
+        json: Print one JSON object.
+    """
+    from lapis.weights.delta.extract import delta_extract
+
+    with bar("extracting") as report:
+        result = delta_extract(base, chat, out, **asdict(options), progress=report)
+    show(result.to_json(), json, lambda: _print_extracted(result))
+
+
+def apply(
+    *deltas: str,
+    onto: str,
+    out: str,
+    scale: Annotated[list[str] | None, Parameter(negative="")] = None,
+    options: Annotated[GraftOptions, Parameter(name="*")] = GraftOptions(),  # noqa: B008
+    smoke: bool = True,
+    json: bool = False,
+) -> None:
+    """Write onto + scale * delta: what `lapis graft` does, with the chat vector from a file.
+
+    Args:
+        deltas: Folders of `lapis delta extract`. Several are added up.
+        onto: The base of the deltas, or a continuation of it.
+        out: A new folder.
+        scale: 1.0, or 0-7=0.5,8-23=1, or attn=1,mlp=0.5, or a YAML file; one for all deltas, or one for each.
+        smoke: At the end load the result and onto, and compare their predictions on a few prompts; --no-smoke leaves it
+            out.
+        json: Print one JSON object.
+    """
+    from lapis.errors import ConfigError
+    from lapis.weights.delta.apply import delta_apply
+
+    if not deltas:
+        raise ConfigError("delta apply: needs a delta; lapis delta extract makes one")
+    with trial(out, {"onto": onto}, "applying", smoke=smoke) as (check, report, agreed):
+        given = asdict(options) | {"check": check, "progress": report}
+        result = delta_apply(list(deltas), onto, out, scale or ["1.0"], **given)
+    result.smoke = agreed or None
+    show(result.to_json(), json, lambda: print_result(result))
+
+
+def show_delta(delta: str, /, *, json: bool = False) -> None:
+    """Say what a delta holds: of which models, in how many bits, and what was lost.
+
+    Args:
+        delta: A folder of `lapis delta extract`.
+        json: Print one JSON object.
+    """
+    from lapis.weights.delta.file import open_delta
+
+    file = open_delta(delta)
+    show(file.to_json(), json, lambda: _print_file(file))
+
+
+def _print_extracted(result: "DeltaResult") -> None:
+    counts = result.tensors
+    what = f"{counts['stored']:,} tensors, {counts['tokens']:,} with rows of tokens"
+    if result.dry_run:
+        line(f"would write {result.out}: {what}; {size(result.needs['disk_bytes'])} of disk at most")
+    else:
+        share = f"{result.bytes / result.model_bytes:.1%} of the model"
+        line(f"{result.out}: {what}; {size(result.bytes)}, {share}, in {result.seconds:.1f} s")
+        line(f"base {result.base['source']} ({result.base['weights_sha256'][:16]})")
+        _print_errors(result.relative_error, result.errors)
+    notes(result.notes)
+
+
+def _print_file(file: "DeltaFile") -> None:
+    seen = file.to_json()
+    line(f"{file.source}: {file.bits}, {size(seen['bytes'])}, made by lapis {seen['lapis']}")
+    line(f"base: {seen['base']['source']} (weights {file.base_sha256[:16]})")
+    line(f"chat: {seen['chat']['source']}")
+    line(f"license: {seen['license'] or 'not said'}")
+    line(f"template tokens: {', '.join(file.template) or 'none'}")
+    line(f"end tokens: {', '.join(map(str, seen['end_tokens'])) or 'none'}")
+    _print_errors(None, [each for each in seen["errors"] if each["code"]])
+
+
+def _print_errors(total: float | None, errors: Sequence[Mapping[str, Any]]) -> None:
+    """By kind of storage, and the tensors that lose most."""
+    kinds: dict[str, list[float]] = defaultdict(list)
+    for each in errors:
+        kinds[each["code"]].append(each["relative_error"])
+    rows = [(code, len(values), sorted(values)[len(values) // 2], max(values)) for code, values in kinds.items()]
+    title = "what is lost of the difference" + ("" if total is None else f": {total:.2%} in all (by norm)")
+    table(title, ("stored as", "tensors", "median error", "largest error"), rows)
+    worst = sorted((each for each in errors if each["relative_error"]), key=lambda each: -each["relative_error"])
+    if worst:
+        table(
+            "the largest errors", ("tensor", "error", "difference / base"),
+            [(each["name"], each["relative_error"], each["relative_norm"]) for each in worst[:WORST]],
+        )  # fmt: skip
