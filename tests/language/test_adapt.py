@@ -58,7 +58,9 @@ def test_every_step_is_made_once_and_the_card_tells(plan: Callable[..., dict[str
     old = {name: (a.equal(b[:300] if "embed" in name else b)) for name, a in base.items() for b in [embedded[name]]}
     assert all(old.values())  # rows of new tokens alone were trained
     assert not start["embed.weight"][300:].equal(embedded["embed.weight"][300:])
-    assert not any(adapted[name].equal(embedded[name]) for name in adapted)
+    assert adapted["embed.weight"][:300].equal(base["embed.weight"])  # old rows stay, all else is trained
+    assert not adapted["embed.weight"][300:].equal(embedded["embed.weight"][300:])
+    assert not any(adapted[name].equal(embedded[name]) for name in adapted if "embed" not in name)
 
     seen = times(out)
     assert adapt(plan())["scores"] == result["scores"]

@@ -45,7 +45,7 @@ def adapt(
         tokens: That are trained on; how long that takes on this machine is told.
         minutes: In place of tokens: as many as this machine trains in that time, measured once and kept in plan.yaml.
         lr: Peak learning rate while everything is trained.
-        rows_lr: Peak learning rate of new rows, while they are trained alone.
+        rows_lr: Peak learning rate of new rows, in both trainings.
         replay_share: The share of replay in what is read.
         ema: Decay of a running average of the weights, which is then the result.
         merge_back: The share of the weights before the training, mixed into the result.

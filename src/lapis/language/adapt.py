@@ -5,7 +5,7 @@
     tokenizer/  the tokenizer with more tokens             (not where none are added)
     start/      the model with rows for them               (not where none are added)
     embedded/   the new rows trained alone                 (not where none are added)
-    adapted/    everything trained, on the language with some replay
+    adapted/    everything trained but old rows, on the language with some replay
     merged/     that, mixed with what it was trained from  (where merge_back is given)
     grafted/    the last of these + scale x (chat - base)  (where a chat model is given)
     card/       two languages side by side, from base to end
@@ -132,11 +132,12 @@ class _Adaptation:
             self.models["start"] = steps.done["start"]
             last = ["start"]
             if plan.embedded:
-                rows = {"lr": plan.rows_lr, **self._rows()}
-                self._train("embedded", steps.done["start"], plan.embedded, rows, last)
+                alone = {"lr": plan.rows_lr, "freeze": ["all"], "tokens": self._new_rows()}
+                self._train("embedded", steps.done["start"], plan.embedded, alone, last)
                 last = ["embedded"]
         share = 1 - plan.embedded if added else 1.0
-        self._train("adapted", self.last_model, share, {"lr": plan.lr, "ema": plan.ema}, last)
+        rates = self._rates_of_rows() if added and not plan.old_rows else {}
+        self._train("adapted", self.last_model, share, {"lr": plan.lr, "ema": plan.ema, **rates}, last)
         last = ["adapted"]
         if plan.merge_back:
             self.note(f"merged: {1 - plan.merge_back:g} x adapted + {plan.merge_back:g} x what it was trained from")
@@ -236,15 +237,20 @@ class _Adaptation:
                 overwrite=overwrite, progress=report,
             )  # fmt: skip
 
-    def _rows(self) -> dict[str, Any]:
-        """Settings that train the rows of new tokens and nothing else."""
+    def _rates_of_rows(self) -> dict[str, Any]:
+        """Settings that train new rows at their own rate, and leave old ones as they are."""
+        tables = ["embed"] if read_config(str(self.last_model)).tied else ["embed", "head"]
+        return {"freeze": tables, "tokens": self._new_rows(), "rates": dict.fromkeys(tables, self.plan.rows_lr)}
+
+    def _new_rows(self) -> list[int]:
+        """The ids of new tokens."""
         base = ExtendableTokenizer.open(open_source(self.plan.base)[0])
         gained = base.read_extension(self.steps.done["tokenizer"])
-        return {"freeze": ["all"], "tokens": list(range(gained.first, gained.first + len(gained.tokens)))}
+        return list(range(gained.first, gained.first + len(gained.tokens)))
 
     def _train(self, name: str, model: str | Path, share: float, how: Mapping[str, Any], after: Sequence[str]) -> None:
-        """Trains `model` on a share of the tokens: everything, or with `tokens` in `how` only these rows."""
-        plan, alone = self.plan, "tokens" in how
+        """Trains `model` on a share of the tokens: new rows alone ("embedded"), or everything that `how` leaves."""
+        plan, alone = self.plan, name == "embedded"
         text, replay = str(self._text("text")), str(self._text("replay"))
         mixed = bool(plan.replay) and plan.replay_share > 0 and not alone
         context = self._context(model)

@@ -19,8 +19,8 @@ PLAN = "plan.yaml"
 _SETTLED = {
     "objective": "causal", "model": "base", "new": "base", "data": "text and replay", "valid": "text and replay",
     "tokenizer": "vocab", "out": "out", "steps": "tokens", "epochs": "tokens", "minutes": "minutes", "batch": "batch",
-    "context": "context", "lr": "lr and rows_lr", "ema": "ema", "seed": "seed", "limits": "cost", "freeze": "embedded",
-    "tokens": "embedded",
+    "context": "context", "lr": "lr and rows_lr", "ema": "ema", "seed": "seed", "limits": "cost", "freeze": "old_rows",
+    "tokens": "old_rows", "rates": "lr, rows_lr and old_rows",
 }  # fmt: skip
 
 
@@ -48,7 +48,8 @@ class AdaptPlan:
         embedded: The share of the tokens on which new rows are trained alone.
         replay_share: The share of replay in what is read while everything is trained.
         lr: Peak learning rate while everything is trained.
-        rows_lr: Peak learning rate of new rows, while they are trained alone.
+        rows_lr: Peak learning rate of new rows, in both trainings.
+        old_rows: Whether rows of old tokens are trained, too, where there are new ones; then all have `lr`.
         ema: Decay of a running average of the weights while everything is trained, which is then the result; 0 = none.
         merge_back: The share of the weights that everything was trained from, mixed into the result; 0 = none.
         context: Tokens of a row.
@@ -81,6 +82,7 @@ class AdaptPlan:
     replay_share: float = 0.1
     lr: float = 1e-4
     rows_lr: float = 1e-3
+    old_rows: bool = False
     ema: float = 0.0
     merge_back: float = 0.0
     context: int = 512
