@@ -39,6 +39,7 @@ FUNCTIONS = {
     "open_delta": ["source"],
     "plan": ["base", "chat", "goal", "budget"],
     "serve": ["models", "options", "runtime"],
+    "push": ["folder", "name"],
     "train": ["model", "objective", "config", "out"],
 }
 TYPES = ["Checkpoint", "ModelConfig", "Objective", "Sampling", "Tokenizer", "TrainConfig", "Transformer"]

@@ -11,6 +11,7 @@ if TYPE_CHECKING:  # what _PUBLIC says, for editors and type checkers
 
     import torch
 
+    from lapis.checkpoint.hub.push import push
     from lapis.checkpoint.opening import open_checkpoint as open
     from lapis.checkpoint.store import Checkpoint
     from lapis.errors import (
@@ -58,11 +59,12 @@ __all__ = [
     "ConfigError", "DataError", "LapisError", "Masked", "MissingExtra", "ModelConfig", "Objective", "OutputError",
     "Reward", "Sampling", "SimPO", "TemplateError", "Tokenizer", "TrainConfig", "TrainingError", "Transformer",
     "__version__", "adapt", "delta_apply", "delta_extract", "diff", "export_gguf", "extend", "fertility", "generate",
-    "graft", "import_gguf", "lens", "load", "merge", "open", "open_delta", "plan", "serve", "train",
+    "graft", "import_gguf", "lens", "load", "merge", "open", "open_delta", "plan", "push", "serve", "train",
 ]  # fmt: skip
 
 # module -> the public names that it defines; name=there where it has another name there
 _PUBLIC = {
+    "lapis.checkpoint.hub.push": "push",
     "lapis.checkpoint.opening": "open=open_checkpoint",
     "lapis.checkpoint.store": "Checkpoint",
     "lapis.errors": "CheckpointError ConfigError DataError LapisError MissingExtra OutputError TemplateError "

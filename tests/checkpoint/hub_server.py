@@ -61,12 +61,13 @@ class Hub:
 
 
 @contextmanager
-def serving(hub: Hub):
+def serving(hub: Hub, handler: "type[_Handler] | None" = None):
     """Runs the hub under 127.0.0.1 and its store under localhost, another port."""
     with ExitStack() as stack:
         urls = []
         for name in ("127.0.0.1", "localhost"):
-            server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
+            server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (handler or _Handler,), {"hub": hub}))
+            server.handle_error = lambda *whose: None  # of connections that a test cuts
             thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
             thread.start()
             stack.callback(server.server_close)

@@ -36,6 +36,7 @@ COMMANDS = {
     "fertility": ("lapis.cli.fertility:fertility", "What a language costs a model, and whether more tokens pay."),
     "adapt": ("lapis.cli.adapt:adapt", "A model and text of a language in, a model that speaks it out."),
     "card": ("lapis.cli.card:card", "Models side by side in two languages, as a page and a model card."),
+    "push": ("lapis.cli.push:push", "A model folder to the hub; what is sent is listed first."),
     "data pack": ("lapis.cli.data:pack", "Text or chats as rows of tokens on disk."),
     "data show": ("lapis.cli.data:show", "Rows in color: loss, document borders, end tokens, padding."),
     "train": ("lapis.cli.train:train", "Train from a YAML file and key=value."),
