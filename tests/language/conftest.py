@@ -32,13 +32,13 @@ def write(path: Path, texts: list[str]) -> Path:
     return path
 
 
-def make(folder: Path, seed: int, like: Path | None = None) -> Path:
+def make(folder: Path, seed: int, like: Path | None = None, tied: bool = True) -> Path:
     """A small model; with `like`, a fine-tune of that one."""
     tokenizer = train_tokenizer(ENGLISH[:60], 300)
     torch.manual_seed(seed)
     config = ModelConfig(
         family="llama", dim=32, layers=2, heads=4, kv_heads=2, head_dim=8, ffn_dim=48, vocab=tokenizer.rows,
-        context=64, tied=True, rope=Rope(theta=1e4),
+        context=64, tied=tied, rope=Rope(theta=1e4),
     )  # fmt: skip
     model = Transformer(config) if like is None else load(like, torch.float32)
     if like is not None:

@@ -72,6 +72,19 @@ def test_every_step_is_made_once_and_the_card_tells(plan: Callable[..., dict[str
     assert redone == {"grafted", "card", ".steps"}
 
 
+@pytest.mark.parametrize("old_rows", [False, True])
+def test_rows_of_old_tokens_are_trained_where_the_plan_says_so(
+    plan: Callable[..., dict[str, Any]], tmp_path: Path, old_rows: bool
+) -> None:
+    base = make(tmp_path / "untied", 0, tied=False)
+    out = Path(adapt(plan(base=str(base), chat=None, chats=[], old_rows=old_rows))["steps"]["adapted"])
+    before, after = (load(path, torch.float32).state_dict() for path in (base, out))
+    assert {"embed.weight", "head.weight"} <= {*before}
+    for name in ("embed.weight", "head.weight"):
+        assert after[name][:300].equal(before[name]) is not old_rows
+    assert not any(after[name].equal(before[name]) for name in before if name not in ("embed.weight", "head.weight"))
+
+
 def test_a_step_that_was_edited_is_refused(plan: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     settings = plan(chat=None, vocab=0, chats=[])
     adapt(settings)

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from lapis.checkpoint.commit import commit, commit_file
+from lapis.checkpoint.files import read_json
 from lapis.config import dump_yaml, load_yaml
 from lapis.errors import DataError
 from lapis.language.card.card import make_card, write_card
@@ -156,8 +157,8 @@ class _Adaptation:
             "license": plan.license,
         }
         card = steps.run("card", how, ["measure", *last], self._card)
-        written = load_yaml(card / "card.json")
-        if ended := load_yaml(steps.done["adapted"] / "training.json").get("ended"):
+        written = read_json(card / "card.json")
+        if ended := read_json(steps.done["adapted"] / "training.json").get("ended"):
             self.note(f"adapted: {ended}")
         if written["cost"] is not None and written["cost"] > plan.cost:
             self.note(
@@ -209,7 +210,7 @@ class _Adaptation:
     def _added(self) -> int:
         if self.plan.vocab != "auto":
             return int(self.plan.vocab)
-        return int(load_yaml(self.steps.done["measure"] / "fertility.json")["recommendation"]["add"])
+        return int(read_json(self.steps.done["measure"] / "fertility.json")["recommendation"]["add"])
 
     def _tokenizer(self, folder: Path, overwrite: bool) -> None:
         add = self._added()
@@ -313,7 +314,7 @@ class _Adaptation:
 
     def _base_bits(self) -> float:
         """Bits per byte of the replay text before anything was trained."""
-        return float(load_yaml(self._text("replay").with_name("base.json"))[BITS])
+        return float(read_json(self._text("replay").with_name("base.json"))[BITS])
 
     def _context(self, model: str | Path) -> int:
         return min(self.plan.context, read_config(str(model)).context)

@@ -7,6 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from lapis.checkpoint.files import read_json
 from lapis.checkpoint.hub.models import hub_id
 from lapis.config import load_yaml, parse_yaml
 from lapis.errors import ConfigError, DataError
@@ -115,7 +116,7 @@ def how_made(folder: Path, plan: Mapping[str, Any]) -> dict[str, Any]:
         plan: Its settings.
     """
     vocab = plan.get("vocab", "auto")
-    added = load_yaml(folder / "measure" / "fertility.json")["recommendation"]["add"] if vocab == "auto" else vocab
+    added = read_json(folder / "measure" / "fertility.json")["recommendation"]["add"] if vocab == "auto" else vocab
     parents = parents_of(plan)
     places = ("base", "chat", "out", "text", "replay", "chats", "replay_chats", "choices", "replay_choices", "language")
     shown = {key: value for key, value in plan.items() if key not in places and value not in (None, "", {}, [], ())}
