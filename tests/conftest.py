@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,10 @@ settings.register_profile("lapis", deadline=None)  # how long a case takes says 
 settings.load_profile("lapis")
 
 ROOT = Path(__file__).parents[1]
+CHROMIUM = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync"
+).split()
 
 
 @pytest.fixture(scope="session")
@@ -35,6 +39,17 @@ def chromium() -> str:
     if not result:
         pytest.skip("no chromium on this machine")
     return result
+
+
+@pytest.fixture(scope="module")
+def browser(chromium: str) -> Iterator[Any]:
+    """Chromium, driven by playwright."""
+    sync = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install 'lapis[dev]'")
+    with sync.sync_playwright() as play:
+        environment = {**os.environ, "LANG": "C.UTF-8"}
+        browser = play.chromium.launch(executable_path=chromium, args=CHROMIUM, env=environment)
+        yield browser
+        browser.close()
 
 
 @pytest.fixture

@@ -15,10 +15,6 @@ from lapis.model.load import save
 from lapis.model.transformer import Transformer
 from lapis.text.tokenizer.tokenizer import train_tokenizer
 
-ARGUMENTS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync"
-).split()
 TEXT = "in Malaysia they say Kuala Lumpur is the capital. "
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -115,12 +111,3 @@ def task_scores(studio, tmp_path_factory) -> str:
         return lapis("eval", str(studio / "chat"), "--tasks", "birds", "--task-folder", str(folder), "--json")
     finally:
         os.environ.pop("HF_DATASETS_CACHE") if before is None else os.environ.update(HF_DATASETS_CACHE=before)
-
-
-@pytest.fixture(scope="module")
-def browser(chromium):
-    sync = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install 'lapis[dev]'")
-    with sync.sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=chromium, args=ARGUMENTS, env={**os.environ, "LANG": "C.UTF-8"})
-        yield browser
-        browser.close()
