@@ -38,7 +38,8 @@ def test_the_lens_of_a_token_is_that_of_lapis_lens(server, reply, opened, place)
     trace = lapis.lens(model, tokenizer, ids, [token_word(reply[place], tokenizer)], LensOptions(top=5))
     word = trace.words[0].text
     assert result["token"] == {
-        "token": word, "id": reply[place], "rank": trace.readings[-1].ranks[word],
+        "token": tokenizer.decode([reply[place]]), "id": reply[place],
+        "bytes": list(tokenizer.bytes_of(reply[place])), "rank": trace.readings[-1].ranks[word],
         "probability": pytest.approx(2.718281828459045 ** trace.readings[-1].logprobs[word], rel=1e-4),
     }  # fmt: skip
     assert result["decided"] == trace.decided and not result["at_end"]
@@ -50,7 +51,9 @@ def test_the_lens_of_a_token_is_that_of_lapis_lens(server, reply, opened, place)
         assert row["entropy"] == pytest.approx(reading.entropy, rel=1e-4)
         assert row["kl_to_final"] == pytest.approx(reading.kl_to_final, rel=1e-3, abs=1e-6)
     best = sorted((c for c in trace.contributions if c.part != "rounding" and c.logit > 0), key=lambda c: -c.logit)
-    assert [(p["part"], p["layer"], p["head"]) for p in result["parts"]] == [(c.part, c.layer, c.head) for c in best[:3]]
+    assert [(p["part"], p["layer"], p["head"]) for p in result["parts"]] == [
+        (c.part, c.layer, c.head) for c in best[:3]
+    ]
     assert [p["logit"] for p in result["parts"]] == pytest.approx([c.logit for c in best[:3]], rel=1e-3)
 
 

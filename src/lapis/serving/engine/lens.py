@@ -17,7 +17,7 @@ import torch
 from lapis.errors import DataError
 from lapis.generation.generate import Memory
 from lapis.inside.lens.logit_lens import Seen, best_anywhere, look, see
-from lapis.inside.lens.table import LensTrace, Reading
+from lapis.inside.lens.table import Reading
 from lapis.inside.prompt import token_word
 from lapis.inside.trace import anatomy
 from lapis.model.cache import Cache
@@ -48,10 +48,10 @@ class LensReader:
             place: Of a token in it, from 0; the number of tokens is the place behind the last.
 
         Returns:
-            `token` (token, id, probability, rank) and `at_end`, whether it is what would come next and not one of the
-            reply; `decided`, the layer from which on the last layer's choice leads; `embedding` and `layers` (layer,
-            top, entropy, kl_to_final, probability and rank of the token); `parts` (part, layer, head, logit), those
-            that added most to the token's logit.
+            `token` (token, id, bytes, probability, rank) and `at_end`, whether it is what would come next and none of
+            the reply's; `decided`, the layer from which on the last layer's choice leads; `embedding` and `layers`
+            (layer, top, entropy, kl_to_final, probability and rank of the token); `parts` (part, layer, head, logit),
+            those that added most to the token's logit.
 
         Raises:
             DataError: For a place that is not in the reply, an id that is no token, more tokens than the context.
@@ -106,16 +106,12 @@ def look_inside(served: ServedModel, ids: list[int], token: int | None, cache: C
     seen: Seen = see(anatomy(served.model, served.name), served.tokenizer, ids, words, cache=cache)
     words = words or best_anywhere(seen)[:1]
     trace = look(seen, words, True, top=TOP)
-    return _shown(trace, words[0].spellings[0].ids[0], words[0].text)
-
-
-def _shown(trace: LensTrace, index: int, text: str) -> dict[str, Any]:
-    """The figures of one token in a trace."""
-    rows = [_row(reading, text) for reading in (trace.readings[0], *trace.layers)]
+    rows = [_row(served, reading, words[0].text) for reading in (trace.readings[0], *trace.layers)]
     parts = [c for c in trace.contributions if c.part != "rounding" and c.logit > 0]
     parts.sort(key=lambda c: -c.logit)
+    chosen = _token(served, words[0].spellings[0].ids[0])
     return {
-        "token": {"token": text, "id": index, "probability": rows[-1]["probability"], "rank": rows[-1]["rank"]},
+        "token": {**chosen, "probability": rows[-1]["probability"], "rank": rows[-1]["rank"]},
         "decided": trace.decided,
         "embedding": rows[0],
         "layers": rows[1:],
@@ -123,11 +119,16 @@ def _shown(trace: LensTrace, index: int, text: str) -> dict[str, Any]:
     }
 
 
-def _row(reading: Reading, text: str) -> dict[str, Any]:
+def _token(served: ServedModel, index: int) -> dict[str, Any]:
+    """A token as the log-probabilities of a reply have it."""
+    return {"token": served.tokenizer.decode([index]), "id": index, "bytes": list(served.tokenizer.bytes_of(index))}
+
+
+def _row(served: ServedModel, reading: Reading, text: str) -> dict[str, Any]:
     """A state's best tokens, and where the token with this text stands in it."""
     logprob = reading.logprobs[text]
     assert logprob is not None  # a single token's is measured in every layer
-    top = [{"token": token, "id": index, "probability": share} for token, index, share in reading.top]
+    top = [{**_token(served, index), "probability": share} for _, index, share in reading.top]
     return {
         "layer": reading.layer, "top": top, "entropy": reading.entropy, "kl_to_final": reading.kl_to_final,
         "probability": math.exp(logprob), "rank": reading.ranks[text],

@@ -3,7 +3,7 @@ import { element } from "./dom.js";
 import { readLens, ServerError } from "./api.js";
 import { errorText } from "./errors.js";
 import { list, number, percent, signed, t } from "./language.js";
-import { visible } from "./text.js";
+import { tokenName } from "./text.js";
 
 const PAUSE = 200;  // milliseconds that a place stands still before the server is asked about it
 
@@ -50,8 +50,8 @@ function verdict(seen) {
   const last = seen.layers.at(-1);
   const best = last.top[0];
   const values = {
-    token: visible(token.token), layer: number(seen.decided), last: number(last.layer), share: percent(token.probability),
-    best: visible(best.token), best_share: percent(best.probability), rank: number(token.rank),
+    token: tokenName(token), layer: number(seen.decided), last: number(last.layer), share: percent(token.probability),
+    best: tokenName(best), best_share: percent(best.probability), rank: number(token.rank),
   };
   const name = token.id === best.id ? (seen.at_end ? "lens_next" : "lens_decided") : "lens_drawn";
   return element("p", { class: "verdict" }, t(name, values));
@@ -61,7 +61,7 @@ function verdict(seen) {
 function strongest(seen) {
   if (!seen.parts.length) return null;
   const names = list(seen.parts.map(part => `${partName(part)} (${signed(part.logit)})`));
-  return element("p", { class: "note" }, t("lens_parts", { token: visible(seen.token.token), parts: names }));
+  return element("p", { class: "note" }, t("lens_parts", { token: tokenName(seen.token), parts: names }));
 }
 
 function partName({ part, layer, head }) {
@@ -77,7 +77,7 @@ function table(seen) {
     element("th", { scope: "col" }, t("layer")),
     element("th", { scope: "col" }, t("would_say")),
     element("th", { scope: "col", class: "then" }, t("then")),
-    element("th", { scope: "col", class: "number" }, t("rank_of", { token: visible(seen.token.token) })));
+    element("th", { scope: "col", class: "number" }, t("rank_of", { token: tokenName(seen.token) })));
   const body = rows.map(row => {
     const [best, ...others] = row.top;
     const decided = row.layer !== null && row.layer === seen.decided;
@@ -88,9 +88,9 @@ function table(seen) {
       element("th", { scope: "row" }, row.layer === null ? t("embedding") : number(row.layer),
         decided ? element("span", { class: "hidden" }, ` (${t("decided")})`) : null),
       element("td", { class: "best" },
-        element("span", { class: "what" }, visible(best.token)), bar,
+        element("span", { class: "what" }, tokenName(best)), bar,
         element("span", { class: "share" }, percent(best.probability))),
-      element("td", { class: "then" }, others.slice(0, 2).map(o => `${visible(o.token)} ${percent(o.probability)}`).join("   ")),
+      element("td", { class: "then" }, others.slice(0, 2).map(o => `${tokenName(o)} ${percent(o.probability)}`).join("   ")),
       element("td", { class: "number" }, number(row.rank)));
   });
   return element("table", {},

@@ -38,7 +38,21 @@ export function showText(place, text) {
   );
 }
 
-/** A token with its spaces to be seen. */
-export function visible(token) {
-  return token.replaceAll(" ", "␣").replaceAll("\n", "↵").replaceAll("\t", "⇥");
+/** Control characters as pictures of themselves: a token that is one must not be an empty place. */
+export function pictured(text) {
+  return text
+    .replace(/[\x00-\x08\x0b-\x1f]/g, control => String.fromCodePoint(0x2400 + control.codePointAt(0)))
+    .replace(/[\x7f-\x9f]/g, "\ufffd");
+}
+
+/** A text with its spaces to be seen. */
+export function visible(text) {
+  return pictured(text.replaceAll(" ", "␣").replaceAll("\n", "↵").replaceAll("\t", "⇥"));
+}
+
+/** A token of the server by itself: bytes of half a character as such, a row of the head without a text by its number. */
+export function tokenName({ token, bytes, id }) {
+  if (token === "") return `<row ${id ?? "?"}>`;
+  if (!token.includes("\ufffd") || !bytes?.length) return visible(token);
+  return bytes.map(byte => byte < 0x80 ? visible(String.fromCharCode(byte)) : `\\x${byte.toString(16)}`).join("");
 }

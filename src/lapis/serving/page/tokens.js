@@ -3,9 +3,9 @@
 // Characters of many scripts are made of several tokens; such tokens stand in one group, which is shaded as their
 // product. The tokens are one stop of the Tab key: arrow keys, Home and End move among them.
 import { button, element, freshId } from "./dom.js";
-import { number, percent, t } from "./language.js";
+import { list, number, percent, t } from "./language.js";
 import { LensPanel } from "./lens.js";
-import { visible } from "./text.js";
+import { pictured, tokenName, visible } from "./text.js";
 
 // Probabilities below which a token is shaded, one step stronger each; tests/serving/test_page.py measures the contrast.
 const STEPS = [0.9, 0.6, 0.3, 0.1];
@@ -14,6 +14,11 @@ const encoder = new TextEncoder();
 /** How strong a probability is shaded: 0 for what was nearly certain to 4. */
 export function shadeOf(probability) {
   return STEPS.filter(step => probability < step).length;
+}
+
+/** Whether two entries of the server are one token; its text alone does not tell, as of halves of characters. */
+function same(one, other) {
+  return one.id === undefined ? one.token === other.token : one.id === other.id;
 }
 
 /** How many bytes at the end are the beginning of a character that is not complete. */
@@ -26,14 +31,20 @@ function unfinished(bytes) {
   return 0;
 }
 
+function bytesOf(token) {
+  return token.bytes ?? [...encoder.encode(token.token)];
+}
+
 /** Tokens in groups that are whole characters: [{ first, last, text, probability }]. */
 export function groupsOf(tokens, start = 0, final = true) {
   const groups = [];
   let bytes = [];
   let first = start;
   for (let i = start; i < tokens.length; i += 1) {
-    bytes.push(...(tokens[i].bytes ?? encoder.encode(tokens[i].token)));
-    if (unfinished(bytes) && (i + 1 < tokens.length || !final)) continue;
+    bytes.push(...bytesOf(tokens[i]));
+    // a character goes on only where the next token begins with a byte that continues one
+    const goesOn = i + 1 < tokens.length ? (bytesOf(tokens[i + 1])[0] & 0xc0) === 0x80 : !final;
+    if (unfinished(bytes) && goesOn) continue;
     const text = new TextDecoder().decode(new Uint8Array(bytes));
     const logprob = tokens.slice(first, i + 1).reduce((sum, token) => sum + token.logprob, 0);
     groups.push({ first, last: i, text, probability: Math.exp(logprob) });
@@ -66,7 +77,7 @@ export class TokenView {
   grow() {
     const final = this.reply.state !== "writing";
     const known = this.groups.length ? this.groups.at(-1).last + 1 : 0;
-    for (const group of groupsOf(this.reply.tokens, known, final)) this.#add(group, group.text, this.#labelOf(group));
+    for (const group of groupsOf(this.reply.tokens, known, final)) this.#add(group, this.#textOf(group), this.#labelOf(group));
     if (final && !this.ended) this.#end();
     if (this.state.place !== null && this.groups.some(group => group.last >= this.state.place)) this.#mark();
     else if (this.groups.length) this.groups[0].option.tabIndex = 0;
@@ -92,12 +103,19 @@ export class TokenView {
     this.strip.append(group.option);
   }
 
+  /** A group as it stands in the text. */
+  #textOf(group) {
+    return group.text ? pictured(group.text).replaceAll("\n", "↵\n") : tokenName(this.reply.tokens[group.first]);
+  }
+
   #labelOf(group) {
-    const others = this.reply.tokens[group.first].top_logprobs ?? [];
-    const rest = others.filter(other => other.token !== this.reply.tokens[group.first].token).slice(0, 2);
-    const said = t("token_label", { token: visible(group.text), share: percent(group.probability) });
-    if (!rest.length || group.first !== group.last) return said;
-    return `${said}. ${t("instead")}: ${rest.map(o => `${visible(o.token)} ${percent(Math.exp(o.logprob))}`).join(", ")}`;
+    const token = this.reply.tokens[group.first];
+    const alone = group.first === group.last;
+    const values = { token: alone ? tokenName(token) : visible(group.text), share: percent(group.probability) };
+    const rest = (token.top_logprobs ?? []).filter(other => !same(other, token)).slice(0, 2);
+    if (!rest.length || !alone) return t("token_label", values);
+    const others = rest.map(other => `${tokenName(other)} ${percent(Math.exp(other.logprob))}`);
+    return `${t("token_label", values)}. ${t("instead")}: ${list(others)}`;
   }
 
   #click(event) {
@@ -169,7 +187,7 @@ export class TokenView {
 
   #sentence(place, token) {
     const group = this.#group();
-    const values = { token: visible(token.token), share: percent(Math.exp(token.logprob)) };
+    const values = { token: tokenName(token), share: percent(Math.exp(token.logprob)) };
     const said = t("token_sentence", { ...values, place: number(place + 1), count: number(this.reply.tokens.length) });
     if (group.first === group.last) return said;
     const part = { part: place - group.first + 1, count: group.last - group.first + 1, text: visible(group.text) };
@@ -187,7 +205,7 @@ export class TokenView {
 
 /** A bar for each token that could have stood there, the likeliest first; the one that was said is marked. */
 function alternatives(token) {
-  const rows = (token.top_logprobs ?? []).map(other => ({ ...other, said: other.token === token.token }));
+  const rows = (token.top_logprobs ?? []).map(other => ({ ...other, said: same(other, token) }));
   if (rows.length && !rows.some(row => row.said)) rows.push({ ...token, said: true });
   if (!rows.length) return element("p", { class: "note" }, t("no_alternatives"));
   return element("ol", { class: "bars", "aria-label": t("alternatives") }, ...rows.map(row => {
@@ -195,7 +213,7 @@ function alternatives(token) {
     const bar = element("span", { class: "bar", "aria-hidden": "true" });
     bar.style.setProperty("--share", share.toFixed(4));
     return element("li", { class: row.said ? "said" : null },
-      element("span", { class: "what" }, visible(row.token), row.said ? element("span", { class: "hidden" }, ` (${t("said")})`) : null),
+      element("span", { class: "what" }, tokenName(row), row.said ? element("span", { class: "hidden" }, ` (${t("said")})`) : null),
       bar,
       element("span", { class: "share" }, percent(share)));
   }));
