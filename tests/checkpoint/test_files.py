@@ -2,6 +2,7 @@
 
 import json
 import struct
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +51,19 @@ def test_fault_01_empty_file(tmp_path: Path) -> None:
 
 
 def test_fault_05_a_hundred_thousand_tensors_and_deep_nesting(tmp_path: Path) -> None:
+    """Memory that grows with the header's length, and no more; a depth of it is refused and not followed."""
     many = {f"t{i}": entry("U8", (1,), (i, i + 1)) for i in range(100_000)}
-    assert len(read_header(write(tmp_path / "many", many, bytes(100_000))).tensors) == 100_000
-    with pytest.raises(CheckpointError, match=r"not JSON|nested"):
-        read_header(write(tmp_path / "deep", b"[" * 200_000))
+    path = write(tmp_path / "many", many, bytes(100_000))
+    tracemalloc.start()
+    assert len(read_header(path).tensors) == 100_000
+    assert tracemalloc.get_traced_memory()[1] < 30 * path.stat().st_size
+    for deep in (b"[" * 200_000, b'{"a":' * 200_000, b'{"a":' + b"[" * 200_000 + b"]" * 200_000 + b"}"):
+        tracemalloc.reset_peak()
+        before = tracemalloc.get_traced_memory()[0]
+        with pytest.raises(CheckpointError, match=r"not JSON|nested"):
+            read_header(write(tmp_path / "deep", deep))
+        assert tracemalloc.get_traced_memory()[1] - before < 30 * len(deep) + 1_000_000
+    tracemalloc.stop()
 
 
 HEADER_FAULTS: dict[str, tuple[Any, bytes, str]] = {
@@ -70,7 +80,7 @@ HEADER_FAULTS: dict[str, tuple[Any, bytes, str]] = {
     "13_bytes_and_shape": ({"a": entry(shape=(3,))}, bytes(8), "data_offsets hold 8"),
     "02_data_cut": ({"a": entry()}, bytes(4), "truncated"),
     "11_fields": ({"a": {"dtype": "F32"}}, b"", "expected dtype"),
-    "05_not_an_object": (b"[]", b"", "not an object"),
+    "not_an_object": (b"[]", b"", "not an object"),
 }
 
 

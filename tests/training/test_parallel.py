@@ -124,6 +124,24 @@ def test_a_port_in_use_and_a_missing_file_are_one_line(place: Path) -> None:
     assert len(errors.strip().splitlines()) == 1
 
 
+def test_fault_69_a_process_that_dies_ends_all(place: Path) -> None:
+    """SIGKILL to either of two: the other sees the broken connection, and says how to go on, once."""
+    runs = {}
+    for rank in (0, 1):
+        runs[rank] = start(place, 2, f"out=dies{rank}", "save_every=5", "steps=100000")
+    for rank, processes in runs.items():
+        while not list((place / f".dies{rank}.lapis" / ".journal").glob("step-*/state.json")):
+            assert processes[0].poll() is None, processes[0].communicate()
+            time.sleep(0.05)
+        processes[rank].kill()
+    for rank, processes in runs.items():
+        error_text = processes[1 - rank].communicate(timeout=30)[1]
+        processes[rank].communicate()
+        lines = [line for line in error_text.splitlines() if line.startswith("lapis: ")]
+        assert processes[1 - rank].returncode == 1 and "Traceback" not in error_text, error_text
+        assert len(lines) == 1 and "run the same command again to go on from the last checkpoint" in lines[0], lines
+
+
 def test_fault_69_a_stopped_process_ends_all_by_name(place: Path) -> None:
     """SIGSTOP to either of two processes: the other ends by itself, and says in one line which one it was."""
     runs = {}

@@ -1,5 +1,6 @@
 """Interrupted equals uninterrupted, byte for byte on one thread; and what is lost or changed is told."""
 
+import itertools
 import json
 import os
 import resource
@@ -164,7 +165,8 @@ def test_another_model_to_start_from_is_refused(
 def test_fault_71_a_clock_that_jumps_has_no_effect(
     stopped: Path, new_model: Make, objective: Causal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(time, "time", lambda: 0.0)
+    clock = itertools.cycle((0.0, 4e9, 1e9))
+    monkeypatch.setattr(time, "time", lambda: next(clock))
     assert resumed(new_model, objective, tmp_path / "out")[0] == resumed(new_model, objective, tmp_path / "whole")[0]
 
 
@@ -250,8 +252,11 @@ def test_fault_60_killed_and_run_again_gives_the_same_bytes(place: Path, monkeyp
     monkeypatch.chdir(place)
     settings = override(load_yaml("run.yaml"), ["out=whole"])
     run(read_settings(settings, "run.yaml"), watch=Silent())
-    names = ["model.safetensors", "config.json", "tokenizer.json"]
-    assert all((place / "out" / name).read_bytes() == (place / "whole" / name).read_bytes() for name in names)
+    names = {path.name for path in (place / "whole").iterdir()} - {"times.json", "lapis-manifest.json"}
+    assert {path.name for path in (place / "out").iterdir()} == names | {"times.json", "lapis-manifest.json"}
+    assert names > {"model.safetensors", "config.json", "tokenizer.json", "log.jsonl", "training.json"}
+    for name in names:
+        assert (place / "out" / name).read_bytes() == (place / "whole" / name).read_bytes(), name
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -12,7 +12,6 @@ import datetime
 import os
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
@@ -97,7 +96,9 @@ def _names(ranks: list[int]) -> str:
     return ", ".join(map(str, ranks))
 
 
-class _Watch:
+class Watch:
+    """Over the processes of a run, from one of them. `start` begins it."""
+
     def __init__(self, rank: int, size: int, host: str, port: int) -> None:
         self.rank, self.size = rank, size
         self.store = _store(host, port, _SILENCE, False)  # the run's own connection may be waiting for something
@@ -122,6 +123,15 @@ class _Watch:
                 self.store.add(self._key(self.rank), _ENDED)
             except RuntimeError:
                 pass  # its holder has ended first
+
+    def is_first_alive(self) -> bool:
+        """Whether every process before this one has died; looks twice, with two beats between."""
+        try:
+            before = [self.store.add(self._key(rank), 0) for rank in range(self.rank)]
+            time.sleep(2 * _BEAT + 0.5)
+            return before == [self.store.add(self._key(rank), 0) for rank in range(self.rank)]
+        except RuntimeError:  # the first process held the store
+            return self.rank == 1
 
     def _key(self, rank: int) -> str:
         return f"alive/{rank}"
@@ -201,7 +211,7 @@ def _bytes_moved() -> int:
         return 0
 
 
-def watch_processes(rank: int, size: int, host: str, port: int) -> Callable[[], None]:
+def watch_processes(rank: int, size: int, host: str, port: int) -> Watch:
     """Begins to watch the processes of a run, which have met.
 
     Args:
@@ -211,9 +221,9 @@ def watch_processes(rank: int, size: int, host: str, port: int) -> Callable[[], 
         port: Of the store.
 
     Returns:
-        What ends the watch; it is also called when Python ends.
+        The watch, which ends with `stop`, or when Python ends.
     """
-    watch = _Watch(rank, size, host, port)
+    watch = Watch(rank, size, host, port)
     watch.start()
     atexit.register(watch.stop)
-    return watch.stop
+    return watch

@@ -23,14 +23,14 @@ from torch import Tensor
 from lapis.config import environment_number
 from lapis.errors import ConfigError, LapisError, TrainingError
 from lapis.training.distributed.forward import waiting
-from lapis.training.distributed.liveness import meet, watch_processes
+from lapis.training.distributed.liveness import Watch, meet, watch_processes
 
 T = TypeVar("T")
 
 _BUCKET = 1 << 23  # elements added up in one message
 _SHORT = 2000  # bytes that most messages fit into
 _PATIENCE = datetime.timedelta(hours=2)  # for the others while one process saves or evaluates
-_ends: list[Callable[[], None]] = []  # of the watch over the processes, which belongs to torch's one process group
+_watches: list[Watch] = []  # over the processes: none, or one, which belongs to torch's one process group
 
 
 class Processes:
@@ -134,7 +134,7 @@ class Processes:
             with waiting():
                 yield
         except RuntimeError as error:
-            if not self.leads:
+            if not self.leads and not any(watch.is_first_alive() for watch in _watches):
                 leave()
             raise TrainingError(
                 "train: another process of this run has ended; run the same command again to go on from the last "
@@ -174,7 +174,7 @@ def join() -> Processes:
         store = meet(rank, size, host, port)
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE)
-        _ends.append(watch_processes(rank, size, host, port))
+        _watches.append(watch_processes(rank, size, host, port))
     except (RuntimeError, ValueError) as error:
         if rank != 0:
             leave()
@@ -187,8 +187,8 @@ def join() -> Processes:
 def disconnect() -> None:
     """Closes the connections, so that the process ends without a warning."""
     if dist.is_initialized():
-        while _ends:
-            _ends.pop()()
+        while _watches:
+            _watches.pop().stop()
         dist.destroy_process_group()
 
 
