@@ -96,7 +96,7 @@ def _names(ranks: list[int]) -> str:
     return ", ".join(map(str, ranks))
 
 
-class Watch:
+class ProcessWatch:
     """Over the processes of a run, from one of them. `start` begins it."""
 
     def __init__(self, rank: int, size: int, host: str, port: int) -> None:
@@ -211,7 +211,7 @@ def _bytes_moved() -> int:
         return 0
 
 
-def watch_processes(rank: int, size: int, host: str, port: int) -> Watch:
+def watch_processes(rank: int, size: int, host: str, port: int) -> ProcessWatch:
     """Begins to watch the processes of a run, which have met.
 
     Args:
@@ -223,7 +223,7 @@ def watch_processes(rank: int, size: int, host: str, port: int) -> Watch:
     Returns:
         The watch, which ends with `stop`, or when Python ends.
     """
-    watch = Watch(rank, size, host, port)
+    watch = ProcessWatch(rank, size, host, port)
     watch.start()
     atexit.register(watch.stop)
     return watch

@@ -23,14 +23,14 @@ from torch import Tensor
 from lapis.config import environment_number
 from lapis.errors import ConfigError, LapisError, TrainingError
 from lapis.training.distributed.forward import waiting
-from lapis.training.distributed.liveness import Watch, meet, watch_processes
+from lapis.training.distributed.liveness import ProcessWatch, meet, watch_processes
 
 T = TypeVar("T")
 
 _BUCKET = 1 << 23  # elements added up in one message
 _SHORT = 2000  # bytes that most messages fit into
 _PATIENCE = datetime.timedelta(hours=2)  # for the others while one process saves or evaluates
-_watches: list[Watch] = []  # over the processes: none, or one, which belongs to torch's one process group
+_watches: list[ProcessWatch] = []  # over the processes: none, or one, which belongs to torch's one process group
 
 
 class Processes:
