@@ -21,7 +21,10 @@ from lapis.language.steps import Steps
 from lapis.model.load import load
 from lapis.report.pages.card import card_page
 from lapis.text.tokenizer.tokenizer import Tokenizer
+from lapis.training.loop.progress import Silent
 from lapis.training.optim.optimizers import Average
+from lapis.training.run import read_settings
+from lapis.training.run import run as train
 
 from .conftest import ENGLISH, MALAY, STEP, TINY, make, write
 
@@ -135,11 +138,13 @@ def test_a_dry_run_writes_a_plan_that_can_be_run(plan: Callable[..., dict[str, A
     settings = plan(chat=None, vocab=0, chats=[])
     options = [f"--{key}={settings[key]}" for key in ("base", "out", "vocab")]
     options += ["--text", settings["text"][0], "--replay", settings["replay"][0], "--dry-run", "--json"]
+    options += ["rows_lr=2e-3", "train.warmup=3", "--lr", "5e-5"]  # settings need no file
     ran = subprocess.run([sys.executable, "-m", "lapis", "adapt", *options], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     assert list(json.loads(ran.stdout)["steps"]) == ["measure", "adapted", "card"]
     written = yaml.safe_load((tmp_path / "out" / "plan.yaml").read_text())
-    assert read_plan(written) == read_plan({key: settings[key] for key in ("base", "out", "vocab", "text", "replay")})
+    given = {key: settings[key] for key in ("base", "out", "vocab", "text", "replay")}
+    assert read_plan(written) == read_plan({**given, "rows_lr": 2e-3, "train": {"warmup": 3}, "lr": 5e-5})
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["plan.yaml"]
 
 
@@ -173,7 +178,7 @@ def test_minutes_are_tokens_at_the_measured_speed() -> None:
 
 
 def test_merged_back_is_between_both(plan: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
-    result = adapt(plan(merge_back=0.25, ema=0.5))
+    result = adapt(plan(merge_back=0.25, ema=0.5, scale="attn=0.5,mlp=0"))
     names = ["measure", "tokenizer", "start", "embedded", "adapted", "merged", "grafted", "card"]
     assert list(result["steps"]) == names
     assert json.loads((tmp_path / "out" / "adapted" / "training.json").read_text())["config"]["ema"] == 0.5
@@ -184,7 +189,7 @@ def test_merged_back_is_between_both(plan: Callable[..., dict[str, Any]], tmp_pa
         expected = 0.75 * after[name].double() + 0.25 * before[name].double()
         assert torch.allclose(merged[name].double(), expected, rtol=0, atol=1e-7), name
     config = json.loads((tmp_path / "out" / "grafted" / "lapis-merge.json").read_text())
-    assert "merged" in json.dumps(config["inputs"])
+    assert "merged" in json.dumps(config["inputs"]) and len(config["recipe"]["scale"]["scales"]) == 2
 
 
 def test_training_ends_where_the_replay_text_costs(plan: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
@@ -234,6 +239,68 @@ def test_a_model_without_a_template_draws_plain_text(tmp_path: Path) -> None:
     one, same, other = (draw_texts(base, 900, seed) for seed in (1, 1, 2))
     assert one == same and one != other and sum(drawn.tokens for drawn in one) >= 900
     assert all(drawn.text == drawn.plain and "\0" not in drawn.text for drawn in one)
+
+
+def test_a_chat_model_is_trained_and_gets_back_what_it_lost(
+    plan: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    result = adapt(plan(onto="chat", merge_back=0.25))
+    names = ["measure", "tokenizer", "start", "embedded", "adapted", "merged", "restored", "card"]
+    assert list(result["steps"]) == names and list(result["scores"])[:3] == ["base", "chat", "start"]
+    start, before, after, merged, restored = (
+        load(out / name, torch.float32).state_dict() for name in ("start", "embedded", "adapted", "merged", "restored")
+    )
+    chat = load(plan()["chat"], torch.float32).state_dict()
+    assert all(chat[name].equal(start[name][:300] if "embed" in name else start[name]) for name in chat)
+    tokens = json.loads((out / "restored" / "lapis-merge.json").read_text())["vocabulary"]["template_tokens"]
+    words = Tokenizer.open(out / "restored")
+    rows = [words.id(token) for token in tokens]
+    assert len(rows) >= 2
+    for name in merged:
+        expected = 0.75 * after[name].double() + 0.25 * before[name].double()
+        assert torch.allclose(merged[name].double(), expected, rtol=0, atol=1e-7), name
+        if "embed" in name:  # the template's rows are chat's
+            assert restored[name][rows].equal(chat[name][rows]) and not merged[name][rows].equal(chat[name][rows])
+            others = [row for row in range(340) if row not in rows]
+            assert restored[name][others].equal(merged[name][others])
+        else:
+            assert restored[name].equal(merged[name])
+    assert words.chat_template == Tokenizer.open(plan()["chat"]).chat_template
+
+    other = adapt(plan(out=str(tmp_path / "other")))  # the other way, and both in one table
+    ran = subprocess.run(
+        [sys.executable, "-m", "lapis", "card", str(tmp_path / "other"), str(out / "restored"), "--json", "--out",
+         str(tmp_path / "both")], capture_output=True, text=True,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    scores = json.loads(ran.stdout)["scores"]
+    assert {"base", "chat", "grafted", "restored"} <= set(scores)
+    for name, mine in (("grafted", other), ("restored", result)):
+        assert scores[name]["target"]["bits_per_byte"] == mine["scores"][name]["target"]["bits_per_byte"]
+    with pytest.raises(ConfigError, match="chat is missing; onto: chat"):
+        adapt(plan(onto="chat", chat=None))
+
+
+def test_scales_are_learned_on_replies_to_the_language(plan: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    out, talks = tmp_path / "out", tmp_path / "talks.jsonl"
+    turn = {"role": "assistant", "content": "The old dog stands by the river."}
+    lines = [json.dumps({"messages": [{"role": "user", "content": text[:9]}, turn]}) for text in ENGLISH[:64]]
+    talks.write_text("\n".join(lines) + "\n")
+    how = {"objective": "chat", "data": str(talks), "model": plan()["base"], "context": 48, "batch": 8, "steps": 150}
+    train(read_settings({**how, "lr": 3e-3, "out": str(tmp_path / "talks"), **TINY}, "test"), watch=Silent())
+    settings = plan(scale="plan", vocab=0, chats=[], cost=0.2, chat=str(tmp_path / "talks"))
+    assert list(adapt(settings)["steps"])[-3:] == ["planned", "grafted", "card"]
+    chats = [json.loads(line) for line in (out / "planned" / "chats.jsonl").read_text().splitlines()]
+    assert 32 < len(chats) <= 64 and all(chat["messages"][0]["content"] in "".join(MALAY) for chat in chats)
+    learned = json.loads((out / "grafted" / "lapis-merge.json").read_text())["recipe"]["scale"]
+    written = yaml.safe_load((out / "planned" / "plan.yaml").read_text())
+    assert written["scales"] and len(learned["scales"]) == len(written["scales"])
+    seen = times(out)
+    adapt(settings)
+    assert times(out) == seen
+    with pytest.raises(ConfigError, match="chat is missing; onto: chat and scale: plan"):
+        adapt({**settings, "chat": None})
 
 
 class StopError(Exception):

@@ -20,7 +20,8 @@ def adapt(
     replay_share: float | None = None,
     ema: float | None = None,
     merge_back: float | None = None,
-    scale: float | None = None,
+    scale: str | None = None,
+    onto: str | None = None,
     cost: float | None = None,
     seed: int | None = None,
     language: str | None = None,
@@ -49,7 +50,8 @@ def adapt(
         replay_share: The share of replay in what is read.
         ema: Decay of a running average of the weights, which is then the result.
         merge_back: The share of the weights before the training, mixed into the result.
-        scale: Of the graft.
+        scale: Of the graft; plan learns one for each component.
+        onto: base (the default) trains the base and grafts chat onto it, chat trains the chat model itself.
         cost: By which share bits per byte of the replay text may rise.
         seed: Of everything.
         language: A code such as ms, for the model card.
@@ -68,8 +70,8 @@ def adapt(
     given = {
         "base": base, "chat": chat, "text": text, "replay": replay, "chats": chats, "tokens": tokens,
         "minutes": minutes, "lr": lr, "rows_lr": rows_lr, "replay_share": replay_share, "ema": ema,
-        "merge_back": merge_back, "scale": scale, "cost": cost, "seed": seed, "language": language, "out": out,
-        "vocab": int(vocab) if vocab and vocab.isdecimal() else vocab,
+        "merge_back": merge_back, "scale": scale, "onto": onto, "cost": cost, "seed": seed, "language": language,
+        "out": out, "vocab": int(vocab) if vocab and vocab.isdecimal() else vocab,
     }  # fmt: skip
     merged = {
         **override(load_yaml(plan) if plan else {}, settings),

@@ -7,7 +7,9 @@
     embedded/   the new rows trained alone                 (not where none are added)
     adapted/    everything trained but old rows, on the language with some replay
     merged/     that, mixed with what it was trained from  (where merge_back is given)
-    grafted/    the last of these + scale x (chat - base)  (where a chat model is given)
+    restored/   that, with chat's rows for its template    (where the chat model itself is trained)
+    planned/    a scale for each component                 (where scale is "plan")
+    grafted/    the last model + scale x (chat - base)     (where a chat model is given)
     card/       two languages side by side, from base to end
 
 Each step is an ordinary output of an ordinary command. A step that is there is not done again, unless what it read has
@@ -15,9 +17,10 @@ changed; a run that is stopped goes on with the same command.
 """
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +36,12 @@ from lapis.language.extend import add_rows, open_source
 from lapis.language.fertility import Report, fertility
 from lapis.language.inputs import check_inputs, other_language, stamps
 from lapis.language.plan import PLAN, AdaptPlan, earlier_speed, read_plan
-from lapis.language.replay import bits_per_byte, draw_texts
+from lapis.language.replay import bits_per_byte, draw_replies, draw_texts
 from lapis.language.steps import Steps
-from lapis.language.texts import first_bytes, read_texts
+from lapis.language.texts import after_bytes, first_bytes, first_sentence, read_texts, write_lines, write_texts
 from lapis.model.check import read_config
 from lapis.model.load import load
+from lapis.planning.plan import plan as plan_pieces
 from lapis.report.pages.fertility import fertility_page
 from lapis.text.corpus import corpus
 from lapis.text.corpus.files import files
@@ -47,10 +51,12 @@ from lapis.training.run import read_settings
 from lapis.training.run import run as train
 from lapis.training.setup.probe import training_speed
 from lapis.weights.graft.graft import graft
+from lapis.weights.graft.layout import plan_graft
 from lapis.weights.merge.merge import merge
 
 Bar = Callable[[str], AbstractContextManager[Report]]
 EVALUATIONS = 10  # of a training on the way, unless train says otherwise
+PROMPTS = 64  # to which chat replies where scales are learned
 BITS = "replay/bits_per_byte"
 
 
@@ -99,7 +105,7 @@ def adapt(
 def _speed(plan: AdaptPlan) -> float:
     """Tokens per second of training on this machine, to three digits."""
     threads, precision = plan.train.get("threads", 0), plan.train.get("precision", "auto")
-    return float(f"{training_speed(load(plan.base, torch.float32).train(), threads, precision):.3g}")
+    return float(f"{training_speed(load(plan.source, torch.float32).train(), threads, precision):.3g}")
 
 
 class _Adaptation:
@@ -107,7 +113,7 @@ class _Adaptation:
 
     def __init__(self, plan: AdaptPlan, steps: Steps, bar: Bar, note: Callable[[str], None]) -> None:
         self.plan, self.steps, self.bar, self.note = plan, steps, bar, note
-        self.models: dict[str, str | Path] = {"base": plan.base}
+        self.models: dict[str, str | Path] = {plan.onto: plan.source}
         self.inputs = {"base": stamps([plan.base]), "chat": stamps([plan.chat] if plan.chat else [])}
 
     @property
@@ -118,7 +124,7 @@ class _Adaptation:
     def run(self) -> dict[str, Any]:
         plan, steps = self.plan, self.steps
         texts = {name: stamps(files(list(paths))) for name, paths in plan.texts.items()}
-        how = {"base": self.inputs["base"], "scored": plan.scored, "context": plan.context}
+        how = {"base": self.inputs[plan.onto], "scored": plan.scored, "context": plan.context}
         steps.run("measure", {**texts, **how}, [], self._measure)
         last = ["measure"]
         if plan.draws_replay:
@@ -140,16 +146,20 @@ class _Adaptation:
         rates = self._rates_of_rows() if added and not plan.old_rows else {}
         self._train("adapted", self.last_model, share, {"lr": plan.lr, "ema": plan.ema, **rates}, last)
         last = ["adapted"]
-        if plan.merge_back:
-            self.note(f"merged: {1 - plan.merge_back:g} x adapted + {plan.merge_back:g} x what it was trained from")
-            steps.run("merged", {"merge_back": plan.merge_back}, last, self._merge_back)
+        if share := plan.merged_back:
+            self.note(f"merged: {1 - share:g} x adapted + {share:g} x what it was trained from")
+            steps.run("merged", {"merge_back": share}, last, self._merge_back)
             self.models["merged"] = steps.done["merged"]
             last = ["merged"]
-        if plan.chat is not None:
-            self.note(f"grafted: {last[0]} + {plan.scale:g} x (chat - base)")
-            steps.run("grafted", {"scale": plan.scale, **self.inputs}, last, self._graft)
-            self.models["grafted"] = steps.done["grafted"]
-            last = ["grafted"]
+        if plan.onto == "chat":
+            self.note(f"restored: {last[0]}, with chat's own rows for its template's tokens")
+            last = [self._add_chat("restored", {}, last)]
+        if plan.grafts:
+            if plan.scale == "plan":
+                last = self._plan_scales(last)
+            self.note(f"grafted: {plan.scale} x (chat - base) is added")
+            scale = str(plan.scale)
+            last = [self._add_chat("grafted", {"scale": scale, "file": stamps([scale])}, last)]
         how = {
             "files": stamps(measured_files(vars(plan))),
             "scored": plan.scored,
@@ -177,13 +187,16 @@ class _Adaptation:
         if remark := other_language(plan):
             self.note(remark)
         with self.bar("reading text") as report, commit(folder, kind="adapt", overwrite=overwrite) as staging:
-            measured = fertility(plan.base, plan.text, replay=plan.texts.get("replay", ()), run=False, progress=report)
+            measured = fertility(
+                plan.source, plan.text, replay=plan.texts.get("replay", ()), run=False, progress=report
+            )
             write_json(staging.path / "fertility.json", measured.to_json())
             (staging.path / "index.html").write_text(fertility_page(measured.to_json()).render(), encoding="utf-8")
             for name, paths in plan.texts.items():
                 learn, held = read_texts(paths)
-                _write_texts(staging.path / f"{name}.jsonl", learn)
-                _write_texts(staging.path / f"{name}.held.jsonl", first_bytes(held, plan.scored))
+                write_texts(staging.path / f"{name}.jsonl", learn)
+                write_texts(staging.path / f"{name}.held.jsonl", first_bytes(held, plan.scored))
+                write_texts(staging.path / f"{name}.spare.jsonl", after_bytes(held, plan.scored))
             self._measure_base(staging.path)
         self.note(measured.recommendation["reason"])
 
@@ -192,7 +205,7 @@ class _Adaptation:
         held = {"target": folder / "text.held.jsonl", "replay": folder / "replay.held.jsonl"}
         with self.bar("measuring the base"):
             held = {name: path for name, path in held.items() if path.exists()}
-            bits = bits_per_byte(self.plan.base, held, self._context(self.plan.base))
+            bits = bits_per_byte(self.plan.source, held, self._context(self.plan.source))
         write_json(folder / "base.json", {name: round(value, 6) for name, value in bits.items()})
 
     def _draw_replay(self, folder: Path, overwrite: bool) -> None:
@@ -200,11 +213,11 @@ class _Adaptation:
         self.note("replay: drawing text from the model itself")
         with self.bar("drawing text") as report, commit(folder, kind="adapt", overwrite=overwrite) as staging:
             tokens = int(plan.replay_share * plan.trained_tokens + plan.scored / 4)
-            drawn = draw_texts(plan.base, tokens, plan.seed, report)
+            drawn = draw_texts(plan.source, tokens, plan.seed, report)
             few = max(1, len(drawn) // 10)
             held = first_bytes((each.plain for each in drawn[:few]), plan.scored)
-            _write_texts(staging.path / "replay.held.jsonl", held)
-            _write_texts(staging.path / "replay.jsonl", (each.text for each in drawn[few:] or drawn))
+            write_texts(staging.path / "replay.held.jsonl", held)
+            write_texts(staging.path / "replay.jsonl", (each.text for each in drawn[few:] or drawn))
             self._measure_base(staging.path)
 
     def _added(self) -> int:
@@ -214,7 +227,7 @@ class _Adaptation:
 
     def _tokenizer(self, folder: Path, overwrite: bool) -> None:
         add = self._added()
-        base = ExtendableTokenizer.open(open_source(self.plan.base)[0])
+        base = ExtendableTokenizer.open(open_source(self.plan.source)[0])
         with self.bar("learning merges") as report:
             counts = base.count_words(document.text for document in corpus.documents(self._text("text")))
             gained = base.learn(counts, add, progress=lambda done, total: report(done, total, "learning merges"))
@@ -228,7 +241,7 @@ class _Adaptation:
             base.write(staging.path, gained)
 
     def _start(self, folder: Path, overwrite: bool) -> None:
-        source, checkpoint = open_source(self.plan.base)
+        source, checkpoint = open_source(self.plan.source)
         assert checkpoint is not None
         base = ExtendableTokenizer.open(source)
         gained = base.read_extension(self.steps.done["tokenizer"])
@@ -245,7 +258,7 @@ class _Adaptation:
 
     def _new_rows(self) -> list[int]:
         """The ids of new tokens."""
-        base = ExtendableTokenizer.open(open_source(self.plan.base)[0])
+        base = ExtendableTokenizer.open(open_source(self.plan.source)[0])
         gained = base.read_extension(self.steps.done["tokenizer"])
         return list(range(gained.first, gained.first + len(gained.tokens)))
 
@@ -277,7 +290,7 @@ class _Adaptation:
 
     def _merge_back(self, folder: Path, overwrite: bool) -> None:
         *_, before, trained = self.models.values()
-        share = self.plan.merge_back
+        share = self.plan.merged_back
         weights = [{"model": str(m), "parameters": {"weight": w}} for m, w in ((trained, 1 - share), (before, share))]
         with self.bar("merging") as report:
             merge(
@@ -285,14 +298,51 @@ class _Adaptation:
                 progress=lambda done, total: report(done, total, "merging"),
             )  # fmt: skip
 
-    def _graft(self, folder: Path, overwrite: bool) -> None:
-        plan = self.plan
+    def _add_chat(self, name: str, how: Mapping[str, Any], after: Sequence[str]) -> str:
+        """A step that grafts chat onto the newest model: its difference, or only the rows of its template."""
+        plan, onto = self.plan, self.last_model
         assert plan.chat is not None
-        with self.bar("grafting") as report:
-            graft(
-                plan.base, plan.chat, self.last_model, folder, plan.scale, overwrite=overwrite,
-                progress=lambda done, total: report(done, total, "grafting"),
-            )  # fmt: skip
+        base, chat, scale = plan.base, plan.chat, plan.scale
+        if name != "grafted":
+            scale = 0.0
+        elif "planned" in self.steps.done:
+            scale = str(self.steps.done["planned"] / PLAN)
+        if name == "restored":
+            base = chat
+
+        def make(folder: Path, overwrite: bool) -> None:
+            with self.bar("grafting") as report:
+                graft(
+                    base, chat, onto, folder, scale, overwrite=overwrite,
+                    progress=lambda done, total: report(done, total, "grafting"),
+                )  # fmt: skip
+
+        self.models[name] = self.steps.run(name, {**how, **self.inputs}, after, make)
+        return name
+
+    def _plan_scales(self, after: Sequence[str]) -> list[str]:
+        """The step that learns a scale for each component, on replies of chat to text of the language."""
+        plan, last = self.plan, list(after)
+        assert plan.chat is not None
+        if plan_graft(plan.base, plan.chat, self.last_model).new_tokens:  # a plan needs rows for them
+            last = [self._add_chat("worded", {}, last)]
+        chat, onto = plan.chat, self.last_model
+
+        def make(folder: Path, overwrite: bool) -> None:
+            self.note("planned: learning a scale for each component")
+            with self.bar("planning") as report, commit(folder, kind="adapt", overwrite=overwrite) as staging:
+                texts = [document.text for document in islice(corpus.documents(self._text("text")), PROMPTS)]
+                chats = staging.path / "chats.jsonl"
+                write_lines(chats, draw_replies(chat, [first_sentence(text) for text in texts]))
+                spare = self._text("text").with_suffix(".spare.jsonl")  # on which no model is measured
+                held = spare if spare.stat().st_size else self._held()["target"]
+                plan_pieces(
+                    plan.base, chat, chats=chats, text=held, onto=onto, cost=plan.cost or 1e-3,
+                    pieces="components", seed=plan.seed, progress=lambda what, done, total: report(done, total, what),
+                ).save(staging.path / PLAN)  # fmt: skip
+
+        self.steps.run("planned", {"cost": plan.cost, "seed": plan.seed, **self.inputs}, last, make)
+        return ["planned"]
 
     def _card(self, folder: Path, overwrite: bool) -> None:
         self.note("card: measuring every step in each language")
@@ -318,11 +368,3 @@ class _Adaptation:
 
     def _context(self, model: str | Path) -> int:
         return min(self.plan.context, read_config(str(model)).context)
-
-
-def _write_texts(path: Path, texts: Iterable[str]) -> None:
-    import json
-
-    with path.open("w", encoding="utf-8") as file:
-        for text in texts:
-            file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")

@@ -15,6 +15,7 @@ from lapis.text.corpus import corpus
 from lapis.text.corpus.files import files
 from lapis.text.tokenizer.extend import ExtendableTokenizer
 from lapis.weights.graft.layout import plan_graft
+from lapis.weights.graft.scale import read_scale
 
 SAME = 0.1  # share of the replay documents that may stand in the target's text, too
 READ = 20_000_000  # bytes of a text that are looked at
@@ -34,9 +35,11 @@ def check_inputs(plan: AdaptPlan, out: Path) -> None:
     holds = [path.name for path in out.iterdir() if not path.name.startswith(unfinished)] if out.exists() else []
     if holds and not (out / PLAN).is_file():
         raise OutputError(f"{out}: exists already and is no adaptation; give another --out")
-    source, checkpoint = open_source(plan.base)
+    source, checkpoint = open_source(plan.source)
     if checkpoint is None:
-        raise ConfigError(f"adapt: base is {plan.base}, which holds a tokenizer and no weights; give a model")
+        raise ConfigError(f"adapt: {plan.onto} is {plan.source}, which holds a tokenizer and no weights; give a model")
+    if plan.scale != "plan":
+        read_scale(plan.scale)
     if plan.vocab not in ("auto", 0):
         ExtendableTokenizer.open(source)
     for paths in plan.texts.values():

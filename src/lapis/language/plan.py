@@ -34,6 +34,8 @@ class AdaptPlan:
         out: The folder of the steps.
         replay: Text of what the model is not to lose; "self" has the model draw it.
         chat: The chat version of base, whose ability to chat is grafted on.
+        onto: What is trained: "base", onto which chat is grafted then, or "chat" itself, which then gets back what it
+            lost (ElChat, Yamaguchi et al., arXiv:2412.11704).
         chats: Chats of the language, to measure replies on.
         replay_chats: Chats of what the model knew.
         choices: Questions of multiple choice in the language: jsonl, or task files of lm-evaluation-harness.
@@ -51,11 +53,13 @@ class AdaptPlan:
         rows_lr: Peak learning rate of new rows, in both trainings.
         old_rows: Whether rows of old tokens are trained, too, where there are new ones; then all have `lr`.
         ema: Decay of a running average of the weights while everything is trained, which is then the result; 0 = none.
-        merge_back: The share of the weights that everything was trained from, mixed into the result; 0 = none.
+        merge_back: The share of the weights that everything was trained from, mixed into the result; by default none,
+            and half where the chat model itself is trained.
         context: Tokens of a row.
         batch: Rows of a step.
         train: More settings of both trainings (`lapis train`), such as {warmup: 20, precision: float32}.
-        scale: Of the graft.
+        scale: Of the graft: a number, what `lapis graft --scale` takes, or "plan", which learns one for each component
+            (`lapis plan --onto`) on replies of chat to text of the language.
         cost: By which share bits per byte of the replay text may rise: training ends where they rise more, and what the
             result costs beyond it is told.
         scored: Bytes of held-out text of each language that models are measured on.
@@ -67,6 +71,7 @@ class AdaptPlan:
     out: str
     replay: tuple[str, ...] = ()
     chat: str | None = None
+    onto: Literal["base", "chat"] = "base"
     chats: tuple[str, ...] = ()
     replay_chats: tuple[str, ...] = ()
     choices: tuple[str, ...] = ()
@@ -84,11 +89,11 @@ class AdaptPlan:
     rows_lr: float = 1e-3
     old_rows: bool = False
     ema: float = 0.0
-    merge_back: float = 0.0
+    merge_back: float | None = None
     context: int = 512
     batch: int = 16
     train: dict[str, Any] = field(default_factory=dict)
-    scale: float = 1.0
+    scale: float | str = 1.0
     cost: float = 0.03
     scored: int = 40_000
     seed: int = 0
@@ -97,7 +102,7 @@ class AdaptPlan:
         if not self.text:
             raise ConfigError("adapt: text is missing; give files of the language")
         for name in ("embedded", "replay_share", "ema", "merge_back"):
-            if not 0 <= getattr(self, name) < 1:
+            if not 0 <= (getattr(self, name) or 0) < 1:
                 raise ConfigError(f"adapt: {name} is {getattr(self, name)}; it is a share, from 0 to below 1")
         if isinstance(self.vocab, int) and self.vocab < 0:
             raise ConfigError(f"adapt: vocab is {self.vocab}; give auto, 0 for no new tokens, or their number")
@@ -105,11 +110,28 @@ class AdaptPlan:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ConfigError(f"adapt: {name} is {value:g}; it must be above 0")
+        if self.chat is None and (self.onto == "chat" or self.scale == "plan"):
+            raise ConfigError("adapt: chat is missing; onto: chat and scale: plan need the chat version of base")
         if self.cost < 0:
             raise ConfigError(f"adapt: cost is {self.cost:g}; it is a share, from 0 on")
         for name in self.train:
             if name in _SETTLED:
                 raise ConfigError(f"adapt: train: {name} is settled by {_SETTLED[name]} of the plan; give that")
+
+    @property
+    def source(self) -> str:
+        """The model that is trained."""
+        return self.chat if self.onto == "chat" and self.chat is not None else self.base
+
+    @property
+    def merged_back(self) -> float:
+        """`merge_back`, or what it is by default."""
+        return (0.5 if self.onto == "chat" else 0.0) if self.merge_back is None else self.merge_back
+
+    @property
+    def grafts(self) -> bool:
+        """Whether the difference of chat and base is added."""
+        return self.chat is not None and self.onto == "base"
 
     @property
     def draws_replay(self) -> bool:
@@ -141,7 +163,8 @@ class AdaptPlan:
         """The steps, as far as they are known before the first one is done."""
         names = ["measure", *(["replay"] if self.draws_replay else [])]
         names += [*(["tokenizer", "start", *(["embedded"] if self.embedded else [])] if self.vocab else [])]
-        names += ["adapted", *(["merged"] if self.merge_back else []), *(["grafted"] if self.chat is not None else [])]
+        names += ["adapted", *(["merged"] if self.merged_back else []), *(["restored"] if self.onto == "chat" else [])]
+        names += [*(["planned"] if self.grafts and self.scale == "plan" else []), *(["grafted"] if self.grafts else [])]
         return [*names, "card"]
 
     def steps(self, share: float, context: int) -> int:
@@ -167,6 +190,6 @@ def earlier_speed(plan: AdaptPlan, out: Path) -> float | None:
     if plan.tokens_per_second is not None or not (out / PLAN).is_file():
         return plan.tokens_per_second
     before = load_yaml(out / PLAN)
-    same = all(before.get(name) == getattr(plan, name) for name in ("base", "context"))
+    same = all(before.get(name) == getattr(plan, name) for name in ("base", "onto", "context"))
     speed = before.get("tokens_per_second")
     return float(speed) if same and isinstance(speed, (int, float)) and speed > 0 else None

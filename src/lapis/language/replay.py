@@ -5,10 +5,11 @@ Text of a model's own is replay where there is no other: samples from it keep ne
 might say, after what its template writes before a user's turn (Xu et al., "Magpie", arXiv:2406.08464), and replies.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,6 +28,7 @@ SELF = "self"  # in the place of files: the model draws them
 MOST = 200_000  # tokens that are drawn; more are read again
 LENGTH = 256  # tokens of a text, of a user's turn and of a reply, each at most
 BATCH = 64  # texts that are drawn at once
+REPLY = 48  # tokens of a reply to a prompt
 EMPTY = 4  # batches without a text, after which a model is taken to write nothing
 
 Report = Callable[[float, float | None, str], None]
@@ -88,6 +90,31 @@ def draw_texts(
     return texts
 
 
+def draw_replies(source: str | Path, prompts: Sequence[str]) -> list[dict[str, Any]]:
+    """Chats of one turn: what a chat model says, most likely, to what somebody writes.
+
+    Args:
+        source: The model.
+        prompts: What a user writes.
+
+    Raises:
+        DataError: Where the model says nothing to any of them.
+    """
+    model, tokenizer = open_ready(str(source), Runtime())
+    settle_threads(next(model.parameters()).device)
+    room = model.config.context * 3 // 4
+    turns = [turn for prompt in prompts if (turn := _fitting(tokenizer, prompt, room))]
+    replies = generate_batch(model, tokenizer, [[turn] for turn in turns], Sampling(max_tokens=REPLY))
+    chats = [
+        {"messages": [turn, {"role": "assistant", "content": text}]}
+        for turn, reply in zip(turns, replies, strict=True)
+        if (text := reply.text.replace("\0", "").strip())
+    ]
+    if not chats:
+        raise DataError(f"adapt: scale is plan, and {source} replies nothing to text of the language; give a number")
+    return chats
+
+
 def _documents(model: Transformer, tokenizer: Tokenizer, seed: int) -> Iterator[list[Drawn]]:
     for replies in _batches(model, tokenizer, "", seed):
         texts = [reply.text.replace("\0", "") for reply in replies]  # no text holds a NUL
@@ -97,10 +124,21 @@ def _documents(model: Transformer, tokenizer: Tokenizer, seed: int) -> Iterator[
 def _chats(model: Transformer, tokenizer: Tokenizer, seed: int) -> Iterator[list[Drawn]]:
     for number, openings in enumerate(_batches(model, tokenizer, opening(tokenizer), seed)):
         texts = [reply.text.replace("\0", "").strip() for reply in openings]
-        turns = [[{"role": "user", "content": text}] for text in texts if text]
+        room = model.config.context * 3 // 4
+        turns = [[turn] for text in texts if (turn := _fitting(tokenizer, text, room))]
         sampling = _sampling(model, seed + 2**30 + number * BATCH)
         replies = generate_batch(model, tokenizer, turns, sampling) if turns else []
         yield [_exchange(tokenizer, turn, reply) for turn, reply in zip(turns, replies, strict=True)]
+
+
+def _fitting(tokenizer: Tokenizer, text: str, room: int) -> dict[str, str] | None:
+    """A user's turn of so many tokens at most, with what the template writes; None where nothing of it fits."""
+    while text:
+        turn = {"role": "user", "content": text}
+        if len(encode_prompt(tokenizer, [turn])) <= room:
+            return turn
+        text = text[: len(text) // 2].strip()
+    return None
 
 
 def _exchange(tokenizer: Tokenizer, turn: list[dict[str, str]], reply: Reply) -> Drawn:

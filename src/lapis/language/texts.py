@@ -3,9 +3,11 @@
 Which document is held out depends on its text alone, so that every step of an adaptation holds out the same ones.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 from lapis.errors import DataError
 from lapis.text.corpus.labels import bare_texts
@@ -70,3 +72,32 @@ def first_bytes(texts: Iterable[str], size: int | None) -> Iterator[str]:
             return
         left -= len(raw)
         yield text
+
+
+def after_bytes(texts: Iterable[str], size: int) -> Iterator[str]:
+    """The texts that begin behind the first `size` bytes."""
+    before = 0
+    for text in texts:
+        if before >= size:
+            yield text
+        before += len(text.encode(errors="replace"))
+
+
+def first_sentence(text: str, most: int = 200) -> str:
+    """The beginning of a text, as a user might write it: to the first end of a sentence or line, cut at a space."""
+    line = text.strip().splitlines()[0] if text.strip() else ""
+    end = min((place + 1 for mark in ".!?。？！।" if (place := line.find(mark, 10)) > 0), default=len(line))
+    sentence = line[:end]
+    return sentence if len(sentence) <= most else sentence[:most].rpartition(" ")[0] or sentence[:most]
+
+
+def write_texts(path: Path, texts: Iterable[str]) -> None:
+    """A JSON object with `text` for each text, one per line."""
+    write_lines(path, ({"text": text} for text in texts))
+
+
+def write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """One JSON object per line."""
+    with path.open("w", encoding="utf-8") as file:
+        for record in records:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")

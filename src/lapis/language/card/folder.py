@@ -21,7 +21,15 @@ from lapis.text.corpus.files import files
 PLAN = "plan.yaml"
 TEXTS = ("measure", "replay")  # steps that hold texts; the second one where a model drew its replay itself
 PARTS = {"target": "text", "replay": "replay"}  # language -> what its files in measure/ are called
-ORDER = ("start", "embedded", "adapted", "merged", "grafted")  # of steps that hold a model; others come after these
+ORDER = (
+    "start",
+    "embedded",
+    "adapted",
+    "merged",
+    "restored",
+    "worded",
+    "grafted",
+)  # of steps that hold a model; others come after these
 MEASURED = ("chats", "replay_chats", "choices", "replay_choices")  # keys of a plan whose files a card reads
 CHATS = 32  # that models are measured on
 QUESTIONS = 500
