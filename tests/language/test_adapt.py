@@ -245,7 +245,7 @@ def test_a_chat_model_is_trained_and_gets_back_what_it_lost(
     plan: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    result = adapt(plan(onto="chat", merge_back=0.25))
+    result = adapt(plan(onto="chat", merge_back=0.25, old_rows=True))
     names = ["measure", "tokenizer", "start", "embedded", "adapted", "merged", "restored", "card"]
     assert list(result["steps"]) == names and list(result["scores"])[:3] == ["base", "chat", "start"]
     start, before, after, merged, restored = (
