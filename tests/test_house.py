@@ -29,7 +29,8 @@ MAY_IMPORT = {
     "report": set(),
     "formats": {"checkpoint", "evaluation", "families", "model", "text"},
     "language": {
-        "checkpoint", "evaluation", "families", "generation", "model", "planning", "report", "text", "training", "weights",
+        "checkpoint", "evaluation", "families", "generation", "model", "planning", "report", "text", "training",
+        "weights",
     },
     "serving": {"families", "generation", "inside", "model", "report", "text"},
     "tour": {"checkpoint", "evaluation", "families", "generation", "model", "report", "text", "training", "weights"},
