@@ -32,7 +32,7 @@ MAY_IMPORT = {
         "checkpoint", "evaluation", "families", "generation", "model", "planning", "report", "text", "training",
         "weights",
     },
-    "serving": {"families", "generation", "inside", "model", "report", "text"},
+    "serving": {"checkpoint", "families", "generation", "inside", "model", "report", "text"},
     "tour": {"checkpoint", "evaluation", "families", "generation", "model", "report", "text", "training", "weights"},
     "cli": {
         "checkpoint", "evaluation", "families", "formats", "generation", "inside", "language", "model", "planning",

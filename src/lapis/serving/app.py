@@ -10,9 +10,17 @@ from lapis.serving.engine.lens import LensReader
 from lapis.serving.errors import handle_errors
 from lapis.serving.gate import Gate, Limits
 from lapis.serving.metrics import Metrics
-from lapis.serving.routes import chat, lens, models
+from lapis.serving.routes import chat, completions, embeddings, lens, models, responses
 
-ROUTERS = (models.router, chat.router, lens.router, pages.router)
+ROUTERS = (
+    models.router,
+    chat.router,
+    completions.router,
+    responses.router,
+    embeddings.router,
+    lens.router,
+    pages.router,
+)
 
 
 def make_app(engine: Engine, limits: Limits) -> FastAPI:

@@ -11,11 +11,7 @@ from starlette.exceptions import HTTPException
 from lapis.errors import LapisError
 from lapis.serving.engine.engine import QueueFull
 
-TYPES = {
-    400: "invalid_request_error", 401: "invalid_request_error", 403: "invalid_request_error",
-    404: "invalid_request_error", 405: "invalid_request_error", 408: "invalid_request_error",
-    413: "invalid_request_error", 421: "invalid_request_error", 429: "rate_limit_error", 500: "server_error",
-}  # fmt: skip
+TYPES = {429: "rate_limit_error"}  # else "invalid_request_error", or from 500 on "server_error"
 LONGEST = 1000  # characters of a message
 
 
@@ -61,7 +57,10 @@ def handle_errors(app: FastAPI) -> None:
 
     @app.exception_handler(LapisError)
     async def lapis_refused(request: Request, error: LapisError) -> JSONResponse:
-        return await refused(request, refusal(error))
+        answer = refusal(error)
+        for served in request.app.state.engine.models.values():
+            answer.detail = served.hides(answer.detail)
+        return await refused(request, answer)
 
 
 def _first(errors: Sequence[Any]) -> tuple[str | None, str]:

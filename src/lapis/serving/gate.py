@@ -20,6 +20,7 @@ from lapis.serving.errors import ApiError, body_of
 from lapis.serving.metrics import Metrics
 from lapis.serving.options import LOOPBACK
 
+HEAD_BYTES = 32_768  # of a request: its headers and what stands after the question mark
 OPEN = ("/", "/health")  # may be read without a key, and so may the page's files
 HEADERS = ((b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer"),
            (b"cross-origin-resource-policy", b"same-origin"))  # fmt: skip
@@ -78,6 +79,8 @@ class Gate:
 
     def _check(self, scope: Scope, headers: Mapping[str, str]) -> None:
         """Raises ApiError for a request that must not go on."""
+        if sum(len(name) + len(value) for name, value in scope["headers"]) + len(scope["query_string"]) > HEAD_BYTES:
+            raise ApiError(431, f"the head of the request has more than {HEAD_BYTES:,} bytes, which is the most")
         host = headers.get("host", "")
         if not self._ours(host, scope):
             raise ApiError(421, f"{host[:100]!r} is no name of this server; --allow-host adds one", code="unknown_host")

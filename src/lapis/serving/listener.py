@@ -18,11 +18,12 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from lapis.errors import OutputError
 from lapis.serving.errors import body_of
+from lapis.serving.gate import HEAD_BYTES
 
 DRAIN_SECONDS = 30  # that running replies have after SIGTERM
 REQUEST_SECONDS = 15.0  # until the head of a request has come
 STALL_SECONDS = 30.0  # that a client may leave its replies unread
-HEAD_BYTES = 32_768
+SEND_BYTES = 262_144  # of a reply that the system holds for a client which does not read
 CONNECTIONS = 1000
 
 
@@ -34,6 +35,7 @@ def bind(host: str, port: int) -> socket.socket:
     except OSError as error:
         raise OutputError(f"serve: {host} is no address here: {error.strerror or error}") from None
     made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES)  # connections have it from here
     try:
         made.bind(address)
         made.listen(1)

@@ -199,9 +199,8 @@ class CompletionRequest(SamplingBody):
 
     prompt: (
         str
-        | Annotated[list[str], Field(min_length=1, max_length=MOST_INPUTS)]
         | Annotated[list[int], Field(min_length=1)]
-        | Annotated[list[list[int]], Field(min_length=1, max_length=MOST_INPUTS)]
+        | Annotated[list[str | list[int]], Field(min_length=1, max_length=MOST_INPUTS)]
     )
     logprobs: Annotated[int, Field(ge=0, le=MOST_TOP_LOGPROBS)] | None = None
     echo: bool | None = None
@@ -212,9 +211,8 @@ class EmbeddingsRequest(Body):
 
     input: (
         str
-        | Annotated[list[str], Field(min_length=1, max_length=MOST_INPUTS)]
         | Annotated[list[int], Field(min_length=1)]
-        | Annotated[list[list[int]], Field(min_length=1, max_length=MOST_INPUTS)]
+        | Annotated[list[str | list[int]], Field(min_length=1, max_length=MOST_INPUTS)]
     )
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Annotated[int, Field(ge=1)] | None = None

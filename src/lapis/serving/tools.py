@@ -46,23 +46,30 @@ class Toolbox:
     def names(self) -> frozenset[str]:
         return frozenset(tool["function"]["name"] for tool in self.tools)
 
-    def grammar(self, tokenizer: Tokenizer, only: str | None = None) -> str:
-        """The Lark grammar of a reply that is a call.
+    @property
+    def strict(self) -> bool:
+        """Whether a tool of them asks that its schema be kept to."""
+        return any(tool["function"].get("strict") for tool in self.tools)
+
+    def grammar(self, tokenizer: Tokenizer, only: str | None = None, forced: bool = True) -> str:
+        """The Lark grammar of a reply that is a call, or that may hold calls.
 
         Args:
             tokenizer: Of the model; where it has the tags as tokens of their own, those are used.
             only: The one tool that may be called; None for any.
+            forced: The reply is a call and nothing else; else words may stand before and between calls.
         """
+        given = "arguments" if self.tags else "parameters"
         calls = [
             {
                 "type": "object",
                 "properties": {
                     "name": {"const": tool["function"]["name"]},
-                    "arguments" if self.tags else "parameters": tool["function"].get("parameters")
-                    or {"type": "object"},
+                    given: tool["function"].get("parameters") or {"type": "object"},
                 },
-                "required": ["name", "arguments" if self.tags else "parameters"],
+                "required": ["name", given],
                 "additionalProperties": False,
+                "x-guidance": {"whitespace_pattern": "[ ]?"},
             }
             for tool in self.tools
             if only is None or tool["function"]["name"] == only
@@ -70,9 +77,15 @@ class Toolbox:
         lines = [f"call: {' | '.join(f'call{i}' for i in range(len(calls)))}"]
         lines += [f"call{i}: %json {json.dumps(call)}" for i, call in enumerate(calls)]
         if not self.tags:
-            return "\n".join(["start: call", *lines])
-        opening, closing = (_terminal(tokenizer, tag) for tag in (OPEN, CLOSE))
-        return "\n".join([f'start: {opening} "\\n" call "\\n" {closing}', *lines])
+            start = ["start: call"] if forced else ["start: call | WORDS", r"WORDS: /[^{](.|\n)*/"]
+            return "\n".join([*start, *lines])
+        own = tokenizer.id(OPEN) in tokenizer.added
+        opening, closing = (OPEN, CLOSE) if own else (json.dumps(OPEN), json.dumps(CLOSE))
+        tagged = f'"\\n" call "\\n" {closing}'
+        if forced:
+            return "\n".join([f"start: {opening} {tagged}", *lines])
+        tag = [f"tag: WORDS {OPEN} {tagged}"] if own else [f"open[lazy]: WORDS {opening}", f"tag: open {tagged}"]
+        return "\n".join(["start: tag* last", "last: WORDS", r"WORDS: /(.|\n)*/", *tag, *lines])
 
 
 def make_toolbox(tokenizer: Tokenizer, tools: Sequence[Mapping[str, Any]], one: bool) -> Toolbox:
@@ -192,8 +205,3 @@ def _objects(text: str) -> list[str]:
 def _beginning(text: str, tag: str) -> int:
     """Characters at the end of a text that a tag begins with."""
     return next((n for n in range(min(len(tag) - 1, len(text)), 0, -1) if tag.startswith(text[-n:])), 0)
-
-
-def _terminal(tokenizer: Tokenizer, tag: str) -> str:
-    """A tag in a Lark grammar: the token of its own, or its letters."""
-    return tag if tokenizer.id(tag) in tokenizer.added else json.dumps(tag)

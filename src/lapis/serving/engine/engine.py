@@ -2,7 +2,7 @@
 
     engine = Engine(models, rows=8, queue=64)
     engine.start(loop)                     streams are filled in this event loop
-    stream = engine.submit(order)          raises QueueFull
+    (stream,) = engine.submit([order])     raises QueueFull
     async for chunk in stream: ...
     result = await engine.compute(name, lambda model: ...)    anything else with a model, between two steps
 
@@ -21,7 +21,7 @@ from typing import TypeVar
 from lapis.errors import LapisError
 from lapis.model.threads import settle_threads
 from lapis.serving.engine.batch import RunningBatch
-from lapis.serving.engine.grammar import Grammars
+from lapis.serving.engine.grammar import Constraint, Grammars
 from lapis.serving.engine.order import Chunk, Order, ReplyStream
 from lapis.serving.engine.row import RunningRow
 from lapis.serving.engine.served import ServedModel
@@ -80,23 +80,23 @@ class Engine:
             self._grammars[name] = Grammars(served.tokenizer, served.model.config.vocab)
         return self._grammars[name]
 
-    def submit(self, order: Order) -> ReplyStream:
-        """Puts an order into the queue.
+    def submit(self, orders: Sequence[Order]) -> list[ReplyStream]:
+        """Puts orders into the queue; a stream for each.
 
         Raises:
-            QueueFull: Where as many wait as may.
+            QueueFull: Where as many replies wait as may; then none of the orders is taken.
         """
-        stream, served = ReplyStream(order), self.models[order.model]
-        grammar = order.shaping.grammar
+        self._check_room(sum(order.replies for order in orders))
+        streams = [ReplyStream(order) for order in orders]
         rows = [
-            RunningRow(stream, i, served, self.grammars(order.model).constraint(grammar) if grammar else None)
-            for i in range(order.replies)
+            RunningRow(stream, i, self.models[stream.order.model], self._constraint(stream.order))
+            for stream in streams
+            for i in range(stream.order.replies)
         ]
-        self._check_room()
         with self._wake:
             self._inbox += rows
             self._wake.notify()
-        return stream
+        return streams
 
     async def compute(self, name: str, function: Callable[[ServedModel], Result]) -> Result:
         """What a function makes of a model, computed in the engine's thread between two steps.
@@ -108,7 +108,7 @@ class Engine:
         Raises:
             QueueFull: Where as much waits as may.
         """
-        self._check_room()
+        self._check_room(1)
         future: Future[Result] = Future()
 
         def work() -> None:
@@ -146,9 +146,15 @@ class Engine:
             for name, batch in self._batches.items()
         }
 
-    def _check_room(self) -> None:
+    def _constraint(self, order: Order) -> Constraint | None:
+        grammar = order.shaping.grammar
+        return self.grammars(order.model).constraint(grammar) if grammar else None
+
+    def _check_room(self, more: int) -> None:
+        """Raises QueueFull where so many more would be too many. Who finds the engine idle is always taken."""
+        waiting, busy = self.waiting, any(batch.busy for batch in self._batches.values())
         free = sum(batch.slots.rows - len(batch.rows) for batch in self._batches.values())
-        if (waiting := self.waiting) >= self._queue + free:
+        if (busy or waiting) and waiting + more > self._queue + free:
             raise QueueFull(waiting, max(1, min(60, math.ceil(waiting * self._seconds_each))))
 
     # -- the engine's own thread

@@ -70,8 +70,11 @@ class Grammars:
         from llguidance import LLMatcher
 
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
-        if matcher.is_error():
-            why = matcher.get_error()
+        trial = matcher.deep_copy()
+        if not trial.is_error():
+            trial.compute_bitmask()  # a schema that is nothing but itself is seen through only now
+        if trial.is_error():
+            why = trial.get_error()
             if why.startswith("NoExtension"):
                 raise DataError("the schema cannot be followed: no text fulfils it")
             raise DataError(f"the schema cannot be followed: {first_line(why)}")

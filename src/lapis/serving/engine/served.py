@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from lapis.checkpoint import open_checkpoint
 from lapis.errors import ConfigError
 from lapis.generation.generate import context as model_context
 from lapis.generation.options import Runtime
@@ -15,6 +16,7 @@ from lapis.generation.ready import open_ready
 from lapis.model.blocks.norm import compute_dtype
 from lapis.model.size import free_memory
 from lapis.model.transformer import Transformer
+from lapis.serving.engine.pooling import Pooling, read_pooling
 from lapis.serving.engine.slots import slot_bytes
 from lapis.text.tokenizer.tokenizer import Tokenizer
 
@@ -34,6 +36,7 @@ class ServedModel:
     model: Transformer
     tokenizer: Tokenizer
     context: int
+    pooling: Pooling = field(default_factory=Pooling)
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -94,13 +97,14 @@ def open_models(sources: list[str], runtime: Runtime, rows: int, most: int | Non
         most: Tokens that prompt and reply may have together; None for all that the model has.
     """
     names = name_models(sources)
+    poolings = [read_pooling(open_checkpoint(source, adapters=True)) for source in sources]
     opened = [open_ready(source, runtime) for source in sources]
     for source, (model, _) in zip(sources, opened, strict=True):
         if model.config.image is not None or model.config.head in ("classes", "scalar"):
             raise ConfigError(f"serve: {source} has the head of a classifier; serve a model that writes, or an encoder")
     free = free_memory()
     served = []
-    for name, source, (model, tokenizer) in zip(names, sources, opened, strict=True):
+    for name, source, pooling, (model, tokenizer) in zip(names, sources, poolings, opened, strict=True):
         context = model_context(model) if most is None else min(most, model_context(model))
         if free is not None and model.embed.weight.device.type == "cpu" and model.config.causal:
             each = slot_bytes(model.config, compute_dtype(model.embed.weight)) * rows
@@ -113,5 +117,5 @@ def open_models(sources: list[str], runtime: Runtime, rows: int, most: int | Non
                 context = fits
         if model.config.head == "lm" and model.config.causal and tokenizer.chat_template is None:
             model.notes.append(f"{name}: has no chat template; /v1/completions and /v1/embeddings only")
-        served.append(ServedModel(name, source, model, tokenizer, context))
+        served.append(ServedModel(name, source, model, tokenizer, context, pooling))
     return served

@@ -11,6 +11,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, Response
 
 from lapis.errors import LapisError
+from lapis.serving.engine.grammar import lark_grammar
 from lapis.serving.engine.order import Order, ReplyStream
 from lapis.serving.engine.served import ServedModel
 from lapis.serving.errors import ApiError
@@ -55,7 +56,7 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response:
     """Replies to a chat, whole or as events."""
     served = writer_of(request, body.model)
     made = await run_in_threadpool(prepare, request, body, served)
-    stream = engine_of(request).submit(made.order)
+    (stream,) = engine_of(request).submit([made.order])
     head = {"id": f"chatcmpl-{uuid4().hex}", "created": int(time.time()), "model": served.name}
     if body.stream:
         with_usage = bool(body.stream_options and body.stream_options.include_usage)
@@ -79,10 +80,8 @@ def prepare(request: Request, body: ChatRequest, served: ServedModel) -> ChatOrd
         if grammar:
             raise ApiError(400, "response_format: a reply that must be a call has no other form", param="tool_choice")
         grammar = _call_grammar(served, toolbox, choice)
-    elif toolbox and any(tool["function"].get("strict") for tool in tools):
-        raise ApiError(
-            400, 'tools: strict needs tool_choice "required" or a named tool; leave strict out', param="tools"
-        )
+    elif toolbox and toolbox.strict and not grammar:
+        grammar = lark_grammar(toolbox.grammar(served.tokenizer, forced=False))
     if grammar:
         engine_of(request).grammars(served.name).check(grammar)
     messages = [message_of(message) for message in body.messages]
@@ -96,7 +95,7 @@ def prepare(request: Request, body: ChatRequest, served: ServedModel) -> ChatOrd
         raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
     order = Order(
         served.name,
-        checked_prompt(served, ids, new, "messages"),
+        checked_prompt(served, ids, "messages"),
         sampling_of(body, served, new),
         body.n or 1,
         shaping_of(body, served, grammar),
@@ -125,8 +124,6 @@ def message_of(message: ChatMessage) -> dict[str, Any]:
 
 
 def _call_grammar(served: ServedModel, toolbox: Toolbox, choice: str | NamedTool | None) -> str:
-    from lapis.serving.engine.grammar import lark_grammar
-
     only = choice.function.name if isinstance(choice, NamedTool) else None
     if only is not None and only not in toolbox.names:
         raise ApiError(400, f"tool_choice: there is no tool {only[:60]!r}", param="tool_choice")

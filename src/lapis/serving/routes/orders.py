@@ -46,7 +46,7 @@ def writer_of(request: Request, name: str) -> ServedModel:
     return served
 
 
-def checked_prompt(served: ServedModel, ids: list[int], new: int | None, param: str) -> list[int]:
+def checked_prompt(served: ServedModel, ids: list[int], param: str) -> list[int]:
     """The ids, where they leave room for a reply. Raises ApiError with the counts where they do not."""
     if len(ids) >= served.context:
         raise ApiError(
@@ -59,12 +59,19 @@ def checked_prompt(served: ServedModel, ids: list[int], new: int | None, param: 
     return ids
 
 
-def encoded(served: ServedModel, prompt: str | Sequence[int], new: int | None) -> list[int]:
+def prompts_of(prompt: str | Sequence[Any]) -> list[str | list[int]]:
+    """The prompts of a field that holds a text, texts, ids, or lists of ids."""
+    if isinstance(prompt, str) or isinstance(prompt[0], int):
+        return [prompt]  # type: ignore[list-item]
+    return list(prompt)
+
+
+def encoded(served: ServedModel, prompt: str | Sequence[int]) -> list[int]:
     """Ids of a text or of ids, checked."""
     if not isinstance(prompt, str):
-        checked_prompt(served, list(prompt), new, "prompt")
+        checked_prompt(served, list(prompt), "prompt")
     try:
-        return checked_prompt(served, encode(served.model, served.tokenizer, prompt), new, "prompt")
+        return checked_prompt(served, encode(served.model, served.tokenizer, prompt), "prompt")
     except LapisError as error:
         text = str(error).removeprefix("generate: ")
         long = "model's context" in text

@@ -82,12 +82,17 @@ async def while_connected(
             raise ApiError(GONE, "the client has left")
         return task.result()
     finally:
-        for stream in streams:
-            stream.cancel()
+        cancel_all(streams)
         for other in (task, gone):
             other.cancel()
             with suppress(BaseException):
                 await other
+
+
+def cancel_all(streams: Sequence[ReplyStream]) -> None:
+    """Frees the places of all replies."""
+    for stream in streams:
+        stream.cancel()
 
 
 class EventStream(Response):
