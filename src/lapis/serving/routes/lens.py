@@ -6,16 +6,17 @@ from fastapi import APIRouter, Request
 from fastapi.concurrency import run_in_threadpool
 
 from lapis.serving.engine.lens import LensReader
+from lapis.serving.routes.bodies import CheckedRoute
 from lapis.serving.routes.chat import message_of
 from lapis.serving.routes.orders import writer_of
 from lapis.serving.routes.replies import while_connected
 from lapis.serving.schema import LensRequest
 from lapis.text.chat.chat import encode_prompt, write_calls
 
-router = APIRouter()
+router = APIRouter(route_class=CheckedRoute, tags=["lapis"])
 
 
-@router.post("/lapis/lens", tags=["lapis"])
+@router.post("/lapis/lens")
 async def lens(body: LensRequest, request: Request) -> dict[str, Any]:
     """The lens at a place of a reply to a chat."""
     served = writer_of(request, body.model)
