@@ -16,11 +16,11 @@ from fastapi.responses import JSONResponse
 
 from lapis.serving.engine.order import ReplyStream
 from lapis.serving.engine.served import ServedModel
-from lapis.serving.response_schema import ChosenTool, ResponsesRequest, TextFormat, chat_of
 from lapis.serving.routes.bodies import CheckedRoute
 from lapis.serving.routes.chat import ChatOrder, prepare
 from lapis.serving.routes.orders import engine_of, writer_of
 from lapis.serving.routes.replies import EventStream, event, gather, logprob_objects, while_connected
+from lapis.serving.routes.response_schema import ChosenTool, ResponsesRequest, TextFormat, chat_of
 from lapis.serving.tools import Call, CallReader
 
 router = APIRouter(route_class=CheckedRoute, tags=["responses"])
