@@ -1,69 +1,37 @@
-"""A model made ready to generate: weights packed once into the order in which the processor reads them.
+"""A model made ready to generate: few calls for each token, and weights as they are read fastest.
 
-One token at a time, a model is as fast as its weights can be read. oneDNN reads a packed weight at the memory's full
-speed and the usual layout at two thirds of it (benchmarks/results/), with the same sums. A packed model generates and
-can be looked into; it has no weights left to train or save. Leaves out quantization; GPUs, where nothing needs packing.
+One token at a time, a model is as fast as its weights can be read, so all that is not reading is taken out: the parts
+of a block are exchanged for ones that do the same in fewer calls (kernels/). A model that is ready generates and can
+be looked into; it has no layers left to train or save. Leaves out GPUs, where nothing is exchanged.
 """
 
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+from typing import cast
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from lapis.checkpoint import Checkpoint, open_checkpoint
 from lapis.errors import ConfigError
+from lapis.generation.kernels.build import Kernels, compiled
+from lapis.generation.kernels.layers import ready_attention, ready_mlp, ready_norm
+from lapis.generation.kernels.linear import lay_out
 from lapis.generation.options import Runtime
 from lapis.model.adapter import fold
-from lapis.model.blocks.standard import Mlp
+from lapis.model.blocks.attention import Attention
+from lapis.model.blocks.norm import Norm
+from lapis.model.blocks.standard import TransformerBlock
 from lapis.model.heads import LanguageHead
 from lapis.model.load import load
 from lapis.model.transformer import Transformer
 from lapis.text.tokenizer.tokenizer import Tokenizer
 
 
-class PackedLinear(nn.Module):
-    """A linear layer, y = x W^T + b, whose weight lies in oneDNN's blocked layout."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__()
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
-        self.bias = None if bias is None else bias.detach()
-
-    @property
-    def matrix(self) -> Tensor:
-        """The weight in its usual layout, [out, in]; unpacked anew at every call."""
-        matrix: Tensor = self._packed.to_dense()
-        return matrix
-
-    def forward(self, x: Tensor, activation: str = "none") -> Tensor:
-        """activation: "none", or "swish", applied before the sum is rounded."""
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, activation, [], "")
-        return y
-
-    def times(self, x: Tensor, other: Tensor) -> Tensor:
-        """y * other, multiplied before it is rounded."""
-        y: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, other, self._packed, self.bias, "mul")
-        return y
-
-
-class PackedSwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)) in three products; what lies between them takes no pass of its own."""
-
-    def __init__(self, gate: PackedLinear, up: PackedLinear, down: PackedLinear) -> None:
-        super().__init__()
-        self.gate, self.up, self.down = gate, up, down
-
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        out: Tensor = self.down(self.up.times(x_BTD, self.gate(x_BTD, "swish")))
-        return out
-
-
 def open_ready(folder: str | Path, runtime: Runtime = Runtime()) -> tuple[Transformer, Tokenizer]:  # noqa: B008
-    """A folder's model, packed, and its tokenizer, which is opened while the weights are read.
+    """A folder's model, ready to generate, and its tokenizer, which is opened while the weights are read.
 
     Args:
         folder: A folder, or a model of the hub.
@@ -79,7 +47,7 @@ def open_ready(folder: str | Path, runtime: Runtime = Runtime()) -> tuple[Transf
     with ThreadPoolExecutor(1) as pool:
         opening = pool.submit(_tokenizer, checkpoint)
         adapted = checkpoint.adapter is not None
-        model = load(checkpoint, dtype, device, placed=None if adapted else _pack)
+        model = load(checkpoint, dtype, device, placed=None if adapted else _placed)
         model = ready(fold(model) if adapted else model)
         tokenizer = opening.result()
     tokenizer.check_rows(model.config.vocab)
@@ -155,42 +123,43 @@ def _tokenizer(checkpoint: Checkpoint) -> Tokenizer:
 
 
 @torch.inference_mode()
-def ready(model: Transformer) -> Transformer:
-    """Packs a model in place and puts it into evaluating mode. Does nothing more where packing does not apply.
+def ready(model: Transformer, *, compile: bool = True) -> Transformer:
+    """Lays a model's weights out, in place, and puts it into evaluating mode; where that does not apply, nothing more.
 
-    Each weight is dropped as soon as it is packed, so the peak is one weight more. A tied embedding stays beside the
-    packed head, since its rows are looked up.
+    Each block's weights are dropped as soon as they are laid out, so the peak is one block more. The compiled kernels
+    read a weight as it is, so a tied embedding serves as the head's too.
 
     Args:
         model: Is returned.
+        compile: Whether kernels are compiled for this processor, where it has a compiler.
     """
-    for name in [name for name, _ in model.named_modules()]:  # names only: a list of modules would keep their weights
-        _pack(model, name)
-    for name, mlp in [(name, module) for name, module in model.named_modules() if isinstance(module, Mlp)]:
-        layers: list[nn.Module | None] = [mlp.gate, mlp.up, mlp.down]
-        packed = [layer for layer in layers if isinstance(layer, PackedLinear)]
-        if len(packed) == 3 and mlp.activation is F.silu:
-            model.set_submodule(name, PackedSwiGLU(*packed))
-    head = model.head
-    if type(head) is LanguageHead and head.matrix.device.type == "cpu" and _packs(head.matrix.dtype):
-        model.head = PackedLinear(head.matrix, head.bias)
+    dtype = model.embed.weight.dtype if model.config.image is None else next(model.parameters()).dtype
+    kernels = compiled(dtype, dtype) if compile and next(model.parameters()).device.type == "cpu" else None
+    for number in range(len(model.blocks)):
+        _ready_block(model, number, kernels)
+    for name, norm in list(model.norm.named_children()):
+        setattr(model.norm, name, ready_norm(cast(Norm, norm), dtype, kernels))
+    if type(model.head) is LanguageHead:
+        model.head = lay_out(model.head.matrix, model.head.bias, kernels) or model.head
     return model.eval()
 
 
-def _pack(model: nn.Module, name: str) -> None:
-    """Puts a packed layer in the place of the linear layer of that name, if it is one."""
-    module = model.get_submodule(name)
-    if type(module) is nn.Linear and module.weight.device.type == "cpu" and _packs(module.weight.dtype):
-        model.set_submodule(name, PackedLinear(module.weight, module.bias))
+def _placed(model: nn.Module, name: str) -> None:
+    """Lays out a block as soon as the last of its weights is there."""
+    place, _, rest = name.partition(".")
+    number = rest.partition(".")[0]
+    if place == "blocks" and not any(p.is_meta for p in model.get_submodule(f"blocks.{number}").parameters()):
+        weight = next(model.get_submodule(f"blocks.{number}").parameters())
+        kernels = compiled(weight.dtype, weight.dtype) if weight.device.type == "cpu" else None
+        _ready_block(cast(Transformer, model), int(number), kernels)
 
 
-@cache
-def _packs(dtype: torch.dtype) -> bool:
-    """Whether this build of torch, on this processor, has packed linear layers that give the usual results."""
-    if dtype not in (torch.bfloat16, torch.float32):
-        return False
-    try:
-        weight, x = torch.eye(8, dtype=dtype), torch.arange(8, dtype=dtype)[None]
-        return torch.equal(PackedLinear(weight, None)(x), x)
-    except (AttributeError, RuntimeError):
-        return False
+def _ready_block(model: Transformer, number: int, kernels: Kernels | None) -> None:
+    """Lays out a block whose weights are there; one that is laid out already stays."""
+    block = cast(TransformerBlock, model.blocks[number])
+    dtype = next(block.norm.parameters()).dtype
+    if type(block.attn) is Attention and all(type(block.attn.get_submodule(name)) is nn.Linear for name in "qkvo"):
+        block.attn = ready_attention(block.attn, kernels)  # type: ignore[assignment]
+    block.mlp = ready_mlp(block.mlp, kernels)
+    for name, norm in list(block.norm.named_children()):
+        setattr(block.norm, name, ready_norm(cast(Norm, norm), dtype, kernels))

@@ -6,10 +6,26 @@ anywhere: the cache remembers which of its slots hold real tokens. Leaves out: p
 Shapes: B batch, T new tokens, S all tokens, K heads of keys, E head dim.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from lapis.families.config import ModelConfig
+
+
+class Place(NamedTuple):
+    """Where one layer's keys and values of one new token for each row go, and what of the cache each row sees.
+
+    keys, values: buffers [B, K, slots, E]. first_B, last_B: int64; a row sees its slots first to last, and its new
+    token goes to the last. masked: of those, the mask of the forward pass hides some.
+    """
+
+    keys: Tensor
+    values: Tensor
+    first_B: Tensor
+    last_B: Tensor
+    masked: bool
 
 
 class Cache:
@@ -34,10 +50,30 @@ class Cache:
         self._slack = 0  # how many of a row's slots hold padding, at most: they take no place in a window
         windows = [config.window if config.windowed(layer) else None for layer in range(config.layers)]
         self._layers = [_Layer(config, batch, capacity, window, dtype, device) for window in windows]
+        self._ends: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # first_B and last_B of the layers of this step
 
     def update(self, layer: int, k_BKTE: Tensor, v_BKTE: Tensor) -> tuple[Tensor, Tensor]:
         """Appends one layer's new keys and values; all that this layer's new tokens can see, [B, K, S, E]."""
         return self._layers[layer].append(k_BKTE, v_BKTE, self.in_sight)
+
+    def place(self, layer: int) -> Place:
+        """Room for one more token of each row in one layer, for a caller that writes it there; else as `update`.
+
+        A cache that keeps rows of unequal lengths in another way than by padding says so here, row by row.
+
+        Args:
+            layer: Its number.
+        """
+        held = self._layers[layer]
+        held.claim(1, self.in_sight)
+        ends = held.start, held.end - 1
+        if ends not in self._ends:
+            if len(self._ends) > 1:  # a step has two kinds of layers at most
+                self._ends.clear()
+            device = held.keys.device
+            first_B, last_B = (torch.full((self.batch,), end, device=device) for end in ends)
+            self._ends[ends] = first_B, last_B
+        return Place(held.keys, held.values, *self._ends[ends], masked=True)
 
     def remember(self, positions_BT: Tensor, mask_BT: Tensor | None) -> None:
         """From the first padding (or given position) on, keeps each new slot's position and whether it is real."""
@@ -71,6 +107,7 @@ class Cache:
     def select(self, rows: Tensor) -> None:
         """Keeps these sequences of the batch, in this order (beams, or rows that are not finished); int64 [B']."""
         self.batch = len(rows)
+        self._ends.clear()
         for layer in self._layers:
             layer.keys, layer.values = layer.keys[rows], layer.values[rows]
         self.real_BS = None if self.real_BS is None else self.real_BS[rows]
@@ -95,16 +132,20 @@ class _Layer:
         self.values = torch.empty(shape, dtype=dtype, device=device)
 
     def append(self, k_BKTE: Tensor, v_BKTE: Tensor, in_sight: int) -> tuple[Tensor, Tensor]:
-        T = k_BKTE.shape[2]
+        first = self.claim(k_BKTE.shape[2], in_sight)
+        self.keys[:, :, first : self.end] = k_BKTE
+        self.values[:, :, first : self.end] = v_BKTE
+        return self.keys[:, :, self.start : self.end], self.values[:, :, self.start : self.end]
+
+    def claim(self, T: int, in_sight: int) -> int:
+        """Makes room for T new tokens; the slot of the first of them."""
         if self.window is not None:
             self.start = self.end - in_sight  # older ones are out of sight for ever
         size = self.keys.shape[2]
         if self.end + T > size or (self.window is not None and size > self.room >= self.end - self.start + T):
             self._make_room(T)
-        first, self.end = self.end, self.end + T
-        self.keys[:, :, first : self.end] = k_BKTE
-        self.values[:, :, first : self.end] = v_BKTE
-        return self.keys[:, :, self.start : self.end], self.values[:, :, self.start : self.end]
+        self.end += T
+        return self.end - T
 
     def drop(self, count: int, in_sight: int) -> None:
         if self.window is not None and self.end - count - self.start < in_sight:

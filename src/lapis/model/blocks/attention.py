@@ -93,6 +93,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, norm: Callable[[ModelConfig, int], Norm] = make_norm) -> None:
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
+        self.heads, self.kv_heads = config.heads, config.kv_heads
         self.near, self.turns = config.windowed(layer), layer not in config.nope_layers
         self.normed_whole = config.qk_norm_over == "all"
         bias, out_bias = config.bias in ("qkv", "attention", "all"), config.bias in ("attention", "all")
@@ -105,21 +106,27 @@ class Attention(nn.Module):
         self.q_norm, self.k_norm = (norm(config, width) if config.qk_norm else None for width in widths)
         self.core = AttentionCore(config.attention_scale)
 
+    def project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, T, H, E], keys and values [B, T, K, E], neither normed nor turned."""
+        B, T, _ = x_BTD.shape
+        q, k, v = (linear(x_BTD).view(B, T, -1, self.head_dim) for linear in (self.q, self.k, self.v))
+        return q, k, v
+
     def forward(self, x_BTD: Tensor, shared: Shared, cache: Cache | None) -> Tensor:
         B, T, _ = x_BTD.shape
-        q, k = self.q(x_BTD), self.k(x_BTD)
-        if self.normed_whole and self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q_BTHE, k_BTKE = q.view(B, T, -1, self.head_dim), k.view(B, T, -1, self.head_dim)
-        v_BKTE = self.v(x_BTD).view(B, T, -1, self.head_dim).transpose(1, 2)
-        if not self.normed_whole and self.q_norm is not None and self.k_norm is not None:
-            q_BTHE, k_BTKE = self.q_norm(q_BTHE), self.k_norm(k_BTKE)
+        q_BTHE, k_BTKE, v_BTKE = self.project(x_BTD)
+        if self.q_norm is not None and self.k_norm is not None:
+            if self.normed_whole:
+                q_BTHE = self.q_norm(q_BTHE.flatten(2)).view(B, T, -1, self.head_dim)
+                k_BTKE = self.k_norm(k_BTKE.flatten(2)).view(B, T, -1, self.head_dim)
+            else:
+                q_BTHE, k_BTKE = self.q_norm(q_BTHE), self.k_norm(k_BTKE)
         rotation = shared.near_rotation if self.near else shared.rotation
         if rotation is not None and self.turns:
             q_BTHE, k_BTKE = rotate(q_BTHE, rotation), rotate(k_BTKE, rotation)
         if shared.query_gain is not None:
             q_BTHE = q_BTHE * shared.query_gain
-        q_BHTE, k_BKSE, v_BKSE = q_BTHE.transpose(1, 2), k_BTKE.transpose(1, 2), v_BKTE
+        q_BHTE, k_BKSE, v_BKSE = q_BTHE.transpose(1, 2), k_BTKE.transpose(1, 2), v_BTKE.transpose(1, 2)
         if cache is not None:
             k_BKSE, v_BKSE = cache.update(self.layer, k_BKSE, v_BKSE)
         mask, causal = shared.near if self.near else shared.full

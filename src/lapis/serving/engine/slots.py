@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lapis.families.config import ModelConfig
-from lapis.model.cache import Cache
+from lapis.model.cache import Cache, Place
 
 
 def slot_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
@@ -96,6 +96,7 @@ class SlotCache(Cache):
         self.config, self.batch, self.length = slots.config, 1, len(slots.held[slot])
         self.real_BS = self.positions_BS = None
         self._slots, self._slot = slots, slot
+        self._sights: dict[bool, Tensor] = {}  # of this step, the slots that layers with and without a window see
         self.in_sight = min(self.length, (slots.config.window or 1) - 1)
 
     def update(self, layer: int, k_BKTE: Tensor, v_BKTE: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,8 +109,19 @@ class SlotCache(Cache):
         keys, values = (store[:, :, begin : first + T] for store in stores)
         return keys, values
 
+    def place(self, layer: int) -> Place:
+        """As in Cache."""
+        windowed = self.config.windowed(layer)
+        if windowed not in self._sights:
+            begin = self.length - self.in_sight if windowed else 0
+            self._sights[windowed] = torch.tensor([[begin], [self.length]], device=self._slots.keys[0].device)
+        first_B, last_B = self._sights[windowed]
+        keys, values = (store[layer][self._slot][None] for store in (self._slots.keys, self._slots.values))
+        return Place(keys, values, first_B, last_B, masked=False)
+
     def advance(self, tokens: int) -> None:
         """As in Cache."""
+        self._sights.clear()
         self.length += tokens
         self.in_sight = min(self.length, (self.config.window or 1) - 1)
 
@@ -128,6 +140,7 @@ class BatchCache(Cache):
         self.positions_BS = places_S.expand(count, -1)
         self.in_sight = self.length  # whatever the window; the mask hides what is too far back
         shape = slots.keys[0].shape
+        self._firsts: dict[bool, Tensor] = {}  # the first slots in sight of layers with and without a window
         self._places = lengths_B[:, None, None, None].expand(count, shape[1], 1, shape[3])
         self._slots = slots
 
@@ -137,6 +150,16 @@ class BatchCache(Cache):
         keys.scatter_(2, self._places, k_BKTE)
         values.scatter_(2, self._places, v_BKTE)
         return keys[:, :, : self.length + 1], values[:, :, : self.length + 1]
+
+    def place(self, layer: int) -> Place:
+        """As in Cache. Each row ends where it ends, and sees no further back than its window; no mask is needed."""
+        windowed = self.config.windowed(layer)
+        if windowed not in self._firsts:
+            lengths_B = self.positions_B1[:, 0]
+            back = self.config.window if windowed and self.config.window is not None else self.length + 1
+            self._firsts[windowed] = (lengths_B - back + 1).clamp_(min=0)
+        keys, values = self._slots.keys[layer][: self.batch], self._slots.values[layer][: self.batch]
+        return Place(keys, values, self._firsts[windowed], self.positions_B1, masked=False)
 
     def remember(self, positions_BT: Tensor, mask_BT: Tensor | None) -> None:
         """Nothing: positions and what is real are known from the start."""
