@@ -77,7 +77,7 @@ function table(seen) {
     element("th", { scope: "col" }, t("layer")),
     element("th", { scope: "col" }, t("would_say")),
     element("th", { scope: "col", class: "then" }, t("then")),
-    element("th", { scope: "col", class: "number" }, t("rank_of", { token: tokenName(seen.token) })));
+    element("th", { scope: "col", class: "number" }, t("rank")));
   const body = rows.map(row => {
     const [best, ...others] = row.top;
     const decided = row.layer !== null && row.layer === seen.decided;

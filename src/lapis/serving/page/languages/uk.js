@@ -84,7 +84,7 @@ export default {
   "layer": "Шар",
   "would_say": "Сказав би",
   "then": "Потім",
-  "rank_of": "Місце «{token}»",
+  "rank": "Його місце",
   "embedding": "вхід",
   "decided": "вирішив",
   "try_again": "Спробувати ще раз",
