@@ -28,7 +28,8 @@ PUBLISHED = {
     "gemma-3-270m": 268_098_176, "gemma-3-1b": 999_885_952,
     "ministral-8b": 8_019_808_256, "smollm3-3b": 3_075_098_624, "olmo-2-1b": 1_484_916_736,
     "olmo-2-7b": 7_298_617_344, "olmo-3-7b": 7_298_011_136, "granite-3.3-2b": 2_533_539_840,
-    "phi-3-mini-4k": 3_821_079_552, "apertus-8b": 8_053_338_240,  # with beta and eps, which transformers calls buffers
+    "exaone-4.0-1.2b": 1_279_391_488, "starcoder2-3b": 3_030_371_328, "phi-3-mini-4k": 3_821_079_552,
+    "apertus-8b": 8_053_338_240,  # with beta and eps, which transformers calls buffers
     "qwen2.5-7b": 7_615_616_512, "qwen3-1.7b": 1_720_574_976,
 }  # fmt: skip
 

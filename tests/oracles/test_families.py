@@ -12,7 +12,7 @@ import transformers
 from safetensors import safe_open
 
 from lapis.errors import CheckpointError
-from lapis.families import ModelConfig, find
+from lapis.families import ModelConfig, family_of, find
 from lapis.model.cache import Cache
 from lapis.model.check import disk_layout
 from lapis.model.load import load, save
@@ -173,6 +173,27 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "olmo3-full": ("Olmo3ForCausalLM", {**DECODER, "sliding_window": 4, "layer_types": ["full_attention"] * 3}),
     "olmo3-classes": ("Olmo3ForSequenceClassification", {**DECODER, "num_labels": 3, "pad_token_id": 96}),
+    "exaone4": ("Exaone4ForCausalLM", {**DECODER, "num_hidden_layers": 5, "sliding_window": 5}),
+    "exaone4-full": (
+        "Exaone4ForCausalLM",
+        {**DECODER, **LLAMA3, "sliding_window": None, "layer_types": ["full_attention"] * 3, "num_key_value_heads": 1},
+    ),
+    "exaone4-pattern": (
+        "Exaone4ForCausalLM",
+        {**DECODER, "sliding_window": 6, "sliding_window_pattern": 2, "tie_word_embeddings": True, "head_dim": 10},
+    ),
+    "exaone4-without-positions": (
+        "Exaone4ForCausalLM",
+        {**DECODER, "sliding_window": 6, "layer_types": ["full_attention"] * 3},
+    ),
+    "exaone4-classes": ("Exaone4ForSequenceClassification", {**DECODER, "num_labels": 3, "pad_token_id": 96}),
+    "starcoder2": ("Starcoder2ForCausalLM", {**DECODER}),
+    "starcoder2-window": ("Starcoder2ForCausalLM", {**DECODER, "sliding_window": 6, "num_key_value_heads": 6}),
+    "starcoder2-untied-no-bias": (
+        "Starcoder2ForCausalLM",
+        {**DECODER, "use_bias": False, "tie_word_embeddings": False, "hidden_act": "relu"},
+    ),
+    "starcoder2-classes": ("Starcoder2ForSequenceClassification", {**DECODER, "num_labels": 3, "pad_token_id": 96}),
     "granite": ("GraniteForCausalLM", {**DECODER, **GRANITE}),
     "granite-tied-biases": (
         "GraniteForCausalLM",
@@ -310,10 +331,12 @@ def test_bf16_stays_close_to_transformers_bf16(pair: Pair) -> None:
     ours = load(pair.folder, torch.bfloat16)
     assert ours(inputs).dtype == torch.bfloat16
     theirs = type(pair.theirs).from_pretrained(pair.folder, dtype=torch.bfloat16)
-    got = ours(inputs)
-    scale = got.abs().max().item() if pair.ours.config.head == "none" else 1.0  # states, unlike logits, are large
-    limit = 3.5e-2 if pair.name.startswith(("gemma3", "olmo")) else 2e-2  # norms after each half round more
-    assert gap(got, pair.expected(theirs, inputs)) <= limit * scale
+    got, expected = ours(inputs), pair.expected(theirs, inputs)
+    limit = 2e-2 * (got.abs().max().item() if ours.config.head == "none" else 1.0)  # states are large
+    if any(rule.component == "norm.attn_out" for rule in family_of(ours.config).rules):
+        # a norm after each half rounds what was rounded: transformers' own distance from float32 is the measure
+        limit = max(limit, 2 * gap(expected, pair.expected(pair.theirs, inputs)))
+    assert gap(got, expected) <= limit
 
 
 def test_a_saved_folder_loads_in_transformers_with_the_same_keys(pair: Pair, tmp_path: Path) -> None:

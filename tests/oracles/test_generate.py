@@ -90,6 +90,8 @@ CAUSAL: dict[str, tuple[str, dict[str, Any]]] = {
     "smollm3": ("SmolLM3ForCausalLM", {**SHAPE, "no_rope_layer_interval": 2, "pad_token_id": 0}),
     "olmo2": ("Olmo2ForCausalLM", SHAPE),
     "olmo3": ("Olmo3ForCausalLM", {**SHAPE, "num_hidden_layers": 4, "sliding_window": 6}),
+    "exaone4": ("Exaone4ForCausalLM", {**SHAPE, "num_hidden_layers": 4, "sliding_window": 6}),
+    "starcoder2": ("Starcoder2ForCausalLM", {**SHAPE, "sliding_window": 9}),
     "granite": (
         "GraniteForCausalLM",
         {**SHAPE, "attention_multiplier": 0.125, "residual_multiplier": 0.22, "logits_scaling": 8.0},

@@ -19,6 +19,8 @@ _FILES = (
     "granite",
     "phi3",
     "apertus",
+    "exaone4",
+    "starcoder2",
     "gpt2",
     "bert",
     "vit",

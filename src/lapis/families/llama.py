@@ -67,8 +67,8 @@ def read_config(fields: Fields) -> dict[str, Any]:
 
 
 def read_decoder(
-    fields: Fields, *, head_dim: int = 0, theta: float = 10_000.0, tied: bool = False, act: str = "hidden_act",
-    rope: dict[str, Any] | None = None, mlps: Mapping[str, str] = GATES,
+    fields: Fields, *, head_dim: int = 0, theta: float = 10_000.0, tied: bool = False,
+    eps: str = "rms_norm_eps", rope: dict[str, Any] | None = None, mlps: Mapping[str, str] = GATES,
 ) -> dict[str, Any]:  # fmt: skip
     """What config.json says alike in Llama and in all who followed it; ModelConfig's fields.
 
@@ -77,7 +77,7 @@ def read_decoder(
         head_dim: Width of a head where the field is not there; 0 = hidden_size / num_attention_heads.
         theta: Rotary base where the field is not there.
         tied: Whether the head is the embedding where the field is not there.
-        act: The field that names the activation.
+        eps: The field that norms' epsilon has.
         rope: Rotary positions that were read already.
         mlps: Name of an activation -> the kind of MLP that has it.
     """
@@ -102,8 +102,8 @@ def read_decoder(
         "ffn_dim": fields.integer("intermediate_size"),
         "vocab": fields.integer("vocab_size"),
         "context": context,
-        "norm_eps": fields.number("rms_norm_eps"),
-        "mlp": fields.choice(act, mlps),
+        "norm_eps": fields.number(eps),
+        "mlp": fields.choice("hidden_act", mlps),
         "rope": rope,
         "tied": fields.flag("tie_word_embeddings", tied),
         "head": "scalar" if classes == 1 else head,

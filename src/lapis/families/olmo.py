@@ -16,7 +16,8 @@ from lapis.families.windows import read_window, write_window
 CLASSES = {"olmo2": "Olmo2", "olmo3": "Olmo3"}
 PATTERN = 4  # every fourth layer sees everything, where config.json does not say
 THETA = 500_000.0
-OWN = (
+RULES_AFTER = (  # with norms after each half, and none before
+    *(rule for rule in RULES if rule.component not in ("norm.attn", "norm.mlp")),
     *rules(BLOCK + "post_attention_layernorm", "norm.attn_out"),
     *rules(BLOCK + "post_feedforward_layernorm", "norm.mlp_out"),
 )
@@ -52,7 +53,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
 FAMILY = Family(
     name="olmo",
     model_types=tuple(CLASSES),
-    rules=tuple(rule for rule in RULES if not rule.component.startswith("norm.") or "{layer}" not in rule.disk) + OWN,
+    rules=RULES_AFTER,
     reader=read_config,
     writer=write_config,
     prefix="model.",
