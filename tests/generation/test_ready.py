@@ -23,11 +23,11 @@ CASES = {
     "gpt2": {"tied": True, "bias": "all", "norm": "layer", "mlp": "gelu_tanh", "positions": "learned"},
     "qwen3": {"qk_norm": True, "head_dim": 32},
     "mistral": {"window": 7, "family": "mistral"},
-    "olmo2": {"family": "olmo", "qk_norm": True, "qk_norm_over": "all"},
+    "olmo2": {"family": "olmo2", "qk_norm": True, "qk_norm_over": "all"},
     "without turns": {"nope_layers": (1,)},
     "granite": {"family": "granite", "residual_scale": 0.5, "logit_divisor": 4.0, "embed_scale": 3.0},
     "apertus": {"family": "apertus", "qk_norm": True, "mlp": "xielu"},
-    "gemma3": {"family": "gemma3", "qk_norm": True, "window": 7, "window_layers": (0,), "mlp": "geglu_tanh"},
+    "gemma3": {"family": "gemma3_text", "qk_norm": True, "window": 7, "window_layers": (0,), "mlp": "geglu_tanh"},
     "odd sizes": {"dim": 48, "heads": 6, "kv_heads": 3, "head_dim": 8, "ffn_dim": 80},
     "wide heads": {"head_dim": 80},
 }
