@@ -203,9 +203,9 @@ class _Adaptation:
     def _measure_base(self, folder: Path) -> None:
         """Bits per byte of the held-out texts in a folder, before anything is trained."""
         held = {"target": folder / "text.held.jsonl", "replay": folder / "replay.held.jsonl"}
-        with self.bar("measuring the base"):
+        with self.bar("measuring the base") as report:
             held = {name: path for name, path in held.items() if path.exists()}
-            bits = bits_per_byte(self.plan.source, held, self._context(self.plan.source))
+            bits = bits_per_byte(self.plan.source, held, self._context(self.plan.source), report)
         write_json(folder / "base.json", {name: round(value, 6) for name, value in bits.items()})
 
     def _draw_replay(self, folder: Path, overwrite: bool) -> None:

@@ -44,18 +44,22 @@ class Drawn:
     tokens: int
 
 
-def bits_per_byte(model: str | Path, texts: Mapping[str, Path], context: int) -> dict[str, float]:
+def bits_per_byte(
+    model: str | Path, texts: Mapping[str, Path], context: int, progress: Report = lambda done, total, label: None
+) -> dict[str, float]:
     """NAME/bits_per_byte of a model on held-out texts, counted as a training counts it on the way.
 
     Args:
         model: A folder, or a model of the hub.
         texts: Name -> file.
         context: Tokens of a row.
+        progress: Called with batches done, how many there are, and what it is.
     """
-    tokenizer = Tokenizer.open(model)
+    objective = Causal(Tokenizer.open(model), list(texts.values()), context=context, valid=dict(texts))
+    objective.heard = lambda done, total: progress(done, total, "measuring the base")
     loaded = load(model, torch.float32)
     settle_threads(next(loaded.parameters()).device)
-    return Causal(tokenizer, list(texts.values()), context=context, valid=dict(texts)).evaluate(loaded)
+    return objective.evaluate(loaded)
 
 
 def draw_texts(
