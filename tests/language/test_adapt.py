@@ -152,6 +152,19 @@ def steps_of(folder: Path) -> int:
     return int(json.loads((folder / "training.json").read_text())["steps"])
 
 
+def test_fault_60_killed_while_its_plan_is_written_it_goes_on(
+    plan: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    """What a kill then leaves is no reason to refuse the folder; what else lies in it is."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".plan.yaml.lapis-0123456789abcdef").write_text("base: hal")
+    adapt(plan(), dry_run=True)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["plan.yaml"]
+    (tmp_path / "out" / "plan.yaml").rename(tmp_path / "out" / "mine.yaml")
+    with pytest.raises(OutputError, match="is no adaptation"):
+        adapt(plan(), dry_run=True)
+
+
 def test_how_much_is_trained_is_counted_in_tokens(plan: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     out, remarks = tmp_path / "out", list[str]()
     settings = plan(chat=None, chats=[], embedded=0.25)

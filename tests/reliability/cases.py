@@ -6,9 +6,11 @@ LapisError, with one line, and nothing else.
 
 import json
 import random
+import shutil
 import struct
 from collections.abc import Callable
 from contextlib import suppress
+from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +22,8 @@ from safetensors.torch import save_file
 import lapis
 from lapis.checkpoint import open_checkpoint
 from lapis.checkpoint.adapter import open_adapter
-from lapis.checkpoint.tensor_file import read_header
+from lapis.checkpoint.commit import MANIFEST
+from lapis.checkpoint.tensor_file import DELTA, read_header
 from lapis.errors import LapisError
 from lapis.evaluation.choices import read_choices
 from lapis.families.config import ModelConfig
@@ -34,6 +37,8 @@ from lapis.text.corpus.pairs import pairs
 from lapis.text.rows.rows import Rows
 from lapis.text.tokenizer.tokenizer import Tokenizer, train_tokenizer
 from lapis.training.run import read_settings
+from lapis.weights.delta.apply import delta_apply
+from lapis.weights.delta.extract import delta_extract
 from lapis.weights.graft.graft import graft
 from lapis.weights.graft.scale import read_scale
 from lapis.weights.merge.merge import merge
@@ -215,6 +220,34 @@ def adapters_case(good: SimpleNamespace, place: Path) -> Case:
     return case
 
 
+def deltas_case(good: SimpleNamespace, place: Path) -> Case:
+    """Description, header, or stored numbers of a delta are others, under a manifest that fits; some are applied."""
+    raws = []
+    for name, how in (("exact", {}), ("four", {"bits": 4}), ("thin", {"rank": 2})):
+        delta_extract(good.base, good.chat, place / name, **how)  # type: ignore[arg-type]
+        raws.append((place / name, (place / name / DELTA).read_bytes()))
+    shutil.copytree(raws[0][0], place / "delta")
+
+    def case(rng: random.Random) -> None:
+        folder, raw = rng.choice(raws)
+        length = int.from_bytes(raw[:8], "little")
+        header, body = json.loads(raw[8 : 8 + length]), raw[8 + length :]
+        what = rng.randrange(3)
+        if what == 0:
+            header["__metadata__"]["delta"] = text_of(json.loads(header["__metadata__"]["delta"]), rng).decode(
+                "utf-8", "replace"
+            )
+        text = text_of(header, rng) if what == 1 else json.dumps(header).encode()
+        body = bytes_of(body, rng)[: len(body)].ljust(len(body), b"\0") if what == 2 else body
+        made = struct.pack("<Q", len(text)) + text + body
+        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest["files"][DELTA] = {"size": len(made), "sha256": sha256(made).hexdigest()}
+        out = copied(folder, place / "delta", **{DELTA: made, MANIFEST: json.dumps(manifest).encode()})
+        delta_apply([out], good.base, place / "applied", dry_run=what != 2, overwrite=True)
+
+    return case
+
+
 def tokenizers_case(good: SimpleNamespace, place: Path) -> Case:
     """Also the files beside tokenizer.json, and the templates in them."""
     names = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
@@ -291,6 +324,7 @@ CASES: dict[str, Callable[[SimpleNamespace, Path], Case]] = {
     "recipes": recipes_case,
     "records": records_case,
     "adapters": adapters_case,
+    "deltas": deltas_case,
     "tokenizers": tokenizers_case,
     "rows": rows_case,
     "report": report_case,

@@ -16,6 +16,7 @@ WORDS = ("red green blue black white one two three four five six seven eight nin
 SHAPE = {"dim": 16, "layers": 2, "heads": 2, "kv_heads": 1, "ffn_dim": 16, "tied": True}
 TIMES = ("times.json",)  # what a clock said of a training
 TOUR = (*TIMES, ".seconds")
+_PARENTS = ("--base", "../inputs/base", "--chat", "../inputs/chat")
 ADAPTED = (*TIMES, ".steps")  # notes on the steps hold the times of change of their files
 
 
@@ -48,6 +49,7 @@ def make_inputs(forks: Forks, folder: Path) -> None:
     for name, settings in runs.items():
         (folder / f"{name}.yaml").write_text(json.dumps({**settings, "out": f"../inputs/{name}"}))
         _made(forks, work, "train", f"../inputs/{name}.yaml")
+    _made(forks, work, "delta", "extract", *_PARENTS, "--bits", "8", "--out", "../inputs/delta")
     _made(forks, work, "export", "../inputs/base", "--gguf", "../inputs/model.gguf")
     (folder / "job.yaml").write_text(json.dumps({**runs["base"], "steps": 3, "save_every": 1, "keep": 1, "out": "out"}))
     recipe = {
@@ -73,7 +75,7 @@ def _made(forks: Forks, work: Path, *arguments: str) -> None:
     assert done.status == 0, done.told
 
 
-_GRAFT = ("graft", "--base", "../inputs/base", "--chat", "../inputs/chat", "--onto", "../inputs/onto", "--out", "out")
+_GRAFT = ("graft", *_PARENTS, "--onto", "../inputs/onto", "--out", "out")
 
 
 def jobs(forks: Forks, place: Path) -> dict[str, Callable[[], Job]]:
@@ -82,7 +84,7 @@ def jobs(forks: Forks, place: Path) -> dict[str, Callable[[], Job]]:
     text, tokenizer = "../inputs/text.txt", ("--tokenizer", "../inputs/tokenizer")
     pack = ("data", "pack", text, *tokenizer, "--out", "out", "--length", "32", "--workers")
     extend = ("tokenizer", "extend", "../inputs/base", "../inputs/other.txt", "--add", "8", "--least", "2")
-    plan = ("plan", "--base", "../inputs/base", "--chat", "../inputs/chat", "--goal", "style", "--budget", "0.5")
+    plan = ("plan", *_PARENTS, "--goal", "style", "--budget", "0.5")
     page: dict[str, object] = {"outputs": ["page.html"]}
     every: dict[str, tuple[tuple[str, ...], dict[str, object]]] = {
         "graft": ((*_GRAFT, "--no-smoke"), {}),
@@ -98,6 +100,9 @@ def jobs(forks: Forks, place: Path) -> dict[str, Callable[[], Job]]:
         "train over an old output": (("train", "../inputs/job.yaml", "--overwrite"), {"loose": TIMES, "old": old}),
         "tour": (("tour", "--minutes", "0.1", "--out", "out"), {"loose": TOUR, "seconds": 600.0, "grows": True}),
         "adapt": (("adapt", "../inputs/adapt.yaml"), {"loose": ADAPTED, "seconds": 600.0, "grows": True}),
+        "delta extract": (("delta", "extract", *_PARENTS, "--out", "out"), {}),
+        "delta apply": (("delta", "apply", "../inputs/delta", "--onto", "../inputs/onto", "--out", "out", "--no-smoke"),
+                        {}),
         "card": (("card", "../inputs/base", "../inputs/chat", "--text", text, "--replay", "../inputs/other.txt",
                   "--chats", "../inputs/chats.jsonl", "--out", "out"), {}),
         "export": (("export", "../inputs/base", "--gguf", "model.gguf"), {"outputs": ["model.gguf"]}),

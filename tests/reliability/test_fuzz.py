@@ -12,8 +12,8 @@ import pytest
 from .cases import CASES, make_good
 from .fuzzing import tried
 
-SHORT = {"headers": 400, "config": 25, "index": 60, "recipes": 60, "records": 150, "adapters": 60, "tokenizers": 30,
-         "rows": 60, "report": 60}  # fmt: skip
+SHORT = {"headers": 400, "config": 25, "index": 60, "recipes": 60, "records": 150, "adapters": 60, "deltas": 20,
+         "tokenizers": 30, "rows": 60, "report": 60}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
