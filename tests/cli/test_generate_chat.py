@@ -63,6 +63,14 @@ def test_generate_prints_the_text_and_nothing_else(folder, capsys):
     assert capsys.readouterr().out == expected + "\n"
 
 
+def test_an_empty_reply_says_why(folder, capsys):
+    first = generate(load(folder), Tokenizer.open(folder), "the cat", Sampling(max_tokens=1))
+    assert run("generate", folder, "the cat", "--stop", first) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "\n" and "the reply is empty: ended at a stop text after 1 new tokens" in captured.err
+    assert "--chat asks it in its chat template" in captured.err  # the folder has one
+
+
 def test_generate_json_is_one_object(folder, capsys):
     status = run("generate", folder, "the cat", "--json", "--temperature", 1, "--seed", 4, "--max-tokens", 9)
     result = json.loads(capsys.readouterr().out)

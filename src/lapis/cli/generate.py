@@ -62,6 +62,10 @@ def generate(
             sys.stdout.write(shown(piece))
             sys.stdout.flush()
     done = time.perf_counter()
+    notes = list(opened.notes)
+    if not reply.text:
+        remedy = "; --chat asks it in its chat template" if tokenizer.chat_template and not chat else ""
+        notes.append(f"the reply is empty: {ENDS[reply.stop_reason]} after {len(reply.ids)} new tokens{remedy}")
     result = {
         "model": model,
         "prompt": prompt,
@@ -74,7 +78,7 @@ def generate(
         "first_text_seconds": (first or done) - start,
         "seconds": done - start,
         "tokens_per_second": len(reply.ids) / (done - loaded),
-        "notes": opened.notes,
+        "notes": notes,
     }
 
     def render() -> None:
@@ -84,7 +88,7 @@ def generate(
             line(speed, "dim", error=True)
 
     show(result, json, render)
-    for note in opened.notes:
+    for note in notes:
         line(f"note: {note}", "dim", error=True)
 
 
