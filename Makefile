@@ -7,7 +7,7 @@ JOBS ?= auto
 PEER ?= .venv-peers/bin/python
 SIZE ?= 0.5b
 
-.PHONY: tour test lint docs check-matrix bench bench-train bench-generate bench-diff-lens bench-gguf bench-merge bench-faults kill kill-train reliability peers clean
+.PHONY: tour test lint docs check-matrix bench bench-train bench-generate bench-diff-lens bench-gguf bench-serve serve-soak serve-fuzz bench-merge bench-faults kill kill-train reliability peers clean
 
 .venv/.core: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -52,6 +52,15 @@ bench-diff-lens: .venv/.dev
 
 bench-gguf: .venv/.dev
 	$(BIN)/python benchmarks/gguf_files.py --write $(if $(LAPIS_MODELS),--models $(LAPIS_MODELS))
+
+bench-serve: .venv/.dev
+	$(BIN)/python benchmarks/serve.py $(LAPIS_MODELS)/smollm2-it --write
+
+serve-soak: .venv/.dev       ## ten minutes of 32 clients that come, go and break off
+	$(BIN)/python benchmarks/serve_soak.py --write
+
+serve-fuzz: .venv/.dev       ## 10,000 requests made up from the OpenAPI document
+	LAPIS_FUZZ_CASES=10000 $(BIN)/python -m pytest -q -s tests/serving/test_openapi.py
 
 bench-merge: .venv/.dev $(PEER)
 	$(BIN)/python benchmarks/merge.py --size $(SIZE) --peer-python $(PEER)

@@ -139,16 +139,16 @@ class BatchCache(Cache):
         self.real_BS = places_S <= self.positions_B1
         self.positions_BS = places_S.expand(count, -1)
         self.in_sight = self.length  # whatever the window; the mask hides what is too far back
-        shape = slots.keys[0].shape
         self._firsts: dict[bool, Tensor] = {}  # the first slots in sight of layers with and without a window
-        self._places = lengths_B[:, None, None, None].expand(count, shape[1], 1, shape[3])
+        self._places = torch.arange(count, device=device), lengths_B
         self._slots = slots
 
     def update(self, layer: int, k_BKTE: Tensor, v_BKTE: Tensor) -> tuple[Tensor, Tensor]:
         """As in Cache."""
         keys, values = self._slots.keys[layer][: self.batch], self._slots.values[layer][: self.batch]
-        keys.scatter_(2, self._places, k_BKTE)
-        values.scatter_(2, self._places, v_BKTE)
+        rows_B, places_B = self._places
+        keys[rows_B, :, places_B] = k_BKTE[:, :, 0]  # (scatter_ would copy the whole of what it writes into)
+        values[rows_B, :, places_B] = v_BKTE[:, :, 0]
         return keys[:, :, : self.length + 1], values[:, :, : self.length + 1]
 
     def place(self, layer: int) -> Place:
