@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lapis.config import load_yaml, override
+from lapis.config import dump_yaml, load_yaml, override
 from lapis.model.load import load
 from lapis.training.loop.progress import Silent
 from lapis.training.run import read_settings, run
@@ -77,6 +77,26 @@ def test_two_processes_then_another_number_have_ones_loss(place: Path, monkeypat
     errors = finish(two)
     assert [process.returncode for process in two] == [0, 0], errors
     assert losses(place / "out") == pytest.approx(losses(place / "one"), abs=1e-5)
+    for name, weight in load("one").state_dict().items():
+        torch.testing.assert_close(load("out").state_dict()[name], weight, rtol=1e-4, atol=1e-5)
+
+
+def test_two_processes_end_within_the_limits_of_one(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    birds = [json.dumps({"text": f"Birds sing {i} songs over the sea."}) for i in range(40)]
+    Path("birds.jsonl").write_text("\n".join(birds) + "\n")
+    settings = {**load_yaml("run.yaml"), "data": "birds.jsonl", "out": "birds"}
+    run(read_settings(settings, "run.yaml"), watch=Silent())
+    del settings["new"]
+    settings |= {"model": "birds", "data": "texts.jsonl", "valid": {"birds": "birds.jsonl"}, "eval_every": 2,
+                 "limits": {"birds/bits_per_byte": "30%"}, "out": "one", "ema": 0.5}  # fmt: skip
+    result = run(read_settings(settings, "run.yaml"), watch=Silent())
+    Path("run.yaml").write_text(dump_yaml({**settings, "out": "out"}))
+    two = start(place, 2)
+    errors = finish(two)
+    assert [process.returncode for process in two] == [0, 0], errors
+    facts = json.loads(Path("out/training.json").read_text())
+    assert result.ended and facts["steps"] == result.steps < 50 and facts["best_step"] == result.best_step
     for name, weight in load("one").state_dict().items():
         torch.testing.assert_close(load("out").state_dict()[name], weight, rtol=1e-4, atol=1e-5)
 
