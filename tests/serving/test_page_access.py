@@ -238,3 +238,34 @@ def test_a_key_is_asked_for_and_what_is_wrong_is_told(browser, start, folder):
         assert "The server does not answer. Is lapis serve still running?" in visitor.turn().inner_text()
         visitor.turn().locator("[data-name=retry]").wait_for()
         visitor.complaints[:] = [text for text in visitor.complaints if "Failed to load resource" not in text]
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        ({"status": 429, "headers": {"Retry-After": "7"}, "json": {"error": {"message": "64 requests are waiting"}}},
+         "too much to do at the moment. Try again in 7 s. It says: 64 requests are waiting"),
+        ({"status": 413, "json": {"error": {"message": "the body"}}}, "too large for the server"),
+        ({"status": 502, "body": "<html>bad gateway</html>"}, "could not finish this."),
+        ({"status": 200, "body": 'data: {"choices": [{"delta": {"content": "half a"}}]}\n\ndata: {"choi'}, "broke off"),
+        ({"status": 200, "body": 'data: {"choices": [{"delta": {"content": "half a"}}]}\n\n'}, "broke off"),
+        ({"status": 200, "body": 'data: {"choices": [{"delta": {"content": "half a"}}]}\r\n\r\n'
+                                 'data: {"error": {"message": "the model failed"}}\n\ndata: [DONE]\n\n'},
+         "could not finish this. It says: the model failed"),
+    ],
+)  # fmt: skip
+def test_what_goes_wrong_on_the_way_is_told_and_what_came_is_kept(browser, pair, answer, told):
+    with visiting(browser, pair.url, locale="en-US") as visitor:
+        visitor.page.select_option("#second", "")
+        visitor.page.route("**/v1/chat/completions", lambda route: route.fulfill(**answer))
+        visitor.talk("the cat")
+        assert told in visitor.turn().locator(".failed").inner_text()
+        assert visitor.texts()[0].strip() == ("half a" if answer["status"] == 200 else "")
+        assert "bad gateway" not in visitor.page.locator("body").inner_text()
+        visitor.page.unroute("**/v1/chat/completions")
+        visitor.set(longest=8)
+        visitor.turn().locator("[data-name=retry]").click()
+        visitor.settle()
+        assert visitor.turn().locator(".failed").count() == 0
+        visitor.complaints[:] = [text for text in visitor.complaints if "Failed to load resource" not in text]

@@ -181,8 +181,19 @@ def look(
     top: int = 10,
     head: Anatomy | None = None,
     tuned: TunedLens | None = None,
+    halves: bool = True,
 ) -> LensTrace:
-    """Reads what was seen. head: another model whose final norm and head read the states."""
+    """Reads what was seen.
+
+    Args:
+        seen: The states.
+        words: What is tracked.
+        given: Whether the caller gave the words.
+        top: Tokens named per layer.
+        head: Another model whose final norm and head read the states.
+        tuned: Maps that put each layer's states into the last one's terms.
+        halves: Whether the states after attention are read, too, where they can be; twice the work.
+    """
     parts, last = head or seen.parts, len(seen.positions) - 1
     end = slice(last, last + 1)
     if tuned is not None:
@@ -190,7 +201,7 @@ def look(
     if head is not None:
         check_fits(seen.parts, head)
         _read(seen.parts, _stack(seen.trace, end, False, None)[:, -1:], seen.trace.own(end))
-    halves = seen.trace.adds_up and tuned is None
+    halves = halves and seen.trace.adds_up and tuned is None
     firsts = dict.fromkeys(spelling.ids[0] for word in words for spelling in word.spellings)
     tracked = list(firsts | dict.fromkeys(i for w in words for s in w.spellings for i in s.ids))
     later = None if seen.onward is None else _stack(seen.onward, slice(0, len(seen.later)), False, tuned)

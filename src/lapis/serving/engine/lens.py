@@ -105,7 +105,7 @@ def look_inside(served: ServedModel, ids: list[int], token: int | None, cache: C
     words = [] if token is None else [token_word(token, served.tokenizer)]
     seen: Seen = see(anatomy(served.model, served.name), served.tokenizer, ids, words, cache=cache)
     words = words or best_anywhere(seen)[:1]
-    trace = look(seen, words, True, top=TOP)
+    trace = look(seen, words, True, top=TOP, halves=False)
     rows = [_row(served, reading, words[0].text) for reading in (trace.readings[0], *trace.layers)]
     parts = [c for c in trace.contributions if c.part != "rounding" and c.logit > 0]
     parts.sort(key=lambda c: -c.logit)

@@ -147,10 +147,12 @@ export class TokenView {
 
   #mark() {
     const chosen = this.#group();
-    for (const group of this.groups) {
+    if (chosen === this.marked) return;
+    for (const group of [this.marked ?? this.groups[0], chosen]) {
       group.option.tabIndex = group === chosen ? 0 : -1;
       group.option.setAttribute("aria-selected", String(group === chosen));
     }
+    this.marked = chosen;
   }
 
   /** Shows what is known of the chosen place. */
