@@ -255,7 +255,7 @@ def test_a_key_is_asked_for_and_what_is_wrong_is_told(browser, start, folder):
          "could not finish this. It says: the model failed"),
     ],
 )  # fmt: skip
-def test_what_goes_wrong_on_the_way_is_told_and_what_came_is_kept(browser, pair, answer, told):
+def test_what_goes_wrong_on_the_way_is_told(browser, pair, answer, told):
     with visiting(browser, pair.url, locale="en-US") as visitor:
         visitor.page.select_option("#second", "")
         visitor.page.route("**/v1/chat/completions", lambda route: route.fulfill(**answer))

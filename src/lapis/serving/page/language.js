@@ -37,7 +37,7 @@ export function number(value, digits = 0) {
 
 /** Names one after another, as the language lists them. */
 export function list(names) {
-  return new Intl.ListFormat(code, { type: "unit" }).format(names);
+  return new Intl.ListFormat(code, { type: "conjunction" }).format(names);
 }
 
 /** A signed number with two digits. */
