@@ -276,8 +276,8 @@ class Job:
         seen = self.seen()
         for name in self.outputs:
             if self.grows:
-                parts = {part: value for part, value in seen.get(name, {}).items() if not part.startswith(".")}
-                right = all(self.after[name].get(part) == value for part, value in parts.items())
+                shown = {part: value for part, value in seen.get(name, {}).items() if "/." not in f"/{part}"}
+                right = all(self.after[name].get(part) == value for part, value in shown.items())
             else:
                 right = seen.get(name) in (self.before.get(name), self.after[name])
             if not right:

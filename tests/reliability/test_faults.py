@@ -5,6 +5,7 @@ the last ones of a commit among them; all are tried by `make reliability` (bench
 """
 
 import errno
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -118,6 +119,28 @@ def test_fault_76_a_read_only_place_is_refused_at_once(forks: Forks, place: Path
     ended = forks.run(job.arguments, job.folder, **armed)
     assert ended.status == 1 and ended.told.count("\n") == 1, ended.told
     assert "cannot be written: Read-only file system; give another --out" in ended.told
+
+
+def test_fault_74_what_a_kill_leaves_beside_a_part_goes(forks: Forks, tmp_path: Path) -> None:
+    """A tour, or an adaptation, makes a part only where it is not there: then nobody else looks at what lies beside."""
+    script = (
+        "from pathlib import Path\nfrom lapis.checkpoint.commit import commit\n"
+        "from lapis.checkpoint.staging import is_made\n"
+        "if not is_made(Path('part')):\n"
+        "    with commit(Path('part')) as staging:\n        (staging.path / 'file').write_text('whole')\n"
+    )
+    left = []
+    for number in range(1, 60):
+        armed = {"FAULT_UNDER": f"{tmp_path}/", "FAULT_KINDS": ",".join(CHANGING), "FAULT_AT": number}
+        ended = forks.run(["-c", script], tmp_path, **armed)
+        left.append(len(list(tmp_path.iterdir())))
+        assert forks.run(["-c", script], tmp_path).status == 0
+        assert [path.name for path in tmp_path.iterdir()] == ["part"], number
+        assert (tmp_path / "part" / "file").read_text() == "whole"
+        shutil.rmtree(tmp_path / "part")
+        if not ended.was_killed:
+            break
+    assert left.count(2) >= 2, "both the part and its staging folder were there"
 
 
 def test_a_file_cut_by_a_kill_before_its_last_trim(forks: Forks, tmp_path: Path) -> None:

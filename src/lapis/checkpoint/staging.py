@@ -191,6 +191,12 @@ def sweep_finished(out: Path) -> None:
         os.close(handle)
 
 
+def is_made(out: Path) -> bool:
+    """Whether an output folder is in place; what a job that was killed right after that left beside it is removed."""
+    sweep_finished(Path(os.path.abspath(out)))
+    return out.is_dir()
+
+
 def drop(root: Path) -> None:
     """Removes a staging folder, its seal last: as long as anything lies here the seal says what."""
     for entry in root.iterdir():

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lapis.checkpoint.commit import commit_file
+from lapis.checkpoint.staging import is_made
 from lapis.errors import OutputError
 
 NOTES = ".steps"
@@ -46,7 +47,7 @@ class Steps:
         parts = [name, settings, [self._keys[step] for step in after]]
         key = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
         note = self._read(name)
-        exists = folder.is_dir()
+        exists = is_made(folder)
         if exists and not note:
             raise OutputError(f"{folder}: exists, and is no step of this adaptation; remove it, or give another --out")
         stopped = exists and note["stamps"] is None

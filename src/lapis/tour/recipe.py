@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from lapis.checkpoint.commit import commit_file
+from lapis.checkpoint.staging import is_made
 from lapis.generation.generate import Reply, generate_batch
 from lapis.generation.options import Sampling
 from lapis.model.load import load
@@ -158,7 +159,7 @@ class Story:
     def is_done(self, name: str) -> bool:
         """Whether a model is there. It is listed from now on."""
         self.models[name] = self.out / name
-        return self.models[name].is_dir()
+        return is_made(self.models[name])
 
     def train(self, name: str, model: Transformer, objective: Objective) -> None:
         """One run. Its length is a number of tokens, whatever the machine does."""
@@ -181,7 +182,7 @@ class Story:
     def graft(self, scale: float) -> None:
         """adapted + scale x (chat - base)."""
         folder = self.models["grafted"] = self.out / "grafted"
-        if not folder.is_dir():
+        if not is_made(folder):
             self.clock.note(f"grafted: adapted + {scale:g} x (chat - base)")
             graft(self.models["base"], self.models["chat"], self.models["adapted"], folder, scale)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lapis.checkpoint.commit import commit, commit_file
-from lapis.checkpoint.staging import disk_errors, try_lock
+from lapis.checkpoint.staging import disk_errors, is_made, try_lock
 from lapis.errors import ConfigError, OutputError
 from lapis.model.threads import threads
 from lapis.model.transformer import Transformer
@@ -130,7 +130,7 @@ def _settled(note: Path, settings: Tour, size: StorySize) -> tuple[machine.Machi
 def _run_story(settings: Tour, size: StorySize, computer: machine.Machine, clock: Clock) -> dict[str, Any]:
     out = settings.out
     root = settings.data or out / "world"
-    if settings.data is None and not root.is_dir():
+    if settings.data is None and not is_made(root):
         clock.begin("world", f"a world of its own, told in English and {LANGUAGES[settings.language]}")
         world = World(settings.seed, size.people)
         write_world(world, root, settings.language, size.characters("base"), size.chats, clock.at)
@@ -194,7 +194,7 @@ def _write_note(path: Path, value: Any) -> None:
 
 def _tokenizer(folder: Path, material: Material, vocabulary: int, clock: Clock) -> Tokenizer:
     """A byte-level BPE of both languages, from as much text of the one as of the other."""
-    if not folder.is_dir():
+    if not is_made(folder):
         clock.begin("tokenizer", f"a tokenizer of up to {vocabulary:,} tokens for both languages")
         with commit(folder) as staging:
             texts = staging.path / "texts.jsonl"
