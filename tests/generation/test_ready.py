@@ -5,11 +5,12 @@ import copy
 import pytest
 import torch
 
+from lapis.errors import ConfigError
 from lapis.families.config import ModelConfig
 from lapis.generation.kernels.build import compiled
 from lapis.generation.kernels.layers import ReadyAttention, ReadyNorm
-from lapis.generation.kernels.linear import PackedLinear, ReadyLinear
-from lapis.generation.ready import ready
+from lapis.generation.kernels.linear import Int8Linear, PackedLinear, ReadyLinear
+from lapis.generation.ready import check_int8, ready
 from lapis.model.blocks.standard import Mlp
 from lapis.model.cache import Cache
 from lapis.model.transformer import Transformer
@@ -129,3 +130,43 @@ def test_other_precisions_are_left_as_they_are():
     model = make("llama", torch.float64)
     before = [name for name, _ in model.named_parameters()]
     assert [name for name, _ in ready(model).named_parameters()] == before
+
+
+@pytest.mark.parametrize("compile", [True, False])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("name", CASES)
+def test_int8_is_the_model_of_the_rounded_weights(name, dtype, compile):
+    model = make(name, dtype)
+    fast = ready(copy.deepcopy(model), weights="int8", compile=compile)
+    assert any("int8" in note for note in fast.notes)
+    rounded = copy.deepcopy(model).double()
+    with torch.no_grad():
+        for part in rounded.modules():
+            if type(part) is torch.nn.Linear:
+                steps = part.weight.abs().amax(1, keepdim=True) / 127
+                part.weight.copy_((part.weight / steps).round() * steps)
+        if rounded.config.tied:  # the embedding's rows are looked up as they are
+            rounded.head.weight = torch.nn.Parameter(rounded.embed.weight.clone())
+        steps = rounded.head.matrix.abs().amax(1, keepdim=True) / 127
+        rounded.head.weight.copy_((rounded.head.matrix / steps).round() * steps)
+    for rows in (1, 3, 20):
+        ids_BT = torch.randint(0, 97, (rows, 16))
+        expected, actual = (decode(each, ids_BT, None, 9).double() for each in (rounded, fast))
+        # bfloat16 keeps the steps' own rounding of other numbers; a scale that is off would be far outside
+        assert torch.allclose(expected, actual, atol=2e-5 if dtype == torch.float32 else 3e-2)
+
+
+def test_int8_rounds_to_the_nearest_of_255_steps():
+    weight = torch.randn(5, 64)
+    weight[2] = 0
+    layer = Int8Linear(weight, None, None)
+    steps = weight.abs().amax(1, keepdim=True) / 127
+    assert ((layer.matrix - weight).abs() <= steps / 2 + 1e-6).all()
+    assert not layer.matrix[2].any()
+
+
+def test_int8_is_refused_where_it_is_not_computed_with():
+    with pytest.raises(ConfigError, match="float32 or bfloat16"):
+        ready(make("llama", torch.float64), weights="int8")
+    with pytest.raises(ConfigError, match="for a CPU"):
+        check_int8(torch.float32, torch.device("cuda"))

@@ -23,7 +23,7 @@ from lapis.cli.generate import ENDS
 from lapis.cli.output import console
 from lapis.config import nearest
 from lapis.errors import DataError, LapisError, OutputError
-from lapis.generation.options import Runtime, Sampling
+from lapis.generation.options import DecodingRuntime, Sampling
 from lapis.generation.text import for_terminal
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def chat(
     against: str | None = None,
     system: str = "",
     sampling: Annotated[ChatSampling, Parameter(name="*")] = ChatSampling(),
-    runtime: Annotated[Runtime, Parameter(name="*")] = Runtime(),  # noqa: B008
+    runtime: Annotated[DecodingRuntime, Parameter(name="*")] = DecodingRuntime(),  # noqa: B008
 ) -> None:
     """Talk with a model in the terminal. Type /help there for its commands; Ctrl-C stops a reply.
 
@@ -83,7 +83,7 @@ def chat(
     talk(conversations, ChatLines(interactive))
 
 
-def meet(folder: str, system: str, sampling: Sampling, runtime: Runtime) -> "Conversation":
+def meet(folder: str, system: str, sampling: Sampling, runtime: DecodingRuntime) -> "Conversation":
     """Opens a model to talk with, and passes on what loading had to say."""
     from lapis.cli.output import line, progress
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from lapis.generation.options import Runtime, Sampling
+from lapis.generation.options import DecodingRuntime, Sampling
 
 
 def generate(
@@ -17,7 +17,7 @@ def generate(
     chat: bool = False,
     system: str = "",
     sampling: Annotated[Sampling, Parameter(name="*")] = Sampling(),  # noqa: B008
-    runtime: Annotated[Runtime, Parameter(name="*")] = Runtime(),  # noqa: B008
+    runtime: Annotated[DecodingRuntime, Parameter(name="*")] = DecodingRuntime(),  # noqa: B008
     json: bool = False,
 ) -> None:
     """Continue a prompt with a model, or answer it.

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from lapis.generation.options import Runtime
+from lapis.generation.options import DecodingRuntime
 from lapis.serving.options import ServeOptions
 
 
@@ -13,7 +13,7 @@ def serve(
     /,
     *others: str,
     options: Annotated[ServeOptions, Parameter(name="*")] = ServeOptions(),  # noqa: B008
-    runtime: Annotated[Runtime, Parameter(name="*")] = Runtime(),  # noqa: B008
+    runtime: Annotated[DecodingRuntime, Parameter(name="*")] = DecodingRuntime(),  # noqa: B008
 ) -> None:
     """Serve models behind OpenAI's API, with a page to talk to them. Ctrl-C or SIGTERM ends it.
 

@@ -20,7 +20,8 @@ from lapis.evaluation.classification import score_classes
 from lapis.evaluation.options import EvalOptions
 from lapis.evaluation.preference import score_pairs
 from lapis.evaluation.text import score_text
-from lapis.generation.ready import choose_device, choose_dtype
+from lapis.generation.ready import check_int8, choose_device, choose_dtype, ready
+from lapis.model.adapter import fold
 from lapis.model.load import load
 from lapis.model.scoring import Progress
 from lapis.model.transformer import Transformer
@@ -82,6 +83,8 @@ def evaluate(
     checkpoint = open_checkpoint(model, adapters=True)
     dtype, note = choose_dtype(checkpoint, "bfloat16" if options.precision == "bf16" else options.precision, device)
     opened = load(checkpoint, dtype, device)
+    if options.weights == "int8":
+        check_int8(next(opened.parameters()).dtype, device)
     tokenizer = None if opened.config.image else Tokenizer.open(model)
     job = _Job(str(model), opened, tokenizer, options, report)
     precision = str(next(opened.parameters()).dtype).removeprefix("torch.")
@@ -89,11 +92,22 @@ def evaluate(
     result: dict[str, Any] = {"model": str(model), "precision": precision, "notes": [*notes, *opened.notes]}
     if any(getattr(options, kind) for kind in KINDS if kind != "classes"):
         _ = job.words
+    unrounded = None
+    if options.weights == "int8":
+        if options.text:
+            report(0, None, "plain text, before its weights are rounded")
+            unrounded = _score_text(job)["bits_per_byte"]
+        ready(fold(opened) if checkpoint.adapter is not None else opened, weights="int8")
+        result["weights"] = "int8"
     for kind in KINDS:
         if getattr(options, kind):
             report(0, None, KINDS[kind].title)
             result[kind] = _SCORERS[kind](job)
             _check_finite(result[kind], f"eval: {model}: {kind}", infinite=kind == "tasks")
+    if unrounded is not None:
+        result["text"]["bits_per_byte_unrounded"] = unrounded
+        cost = result["text"]["bits_per_byte"] - unrounded
+        result["notes"].append(f"int8 weights cost {cost:+.4f} bits per byte on this text ({unrounded:.4f} without)")
     return result
 
 

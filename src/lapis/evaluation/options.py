@@ -47,6 +47,9 @@ class EvalOptions:
     precision: Literal["float32", "bf16"] | None = None
     """Of weights and arithmetic; default: that of the folder, or float32 where the processor has no bfloat16
     instructions. Scores in bf16 are about 0.001 off."""
+    weights: Literal["int8"] | None = None
+    """int8 rounds each row of a weight to 255 steps, as generate --weights int8 does; a text is scored without that
+    too, and the difference is what it costs. On a CPU."""
     device: str | None = None
     """cpu or cuda; default: a GPU where there is one."""
 

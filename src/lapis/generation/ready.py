@@ -7,19 +7,18 @@ be looked into; it has no layers left to train or save. Leaves out GPUs, where n
 
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import nn
 
 from lapis.checkpoint import Checkpoint, open_checkpoint
 from lapis.errors import ConfigError
-from lapis.generation.kernels.build import Kernels, compiled
 from lapis.generation.kernels.layers import ready_attention, ready_mlp, ready_norm
-from lapis.generation.kernels.linear import lay_out
-from lapis.generation.options import Runtime
+from lapis.generation.kernels.linear import WeightLayout, lay_out
+from lapis.generation.options import DecodingRuntime
 from lapis.model.adapter import fold
 from lapis.model.blocks.attention import Attention
 from lapis.model.blocks.norm import Norm
@@ -29,26 +28,35 @@ from lapis.model.load import load
 from lapis.model.transformer import Transformer
 from lapis.text.tokenizer.tokenizer import Tokenizer
 
+INT8_NOTE = (
+    "int8: each row of a weight is rounded to 255 steps, so numbers and texts differ from those of the folder's own "
+    "weights; lapis eval --weights int8 --text FILE says what that costs"
+)
 
-def open_ready(folder: str | Path, runtime: Runtime = Runtime()) -> tuple[Transformer, Tokenizer]:  # noqa: B008
+
+def open_ready(folder: str | Path, runtime: DecodingRuntime = DecodingRuntime()) -> tuple[Transformer, Tokenizer]:  # noqa: B008
     """A folder's model, ready to generate, and its tokenizer, which is opened while the weights are read.
 
     Args:
         folder: A folder, or a model of the hub.
-        runtime: Device and precision.
+        runtime: Device, precision, and how weights are held.
 
     Raises:
         CheckpointError: For what is damaged, and for a tokenizer with more tokens than the embedding has rows.
-        ConfigError: For a device that is not there.
+        ConfigError: For a device that is not there, and for int8 where it does not apply.
     """
     device = choose_device(runtime.device)
     checkpoint = open_checkpoint(folder, adapters=True)
     dtype, note = choose_dtype(checkpoint, runtime.dtype, device)
+    if runtime.weights == "int8":
+        check_int8(dtype or torch.float32, device)
     with ThreadPoolExecutor(1) as pool:
         opening = pool.submit(_tokenizer, checkpoint)
         adapted = checkpoint.adapter is not None
-        model = load(checkpoint, dtype, device, placed=None if adapted else _placed)
-        model = ready(fold(model) if adapted else model)
+        model = load(
+            checkpoint, dtype, device, placed=None if adapted else partial(_placed, int8=runtime.weights is not None)
+        )
+        model = ready(fold(model) if adapted else model, weights=runtime.weights)
         tokenizer = opening.result()
     tokenizer.check_rows(model.config.vocab)
     model.notes = [*model.notes, *([note] if note else [])]
@@ -123,7 +131,7 @@ def _tokenizer(checkpoint: Checkpoint) -> Tokenizer:
 
 
 @torch.inference_mode()
-def ready(model: Transformer, *, compile: bool = True) -> Transformer:
+def ready(model: Transformer, *, weights: Literal["int8"] | None = None, compile: bool = True) -> Transformer:
     """Lays a model's weights out, in place, and puts it into evaluating mode; where that does not apply, nothing more.
 
     Each block's weights are dropped as soon as they are laid out, so the peak is one block more. The compiled kernels
@@ -131,35 +139,52 @@ def ready(model: Transformer, *, compile: bool = True) -> Transformer:
 
     Args:
         model: Is returned.
+        weights: "int8" rounds every matrix but the embedding's, row by row; `model.notes` says so.
         compile: Whether kernels are compiled for this processor, where it has a compiler.
+
+    Raises:
+        ConfigError: For int8 where the model does not run on a CPU in float32 or bfloat16.
     """
-    dtype = model.embed.weight.dtype if model.config.image is None else next(model.parameters()).dtype
-    kernels = compiled(dtype, dtype) if compile and next(model.parameters()).device.type == "cpu" else None
-    for number in range(len(model.blocks)):
-        _ready_block(model, number, kernels)
+    norm_weight = next(model.norm.parameters())
+    dtype, device = norm_weight.dtype, norm_weight.device
+    if weights == "int8":
+        check_int8(dtype, device)
+        model.notes.append(INT8_NOTE)
+    layout = WeightLayout.of(dtype, device, int8=weights == "int8", compile=compile)
+    for block in model.blocks:
+        _ready_block(cast(TransformerBlock, block), layout)
     for name, norm in list(model.norm.named_children()):
-        setattr(model.norm, name, ready_norm(cast(Norm, norm), dtype, kernels))
+        setattr(model.norm, name, ready_norm(cast(Norm, norm), dtype, layout))
     if type(model.head) is LanguageHead:
-        model.head = lay_out(model.head.matrix, model.head.bias, kernels) or model.head
+        model.head = lay_out(model.head.matrix, model.head.bias, layout) or model.head
     return model.eval()
 
 
-def _placed(model: nn.Module, name: str) -> None:
+def check_int8(dtype: torch.dtype, device: torch.device) -> None:
+    """Raises ConfigError where weights of eight bits are not computed with."""
+    if device.type != "cpu":
+        raise ConfigError(f"weights int8 is for a CPU, and the model is on {device.type}; give --device cpu")
+    if dtype not in (torch.float32, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        raise ConfigError(f"weights int8 computes in float32 or bfloat16, not {name}; give another precision")
+
+
+def _placed(model: nn.Module, name: str, *, int8: bool) -> None:
     """Lays out a block as soon as the last of its weights is there."""
     place, _, rest = name.partition(".")
-    number = rest.partition(".")[0]
-    if place == "blocks" and not any(p.is_meta for p in model.get_submodule(f"blocks.{number}").parameters()):
-        weight = next(model.get_submodule(f"blocks.{number}").parameters())
-        kernels = compiled(weight.dtype, weight.dtype) if weight.device.type == "cpu" else None
-        _ready_block(cast(Transformer, model), int(number), kernels)
+    if place != "blocks":
+        return
+    block = cast(Transformer, model).blocks[int(rest.partition(".")[0])]
+    if not any(parameter.is_meta for parameter in block.parameters()):
+        weight = next(block.parameters())
+        _ready_block(cast(TransformerBlock, block), WeightLayout.of(weight.dtype, weight.device, int8=int8))
 
 
-def _ready_block(model: Transformer, number: int, kernels: Kernels | None) -> None:
-    """Lays out a block whose weights are there; one that is laid out already stays."""
-    block = cast(TransformerBlock, model.blocks[number])
+def _ready_block(block: TransformerBlock, layout: WeightLayout) -> None:
+    """Lays out a block whose weights are there; what is laid out already stays."""
     dtype = next(block.norm.parameters()).dtype
     if type(block.attn) is Attention and all(type(block.attn.get_submodule(name)) is nn.Linear for name in "qkvo"):
-        block.attn = ready_attention(block.attn, kernels)  # type: ignore[assignment]
-    block.mlp = ready_mlp(block.mlp, kernels)
+        block.attn = ready_attention(block.attn, layout)  # type: ignore[assignment]
+    block.mlp = ready_mlp(block.mlp, layout)
     for name, norm in list(block.norm.named_children()):
-        setattr(block.norm, name, ready_norm(cast(Norm, norm), dtype, kernels))
+        setattr(block.norm, name, ready_norm(cast(Norm, norm), dtype, layout))

@@ -25,7 +25,7 @@ from lapis.errors import CheckpointError
 from lapis.evaluation.text import score_text
 from lapis.families import ModelConfig, find
 from lapis.generation.generate import Decoding
-from lapis.generation.options import Runtime, Sampling
+from lapis.generation.options import DecodingRuntime, Sampling
 from lapis.generation.ready import open_ready
 from lapis.language.extend import open_source
 from lapis.language.recommend import Curve, knee_of, recommend
@@ -170,7 +170,7 @@ def _run(
 ) -> float:  # fmt: skip
     """Adds bits per byte and characters per second; the tokens that the model makes in a second."""
     progress(0, None, f"reading {model}")
-    opened, tokenizer = open_ready(str(model), Runtime())
+    opened, tokenizer = open_ready(str(model), DecodingRuntime())
     settle_threads(next(opened.parameters()).device)
     progress(0, None, "generating")
     speed = tokens_per_second(opened, tokenizer, texts["target"][0][:400])

@@ -15,7 +15,7 @@ import torch
 
 from lapis.errors import DataError
 from lapis.generation.generate import Reply, generate_batch
-from lapis.generation.options import Runtime, Sampling
+from lapis.generation.options import DecodingRuntime, Sampling
 from lapis.generation.ready import open_ready
 from lapis.model.load import load
 from lapis.model.threads import settle_threads
@@ -76,7 +76,7 @@ def draw_texts(
     Raises:
         DataError: Where the model writes nothing.
     """
-    model, tokenizer = open_ready(str(source), Runtime())
+    model, tokenizer = open_ready(str(source), DecodingRuntime())
     settle_threads(next(model.parameters()).device)
     goal, total, empty = min(tokens, MOST), 0, 0
     texts: list[Drawn] = []
@@ -104,7 +104,7 @@ def draw_replies(source: str | Path, prompts: Sequence[str]) -> list[dict[str, A
     Raises:
         DataError: Where the model says nothing to any of them.
     """
-    model, tokenizer = open_ready(str(source), Runtime())
+    model, tokenizer = open_ready(str(source), DecodingRuntime())
     settle_threads(next(model.parameters()).device)
     room = model.config.context * 3 // 4
     turns = [turn for prompt in prompts if (turn := _fitting(tokenizer, prompt, room))]

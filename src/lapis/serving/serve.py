@@ -6,14 +6,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lapis.errors import ConfigError, LapisError, MissingExtra
-from lapis.generation.options import Runtime
+from lapis.generation.options import DecodingRuntime
 from lapis.serving.options import ServeOptions
 
 
 def serve(
     models: str | Path | Sequence[str | Path],
     options: ServeOptions = ServeOptions(),  # noqa: B008
-    runtime: Runtime = Runtime(),  # noqa: B008
+    runtime: DecodingRuntime = DecodingRuntime(),  # noqa: B008
     *,
     ready: Callable[[str, list[str]], None] | None = None,
 ) -> None:

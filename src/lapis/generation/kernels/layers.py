@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lapis.generation.kernels.build import Kernels
-from lapis.generation.kernels.linear import joined, lay_out
+from lapis.generation.kernels.linear import WeightLayout, joined, lay_out
 from lapis.model.blocks.attention import Attention, Shared
 from lapis.model.blocks.norm import Norm, RMSNorm
 from lapis.model.blocks.standard import Mlp
@@ -122,33 +122,33 @@ def wide_gain(norm: RMSNorm) -> Tensor:
     return norm.gain.detach().float().contiguous()
 
 
-def ready_attention(attention: Attention, kernels: Kernels | None) -> nn.Module:
+def ready_attention(attention: Attention, layout: WeightLayout) -> nn.Module:
     """The attention, in fewer calls where its weights can be laid out.
 
     Args:
         attention: Of a block whose weights are there.
-        kernels: For the weights' dtype, or None.
+        layout: For the weights' dtype.
     """
-    qkv = lay_out(*joined([attention.q, attention.k, attention.v]), kernels)
-    o = lay_out(attention.o.weight, attention.o.bias, kernels)
-    return attention if qkv is None or o is None else ReadyAttention(attention, qkv, o, kernels)
+    qkv = lay_out(*joined([attention.q, attention.k, attention.v]), layout)
+    o = lay_out(attention.o.weight, attention.o.bias, layout)
+    return attention if qkv is None or o is None else ReadyAttention(attention, qkv, o, layout.kernels)
 
 
-def ready_mlp(mlp: nn.Module, kernels: Kernels | None) -> nn.Module:
+def ready_mlp(mlp: nn.Module, layout: WeightLayout) -> nn.Module:
     """The MLP, in fewer calls where its weights can be laid out; the arguments are those of `ready_attention`."""
     if type(mlp) is not Mlp:
         for name, layer in list(mlp.named_children()):
             if type(layer) is nn.Linear:
-                setattr(mlp, name, lay_out(layer.weight, layer.bias, kernels) or layer)
+                setattr(mlp, name, lay_out(layer.weight, layer.bias, layout) or layer)
         return mlp
-    gate_up = lay_out(*joined([mlp.up] if mlp.gate is None else [mlp.gate, mlp.up]), kernels)
-    down = lay_out(mlp.down.weight, mlp.down.bias, kernels)
+    gate_up = lay_out(*joined([mlp.up] if mlp.gate is None else [mlp.gate, mlp.up]), layout)
+    down = lay_out(mlp.down.weight, mlp.down.bias, layout)
     return mlp if gate_up is None or down is None else ReadyMlp(mlp, gate_up, down)
 
 
-def ready_norm(norm: Norm, dtype: torch.dtype, kernels: Kernels | None) -> nn.Module:
-    """The norm in one call where it is an RMSNorm on a CPU, in the kernels' dtype."""
+def ready_norm(norm: Norm, dtype: torch.dtype, layout: WeightLayout) -> nn.Module:
+    """The norm in one call where it is an RMSNorm on a CPU, in the weights' dtype."""
     fits = isinstance(norm, RMSNorm) and norm.weight.device.type == "cpu" and norm.weight.dtype == dtype
-    if kernels is None or not fits or len(norm.weight) % LANES:
+    if layout.kernels is None or not fits or len(norm.weight) % LANES:
         return norm
-    return ReadyNorm(cast(RMSNorm, norm), kernels)
+    return ReadyNorm(cast(RMSNorm, norm), layout.kernels)

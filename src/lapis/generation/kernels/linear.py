@@ -4,15 +4,18 @@ Shapes: B rows, N outputs, I inputs.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lapis.generation.kernels.build import Kernels
+from lapis.generation.kernels.build import Kernels, compiled
 
-FEW = {torch.float32: 16, torch.bfloat16: 8}  # rows up to which the compiled kernel is faster than torch's products
+# rows up to which the compiled kernel is faster than torch's products
+FEW = {torch.float32: 16, torch.bfloat16: 8, torch.int8: 8}
+WIDENED = 1 << 22  # numbers of a weight that are float32 at a time while it is rounded
 DIVISOR = 64  # of the inputs, which the compiled kernel takes apart in lines of the cache
 
 
@@ -50,6 +53,60 @@ class ReadyLinear(nn.Module):
         return F.linear(x, self.matrix, self.bias)
 
 
+class Int8Linear(nn.Module):
+    """y = x (q s)^T + b: a weight as eight-bit numbers q and a float32 scale s for each of its rows.
+
+    Only the weight is rounded; x and the sums are not. Where rows are many, q is widened to x's dtype, which holds all
+    of its numbers, and the scale comes after the product.
+    """
+
+    def __init__(self, weight_NI: Tensor, bias_N: Tensor | None, kernels: Kernels | None) -> None:
+        super().__init__()
+        self.dtype = weight_NI.dtype
+        self._q_NI, self._scale_N = rounded_rows(weight_NI.detach())
+        self.bias = None if bias_N is None else bias_N.detach()
+        self._wide_bias = None if bias_N is None else bias_N.detach().float()
+        fits = kernels is not None and weight_NI.shape[1] % DIVISOR == 0
+        self._product = kernels.product if kernels is not None and fits else None
+        bias = None if self._wide_bias is None else self._wide_bias.data_ptr()
+        self._pointers = self._q_NI.data_ptr(), self._scale_N.data_ptr(), bias
+
+    @property
+    def matrix(self) -> Tensor:
+        """The weight that it stands for, [N, I]; made anew at every call."""
+        return (self._q_NI * self._scale_N[:, None]).to(self.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs, inputs = self._q_NI.shape
+        rows = x.numel() // inputs
+        if self._product is None or rows > FEW[torch.int8]:
+            y = F.linear(x, self._q_NI.to(x.dtype)).float() * self._scale_N
+            return (y if self._wide_bias is None else y + self._wide_bias).to(x.dtype)
+        x, y = x.contiguous(), x.new_empty(*x.shape[:-1], outputs)
+        threads = torch.get_num_threads()
+        if self._product(*self._pointers, x.data_ptr(), y.data_ptr(), outputs, inputs, rows, threads):
+            raise MemoryError
+        return y
+
+
+def rounded_rows(weight_NI: Tensor) -> tuple[Tensor, Tensor]:
+    """A weight as int8 [N, I], -127 to 127, and what each row is multiplied by, float32 [N].
+
+    Args:
+        weight_NI: Of any float dtype; some rows at a time are widened.
+    """
+    q_NI = torch.empty(weight_NI.shape, dtype=torch.int8)
+    scale_N = torch.empty(len(weight_NI))
+    rows = max(1, WIDENED // weight_NI.shape[1])
+    for first in range(0, len(weight_NI), rows):
+        some = slice(first, first + rows)
+        wide = weight_NI[some].to(torch.float32, copy=True)
+        scale_N[some] = wide.abs().amax(1).div_(127)
+        steps = scale_N[some].where(scale_N[some] > 0, 1.0)  # a row of zeros stays one
+        q_NI[some] = wide.div_(steps[:, None]).round_().to(torch.int8)
+    return q_NI, scale_N
+
+
 class PackedLinear(nn.Module):
     """y = x W^T + b with the weight in oneDNN's blocked layout, which is read faster than the usual one."""
 
@@ -69,16 +126,40 @@ class PackedLinear(nn.Module):
         return y
 
 
-def lay_out(weight_NI: Tensor, bias_N: Tensor | None, kernels: Kernels | None) -> nn.Module | None:
+@dataclass(frozen=True)
+class WeightLayout:
+    """How weights are laid out. kernels: for their dtype, or None where they cannot be compiled. int8: rounded."""
+
+    kernels: Kernels | None
+    int8: bool = False
+
+    @staticmethod
+    def of(dtype: torch.dtype, device: torch.device, *, int8: bool = False, compile: bool = True) -> "WeightLayout":
+        """The layout for weights of this dtype.
+
+        Args:
+            dtype: Of the weights, and of all that is computed with them.
+            device: Kernels are for a CPU.
+            int8: Whether weights are rounded to eight bits.
+            compile: Whether kernels are compiled, where there is a compiler.
+        """
+        here = compile and device.type == "cpu"
+        return WeightLayout(compiled(torch.int8 if int8 else dtype, dtype) if here else None, int8)
+
+
+def lay_out(weight_NI: Tensor, bias_N: Tensor | None, layout: WeightLayout) -> nn.Module | None:
     """A layer of this weight that is fast where rows are few; None where there is none for it.
 
     Args:
         weight_NI: On any device, in any dtype.
         bias_N: Or None.
-        kernels: For the weight's dtype; None where they cannot be compiled.
+        layout: For the weight's dtype.
     """
     if weight_NI.device.type != "cpu" or weight_NI.dtype not in FEW:
         return None
+    kernels = layout.kernels
+    if layout.int8:
+        return Int8Linear(weight_NI, bias_N, kernels)
     if kernels is not None and weight_NI.shape[1] % DIVISOR == 0:
         return ReadyLinear(weight_NI, bias_N, kernels)
     return PackedLinear(weight_NI, bias_N) if _packs(weight_NI.dtype) else None

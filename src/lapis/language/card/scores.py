@@ -18,7 +18,7 @@ from lapis.evaluation.chats import answer, encode_record, prompt_of
 from lapis.evaluation.choices import Choice, mark_choices, scored_choices
 from lapis.evaluation.text import windows_of
 from lapis.generation.generate import Reply, generate_batch
-from lapis.generation.options import Runtime, Sampling
+from lapis.generation.options import DecodingRuntime, Sampling
 from lapis.generation.ready import open_ready
 from lapis.language.card.bootstrap import Counts
 from lapis.language.fertility import CONTEXT, tokens_per_second
@@ -99,7 +99,7 @@ def score_model(
         share of right answers, where there are questions.
     """
     progress(0, None, f"reading {Path(folder).name}")
-    model, tokenizer = open_ready(str(folder), Runtime())
+    model, tokenizer = open_ready(str(folder), DecodingRuntime())
     settle_threads(next(model.parameters()).device)
     measured = Measured()
     if tokenizer.chat_template is None and templates:

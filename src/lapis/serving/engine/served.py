@@ -11,7 +11,7 @@ import torch
 from lapis.checkpoint import open_checkpoint
 from lapis.errors import ConfigError
 from lapis.generation.generate import context as model_context
-from lapis.generation.options import Runtime
+from lapis.generation.options import DecodingRuntime
 from lapis.generation.ready import open_ready
 from lapis.model.blocks.norm import compute_dtype
 from lapis.model.size import free_memory
@@ -87,7 +87,7 @@ def name_models(sources: list[str]) -> list[str]:
     return names
 
 
-def open_models(sources: list[str], runtime: Runtime, rows: int, most: int | None) -> list[ServedModel]:
+def open_models(sources: list[str], runtime: DecodingRuntime, rows: int, most: int | None) -> list[ServedModel]:
     """The models of folders or of the hub, ready to reply, with the context that the memory holds for `rows` of each.
 
     Args:
