@@ -258,7 +258,7 @@ def test_a_chat_model_is_trained_and_gets_back_what_it_lost(
     plan: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    result = adapt(plan(onto="chat", merge_back=0.25, old_rows=True))
+    result = adapt(plan(onto="chat", merge_back=0.25, old_rows=True, chats=[]))
     names = ["measure", "tokenizer", "start", "embedded", "adapted", "merged", "restored", "card"]
     assert list(result["steps"]) == names and list(result["scores"])[:3] == ["base", "chat", "start"]
     start, before, after, merged, restored = (
@@ -281,7 +281,7 @@ def test_a_chat_model_is_trained_and_gets_back_what_it_lost(
             assert restored[name].equal(merged[name])
     assert words.chat_template == Tokenizer.open(plan()["chat"]).chat_template
 
-    other = adapt(plan(out=str(tmp_path / "other")))  # the other way, and both in one table
+    other = adapt(plan(out=str(tmp_path / "other"), vocab=0, chats=[]))  # the other way, and both in one table
     ran = subprocess.run(
         [sys.executable, "-m", "lapis", "card", str(tmp_path / "other"), str(out / "restored"), "--json", "--out",
          str(tmp_path / "both")], capture_output=True, text=True,

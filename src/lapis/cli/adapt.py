@@ -40,7 +40,7 @@ def adapt(
         base: The model to start from.
         chat: Its chat version, whose ability to chat is grafted on.
         text: Files, folders and globs of the language.
-        replay: Text of what the model is not to lose.
+        replay: Text of what the model is not to lose; self has the model draw it.
         chats: Chats of the language, to measure replies on.
         vocab: New tokens: auto (the default) takes the recommendation of the first step, 0 adds none.
         tokens: That are trained on; how long that takes on this machine is told.
@@ -49,10 +49,10 @@ def adapt(
         rows_lr: Peak learning rate of new rows, in both trainings.
         replay_share: The share of replay in what is read.
         ema: Decay of a running average of the weights, which is then the result.
-        merge_back: The share of the weights before the training, mixed into the result.
+        merge_back: The share of the weights before the training of everything, mixed into the result.
         scale: Of the graft; plan learns one for each component.
         onto: base (the default) trains the base and grafts chat onto it, chat trains the chat model itself.
-        cost: By which share bits per byte of the replay text may rise.
+        cost: By which share bits per byte of the replay text may rise; where they rise more, training ends.
         seed: Of everything.
         language: A code such as ms, for the model card.
         out: The folder of the steps.
