@@ -117,6 +117,7 @@ def test_prefix_of_an_earlier_prompt_is_not_read_again(tokenizer):
             results.append((*(await collect(stream)), stream.cached_tokens))
         pair = engine.submit([Order("tiny", PROMPTS[4], sampling, replies=2)])
         results.append(await collect(pair[0]))
+        assert pair[0].cached_tokens == 0  # of the first reply; the second one shares all but a token with it
         return results, engine.figures()["tiny"]["shared_tokens"]
 
     results, shared = run(served, work)

@@ -55,6 +55,10 @@ def handle_errors(app: FastAPI) -> None:
         param, message = _first(error.errors())
         return JSONResponse(body_of(400, message, param), 400)
 
+    @app.exception_handler(Exception)
+    async def failed(request: Request, error: Exception) -> JSONResponse:
+        return JSONResponse(body_of(500, f"a fault of the server's own ({type(error).__name__})"), 500)
+
     @app.exception_handler(LapisError)
     async def lapis_refused(request: Request, error: LapisError) -> JSONResponse:
         answer = refusal(error)

@@ -24,7 +24,7 @@ DRAIN_SECONDS = 30  # that running replies have after SIGTERM
 REQUEST_SECONDS = 15.0  # until the head of a request has come
 STALL_SECONDS = 30.0  # that a client may leave its replies unread
 SEND_BYTES = 262_144  # of a reply that the system holds for a client which does not read
-CONNECTIONS = 1000
+CONNECTIONS = 500
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -150,6 +150,7 @@ def make_server(app: FastAPI, drain_seconds: int = DRAIN_SECONDS) -> DrainingSer
             loop="asyncio",
             log_config=None,
             access_log=False,
+            log_level="error",
             server_header=False,
             timeout_keep_alive=15,
             timeout_graceful_shutdown=drain_seconds,

@@ -37,7 +37,7 @@ class RunningBatch:
         self.reading: RunningRow | None = None
         self.read_tokens = self.shared_tokens = self.written_tokens = self.ended = 0
         self._send = send
-        self.piece = 256
+        self.piece = 64
         # with this kind of rope a token's angle depends on the longest sequence, so none may share a pass
         self._together = served.model.config.rope.kind != "dynamic"
 
@@ -87,7 +87,9 @@ class RunningBatch:
             if shared[best] and source != first:
                 self.slots.copy(source, first, shared[best])
         self.slots.cut(first, shared[best])
-        row.slot, row.stream.cached_tokens = first, shared[best]
+        row.slot = first
+        if row.number == 0:  # what its siblings share with it has been counted
+            row.stream.cached_tokens = shared[best]
         self.shared_tokens += shared[best]
         self.reading = row
 

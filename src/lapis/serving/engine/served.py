@@ -102,11 +102,12 @@ def open_models(sources: list[str], runtime: DecodingRuntime, rows: int, most: i
     for source, (model, _) in zip(sources, opened, strict=True):
         if model.config.image is not None or model.config.head in ("classes", "scalar"):
             raise ConfigError(f"serve: {source} has the head of a classifier; serve a model that writes, or an encoder")
-    free = free_memory()
+    device = opened[0][0].embed.weight.device
+    free = free_memory() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
     served = []
     for name, source, pooling, (model, tokenizer) in zip(names, sources, poolings, opened, strict=True):
         context = model_context(model) if most is None else min(most, model_context(model))
-        if free is not None and model.embed.weight.device.type == "cpu" and model.config.causal:
+        if free is not None and model.config.causal:
             each = slot_bytes(model.config, compute_dtype(model.embed.weight)) * rows
             fits = max(int(free * CACHE_SHARE / len(sources)) // each, LEAST_CONTEXT)
             if fits < context:
