@@ -46,6 +46,7 @@ bench-train: .venv/.dev
 
 bench-generate: .venv/.dev
 	$(BIN)/python benchmarks/generate_speed.py --write
+	$(if $(LAPIS_MODELS),$(BIN)/python benchmarks/decode_speed.py $(LAPIS_MODELS)/smollm2-it --write)
 
 bench-diff-lens: .venv/.dev
 	$(BIN)/python benchmarks/diff_lens.py --write
