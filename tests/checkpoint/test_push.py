@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -221,6 +222,13 @@ def test_the_card_beside_a_step_goes_with_it(hub: WritableHub, model: Path, run:
     (card / "card.json").write_text(json.dumps({"steps": {"grafted": "/another"}}))
     assert "README.md" not in shipment(model).files
     assert "README.md" in shipment(model, card).files
+    (card / "card.json").write_text(json.dumps({"steps": {"grafted": str(model)}}))
+    (model / "README.md").write_text("# mine")  # the user's own is not lapis', and stays
+    assert shipment(model).files["README.md"] == model / "README.md"
+    written = json.loads((model / MANIFEST).read_text())
+    written["files"]["README.md"] = {"size": 6, "sha256": sha256(b"# mine").hexdigest()}
+    (model / MANIFEST).write_text(json.dumps(written))  # what a merge wrote gives way to the card of the adaptation
+    assert shipment(model).files["README.md"] == card / "README.md"
     (card / "README.md").write_text("---\nlicense: my own\n---\n")
     status, _, err = run("push", model, "aina/other", "--card", card)
     assert status == 1 and err.count("\n") == 1 and 'README.md: - "license" must be one of' in err

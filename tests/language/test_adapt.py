@@ -115,7 +115,7 @@ def test_what_cannot_be_is_refused_before_anything_is_done(plan: Callable[..., d
     for changes, error, text in (
         ({"replay": plan()["text"]}, DataError, "100% of the replay documents"),
         ({"text": [str(tmp_path / "nothing")]}, DataError, "nothing"),
-        ({"chat": str(stranger)}, CheckpointError, "related"),
+        ({"chat": str(stranger)}, CheckpointError, "no fine-tune of base"),
         ({"base": str(tmp_path / "nowhere")}, CheckpointError, "nowhere"),
         ({"replay_share": 1.0}, ConfigError, "replay_share"),
         ({"vocab": -1}, ConfigError, "vocab is -1"),

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lapis.errors import ConfigError, TrainingError
+from lapis.families.config import ModelConfig
 from lapis.model.load import load
 from lapis.model.transformer import Transformer
 from lapis.text.corpus.corpus import Document
@@ -22,7 +23,7 @@ from lapis.training.objectives.supervised.next_token import Causal
 from lapis.training.optim.optimizers import Average, Schedule
 from lapis.training.optim.rounding import RoundedAdamW, round_into_
 from lapis.training.setup import probe
-from lapis.training.setup.probe import Probe
+from lapis.training.setup.probe import Probe, training_speed
 
 Make = Callable[[], Transformer]
 CONFIG = TrainConfig(steps=10, batch=8, lr=1e-2, warmup=2, log_every=1, precision="float32", threads=1, sample_every=0)
@@ -146,3 +147,15 @@ def test_compiling_is_tried_only_where_the_run_is_long(new_model: Make) -> None:
         probe.compiling_pays("on", 1, "float32", 1, None)
     quick = Probe(model, lambda: model(torch.tensor([[1, 2]])).sum())
     assert quick.compiling_pays("auto", 1, "float32", 101, None) == (False, None)
+
+
+def test_a_speed_is_measured_where_choosing_took_all_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine: no way to compute a step was within the budget."""
+
+    def busy(self: Probe, precision: str, count: int) -> tuple[int, str, None]:
+        self.spent = 1e9
+        return 1, "float32", None
+
+    monkeypatch.setattr(Probe, "fastest", busy)
+    config = ModelConfig(dim=32, layers=1, heads=2, ffn_dim=32, vocab=50, context=32)
+    assert 1 < training_speed(Transformer(config).train()) < 1e7

@@ -234,7 +234,10 @@ def disk_errors(out: Path) -> Iterator[None]:
         if isinstance(error.filename, str) and not _lies_in(error.filename, out.parent):
             raise
         if error.errno in _FULL:
-            raise OutputError(f"{out}: the disk is full ({error.strerror}); nothing was left half-written") from error
+            raise OutputError(
+                f"{out}: the disk is full ({error.strerror}); nothing was left half-written: make room, then run the "
+                "same command again"
+            ) from error
         if error.errno in _CLOSED:
             raise OutputError(f"{out}: cannot be written: {error.strerror}; give another --out") from error
         raise

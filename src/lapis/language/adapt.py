@@ -34,7 +34,7 @@ from lapis.language.card.card import make_card, write_card
 from lapis.language.card.folder import held_out_of, how_made, measured_files, parents_of
 from lapis.language.extend import add_rows, open_source
 from lapis.language.fertility import Report, fertility
-from lapis.language.inputs import check_inputs, other_language, stamps
+from lapis.language.inputs import check_inputs, stamps
 from lapis.language.plan import PLAN, AdaptPlan, earlier_speed, read_plan
 from lapis.language.replay import bits_per_byte, draw_replies, draw_texts
 from lapis.language.steps import Steps
@@ -87,7 +87,8 @@ def adapt(
     if not isinstance(plan, AdaptPlan):
         plan = read_plan(plan, "adapt") if isinstance(plan, Mapping) else read_plan(load_yaml(Path(plan)), str(plan))
     out = Path(os.path.abspath(plan.out))
-    check_inputs(plan, out)
+    for remark in check_inputs(plan, out):
+        note(remark)
     plan = replace(plan, tokens_per_second=earlier_speed(plan, out))
     if plan.tokens_per_second is None and not dry_run:
         with bar("measuring how fast this machine trains"):
@@ -184,8 +185,6 @@ class _Adaptation:
     def _measure(self, folder: Path, overwrite: bool) -> None:
         plan = self.plan
         self.note("measure: what this language costs, and whether to extend")
-        if remark := other_language(plan):
-            self.note(remark)
         with self.bar("reading text") as report, commit(folder, kind="adapt", overwrite=overwrite) as staging:
             measured = fertility(
                 plan.source, plan.text, replay=plan.texts.get("replay", ()), run=False, progress=report

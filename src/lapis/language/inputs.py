@@ -5,28 +5,34 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from lapis.errors import ConfigError, DataError, OutputError
+from lapis.errors import CheckpointError, ConfigError, DataError, OutputError
 from lapis.language.card.folder import read_chats, read_questions
-from lapis.language.card.naming import KNOWN, MOSTLY, share_in_language
+from lapis.language.card.naming import KNOWN, LOOKED_AT, MOSTLY, share_in_language
 from lapis.language.extend import open_source
 from lapis.language.plan import PLAN, AdaptPlan
 from lapis.language.texts import first_bytes
+from lapis.model.check import plan_load
 from lapis.text.corpus import corpus
 from lapis.text.corpus.files import files
 from lapis.text.tokenizer.extend import ExtendableTokenizer
+from lapis.text.tokenizer.tokenizer import Tokenizer
 from lapis.weights.graft.layout import plan_graft
 from lapis.weights.graft.scale import read_scale
 
+NONE = 0.02  # share of documents in the language; below that the text is another one's
 SAME = 0.1  # share of the replay documents that may stand in the target's text, too
 READ = 20_000_000  # bytes of a text that are looked at
 
 
-def check_inputs(plan: AdaptPlan, out: Path) -> None:
-    """Refuses whatever can be known to be wrong before anything is computed.
+def check_inputs(plan: AdaptPlan, out: Path) -> list[str]:
+    """Refuses whatever can be known to be wrong before anything is computed, and tells what a user should know.
 
     Args:
         plan: What to adapt to what.
         out: Its folder, absolute.
+
+    Returns:
+        Lines for the user.
 
     Raises:
         LapisError: Of the kind that fits.
@@ -44,6 +50,11 @@ def check_inputs(plan: AdaptPlan, out: Path) -> None:
         ExtendableTokenizer.open(source)
     for paths in plan.texts.values():
         files(list(paths))
+    if Tokenizer.open(source).eos_id is None:
+        raise ConfigError(
+            f"adapt: {source}: names no eos_token, which stands between documents; name one in tokenizer_config.json"
+        )
+    notes = [*plan_load(checkpoint).notes, *_other_language(plan)]
     for chats, choices in ((plan.chats, plan.choices), (plan.replay_chats, plan.replay_choices)):
         read_chats(chats)
         read_questions(choices)
@@ -57,17 +68,31 @@ def check_inputs(plan: AdaptPlan, out: Path) -> None:
                 "the model knew before, so give other files"
             )
     if plan.chat is not None:
-        plan_graft(plan.base, plan.chat, plan.base)
+        try:
+            plan_graft(plan.base, plan.chat, plan.base)
+        except CheckpointError as error:  # --allow-unrelated is no option here
+            why = str(error).partition("; is it another release?")[0]
+            raise CheckpointError(
+                f"adapt: {plan.chat} with {plan.base}: {why}; give the chat version of base"
+            ) from None
+    return notes
 
 
-def other_language(plan: AdaptPlan) -> str:
-    """A remark where the text is mostly another language than the plan says; "" where it is not, or nobody knows."""
+def _other_language(plan: AdaptPlan) -> list[str]:
+    """What is told where the text is mostly another language than the plan's. Raises DataError where all of it is."""
     if plan.language not in KNOWN:
-        return ""
-    share = share_in_language(plan.language, _documents(plan.text))
+        return []
+    texts = list(_documents(plan.text))
+    looked_at = min(len(texts), LOOKED_AT)
+    share = share_in_language(plan.language, [texts[i * len(texts) // looked_at] for i in range(looked_at)])
+    if share < NONE:
+        raise DataError(
+            f"adapt: {share:.0%} of the documents of the text look like {plan.language}; give text of it, or another "
+            "--language"
+        )
     if share >= MOSTLY:
-        return ""
-    return f"text: {share:.0%} of the documents look like {plan.language}; the rest is another language"
+        return []
+    return [f"text: {share:.0%} of the documents look like {plan.language}; the rest is another language"]
 
 
 def _documents(paths: Iterable[str]) -> Iterable[str]:

@@ -8,7 +8,7 @@ of which is checked against what the hub lists (repository.py). Leaves out: uplo
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -96,6 +96,20 @@ def hub_id(source: str) -> tuple[str, str | None] | None:
     if match["revision"] is None and os.path.isdir(source.split("/")[0]):
         return None  # "runs/base" beside a folder "runs" is a path that is mistyped
     return match["repo"], match["revision"]
+
+
+def public_names(sources: Iterable[str]) -> list[str]:
+    """The ids of those models that are of the hub, as a model card names what a model was made from.
+
+    Args:
+        sources: What a user called them; folders of this machine are nobody else's business.
+    """
+    return [identity[0] for source in sources if (identity := hub_id(source))]
+
+
+def shown_name(source: str) -> str:
+    """What a model is called where others read it: its id on the hub, or the last part of a folder's name."""
+    return source if hub_id(source) else Path(source).name
 
 
 def open_snapshot(source: str, repo: str, revision: str | None) -> Snapshot:

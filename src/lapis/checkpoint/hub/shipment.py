@@ -88,8 +88,8 @@ def shipment(folder: str | os.PathLike[str], card: str | os.PathLike[str] | None
 
     Args:
         folder: A model, an adapter, or GGUF files with what belongs to them.
-        card: A folder of `lapis card`, or its README.md, to go with it. By default the folder's own README.md, else
-            that of the card beside it, where the folder is a step of `lapis adapt`.
+        card: A folder of `lapis card`, or its README.md, to go with it. By default that of the card beside it, where
+            the folder is a step of `lapis adapt` and has no README.md of the user's, else the folder's own.
 
     Raises:
         CheckpointError: For a folder that is no model, or is damaged.
@@ -154,6 +154,15 @@ def _stays(name: str) -> str:
     return "not a part of the model"
 
 
+def _edited(root: Path) -> bool:
+    """Whether a folder has a README.md that is the user's: none, or another than lapis wrote with the model."""
+    readme, manifest = root / README, root / MANIFEST
+    if not readme.is_file():
+        return False
+    written = read_json(manifest)["files"].get(README, {}) if manifest.is_file() else {}
+    return bool(written.get("sha256") != sha256_of(readme))
+
+
 def _readme(root: Path, card: str | os.PathLike[str] | None) -> Path | None:
     """The README.md that goes along, where it is not the folder's own."""
     if card is not None:
@@ -162,7 +171,7 @@ def _readme(root: Path, card: str | os.PathLike[str] | None) -> Path | None:
             raise ConfigError(f"push: {card} is no card; give a folder of lapis card, or its README.md")
         return Path(os.path.abspath(place))
     beside = root.parent / CARD
-    if (root / README).is_file() or not (beside / README).is_file() or not (beside / "card.json").is_file():
+    if _edited(root) or not (beside / README).is_file() or not (beside / "card.json").is_file():
         return None
     try:
         steps = json.loads((beside / "card.json").read_bytes())["steps"]

@@ -7,9 +7,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from lapis.checkpoint import open_checkpoint
 from lapis.checkpoint.files import read_json
-from lapis.checkpoint.hub.models import hub_id
-from lapis.config import load_yaml, parse_yaml
+from lapis.checkpoint.hub.models import public_names
+from lapis.config import load_yaml
 from lapis.errors import ConfigError, DataError
 from lapis.evaluation.chats import prompt_of
 from lapis.evaluation.choices import Choice, read_choices
@@ -17,6 +18,7 @@ from lapis.language.card.scores import HeldOutText
 from lapis.language.texts import first_bytes
 from lapis.text.corpus import corpus
 from lapis.text.corpus.files import files
+from lapis.weights.delta.beside import card_license
 
 PLAN = "plan.yaml"
 TEXTS = ("measure", "replay")  # steps that hold texts; the second one where a model drew its replay itself
@@ -132,7 +134,7 @@ def how_made(folder: Path, plan: Mapping[str, Any]) -> dict[str, Any]:
         "title": folder.name,
         "language": plan.get("language") or "",
         "license": plan.get("license") or licence_of(plan["base"]),
-        "base_models": [str(source).partition("@")[0] for source in parents.values() if hub_id(str(source))],
+        "base_models": public_names(map(str, parents.values())),
         "settings": {**{role: Path(source).name for role, source in parents.items()}, "new tokens": added, **shown},
         "data": {path.name: _sha256(path) for step in TEXTS for path in sorted((folder / step).glob("*.jsonl"))},
         "models": {role: digests_of(source) for role, source in parents.items()},
@@ -146,16 +148,8 @@ def digests_of(source: str | Path) -> dict[str, str]:
 
 
 def licence_of(source: str | Path) -> str:
-    """The licence that a model folder's README.md states; "" where it states none."""
-    file = Path(source) / "README.md"
-    if not file.is_file():
-        return ""
-    head = file.read_text(encoding="utf-8", errors="replace").split("---")
-    try:
-        stated = parse_yaml(head[1], str(file)) if len(head) > 2 and not head[0].strip() else None
-    except ConfigError:
-        return ""
-    return str(stated.get("license") or "") if isinstance(stated, dict) else ""
+    """The licence that a model's README.md states; "" where it states none."""
+    return card_license(open_checkpoint(source, adapters=True)) or ""
 
 
 def _sha256(path: Path) -> str:

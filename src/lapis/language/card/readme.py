@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from lapis.report.pages.card import CODE, COUNTED, FIGURES, TOKEN_BOUND, spelled, spelled_change, title_of
+from lapis.report.pages.card import CODE, FIGURES, TOKEN_BOUND, counted, spelled, spelled_change, title_of
 
 HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*")
 USE = """```python
@@ -90,7 +90,7 @@ def _changes(card: Mapping[str, Any], first: str, last: str) -> list[str]:
         cells = []
         for each in changes.values():
             value, interval = spelled_change(key, each[key]) if key in each else ("–", "")
-            cells.append(f"{value} ({interval}; {each[key]['n']} {_counted(key)})" if interval else value)
+            cells.append(f"{value} ({interval}; {each[key]['n']} {counted(key)})" if interval else value)
         lines.append(_line([f"{label} ({better} is better)", *cells]))
     if gap := card["gap"]:
         low, high = gap["interval"]
@@ -108,13 +108,9 @@ def _scores(scores: Mapping[str, Any], language: str) -> list[str]:
         if known:
             cells = [spelled(key, each[language][key]) if key in each[language] else "–" for each in scores.values()]
             lines.append(
-                _line([f"{label} ({better} is better)", *cells, f"{max(f['n'] for f in known)} {_counted(key)}"])
+                _line([f"{label} ({better} is better)", *cells, f"{max(f['n'] for f in known)} {counted(key)}"])
             )
     return lines
-
-
-def _counted(key: str) -> str:
-    return COUNTED.get(key, "documents")
 
 
 def _line(cells: Iterable[str]) -> str:

@@ -61,7 +61,10 @@ def card_page(card: Mapping[str, Any]) -> Page:
         page.section(
             "Replies", "To the same prompts, the likeliest token each time; beside a name the language of the reply."
         )
-        page.replies([_reply(card, row) for row in card["replies"]])
+        for language in scores[first]:
+            if rows := [_reply(card, row) for row in card["replies"] if row["language"] == language]:
+                page.text(f"**{title_of(card, language)}**")
+                page.replies(rows)
     _how(page, card["how"])
     return page
 
@@ -75,16 +78,27 @@ def title_of(card: Mapping[str, Any], language: str) -> str:
 
 def spelled(key: str, figure: Mapping[str, Any]) -> str:
     """A score with its interval."""
-    form = FIGURES[key][1]
-    low, high = (format(end, form) for end in figure["interval"])
-    return f"{format(figure['value'], form)}\u00a0({low}\u2060–\u2060{high})"
+    low, high = (written(key, end) for end in figure["interval"])
+    return f"{written(key, figure['value'])} ({low}\u2060–\u2060{high})"
+
+
+def written(key: str, value: float) -> str:
+    """A score as people read it."""
+    return f"{value:,.0f}" if value >= 1000 else format(value, FIGURES[key][1])
+
+
+def counted(key: str) -> str:
+    """What a score is measured on."""
+    return COUNTED.get(key, "documents")
 
 
 def spelled_change(key: str, figure: Mapping[str, Any]) -> tuple[str, str]:
     """A change and its interval: percent, or points where the score itself is a share."""
     values = [100 * value for value in (figure["value"], *figure["interval"])]
     digits = 0 if max(map(abs, values)) >= 20 else 1
-    value, low, high = (f"{number:+.{digits}f}".replace("-", "−") for number in values)
+    value, low, high = (
+        f"{number:+.{digits}f}".replace("-", "−") if round(number, digits) else "0" for number in values
+    )
     return f"{value}\u00a0{'points' if key in SHARES else '%'}", f"{low} to {high}"
 
 
@@ -116,11 +130,12 @@ def _won_and_lost(page: Page, card: Mapping[str, Any], first: str, last: str) ->
 
 def _stat(card: Mapping[str, Any], language: str, key: str, ends: tuple[str, str]) -> tuple[str, str, str]:
     figure = card["changes"][ends[1]][language][key]
-    label, form, better = FIGURES[key]
-    before, after = (format(card["scores"][name][language][key]["value"], form) for name in ends)
+    label, _, better = FIGURES[key]
+    before, after = (written(key, card["scores"][name][language][key]["value"]) for name in ends)
     value, interval = spelled_change(key, figure)
-    note = f"{before} → {after}; {interval}; {figure['n']} {COUNTED.get(key, 'documents')}"
-    return f"{label} ({better} is better)", value, note
+    number, _, unit = value.partition("\u00a0")
+    note = f"{before} → {after}; {interval} {unit}; {figure['n']} {counted(key)}"
+    return f"{label} ({better} is better)", value if unit == "%" else number, note
 
 
 def _table(page: Page, card: Mapping[str, Any], language: str) -> None:
@@ -133,7 +148,7 @@ def _table(page: Page, card: Mapping[str, Any], language: str) -> None:
             counts = sorted({figure["n"] for figure in known.values()})
             row = {"score": f"{label} {'↓' if better == 'less' else '↑'}"}
             row |= {name: spelled(key, figure) for name, figure in known.items()}
-            row["n"] = f"{'–'.join(map(str, counts[:: max(1, len(counts) - 1)]))} {COUNTED.get(key, 'documents')}"
+            row["n"] = f"{'–'.join(map(str, counts[:: max(1, len(counts) - 1)]))} {counted(key)}"
             rows.append(row)
     chance = next((f["choices"]["chance"] for f in scores.values() if "chance" in f.get("choices", {})), None)
     caption = "↓ less is better, ↑ more is better. Nats per token compare only where tokens per byte are equal."

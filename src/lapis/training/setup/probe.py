@@ -218,7 +218,9 @@ def training_speed(model: Transformer, threads: int = 0, precision: str = "auto"
 
     probe = Probe(model, compute)
     count, chosen, seconds = probe.fastest(precision, threads)
-    return length / (probe.seconds(count, chosen) if seconds is None else seconds)
+    if seconds is None:  # nothing to choose, or the machine is so busy that the budget was spent on choosing
+        seconds = replace(probe, budget=math.inf).seconds(count, chosen)
+    return length / seconds
 
 
 def require_room(state: TrainState, objective: Objective, config: TrainConfig, precision: str) -> None:

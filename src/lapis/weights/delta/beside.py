@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lapis.checkpoint import Checkpoint
+from lapis.checkpoint.hub.models import public_names, shown_name
 from lapis.checkpoint.tensor_file import DELTA
 from lapis.config import parse_yaml
 from lapis.errors import ConfigError
@@ -66,13 +67,14 @@ def _card(description: Mapping[str, Any]) -> str:
     base, chat = description["base"], description["chat"]
     what = f"rank {description['rank']}" if description["rank"] else f"bits: {description['bits']}"
     license_line = f"license: {json.dumps(description['license'])}\n" if description["license"] else ""
+    base_name, chat_name = (shown_name(one["source"]) for one in (base, chat))
+    parents = public_names([base["source"]])
+    base_line = f"base_model:\n  - {json.dumps(parents[0])}\n" if parents else ""
     return f"""---
-base_model:
-  - {json.dumps(base["source"])}
-{license_line}tags: [lapis, delta]
+{base_line}{license_line}tags: [lapis, delta]
 ---
 
-# What {chat["source"]} learned, as made by lapis {description["lapis"]}
+# What {chat_name} learned, as made by lapis {description["lapis"]}
 
 The difference of two models ({what}), in `{DELTA}`. It is added to the base, or to a continuation of it, by
 
@@ -80,6 +82,6 @@ The difference of two models ({what}), in `{DELTA}`. It is added to the base, or
 
 | | source | weights (sha256) |
 |---|---|---|
-| base | `{base["source"]}` | `{base["weights_sha256"]}` |
-| chat | `{chat["source"]}` | |
+| base | `{base_name}` | `{base["weights_sha256"]}` |
+| chat | `{chat_name}` | |
 """

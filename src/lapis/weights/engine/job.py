@@ -21,6 +21,7 @@ from lapis import __version__
 from lapis.checkpoint import Checkpoint
 from lapis.checkpoint.commit import check_output, commit
 from lapis.checkpoint.files import stamp
+from lapis.checkpoint.hub.models import public_names, shown_name
 from lapis.checkpoint.staging import JobName
 from lapis.checkpoint.tensor_file import header_bytes
 from lapis.checkpoint.towers import language_levels
@@ -135,18 +136,18 @@ def write_account(
 
 def _card(command: str, document: Mapping[str, Any]) -> str:
     inputs, counts, lost = document["inputs"], document["counts"], document["lost_to_rounding"]
-    sources = "\n".join(f"  - {entry['source']}" for entry in inputs.values())
+    parents = public_names(entry["source"] for entry in inputs.values())
+    base_model = "".join(["base_model:\n", *(f"  - {name}\n" for name in dict.fromkeys(parents))]) if parents else ""
     rows = "\n".join(
-        f"| {role} | `{entry['source']}` | {entry['bytes'] / 1e9:,.2f} GB | `{entry['headers_sha256'][:16]}` |"
+        f"| {role} | `{shown_name(entry['source'])}` | {entry['bytes'] / 1e9:,.2f} GB | "
+        f"`{entry['headers_sha256'][:16]}` |"
         for role, entry in inputs.items()
     )
     recipe = "\n".join(f"| {key} | `{value}` |" for key, value in document["recipe"].items())
     notes = "\n".join(f"- {note}" for note in document["notes"])
     rounding = "" if lost is None else f" Rounding to the stored dtype took {lost:.2%} of the difference (by norm)."
     return f"""---
-base_model:
-{sources}
-library_name: transformers
+{base_model}library_name: transformers
 tags: [lapis, merge, {command}]
 ---
 

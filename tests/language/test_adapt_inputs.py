@@ -1,0 +1,151 @@
+"""What `lapis adapt` is given that cannot be, as it is typed: one line that names it and says what to do."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer as Rust
+from tokenizers import models, pre_tokenizers, trainers
+
+from .conftest import ENGLISH, MALAY, make, write
+
+Run = Callable[..., tuple[int, str, str]]
+Plan = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def typed(plan: Plan, run: Run, tmp_path: Path) -> Callable[..., tuple[int, str]]:
+    """typed(**changes) -> exit status and standard error of the command with a plan in a file."""
+
+    def call(*arguments: str, **changes: Any) -> tuple[int, str]:
+        file = tmp_path / "plan.yaml"
+        file.write_text(json.dumps(plan(**changes)))
+        status, _, err = run("adapt", file, *arguments)
+        return status, err
+
+    return call
+
+
+def refused(answer: tuple[int, str]) -> str:
+    """The one line of a refusal."""
+    status, err = answer
+    assert status == 1 and "Traceback" not in err, err
+    last = err.splitlines()[-1]
+    assert last.startswith("lapis: ") and len(last) < 400
+    return last
+
+
+def test_text_that_is_not_there_or_of_no_such_language(typed: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "the folder holds no .txt" in refused(typed(text=[str(empty)]))
+    (tmp_path / "none.jsonl").write_text("")
+    assert "none.jsonl" in refused(typed(text=[str(tmp_path / "none.jsonl")]))
+    english = str(write(tmp_path / "other.jsonl", ENGLISH[300:400]))
+    line = refused(typed(text=[english]))
+    assert "0% of the documents of the text look like ms" in line and "language" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_text_that_is_mostly_another_language_is_told(typed: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
+    mixed = str(write(tmp_path / "mixed.jsonl", [*ENGLISH[300:460], *MALAY[:60]]))
+    status, err = typed(text=[mixed], chat=None, chats=[], vocab=0, tokens=128)
+    assert status == 0 and "text: 27% of the documents look like ms; the rest is another language" in err
+
+
+def test_replay_that_is_the_targets(typed: Callable[..., tuple[int, str]], plan: Plan, tmp_path: Path) -> None:
+    assert "100% of the replay documents stand in the target's text" in refused(typed(replay=plan()["text"]))
+    some = str(write(tmp_path / "some.jsonl", [*ENGLISH[:40], *MALAY[:20]]))
+    assert "33% of the replay documents" in refused(typed(replay=[some]))
+    assert not (tmp_path / "out").exists()
+
+
+def test_more_tokens_than_the_text_carries(typed: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
+    line = refused(typed(vocab=50_000))
+    assert "vocab is 50,000, and the text carries" in line and "give vocab: " in line
+    carried = int(line.split("give vocab: ")[1].split(",")[0])
+    assert (tmp_path / "out" / "measure").is_dir() and not (tmp_path / "out" / "tokenizer").exists()
+    status, err = typed(vocab=carried, tokens=128, chat=None, chats=[])  # what it names can be had, and it goes on
+    assert status == 0, err
+
+
+@pytest.mark.parametrize("kind", ["WordPiece", "Unigram"])
+def test_a_tokenizer_that_cannot_be_extended(
+    typed: Callable[..., tuple[int, str]], plan: Plan, tmp_path: Path, kind: str
+) -> None:
+    base, end = Path(plan()["base"]), "[UNK]" if kind == "WordPiece" else "<unk>"
+    if kind == "WordPiece":
+        tokenizer, trainer = Rust(models.WordPiece(unk_token="[UNK]")), trainers.WordPieceTrainer(
+            vocab_size=300, special_tokens=["[UNK]"]
+        )  # fmt: skip
+    else:
+        tokenizer, trainer = Rust(models.Unigram()), trainers.UnigramTrainer(
+            vocab_size=300, unk_token="<unk>", special_tokens=["<unk>"]
+        )  # fmt: skip
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.train_from_iterator(ENGLISH, trainer)
+    tokenizer.save(str(base / "tokenizer.json"))
+    (base / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end})
+    )
+    line = refused(typed(vocab=40, chat=None, chats=[]))
+    assert kind in line and not (tmp_path / "out").exists()
+    status, err = typed(vocab="auto", chat=None, chats=[], tokens=128)  # it is adapted as it is, and the reason is told
+    assert status == 0 and "do not extend: " in err and kind in err, err
+    assert not (tmp_path / "out" / "tokenizer").exists() and (tmp_path / "out" / "card").is_dir()
+
+
+def test_a_tokenizer_without_an_end_token(typed: Callable[..., tuple[int, str]], plan: Plan, tmp_path: Path) -> None:
+    file = Path(plan()["base"]) / "tokenizer_config.json"
+    file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "eos_token"}))
+    assert "names no eos_token" in refused(typed()) and not (tmp_path / "out").exists()
+
+
+def test_a_head_that_is_tied_and_is_not(typed: Callable[..., tuple[int, str]], plan: Plan, tmp_path: Path) -> None:
+    """Both tables are kept and grown, that is told, and other programs load both."""
+    weights = Path(plan()["base"]) / "model.safetensors"
+    tensors = load_file(weights)
+    head = tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * 1.5
+    save_file(tensors, weights, {"format": "pt"})
+    status, err = typed(chat=None, chats=[], tokens=256)
+    assert status == 0, err
+    assert err.count("config.json ties the head to the embedding, but lm_head.weight differs") == 1
+    start = load_file(tmp_path / "out" / "start" / "model.safetensors")
+    assert start["lm_head.weight"][:300].equal(head) and start["lm_head.weight"].shape == (340, 32)
+    for step in ("start", "embedded", "adapted"):
+        assert not json.loads((tmp_path / "out" / step / "config.json").read_text())["tie_word_embeddings"], step
+
+
+def test_a_chat_model_of_another_base(typed: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
+    stranger = make(tmp_path / "stranger", 9)
+    line = refused(typed(chat=str(stranger)))
+    assert "stranger with " in line and "no fine-tune of base: the cosine of their weights" in line
+    assert "give the chat version of base" in line and "--allow" not in line and not (tmp_path / "out").exists()
+
+
+def test_a_chat_or_a_question_that_cannot_be_measured_on(typed: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
+    """They are read at the end; that they cannot be is told at the beginning."""
+    chats = tmp_path / "bad.jsonl"
+    chats.write_text(json.dumps({"messages": [{"role": "assistant", "content": "Ya."}]}) + "\n")
+    assert "bad.jsonl line 1: the chat has no reply" in refused(typed(chats=[str(chats)]))
+    chats.write_text(json.dumps({"question": "Apa?", "choices": ["a"], "answer": 0}) + "\n")
+    assert "bad.jsonl line 1" in refused(typed(choices=[str(chats)]))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_step_that_was_edited_by_hand(typed: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
+    brief = {"vocab": 0, "chat": None, "chats": [], "tokens": 128}
+    assert typed(**brief)[0] == 0
+    weights = tmp_path / "out" / "adapted" / "model.safetensors"
+    raw = weights.read_bytes()
+    weights.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+    edited = weights.read_bytes()
+    line = refused(typed(**brief))
+    assert "adapted: model.safetensors was changed" in line and "remove the folder to have it made again" in line
+    assert weights.read_bytes() == edited
+    shutil.rmtree(tmp_path / "out" / "adapted")
+    assert typed(**brief)[0] == 0 and weights.read_bytes() == raw
