@@ -1,0 +1,197 @@
+"""Which settings of `lapis adapt` win, on models small enough for three seeds.
+
+    python benchmarks/language_ablations.py --out runs/language-ablations [--seeds 0 1 2] [--arms ...]
+    python benchmarks/language_ablations.py --out runs/language-ablations --write     the tables into results/
+
+A base of 4 layers, 128 wide, with a tokenizer of 4,096 tokens, reads English. Then it gains 2,000 tokens of Korean, and
+reads Korean in two steps, as `lapis adapt` does: a fifth of the steps trains new rows alone, the rest trains everything
+with some English mixed in. Each arm differs from the first in one setting. Equal steps, and so equal tokens, for all.
+Scored on documents that no step reads: bits per byte of Korean, and of English beside the base's. Seeds are of
+everything, the base too.
+"""
+
+import argparse
+import json
+from dataclasses import dataclass, replace
+from datetime import date
+from pathlib import Path
+
+from language_runs import DATA, bits_per_byte, held_out, kept, mean_spread, run, say, table
+from results_file import add_table
+from train import machine
+
+import lapis
+from lapis.language.extend import Init
+from lapis.text.tokenizer.tokenizer import train_tokenizer
+
+SHAPE = {"dim": 128, "layers": 4, "heads": 4, "kv_heads": 2, "ffn_dim": 352, "context": 256, "family": "qwen3",
+         "qk_norm": True}  # fmt: skip
+VOCABULARY, ADDED, CONTEXT = 4096, 2000, 256
+ROWS = {"context": CONTEXT, "batch": 8, "precision": "bf16"}
+BASE_STEPS, STEPS = 600, 120
+SNIPPETS = 10  # of text that a distilled row is trained on
+ENGLISH = [DATA / "corpus/en/train.jsonl"]
+KOREAN = [DATA / "corpus/ko/train.jsonl", DATA / "corpus/ko/reviews-train.jsonl"]
+HELD = {"ko": [DATA / "corpus/ko/valid.jsonl", DATA / "corpus/ko/reviews-valid.jsonl"],
+        "en": [DATA / "corpus/en/valid.jsonl"]}  # fmt: skip
+HELD_BYTES = 40_000
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What `lapis adapt` would be told. rows_rate: of embedding and head, times that of the blocks. old_rows: Whether
+    the rows of old tokens are trained with everything else."""
+
+    init: Init | None = None
+    embedded: float = 0.2
+    rows_lr: float = 3e-3
+    lr: float = 1e-3
+    rows_rate: float = 1.0
+    replay: float = 0.1
+    ema: float = 0.0
+    merge_back: float = 0.0
+    old_rows: bool = True
+    tied: bool = True
+    extended: bool = True
+
+
+ARMS = {
+    "first": Arm(),
+    "no new tokens": Arm(extended=False, embedded=0.0),
+    **{f"lr {rate:g}": Arm(lr=rate) for rate in (3e-4, 3e-3)},
+    "init distilled": Arm("distilled"),
+    "init random": Arm("random"),
+    "rows 10x": Arm(rows_rate=10.0),
+    "rows 0.1x": Arm(rows_rate=0.1),
+    "old rows frozen": Arm(old_rows=False),
+    "old rows frozen, new 10x": Arm(old_rows=False, rows_rate=10.0),
+    "not embedded first": Arm(embedded=0.0),
+    "replay 0": Arm(replay=0.0),
+    "replay 0.25": Arm(replay=0.25),
+    "ema 0.98": Arm(ema=0.98),
+    "merge back 0.1": Arm(merge_back=0.1),
+    "merge back 0.25": Arm(merge_back=0.25),
+    "untied, mean": Arm("mean", tied=False),
+    "untied, mean-norm": Arm("mean-norm", tied=False),
+    "untied, distilled": Arm("distilled", tied=False),
+    "untied, random": Arm("random", tied=False),
+}  # fmt: skip
+
+
+def base_of(root: Path, seed: int, tied: bool) -> Path:
+    return root / f"base-{'tied' if tied else 'untied'}-{seed}"
+
+
+def place_of(root: Path, arm: Arm, seed: int) -> Path:
+    """Where an arm's model lies."""
+    place = root / f"seed-{seed}" / f"adapted-{embedded_name(arm)}-{arm.lr}-{arm.rows_rate}-{arm.replay}-{arm.ema}"
+    if not arm.old_rows:
+        place = place.with_name(f"{place.name}-new")
+    return place.with_name(f"merged-{place.name}-{arm.merge_back}") if arm.merge_back else place
+
+
+def start_name(arm: Arm) -> str:
+    init = (arm.init or "default") if arm.extended else "none"
+    return f"{init}-{'tied' if arm.tied else 'untied'}"
+
+
+def embedded_name(arm: Arm) -> str:
+    return f"{start_name(arm)}-{arm.embedded}-{arm.rows_lr}"
+
+
+def make_base(root: Path, seed: int, tied: bool) -> Path:
+    tokenizer = root / "tokenizer"
+    if not tokenizer.is_dir():
+        root.mkdir(parents=True, exist_ok=True)
+        train_tokenizer(ENGLISH, VOCABULARY).save(tokenizer)
+    return run(base_of(root, seed, tied), new={**SHAPE, "tied": tied}, seed=seed, tokenizer=str(tokenizer),
+               data=[str(ENGLISH[0])], steps=BASE_STEPS, **ROWS)  # fmt: skip
+
+
+def make(root: Path, arm: Arm, seed: int) -> Path:
+    """The model of an arm: extended, its rows trained alone, everything trained, merged."""
+    start = base = make_base(root, seed, arm.tied)
+    place, result = root / f"seed-{seed}", place_of(root, arm, seed)
+    if arm.extended:
+        start = place / f"start-{start_name(arm)}"
+        if not start.is_dir():
+            say(f"extending {start}")
+            lapis.extend(base, KOREAN, start, add=ADDED, init=arm.init, seed=seed, snippets=SNIPPETS)
+    new_rows = list(range(VOCABULARY, VOCABULARY + ADDED))
+    alone = round(arm.embedded * STEPS)
+    if alone:
+        start = run(place / f"embedded-{embedded_name(arm)}", model=str(start), data=[*map(str, KOREAN)], steps=alone,
+                    lr=arm.rows_lr, freeze=["all"], tokens=new_rows, seed=seed,
+                    **ROWS)  # fmt: skip
+    if arm.merge_back:
+        if not result.is_dir():
+            trained = make(root, replace(arm, merge_back=0.0), seed)
+            lapis.merge(f'{1 - arm.merge_back} * "{trained}" + {arm.merge_back} * "{start}"', result)
+        return result
+    sizes = sum(path.stat().st_size for path in KOREAN)
+    data = {str(path): (1 - arm.replay) * path.stat().st_size / sizes for path in KOREAN}
+    rate = arm.lr * arm.rows_rate
+    rates = {"embed": rate} | ({} if arm.tied else {"head": rate}) if arm.rows_rate != 1 else {}
+    frozen = {} if arm.old_rows else {"freeze": ["embed"] if arm.tied else ["embed", "head"], "tokens": new_rows}
+    return run(result, **frozen, model=str(start), steps=STEPS - alone, lr=arm.lr, rates=rates, ema=arm.ema, seed=seed,
+               data=data | ({str(ENGLISH[0]): arm.replay} if arm.replay else {}), **ROWS)  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/language-ablations"))
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--arms", nargs="*", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--write", action="store_true", help="the tables of what is there, into results/")
+    options = parser.parse_args()
+    if options.write:
+        text = tables(options.out)
+        print("\n".join(text))
+        add_table(__file__, "Settings of an adaptation", [f"{date.today()}: {machine()}, one thread.", *text])
+        return
+    texts = {name: held_out(files, HELD_BYTES) for name, files in HELD.items()}
+    for seed in options.seeds:
+        for name in options.arms:
+            base, after = make_base(options.out, seed, ARMS[name].tied), make(options.out, ARMS[name], seed)
+            before, scores = (scored(folder, texts) for folder in (base, after))
+            cost = scores["en"] / before["en"] - 1
+            say(f"{seed} {name:20} ko {scores['ko']:.3f} (base {before['ko']:.3f}), en {cost:+.1%}")
+
+
+TABLES = {
+    "How new rows begin, head tied": ("first", "init distilled", "init random"),
+    "How new rows begin, head of its own": ("untied, mean", "untied, mean-norm", "untied, distilled", "untied, random"),
+    "Rates": ("first", "rows 10x", "rows 0.1x", "old rows frozen", "old rows frozen, new 10x", "lr 0.0003", "lr 0.003"),
+    "New rows alone first": ("first", "not embedded first", "no new tokens"),
+    "Replay": ("replay 0", "first", "replay 0.25"),
+    "Averages": ("first", "ema 0.98", "merge back 0.1", "merge back 0.25"),
+}
+
+
+def tables(root: Path) -> list[str]:
+    """One table for each setting; an arm is in it as soon as a seed of it is done."""
+    result = []
+    for title, names in TABLES.items():
+        rows = []
+        for name in names:
+            places = {seed: place_of(root, ARMS[name], seed) for seed in (0, 1, 2)}
+            files = {seed: place.with_name(place.name + ".json") for seed, place in places.items()}
+            done = {seed: json.loads(path.read_text()) for seed, path in files.items() if path.exists()}
+            if done:
+                tied = ARMS[name].tied
+                base = {seed: json.loads(base_of(root, seed, tied).with_suffix(".json").read_text()) for seed in done}
+                cost = [100 * (done[seed]["en"] / base[seed]["en"] - 1) for seed in done]
+                rows.append([name, mean_spread([each["ko"] for each in done.values()]), mean_spread(cost, 1),
+                             str(len(done))])  # fmt: skip
+        if rows:
+            head = ["arm", "Korean, bits per byte", "English, % more bits", "seeds"]
+            result += ["", f"**{title}**", "", *table(head, rows)]
+    return result
+
+
+def scored(folder: Path, texts: dict[str, list[str]]) -> dict[str, float]:
+    return dict(kept(folder.with_name(folder.name + ".json"), lambda: bits_per_byte(folder, texts, CONTEXT)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,207 @@
+"""A real model with new tokens and without, at equal processor seconds: does extending pay, and what does English lose?
+
+    python benchmarks/language_real.py --out runs/language-real [--only ko-smollm2 ms-smollm2 ms-gemma3] [--models DIR]
+    python benchmarks/language_real.py --out runs/language-real --do score      of the models that are there
+    python benchmarks/language_real.py --out runs/language-real --do write      the tables into results/
+
+Two ways of the same length on one thread. With new tokens: `lapis tokenizer extend`, a fifth of the time for new rows
+alone, the rest for everything. Without them: everything, all of the time. Both read a tenth of English. Scored on
+documents that no step reads; characters per second are counted in processor seconds too, and measured in turn.
+"""
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from language_runs import (
+    DATA,
+    bits_per_byte,
+    held_out,
+    kept,
+    paces,
+    run,
+    say,
+    seconds_of,
+    table,
+)
+from results_file import add_table
+from train import machine
+
+import lapis
+from lapis.generation.generate import generate_batch
+
+MODELS = Path(os.environ.get("LAPIS_MODELS", "/work/models"))
+ENGLISH = DATA / "corpus/en/train.jsonl"
+HELD_ENGLISH = DATA / "corpus/en/valid.jsonl"
+HELD_BYTES, DOCUMENTS = 16_000, 10  # of each file
+CONTEXT = 512
+GENERATED, ROUNDS = 24, 6
+WAYS = ("embedded", "with", "without")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and a language. seconds: of the processor, for all of the training of one model."""
+
+    model: str
+    text: tuple[str, ...]
+    held: tuple[str, ...]
+    add: int
+    seconds: float
+    seeds: tuple[int, ...]
+    batch: int = 2
+    lr: float = 2e-4
+    rows_lr: float = 5e-3
+    embedded: float = 0.2
+    replay: float = 0.1
+    speed: bool = True
+
+
+MALAY = {"text": ("ms/train.jsonl",), "held": ("ms/valid.jsonl",)}
+CASES = {
+    "ko-smollm2": Case("smollm2-it", ("ko/train.jsonl", "ko/reviews-train.jsonl"),
+                       ("ko/valid.jsonl", "ko/reviews-valid.jsonl"), 2100, 480, (0, 1)),
+    "ms-smollm2": Case("smollm2-it", add=1000, seconds=180, seeds=(0,), **MALAY),
+    "ms-gemma3": Case("gemma3", add=2000, seconds=240, seeds=(0,), batch=1, speed=False, **MALAY),
+}  # fmt: skip
+
+
+class Bench:
+    """A case on its way, in a folder of its own."""
+
+    def __init__(self, name: str, root: Path, models: Path) -> None:
+        self.case, self.root, self.name = CASES[name], root / name, name
+        self.base = models / self.case.model
+        self.files = [DATA / "corpus" / each for each in self.case.text]
+        sizes = sum(path.stat().st_size for path in self.files)
+        share = 1 - self.case.replay
+        self.data = {str(path): share * path.stat().st_size / sizes for path in self.files}
+        self.data[str(ENGLISH)] = self.case.replay
+        self.texts = {"target": held_out([DATA / "corpus" / each for each in self.case.held], HELD_BYTES, DOCUMENTS),
+                      "en": held_out([HELD_ENGLISH], HELD_BYTES, DOCUMENTS)}  # fmt: skip
+
+    def settings(self, model: Path, rows: list[int] | None = None, **more: Any) -> dict[str, Any]:
+        """Of a training of everything, or of rows alone."""
+        case = self.case
+        alone = {"freeze": ["all"], "tokens": rows, "lr": case.rows_lr, "data": list(map(str, self.files))}
+        return {"model": str(model), "batch": case.batch, "context": CONTEXT, "precision": "bf16", "data": self.data,
+                "lr": case.lr, "log_every": 5, **(alone if rows else {}), **more}  # fmt: skip
+
+    def extended(self) -> tuple[Path, list[int], float]:
+        """The model with new rows, their ids, and the processor seconds that it took."""
+        start = self.root / "start"
+
+        def make() -> dict[str, Any]:
+            begun = time.process_time()
+            done = lapis.extend(self.base, self.files, start, add=self.case.add, overwrite=True)
+            return {"seconds": time.process_time() - begun, "first": done.first, "added": done.added}
+
+        say(f"extending {start}")
+        made = kept(self.root / "start.json", make)
+        return start, list(range(made["first"], made["first"] + made["added"])), made["seconds"]
+
+    def train(self, seeds: Sequence[int]) -> None:
+        case = self.case
+        start, rows, spent = self.extended()
+        ways = {"without": self.settings(self.base), "rows": self.settings(start, rows), "with": self.settings(start)}
+        pace = paces(self.root / "paces.json", ways)
+        say(f"{self.name}: seconds per step {pace}")
+        left = case.seconds - spent
+        steps = {"without": case.seconds / pace["without"], "rows": case.embedded * left / pace["rows"],
+                 "with": (1 - case.embedded) * left / pace["with"]}  # fmt: skip
+        count = {name: max(1, round(number)) for name, number in steps.items()}
+        for seed in seeds:
+            embedded = run(self.root / f"embedded-{seed}", **self.settings(start, rows, steps=count["rows"], seed=seed))
+            for name, model in (("with", embedded), ("without", self.base)):
+                run(self.root / f"{name}-{seed}", **self.settings(model, steps=count[name], seed=seed))
+
+    def scores(self) -> dict[str, dict[str, float]]:
+        """Of the models that are there, in their order."""
+        names = ["base", "start", *(f"{way}-{seed}" for way in WAYS for seed in self.case.seeds)]
+        places = {name: self.base if name == "base" else self.root / name for name in names}
+        return {name: self.score(name, place) for name, place in places.items() if place.is_dir()}
+
+    def score(self, name: str, model: Path) -> dict[str, float]:
+        found = kept(self.root / f"scores-{name}.json", lambda: bits_per_byte(model, self.texts, CONTEXT))
+        say(f"{self.name} {name}: " + ", ".join(f"{key} {value:.3f}" for key, value in found.items()))
+        return dict(found)
+
+    def speeds(self) -> dict[str, list[float]]:
+        """Characters of the language in a processor second of generation, in turn, without and with new tokens."""
+
+        def measure() -> dict[str, list[float]]:
+            opened = {name: lapis.load(self.root / f"{name}-0") for name in ("without", "with")}
+            text = "".join(self.texts["target"])
+            found: dict[str, list[float]] = {name: [] for name in opened}
+            for number in range(ROUNDS):
+                for name, (model, tokenizer) in opened.items():
+                    prompt = text[200 * number : 200 * number + 200]
+                    sampling = lapis.Sampling(temperature=0.0, max_tokens=GENERATED)
+                    begun = time.process_time()
+                    made = generate_batch(model, tokenizer, [prompt], sampling)[0].ids
+                    took = time.process_time() - begun
+                    found[name].append(len(made) / took * len(text) / len(tokenizer.encode(text)))
+            return found
+
+        return dict(kept(self.root / "speeds.json", measure))
+
+
+def lines(bench: Bench) -> list[str]:
+    """The table of a case."""
+    scores, case = bench.scores(), bench.case
+    base = scores["base"]
+    rows = []
+    for name, found in scores.items():
+        steps = seconds_of(bench.root / name) if bench.root.joinpath(name).with_name(name + ".seconds").exists() else []
+        rows.append([
+            name, f"{found['target']:.3f}", f"{1 - found['target'] / base['target']:+.1%}", f"{found['en']:.3f}",
+            f"{found['en'] / base['en'] - 1:+.1%}", f"{found['target tokens']:.3f}", str(len(steps) or ""),
+            f"{sum(steps):.0f}" if steps else "",
+            f"{len(steps) * case.batch * CONTEXT / found['target tokens'] / 1e3:.0f} KB" if steps else "",
+        ])  # fmt: skip
+    head = ["model", "bits per byte", "won", "English", "cost", "tokens per byte", "steps", "processor s", "text read"]
+    result = [
+        "",
+        f"**{bench.name}**: {case.add:,} tokens, {case.seconds:.0f} processor seconds.",
+        "",
+        *table(head, rows),
+    ]
+    if case.speed and (bench.root / "with-0").is_dir():
+        speeds = {name: statistics.median(each) for name, each in bench.speeds().items()}
+        without, new = speeds["without"], speeds["with"]
+        without, new = speeds["without"], speeds["with"]
+        result += ["", f"Characters in a processor second of generation (median of {ROUNDS}, in turn): {without:.1f} "
+                   f"without, {new:.1f} with: {new / without:.2f} times."]  # fmt: skip
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/language-real"))
+    parser.add_argument("--models", type=Path, default=MODELS)
+    parser.add_argument("--only", nargs="*", choices=CASES, default=list(CASES))
+    parser.add_argument("--seeds", type=int, nargs="*", help="all that a case has without it")
+    parser.add_argument("--do", choices=["train", "score", "write"], help="one of the steps; all without it")
+    options = parser.parse_args()
+    benches = [Bench(name, options.out, options.models) for name in options.only]
+    for bench in benches:
+        if options.do in ("train", None):
+            bench.train(bench.case.seeds if options.seeds is None else options.seeds)
+        if options.do in ("score", None):
+            bench.scores()
+    text = [line for bench in benches for line in lines(bench)]
+    print("\n".join(text))
+    if options.do == "write":
+        add_table(
+            __file__, "A language with new tokens and without", [f"{date.today()}: {machine()}, one thread.", *text]
+        )
+
+
+if __name__ == "__main__":
+    main()
