@@ -55,6 +55,12 @@ class Arm:
     extended: bool = True
 
 
+NEW = "old rows frozen, new 10x"
+MORE: dict[str, dict[str, float]] = {
+    "not embedded first": {"embedded": 0.0}, "replay 0": {"replay": 0.0}, "replay 0.25": {"replay": 0.25},
+    "merge back 0.1": {"merge_back": 0.1}, "merge back 0.25": {"merge_back": 0.25}, "lr 0.003, new 3x":
+    {"lr": 3e-3, "rows_rate": 3.0},
+}  # fmt: skip
 ARMS = {
     "first": Arm(),
     "no new tokens": Arm(extended=False, embedded=0.0),
@@ -65,6 +71,8 @@ ARMS = {
     "rows 0.1x": Arm(rows_rate=0.1),
     "old rows frozen": Arm(old_rows=False),
     "old rows frozen, new 10x": Arm(old_rows=False, rows_rate=10.0),
+    "old rows frozen, new 30x": Arm(old_rows=False, rows_rate=30.0),
+    **{f"{NEW}, {what}": Arm(**{"old_rows": False, "rows_rate": 10.0, **more}) for what, more in MORE.items()},
     "not embedded first": Arm(embedded=0.0),
     "replay 0": Arm(replay=0.0),
     "replay 0.25": Arm(replay=0.25),
@@ -161,9 +169,19 @@ def main() -> None:
 TABLES = {
     "How new rows begin, head tied": ("first", "init distilled", "init random"),
     "How new rows begin, head of its own": ("untied, mean", "untied, mean-norm", "untied, distilled", "untied, random"),
-    "Rates": ("first", "rows 10x", "rows 0.1x", "old rows frozen", "old rows frozen, new 10x", "lr 0.0003", "lr 0.003"),
+    "Rates": (
+        "first",
+        "rows 10x",
+        "rows 0.1x",
+        "old rows frozen",
+        NEW,
+        "old rows frozen, new 30x",
+        "lr 0.0003",
+        "lr 0.003",
+    ),
     "New rows alone first": ("first", "not embedded first", "no new tokens"),
     "Replay": ("replay 0", "first", "replay 0.25"),
+    "The winning rates, and one more setting": (NEW, *(f"{NEW}, {what}" for what in MORE)),
     "Averages": ("first", "ema 0.98", "merge back 0.1", "merge back 0.25"),
 }
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from language_real import CONTEXT, DOCUMENTS, ENGLISH, HELD_BYTES, HELD_ENGLISH, MODELS
+from language_real import CONTEXT, DOCUMENTS, ENGLISH, HELD_ENGLISH, MODELS
 from language_runs import DATA, bits_per_byte, held_out, kept, paces, run, say, seconds_of, table
 from results_file import add_table
 from train import machine
@@ -37,6 +37,7 @@ TEMPLATE = (
 )  # Gemma's turns, for a base that has no template
 KINDS = {"en": ("instruction", "expert"), "ms": None}  # tasks of the instructions that are learned; None: all
 SCORED, ANSWERED, REPLY = 24, 8, 32  # chats, chats that are answered, and tokens of an answer
+HELD_BYTES = 8_000
 SHORT = 1500  # characters of a chat at most
 TRAINED = ("chat", "adapted", "elchat-trained", "tuned")
 
@@ -142,8 +143,8 @@ def lines(flow: Flow) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/language-flow"))
-    parser.add_argument("--model", type=Path, default=MODELS / "gemma3")
-    parser.add_argument("--seconds", type=float, default=180.0)
+    parser.add_argument("--model", type=Path, default=MODELS / "smollm2-it")
+    parser.add_argument("--seconds", type=float, default=90.0)
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--do", choices=["train", "score", "write"], help="one of the steps; all without it")
     options = parser.parse_args()

@@ -5,8 +5,9 @@
     python benchmarks/language_real.py --out runs/language-real --do write      the tables into results/
 
 Two ways of the same length on one thread. With new tokens: `lapis tokenizer extend`, a fifth of the time for new rows
-alone, the rest for everything. Without them: everything, all of the time. Both read a tenth of English. Scored on
-documents that no step reads; characters per second are counted in processor seconds too, and measured in turn.
+alone, the rest for everything but old rows, with new rows at ten times the rate of the blocks (uniform: old rows, too,
+and one rate). Without them: everything, all of the time. All read a tenth of English. Scored on documents that no step
+reads; characters per second are counted in processor seconds too, and measured in turn.
 """
 
 import argparse
@@ -42,7 +43,7 @@ HELD_ENGLISH = DATA / "corpus/en/valid.jsonl"
 HELD_BYTES, DOCUMENTS = 16_000, 10  # of each file
 CONTEXT = 512
 GENERATED, ROUNDS = 24, 6
-WAYS = ("embedded", "with", "without")
+WAYS = ("with", "without", "uniform")
 
 
 @dataclass(frozen=True)
@@ -60,15 +61,17 @@ class Case:
     rows_lr: float = 5e-3
     embedded: float = 0.2
     replay: float = 0.1
+    rows_rate: float = 10.0
+    ways: tuple[str, ...] = ("with", "without")
     speed: bool = True
 
 
 MALAY = {"text": ("ms/train.jsonl",), "held": ("ms/valid.jsonl",)}
 CASES = {
     "ko-smollm2": Case("smollm2-it", ("ko/train.jsonl", "ko/reviews-train.jsonl"),
-                       ("ko/valid.jsonl", "ko/reviews-valid.jsonl"), 2100, 480, (0, 1)),
-    "ms-smollm2": Case("smollm2-it", add=1000, seconds=180, seeds=(0,), **MALAY),
-    "ms-gemma3": Case("gemma3", add=2000, seconds=240, seeds=(0,), batch=1, speed=False, **MALAY),
+                       ("ko/valid.jsonl", "ko/reviews-valid.jsonl"), 2100, 480, (0, 1), ways=WAYS),
+    "ms-smollm2": Case("smollm2-it", add=1000, seconds=120, seeds=(0,), **MALAY),
+    "ms-gemma3": Case("gemma3", add=2000, seconds=120, seeds=(0,), batch=1, speed=False, **MALAY),
 }  # fmt: skip
 
 
@@ -86,12 +89,17 @@ class Bench:
         self.texts = {"target": held_out([DATA / "corpus" / each for each in self.case.held], HELD_BYTES, DOCUMENTS),
                       "en": held_out([HELD_ENGLISH], HELD_BYTES, DOCUMENTS)}  # fmt: skip
 
-    def settings(self, model: Path, rows: list[int] | None = None, **more: Any) -> dict[str, Any]:
-        """Of a training of everything, or of rows alone."""
+    def settings(self, way: str, model: Path, rows: list[int], **more: Any) -> dict[str, Any]:
+        """Of a training, but for its length."""
         case = self.case
-        alone = {"freeze": ["all"], "tokens": rows, "lr": case.rows_lr, "data": list(map(str, self.files))}
-        return {"model": str(model), "batch": case.batch, "context": CONTEXT, "precision": "bf16", "data": self.data,
-                "lr": case.lr, "log_every": 5, **(alone if rows else {}), **more}  # fmt: skip
+        data: Any = list(map(str, self.files)) if way == "embedded" else self.data
+        shared = {"model": str(model), "batch": case.batch, "context": CONTEXT, "precision": "bf16", "log_every": 5}
+        lr = case.rows_lr if way == "embedded" else case.lr
+        frozen: dict[str, Any] = {
+            "embedded": {"freeze": ["all"], "tokens": rows},
+            "with": {"freeze": ["embed"], "tokens": rows, "rates": {"embed": lr * case.rows_rate}},
+        }.get(way, {})
+        return {**shared, "data": data, "lr": lr, **frozen, **more}
 
     def extended(self) -> tuple[Path, list[int], float]:
         """The model with new rows, their ids, and the processor seconds that it took."""
@@ -109,21 +117,20 @@ class Bench:
     def train(self, seeds: Sequence[int]) -> None:
         case = self.case
         start, rows, spent = self.extended()
-        ways = {"without": self.settings(self.base), "rows": self.settings(start, rows), "with": self.settings(start)}
-        pace = paces(self.root / "paces.json", ways)
+        begin = {"embedded": start, **{way: self.base if way == "without" else start for way in case.ways}}
+        pace = paces(self.root / "paces.json", {way: self.settings(way, at, rows) for way, at in begin.items()})
         say(f"{self.name}: seconds per step {pace}")
         left = case.seconds - spent
-        steps = {"without": case.seconds / pace["without"], "rows": case.embedded * left / pace["rows"],
-                 "with": (1 - case.embedded) * left / pace["with"]}  # fmt: skip
-        count = {name: max(1, round(number)) for name, number in steps.items()}
+        seconds = {"embedded": case.embedded * left, "without": case.seconds}
+        steps = {way: max(1, round(seconds.get(way, (1 - case.embedded) * left) / pace[way])) for way in begin}
         for seed in seeds:
-            embedded = run(self.root / f"embedded-{seed}", **self.settings(start, rows, steps=count["rows"], seed=seed))
-            for name, model in (("with", embedded), ("without", self.base)):
-                run(self.root / f"{name}-{seed}", **self.settings(model, steps=count[name], seed=seed))
+            for way, at in begin.items():
+                at = self.root / f"embedded-{seed}" if way in ("with", "uniform") else at
+                run(self.root / f"{way}-{seed}", **self.settings(way, at, rows, steps=steps[way], seed=seed))
 
     def scores(self) -> dict[str, dict[str, float]]:
         """Of the models that are there, in their order."""
-        names = ["base", "start", *(f"{way}-{seed}" for way in WAYS for seed in self.case.seeds)]
+        names = ["base", "start", *(f"{way}-{seed}" for way in ("embedded", *WAYS) for seed in self.case.seeds)]
         places = {name: self.base if name == "base" else self.root / name for name in names}
         return {name: self.score(name, place) for name, place in places.items() if place.is_dir()}
 
@@ -172,7 +179,7 @@ def lines(bench: Bench) -> list[str]:
         "",
         *table(head, rows),
     ]
-    if case.speed and (bench.root / "with-0").is_dir():
+    if case.speed and all((bench.root / f"{way}-0").is_dir() for way in ("with", "without")):
         speeds = {name: statistics.median(each) for name, each in bench.speeds().items()}
         without, new = speeds["without"], speeds["with"]
         without, new = speeds["without"], speeds["with"]

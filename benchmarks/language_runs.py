@@ -80,16 +80,17 @@ def run(out: Path, **settings: Any) -> Path:
 
 def paces(place: Path, arms: Mapping[str, Mapping[str, Any]], rounds: int = 2, steps: int = 2) -> dict[str, float]:
     """Processor seconds for a step of each training: the median of a few steps, tried in turn; kept at `place`."""
-    if not place.exists():
-        found: dict[str, list[float]] = {name: [] for name in arms}
-        for _ in range(rounds):
-            for name, settings in arms.items():
-                with tempfile.TemporaryDirectory() as folder:
-                    out = run(Path(folder) / "trial", **{**settings, "steps": steps + WARM})
-                    found[name] += seconds_of(out)[WARM:]
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.write_text(json.dumps({name: statistics.median(each) for name, each in found.items()}))
-    return dict(json.loads(place.read_text()))
+    known = dict(json.loads(place.read_text())) if place.exists() else {}
+    found: dict[str, list[float]] = {name: [] for name in arms if name not in known}
+    for _ in range(rounds):
+        for name, each in found.items():
+            with tempfile.TemporaryDirectory() as folder:
+                out = run(Path(folder) / "trial", **{**arms[name], "steps": steps + WARM})
+                each += seconds_of(out)[WARM:]
+    known |= {name: statistics.median(each) for name, each in found.items()}
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_text(json.dumps(known))
+    return known
 
 
 def kept(place: Path, compute: Callable[[], Any]) -> Any:
