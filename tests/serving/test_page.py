@@ -316,3 +316,28 @@ def test_the_lens_tells_of_a_token_that_was_drawn_by_chance(visitor):
     place.locator(".verdict").wait_for()
     drawn = "said" not in (place.locator(".bars li").first.get_attribute("class") or "")
     assert ("drawn by chance" in place.locator(".verdict").inner_text()) == drawn
+
+
+def test_what_cannot_be_seen_has_a_name(visitor):
+    names = visitor.page.evaluate(
+        """async () => {
+          const { blocksOf, tokenName } = await import("/page/text.js");
+          const { groupsOf } = await import("/page/tokens.js");
+          const token = (...bytes) => ({ token: "\\ufffd", bytes, logprob: -1 });
+          return [
+            [" a", "\\n", "\\u00a0", "\\u200d", "\\u0007", ""].map(text => tokenName({ token: text, id: 7 })),
+            tokenName(token(0xea, 0x41)),
+            groupsOf([token(0xea), token(0xb3), token(0xa0), token(0xe2), token(0x61)])
+              .map(group => [group.first, group.last, group.text]),
+            groupsOf([token(0xea), token(0xb3)], 0, false).length,
+            blocksOf("a\\n```py\\nb\\n\\n c\\n```\\nd\\n```\\ne").map(block => [block.code, block.text]),
+          ];
+        }"""
+    )
+    assert names == [
+        ["␣a", "↵", "<U+00A0>", "<U+200D>", "␇", "<row 7>"],
+        "\\xeaA",
+        [[0, 2, "고"], [3, 3, "\ufffd"], [4, 4, "a"]],
+        0,
+        [[False, "a"], [True, "b\n\n c"], [False, "d"], [True, "e"]],
+    ]

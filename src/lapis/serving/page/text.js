@@ -45,9 +45,12 @@ export function pictured(text) {
     .replace(/[\x7f-\x9f]/g, "\ufffd");
 }
 
-/** A text with its spaces to be seen. */
+/** A text with its spaces to be seen; what else nobody sees (spaces of other widths, joiners) stands as its number. */
 export function visible(text) {
-  return pictured(text.replaceAll(" ", "␣").replaceAll("\n", "↵").replaceAll("\t", "⇥"));
+  const shown = pictured(text.replaceAll(" ", "␣").replaceAll("\n", "↵").replaceAll("\t", "⇥"));
+  return shown.replace(/[\p{Z}\p{Cf}]/gu, hidden => {
+    return `<U+${hidden.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}>`;
+  });
 }
 
 /** A token of the server by itself: bytes of half a character as such, a row of the head without a text by its number. */

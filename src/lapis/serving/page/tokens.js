@@ -105,7 +105,8 @@ export class TokenView {
 
   /** A group as it stands in the text. */
   #textOf(group) {
-    return group.text ? pictured(group.text).replaceAll("\n", "↵\n") : tokenName(this.reply.tokens[group.first]);
+    if (/^\p{Cf}*$/u.test(group.text)) return tokenName(this.reply.tokens[group.first]);
+    return pictured(group.text).replaceAll("\n", "↵\n");
   }
 
   #labelOf(group) {
