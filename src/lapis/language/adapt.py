@@ -174,7 +174,7 @@ class _Adaptation:
         if written["cost"] is not None and written["cost"] > plan.cost:
             self.note(
                 f"the replay text costs {written['cost']:.1%} more bits per byte than before, above {plan.cost:.1%}: "
-                "take more replay, a lower lr, or a smaller scale"
+                "take more replay, merge_back: 0.1, a lower lr, or a smaller scale"
             )
         return {
             "steps": {name: str(folder) for name, folder in steps.done.items()},
