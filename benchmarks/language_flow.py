@@ -5,7 +5,8 @@
 chat      base tuned on English instructions
 adapted   base continued on Malay, a tenth of English beside it
 grafted   adapted + chat - base; no training
-elchat    chat continued on Malay as base was, then mixed half and half with chat (ElChat, arXiv:2412.11704)
+elchat    chat continued on Malay as base was, then mixed half and half with chat and given the rows of chat's
+          template, which is what `lapis adapt --onto chat` does (ElChat, arXiv:2412.11704)
 tuned     adapted tuned on Malay instructions: what the others are measured against
 
 Every training has the same processor seconds on one thread. Scored on documents and chats that no step reads. The gap
@@ -89,7 +90,10 @@ class Flow:
         if not (self.root / "grafted").is_dir():
             lapis.graft(self.base, self.root / "chat", self.root / "adapted", self.root / "grafted")
         if not (self.root / "elchat").is_dir():
-            lapis.merge(f'0.5 * "{self.root / "elchat-trained"}" + 0.5 * "{self.root / "chat"}"', self.root / "elchat")
+            mixed, chat = self.root / "elchat-mixed", self.root / "chat"
+            if not mixed.is_dir():
+                lapis.merge(f'0.5 * "{self.root / "elchat-trained"}" + 0.5 * "{chat}"', mixed)
+            lapis.graft(chat, chat, mixed, self.root / "elchat", 0.0)
 
     def scores(self) -> dict[str, dict[str, Any]]:
         """Of the models that are there."""
