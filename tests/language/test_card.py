@@ -1,6 +1,7 @@
 """The card: figures with honest intervals, every score in both languages, and a README that the hub understands."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -217,8 +218,13 @@ def test_questions_of_belebele_include_and_mmlu(tmp_path: Path) -> None:
 def test_what_makes_no_card_is_refused(adapted: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--text is missing"):
         gather([adapted / "base"], {}, 1000)
-    with pytest.raises(ConfigError, match="two of these models are called base"):
-        gather([adapted / "out", adapted / "base"], {}, 1000)
+    second = tmp_path / "elchat"
+    shutil.copytree(adapted / "out", second)
+    names = list(gather([adapted / "out", second, adapted / "base"], {}, 1000).models)  # both ways in one table
+    steps = ["start", "embedded", "adapted", "grafted"]
+    assert names == ["base", "chat", *steps, *(f"elchat/{step}" for step in steps)]
+    with pytest.raises(ConfigError, match="two of these models are called elchat/start"):
+        gather([adapted / "out", second, second / "start"], {}, 1000)
     chats = tmp_path / "chats.jsonl"
     chats.write_text(json.dumps({"messages": [{"role": "assistant", "content": "Ya."}]}) + "\n")
     with pytest.raises(DataError, match=r"chats.jsonl line 1.*no reply of the assistant"):

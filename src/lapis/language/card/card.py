@@ -133,7 +133,9 @@ def _gap_closed(
     """How much of the way from the model before the last step to the tuned one the last step went, or why not."""
     if TUNED not in counts:
         return None, "no model tuned on chats of the language was given (lapis card --tuned), so there is no yardstick"
-    before = "adapted" if "adapted" in models else models[-2] if len(models) > 1 else ""
+    group, _, _ = models[-1].rpartition("/")  # of several adaptations the last one's
+    adapted = f"{group}/adapted" if group else "adapted"
+    before = adapted if adapted in models else models[-2] if len(models) > 1 else ""
     if not before or before == models[-1]:
         return None, "there is no step after the adaptation whose way could be measured"
     key = "response_bits_per_byte"

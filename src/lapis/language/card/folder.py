@@ -1,6 +1,7 @@
 """What a folder of `lapis adapt` has for a card: the folder in; models, held-out material and how it was made out."""
 
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -175,7 +176,7 @@ def gather(folders: Sequence[Path], given: Mapping[str, Any], scored: int) -> Ca
         scored: Bytes of each given text that are scored.
 
     Raises:
-        ConfigError: Where there is no text, or two models have one name.
+        ConfigError: Where there is no text, or two models have one name even with that of the folder they lie in.
     """
     models: dict[str, str | Path] = {}
     held: dict[str, HeldOutText] = {}
@@ -183,10 +184,15 @@ def gather(folders: Sequence[Path], given: Mapping[str, Any], scored: int) -> Ca
     settings: dict[str, Any] = {}
     for folder in folders:
         adapted = is_adaptation(folder)
-        named = models_of(folder) if adapted else {folder.name or folder.resolve().name: folder}
-        if twice := [name for name in named if name in models]:
-            raise ConfigError(f"card: two of these models are called {twice[0]}; give each folder a name of its own")
-        models |= named
+        named = models_of(folder) if adapted else {folder.resolve().name: folder}
+        beside = folder.resolve() if adapted else folder.resolve().parent
+        for name, place in named.items():
+            if os.path.abspath(models.get(name, "")) == os.path.abspath(place):
+                continue  # two adaptations of one base
+            name = f"{beside.name}/{name}" if name in models else name
+            if name in models:
+                raise ConfigError(f"card: two of these models are called {name}; give each folder a name of its own")
+            models[name] = place
         if adapted and not held:
             settings = load_yaml(folder / PLAN)
             held, how = held_out_of(folder, {**settings, **given}), how_made(folder, settings)
