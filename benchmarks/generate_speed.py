@@ -71,10 +71,10 @@ class Lapis:
     """`open_ready`, then the steps that generate_batch takes."""
 
     def __init__(self, folder: Path, device: str) -> None:
-        from lapis.generation.options import Runtime
+        from lapis.generation.options import DecodingRuntime
         from lapis.generation.ready import open_ready
 
-        self.model, _ = open_ready(folder, Runtime(device=device))
+        self.model, _ = open_ready(folder, DecodingRuntime(device=device))
 
     def run(self, ids: list[list[int]], tokens: int) -> tuple[float, float]:
         """Seconds to the first token, and for the others."""

@@ -36,9 +36,9 @@ _numbers = count(1)
 GENERATE = """
 import json, sys, time
 from lapis.generation.generate import stream
-from lapis.generation.options import Runtime, Sampling
+from lapis.generation.options import DecodingRuntime, Sampling
 from lapis.generation.ready import open_ready
-model, tokenizer = open_ready(sys.argv[1], Runtime(dtype=sys.argv[2]))
+model, tokenizer = open_ready(sys.argv[1], DecodingRuntime(dtype=sys.argv[2]))
 print("ready", flush=True)
 for line in sys.stdin:
     messages = json.loads(line)

@@ -28,6 +28,7 @@ import torch
 from results_file import add_table
 
 WORDS = "the cat sat on the mat while a bird sang and the dog ate the fish".split()
+MOST_WORDS, MOST_TOKENS = 120, 80  # of a chat, and of its reply
 SETTLED = 0.2  # of the time, until memory is looked at
 
 
@@ -71,6 +72,22 @@ def resident(process: int) -> int:
     return 0
 
 
+def fill(place: str, model: str) -> None:
+    """Long chats in every place at once: their keys and values take the memory that they will take."""
+    longest = max(WORDS, key=len)
+
+    def ask(number: int) -> None:
+        content = f"{number} " + " ".join([longest] * MOST_WORDS)
+        body = {"model": model, "messages": [{"role": "user", "content": content}], "max_tokens": MOST_TOKENS}
+        httpx.post(f"{place}/v1/chat/completions", json=body, timeout=300).raise_for_status()
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
 class Client(threading.Thread):
     """One client; counts how its requests went."""
 
@@ -91,8 +108,8 @@ class Client(threading.Thread):
     def request(self, client: httpx.Client) -> str:
         """One request; what came of it."""
         draw = self.draw
-        words = " ".join(draw.choice(WORDS) for _ in range(draw.randrange(1, 120)))
-        tokens = draw.randrange(1, 80)
+        words = " ".join(draw.choice(WORDS) for _ in range(draw.randrange(1, MOST_WORDS)))
+        tokens = draw.randrange(1, MOST_TOKENS)
         body = {
             "model": self.model, "messages": [{"role": "user", "content": words}], "max_tokens": tokens,
             "temperature": draw.choice((0, 1)), "stream": draw.random() < 0.6, "n": draw.choice((1, 1, 1, 2)),
@@ -136,6 +153,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.folder or make_folder(Path(scratch) / "small")
         with serving(folder) as (place, process):
+            fill(place, folder.name)
             begin = time.monotonic()
             end = begin + options.minutes * 60
             clients = [Client(place, folder.name, seed, end) for seed in range(options.clients)]
