@@ -6,7 +6,8 @@ be looked into; it has no layers left to train or save. Leaves out GPUs, where n
 """
 
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache, partial
 from pathlib import Path
 from typing import Literal, cast
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 
 from lapis.checkpoint import Checkpoint, open_checkpoint
+from lapis.checkpoint.tensor_file import torch_dtype
 from lapis.errors import ConfigError
 from lapis.generation.kernels.layers import ready_attention, ready_mlp, ready_norm
 from lapis.generation.kernels.linear import WeightLayout, lay_out
@@ -50,12 +52,13 @@ def open_ready(folder: str | Path, runtime: DecodingRuntime = DecodingRuntime())
     dtype, note = choose_dtype(checkpoint, runtime.dtype, device)
     if runtime.weights == "int8":
         check_int8(dtype or torch.float32, device)
-    with ThreadPoolExecutor(1) as pool:
+    layout = partial(WeightLayout.of, device=device, int8=runtime.weights == "int8")
+    with ThreadPoolExecutor(2) as pool:
         opening = pool.submit(_tokenizer, checkpoint)
+        compiling = pool.submit(layout, dtype or _stored(checkpoint))
         adapted = checkpoint.adapter is not None
-        model = load(
-            checkpoint, dtype, device, placed=None if adapted else partial(_placed, int8=runtime.weights is not None)
-        )
+        placed = partial(_placed, layout=layout, compiling=compiling)
+        model = load(checkpoint, dtype, device, placed=None if adapted else placed)
         model = ready(fold(model) if adapted else model, weights=runtime.weights)
         tokenizer = opening.result()
     tokenizer.check_rows(model.config.vocab)
@@ -169,15 +172,23 @@ def check_int8(dtype: torch.dtype, device: torch.device) -> None:
         raise ConfigError(f"weights int8 computes in float32 or bfloat16, not {name}; give another precision")
 
 
-def _placed(model: nn.Module, name: str, *, int8: bool) -> None:
-    """Lays out a block as soon as the last of its weights is there."""
+def _stored(checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype of most of a folder's numbers, of which a model is likely to be."""
+    largest = max(checkpoint.index.values(), key=lambda info: info.elements, default=None)
+    return (None if largest is None else torch_dtype(largest.dtype)) or torch.float32
+
+
+def _placed(
+    model: nn.Module, name: str, *, layout: Callable[[torch.dtype], WeightLayout], compiling: Future[WeightLayout]
+) -> None:
+    """Lays out a block as soon as the last of its weights is there. compiling: what makes kernels meanwhile."""
     place, _, rest = name.partition(".")
     if place != "blocks":
         return
     block = cast(Transformer, model).blocks[int(rest.partition(".")[0])]
     if not any(parameter.is_meta for parameter in block.parameters()):
-        weight = next(block.parameters())
-        _ready_block(cast(TransformerBlock, block), WeightLayout.of(weight.dtype, weight.device, int8=int8))
+        compiling.result()  # so that nothing is compiled twice
+        _ready_block(cast(TransformerBlock, block), layout(next(block.parameters()).dtype))
 
 
 def _ready_block(block: TransformerBlock, layout: WeightLayout) -> None:
