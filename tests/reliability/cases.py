@@ -273,9 +273,13 @@ def rows_case(good: SimpleNamespace, place: Path) -> Case:
     (place / "text.txt").write_text("nasi lemak " * 300)
     pack([place / "text.txt"], good.words, place / "packed", 32)
     info = json.loads((place / "packed" / "rows.json").read_text())
+    manifest = json.loads((place / "packed" / MANIFEST).read_text())
 
     def case(rng: random.Random) -> None:
-        rows = Rows.open(copied(place / "packed", place / "rows", **{"rows.json": text_of(info, rng)}))
+        raw = text_of(info, rng)
+        manifest["files"]["rows.json"] = {"size": len(raw), "sha256": sha256(raw).hexdigest()}
+        made = {"rows.json": raw, MANIFEST: json.dumps(manifest).encode()}
+        rows = Rows.open(copied(place / "packed", place / "rows", **made))
         rows.batch(rows.start(0), 2)
         _ = rows.digest, rows.counts, rows.bytes_per_token
         rows.verify()
