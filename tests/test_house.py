@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "inside": {"checkpoint", "model", "text", "report"},
     "planning": {"checkpoint", "evaluation", "families", "model", "report", "text", "weights"},
     "report": set(),
-    "formats": {"checkpoint", "evaluation", "families", "model", "text"},
+    "formats": {"checkpoint", "evaluation", "families", "model", "text", "weights"},
     "language": {
         "checkpoint", "evaluation", "families", "generation", "model", "planning", "report", "text", "training",
         "weights",

@@ -116,7 +116,10 @@ def test_another_base_can_be_given_and_others_refuse_adapters(lapis: Lapis) -> N
     assert lapis("fuse", "adapter", "--out", "fused")[0] == 1
     assert lapis("fuse", "adapter", "--out", "fused", "--base", "moved")[0] == 0
     status, _, err = lapis("diff", "moved", "adapter")
-    assert status == 1 and "make it a model with: lapis fuse adapter" in err
+    assert status == 1 and "its base cannot be opened" in err
+    assert lapis("diff", "moved", "moved+adapter")[0] == 0
+    status, _, err = lapis("tokens", "moved+adapter", "the cat")
+    assert status == 1 and "make it a model with: lapis fuse adapter --base moved" in err
     assert lapis("fuse", "adapter", "--out", "moved", "--base", "moved", "--overwrite")[0] == 1
 
 
@@ -128,7 +131,7 @@ def test_an_adapter_may_lie_beside_the_files_of_a_trainer(lapis: Lapis, command:
     more = {"fuse": ["--out", "fused"], "generate": ["the cat", "--max-tokens", "2"]}
     status, _, err = lapis(command, "adapter", *more[command])
     assert status == 0, err
-    status, _, err = lapis("diff", "base", "adapter")
+    status, _, err = lapis("tokens", "adapter", "the cat")
     assert status == 1 and "holds an adapter" in err
 
 

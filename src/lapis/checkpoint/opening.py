@@ -26,13 +26,22 @@ def open_checkpoint(source: str | os.PathLike[str], *, adapters: bool = False) -
     """Opens a model folder, or a model of the hub: config and headers are read and checked, no weight is.
 
     Args:
-        source: A folder, or `owner/name` or `owner/name@revision` where no such folder is here.
+        source: A folder, or `owner/name` or `owner/name@revision` where no such folder is here; or `MODEL+ADAPTER`, an
+            adapter on a base that is given.
         adapters: A folder that holds an adapter opens the model that it belongs to, with `adapter` set; otherwise it is
             refused.
 
     Raises:
         CheckpointError: For every damage that headers, index and config can show, before anything is allocated.
     """
+    if (pair := _split(source)) is not None:
+        if not adapters:
+            raise CheckpointError(
+                f"{source}: names an adapter on its base; make it a model with: lapis fuse {pair[1]} --base {pair[0]} "
+                "--out DIR"
+            )
+        adapter = open_adapter(pair[1])
+        return replace(base_of(adapter, pair[0]), source=str(source), adapter=adapter, front=adapter.root)
     root, snapshot = Path(source), None
     if not os.path.isdir(root):
         from lapis.checkpoint.hub.models import find_model
@@ -45,7 +54,7 @@ def open_checkpoint(source: str | os.PathLike[str], *, adapters: bool = False) -
         if not adapters:
             raise CheckpointError(f"{source}: holds an adapter; make it a model with: lapis fuse {source} --out DIR")
         adapter = open_adapter(root)
-        return replace(base_of(adapter), source=str(source), adapter=adapter)
+        return replace(base_of(adapter), source=str(source), adapter=adapter, front=adapter.root)
     if holds_delta(present):
         raise CheckpointError(
             f"{source}: holds a delta; add it to a model with: lapis delta apply {source} --onto MODEL --out DIR"
@@ -80,6 +89,18 @@ def open_checkpoint(source: str | os.PathLike[str], *, adapters: bool = False) -
     if snapshot is not None and (bare := snapshot.unlisted(["config.json", *headers])):
         notes.append(f"unverified: the hub lists no digest for {', '.join(bare[:4])}{' ...' if len(bare) > 4 else ''}")
     return Checkpoint(str(source), root, config, find(config), index, headers, notes, stats, snapshot=snapshot)
+
+
+def _split(source: str | os.PathLike[str]) -> tuple[str, str] | None:
+    """The base and the adapter of `MODEL+ADAPTER`; None for a name that means one folder, or no adapter's."""
+    text = os.fspath(source)
+    if "+" not in text or os.path.lexists(text):
+        return None
+    for place, letter in enumerate(text):
+        base, adapter = text[:place].strip(), text[place + 1 :].strip()
+        if letter == "+" and base and os.path.lexists(os.path.join(adapter, CONFIG)):
+            return base, adapter
+    return None
 
 
 _CORRECT = f"set base_model_name_or_path in {CONFIG}"

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import sqrt
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from lapis.checkpoint.files import contained, read_at, read_json, stamp
 from lapis.checkpoint.tensor_file import Header, TensorInfo, finite, torch_dtype
@@ -34,6 +34,16 @@ CHANGED_BASE = ("pissa", "olora")
 _COMPARED = 1 << 24  # bytes at a time
 
 
+class Computed(Protocol):
+    """Where the tensors of a checkpoint come from that lie in no file as they are. digest: of what they are made of."""
+
+    digest: str
+
+    def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
+        """As `Checkpoint.read_into`."""
+        ...
+
+
 @dataclass
 class Checkpoint:
     """A folder that was opened and checked; made by `open_checkpoint`.
@@ -42,6 +52,8 @@ class Checkpoint:
     index: name on disk -> TensorInfo. notes: what a reader should know (files ignored, tensors not indexed).
     adapter: what goes on top of the weights, where an adapter was opened; its files stand before the model's.
     snapshot: where a model of the hub was opened; weights that are not in the cache are then read by ranges.
+    computed: what gives the tensors, where they are made as they are read (an adapter on its base).
+    front: a folder whose files stand before the model's.
     """
 
     source: str
@@ -54,6 +66,8 @@ class Checkpoint:
     _stats: dict[Path, tuple[int, ...]] = field(default_factory=dict, repr=False)
     adapter: "Adapter | None" = None
     snapshot: "Snapshot | None" = None
+    computed: Computed | None = None
+    front: Path | None = None
 
     @property
     def names(self) -> list[str]:
@@ -115,6 +129,9 @@ class Checkpoint:
         info = self.info(name)
         if offset + len(buffer) > info.nbytes:
             raise CheckpointError(f"{self.source}: {name} has {info.nbytes:,} bytes, not {offset + len(buffer):,}")
+        if self.computed is not None:
+            self.computed.read_into(name, offset, buffer)
+            return
         if self.snapshot is not None and info.file not in self._stats:
             self.snapshot.remote(info.file.name).read_into(info.start + offset, buffer)
             return
@@ -137,7 +154,7 @@ class Checkpoint:
     def prefetch(self, name: str, offset: int, size: int) -> None:
         """Asks the system to have `size` bytes from `offset` bytes into the tensor at hand soon; returns at once."""
         info = self.info(name)
-        size = min(size, info.nbytes - offset)
+        size = min(size, info.nbytes - offset) if self.computed is None else 0
         if size > 0 and self.snapshot is not None and info.file not in self._stats:
             self.snapshot.remote(info.file.name).prefetch(info.start + offset, size)
         elif size > 0 and hasattr(os, "posix_fadvise"):
@@ -155,8 +172,8 @@ class Checkpoint:
 
     def file(self, name: str) -> Path | None:
         """A file beside the weights (tokenizer.json, ...), or None where there is none. Contained like all others."""
-        if self.adapter is not None and os.path.lexists(self.adapter.root / name):
-            return contained(self.adapter.root, name)
+        if self.front is not None and os.path.lexists(self.front / name):
+            return contained(self.front, name)
         if self.snapshot is not None and name in self.snapshot.sizes:
             return self.snapshot.fetch(name)
         return contained(self.root, name) if os.path.lexists(self.root / name) else None
@@ -169,7 +186,11 @@ class Checkpoint:
 
     def fetched(self) -> "Checkpoint":
         """The same with all weights at hand: those of a model of the hub are downloaded into its cache."""
-        if self.snapshot is None or all(info.file in self._stats for info in self.index.values()):
+        if (
+            self.snapshot is None
+            or self.computed is not None
+            or all(info.file in self._stats for info in self.index.values())
+        ):
             return self
         self.snapshot.fetch_weights(list(self.headers))
         stats = {info.file: stamp(info.file.stat()) for info in self.index.values()}
@@ -185,6 +206,8 @@ class Checkpoint:
         total = hashlib.sha256()
         for name, header in sorted(self.headers.items()):
             total.update(f"{name}\0{header.size}\0".encode() + header.raw)
+        if self.computed is not None:
+            total.update(self.computed.digest.encode())
         return total.hexdigest()
 
 

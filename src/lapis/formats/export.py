@@ -2,7 +2,7 @@
 
 The tokenizer is proved before a weight is read, and once more on the file as it lies on the disk. The file appears
 whole or not at all. Memory is that of the tokenizer and of one piece of one tensor. Leaves out models that llama.cpp
-does not have, adapters (fuse them first), and classifiers.
+does not have, and classifiers.
 """
 
 import math
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from lapis.checkpoint import Checkpoint, open_checkpoint
+from lapis.checkpoint import Checkpoint
 from lapis.checkpoint.commit import check_output, commit_file
 from lapis.errors import CheckpointError, ConfigError, OutputError
 from lapis.families import ModelConfig
@@ -33,6 +33,7 @@ from lapis.formats.vocabulary.reading import FileTokenizer, read_file_vocabulary
 from lapis.formats.vocabulary.writing import vocabulary_fields
 from lapis.model.check import plan_load
 from lapis.text.tokenizer.tokenizer import Tokenizer
+from lapis.weights.fuse.opening import open_model
 
 FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0",
               "q5_1": "MOSTLY_Q5_1", "q4_0": "MOSTLY_Q4_0", "tq2_0": "MOSTLY_TQ2_0"}  # fmt: skip
@@ -108,7 +109,7 @@ def export_gguf(
     beside = place.with_name("Modelfile")
     for path in (place, beside) if ollama else (place,):
         check_output(path, overwrite=overwrite)
-    checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
+    checkpoint = open_model(model)
     plan = plan_load(checkpoint)
     notes = [*checkpoint.notes, *plan.notes]
     config = _encoder(plan.config, checkpoint, notes)

@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from lapis.checkpoint import Checkpoint, open_checkpoint
+from lapis.checkpoint import Checkpoint
 from lapis.checkpoint.files import stamp
 from lapis.errors import CheckpointError, ConfigError, DataError
 from lapis.evaluation.choices import Choice, read_choices
@@ -27,6 +27,7 @@ from lapis.text.corpus.corpus import ChatRecord
 from lapis.text.tokenizer.tokenizer import Tokenizer
 from lapis.text.tokenizer.vocabulary import open_vocabulary
 from lapis.weights.checks import check_parents, missing_tensors
+from lapis.weights.fuse.opening import open_model
 from lapis.weights.matching import format_problems, is_vocabulary
 
 Model = str | os.PathLike[str] | Checkpoint
@@ -102,8 +103,8 @@ def check_inputs(
     """
     if onto is not None and (chats is None or text is None):
         raise ConfigError("plan: a scale for each piece is learned from chats and text; with onto give both")
-    parent, child = _opened(base), _opened(chat)
-    home = parent if onto is None else _opened(onto)
+    parent, child = open_model(base), open_model(chat)
+    home = parent if onto is None else open_model(onto)
     shape = _check_models(parent, child, home)
     notes = _check_relatives(parent, child, home, options.allow_unrelated)
     layers = pieces_of(home, "layers")
@@ -183,10 +184,6 @@ def same_words(*models: Checkpoint) -> bool:
         info.shape for model in models for n in model.names if is_vocabulary(model.part(n)) for info in [model.info(n)]
     }
     return len(rows) == 1 and all(w is not None and words[0] is not None and w.ids == words[0].ids for w in words)
-
-
-def _opened(model: Model) -> Checkpoint:
-    return model if isinstance(model, Checkpoint) else open_checkpoint(model)
 
 
 def _check_models(base: Checkpoint, chat: Checkpoint, home: Checkpoint) -> ModelConfig:

@@ -1,15 +1,13 @@
 """Which tensor of one model answers to which of another, and what kind of thing a tensor is."""
 
-import os
 import re
 from collections.abc import Mapping
 
-from lapis.checkpoint import Checkpoint, open_checkpoint
+from lapis.checkpoint import Checkpoint
 from lapis.errors import CheckpointError
 from lapis.families.base import Part
-
-Model = str | os.PathLike[str] | Checkpoint
-"""A folder, a model of the hub, or one of them that was opened."""
+from lapis.weights.fuse.opening import Model as Model
+from lapis.weights.fuse.opening import open_model
 
 _NORM = re.compile(r"(^|[._])(norm|layernorm|ln|rmsnorm)([._0-9]|$)|norm$|^ln_")
 _SHOWN = 12
@@ -24,7 +22,7 @@ def open_models(models: Mapping[str, Model], what: str) -> dict[str, Checkpoint]
     opened, problems = {}, []
     for role, model in models.items():
         try:
-            opened[role] = model if isinstance(model, Checkpoint) else open_checkpoint(model)
+            opened[role] = open_model(model)
         except CheckpointError as error:
             problems.append(f"{role}: {error}")
     if problems:

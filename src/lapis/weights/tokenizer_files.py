@@ -19,6 +19,7 @@ from lapis.text.tokenizer.folder import (
     CHAT_TEMPLATE,
     CONFIG,
     TEMPLATES,
+    TOKENIZER_FILES,
     add_tokens,
     copy_templates,
     eos_ids,
@@ -74,6 +75,11 @@ def copy_tokenizer_files(
             notes.append(f"{name} was not copied: it is code")
     if (root / TEMPLATES).is_dir():
         copy_templates(root, folder)
+    if onto.front is not None:  # an adapter's own, with which it was trained
+        for name in TOKENIZER_FILES:
+            if (source := onto.file(name)) is not None:
+                shutil.copyfile(source, folder / name)
+        copy_templates(onto.front, folder)
     settings = dict(onto.config if config is None else config)
     generation = onto.json(GENERATION)
     if chat and words and chat_words:

@@ -141,8 +141,8 @@ def _is_byte_level(document: Mapping[str, Any], ids: Mapping[str, int]) -> bool:
 
 def open_vocabulary(checkpoint: Checkpoint) -> Vocabulary | None:
     """The vocabulary of a checkpoint, an adapter's own before its base's; None where it has none that is text."""
-    if checkpoint.adapter is not None and has_file(checkpoint.adapter.root, "tokenizer.json"):
-        return read_vocabulary(checkpoint.adapter.root, checkpoint.config)
+    if checkpoint.front is not None and has_file(checkpoint.front, "tokenizer.json"):
+        return read_vocabulary(checkpoint.front, checkpoint.config)
     return read_vocabulary(checkpoint.beside(), checkpoint.config)
 
 

@@ -39,7 +39,7 @@ def write_adapter(file: DeltaFile, folder: Path, token_ids: Sequence[int] | None
     for name, tensor in file.tensors.items():
         matched = family.match(name) if family else None
         stem = (family.disk_name(*matched) if family and matched else name).removesuffix(".weight")
-        if tensor.code is not None and tensor.code.name == "low-rank" and tensor.rows is None:
+        if tensor.code is not None and tensor.code.name == "low-rank" and model.part(name).layer is not None:
             turn = bool(matched and matched[0].transform.transposed)
             first, second = ("B", "A") if turn else ("A", "B")
             parts[f"{LEAD}{stem}.lora_A.weight"] = tensor.part(first), turn

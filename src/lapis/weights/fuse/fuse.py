@@ -7,7 +7,7 @@ Bases of which only quantized weights are there are refused; what an adapter add
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from lapis.text.tokenizer.folder import (
 from lapis.weights.checks import missing_tensors
 from lapis.weights.engine.job import MergeResult, count, produce, write_account
 from lapis.weights.engine.outputs import Account
-from lapis.weights.fuse.layout import FuseLayout
+from lapis.weights.fuse.layout import FuseLayout, refuse_quantized
 from lapis.weights.matching import format_problems
 from lapis.weights.merge.layout import sharded
 from lapis.weights.options import Dtype
@@ -70,7 +70,7 @@ def fuse(
     adapter = adapter if isinstance(adapter, Adapter) else open_adapter(adapter)
     onto = base_of(adapter, base, remedy="give --base, the model that it was trained on")
     target = None if dtype is None else getattr(torch, dtype)
-    _refuse_quantized(onto, adapter)
+    refuse_quantized(onto, adapter)
     if problems := missing_tensors({"base": onto}):
         raise CheckpointError(format_problems("fuse", problems))
     FuseLayout(adapter, onto, target).outputs()  # all that headers can show, before a weight of the hub is fetched
@@ -122,13 +122,3 @@ def _write_speech(adapter: Adapter, onto: Checkpoint, folder: Path) -> None:
     if ends := list(dict.fromkeys(ends)):
         merged["eos_token_id"] = ends if len(ends) > 1 else ends[0]
     write_json(folder / GENERATION, merged)
-
-
-def _refuse_quantized(onto: Checkpoint, adapter: Adapter) -> None:
-    settings = onto.config.get("quantization_config")
-    packed = [name for name in onto.names if name.endswith((".absmax", ".quant_map")) or ".quant_state." in name]
-    if packed or (isinstance(settings, Mapping) and settings.get("load_in_4bit", settings.get("_load_in_4bit"))):
-        raise CheckpointError(
-            f"fuse: {onto.source} holds 4-bit weights; what {adapter.root.name} adds is smaller than their steps and "
-            "would be lost in rounding. Give --base, the same model in 16 bits"
-        )

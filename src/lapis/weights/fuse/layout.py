@@ -247,3 +247,14 @@ class FuseLayout:
 
 def _spelled(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape)) or "a scalar"
+
+
+def refuse_quantized(onto: Checkpoint, adapter: Adapter) -> None:
+    """Raises CheckpointError for a base of 4-bit weights."""
+    settings = onto.config.get("quantization_config")
+    packed = [name for name in onto.names if name.endswith((".absmax", ".quant_map")) or ".quant_state." in name]
+    if packed or (isinstance(settings, Mapping) and settings.get("load_in_4bit", settings.get("_load_in_4bit"))):
+        raise CheckpointError(
+            f"fuse: {onto.source} holds 4-bit weights; what {adapter.root.name} adds is smaller than their steps and "
+            "would be lost in rounding. Give --base, the same model in 16 bits"
+        )

@@ -130,7 +130,7 @@ def _write_beside(plan: GraftPlan, folder: Path) -> None:
     plan.notes += copy_tokenizer_files(
         onto, folder, chat=chat, words=words["onto"], chat_words=chat_words, config=config, new_tokens=plan.new_tokens
     )
-    if onto.file(INDEX):
+    if onto.file(INDEX) or len(plan.files) > 1:
         write_index(folder, plan.files)
 
 

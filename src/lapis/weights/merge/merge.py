@@ -14,7 +14,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from lapis.checkpoint import Checkpoint, open_checkpoint
+from lapis.checkpoint import Checkpoint
 from lapis.checkpoint.tensor_file import INDEX
 from lapis.errors import CheckpointError, ConfigError
 from lapis.text.tokenizer.folder import write_json
@@ -31,6 +31,7 @@ from lapis.weights.config_fields import settled_tie
 from lapis.weights.engine.job import Entry, MergeResult, count, disk_bytes, produce, write_account
 from lapis.weights.engine.outputs import Account, Output
 from lapis.weights.engine.tiles import THREADS, TILE
+from lapis.weights.fuse.opening import open_model
 from lapis.weights.matching import format_problems
 from lapis.weights.merge.expression import parse_expression
 from lapis.weights.merge.layout import Layout, sharded
@@ -210,12 +211,9 @@ def _open(recipe: Recipe) -> tuple[dict[str, Checkpoint], list[str]]:
     inputs, problems = {}, []
     for model in recipe.models:
         try:
-            inputs[model] = open_checkpoint(model)
+            inputs[model] = open_model(model)
         except CheckpointError as error:
-            if "+" in model and not os.path.exists(model):
-                problems.append(f"{model}: adapters are not added on the way; run lapis fuse first, then merge")
-            else:
-                problems.append(str(error))
+            problems.append(str(error))
     return inputs, problems
 
 
