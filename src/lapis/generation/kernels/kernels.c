@@ -17,6 +17,7 @@
 #define INT8 2
 
 #define INLINE static inline __attribute__((always_inline))
+#define UNROLLED _Pragma("GCC unroll 8") /* sums stay in registers */
 #define AHEAD 32768 /* bytes; the processor's own prefetching ends at a page */
 
 typedef float f16 __attribute__((vector_size(64)));
@@ -90,20 +91,20 @@ INLINE void tile(const product *p, long n, long b, int R, int C) {
     const char *w = p->weight + n * bytes;
     const float *x = p->x + b * I;
     f16 sums[8][4];
-    for (int r = 0; r < R; r++)
-        for (int c = 0; c < C; c++) sums[r][c] = (f16){0};
+    UNROLLED for (int r = 0; r < R; r++)
+        UNROLLED for (int c = 0; c < C; c++) sums[r][c] = (f16){0};
     for (long at = 0; at < bytes; at += 64, x += 16 * PARTS)
-        for (int r = 0; r < R; r++) {
+        UNROLLED for (int r = 0; r < R; r++) {
             const char *line = w + r * bytes + at;
             __builtin_prefetch(line + AHEAD);
             u16 words = *(const u16_anywhere *)line;
-            for (int part = 0; part < PARTS; part++) {
+            UNROLLED for (int part = 0; part < PARTS; part++) {
                 f16 numbers = part_of(words, part);
-                for (int c = 0; c < C; c++) sums[r][c] += numbers * load_float(x + c * I + part * 16);
+                UNROLLED for (int c = 0; c < C; c++) sums[r][c] += numbers * load_float(x + c * I + part * 16);
             }
         }
-    for (int r = 0; r < R; r++)
-        for (int c = 0; c < C; c++) {
+    UNROLLED for (int r = 0; r < R; r++)
+        UNROLLED for (int c = 0; c < C; c++) {
             float value = sum(sums[r][c]);
             if (p->scale) value *= p->scale[n + r];
             if (p->bias) value += p->bias[n + r];
@@ -210,7 +211,7 @@ INLINE void mix(const attention *a, const other *values, const long *seen, const
                 float share, int parts, other *out) {
     f16 mixed[4] = {{0}};
     for (long s = 0; s < count; s++)
-        for (int part = 0; part < parts; part++) mixed[part] += weights[s] * load(values + seen[s] * a->E + part * 16);
+        UNROLLED for (int part = 0; part < parts; part++) mixed[part] += weights[s] * load(values + seen[s] * a->E + part * 16);
     for (int part = 0; part < parts; part++)
         for (int lane = 0; lane < 16; lane++) out[part * 16 + lane] = rounded(mixed[part][lane] * share);
 }
