@@ -257,8 +257,10 @@ def test_what_is_no_model_is_refused(hub: WritableHub, model: Path, tmp_path: Pa
     with pytest.raises(CheckpointError):
         lapis.push(model, REPO)
     weights.write_bytes(whole[:-4] + b"\0\0\0\1")
-    status, _, err = run("push", model, REPO)
-    assert status == 1 and "is not what lapis wrote there" in err and err.count("\n") == 1
+    (tmp_path / "link").symlink_to(model)
+    for place in (model, tmp_path / "link"):
+        status, _, err = run("push", place, REPO)
+        assert status == 1 and "is not what lapis wrote there" in err and err.count("\n") == 1
     weights.write_bytes(whole)
     (model / "config.json").write_text((model / "config.json").read_text() + "\n")
     assert "config.json was changed since lapis wrote it" in lapis.push(model, REPO)["notes"]

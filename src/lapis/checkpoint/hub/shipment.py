@@ -73,7 +73,8 @@ class Shipment:
             report(done, self.bytes)
             self.digests[name] = sha256_of(path)
             done += self.sizes[name]
-            if path.parent != self.folder or name not in written or written[name]["sha256"] == self.digests[name]:
+            foreign = name == README and path.parent != self.folder  # a card's
+            if foreign or name not in written or written[name]["sha256"] == self.digests[name]:
                 continue
             if _WEIGHTS.fullmatch(name):
                 raise CheckpointError(
