@@ -49,7 +49,7 @@ def measure(place: Path, options: argparse.Namespace) -> list[str]:
     base, chat, onto = (["--" + role, str(place / role)] for role in ("base", "chat", "onto"))
     jobs = {"graft": ["graft", *base, *chat, *onto, "--no-smoke"]}
     for kind in options.kinds:
-        jobs[f"extract {kind}"] = ["delta", "extract", *base, *chat, *KINDS[kind]]
+        jobs[f"extract {kind}"] = ["delta", "extract", *base, *chat, *KINDS[kind], "--no-smoke"]
         jobs[f"apply {kind}"] = ["delta", "apply", str(place / f"extract {kind}"), *onto, "--no-smoke"]
     seen: dict[str, list[tuple[float, float, float]]] = {name: [] for name in jobs}
     facts: dict[str, dict] = {}

@@ -55,7 +55,7 @@ def classify(
         if opened.config.head not in ("classes", "scalar"):
             raise ConfigError(f"classify: {model} has the head {opened.config.head}, which names no classes; train a "
                               "classifier with: objective: classify")  # fmt: skip
-        tokenizer = None if opened.config.image else Tokenizer.open(model)
+        tokenizer = None if opened.config.image else Tokenizer.open(checkpoint)
         inputs: list[str] | Pictures = (
             _pictures(file or Path(text), opened, model) if opened.config.image else [text] if file is None
             else _texts(file)

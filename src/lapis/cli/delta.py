@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from lapis.cli.graft import bar, print_result, trial
-from lapis.cli.output import line, notes, show, size, table
+from lapis.cli.graft import bar, format_smoke, print_result, trial
+from lapis.cli.output import line, notes, progress, show, size, table
+from lapis.cli.system_errors import system_error
+from lapis.errors import LapisError
 from lapis.weights.options import ExtractOptions, GraftOptions
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ def extract(
     chat: str,
     out: str,
     options: Annotated[ExtractOptions, Parameter(name="*")] = ExtractOptions(),  # noqa: B008
+    smoke: bool = True,
     json: bool = False,
 ) -> None:
     """Write chat - base as a folder that `lapis delta apply` adds to a model: a chat vector as a file.
@@ -32,12 +35,16 @@ def extract(
         base: The model that chat was tuned from.
         chat: Its chat version.
         out: A new folder.
+        smoke: At the end compare the predictions of base + delta with those of base + (chat - base) on a few prompts
+            (fewer for larger models); --no-smoke leaves it out.
         json: Print one JSON object.
     """
     from lapis.weights.delta.extract import delta_extract
 
     with bar("extracting") as report:
         result = delta_extract(base, chat, out, **asdict(options), progress=report)
+    if smoke and not options.dry_run:
+        result.check = _compared(base, chat, out)
     show(result.to_json(), json, lambda: _print_extracted(result))
 
 
@@ -86,6 +93,23 @@ def show_delta(delta: str, /, *, json: bool = False) -> None:
     show(file.to_json(), json, lambda: _print_file(file))
 
 
+def _compared(base: str, chat: str, out: str) -> dict[str, Any]:
+    """How far the predictions of base + delta are from the exact graft's, or why that is not known."""
+    import torch
+
+    from lapis.evaluation.agree import agreement
+    from lapis.model.threads import settle_threads
+    from lapis.weights.delta.trial import trial_models
+
+    settle_threads(torch.device("cpu"))
+    with progress("trying the delta out") as report:
+        try:
+            stored, exact = trial_models(base, chat, out)
+            return agreement(stored, {"the exact graft": exact}, name="base + delta", progress=report)
+        except (LapisError, OSError, MemoryError) as error:  # the delta is there all the same
+            return {"skipped": system_error(error) or str(error)}
+
+
 def _print_extracted(result: "DeltaResult") -> None:
     counts = result.tensors
     what = f"{counts['stored']:,} tensors, {counts['tokens']:,} with rows of tokens"
@@ -96,6 +120,8 @@ def _print_extracted(result: "DeltaResult") -> None:
         line(f"{result.out}: {what}; {size(result.bytes)}, {share}, in {result.seconds:.1f} s")
         line(f"base {result.base['source']} ({result.base['weights_sha256'][:16]})")
         _print_errors(result.relative_error, result.errors)
+    if result.check:
+        line(format_smoke(result.check))
     notes(result.notes)
 
 

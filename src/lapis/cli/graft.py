@@ -126,11 +126,12 @@ def print_result(result: "MergeResult") -> None:
     if result.nonfinite:
         line(f"{result.nonfinite:,} NaN or Inf were kept")
     if result.smoke:
-        line(_format_smoke(result.smoke))
+        line(format_smoke(result.smoke))
     notes(result.notes)
 
 
-def _format_smoke(seen: Mapping[str, Any]) -> str:
+def format_smoke(seen: Mapping[str, Any]) -> str:
+    """What a trial of a result saw, as one line."""
     if "skipped" in seen:
         return f"not tried out: {seen['skipped']}"
     distances = [

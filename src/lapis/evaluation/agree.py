@@ -29,8 +29,8 @@ _LEAST = 8  # tokens, however large the model is
 
 
 def agreement(
-    model: str | os.PathLike[str],
-    others: Mapping[str, str | os.PathLike[str]],
+    model: str | os.PathLike[str] | Checkpoint,
+    others: Mapping[str, str | os.PathLike[str] | Checkpoint],
     prompts: Sequence[str] = PROMPTS,
     progress: Callable[[int, int, str], None] = lambda done, total, label: None,
     *,
@@ -43,7 +43,7 @@ def agreement(
     the reason, what cannot be judged: no tokenizer, an architecture that is not known, too little memory.
     progress(done, total, what) is called before each model; name: what the first is called in it, if not as its folder.
     """
-    checkpoint = open_checkpoint(model)
+    checkpoint = _opened(model)
     if reason := _reason_against(checkpoint):
         return {"skipped": reason}
     try:
@@ -51,7 +51,7 @@ def agreement(
         rows = _rows(checkpoint, tokenizer, prompts)
         tokens = sum(map(len, rows))
         label = f"trying the result out on {tokens} tokens: reading and running {{}}".format
-        progress(0, len(others) + 1, label(name or os.path.basename(model)))
+        progress(0, len(others) + 1, label(name or os.path.basename(checkpoint.source)))
         own = _log_probabilities(checkpoint, rows)
     except LapisError as error:
         return {"skipped": str(error)}
@@ -61,6 +61,10 @@ def agreement(
         progress(done, len(others) + 1, label(role))
         result["kl_from"][role] = _divergence(own, rows, tokenizer, other)
     return result
+
+
+def _opened(model: str | os.PathLike[str] | Checkpoint) -> Checkpoint:
+    return model if isinstance(model, Checkpoint) else open_checkpoint(model, adapters=True)
 
 
 def _rows(checkpoint: Checkpoint, tokenizer: Tokenizer, prompts: Sequence[str]) -> list[list[int]]:
@@ -80,8 +84,8 @@ def _rows(checkpoint: Checkpoint, tokenizer: Tokenizer, prompts: Sequence[str]) 
 
 
 def _divergence(own: torch.Tensor, rows: list[list[int]], tokenizer: Tokenizer, other: Any) -> float | None:
-    checkpoint = open_checkpoint(other)
     try:
+        checkpoint = _opened(other)
         theirs = Tokenizer.open(checkpoint)
         if any(theirs.decode(ids) != tokenizer.decode(ids) for ids in rows):
             return None

@@ -85,7 +85,7 @@ def evaluate(
     opened = load(checkpoint, dtype, device)
     if options.weights == "int8":
         check_int8(next(opened.parameters()).dtype, device)
-    tokenizer = None if opened.config.image else Tokenizer.open(model)
+    tokenizer = None if opened.config.image else Tokenizer.open(checkpoint)
     job = _Job(str(model), opened, tokenizer, options, report)
     precision = str(next(opened.parameters()).dtype).removeprefix("torch.")
     notes = [note] if note else []

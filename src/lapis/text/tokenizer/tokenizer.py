@@ -45,6 +45,8 @@ PAD, CLS, SEP, MASK = "[PAD]", "[CLS]", "[SEP]", "[MASK]"
 class _HasFiles(Protocol):
     """What is needed of an opened checkpoint."""
 
+    front: Path | None
+
     def beside(self) -> Path: ...
 
 
@@ -87,7 +89,12 @@ class Tokenizer:
             CheckpointError: For a file that is missing, damaged, or contradicts another; it names file and field.
             TemplateError: For a chat template that does not parse.
         """
-        root = Path(folder) if isinstance(folder, (str, Path)) else folder.beside()
+        if isinstance(folder, (str, Path)):
+            root = Path(folder)
+        elif folder.front is not None and has_file(folder.front, "tokenizer.json"):
+            root = folder.front  # an adapter's own, with which it was trained
+        else:
+            root = folder.beside()
         if not os.path.isdir(root):
             cached = local_folder(root)
             if cached is None:

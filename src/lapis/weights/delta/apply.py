@@ -23,7 +23,7 @@ from lapis.weights.engine.sources import RowsOf, Source, Stored
 from lapis.weights.engine.tiles import Tile
 from lapis.weights.graft.differences import Apply
 from lapis.weights.graft.graft import write_graft
-from lapis.weights.graft.layout import ScaleLike, lay_out, listed, read_scales
+from lapis.weights.graft.layout import GraftPlan, ScaleLike, lay_out, listed, read_scales
 from lapis.weights.matching import Model, counterparts, format_problems, open_models
 from lapis.weights.options import Dtype, GraftOptions, KeepOrAdd
 
@@ -71,11 +71,28 @@ def delta_apply(
     options = GraftOptions(
         allow_unrelated, same_tokens, dtype, overwrite, allow_nonfinite, dry_run, embeddings, norms, template
     )
+    result = write_graft(plan_apply(delta, onto, scale, options), out, "delta", options, check, progress)
+    result.seconds = time.perf_counter() - started
+    return result
+
+
+def plan_apply(
+    delta: Delta | Sequence[Delta],
+    onto: Model,
+    scale: ScaleLike | Sequence[ScaleLike] = 1.0,
+    options: GraftOptions = GraftOptions(),  # noqa: B008
+) -> GraftPlan:
+    """Checks deltas and lays out what they add; the arguments are those of `delta_apply`.
+
+    Raises:
+        CheckpointError: With all problems at once.
+        ConfigError: For an option that cannot be.
+    """
     files = [each if isinstance(each, DeltaFile) else open_delta(each) for each in listed(delta)]
     scales, rows = read_scales(scale, len(files), "delta", options)
     roles = {"delta" if i == 0 else f"delta{i + 1}": file for i, file in enumerate(files)}
     model = open_models({"onto": onto}, "delta")["onto"]
-    problems = _problems(roles, rows, allow_unrelated)
+    problems = _problems(roles, rows, options.allow_unrelated)
     if problems:
         raise CheckpointError(format_problems("delta", problems))
     models = {role: file.model for role, file in roles.items()}
@@ -87,7 +104,7 @@ def delta_apply(
     def related() -> tuple[list[str], list[str]]:
         for file in roles.values():
             file.check_bytes()
-        seen = [check_descent(file, role, model, allow_unrelated) for role, file in roles.items()]
+        seen = [check_descent(file, role, model, options.allow_unrelated) for role, file in roles.items()]
         return [line for lines, _ in seen for line in lines], [line for _, lines in seen for line in lines]
 
     plan = lay_out(models | {"onto": model}, words, differences, scales, rows, options, related)
@@ -97,12 +114,8 @@ def delta_apply(
     )
     if apart and language_config(model.config).get("tie_word_embeddings"):
         plan.config["tie_word_embeddings"] = False
-    plan = replace(
-        plan, inputs={role: file.weights for role, file in roles.items()} | {"onto": model}, models={"onto": model}
-    )  # fmt: skip
-    result = write_graft(plan, out, "delta", options, check, progress)
-    result.seconds = time.perf_counter() - started
-    return result
+    read = {role: file.weights for role, file in roles.items()} | {"onto": model}
+    return replace(plan, inputs=read, models={"onto": model})
 
 
 def _problems(roles: Mapping[str, DeltaFile], embeddings: str, allow_unrelated: bool) -> list[str]:

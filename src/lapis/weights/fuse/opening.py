@@ -8,8 +8,9 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -54,16 +55,39 @@ def _fused(checkpoint: Checkpoint, adapter: Adapter) -> Checkpoint:
         plain = output.kernel is None and output.patch is None and output.sources[0].role == "base"
         place = base.info(stored).file if plain else adapter.root / WEIGHTS
         tensors[output.name] = TensorInfo(place, dtype_name(output.dtype), output.shape, start, start + output.nbytes)
+    computed = FusedTensors(outputs, [adapter.config, sha256_of(contained(adapter.root, WEIGHTS)), base.digest()])
+    fused = _computed(base, files, computed, adapter.root)
+    return replace(fused, config=layout.config, notes=[*base.notes, *layout.notes])
+
+
+def computed_checkpoint(base: Checkpoint, files: Mapping[str, Sequence[Output]], front: Path) -> Checkpoint:
+    """A model whose tensors are outputs of the engine, computed as they are read.
+
+    Args:
+        base: Whose config the model has.
+        files: The outputs by file.
+        front: A folder whose files stand before the base's.
+    """
+    place = next(iter(base.index.values())).file
+    listed: dict[str, dict[str, TensorInfo]] = {}
+    for file, outputs in files.items():
+        at, tensors = 0, listed.setdefault(file, {})
+        for output in outputs:
+            tensors[output.name] = TensorInfo(place, dtype_name(output.dtype), output.shape, at, at + output.nbytes)
+            at += output.nbytes
+    every = [output for outputs in files.values() for output in outputs]
+    return _computed(base, listed, FusedTensors(every, [output.name for output in every]), front)
+
+
+def _computed(
+    base: Checkpoint, files: Mapping[str, dict[str, TensorInfo]], computed: "FusedTensors", front: Path
+) -> Checkpoint:  # fmt: skip
     headers = {}
     for file, tensors in files.items():
         raw = json.dumps([[name, info.dtype, info.shape] for name, info in tensors.items()]).encode()
         headers[file] = Header(tensors, {"format": "pt"}, 0, raw)
-    computed = FusedTensors(outputs, [adapter.config, sha256_of(contained(adapter.root, WEIGHTS)), base.digest()])
     index = {name: info for tensors in files.values() for name, info in tensors.items()}
-    return replace(
-        base, config=layout.config, index=index, headers=headers, notes=[*base.notes, *layout.notes],
-        computed=computed, front=adapter.root,
-    )  # fmt: skip
+    return replace(base, index=index, headers=headers, computed=computed, front=front)
 
 
 class FusedTensors:

@@ -124,7 +124,7 @@ def _write_beside(plan: GraftPlan, folder: Path) -> None:
     """Everything that is not a weight."""
     onto, words = plan.inputs["onto"], plan.words
     carried, dropped = carried_config(onto.config)
-    config, untied = settled_tie(_changed_config(carried, plan), plan.models)
+    config, untied = settled_tie(changed_config(carried, plan), plan.models)
     plan.notes += dropped + untied
     chat, chat_words = plan.spoken, words[plan.speaker]
     plan.notes += copy_tokenizer_files(
@@ -134,7 +134,7 @@ def _write_beside(plan: GraftPlan, folder: Path) -> None:
         write_index(folder, plan.files)
 
 
-def _changed_config(config: Mapping[str, Any], plan: GraftPlan) -> dict[str, Any]:
+def changed_config(config: Mapping[str, Any], plan: GraftPlan) -> dict[str, Any]:
     """config.json of the output."""
     result = dict(config)
     if "quantization_config" in plan.config:
