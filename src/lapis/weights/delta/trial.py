@@ -26,13 +26,10 @@ def trial_models(base: Model, chat: Model, delta: str | os.PathLike[str]) -> tup
     """
     options = GraftOptions(allow_unrelated=True, same_tokens=True, norms="add")
     opened = open_models({"base": base, "chat": chat}, "delta")
-    file = open_delta(delta)
-    plans = plan_apply(file, opened["base"], 1.0, options), plan_graft(*opened.values(), opened["base"], 1.0, options)
+    file, parent = open_delta(delta), opened["base"]
+    plans = plan_apply(file, parent, 1.0, options), plan_graft(parent, opened["chat"], parent, 1.0, options)
     stored, exact = (
-        replace(
-            computed_checkpoint(opened["base"], plan.files, file.root),
-            config=changed_config(opened["base"].config, plan),
-        )
+        replace(computed_checkpoint(parent, plan.files, file.root), config=changed_config(parent.config, plan))
         for plan in plans
     )
     return stored, exact
