@@ -38,9 +38,7 @@ SHAPES = {
     "granite": dataclasses.replace(
         LLAMA, family="granite", embed_scale=12.0, residual_scale=0.22, logit_divisor=8.0, query_scalar=64.0, tied=True
     ),
-    "exaone4": dataclasses.replace(
-        LLAMA, family="exaone4", qk_norm=True, window=5, window_layers=(0,), nope_layers=(1,)
-    ),
+    "exaone4": dataclasses.replace(LLAMA, family="exaone4", qk_norm=True),
     "starcoder2": dataclasses.replace(LLAMA, family="starcoder2", norm="layer", mlp="gelu_tanh", bias="all", tied=True),
     "phi3": dataclasses.replace(LLAMA, family="phi3", window=5),
     "apertus": dataclasses.replace(LLAMA, family="apertus", mlp="xielu", qk_norm=True),

@@ -37,7 +37,11 @@ CLAIMED = {
     78: "an output that exists", 79: "stale files beside new ones", 80: "two writers", 81: "a connection that drops",
     82: "no answer", 83: "200 for a range", 84: "another Content-Range", 85: "another ETag", 86: "too few bytes",
     87: "other bytes of the same length", 88: "401, 404, 429, 5xx", 89: "a redirect to another host",
-    90: "another encoding", 95: "a prompt beyond the context",
+    90: "another encoding", 91: "a body that is too large", 92: "JSON that is none", 93: "deep nesting in a body",
+    94: "a million replies, or fewer than one", 95: "a prompt beyond the context", 96: "a client that is gone",
+    97: "a slow sender", 98: "a slow reader", 99: "hundreds of requests", 100: "heads too large or of no kind",
+    101: "a model that is not served", 102: "a public address without a key", 103: "a wrong key",
+    104: "a foreign Host or Origin", 105: "a grammar without an end", 106: "SIGTERM amid a reply",
 }  # fmt: skip
 
 

@@ -2,12 +2,17 @@
 
 import asyncio
 import os
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from pathlib import Path
+from typing import TypeVar
 
 from lapis.errors import ConfigError, LapisError, MissingExtra
 from lapis.generation.options import DecodingRuntime
 from lapis.serving.options import ServeOptions
+
+Result = TypeVar("Result")
 
 
 def serve(
@@ -51,7 +56,7 @@ def serve(
     key = read_key(options.api_key_env)
     socket = bind(options.host, options.port)
     with socket:
-        served = open_models(sources, runtime, options.rows, options.context)
+        served = in_own_thread(lambda: open_models(sources, runtime, options.rows, options.context))
         engine = Engine(served, rows=options.rows, queue=options.queue)
         server = make_server(make_app(engine, Limits((options.host, *options.allow_host), options.cors, key)))
         host = f"[{options.host}]" if ":" in options.host else options.host
@@ -69,6 +74,30 @@ def serve(
             engine.stop()
     if server.cut:
         raise LapisError(f"serve: {server.cut} requests had not finished in time and were broken off")
+
+
+def in_own_thread(function: Callable[[], Result]) -> Result:
+    """What a function gives, computed in a thread that ends with it; the caller can be interrupted.
+
+    Each thread that computes has threads of OpenMP of its own. With more of them than cores they stop waiting for each
+    other busily, and a step of the engine takes nearly twice its time; so the one that listens must never have any.
+
+    Args:
+        function: Takes nothing.
+    """
+    future: Future[Result] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+
+    thread = threading.Thread(target=run, name="lapis-open", daemon=True)
+    thread.start()
+    result = future.result()
+    thread.join()
+    return result
 
 
 def read_key(name: str | None) -> str | None:

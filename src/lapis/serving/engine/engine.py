@@ -54,6 +54,7 @@ class Engine:
         self._work: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._stopping = False
+        self._settled = threading.Event()
         self._seconds_each, self._since_end, self._ended = 1.0, 0.0, 0  # from one reply's end to the next one's
         self._thread = threading.Thread(target=self._run, name="lapis-engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -61,9 +62,14 @@ class Engine:
     # -- for the event loop
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Starts the thread; streams are filled in this loop."""
+        """Starts the thread, and returns when it has measured how many threads are fastest.
+
+        Args:
+            loop: Streams are filled in it.
+        """
         self._loop = loop
         self._thread.start()
+        self._settled.wait()
 
     def stop(self) -> None:
         """Ends the thread after its current step; what runs is broken off."""
@@ -160,7 +166,10 @@ class Engine:
     # -- the engine's own thread
 
     def _run(self) -> None:
-        settle_threads(next(iter(self.models.values())).model.embed.weight.device)
+        try:
+            settle_threads(next(iter(self.models.values())).model.embed.weight.device)
+        finally:
+            self._settled.set()
         while self._wait():
             while self._work:
                 self._work.popleft()()
