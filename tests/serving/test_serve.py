@@ -12,8 +12,15 @@ import torch
 import lapis
 from lapis.model.adapter import write_adapter
 from lapis.model.lora import LoraConfig, wrap
+from lapis.serving.routes.replies import event
 
 from .conftest import HTTP, make_folder
+
+
+def test_an_event_is_one_line_however_lines_are_split():
+    text = "a\x85b\u2028c\u2029d\ne\rf\x1cg"
+    line = event({"text": text})
+    assert line.splitlines() == [line.removesuffix("\n\n"), ""] and json.loads(line[6:]) == {"text": text}
 
 
 def test_port_in_use(run, folder):

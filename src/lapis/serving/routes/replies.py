@@ -16,6 +16,7 @@ from lapis.serving.errors import ApiError, body_of
 
 Result = TypeVar("Result")
 FINISH = {"end": "stop", "stop": "stop", "length": "length"}  # what OpenAI calls the ways in which a reply ends
+LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}  # that JSON leaves as they are
 DONE = "data: [DONE]\n\n"
 GONE = 499  # the status of a request whose client has left; nobody sees it but the metrics
 
@@ -128,8 +129,9 @@ class EventStream(Response):
 
 
 def event(value: Mapping[str, Any], name: str = "") -> str:
-    """One server-sent event."""
-    line = f"data: {json.dumps(value, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    """One server-sent event. Clients that split lines as Unicode does must find none within it."""
+    data = json.dumps(value, ensure_ascii=False, separators=(",", ":")).translate(LINE_ENDS)
+    line = f"data: {data}\n\n"
     return f"event: {name}\n{line}" if name else line
 
 
