@@ -131,7 +131,8 @@ class CallReader:
             before, opened, rest = self._held.partition(OPEN)
             if opened:
                 self._inside, self._held = True, rest
-                words += self._words(before.rstrip("\n") if not before.strip() else before)
+                between = not before.strip() and (bool(self.calls) or not self._spoken)  # line breaks around calls
+                words += self._words(before.rstrip("\n") if between else before)
                 continue
             cut = len(self._held) - _beginning(self._held, OPEN)
             if self.calls and not self._held[:cut].strip():
