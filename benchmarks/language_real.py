@@ -183,7 +183,6 @@ def lines(bench: Bench) -> list[str]:
     if case.speed and all((bench.root / f"{way}-0").is_dir() for way in ("with", "without")):
         speeds = {name: statistics.median(each) for name, each in bench.speeds().items()}
         without, new = speeds["without"], speeds["with"]
-        without, new = speeds["without"], speeds["with"]
         result += ["", f"Characters in a processor second of generation (median of {ROUNDS}, in turn): {without:.1f} "
                    f"without, {new:.1f} with: {new / without:.2f} times."]  # fmt: skip
     return result

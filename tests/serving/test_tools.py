@@ -3,7 +3,7 @@
 import json
 from itertools import pairwise
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lapis.serving.tools import CallReader, Toolbox
@@ -40,6 +40,7 @@ CASES = {
 
 
 @given(st.sampled_from(sorted(CASES)), st.lists(st.integers(0, 200), max_size=6))
+@example(f"Let me look.\n<tool_call>{CALL}</tool_call>", [12])  # before the line break, which then comes by itself
 @settings(max_examples=150)
 def test_calls_are_read_however_the_text_is_cut(text, cuts):
     assert read(text, cuts) == CASES[text]
