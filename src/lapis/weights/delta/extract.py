@@ -11,7 +11,6 @@ Leaves out: applying (apply.py), how numbers are stored (codes/), what lies besi
 import hashlib
 import json
 import os
-import resource
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -37,7 +36,7 @@ from lapis.weights.delta.file import FORMAT, SAMPLE, VERSION, as_part, open_delt
 from lapis.weights.delta.kin import digest_of, take_sample
 from lapis.weights.delta.writing import Item, ItemFigures, figures_or_longest, write_items
 from lapis.weights.engine.fp8 import is_scale
-from lapis.weights.engine.job import identity, input_files, job_name
+from lapis.weights.engine.job import JobResult, identity, input_files, job_name
 from lapis.weights.engine.journal import Journal
 from lapis.weights.engine.sources import RowsOf, Stored, columns_of, read_rows
 from lapis.weights.engine.tiles import TILE, Reader, each, spans
@@ -48,11 +47,10 @@ _PLANES = 0.75  # of the model: what an exact delta takes at most, so far
 
 
 @dataclass
-class DeltaResult:
-    """What `delta_extract` returns; `to_json` gives the keys that other programs rely on.
+class DeltaResult(JobResult):
+    """What `delta_extract` returns.
 
     Attributes:
-        out: The folder.
         bits: exact, 8, 4 or 1; None where there is a rank.
         rank: Of the factors.
         bytes: Of the file of differences.
@@ -61,29 +59,15 @@ class DeltaResult:
         errors: The same for each tensor, with its code and |exact| / |base|.
     """
 
-    out: str
-    bits: str | None
-    rank: int | None
-    tensors: dict[str, int]
+    bits: str | None = None
+    rank: int | None = None
     bytes: int = 0
     model_bytes: int = 0
     relative_error: float | None = None
     errors: list[dict[str, Any]] = field(default_factory=list)
     base: dict[str, Any] = field(default_factory=dict)
     template_tokens: list[str] = field(default_factory=list)
-    bytes_read: int = 0
-    bytes_written: int = 0
-    bytes_resumed: int = 0
-    seconds: float = 0.0
-    peak_memory_bytes: int = 0
-    sha256: str = ""
-    needs: dict[str, int] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    dry_run: bool = False
     check: dict[str, Any] | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if value is not None}
 
 
 def delta_extract(
@@ -128,10 +112,10 @@ def delta_extract(
     )  # fmt: skip
     plan = _Plan(open_models({"base": base, "chat": chat}, "delta"), options)
     tensors = {"stored": len(plan.shapes), "tokens": len(plan.vocabulary), "skipped": plan.skipped}
-    result = DeltaResult(str(out), options.bits, options.rank, tensors, notes=plan.notes, dry_run=dry_run)
-    result.model_bytes = plan.chat.nbytes
-    result.template_tokens = plan.template
-    result.needs = {"disk_bytes": plan.disk_bytes}
+    result = DeltaResult(
+        str(out), tensors, needs={"disk_bytes": plan.disk_bytes}, notes=plan.notes, dry_run=dry_run, bits=options.bits,
+        rank=options.rank, model_bytes=plan.chat.nbytes, template_tokens=plan.template,
+    )  # fmt: skip
     folders = [checkpoint.root for checkpoint in plan.inputs.values()]
     if dry_run:
         check_output(Path(os.path.abspath(out)), overwrite=overwrite, inputs=folders)
@@ -163,9 +147,7 @@ def delta_extract(
     ]
     result.base = description["base"]
     result.bytes = (Path(out) / DELTA).stat().st_size
-    result.bytes_read, result.bytes_written = written.bytes_read, written.bytes_written
-    result.bytes_resumed, result.sha256 = written.bytes_resumed, staging.manifest_sha256
-    result.peak_memory_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    result.record(written.bytes_read, written.bytes_written, written.bytes_resumed, staging.manifest_sha256)
     result.seconds = time.perf_counter() - started
     return result
 

@@ -48,8 +48,8 @@ class Entry:
 
 
 @dataclass
-class MergeResult:
-    """What `graft` and `merge` return; `to_json` gives the keys that other programs rely on."""
+class JobResult:
+    """What a job returns; `to_json` gives the keys that other programs rely on."""
 
     out: str
     tensors: dict[str, int]
@@ -59,16 +59,27 @@ class MergeResult:
     seconds: float = 0.0
     peak_memory_bytes: int = 0
     sha256: str = ""
-    lost_to_rounding: float | None = None
-    nonfinite: int = 0
     needs: dict[str, int] = field(default_factory=dict)
-    vocabulary: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     dry_run: bool = False
-    smoke: dict[str, Any] | None = None
+
+    def record(self, read: int, written: int, resumed: int, sha256: str) -> None:
+        """Fills in what a run has done, in bytes, and the digest of what it has committed."""
+        self.bytes_read, self.bytes_written, self.bytes_resumed, self.sha256 = read, written, resumed, sha256
+        self.peak_memory_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def to_json(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if value is not None}
+
+
+@dataclass
+class MergeResult(JobResult):
+    """What `graft` and `merge` return."""
+
+    lost_to_rounding: float | None = None
+    nonfinite: int = 0
+    vocabulary: dict[str, Any] = field(default_factory=dict)
+    smoke: dict[str, Any] | None = None
 
 
 def identity(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -224,12 +235,9 @@ def produce(
                 raise
         staging.digests.update(account.digests)
         staging.sizes.update(account.sizes)
-    result.bytes_read, result.bytes_written = account.bytes_read, account.bytes_written
-    result.bytes_resumed = account.bytes_resumed
+    result.record(account.bytes_read, account.bytes_written, account.bytes_resumed, staging.manifest_sha256)
     result.lost_to_rounding = lost_in_all(account.figures)
     result.nonfinite = sum(seen.nonfinite for seen in account.figures.values())
-    result.sha256 = staging.manifest_sha256
-    result.peak_memory_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def job_name(inputs: Mapping[str, Checkpoint], recipe: Any) -> JobName:
