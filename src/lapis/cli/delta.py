@@ -3,11 +3,12 @@
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from lapis.cli.graft import bar, format_smoke, print_result, trial
+from lapis.cli.graft import bar, format_smoke, make_and_show
 from lapis.cli.output import line, notes, progress, show, size, table
 from lapis.cli.system_errors import system_error
 from lapis.errors import LapisError
@@ -73,11 +74,8 @@ def apply(
 
     if not deltas:
         raise ConfigError("delta apply: needs a delta; lapis delta extract makes one")
-    with trial(out, {"onto": onto}, "applying", smoke=smoke) as (check, report, agreed):
-        given = asdict(options) | {"check": check, "progress": report}
-        result = delta_apply(list(deltas), onto, out, scale or ["1.0"], **given)
-    result.smoke = agreed or None
-    show(result.to_json(), json, lambda: print_result(result))
+    make = partial(delta_apply, list(deltas), onto, out, scale or ["1.0"])
+    make_and_show(make, out, {"onto": onto}, "applying", options, smoke=smoke, json=json)
 
 
 def show_delta(delta: str, /, *, json: bool = False) -> None:

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -45,21 +46,24 @@ def graft(
     """
     from lapis.weights.graft.graft import graft as run
 
-    with trial(out, {"onto": onto, "chat": chat[0]}, "grafting", smoke=smoke) as (check, report, agreed):
-        given = asdict(options) | {"check": check, "progress": report}
-        result = run(base, chat, onto, out, scale or ["1.0"], **given)
-    result.smoke = agreed or None
-    show(result.to_json(), json, lambda: print_result(result))
+    make = partial(run, base, chat, onto, out, scale or ["1.0"])
+    make_and_show(make, out, {"onto": onto, "chat": chat[0]}, "grafting", options, smoke=smoke, json=json)
 
 
-Trial = tuple[Callable[[Path], None] | None, Callable[[int, int], None], dict[str, Any]]
+def make_and_show(
+    make: Callable[..., "MergeResult"], out: str, parents: Mapping[str, str], what: str, options: GraftOptions, *,
+    smoke: bool, json: bool,
+) -> None:  # fmt: skip
+    """Makes a graft under a progress bar, tries it out before it is put in place, and prints what was done.
 
-
-@contextmanager
-def trial(out: str, parents: Mapping[str, str], what: str, *, smoke: bool) -> Iterator[Trial]:
-    """A progress bar for a graft, and what tries its result out before it is put in place.
-
-    Yields `check` and `progress` of the call (no check without `smoke`), and what the check fills in.
+    Args:
+        make: Called with the options, `check` and `progress`.
+        out: The new folder.
+        parents: What its predictions are compared with, by role.
+        what: Names the bar.
+        options: How it is made.
+        smoke: Whether it is tried out.
+        json: Print one JSON object.
     """
     agreed: dict[str, Any] = {}
     with ExitStack() as bars:
@@ -68,7 +72,10 @@ def trial(out: str, parents: Mapping[str, str], what: str, *, smoke: bool) -> It
             bars.close()  # the bar of what is written
             agreed.update(_tried_out(folder, out, parents))
 
-        yield check if smoke else None, bars.enter_context(bar(what)), agreed
+        report = bars.enter_context(bar(what))
+        result = make(**asdict(options), check=check if smoke else None, progress=report)
+    result.smoke = agreed or None
+    show(result.to_json(), json, lambda: print_result(result))
 
 
 def _tried_out(folder: Path, out: str, parents: Mapping[str, str]) -> dict[str, Any]:
