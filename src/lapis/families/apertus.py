@@ -3,10 +3,19 @@
 from typing import Any
 
 from lapis.errors import CheckpointError
-from lapis.families.base import Family, Rule, rules
+from lapis.families.base import Rule, rules
 from lapis.families.config import ModelConfig
 from lapis.families.fields import Fields
-from lapis.families.llama import BLOCK, RULES, preset, read_biases, read_decoder, write_biases, write_decoder
+from lapis.families.llama import (
+    BLOCK,
+    RULES,
+    llama_like,
+    preset,
+    read_biases,
+    read_decoder,
+    write_biases,
+    write_decoder,
+)
 
 XIELU = {"alpha_p": (1,), "alpha_n": (1,), "beta": (), "eps": ()}  # numbers of each activation, and their shapes
 OTHER = {"norm.attn", "norm.mlp", "mlp.gate"}
@@ -34,14 +43,12 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     return {**result, **write_biases(config, mlp=False)}
 
 
-FAMILY = Family(
+FAMILY = llama_like(
     name="apertus",
     model_types=("apertus",),
     rules=tuple(rule for rule in RULES if rule.component not in OTHER) + OWN,
     reader=read_config,
     writer=write_config,
-    prefix="model.",
-    ignored=(r"rotary_emb\.inv_freq$",),
     shapes=lambda config: {f"mlp.act.{name}": shape for name, shape in XIELU.items()},
     block="apertus",
     defaults={"apertus": {"qk_norm": True, "mlp": "xielu"}},

@@ -6,10 +6,9 @@ The 32B model has windows in three layers of four, and the fourth turns nothing.
 from typing import Any
 
 from lapis.errors import ConfigError
-from lapis.families.base import Family
 from lapis.families.config import ModelConfig
 from lapis.families.fields import Fields
-from lapis.families.llama import preset, read_decoder, write_decoder
+from lapis.families.llama import llama_like, preset, read_decoder, write_decoder
 from lapis.families.olmo import RULES_AFTER
 from lapis.families.windows import read_window, write_window
 
@@ -41,14 +40,12 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     return {**result, **write_window(config, null=not config.nope_layers)}
 
 
-FAMILY = Family(
+FAMILY = llama_like(
     name="exaone4",
     model_types=("exaone4",),
     rules=RULES_AFTER,
     reader=read_config,
     writer=write_config,
-    prefix="model.",
-    ignored=(r"rotary_emb\.inv_freq$",),
     block="olmo",
     defaults={"exaone4": {"qk_norm": True, "rope": {"theta": 1e6}}},
     presets={

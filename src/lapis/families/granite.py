@@ -3,11 +3,19 @@
 from math import sqrt
 from typing import Any
 
-from lapis.families.base import Family
 from lapis.families.config import ModelConfig
 from lapis.families.fields import Fields
 from lapis.families.gguf import ROTARY, Gguf
-from lapis.families.llama import BIASES, RULES, preset, read_biases, read_decoder, write_biases, write_decoder
+from lapis.families.llama import (
+    BIASES,
+    RULES,
+    llama_like,
+    preset,
+    read_biases,
+    read_decoder,
+    write_biases,
+    write_decoder,
+)
 
 DIGITS = "{:.12g}".format  # a factor that is read as a divisor is then written as the same number
 
@@ -35,14 +43,12 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-FAMILY = Family(
+FAMILY = llama_like(
     name="granite",
     model_types=("granite",),
     rules=RULES,
     reader=read_config,
     writer=write_config,
-    prefix="model.",
-    ignored=(r"rotary_emb\.inv_freq$",),
     block="granite",
     defaults={"granite": {"tied": True, "embed_scale": 12.0, "residual_scale": 0.22, "logit_divisor": 8.0}},
     gguf={"granite": Gguf(

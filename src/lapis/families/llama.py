@@ -6,6 +6,7 @@ who followed Llama say alike is read and written here too. Leaves out: Llama 4, 
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from lapis.errors import CheckpointError, ConfigError
@@ -241,14 +242,15 @@ PRESETS: dict[str, dict[str, Any]] = {
     "qwen3-1.7b": preset("qwen3", 2048, 28, 16, 8, 6144, 151936, 40960, theta=1e6, eps=1e-6, tied=True, head_dim=128),
 }  # fmt: skip
 
-FAMILY = Family(
+# names under "model.", and a buffer of older folders that is computed anew
+llama_like = partial(Family, prefix="model.", ignored=(r"rotary_emb\.inv_freq$",))
+
+FAMILY = llama_like(
     name="llama",
     model_types=tuple(CLASSES),
     rules=RULES,
     reader=read_config,
     writer=write_config,
-    prefix="model.",
-    ignored=(r"rotary_emb\.inv_freq$",),
     defaults={"qwen2": {"bias": "qkv"}, "qwen3": {"qk_norm": True}},
     presets=PRESETS,
     gguf={

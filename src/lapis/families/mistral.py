@@ -7,11 +7,10 @@ their position. A folder with pictures (model_type "mistral3") is not read: only
 from typing import Any
 
 from lapis.errors import CheckpointError, ConfigError
-from lapis.families.base import Family
 from lapis.families.config import ModelConfig
 from lapis.families.fields import Fields
 from lapis.families.gguf import ROTARY, Gguf
-from lapis.families.llama import RULES, preset, read_decoder, write_decoder
+from lapis.families.llama import RULES, llama_like, preset, read_decoder, write_decoder
 from lapis.families.windows import read_window, write_window
 
 CLASSES = {"mistral": "Mistral", "ministral": "Ministral", "ministral3": "Ministral3"}
@@ -39,14 +38,12 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     return {**result, "sliding_window": config.window}
 
 
-FAMILY = Family(
+FAMILY = llama_like(
     name="mistral",
     model_types=tuple(CLASSES),
     rules=RULES,
     reader=read_config,
     writer=write_config,
-    prefix="model.",
-    ignored=(r"rotary_emb\.inv_freq$",),
     presets={
         "mistral-7b": preset("mistral", 4096, 32, 32, 8, 14336, 32000, 32768, sliding_window=4096),
         "ministral-8b": preset("ministral", 4096, 36, 32, 8, 12288, 131072, 32768, theta=1e8, head_dim=128,

@@ -5,11 +5,20 @@ OLMo 3 has windows in three layers of four; what stretches its context stretches
 
 from typing import Any
 
-from lapis.families.base import Family, rules
+from lapis.families.base import rules
 from lapis.families.config import ModelConfig
 from lapis.families.fields import Fields
 from lapis.families.gguf import ROTARY, Gguf
-from lapis.families.llama import BLOCK, RULES, preset, read_biases, read_decoder, write_biases, write_decoder
+from lapis.families.llama import (
+    BLOCK,
+    RULES,
+    llama_like,
+    preset,
+    read_biases,
+    read_decoder,
+    write_biases,
+    write_decoder,
+)
 from lapis.families.rotary import read_ropes, write_ropes
 from lapis.families.windows import read_window, write_window
 
@@ -50,14 +59,12 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     return result
 
 
-FAMILY = Family(
+FAMILY = llama_like(
     name="olmo",
     model_types=tuple(CLASSES),
     rules=RULES_AFTER,
     reader=read_config,
     writer=write_config,
-    prefix="model.",
-    ignored=(r"rotary_emb\.inv_freq$",),
     block="olmo",
     defaults={kind: {"qk_norm": True, "qk_norm_over": "all", "rope": {"theta": THETA}} for kind in CLASSES},
     gguf={"olmo2": Gguf(

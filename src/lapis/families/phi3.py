@@ -6,11 +6,11 @@ Leaves out: LongRoPE's tables (the 128k models) and Phi-4-mini's partial rotatio
 from typing import Any
 
 from lapis.errors import CheckpointError, ConfigError
-from lapis.families.base import Family, Rule
+from lapis.families.base import Rule
 from lapis.families.config import ModelConfig
 from lapis.families.fields import Fields
 from lapis.families.gguf import ROTARY, Gguf
-from lapis.families.llama import BLOCK, RULES, preset, read_decoder, write_decoder
+from lapis.families.llama import BLOCK, RULES, llama_like, preset, read_decoder, write_decoder
 from lapis.families.shapes import STACK
 
 FUSED = {"attn.q", "attn.k", "attn.v", "mlp.gate", "mlp.up"}
@@ -36,14 +36,12 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     return {**write_decoder(config, "Phi3", window_layers=(None,)), "sliding_window": config.window}
 
 
-FAMILY = Family(
+FAMILY = llama_like(
     name="phi3",
     model_types=("phi3",),
     rules=tuple(rule for rule in RULES if rule.component not in FUSED and rule.kind == "weight") + OWN,
     reader=read_config,
     writer=write_config,
-    prefix="model.",
-    ignored=(r"rotary_emb\.inv_freq$",),
     gguf={"phi3": Gguf("phi3", computes={**ROTARY, "mlp": ("swiglu",)})},
     presets={"phi-3-mini-4k": preset("phi3", 3072, 32, 32, 32, 8192, 32064, 4096, sliding_window=2047)},
 )

@@ -3,11 +3,19 @@
 from typing import Any
 
 from lapis.errors import CheckpointError
-from lapis.families.base import Family
 from lapis.families.config import ModelConfig
 from lapis.families.fields import Fields
 from lapis.families.gguf import ROTARY, Gguf
-from lapis.families.llama import BIASES, RULES, preset, read_biases, read_decoder, write_biases, write_decoder
+from lapis.families.llama import (
+    BIASES,
+    RULES,
+    llama_like,
+    preset,
+    read_biases,
+    read_decoder,
+    write_biases,
+    write_decoder,
+)
 from lapis.families.windows import read_window, write_window
 
 THETA = 2e6
@@ -55,14 +63,12 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-FAMILY = Family(
+FAMILY = llama_like(
     name="smollm3",
     model_types=("smollm3",),
     rules=RULES,
     reader=read_config,
     writer=write_config,
-    prefix="model.",
-    ignored=(r"rotary_emb\.inv_freq$",),
     defaults={"smollm3": {"tied": True, "rope": {"theta": THETA}}},
     gguf={
         "smollm3": Gguf(

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from lapis.families.base import Family, rules
+from lapis.families.base import rules
 from lapis.families.config import ModelConfig
 from lapis.families.fields import Fields
-from lapis.families.llama import BLOCK, RULES, preset, read_decoder, write_decoder
+from lapis.families.llama import BLOCK, RULES, llama_like, preset, read_decoder, write_decoder
 
 ACTIVATION_NAMES = {"gelu_tanh": "gelu_pytorch_tanh", "gelu": "gelu", "relu": "relu", "silu": "silu"}
 ACTIVATIONS = {name: kind for kind, name in ACTIVATION_NAMES.items()} | {"gelu_new": "gelu_tanh"}
@@ -43,14 +43,12 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-FAMILY = Family(
+FAMILY = llama_like(
     name="starcoder2",
     model_types=("starcoder2",),
     rules=tuple(rule for rule in RULES if rule.component not in OTHER) + OWN,
     reader=read_config,
     writer=write_config,
-    prefix="model.",
-    ignored=(r"rotary_emb\.inv_freq$",),
     defaults={"starcoder2": {"norm": "layer", "norm_eps": 1e-5, "mlp": "gelu_tanh", "bias": "all", "tied": True}},
     presets={
         "starcoder2-3b": {
