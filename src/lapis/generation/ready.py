@@ -24,7 +24,7 @@ from lapis.generation.options import DecodingRuntime
 from lapis.model.adapter import fold
 from lapis.model.blocks.attention import Attention
 from lapis.model.blocks.norm import Norm
-from lapis.model.blocks.standard import TransformerBlock
+from lapis.model.blocks.standard import Mlp, TransformerBlock
 from lapis.model.heads import LanguageHead
 from lapis.model.load import load
 from lapis.model.transformer import Transformer
@@ -196,6 +196,7 @@ def _ready_block(block: TransformerBlock, layout: WeightLayout) -> None:
     dtype = next(block.norm.parameters()).dtype
     if type(block.attn) is Attention and all(type(block.attn.get_submodule(name)) is nn.Linear for name in "qkvo"):
         block.attn = ready_attention(block.attn, layout)  # type: ignore[assignment]
-    block.mlp = ready_mlp(block.mlp, layout)
+    if isinstance(block.mlp, Mlp):
+        block.mlp = ready_mlp(block.mlp, layout)  # type: ignore[assignment]
     for name, norm in list(block.norm.named_children()):
         setattr(block.norm, name, ready_norm(cast(Norm, norm), dtype, layout))

@@ -82,15 +82,15 @@ class ReadyMlp(nn.Module):
 
     def __init__(self, mlp: Mlp, gate_up: nn.Module, down: nn.Module) -> None:
         super().__init__()
-        self.gate_up, self.down, self.activation, self.gated = gate_up, down, mlp.activation, mlp.gate is not None
+        self.gate_up, self.down, self.act, self.gated = gate_up, down, mlp.act, mlp.gate is not None
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         inner_BTF: Tensor = self.gate_up(x_BTD)
         if self.gated:
             gate_BTF, up_BTF = inner_BTF.chunk(2, -1)
-            inner_BTF = self.activation(gate_BTF).mul_(up_BTF)
+            inner_BTF = self.act(gate_BTF).mul_(up_BTF)
         else:
-            inner_BTF = self.activation(inner_BTF)
+            inner_BTF = self.act(inner_BTF)
         out_BTD: Tensor = self.down(inner_BTF)
         return out_BTD
 
@@ -134,13 +134,8 @@ def ready_attention(attention: Attention, layout: WeightLayout) -> nn.Module:
     return attention if qkv is None or o is None else ReadyAttention(attention, qkv, o, layout.kernels)
 
 
-def ready_mlp(mlp: nn.Module, layout: WeightLayout) -> nn.Module:
+def ready_mlp(mlp: Mlp, layout: WeightLayout) -> nn.Module:
     """The MLP, in fewer calls where its weights can be laid out; the arguments are those of `ready_attention`."""
-    if type(mlp) is not Mlp:
-        for name, layer in list(mlp.named_children()):
-            if type(layer) is nn.Linear:
-                setattr(mlp, name, lay_out(layer.weight, layer.bias, layout) or layer)
-        return mlp
     gate_up = lay_out(*joined([mlp.up] if mlp.gate is None else [mlp.gate, mlp.up]), layout)
     down = lay_out(mlp.down.weight, mlp.down.bias, layout)
     return mlp if gate_up is None or down is None else ReadyMlp(mlp, gate_up, down)

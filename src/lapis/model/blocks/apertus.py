@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lapis.families.config import ModelConfig
-from lapis.model.blocks.norm import make_norm
 from lapis.model.blocks.standard import Architecture, TransformerBlock
 
 BETA, EPS, ALPHA = 0.5, -1e-6, 0.8
@@ -36,27 +35,11 @@ class Xielu(nn.Module):
         return torch.where(x > 0, above * x * x + beta * x, (torch.expm1(torch.minimum(x, eps)) - x) * below + beta * x)
 
 
-class XieluMlp(nn.Module):
-    """down(xIELU(up(x)))."""
-
-    gate = None
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.up = nn.Linear(config.dim, config.ffn_dim, bias=False)
-        self.down = nn.Linear(config.ffn_dim, config.dim, bias=False)
-        self.act = Xielu()
-
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        out: Tensor = self.down(self.act(self.up(x_BTD)))
-        return out
-
-
 class ApertusBlock(TransformerBlock):
-    """The usual block with another MLP."""
+    """The usual block; its MLP is down(xIELU(up(x)))."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
-        super().__init__(config, layer, make_norm, mlp=XieluMlp)
+        super().__init__(config, layer, act=Xielu())
 
 
 ARCHITECTURE = Architecture(ApertusBlock)

@@ -15,7 +15,8 @@ from lapis.model.blocks.norm import Norm, make_norm
 from lapis.model.cache import Cache
 
 MakeNorm = Callable[[ModelConfig, int], Norm]
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+Activation = Callable[[Tensor], Tensor]
+ACTIVATIONS: dict[str, Activation] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -25,20 +26,23 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Mlp(nn.Module):
-    """down(act(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202), or down(act(up(x))) where there is no gate."""
+    """down(act(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202), or down(act(up(x))) where there is no gate.
 
-    def __init__(self, config: ModelConfig) -> None:
+    act: an activation with parameters, which the block brings; None is the one that the config names.
+    """
+
+    def __init__(self, config: ModelConfig, act: Activation | None = None) -> None:
         super().__init__()
         bias = config.bias in ("mlp", "all")
         gated, activation = MLP_KINDS[config.mlp]
         self.gate = nn.Linear(config.dim, config.ffn_dim, bias=bias) if gated else None
         self.up = nn.Linear(config.dim, config.ffn_dim, bias=bias)
         self.down = nn.Linear(config.ffn_dim, config.dim, bias=bias)
-        self.activation = ACTIVATIONS[activation]
+        self.act = act or ACTIVATIONS[activation]
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         up: Tensor = self.up(x_BTD)
-        inner = self.activation(up) if self.gate is None else self.activation(self.gate(x_BTD)) * up
+        inner = self.act(up) if self.gate is None else self.act(self.gate(x_BTD)) * up
         out: Tensor = self.down(inner)
         return out
 
@@ -76,12 +80,12 @@ class TransformerBlock(nn.Module):
 
     def __init__(
         self, config: ModelConfig, layer: int, norm: MakeNorm = make_norm, norms: tuple[str, ...] = ("attn", "mlp"),
-        mlp: Callable[[ModelConfig], nn.Module] = Mlp,
+        act: Activation | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.norm = Norms(config, norm, *norms)
         self.attn = Attention(config, layer, norm)
-        self.mlp = mlp(config)
+        self.mlp = Mlp(config, act)
         self.post = config.norm_place == "post"
 
     @property
