@@ -68,13 +68,17 @@ def load_yaml(path: Path | str) -> dict[str, Any]:
             raw = file.read(YAML_LIMIT + 1)
         text = raw.decode("utf-8-sig")
     except FileNotFoundError:
-        raise ConfigError(f"{path}: there is no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from None
+        raise ConfigError(f"{path}: there is no such file; give a YAML file") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path}: is a folder; give a YAML file") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}; give a YAML file") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 at byte {error.start}; give a YAML file, in UTF-8") from None
     loaded = parse_yaml(text, str(path))
     if not isinstance(loaded, dict):
         content = "nothing" if loaded is None else type(loaded).__name__
-        raise ConfigError(f"{path}: holds {content}; expected key: value lines")
+        raise ConfigError(f"{path}: holds {content}; give a file of key: value lines")
     return loaded
 
 

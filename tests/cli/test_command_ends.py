@@ -91,7 +91,7 @@ def test_a_signal_while_modules_are_imported(tmp_path: Path, number: signal.Sign
         if process.returncode == -number and not error_text:
             continue  # Python itself had hardly begun
         if "there is no such folder" in error_text:
-            assert ended == (1, f"lapis: {tmp_path / 'none'}: there is no such folder\n")
+            assert ended == (1, f"lapis: {tmp_path / 'none'}: there is no such folder; give a folder\n")
             break  # too late: the work was done
         assert ended == (128 + number, "lapis: stopped\n")
 

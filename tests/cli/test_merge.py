@@ -41,7 +41,7 @@ def test_a_line_of_arithmetic(run: Run, models: Path) -> None:
     a, b, c, o = (lapis.open(models / folder).read(name).float() for folder in "ABCO")
     torch.testing.assert_close(o, a + 0.8 * (b - c))
     status, _, err = run("merge", "A + 0.8*(B - D)", "--out", "P")
-    assert status == 1 and err.strip().splitlines()[-1] == "lapis: merge: D: there is no such folder"
+    assert status == 1 and err.strip().splitlines()[-1] == "lapis: merge: D: there is no such folder; give a folder"
 
 
 def test_a_recipe_and_its_output_speaks(run: Run, models: Path) -> None:

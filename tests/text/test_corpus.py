@@ -196,7 +196,7 @@ def test_files_that_are_not_there_or_unknown(tmp_path: Path) -> None:
     put(tmp_path, "train.jsonl", '{"text": "a"}')
     assert 'no such file; did you mean "train.jsonl"?' in refused(documents, tmp_path / "trian.jsonl")
     assert "no file matches" in refused(documents, f"{tmp_path}/*.txt")
-    assert "not known" in refused(documents, put(tmp_path, "a.csv", "a"))
+    assert 'end in ".csv" are not read; give .txt' in refused(documents, put(tmp_path, "a.csv", "a"))
 
 
 def parquet(folder: Path, name: str, columns: dict[str, Any], **options: Any) -> Path:

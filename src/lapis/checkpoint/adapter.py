@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lapis.checkpoint import pattern_process
-from lapis.checkpoint.files import contained, read_json, stamp
+from lapis.checkpoint.files import contained, describe_absence, read_object, stamp
 from lapis.checkpoint.store import CHANGED_BASE, Adapter, Checkpoint
 from lapis.checkpoint.tensor_file import read_header
 from lapis.errors import CheckpointError
@@ -50,11 +50,9 @@ def open_adapter(source: str | os.PathLike[str]) -> Adapter:
         CheckpointError: For a file that is missing or damaged, another method than LoRA, or a tensor without a place.
     """
     root = Path(source)
-    if not os.path.isdir(root):
-        raise CheckpointError(f"{source}: there is no such folder")
-    config = read_json(contained(root, CONFIG))
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{root / CONFIG}: holds a {type(config).__name__}, not an object")
+    if not os.path.isdir(source):
+        raise CheckpointError(f"{source}: {describe_absence(source)}")
+    config = read_object(contained(root, CONFIG))
     _check_config(root, config)
     if not (root / WEIGHTS).exists() and (root / "adapter_model.bin").exists():
         raise CheckpointError(f"{root}: adapter_model.bin is a pickle, which can run code and is never read")

@@ -151,6 +151,8 @@ def check_output(out: Path, *, overwrite: bool = False, inputs: Iterable[Path | 
 def _check_writable(out: Path) -> None:
     """Raises OutputError where nothing can be made in the folder that is to hold `out`, or the nearest that exists."""
     place = next(parent for parent in Path(os.path.abspath(out)).parents if os.path.lexists(parent))
+    if not place.is_dir():
+        raise OutputError(f"{out}: cannot be written: {place} is a file and not a folder; give another --out")
     why = "" if os.access(place, os.W_OK | os.X_OK) else os.strerror(errno.EACCES)
     if hasattr(os, "O_TMPFILE"):
         try:  # a file without a name, which nobody sees and no kill leaves behind

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lapis.errors import CheckpointError
-from lapis.parsing import ParseError, parse_json
+from lapis.parsing import ParseError, parse_json, quoted
 
 JSON_LIMIT = 96_000_000  # bytes; large tokenizers are near 40 MB
 
@@ -37,7 +37,7 @@ def contained(root: Path, relative: str) -> Path:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
     if not stat.S_ISREG(mode):
-        raise CheckpointError(f"{path}: is not a regular file; refused")
+        raise CheckpointError(f"{path}: is not a regular file; put the file itself there")
     return real
 
 
@@ -70,11 +70,21 @@ def read_at(path: Path, offset: int, buffer: memoryview, opened: tuple[int, ...]
 
 def describe_absence(source: str | os.PathLike[str]) -> str:
     """Why there is no folder, and what helps: for messages, after the path and a colon."""
+    if not os.fspath(source):
+        return "the name is empty; give a folder"
     if not os.path.exists(source):
-        return "there is no such file" if str(source).endswith(".gguf") else "there is no such folder"
+        return f"there is no such {'file' if str(source).endswith('.gguf') else 'folder'}; give a folder"
     if str(source).endswith(".gguf"):
         return f"is a GGUF file; make a model folder of it with: lapis import {source} --out DIR"
     return "is a file; give the folder that holds it"
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object; CheckpointError as `read_json` raises it, and for any other value."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: holds {quoted(value)}, not an object; fetch the file again")
+    return value
 
 
 def read_json(path: Path) -> Any:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lapis.checkpoint.adapter import CONFIG, open_adapter
-from lapis.checkpoint.files import contained, read_json, stamp
+from lapis.checkpoint.files import contained, read_json, read_object, stamp
 from lapis.checkpoint.store import Adapter, Checkpoint
 from lapis.checkpoint.tensor_file import (
     INDEX,
@@ -43,7 +43,7 @@ def open_checkpoint(source: str | os.PathLike[str], *, adapters: bool = False) -
         adapter = open_adapter(pair[1])
         return replace(base_of(adapter, pair[0]), source=str(source), adapter=adapter, front=adapter.root)
     root, snapshot = Path(source), None
-    if not os.path.isdir(root):
+    if not os.path.isdir(source):
         from lapis.checkpoint.hub.models import find_model
 
         snapshot = find_model(source, INDEX)
@@ -64,10 +64,9 @@ def open_checkpoint(source: str | os.PathLike[str], *, adapters: bool = False) -
         raise CheckpointError(
             f"{source}: holds a GGUF file; make a model folder of it with: lapis import {place} --out DIR"
         )
-    config_path = contained(root, "config.json")
-    config = read_json(config_path)
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{config_path}: holds a {type(config).__name__}, not an object")
+    if "config.json" not in present:
+        raise CheckpointError(f"{source}: config.json is missing; give the folder of a model")
+    config = read_object(contained(root, "config.json"))
     notes: list[str] = []
 
     def header_of(name: str) -> Header:
@@ -156,7 +155,7 @@ def _weight_files(
             raise CheckpointError(
                 f"{root}: {pickles[0]} is a pickle, which can run code and is never read; convert it to safetensors"
             )
-        raise CheckpointError(f"{root}: there is no {SINGLE} and no {INDEX}")
+        raise CheckpointError(f"{root}: there is no {SINGLE} and no {INDEX}; fetch the weights, too")
     aside = [n for n in present if n.endswith(".safetensors") and n not in files and n != SINGLE]
     for names, why in ((pickles, "pickles are never read"), (aside, "not part of the index")):
         if names:

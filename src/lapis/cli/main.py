@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import UNSET, App, ArgumentCollection, CycloptsError, Group, Parameter
 
 from lapis import __version__
 from lapis.cli.streams import NotShown, discard, standard_streams
@@ -24,6 +24,7 @@ from lapis.cli.system_errors import system_error
 from lapis.errors import ConfigError, LapisError
 from lapis.generation.text import for_terminal
 
+TEXTS = ("TEXT", "PROMPT")  # arguments that may be empty, beside options that are so by default
 LONGEST = 4000  # characters of a line that ends a command
 
 # name -> (where it lives, what `lapis --help` says of it), in the order in which a user meets them
@@ -78,6 +79,14 @@ def _check_number(_kind: Any, value: Any) -> None:
             raise ValueError(f"{error}") from None
 
 
+def _check_names(arguments: ArgumentCollection) -> None:
+    """Refuses an empty path or name, which an unset variable of a shell leaves: as a path it is the current folder."""
+    for argument in arguments:
+        text = argument.name in TEXTS or argument.field_info.default == ""
+        if not text and any(not token.value and token.implicit_value is UNSET for token in argument.tokens):
+            raise CycloptsError(msg=f"{argument.name} is empty; give a value, or leave it out")
+
+
 def make_app() -> App:
     """The command tree, with every command still unimported."""
     app = App(
@@ -86,6 +95,8 @@ def make_app() -> App:
         default_parameter=Parameter(
             negative_iterable=(), show_default=_shown_default, validator=_check_number
         ),
+        group_arguments=Group("Arguments", validator=_check_names),
+        group_parameters=Group("Parameters", validator=_check_names),
         suppress_keyboard_interrupt=False,  # `main` says that it was stopped
     )  # fmt: skip
     groups: dict[str, App] = {}

@@ -3,7 +3,6 @@
 Leaves out: which fields a family has (its own file).
 """
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +11,7 @@ from lapis.parsing import quoted
 
 LARGEST = 2**31 - 1
 MOST_LAYERS = 10_000
+SMALLEST, HIGHEST = 2.0**-126, 2.0**127 * (2 - 2**-23)  # normal numbers of float32
 
 # written into config.json by one version of transformers or another, and without meaning for the numbers
 GENERIC = frozenset(
@@ -56,10 +56,12 @@ class Fields:
         return None if self.config.get(name) is None else self.integer(name, least=least)
 
     def number(self, name: str, default: float | None = None) -> float:
-        """A positive, finite number; without a default the field must be there."""
+        """A positive number of float32's range; without a default the field must be there."""
         value = self._value(name, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-            raise CheckpointError(f"config.json: {name} is {quoted(value)}; expected a number above 0")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not SMALLEST <= value <= HIGHEST:
+            raise CheckpointError(
+                f"config.json: {name} is {quoted(value)}; expected a number above 0, which float32 can hold"
+            )
         return float(value)
 
     def flag(self, name: str, default: bool) -> bool:

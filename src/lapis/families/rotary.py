@@ -29,8 +29,12 @@ def read_rope(fields: Fields, context: int, theta: float = 10_000.0) -> dict[str
         raise CheckpointError(
             "config.json: rope_theta stands in rope_parameters alone, which rope_scaling replaces; write it beside both"
         )
-    kind = str(written.get("rope_type") or written.get("type") or "default")
-    if kind not in ROPE_KINDS:
+    if {FULL, WINDOWED} & set(written):
+        raise CheckpointError(
+            f"config.json: rope_parameters is {quoted(dict(written))}; this family has one set for all layers"
+        )
+    kind = written.get("rope_type") or written.get("type") or "default"
+    if not isinstance(kind, str) or kind not in ROPE_KINDS:
         raise CheckpointError(f"config.json: rope type is {quoted(kind)}; lapis reads {', '.join(ROPE_KINDS)}")
     if written.get("partial_rotary_factor", 1.0) != 1.0 or fields.config.get("partial_rotary_factor", 1.0) != 1.0:
         raise CheckpointError("config.json: partial_rotary_factor is not 1; lapis rotates whole heads only")
@@ -68,7 +72,7 @@ def read_ropes(
     by_type = fields.mapping("rope_parameters")
     if by_type and not set(by_type) <= {FULL, WINDOWED}:
         raise CheckpointError(f"config.json: rope_parameters must be given for {FULL} and {WINDOWED}")
-    written = {**(by_type.get(FULL) or {}), **fields.mapping("rope_scaling")}
+    written = {**Fields(by_type).mapping(FULL), **fields.mapping("rope_scaling")}
     full = {"rope_theta": fields.number("rope_theta", theta), "rope_parameters": written}
     near = {"rope_theta": fields.number(near_name, near_theta), "rope_parameters": by_type.get(WINDOWED)}
     return read_rope(Fields(full), context), read_rope(Fields(near), context)

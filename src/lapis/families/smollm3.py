@@ -17,6 +17,7 @@ from lapis.families.llama import (
     write_decoder,
 )
 from lapis.families.windows import read_window, write_window
+from lapis.parsing import quoted
 
 THETA = 2e6
 
@@ -48,7 +49,9 @@ def _read_nope(fields: Fields, layers: int) -> tuple[int, ...]:
     if turns is None:
         return tuple(i for i in range(layers) if (i + 1) % interval == 0)
     if not isinstance(turns, list) or len(turns) < layers or any(value not in (0, 1) for value in turns):
-        raise CheckpointError(f"config.json: no_rope_layers must hold {layers} times 0 or 1")
+        raise CheckpointError(
+            f"config.json: no_rope_layers is {quoted(turns)}; expected a list of {layers} numbers, each 0 or 1"
+        )
     return tuple(i for i in range(layers) if not turns[i])
 
 

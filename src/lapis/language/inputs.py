@@ -1,10 +1,12 @@
 """What an adaptation reads, looked at before anything is computed: a plan in, a refusal or a remark out."""
 
 import hashlib
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from lapis.checkpoint.commit import check_output
 from lapis.errors import CheckpointError, ConfigError, DataError, OutputError
 from lapis.language.card.folder import read_chats, read_questions
 from lapis.language.card.naming import KNOWN, LOOKED_AT, MOSTLY, share_in_language
@@ -38,7 +40,11 @@ def check_inputs(plan: AdaptPlan, out: Path) -> list[str]:
         LapisError: Of the kind that fits.
     """
     unfinished = f".{PLAN}.lapis-"  # a plan that was being written when its adaptation was killed
+    if os.path.lexists(out) and not out.is_dir():
+        raise OutputError(f"{out}: is a file; give another --out")
     holds = [path.name for path in out.iterdir() if not path.name.startswith(unfinished)] if out.exists() else []
+    if not out.exists():
+        check_output(out)
     if holds and not (out / PLAN).is_file():
         raise OutputError(f"{out}: exists already and is no adaptation; give another --out")
     source, checkpoint = open_source(plan.source)
@@ -71,10 +77,9 @@ def check_inputs(plan: AdaptPlan, out: Path) -> list[str]:
         try:
             plan_graft(plan.base, plan.chat, plan.base)
         except CheckpointError as error:  # --allow-unrelated is no option here
-            why = str(error).partition("; is it another release?")[0]
-            raise CheckpointError(
-                f"adapt: {plan.chat} with {plan.base}: {why}; give the chat version of base"
-            ) from None
+            why, another, _ = str(error).partition("; is it another release?")
+            remedy = "; give the chat version of base" if another else ""
+            raise CheckpointError(f"adapt: {why.removeprefix('graft: ')}{remedy}") from None
     return notes
 
 

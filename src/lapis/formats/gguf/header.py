@@ -112,7 +112,9 @@ def read_gguf(path: str | os.PathLike[str]) -> GgufFile:
     if place.is_dir():
         raise CheckpointError(f"{place}: is a folder; give the .gguf file in it")
     if not place.is_file():
-        raise CheckpointError(f"{place}: {'is not a regular file; refused' if place.exists() else 'is missing'}")
+        raise CheckpointError(
+            f"{place}: {'is not a regular file' if place.exists() else 'is missing'}; give a .gguf file"
+        )
     try:
         with place.open("rb") as file:
             return _HeaderReader(place, file, os.fstat(file.fileno()).st_size).read()

@@ -47,24 +47,24 @@ def files(paths: Source | Iterable[Source], kinds: Sequence[str] = KINDS, what: 
         elif os.path.isdir(path):
             inside = sorted(p for p in path.rglob("*") if _is_data(p, path, kinds))
             if not inside:
-                raise DataError(f"{path}: the folder holds no {', '.join(kinds)} (or .gz, .zst of these)")
+                raise DataError(f"{path}: the folder holds no {', '.join(kinds)} (or .gz, .zst of these); {what} one")
             listed.update(dict.fromkeys(inside))
         elif os.path.lexists(path):
             if not path.is_file():
-                raise DataError(f"{path}: is not a regular file")
+                raise DataError(f"{path}: is not a regular file; give one, or a folder")
             if suffix(path) not in kinds:
-                raise DataError(
-                    f'{path}: "{path.suffix}" is not known; {what} {", ".join(kinds)}, or .gz, .zst of these'
-                )
+                ending = f'files that end in "{path.suffix}" are not read' if path.suffix else "its name has no ending"
+                raise DataError(f"{path}: {ending}; {what} {', '.join(kinds)}, or .gz, .zst of these")
             listed[path] = None
         elif glob.has_magic(str(source)):
             matches = sorted(glob.glob(str(source), recursive=True))
             if not matches:
-                raise DataError(f"{source}: no file matches")
+                raise DataError(f"{source}: no file matches; give another pattern, or the files")
             listed.update(dict.fromkeys(files(matches, kinds, what)))
         else:
             hint = nearest(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else ""
-            raise DataError(f"{path}: there is no such file{f'; {hint}' if hint.startswith('did') else ''}")
+            remedy = hint if hint.startswith("did") else "give files, folders or globs"
+            raise DataError(f"{path}: there is no such file; {remedy}")
     if not listed:
         raise DataError("no files were given")
     return list(listed)

@@ -24,7 +24,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lapis.checkpoint.files import JSON_LIMIT, contained, read_json
+from lapis.checkpoint.files import JSON_LIMIT, contained
+from lapis.checkpoint.files import read_object as checked_object
 from lapis.errors import CheckpointError
 from lapis.parsing import quoted
 
@@ -72,10 +73,7 @@ def read_object(folder: Path, name: str) -> dict[str, Any]:
     path = contained(folder, name)
     if path.stat().st_size > JSON_LIMIT:
         raise CheckpointError(f"{path}: {path.stat().st_size:,} bytes of JSON; the limit is {JSON_LIMIT:,}")
-    value = read_json(path)
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{folder / name}: holds a {type(value).__name__}, not an object")
-    return value
+    return checked_object(path)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -86,7 +86,8 @@ def open_stored(path: Path) -> tuple[tokenizers.Tokenizer, bool]:
     except BaseException as error:
         if not isinstance(error, Exception) and not is_panic(error):
             raise
-        raise CheckpointError(f"{path}: not a tokenizer: {' '.join(str(error).split())[:200]}") from None
+        why = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{path}: not a tokenizer: {why}; fetch the file again") from None
     _check_steps(backend, path)
     dropout = getattr(backend.model, "dropout", None)
     if dropout:

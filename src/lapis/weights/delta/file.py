@@ -28,7 +28,7 @@ import torch
 
 from lapis.checkpoint import Checkpoint
 from lapis.checkpoint.commit import MANIFEST, sha256_of
-from lapis.checkpoint.files import contained, describe_absence, read_json, stamp
+from lapis.checkpoint.files import contained, describe_absence, read_json, read_object, stamp
 from lapis.checkpoint.tensor_file import BITS, DELTA, TensorInfo, read_header, torch_dtype
 from lapis.errors import CheckpointError
 from lapis.families import find
@@ -111,9 +111,7 @@ class DeltaFile:
     def model(self) -> Checkpoint:
         """The chat model as far as headers go: config, names and shapes, and the files beside; no weight can be read
         from it."""
-        config = read_json(contained(self.root, "config.json"))
-        if not isinstance(config, dict):
-            raise CheckpointError(f"{self.root / 'config.json'}: holds a {type(config).__name__}, not an object")
+        config = read_object(contained(self.root, "config.json"))
         place = self.root / DELTA
         index = {
             name: TensorInfo(place, tensor.dtype, tensor.shape, 0, prod(tensor.shape) * BITS[tensor.dtype] // 8)
