@@ -14,22 +14,28 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)
-class WriteOptions:
-    """What is checked of the models, and how the output is written."""
+class CheckOptions:
+    """What is checked of the models and of the place."""
 
     allow_unrelated: bool = False
     """Go on, with a note, where the difference of two models is taken that are no fine-tunes of each other."""
     same_tokens: bool = False
     """Take rows to stand for the same tokens where a tokenizer cannot be read to prove it."""
-    dtype: Dtype | None = None
-    """Of the weights that are written; by default onto's, or what a recipe says. float32 loses nothing of a small
-    difference to rounding."""
     overwrite: bool = False
     """Swap an existing folder for the new one, whole."""
     allow_nonfinite: bool = False
     """Count NaN and Inf instead of stopping."""
     dry_run: bool = False
     """Check everything and say what would be done; read a sample of the weights at most, write nothing."""
+
+
+@dataclass(frozen=True)
+class WriteOptions(CheckOptions):
+    """The same, and how weights are written."""
+
+    dtype: Dtype | None = None
+    """Of the weights that are written; by default onto's, or what a recipe says. float32 loses nothing of a small
+    difference to rounding."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,7 @@ Bits = Literal["exact", "8", "4", "1"]
 
 
 @dataclass(frozen=True)
-class ExtractOptions:
+class ExtractOptions(CheckOptions):
     """How a delta is made. Raises ConfigError for values that do not go together."""
 
     bits: Bits | None = None
@@ -77,16 +83,8 @@ class ExtractOptions:
     difference of every row that changed."""
     license: str | None = None
     """What the delta is under; by default what the chat model's card says."""
-    allow_unrelated: bool = False
-    """Go on, with a note, where chat is no fine-tune of base."""
-    same_tokens: bool = False
-    """Take rows to stand for the same tokens where a tokenizer cannot be read to prove it."""
-    overwrite: bool = False
-    """Swap an existing folder for the new one, whole."""
     allow_nonfinite: bool = False
     """Keep NaN and Inf instead of stopping; only an exact delta can."""
-    dry_run: bool = False
-    """Check everything and say what would be done; read a sample of the weights at most, write nothing."""
 
     def __post_init__(self) -> None:
         bits = None if self.bits is None else str(self.bits)

@@ -69,7 +69,7 @@ def delta_apply(
     """
     started = time.perf_counter()
     options = GraftOptions(
-        allow_unrelated, same_tokens, dtype, overwrite, allow_nonfinite, dry_run, embeddings, norms, template
+        allow_unrelated, same_tokens, overwrite, allow_nonfinite, dry_run, dtype, embeddings, norms, template
     )
     result = write_graft(plan_apply(delta, onto, scale, options), out, "delta", options, check, progress)
     result.seconds = time.perf_counter() - started

@@ -107,8 +107,8 @@ def delta_extract(
     """
     started = time.perf_counter()
     options = ExtractOptions(
-        bits if bits is None else str(bits), rank, peft, embeddings, license, allow_unrelated, same_tokens,  # type: ignore[arg-type]
-        overwrite, allow_nonfinite, dry_run,
+        allow_unrelated, same_tokens, overwrite, allow_nonfinite, dry_run,
+        bits if bits is None else str(bits), rank, peft, embeddings, license,  # type: ignore[arg-type]
     )  # fmt: skip
     plan = _Plan(open_models({"base": base, "chat": chat}, "delta"), options)
     tensors = {"stored": len(plan.shapes), "tokens": len(plan.vocabulary), "skipped": plan.skipped}

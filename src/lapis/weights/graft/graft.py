@@ -75,7 +75,7 @@ def graft(
     """
     started = time.perf_counter()
     options = GraftOptions(
-        allow_unrelated, same_tokens, dtype, overwrite, allow_nonfinite, dry_run, embeddings, norms, template
+        allow_unrelated, same_tokens, overwrite, allow_nonfinite, dry_run, dtype, embeddings, norms, template
     )
     result = write_graft(plan_graft(base, chat, onto, scale, options), out, "graft", options, check, progress)
     result.seconds = time.perf_counter() - started
