@@ -16,23 +16,16 @@ from lapis.errors import ConfigError, DataError
 from lapis.evaluation.chats import prompt_of
 from lapis.evaluation.choices import Choice, read_choices
 from lapis.language.card.scores import HeldOutText
+from lapis.language.plan import PLAN
 from lapis.language.texts import first_bytes
 from lapis.text.corpus import corpus
 from lapis.text.corpus.files import files
 from lapis.weights.delta.beside import card_license
 
-PLAN = "plan.yaml"
 TEXTS = ("measure", "replay")  # steps that hold texts; the second one where a model drew its replay itself
 PARTS = {"target": "text", "replay": "replay"}  # language -> what its files in measure/ are called
-ORDER = (
-    "start",
-    "embedded",
-    "adapted",
-    "merged",
-    "restored",
-    "worded",
-    "grafted",
-)  # of steps that hold a model; others come after these
+# of steps that hold a model; others come after these
+ORDER = ("start", "embedded", "adapted", "merged", "restored", "worded", "grafted")
 MEASURED = ("chats", "replay_chats", "choices", "replay_choices")  # keys of a plan whose files a card reads
 CHATS = 32  # that models are measured on
 QUESTIONS = 500
@@ -68,14 +61,15 @@ def held_out_of(folder: Path, plan: Mapping[str, Any]) -> dict[str, HeldOutText]
     for name, part in PARTS.items():
         file = next((place for step in TEXTS if (place := folder / step / f"{part}.held.jsonl").is_file()), None)
         if file is not None:
-            before = "" if name == "target" else "replay_"
-            held[name] = HeldOutText(
-                [document.text for document in corpus.documents(file)],
-                read_chats(plan.get(f"{before}chats") or ()),
-                *read_questions(plan.get(f"{before}choices") or ()),
-                str(plan.get("language") or "") if name == "target" else "",
-            )
+            held[name] = _held_out(name, [document.text for document in corpus.documents(file)], plan)
     return held
+
+
+def _held_out(name: str, texts: list[str], plan: Mapping[str, Any]) -> HeldOutText:
+    """What a language is measured on: texts, and the chats and questions that a plan names for it."""
+    before, code = ("", str(plan.get("language") or "")) if name == "target" else ("replay_", "")
+    chats = read_chats(plan.get(f"{before}chats") or ())
+    return HeldOutText(texts, chats, *read_questions(plan.get(f"{before}choices") or ()), code)
 
 
 def read_chats(paths: Paths) -> list[corpus.ChatRecord]:
@@ -203,17 +197,12 @@ def gather(folders: Sequence[Path], given: Mapping[str, Any], scored: int) -> Ca
     for name, part in PARTS.items():
         if paths := given.get(part):
             texts = list(first_bytes((document.text for document in corpus.documents(list(paths))), scored))
-            before = "" if name == "target" else "replay_"
-            held[name] = HeldOutText(
-                texts,
-                read_chats({**settings, **given}.get(f"{before}chats") or ()),
-                *read_questions({**settings, **given}.get(f"{before}choices") or ()),
-                str(given.get("language") or settings.get("language") or "") if name == "target" else "",
-            )
-    first = next(iter(models.values()))
-    made = {"license": licence_of(first), "data": _digests(given), "models": {next(iter(models)): digests_of(first)}}
+            held[name] = _held_out(name, texts, {**settings, **given})
+    if not how:
+        name, first = next(iter(models.items()))
+        how = {"license": licence_of(first), "data": _digests(given), "models": {name: digests_of(first)}}
     stated = {key: given[key] for key in ("language", "license", "base_models") if given.get(key)}
-    return CardInputs(models, held, {**(how or made), **stated})
+    return CardInputs(models, held, {**how, **stated})
 
 
 def _digests(given: Mapping[str, Any]) -> dict[str, str]:
