@@ -223,6 +223,7 @@ def test_training_ends_where_the_replay_text_costs(plan: Callable[..., dict[str,
 def test_replay_text_may_be_the_models_own(plan: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     settings = plan(chat=None, chats=[], replay=["self"], tokens=24 * STEP)
     result = adapt(settings)
+    assert not (tmp_path / "out" / "measure" / "base.json").exists()  # there was no replay text to measure yet
     out = tmp_path / "out"
     assert list(result["steps"])[:2] == ["measure", "replay"] and result["cost"] is not None
     texts = [json.loads(line)["text"] for line in (out / "replay" / "replay.jsonl").read_text().splitlines()]

@@ -31,7 +31,7 @@ from lapis.checkpoint.files import read_json
 from lapis.config import dump_yaml, load_yaml
 from lapis.errors import DataError
 from lapis.language.card.card import make_card, write_card
-from lapis.language.card.folder import held_out_of, how_made, measured_files, parents_of
+from lapis.language.card.folder import PARTS, held_out_of, how_made, measured_files, parents_of
 from lapis.language.extend import add_rows, open_source
 from lapis.language.fertility import Report, fertility
 from lapis.language.inputs import check_inputs, stamps
@@ -129,8 +129,7 @@ class _Adaptation:
         steps.run("measure", {**texts, **how}, [], self._measure)
         last = ["measure"]
         if plan.draws_replay:
-            drawn = plan.replay_share * plan.trained_tokens + plan.scored / 4  # as many as are read, and held-out ones
-            steps.run("replay", {"tokens": int(drawn), "seed": plan.seed, **how}, last, self._draw_replay)
+            steps.run("replay", {"tokens": plan.drawn_tokens, "seed": plan.seed, **how}, last, self._draw_replay)
             last = ["replay"]
         added = self._added()
         if added:
@@ -196,14 +195,14 @@ class _Adaptation:
                 write_texts(staging.path / f"{name}.jsonl", learn)
                 write_texts(staging.path / f"{name}.held.jsonl", first_bytes(held, plan.scored))
                 write_texts(staging.path / f"{name}.spare.jsonl", after_bytes(held, plan.scored))
-            self._measure_base(staging.path)
+            if "replay" in plan.texts:
+                self._measure_base(staging.path)
         self.note(measured.recommendation["reason"])
 
     def _measure_base(self, folder: Path) -> None:
-        """Bits per byte of the held-out texts in a folder, before anything is trained."""
-        held = {"target": folder / "text.held.jsonl", "replay": folder / "replay.held.jsonl"}
+        """Bits per byte of the held-out replay text in a folder, before anything is trained."""
+        held = {"replay": folder / "replay.held.jsonl"}
         with self.bar("measuring the base") as report:
-            held = {name: path for name, path in held.items() if path.exists()}
             bits = bits_per_byte(self.plan.source, held, self._context(self.plan.source), report)
         write_json(folder / "base.json", {name: round(value, 6) for name, value in bits.items()})
 
@@ -211,8 +210,7 @@ class _Adaptation:
         plan = self.plan
         self.note("replay: drawing text from the model itself")
         with self.bar("drawing text") as report, commit(folder, kind="adapt", overwrite=overwrite) as staging:
-            tokens = int(plan.replay_share * plan.trained_tokens + plan.scored / 4)
-            drawn = draw_texts(plan.source, tokens, plan.seed, report)
+            drawn = draw_texts(plan.source, plan.drawn_tokens, plan.seed, report)
             few = max(1, len(drawn) // 10)
             held = first_bytes((each.plain for each in drawn[:few]), plan.scored)
             write_texts(staging.path / "replay.held.jsonl", held)
@@ -358,7 +356,7 @@ class _Adaptation:
 
     def _held(self) -> dict[str, Path]:
         """Held-out text of each language."""
-        parts = {"target": "text", **({"replay": "replay"} if self.plan.replay else {})}
+        parts = {name: part for name, part in PARTS.items() if part == "text" or self.plan.replay}
         return {name: self._text(part).with_suffix(".held.jsonl") for name, part in parts.items()}
 
     def _base_bits(self) -> float:

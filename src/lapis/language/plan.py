@@ -151,6 +151,11 @@ class AdaptPlan:
             return self.tokens
         return max(1, int(self.minutes * 60 * self.tokens_per_second))
 
+    @property
+    def drawn_tokens(self) -> int:
+        """How many tokens of replay the model draws itself: as many as are read, and held-out ones."""
+        return int(self.replay_share * self.trained_tokens + self.scored / 4)
+
     def time_of(self, share: float) -> str:
         """About how long a share of the tokens takes; "" where nobody has measured."""
         if self.tokens_per_second is None:
