@@ -137,7 +137,3 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """A table in markdown; all but its first column are numbers."""
     lines = [list(head), ["---", *["--:"] * (len(head) - 1)], *map(list, rows)]
     return ["| " + " | ".join(cells) + " |" for cells in lines]
-
-
-__all__ = ["DATA", "beside", "bits_per_byte", "held_out", "kept", "mean_spread", "paces", "run", "say",
-           "seconds_of", "table"]  # fmt: skip

@@ -31,16 +31,14 @@ def write_adapter(file: DeltaFile, folder: Path, token_ids: Sequence[int] | None
     Returns:
         Lines that say what the adapter does not have.
     """
-    family, model = file.model.family, file.model
+    model = file.model
     parts: dict[str, Part] = {}
     ranks: dict[str, int] = {}
     rows: dict[str, list[int]] = {}
     turned, left = False, []
     for name, tensor in file.tensors.items():
-        matched = family.match(name) if family else None
-        stem = (family.disk_name(*matched) if family and matched else name).removesuffix(".weight")
+        stem, turn = _module(file, name)
         if tensor.code is not None and tensor.code.name == "low-rank" and model.part(name).layer is not None:
-            turn = bool(matched and matched[0].transform.transposed)
             first, second = ("B", "A") if turn else ("A", "B")
             parts[f"{LEAD}{stem}.lora_A.weight"] = tensor.part(first), turn
             parts[f"{LEAD}{stem}.lora_B.weight"] = tensor.part(second), turn
@@ -78,15 +76,22 @@ def write_adapter(file: DeltaFile, folder: Path, token_ids: Sequence[int] | None
     return notes
 
 
+def _module(file: DeltaFile, name: str) -> tuple[str, bool]:
+    """The module of a tensor, as transformers spells it, and whether its matrix is stored turned."""
+    family = file.model.family
+    matched = family.match(name) if family else None
+    if family is None or matched is None:
+        return name.removesuffix(".weight"), False
+    return family.disk_name(*matched).removesuffix(".weight"), bool(matched[0].transform.transposed)
+
+
 def _targets(stems: Sequence[str], file: DeltaFile) -> list[str]:
     """Names of modules as PEFT matches them: the last part alone where that means these modules and no others."""
     chosen = set(stems)
     every: dict[str, set[str]] = {}
     for name, tensor in file.tensors.items():
-        family = file.model.family
-        matched = family.match(name) if family else None
-        stem = (family.disk_name(*matched) if family and matched else name).removesuffix(".weight")
         if len(tensor.shape) > 1:
+            stem, _ = _module(file, name)
             every.setdefault(stem.rpartition(".")[2], set()).add(stem)
     result: list[str] = []
     for last in dict.fromkeys(stem.rpartition(".")[2] for stem in stems):
