@@ -36,6 +36,13 @@ def test_model_twice(run, folder):
     assert status == 1 and "is named twice" in errors
 
 
+def test_a_classifier_is_refused_before_a_model_is_read(run, folder, tmp_path, monkeypatch):
+    classifier = make_folder(tmp_path / "classifier", head="classes", classes=3)
+    monkeypatch.setattr("lapis.serving.engine.served.open_ready", lambda *given: pytest.fail("a model was read"))
+    status, _, errors = run("serve", folder, classifier, "--port", "0")
+    assert status == 1 and f"{classifier} has the head of a classifier" in errors and errors.count("\n") == 1
+
+
 @pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "model.safetensors"])
 def test_folder_that_lacks_a_file(run, folder, tmp_path, name):
     broken = shutil.copytree(folder, tmp_path / "broken")

@@ -36,11 +36,14 @@ INT8_NOTE = (
 )
 
 
-def open_ready(folder: str | Path, runtime: DecodingRuntime = DecodingRuntime()) -> tuple[Transformer, Tokenizer]:  # noqa: B008
+def open_ready(
+    folder: str | Path | Checkpoint,
+    runtime: DecodingRuntime = DecodingRuntime(),  # noqa: B008
+) -> tuple[Transformer, Tokenizer]:
     """A folder's model, ready to generate, and its tokenizer, which is opened while the weights are read.
 
     Args:
-        folder: A folder, or a model of the hub.
+        folder: A folder, a model of the hub, or one that was opened (with adapters).
         runtime: Device, precision, and how weights are held.
 
     Raises:
@@ -48,7 +51,7 @@ def open_ready(folder: str | Path, runtime: DecodingRuntime = DecodingRuntime())
         ConfigError: For a device that is not there, and for int8 where it does not apply.
     """
     device = choose_device(runtime.device)
-    checkpoint = open_checkpoint(folder, adapters=True)
+    checkpoint = folder if isinstance(folder, Checkpoint) else open_checkpoint(folder, adapters=True)
     dtype, note = choose_dtype(checkpoint, runtime.dtype, device)
     if runtime.weights == "int8":
         check_int8(dtype or torch.float32, device)

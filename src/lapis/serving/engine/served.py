@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 
-from lapis.checkpoint import open_checkpoint
+from lapis.checkpoint import Checkpoint, open_checkpoint
 from lapis.errors import ConfigError
 from lapis.generation.generate import context as model_context
 from lapis.generation.options import DecodingRuntime
 from lapis.generation.ready import open_ready
+from lapis.model.adapter import head_of
 from lapis.model.blocks.norm import compute_dtype
+from lapis.model.check import read_config
 from lapis.model.size import free_memory
 from lapis.model.transformer import Transformer
 from lapis.serving.engine.pooling import Pooling, read_pooling
@@ -95,13 +97,17 @@ def open_models(sources: list[str], runtime: DecodingRuntime, rows: int, most: i
         runtime: Device and precision.
         rows: Replies at once.
         most: Tokens that prompt and reply may have together; None for all that the model has.
+
+    Raises:
+        ConfigError: Before weights are read, for a model that is named twice, a classifier, a pooling not built.
+        CheckpointError: For a folder that cannot be served.
     """
     names = name_models(sources)
-    poolings = [read_pooling(open_checkpoint(source, adapters=True)) for source in sources]
-    opened = [open_ready(source, runtime) for source in sources]
-    for source, (model, _) in zip(sources, opened, strict=True):
-        if model.config.image is not None or model.config.head in ("classes", "scalar"):
-            raise ConfigError(f"serve: {source} has the head of a classifier; serve a model that writes, or an encoder")
+    checkpoints = [open_checkpoint(source, adapters=True) for source in sources]
+    for checkpoint in checkpoints:
+        _check_head(checkpoint)
+    poolings = [read_pooling(checkpoint) for checkpoint in checkpoints]
+    opened = [open_ready(checkpoint, runtime) for checkpoint in checkpoints]
     device = opened[0][0].embed.weight.device
     free = free_memory() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
     served = []
@@ -120,3 +126,13 @@ def open_models(sources: list[str], runtime: DecodingRuntime, rows: int, most: i
             model.notes.append(f"{name}: has no chat template; /v1/completions and /v1/embeddings only")
         served.append(ServedModel(name, source, model, tokenizer, context, pooling))
     return served
+
+
+def _check_head(checkpoint: Checkpoint) -> None:
+    """Raises ConfigError for a model, or an adapter, that neither writes nor gives vectors of texts."""
+    config = read_config(checkpoint)
+    own = head_of(checkpoint)[0] if checkpoint.adapter is not None else None
+    if config.image is not None or (own or config.head) in ("classes", "scalar"):
+        raise ConfigError(
+            f"serve: {checkpoint.source} has the head of a classifier; serve a model that writes, or an encoder"
+        )
