@@ -16,7 +16,7 @@ def read(text: str, cuts=(), tags=True, one=False) -> tuple[str, list[tuple[str,
     """Words and calls of a reply that comes in pieces."""
     reader = CallReader(Toolbox(TOOLS, tags, one))
     places = [0, *sorted(cut % (len(text) + 1) for cut in cuts), len(text)]
-    words = "".join(reader.feed(text[a:b]) for a, b in pairwise(places)) + reader.end()
+    words = "".join(reader.read(text[a:b], last=False) for a, b in pairwise(places)) + reader.read("", last=True)
     return words, [(call.name, json.loads(call.arguments)) for call in reader.calls]
 
 

@@ -114,7 +114,12 @@ class CallReader:
         """Whether no further call may come."""
         return self._toolbox.one and bool(self.calls)
 
-    def feed(self, text: str) -> str:
+    def read(self, text: str, *, last: bool) -> str:
+        """Takes in text; the words to show. Blanks after a call are none. last: the reply has ended."""
+        words = self._feed(text) + (self._end() if last else "")
+        return "" if self.calls and not words.strip() else words
+
+    def _feed(self, text: str) -> str:
         """Takes in text; the words that are certain to be no part of a call."""
         self._held += text
         words = ""
@@ -141,7 +146,7 @@ class CallReader:
             break
         return words
 
-    def end(self) -> str:
+    def _end(self) -> str:
         """The words that are left when the reply has ended."""
         rest, self._held = self._held, ""
         if self._inside:

@@ -140,7 +140,7 @@ def _whole(
         finish = FINISH[reply.reason]
         if made.toolbox:
             reader = CallReader(made.toolbox)
-            words = reader.feed(reply.text) + reader.end()
+            words = reader.read(reply.text, last=True)
             if reader.calls:
                 message["content"] = words.strip() or None
                 message["tool_calls"] = [call.to_json() for call in reader.calls]
@@ -178,8 +178,7 @@ async def _events(
             tokens[i] = chunk.tokens
             reader, finish = readers[i], FINISH.get(chunk.reason)
             if reader:
-                words = reader.feed(words) + (reader.end() if finish else "")
-                words = "" if reader.calls and not words.strip() else words
+                words = reader.read(words, last=finish is not None)
             logprobs = None
             if made.order.top_logprobs is not None and chunk.scores:
                 logprobs = {"content": logprob_objects(served, chunk.scores), "refusal": None}

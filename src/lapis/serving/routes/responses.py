@@ -40,7 +40,7 @@ async def responses(body: ResponsesRequest, request: Request) -> Response:
     draft.logprobs = logprob_objects(served, reply.scores)
     if made.toolbox:
         reader = CallReader(made.toolbox)
-        draft.words = reader.feed(reply.text) + reader.end()
+        draft.words = reader.read(reply.text, last=True)
         draft.calls = reader.calls
     return JSONResponse(draft.whole())
 
@@ -94,7 +94,7 @@ class Draft:
             "top_p": self.made.order.sampling.top_p,
             "text": {"format": format.model_dump(by_alias=True, exclude_none=True)},
             "tool_choice": choice.model_dump() if isinstance(choice, ChosenTool) else choice or "auto",
-            "tools": [{"strict": None, **tool.model_dump()} for tool in body.tools or []],
+            "tools": [tool.model_dump() for tool in body.tools or []],
             "truncation": "disabled",
             "usage": usage,
             "metadata": body.metadata or {},
@@ -138,8 +138,7 @@ class Draft:
                 return
             words = chunk.text
             if reader:
-                words = reader.feed(words) + (reader.end() if chunk.reason else "")
-                words = "" if reader.calls and not words.strip() else words
+                words = reader.read(words, last=bool(chunk.reason))
             logprobs = logprob_objects(self.served, chunk.scores)
             self.words, self.reason, self.tokens = self.words + words, chunk.reason, chunk.tokens
             self.logprobs += logprobs
