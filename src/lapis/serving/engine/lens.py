@@ -109,7 +109,7 @@ def look_inside(served: ServedModel, ids: list[int], token: int | None, cache: C
     rows = [_row(served, reading, words[0].text) for reading in (trace.readings[0], *trace.layers)]
     parts = [c for c in trace.contributions if c.part != "rounding" and c.logit > 0]
     parts.sort(key=lambda c: -c.logit)
-    chosen = _token(served, words[0].spellings[0].ids[0])
+    chosen = served.token(words[0].spellings[0].ids[0])
     return {
         "token": {**chosen, "probability": rows[-1]["probability"], "rank": rows[-1]["rank"]},
         "decided": trace.decided,
@@ -119,16 +119,11 @@ def look_inside(served: ServedModel, ids: list[int], token: int | None, cache: C
     }
 
 
-def _token(served: ServedModel, index: int) -> dict[str, Any]:
-    """A token as the log-probabilities of a reply have it."""
-    return {"token": served.tokenizer.decode([index]), "id": index, "bytes": list(served.tokenizer.bytes_of(index))}
-
-
 def _row(served: ServedModel, reading: Reading, text: str) -> dict[str, Any]:
     """A state's best tokens, and where the token with this text stands in it."""
     logprob = reading.logprobs[text]
     assert logprob is not None  # a single token's is measured in every layer
-    top = [{**_token(served, index), "probability": share} for _, index, share in reading.top]
+    top = [{**served.token(index), "probability": share} for _, index, share in reading.top]
     return {
         "layer": reading.layer, "top": top, "entropy": reading.entropy, "kl_to_final": reading.kl_to_final,
         "probability": math.exp(logprob), "rank": reading.ranks[text],

@@ -57,6 +57,10 @@ class ServedModel:
         """What the folder's generation_config.json says of sampling."""
         return self.model.generation
 
+    def token(self, index: int) -> dict[str, Any]:
+        """A token as text, with its id and bytes; a part of a character is a replacement character with its own byte."""
+        return {"token": self.tokenizer.decode([index]), "id": index, "bytes": list(self.tokenizer.bytes_of(index))}
+
     def hides(self, text: str) -> str:
         """A message without the places of this machine."""
         for place in sorted({self.source, self.tokenizer.source, str(Path(self.source).absolute())}, key=len)[::-1]:

@@ -32,8 +32,8 @@ from lapis.serving.routes.replies import (
     failure,
     gather,
     merged,
-    token_text,
     while_connected,
+    written,
 )
 from lapis.serving.schema import MOST_REPLIES, CompletionRequest
 
@@ -83,13 +83,13 @@ def logprob_lists(served: ServedModel, scores: Sequence[TokenScore], offset: int
     """Log-probabilities as completions have them. offset: characters before the first token."""
     texts, offsets = [], []
     for score in scores:
-        texts.append(token_text(served, score.id)[0])
+        texts.append(served.tokenizer.decode([score.id]))
         offsets.append(offset)
         offset += len(texts[-1])
-    tops = [{token_text(served, token)[0]: max(value, -9999.0) for token, value in score.top} for score in scores]
+    tops = [{served.tokenizer.decode([token]): written(value) for token, value in score.top} for score in scores]
     return {
         "tokens": texts,
-        "token_logprobs": [max(score.logprob, -9999.0) for score in scores],
+        "token_logprobs": [written(score.logprob) for score in scores],
         "top_logprobs": tops,
         "text_offset": offsets,
     }

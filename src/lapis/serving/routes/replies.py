@@ -140,33 +140,27 @@ def failure(chunk: Chunk) -> str:
     return event(body_of(500, chunk.text))
 
 
-def usage(prompt: int, reply: int, cached: int) -> dict[str, Any]:
-    """Counts of tokens, as OpenAI has them. prompt: of all prompts; cached: of those, what had been read before."""
+def counted(streams: Sequence[ReplyStream], reply: int) -> dict[str, Any]:
+    """The usage of some orders, as OpenAI has it. reply: tokens of all replies."""
+    prompt = sum(len(stream.order.prompt) for stream in streams)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": reply,
         "total_tokens": prompt + reply,
-        "prompt_tokens_details": {"cached_tokens": cached},
+        "prompt_tokens_details": {"cached_tokens": sum(stream.cached_tokens for stream in streams)},
     }
 
 
-def counted(streams: Sequence[ReplyStream], reply: int) -> dict[str, Any]:
-    """The usage of some orders."""
-    prompt = sum(len(stream.order.prompt) for stream in streams)
-    return usage(prompt, reply, sum(stream.cached_tokens for stream in streams))
-
-
-def token_text(served: ServedModel, token: int) -> tuple[str, list[int]]:
-    """A token as text, and its bytes; a part of a character is a replacement character with its own byte."""
-    return served.tokenizer.decode([token]), list(served.tokenizer.bytes_of(token))
+def written(logprob: float) -> float:
+    """A log-probability as JSON can hold it; OpenAI writes such a number for a token that cannot come."""
+    return max(logprob, -9999.0)
 
 
 def logprob_objects(served: ServedModel, scores: Sequence[TokenScore]) -> list[dict[str, Any]]:
     """Log-probabilities as chat completions have them; the ids are beyond that."""
 
     def one(token: int, logprob: float) -> dict[str, Any]:
-        text, raw = token_text(served, token)
-        return {"token": text, "id": token, "logprob": max(logprob, -9999.0), "bytes": raw}
+        return {**served.token(token), "logprob": written(logprob)}
 
     return [
         {**one(score.id, score.logprob), "top_logprobs": [one(token, value) for token, value in score.top]}
