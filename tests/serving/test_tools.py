@@ -28,6 +28,10 @@ CASES = {
     f"<tool_call>{CALL}</tool_call>\n<tool_call>{{\"name\": \"sum\", \"arguments\": {{}}}}</tool_call>": (
         "", [("look", {"at": "the <tool_call> cat"}), ("sum", {})],
     ),
+    f" \t<tool_call>{CALL}</tool_call> <tool_call>{CALL}</tool_call> \n": (
+        "", [("look", {"at": "the <tool_call> cat"})] * 2,
+    ),
+    f"<tool_call>{CALL}</tool_call> so there": (" so there", [("look", {"at": "the <tool_call> cat"})]),
     f"<tool_call>{CALL}": ("", [("look", {"at": "the <tool_call> cat"})]),
     '<tool_call>{"name": "rm"}</tool_call>': ('<tool_call>{"name": "rm"}</tool_call>', []),
     "<tool_call>no json</tool_call> words": ("<tool_call>no json</tool_call> words", []),

@@ -115,12 +115,10 @@ class CallReader:
         return self._toolbox.one and bool(self.calls)
 
     def read(self, text: str, *, last: bool) -> str:
-        """Takes in text; the words to show. Blanks after a call are none. last: the reply has ended."""
-        words = self._feed(text) + (self._end() if last else "")
-        return "" if self.calls and not words.strip() else words
+        """Takes in text; the words that are certain to be no part of a call. last: the reply has ended."""
+        return self._feed(text) + (self._end() if last else "")
 
     def _feed(self, text: str) -> str:
-        """Takes in text; the words that are certain to be no part of a call."""
         self._held += text
         words = ""
         while self._held:
@@ -133,15 +131,16 @@ class CallReader:
                 continue
             if not self._spoken and self._may_be_bare():
                 break
+            blanks_wait = bool(self.calls) or not self._spoken  # they are words only where words follow
             before, opened, rest = self._held.partition(OPEN)
             if opened:
                 self._inside, self._held = True, rest
-                between = not before.strip() and (bool(self.calls) or not self._spoken)  # line breaks around calls
-                words += self._words(before.rstrip("\n") if between else before)
+                if before.strip() or not blanks_wait:
+                    words += self._words(before)
                 continue
             cut = len(self._held) - _beginning(self._held, OPEN)
-            if self.calls and not self._held[:cut].strip():
-                break  # line breaks between calls
+            if blanks_wait and not self._held[:cut].strip():
+                break
             words, self._held = words + self._words(self._held[:cut]), self._held[cut:]
             break
         return words
