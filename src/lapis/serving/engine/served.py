@@ -58,7 +58,7 @@ class ServedModel:
         return self.model.generation
 
     def token(self, index: int) -> dict[str, Any]:
-        """A token as text, with its id and bytes; a part of a character is a replacement character with its own byte."""
+        """A token as text, with its id and bytes; a part of a character is a replacement character with its byte."""
         return {"token": self.tokenizer.decode([index]), "id": index, "bytes": list(self.tokenizer.bytes_of(index))}
 
     def hides(self, text: str) -> str:

@@ -44,10 +44,9 @@ router = APIRouter(route_class=CheckedRoute, tags=["completions"])
 async def completions(body: CompletionRequest, request: Request) -> Response:
     """Continuations of texts or ids, whole or as events."""
     served = writer_of(request, body.model)
-    orders = await run_in_threadpool(prepare, body, served)
+    orders, echoes = await run_in_threadpool(prepare, body, served)
     streams = engine_of(request).submit(orders)
     head = {"id": f"cmpl-{uuid4().hex}", "object": "text_completion", "created": int(time.time()), "model": served.name}
-    echoes = [text if body.echo else "" for text in _texts(body, served) for _ in range(body.n or 1)]
     if body.stream:
         with_usage = bool(body.stream_options and body.stream_options.include_usage)
         return EventStream(_events(served, streams, echoes, head, with_usage), lambda: cancel_all(streams))
@@ -63,20 +62,23 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
     return JSONResponse({**head, "choices": choices, "usage": counts})
 
 
-def prepare(body: CompletionRequest, served: ServedModel) -> list[Order]:
-    """An order for each prompt. Raises ApiError for what cannot be done."""
+def prepare(body: CompletionRequest, served: ServedModel) -> tuple[list[Order], list[str]]:
+    """An order for each prompt, and what stands before each reply. Raises ApiError for what cannot be done."""
     if body.echo and body.logprobs is not None:
         raise ApiError(400, "logprobs with echo: those of a prompt are not computed; leave one out", param="echo")
-    prompts = prompts_of(body.prompt)
-    if len(prompts) * (body.n or 1) > MOST_REPLIES:
+    prompts, replies = prompts_of(body.prompt), body.n or 1
+    if len(prompts) * replies > MOST_REPLIES:
         raise ApiError(
-            400, f"{len(prompts)} prompts times n {body.n or 1}; {MOST_REPLIES} replies are the most", param="prompt"
+            400, f"{len(prompts)} prompts times n {replies}; {MOST_REPLIES} replies are the most", param="prompt"
         )
     new = body.max_tokens or SHORT
     sampling, shaping = sampling_of(body, served, new), shaping_of(body, served, "")
-    return [
-        Order(served.name, encoded(served, prompt), sampling, body.n or 1, shaping, body.logprobs) for prompt in prompts
+    orders = [
+        Order(served.name, encoded(served, prompt), sampling, replies, shaping, body.logprobs) for prompt in prompts
     ]
+    texts = [(prompt if isinstance(prompt, str) else served.tokenizer.decode(prompt)) if body.echo else ""
+             for prompt in prompts]  # fmt: skip
+    return orders, [text for text in texts for _ in range(replies)]
 
 
 def logprob_lists(served: ServedModel, scores: Sequence[TokenScore], offset: int) -> dict[str, Any]:
@@ -93,13 +95,6 @@ def logprob_lists(served: ServedModel, scores: Sequence[TokenScore], offset: int
         "top_logprobs": tops,
         "text_offset": offsets,
     }
-
-
-def _texts(body: CompletionRequest, served: ServedModel) -> list[str]:
-    """The prompts as text."""
-    return [
-        prompt if isinstance(prompt, str) else served.tokenizer.decode(prompt) for prompt in prompts_of(body.prompt)
-    ]
 
 
 async def _events(
