@@ -17,17 +17,23 @@ MOST_TOOLS = 128
 MOST_TOP_LOGPROBS = 20
 SEEDS = 2**53
 
-Number = Annotated[float, Field(allow_inf_nan=False)]
+Temperature = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)]
 Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=2**31)]
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 
 
-class Body(BaseModel):
+class Checked(BaseModel):
+    """An object of a request: no value is converted, and an unknown field is ignored."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+
+class Body(Checked):
     """What all bodies have: a model, and fields that are refused where they are set."""
 
-    model_config = ConfigDict(extra="ignore", strict=True, protected_namespaces=())
+    model_config = ConfigDict(protected_namespaces=())
     UNSUPPORTED: ClassVar[Mapping[str, str]] = {}
 
     model: Annotated[str, Field(max_length=500)]
@@ -45,7 +51,7 @@ class Body(BaseModel):
 class SamplingBody(Body):
     """How tokens are chosen; top_k, min_p and repetition_penalty are beyond OpenAI's."""
 
-    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
+    temperature: Temperature | None = None
     top_p: Share | None = None
     top_k: Annotated[int, Field(ge=0, le=2**31)] | None = None
     min_p: Share | None = None
@@ -62,42 +68,37 @@ class SamplingBody(Body):
     user: str | None = None
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(Checked):
     """include_usage: one more chunk at the end, with the counts of tokens."""
 
-    model_config = ConfigDict(extra="ignore", strict=True)
     include_usage: bool | None = None
 
 
-class MessagePart(BaseModel):
+class MessagePart(Checked):
     """A part of a message."""
 
-    model_config = ConfigDict(extra="ignore", strict=True)
     type: str
     text: str | None = None
 
 
-class CalledFunction(BaseModel):
+class CalledFunction(Checked):
     """The function of a call; arguments: JSON text."""
 
-    model_config = ConfigDict(extra="ignore", strict=True)
     name: str
     arguments: str = "{}"
 
 
-class ToolCall(BaseModel):
+class ToolCall(Checked):
     """A call that the assistant made earlier."""
 
-    model_config = ConfigDict(extra="ignore", strict=True)
     id: str | None = None
     type: Literal["function"] = "function"
     function: CalledFunction
 
 
-class ChatMessage(BaseModel):
+class ChatMessage(Checked):
     """One message of a chat."""
 
-    model_config = ConfigDict(extra="ignore", strict=True)
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[MessagePart] | None = None
     name: str | None = None
@@ -106,53 +107,47 @@ class ChatMessage(BaseModel):
     reasoning_content: str | None = None
 
 
-class FunctionTool(BaseModel):
+class FunctionTool(Checked):
     """What a tool's function is called and takes."""
 
-    model_config = ConfigDict(extra="ignore", strict=True)
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
 
 
-class ToolBody(BaseModel):
+class ToolBody(Checked):
     """A tool that the model may call."""
 
-    model_config = ConfigDict(extra="ignore", strict=True)
     type: Literal["function"]
     function: FunctionTool
 
 
-class NamedFunction(BaseModel):
+class NamedFunction(Checked):
     """The name of a function."""
 
-    model_config = ConfigDict(extra="ignore", strict=True)
     name: str
 
 
-class NamedTool(BaseModel):
+class NamedTool(Checked):
     """The one tool that is to be called."""
 
-    model_config = ConfigDict(extra="ignore", strict=True)
     type: Literal["function"]
     function: NamedFunction
 
 
-class JsonSchema(BaseModel):
+class JsonSchema(Checked):
     """A schema with a name, as OpenAI wraps it."""
 
-    model_config = ConfigDict(extra="ignore", strict=True)
     name: str | None = None
     description: str | None = None
     schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
     strict: bool | None = None
 
 
-class ResponseFormat(BaseModel):
+class ResponseFormat(Checked):
     """What a reply is to be."""
 
-    model_config = ConfigDict(extra="ignore", strict=True)
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 

@@ -4,18 +4,28 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 
 from lapis.serving.errors import ApiError
-from lapis.serving.schema import MOST_MESSAGES, MOST_TOOLS, MOST_TOP_LOGPROBS, Body, ChatRequest, Count, Share
+from lapis.serving.schema import (
+    MOST_MESSAGES,
+    MOST_TOOLS,
+    MOST_TOP_LOGPROBS,
+    Body,
+    ChatRequest,
+    Checked,
+    Count,
+    Share,
+    Temperature,
+)
 
 WORDS = ("input_text", "output_text", "text")  # kinds of parts that are text
 
 
-class TextFormat(BaseModel):
+class TextFormat(Checked):
     """What a reply is to be; a schema stands beside its name here."""
 
-    model_config = ConfigDict(extra="ignore", strict=True, serialize_by_alias=True)
+    model_config = ConfigDict(serialize_by_alias=True)
     type: Literal["text", "json_object", "json_schema"]
     name: str | None = None
     description: str | None = None
@@ -23,18 +33,16 @@ class TextFormat(BaseModel):
     strict: bool | None = None
 
 
-class TextOptions(BaseModel):
+class TextOptions(Checked):
     """Options of the text of a reply."""
 
-    model_config = ConfigDict(extra="ignore", strict=True)
     format: TextFormat | None = None
     verbosity: Literal["medium"] | None = None
 
 
-class ResponseTool(BaseModel):
+class ResponseTool(Checked):
     """A tool that the model may call."""
 
-    model_config = ConfigDict(extra="ignore", strict=True)
     type: Literal["function"]
     name: str
     description: str | None = None
@@ -42,10 +50,9 @@ class ResponseTool(BaseModel):
     strict: bool | None = None
 
 
-class ChosenTool(BaseModel):
+class ChosenTool(Checked):
     """The one tool that is to be called."""
 
-    model_config = ConfigDict(extra="ignore", strict=True)
     type: Literal["function"]
     name: str
 
@@ -66,7 +73,7 @@ class ResponsesRequest(Body):
 
     input: str | Annotated[list[dict[str, Any]], Field(min_length=1, max_length=MOST_MESSAGES)]
     instructions: str | None = None
-    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
+    temperature: Temperature | None = None
     top_p: Share | None = None
     max_output_tokens: Count | None = None
     stream: bool | None = None
