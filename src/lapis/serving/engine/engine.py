@@ -140,7 +140,7 @@ class Engine:
         return len(self._inbox) + len(self._work) + sum(len(batch.waiting) for batch in self._batches.values())
 
     def figures(self) -> dict[str, dict[str, int]]:
-        """For each model: rows that run and wait, tokens read, shared and written so far, bytes of its cache."""
+        """For each model: rows that run and wait, tokens read, shared and written so far."""
         return {
             name: {
                 "running": len(batch.rows) + (batch.reading is not None),

@@ -83,11 +83,6 @@ class Slots:
             store[target, :, :length] = store[source, :, :length]
         self.held[target] = self.held[source][:length]
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes that are reserved."""
-        return sum(store.nbytes for store in (*self.keys, *self.values))
-
 
 class SlotCache(Cache):
     """One sequence in its slot; to the model a cache like any other. A layer with a window sees no further back."""
