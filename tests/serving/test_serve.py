@@ -1,5 +1,6 @@
 """`lapis serve` as it is started: names, notes, adapters, encoders, and what is refused before it begins."""
 
+import asyncio
 import importlib.util
 import json
 import shutil
@@ -10,9 +11,10 @@ import pytest
 import torch
 
 import lapis
+from lapis.errors import CheckpointError
 from lapis.model.adapter import write_adapter
 from lapis.model.lora import LoraConfig, wrap
-from lapis.serving.routes.replies import event
+from lapis.serving.routes.replies import EventStream, event
 
 from .conftest import HTTP, make_folder
 
@@ -21,6 +23,27 @@ def test_an_event_is_one_line_however_lines_are_split():
     text = "a\x85b\u2028c\u2029d\ne\rf\x1cg"
     line = event({"text": text})
     assert line.splitlines() == [line.removesuffix("\n\n"), ""] and json.loads(line[6:]) == {"text": text}
+
+
+def test_a_refusal_midway_ends_a_stream_with_an_error():
+    """Whatever the route: the status was sent long before, so the last event tells."""
+
+    async def events():
+        yield event({"text": "a"})
+        raise CheckpointError("/secret/tokenizer.json: the tokenizer is broken")
+
+    sent, closed = [], []
+
+    async def send(message):
+        sent.append(message)
+
+    stream = EventStream(events(), lambda text: text.replace("/secret", "tiny"), lambda: closed.append(True))
+    asyncio.run(stream({}, asyncio.Event().wait, send))
+    told = json.loads(sent[2]["body"].removeprefix(b"data: "))["error"]
+    assert [message.get("more_body") for message in sent] == [None, True, True, False] and closed
+    assert told == {
+        "message": "tiny/tokenizer.json: the tokenizer is broken", "type": "server_error", "param": None, "code": None,
+    }  # fmt: skip
 
 
 def test_port_in_use(run, folder):

@@ -10,7 +10,6 @@ from fastapi import APIRouter, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, Response
 
-from lapis.errors import LapisError
 from lapis.serving.engine.grammar import lark_grammar
 from lapis.serving.engine.order import Order, ReplyStream
 from lapis.serving.engine.served import ServedModel
@@ -60,7 +59,7 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response:
     head = {"id": f"chatcmpl-{uuid4().hex}", "created": int(time.time()), "model": served.name}
     if body.stream:
         with_usage = bool(body.stream_options and body.stream_options.include_usage)
-        return EventStream(_events(served, made, stream, head, with_usage), stream.cancel)
+        return EventStream(_events(served, made, stream, head, with_usage), served.hides, stream.cancel)
     replies = await while_connected(request, [stream], gather([stream]))
     return JSONResponse(_whole(served, made, stream, replies, head))
 
@@ -169,28 +168,25 @@ async def _events(
     tokens = [0] * made.order.replies
     for i in range(made.order.replies):
         yield delta(i, {"role": "assistant", "content": ""})
-    try:
-        async for chunk in stream:
-            if chunk.reason == "failed":
-                yield failure(chunk)
-                break
-            i, words = chunk.reply, chunk.text
-            tokens[i] = chunk.tokens
-            reader, finish = readers[i], FINISH.get(chunk.reason)
-            if reader:
-                words = reader.read(words, last=finish is not None)
-            logprobs = None
-            if made.order.top_logprobs is not None and chunk.scores:
-                logprobs = {"content": logprob_objects(served, chunk.scores), "refusal": None}
-            if words or logprobs:
-                yield delta(i, {"content": words}, None, logprobs)
-            for number, call in enumerate(reader.calls[sent[i] :] if reader else (), sent[i]):
-                yield delta(i, {"tool_calls": [{"index": number, **call.to_json()}]})
-                sent[i] += 1
-            if finish:
-                yield delta(i, {}, "tool_calls" if sent[i] else finish)
-        if with_usage:
-            yield event({**head, "choices": [], "usage": counted([stream], sum(tokens))})
-    except LapisError as error:
-        yield event({"error": {"message": served.hides(str(error)), "type": "server_error"}})
+    async for chunk in stream:
+        if chunk.reason == "failed":
+            yield failure(chunk)
+            break
+        i, words = chunk.reply, chunk.text
+        tokens[i] = chunk.tokens
+        reader, finish = readers[i], FINISH.get(chunk.reason)
+        if reader:
+            words = reader.read(words, last=finish is not None)
+        logprobs = None
+        if made.order.top_logprobs is not None and chunk.scores:
+            logprobs = {"content": logprob_objects(served, chunk.scores), "refusal": None}
+        if words or logprobs:
+            yield delta(i, {"content": words}, None, logprobs)
+        for number, call in enumerate(reader.calls[sent[i] :] if reader else (), sent[i]):
+            yield delta(i, {"tool_calls": [{"index": number, **call.to_json()}]})
+            sent[i] += 1
+        if finish:
+            yield delta(i, {}, "tool_calls" if sent[i] else finish)
+    if with_usage:
+        yield event({**head, "choices": [], "usage": counted([stream], sum(tokens))})
     yield DONE

@@ -49,7 +49,9 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
     head = {"id": f"cmpl-{uuid4().hex}", "object": "text_completion", "created": int(time.time()), "model": served.name}
     if body.stream:
         with_usage = bool(body.stream_options and body.stream_options.include_usage)
-        return EventStream(_events(served, streams, echoes, head, with_usage), lambda: cancel_all(streams))
+        return EventStream(
+            _events(served, streams, echoes, head, with_usage), served.hides, lambda: cancel_all(streams)
+        )
     replies = await while_connected(request, streams, gather(streams))
     choices = []
     for i, reply in enumerate(replies):

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from fastapi import Request, Response
 from starlette.types import Receive, Scope, Send
 
+from lapis.errors import LapisError
 from lapis.serving.engine.order import Chunk, ReplyStream, TokenScore
 from lapis.serving.engine.served import ServedModel
 from lapis.serving.errors import ApiError, body_of
@@ -97,14 +98,17 @@ def cancel_all(streams: Sequence[ReplyStream]) -> None:
 
 
 class EventStream(Response):
-    """Server-sent events. `close` is called when the last is sent, and as soon as the client leaves."""
+    """Server-sent events; what is refused midway is the last of them.
+
+    hides: what may not be told of this machine. close: called when the last is sent, and as soon as the client leaves.
+    """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[str], close: Callable[[], None]) -> None:
+    def __init__(self, events: AsyncIterator[str], hides: Callable[[str], str], close: Callable[[], None]) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self._events, self._close = events, close
+        self._events, self._hides, self._close = events, hides, close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends until all is sent or the client has left."""
@@ -123,9 +127,16 @@ class EventStream(Response):
 
     async def _pump(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        async for event in self._events:
-            await send({"type": "http.response.body", "body": event.encode(), "more_body": True})
+        async for line in self._lines():
+            await send({"type": "http.response.body", "body": line.encode(), "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _lines(self) -> AsyncIterator[str]:
+        try:
+            async for line in self._events:
+                yield line
+        except LapisError as error:
+            yield event(body_of(500, self._hides(str(error))))
 
 
 def event(value: Mapping[str, Any], name: str = "") -> str:

@@ -34,7 +34,7 @@ async def responses(body: ResponsesRequest, request: Request) -> Response:
     (stream,) = engine_of(request).submit([made.order])
     draft = Draft(body, served, made, stream)
     if body.stream:
-        return EventStream(draft.events(), stream.cancel)
+        return EventStream(draft.events(), served.hides, stream.cancel)
     (reply,) = await while_connected(request, [stream], gather([stream]))
     draft.words, draft.reason, draft.tokens = reply.text, reply.reason, reply.tokens
     draft.logprobs = logprob_objects(served, reply.scores)
