@@ -12,7 +12,6 @@ xllamacpp is installed or LAPIS_LLAMA_CPP names its folder, reads files that `la
 import argparse
 import json
 import os
-import platform
 import socket
 import statistics
 import sys
@@ -25,8 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hardware import processor
 from results_file import add_table
 
+FLAGS = ("avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16")
 PROMPT = list(range(100, 110))
 Step = Callable[[int], float]  # tokens -> processor seconds that they took
 
@@ -115,17 +116,6 @@ def bandwidth(x: torch.Tensor) -> float:
     return x.nbytes / (time.process_time() - start)
 
 
-def processor() -> str:
-    """Its name, and which instructions for bfloat16 and int8 it has."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
-    except OSError:
-        return platform.machine()
-    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-    has = [flag for flag in ("avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16") if flag in fields.get("flags", "")]
-    return f"{fields.get('model name', platform.machine())} ({', '.join(has) or 'none of AVX-512 and AMX'})"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
@@ -183,7 +173,7 @@ def main() -> None:
         ratios = [one / other for one, other in zip(speeds[a], speeds[b], strict=True)]
         lines.append(f"| {a} over {b} | {statistics.median(ratios):.2f} times | | |")
     head = (
-        f"{date.today()}: {options.folder.name}, {processor()}, one thread, torch {torch.__version__}; "
+        f"{date.today()}: {options.folder.name}, {processor(*FLAGS)}, one thread, torch {torch.__version__}; "
         f"{options.tokens} tokens after {len(PROMPT)}, medians of {options.rounds} rounds in turn, processor seconds. "
         f"A sum reads {statistics.median(memory) / 1e9:.1f} GB/s (from {min(memory) / 1e9:.1f} to "
         f"{max(memory) / 1e9:.1f})."

@@ -10,14 +10,13 @@ wall-clock; beside them the processor's seconds, which a busy machine changes le
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import transformers
+from hardware import processor
 
 from lapis.model.load import load
 from lapis.model.scoring import ScoredSequence, nll
@@ -25,15 +24,7 @@ from lapis.model.scoring import ScoredSequence, nll
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 Score = Callable[[], float]
-
-
-def processor() -> str:
-    """The processor's name, with the instructions that matter here."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    fields = dict(line.split(":", 1) for line in lines if ":" in line)
-    named = {key.strip(): value.strip() for key, value in fields.items()}
-    kinds = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in named.get("flags", "").split()]
-    return f"{named.get('model name', platform.processor())} ({', '.join(kinds)})"
+FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # of the processor, which matter here
 
 
 def theirs(model: torch.nn.Module, sequences: list[ScoredSequence], batch: int) -> float:
@@ -91,7 +82,7 @@ def main() -> None:
         "text": [sequence(options.length, 1) for _ in range(options.rows)],
         "chats": [sequence(length, length // 2) for length in lengths],
     }
-    result = {"processor": processor(), "threads": options.threads, "dtype": options.dtype, "torch": torch.__version__,
+    result = {"processor": processor(*FLAGS), "threads": options.threads, "dtype": options.dtype, "torch": torch.__version__,
               "transformers": transformers.__version__, "rows": options.rows, "length": options.length}  # fmt: skip
     for kind, sequences in kinds.items():
         ways: dict[str, Score] = {

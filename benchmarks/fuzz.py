@@ -21,7 +21,8 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.reliability import RESULT, processor  # noqa: E402
+from benchmarks.hardware import processor  # noqa: E402
+from benchmarks.reliability import RESULT  # noqa: E402
 from tests.reliability.cases import CASES, make_good  # noqa: E402
 from tests.reliability.fuzzing import tried  # noqa: E402
 

@@ -11,7 +11,6 @@ Where errors are too many, every so many-th trial is made (--step). Needs a C co
 
 import argparse
 import json
-import resource
 import shutil
 import sys
 import tempfile
@@ -24,6 +23,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.hardware import processor  # noqa: E402
 from tests.reliability.aimed import (  # noqa: E402
     ERRORS,
     Forks,
@@ -35,6 +35,7 @@ from tests.reliability.aimed import (  # noqa: E402
     kill_each,
 )
 from tests.reliability.catalogue import count as count_faults  # noqa: E402
+from tests.reliability.fuzzing import processor_seconds  # noqa: E402
 from tests.reliability.jobs import jobs, lookers, make_inputs  # noqa: E402
 from tests.reliability.legs import fail_legs, kill_legs  # noqa: E402
 
@@ -47,7 +48,7 @@ def trials(job: Job, phase: str, step: int, skip: int, until: float) -> dict[str
     """All trials of one job, "kills" or "errors", but for the first `skip`, and those after `until`."""
     job.skip, job.until, done = skip, until, True
     inputs = digest(job.place / "inputs")
-    begin, spent = time.monotonic(), _processor_seconds()
+    begin, spent = time.monotonic(), processor_seconds()
     kill_step, last, error_step = STEPS.get(job.name, (1, 20, step))
     try:
         if job.grows:
@@ -74,20 +75,8 @@ def trials(job: Job, phase: str, step: int, skip: int, until: float) -> dict[str
         "errors": job.errors,
         "wrong": job.wrong,
         "seconds": time.monotonic() - begin,
-        "processor_seconds": _processor_seconds() - spent,
+        "processor_seconds": processor_seconds() - spent,
     }
-
-
-def _processor_seconds() -> float:
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(each.ru_utime + each.ru_stime for each in used)
-
-
-def processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return "an unnamed processor"
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -14,7 +14,6 @@ rounds; the figure is the median over steps. A step begins before its batch is m
 import argparse
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hardware import processor
 from torch import Tensor
 
 HERE = Path(__file__).parent
@@ -220,11 +220,7 @@ def peak_flops(device: str) -> float:
 
 
 def machine() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return (
-        f"{names[0] if names else platform.machine()}, {len(os.sched_getaffinity(0))} cores, torch {torch.__version__}"
-    )
+    return f"{processor()}, {len(os.sched_getaffinity(0))} cores, torch {torch.__version__}"
 
 
 def main() -> None:

@@ -27,7 +27,7 @@ class Outcome:
 def tried(kind: str, case: Case, seed: int, number: int) -> Outcome:
     """Tries one case, which is the same for the same kind, seed and number."""
     rng, crash, refused = random.Random(f"{kind} {seed} {number}"), "", False
-    memory, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, _seconds()
+    memory, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, processor_seconds()
     told, kept = tempfile.TemporaryFile(), os.dup(2)
     os.dup2(told.fileno(), 2)  # where a library in another language tells of itself
     try:
@@ -51,10 +51,10 @@ def tried(kind: str, case: Case, seed: int, number: int) -> Outcome:
     if crash:
         crash = f"{kind}, seed {seed}, number {number}: {crash}"
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory) * 1024
-    return Outcome(refused, crash, _seconds() - started, grown)
+    return Outcome(refused, crash, processor_seconds() - started, grown)
 
 
-def _seconds() -> float:
+def processor_seconds() -> float:
     """Of the processor, those of ended children among them."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(each.ru_utime + each.ru_stime for each in used)
