@@ -13,12 +13,22 @@ everything, the base too.
 import argparse
 import json
 from dataclasses import dataclass, replace
-from datetime import date
 from pathlib import Path
 
-from language_runs import DATA, bits_per_byte, held_out, kept, mean_spread, run, say, table
-from results_file import add_table
-from train import machine
+from language_runs import (
+    DATA,
+    ENGLISH,
+    HELD_ENGLISH,
+    bits_per_byte,
+    held_out,
+    keep,
+    kept,
+    mean_spread,
+    mixture,
+    run,
+    say,
+    table,
+)
 
 import lapis
 from lapis.language.extend import Init
@@ -30,10 +40,9 @@ VOCABULARY, ADDED, CONTEXT = 4096, 2000, 256
 ROWS = {"context": CONTEXT, "batch": 8, "precision": "bf16"}
 BASE_STEPS, STEPS = 600, 120
 SNIPPETS = 10  # of text that a distilled row is trained on
-ENGLISH = [DATA / "corpus/en/train.jsonl"]
 KOREAN = [DATA / "corpus/ko/train.jsonl", DATA / "corpus/ko/reviews-train.jsonl"]
 HELD = {"ko": [DATA / "corpus/ko/valid.jsonl", DATA / "corpus/ko/reviews-valid.jsonl"],
-        "en": [DATA / "corpus/en/valid.jsonl"]}  # fmt: skip
+        "en": [HELD_ENGLISH]}  # fmt: skip
 HELD_BYTES = 40_000
 
 
@@ -111,9 +120,9 @@ def make_base(root: Path, seed: int, tied: bool) -> Path:
     tokenizer = root / "tokenizer"
     if not tokenizer.is_dir():
         root.mkdir(parents=True, exist_ok=True)
-        train_tokenizer(ENGLISH, VOCABULARY).save(tokenizer)
+        train_tokenizer([ENGLISH], VOCABULARY).save(tokenizer)
     return run(base_of(root, seed, tied), new={**SHAPE, "tied": tied}, seed=seed, tokenizer=str(tokenizer),
-               data=[str(ENGLISH[0])], steps=BASE_STEPS, **ROWS)  # fmt: skip
+               data=[str(ENGLISH)], steps=BASE_STEPS, **ROWS)  # fmt: skip
 
 
 def make(root: Path, arm: Arm, seed: int) -> Path:
@@ -136,13 +145,11 @@ def make(root: Path, arm: Arm, seed: int) -> Path:
             trained = make(root, replace(arm, merge_back=0.0), seed)
             lapis.merge(f'{1 - arm.merge_back} * "{trained}" + {arm.merge_back} * "{start}"', result)
         return result
-    sizes = sum(path.stat().st_size for path in KOREAN)
-    data = {str(path): (1 - arm.replay) * path.stat().st_size / sizes for path in KOREAN}
     rate = arm.lr * arm.rows_rate
     rates = {"embed": rate} | ({} if arm.tied else {"head": rate}) if arm.rows_rate != 1 else {}
     frozen = {} if arm.old_rows else {"freeze": ["embed"] if arm.tied else ["embed", "head"], "tokens": new_rows}
     return run(result, **frozen, model=str(start), steps=STEPS - alone, lr=arm.lr, rates=rates, ema=arm.ema, seed=seed,
-               data=data | ({str(ENGLISH[0]): arm.replay} if arm.replay else {}), **ROWS)  # fmt: skip
+               data=mixture(KOREAN, arm.replay), **ROWS)  # fmt: skip
 
 
 def main() -> None:
@@ -155,7 +162,7 @@ def main() -> None:
     if options.write:
         text = tables(options.out)
         print("\n".join(text))
-        add_table(__file__, "Settings of an adaptation", [f"{date.today()}: {machine()}, one thread.", *text])
+        keep(__file__, "Settings of an adaptation", text)
         return
     texts = {name: held_out(files, HELD_BYTES) for name, files in HELD.items()}
     for seed in options.seeds:

@@ -16,16 +16,27 @@ closed is the share of the way from adapted's response NLL to tuned's; the cost 
 import argparse
 import json
 import shutil
-from datetime import date
 from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import Any
 
-from language_real import CONTEXT, DOCUMENTS, ENGLISH, HELD_ENGLISH, MODELS
-from language_runs import DATA, bits_per_byte, held_out, kept, paces, run, say, seconds_of, table
-from results_file import add_table
-from train import machine
+from language_real import CONTEXT, DOCUMENTS
+from language_runs import (
+    DATA,
+    HELD_ENGLISH,
+    bits_per_byte,
+    held_out,
+    keep,
+    kept,
+    mixture,
+    models_folder,
+    paces,
+    run,
+    say,
+    seconds_of,
+    table,
+)
 
 import lapis
 from lapis.evaluation.chats import answer, score_chats
@@ -78,7 +89,7 @@ class Flow:
             code = "ms" if name == "tuned" else "en"
             how = {"objective": "chat", "data": [str(self.chats[code])], "tokenizer": str(self.tokenizer)}
         else:
-            how = {"data": {str(DATA / "corpus/ms/train.jsonl"): 0.9, str(ENGLISH): 0.1}}
+            how = {"data": mixture([DATA / "corpus/ms/train.jsonl"], 0.1)}
         return {"model": str(start), **shared, **how}
 
     def train(self) -> None:
@@ -147,19 +158,19 @@ def lines(flow: Flow) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/language-flow"))
-    parser.add_argument("--model", type=Path, default=MODELS / "smollm2-it")
+    parser.add_argument("--model", type=Path, help="its folder; smollm2-it of LAPIS_MODELS without it")
     parser.add_argument("--seconds", type=float, default=90.0)
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--do", choices=["train", "score", "write"], help="one of the steps; all without it")
     options = parser.parse_args()
-    flow = Flow(options.out, options.model, options.seconds, options.lr)
+    flow = Flow(options.out, options.model or models_folder() / "smollm2-it", options.seconds, options.lr)
     if options.do in ("train", None):
         flow.train()
     if options.do != "train":
         text = lines(flow) if (flow.root / "tuned").is_dir() else [str(flow.scores())]
         print("\n".join(text))
     if options.do == "write":
-        add_table(__file__, "The whole flow", [f"{date.today()}: {machine()}, one thread.", "", *text])
+        keep(__file__, "The whole flow", ["", *text])
 
 
 if __name__ == "__main__":

@@ -13,17 +13,14 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from datetime import date
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import torch
-from language_real import CONTEXT, ENGLISH, MODELS, Bench
-from language_runs import bits_per_byte, kept, say, table
-from results_file import add_table
+from language_real import CONTEXT, Bench
+from language_runs import ENGLISH, bits_per_byte, keep, kept, models_folder, say, table
 from torch import Tensor
-from train import machine
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lapis.text.corpus import corpus
@@ -94,10 +91,10 @@ def train(bench: Bench, out: Path) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/language-real"))
-    parser.add_argument("--models", type=Path, default=MODELS)
+    parser.add_argument("--models", type=Path, help="their folder; LAPIS_MODELS without it")
     parser.add_argument("--do", choices=["train", "score", "write"], help="one of the steps; all without it")
     options = parser.parse_args()
-    bench = Bench(CASE, options.out, options.models)
+    bench = Bench(CASE, options.out, models_folder(options.models))
     place = bench.root / "peer"
     if options.do in ("train", None):
         kept(bench.root / "peer.json", lambda: train(bench, place))
@@ -117,7 +114,7 @@ def main() -> None:
             f"{how['prepared']:.0f} of them before the first step."]  # fmt: skip
     print("\n".join(text))
     if options.do == "write":
-        add_table(__file__, "The same work by hand", [f"{date.today()}: {machine()}, one thread.", "", *text])
+        keep(__file__, "The same work by hand", ["", *text])
 
 
 if __name__ == "__main__":

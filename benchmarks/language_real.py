@@ -7,39 +7,38 @@
 Two ways of the same length on one thread. With new tokens: `lapis tokenizer extend`, a fifth of the time for new rows
 alone, the rest for everything but old rows, with new rows at ten times the rate of the blocks (uniform: old rows, too,
 and one rate). Without them: everything, all of the time. All read a tenth of English. Scored on documents that no step
-reads; characters per second are counted in processor seconds too, and measured in turn.
+reads; characters per second are counted in processor seconds too, and measured in turn. LAPIS_MODELS names the folder
+of the models (smollm2-it, gemma3), where --models does not.
 """
 
 import argparse
-import os
 import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 from language_runs import (
     DATA,
+    HELD_ENGLISH,
+    beside,
     bits_per_byte,
     held_out,
+    keep,
     kept,
+    mixture,
+    models_folder,
     paces,
     run,
     say,
     seconds_of,
     table,
 )
-from results_file import add_table
-from train import machine
 
 import lapis
 from lapis.generation.generate import generate_batch
 
-MODELS = Path(os.environ.get("LAPIS_MODELS", "/work/models"))
-ENGLISH = DATA / "corpus/en/train.jsonl"
-HELD_ENGLISH = DATA / "corpus/en/valid.jsonl"
 DOCUMENTS = 10  # of each file that are scored
 CONTEXT = 512
 GENERATED, ROUNDS = 24, 6
@@ -83,10 +82,7 @@ class Bench:
         self.case, self.root, self.name = CASES[name], root / name, name
         self.base = models / self.case.model
         self.files = [DATA / "corpus" / each for each in self.case.text]
-        sizes = sum(path.stat().st_size for path in self.files)
-        share = 1 - self.case.replay
-        self.data = {str(path): share * path.stat().st_size / sizes for path in self.files}
-        self.data[str(ENGLISH)] = self.case.replay
+        self.data = mixture(self.files, self.case.replay)
         held = {"target": [DATA / "corpus" / each for each in self.case.held], "en": [HELD_ENGLISH]}
         self.texts = {name: held_out(paths, self.case.held_bytes, DOCUMENTS) for name, paths in held.items()}
 
@@ -166,7 +162,7 @@ def lines(bench: Bench) -> list[str]:
     base = scores["base"]
     rows = []
     for name, found in scores.items():
-        steps = seconds_of(bench.root / name) if bench.root.joinpath(name).with_name(name + ".seconds").exists() else []
+        steps = seconds_of(bench.root / name) if beside(bench.root / name).exists() else []
         rows.append([
             name, f"{found['target']:.3f}", f"{1 - found['target'] / base['target']:+.1%}", f"{found['en']:.3f}",
             f"{found['en'] / base['en'] - 1:+.1%}", f"{found['target tokens']:.3f}", str(len(steps) or ""),
@@ -191,12 +187,13 @@ def lines(bench: Bench) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/language-real"))
-    parser.add_argument("--models", type=Path, default=MODELS)
+    parser.add_argument("--models", type=Path, help="their folder; LAPIS_MODELS without it")
     parser.add_argument("--only", nargs="*", choices=CASES, default=list(CASES))
     parser.add_argument("--seeds", type=int, nargs="*", help="all that a case has without it")
     parser.add_argument("--do", choices=["train", "score", "write"], help="one of the steps; all without it")
     options = parser.parse_args()
-    benches = [Bench(name, options.out, options.models) for name in options.only]
+    models = models_folder(options.models)
+    benches = [Bench(name, options.out, models) for name in options.only]
     for bench in benches:
         if options.do in ("train", None):
             bench.train(bench.case.seeds if options.seeds is None else options.seeds)
@@ -207,9 +204,7 @@ def main() -> None:
     text = [line for bench in benches for line in lines(bench)]
     print("\n".join(text))
     if options.do == "write":
-        add_table(
-            __file__, "A language with new tokens and without", [f"{date.today()}: {machine()}, one thread.", *text]
-        )
+        keep(__file__, "A language with new tokens and without", text)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import datetime
+from datetime import date, datetime
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ ONE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS")
 os.environ.update(dict.fromkeys(ONE_THREAD, "1"))
 
 import torch  # noqa: E402  (reads the number of threads when it is imported)
+from results_file import add_table  # noqa: E402
+from train import machine  # noqa: E402
 
 import lapis  # noqa: E402
 from lapis.evaluation.text import score_text  # noqa: E402
@@ -33,8 +35,17 @@ from lapis.training.run import run as train  # noqa: E402
 
 torch.set_num_threads(1)
 DATA = Path(os.environ.get("LAPIS_DATA", Path(__file__).parents[2] / "shared" / "data"))
+ENGLISH, HELD_ENGLISH = DATA / "corpus/en/train.jsonl", DATA / "corpus/en/valid.jsonl"
 WARM = 1  # steps of a trial that do not count
 COMMON = {"objective": "causal", "threads": 1, "compile": "off", "sample_every": 0}
+
+
+def models_folder(given: Path | None = None) -> Path:
+    """The folder of the real models: what was given, or else what LAPIS_MODELS names."""
+    place = given or os.environ.get("LAPIS_MODELS")
+    if not place:
+        raise SystemExit("LAPIS_MODELS is not set; it names the folder with the models smollm2-it and gemma3")
+    return Path(place)
 
 
 class Clock(LiveWatch):
@@ -101,6 +112,13 @@ def kept(place: Path, compute: Callable[[], Any]) -> Any:
     return json.loads(place.read_text())
 
 
+def mixture(files: Sequence[Path], replay: float) -> dict[str, float]:
+    """Data of a training: files of a language, by their sizes, and a share of English."""
+    sizes = [path.stat().st_size for path in files]
+    shares = {str(path): (1 - replay) * size / sum(sizes) for path, size in zip(files, sizes, strict=True)}
+    return shares | ({str(ENGLISH): replay} if replay else {})
+
+
 def held_out(files: Iterable[Path], size: int, most: int = 100) -> list[str]:
     """The beginnings of held-out documents, `most` of each file, as much of each: `size` bytes in all."""
     texts: list[str] = []
@@ -125,6 +143,11 @@ def bits_per_byte(model: Path | str, texts: Mapping[str, Sequence[str]], context
 
 def say(text: str) -> None:
     print(f"{datetime.now():%H:%M:%S} {text}", flush=True)
+
+
+def keep(script: str, title: str, text: Sequence[str]) -> None:
+    """Adds lines to the results of a script (its `__file__`), below the date and the machine."""
+    add_table(script, title, [f"{date.today()}: {machine()}, one thread.", *text])
 
 
 def mean_spread(values: Sequence[float], digits: int = 3) -> str:
