@@ -82,8 +82,9 @@ def main() -> None:
         "text": [sequence(options.length, 1) for _ in range(options.rows)],
         "chats": [sequence(length, length // 2) for length in lengths],
     }
-    result = {"processor": processor(*FLAGS), "threads": options.threads, "dtype": options.dtype, "torch": torch.__version__,
-              "transformers": transformers.__version__, "rows": options.rows, "length": options.length}  # fmt: skip
+    result = {"processor": processor(*FLAGS), "threads": options.threads, "dtype": options.dtype,
+              "torch": torch.__version__, "transformers": transformers.__version__, "rows": options.rows,
+              "length": options.length}  # fmt: skip
     for kind, sequences in kinds.items():
         ways: dict[str, Score] = {
             "lapis": lambda s=sequences: sum(nll(own, s)),  # type: ignore[misc]
