@@ -84,6 +84,11 @@ def test_yaml_runs_no_code(tmp_path: Path) -> None:
         load_yaml(path)
 
 
+@pytest.mark.parametrize("text", ["*.jsonl", "*", "@file", "%a", "`a`"])
+def test_what_no_yaml_begins_with_is_text(text: str) -> None:
+    assert override({}, [f"data={text}"]) == {"data": text}
+
+
 def test_assignments_without_a_value() -> None:
     with pytest.raises(ConfigError, match="expected key=value"):
         override({}, ["steps"])

@@ -121,8 +121,14 @@ def truth(value: Any) -> bool | None:
     return value if isinstance(value, bool) else _TRUTH.get(value.lower()) if isinstance(value, str) else None
 
 
+_NO_YAML = ("*", "@", "%", "`")  # `*` refers to an anchor, of which one value can have none before it
+
+
 def override(settings: Mapping[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
-    """Settings with `key=value` and `outer.inner=value` applied; values are read as YAML."""
+    """Settings with `key=value` and `outer.inner=value` applied; values are read as YAML.
+
+    What no YAML value begins with, such as the star of a glob, begins plain text.
+    """
     result: dict[str, Any] = {**settings}
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
@@ -134,7 +140,7 @@ def override(settings: Mapping[str, Any], assignments: Iterable[str]) -> dict[st
             inner = place.get(name)
             place[name] = dict(inner) if isinstance(inner, Mapping) else {}
             place = place[name]
-        place[last] = parse_yaml(text, f'"{assignment}"')
+        place[last] = text if text.startswith(_NO_YAML) else parse_yaml(text, f'"{assignment}"')
     return result
 
 

@@ -68,6 +68,10 @@ def test_text_may_be_empty(refused: Any, run: Any) -> None:
         ("train none.yaml", "none.yaml: there is no such file; give a YAML file"),
         ("train latin.yaml", "latin.yaml: not UTF-8 at byte 10; give a YAML file, in UTF-8"),
         ("adapt void", "void: is a folder; give a YAML file"),
+        ("lens base hello --tuned void", "void: holds no tuned_lens.json; make a tuned lens with --tune FILES"),
+        ("lens base hello --tuned text.txt", "text.txt: is a file; make a tuned lens with --tune FILES"),
+        ("eval base --choices void", "void: cannot be read: Is a directory; give a file of questions"),
+        ("import text.txt/x.gguf --out o", "x.gguf: is missing; give a .gguf file"),
         ("generate void hello", "void: config.json is missing; give the folder of a model"),
         ("generate none hello", "none: there is no such folder; give a folder"),
         ("generate empty hello", "empty: is a file; give the folder that holds it"),
@@ -100,6 +104,30 @@ def test_a_file_that_holds_something_else(refused: Any, file: str, content: str,
     Path("base", file).write_text(content)
     line = refused("generate", "base", "hello")
     assert line.endswith(f"{says}\n") and f"base/{file}: " in line
+
+
+def test_a_type_of_model_that_is_no_text(refused: Any) -> None:
+    path = Path("base/config.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_type": ["llama"]}))
+    Path("run.yaml").write_text("objective: causal\nmodel: base\ndata: text.txt\nsteps: 1\nout: o\n")
+    assert "model_type is ['llama']; lapis builds llama, " in refused("train", "run.yaml")
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        ("export base --gguf @", "--gguf"), ("diff base base --html @", "--html"), ("inspect base --html @", "--html"),
+        ("fertility base text.txt --html @", "--html"), ("lens base hello --html @", "--html"),
+        ("lens base hello --tuned @ --tune text.txt", "--tuned"),
+        ("tokenizer train text.txt --vocab 300 --out @", "--out"),
+    ],
+)  # fmt: skip
+def test_an_output_that_exists_is_kept_and_its_option_named(refused: Any, command: str, option: str) -> None:
+    line = refused(*command.replace("@", "text.txt").split())
+    assert line.endswith(f"text.txt: exists already; give another {option}, or --overwrite\n"), line
+    assert Path("text.txt").read_text().startswith("the cat")
+    line = refused(*command.replace("@", "text.txt/o").split())
+    assert line.endswith(f"/text.txt is a file and not a folder; give another {option}\n"), line
 
 
 def test_weights_that_are_not_there(refused: Any) -> None:

@@ -252,8 +252,8 @@ def test_bad_input_gets_one_clear_line(pair, tmp_path, options, error, words):
         settings |= {"chats": pair.chats, "text": pair.text}
     settings |= {key: known.get(value, value) for key, value in options.items()}
     with pytest.raises(error, match=words) as caught:
-        lapis.plan(**settings)
-    assert "\n" not in str(caught.value)
+        lapis.plan(**settings, journal=tmp_path / "journal")
+    assert "\n" not in str(caught.value) and not (tmp_path / "journal").exists()
 
 
 @pytest.mark.parametrize("stranger", ["chat", "onto"])

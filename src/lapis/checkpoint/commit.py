@@ -132,27 +132,30 @@ def _sweep_temporary(path: Path) -> None:
                 os.close(handle)
 
 
-def check_output(out: Path, *, overwrite: bool = False, inputs: Iterable[Path | str] = ()) -> None:
+def check_output(
+    out: Path, *, overwrite: bool = False, inputs: Iterable[Path | str] = (), option: str = "--out"
+) -> None:  # fmt: skip
     """Raises OutputError where `out` must not be written: it is (in) an input, it exists, or its place is read-only.
 
-    What a killed job that had finished `out` left beside it is cleared away first.
+    What a killed job that had finished `out` left beside it is cleared away first. option: what names it on the command
+    line.
     """
     sweep_finished(Path(os.path.abspath(out)))
     real = Path(os.path.realpath(out))
     for source in inputs:
         other = Path(os.path.realpath(source))
         if real.is_relative_to(other) or other.is_relative_to(real):
-            raise OutputError(f"{out}: is the input {source}, or lies within it; give another --out")
+            raise OutputError(f"{out}: is the input {source}, or lies within it; give another {option}")
     if os.path.lexists(out) and not overwrite and not (out.is_dir() and not any(out.iterdir())):
-        raise OutputError(f"{out}: exists already; give another --out, or --overwrite")
-    _check_writable(out)
+        raise OutputError(f"{out}: exists already; give another {option}, or --overwrite")
+    _check_writable(out, option)
 
 
-def _check_writable(out: Path) -> None:
+def _check_writable(out: Path, option: str) -> None:
     """Raises OutputError where nothing can be made in the folder that is to hold `out`, or the nearest that exists."""
     place = next(parent for parent in Path(os.path.abspath(out)).parents if os.path.lexists(parent))
     if not place.is_dir():
-        raise OutputError(f"{out}: cannot be written: {place} is a file and not a folder; give another --out")
+        raise OutputError(f"{out}: cannot be written: {place} is a file and not a folder; give another {option}")
     why = "" if os.access(place, os.W_OK | os.X_OK) else os.strerror(errno.EACCES)
     if hasattr(os, "O_TMPFILE"):
         try:  # a file without a name, which nobody sees and no kill leaves behind
@@ -161,7 +164,7 @@ def _check_writable(out: Path) -> None:
             if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
                 why = error.strerror or ""
     if why:
-        raise OutputError(f"{out}: cannot be written: {why}; give another --out")
+        raise OutputError(f"{out}: cannot be written: {why}; give another {option}")
 
 
 def inode(out: Path) -> int | None:

@@ -51,7 +51,7 @@ def diff(
     from lapis.weights.diff.lineage import lineage
 
     if html is not None:
-        check_output(html, overwrite=overwrite, inputs=[a, b, *others])
+        check_output(html, overwrite=overwrite, inputs=[a, b, *others], option="--html")
     with progress("reading") as report:
         if others:
             descent = lineage(a, [b, *others], progress=report)

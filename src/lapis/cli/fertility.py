@@ -36,7 +36,7 @@ def fertility(
     from lapis.report.pages.fertility import CURVE, LANGUAGES, fertility_page, language_rows
 
     if html is not None:
-        check_output(html, overwrite=overwrite, inputs=[model])
+        check_output(html, overwrite=overwrite, inputs=[model], option="--html")
     with progress("opening") as report:
         result = measure(model, files, replay=replay or (), against=against, run=run, scored=scored, progress=report)
     shown = result.to_json()

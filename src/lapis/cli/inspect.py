@@ -32,7 +32,7 @@ def inspect(
         json: Print one JSON object.
     """
     if html is not None:
-        check_output(html, overwrite=overwrite)
+        check_output(html, overwrite=overwrite, option="--html")
     if mixers is not None:
         compare_mixers(mixers, html, json, overwrite=overwrite)
         return

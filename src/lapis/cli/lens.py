@@ -66,9 +66,9 @@ def lens(
     if tune and tuned is None:
         raise ConfigError("lens: --tune makes a tuned lens; say with --tuned DIR where it is to lie")
     sources = [model, *([against] if against else [])]
-    for out in (html, tuned if tune else None):
+    for option, out in (("--html", html), ("--tuned", tuned if tune else None)):
         if out is not None:
-            check_output(out, overwrite=overwrite, inputs=sources)
+            check_output(out, overwrite=overwrite, inputs=sources, option=option)
     turns: Any = [{"role": "user", "content": prompt}] if chat else prompt
     if html is not None:
         options = options.for_page()

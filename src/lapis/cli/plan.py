@@ -59,7 +59,7 @@ def plan(
     if out is not None:
         check_output(out, overwrite=overwrite)
     if html is not None:
-        check_output(html, overwrite=overwrite)
+        check_output(html, overwrite=overwrite, option="--html")
     if chats is not None:
         settle_threads(torch.device("cpu"))
     journal = None if out is None else out.parent / f".{out.name}.journal"

@@ -31,7 +31,7 @@ def train(
     from lapis.training.run import read_settings, run
 
     if html is not None:
-        check_output(html, overwrite=overwrite)
+        check_output(html, overwrite=overwrite, option="--html")
     how = read_settings(override(load_yaml(config), settings), str(config))
     result = run(how, overwrite=overwrite, fresh=fresh)
     head = objective_class(how.objective).head

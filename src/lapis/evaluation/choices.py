@@ -82,11 +82,11 @@ def read_choices(path: Path | str) -> list[Choice]:
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except FileNotFoundError:
-        raise DataError(f"{path}: there is no such file; give one of questions") from None
+        raise DataError(f"{path}: there is no such file; give a file of questions") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 at byte {error.start}; convert the file to UTF-8") from None
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+        raise DataError(f"{path}: cannot be read: {error.strerror}; give a file of questions") from None
     questions = [_question(line, f"{path} line {n}") for n, line in enumerate(lines, 1) if line.strip()]
     if not questions:
         raise DataError(f"{path}: is empty; there is nothing to read")

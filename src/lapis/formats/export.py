@@ -108,7 +108,7 @@ def export_gguf(
     place = Path(os.path.abspath(out))
     beside = place.with_name("Modelfile")
     for path in (place, beside) if ollama else (place,):
-        check_output(path, overwrite=overwrite)
+        check_output(path, overwrite=overwrite, option="--gguf")
     checkpoint = open_model(model)
     plan = plan_load(checkpoint)
     notes = [*checkpoint.notes, *plan.notes]

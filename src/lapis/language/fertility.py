@@ -104,13 +104,14 @@ def fertility(
         texts["replay"] = read_texts(replay, _TEXT)[1]
     whole = {"target": learn + held}
     folder, checkpoint = open_source(model)
+    other_folder, other = open_source(folder if against is None else against)
+    Tokenizer.open(other_folder)  # what is wrong with it is told before the first is measured
     result = Fertility(str(model), _languages(folder, texts, whole))
     config = _shape(checkpoint)
     speed = None
     if run and checkpoint is not None and config is not None and config.causal:
         speed = _run(model, texts, result.languages, scored, progress)
     if against is not None:
-        other_folder, other = open_source(against)
         result.against = {"model": str(against), "languages": _languages(other_folder, texts, whole)}
         other_config = _shape(other)
         if run and other_config is not None and other_config.causal:

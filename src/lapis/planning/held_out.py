@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lapis.errors import DataError, OutputError
+from lapis.errors import DataError, LapisError, OutputError
 from lapis.evaluation.chats import encode_record
 from lapis.evaluation.choices import Choice, scored_choices
 from lapis.evaluation.text import windows_of
@@ -147,9 +147,12 @@ class PlanJournal:
             with self._path.open("ab") as file:
                 file.write(_dump(line))
 
-    def close(self) -> None:
-        """The job is done: its journal goes."""
-        if self._path is not None:
+    def __enter__(self) -> "PlanJournal":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """The job is done, or was refused, as the same call would be again: its journal goes."""
+        if self._path is not None and (kind is None or issubclass(kind, LapisError)):
             self._path.unlink(missing_ok=True)
 
 

@@ -95,18 +95,18 @@ def plan(
     table = differences(inputs.base, inputs.chat, spectra, lambda done, total: watch("comparing tensors", done, total))
     rows = _tensor_rows(inputs, options, table)
     study = None
-    if inputs.held_out is not None:
-        plan_journal = PlanJournal(journal, inputs.job(options) if journal else "")
-        study = Study(inputs, options, plan_journal, watch, report or (lambda line: None))
-        study.measure_pieces(rows)
-    chosen = decide(inputs, options, rows, study)
-    result = _result(inputs, options, table, rows, chosen, study)
-    if study is not None:
-        if onto is not None:
-            study.learn_scales(result, rows)
-        study.measure_choice(result, chosen)
-        result.passes = study.runner.passes
-        study.runner.journal.close()
+    place = None if inputs.held_out is None else journal
+    with PlanJournal(place, inputs.job(options) if place else "") as plan_journal:
+        if inputs.held_out is not None:
+            study = Study(inputs, options, plan_journal, watch, report or (lambda line: None))
+            study.measure_pieces(rows)
+        chosen = decide(inputs, options, rows, study)
+        result = _result(inputs, options, table, rows, chosen, study)
+        if study is not None:
+            if onto is not None:
+                study.learn_scales(result, rows)
+            study.measure_choice(result, chosen)
+            result.passes = study.runner.passes
     _add_rows(result, inputs, rows, chosen)
     result.seconds = time.perf_counter() - started
     return result

@@ -65,8 +65,9 @@ class TunedLens:
     def open(cls, folder: Path | str) -> "TunedLens":
         """Raises CheckpointError for a folder that does not hold a tuned lens, or a damaged one."""
         root = Path(folder)
-        if not root.is_dir():
-            raise CheckpointError(f"{folder}: there is no such folder; make a tuned lens with --tune FILES")
+        if not (root / INFO).exists():
+            what = f"holds no {INFO}" if root.is_dir() else "is a file" if root.exists() else "there is no such folder"
+            raise CheckpointError(f"{folder}: {what}; make a tuned lens with --tune FILES")
         info, path = read_json(contained(root, INFO)), contained(root, WEIGHTS)
         shapes = {name: tensor.shape for name, tensor in read_header(path).tensors.items()}
         try:

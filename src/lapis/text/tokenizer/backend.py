@@ -80,7 +80,7 @@ def _class_name(folder: Path) -> str:
     model = read_object(folder, "config.json")
     declared = read_object(folder, CONFIG).get("tokenizer_class") or model.get("tokenizer_class") or ""
     declared = declared.removesuffix("Fast") if isinstance(declared, str) else ""
-    model_type = model.get("model_type")
+    model_type = str(model.get("model_type"))
     if model_type in _OF_MODEL_TYPE:
         registered = _OF_MODEL_TYPE[model_type]
         declared = "" if registered is None else declared or registered
