@@ -271,6 +271,13 @@ def test_what_is_no_model_is_refused(hub: WritableHub, model: Path, tmp_path: Pa
     assert set(hub.repos) == {REPO}
 
 
+@pytest.mark.parametrize("text", ["[]", "{}", '{"files": []}', '{"files": {"config.json": 3}}', "{"])
+def test_a_manifest_that_says_nothing_is_refused(model: Path, text: str) -> None:
+    (model / MANIFEST).write_text(text)
+    with pytest.raises(CheckpointError, match=MANIFEST):
+        shipment(model).check()
+
+
 def test_adapters_and_gguf_files_are_models_too(hub: WritableHub, tmp_path: Path) -> None:
     adapter, gguf = tmp_path / "adapter", tmp_path / "gguf"
     adapter.mkdir()

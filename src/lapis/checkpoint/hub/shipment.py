@@ -66,15 +66,13 @@ class Shipment:
         Raises:
             CheckpointError: For weights that are not as they were written.
         """
-        manifest = self.folder / MANIFEST
-        written = read_json(manifest)["files"] if manifest.is_file() else {}
-        done = 0
+        written, done = _written(self.folder), 0
         for name, path in self.files.items():
             report(done, self.bytes)
             self.digests[name] = sha256_of(path)
             done += self.sizes[name]
             foreign = name == README and path.parent != self.folder  # a card's
-            if foreign or name not in written or written[name]["sha256"] == self.digests[name]:
+            if foreign or name not in written or written[name] == self.digests[name]:
                 continue
             if _WEIGHTS.fullmatch(name):
                 raise CheckpointError(
@@ -157,11 +155,19 @@ def _stays(name: str) -> str:
 
 def _edited(root: Path) -> bool:
     """Whether a folder has a README.md that is the user's: none, or another than lapis wrote with the model."""
-    readme, manifest = root / README, root / MANIFEST
-    if not readme.is_file():
-        return False
-    written = read_json(manifest)["files"].get(README, {}) if manifest.is_file() else {}
-    return bool(written.get("sha256") != sha256_of(readme))
+    readme = root / README
+    return readme.is_file() and _written(root).get(README) != sha256_of(readme)
+
+
+def _written(root: Path) -> dict[str, str]:
+    """Name -> sha256 of what lapis wrote in a folder; nothing where it has no manifest."""
+    if not (root / MANIFEST).is_file():
+        return {}
+    listed = read_json(contained(root, MANIFEST))
+    files = listed.get("files") if isinstance(listed, dict) else None
+    if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
+        raise CheckpointError(f"{root / MANIFEST}: does not list files; fetch it again, or remove it")
+    return {name: str(entry.get("sha256")) for name, entry in files.items()}
 
 
 def _readme(root: Path, card: str | os.PathLike[str] | None) -> Path | None:
