@@ -14,6 +14,7 @@ import lapis
 from lapis.errors import CheckpointError
 from lapis.model.adapter import write_adapter
 from lapis.model.lora import LoraConfig, wrap
+from lapis.serving.metrics import HELP
 from lapis.serving.routes.replies import EventStream, event
 
 from .conftest import HTTP, make_folder
@@ -139,6 +140,15 @@ def test_metrics_count_what_was_done(server):
     route = 'lapis_requests_total{route="/v1/chat/completions",status="200"}'
     assert after[tokens] - before[tokens] == reply["completion_tokens"] == 3
     assert after[route] - before.get(route, 0) == 1
+    read, shared = (
+        after[name] - before[name]
+        for name in ('lapis_prompt_tokens_total{model="tiny"}', 'lapis_shared_tokens_total{model="tiny"}')
+    )
+    assert shared == reply["prompt_tokens_details"]["cached_tokens"] and read + shared == reply["prompt_tokens"]
+    assert {name.partition("{")[0].removesuffix("_sum").removesuffix("_count") for name in after} == set(HELP)
+    seconds = 'lapis_request_seconds_%s{route="/v1/chat/completions"}'
+    assert after[seconds % "count"] - before.get(seconds % "count", 0) == 1
+    assert after[seconds % "sum"] > before.get(seconds % "sum", 0)
 
 
 def metrics(server) -> dict[str, float]:
