@@ -118,7 +118,8 @@ def test_fault_76_a_read_only_place_is_refused_at_once(forks: Forks, place: Path
     armed = {"FAULT_UNDER": f"{job.folder}", "FAULT_KINDS": kinds, "FAULT_AT": -1, "FAULT_ERRNO": errno.EROFS}
     ended = forks.run(job.arguments, job.folder, **armed)
     assert ended.status == 1 and ended.told.count("\n") == 1, ended.told
-    assert "cannot be written: Read-only file system; give another --out" in ended.told
+    option = {"diff": "--html"}.get(name, "--out")
+    assert f"cannot be written: Read-only file system; give another {option}" in ended.told
 
 
 def test_fault_74_what_a_kill_leaves_beside_a_part_goes(forks: Forks, tmp_path: Path) -> None:

@@ -147,8 +147,8 @@ def main(arguments: list[str] | None = None) -> None:
 def _stop_signals() -> Iterator[list[int]]:
     """While inside, SIGINT and SIGTERM both raise KeyboardInterrupt. Yields the numbers that came so far.
 
-    One that comes while a module is imported waits until that is done: libraries swallow what is raised there, or make
-    other errors of it.
+    One that comes while a module is imported or a thread is started waits until that is done: libraries swallow what is
+    raised in an import, or make other errors of it, and a thread of which nobody knows whether it runs cannot be joined.
     """
     received: list[int] = []
 
@@ -156,7 +156,8 @@ def _stop_signals() -> Iterator[list[int]]:
         if number != signal.SIGALRM:
             received.append(number)
         while frame is not None:
-            if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            code = frame.f_code
+            if code.co_filename == "<frozen importlib._bootstrap>" or code is threading.Thread.start.__code__:
                 signal.signal(signal.SIGALRM, receive)
                 signal.setitimer(signal.ITIMER_REAL, _LOOK_AGAIN)
                 return

@@ -130,12 +130,14 @@ class _Streaming:
         self.tasks = self._tasks()
 
     def __call__(self) -> Account:
-        workers = [threading.Thread(target=self._work, daemon=True) for _ in range(THREADS)]
+        workers: list[threading.Thread] = []
         for _ in range(3 * THREADS):
             self.free.put(Buffer())
         try:
-            for worker in workers:
+            for _ in range(THREADS):
+                worker = threading.Thread(target=self._work, daemon=True)
                 worker.start()
+                workers.append(worker)
             for worker in workers:
                 while worker.is_alive():
                     worker.join(0.2)
