@@ -17,9 +17,9 @@ from lapis.planning.options import PlanOptions
 from lapis.training.config import TrainConfig
 from lapis.training.rewards.settings import make_judge
 from lapis.weights.graft.scale import read_scale
-from lapis.weights.merge.expression import parse_expression
 from lapis.weights.merge.methods import METHODS
-from lapis.weights.merge.recipe import parse_recipe
+from lapis.weights.merge.recipes.expression import parse_expression
+from lapis.weights.merge.recipes.recipe import parse_recipe
 from lapis.weights.options import MergeOptions
 
 ODD = [math.nan, math.inf, -math.inf, 1e-320, -1e-310, 1e308, 10**35, -(10**35), 10**39]

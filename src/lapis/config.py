@@ -11,7 +11,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -62,11 +62,39 @@ def load_yaml(path: Path | str) -> dict[str, Any]:
     Raises:
         ConfigError: For a file that cannot be read, is not YAML (with the line), or holds no mapping.
     """
+    return _mapping(parse_yaml(_read_text(path), str(path)), path)
+
+
+def load_yaml_documents(path: Path | str) -> list[dict[str, Any]]:
+    """The same for a file of several documents with `---` between them; empty ones are left out.
+
+    Raises:
+        ConfigError: As `load_yaml`; also for a file without a document.
+    """
+
+    def every(loader: _Loader) -> list[Any]:
+        documents = []
+        while loader.check_data():  # type: ignore[no-untyped-call]
+            documents.append(loader.get_data())
+        return documents
+
+    loaded = [each for each in _parse(_read_text(path), str(path), every) if each is not None] or [None]
+    return [_mapping(each, path) for each in loaded]
+
+
+def _mapping(loaded: Any, path: Path | str) -> dict[str, Any]:
+    if not isinstance(loaded, dict):
+        content = "nothing" if loaded is None else type(loaded).__name__
+        raise ConfigError(f"{path}: holds {content}; give a file of key: value lines")
+    return loaded
+
+
+def _read_text(path: Path | str) -> str:
     path = Path(path)
     try:
         with path.open("rb") as file:
             raw = file.read(YAML_LIMIT + 1)
-        text = raw.decode("utf-8-sig")
+        return raw.decode("utf-8-sig")
     except FileNotFoundError:
         raise ConfigError(f"{path}: there is no such file; give a YAML file") from None
     except IsADirectoryError:
@@ -75,11 +103,6 @@ def load_yaml(path: Path | str) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}; give a YAML file") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 at byte {error.start}; give a YAML file, in UTF-8") from None
-    loaded = parse_yaml(text, str(path))
-    if not isinstance(loaded, dict):
-        content = "nothing" if loaded is None else type(loaded).__name__
-        raise ConfigError(f"{path}: holds {content}; give a file of key: value lines")
-    return loaded
 
 
 def parse_yaml(text: str, where: str) -> Any:
@@ -96,10 +119,14 @@ def parse_yaml(text: str, where: str) -> Any:
         ConfigError: For what is not YAML, with the line, for a key that stands twice, and for what is longer, deeper or
             larger, with its aliases written out, than any settings are.
     """
+    return _parse(text, where, lambda loader: loader.get_single_data())
+
+
+def _parse(text: str, where: str, read: Callable[["_Loader"], Any]) -> Any:
     if len(text) > YAML_LIMIT:
         raise ConfigError(f"{where}: more than {YAML_LIMIT:,} bytes of YAML, which is the limit")
     try:
-        return _Loader(text).get_single_data()
+        return read(_Loader(text))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{where}:{mark.line + 1}" if mark else where

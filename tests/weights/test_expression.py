@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lapis.errors import ConfigError
-from lapis.weights.merge.expression import coefficients, parse_expression
+from lapis.weights.merge.recipes.expression import coefficients, parse_expression
 
 READ = {
     "A + 0.8*(B - C)": {"A": 1, "B": 0.8, "C": -0.8},

@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from lapis.checkpoint import open_checkpoint
 from lapis.errors import CheckpointError, ConfigError, OutputError
 from lapis.weights.graft.graft import graft
-from lapis.weights.merge.merge import merge, plan_merge
+from lapis.weights.merge.merge import merge
 from lapis.weights.merge.methods import METHODS
+from lapis.weights.merge.plan import plan_merge
 
 from .conftest import DIM, TEMPLATE, near, weights, words, write_model
 from .whole_tensors import merge_tensors

@@ -6,8 +6,9 @@ import pytest
 import yaml
 
 from lapis.errors import ConfigError
-from lapis.weights.merge.parameters import Resolver
-from lapis.weights.merge.recipe import parse_recipe, read_recipe, recipe_scopes
+from lapis.weights.merge.recipes.parameters import Resolver
+from lapis.weights.merge.recipes.recipe import parse_recipe, recipe_scopes
+from lapis.weights.merge.recipes.stages import open_recipe
 
 TIES = """
 merge_method: ties
@@ -151,7 +152,7 @@ def test_a_file_names_itself(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(TIES.replace("base_model", "bse_model"))
     with pytest.raises(ConfigError, match=r"recipe.yaml: unknown key \"bse_model\""):
-        read_recipe(path)
+        open_recipe(path)
 
 
 @pytest.mark.parametrize(
@@ -166,8 +167,8 @@ def test_switches_of_a_recipe_are_words_too(word: str, value: bool, tmp_path: Pa
         f"tokenizer: {{tokens: {{<a>: {{force: {word}}}}}}}",
     )
     path.write_text("\n".join(lines))
-    recipe = read_recipe(path)
+    recipe = open_recipe(path)
     assert recipe.tokens is not None and recipe.tokens.tokens["<a>"].force is value
     path.write_text(path.read_text().replace(f"force: {word}", "force: maybe"))
     with pytest.raises(ConfigError, match="force is 'maybe'; expected true or false"):
-        read_recipe(path)
+        open_recipe(path)

@@ -111,6 +111,10 @@ class MergeOptions(WriteOptions):
 
     seed: int | None = None
     """What random masks are drawn from, instead of the recipe's."""
+    stage_memory: float = 2.0
+    """Of a recipe in stages: GB within which stages are computed as they are read; a larger one is written first."""
 
     def __post_init__(self) -> None:
         check_numbers(self, "merge")
+        if self.stage_memory < 0:
+            raise ConfigError(f"merge: stage_memory is {self.stage_memory:g}; give GB, 0 or more")

@@ -60,13 +60,16 @@ def _fused(checkpoint: Checkpoint, adapter: Adapter) -> Checkpoint:
     return replace(fused, config=layout.config, notes=[*base.notes, *layout.notes])
 
 
-def computed_checkpoint(base: Checkpoint, files: Mapping[str, Sequence[Output]], front: Path) -> Checkpoint:
+def computed_checkpoint(
+    base: Checkpoint, files: Mapping[str, Sequence[Output]], front: Path, identity: Any = None
+) -> Checkpoint:
     """A model whose tensors are outputs of the engine, computed as they are read.
 
     Args:
         base: Whose config the model has.
         files: The outputs by file.
         front: A folder whose files stand before the base's.
+        identity: What they are made of besides their names, as JSON.
     """
     place = next(iter(base.index.values())).file
     listed: dict[str, dict[str, TensorInfo]] = {}
@@ -76,7 +79,7 @@ def computed_checkpoint(base: Checkpoint, files: Mapping[str, Sequence[Output]],
             tensors[output.name] = TensorInfo(place, dtype_name(output.dtype), output.shape, at, at + output.nbytes)
             at += output.nbytes
     every = [output for outputs in files.values() for output in outputs]
-    return _computed(base, listed, FusedTensors(every, [output.name for output in every]), front)
+    return _computed(base, listed, FusedTensors(every, [[o.name for o in every], identity]), front)
 
 
 def _computed(
@@ -102,7 +105,9 @@ class FusedTensors:
         self.digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
         self._outputs = {output.name: output for output in outputs}
         self._states: dict[str, Any] = {}
+        self._wholes: dict[str, memoryview] = {}
         self._lock = threading.Lock()
+        self._locks: dict[str, threading.RLock] = {}
         self._own = threading.local()
 
     def read_into(self, name: str, offset: int, buffer: memoryview) -> None:
@@ -127,7 +132,19 @@ class FusedTensors:
         kernel = output.kernel
         every = spans(output.shape, rows=bool(kernel and kernel.rows), whole=bool(kernel and kernel.whole))
         first, end = every[element // (every[0][1] - every[0][0])]
-        reader = self._own.__dict__.setdefault("reader", Reader())
+        if kernel is not None and kernel.whole:
+            with self._lock_of(output.name):  # the first thread to come here computes it for all
+                raw = self._wholes.get(output.name)
+                if raw is None:
+                    raw = self._wholes[output.name] = self._compute(output, first, end, every)
+                    self._forget(self._wholes)
+        else:
+            raw = self._compute(output, first, end, every)
+        self._own.last = output.name, first, end, raw
+        return first, raw
+
+    def _compute(self, output: Output, first: int, end: int, every: list[tuple[int, int]]) -> memoryview:
+        reader, kernel = self._own.__dict__.setdefault("reader", Reader()), output.kernel
         if kernel is None:
             values = torch.empty(end - first, dtype=output.dtype)
             output.sources[0].read(first, end, as_bytes(values))
@@ -137,21 +154,31 @@ class FusedTensors:
             values = kernel.apply(tile, state)[0].to(output.dtype, copy=True)
         if output.patch is not None:
             output.patch(first, end, values)
-        self._own.last = output.name, first, end, as_bytes(values.contiguous())
-        return first, self._own.last[3]
+        return as_bytes(values.contiguous())
+
+    def _lock_of(self, name: str) -> threading.RLock:
+        with self._lock:
+            return self._locks.setdefault(name, threading.RLock())
+
+    def _forget(self, results: dict[str, Any]) -> None:
+        """Tensors are read one after the other: what is behind is not needed again."""
+        with self._lock:
+            while len(results) > 2:
+                del results[next(iter(results))]
 
     def _state(self, output: Output, reader: Reader, every: list[tuple[int, int]]) -> Any:
         """What the kernel's passes give, once for each tensor."""
         kernel = output.kernel
         if kernel is None or not kernel.passes:
             return None
-        with self._lock:
-            if output.name not in self._states:
-                state = None
+        with self._lock_of(output.name):
+            state = self._states.get(output.name)
+            if state is None:
                 for number, sweep in enumerate(kernel.passes):
                     partials = [
                         sweep(reader.read(output.name, output.sources, *span, output.shape), state) for span in every
                     ]
                     state = kernel.fold(number, partials, state) if kernel.fold else state
                 self._states[output.name] = state
-            return self._states[output.name]
+                self._forget(self._states)
+            return state

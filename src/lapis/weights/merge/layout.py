@@ -20,9 +20,9 @@ from lapis.weights.engine.outputs import Kernel, Output, unchanged
 from lapis.weights.engine.sources import COMPUTABLE, Source, Stored
 from lapis.weights.matching import embedding_rows, is_vocabulary
 from lapis.weights.merge.kernel import kernel_of
-from lapis.weights.merge.parameters import Resolver
 from lapis.weights.merge.placing import Placed, Placing
-from lapis.weights.merge.recipe import Recipe, recipe_scopes
+from lapis.weights.merge.recipes.parameters import Resolver
+from lapis.weights.merge.recipes.recipe import Recipe, recipe_scopes
 from lapis.weights.merge.union import Aligned, Words, output_words, rows_of
 
 SHARD = 5 * 10**9  # bytes of one weight file

@@ -14,7 +14,7 @@ from lapis.checkpoint import Checkpoint
 from lapis.families.base import Part
 from lapis.weights.engine.fp8 import is_scale
 from lapis.weights.matching import counterparts
-from lapis.weights.merge.recipe import Input, Recipe, Slice
+from lapis.weights.merge.recipes.recipe import Input, Recipe, Slice
 
 
 @dataclass(frozen=True)

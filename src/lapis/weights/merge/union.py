@@ -17,7 +17,7 @@ from lapis.errors import CheckpointError
 from lapis.parsing import quoted
 from lapis.text.tokenizer.vocabulary import Vocabulary
 from lapis.weights.engine.sources import Stored, as_bytes, columns_of
-from lapis.weights.merge.recipe import Tokens
+from lapis.weights.merge.recipes.recipe import Tokens
 
 Row = tuple[tuple[str, int], ...]
 """(model, row) whose mean a row is; nothing stands for zeros."""

@@ -2,7 +2,7 @@
 
 A function's signature holds its parameters, their defaults and their help; its docstring the formula and the source. It
 computes on float32 blocks (block.py), which merge/kernel.py cuts from tiles.
-Leaves out: recipes (weights/merge/recipe.py), files (weights/engine/stream.py).
+Leaves out: recipes (weights/merge/recipes/), files (weights/engine/stream.py).
 """
 
 import inspect

@@ -18,15 +18,14 @@ an error that names the nearest. Leaves out: what a parameter is for a tensor (p
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from lapis.config import check_number, load_yaml, nearest, truth
+from lapis.config import check_number, nearest, truth
 from lapis.errors import ConfigError
 from lapis.families.fields import MOST_LAYERS
 from lapis.parsing import quoted
 from lapis.weights.merge.methods import METHODS, Method
-from lapis.weights.merge.parameters import check_parameters, only
+from lapis.weights.merge.recipes.parameters import check_parameters, only
 
 MOST_PADDING = 1 << 16  # rows
 
@@ -72,7 +71,10 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A recipe that was read and checked as far as that goes without its models."""
+    """A recipe that was read and checked as far as that goes without its models.
+
+    written: as the user gave it. stages: the recipes of those of its models that are made on the way.
+    """
 
     method: Method
     slices: tuple[Slice, ...]
@@ -85,6 +87,7 @@ class Recipe:
     seed: int = 0
     notes: tuple[str, ...] = ()
     written: Mapping[str, Any] = field(default_factory=dict)
+    stages: Mapping[str, "Recipe"] = field(default_factory=dict)
 
     @property
     def models(self) -> list[str]:
@@ -98,11 +101,6 @@ class Recipe:
     def stacks(self) -> bool:
         """True where layers are picked, so that the output may have another number of them."""
         return any(entry.layers for s in self.slices for entry in s.inputs)
-
-
-def read_recipe(path: Path | str) -> Recipe:
-    """A recipe file. Raises ConfigError with the place in the file."""
-    return parse_recipe(load_yaml(path), str(path))
 
 
 def parse_recipe(document: Mapping[str, Any], where: str = "recipe") -> Recipe:

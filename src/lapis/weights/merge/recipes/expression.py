@@ -11,7 +11,7 @@ import re
 from lapis.config import check_number
 from lapis.errors import ConfigError
 from lapis.weights.merge.methods import METHODS
-from lapis.weights.merge.recipe import Input, Recipe, Slice
+from lapis.weights.merge.recipes.recipe import Input, Recipe, Slice
 
 _OPERAND = re.compile(
     r"""(?P<number>(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?(?![\w.~@:]))"""
