@@ -14,6 +14,7 @@ from lapis.errors import ConfigError
 from lapis.evaluation.text import score_text
 from lapis.families.config import ModelConfig
 from lapis.generation import ready
+from lapis.generation.kernels import build
 from lapis.model.load import load, save
 from lapis.model.transformer import Transformer, put_head
 from lapis.report.evaluations import KINDS
@@ -99,11 +100,11 @@ def test_the_default_precision_is_the_faster_one(
 
 def test_the_flags_of_the_processor_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     for flags, able in (({"avx2"}, False), ({"avx2", "avx512_bf16"}, True), ({"asimd", "bf16"}, True)):
-        monkeypatch.setattr(ready, "_processor_flags", lambda flags=flags: flags)
-        ready.has_bfloat16.cache_clear()
-        assert ready.has_bfloat16() is able
+        monkeypatch.setattr(build, "processor_flags", lambda flags=flags: flags)
+        build.has_bfloat16.cache_clear()
+        assert build.has_bfloat16() is able
     monkeypatch.undo()
-    ready.has_bfloat16.cache_clear()
+    build.has_bfloat16.cache_clear()
 
 
 def test_scores_are_shown_with_labels_and_units(folders: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:

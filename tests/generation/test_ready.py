@@ -7,6 +7,7 @@ import torch
 
 from lapis.errors import ConfigError
 from lapis.families.config import ModelConfig
+from lapis.generation.kernels import build, linear
 from lapis.generation.kernels.build import compiled
 from lapis.generation.kernels.layers import ReadyAttention, ReadyNorm
 from lapis.generation.kernels.linear import Int8Linear, PackedLinear, ReadyLinear
@@ -68,11 +69,12 @@ def test_ready_model_gives_the_same_logits(name, dtype, compile):
         assert torch.allclose(expected, actual, atol=TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("stored", TOLERANCE)
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_a_row_is_the_same_bits_whatever_stands_beside_it(dtype):
+def test_a_row_is_the_same_bits_whatever_stands_beside_it(dtype, stored):
     if compiled(dtype, dtype) is None:
         pytest.skip("no compiler makes kernels here")
-    model = ready(make("qwen3", dtype))
+    model = ready(make("qwen3", torch.bfloat16).to(dtype), stored=stored)
     ids_BT = torch.randint(0, 97, (7, 20))
     mask_BT = torch.ones(7, 1, dtype=torch.bool)
     together = decode(model, ids_BT, mask_BT, 1)
@@ -107,6 +109,65 @@ def test_the_compiled_kernels_are_used_where_there_is_a_compiler():
     block = model.blocks[0]
     assert isinstance(block.mlp, Mlp) or all(isinstance(part, expected) for part in (block.mlp.down, block.attn.o))
     assert isinstance(model.norm.final, ReadyNorm) == (kernels is not None)
+
+
+def held(model):
+    return {part._held.dtype for part in model.modules() if isinstance(part, ReadyLinear)}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_bfloat16_holds_exactly_is_held_so_and_computed_in_float32(name):
+    model = make(name, torch.bfloat16).float()
+    narrow = ready(copy.deepcopy(model), stored=torch.bfloat16)
+    if compiled(torch.float32, torch.float32) is not None and name != "odd sizes":
+        assert held(narrow) == {torch.bfloat16}
+    for rows, tokens in ((1, 1), (3, 1), (2, 9), (20, 5), (2, 48)):
+        ids_BT = torch.randint(0, 97, (rows, tokens))
+        with torch.inference_mode():
+            expected, actual = model(ids_BT), narrow(ids_BT)
+        assert actual.dtype == torch.float32 and torch.allclose(expected, actual, atol=1e-5)
+
+
+def test_a_weight_that_bfloat16_would_round_stays_as_it_is():
+    model = make("llama", torch.bfloat16).float()
+    with torch.no_grad():
+        model.blocks[1].attn.o.weight[-1, -1] = 1 / 3
+    before = copy.deepcopy(model)
+    narrow, ids_BT = ready(model, stored=torch.bfloat16), torch.randint(0, 97, (3, 5))
+    if compiled(torch.float32, torch.float32) is not None:
+        assert held(narrow) == {torch.bfloat16, torch.float32}
+        assert torch.equal(narrow.blocks[1].attn.o.matrix, before.blocks[1].attn.o.weight)
+    with torch.inference_mode():
+        assert torch.allclose(before(ids_BT), narrow(ids_BT), atol=1e-5)
+
+
+@pytest.mark.parametrize("without", ["", "-mno-avx512f", "-mno-avx"])
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16, torch.int8])
+def test_registers_of_every_width_give_the_same(weights, without, monkeypatch):
+    if compiled(torch.float32, torch.float32) is None:
+        pytest.skip("no compiler makes kernels here")
+    if without and not {"avx", "sse2"} & build.processor_flags():
+        pytest.skip("the processor is another one")
+    monkeypatch.setenv("CC", f"cc {without}")
+    kernels = compiled.__wrapped__(weights, torch.float32)
+    weight = torch.randint(-9, 9, (37, 192)).to(weights)
+    for rows in (1, 2, 3, 5, 8, 11):
+        x, y = torch.randn(rows, 192), torch.empty(rows, 37)
+        assert not kernels.product(weight.data_ptr(), None, None, x.data_ptr(), y.data_ptr(), 37, 192, rows, 1)
+        assert torch.allclose(y.double(), x.double() @ weight.double().T, atol=1e-3)
+    x, gain, y = torch.randn(3, 48), torch.randn(48), torch.empty(3, 48)
+    assert not kernels.rms_norm(x.data_ptr(), gain.data_ptr(), 1e-6, y.data_ptr(), 3, 48)
+    assert torch.allclose(y, torch.nn.functional.rms_norm(x, (48,), gain, 1e-6), atol=1e-5)
+
+
+@pytest.mark.parametrize("others, most", [(torch.float32, 64), (torch.bfloat16, float("inf"))])
+def test_without_instructions_for_bfloat16_torch_never_imitates_them(others, most, monkeypatch):
+    monkeypatch.setattr(linear, "has_bfloat16", lambda: False)
+    assert linear.few(torch.bfloat16, others) == most
+    model = make("llama", torch.bfloat16)
+    fast, ids_BT = ready(copy.deepcopy(model)), torch.randint(0, 97, (2, 50))
+    with torch.inference_mode():
+        assert torch.allclose(model(ids_BT).float(), fast(ids_BT).float(), atol=2e-2)
 
 
 def test_without_a_compiler_the_kernels_are_none(monkeypatch):

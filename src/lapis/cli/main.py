@@ -148,7 +148,7 @@ def _stop_signals() -> Iterator[list[int]]:
     """While inside, SIGINT and SIGTERM both raise KeyboardInterrupt. Yields the numbers that came so far.
 
     One that comes while a module is imported or a thread is started waits until that is done: libraries swallow what is
-    raised in an import, or make other errors of it, and a thread of which nobody knows whether it runs cannot be joined.
+    raised in an import, or make other errors of it, and a thread that may or may not run cannot be joined.
     """
     received: list[int] = []
 

@@ -8,7 +8,7 @@ be looked into; it has no layers left to train or save. Leaves out GPUs, where n
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Literal, cast
 
@@ -18,6 +18,7 @@ from torch import nn
 from lapis.checkpoint import Checkpoint, open_checkpoint
 from lapis.checkpoint.tensor_file import torch_dtype
 from lapis.errors import ConfigError
+from lapis.generation.kernels.build import has_bfloat16
 from lapis.generation.kernels.layers import ready_attention, ready_mlp, ready_norm
 from lapis.generation.kernels.linear import WeightLayout, lay_out
 from lapis.generation.options import DecodingRuntime
@@ -55,14 +56,15 @@ def open_ready(
     dtype, note = choose_dtype(checkpoint, runtime.dtype, device)
     if runtime.weights == "int8":
         check_int8(dtype or torch.float32, device)
-    layout = partial(WeightLayout.of, device=device, int8=runtime.weights == "int8")
+    stored = _stored(checkpoint)
+    layout = partial(WeightLayout.of, device=device, int8=runtime.weights == "int8", stored=stored)
     with ThreadPoolExecutor(2) as pool:
         opening = pool.submit(_tokenizer, checkpoint)
-        compiling = pool.submit(layout, dtype or _stored(checkpoint))
+        compiling = pool.submit(layout, dtype or stored)
         adapted = checkpoint.adapter is not None
         placed = partial(_placed, layout=layout, compiling=compiling)
         model = load(checkpoint, dtype, device, placed=None if adapted else placed)
-        model = ready(fold(model) if adapted else model, weights=runtime.weights)
+        model = ready(fold(model) if adapted else model, weights=runtime.weights, stored=stored)
         tokenizer = opening.result()
     tokenizer.check_rows(model.config.vocab)
     model.notes = [*model.notes, *([note] if note else [])]
@@ -107,27 +109,8 @@ def choose_dtype(checkpoint: Checkpoint, name: str | None, device: torch.device)
     kind = {"BF16": "bfloat16", "F16": "float16"}[stored]
     return torch.float32, (
         f"the weights are {kind} and this processor has no bfloat16 instructions: computed in float32, which is faster "
-        f"here and takes twice the memory"
+        f"here"
     )
-
-
-@cache
-def has_bfloat16() -> bool:
-    """Whether the processor multiplies bfloat16 matrices by instructions of its own."""
-    try:
-        return bool({"avx512_bf16", "amx_bf16", "bf16"} & _processor_flags())
-    except OSError:
-        supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-        return bool(supported and supported())
-
-
-def _processor_flags() -> set[str]:
-    """What /proc/cpuinfo says that the processor can do; x86 calls it flags, ARM Features."""
-    for line in Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines():
-        name, _, words = line.partition(":")
-        if name.strip() in ("flags", "Features"):
-            return set(words.split())
-    return set()
 
 
 def _tokenizer(checkpoint: Checkpoint) -> Tokenizer:
@@ -137,7 +120,10 @@ def _tokenizer(checkpoint: Checkpoint) -> Tokenizer:
 
 
 @torch.inference_mode()
-def ready(model: Transformer, *, weights: Literal["int8"] | None = None, compile: bool = True) -> Transformer:
+def ready(
+    model: Transformer, *, weights: Literal["int8"] | None = None, stored: torch.dtype | None = None,
+    compile: bool = True,
+) -> Transformer:  # fmt: skip
     """Lays a model's weights out, in place, and puts it into evaluating mode; where that does not apply, nothing more.
 
     Each block's weights are dropped as soon as they are laid out, so the peak is one block more. The compiled kernels
@@ -146,6 +132,8 @@ def ready(model: Transformer, *, weights: Literal["int8"] | None = None, compile
     Args:
         model: Is returned.
         weights: "int8" rounds every matrix but the embedding's, row by row; `model.notes` says so.
+        stored: The dtype that most weights have in their folder: what is stored in bfloat16 and computed in float32 is
+            held in bfloat16, whose numbers float32 has, too.
         compile: Whether kernels are compiled for this processor, where it has a compiler.
 
     Raises:
@@ -156,7 +144,7 @@ def ready(model: Transformer, *, weights: Literal["int8"] | None = None, compile
     if weights == "int8":
         check_int8(dtype, device)
         model.notes.append(INT8_NOTE)
-    layout = WeightLayout.of(dtype, device, int8=weights == "int8", compile=compile)
+    layout = WeightLayout.of(dtype, device, int8=weights == "int8", stored=stored, compile=compile)
     for block in model.blocks:
         _ready_block(cast(TransformerBlock, block), layout)
     for name, norm in list(model.norm.named_children()):

@@ -60,6 +60,25 @@ def compiled(weights: torch.dtype, others: torch.dtype) -> Kernels | None:
         return None
 
 
+@cache
+def has_bfloat16() -> bool:
+    """Whether the processor multiplies bfloat16 matrices by instructions of its own."""
+    try:
+        return bool({"avx512_bf16", "amx_bf16", "bf16"} & processor_flags())
+    except OSError:
+        supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+        return bool(supported and supported())
+
+
+def processor_flags() -> set[str]:
+    """What /proc/cpuinfo says that the processor can do; x86 calls it flags, ARM Features."""
+    for line in Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines():
+        name, _, words = line.partition(":")
+        if name.strip() in ("flags", "Features"):
+            return set(words.split())
+    return set()
+
+
 def _compile(defines: tuple[str, ...]) -> ctypes.CDLL:
     compiler = shlex.split(os.environ.get("CC", "cc"))
     with tempfile.TemporaryDirectory(prefix="lapis-") as folder:

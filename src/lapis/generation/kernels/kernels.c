@@ -4,7 +4,7 @@
    weight is read once, row by row, its lines asked for ahead; all sums are float32. Each output is summed in an order
    of its own, whatever stands beside it: what a row says does not depend on its batch, nor on its padding.
 
-   Vectors of sixteen floats are the compiler's own extension: AVX-512, AVX2 or NEON, as the processor has them.
+   Vectors are the compiler's own extension, as wide as the processor's registers: AVX-512, AVX2 or NEON.
    Shapes: B rows, N outputs, I inputs, H query heads, K key heads, G = H / K, E head dim, S slots of the cache. */
 
 #include <math.h>
@@ -16,26 +16,40 @@
 #define BFLOAT16 1
 #define INT8 2
 
+/* WIDTH numbers are in a register. A tile of ROWS outputs and COLUMNS rows of x keeps its sums in registers. */
+#if defined __AVX512F__
+#define WIDTH 16
+#define ROWS 4
+#define COLUMNS 4
+#elif defined __AVX__
+#define WIDTH 8
+#define ROWS 4
+#define COLUMNS 3
+#else
+#define WIDTH 4
+#define ROWS 4
+#define COLUMNS 4
+#endif
+
 #define INLINE static inline __attribute__((always_inline))
-#define UNROLLED _Pragma("GCC unroll 8") /* sums stay in registers */
+#define UNROLLED _Pragma("GCC unroll 16") /* sums stay in registers */
 #define AHEAD 32768 /* bytes; the processor's own prefetching ends at a page */
+#define VECTOR(bytes) __attribute__((vector_size(bytes)))
 
-typedef float f16 __attribute__((vector_size(64)));
-typedef float f8 __attribute__((vector_size(32)));
-typedef float f4 __attribute__((vector_size(16)));
-typedef int32_t i16 __attribute__((vector_size(64)));
-typedef uint32_t u16 __attribute__((vector_size(64)));
-typedef float f16_anywhere __attribute__((vector_size(64), aligned(4)));
-typedef uint32_t u16_anywhere __attribute__((vector_size(64), aligned(1)));
-typedef uint16_t h16_anywhere __attribute__((vector_size(32), aligned(2)));
+typedef float floats VECTOR(4 * WIDTH);
+typedef int32_t signed_words VECTOR(4 * WIDTH);
+typedef uint32_t words VECTOR(4 * WIDTH);
+typedef float floats_anywhere __attribute__((vector_size(4 * WIDTH), aligned(4)));
+typedef uint32_t words_anywhere __attribute__((vector_size(4 * WIDTH), aligned(1)));
+typedef uint16_t halves_anywhere __attribute__((vector_size(2 * WIDTH), aligned(2)));
 
-INLINE float sum(f16 a) {
-    f8 b = *(f8 *)&a + *((f8 *)&a + 1);
-    f4 c = *(f4 *)&b + *((f4 *)&b + 1);
-    return (c[0] + c[2]) + (c[1] + c[3]);
+INLINE float sum(floats a) {
+    for (int apart = WIDTH / 2; apart; apart /= 2)
+        for (int lane = 0; lane < apart; lane++) a[lane] += a[lane + apart];
+    return a[0];
 }
 
-INLINE f16 load_float(const float *p) { return *(const f16_anywhere *)p; }
+INLINE floats load_float(const float *p) { return *(const floats_anywhere *)p; }
 
 #if OTHER == BFLOAT16
 typedef uint16_t other;
@@ -51,25 +65,27 @@ INLINE other rounded(float value) { /* to the nearest, ties to even */
     if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fc0;
     return (other)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
-INLINE f16 load(const other *p) { return (f16)(__builtin_convertvector(*(const h16_anywhere *)p, u16) << 16); }
+INLINE floats load(const other *p) { return (floats)(__builtin_convertvector(*(const halves_anywhere *)p, words) << 16); }
 #else
 typedef float other;
 INLINE float get(other value) { return value; }
 INLINE other rounded(float value) { return value; }
-INLINE f16 load(const other *p) { return load_float(p); }
+INLINE floats load(const other *p) { return load_float(p); }
 #endif
 
 /* A word of a weight holds PARTS of its numbers, which shifts take out. So x is laid out in the order in which they
    come: sixteen first parts, then sixteen second ones. */
 #if WEIGHT == FLOAT32
 #define PARTS 1
-INLINE f16 part_of(u16 words, int part) { return (void)part, (f16)words; }
+INLINE floats part_of(words some, int part) { return (void)part, (floats)some; }
 #elif WEIGHT == BFLOAT16
 #define PARTS 2
-INLINE f16 part_of(u16 words, int part) { return part ? (f16)(words & 0xffff0000u) : (f16)(words << 16); }
+INLINE floats part_of(words some, int part) { return part ? (floats)(some & 0xffff0000u) : (floats)(some << 16); }
 #else
 #define PARTS 4
-INLINE f16 part_of(u16 words, int part) { return __builtin_convertvector((i16)(words << (24 - 8 * part)) >> 24, f16); }
+INLINE floats part_of(words some, int part) {
+    return __builtin_convertvector((signed_words)(some << (24 - 8 * part)) >> 24, floats);
+}
 #endif
 
 static void lay_out(const other *x, float *out, long I) {
@@ -90,19 +106,22 @@ INLINE void tile(const product *p, long n, long b, int R, int C) {
     long bytes = p->I * 4 / PARTS, I = p->I;
     const char *w = p->weight + n * bytes;
     const float *x = p->x + b * I;
-    f16 sums[8][4];
+    floats sums[8][4];
     UNROLLED for (int r = 0; r < R; r++)
-        UNROLLED for (int c = 0; c < C; c++) sums[r][c] = (f16){0};
-    for (long at = 0; at < bytes; at += 64, x += 16 * PARTS)
-        UNROLLED for (int r = 0; r < R; r++) {
-            const char *line = w + r * bytes + at;
-            __builtin_prefetch(line + AHEAD);
-            u16 words = *(const u16_anywhere *)line;
+        UNROLLED for (int c = 0; c < C; c++) sums[r][c] = (floats){0};
+    for (long at = 0; at < bytes; at += 64, x += 16 * PARTS) {
+        if (b == 0) /* what follows finds the weight in the cache */
+            UNROLLED for (int r = 0; r < R; r++) __builtin_prefetch(w + r * bytes + at + AHEAD);
+        UNROLLED for (int lane = 0; lane < 16; lane += WIDTH)
             UNROLLED for (int part = 0; part < PARTS; part++) {
-                f16 numbers = part_of(words, part);
-                UNROLLED for (int c = 0; c < C; c++) sums[r][c] += numbers * load_float(x + c * I + part * 16);
+                floats numbers[4];
+                UNROLLED for (int c = 0; c < C; c++) numbers[c] = load_float(x + c * I + part * 16 + lane);
+                UNROLLED for (int r = 0; r < R; r++) {
+                    floats weights = part_of(*(const words_anywhere *)(w + r * bytes + at + lane * 4), part);
+                    UNROLLED for (int c = 0; c < C; c++) sums[r][c] += weights * numbers[c];
+                }
             }
-        }
+    }
     UNROLLED for (int r = 0; r < R; r++)
         UNROLLED for (int c = 0; c < C; c++) {
             float value = sum(sums[r][c]);
@@ -117,11 +136,11 @@ static void eight(const product *p, long n) {
         tile(p, n, 0, 8, 1);
         return;
     }
-    for (long four = n; four < n + 8; four += 4)
+    for (long rows = n; rows < n + 8; rows += ROWS)
         for (long b = 0; b < p->B;)
-            if (p->B - b >= 4) tile(p, four, b, 4, 4), b += 4;
-            else if (p->B - b >= 2) tile(p, four, b, 4, 2), b += 2;
-            else tile(p, four, b, 4, 1), b += 1;
+            if (p->B - b >= COLUMNS) tile(p, rows, b, ROWS, COLUMNS), b += COLUMNS;
+            else if (p->B - b >= 2) tile(p, rows, b, ROWS, 2), b += 2;
+            else tile(p, rows, b, ROWS, 1), b += 1;
 }
 
 /* y[B, N] = x[B, I] W^T * scale + bias. I is a multiple of 64; scale and bias may be null. 1 where memory lacks. */
@@ -141,10 +160,10 @@ int lapis_product(const void *weight, const float *scale, const float *bias, con
 
 /* x / sqrt(mean(x^2) + eps) * gain, of D numbers, a multiple of 16. */
 INLINE void norm(const other *x, const float *gain, float eps, float *y, long D) {
-    f16 squares = {0};
-    for (long i = 0; i < D; i += 16) squares += load(x + i) * load(x + i);
+    floats squares = {0};
+    for (long i = 0; i < D; i += WIDTH) squares += load(x + i) * load(x + i);
     float inverse = 1 / sqrtf(sum(squares) / (float)D + eps);
-    for (long i = 0; i < D; i += 16) *(f16_anywhere *)(y + i) = load(x + i) * inverse * load_float(gain + i);
+    for (long i = 0; i < D; i += WIDTH) *(floats_anywhere *)(y + i) = load(x + i) * inverse * load_float(gain + i);
 }
 
 /* Each of the rows normed. */
@@ -160,21 +179,21 @@ int lapis_rms_norm(const other *x, const float *gain, float eps, other *y, long 
 }
 
 /* e^x for x <= 0, to 2e-7: 2^n times a polynomial (Cephes' expf). What is no number stays none. */
-INLINE f16 exp_of(f16 x) {
-    f16 lowest = (f16){0} - 87.0f;
-    i16 below = x < lowest;
-    x = (f16)(((i16)lowest & below) | ((i16)x & ~below));
-    i16 n = __builtin_convertvector(x * 1.44269504f - 0.5f, i16);
-    f16 whole = __builtin_convertvector(n, f16);
-    f16 r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
-    f16 y = (f16){0} + 1.9875691500e-4f;
+INLINE floats exp_of(floats x) {
+    floats lowest = (floats){0} - 87.0f;
+    signed_words below = x < lowest;
+    x = (floats)(((signed_words)lowest & below) | ((signed_words)x & ~below));
+    signed_words n = __builtin_convertvector(x * 1.44269504f - 0.5f, signed_words);
+    floats whole = __builtin_convertvector(n, floats);
+    floats r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
+    floats y = (floats){0} + 1.9875691500e-4f;
     y = y * r + 1.3981999507e-3f;
     y = y * r + 8.3334519073e-3f;
     y = y * r + 4.1665795894e-2f;
     y = y * r + 1.6666665459e-1f;
     y = y * r + 5.0000001201e-1f;
     y = y * r * r + r + 1.0f;
-    return y * (f16)((n + 127) << 23);
+    return y * (floats)((n + 127) << 23);
 }
 
 typedef struct {
@@ -206,14 +225,15 @@ INLINE void prepared(const attention *a, const other *x, const float *gain, long
     }
 }
 
-/* Sixteen parts of a head's values, or fewer at its end, weighted and summed. */
+/* Some registers of a head's values, weighted and summed. */
 INLINE void mix(const attention *a, const other *values, const long *seen, const float *weights, long count,
-                float share, int parts, other *out) {
-    f16 mixed[4] = {{0}};
+                float share, int registers, other *out) {
+    floats mixed[64 / WIDTH];
+    UNROLLED for (int i = 0; i < registers; i++) mixed[i] = (floats){0};
     for (long s = 0; s < count; s++)
-        UNROLLED for (int part = 0; part < parts; part++) mixed[part] += weights[s] * load(values + seen[s] * a->E + part * 16);
-    for (int part = 0; part < parts; part++)
-        for (int lane = 0; lane < 16; lane++) out[part * 16 + lane] = rounded(mixed[part][lane] * share);
+        UNROLLED for (int i = 0; i < registers; i++) mixed[i] += weights[s] * load(values + seen[s] * a->E + i * WIDTH);
+    for (int i = 0; i < registers; i++)
+        for (int lane = 0; lane < WIDTH; lane++) out[i * WIDTH + lane] = rounded(mixed[i][lane] * share);
 }
 
 /* One head of keys, and the heads of queries that share it, for one row. */
@@ -236,23 +256,23 @@ static int attend(const attention *a, long b, long k) {
         prepared(a, row + (k * G + g) * E, a->q_gain, b, head);
         float most = -INFINITY;
         for (long s = 0; s < count; s++) {
-            f16 dot = {0};
-            for (long e = 0; e < E; e += 16) dot += load_float(head + e) * load(keys + seen[s] * E + e);
+            floats dot = {0};
+            for (long e = 0; e < E; e += WIDTH) dot += load_float(head + e) * load(keys + seen[s] * E + e);
             weights[s] = sum(dot) * a->scale;
             if (weights[s] > most) most = weights[s];
         }
         for (long s = count; s < (count + 15) / 16 * 16; s++) weights[s] = -INFINITY;
-        f16 sums = {0};
-        for (long s = 0; s < count; s += 16) {
-            f16 w = exp_of(load_float(weights + s) - most);
+        floats sums = {0};
+        for (long s = 0; s < count; s += WIDTH) {
+            floats w = exp_of(load_float(weights + s) - most);
             sums += w;
-            *(f16_anywhere *)(weights + s) = w;
+            *(floats_anywhere *)(weights + s) = w;
         }
         float share = 1 / sum(sums);
         other *out = a->out + (b * a->H + k * G + g) * E;
         for (long e = 0; e < E; e += 64)
-            if (E - e >= 64) mix(a, values + e, seen, weights, count, share, 4, out + e);
-            else mix(a, values + e, seen, weights, count, share, (int)(E - e) / 16, out + e);
+            if (E - e >= 64) mix(a, values + e, seen, weights, count, share, 64 / WIDTH, out + e);
+            else mix(a, values + e, seen, weights, count, share, (int)(E - e) / WIDTH, out + e);
     }
     free(seen);
     return 0;

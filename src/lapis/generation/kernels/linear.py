@@ -11,28 +11,48 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lapis.generation.kernels.build import Kernels, compiled
+from lapis.generation.kernels.build import Kernels, compiled, has_bfloat16
 
-# rows up to which the compiled kernel is faster than torch's products
-FEW = {torch.float32: 16, torch.bfloat16: 8, torch.int8: 8}
 WIDENED = 1 << 22  # numbers of a weight that are float32 at a time while it is rounded
 DIVISOR = 64  # of the inputs, which the compiled kernel takes apart in lines of the cache
+FIRST = 1 << 12  # numbers of a weight that say soon whether bfloat16 holds it
+
+
+def few(weights: torch.dtype, others: torch.dtype) -> float:
+    """Rows up to which the compiled kernel is faster than torch's products, as measured on processors of both kinds.
+
+    Args:
+        weights: How the weight is held.
+        others: What it is multiplied with.
+    """
+    if has_bfloat16():
+        return 16 if others == torch.float32 and weights != torch.int8 else 8
+    return 64 if others == torch.float32 else float("inf")  # torch would imitate products in bfloat16, at a fortieth
 
 
 class ReadyLinear(nn.Module):
-    """y = x W^T + b by the compiled kernel where rows are few, and by torch's products where they are many."""
+    """y = x W^T + b by the compiled kernel where rows are few, and by torch's products where they are many.
 
-    def __init__(self, weight_NI: Tensor, bias_N: Tensor | None, kernels: Kernels) -> None:
+    The weight may be held in bfloat16 though x is float32: nothing but the weight's own bytes is less then.
+    """
+
+    def __init__(self, weight_NI: Tensor, bias_N: Tensor | None, kernels: Kernels, dtype: torch.dtype) -> None:
         super().__init__()
-        self.matrix = weight_NI.detach().contiguous()
+        self.dtype = dtype
+        self._held = weight_NI.detach().contiguous()
         self.bias = None if bias_N is None else bias_N.detach()
         self._wide_bias = None if bias_N is None else bias_N.detach().float()
-        self._few = FEW[weight_NI.dtype]
+        self._few = few(weight_NI.dtype, dtype)
         self._product = kernels.product
-        self._shape = self.matrix.shape
+        self._shape = self._held.shape
         self._pointers = (
-            self.matrix.data_ptr(), None, None if self._wide_bias is None else self._wide_bias.data_ptr()
+            self._held.data_ptr(), None, None if self._wide_bias is None else self._wide_bias.data_ptr()
         )  # fmt: skip
+
+    @property
+    def matrix(self) -> Tensor:
+        """The weight, [N, I], in x's dtype; made anew at every call where it is held in another."""
+        return self._held.to(self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         outputs, inputs = self._shape
@@ -46,7 +66,7 @@ class ReadyLinear(nn.Module):
         return y
 
     def _many(self, x: Tensor) -> Tensor:
-        if self.matrix.dtype == torch.float32 and _packs(torch.float32):
+        if self.dtype == torch.float32 and _packs(torch.float32):
             # torch's float32 product is MKL's, which some processors run at half the speed of oneDNN's
             y: Tensor = PackedLinear(self.matrix, self.bias)(x)
             return y
@@ -66,6 +86,7 @@ class Int8Linear(nn.Module):
         self._q_NI, self._scale_N = rounded_rows(weight_NI.detach())
         self.bias = None if bias_N is None else bias_N.detach()
         self._wide_bias = None if bias_N is None else bias_N.detach().float()
+        self._few = few(torch.int8, self.dtype)
         fits = kernels is not None and weight_NI.shape[1] % DIVISOR == 0
         self._product = kernels.product if kernels is not None and fits else None
         bias = None if self._wide_bias is None else self._wide_bias.data_ptr()
@@ -79,7 +100,7 @@ class Int8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         outputs, inputs = self._q_NI.shape
         rows = x.numel() // inputs
-        if self._product is None or rows > FEW[torch.int8]:
+        if self._product is None or rows > self._few:
             y = F.linear(x, self._q_NI.to(x.dtype)).float() * self._scale_N
             return (y if self._wide_bias is None else y + self._wide_bias).to(x.dtype)
         x, y = x.contiguous(), x.new_empty(*x.shape[:-1], outputs)
@@ -128,23 +149,33 @@ class PackedLinear(nn.Module):
 
 @dataclass(frozen=True)
 class WeightLayout:
-    """How weights are laid out. kernels: for their dtype, or None where they cannot be compiled. int8: rounded."""
+    """How weights are laid out.
 
+    Attributes:
+        held: int8 (rounded), bfloat16 (where that holds a float32 weight as it is), or the weights' own dtype.
+        kernels: For weights that are held so, or None where they cannot be compiled.
+    """
+
+    held: torch.dtype
     kernels: Kernels | None
-    int8: bool = False
 
     @staticmethod
-    def of(dtype: torch.dtype, device: torch.device, *, int8: bool = False, compile: bool = True) -> "WeightLayout":
+    def of(
+        dtype: torch.dtype, device: torch.device, *, int8: bool = False, stored: torch.dtype | None = None,
+        compile: bool = True,
+    ) -> "WeightLayout":  # fmt: skip
         """The layout for weights of this dtype.
 
         Args:
             dtype: Of the weights, and of all that is computed with them.
             device: Kernels are for a CPU.
             int8: Whether weights are rounded to eight bits.
+            stored: The dtype that they have in their folder.
             compile: Whether kernels are compiled, where there is a compiler.
         """
-        here = compile and device.type == "cpu"
-        return WeightLayout(compiled(torch.int8 if int8 else dtype, dtype) if here else None, int8)
+        narrow = (dtype, stored) == (torch.float32, torch.bfloat16)
+        held = torch.int8 if int8 else torch.bfloat16 if narrow else dtype
+        return WeightLayout(held, compiled(held, dtype) if compile and device.type == "cpu" else None)
 
 
 def lay_out(weight_NI: Tensor, bias_N: Tensor | None, layout: WeightLayout) -> nn.Module | None:
@@ -155,14 +186,27 @@ def lay_out(weight_NI: Tensor, bias_N: Tensor | None, layout: WeightLayout) -> n
         bias_N: Or None.
         layout: For the weight's dtype.
     """
-    if weight_NI.device.type != "cpu" or weight_NI.dtype not in FEW:
+    dtype, kernels = weight_NI.dtype, layout.kernels
+    if weight_NI.device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
         return None
-    kernels = layout.kernels
-    if layout.int8:
+    if layout.held == torch.int8:
         return Int8Linear(weight_NI, bias_N, kernels)
     if kernels is not None and weight_NI.shape[1] % DIVISOR == 0:
-        return ReadyLinear(weight_NI, bias_N, kernels)
-    return PackedLinear(weight_NI, bias_N) if _packs(weight_NI.dtype) else None
+        held_NI = weight_NI if layout.held == dtype else _as_bfloat16(weight_NI.detach())
+        if held_NI is not None:
+            return ReadyLinear(held_NI, bias_N, kernels, dtype)
+        if (own := compiled(dtype, dtype)) is not None:
+            return ReadyLinear(weight_NI, bias_N, own, dtype)
+    return PackedLinear(weight_NI, bias_N) if _packs(dtype) else None
+
+
+def _as_bfloat16(weight_NI: Tensor) -> Tensor | None:
+    """The weight in bfloat16 where that holds each of its numbers exactly, else None."""
+    first = weight_NI.flatten()[:FIRST]
+    if not torch.equal(first.bfloat16().float(), first):
+        return None
+    narrow_NI = weight_NI.bfloat16()
+    return narrow_NI if torch.equal(narrow_NI.float(), weight_NI) else None
 
 
 def joined(layers: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
