@@ -116,7 +116,7 @@ def held(model):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_what_bfloat16_holds_exactly_is_held_so_and_computed_in_float32(name):
+def test_exact_bfloat16_is_held_so_and_computed_in_float32(name):
     model = make(name, torch.bfloat16).float()
     narrow = ready(copy.deepcopy(model), stored=torch.bfloat16)
     if compiled(torch.float32, torch.float32) is not None and name != "odd sizes":
@@ -161,7 +161,7 @@ def test_registers_of_every_width_give_the_same(weights, without, monkeypatch):
 
 
 @pytest.mark.parametrize("others, most", [(torch.float32, 64), (torch.bfloat16, float("inf"))])
-def test_without_instructions_for_bfloat16_torch_never_imitates_them(others, most, monkeypatch):
+def test_torch_never_imitates_products_in_bfloat16(others, most, monkeypatch):
     monkeypatch.setattr(linear, "has_bfloat16", lambda: False)
     assert linear.few(torch.bfloat16, others) == most
     model = make("llama", torch.bfloat16)
