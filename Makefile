@@ -7,7 +7,7 @@ JOBS ?= auto
 PEER ?= .venv-peers/bin/python
 SIZE ?= 0.5b
 
-.PHONY: tour test lint docs check-matrix bench bench-train bench-generate bench-diff-lens bench-gguf bench-serve serve-soak serve-fuzz bench-merge bench-faults kill kill-train reliability peers clean
+.PHONY: tour test lint docs book check-matrix bench bench-train bench-generate bench-diff-lens bench-gguf bench-serve serve-soak serve-fuzz bench-merge bench-faults kill kill-train reliability peers clean
 
 .venv/.core: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -32,6 +32,9 @@ test: lint                   ## types, style, and every test
 
 docs: .venv/.core            ## docs/api.md from the docstrings
 	$(BIN)/python scripts/api_page.py
+
+book: .venv/.core            ## build/book/site: the book, in five languages, offline; pip install 'lapis[book]'
+	$(BIN)/python -m scripts.book
 
 check-matrix:                ## the fast tests on the lowest and highest Python and torch; says what is not at hand
 	$(PYTHON) scripts/check_matrix.py --jobs $(JOBS)
