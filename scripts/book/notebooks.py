@@ -23,7 +23,7 @@ from scripts.book.chapters import BOOK, Book, Cell, Chapter, Prose
 CELL_SECONDS = 60
 FIGURE = "application/vnd.plotly.v1+json"
 SOURCE = BOOK.parents[1] / "src"
-FRESH = "%reset -f\n%cd -q {folder}\n__import__('torch').seed(); None"
+FRESH = "%reset -f\n%cd -q {folder}\n__import__('torch').seed()\n__import__('torch').set_grad_enabled(True)\nNone"
 
 Outputs = dict[str, list[Any]]
 """Cell -> what it put out, in nbformat's form: streams and results."""
@@ -59,7 +59,7 @@ def run_chapters(chapters: Sequence[Chapter], report: Callable[[str], None] = la
             cells += [_code_cell(code, chapter.path, name) for name, code in chapter.cells.items()]
 
         def started(cell: Any, cell_index: int) -> None:
-            if not cell.metadata.name:
+            if not cell.metadata.cell:
                 report(cell.metadata.chapter)
 
         environment = {
@@ -76,13 +76,13 @@ def run_chapters(chapters: Sequence[Chapter], report: Callable[[str], None] = la
         except CellExecutionError as error:
             failed = next(cell for cell in cells if any(o.output_type == "error" for o in cell.outputs))
             raise DataError(
-                f"{failed.metadata.chapter}: the cell {failed.metadata.name} fails: {error.ename}: {error.evalue}"
+                f"{failed.metadata.chapter}: the cell {failed.metadata.cell} fails: {error.ename}: {error.evalue}"
             ) from None
     outputs: dict[str, Outputs] = {chapter.path: {} for chapter in chapters}
     for cell in cells:
-        if cell.metadata.name:
+        if cell.metadata.cell:
             kept = [o for o in cell.outputs if o.get("name") != "stderr"]
-            outputs[cell.metadata.chapter][cell.metadata.name] = kept
+            outputs[cell.metadata.chapter][cell.metadata.cell] = kept
     return outputs
 
 
@@ -142,4 +142,4 @@ def relink(text: str, chapter: Chapter, suffix: str) -> str:
 
 
 def _code_cell(code: str, path: str, name: str) -> Any:
-    return new_code_cell(code, metadata={"chapter": path, "name": name})
+    return new_code_cell(code, metadata={"chapter": path, "cell": name})

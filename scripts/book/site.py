@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+import yaml
 from mkdocs.commands.build import build as build_site
 from mkdocs.config import load_config
 
@@ -57,13 +58,16 @@ def build(book: Book, outputs: dict[str, Outputs], out: Path) -> Path:
     Returns:
         The first page.
     """
+    out = out.resolve()
     for name in ("notebooks", "pages", "site"):
         shutil.rmtree(out / name, ignore_errors=True)
     for language in LANGUAGES:
         _write_sources(book, outputs, language, out)
     logging.getLogger("mkdocs").setLevel(logging.WARNING)
     for language in LANGUAGES:  # English first: a build empties its folder
-        build_site(load_config(**settings(book, language, out)))
+        config = out / "pages" / f"{language}.yml"
+        config.write_text(yaml.safe_dump(settings(book, language, out), allow_unicode=True), encoding="utf-8")
+        build_site(load_config(str(config)))
     return out / "site" / "index.html"
 
 
