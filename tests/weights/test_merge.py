@@ -48,7 +48,7 @@ def tensors_of(folder):
 PARAMETERS = {"weight": 0.6, "density": 0.5, "t": 0.4, "epsilon": 0.1, "select_topk": 0.4}
 
 
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", sorted(name for name, method in METHODS.items() if not method.statistics))
 def test_a_streamed_merge_equals_the_merge_of_whole_tensors(method, family, tmp_path):
     kind = METHODS[method]
     names = ("one", "two", "three")[: kind.most or 2]
@@ -65,7 +65,7 @@ def test_a_streamed_merge_equals_the_merge_of_whole_tensors(method, family, tmp_
     for name in merged:
         expected = merge_tensors(
             method, [model[name] for model in models], None if kind.base == "ignored" else base[name],
-            parameters=parameters, name=name, seed=5,
+            parameters=parameters, name=name, seed=5, layer="layers" in name,
         )  # fmt: skip
         assert torch.equal(merged[name], expected.bfloat16()), name
 

@@ -1,6 +1,7 @@
 """Merges of tensors that are in memory: what a streamed merge must equal, bit by bit."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -19,18 +20,22 @@ def merge_tensors(
     name: str = "",
     seed: int = 0,
     elements: int = 1 << 20,
+    layer: bool = True,
+    statistics: Sequence[Tensor] = (),
 ) -> Tensor:
     """Merges tensors of one shape that are in memory -> float32 of that shape. A pure function of its arguments.
 
     parameters: by recipe names; per-model ones as one number or one for each model. name, seed: where random masks come
-    from. elements: the size of a block, which changes nothing but memory.
+    from. elements: the size of a block, which changes nothing but memory. layer: the tensor is no table of tokens.
+    statistics: of each model, for methods that have such.
     """
     shape = models[0].shape
     if not shape.numel():
         return torch.zeros(shape)
     columns = shape[-1] if shape else 1
     matrices = [tensor.reshape(-1, columns) for tensor in models]
-    step = max(1, elements // columns)
+    count = prod(shape[:-2]) if METHODS[method].matrices and layer and len(shape) in (2, 3) else 0
+    step = len(matrices[0]) if count else max(1, elements // columns)
 
     def block(first: int) -> Block:
         def cut(matrix: Tensor) -> Tensor:
@@ -43,6 +48,8 @@ def merge_tensors(
             name,
             seed,
             len(shape) < 2,
+            count,
+            list(statistics) if METHODS[method].statistics == "gram" else [cut(each) for each in statistics],
         )
 
     def sweep(reduction: Reduction) -> list[tuple[Any, ...]]:

@@ -52,6 +52,7 @@ COMMANDS = {
     "delta apply": ("lapis.cli.delta:apply", "Add such files to a model."),
     "delta show": ("lapis.cli.delta:show_delta", "What such a file holds, and what it loses."),
     "merge": ("lapis.cli.merge:merge", "Merge models by a recipe or a formula."),
+    "gather": ("lapis.cli.gather:gather", "What merges by regmean or fisher weigh a model with."),
     "report": ("lapis.cli.report:report", "What some folders hold, as one page."),
     "export": ("lapis.cli.export:export", "A model as one GGUF file, for llama.cpp and Ollama."),
     "import": ("lapis.cli.export:import_", "A model folder from a GGUF file."),

@@ -4,12 +4,14 @@ Leaves out: the methods (methods/), the engine (stream.py).
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
+from math import prod
 from typing import Any
 
 import torch
 
+from lapis.weights.engine.sources import Source, read_rows
 from lapis.weights.engine.stream import Kernel
 from lapis.weights.engine.tiles import Tile
 from lapis.weights.merge.methods import Method
@@ -25,20 +27,28 @@ def kernel_of(
     models: int,
     base: bool,
     seed: int = 0,
+    layer: bool = True,
+    grams: Sequence[Source] = (),
     method_notes: Counter[str] | None = None,
 ) -> Kernel:
-    """The kernel for one tensor. Its tiles' inputs are the models in order, then the base where there is one.
+    """The kernel for one tensor. Its tiles' inputs are the models in order, the base where there is one, and statistics
+    of the models that have the tensor's shape.
 
-    parameters: by recipe names, per-model ones as tuples. method_notes: counts what the method has to say of the
-    tensor.
+    parameters: by recipe names, per-model ones as tuples. layer: what has two dimensions is a layer's matrix, and no
+    table of tokens. grams: of the models, where the method asks for these. method_notes: counts what the method has to
+    say of the tensor.
     Raises ConfigError for parameters that the method cannot take.
     """
     vector = len(shape) < 2
+    stacked = prod(shape[:-2]) if method.matrices and layer and len(shape) in (2, 3) and 0 not in shape else 0
 
     def block(tile: Tile) -> Block:
-        columns = shape[-1] if shape and method.rows else tile.last - tile.first
+        columns = shape[-1] if shape and (method.rows or stacked) else tile.last - tile.first
         inputs = [vector.view(-1, columns) for vector in tile.inputs]
-        return Block(inputs[:models], inputs[models] if base else None, tile.first, name, seed, vector)
+        statistics = inputs[models + base :] or [read_rows(gram, range(columns)).float() for gram in grams]
+        return Block(
+            inputs[:models], inputs[models] if base else None, tile.first, name, seed, vector, stacked, statistics
+        )
 
     steps = method.start(parameters, models)
     begin: Reduction | Elementwise
@@ -73,7 +83,7 @@ def kernel_of(
     count = 0
     if not isinstance(begin, Elementwise) and 0 not in shape:
         count = _sweeps(method, tuple(sorted(parameters.items())), models, base)
-    whole = method.rows and vector  # a vector is one row
+    whole = bool(stacked) or (method.rows and vector)  # a vector is one row
     return Kernel(apply, (sweep,) * count, fold if count else None, rows=method.rows and not whole, whole=whole)
 
 

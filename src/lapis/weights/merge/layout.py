@@ -22,7 +22,7 @@ from lapis.weights.matching import embedding_rows, is_vocabulary
 from lapis.weights.merge.kernel import kernel_of
 from lapis.weights.merge.placing import Placed, Placing
 from lapis.weights.merge.recipes.parameters import Resolver
-from lapis.weights.merge.recipes.recipe import Recipe, recipe_scopes
+from lapis.weights.merge.recipes.recipe import Input, Recipe, recipe_scopes
 from lapis.weights.merge.union import Aligned, Words, output_words, rows_of
 
 SHARD = 5 * 10**9  # bytes of one weight file
@@ -38,8 +38,10 @@ class Layout:
         inputs: dict[str, Checkpoint],
         placing: Placing,
         vocabularies: Mapping[str, Vocabulary | None],
+        statistics: Mapping[str, Checkpoint] | None = None,
     ) -> None:
         self.recipe, self.inputs, self.placing, self.vocabularies = recipe, inputs, placing, vocabularies
+        self.statistics = statistics or {}
         self.resolver = Resolver(recipe.method.name, list(recipe_scopes(recipe)))
         self.entries: list[Entry] = []
         self.problems: list[str] = []
@@ -130,15 +132,47 @@ class Layout:
         if method.name == "passthrough" and values["scale"] == (1.0,) and not aligned and dtype == sources[0].dtype:
             self.entries.append(Entry(placed.name, "copied", f"{pairs[0][0][1]} of {pairs[0][0][0].model}"))
             return Output(placed.name, dtype, shape, tuple(sources))
+        statistics = self._statistics(placed, [pair[0] for pair in merged], shape, aligned)
+        grams = statistics if method.statistics == "gram" else []
+        layer = not is_vocabulary(placed.part) and (bool(grams) or method.statistics != "gram")
         kernel = kernel_of(
-            method, values, placed.name, shape,
-            models=len(merged), base=uses_base, seed=recipe.seed, method_notes=self.method_notes,
+            method, values, placed.name, shape, models=len(merged), base=uses_base, seed=recipe.seed, layer=layer,
+            grams=grams, method_notes=self.method_notes,
         )  # fmt: skip
         inputs = [source for _, source in merged]
         inputs += [source for (entry, _), source in pairs if uses_base and entry.model == placed.base]
+        inputs += statistics if not grams else []
         reason = f"{len(self.words.ids):,} tokens in {shape[0]:,} rows" if aligned and self.words else ""
         self.entries.append(Entry(placed.name, "merged", reason))
         return Output(placed.name, dtype, shape, tuple(inputs), replace(kernel, rows=kernel.rows or aligned))
+
+    def _statistics(
+        self, placed: Placed, models: list[tuple[Input, str]], shape: tuple[int, ...], aligned: bool
+    ) -> list[Stored]:
+        """What was gathered of a tensor in each model; none where there are Gram matrices of no model.
+
+        Raises ConfigError where it is there for some of the models only, or does not fit.
+        """
+        kind = self.recipe.method.statistics
+        if not kind:
+            return []
+        if aligned and kind == "fisher":
+            raise ConfigError(
+                f"{placed.name}: fisher weighs rows as they stand in the models; leave tokenizer_source out"
+            )
+        expected = shape if kind == "fisher" else shape[-1:] * 2
+        lacking = [entry.model for entry, name in models if name not in self.statistics[entry.model].index]
+        if lacking and (kind == "fisher" or len(lacking) < len(models)):
+            raise ConfigError(f"{placed.name}: the statistics of {lacking[0]} lack it; gather them again")
+        if lacking:
+            if placed.part.layer is not None and len(shape) > 1:
+                self.method_notes["are matrices without statistics, and were averaged"] += 1
+            return []
+        stored = [Stored(f"statistics of {e.model}", self.statistics[e.model], name) for e, name in models]
+        for source in stored:
+            if source.shape != expected:
+                raise ConfigError(f"{placed.name}: {source.role} are of the shape {source.shape}, not {expected}")
+        return stored
 
     def _aligned(self, placed: Placed, stored: list[Stored]) -> list[Aligned]:
         """The sources of an embedding or head in the rows of the output's vocabulary."""

@@ -8,7 +8,7 @@ import difflib
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from lapis.checkpoint import Checkpoint
 from lapis.families.base import Part
@@ -163,7 +163,7 @@ def _with_layers(each: Slice, tables: Mapping[str, dict[int | None, list[str]]],
             problems.append(
                 f"{entry.model} has no layer {missing[0]}; it has {count}, and [{first}, {last}) is asked for"
             )
-        inputs.append(Input(entry.model, (first, last), entry.parameters))
+        inputs.append(replace(entry, layers=(first, last)))
     lengths = {entry.model: entry.layers[1] - entry.layers[0] for entry in inputs if entry.layers}
     if len(set(lengths.values())) > 1:
         spelled = ", ".join(f"{count} in {model}" for model, count in lengths.items())

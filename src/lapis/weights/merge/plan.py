@@ -38,6 +38,7 @@ from lapis.weights.merge.placing import place
 from lapis.weights.merge.recipes.recipe import Recipe
 from lapis.weights.merge.recipes.stages import RecipeLike, each_stage, open_recipe
 from lapis.weights.merge.settings import chat_template, output_config, write_tokenizer
+from lapis.weights.merge.statistics import open_statistics
 from lapis.weights.merge.union import Words
 from lapis.weights.options import Dtype, MergeOptions
 from lapis.weights.tokenizer_files import copy_tokenizer_files, write_index, write_template
@@ -160,6 +161,7 @@ def _lay_out(
     if seed is not None:
         recipe = replace(recipe, seed=seed)
     inputs, problems = _open(recipe, opened)
+    statistics = _open_statistics(recipe, inputs, opened, problems)
     if problems:
         raise CheckpointError(format_problems("merge", problems))
     kin |= {model: inputs[model] for model in inputs if model not in kin}
@@ -171,7 +173,7 @@ def _lay_out(
     more, lines = check_configs(inputs, placing.owner)
     problems, notes = more + problems, notes + lines
     words = {model: open_vocabulary(checkpoint) for model, checkpoint in inputs.items()}
-    layout = Layout(recipe, inputs, placing, words)
+    layout = Layout(recipe, inputs, placing, words, statistics)
     more, lines = check_same_tokens(inputs, words, same_tokens)
     problems, notes = problems + more, notes + lines
     problems += check_vocabularies(inputs, words) + layout.check_vocabularies()
@@ -215,6 +217,22 @@ def _open(recipe: Recipe, opened: dict[str, Checkpoint]) -> tuple[dict[str, Chec
         except CheckpointError as error:
             problems.append(str(error))
     return {model: opened[model] for model in recipe.models if model in opened}, problems
+
+
+def _open_statistics(
+    recipe: Recipe, inputs: Mapping[str, Checkpoint], opened: dict[str, Checkpoint], problems: list[str]
+) -> dict[str, Checkpoint]:
+    """What was gathered of the models, by model; added to `opened`, since it decides the output as they do."""
+    result: dict[str, Checkpoint] = {}
+    for each in recipe.slices:
+        for entry in each.inputs:
+            if entry.statistics is not None and entry.model in inputs and entry.model not in result:
+                try:
+                    held = open_statistics(entry.statistics, recipe.method.statistics, inputs[entry.model])
+                    result[entry.model] = opened[f"statistics of {entry.model}"] = held
+                except CheckpointError as error:
+                    problems.append(str(error))
+    return result
 
 
 def _check_parents(

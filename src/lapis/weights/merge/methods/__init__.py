@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-from lapis.weights.merge.methods import consensus, linear, sparse, spherical
+from lapis.weights.merge.methods import consensus, linear, matrices, sparse, spherical
 from lapis.weights.merge.methods.block import Block, Elementwise, PerModel, Steps
 
 __all__ = ["METHODS", "Block", "Elementwise", "Method", "Parameter"]
@@ -42,7 +42,8 @@ class Method:
 
     base: "required", "optional" (used where a recipe names one), or "ignored" (a base is a model like the others).
     least, most: how many models besides a base that is used. rows: a block must hold whole rows. seeded: draws masks.
-    differences: what is merged are differences from the base, where one is used.
+    differences: what is merged are differences from the base, where one is used. matrices: a layer's matrix is one
+    block. statistics: what has to be gathered of each model first (`lapis gather`).
     """
 
     name: str
@@ -53,6 +54,8 @@ class Method:
     rows: bool = False
     seeded: bool = False
     differences: bool = True
+    matrices: bool = False
+    statistics: Literal["", "gram", "fisher"] = ""
 
     @property
     def takes_differences(self) -> bool:
@@ -109,6 +112,11 @@ METHODS: dict[str, Method] = {
         Method("arcee_fusion", consensus.arcee_fusion, base="required", most=1, rows=True),
         Method("ram", linear.ram, base="required"),
         Method("ramplus_tl", linear.ramplus_tl, base="required"),
+        Method("tsv_m", matrices.tsv_m, base="required", matrices=True),
+        Method("iso_c", matrices.iso_c, base="required", matrices=True),
+        Method("wudi", matrices.wudi, base="required", matrices=True),
+        Method("regmean", matrices.regmean, base="ignored", matrices=True, statistics="gram"),
+        Method("fisher", linear.fisher, base="ignored", statistics="fisher"),
         Method("passthrough", linear.passthrough, base="ignored", most=1),
     )
 }

@@ -29,7 +29,9 @@ class Block:
 
     models: float32 [R, C] each, in the recipe's order. base: float32 [R, C] or None. Both may be overwritten. first:
     flat index of the first element in the tensor, which also identifies the block. name, seed: what random masks are
-    drawn from. vector: the tensor has fewer than two dimensions.
+    drawn from. vector: the tensor has fewer than two dimensions. matrices: where the block is a layer's whole matrix,
+    or several below each other, how many; else 0. statistics: what was gathered of each model, where a method asks for
+    it and there is such: elementwise [R, C], or Gram matrices [C, C].
     """
 
     models: list[Tensor]
@@ -38,6 +40,8 @@ class Block:
     name: str = ""
     seed: int = 0
     vector: bool = False
+    matrices: int = 0
+    statistics: list[Tensor] = field(default_factory=list)
     _deltas: bool = field(default=False, repr=False)
 
     @property
@@ -237,4 +241,8 @@ NormalizeWeights = Annotated[bool, "make the weights sum to 1"]
 Eps = Annotated[float, "smallest norm that is divided by", (0, inf)]
 MaxIterations = Annotated[int, "most steps towards the mean", (1, 100_000)]
 Tolerance = Annotated[float, "step below which the mean is reached", (0, inf)]
+AdamSteps = Annotated[int, "steps of Adam; 0 gives the exact minimum", (0, 100_000)]
+AdamRate = Annotated[float, "Adam's learning rate", (0, inf)]
+OffDiagonal = Annotated[float, "what is left of a Gram matrix off its diagonal", (0, 1)]
+FisherFloor = Annotated[float, "the least that an element's Fisher information counts", (0, inf)]
 FilterWise = Annotated[bool, "one ratio for each row instead of for the tensor"]

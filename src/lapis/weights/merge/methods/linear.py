@@ -12,6 +12,7 @@ from lapis.errors import ConfigError
 from lapis.weights.merge.methods.block import (
     Block,
     Elementwise,
+    FisherFloor,
     Lambda,
     NearswapT,
     Normalize,
@@ -59,6 +60,24 @@ def linear(*, weight: Weight, normalize: Normalize = True) -> Elementwise:
 
         return Elementwise(apply)
     return Elementwise(lambda block: (combination(block.models, [w / whole for w in weight]), None))
+
+
+def fisher(*, weight: Weight = (1.0,), floor: FisherFloor = 1e-6) -> Elementwise:
+    """sum w F x / sum w F, element by element, where F is how much an element matters to its model.
+
+    Fisher-weighted averaging (Matena and Raffel 2022, arXiv 2111.09832, section 3.2). F comes from `lapis gather`: the
+    mean over texts of the squared gradient of their log-probability, at least `floor`.
+    """
+
+    def apply(block: Block) -> Result:
+        total, divisor = torch.zeros_like(block.models[0]), torch.zeros_like(block.models[0])
+        for i, (model, w) in enumerate(zip(block.models, weight, strict=True)):
+            share = block.statistics[i].clamp_(min=floor) if block.statistics else torch.ones_like(model)
+            total.addcmul_(model, share, value=w)
+            divisor.add_(share, alpha=w)
+        return total.div_(divisor), None
+
+    return Elementwise(apply)
 
 
 def task_arithmetic(*, weight: Weight, lambda_: Lambda = 1.0, normalize: Normalize = False) -> Elementwise:

@@ -11,9 +11,9 @@
             - {value: 0.4}
     dtype: bfloat16
 
-Exactly one of models, slices and modules. Keys of lapis's own: `seed`, and the parameter `numerics`. An unknown key is
-an error that names the nearest. Leaves out: what a parameter is for a tensor (parameters.py), and the models themselves
-(merge.py).
+Exactly one of models, slices and modules. Keys of lapis's own: `seed`, an input's `statistics`, and the parameter
+`numerics`. An unknown key is an error that names the nearest. Leaves out: what a parameter is for a tensor
+(parameters.py), recipes within recipes (stages.py), and the models themselves (weights/merge/plan.py).
 """
 
 from collections.abc import Iterator, Mapping
@@ -34,11 +34,12 @@ DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 @dataclass(frozen=True)
 class Input:
-    """A model in a slice. layers: [first, last), None for all of them."""
+    """A model in a slice. layers: [first, last), None for all of them. statistics: a folder of `lapis gather`."""
 
     model: str
     layers: tuple[int, int] | None = None
     parameters: Mapping[str, Any] = field(default_factory=dict)
+    statistics: str | None = None
 
 
 @dataclass(frozen=True)
@@ -191,7 +192,7 @@ def _slice(entry: Any, where: str) -> Slice:
 
 
 def _input(entry: Any, where: str, layered: bool) -> Input:
-    only(entry, {"model", "parameters"} | ({"layer_range"} if layered else set()), where)
+    only(entry, {"model", "parameters", "statistics"} | ({"layer_range"} if layered else set()), where)
     model = _text(entry.get("model"), f"{where}: model")
     layers = None
     if layered:
@@ -202,7 +203,7 @@ def _input(entry: Any, where: str, layered: bool) -> Input:
         if not 0 <= layers[0] < layers[1] <= MOST_LAYERS:
             why = "holds no layers" if layers[1] <= MOST_LAYERS else f"goes beyond {MOST_LAYERS:,} layers"
             raise ConfigError(f"{where}: layer_range {quoted(span)} {why}")
-    return Input(model, layers, _mapping(entry, "parameters", where))
+    return Input(model, layers, _mapping(entry, "parameters", where), _optional_text(entry, "statistics", where))
 
 
 def _check_inputs(method: Method, within: Slice, base: str | None, where: str) -> None:
@@ -211,6 +212,14 @@ def _check_inputs(method: Method, within: Slice, base: str | None, where: str) -
     twice = next((model for model in models if models.count(model) > 1), None)
     if twice:
         raise ConfigError(f"{where}: {twice} stands twice among the inputs of {method.name}")
+    for entry in within.inputs:
+        if method.statistics and entry.statistics is None:
+            remedy = f"lapis gather {entry.model} --kind {method.statistics} --text FILES --out DIR"
+            raise ConfigError(f"{where}: {method.name} needs statistics of {entry.model}; give the folder of {remedy}")
+        if entry.statistics is not None and not method.statistics:
+            raise ConfigError(
+                f"{where}: statistics of {entry.model}: {method.name} has no use for them; leave them out"
+            )
     if method.base == "required" and base is None:
         raise ConfigError(f"{where}: {method.name} needs a base_model")
     if method.base == "required" and base not in models:
