@@ -119,6 +119,9 @@ WRONG = {
     "slerp takes 1 models besides the base; there are 2": {"merge_method": "slerp"},
     "give tokenizer_source or tokenizer, not both": {"tokenizer_source": "base", "tokenizer": {"source": "base"}},
     "expected the folder or the name of a model": {"models": [{"parameters": {"weight": 1}}]},
+    "source is ''; expected the folder or the name": {
+        "tokenizer": {"source": "union", "tokens": {"a": {"source": ""}}}
+    },
     "layer_range is None": {"models": None, "slices": [{"sources": [{"model": "one"}]}]},
     "seed is -1": {"seed": -1},
 }

@@ -257,7 +257,7 @@ def _token_source(entry: Any, where: str) -> TokenSource:
     if source is None:
         return TokenSource(force=force)
     if isinstance(source, str):
-        return TokenSource("model", source, None, force)
+        return TokenSource("model", _text(source, f"{where}: source"), None, force)
     only(source, {"kind", "model", "token_id", "token"}, f"{where}: source")
     if source.get("kind") == "zero":
         return TokenSource("zero", force=force)
