@@ -127,8 +127,15 @@ def test_models_that_only_transformers_has(name, words):
 
 
 def test_a_model_that_does_more_at_its_end_is_refused(words):
-    """Gemma 2 squeezes its logits after the head, so norm and head alone would mislead."""
-    theirs = make("Gemma2ForCausalLM", {**DECODER, "head_dim": 8, "final_logit_softcapping": 1.0})
+    """A step behind the head that no config names: norm and head alone would mislead."""
+
+    class Squeezed(transformers.LlamaForCausalLM):
+        def forward(self, *args: Any, **options: Any) -> Any:
+            out = super().forward(*args, **options)
+            out.logits = out.logits.tanh()
+            return out
+
+    theirs = Squeezed(transformers.LlamaConfig(**DECODER)).eval()
     with pytest.raises(LapisError, match="off the model's own logits"):
         lapis.lens(theirs, words, IDS)
 

@@ -1,8 +1,4 @@
-"""`lapis lens`: what every layer would say next, from the command line.
-
-Models of other libraries are for Python: lapis.lens takes a causal model that transformers has loaded, and its
-tokenizer.
-"""
+"""`lapis lens`: what every layer would say next, from the command line."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -58,6 +54,7 @@ def lens(
     from lapis.inside.lens.logit_lens import lens as run
     from lapis.inside.lens.side_by_side import open_models, side_by_side
     from lapis.model.threads import settle_threads
+    from lapis.model.transformer import Transformer
 
     if head == "swapped" and against is None:
         raise ConfigError("lens: --head swapped is for --against MODEL2; there is no other head")
@@ -80,6 +77,10 @@ def lens(
         line(f"note: {remark}", "dim", error=True)
     with progress("reading " + " and ".join(sources)):
         opened = open_models(sources, turns, track, device=device, dtype=dtype)
+    for remark in dict.fromkeys(
+        note for each in opened if not isinstance(each.model, Transformer) for note in each.model.notes
+    ):
+        line(f"note: {remark}", "dim", error=True)
     maps = _tuned_lens(opened[0], tuned, tune, overwrite)
     with progress("running the prompt"):
         if against is None:

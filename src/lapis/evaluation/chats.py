@@ -11,8 +11,8 @@ from typing import Any
 from lapis.errors import DataError
 from lapis.generation.generate import Reply, generate_batch
 from lapis.generation.options import Sampling
+from lapis.model.reading.readable import ReadableModel
 from lapis.model.scoring import Precision, Progress, ScoredSequence, nll
-from lapis.model.transformer import Transformer
 from lapis.text.chat.chat import encode_chat, encode_prompt, write_calls
 from lapis.text.corpus.corpus import ChatRecord
 from lapis.text.tokenizer.tokenizer import Tokenizer
@@ -21,7 +21,7 @@ Messages = Sequence[Mapping[str, Any]]
 
 
 def score_chats(
-    model: Transformer,
+    model: ReadableModel,
     tokenizer: Tokenizer,
     chats: Iterable[ChatRecord | Messages],
     *,
@@ -64,7 +64,7 @@ def score_chats(
 
 
 def answer(
-    model: Transformer,
+    model: ReadableModel,
     tokenizer: Tokenizer,
     chats: Iterable[ChatRecord | Messages],
     *,

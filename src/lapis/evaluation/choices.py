@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from lapis.errors import DataError
+from lapis.model.reading.readable import ReadableModel
 from lapis.model.scoring import Precision, Progress, ScoredSequence, nll
-from lapis.model.transformer import Transformer
 from lapis.parsing import ParseError, parse_json, quoted
 from lapis.text.chat.chat import encode_prompt
 from lapis.text.tokenizer.tokenizer import Tokenizer
@@ -31,7 +31,7 @@ class Choice:
 
 
 def score_choices(
-    model: Transformer,
+    model: ReadableModel,
     tokenizer: Tokenizer,
     questions: Iterable[Choice],
     *,
@@ -53,7 +53,7 @@ def score_choices(
 
 
 def mark_choices(
-    model: Transformer,
+    model: ReadableModel,
     tokenizer: Tokenizer,
     questions: Sequence[Choice],
     *,

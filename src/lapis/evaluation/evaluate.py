@@ -22,7 +22,8 @@ from lapis.evaluation.preference import score_pairs
 from lapis.evaluation.text import score_text
 from lapis.generation.ready import check_int8, choose_device, choose_dtype, ready
 from lapis.model.adapter import fold
-from lapis.model.load import load
+from lapis.model.reading.load import load_readable
+from lapis.model.reading.readable import ReadableModel
 from lapis.model.scoring import Progress
 from lapis.model.transformer import Transformer
 from lapis.report.evaluations import KINDS
@@ -40,10 +41,19 @@ class _Job:
     """A model, its tokenizer (None for pictures), the options, what was read before, and where progress goes."""
 
     source: str
-    model: Transformer
+    model: ReadableModel
     tokenizer: Tokenizer | None
     options: EvalOptions
     report: Report
+
+    @property
+    def own(self) -> Transformer:
+        """The model, where lapis runs it. Raises ConfigError for one of transformers."""
+        if not isinstance(self.model, Transformer):
+            raise ConfigError(
+                f"eval: {self.source} runs through transformers; --classes and --pairs need a lapis model"
+            )
+        return self.model
 
     @property
     def words(self) -> Tokenizer:
@@ -82,10 +92,12 @@ def evaluate(
     device = choose_device(options.device)
     checkpoint = open_checkpoint(model, adapters=True)
     dtype, note = choose_dtype(checkpoint, "bfloat16" if options.precision == "bf16" else options.precision, device)
-    opened = load(checkpoint, dtype, device)
+    opened = load_readable(checkpoint, dtype, device)
     if options.weights == "int8":
-        check_int8(next(opened.parameters()).dtype, device)
+        check_int8(next(opened.parameters()).dtype, device, checkpoint)
     tokenizer = None if opened.config.image else Tokenizer.open(checkpoint)
+    if tokenizer is not None and checkpoint.family is None:
+        tokenizer.check_rows(opened.config.vocab)
     job = _Job(str(model), opened, tokenizer, options, report)
     precision = str(next(opened.parameters()).dtype).removeprefix("torch.")
     notes = [note] if note else []
@@ -97,7 +109,7 @@ def evaluate(
         if options.text:
             report(0, None, "plain text, before its weights are rounded")
             unrounded = _score_text(job)["bits_per_byte"]
-        ready(fold(opened) if checkpoint.adapter is not None else opened, weights="int8")
+        ready(fold(job.own) if checkpoint.adapter is not None else job.own, weights="int8")
         result["weights"] = "int8"
     for kind in KINDS:
         if getattr(options, kind):
@@ -143,7 +155,7 @@ def _score_choices(job: _Job) -> dict[str, Any]:
 
 
 def _score_classes(job: _Job) -> dict[str, Any]:
-    options, image = job.options, job.model.config.image
+    options, image = job.options, job.own.config.image
     assert options.classes is not None
     examples: Pictures | list[Any]
     if image is None:
@@ -152,7 +164,7 @@ def _score_classes(job: _Job) -> dict[str, Any]:
         mean, std = scaling(Path(job.source))
         examples = pictures(options.classes, image.size if options.classes.is_dir() else None, mean, std)
     return score_classes(
-        job.model, job.tokenizer, examples, context=options.context, positive=options.positive,
+        job.own, job.tokenizer, examples, context=options.context, positive=options.positive,
         progress=job.progress("classes"),
     )  # fmt: skip
 
@@ -160,7 +172,7 @@ def _score_classes(job: _Job) -> dict[str, Any]:
 def _score_pairs(job: _Job) -> dict[str, Any]:
     options, records = job.options, islice(read_pairs(job.options.pairs), job.options.limit)
     return score_pairs(
-        job.model, job.words, records, reference=options.reference, context=options.context,
+        job.own, job.words, records, reference=options.reference, context=options.context,
         progress=job.progress("preference pairs"),
     )  # fmt: skip
 

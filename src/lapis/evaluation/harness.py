@@ -16,12 +16,13 @@ from typing import Any
 
 import torch
 
+from lapis.checkpoint import open_checkpoint
 from lapis.errors import ConfigError, DataError, MissingExtra
 from lapis.generation.generate import generate_batch
 from lapis.generation.options import Sampling
-from lapis.model.load import load
+from lapis.model.reading.load import load_readable
+from lapis.model.reading.readable import ReadableModel
 from lapis.model.scoring import Precision, Progress, ScoredSequence, likelihoods
-from lapis.model.transformer import Transformer
 from lapis.text.chat.chat import render
 from lapis.text.tokenizer.tokenizer import Tokenizer
 
@@ -44,7 +45,7 @@ class LapisLM(TemplateLM):  # type: ignore[misc]
 
     def __init__(
         self,
-        pretrained: str | Path | Transformer,
+        pretrained: str | Path | ReadableModel,
         tokenizer: Tokenizer | None = None,
         *,
         dtype: str | None = None,
@@ -57,7 +58,7 @@ class LapisLM(TemplateLM):  # type: ignore[misc]
         progress: Progress | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(pretrained, Transformer):
+        if isinstance(pretrained, ReadableModel):
             if tokenizer is None:
                 raise ConfigError("eval: a model is given without its tokenizer")
             self.model, self.text = pretrained, tokenizer
@@ -65,14 +66,15 @@ class LapisLM(TemplateLM):  # type: ignore[misc]
             kind = None if dtype in (None, "auto") else getattr(torch, str(dtype), None)
             if dtype not in (None, "auto") and not isinstance(kind, torch.dtype):
                 raise ConfigError(f'eval: dtype is "{dtype}"; give float32, bfloat16 or float16')
-            self.model, self.text = load(pretrained, kind, device or "cpu"), tokenizer or Tokenizer.open(pretrained)
+            self.model = load_readable(open_checkpoint(pretrained, adapters=True), kind, device or "cpu")
+            self.text = tokenizer or Tokenizer.open(pretrained)
         config = self.model.config
         if config.head != "lm" or not config.causal:
             raise ConfigError(f"eval: a {config.family} model with the head {config.head} does not continue text")
         self.max_length = min(max_length or config.context, config.context)
         self.max_gen_toks, self.precision, self.progress = max_gen_toks, precision, progress
         self.batch_size = batch_size if isinstance(batch_size, int) else max_batch_size or 32
-        self._device = self.model.embed.weight.device
+        self._device = self.model.device
         self._templated = False
 
     @property
@@ -169,7 +171,7 @@ _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_toke
 
 
 def run_tasks(
-    model: Transformer,
+    model: ReadableModel,
     tokenizer: Tokenizer,
     tasks: Sequence[str],
     *,
@@ -208,7 +210,9 @@ def run_tasks(
     return {task: _numbers(metrics) for task, metrics in results["results"].items()}
 
 
-def mark_tasks(model: Transformer, tokenizer: Tokenizer, file: Path, *, progress: Progress | None = None) -> list[bool]:
+def mark_tasks(
+    model: ReadableModel, tokenizer: Tokenizer, file: Path, *, progress: Progress | None = None
+) -> list[bool]:
     """Of each question of a task file's multiple choice whether the model's answer is right (lm-eval's acc).
 
     Args:

@@ -10,14 +10,14 @@ from collections.abc import Iterable
 from typing import Any
 
 from lapis.errors import DataError
+from lapis.model.reading.readable import ReadableModel
 from lapis.model.scoring import Precision, Progress, ScoredSequence, nll
-from lapis.model.transformer import Transformer
 from lapis.text.corpus.corpus import Document
 from lapis.text.tokenizer.tokenizer import Tokenizer
 
 
 def score_text(
-    model: Transformer,
+    model: ReadableModel,
     tokenizer: Tokenizer,
     documents: Iterable[str | Document],
     context: int | None = None,

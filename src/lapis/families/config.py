@@ -167,6 +167,11 @@ class ModelConfig:
         return 1 / sqrt(self.query_scalar or self.head_dim)
 
     @property
+    def reach(self) -> int:
+        """Tokens that prompt and reply may have together. Dynamic rope stretches the context by its factor."""
+        return int(self.context * (self.rope.factor or 1)) if self.rope.kind == "dynamic" else self.context
+
+    @property
     def gated(self) -> bool:
         return MLP_KINDS[self.mlp][0]
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from lapis.errors import DataError
 from lapis.generation.generate import Memory, Reply, stream
 from lapis.generation.options import Sampling
-from lapis.model.transformer import Transformer
+from lapis.model.reading.readable import ReadableModel
 from lapis.text.chat.special_token_guard import template_for
 from lapis.text.tokenizer.tokenizer import Tokenizer
 
@@ -34,7 +34,7 @@ class Conversation:
     chat template.
     """
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, sampling: Sampling, system: str = "") -> None:
+    def __init__(self, model: ReadableModel, tokenizer: Tokenizer, sampling: Sampling, system: str = "") -> None:
         template_for(tokenizer)
         self.system = system
         self.turns: list[Turn] = []

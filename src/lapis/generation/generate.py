@@ -22,9 +22,7 @@ from lapis.errors import ConfigError, DataError
 from lapis.generation.options import Sampling
 from lapis.generation.sampling import choose, generators
 from lapis.generation.text import Pieces
-from lapis.model.blocks.norm import compute_dtype
-from lapis.model.cache import Cache
-from lapis.model.transformer import Transformer
+from lapis.model.reading.readable import ReadableModel, TokenCache
 from lapis.text.chat.chat import encode_prompt
 from lapis.text.tokenizer.tokenizer import Tokenizer
 
@@ -47,7 +45,7 @@ class Reply:
     prompt_tokens: int
 
 
-def generate(model: Transformer, tokenizer: Tokenizer, prompt: Prompt, sampling: Sampling = Sampling()) -> str:  # noqa: B008
+def generate(model: ReadableModel, tokenizer: Tokenizer, prompt: Prompt, sampling: Sampling = Sampling()) -> str:  # noqa: B008
     """The model's continuation of a prompt, or its reply to a chat.
 
     Args:
@@ -63,7 +61,7 @@ def generate(model: Transformer, tokenizer: Tokenizer, prompt: Prompt, sampling:
 
 
 def stream(
-    model: Transformer,
+    model: ReadableModel,
     tokenizer: Tokenizer,
     prompt: Prompt,
     sampling: Sampling = Sampling(),  # noqa: B008
@@ -84,7 +82,7 @@ def stream(
         The generator's own value (`reply = yield from stream(...)`) is the Reply.
     """
     memory = memory or Memory()
-    row = ReplyRow(tokenizer, encode(model, tokenizer, prompt), sampling, context(model))
+    row = ReplyRow(tokenizer, encode(model, tokenizer, prompt), sampling, model.config.reach)
     decoding = Decoding(model, [row.prompt], sampling, cache=memory.recall(row.prompt))
     while not row.stop_reason:
         memory.forget()  # a step that is interrupted leaves a cache in which nothing is certain
@@ -96,7 +94,7 @@ def stream(
 
 
 def generate_batch(
-    model: Transformer,
+    model: ReadableModel,
     tokenizer: Tokenizer,
     prompts: Sequence[Prompt],
     sampling: Sampling = Sampling(),  # noqa: B008
@@ -116,7 +114,7 @@ def generate_batch(
         logprobs: Fill in Reply.logprobs.
         progress: Called with how many replies are complete, and of how many.
     """
-    rows = [ReplyRow(tokenizer, encode(model, tokenizer, p), sampling, context(model)) for p in prompts]
+    rows = [ReplyRow(tokenizer, encode(model, tokenizer, p), sampling, model.config.reach) for p in prompts]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].prompt))
     for start in range(0, len(order), batch_size):
         numbers = order[start : start + batch_size]
@@ -141,7 +139,7 @@ def generate_batch(
     return [row.reply() for row in rows]
 
 
-def encode(model: Transformer, tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
+def encode(model: ReadableModel, tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
     """Ids of a prompt. Raises DataError where it is empty or leaves no room, ConfigError for a model without text."""
     config = model.config
     if config.head != "lm" or not config.causal:
@@ -161,18 +159,12 @@ def encode(model: Transformer, tokenizer: Tokenizer, prompt: Prompt) -> list[int
             )
     if not ids:
         raise DataError("generate: the prompt is empty; give a text, a chat or token ids")
-    if len(ids) >= (most := context(model)):
+    if len(ids) >= (most := model.config.reach):
         raise DataError(
             f"generate: the prompt has {len(ids):,} tokens and the model's context is {most:,}; "
             f"shorten it to {most - 1:,} or fewer"
         )
     return ids
-
-
-def context(model: Transformer) -> int:
-    """Tokens that prompt and reply may have together. Dynamic rope stretches what config.json says by its factor."""
-    config = model.config
-    return int(config.context * (config.rope.factor or 1)) if config.rope.kind == "dynamic" else config.context
 
 
 class Decoding:
@@ -184,12 +176,12 @@ class Decoding:
 
     def __init__(
         self,
-        model: Transformer,
+        model: ReadableModel,
         prompts: Sequence[Sequence[int]],
         sampling: Sampling,
         rows: Sequence[int] = (0,),
         *,
-        cache: Cache | None = None,
+        cache: TokenCache | None = None,
     ) -> None:
         """rows: the number of each row, from which its draws follow. cache: of these rows, with all that they begin
         with but at least the last place."""
@@ -199,15 +191,14 @@ class Decoding:
         self._ids_BT, self._mask_BT, self._seen_BV = self._begin(prompts)
         if cache is None:
             room = self._ids_BT.shape[1] + min(sampling.max_tokens, 256)  # it grows where a reply is longer
-            weight = model.embed.weight
-            cache = Cache(model.config, len(prompts), room, dtype=compute_dtype(weight), device=weight.device)
+            cache = model.new_cache(len(prompts), room)
         self.cache = cache
         self._ids_BT = self._ids_BT[:, cache.length :]
         self._mask_BT = None if self._mask_BT is None else self._mask_BT[:, cache.length :]
 
     def _begin(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Ids padded on the left, what of them is real, and which tokens each row has seen (where that matters)."""
-        device = self._model.embed.weight.device
+        device = self._model.device
         longest = max(map(len, prompts))
         padded = [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
         ids_BT = torch.tensor(padded, device=device)
@@ -254,10 +245,10 @@ class Memory:
     """What a model has read of a chat, so that the next turn reads only what was added to it."""
 
     def __init__(self) -> None:
-        self.cache: Cache | None = None
+        self.cache: TokenCache | None = None
         self.ids: list[int] = []  # what the cache holds
 
-    def recall(self, ids: Sequence[int]) -> Cache | None:
+    def recall(self, ids: Sequence[int]) -> TokenCache | None:
         """The cache, cut to what `ids` begins with, and short of its last token, which has to be read; or None."""
         cache, self.cache = self.cache, None
         shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(self.ids, ids[:-1], strict=False)))
@@ -269,7 +260,7 @@ class Memory:
             return None
         return cache
 
-    def keep(self, cache: Cache, ids: list[int]) -> None:
+    def keep(self, cache: TokenCache, ids: list[int]) -> None:
         self.cache, self.ids = cache, ids
 
     def forget(self) -> None:

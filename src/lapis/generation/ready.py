@@ -28,6 +28,8 @@ from lapis.model.blocks.norm import Norm
 from lapis.model.blocks.standard import Mlp, TransformerBlock
 from lapis.model.heads import LanguageHead
 from lapis.model.load import load
+from lapis.model.reading.load import load_readable, outline_of
+from lapis.model.reading.readable import ReadableModel
 from lapis.model.transformer import Transformer
 from lapis.text.tokenizer.tokenizer import Tokenizer
 
@@ -40,8 +42,10 @@ INT8_NOTE = (
 def open_ready(
     folder: str | Path | Checkpoint,
     runtime: DecodingRuntime = DecodingRuntime(),  # noqa: B008
-) -> tuple[Transformer, Tokenizer]:
+) -> tuple[ReadableModel, Tokenizer]:
     """A folder's model, ready to generate, and its tokenizer, which is opened while the weights are read.
+
+    A model of a family that lapis does not run comes as transformers has it, with nothing laid out.
 
     Args:
         folder: A folder, a model of the hub, or one that was opened (with adapters).
@@ -55,7 +59,13 @@ def open_ready(
     checkpoint = folder if isinstance(folder, Checkpoint) else open_checkpoint(folder, adapters=True)
     dtype, note = choose_dtype(checkpoint, runtime.dtype, device)
     if runtime.weights == "int8":
-        check_int8(dtype or torch.float32, device)
+        check_int8(dtype or torch.float32, device, checkpoint)
+    if checkpoint.family is None:
+        tokenizer = _tokenizer(checkpoint)
+        tokenizer.check_rows(outline_of(checkpoint).vocab)
+        outside = load_readable(checkpoint, dtype, device)
+        outside.notes += [note] if note else []
+        return outside, tokenizer
     stored = _stored(checkpoint)
     layout = partial(WeightLayout.of, device=device, int8=runtime.weights == "int8", stored=stored)
     with ThreadPoolExecutor(2) as pool:
@@ -154,8 +164,16 @@ def ready(
     return model.eval()
 
 
-def check_int8(dtype: torch.dtype, device: torch.device) -> None:
-    """Raises ConfigError where weights of eight bits are not computed with."""
+def check_int8(dtype: torch.dtype, device: torch.device, checkpoint: Checkpoint | None = None) -> None:
+    """Raises ConfigError where weights of eight bits are not computed with.
+
+    Args:
+        dtype: Of the weights.
+        device: Where they are.
+        checkpoint: What they are read from, where it is known.
+    """
+    if checkpoint is not None and checkpoint.family is None:
+        raise ConfigError(f"weights int8 is for models that lapis runs itself; {checkpoint.source} is none")
     if device.type != "cpu":
         raise ConfigError(f"weights int8 is for a CPU, and the model is on {device.type}; give --device cpu")
     if dtype not in (torch.float32, torch.bfloat16):

@@ -195,8 +195,9 @@ def _add_maps(page: Page, trace: LensTrace, maps: Sequence[AttentionMap]) -> Non
     cut = f" The last {TOKENS} tokens of {len(maps[0].tokens)}." if len(maps[0].tokens) > TOKENS else ""
     title = f'Where the {len(maps)} heads look that weigh most for "{show(word)}"'
     page.figure(plots.attention_map([m.rows("weights", TOKENS) for m in maps], tokens, title), "Weights." + cut)
-    title = "What the same heads take from there"
-    page.figure(plots.attention_map([m.rows("values", TOKENS) for m in maps], tokens, title), "Shares of values." + cut)
+    if all(m.moved_TS is not None for m in maps):
+        title, rows = "What the same heads take from there", [m.rows("values", TOKENS) for m in maps]
+        page.figure(plots.attention_map(rows, tokens, title), "Shares of values." + cut)
     rows = sorted(maps[0].lookup(), key=lambda row: -row["weight"])[:20]
     rows = [{**row, "token": show(row["token"])} for row in rows]
     columns = [

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from lapis.errors import LapisError
 from lapis.model.blocks.attention import View, additive
-from lapis.model.cache import Cache
 from lapis.model.heads import LanguageHead
+from lapis.model.reading.outside import OutsideHead, OutsideModel
+from lapis.model.reading.readable import TokenCache
 from lapis.model.transformer import Transformer
 
 Places = tuple[Tensor, Tensor]  # rows and positions in a batch, int64 each
@@ -33,7 +34,7 @@ class Branches(NamedTuple):
 
 
 # ids, cache, branches, places -> a function that gives the model's own logits at some of the places, [p, V]
-Run = Callable[[Tensor, Cache | None, Branches | None, Places], "Logits"]
+Run = Callable[[Tensor, TokenCache | None, Branches | None, Places], "Logits"]
 Logits = Callable[[slice], Tensor]
 
 
@@ -43,7 +44,7 @@ class Anatomy:
 
     attention, mlp: the halves of the blocks; empty where they are not known. mixers: the linear map of each attention
     that adds what its heads mixed. heads: of each attention; 0 where it is not known. own: the model is lapis' own,
-    with an AttentionCore and a Cache.
+    with an AttentionCore and a Cache. cap: logits are cap tanh(logits / cap) behind the head; None: as they are.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Anatomy:
     context: int
     run: Run
     own: bool
+    cap: float | None = None
 
     @property
     def layers(self) -> int:
@@ -69,6 +71,8 @@ def anatomy(model: nn.Module, name: str = "") -> Anatomy:
     """The parts of `model`. Raises LapisError for an encoder, and for what has no head over a vocabulary."""
     if isinstance(model, Transformer):
         return _own(model, name or f"this {model.config.family} model")
+    if isinstance(model, OutsideModel):
+        return _foreign(model.inner, name or f"this {model.config.family} model")
     if isinstance(model, nn.Module):
         return _foreign(model, name or type(model).__name__)
     raise LapisError(
@@ -91,7 +95,7 @@ def _own(model: Transformer, name: str) -> Anatomy:
     matrix = model.embed.weight if config.tied else head.matrix
 
     def run(
-        ids_BT: Tensor, cache: Cache | None, branches: Branches | None, places: Places
+        ids_BT: Tensor, cache: TokenCache | None, branches: Branches | None, places: Places
     ) -> Callable[[slice], Tensor]:
         if branches is None:
             state_PD = model.hidden(ids_BT, cache=cache)[places]
@@ -125,17 +129,17 @@ def _hide(view: View, seen_TT: Tensor, dtype: torch.dtype) -> View:
 def _foreign(model: Any, name: str) -> Anatomy:
     """A causal model of transformers, or one built like it."""
     config: Any = getattr(model, "config", None)
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    linear = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if config is not None and getattr(config, "is_encoder_decoder", False):
         raise LapisError(f"lens: {name} is an encoder-decoder; give a causal model")
-    weight = getattr(head, "weight", None)
-    if config is None or not isinstance(weight, Tensor):
+    if config is None or not isinstance(getattr(linear, "weight", None), Tensor):
         raise LapisError(f"lens: {name} has no head over a vocabulary; give a causal language model")
+    head, config = OutsideHead(model), config.get_text_config(decoder=True)
     layers = int(getattr(config, "num_hidden_layers", 0))
     stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
     blocks = list(stacks[0]) if stacks else []
     trunk = next((m for m in model.modules() if stacks and stacks[0] in m.children()), None)
-    norm = _child(trunk, "norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f")
+    norm = _child(trunk, "norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f", "layer_norm", "ln_out")
     attention = [_child(block, "self_attn", "attn", "attention", "self_attention") for block in blocks]
     mlp = [_child(block, "mlp", "feed_forward", "ffn", "block_sparse_moe", "fc2") for block in blocks]
     if norm is None:
@@ -147,7 +151,7 @@ def _foreign(model: Any, name: str) -> Anatomy:
     takes = inspect.signature(model.forward).parameters
 
     def run(
-        ids_BT: Tensor, cache: Cache | None, branches: Branches | None, places: Places
+        ids_BT: Tensor, cache: TokenCache | None, branches: Branches | None, places: Places
     ) -> Callable[[slice], Tensor]:
         positions = torch.unique(places[1])
         options = {"logits_to_keep": positions} if "logits_to_keep" in takes else {}
@@ -157,9 +161,31 @@ def _foreign(model: Any, name: str) -> Anatomy:
 
     return Anatomy(
         name, model, blocks, [part for part in attention if part], [part for part in mlp if part],
-        [part for part in mixers if part], int(getattr(config, "num_attention_heads", 0)), norm, weight,
-        getattr(head, "bias", None), int(getattr(config, "max_position_embeddings", 0) or 1 << 30), run, False,
+        [part for part in mixers if part], int(getattr(config, "num_attention_heads", 0)),
+        norm if head.scale == 1 else ScaledNorm(norm, head.scale), head.matrix,
+        None if head.bias is None else head.bias * head.scale,
+        int(getattr(config, "max_position_embeddings", 0) or 1 << 30), run, False, head.cap,
     )  # fmt: skip
+
+
+class ScaledNorm(nn.Module):
+    """A final norm with the factor of the logits in it, so that the head behind it has none."""
+
+    def __init__(self, norm: nn.Module, scale: float) -> None:
+        super().__init__()
+        self.norm, self.scale = norm, scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.norm(x) * self.scale
+        return out
+
+    def __getattr__(self, name: str) -> Any:
+        """weight and bias with the factor; all else (an epsilon) as the norm has it."""
+        norm = self._modules["norm"] if "_modules" in self.__dict__ else None
+        if norm is None or name in ("norm", "scale"):
+            return super().__getattr__(name)
+        value = getattr(norm, name)
+        return value * self.scale if name in ("weight", "bias") and isinstance(value, Tensor) else value
 
 
 def _child(module: nn.Module | None, *names: str) -> nn.Module | None:
@@ -200,7 +226,7 @@ class Trace:
 
 @torch.inference_mode()
 def trace(
-    parts: Anatomy, ids_BT: Tensor, places: Places, cache: Cache | None = None, branches: Branches | None = None
+    parts: Anatomy, ids_BT: Tensor, places: Places, cache: TokenCache | None = None, branches: Branches | None = None
 ) -> Trace:
     """Runs the model and keeps the stream at some places.
 

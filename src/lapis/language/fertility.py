@@ -30,9 +30,9 @@ from lapis.generation.ready import open_ready
 from lapis.language.extend import open_source
 from lapis.language.recommend import Curve, knee_of, recommend
 from lapis.language.texts import first_bytes, read_texts
+from lapis.model.reading.readable import ReadableModel
 from lapis.model.size import measure
 from lapis.model.threads import settle_threads
-from lapis.model.transformer import Transformer
 from lapis.text.tokenizer.extend import LEAST, ExtendableTokenizer
 from lapis.text.tokenizer.folder import BYTE_OF
 from lapis.text.tokenizer.tokenizer import Tokenizer
@@ -190,7 +190,7 @@ def _relabel(progress: Report, label: str, done: float, total: float | None) -> 
     progress(done, total, label)
 
 
-def tokens_per_second(model: Transformer, tokenizer: Tokenizer, prompt: str, count: int = TIMED) -> float:
+def tokens_per_second(model: ReadableModel, tokenizer: Tokenizer, prompt: str, count: int = TIMED) -> float:
     """How many tokens a model makes in a second, one after another, behind a prompt."""
     ids = tokenizer.encode(prompt)[: max(1, model.config.context - count - 8)]
     decoding = Decoding(model, [ids], Sampling(max_tokens=count + 4))

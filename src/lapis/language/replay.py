@@ -18,8 +18,8 @@ from lapis.generation.generate import Reply, generate_batch
 from lapis.generation.options import DecodingRuntime, Sampling
 from lapis.generation.ready import open_ready
 from lapis.model.load import load
+from lapis.model.reading.readable import ReadableModel
 from lapis.model.threads import settle_threads
-from lapis.model.transformer import Transformer
 from lapis.text.chat.chat import encode_prompt, render
 from lapis.text.tokenizer.tokenizer import Tokenizer
 from lapis.training.objectives.supervised.next_token import Causal
@@ -119,13 +119,13 @@ def draw_replies(source: str | Path, prompts: Sequence[str]) -> list[dict[str, A
     return chats
 
 
-def _documents(model: Transformer, tokenizer: Tokenizer, seed: int) -> Iterator[list[Drawn]]:
+def _documents(model: ReadableModel, tokenizer: Tokenizer, seed: int) -> Iterator[list[Drawn]]:
     for replies in _batches(model, tokenizer, "", seed):
         texts = [reply.text.replace("\0", "") for reply in replies]  # no text holds a NUL
         yield [Drawn(text, text, len(reply.ids)) for text, reply in zip(texts, replies, strict=True)]
 
 
-def _chats(model: Transformer, tokenizer: Tokenizer, seed: int) -> Iterator[list[Drawn]]:
+def _chats(model: ReadableModel, tokenizer: Tokenizer, seed: int) -> Iterator[list[Drawn]]:
     for number, openings in enumerate(_batches(model, tokenizer, opening(tokenizer), seed)):
         texts = [reply.text.replace("\0", "").strip() for reply in openings]
         room = model.config.context * 3 // 4
@@ -151,14 +151,14 @@ def _exchange(tokenizer: Tokenizer, turn: list[dict[str, str]], reply: Reply) ->
     return Drawn(text, f"{turn[0]['content']}\n\n{answer}", len(reply.ids) + reply.prompt_tokens)
 
 
-def _batches(model: Transformer, tokenizer: Tokenizer, prompt: str | list[int], seed: int) -> Iterator[list[Reply]]:
+def _batches(model: ReadableModel, tokenizer: Tokenizer, prompt: str | list[int], seed: int) -> Iterator[list[Reply]]:
     number = 0
     while True:
         yield generate_batch(model, tokenizer, [prompt] * BATCH, _sampling(model, seed * 1_000_003 + number * BATCH))
         number += 1
 
 
-def _sampling(model: Transformer, seed: int) -> Sampling:
+def _sampling(model: ReadableModel, seed: int) -> Sampling:
     return Sampling(temperature=1.0, max_tokens=min(LENGTH, max(1, model.config.context // 3)), seed=seed)
 
 

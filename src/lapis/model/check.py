@@ -5,7 +5,7 @@ No torch is imported and nothing is allocated, whatever sizes config.json gives.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from lapis.checkpoint import Checkpoint, open_checkpoint
@@ -117,7 +117,7 @@ def plan_load(checkpoint: Checkpoint, *, head: Head | None = None, classes: int 
         notes.append(f"left out, for another head than {config.head}: {', '.join(aside[:4])}")
     if fresh:
         notes.append(f"a new head ({config.head}) was drawn at random: {', '.join(fresh)}")
-    return Plan(config, tuple(steps), fresh, _dtype_of(checkpoint, steps), tuple(notes))
+    return Plan(config, tuple(steps), fresh, dtype_of(checkpoint, (name for name, _, _ in steps)), tuple(notes))
 
 
 def disk_layout(config: ModelConfig, names: Mapping[str, object]) -> dict[str, tuple[tuple[str, ...], Rule]]:
@@ -192,9 +192,15 @@ def _settle_tie(checkpoint: Checkpoint, config: ModelConfig, tensors: DiskTensor
     return dataclasses.replace(config, tied=False)
 
 
-def _dtype_of(checkpoint: Checkpoint, steps: list[tuple[str, Rule, tuple[str, ...]]]) -> str:
+def dtype_of(checkpoint: Checkpoint, names: Iterable[str]) -> str:
+    """The dtype of most of the numbers of some tensors, by torch's name.
+
+    Args:
+        checkpoint: Opened.
+        names: Of tensors whose kind is known.
+    """
     sizes: dict[str, int] = {}
-    for name, _, _ in steps:
+    for name in names:
         info = checkpoint.index[name]
         sizes[info.dtype] = sizes.get(info.dtype, 0) + info.elements
     return (FLOATS | SMALL)[max(sizes, key=lambda kind: sizes[kind])]

@@ -7,7 +7,7 @@ caller commits.
 
 import json
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -63,16 +63,13 @@ def load(
     dtype = dtype or getattr(torch, plan.dtype)
     with torch.device("meta"):
         model = Transformer(plan.config)
-    with ThreadPoolExecutor(1) as pool:
-        # One piece of memory for all that is converted: many that come and go leave holes between the weights
-        piece_N = torch.empty(CHUNK * 8, dtype=torch.uint8)
-        reads = _ahead(pool, (partial(_read, checkpoint, name, dtype, piece_N) for name, _, _ in plan.steps))
-        for (_, rule, targets), tensor in zip(plan.steps, reads, strict=True):
-            shapes = [tuple(model.get_parameter(target).shape) for target in targets]
-            for target, piece in zip(targets, rule.transform.apply(tensor, shapes), strict=True):
-                module = _assign(model, target, piece.to(device))
-                if placed and not any(p.is_meta for p in model.get_submodule(module).parameters(recurse=False)):
-                    placed(model, module)
+    reads = read_tensors(checkpoint, [name for name, _, _ in plan.steps], dtype)
+    for (_, rule, targets), (_, tensor) in zip(plan.steps, reads, strict=True):
+        shapes = [tuple(model.get_parameter(target).shape) for target in targets]
+        for target, piece in zip(targets, rule.transform.apply(tensor, shapes), strict=True):
+            module = _assign(model, target, piece.to(device))
+            if placed and not any(p.is_meta for p in model.get_submodule(module).parameters(recurse=False)):
+                placed(model, module)
     if plan.fresh:
         _draw(model, plan.fresh, dtype, device)
     model.notes, model.fresh = [*checkpoint.notes, *plan.notes], plan.fresh
@@ -136,6 +133,24 @@ def config_json(config: ModelConfig, dtype: torch.dtype) -> dict[str, object]:
     return {**family_of(config).write_config(config), "dtype": name, "torch_dtype": name}
 
 
+def read_tensors(checkpoint: Checkpoint, names: Sequence[str], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) in this order, the next ones being read meanwhile.
+
+    Args:
+        checkpoint: With its files at hand.
+        names: Of tensors on disk.
+        dtype: What all floating-point ones are converted to.
+
+    Raises:
+        CheckpointError: A tensor holds NaN or Inf.
+    """
+    # One piece of memory for all that is converted: many that come and go leave holes between the weights
+    piece_N = torch.empty(CHUNK * 8, dtype=torch.uint8)
+    with ThreadPoolExecutor(1) as pool:
+        reads = _ahead(pool, (partial(_read, checkpoint, name, dtype, piece_N) for name in names))
+        yield from zip(names, reads, strict=True)
+
+
 def _read(checkpoint: Checkpoint, name: str, dtype: torch.dtype, piece_N: Tensor) -> Tensor:
     """A tensor in the target dtype; one that is converted goes through `piece_N`, bytes for a CHUNK of elements.
 
@@ -144,7 +159,7 @@ def _read(checkpoint: Checkpoint, name: str, dtype: torch.dtype, piece_N: Tensor
     """
     info = checkpoint.index[name]
     kind = torch_dtype(info.dtype)
-    if kind is None:
+    if kind is None or not kind.is_floating_point:
         return checkpoint.read(name)
     result = torch.empty(info.elements, dtype=dtype)
     for first in range(0, info.elements, CHUNK):

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lapis.errors import ConfigError, DataError
-from lapis.model.transformer import Transformer
+from lapis.model.reading.readable import ReadableModel
 from lapis.text.rows.sequences import together
 
 Precision = Literal["float32", "bf16"]
@@ -162,7 +162,7 @@ def lay_out(sequences: Sequence[ScoredSequence], *, share: bool = False) -> Scor
     )
 
 
-def hidden_states(model: Transformer, batch: ScoredBatch) -> Tensor:
+def hidden_states(model: ReadableModel, batch: ScoredBatch) -> Tensor:
     """The last hidden states, [B, T, D], with gradients where they are on."""
     if batch.segments_BT is None:  # padding on the right: a causal model does not look there
         return model.hidden(batch.ids_BT)
@@ -175,7 +175,7 @@ def scored_states(batch: ScoredBatch, hidden_BTD: Tensor) -> Tensor:
 
 
 def read_logits(
-    model: Transformer, read: Callable[..., tuple[Tensor, ...]], hidden_RD: Tensor, *others: Tensor
+    model: ReadableModel, read: Callable[..., tuple[Tensor, ...]], hidden_RD: Tensor, *others: Tensor
 ) -> tuple[Tensor, ...]:
     """What `read(logits_RV, *others)` gives for all rows, computed a block of rows at a time.
 
@@ -204,13 +204,13 @@ def read_logits(
     return tuple(torch.cat(pieces) for pieces in zip(*blocks, strict=True))
 
 
-def token_log_probabilities(model: Transformer, hidden_RD: Tensor, targets_R: Tensor) -> Tensor:
+def token_log_probabilities(model: ReadableModel, hidden_RD: Tensor, targets_R: Tensor) -> Tensor:
     """log p of each target under the head, [R] float32, nats."""
     return read_logits(model, lambda logits_RV, ids_R: (_picked(logits_RV, ids_R),), hidden_RD, targets_R)[0]
 
 
 def nll(
-    model: Transformer,
+    model: ReadableModel,
     sequences: Sequence[ScoredSequence],
     *,
     batch_tokens: int | None = None,
@@ -234,7 +234,7 @@ def nll(
 
 
 def likelihoods(
-    model: Transformer,
+    model: ReadableModel,
     sequences: Sequence[ScoredSequence],
     *,
     batch_tokens: int | None = None,
@@ -246,7 +246,7 @@ def likelihoods(
 
 
 def _scores(
-    model: Transformer,
+    model: ReadableModel,
     sequences: Sequence[ScoredSequence],
     read: Callable[..., tuple[Tensor, ...]],
     batch_tokens: int | None,
@@ -275,7 +275,7 @@ def tokens_at_once(device: torch.device) -> int:
 
 
 def _score(
-    model: Transformer, batch: ScoredBatch, read: Callable[..., tuple[Tensor, ...]], count: int
+    model: ReadableModel, batch: ScoredBatch, read: Callable[..., tuple[Tensor, ...]], count: int
 ) -> list[tuple[float, bool]]:
     """Nats of each of `count` sequences, and whether all of its scored ids are the likeliest."""
     if int(batch.ids_BT.max()) >= model.config.vocab:

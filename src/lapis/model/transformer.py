@@ -24,6 +24,7 @@ from lapis.model.blocks.rope import query_gain, rope_tables
 from lapis.model.blocks.standard import Norms, TransformerBlock
 from lapis.model.cache import Cache
 from lapis.model.heads import make_head
+from lapis.model.reading.readable import ReadableModel
 
 INIT_STD = 0.02
 NOTHING_HIDDEN = View(None, False)
@@ -59,13 +60,15 @@ class Embed(nn.Module):
         return x_BTD if self.position is None else x_BTD + self.position.weight
 
 
-class Transformer(nn.Module):
+class Transformer(ReadableModel):
     """`model(ids_BT, mask_BT)` -> logits_BTV (or scores_BC of a classifier, or hidden_BTD where there is no head).
 
     hidden = model.hidden(ids_BT, ...), logits = model.head(hidden): in two steps, where a loss wants the head on some
     tokens only. notes: what loading had to say. Made with random weights (normal, 0.02; what writes to the residual
     stream by 1/sqrt(2 layers) less, as in GPT-2); under `torch.device("meta")` nothing is allocated.
     """
+
+    config: ModelConfig
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -152,6 +155,16 @@ class Transformer(nn.Module):
         if cache is not None:
             cache.advance(ids_BT.shape[1])
         return self.end(x_BTD)
+
+    def new_cache(self, batch: int, room: int) -> Cache:
+        """An empty cache for `batch` rows, which begins with room for `room` tokens of each.
+
+        Args:
+            batch: Rows.
+            room: Tokens; it grows by itself.
+        """
+        weight = self.embed.weight
+        return Cache(self.config, batch, room, dtype=compute_dtype(weight), device=weight.device)
 
     def start(
         self, ids_BT: Tensor, mask_BT: Tensor | None = None, *, positions_BT: Tensor | None = None,

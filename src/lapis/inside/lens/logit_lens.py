@@ -10,7 +10,7 @@ Shapes: B batch, T time, P chosen places, M states, D model dim, L layers, R tra
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ from lapis.inside.prompt import (
     token_word,
 )
 from lapis.inside.trace import Anatomy, Branches, Places, Trace, anatomy, not_numbers, trace
-from lapis.model.cache import Cache
+from lapis.model.reading.readable import ReadableModel, TokenCache
 from lapis.model.scoring import evaluating
 from lapis.text.tokenizer.tokenizer import Tokenizer
 
@@ -102,7 +102,7 @@ def lens(
 @torch.inference_mode()
 def see(
     parts: Anatomy, tokenizer: Tokenizer, ids: Sequence[int], words: Sequence[TrackedWord], positions: int = 1,
-    cache: Cache | None = None,
+    cache: TokenCache | None = None,
 ) -> Seen:  # fmt: skip
     """Runs the prompt, and the beginnings of words that have more than one token: each of them once.
 
@@ -147,15 +147,13 @@ def _at_once(
 
 
 def _one_after_another(
-    parts: Anatomy, ids: list[int], chosen: list[int], later: list[tuple[int, ...]], cache: Cache | None
+    parts: Anatomy, ids: list[int], chosen: list[int], later: list[tuple[int, ...]], cache: TokenCache | None
 ) -> tuple[Trace, Trace | None]:  # fmt: skip
     """The words' beginnings as a batch that goes on from the prompt: with the cache, where the model is lapis' own."""
     device, longest = parts.matrix.device, max(map(len, later), default=0)
     read = 0 if cache is None else cache.length
     if cache is None and later and parts.own:
-        config: Any = parts.model.config
-        weight = next(parts.model.parameters())
-        cache = Cache(config, 1, len(ids) + longest, dtype=weight.dtype, device=weight.device)
+        cache = cast(ReadableModel, parts.model).new_cache(1, len(ids) + longest)
     prompt_BT = torch.tensor([ids[read:]], device=device)
     prompt = trace(parts, prompt_BT, _places([(0, t - read) for t in chosen], device), cache)
     if not later:
@@ -225,6 +223,9 @@ def look(
     if tuned is None and head is None:
         ends = [min(w.followed, key=lambda s: readings[-1].spellings[s.text]["rank"]).ids[0] for w in words]
         logits_R = readout.logits_PNR[0, -1, [tracked.index(i) for i in ends]]
+        if parts.cap is not None:
+            logits_R = parts.cap * (logits_R.double() / parts.cap).atanh()
+            notes.append("its logits are capped: contributions add up to a logit before its cap")
         parts_of_logits = contributions(
             parts, seen.trace, last, [(w.text, i) for w, i in zip(words, ends, strict=True)], logits_R
         )
@@ -295,7 +296,7 @@ def _read(
     """States through norm and head; of the later ones only log-probabilities of tracked tokens."""
     more_XD = None if later_PND is None else parts.norm(later_PND).flatten(0, 1)
     readout = read(parts.norm(stack_PND), parts.matrix, parts.bias, own_PV, more_XD=more_XD, tracked=tracked,
-                 ranked=ranked, top=top)  # fmt: skip
+                 ranked=ranked, top=top, cap=parts.cap)  # fmt: skip
     if not bool(readout.entropy_PN.isfinite().all() and readout.more_logprobs_XR.isfinite().all()):
         raise not_numbers(parts, "a logit")
     return readout

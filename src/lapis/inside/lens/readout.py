@@ -122,13 +122,15 @@ def read(
     tracked: Sequence[int] = (),
     ranked: int | None = None,
     top: int = 10,
+    cap: float | None = None,
     width: int = 0,
 ) -> Readout:
     """Reads normed states through the head, the last state of each place being its final one.
 
     own_PV: the model's own logits at the places; None where the head is another model's. more_XD: states of which only
     log-probabilities of tracked tokens are needed. tracked: token ids, of which the first `ranked` (default: all) are
-    ranked. width: tokens per block; 0 takes what fits a cache.
+    ranked. cap: logits are cap tanh(logits / cap), where there is one. width: tokens per block; 0 takes what fits a
+    cache.
     Raises LapisError where the final states' logits differ from own_PV. NaN in, NaN out.
     """
     P, N, D = states_PND.shape
@@ -152,6 +154,8 @@ def read(
             logits_Mv = rows_MD @ (block_vD if wide else weight_vD[: last - first].copy_(block_vD)).T
             if bias_V is not None:
                 logits_Mv += bias_V[first:last].float()
+            if cap is not None:
+                logits_Mv = logits_Mv.div_(cap).tanh_().mul_(cap)
             if final_PV is not None:
                 final_PV[:, first:last] = logits_Mv[: P * N].view(P, N, -1)[:, -1]
             ranks.add(logits_Mv, first)

@@ -11,15 +11,14 @@ from typing import Any
 import torch
 
 from lapis.checkpoint import open_checkpoint
-from lapis.errors import DataError, LapisError
+from lapis.errors import DataError
 from lapis.inside.lens.logit_lens import DEFAULT, Seen, best_anywhere, check_fits, look, see
 from lapis.inside.lens.options import LensOptions
 from lapis.inside.lens.table import LensTrace
 from lapis.inside.prompt import Prompt, Spelling, TrackedWord, as_words, check_length, encode
 from lapis.inside.trace import anatomy, refuse
-from lapis.model.check import read_config
-from lapis.model.load import load
-from lapis.model.transformer import Transformer
+from lapis.model.reading.load import load_readable, outline_of
+from lapis.model.reading.readable import ReadableModel
 from lapis.text.tokenizer.tokenizer import Tokenizer
 
 
@@ -27,7 +26,7 @@ from lapis.text.tokenizer.tokenizer import Tokenizer
 class Opened:
     """A model that was loaded to be looked into, its tokenizer, and what the user called it."""
 
-    model: Transformer
+    model: ReadableModel
     tokenizer: Tokenizer
     name: str
 
@@ -46,21 +45,15 @@ def open_models(
         dtype: Of the weights; None keeps that of each folder.
 
     Raises:
-        LapisError: A model is an encoder, or of a family that lapis does not run; before any weight is read, like the
-            rest.
+        LapisError: A model is an encoder, or of a type that neither lapis nor transformers runs; before any weight is
+            read, like the rest.
         DataError: The prompt does not fit into the context.
         ConfigError: A tokenizer cannot express a word.
     """
     checked = []
     for source in sources:
         checkpoint = open_checkpoint(source, adapters=True)
-        if checkpoint.family is None:
-            kind = checkpoint.config.get("model_type", "unknown")
-            raise LapisError(
-                f'lens: {source}: lapis runs no model of the type "{kind}"; load it with transformers and give it to '
-                "lapis.lens(model, tokenizer, ...) in Python: pip install 'lapis[hf]'"
-            )
-        config = read_config(checkpoint)
+        config = outline_of(checkpoint)
         refuse(str(source), config.family, config.causal, config.head)
         tokenizer = Tokenizer.open(checkpoint)
         tokenizer.check_rows(config.vocab)
@@ -68,7 +61,9 @@ def open_models(
         longest = max((len(s.ids) - 1 for w in words for s in w.spellings), default=0)
         check_length(encode(tokenizer, prompt, config.vocab, str(source)), longest, config.context, str(source))
         checked.append((checkpoint, tokenizer, str(source)))
-    return [Opened(load(checkpoint, dtype, device), tokenizer, name) for checkpoint, tokenizer, name in checked]
+    return [
+        Opened(load_readable(checkpoint, dtype, device), tokenizer, name) for checkpoint, tokenizer, name in checked
+    ]
 
 
 def side_by_side(

@@ -185,7 +185,7 @@ class _Moments:
 def _kl(parts: Anatomy, states_LND: Tensor) -> list[float]:
     """Mean KL(final || layer) over the tokens, in nats, for the embedding and each layer but the last."""
     states_NLD = states_LND.transpose(0, 1).to(parts.matrix.dtype)
-    readout = read(parts.norm(states_NLD), parts.matrix, parts.bias, top=1)
+    readout = read(parts.norm(states_NLD), parts.matrix, parts.bias, top=1, cap=parts.cap)
     means: list[float] = readout.kl_PN.mean(0)[:-1].tolist()
     return means
 

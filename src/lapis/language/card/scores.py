@@ -22,9 +22,9 @@ from lapis.generation.options import DecodingRuntime, Sampling
 from lapis.generation.ready import open_ready
 from lapis.language.card.bootstrap import Counts
 from lapis.language.fertility import CONTEXT, tokens_per_second
+from lapis.model.reading.readable import ReadableModel
 from lapis.model.scoring import ScoredSequence, nll
 from lapis.model.threads import settle_threads
-from lapis.model.transformer import Transformer
 from lapis.text.corpus.corpus import ChatRecord
 from lapis.text.tokenizer.tokenizer import Tokenizer
 
@@ -131,7 +131,7 @@ def score_model(
 class _Measuring:
     """A model on one language."""
 
-    model: Transformer
+    model: ReadableModel
     tokenizer: Tokenizer
     held: HeldOutText
     name: str

@@ -20,7 +20,7 @@ from lapis.inside.lens.logit_lens import Seen, best_anywhere, look, see
 from lapis.inside.lens.table import Reading
 from lapis.inside.prompt import token_word
 from lapis.inside.trace import anatomy
-from lapis.model.cache import Cache
+from lapis.model.reading.readable import TokenCache
 from lapis.serving.engine.engine import Engine
 from lapis.serving.engine.served import ServedModel
 
@@ -63,8 +63,7 @@ class LensReader:
             memory = self._memories[served.name]
             cache = memory.recall(ids)
             if cache is None:
-                weight = served.model.embed.weight
-                cache = Cache(served.model.config, 1, len(ids), dtype=served.dtype, device=weight.device)
+                cache = served.model.new_cache(1, len(ids))
             while (done := cache.length) < len(ids) - 1:
                 piece = ids[done : min(done + self._engine.piece(served.name), len(ids) - 1)]
                 await self._engine.compute(served.name, partial(_read, piece=piece, cache=cache))
@@ -88,12 +87,14 @@ def checked(served: ServedModel, prompt: Sequence[int], reply: Sequence[int], pl
 
 
 @torch.inference_mode()
-def _read(served: ServedModel, piece: list[int], cache: Cache) -> None:
+def _read(served: ServedModel, piece: list[int], cache: TokenCache) -> None:
     """Reads a piece of what stands before the place."""
     served.model.hidden(torch.tensor([piece], device=served.model.embed.weight.device), cache=cache)
 
 
-def look_inside(served: ServedModel, ids: list[int], token: int | None, cache: Cache | None = None) -> dict[str, Any]:
+def look_inside(
+    served: ServedModel, ids: list[int], token: int | None, cache: TokenCache | None = None
+) -> dict[str, Any]:
     """The layers at the end of some ids.
 
     Args:

@@ -10,12 +10,12 @@ import torch
 
 from lapis.checkpoint import Checkpoint, open_checkpoint
 from lapis.errors import ConfigError
-from lapis.generation.generate import context as model_context
 from lapis.generation.options import DecodingRuntime
 from lapis.generation.ready import open_ready
 from lapis.model.adapter import head_of
 from lapis.model.blocks.norm import compute_dtype
 from lapis.model.check import read_config
+from lapis.model.reading.readable import ReadableModel
 from lapis.model.size import free_memory
 from lapis.model.transformer import Transformer
 from lapis.serving.engine.pooling import Pooling, read_pooling
@@ -111,12 +111,12 @@ def open_models(sources: list[str], runtime: DecodingRuntime, rows: int, most: i
     for checkpoint in checkpoints:
         _check_head(checkpoint)
     poolings = [read_pooling(checkpoint) for checkpoint in checkpoints]
-    opened = [open_ready(checkpoint, runtime) for checkpoint in checkpoints]
+    opened = [(_own(model), tokenizer) for model, tokenizer in (open_ready(c, runtime) for c in checkpoints)]
     device = opened[0][0].embed.weight.device
     free = free_memory() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
     served = []
     for name, source, pooling, (model, tokenizer) in zip(names, sources, poolings, opened, strict=True):
-        context = model_context(model) if most is None else min(most, model_context(model))
+        context = model.config.reach if most is None else min(most, model.config.reach)
         if free is not None and model.config.causal:
             each = slot_bytes(model.config, compute_dtype(model.embed.weight)) * rows
             fits = max(int(free * CACHE_SHARE / len(sources)) // each, LEAST_CONTEXT)
@@ -130,6 +130,13 @@ def open_models(sources: list[str], runtime: DecodingRuntime, rows: int, most: i
             model.notes.append(f"{name}: has no chat template; /v1/completions and /v1/embeddings only")
         served.append(ServedModel(name, source, model, tokenizer, context, pooling))
     return served
+
+
+def _own(model: ReadableModel) -> Transformer:
+    """The model, where lapis runs it itself. Raises ConfigError for one of transformers, whose cache has no slots."""
+    if not isinstance(model, Transformer):
+        raise ConfigError(f"serve: a {model.config.family} model runs through transformers, which is not served here")
+    return model
 
 
 def _check_head(checkpoint: Checkpoint) -> None:

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from lapis.generation.generate import Decoding
 from lapis.generation.options import Sampling
-from lapis.model.blocks.norm import compute_dtype
 from lapis.model.cache import Cache
 from lapis.model.transformer import Transformer
 
@@ -123,7 +122,7 @@ def _prompt_cache(model: Transformer, prompts: Sequence[Sequence[int]], group: i
     lengths_P = torch.tensor([len(prompt) for prompt in prompts], device=weight.device)
     real_PT = torch.arange(longest, device=weight.device) >= longest - lengths_P[:, None]
     room = longest + min(max_tokens, 256)
-    cache = Cache(model.config, len(prompts), room, dtype=compute_dtype(weight), device=weight.device)
+    cache = model.new_cache(len(prompts), room)
     mask_PT = None if bool(real_PT.all()) else real_PT[:, :-1]
     model.hidden(padded[:, :-1], mask_PT, cache=cache)
     if group > 1:
