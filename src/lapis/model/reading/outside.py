@@ -260,11 +260,11 @@ def load_outside(
     config, model_class = _classes(checkpoint)
     checkpoint = checkpoint.fetched()
     with torch.device("meta"), quiet():
-        wanted = sum(parameter.numel() for parameter in _tried(checkpoint, model_class, config).parameters())
+        described = sum(parameter.numel() for parameter in _tried(checkpoint, model_class, config).parameters())
     held = sum(info.elements for info in checkpoint.index.values())
-    if wanted > held:
+    if described > held:
         raise CheckpointError(
-            f"{checkpoint.source}: config.json describes {wanted:,} parameters, the files hold {held:,}; fetch it again"
+            f"{checkpoint.source}: config.json describes {described:,} parameters, the files hold {held:,}; fetch it again"
         )
     floats = [name for name in checkpoint.names if checkpoint.index[name].dtype in FLOATS]
     dtype = dtype or getattr(torch, dtype_of(checkpoint, floats))
