@@ -264,7 +264,7 @@ def load_outside(
     held = sum(info.elements for info in checkpoint.index.values())
     if described > held:
         raise CheckpointError(
-            f"{checkpoint.source}: config.json describes {described:,} parameters, the files hold {held:,}; fetch it again"
+            f"{checkpoint.source}: config.json describes {described:,} parameters, the files hold {held:,}; fetch both"
         )
     floats = [name for name in checkpoint.names if checkpoint.index[name].dtype in FLOATS]
     dtype = dtype or getattr(torch, dtype_of(checkpoint, floats))
