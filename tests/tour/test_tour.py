@@ -19,7 +19,7 @@ from lapis.errors import DataError
 from lapis.model.load import load
 from lapis.tour import measure
 from lapis.tour.material import Material, write_world
-from lapis.tour.run import _claim
+from lapis.tour.setup.folder import claim
 from lapis.tour.world import World
 
 MINUTES = "0.1"
@@ -138,7 +138,7 @@ def test_a_note_that_was_cut_is_no_traceback(tmp_path: Path) -> None:
     out.mkdir()
     (out / ".tour").touch()
     (out / "..tour.lapis-0123").touch()
-    _claim(out, {"minutes": 1})
+    claim(out, {"minutes": 1})
     assert json.loads((out / ".tour").read_text()) == {"minutes": 1}
     (out / "base").mkdir()
     (out / ".tour").write_text("{")

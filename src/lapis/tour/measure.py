@@ -13,6 +13,8 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lapis.evaluation.chats import answer, prompt_of, score_chats
 from lapis.evaluation.text import score_text
 from lapis.generation.generate import Reply
@@ -30,7 +32,6 @@ QUESTIONS = 150  # of one language and split in each half
 SWEEP_PROMPTS = 100  # of one language, for each scale
 REPLY_TOKENS = 48
 AT_ONCE = 75  # prompts that are replied to between two signs of life
-HALVINGS = 2  # of the step between the best scale and the next above it
 BUDGET = 0.04  # bits per byte by which the graft may make text of the target language worse, on the half that chooses
 
 Scores = dict[str, dict[str, Any]]
@@ -142,31 +143,40 @@ def sweep(
     held_out: HeldOutMaterial,
     tokenizer: Tokenizer,
     scales: Sequence[float],
+    halvings: int,
     note: Callable[[str], None],
     report: ReportShare,
 ) -> list[dict[str, float]]:
-    """Grafts at every scale, and at some between the best and the next: a row for each, on the half that chooses.
+    """Grafts at every scale, and at some between: a row for each, on the half that chooses.
+
+    halvings: of the step between the best scale and the next above it, each of which is one more graft.
 
     Row: scale, gap_closed (English), nll per language, bits_per_byte of the target language, bits (how much worse that
     is than adapted's), cost (the same as a share), and where there are questions the share answered right per language.
     """
     target = next(language for language in held_out.texts if language != ENGLISH)
-    before = {name: held_out.likelihoods(load(models[name]), tokenizer, ENGLISH) for name in ("adapted", "tuned")}
-    adapted, tuned = (before[name]["response_nll"] for name in ("adapted", "tuned"))
-    bare = held_out.likelihoods(load(models["adapted"]), tokenizer, target)["bits_per_byte"]
+    marked = any(prompt.question for prompts in held_out.prompts.values() for prompt in prompts)
+    prompts_of_scale = SWEEP_PROMPTS if marked else 0  # without right answers no figure of a row is of replies
+    parent, most = models["adapted"].parent, len(scales) + halvings + 1
+    onto = load(models["adapted"], torch.float32)
+    adapted = held_out.likelihoods(onto, tokenizer, ENGLISH)["response_nll"]
+    bare = held_out.likelihoods(onto, tokenizer, target)["bits_per_byte"]
+    del onto
+    tuned = held_out.likelihoods(load(models["tuned"], torch.float32), tokenizer, ENGLISH)["response_nll"]
+    report(1 / most)
     rows: list[dict[str, float]] = []
-    most = len(scales) + HALVINGS
-    for left in models["base"].parent.glob(".sweep-*"):  # of a tour that was killed here
+    for left in parent.glob(".sweep-*"):  # of a tour that was killed here
         shutil.rmtree(left, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix=".sweep-", dir=models["base"].parent) as folder:
+    with tempfile.TemporaryDirectory(prefix=".sweep-", dir=parent) as folder:
 
         def attempt(scale: float) -> None:
             out = Path(folder) / f"{scale:g}"
             graft(models["base"], models["chat"], models["adapted"], out, scale)
-            part = (len(rows), most)
+            part = (1 + len(rows), most)
             scores, _ = held_out.score_model(
-                load(out), tokenizer, lambda share: report((part[0] + share) / part[1]), SWEEP_PROMPTS
+                load(out, torch.float32), tokenizer, lambda share: report((part[0] + share) / part[1]), prompts_of_scale
             )
+            shutil.rmtree(out)
             bits = scores[target]["bits_per_byte"] - bare
             row = {"scale": scale, "bits_per_byte": scores[target]["bits_per_byte"]}
             row |= {f"nll_{code}": part["response_nll"] for code, part in scores.items()}
@@ -181,7 +191,7 @@ def sweep(
 
         for scale in scales:
             attempt(scale)
-        for _ in range(HALVINGS):
+        for _ in range(halvings):
             best = choose(rows)
             above = [row["scale"] for row in rows if row["scale"] > best]
             if above:

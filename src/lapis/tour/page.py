@@ -5,6 +5,7 @@ by side), and sentences, for the terminal and the page alike. Leaves out: taking
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from lapis.report import Column, Page, plots
@@ -43,16 +44,15 @@ def page(findings: Findings) -> str:
     english, target = findings["languages"]
     gaps, scores = findings["gap_closed"], findings["scores"]
     lead = (
-        f"A language model built from raw text, taught to chat in English, moved to {names[target]}, and given its "
-        f"chat ability back by adding `{findings['scale']:g} × (chat − base)` to its weights, with no training step. "
-        f"\n\n**{sentence(findings)}**"
+        f"{_beginning(findings)}, moved to {names[target]}, and given its chat ability back by adding "
+        f"`{findings['scale']:g} × (chat − base)` to its weights, with no training step. \n\n**{sentence(findings)}**"
     )
-    footer = f"Made by `lapis tour --minutes {findings['minutes']:g}`. The models lie in `{findings['folder']}`."
+    footer = f"Made by `{command(findings)}`. The models lie in `{findings['folder']}`."
     report = Page(f"Chat ability, grafted onto {names[target]}", lead, footer=footer)
     report.stats(_stats(findings, names))
     if advice(findings):
         report.text(advice(findings))
-    report.section("Six models" if "yardstick" in scores else "Five models", _explained(scores))
+    report.section("Six models" if "yardstick" in scores else "Five models", _explained(findings))
     report.table(_score_rows(findings, names), _score_columns(findings), caption=SCORES_CAPTION, mark=("grafted",))
     _answers(report, findings, names)
     budget = findings["budget"]
@@ -85,6 +85,24 @@ def page(findings: Findings) -> str:
         rows = [row for row in findings["curves"] if row["run"] in runs]
         report.figure(plots.learning_curves(rows, f"Learning curves: {phase}", y=what), WHAT_RUNS[phase])
     return report.render()
+
+
+def command(findings: Findings) -> str:
+    """What makes a tour like this one."""
+    if "model" not in findings:
+        return f"lapis tour --minutes {findings['minutes']:g}"
+    chat = f" --chat {findings['chat']}" if findings["chat"] else ""
+    return f"lapis tour --real --model {findings['model']}{chat} --tokens {findings['trained_tokens']}"
+
+
+def _beginning(findings: Findings) -> str:
+    """What the story begins with."""
+    if "model" not in findings:
+        return "A language model built from raw text, taught to chat in English"
+    model = f"The language model `{Path(findings['model']).name}`"
+    if findings["chat"]:
+        return f"{model} and its chat version `{Path(findings['chat']).name}`"
+    return f"{model}, tuned on English chats"
 
 
 SHOWN = {
@@ -125,8 +143,13 @@ def _percent(share: float | None) -> str:
     return "–" if share is None else f"{share:.0%}"
 
 
-def _explained(scores: Mapping[str, Any]) -> str:
-    return "\n\n".join(f"**{name}**: {WHAT[name]}." for name in ORDER if name in scores)
+def _explained(findings: Findings) -> str:
+    what = dict(WHAT)
+    if "model" in findings:
+        what["base"] = f"`{findings['model']}`, as it came"
+    if findings.get("chat"):
+        what["chat"] = f"`{findings['chat']}`, as it came"
+    return "\n\n".join(f"**{name}**: {what[name]}." for name in ORDER if name in findings["scores"])
 
 
 def _score_rows(findings: Findings, names: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -179,6 +202,9 @@ def _difference(report: Page, findings: Findings) -> None:
         plots.layer_heatmap(table, f"Most of the change is in {largest['component']} of layer {largest['layer']}"),
         "Direction: how far a tensor turned. Magnitude: length of the difference over the length of base's tensor.",
     )
+    if not moved:
+        report.text("No row of the embedding moved: it was left as it is.")
+        return
     names = ", ".join(f"`{row['token'].strip()}`" for row in moved)
     title = "The template's tokens moved most" if all(row["special"] for row in moved[:2]) else f"{names} moved most"
     report.figure(plots.embedding_rows(rows, title), "The rows of the embedding, each a token.")
@@ -209,9 +235,9 @@ def _by_likelihood(findings: Findings) -> str:
     ways = [f"{gaps[code]:.0%} in {names[code]}" for code in (target, english) if gaps[code] is not None]
     went = f"went {' and '.join(ways)} of the way" if ways else "had no way to go"
     return (
-        f"Without a training step the graft {went} from a model that cannot chat to one that was tuned on the chats, "
-        f"by how likely each finds the right replies; {names[target]} text became {findings['cost']:+.1%} harder to "
-        "predict."
+        f"Without a training step the graft {went} from the model that was moved to {names[target]} to the same tuned "
+        f"on the chats, by how likely each finds the right replies; {names[target]} text became "
+        f"{findings['cost']:+.1%} harder to predict."
     )
 
 

@@ -1,6 +1,6 @@
 """The story of the tour: build, tune, move, graft, tune again, measure. Each step is a call that a user could make.
 
-    base      pre-trained on English with some of the target language mixed in
+    base      pre-trained on English with some of the target language mixed in; in real/ a public model
     chat      base, tuned on English chats
     adapted   base, continued on the target language with some English replayed
     tuned     adapted, tuned on the same English chats: the yardstick
@@ -14,7 +14,8 @@ Shapes: B rows, T places.
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,8 @@ from lapis.tour.material import ENGLISH, Material
 from lapis.tour.page import WHAT
 from lapis.tour.setup.copying import write_copying
 from lapis.tour.setup.machine import Machine
-from lapis.tour.setup.size import CONTEXT, StorySize
+from lapis.tour.setup.size import CONTEXT, RunSizes, StorySize
+from lapis.tour.world import LANGUAGES
 from lapis.training.config import TrainConfig
 from lapis.training.loop.loop import train
 from lapis.training.objectives.objective import Cursor, DataPlace, Objective
@@ -52,8 +54,8 @@ SCALES = (0.5, 1.0, 1.5)
 
 
 @dataclass
-class Story:
-    """A tour on its way: its folder, its material, and the models so far.
+class Story(ABC):
+    """A tour on its way: its folder, its material, and the models so far. Base class of those that begin differently.
 
     Args:
         out: Where the models go.
@@ -65,12 +67,20 @@ class Story:
 
     out: Path
     seed: int
-    size: StorySize
+    size: RunSizes
     machine: Machine
     material: Material
     tokenizer: Tokenizer
     clock: Clock
     models: dict[str, Path] = field(default_factory=dict)
+
+    @abstractmethod
+    def make_models(self, chats: Path) -> None:
+        """Every model but the grafted one.
+
+        Args:
+            chats: English ones, to learn from.
+        """
 
     def tell(self) -> dict[str, Any]:
         """Trains, grafts and measures.
@@ -79,17 +89,12 @@ class Story:
             The findings, as JSON.
         """
         english, target = self.material.languages
-        chats = self.material.chats(english, held_out=False)
-        share = self.size.recipe.target_in_base
-        self.read("base", None, {english: 1 - share, target: share})
-        self.chat("chat", "base", chats)
-        self.read("adapted", "base", {target: 1 - ENGLISH_IN_ADAPTED, english: ENGLISH_IN_ADAPTED})
-        self.chat("tuned", "adapted", chats)
-        if self.material.yardstick:
-            self.chat("yardstick", "adapted", self.material.yardstick)
+        self.make_models(self.material.chats(english, held_out=False))
         choosing, reporting = measure.held_out_halves(self.material, self.size.held_out)
         self.clock.begin("sweep", "the graft: trying scales on one half of the held-out material")
-        rows = measure.sweep(self.models, choosing, self.tokenizer, SCALES, self.clock.note, self.clock.at)
+        rows = measure.sweep(
+            self.models, choosing, self.tokenizer, SCALES, self.size.halvings, self.clock.note, self.clock.at
+        )
         scale = measure.choose(rows)
         self.graft(scale)
         scores, replies = self.measured(reporting)
@@ -105,20 +110,30 @@ class Story:
             "sweep": rows,
             "budget": None if self.material.questions(english) else measure.BUDGET,
             "languages": [english, target],
-            "tokens": {name: _learned(folder) for name, folder in self.models.items() if name != "grafted"},
+            "names": {code: LANGUAGES.get(code, code) for code in self.material.languages},
+            "tokens": {name: _learned(folder) for name, folder in self.trained.items()},
             "machine": asdict(self.machine),
             "difference": self.difference(),
-            "curves": [row for name, folder in self.models.items() for row in _curve(name, folder)],
+            "curves": [row for name, folder in self.trained.items() for row in _curve(name, folder)],
             "replies": _replies(reporting, replies),
             "fluent": self.fluent(),
         }
 
-    def read(self, name: str, start: str | None, shares: Mapping[str, float]) -> None:
+    @property
+    def trained(self) -> dict[str, Path]:
+        """The models that this tour trained."""
+        return {name: folder for name, folder in self.models.items() if folder.parent == self.out and name != "grafted"}
+
+    def open(self, name: str) -> Transformer:
+        """One of the models."""
+        return load(self.models[name], torch.float32)
+
+    def read(self, name: str, start: Callable[[], Transformer], shares: Mapping[str, float]) -> None:
         """Learns a text that is mixed from both languages, unless that is done.
 
         Args:
             name: Of the model that comes out.
-            start: The model that goes on; None = a new one.
+            start: Gives the model that goes on.
             shares: Of the text, by language.
         """
         if self.is_done(name):
@@ -126,14 +141,13 @@ class Story:
         text = self.mixed(name, shares)
         self.clock.begin(name, f"{name}: {WHAT[name]}")
         torch.manual_seed(self.seed)
-        model = load(self.models[start]) if start else self.new_model()
-        self.train(name, model, Causal(tokenizer=self.tokenizer, data=[text], context=CONTEXT))
+        self.train(name, start(), Causal(tokenizer=self.tokenizer, data=[text], context=CONTEXT))
 
-    def new_model(self) -> Transformer:
-        """With random weights, but for the heads that copy."""
-        model = Transformer(self.size.model(self.tokenizer.vocab_size))
-        write_copying(model)
-        return model
+    def adapt(self) -> None:
+        """Moves base to the target language, with some English replayed."""
+        english, target = self.material.languages
+        shares = {target: 1 - ENGLISH_IN_ADAPTED, english: ENGLISH_IN_ADAPTED}
+        self.read("adapted", lambda: self.open("base"), shares)
 
     def chat(self, name: str, start: str, chats: Path) -> None:
         """Learns chats, with some text beside them where the recipe says so, unless that is done.
@@ -146,7 +160,7 @@ class Story:
         rows_of_text = self.size.recipe.rows_of_text
         beside = [self.mixed("beside", dict.fromkeys(self.material.languages, 0.5))] if rows_of_text else []
         self.clock.begin(name, f"{name}: {WHAT[name]}")
-        model = load(self.models[start])
+        model = self.open(start)
         objective: Objective = Chat(tokenizer=self.tokenizer, data=[chats], context=CONTEXT)
         if beside:
             select_parts(model, freeze=["embed"], tokens=[TURN_START, TURN_END], tokenizer=self.tokenizer)
@@ -192,12 +206,12 @@ class Story:
         """Scores and replies of every model."""
         self.clock.begin("measuring", "measuring every model on the other half of the held-out material")
         scores, replies = {}, {}
-        for number, (name, folder) in enumerate(self.models.items()):
+        for number, name in enumerate(self.models):
 
             def tell(share: float, number: int = number, name: str = name) -> None:
                 self.clock.at((number + share) / len(self.models), name)
 
-            scores[name], replies[name] = held_out.score_model(load(folder), self.tokenizer, tell)
+            scores[name], replies[name] = held_out.score_model(self.open(name), self.tokenizer, tell)
         return scores, replies
 
     def difference(self) -> dict[str, Any]:
@@ -210,8 +224,30 @@ class Story:
         texts = documents(self.material.texts(ENGLISH, held_out=True))
         starts = [_first_sentence(text.text) for text, _ in zip(texts, range(10), strict=False)]
         sampling = Sampling(temperature=0.7, top_p=0.9, max_tokens=50, seed=self.seed)
-        replies = generate_batch(load(self.models["base"]), self.tokenizer, starts, sampling)
+        replies = generate_batch(self.open("base"), self.tokenizer, starts, sampling)
         return [f"{start} …{reply.text}" for start, reply in zip(starts, replies, strict=True)]
+
+
+class StoryFromScratch(Story):
+    """The story that begins with random weights."""
+
+    size: StorySize
+
+    def make_models(self, chats: Path) -> None:
+        english, target = self.material.languages
+        share = self.size.recipe.target_in_base
+        self.read("base", self.new_model, {english: 1 - share, target: share})
+        self.chat("chat", "base", chats)
+        self.adapt()
+        self.chat("tuned", "adapted", chats)
+        if self.material.yardstick:
+            self.chat("yardstick", "adapted", self.material.yardstick)
+
+    def new_model(self) -> Transformer:
+        """With random weights, but for the heads that copy."""
+        model = Transformer(self.size.model(self.tokenizer.vocab_size))
+        write_copying(model)
+        return model
 
 
 def _replies(

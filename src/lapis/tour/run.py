@@ -3,31 +3,25 @@
 A part whose file is there is not done again, so a tour that was stopped goes on. Leaves out: the story (recipe.py).
 """
 
-import json
-import os
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lapis.checkpoint.commit import commit, commit_file
-from lapis.checkpoint.staging import disk_errors, is_made, try_lock
-from lapis.errors import ConfigError, OutputError
+from lapis.checkpoint.commit import commit
+from lapis.checkpoint.staging import is_made
+from lapis.errors import ConfigError
 from lapis.model.threads import threads
 from lapis.model.transformer import Transformer
 from lapis.text.tokenizer.tokenizer import Tokenizer, train_tokenizer
-from lapis.tour.clock import Clock, on_terminal, spelled
+from lapis.tour.clock import Clock, Screen, spelled
 from lapis.tour.material import ENGLISH, Material, write_world
-from lapis.tour.page import page
-from lapis.tour.recipe import Story
+from lapis.tour.recipe import StoryFromScratch
 from lapis.tour.setup import machine
+from lapis.tour.setup.folder import completed, settle_machine, settled_machine
 from lapis.tour.setup.size import CONTEXT, StorySize
 from lapis.tour.world import LANGUAGES, World
 
 LEAST_MINUTES, MOST_MINUTES = 0.1, 10_000.0  # below, no held-out text is left to score
-SECONDS = ".seconds"  # the note of how long all sittings took together
 TOKENIZER_CHARACTERS = 1_500_000  # of text of both languages, from which the tokenizer is trained
 
 
@@ -74,56 +68,32 @@ def tour(settings: Tour) -> dict[str, Any]:
     if settings.data is not None:
         Material(settings.data, settings.language)  # refused now, before a folder is made
     record = {**asdict(settings), "data": str(settings.data) if settings.data else None, "out": None}
-    _claim(out, record)
-    result, report = out / "tour.json", out / "report.html"
-    with _locked(out):
-        if not result.exists():
-            ran = _run(settings) | {"minutes": settings.minutes, "report": str(report), "folder": str(out)}
-            with commit_file(result) as path:
-                path.write_text(json.dumps(ran, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-        findings: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
-        if not report.exists():
-            with commit_file(report) as path:
-                path.write_text(page(findings), encoding="utf-8")
-    noted = _read_note(out / SECONDS)
-    return findings | {"seconds": float(noted) if isinstance(noted, int | float) else 0.0}
+    return completed(out, record, lambda screen: _run(settings, screen))
 
 
-def _run(settings: Tour) -> dict[str, Any]:
-    """The findings of the story. The seconds of all sittings are noted apart: the findings are the same at any pace."""
-    out, started = settings.out, time.monotonic()
-    seconds_file = out / SECONDS
-    noted = _read_note(seconds_file)
-    earlier = float(noted) if isinstance(noted, int | float) else 0.0
-    size = StorySize.of(settings.minutes, real=settings.data is not None)
-    screen = on_terminal()
-    try:
-        screen.note("how fast this machine is, with one thread and with several")
-        computer, pace = _settled(out / ".machine", settings, size)
-        clock = Clock(_left(out, size, real=settings.data is not None), 1 / pace, screen)
-        clock.note(
-            f"{sum(size.tokens.values()) / 1e6:.1f} million tokens to learn: about {spelled(clock.seconds_left)} "
-            f"minutes on this machine as it is now ({computer.summary})"
-        )
-        if not machine.multiplies_bfloat16():
-            clock.note("this processor has no bfloat16 instructions; with them it would take about a third")
-        with threads(computer.threads):
-            return _run_story(settings, size, computer, clock)
-    finally:
-        screen.close()
-        with suppress(OSError, OutputError):  # without it a rerun only counts fewer seconds
-            _write_note(seconds_file, earlier + time.monotonic() - started)
+def _run(settings: Tour, screen: Screen) -> dict[str, Any]:
+    """The findings of the story."""
+    out, size = settings.out, StorySize.of(settings.minutes, real=settings.data is not None)
+    screen.note("how fast this machine is, with one thread and with several")
+    computer, pace = _settled(settings, size)
+    clock = Clock(_left(out, size, real=settings.data is not None), 1 / pace, screen)
+    clock.note(
+        f"{sum(size.tokens.values()) / 1e6:.1f} million tokens to learn: about {spelled(clock.seconds_left)} "
+        f"minutes on this machine as it is now ({computer.summary})"
+    )
+    if not machine.multiplies_bfloat16():
+        clock.note("this processor has no bfloat16 instructions; with them it would take about a third")
+    with threads(computer.threads):
+        return _run_story(settings, size, computer, clock)
 
 
-def _settled(note: Path, settings: Tour, size: StorySize) -> tuple[machine.Machine, float]:
+def _settled(settings: Tour, size: StorySize) -> tuple[machine.Machine, float]:
     """What the tour computes with, as settled when it began, and the seconds that a token takes now."""
     model = Transformer(size.model(size.vocabulary))
-    settled = _read_note(note)
-    if isinstance(settled, dict) and set(settled) == {entry.name for entry in fields(machine.Machine)}:
-        computer = machine.Machine(**settled)
+    if (computer := settled_machine(settings.out)) is not None:
         return computer, machine.seconds_per_token(model, computer, CONTEXT)
     computer, pace = machine.settle(settings.precision, model, CONTEXT)
-    _write_note(note, asdict(computer))
+    settle_machine(settings.out, computer)
     return computer, pace
 
 
@@ -136,8 +106,8 @@ def _run_story(settings: Tour, size: StorySize, computer: machine.Machine, clock
         write_world(world, root, settings.language, size.characters("base"), size.chats, clock.at)
     material = Material(root, settings.language)
     tokenizer = _tokenizer(out / "tokenizer", material, size.vocabulary, clock)
-    story = Story(out, settings.seed, size, computer, material, tokenizer, clock)
-    return story.tell() | {"names": {code: LANGUAGES.get(code, code) for code in material.languages}}
+    story = StoryFromScratch(out, settings.seed, size, computer, material, tokenizer, clock)
+    return story.tell() | {"minutes": settings.minutes}
 
 
 def _left(out: Path, size: StorySize, *, real: bool) -> dict[str, float]:
@@ -148,48 +118,6 @@ def _left(out: Path, size: StorySize, *, real: bool) -> dict[str, float]:
         done[run] = (out / run).is_dir()
         done[f"text for {run}"] = (out / "data" / f"{run}.jsonl").exists()
     return {part: amount for part, amount in work.items() if not done.get(part)}
-
-
-def _claim(out: Path, record: Mapping[str, Any]) -> None:
-    """Makes the folder, or finds in it a tour with the same settings."""
-    note = out / ".tour"
-    before = _read_note(note)
-    if isinstance(before, dict):
-        other = [f"{key} was {before.get(key)}" for key, value in record.items() if before.get(key) != value]
-        if other:
-            raise OutputError(f"{out}: holds another tour ({', '.join(other)}); give another --out, or remove it")
-    elif out.exists() and any(not entry.name.startswith((note.name, f".{note.name}.")) for entry in out.iterdir()):
-        why = "its .tour cannot be read" if note.exists() else "is no tour"
-        raise OutputError(f"{out}: exists already and {why}; give another --out")
-    else:
-        with disk_errors(out):
-            out.mkdir(parents=True, exist_ok=True)
-        _write_note(note, record)
-
-
-@contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """No other tour works in the folder meanwhile."""
-    handle = os.open(out, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        if not try_lock(handle):
-            raise OutputError(f"{out}: another tour is at work in it; wait for it, or give another --out")
-        yield
-    finally:
-        os.close(handle)
-
-
-def _read_note(path: Path) -> Any:
-    """The JSON of a note; None where there is none, or only a piece of one."""
-    try:
-        return json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
-        return None
-
-
-def _write_note(path: Path, value: Any) -> None:
-    with commit_file(path, overwrite=True) as temporary:
-        temporary.write_text(json.dumps(value))
 
 
 def _tokenizer(folder: Path, material: Material, vocabulary: int, clock: Clock) -> Tokenizer:

@@ -1,1 +1,1 @@
-"""Minutes in, the size of a story out, with the threads, the precision and the first weights of its models."""
+"""A tour's settings in; its folder, the size of its story, threads, precision and first weights out."""

@@ -42,9 +42,7 @@ def settle(precision: str, model: Transformer, context: int) -> tuple[Machine, f
         model: Of the size that is to be trained. It learns from this, so it is not the one that is trained.
         context: Tokens of a row.
     """
-    if precision == "auto":
-        precision = "bf16" if multiplies_bfloat16() else "float32"
-    kind: Literal["float32", "bf16"] = "bf16" if precision == "bf16" else "float32"
+    kind = settle_precision(precision)
     *more, least = thread_counts(MOST_THREADS)
     best = Machine(least, kind)
     seconds = seconds_per_token(model, best, context)
@@ -54,6 +52,13 @@ def settle(precision: str, model: Transformer, context: int) -> tuple[Machine, f
         if with_several < seconds:
             return several, with_several
     return best, seconds
+
+
+def settle_precision(precision: str) -> Literal["float32", "bf16"]:
+    """What "auto" stands for on this processor; the others as they are."""
+    if precision == "auto":
+        return "bf16" if multiplies_bfloat16() else "float32"
+    return "bf16" if precision == "bf16" else "float32"
 
 
 def multiplies_bfloat16() -> bool:

@@ -6,6 +6,7 @@ minutes are about those that the whole takes on two cores of a recent server CPU
 (recipe.py).
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -58,18 +59,54 @@ CHARACTERS_PER_TOKEN = 4.5  # somewhat more than what a token of the built-in wo
 SWEEP, MEASURING = 200_000.0, 300_000.0  # tokens that would be learned in the same time
 
 
-@dataclass(frozen=True)
-class StorySize:
-    """Of one story.
+@dataclass(frozen=True, kw_only=True)
+class RunSizes(ABC):
+    """What the runs of a story learn, and how.
+
+    Args:
+        tokens: Of each run.
+        recipe: How the models learn.
+        held_out: Share of the full held-out material (measure.py), so that measuring takes a small part of a short
+            story, too.
+    """
+
+    tokens: Mapping[str, int]
+    recipe: LearningRates
+    held_out: float
+
+    @property
+    def halvings(self) -> int:
+        """How often the sweep of scales is refined."""
+        return 2
+
+    def steps(self, run: str) -> dict[str, int]:
+        """Of a run: rows of a step, and how many steps."""
+        batch = self.recipe.batch if run in ("base", "adapted") else self.recipe.chat_batch
+        return {"batch": batch, "steps": max(1, round(self.tokens[run] / (batch * CONTEXT)))}
+
+    @abstractmethod
+    def learning(self, run: str) -> dict[str, Any]:
+        """Of a run: the settings of its training."""
+
+    @property
+    @abstractmethod
+    def work(self) -> dict[str, float]:
+        """Part of a tour -> tokens that would be learned in the same time, in the order of the parts."""
+
+    def characters(self, run: str) -> int:
+        """Of the text that a run reads: somewhat more than its tokens. Beside chats stands an eighth as much."""
+        tokens = self.tokens[run] if run in self.tokens else self.tokens["chat"] // 8
+        return round(tokens * CHARACTERS_PER_TOKEN)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StorySize(RunSizes):
+    """Of a story that begins with a new model.
 
     Args:
         people: Inhabitants of the built-in world.
         vocabulary: Of the tokenizer, at most.
-        tokens: Of each run.
         chats: Training chats of the built-in world.
-        recipe: How the models learn.
-        held_out: Share of the full held-out material (measure.py), so that measuring takes a small part of a short
-            story, too.
     """
 
     people: int
@@ -79,19 +116,12 @@ class StorySize:
     kv_heads: int
     ffn_dim: int
     vocabulary: int
-    tokens: Mapping[str, int]
     chats: int
-    recipe: LearningRates
-    held_out: float
 
     def learning(self, run: str) -> dict[str, Any]:
-        """Of a run: the settings of its training."""
-        reads = run in ("base", "adapted")
-        batch = self.recipe.batch if reads else self.recipe.chat_batch
         rates = {"base": self.recipe.base, "adapted": self.recipe.adapted}
-        steps = max(1, round(self.tokens[run] / (batch * CONTEXT)))
-        more = {} if reads else {"weight_decay": 0.0}
-        return {"optimizer": "muon", "lr": rates.get(run, self.recipe.chat), "batch": batch, "steps": steps, **more}
+        more = {} if run in rates else {"weight_decay": 0.0}
+        return {"optimizer": "muon", "lr": rates.get(run, self.recipe.chat), **self.steps(run), **more}
 
     def model(self, vocabulary: int) -> ModelConfig:
         """A Llama-shaped decoder for a tokenizer with so many tokens."""
@@ -122,15 +152,9 @@ class StorySize:
 
     @property
     def work(self) -> dict[str, float]:
-        """Part of a tour -> tokens that would be learned in the same time, in the order of the parts."""
         work = {"world": 0.04 * self.tokens["base"], "tokenizer": 20_000.0}
         for run, tokens in self.tokens.items():
             if run in ("base", "adapted"):
                 work[f"text for {run}"] = 0.01 * tokens
             work[run] = float(tokens)
         return {**work, "sweep": SWEEP * self.held_out, "measuring": MEASURING * self.held_out, "page": 10_000.0}
-
-    def characters(self, run: str) -> int:
-        """Of the text that a run reads: somewhat more than its tokens. Beside chats stands an eighth as much."""
-        tokens = self.tokens.get(run, self.tokens["chat"] // 8)
-        return round(tokens * CHARACTERS_PER_TOKEN)
