@@ -30,8 +30,9 @@ lint: .venv/.dev
 test: lint                   ## types, style, and every test
 	$(BIN)/python -m pytest -q -n $(JOBS)
 
-docs: .venv/.core            ## docs/api.md from the docstrings
+docs: .venv/.core            ## docs/api.md from the docstrings, and the code blocks of README.md in its translations
 	$(BIN)/python scripts/api_page.py
+	$(BIN)/python scripts/translations.py
 
 book: .venv/.core            ## build/book/site: the book, in five languages, offline; pip install 'lapis[book]'
 	$(BIN)/python -m scripts.book

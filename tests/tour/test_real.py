@@ -94,7 +94,7 @@ def test_the_keys_are_the_tours_and_there_are_no_answers(place: Path, finished: 
 def test_the_scores_are_those_of_the_evaluations(place: Path, finished: dict[str, Any]) -> None:
     """Base in float32, on the half that reports, by the functions behind `lapis eval`."""
     size = RealSize.of(TOKENS, chat_is_given=False)
-    _, reporting = measure.held_out_halves(Material(place / "data", "ms"), size.held_out)
+    _, reporting = measure.held_out_halves(Material(place / "data", "ms"), size.held_out, size.fewest)
     for name in ("base", "grafted"):
         model, tokenizer = load(finished["models"][name], torch.float32), Tokenizer.open(finished["models"][name])
         for code in ("en", "ms"):

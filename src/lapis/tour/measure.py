@@ -29,6 +29,7 @@ from lapis.weights.graft.graft import graft
 CHARACTERS = 40_000  # of held-out text of one language in each half
 CHATS = 64  # of one language in each half
 QUESTIONS = 150  # of one language and split in each half
+LEAST = 12  # of each of these, however short a story is
 SWEEP_PROMPTS = 100  # of one language, for each scale
 REPLY_TOKENS = 48
 AT_ONCE = 75  # prompts that are replied to between two signs of life
@@ -116,9 +117,14 @@ def _marks(prompts: Sequence[HeldOutPrompt], given: Sequence[Reply | None]) -> d
     return {"answers": sum(marks) / len(marks) if marks else None, "by_task": by_task}
 
 
-def held_out_halves(material: Material, share: float = 1.0) -> tuple[HeldOutMaterial, HeldOutMaterial]:
-    """The half that chooses and the half that reports. share: of the full amount, for a story that is shorter."""
-    questions, talks = max(12, round(QUESTIONS * share)), max(12, round(CHATS * share))
+def held_out_halves(
+    material: Material, share: float = 1.0, least: int = LEAST
+) -> tuple[HeldOutMaterial, HeldOutMaterial]:
+    """The half that chooses and the half that reports.
+
+    share: of the full amount, for a story that is shorter. least: chats, and questions, of one language in each half.
+    """
+    questions, talks = (max(least, round(most * share)) for most in (QUESTIONS, CHATS))
     texts = {name: material.held_out_texts(name, round(CHARACTERS * share)) for name in material.languages}
     records = {name: list(chats(material.chats(name, held_out=True)))[: 2 * talks] for name in material.languages}
     prompts = {name: _prompts(material.questions(name), records[name]) for name in material.languages}

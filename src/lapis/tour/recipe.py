@@ -90,7 +90,7 @@ class Story(ABC):
         """
         english, target = self.material.languages
         self.make_models(self.material.chats(english, held_out=False))
-        choosing, reporting = measure.held_out_halves(self.material, self.size.held_out)
+        choosing, reporting = measure.held_out_halves(self.material, self.size.held_out, self.size.fewest)
         self.clock.begin("sweep", "the graft: trying scales on one half of the held-out material")
         rows = measure.sweep(
             self.models, choosing, self.tokenizer, SCALES, self.size.halvings, self.clock.note, self.clock.at

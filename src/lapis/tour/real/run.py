@@ -129,7 +129,8 @@ def _run(
     del model
     made = len(size.tokens) + 2  # and a graft, and one that the sweep tries
     clock.note(
-        f"{settings.tokens:,} tokens to learn by a model of {parameters:,} parameters, and as many to measure: about "
+        f"{settings.tokens:,} tokens to learn by a model of {parameters:,} parameters, and what takes as long as "
+        f"{sum(size.work.values()) - sum(size.tokens.values()):,.0f} more to measure: about "
         f"{spelled(clock.seconds_left)} minutes on this machine as it is now ({computer.summary}), and up to "
         f"{4 * parameters * made / 1e9:.1f} GB in {out}"
     )

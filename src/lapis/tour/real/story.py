@@ -13,7 +13,7 @@ leaves them alone as well, and in so few steps they would learn little and cost 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from lapis.model.transformer import Transformer
 from lapis.tour import measure
@@ -27,7 +27,7 @@ TOKENS = 30_000  # about ten minutes of two cores with a model of 135 million pa
 SHARES = {"chat": 0.3, "adapted": 0.4, "tuned": 0.3}
 RECIPE = LearningRates(0.0, 5e-5, 1e-4, 2, 2, target_in_base=0.0, rows_of_text=0)  # of AdamW; many small steps
 MEASURED_WELL = 150_000  # tokens from which on the held-out material is used in full
-LEAST_HELD_OUT = 0.1  # of it: pieces of text have about 2,000 characters, of which some are needed
+LEAST_HELD_OUT = 0.06  # of it: a piece of text has up to 2,000 characters, and both halves need one
 FORWARD = 0.25  # what reading a token costs, where learning it costs 1
 PROMPT_AND_REPLY, CHAT, CHARACTER = 250, 150, 0.35  # in tokens; a reply's count more, as they are written one by one
 ROWS_SHOWN = 4000  # rows of the embedding that moved most
@@ -38,6 +38,7 @@ class RealSize(RunSizes):
     """Of a story about a model that exists."""
 
     recipe: LearningRates = RECIPE
+    fewest: ClassVar[int] = 6
 
     def learning(self, run: str) -> dict[str, Any]:
         steps = self.steps(run)
@@ -52,7 +53,7 @@ class RealSize(RunSizes):
 
     @property
     def work(self) -> dict[str, float]:
-        chats = max(12, measure.CHATS * self.held_out)
+        chats = max(self.fewest, measure.CHATS * self.held_out)
         read = 2 * (measure.CHARACTERS * self.held_out * CHARACTER + chats * CHAT)
         likelihoods = len(SCALES) + self.halvings + 2
         models = 1 + len(SHARES) + 1

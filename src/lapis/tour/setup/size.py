@@ -9,9 +9,10 @@ minutes are about those that the whole takes on two cores of a recent server CPU
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from lapis.families.config import ModelConfig
+from lapis.tour.measure import LEAST
 
 CONTEXT = 256
 FULL = 5.0  # minutes of the story that docs/evidence/tour.md measures
@@ -73,6 +74,8 @@ class RunSizes(ABC):
     tokens: Mapping[str, int]
     recipe: LearningRates
     held_out: float
+
+    fewest: ClassVar[int] = LEAST  # chats, and questions, of one language in each half of what is held out
 
     @property
     def halvings(self) -> int:
