@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-# what the fast tests import beside lapis; parity with the other libraries, and the tour, are in `make test`
+# what the fast tests import beside lapis; parity with the other libraries, the tour and the book are in `make test`
 NEEDS = [
     "pytest>=8.4",
     "pytest-xdist>=3.6",
@@ -25,7 +25,7 @@ NEEDS = [
     "peft>=0.21",
     "scikit-learn>=1.6",
 ]
-FAST = ["-m", "not browser and not real_data", "--ignore=tests/oracles", "--ignore=tests/tour"]
+FAST = ["-m", "not browser and not real_data", "--ignore=tests/oracles", "--ignore=tests/tour", "--ignore=tests/book"]
 
 
 def interpreter(version: str) -> str | None:

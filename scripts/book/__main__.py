@@ -27,6 +27,7 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     book = read_book(paths=options.chapters)
     if options.sources:
+        print(f"{book.source}  the first page")
         for chapter in book.chapters:
             print(f"{chapter.source}  {chapter.path}")
         return

@@ -38,12 +38,10 @@ class Prose:
     Attributes:
         language: Its code; "en" where the chapter has not been translated.
         blocks: Markdown and cells in turn.
-        source: Of a translation, the `Chapter.source` that it was made from.
     """
 
     language: str
     blocks: tuple[str | Cell, ...]
-    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,7 @@ class Chapter:
         file = self.folder / f"{language}.md"
         if not file.exists():
             language, file = "en", self.folder / "en.md"
-        text, source = read_prose(file)
+        text, _ = read_prose(file)
         blocks: list[str | Cell] = []
         for i, piece in enumerate(re.split(r"^\{\{ (\S+) \}\}$", text, flags=re.MULTILINE)):
             if i % 2:
@@ -97,7 +95,7 @@ class Chapter:
         used = [block.name for block in blocks if isinstance(block, Cell)]
         if used != list(self.cells):
             raise DataError(f"{file}: uses the cells {', '.join(used)}; code.py has {', '.join(self.cells)}")
-        return Prose(language, tuple(blocks), source)
+        return Prose(language, tuple(blocks))
 
     @property
     def source(self) -> str:
@@ -126,16 +124,20 @@ class Book:
     def chapters(self) -> list[Chapter]:
         return [chapter for part in self.parts for chapter in part.chapters]
 
-    def opening(self, language: str) -> tuple[str, str]:
-        """The text of the first page, and the language that it is in."""
+    @property
+    def source(self) -> str:
+        """What a translation of the first page is made from."""
+        return source_of(self.root / "en.md")
+
+    def opening(self, language: str) -> str:
+        """The text of the first page, in English where a language has none."""
         file = self.root / f"{language}.md"
-        language = language if file.exists() else "en"
-        return read_prose(self.root / f"{language}.md")[0], language
+        return read_prose(file if file.exists() else self.root / "en.md")[0]
 
     def older(self) -> Iterator[str]:
         """The translations that are older than what they translate, as "build/04-attention/ms.md: ..."."""
         pairs = [(chapter.folder, chapter.source) for chapter in self.chapters]
-        for folder, source in [(self.root, source_of(self.root / "en.md")), *pairs]:
+        for folder, source in [(self.root, self.source), *pairs]:
             for language in LANGUAGES:
                 file = folder / f"{language}.md"
                 if language != "en" and file.exists() and (stated := read_prose(file)[1]) != source:

@@ -19,7 +19,7 @@ from mkdocs.commands.build import build as build_site
 from mkdocs.config import load_config
 
 from lapis.report import theme
-from lapis.report.page import MONO, data_block
+from lapis.report.page import MONO, data_block, split_title
 from scripts.book.chapters import LANGUAGES, Book, Cell, Chapter
 from scripts.book.notebooks import Outputs, Shown, make_notebook, relink, shown
 
@@ -131,7 +131,7 @@ def _write_sources(book: Book, outputs: dict[str, Outputs], language: str, out: 
         notebook = make_notebook(book, chapter, chapter.prose(language), language, outputs[chapter.path])
         for folder in (pages, notebooks):
             nbformat.write(notebook, folder / f"{chapter.path}.ipynb")
-    text, _ = book.opening(language)
+    text = book.opening(language)
     pages.joinpath("index.md").write_text(f"# {book.titles[language]}\n\n{text}", encoding="utf-8")
     shutil.copytree(ASSETS, pages / "assets")
     style = pages / "assets" / "book.css"
@@ -151,13 +151,12 @@ def _fenced(text: str, *classes: str) -> str:
 def _results(cell: Shown, label: str) -> list[str]:
     blocks = [_fenced(cell.text, "text", "output")] if cell.text else []
     for figure in cell.figures:
-        layout = dict(figure["layout"])
-        layout.pop("template", None)
-        words = (layout.get("meta") or {}).get("title") or (layout.get("title") or {}).get("text") or label
-        data = data_block({"data": figure["data"], "layout": layout})
-        style = f"min-height:{int(layout.get('height', 400))}px"
+        title, data, layout = split_title(figure)
+        words = html.escape(title or label)
         blocks.append(
-            f'<figure class="plot" role="img" aria-label="{html.escape(words)}" style="{style}">{data}</figure>'
+            f'<figure><figcaption>{words}</figcaption><div class="plot" role="img" aria-label="{words}" '
+            f'style="min-height:{int(layout.setdefault("height", 400))}px">'
+            f"{data_block({'data': data, 'layout': layout})}</div></figure>"
         )
     return blocks
 

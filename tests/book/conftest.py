@@ -6,15 +6,12 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("nbclient", reason="nbclient is not installed: pip install 'lapis[book]'")
-pytest.importorskip("material", reason="mkdocs-material is not installed: pip install 'lapis[book]'")
+from scripts.book.__main__ import main
 
 
 @pytest.fixture(scope="session")
 def book_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """notebooks/, pages/ and site/, as `make book` makes them."""
-    from scripts.book.__main__ import main
-
     base = tmp_path_factory.getbasetemp()
     out = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "book"
     with open(f"{out}.lock", "w") as lock:

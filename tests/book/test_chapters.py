@@ -137,7 +137,7 @@ def test_the_page_shows_what_was_printed(book_folder, path):
     blocks = re.findall(r"^(`{3,}) \{ \.text \.output \}\n(.*?)\n\1$", page, re.DOTALL | re.MULTILINE)
     printed = [text for cell in code_cells(book_folder, path) if (text := shown(cell.outputs).text)]
     assert [text for _, text in blocks] == printed
-    assert page.count('<figure class="plot"') == sum(
+    assert page.count('<div class="plot"') == sum(
         len(shown(cell.outputs).figures) for cell in code_cells(book_folder, path)
     )
 

@@ -45,11 +45,11 @@ def test_no_page_names_another_host_for_what_it_loads(book_folder):
 @pytest.mark.browser
 def test_figures_are_drawn_in_the_colors_of_the_page(visit):
     page = visit()
-    page.wait_for_selector("figure.plot[data-drawn=light] svg", timeout=60_000)
+    page.wait_for_selector("div.plot[data-drawn=light] svg", timeout=60_000)
     page.locator("form[data-md-component=palette] label:not([hidden])").click()
-    page.wait_for_selector("body[data-md-color-scheme=slate] figure.plot[data-drawn=dark] svg", timeout=60_000)
+    page.wait_for_selector("body[data-md-color-scheme=slate] div.plot[data-drawn=dark] svg", timeout=60_000)
     page = visit(scheme="dark")
-    page.wait_for_selector("figure.plot[data-drawn=dark] svg", timeout=60_000)
+    page.wait_for_selector("div.plot[data-drawn=dark] svg", timeout=60_000)
 
 
 @pytest.mark.browser
@@ -57,7 +57,7 @@ def test_figures_are_drawn_in_the_colors_of_the_page(visit):
 def test_nothing_runs_out_of_a_narrow_screen(visit, place):
     page = visit(place, width=400)
     if "attention" in place:
-        page.wait_for_selector("figure.plot[data-drawn] svg", timeout=60_000)
+        page.wait_for_selector("div.plot[data-drawn] svg", timeout=60_000)
     assert page.evaluate("document.documentElement.scrollWidth") <= 400
 
 

@@ -2,7 +2,7 @@
 // color its dark twin; a figure holds its own data.
 (() => {
   "use strict";
-  const plots = [...document.querySelectorAll("figure.plot")];
+  const plots = [...document.querySelectorAll(".plot")];
   if (!plots.length) return;
   const look = JSON.parse(document.getElementById("look").textContent);
   const specs = plots.map(plot => plot.querySelector("script").textContent);

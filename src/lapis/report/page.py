@@ -145,30 +145,19 @@ class Page:
         alt: what a reader who cannot see it should know (default: title and caption). rows: the numbers behind the
         figure, offered as a folded table (all keys of the first row, or `columns`).
         """
-        spec: dict[str, Any] = (
-            json.loads(figure.to_json(engine="json")) if hasattr(figure, "to_json") else copy.deepcopy(dict(figure))
-        )
-        layout = dict(spec.get("layout", {}))
-        layout.pop("template", None)
+        title, data, layout = split_title(figure)
         meta = layout.get("meta") or {}
-        title = meta.get("title", "") or (layout.get("title") or {}).get("text", "")
-        layout.pop("title", None)
-        if "title" in meta:
-            layout["margin"] = {**layout["margin"], "t": layout["margin"]["t"] - theme.TITLE}
-            layout["height"] -= theme.TITLE
-            if "height" in meta["narrow"]:
-                meta["narrow"]["height"] -= theme.TITLE
         height = layout.setdefault("height", 400)
         self._figures += 1
         level = self._level()
         heading = f"<h{level}>{prose(title)}</h{level}>\n" if title else ""
         words = alt or ". ".join(part.rstrip(".") for part in (title, caption) if part) or "figure"
-        data = data_block({"data": spec.get("data", []), "layout": layout})
+        spec = data_block({"data": data, "layout": layout})
         block = (
             f'<figure>\n{heading}<div class="wide">'
             f'<div class="plot" role="img" aria-label="{escape(words)}" style="--height:{int(height)}px">'
             f"<p>The picture is drawn here once the page has loaded.</p></div>\n"
-            f"{data}</div>\n"
+            f"{spec}</div>\n"
         )
         if meta.get("more"):
             block += f'<p class="more">{prose(meta["more"])}</p>\n'
@@ -229,6 +218,28 @@ class Page:
             return ""
         items = "\n".join(f'<li><a href="#s{i}">{prose(title)}</a></li>' for i, title in enumerate(self._sections, 1))
         return f'<nav aria-label="On this page"><ol>\n{items}\n</ol></nav>\n'
+
+
+def split_title(figure: go.Figure | Mapping[str, Any]) -> tuple[str, list[Any], dict[str, Any]]:
+    """The title of a plotly figure, its data, and its layout without title and template.
+
+    Args:
+        figure: Or the object of its JSON. One of theme.new_figure loses the room that the title took.
+    """
+    spec: dict[str, Any] = (
+        json.loads(figure.to_json(engine="json")) if hasattr(figure, "to_json") else copy.deepcopy(dict(figure))
+    )
+    layout = dict(spec.get("layout", {}))
+    layout.pop("template", None)
+    meta = layout.get("meta") or {}
+    title = meta.get("title", "") or (layout.get("title") or {}).get("text", "")
+    layout.pop("title", None)
+    if "title" in meta:
+        layout["margin"] = {**layout["margin"], "t": layout["margin"]["t"] - theme.TITLE}
+        layout["height"] -= theme.TITLE
+        if "height" in meta["narrow"]:
+            meta["narrow"]["height"] -= theme.TITLE
+    return title, spec.get("data", []), layout
 
 
 def data_block(value: Any) -> str:
