@@ -114,7 +114,8 @@ def settings(book: Book, language: str, out: Path) -> dict[str, Any]:
             "polyfills": ["assets/iframe-worker.js"],
             "up": up,
             "look": json.dumps({"template": theme.template(), "dark": theme.to_dark()}),
-            "alternate": [{"name": name, "lang": code, "link": up + ("" if code == "en" else f"{code}/")}
+            "alternate": True,  # a list would make pages read a sitemap for each entry, which fails in a folder
+            "languages": [{"name": name, "lang": code, "link": up + ("" if code == "en" else f"{code}/")}
                           for code, name in LANGUAGES.items()],
         },
     }  # fmt: skip

@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import nbformat
@@ -83,10 +84,10 @@ def test_code_that_is_not_in_cells_is_refused(small_book, code, message):
         _ = chapter.cells
 
 
-@pytest.mark.parametrize("language", [language for language in LANGUAGES if language != "en"])
-def test_no_translation_is_older_than_its_source(language):
-    older = [line for line in read_book().older() if line.partition(":")[0].endswith(f"{language}.md")]
-    assert not older, "\n".join(older)
+def test_translations_that_are_older_than_their_source_are_told():
+    """As for README.md: a translation stays until somebody translates anew, and is named meanwhile."""
+    for line in read_book().older():
+        warnings.warn(line, stacklevel=1)
 
 
 def test_a_translation_that_is_older_is_named(small_book):
