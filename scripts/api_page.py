@@ -17,7 +17,7 @@ import lapis
 PAGE = Path(__file__).parents[1] / "docs" / "api.md"
 SECTIONS = {
     "Functions": [
-        "open", "load", "generate", "train", "lens", "diff", "plan", "graft", "merge", "delta_extract",
+        "open", "load", "generate", "train", "lens", "explain", "diff", "plan", "graft", "merge", "delta_extract",
         "delta_apply", "open_delta", "fertility", "extend", "adapt", "push", "export_gguf", "import_gguf", "serve",
     ],
     "Types": ["Checkpoint", "ModelConfig", "Transformer", "Tokenizer", "Sampling", "TrainConfig"],

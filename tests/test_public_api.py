@@ -25,6 +25,7 @@ FUNCTIONS = {
     "delta_apply": ["delta", "onto", "out", "scale", "embeddings", "norms"],
     "delta_extract": ["base", "chat", "out", "bits", "rank"],
     "diff": ["a", "b", "rows", "spectra"],
+    "explain": ["model", "tokenizer", "text", "track", "options"],
     "export_gguf": ["model", "out"],
     "adapt": ["plan"],
     "extend": ["model", "files", "out"],

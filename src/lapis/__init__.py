@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # what _PUBLIC says, for editors and type checkers
     from lapis.formats.importing import import_gguf
     from lapis.generation.generate import generate
     from lapis.generation.options import Sampling
+    from lapis.inside.explain.explain import explain
     from lapis.inside.lens.logit_lens import lens
     from lapis.language.adapt import adapt
     from lapis.language.extend import extend
@@ -58,8 +59,8 @@ __all__ = [
     "DPO", "GRPO", "IPO", "KTO", "ORPO", "PPO", "RLOO", "Causal", "Chat", "Checkpoint", "CheckpointError", "Classify",
     "ConfigError", "DataError", "LapisError", "Masked", "MissingExtra", "ModelConfig", "Objective", "OutputError",
     "Reward", "Sampling", "SimPO", "TemplateError", "Tokenizer", "TrainConfig", "TrainingError", "Transformer",
-    "__version__", "adapt", "delta_apply", "delta_extract", "diff", "export_gguf", "extend", "fertility", "generate",
-    "graft", "import_gguf", "lens", "load", "merge", "open", "open_delta", "plan", "push", "serve", "train",
+    "__version__", "adapt", "delta_apply", "delta_extract", "diff", "explain", "export_gguf", "extend", "fertility",
+    "generate", "graft", "import_gguf", "lens", "load", "merge", "open", "open_delta", "plan", "push", "serve", "train",
 ]  # fmt: skip
 
 # module -> the public names that it defines; name=there where it has another name there
@@ -74,6 +75,7 @@ _PUBLIC = {
     "lapis.formats.importing": "import_gguf",
     "lapis.generation.generate": "generate",
     "lapis.generation.options": "Sampling",
+    "lapis.inside.explain.explain": "explain",
     "lapis.inside.lens.logit_lens": "lens",
     "lapis.language.adapt": "adapt",
     "lapis.language.extend": "extend",

@@ -45,9 +45,10 @@ def inspect(
     for note in notes:
         line(f"note: {note}", error=True)
     if html is not None:
+        from lapis.model.size import lengths
         from lapis.report.pages.inspect import inspect_page
 
-        page = inspect_page({"model": model, **result}, lengths(measured) if measured else ())
+        page = inspect_page({"model": model, **result}, lengths(measured.config, measured.context) if measured else ())
         write_page(page, html, overwrite=overwrite)
 
 
@@ -123,23 +124,6 @@ def render(model: str, result: dict[str, Any], measured: "Size | None") -> None:
 
     line()
     table("What grows with the context", ("", ""), GROWTH)
-
-
-def lengths(measured: "Size") -> "list[dict[str, Any]]":
-    """Memory and FLOPs at lengths that double, up to four times the context and the context itself among them."""
-    from lapis.model.size import measure
-
-    most = 4 * measured.config.context
-    contexts = sorted({*(2**n for n in range(7, 30) if 2**n <= most), measured.context})
-    rows = []
-    for context in contexts:
-        figures = measure(measured.config, context).to_json()
-        rows.append({
-            "context": context, "weights": figures["memory"]["weights_bytes"],
-            "cache": figures["memory"]["kv_cache_bytes"], "flops": figures["flops"]["per_token"],
-            "attention": figures["flops"]["attention_per_token"],
-        })  # fmt: skip
-    return rows
 
 
 def compare_mixers(spelled: str, html: Path | None, json: bool, *, overwrite: bool = False) -> None:

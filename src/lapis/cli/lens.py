@@ -46,11 +46,10 @@ def lens(
         overwrite: Replace an existing page or tuned lens.
         json: Print one JSON object.
     """
-    from lapis.checkpoint import open_checkpoint
     from lapis.checkpoint.commit import check_output
     from lapis.cli.output import line, progress, show
     from lapis.errors import ConfigError
-    from lapis.generation.ready import choose_device, choose_dtype
+    from lapis.generation.ready import choose_common_dtype, choose_device
     from lapis.inside.lens.logit_lens import lens as run
     from lapis.inside.lens.side_by_side import open_models, side_by_side
     from lapis.model.threads import settle_threads
@@ -71,9 +70,8 @@ def lens(
         options = options.for_page()
     device = choose_device(runtime.device)
     settle_threads(device)
-    choices = [choose_dtype(open_checkpoint(source, adapters=True), runtime.dtype, device) for source in sources]
-    dtype = next((dtype for dtype, _ in choices if dtype is not None), None)
-    for remark in dict.fromkeys(remark for _, remark in choices if remark):
+    dtype, remarks = choose_common_dtype(sources, runtime.dtype, device)
+    for remark in remarks:
         line(f"note: {remark}", "dim", error=True)
     with progress("reading " + " and ".join(sources)):
         opened = open_models(sources, turns, track, device=device, dtype=dtype)

@@ -47,6 +47,7 @@ COMMANDS = {
     "diff": ("lapis.cli.diff:diff", "What a fine-tune changed: direction and magnitude."),
     "plan": ("lapis.cli.plan:plan", "Which layers to tune or merge, with evidence."),
     "lens": ("lapis.cli.lens:lens", "What every layer would say, and how words rank on the way."),
+    "explain": ("lapis.cli.explain:explain", "What a model does with a text, from tokens to the next, on one page."),
     "graft": ("lapis.cli.graft:graft", "Add chat - base to a model: the chat vector."),
     "delta extract": ("lapis.cli.delta:extract", "What a chat model learned, as a small file."),
     "delta apply": ("lapis.cli.delta:apply", "Add such files to a model."),

@@ -6,7 +6,7 @@ be looked into; it has no layers left to train or save. Leaves out GPUs, where n
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -121,6 +121,21 @@ def choose_dtype(checkpoint: Checkpoint, name: str | None, device: torch.device)
         f"the weights are {kind} and this processor has no bfloat16 instructions: computed in float32, which is faster "
         f"here"
     )
+
+
+def choose_common_dtype(
+    sources: Sequence[str | Path], name: str | None, device: torch.device
+) -> tuple[torch.dtype | None, list[str]]:  # fmt: skip
+    """`choose_dtype` for models that are to stand side by side: one precision for all, and the notes.
+
+    Args:
+        sources: Folders, or models of the hub.
+        name: Is what is computed.
+        device: Where the models run.
+    """
+    choices = [choose_dtype(open_checkpoint(source, adapters=True), name, device) for source in sources]
+    dtype = next((dtype for dtype, _ in choices if dtype is not None), None)
+    return dtype, list(dict.fromkeys(note for _, note in choices if note))
 
 
 def _tokenizer(checkpoint: Checkpoint) -> Tokenizer:

@@ -27,12 +27,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AttentionMap:
-    """One head on one prompt. All [T, S], float32; what the mask hides has score -inf and weight 0.
+    """One head on one prompt, or on its last tokens. All float32; what the mask hides has score -inf and weight 0.
 
-    scores_TS: q . k / sqrt(E), the look-up; of a model of transformers that does more to them the logs of the weights,
-    which differ from what it does by a constant of each row. weights_TS: their softmax over the keys. moved_TS: the
-    length of what each key adds to the residual stream, | weight x value through the output map |; None where the model
-    shows no values.
+    Attributes:
+        tokens: Those that are shown; the first of them stands at the place `first` of the prompt.
+        scores_TS: q . k / sqrt(E), the look-up; of a model of transformers that does more to them the logs of the
+            weights, which differ from what it does by a constant of each row.
+        weights_TS: Their softmax over all keys of the prompt, also those that are not shown.
+        moved_TS: The length of what each key adds to the residual stream, | weight x value through the output map |;
+            None where the model shows no values.
+        query_TE, key_SE, value_SE: What scores and sum are made of; None where the model shows it not, or does more to
+            its scores. Heads of one group share keys and values.
     """
 
     layer: int
@@ -41,6 +46,10 @@ class AttentionMap:
     scores_TS: Tensor
     weights_TS: Tensor
     moved_TS: Tensor | None
+    query_TE: Tensor | None = None
+    key_SE: Tensor | None = None
+    value_SE: Tensor | None = None
+    first: int = 0
 
     @property
     def label(self) -> str:
@@ -50,9 +59,14 @@ class AttentionMap:
         """What the token at `position` finds: per token that it sees its score, weight, and how far that moves it."""
         t = range(len(self.tokens))[position]
         return [
+<<<<<<< HEAD
             {"token": self.tokens[s], "position": s, "score": self.scores_TS[t, s].item(),
              "weight": self.weights_TS[t, s].item(),
              "moves": None if self.moved_TS is None else self.moved_TS[t, s].item()}
+=======
+            {"token": self.tokens[s], "position": self.first + s, "score": self.scores_TS[t, s].item(),
+             "weight": self.weights_TS[t, s].item(), "moves": self.moved_TS[t, s].item()}
+>>>>>>> 1c7e8ef (lapis explain: one page of what a model does with a text, on its own numbers)
             for s in range(t + 1) if self.scores_TS[t, s] > -torch.inf
         ]  # fmt: skip
 
@@ -111,23 +125,26 @@ def attention_maps(
 
 
 @torch.no_grad()
-def maps_of(parts: Anatomy, ids: list[int], tokens: list[str], heads: list[tuple[int, int]]) -> list[AttentionMap]:
-    """`attention_maps` for a prompt that is encoded."""
+def maps_of(
+    parts: Anatomy, ids: list[int], tokens: list[str], heads: list[tuple[int, int]], last: int = 0
+) -> list[AttentionMap]:  # fmt: skip
+    """`attention_maps` for a prompt that is encoded; with `last`, maps of that many last tokens, in little memory."""
     check_length(ids, 0, parts.context, parts.name)
     for layer, head in heads:
         if not (0 <= layer < parts.layers and 0 <= head < parts.heads):
             raise ConfigError(f"lens: there is no head {layer}.{head}; {parts.layers} layers have {parts.heads} each")
     ids_BT = torch.tensor([ids], device=parts.matrix.device)
     if not parts.own:
-        attended = record_attention(parts.model, ids_BT)
-        return [_foreign(parts, tokens, key, attended) for key in heads]
+        attended = record_attention(parts.model, ids_BT, last)
+        return [_foreign(parts, tokens[-last:], key, attended) for key in heads]
     maps: dict[tuple[int, int], AttentionMap] = {}
 
     def watch(layer: int, of_layer: list[int]) -> Any:
         def hook(core: nn.Module, args: tuple[Any, ...], _out: Tensor) -> None:
             q_BHTE, k_BKSE, v_BKSE, mask, causal = args
             for head in of_layer:
-                maps[layer, head] = _one(parts, tokens, (layer, head), core, q_BHTE, k_BKSE, v_BKSE, mask, causal)
+                key = layer, head
+                maps[key] = _one(parts, tokens[-last:], key, core, q_BHTE, k_BKSE, v_BKSE, mask, causal)
 
         return parts.blocks[layer].attn.core.register_forward_hook(hook)  # type: ignore[union-attr]
 
@@ -147,17 +164,27 @@ def _one(
 ) -> AttentionMap:  # fmt: skip
     layer, head = key
     assert isinstance(core, AttentionCore)
-    kv = head * k_BKSE.shape[1] // q_BHTE.shape[1]
-    q_11TE, k_11SE = q_BHTE[:1, head : head + 1], k_BKSE[:1, kv : kv + 1]
-    weights_TS = core.weights(q_11TE, k_11SE, mask, causal)[0, 0]
+    T, S = len(tokens), k_BKSE.shape[2]
+    kv, shown = head * k_BKSE.shape[1] // q_BHTE.shape[1], slice(S - T, S)
+    q_11TE, k_11SE = q_BHTE[:1, head : head + 1, shown], k_BKSE[:1, kv : kv + 1]
     scores_TS = core.scores(q_11TE, k_11SE)[0, 0]
-    hidden_TS = torch.ones_like(scores_TS, dtype=torch.bool).triu(1) if causal else scores_TS.isnan()
+    hidden_TS = torch.ones_like(scores_TS, dtype=torch.bool).triu(1 + S - T) if causal else scores_TS.isnan()
     if mask is not None:
-        hidden_TS = hidden_TS | (mask[0, 0] < torch.finfo(mask.dtype).min / 2)
-    moved_TS = weights_TS * _lengths(parts, key, v_BKSE[0, kv])
-    return AttentionMap(
-        layer, head, tokens, scores_TS.masked_fill(hidden_TS, -torch.inf).cpu(), weights_TS.cpu(), moved_TS.cpu()
-    )
+        rows_TS = mask[0, 0].expand(S, S)[shown]
+        hidden_TS = hidden_TS | (rows_TS < torch.finfo(mask.dtype).min / 2)
+    scores_TS = scores_TS.masked_fill(hidden_TS, -torch.inf)
+    weights_TS, v_SE = scores_TS.softmax(1)[:, shown], v_BKSE[0, kv, shown]
+    moved_TS = weights_TS * _lengths(parts, key, v_SE)
+    return _small(key, tokens, S, scores_TS[:, shown], weights_TS, moved_TS, q_11TE[0, 0], k_11SE[0, 0, shown], v_SE)
+
+
+def _small(key: tuple[int, int], tokens: list[str], length: int, *arrays: Tensor | None) -> AttentionMap:
+    """A map of copies, so that none of its arrays keeps a large one alive."""
+    scores_TS, weights_TS, *others = (a if a is None else a.to("cpu", torch.float32, copy=True) for a in arrays)
+    assert scores_TS is not None and weights_TS is not None
+    moved_TS, query_TE, key_SE, value_SE = others
+    first = length - len(tokens)
+    return AttentionMap(*key, tokens, scores_TS, weights_TS, moved_TS, query_TE, key_SE, value_SE, first)
 
 
 def _lengths(parts: Anatomy, key: tuple[int, int], v_SE: Tensor) -> Tensor:
@@ -178,19 +205,24 @@ def _foreign(
         raise LapisError(f"lens: layer {layer} of {parts.name} shows no attention weights; choose another layer")
     seen = attended[layer]
     weights_TS = seen.weights_BHTS[0, head].float()
-    hidden_TS = torch.ones_like(weights_TS, dtype=torch.bool).triu(1)
+    T, S = weights_TS.shape
+    shown = slice(S - T, S)
+    hidden_TS = torch.ones_like(weights_TS, dtype=torch.bool).triu(1 + S - T)
     if seen.mask is not None:
-        hidden_TS = hidden_TS | (seen.mask[0, 0, :, : len(hidden_TS)] < torch.finfo(seen.mask.dtype).min / 2)
+        hidden_TS = hidden_TS | (seen.mask[0, 0, :, :S] < torch.finfo(seen.mask.dtype).min / 2)
     hidden_TS = hidden_TS | (weights_TS == 0)
-    scores_TS = weights_TS.log()
-    if seen.scores_BHTS is not None:
-        plain_TS = seen.scores_BHTS[0, head].masked_fill(hidden_TS, -torch.inf)
+    scores_TS, q_TE, k_SE, v_SE, moved_TS = weights_TS.log(), None, None, None, None
+    if seen.q_BHTE is not None and seen.k_BKSE is not None:
+        kv = head * seen.k_BKSE.shape[1] // parts.heads
+        q_TE, k_SE = seen.q_BHTE[0, head], seen.k_BKSE[0, kv]
+        plain_TS = ((q_TE @ k_SE.T).float() * seen.scale).masked_fill(hidden_TS, -torch.inf)
         allowed = 8 * torch.finfo(seen.weights_BHTS.dtype).eps
-        scores_TS = plain_TS if bool(((plain_TS.softmax(1) - weights_TS).abs() <= allowed).all()) else scores_TS
-    moved_TS = None
+        if bool(((plain_TS.softmax(1) - weights_TS).abs() <= allowed).all()):
+            scores_TS, k_SE = plain_TS, k_SE[shown]
+        else:
+            q_TE, k_SE = None, None
     if seen.v_BKSE is not None and parts.mixers:
-        kv = head * seen.v_BKSE.shape[1] // parts.heads
-        moved_TS = (weights_TS * _lengths(parts, key, seen.v_BKSE[0, kv])).cpu()
-    return AttentionMap(
-        layer, head, tokens, scores_TS.masked_fill(hidden_TS, -torch.inf).cpu(), weights_TS.cpu(), moved_TS
-    )
+        v_SE = seen.v_BKSE[0, head * seen.v_BKSE.shape[1] // parts.heads, shown]
+        moved_TS = weights_TS[:, shown] * _lengths(parts, key, v_SE)
+    scores_TS = scores_TS.masked_fill(hidden_TS, -torch.inf)
+    return _small(key, tokens, S, scores_TS[:, shown], weights_TS[:, shown], moved_TS, q_TE, k_SE, v_SE)

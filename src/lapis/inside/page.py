@@ -61,6 +61,7 @@ def make_page(traces: Sequence[LensTrace], maps: Sequence[AttentionMap] = ()) ->
         _add_maps(page, first, maps)
     for note in dict.fromkeys(note for trace in traces for note in trace.notes):
         page.text(f"Note: {note}")
+    page.text(f'The whole way of the text, with every head: `lapis explain {first.model} "TEXT" --html FILE`.')
     return page
 
 

@@ -4,6 +4,7 @@ Tracked words are read through the tokenizer behind a line break, so that one wh
 (SentencePiece) gives both spellings too.
 """
 
+import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from lapis.text.chat.chat import encode_prompt
 from lapis.text.tokenizer.folder import NAMED_TOKENS
 from lapis.text.tokenizer.tokenizer import Tokenizer
 
+# Marks, embeddings, overrides and isolates of writing direction
+_TURNS = re.compile("[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
 
 
@@ -170,7 +173,8 @@ def token_text(index: int, tokenizer: Tokenizer) -> str:
 
 
 def show(token: str) -> str:
-    """A token with its spaces to be seen."""
+    """A token with its spaces to be seen, and with the characters that would turn the text around them."""
+    token = _TURNS.sub(lambda match: f"⟨U+{ord(match[0]):04X}⟩", token)
     return token.replace(" ", "␣").replace("\n", "↵").replace("\t", "⇥")
 
 

@@ -159,6 +159,24 @@ GROWTH = (
 )
 
 
+def lengths(config: ModelConfig, context: int) -> list[dict[str, int]]:
+    """Memory (bytes) and FLOPs of a token at lengths that double, up to four times what the model was made for.
+
+    Args:
+        config: Of the model.
+        context: A length that is among them.
+    """
+    rows = []
+    for length in sorted({*(2**n for n in range(7, 30) if 2**n <= 4 * config.context), context}):
+        figures = measure(config, length).to_json()
+        rows.append({
+            "context": length, "weights": figures["memory"]["weights_bytes"],
+            "cache": figures["memory"]["kv_cache_bytes"], "flops": figures["flops"]["per_token"],
+            "attention": figures["flops"]["attention_per_token"],
+        })  # fmt: skip
+    return rows
+
+
 @dataclass(frozen=True)
 class Mixer:
     """What one way of mixing an input of `tokens` x `features` costs. mixes: what can reach what."""

@@ -51,6 +51,8 @@ class Page:
         self._blocks: list[str] = []
         self._sections: list[str] = []
         self._figures = 0
+        self._style = ""
+        self._scripts: list[str] = []
 
     @property
     def sections(self) -> list[str]:
@@ -169,12 +171,24 @@ class Page:
             block += f"<details><summary>The numbers</summary>\n{inner}\n</details>\n"
         return self._add(block + "</figure>")
 
+    def drawing(self, block: str, *, style: str = "", script: str = "") -> Self:
+        """A block of HTML of ours, which draws itself: in it nothing is escaped.
+
+        Args:
+            block: HTML; data for the script stands in it as a `data_block`.
+            style: A style sheet behind that of the page.
+            script: Runs behind all blocks.
+        """
+        self._style += style
+        self._scripts += [script] if script else []
+        return self._add(block)
+
     def render(self) -> str:
         """The whole page as one string of HTML, to be written as UTF-8."""
         script = _asset("page.js")
-        sources = [script]
+        sources = [script, *self._scripts]
         blocks = "\n".join(self._blocks) + ("\n</section>" if self._sections else "")
-        tail = f"<script>{script}</script>"
+        tail = "\n".join(f"<script>{source}</script>" for source in sources)
         if self._figures:
             packed, bundle, notice = _plotly()
             sources.append(bundle)
@@ -198,9 +212,9 @@ class Page:
             f'<meta name="generator" content="lapis">\n<meta name="color-scheme" content="light dark">\n'
             f'<meta name="referrer" content="no-referrer">\n'
             f'<title>{escape(self.title)}</title>\n<link rel="icon" href="data:,">\n'
-            f"<style>{_styles()}</style>\n</head>\n"
+            f"<style>{_styles()}{self._style}</style>\n</head>\n"
             f'<body>\n<header class="top">\n<h1>{prose(self.title)}</h1>\n{lead}\n{self._contents()}'
-            f"{noscript if self._figures else ''}</header>\n"
+            f"{noscript if self._figures or self._scripts else ''}</header>\n"
             f"<main>\n{blocks}\n</main>\n{footer}{tail}\n</body>\n</html>\n"
         )
 
@@ -242,9 +256,10 @@ def split_title(figure: go.Figure | Mapping[str, Any]) -> tuple[str, list[Any], 
     return title, spec.get("data", []), layout
 
 
-def data_block(value: Any) -> str:
-    """The data of a figure as a script element that runs nothing."""
-    return f'<script type="application/json">{_json(value)}</script>'
+def data_block(value: Any, name: str = "") -> str:
+    """The data of a figure as a script element that runs nothing; `name` is its id."""
+    mark = f' id="{name}"' if name else ""
+    return f'<script type="application/json"{mark}>{_json(value)}</script>'
 
 
 def _json(value: Any) -> str:

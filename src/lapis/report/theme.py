@@ -80,6 +80,12 @@ def to_dark() -> dict[str, str]:
     return dict((*COLORS.values(), *BLUES, *AMBERS))
 
 
+def shades() -> dict[str, tuple[str, str]]:
+    """BLUES and AMBERS as further roles of a style sheet: blue-0 to blue-5, amber-0 to amber-5."""
+    scales = {"amber": AMBERS, "blue": BLUES}
+    return {f"{name}-{i}": pair for name, pairs in scales.items() for i, pair in enumerate(pairs)}
+
+
 def scale(pairs: Sequence[tuple[str, str]] = BLUES) -> list[list[Any]]:
     """A plotly colorscale from BLUES or AMBERS."""
     return [[i / (len(pairs) - 1), light] for i, (light, _) in enumerate(pairs)]

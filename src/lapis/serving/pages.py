@@ -31,9 +31,8 @@ router = APIRouter(include_in_schema=False)
 def files() -> dict[str, bytes]:
     """The files by their places below page/."""
     paths = {path.relative_to(FOLDER).as_posix(): path for path in FOLDER.rglob("*") if path.suffix in TYPES}
-    scales = {"amber": theme.AMBERS, "blue": theme.BLUES}
-    shades = {f"{name}-{i}": pair for name, scale in scales.items() for i, pair in enumerate(scale)}
-    return {name: path.read_bytes() for name, path in paths.items()} | {"colors.css": variables(shades).encode()}
+    colors = {"colors.css": variables(theme.shades()).encode()}
+    return {name: path.read_bytes() for name, path in paths.items()} | colors
 
 
 @router.get("/")

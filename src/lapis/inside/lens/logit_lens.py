@@ -229,7 +229,10 @@ def look(
         parts_of_logits = contributions(
             parts, seen.trace, last, [(w.text, i) for w, i in zip(words, ends, strict=True)], logits_R
         )
-    grid = [*_grid(seen, parts, last, top, tuned, head is None), *(r for r in readings if r.after != "attention")]
+    grid = [
+        *_grid(seen, parts, words, last, top, tuned, head is None),
+        *(r for r in readings if r.after != "attention"),
+    ]
     return LensTrace(
         model=seen.parts.name,
         tokens=[token_text(i, seen.tokenizer) for i in seen.ids],
@@ -311,15 +314,22 @@ def _stack(trace: Trace, some: slice, halves: bool, tuned: TunedLens | None) -> 
     return stack_PND if tuned is None else tuned.translate(stack_PND)
 
 
-def _grid(seen: Seen, parts: Anatomy, last: int, top: int, tuned: TunedLens | None, own: bool) -> list[Reading]:
+def _grid(
+    seen: Seen, parts: Anatomy, words: Sequence[TrackedWord], last: int, top: int, tuned: TunedLens | None, own: bool
+) -> list[Reading]:  # fmt: skip
     """Readings at the end of each layer, for the places before the last."""
     rows = []
+    firsts = list(dict.fromkeys(spelling.ids[0] for word in words for spelling in word.followed))
     for start in range(0, last, GROUP):
         some = slice(start, min(start + GROUP, last))
-        readout = _read(parts, _stack(seen.trace, some, False, tuned), seen.trace.own(some) if own else None, top=top)
+        own_PV = seen.trace.own(some) if own else None
+        readout = _read(parts, _stack(seen.trace, some, False, tuned), own_PV, None, firsts, len(firsts), top)
         for place, position in enumerate(seen.positions[some]):
-            rows.append(_reading(readout, place, 0, None, "embedding", position, seen.tokenizer))
-            rows += [_reading(readout, place, i + 1, i, "mlp", position, seen.tokenizer) for i in range(parts.layers)]
+            for row, ranks in enumerate(readout.ranks_PNR[place].tolist()):
+                layer, after = (row - 1, "mlp") if row else (None, "embedding")
+                of_word = {w.text: min(ranks[firsts.index(s.ids[0])] for s in w.followed) for w in words}
+                reading = _reading(readout, place, row, layer, after, position, seen.tokenizer)
+                rows.append(replace(reading, ranks=of_word))
     return rows
 
 

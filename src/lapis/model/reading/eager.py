@@ -22,25 +22,28 @@ NAME = "lapis"
 
 @dataclass(frozen=True)
 class Attended:
-    """One layer's attention: its weights and, where the model shows them, scores (q . k times its factor, of what is
-    hidden too), values, and the mask that was added (None hides nothing beyond the causal order)."""
+    """One layer's attention: its weights and, where the model shows them, queries, keys and values, the factor of their
+    products, and the mask that was added (None hides nothing beyond the causal order)."""
 
     weights_BHTS: Tensor
-    scores_BHTS: Tensor | None = None
+    q_BHTE: Tensor | None = None
+    k_BKSE: Tensor | None = None
     v_BKSE: Tensor | None = None
+    scale: float = 1.0
     mask: Tensor | None = None
 
 
-_records: ContextVar[dict[int, Attended]] = ContextVar("records")
+_records: ContextVar[tuple[dict[int, Attended], int]] = ContextVar("records")
 
 
 @torch.inference_mode()
-def record_attention(inner: Any, ids_BT: Tensor) -> dict[int, Attended]:
+def record_attention(inner: Any, ids_BT: Tensor, last: int = 0) -> dict[int, Attended]:
     """Each layer's attention in one pass, by the layer's number; layers that have none, or show none, are left out.
 
     Args:
         inner: A causal model of transformers.
         ids_BT: int64.
+        last: Of how many of the last queries it is noted; 0 = all.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import eager_mask
@@ -48,7 +51,7 @@ def record_attention(inner: Any, ids_BT: Tensor) -> dict[int, Attended]:
     AttentionInterface.register(NAME, _noted)
     AttentionMaskInterface.register(NAME, eager_mask)
     before, records = inner.config._attn_implementation, dict[int, Attended]()
-    token = _records.set(records)
+    token = _records.set((records, last))
     try:
         with quiet():
             inner.set_attn_implementation(NAME)
@@ -56,7 +59,7 @@ def record_attention(inner: Any, ids_BT: Tensor) -> dict[int, Attended]:
             inner(input_ids=ids_BT, use_cache=False)
             return records
         weights = inner(input_ids=ids_BT, use_cache=False, output_attentions=True).attentions or ()
-        return {layer: Attended(w_BHTS) for layer, w_BHTS in enumerate(weights) if isinstance(w_BHTS, Tensor)}
+        return {i: Attended(w_BHTS[:, :, -last:]) for i, w_BHTS in enumerate(weights) if isinstance(w_BHTS, Tensor)}
     finally:
         _records.reset(token)
         with quiet():
@@ -69,11 +72,11 @@ def _noted(
     """The eager attention that stands beside the module's class, with its weights noted."""
     eager = sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
     mixed, weights_BHTS = eager(module, query, key, value, attention_mask, **options)
-    records = _records.get()
+    records, last = _records.get()
     scale = options.get("scaling")
-    scores_BHTS = None
-    if scale is not None:
-        k_BHSE = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
-        scores_BHTS = (query @ k_BHSE.transpose(2, 3)).float() * scale
-    records[getattr(module, "layer_idx", len(records))] = Attended(weights_BHTS, scores_BHTS, value, attention_mask)
+    q_BHTE, k_BKSE = (None, None) if scale is None else (query[:, :, -last:], key)
+    mask = None if attention_mask is None else attention_mask[:, :, -last:]
+    weights_BHtS = weights_BHTS[:, :, -last:].clone() if last else weights_BHTS
+    layer = getattr(module, "layer_idx", len(records))
+    records[layer] = Attended(weights_BHtS, q_BHTE, k_BKSE, value, scale or 1.0, mask)
     return mixed, weights_BHTS

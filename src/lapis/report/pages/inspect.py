@@ -65,6 +65,8 @@ def inspect_page(result: Mapping[str, Any], lengths: Sequence[Row] = ()) -> Page
             Column("context", "tokens", ","), Column("weights", format=_bytes), Column("cache", "KV cache", _bytes),
             Column("flops", "FLOPs per token", in_short), Column("attention", "of them attention", in_short),
         ])  # fmt: skip
+    if "folder_bytes" in memory:
+        page.text(f'What it does with a text: `lapis explain {result["model"]} "TEXT" --html FILE`.')
     return page
 
 
