@@ -14,6 +14,7 @@ from lapis.inside.explain.explain import explain
 from lapis.inside.explain.options import ExplainOptions
 from lapis.inside.lens.options import LensOptions
 from lapis.inside.trace import anatomy
+from lapis.model.load import save
 from lapis.text.tokenizer.tokenizer import train_tokenizer
 
 from .conftest import make_model
@@ -121,7 +122,7 @@ def test_grid_shares_and_end_are_those_of_the_lens_and_model(model, words):
         ]  # fmt: skip
         rank = 1 + int((logits[place] > logits[place, ids[place + 1]]).sum())
         chance = logits[place].double().softmax(0)[ids[place + 1]].item()
-        assert result.ending.actual[place] == (rank, pytest.approx(chance, rel=1e-4))
+        assert result.ending.actual[place] == pytest.approx((rank, chance), rel=1e-4)
     assert torch.allclose(result.ending.logits_V, logits[-1].sort(descending=True).values, atol=1e-5)
     assert logits[-1][result.ending.ids].tolist() == pytest.approx(result.ending.logits_V[:256].tolist(), abs=1e-5)
     for word in result.words:
@@ -221,6 +222,24 @@ def test_many_heads_and_a_large_vocabulary_stay_below_five_megabytes(words):
     assert result.attention.places == 27
     assert any("show the last 27 tokens, so that 1,536 heads have room" in note for note in result.notes)
     assert len(result.page().render().encode()) < 5_000_000
+
+
+def test_a_model_of_transformers_is_explained_like_our_own(words, tmp_path):
+    """The same weights behind both: maps, vectors of heads, shares, the stream."""
+    transformers = pytest.importorskip("transformers")
+    own = make_model("llama", bias="qkv", family="qwen2")
+    save(own, tmp_path / "model")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
+    one, other = (explain(m, words, PROMPT, "Kuala", ExplainOptions(places=5)) for m in (own, theirs))
+    assert torch.allclose(one.attention.weights_LHT, other.attention.weights_LHT, atol=1e-5)
+    assert torch.allclose(one.stream.states_PN, other.stream.states_PN, rtol=1e-4)
+    assert torch.allclose(one.stream.taken_LT, other.stream.taken_LT, atol=1e-5)
+    assert torch.allclose(one.words[0].heads_LH, other.words[0].heads_LH, atol=1e-4)
+    for mine, its in zip(one.attention.heads, other.attention.heads, strict=True):
+        assert (mine.layer, mine.head, mine.ranks) == (its.layer, its.head, its.ranks)
+        assert torch.allclose(mine.scores_AA, its.scores_AA, atol=1e-4)
+    assert other.build.kv_heads == 2 and other.build.windows == [] and other.cost.lengths == []
+    assert "all heads of all layers" in other.page().render().lower()
 
 
 def test_a_model_without_attention_says_so_and_shows_the_rest(words):

@@ -11,6 +11,7 @@ from lapis.generation.options import Sampling
 from lapis.generation.sampling import filtered
 from lapis.inside.explain.explain import explain
 from lapis.inside.explain.explanation import Explanation
+from lapis.inside.explain.options import ExplainOptions
 from lapis.inside.prompt import show
 
 from .conftest import make_model
@@ -185,12 +186,12 @@ def test_it_works_by_keyboard(visit, shown):
     layer.focus()
     page.keyboard.press("Home")
     page.keyboard.press("ArrowRight")
-    assert page.locator("#layer-detail strong").inner_text() == "Layer 1."
+    assert page.locator("#layer-detail strong").inner_text().strip() == "Layer 1."
     assert page.locator("#choose-layer").input_value() == "1"
     cell = page.locator("#grid td[tabindex='0']")
     cell.focus()
     page.keyboard.press("ArrowDown")
-    assert page.locator("#layer-detail strong").inner_text() == "Layer 2."
+    assert page.locator("#layer-detail strong").inner_text().strip() == "Layer 2."
     page.locator("#temperature").focus()
     page.keyboard.press("ArrowLeft")
     assert page.locator("#temperature-out").inner_text() == "0.95"
@@ -210,9 +211,11 @@ def test_it_keeps_to_its_width_and_colors(visit, shown, width, scheme):
 
 
 def test_a_text_with_markup_and_bidi_is_text(visit, words):
-    result = explain(make_model(context=99), words, HOSTILE, against=(make_model(seed=1, context=99), words),
-                     names=("<img src=x onerror=alert(1)>", "</script><b>"))  # fmt: skip
+    one, other = make_model(context=99), make_model(seed=1, context=99)
+    names = "<img src=x onerror=alert(1)>\u202e", "</script><b>\u202e"
+    result = explain(one, words, HOSTILE, options=ExplainOptions(places=64), against=(other, words), names=names)
     page = visit(result)
     assert page.locator("main img, main b").count() == 0
     assert "".join(page.locator("#tokens [role=option]").all_inner_texts()).startswith("<script>alert(1)</script>")
-    assert "\u202e" not in page.locator("body").inner_text()
+    text = page.locator("body").inner_text()
+    assert "\u202e" not in text and "⟨U+202E⟩" in text

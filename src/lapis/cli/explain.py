@@ -53,6 +53,8 @@ def explain(
         line(f"note: {remark}", "dim", error=True)
     with progress("reading " + " and ".join(sources)) as report:
         opened = open_models(sources, turns, track, device=device, dtype=dtype)
+        for remark in dict.fromkeys(note for each in opened for note in each.model.notes):
+            line(f"note: {remark}", "dim", error=True)
         first, other = opened[0], opened[-1]
         result = run(
             first.model, first.tokenizer, turns, track, options, names=(model, against or ""), report=report.stage,

@@ -59,14 +59,9 @@ class AttentionMap:
         """What the token at `position` finds: per token that it sees its score, weight, and how far that moves it."""
         t = range(len(self.tokens))[position]
         return [
-<<<<<<< HEAD
-            {"token": self.tokens[s], "position": s, "score": self.scores_TS[t, s].item(),
+            {"token": self.tokens[s], "position": self.first + s, "score": self.scores_TS[t, s].item(),
              "weight": self.weights_TS[t, s].item(),
              "moves": None if self.moved_TS is None else self.moved_TS[t, s].item()}
-=======
-            {"token": self.tokens[s], "position": self.first + s, "score": self.scores_TS[t, s].item(),
-             "weight": self.weights_TS[t, s].item(), "moves": self.moved_TS[t, s].item()}
->>>>>>> 1c7e8ef (lapis explain: one page of what a model does with a text, on its own numbers)
             for s in range(t + 1) if self.scores_TS[t, s] > -torch.inf
         ]  # fmt: skip
 
@@ -162,7 +157,7 @@ def _one(
     parts: Anatomy, tokens: list[str], key: tuple[int, int], core: nn.Module, q_BHTE: Tensor, k_BKSE: Tensor,
     v_BKSE: Tensor, mask: Tensor | None, causal: bool,
 ) -> AttentionMap:  # fmt: skip
-    layer, head = key
+    _, head = key
     assert isinstance(core, AttentionCore)
     T, S = len(tokens), k_BKSE.shape[2]
     kv, shown = head * k_BKSE.shape[1] // q_BHTE.shape[1], slice(S - T, S)
@@ -193,7 +188,8 @@ def _lengths(parts: Anatomy, key: tuple[int, int], v_SE: Tensor) -> Tensor:
     mixer, alone_SI = parts.mixers[layer], v_SE.new_zeros(S, parts.heads * E)
     alone_SI[:, head * E : (head + 1) * E] = v_SE
     added_SD: Tensor = mixer(alone_SI) - mixer(alone_SI[:1] * 0)
-    return added_SD.float().norm(dim=1)
+    lengths_S: Tensor = added_SD.float().norm(dim=1)
+    return lengths_S
 
 
 def _foreign(

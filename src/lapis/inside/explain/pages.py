@@ -33,7 +33,7 @@ def make_page(explanation: Explanation) -> Page:
     """The page of an explanation."""
     e = explanation
     page = Page(
-        f"What {short(e.trace)} does with a text",
+        f"What {show(short(e.trace))} does with a text",
         "From the text to the next token, and into every head on the way: all pictures are drawn from what this model "
         "computed on this text.",
         footer="Everything on this page was measured once and lies in it; nothing is asked of the network.",

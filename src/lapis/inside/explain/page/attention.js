@@ -69,7 +69,7 @@ function drawHeadChoice() {
   const group = Math.floor(head / share);
   const peers = Array.from({ length: share }, (_, i) => group * share + i).filter(other => other !== head);
   const keys = share > 1 ? ` It shares the keys and values of group ${group} with head${peers.length > 1 ? "s" : ""} ${peers.join(", ")}: only their queries differ.` : "";
-  const sees = range ? ` A window lets each token of this layer see ${whole(range)} tokens, itself included.` : " Each token sees itself and all before it.";
+  const sees = !E.build.windows.length ? "" : range ? ` A window lets each token of this layer see ${whole(range)} tokens, itself included.` : " Each token sees itself and all before it.";
   spot("head-text").textContent = `Head ${layer}.${head}.${keys}${sees}`;
   spot("detailed").replaceChildren(...E.attention.heads.flatMap((one, i) => [i ? " " : "",
     element("button", { type: "button", class: "plain", "aria-pressed": String(one.layer === layer && one.head === head), click: () => choose({ layer: one.layer, head: one.head }) }, `${one.layer}.${one.head}`)]));
