@@ -160,7 +160,7 @@ def test_models_that_cut_the_text_otherwise_are_compared_at_the_end(words):
     other = train_tokenizer(["zebra giraffe " * 60], 280)
     result = explain(make_model(), words, PROMPT, against=(make_model(seed=1), other), names=("one", "other"))
     assert not result.against.same and result.against.kl_P is None and len(result.against.grid.ids_PNK) == 1
-    assert any("cuts the text into other tokens" in note for note in result.notes)
+    assert "one and other cut the text into other tokens" in result.finding()
     assert result.against.texts.keys() >= set(result.against.grid.ids_PNK[0][-1])
     assert "only what they say at its end" in result.page().render()
 

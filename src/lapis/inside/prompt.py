@@ -173,9 +173,13 @@ def token_text(index: int, tokenizer: Tokenizer) -> str:
 
 
 def show(token: str) -> str:
-    """A token with its spaces to be seen, and with the characters that would turn the text around them."""
-    token = _TURNS.sub(lambda match: f"⟨U+{ord(match[0]):04X}⟩", token)
-    return token.replace(" ", "␣").replace("\n", "↵").replace("\t", "⇥")
+    """A token with its spaces to be seen."""
+    return visible_marks(token).replace(" ", "␣").replace("\n", "↵").replace("\t", "⇥")
+
+
+def visible_marks(text: str) -> str:
+    """A text in which the characters that would turn the text around them can be seen."""
+    return _TURNS.sub(lambda match: f"⟨U+{ord(match[0]):04X}⟩", text)
 
 
 def _behind_a_break(text: str, tokenizer: Tokenizer) -> tuple[int, ...]:

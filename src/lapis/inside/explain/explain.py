@@ -87,8 +87,6 @@ def explain(
     if against is not None:
         stage("reading the other model")
         parting = compare(seen, grid, text, words, (*against, names[1]), TOP)
-        if not parting.same:
-            notes.append(f"{parting.name} cuts the text into other tokens, so only the ends are compared.")
     special = set(words_of.special.values())
     dim, context = parts.matrix.shape[1], max(len(ids), 2)
     return Explanation(

@@ -10,18 +10,17 @@ place and one that is not behind it, row by row.
 
 import base64
 import dataclasses
-import functools
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lapis.inside.explain.pages import make_page
 from lapis.inside.lens.table import LensTrace
+from lapis.inside.prompt import show
 from lapis.model.size import Mixer
-
-if TYPE_CHECKING:
-    from lapis.report.page import Page
+from lapis.report.page import Page
 
 STEPS, HIDDEN = 65_534, 65_535
 
@@ -240,24 +239,34 @@ class Explanation:
     notes: list[str]
     trace: LensTrace = field(repr=False, metadata={"type": "none"})
 
-    @functools.cached_property
-    def _json(self) -> dict[str, Any]:
-        tree: dict[str, Any] = as_tree(self)
-        return {**tree, "finding": self.finding()}
-
     def to_json(self) -> dict[str, Any]:
         """The object that `lapis explain --json` prints and that the page shows."""
-        return self._json
+        token, index, share = self.trace.readings[-1].top[0]
+        tree: dict[str, Any] = as_tree(self)
+        if self.against is not None:
+            tree["against"]["finding"] = self.parting_finding()
+        following = {"token": token, "id": index, "probability": share}
+        return {**tree, "finding": self.finding(), "decided": self.trace.decided, "next": following}
 
     def finding(self) -> str:
-        """One sentence: what is said next, and where two models part."""
-        text = self.trace.finding()
-        most = self.against.most if self.against else None
-        if self.against is None or self.against.kl_P is None or most is None:
-            return text
+        """One sentence: what is said next; of two models a second one."""
+        return self.trace.finding() + (f". {self.parting_finding()}" if self.against else "")
+
+    def parting_finding(self) -> str:
+        """Where two models part; "" of one."""
+        if self.against is None:
+            return ""
+        one, other = self.model, self.against.name
+        most = self.against.most
+        if most is None or self.against.kl_P is None:
+            return f"{one} and {other} cut the text into other tokens, so only what they say at its end is compared."
         row = self.against.parted[most]
-        where = "agree on the best token" if row is None else f"part {state_name(row)}"
-        return f"{text}; the models differ most behind token {self.tokens[most].place} and {where} there"
+        place = "the embedding" if row == 0 else f"layer {(row or 0) - 1}"
+        where = "agree on the best token there" if row is None else f"part in {place}: from there on best tokens differ"
+        token, nats = show(self.tokens[most].text), float(self.against.kl_P[most])
+        return (
+            f"{one} and {other} differ most behind “{token}”, by {nats:.3f} nats (KL of the next token), and {where}."
+        )
 
     def weights(self, layer: int, head: int) -> Tensor:
         """[A, A]: the attention weights of a head; NaN where a mask hides a token."""
@@ -267,19 +276,12 @@ class Explanation:
         weights_AA[tuple(torch.tril_indices(A, A))] = self.attention.weights_LHT[layer, head]
         return weights_AA
 
-    def page(self) -> "Page":
+    def page(self) -> Page:
         """The page; `.render()` is its HTML."""
-        from lapis.inside.explain.pages import make_page
-
-        return make_page(self)
+        return make_page(self.to_json())
 
     def __str__(self) -> str:
         return "\n".join([self.finding(), *self.notes])
-
-
-def state_name(row: int) -> str:
-    """Where a state stands, by its number among those of a place."""
-    return f"in layer {row - 1}" if row else "at the embedding"
 
 
 def as_tree(value: Any, kind: str = "f32") -> Any:

@@ -1,5 +1,5 @@
 // Two models on one text: the token and the layer where they part.
-const shortName = name => shown(name.split("/").filter(Boolean).at(-1) ?? name);
+const shortName = name => safe(name.split("/").filter(Boolean).at(-1) ?? name);
 
 function drawAgainst() {
   const { kl, grid, parted, distance } = E.against;

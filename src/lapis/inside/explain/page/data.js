@@ -43,13 +43,10 @@ const pair = (t, s) => t * (t + 1) / 2 + s;
 const weightAt = (layer, head, t, s) => E.attention.weights.at(layer, head, pair(t, s));
 const detailOf = (layer, head) => E.attention?.heads.find(one => one.layer === layer && one.head === head);
 
-/** A text whose spaces, line ends, and characters that would turn the text around them can be seen. */
-function shown(text) {
+/** A name in which control characters, and those that would turn the text around them, can be seen. */
+function safe(text) {
   return Array.from(text, character => {
     const code = character.codePointAt(0);
-    if (character === " ") return "␣";
-    if (character === "\n") return "↵";
-    if (character === "\t") return "⇥";
     if (code < 0x20) return String.fromCodePoint(0x2400 + code);
     if (code === 0x7f || (code >= 0x80 && code < 0xa0) || (code >= 0xd800 && code < 0xe000)) return "\ufffd";
     const turns = code === 0x61c || code === 0x200e || code === 0x200f || (code >= 0x202a && code <= 0x202e) || (code >= 0x2066 && code <= 0x2069);
@@ -57,6 +54,8 @@ function shown(text) {
   }).join("");
 }
 
+/** A token: its spaces and line ends can be seen, too. */
+const shown = text => safe(text.replaceAll(" ", "␣").replaceAll("\n", "↵").replaceAll("\t", "⇥"));
 const tokenAt = place => shown(E.tokens[place].text);
 const named = (id, texts = E.texts) => shown(texts[id] ?? `id ${id}`);
 const stateName = row => row ? `layer ${row - 1}` : "embedding";
