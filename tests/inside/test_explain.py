@@ -156,7 +156,7 @@ def test_a_model_beside_itself_does_not_part(model, words):
     assert float(parting.kl_P.max()) < 1e-9 and parting.parted == [None] * 7 and float(parting.distance_PN.max()) == 0
 
 
-def test_models_that_cut_the_text_otherwise_are_compared_at_the_end(words):
+def test_models_that_cut_otherwise_are_compared_at_the_end(words):
     other = train_tokenizer(["zebra giraffe " * 60], 280)
     result = explain(make_model(), words, PROMPT, against=(make_model(seed=1), other), names=("one", "other"))
     assert not result.against.same and result.against.kl_P is None and len(result.against.grid.ids_PNK) == 1
@@ -216,7 +216,7 @@ def test_ten_thousand_tokens_are_bounded_and_say_so(words):
     assert len(html) < 1_000_000 and "the last 32 of them" in html
 
 
-def test_many_heads_and_a_large_vocabulary_stay_below_five_megabytes(words):
+def test_many_heads_and_tokens_stay_below_five_megabytes(words):
     model = make_model("qwen3", dim=32, heads=128, layers=12, head_dim=4, vocab=262_144, context=100)
     result = explain(model, words, (words.encode(PROMPT) * 9)[:60], options=ExplainOptions(places=60))
     assert result.attention.places == 27

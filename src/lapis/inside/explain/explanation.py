@@ -123,7 +123,7 @@ class HeadDetail:
 
 
 @dataclass(frozen=True)
-class Attention:
+class AttentionViews:
     """Where all heads look, on the last A places; some heads in detail."""
 
     places: int
@@ -228,7 +228,7 @@ class Explanation:
     total: int
     tokens: list[ShownToken]
     stream: Stream
-    attention: Attention | None
+    attention: AttentionViews | None
     words: list[WordShares]
     grid: LayerGrid
     ending: Ending

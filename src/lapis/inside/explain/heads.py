@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lapis.errors import LapisError
 from lapis.inside.attention_map import AttentionMap, maps_of
-from lapis.inside.explain.explanation import Attention, HeadDetail, Ranks
+from lapis.inside.explain.explanation import AttentionViews, HeadDetail, Ranks
 from lapis.inside.trace import Anatomy, Trace
 
 PAIRS = 600_000  # weights that a page of five megabytes has room for
@@ -24,7 +24,7 @@ COLUMNS = 64  # of a state that are drawn
 def measure_heads(
     parts: Anatomy, ids: list[int], tokens: list[str], trace: Trace, chosen: Sequence[tuple[int, int]], places: int,
     note: Callable[[str], None],
-) -> tuple[Attention, Tensor | None] | None:  # fmt: skip
+) -> tuple[AttentionViews, Tensor | None] | None:  # fmt: skip
     """Maps of all heads, and the share of what each layer's heads move that comes from each place, [L, T] where known.
 
     Args:
@@ -60,8 +60,8 @@ def measure_heads(
         taken_LT = (moved_LAA / moved_LAA.sum(2, keepdim=True).clamp(min=1e-30))[:, rows, columns]
     by_key = dict(zip(keys, maps, strict=True))
     details = [d for key in chosen if (d := _detail(by_key[key], trace))]
-    kept = max(1, NUMBERS // max(1, room * (3 * _width(details) + 2 * COLUMNS + 3 * room)))
-    return Attention(room, details[:kept], weights_LHT), taken_LT
+    most = max(1, NUMBERS // max(1, room * (3 * _width(details) + 2 * COLUMNS + 3 * room)))
+    return AttentionViews(room, details[:most], weights_LHT), taken_LT
 
 
 def _visible(head: AttentionMap) -> Tensor:
