@@ -22,9 +22,10 @@ OBJECTIVES = [
     "Causal", "Chat", "Classify", "DPO", "GRPO", "IPO", "KTO", "Masked", "ORPO", "PPO", "RLOO", "Reward", "SimPO",
 ]  # fmt: skip
 FUNCTIONS = {
+    "activation_difference": ["a", "b", "files", "options"],
     "delta_apply": ["delta", "onto", "out", "scale", "embeddings", "norms"],
     "delta_extract": ["base", "chat", "out", "bits", "rank"],
-    "diff": ["a", "b", "rows", "spectra"],
+    "diff": ["a", "b", "rows", "spectra", "directions"],
     "explain": ["model", "tokenizer", "text", "track", "options"],
     "export_gguf": ["model", "out"],
     "adapt": ["plan"],
@@ -38,9 +39,11 @@ FUNCTIONS = {
     "merge": ["recipe", "out"],
     "open": ["source"],
     "open_delta": ["source"],
+    "patch": ["model", "other", "tokenizer", "prompt", "track"],
     "plan": ["base", "chat", "goal", "budget"],
     "serve": ["models", "options", "runtime"],
     "push": ["folder", "name"],
+    "steer": ["model", "vectors", "layer", "strength", "place"],
     "train": ["model", "objective", "config", "out"],
 }
 TYPES = ["Checkpoint", "ModelConfig", "Objective", "Sampling", "Tokenizer", "TrainConfig", "Transformer"]

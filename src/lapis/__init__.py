@@ -29,6 +29,9 @@ if TYPE_CHECKING:  # what _PUBLIC says, for editors and type checkers
     from lapis.formats.importing import import_gguf
     from lapis.generation.generate import generate
     from lapis.generation.options import Sampling
+    from lapis.inside.compared.difference import activation_difference
+    from lapis.inside.compared.patching import patch
+    from lapis.inside.compared.vectors import steer
     from lapis.inside.explain.explain import explain
     from lapis.inside.lens.logit_lens import lens
     from lapis.language.adapt import adapt
@@ -59,8 +62,9 @@ __all__ = [
     "DPO", "GRPO", "IPO", "KTO", "ORPO", "PPO", "RLOO", "Causal", "Chat", "Checkpoint", "CheckpointError", "Classify",
     "ConfigError", "DataError", "LapisError", "Masked", "MissingExtra", "ModelConfig", "Objective", "OutputError",
     "Reward", "Sampling", "SimPO", "TemplateError", "Tokenizer", "TrainConfig", "TrainingError", "Transformer",
-    "__version__", "adapt", "delta_apply", "delta_extract", "diff", "explain", "export_gguf", "extend", "fertility",
-    "generate", "graft", "import_gguf", "lens", "load", "merge", "open", "open_delta", "plan", "push", "serve", "train",
+    "__version__", "activation_difference", "adapt", "delta_apply", "delta_extract", "diff", "explain", "export_gguf",
+    "extend", "fertility", "generate", "graft", "import_gguf", "lens", "load", "merge", "open", "open_delta", "patch",
+    "plan", "push", "serve", "steer", "train",
 ]  # fmt: skip
 
 # module -> the public names that it defines; name=there where it has another name there
@@ -75,6 +79,9 @@ _PUBLIC = {
     "lapis.formats.importing": "import_gguf",
     "lapis.generation.generate": "generate",
     "lapis.generation.options": "Sampling",
+    "lapis.inside.compared.difference": "activation_difference",
+    "lapis.inside.compared.patching": "patch",
+    "lapis.inside.compared.vectors": "steer",
     "lapis.inside.explain.explain": "explain",
     "lapis.inside.lens.logit_lens": "lens",
     "lapis.language.adapt": "adapt",

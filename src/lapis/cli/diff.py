@@ -1,11 +1,16 @@
 """`lapis diff`: what a fine-tune changed, from the command line."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
 
 from lapis.cli.output import line, notes, progress, show, table, write_page
+from lapis.generation.options import Runtime
+from lapis.inside.compared.options import DifferenceOptions
 
 if TYPE_CHECKING:
+    from lapis.inside.compared.difference import ActivationDifference
     from lapis.weights.diff.lineage import Lineage
 
 
@@ -16,6 +21,11 @@ def diff(
     *others: str,
     rows: bool = False,
     spectra: bool = False,
+    directions: bool = False,
+    activations: Annotated[list[Path] | None, Parameter(consume_multiple=True)] = None,
+    options: Annotated[DifferenceOptions, Parameter(name="*")] = DifferenceOptions(),  # noqa: B008
+    vectors: Path | None = None,
+    runtime: Annotated[Runtime, Parameter(name="*")] = Runtime(),  # noqa: B008
     top: int = 20,
     html: Path | None = None,
     overwrite: bool = False,
@@ -35,6 +45,13 @@ def diff(
         Also row by row for the embedding and the head, with the tokens.
     spectra
         Also stable rank, rank for 90 % of the energy, and signal-to-noise ratio of each matrix. Slow.
+    directions
+        Also the first singular directions of each matrix's change, read as tokens through head and embedding. Slow.
+    activations
+        Text files: also run both models over the first places of unrelated texts, and read the mean difference of their
+        states through the head. These models must be ones that run.
+    vectors
+        With --activations: write the mean differences to this file, for lapis generate --steer.
     top
         How many of the rows that moved most are shown.
     html
@@ -45,18 +62,23 @@ def diff(
         Print one JSON object.
     """
     from lapis.checkpoint.commit import check_output
-    from lapis.errors import CheckpointError
+    from lapis.errors import CheckpointError, ConfigError
     from lapis.weights.diff.diff import diff as run
     from lapis.weights.diff.diff import unrelated
     from lapis.weights.diff.lineage import lineage
 
-    if html is not None:
-        check_output(html, overwrite=overwrite, inputs=[a, b, *others], option="--html")
+    if others and (activations or directions):
+        raise ConfigError("diff: --activations and --directions compare two models; leave the others out")
+    if vectors is not None and activations is None:
+        raise ConfigError("diff: --vectors is for --activations FILES, from which they are")
+    for option, out in (("--html", html), ("--vectors", vectors)):
+        if out is not None:
+            check_output(out, overwrite=overwrite, inputs=[a, b, *others], option=option)
     with progress("reading") as report:
         if others:
             descent = lineage(a, [b, *others], progress=report)
         else:
-            difference = run(a, b, rows, spectra, progress=report)
+            difference = run(a, b, rows, spectra, directions, progress=report)
     if others:
         show(descent.to_json(), json, lambda: print_lineage(descent))
         if html:
@@ -66,6 +88,14 @@ def diff(
         return
     if unrelated(difference):
         raise CheckpointError(f"{a} and {b}: cosine 0.00 in every layer: these are not parent and child")
+
+    activity = _activity([a, b], activations, options, runtime) if activations else None
+    result = difference.to_json()
+    if activity is not None:
+        result["activations"] = activity.to_json()
+        if vectors is not None:
+            activity.vectors.save(vectors, overwrite=overwrite)
+            result["activations"]["vectors"] = str(vectors)
 
     def render() -> None:
         for key in ("layer", "component"):
@@ -102,14 +132,52 @@ def diff(
                     for row in difference.new_rows[:top]
                 ],
             )  # fmt: skip
+        if directions:
+            _print_directions(difference.directions)
+        if activity is not None:
+            line(activity)
         line(difference.finding())
         notes([*filter(None, [difference.floor_finding()]), *difference.notes])
 
-    show(difference.to_json(), json, render)
+    show(result, json, render)
     if html:
         from lapis.weights.diff.page import diff_page
 
-        write_page(diff_page(difference, a, b), html, overwrite=overwrite)
+        page = diff_page(difference, a, b)
+        if activity is not None:
+            from lapis.inside.compared.page import add_difference
+
+            add_difference(page, activity)
+        write_page(page, html, overwrite=overwrite)
+
+
+def _activity(
+    sources: list[str], files: list[Path], options: DifferenceOptions, runtime: Runtime
+) -> "ActivationDifference":  # fmt: skip
+    """The mean difference of activations over the first places of texts."""
+    from lapis.generation.ready import choose_common_dtype, choose_device
+    from lapis.inside.compared.difference import activation_difference
+    from lapis.model.threads import settle_threads
+
+    device = choose_device(runtime.device)
+    settle_threads(device)
+    dtype, remarks = choose_common_dtype(sources, runtime.dtype, device)
+    notes(remarks)
+    with progress("running the texts", "tokens") as report:
+        return activation_difference(*sources, files, options, device=device, dtype=dtype, progress=report)
+
+
+def _print_directions(rows: list[dict[str, Any]]) -> None:
+    """The direction of each matrix that holds most of its change."""
+    table(
+        "the first directions of the change",
+        ["layer", "component", "share", "one end", "the other end"],
+        [
+            [row["layer"], f"{row['component']} {row['side']}", f"{row['share']:.1%}",
+             *(" ".join(repr(entry["token"]) for entry in row[end][:4]) for end in ("one_end", "other_end"))]
+            for row in rows if row["number"] == 0
+        ],
+    )  # fmt: skip
 
 
 def print_lineage(lineage: "Lineage") -> None:

@@ -2,11 +2,17 @@
 
 import sys
 import time
-from typing import Annotated
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
 from lapis.generation.options import DecodingRuntime, Sampling
+from lapis.inside.compared.options import SteerOptions
+
+if TYPE_CHECKING:
+    from lapis.inside.compared.vectors import DifferenceVectors
 
 
 def generate(
@@ -17,6 +23,7 @@ def generate(
     chat: bool = False,
     system: str = "",
     sampling: Annotated[Sampling, Parameter(name="*")] = Sampling(),  # noqa: B008
+    steering: Annotated[SteerOptions, Parameter(name="*")] = SteerOptions(),  # noqa: B008
     runtime: Annotated[DecodingRuntime, Parameter(name="*")] = DecodingRuntime(),  # noqa: B008
     json: bool = False,
 ) -> None:
@@ -44,25 +51,32 @@ def generate(
         from lapis.model.threads import settle_threads
 
         settle_threads(choose_device(runtime.device))
+        vectors = None if steering.steer is None else _vectors(steering.steer)
         opened, tokenizer = open_ready(model, runtime)
     turns = [{"role": "system", "content": system}] * bool(system) + [{"role": "user", "content": prompt}]
     request: Prompt = turns if chat else prompt
     live, shown = not json, for_terminal if sys.stdout.isatty() else str
     loaded = time.perf_counter()
     first = 0.0
-    pieces = stream(opened, tokenizer, request, sampling)
-    while True:
-        try:
-            piece = next(pieces)
-        except StopIteration as end:
-            reply = end.value
-            break
-        first = first or time.perf_counter()
-        if live:
-            sys.stdout.write(shown(piece))
-            sys.stdout.flush()
-    done = time.perf_counter()
     notes = list(opened.notes)
+    with ExitStack() as stack:
+        if vectors is not None:
+            from lapis.inside.compared.vectors import steer
+
+            strength = 1.0 if steering.strength is None else steering.strength
+            notes.append(stack.enter_context(steer(opened, vectors, steering.layer, strength, steering.place)))
+        pieces = stream(opened, tokenizer, request, sampling)
+        while True:
+            try:
+                piece = next(pieces)
+            except StopIteration as end:
+                reply = end.value
+                break
+            first = first or time.perf_counter()
+            if live:
+                sys.stdout.write(shown(piece))
+                sys.stdout.flush()
+    done = time.perf_counter()
     if not reply.text:
         remedy = "; --chat asks it in its chat template" if tokenizer.chat_template and not chat else ""
         notes.append(f"the reply is empty: {ENDS[reply.stop_reason]} after {len(reply.ids)} new tokens{remedy}")
@@ -90,6 +104,12 @@ def generate(
     show(result, json, render)
     for note in notes:
         line(f"note: {note}", "dim", error=True)
+
+
+def _vectors(path: Path) -> "DifferenceVectors":
+    from lapis.inside.compared.vectors import DifferenceVectors
+
+    return DifferenceVectors.open(path)
 
 
 ENDS = {"end": "complete", "stop": "ended at a stop text", "length": "cut short", "stopped": "stopped"}

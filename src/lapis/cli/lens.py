@@ -9,6 +9,7 @@ from lapis.generation.options import Runtime
 from lapis.inside.lens.options import LensOptions
 
 if TYPE_CHECKING:
+    from lapis.inside.compared.patching import Patching
     from lapis.inside.lens.side_by_side import Opened
     from lapis.inside.lens.table import LensTrace
     from lapis.inside.lens.tuned import TunedLens
@@ -22,6 +23,7 @@ def lens(
     track: str = "",
     against: str | None = None,
     head: Literal["own", "swapped"] = "own",
+    patch: bool = False,
     chat: bool = False,
     options: Annotated[LensOptions, Parameter(name="*")] = LensOptions(),  # noqa: B008
     tuned: Path | None = None,
@@ -39,6 +41,8 @@ def lens(
         track: Words, parted by commas; without it, the words that are best in any layer.
         against: A second model on the same prompt, side by side.
         head: With --against: whether each model is read by its own head or by the other's.
+        patch: With --against: put each state of the second model into the first, one at a time, and show what that does
+            to the probability of the tracked words. A pass for each layer and token.
         chat: Put the prompt into the model's chat template, as a user's turn.
         tuned: A tuned lens: a folder with one map per layer. With --tune it is made there first.
         tune: Text files from which to make the tuned lens, in about a minute.
@@ -57,6 +61,8 @@ def lens(
 
     if head == "swapped" and against is None:
         raise ConfigError("lens: --head swapped is for --against MODEL2; there is no other head")
+    if patch and against is None:
+        raise ConfigError("lens: --patch is for --against MODEL2, from which the states are")
     if against is not None and tuned is not None:
         raise ConfigError("lens: a tuned lens belongs to one model; leave out --tuned or --against")
     if tune and tuned is None:
@@ -90,15 +96,20 @@ def lens(
     result = traces[0].to_json()
     if against is not None:
         result["against"] = traces[1].to_json()
+    patching = _patching(opened, turns, track, options.positions) if patch else None
+    if patching is not None:
+        result["patch"] = patching.to_json()
 
     def render() -> None:
         for trace in traces:
             line(f"{trace.model}\n{trace}\n")
             _print_contributions(trace)
+        if patching is not None:
+            line(patching)
 
     if html is not None:
         with progress("drawing"):
-            _write_page(opened[0], traces, html, overwrite)
+            _write_page(opened[0], traces, patching, html, overwrite)
     show(result, json, render)
 
 
@@ -127,12 +138,32 @@ def _print_contributions(trace: "LensTrace") -> None:
         table("", ["part", "added to the logit"], [[row["label"], f"{row['logit']:+.3f}"] for row in rows])
 
 
-def _write_page(opened: "Opened", traces: "list[LensTrace]", path: Path, overwrite: bool) -> None:
+def _patching(opened: "list[Opened]", prompt: Any, track: str, places: int | None) -> "Patching":
+    """What one state of the second model, put into the first, does to the words."""
+    from lapis.cli.output import progress
+    from lapis.inside.compared.patching import patch
+    from lapis.inside.lens.options import GRID
+
+    one, other = opened
+    with progress("exchanging states", "passes") as report:
+        return patch(
+            one.model, other.model, one.tokenizer, prompt, track, places=places or GRID,
+            other_tokenizer=other.tokenizer, names=(one.name, other.name), progress=report,
+        )  # fmt: skip
+
+
+def _write_page(
+    opened: "Opened", traces: "list[LensTrace]", patching: "Patching | None", path: Path, overwrite: bool
+) -> None:  # fmt: skip
     from lapis.cli.output import write_page
     from lapis.inside.attention_map import maps_of
+    from lapis.inside.compared.page import add_patching
     from lapis.inside.page import make_page, strongest_heads
     from lapis.inside.trace import anatomy
 
     heads = strongest_heads(traces[0])
     maps = maps_of(anatomy(opened.model, opened.name), traces[0].ids, traces[0].tokens, heads) if heads else []
-    write_page(make_page(traces, maps), path, overwrite=overwrite)
+    page = make_page(traces, maps)
+    if patching is not None:
+        add_patching(page, patching)
+    write_page(page, path, overwrite=overwrite)

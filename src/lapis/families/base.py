@@ -233,9 +233,9 @@ def fallback_part(disk_name: str) -> Part:
     match = _LAYER.search(base)
     if match:
         return Part(int(match[1]), match[2], kind)
-    if re.search(r"(embed_tokens|wte|word_embeddings)$", base):
+    if re.search(r"(embed_tokens|embed_in|wte|word_embeddings)$", base):
         return Part(None, "embed", kind)
-    if base.endswith("lm_head"):
+    if base.endswith(("lm_head", "embed_out")):
         return Part(None, "head", kind)
     return Part(None, base, kind)
 

@@ -150,10 +150,11 @@ def tune(
 
 
 def fingerprint(parts: Anatomy) -> str:
-    """sha256 of the final norm and of some rows of the head: enough to tell models apart, whatever their names."""
+    """sha256 of the final norm and of some rows of the head, rounded to bfloat16: enough to tell models apart, whatever
+    their names and their precision."""
     total = hashlib.sha256(f"{parts.layers} {tuple(parts.matrix.shape)}".encode())
     for tensor in (*parts.norm.parameters(), parts.matrix[:: max(1, len(parts.matrix) // 64)]):
-        total.update(tensor.detach().float().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        total.update(tensor.detach().bfloat16().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return total.hexdigest()
 
 

@@ -69,7 +69,7 @@ def _measure(row: Row, measure: str) -> float | None:
     value = row.get(measure)
     if value is None and measure == "direction" and row.get("cosine") is not None:
         value = 1 - row["cosine"]
-    return None if value is None or math.isnan(value) else float(value)
+    return None if value is None or not math.isfinite(value) else float(value)  # infinite: what was 0 before
 
 
 def _place(component: str) -> tuple[int, str]:

@@ -18,6 +18,7 @@ from lapis.families.base import Part
 from lapis.text.tokenizer.vocabulary import Vocabulary, open_vocabulary, relation
 from lapis.weights.checks import compare_configs, family_notes, missing_tensors
 from lapis.weights.diff import measures
+from lapis.weights.diff.directions import directions as read_directions
 from lapis.weights.diff.measures import Sums, direction, mantissa, measure, measure_rows, ratio
 from lapis.weights.diff.table import DiffTable, Line
 from lapis.weights.engine.fp8 import is_number
@@ -59,6 +60,7 @@ def diff(
     b: Model,
     rows: bool = False,
     spectra: bool = False,
+    directions: bool = False,
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> DiffTable:
@@ -70,6 +72,7 @@ def diff(
         rows: Also row by row for embedding and head, with the token of each.
         spectra: Also stable rank, the rank that holds 90 % of the energy, and SNR, for the matrices of the blocks;
             takes far longer.
+        directions: Also the first singular directions of what changed in these matrices, as tokens; takes longer, too.
         progress: Called with (done, total) in tiles.
 
     Raises:
@@ -121,8 +124,13 @@ def diff(
             progress(done + 1, len(pairs))
     if rows and words[0] and words[1] and (gone := len(words[0].ids.keys() - words[1].ids.keys())):
         notes.append(f"{gone:,} tokens are only in a")
+    leading: list[dict[str, Any]] = []
+    if directions:
+        leading, unclear = read_directions(one, two, [(p.name, p.part, p.a, p.b) for p in pairs], words[1], progress)
+        notes += unclear
     table = DiffTable(
         lines,
+        directions=leading,
         new_rows=[row for pair in pairs if pair.tokens is not None for row in _new_rows(two, pair, words)],
         rows=[line for pair in pairs if pair.tokens is not None for line in _row_lines(pair, words)],
         same_shape=not mismatched,

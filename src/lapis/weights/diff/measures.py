@@ -123,7 +123,7 @@ def spectra(a: Source, b: Source) -> dict[str, Any]:
         values, energy = _largest(a, b, rows, columns)
         return _figures(values, energy, rows, columns, exact=False) | {"weight_snr": None}
     whole = torch.empty(rows, columns), torch.empty(rows, columns)
-    for start, end, one, two in _tiles(a, b):
+    for start, end, one, two in tiles_of(a, b):
         whole[0].view(-1)[start:end], whole[1].view(-1)[start:end] = one, two.sub_(one)
     weight, delta = (_singular_values(matrix) for matrix in whole)
     figures = _figures(delta, float((delta**2).sum()), rows, columns, exact=True)
@@ -170,7 +170,7 @@ def _largest(a: Source, b: Source, rows: int, columns: int) -> tuple[torch.Tenso
     for sweep in range(2):
         image = torch.empty(rows, DIRECTIONS)
         back = torch.zeros(columns, DIRECTIONS)
-        for start, end, one, two in _tiles(a, b):
+        for start, end, one, two in tiles_of(a, b):
             delta = two.sub_(one).view(-1, columns)
             piece = image[start // columns : end // columns]
             torch.mm(delta, basis, out=piece)
@@ -179,12 +179,12 @@ def _largest(a: Source, b: Source, rows: int, columns: int) -> tuple[torch.Tenso
         basis = torch.linalg.qr(back)[0] if sweep == 0 else basis
     frame = torch.linalg.qr(image)[0]
     small = torch.zeros(DIRECTIONS, columns)
-    for start, end, one, two in _tiles(a, b):
+    for start, end, one, two in tiles_of(a, b):
         small += frame[start // columns : end // columns].T @ two.sub_(one).view(-1, columns)
     return torch.linalg.svdvals(small.double()), energy
 
 
-def _tiles(a: Source, b: Source) -> Iterator[tuple[int, int, torch.Tensor, torch.Tensor]]:
+def tiles_of(a: Source, b: Source) -> Iterator[tuple[int, int, torch.Tensor, torch.Tensor]]:
     """(first, last, a, b) for tiles of whole rows."""
     reader, sources = Reader(), (a, b)
     shape: Sequence[int] = a.shape

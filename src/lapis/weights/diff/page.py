@@ -47,6 +47,8 @@ def diff_page(table: DiffTable, a: str, b: str) -> Page:
     with_spectra = [line for line in table.tensors if line.get("singular_values")]
     if with_spectra:
         _add_spectra(page, with_spectra)
+    if table.directions:
+        _add_directions(page, table.directions)
     for note in table.notes:
         if not table.rows or note != table.rows_finding():  # the section of the rows says it
             page.text(f"Note: {note}")
@@ -123,6 +125,25 @@ def _add_spectra(page: Page, lines: list[dict[str, Any]]) -> None:
         Column("weight_snr", "signal to noise, weights", ".3g"),
     ]  # fmt: skip
     page.table(lines, columns, sortable=True, folded="Every matrix, in numbers")
+
+
+def _add_directions(page: Page, rows: list[dict[str, Any]]) -> None:
+    page.section(
+        "Directions of the change, as tokens",
+        "The first singular directions of the change of each matrix. What writes to the residual stream is read by the"
+        " head; what reads from it is compared with the embedding. A direction has no sign: both ends are shown.",
+    )
+    lines = [
+        {**row, "what": f"{row['component']} {row['side']}", **{
+            end: " ".join(repr(entry["token"]) for entry in row[end]) for end in ("one_end", "other_end")}}
+        for row in rows
+    ]  # fmt: skip
+    columns = [
+        Column("layer"), Column("what", "matrix"), Column("number", "direction"),
+        Column("share", "share of the change", ".1%"), Column("one_end", "one end"),
+        Column("other_end", "the other end"),
+    ]  # fmt: skip
+    page.table(lines, columns, "The first directions of the change", sortable=True)
 
 
 def lineage_page(lineage: Lineage) -> Page:

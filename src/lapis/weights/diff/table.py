@@ -41,6 +41,7 @@ class DiffTable:
         lines: A line for each tensor.
         rows: A line for each row of embedding and head, where rows were measured.
         new_rows: A line for each token that only b has: norm of its row, and the nearest of the tokens that both have.
+        directions: A line for each leading singular direction of a matrix's change, where they were read.
         same_shape: Whether all tensors that both have are of one shape.
         only_in_a, only_in_b: Names of tensors.
         mismatched: A line for each pair of tensors of different shapes.
@@ -51,6 +52,7 @@ class DiffTable:
     lines: list[Line]
     rows: list[dict[str, Any]] = field(default_factory=list)
     new_rows: list[dict[str, Any]] = field(default_factory=list)
+    directions: list[dict[str, Any]] = field(default_factory=list)
     same_shape: bool = True
     only_in_a: list[str] = field(default_factory=list)
     only_in_b: list[str] = field(default_factory=list)
@@ -133,6 +135,8 @@ class DiffTable:
             "mismatched": self.mismatched,
             "notes": self.notes,
         }
+        if self.directions:
+            result["directions"] = self.directions
         if self.rows:
             result["rows"] = [{key: value for key, value in row.items() if key != "squares"} for row in self.rows]
             result["outliers"] = self.outliers()
