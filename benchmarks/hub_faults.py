@@ -67,7 +67,7 @@ def main() -> int:
     import torch
 
     import lapis
-    from lapis.checkpoint.hub import requests
+    from lapis.checkpoint.remote import requests
     from lapis.errors import LapisError
     from lapis.families.config import ModelConfig
     from lapis.model.load import save

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 
 import lapis
 from lapis.checkpoint.commit import MANIFEST, commit
-from lapis.checkpoint.hub import requests
 from lapis.checkpoint.hub.shipment import shipment
+from lapis.checkpoint.remote import requests
 from lapis.errors import CheckpointError, ConfigError, OutputError
 from lapis.families.config import ModelConfig
 from lapis.model.load import save

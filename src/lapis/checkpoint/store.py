@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import torch
 
     from lapis.checkpoint.hub.models import Snapshot
+    from lapis.checkpoint.remote.ranges import RemoteFile
 
 # init_lora_weights that take the first adapter out of the base, by a rule that can be repeated
 CHANGED_BASE = ("pissa", "olora")
@@ -132,8 +133,8 @@ class Checkpoint:
         if self.computed is not None:
             self.computed.read_into(name, offset, buffer)
             return
-        if self.snapshot is not None and info.file not in self._stats:
-            self.snapshot.remote(info.file.name).read_into(info.start + offset, buffer)
+        if (remote := self.remote(name)) is not None:
+            remote.read_into(info.start + offset, buffer)
             return
         if not read_at(info.file, info.start + offset, buffer, self._stats[info.file]):
             raise CheckpointError(f"{info.file}: changed while it was being read; run again when it is at rest")
@@ -155,14 +156,26 @@ class Checkpoint:
         """Asks the system to have `size` bytes from `offset` bytes into the tensor at hand soon; returns at once."""
         info = self.info(name)
         size = min(size, info.nbytes - offset) if self.computed is None else 0
-        if size > 0 and self.snapshot is not None and info.file not in self._stats:
-            self.snapshot.remote(info.file.name).prefetch(info.start + offset, size)
+        if size > 0 and (remote := self.remote(name)) is not None:
+            remote.prefetch(info.start + offset, size)
         elif size > 0 and hasattr(os, "posix_fadvise"):
             handle = os.open(info.file, os.O_RDONLY | os.O_CLOEXEC)
             try:
                 os.posix_fadvise(handle, info.start + offset, size, os.POSIX_FADV_WILLNEED)
             finally:
                 os.close(handle)
+
+    def remote(self, name: str) -> "RemoteFile | None":
+        """The file on a server that a tensor is read from in ranges; None where it lies here, or is computed."""
+        if self.snapshot is None or self.computed is not None:
+            return None
+        file = self.info(name).file
+        return None if file in self._stats else self.snapshot.remote(file.name)
+
+    @property
+    def by_ranges(self) -> bool:
+        """Whether any tensor comes from a server."""
+        return self.snapshot is not None and any(info.file not in self._stats for info in self.index.values())
 
     def info(self, name: str) -> TensorInfo:
         try:

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lapis.checkpoint.files import contained, describe_absence
-from lapis.checkpoint.hub.ranges import RemoteFile
 from lapis.checkpoint.hub.repository import (
     REVISION,
     Repository,
@@ -25,14 +24,14 @@ from lapis.checkpoint.hub.repository import (
     remote_file,
     safe_revision,
 )
-from lapis.checkpoint.hub.requests import Refused
-from lapis.checkpoint.tensor_file import Header, holds_adapter, parse_header
+from lapis.checkpoint.remote.ranges import RemoteFile
+from lapis.checkpoint.remote.requests import Refused
+from lapis.checkpoint.tensor_file import Header, holds_adapter
 from lapis.errors import CheckpointError
 
 _ID = re.compile(rf"(?P<repo>[A-Za-z0-9_][\w.-]{{0,95}}/[A-Za-z0-9_][\w.-]{{0,95}})(?:@(?P<revision>{REVISION}))?")
 BESIDE = (".json", ".txt", ".model", ".jinja", ".md", ".tiktoken")  # what may lie beside the weights and be of use
 LARGEST = 200_000_000  # bytes of a file that is not weights
-FIRST = 1 << 16  # bytes of a weight file that are asked for first: most headers are in them
 
 
 @dataclass
@@ -44,6 +43,11 @@ class Snapshot:
     root: Path
     sizes: dict[str, int]
     _remote: dict[str, RemoteFile] = field(default_factory=dict, repr=False)
+
+    @property
+    def pinned(self) -> str:
+        """What names this state of it, whatever the hub has later."""
+        return f"{self.repository.name}@{self.repository.commit}"
 
     def here(self, name: str) -> bool:
         """Whether a file is in the cache."""
@@ -78,14 +82,7 @@ class Snapshot:
 
     def header(self, name: str) -> Header:
         """The header of a weight file that is not in the cache, by one or two ranges."""
-        file = self.remote(name)
-        raw = file.fetch(0, min(FIRST, file.size))
-        place = self.root / name
-
-        def more(first: int, last: int) -> bytes:
-            return raw[first:last] if last <= len(raw) else raw[first:] + file.fetch(max(first, len(raw)), last)
-
-        return parse_header(place, file.size, more)
+        return self.remote(name).header(self.root / name)
 
 
 def hub_id(source: str) -> tuple[str, str | None] | None:

@@ -15,8 +15,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from lapis.checkpoint.hub.repository import SHOWN, Repository, endpoint, list_files
-from lapis.checkpoint.hub.requests import Refused
 from lapis.checkpoint.hub.shipment import README, Report, Shipment, shipment
+from lapis.checkpoint.remote.requests import Refused
 from lapis.errors import CheckpointError, ConfigError, LapisError, OutputError
 
 Bar = Callable[[str], AbstractContextManager[Report]]

@@ -19,8 +19,9 @@ from typing import Any, Literal
 from urllib.parse import quote
 
 from lapis.checkpoint.commit import commit_file
-from lapis.checkpoint.hub.ranges import RemoteFile
-from lapis.checkpoint.hub.requests import Refused, ShortReadError, body, call_patiently, opened, refusal
+from lapis.checkpoint.remote.connections import HttpFile
+from lapis.checkpoint.remote.ranges import RemoteFile
+from lapis.checkpoint.remote.requests import Refused, ShortReadError, body, call_patiently, opened, refusal
 from lapis.errors import CheckpointError
 from lapis.parsing import ParseError, parse_json, quoted
 
@@ -191,12 +192,27 @@ def remembered(kind: Kind, name: str, revision: str | None) -> str | None:
     return commit if there else None
 
 
-def remote_file(repository: Repository, name: str) -> RemoteFile:
-    """A file of which the size is known, to be read in ranges."""
-    size = repository.files[name].size
-    if size is None:
-        raise CheckpointError(f"{repository.label}: {name}: the hub does not say how large it is; load it whole")
-    return RemoteFile(f"{repository.label}: {name}", _address(repository, name), size, _headers())
+def remote_file(repository: Repository, name: str, *, check: bool = True) -> RemoteFile:
+    """A file of which the size is known, to be read in ranges.
+
+    Args:
+        repository: At its commit, which every answer must name where it names one.
+        name: One of its files.
+        check: Whether its sha256, where the hub lists one, must agree once all of it was read.
+    """
+    listed, label = repository.files[name], f"{repository.label}: {name}"
+    if listed.size is None:
+        raise CheckpointError(f"{label}: the hub does not say how large it is; load it whole")
+    sha256 = listed.digest if len(listed.digest) == 64 else ""
+    fixed = {"x-repo-commit": repository.commit, "x-linked-size": str(listed.size)}
+    place = HttpFile(
+        label,
+        _address(repository, name),
+        listed.size,
+        _headers(),
+        fixed | ({"x-linked-etag": sha256} if sha256 else {}),
+    )
+    return RemoteFile(place, sha256 if check else "", version=sha256 or f"{repository.commit}/{listed.digest}")
 
 
 def _headers() -> dict[str, str]:
@@ -265,7 +281,7 @@ def _download(repository: Repository, name: str, listed: HubFile, blob: Path, li
             os.ftruncate(handle, 0)
         with _bar(name, listed.size, os.fstat(handle).st_size) as report:
             if listed.size is not None and listed.size > SIDE_BY_SIDE:
-                _fill_side_by_side(remote_file(repository, name), handle, report)
+                _fill_side_by_side(remote_file(repository, name, check=False), handle, report)
             _fill(label, _address(repository, name), handle, listed.size, most, report)
         size = os.fstat(handle).st_size
         if listed.size is not None and size != listed.size:
@@ -319,7 +335,7 @@ def _fill_side_by_side(file: RemoteFile, handle: int, report: Callable[[int], No
             raise
 
 
-def _append(handle: int, piece: bytes) -> None:
+def _append(handle: int, piece: bytes | memoryview) -> None:
     view = memoryview(piece)
     try:
         while view:

@@ -19,7 +19,7 @@ from urllib.parse import quote
 from lapis.checkpoint.commit import commit_file
 from lapis.checkpoint.files import read_json
 from lapis.checkpoint.hub.repository import COMMIT, HubFile, Repository, fetch, list_files, safe_name
-from lapis.checkpoint.hub.requests import Refused
+from lapis.checkpoint.remote.requests import Refused
 from lapis.config import nearest
 from lapis.errors import CheckpointError, DataError
 from lapis.text.corpus.file_stream import KINDS, OpenedFile, cache_folder, suffix

@@ -336,5 +336,5 @@ def _differing(one: RowsOf, other: RowsOf) -> list[int]:
         a, b = (values.view(-1, columns) for values in reader.read("", (one, other), *span, one.shape).inputs)
         seen[span[0]] = ((a != b).any(1).nonzero().flatten() + span[0] // columns).tolist()
 
-    each(every, compare)
+    each(every, compare, reads=lambda span: [(source, *span) for source in (one, other)])
     return [row for first, _ in every for row in seen[first]]

@@ -47,7 +47,7 @@ def weights_sha256(model: Checkpoint, names: Mapping[str, str]) -> str:
             running.update(as_bytes(values))
         sha256[name] = running.hexdigest()
 
-    each(list(sources), read)
+    each(list(sources), read, reads=lambda name: [(sources[name], *span) for span in spans(sources[name].shape)])
     return digest_of(sources, sha256)
 
 

@@ -92,6 +92,9 @@ class _Span:
     last: int
     ends: bool  # the item's last one
 
+    def reads(self) -> Reads:
+        return [(source, self.first, self.last) for source in self.item.sources]
+
 
 @dataclass(frozen=True)
 class _Ready:
@@ -179,7 +182,7 @@ class _Writing:
         try:
             self.handle = handle
             os.ftruncate(handle, self.at)
-            each(tasks, self._work)
+            each(tasks, self._work, reads=_Span.reads)
         finally:
             os.close(handle)
 

@@ -21,6 +21,7 @@ from lapis.weights.diff import measures
 from lapis.weights.diff.directions import directions as read_directions
 from lapis.weights.diff.measures import Sums, direction, mantissa, measure, measure_rows, ratio
 from lapis.weights.diff.table import DiffTable, Line
+from lapis.weights.engine.ahead import Reads
 from lapis.weights.engine.fp8 import is_number
 from lapis.weights.engine.sources import RowsOf, Source, Stored, read_rows
 from lapis.weights.engine.tiles import Reader, each, spans
@@ -114,7 +115,11 @@ def diff(
         with lock:
             pair.partial[number], pair.rows[number] = sums, by_row
 
-    read = each([(pair, i) for pair in pairs for i in range(len(pair.tiles))], work, progress)
+    def reads(task: tuple[_Pair, int]) -> Reads:
+        pair, number = task
+        return [(source, *pair.tiles[number]) for source in (pair.a, pair.b)]
+
+    read = each([(pair, i) for pair in pairs for i in range(len(pair.tiles))], work, progress, reads)
     lines = []
     for done, pair in enumerate(pairs):
         decompose = spectra and pair.part.layer is not None and len(pair.a.shape) == 2

@@ -79,7 +79,7 @@ def lineage(base: Model, models: Sequence[Model], *, progress: Callable[[int, in
             grams[number] += gram
 
     read = [(i, a, b) for i, sources in enumerate(shared) for a, b in spans(sources[0].shape)]
-    each(read, work, progress)
+    each(read, work, progress, lambda task: [(source, *task[1:]) for source in shared[task[0]]])
     if not np.isfinite(grams).all():
         raise CheckpointError(f"{shared[int(np.argwhere(~np.isfinite(grams))[0][0])][0].name}: NaN or Inf in a model")
     total = grams.sum(0)

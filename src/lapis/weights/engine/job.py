@@ -22,10 +22,11 @@ from lapis.checkpoint import Checkpoint
 from lapis.checkpoint.commit import check_output, commit
 from lapis.checkpoint.files import stamp
 from lapis.checkpoint.hub.models import public_names, shown_name
-from lapis.checkpoint.staging import JobName
+from lapis.checkpoint.remote.ranges import DigestMismatch
+from lapis.checkpoint.staging import JobName, Staging
 from lapis.checkpoint.tensor_file import header_bytes
 from lapis.checkpoint.towers import language_levels
-from lapis.errors import LapisError
+from lapis.errors import CheckpointError, LapisError
 from lapis.text.tokenizer.folder import write_json
 from lapis.weights.engine.journal import Identity, Journal
 from lapis.weights.engine.outputs import Account, Figures, Output
@@ -213,6 +214,7 @@ def produce(
         inputs=folders,
         resumable=True,
     ) as staging:
+        check_unmoved(staging, inputs)
         journal = Journal(staging, _job(inputs, files, [recipe, allow_nonfinite]), input_files(inputs))
         if journal.moved:
             log.warning(
@@ -221,9 +223,15 @@ def produce(
                 journal.moved[0],
             )
         try:
-            account = stream(dict(files), staging.path, journal, allow_nonfinite=allow_nonfinite, progress=progress)
+            account = stream(
+                dict(files), staging.path, journal, allow_nonfinite=allow_nonfinite, every_tile=any_remote(inputs),
+                progress=progress,
+            )  # fmt: skip
             if journal.moved:
                 log.warning("%s of what was done are gone on with", f"{account.bytes_resumed:,} bytes")
+        except DigestMismatch:
+            staging.useless = True
+            raise
         finally:
             journal.close()
         beside(staging.path, account)
@@ -235,6 +243,7 @@ def produce(
                 raise
         staging.digests.update(account.digests)
         staging.sizes.update(account.sizes)
+    result.notes = [*result.notes, *account.findings]  # of this run, and so not of the account
     result.record(account.bytes_read, account.bytes_written, account.bytes_resumed, staging.manifest_sha256)
     result.lost_to_rounding = lost_in_all(account.figures)
     result.nonfinite = sum(seen.nonfinite for seen in account.figures.values())
@@ -263,16 +272,39 @@ def _job(inputs: Mapping[str, Checkpoint], files: Mapping[str, Sequence[Output]]
 
 
 def input_files(inputs: Mapping[str, Checkpoint]) -> Identity:
-    """Which files the inputs are: one that was replaced has another inode or change time, always."""
+    """Which files the inputs are: one that was replaced has another inode or change time, always.
+
+    A file on a server is known by its sha256, or by what else its server tells a version by; with it stands what a user
+    gives to have that version.
+    """
     result: Identity = []
     for role, checkpoint in inputs.items():
         for file in sorted({info.file for info in checkpoint.index.values()}):
-            if not file.exists():  # read from the hub, at one commit, which is in its path
-                result.append([role, str(file)])
+            if not file.exists():
+                assert checkpoint.snapshot is not None
+                version = checkpoint.snapshot.remote(file.name).version
+                result.append([role, f"{checkpoint.source}: {file.name}", version, checkpoint.snapshot.pinned])
                 continue
             status = file.stat()
             result.append([role, os.path.abspath(file), *stamp(status)])
     return result
+
+
+def any_remote(inputs: Mapping[str, Checkpoint]) -> bool:
+    """Whether any input is read from a server."""
+    return any(checkpoint.by_ranges for checkpoint in inputs.values())
+
+
+def check_unmoved(staging: Staging, inputs: Mapping[str, Checkpoint]) -> None:
+    """Raises CheckpointError where a file on a server is another than when the job in `staging` was interrupted."""
+    now = {(role, name): entry for role, name, *entry in input_files(inputs) if len(entry) == 2}
+    for role, name, *entry in Journal.inputs_of(staging):
+        version, *_ = now.get((role, name), [None])
+        if len(entry) == 2 and version is not None and version != entry[0]:
+            raise CheckpointError(
+                f"{name} is another than when this was interrupted, at {entry[1]}; remove {staging.root} to begin again, "
+                "with what is there now or with that"
+            )
 
 
 def with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:

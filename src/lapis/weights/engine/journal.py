@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 NAME = ".journal.jsonl"
 _BLOCK = 1 << 20
-_FIELDS = {"file", "done", "sha256", "figures", "inputs"}
 
 
 Identity = list[list[Any]]
@@ -55,6 +54,7 @@ class Journal:
         self.resumed_bytes = 0
         self.moved: list[str] = []
         self.dropped = False  # whether an earlier run had done more than can be used
+        self.digests: dict[str, list[Any]] = {}  # of files on servers, as far as what is gone on with was made of them
         self._folder, self._path = staging.path, staging.root / NAME
         self._lines: dict[str, list[dict[str, Any]]] = {}
         self._head = {"job": job, "inputs": inputs or []}
@@ -71,6 +71,12 @@ class Journal:
                 entry.unlink()
             self._path.write_bytes(_dump(self._head))
         self._handle = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+
+    @staticmethod
+    def inputs_of(staging: Staging) -> Identity:
+        """The inputs of the job that was interrupted there; nothing where there is none."""
+        head = next(_read_lines(staging.root / NAME), {})
+        return [list(entry) for entry in head.get("inputs", [])]
 
     def progress(self, file: str, read_inputs: Callable[[int, int], int]) -> Progress:
         """Where to go on with a file: the longest recorded stretch whose bytes are as they were.
@@ -102,6 +108,7 @@ class Journal:
                     if inputs != line["inputs"]:
                         break
                 figures.update(line["figures"])
+                self.digests.update(line.get("digests", {}))
                 result = Progress(position, running.copy(), dict(figures), line["inputs"])
                 self._lines[file].append(line)
         self.dropped |= len(self._lines[file]) < len(lines)
@@ -118,10 +125,21 @@ class Journal:
         os.close(self._handle)
         self._handle = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
 
-    def record(self, file: str, progress: Progress, figures: dict[str, Any]) -> None:
-        """Says that a file is finished up to progress.done; figures: those that changed since the last record."""
+    def record(
+        self, file: str, progress: Progress, figures: dict[str, Any], digests: dict[str, list[Any]] | None = None
+    ) -> None:
+        """Says that a file is finished up to progress.done.
+
+        Args:
+            file: Its name.
+            progress: How far it is.
+            figures: Those that changed since the last record.
+            digests: States of digests of files on servers, as `Downloads.states` gives them.
+        """
         line = {"file": file, "done": progress.done, "sha256": progress.sha256.hexdigest(), "figures": figures,
                 "inputs": progress.inputs}  # fmt: skip
+        if digests:
+            line["digests"] = digests
         left = memoryview(_dump(line))
         while left:
             left = left[os.write(self._handle, left) :]

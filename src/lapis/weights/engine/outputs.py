@@ -1,7 +1,7 @@
 """What the engine is asked for, and what it says of it: an output tensor, its kernel, the figures of one run."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod, sqrt
 from typing import Any
 
@@ -67,7 +67,10 @@ class Figures:
 
 @dataclass
 class Account:
-    """What a run did. figures: by tensor. digests, sizes: sha256 and bytes of each file written."""
+    """What a run did. figures: by tensor. digests, sizes: sha256 and bytes of each file written.
+
+    findings: whether what came from servers is what they list.
+    """
 
     figures: dict[str, Figures]
     digests: dict[str, str]
@@ -75,6 +78,7 @@ class Account:
     bytes_read: int = 0
     bytes_written: int = 0
     bytes_resumed: int = 0
+    findings: list[str] = field(default_factory=list)
 
 
 def unchanged(tile: Tile, _state: Any) -> tuple[torch.Tensor, None]:

@@ -5,17 +5,21 @@ that a sweep over a model allocates nothing. FP8 tensors with known scales answe
 (stream.py) and which rows belong together (text/tokenizer/vocabulary.py).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
 
 from lapis.checkpoint import Checkpoint
+from lapis.checkpoint.remote.ranges import RemoteFile
 from lapis.checkpoint.tensor_file import torch_dtype
 from lapis.errors import CheckpointError
 from lapis.weights.engine.fp8 import COMPUTABLE, FP8, Scales, read_scales, scale_name
 
 __all__ = ["COMPUTABLE", "RowsOf", "Source", "Stored", "as_bytes", "columns_of", "read_rows"]
+
+
+NEAR = 1 << 21  # elements that a disk is asked for at a time
 
 
 class Source(Protocol):
@@ -44,6 +48,7 @@ class Stored:
         self.dtype = torch.float32 if self.scaled else dtype
         self._checkpoint, self._stored = checkpoint, dtype
         self._scales: Scales | None = None
+        self._near = (0, 0)
 
     def read(self, first: int, last: int, into: memoryview) -> int:
         if not self.scaled:
@@ -56,8 +61,22 @@ class Stored:
         self._scales.apply(values, first, columns_of(self.shape))
         return last - first
 
+    @property
+    def remote(self) -> RemoteFile | None:
+        """The file on a server that it is read from, if it is."""
+        return self._checkpoint.remote(self.name)
+
+    def place(self, element: int) -> int:
+        """Where an element begins, in bytes from the beginning of its file."""
+        return self._checkpoint.info(self.name).start + element * self._stored.itemsize
+
     def prefetch(self, first: int, last: int) -> None:
-        """Elements [first, last) will be read soon."""
+        """Elements [first, last) will be read soon, once."""
+        if self.remote is None:  # a disk is told of long runs, since telling it costs a call of the system
+            if self._near[0] <= first and last <= self._near[1]:
+                return
+            last = max(last, first + NEAR)
+            self._near = first, last
         item = self._stored.itemsize
         self._checkpoint.prefetch(self.name, first * item, (last - first) * item)
 
@@ -69,14 +88,33 @@ class RowsOf:
     """
 
     def __init__(self, source: Source, rows: Sequence[int]) -> None:
-        self._tensor = source
+        self.inner = source
         self.role, self.name, self.dtype = source.role, source.name, source.dtype
-        self.shape = (len(rows), *self._tensor.shape[1:])
-        self._columns = columns_of(self._tensor.shape)
+        self.shape = (len(rows), *self.inner.shape[1:])
+        self._columns = columns_of(self.inner.shape)
         self.rows = rows
 
     def read(self, first: int, last: int, into: memoryview) -> int:
-        columns, item, at, read = self._columns, self.dtype.itemsize, first, 0
+        item, read = self.dtype.itemsize, 0
+        for at, end, origin in self._runs(first, last):
+            piece = into[(at - first) * item : (end - first) * item]
+            if origin is None:
+                piece[:] = bytes(len(piece))
+            else:
+                read += self.inner.read(origin, origin + end - at, piece)
+        return read
+
+    def prefetch(self, first: int, last: int) -> None:
+        """As `Stored.prefetch`."""
+        if isinstance(self.inner, Stored):
+            for at, end, origin in self._runs(first, last):
+                if origin is not None:
+                    self.inner.prefetch(origin, origin + end - at)
+
+    def _runs(self, first: int, last: int) -> Iterator[tuple[int, int, int | None]]:
+        """Elements [first, last) in runs that lie together in the source: begin, end, and the source's first element or
+        None for zeros."""
+        columns, at = self._columns, first
         while at < last:
             row, column = divmod(at, columns)
             start, run = self.rows[row], row + 1
@@ -84,14 +122,8 @@ class RowsOf:
             while run * columns < last and self.rows[run] == (start + run - row if start >= 0 else -1):
                 run += 1
             end = min(run * columns, last)
-            piece = into[(at - first) * item : (end - first) * item]
-            if start < 0:
-                piece[:] = bytes(len(piece))
-            else:
-                origin = start * columns + column
-                read += self._tensor.read(origin, origin + end - at, piece)
+            yield at, end, start * columns + column if start >= 0 else None
             at = end
-        return read
 
 
 def columns_of(shape: Sequence[int]) -> int:

@@ -7,8 +7,9 @@ manifest's sha256 and the journal's checkpoints for one pass. A method that need
 threshold) declares passes; these run over the same tiles before its result does.
 
 Memory: THREADS x TILE x (4 x inputs + 20) bytes, whatever the model's size; a row longer than a tile makes the tile
-one row. Methods with passes keep up to twice HOLD bytes of inputs besides, so that these are read once. Leaves out:
-what is computed (graft.py, methods.py) and where to write (checkpoint/commit.py).
+one row. Methods with passes keep up to twice HOLD bytes of inputs besides, so that these are read once; from servers
+AHEAD bytes are on their way (ahead.py). Leaves out: what is computed (graft.py, methods.py) and where to write
+(checkpoint/commit.py).
 """
 
 import threading
@@ -24,9 +25,11 @@ import torch
 
 from lapis.checkpoint.tensor_file import dtype_name, finite, header_bytes
 from lapis.errors import CheckpointError
+from lapis.weights.engine.ahead import Reads, ahead
+from lapis.weights.engine.downloads import Downloads
 from lapis.weights.engine.journal import Journal, Progress
 from lapis.weights.engine.outputs import Account, Figures, Kernel, Output
-from lapis.weights.engine.sources import COMPUTABLE, Source
+from lapis.weights.engine.sources import COMPUTABLE
 from lapis.weights.engine.tiles import (
     THREADS,
     Buffer,
@@ -36,7 +39,6 @@ from lapis.weights.engine.tiles import (
     checksum,
     dot,
     one_thread_each,
-    prefetch,
     spans,
 )
 from lapis.weights.engine.writer import Writer
@@ -54,14 +56,17 @@ def stream(
     *,
     metadata: dict[str, str] | None = None,
     allow_nonfinite: bool = False,
+    every_tile: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Account:
     """Writes safetensors files (name -> tensors in order) into `folder`, going on from the journal.
 
-    progress(done, total) is called in bytes of output. Raises CheckpointError for NaN or Inf in what is read or
-    written, unless allow_nonfinite, which counts them.
+    every_tile: Each tile is written and noted at once, so that none is fetched again after a kill.
+    progress(done, total) is called in bytes of output, and its `source(role, done, total)`, where it has that, in bytes
+    of each source on a server. Raises CheckpointError for NaN or Inf in what is read or written, unless
+    allow_nonfinite, which counts them.
     """
-    run = _Streaming(files, folder, journal, metadata or {"format": "pt"}, allow_nonfinite, progress)
+    run = _Streaming(files, folder, journal, metadata or {"format": "pt"}, allow_nonfinite, every_tile, progress)
     with one_thread_each():
         return run()
 
@@ -74,7 +79,7 @@ class _File:
     writer: Writer
     start: int
     progress: Progress
-    pending: dict[int, tuple["Buffer", int, str, Figures, int]] = field(default_factory=dict)
+    pending: dict[int, tuple["_Task", "Buffer", Figures, int]] = field(default_factory=dict)
     changed: dict[str, Any] = field(default_factory=dict)
     recorded: int = 0
     end: int = 0
@@ -101,7 +106,18 @@ class _Task:
     sweep: _Sweep | None
     step: int  # the pass; -1 computes and writes
     number: int
-    following: tuple[Source, ...]  # what the next tensor is made from
+
+    @property
+    def size(self) -> int:
+        """Bytes of output."""
+        return (self.last - self.first) * self.output.dtype.itemsize
+
+    def reads(self) -> Reads:
+        """What of its sources was not read and held by an earlier pass."""
+        if self.sweep is not None and self.sweep.held is not None and self.step != 0:
+            return ()
+        sources = self.output.sources if self.output.kernel else self.output.sources[:1]
+        return [(source, self.first, self.last) for source in sources]
 
 
 class _Streaming:
@@ -112,9 +128,11 @@ class _Streaming:
         journal: Journal,
         metadata: dict[str, str],
         allow_nonfinite: bool,
+        every_tile: bool,
         progress: Callable[[int, int], None] | None,
     ) -> None:
         self.journal, self.allow_nonfinite, self.report = journal, allow_nonfinite, progress
+        self.every_tile, self.downloads = every_tile, Downloads(getattr(progress, "source", None))
         self.lock = threading.Lock()
         self.failure: BaseException | None = None
         self.free: SimpleQueue[Buffer] = SimpleQueue()
@@ -123,11 +141,12 @@ class _Streaming:
         self.account = Account(self.figures, {}, {})
         self.files = [self._prepare(name, outputs, folder, metadata) for name, outputs in files.items()]
         journal.settle()
+        self.downloads.restore(journal.digests)
         self.total = sum(file.end for file in self.files)
         self.done = sum(file.progress.done for file in self.files)
         self.account.bytes_resumed = journal.resumed_bytes
         self.outputs = list(files.values())
-        self.tasks = self._tasks()
+        self.tasks = ahead(self._tasks(), _Task.reads)
 
     def __call__(self) -> Account:
         workers: list[threading.Thread] = []
@@ -146,6 +165,7 @@ class _Streaming:
             for worker in workers:
                 worker.join()
         finally:
+            self.downloads.forget()
             for file in self.files:
                 file.writer.close()
                 if file.progress.done > file.recorded:  # stopped: the rerun goes on from the last whole tile
@@ -154,6 +174,7 @@ class _Streaming:
             raise self.failure
         self.account.digests = {file.name: file.progress.sha256.hexdigest() for file in self.files}
         self.account.sizes = {file.name: file.end for file in self.files}
+        self.account.findings = self.downloads.findings()
         return self.account
 
     def _prepare(self, name: str, outputs: Sequence[Output], folder: Path, metadata: dict[str, str]) -> _File:
@@ -161,7 +182,12 @@ class _Streaming:
         head = header_bytes({o.name: (dtype_name(o.dtype), o.shape) for o in outputs}, metadata)
         progress = self.journal.progress(name, partial(_read_again, outputs, len(head)))
         end = len(head) + sum(output.nbytes for output in outputs)
-        writer = Writer(folder / name, end, progress.done)
+        writer = Writer(folder / name, end, progress.done, at_once=self.every_tile)
+        offset = len(head)
+        for output in outputs:
+            left = offset + output.nbytes - max(offset, progress.done)
+            offset += output.nbytes
+            self.downloads.add(output, max(0, left) / max(1, output.nbytes))
         if progress.done == 0:
             writer.write(head)
             progress.sha256.update(head)
@@ -175,17 +201,15 @@ class _Streaming:
         waiting: list[_Task] = []
         for file, outputs in zip(self.files, self.outputs, strict=True):
             offset = file.start
-            for output, after in zip(outputs, [*outputs[1:], None], strict=True):
-                passes, writes = self._tensor_tasks(file, output, offset, after.sources if after else ())
+            for output in outputs:
+                passes, writes = self._tensor_tasks(file, output, offset)
                 offset += output.nbytes
                 yield from passes
                 yield from waiting
                 waiting = writes
         yield from waiting
 
-    def _tensor_tasks(
-        self, file: _File, output: Output, offset: int, following: tuple[Source, ...]
-    ) -> tuple[list[_Task], list[_Task]]:
+    def _tensor_tasks(self, file: _File, output: Output, offset: int) -> tuple[list[_Task], list[_Task]]:
         kernel, item = output.kernel, output.dtype.itemsize
         every = spans(output.shape, rows=bool(kernel and kernel.rows), whole=bool(kernel and kernel.whole))
         todo = [span for span in every if offset + span[1] * item > file.progress.done]
@@ -197,11 +221,11 @@ class _Streaming:
             held = Held(self.spare) if size <= HOLD else None
             sweep = _Sweep(empty, [len(every)] * steps, [threading.Event() for _ in range(steps)], held)
         passes = [
-            _Task(output, first, last, file, 0, sweep, step, i, following)
+            _Task(output, first, last, file, 0, sweep, step, i)
             for step in range(steps)
             for i, (first, last) in enumerate(every)
         ]
-        return passes, [_Task(output, a, b, file, offset + a * item, sweep, -1, 0, following) for a, b in todo]
+        return passes, [_Task(output, a, b, file, offset + a * item, sweep, -1, 0) for a, b in todo]
 
     def _work(self) -> None:
         reader, spare = Reader(), Buffer()
@@ -231,8 +255,6 @@ class _Streaming:
         assert sweep is not None and kernel is not None
         if task.step:
             self._await(sweep.ready[task.step - 1])
-        else:
-            prefetch(task.output.sources, task.first, task.following)
         partial = kernel.passes[task.step](self._read(task, reader), sweep.state)
         with self.lock:
             sweep.partials[task.step][task.number] = partial
@@ -246,8 +268,6 @@ class _Streaming:
 
     def _produce(self, task: _Task, buffer: Buffer, reader: Reader, spare: Buffer) -> None:
         output, count = task.output, task.last - task.first
-        if task.sweep is None:
-            prefetch(output.sources, task.first, task.following)
         values = buffer.of(count, output.dtype)
         figures = Figures()
         if output.kernel is None:
@@ -280,7 +300,7 @@ class _Streaming:
                 figures.delta_sq = figures.error_sq = 0.0
         if output.patch:
             inputs += output.patch(task.first, task.last, values)
-        self._finish(task, buffer, count * output.dtype.itemsize, figures, read, inputs)
+        self._finish(task, buffer, figures, read, inputs)
 
     def _read(self, task: _Task, reader: Reader) -> Tile:
         output, held = task.output, task.sweep.held if task.sweep else None
@@ -313,18 +333,19 @@ class _Streaming:
                 if self.failure:
                     raise self.failure from None
 
-    def _finish(self, task: _Task, buffer: Buffer, size: int, figures: Figures, read: int, inputs: int) -> None:
+    def _finish(self, task: _Task, buffer: Buffer, figures: Figures, read: int, inputs: int) -> None:
         """Hands on a tile to be hashed and written, in order: whoever brings the next one does all that wait."""
         file = task.file
         with self.lock:
             self.account.bytes_read += read
-            self.account.bytes_written += size
-            file.pending[task.offset] = (buffer, size, task.output.name, figures, inputs)
+            self.account.bytes_written += task.size
+            file.pending[task.offset] = (task, buffer, figures, inputs)
             if file.progress.done not in file.pending:
                 return
             taken = file.pending.pop(file.progress.done)
         while True:
-            buffer, size, name, figures, inputs = taken
+            task, buffer, figures, inputs = taken
+            size, name = task.size, task.output.name
             file.progress.sha256.update(buffer.bytes(size))
             file.writer.write(buffer.bytes(size))
             self.free.put(buffer)
@@ -338,11 +359,13 @@ class _Streaming:
                 file.progress.done += size
                 file.progress.inputs = (file.progress.inputs + inputs) % 2**64
                 self.done += size
-                if file.progress.done - file.recorded >= RECORD:
-                    self.journal.record(file.name, file.progress, file.changed)
+                if self.every_tile or file.progress.done - file.recorded >= RECORD:
+                    states = self.downloads.states(task.output.sources, task.last)
+                    self.journal.record(file.name, file.progress, file.changed, states)
                     file.recorded, file.changed = file.progress.done, {}
                 if self.report:
                     self.report(self.done, self.total)
+                    self.downloads.report()
                 following = file.pending.pop(file.progress.done, None)
             if following is None:
                 return

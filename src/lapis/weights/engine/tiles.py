@@ -16,13 +16,12 @@ from typing import TypeVar
 
 import torch
 
-from lapis.weights.engine.sources import Source, Stored, as_bytes, columns_of
+from lapis.weights.engine.ahead import Reads, ahead
+from lapis.weights.engine.sources import Source, as_bytes, columns_of
 
 TILE = 1 << 18  # elements
 THREADS = min(4, 1 + (os.cpu_count() or 1))  # one more than cores, since one is often waiting for the disk
 _CHUNK = 1 << 16  # elements that are summed in float32 before the sum goes on in float64
-
-_STRIDE, _AHEAD = 8 * TILE, 32 * TILE  # how much is asked for at a time, and how far before it is read
 
 _ODD = (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)  # splitmix64's, whose bits are well mixed
 
@@ -162,21 +161,6 @@ def checksum(values: torch.Tensor, source: int, first: int) -> int:
     return (total + (source + 1) * _ODD[0] + first * _ODD[1]) * _ODD[2] % 2**64
 
 
-def prefetch(sources: Sequence[Source], first: int, following: Sequence[Source] = ()) -> None:
-    """Called before each tile is read: now and then asks for what comes later, so that disks work while we compute.
-
-    following: the sources of the next tensor, whose beginning is asked for at the beginning of this one.
-    """
-    if first == 0:
-        for source in following:
-            if isinstance(source, Stored):
-                source.prefetch(0, _AHEAD)
-    if first % _STRIDE < TILE:
-        for source in sources:
-            if isinstance(source, Stored) and prod(source.shape) > first + _AHEAD:
-                source.prefetch(first + _AHEAD, first + _AHEAD + _STRIDE + TILE)
-
-
 def dot(one: torch.Tensor, other: torch.Tensor) -> float:
     """The dot product of two float32 vectors, in float64 over short stretches (relative error near 1e-8)."""
     if one.numel() <= _CHUNK:
@@ -212,13 +196,16 @@ def _keep_freed(size: int) -> None:
 
 
 def each(
-    tasks: Sequence[T], work: Callable[[Reader, T], None], progress: Callable[[int, int], None] | None = None
+    tasks: Sequence[T],
+    work: Callable[[Reader, T], None],
+    progress: Callable[[int, int], None] | None = None,
+    reads: Callable[[T], Reads] = lambda task: (),
 ) -> int:
     """Runs work(reader, task) for every task on a few threads, each with its own reader; returns the bytes read.
 
-    The first error stops all and is raised. progress(done, total) counts tasks.
+    The first error stops all and is raised. progress(done, total) counts tasks. reads(task): what it will read.
     """
-    lock, waiting = threading.Lock(), iter(tasks)
+    lock, waiting = threading.Lock(), ahead(tasks, reads)
     failures: list[BaseException] = []
     read = done = 0
 

@@ -20,15 +20,17 @@ _ALIGNED = 4096  # what any disk's direct writes are content with
 class Writer:
     """A file of `end` bytes whose space is reserved at once, filled in order from byte `start` on.
 
+    at_once: Each write is with the system when it returns, and survives this process.
+
     Raises OSError where there is no room, or where an earlier block could not be written.
     """
 
-    def __init__(self, path: Path, end: int, start: int = 0) -> None:
-        self._end, self._name = end, str(path)
+    def __init__(self, path: Path, end: int, start: int = 0, *, at_once: bool = False) -> None:
+        self._end, self._name, self._at_once = end, str(path), at_once
         self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         _reserve(self._handle, end)
-        self._direct = _direct(path)
-        self._at = start - start % _ALIGNED  # of the block that is being filled
+        self._direct = None if at_once else _direct(path)
+        self._at = start if at_once else start - start % _ALIGNED  # of the block that is being filled
         self._fill = start - self._at
         self._block: mmap.mmap | None = None
         self._spare: mmap.mmap | None = None
@@ -38,6 +40,10 @@ class Writer:
     def write(self, data: memoryview | bytes) -> None:
         """The next bytes of the file; they may be changed after the call."""
         data = memoryview(data)
+        if self._at_once:
+            self._put(data, len(data), self._at)
+            self._at += len(data)
+            return
         while data:
             if self._block is None:
                 self._block, self._spare = mmap.mmap(-1, BLOCK), mmap.mmap(-1, BLOCK)
@@ -88,7 +94,7 @@ class Writer:
             self._flight.result()
             self._flight = None
 
-    def _put(self, block: mmap.mmap, size: int, offset: int) -> None:
+    def _put(self, block: mmap.mmap | memoryview, size: int, offset: int) -> None:
         with memoryview(block) as whole:
             if self._direct is not None:
                 padded = -(-size // _ALIGNED) * _ALIGNED

@@ -1,12 +1,13 @@
-"""One request to a hub: an address in, a checked answer out, tried again where it broke off, within a bounded time.
+"""One request to a server: an address in, a checked answer out, tried again where it broke off, within a bounded time.
 
 The client, its proxies and its certificates are huggingface_hub's. A server, a mirror, or whatever stands in between
 may answer anything: a status becomes one line, a body that ends early or comes too slowly is asked for again, and
-nothing is waited for without an end. Leaves out: what the bodies are (repository.py, ranges.py).
+nothing is waited for without an end. Leaves out: what the bodies are (hub/repository.py), and ranges (connections.py).
 """
 
 import contextlib
 import queue
+import random
 import re
 import threading
 import time
@@ -18,8 +19,8 @@ from typing import Any
 from lapis.errors import CheckpointError
 
 TRIES = 5
-PAUSE = 0.5  # seconds before the second try; each further one waits twice as long
-LONGEST = 60.0  # seconds of Retry-After that are waited for
+PAUSE = 0.5  # seconds before the second try, give or take half; each further one waits twice as long
+LONGEST = 300.0  # seconds of Retry-After that are waited for: the hub counts requests over five minutes
 TIMEOUT = 30.0  # seconds without a byte
 ANSWER = 60.0  # seconds until the headers of an answer are there, redirects included
 LOWEST = 2_000  # bytes a second, over each WINDOW
@@ -86,12 +87,17 @@ def opened(name: str, url: str, headers: Mapping[str, str]) -> Iterator[Any]:
     if isinstance(answer, BaseException):
         raise answer
     try:
-        encoding = answer.headers.get("content-encoding") or "identity"
-        if encoding != "identity":
-            raise Refused(f"{name}: the server encoded it as {encoding:.40}; a proxy in between may do that")
+        check_encoding(name, answer.headers)
         yield answer
     finally:
         answer.close()
+
+
+def check_encoding(name: str, headers: Mapping[str, str]) -> None:
+    """Raises Refused for a body that is not sent as it is."""
+    encoding = headers.get("content-encoding") or "identity"
+    if encoding != "identity":
+        raise Refused(f"{name}: the server encoded it as {encoding:.40}; a proxy in between may do that")
 
 
 def body(answer: Any, limit: int) -> Iterator[bytes]:
@@ -111,10 +117,16 @@ def body(answer: Any, limit: int) -> Iterator[bytes]:
 
 
 class Attempt(contextlib.AbstractContextManager["Attempt"]):
-    """One try, as a context: what may pass is swallowed and waited for, the last one becomes a line."""
+    """One try, as a context: what may pass is swallowed and waited for, the last one becomes a line.
+
+    Attributes:
+        done: Whether it was the last that is needed.
+        useful: Set by the caller where the try brought something, so that the next one counts as the first.
+    """
 
     def __init__(self, name: str, number: int, last: bool) -> None:
-        self.name, self.number, self.last, self.done = name, number, last, False
+        self.name, self.number, self.last = name, number, last
+        self.done = self.useful = False
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
         if error is None:
@@ -124,19 +136,27 @@ class Attempt(contextlib.AbstractContextManager["Attempt"]):
             raise Refused(f"{self.name}: {error}", error.status, error.code) from None
         if not isinstance(error, (AgainError, ShortReadError, OSError)) and not _of_network(error):
             return False
-        if self.last:
+        if self.last and not self.useful:
             why = " ".join(str(error).split())[:200] or type(error).__name__
             raise CheckpointError(f"{self.name}: the hub was tried {self.number + 1} times: {why}; try later") from None
         after = error.after if isinstance(error, AgainError) else None
-        time.sleep(min(after, LONGEST) if after is not None else PAUSE * 2**self.number)
+        if after is not None and after > LONGEST:
+            raise CheckpointError(f"{self.name}: the server asks to wait for {after:,.0f} s; try then") from None
+        if after is None:
+            after = PAUSE * 2**self.number * random.uniform(0.5, 1.5)
+        elif after:
+            after += random.uniform(0, PAUSE)  # others were given the same time
+        time.sleep(after)
         return True
 
 
 def patiently(name: str, tries: int = 0) -> Iterator[Attempt]:
-    """Up to `tries` (default: TRIES) attempts; leave the loop when one is done."""
-    tries = tries or TRIES
-    for number in range(tries):
-        yield Attempt(name, number, number + 1 == tries)
+    """Up to `tries` (default: TRIES) attempts in a row that bring nothing; leave the loop when one is done."""
+    tries, number = tries or TRIES, 0
+    while number < tries:
+        attempt = Attempt(name, number, number + 1 == tries)
+        yield attempt
+        number = 0 if attempt.useful else number + 1
 
 
 def refusal(name: str, status: int, headers: Mapping[str, str], what: str = "model") -> Exception:
@@ -194,4 +214,4 @@ def _of_network(error: BaseException) -> bool:
     from huggingface_hub import errors
 
     base: Any = errors.HTTPError  # type: ignore[attr-defined]  # httpx's, whichever httpx it is
-    return isinstance(error, base) or type(error).__module__.startswith(("httpx", "httpcore", "h11"))
+    return isinstance(error, base) or type(error).__module__.startswith(("httpx", "httpcore", "h11", "http.client"))
