@@ -25,6 +25,7 @@ class Asked:
     path: str
     range: str | None
     token: str | None
+    condition: str | None = None
     status: int = 0
     sent: int = 0
 
@@ -89,7 +90,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         asked = Asked(self.command, self.headers["Host"].split(":")[0], self.path.split("?")[0],
-                      self.headers["Range"], self.headers["Authorization"])  # fmt: skip
+                      self.headers["Range"], self.headers["Authorization"], self.headers["If-Range"])  # fmt: skip
         self.hub.asked.append(asked)
         answer = self.hub.fault(asked) if self.hub.fault else None
         status, headers, body = answer or self._answer(asked)
@@ -140,10 +141,10 @@ class _Handler(BaseHTTPRequestHandler):
                 place = f"{hub.store}/store/{match[1]}/{commit}/{match[3]}"
                 linked = {"X-Linked-Size": str(len(body)), "X-Linked-Etag": f'"{digest}"', "Location": place}
                 return 302, known | linked, b""
-            return _part(asked, body, known | {"ETag": f'"{git_digest(body)}"'})
+            return part(asked, body, known | {"ETag": f'"{git_digest(body)}"'})
         if match := re.fullmatch(r"/store/([^/]+/[^/]+)/([^/]+)/(.+)", asked.path):
             body = hub.repos[match[1]][match[2]][match[3]]
-            return _part(asked, body, {"ETag": f'"{hashlib.sha256(body).hexdigest()}"'})
+            return part(asked, body, {"ETag": f'"{hashlib.sha256(body).hexdigest()}"'})
         return 404, {}, b""
 
 
@@ -163,9 +164,9 @@ def _info(repo: str, commit: str, files: dict[str, bytes]) -> tuple[int, dict[st
     return 200, {"Content-Type": "application/json"}, json.dumps(answer).encode()
 
 
-def _part(asked: Asked, body: bytes, headers: dict[str, str]) -> tuple[int, dict[str, str], bytes]:
+def part(asked: Asked, body: bytes, headers: dict[str, str]) -> tuple[int, dict[str, str], bytes]:
     match = re.fullmatch(r"bytes=(\d+)-(\d*)", asked.range or "")
-    if match is None:
+    if match is None or asked.condition not in (None, headers["ETag"]):
         return 200, headers, body
     first, last = int(match[1]), int(match[2] or len(body) - 1)
     if first >= len(body):

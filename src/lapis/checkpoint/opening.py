@@ -26,8 +26,8 @@ def open_checkpoint(source: str | os.PathLike[str], *, adapters: bool = False) -
     """Opens a model folder, or a model of the hub: config and headers are read and checked, no weight is.
 
     Args:
-        source: A folder, or `owner/name` or `owner/name@revision` where no such folder is here; or `MODEL+ADAPTER`, an
-            adapter on a base that is given.
+        source: A folder, or `owner/name` or `owner/name@revision` where no such folder is here; or an address
+            (`https://`, `s3://`, `gs://`); or `MODEL+ADAPTER`, an adapter on a base that is given.
         adapters: A folder that holds an adapter opens the model that it belongs to, with `adapter` set; otherwise it is
             refused.
 
@@ -84,9 +84,11 @@ def open_checkpoint(source: str | os.PathLike[str], *, adapters: bool = False) -
     _check_against_index(root, headers, notes)
     stats = {info.file: stamp(info.file.stat()) for info in index.values() if os.path.lexists(info.file)}
     if len(stats) < len({info.file for info in index.values()}):
-        notes.append("weights are read from the hub in ranges, which no checksum covers; loading covers them")
+        notes.append("weights are read from a server in ranges; where all of a file is read, its sha256 is compared")
     if snapshot is not None and (bare := snapshot.unlisted(["config.json", *headers])):
-        notes.append(f"unverified: the hub lists no digest for {', '.join(bare[:4])}{' ...' if len(bare) > 4 else ''}")
+        notes.append(
+            f"unverified: the server lists no digest for {', '.join(bare[:4])}{' ...' if len(bare) > 4 else ''}"
+        )
     return Checkpoint(str(source), root, config, find(config), index, headers, notes, stats, snapshot=snapshot)
 
 
@@ -139,7 +141,8 @@ def _weight_files(
         missing = [name for name in files if name not in present and not os.path.lexists(root / name)]
         if missing:
             raise CheckpointError(
-                f"{root}: {len(missing)} of {len(files)} shards are missing: {', '.join(missing[:4]):.400}"
+                f"{root}: {len(missing)} of {len(files)} shards are missing: {', '.join(missing[:4]):.400}; fetch, or "
+                "upload, the whole model"
             )
         if SINGLE in present and SINGLE not in files:
             _refuse_ambiguous(root, files, header_of)

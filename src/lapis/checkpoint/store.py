@@ -27,7 +27,7 @@ from lapis.parsing import ParseError, parse_json
 if TYPE_CHECKING:
     import torch
 
-    from lapis.checkpoint.hub.models import Snapshot
+    from lapis.checkpoint.remote.model import RemoteModel
     from lapis.checkpoint.remote.ranges import RemoteFile
 
 # init_lora_weights that take the first adapter out of the base, by a rule that can be repeated
@@ -52,7 +52,7 @@ class Checkpoint:
     source: what the user typed. root: the folder. config: config.json as it stands (families/ reads what it allows).
     index: name on disk -> TensorInfo. notes: what a reader should know (files ignored, tensors not indexed).
     adapter: what goes on top of the weights, where an adapter was opened; its files stand before the model's.
-    snapshot: where a model of the hub was opened; weights that are not in the cache are then read by ranges.
+    snapshot: where a model on a server was opened; weights that are not here are then read by ranges.
     computed: what gives the tensors, where they are made as they are read (an adapter on its base).
     front: a folder whose files stand before the model's.
     """
@@ -66,7 +66,7 @@ class Checkpoint:
     notes: list[str] = field(default_factory=list)
     _stats: dict[Path, tuple[int, ...]] = field(default_factory=dict, repr=False)
     adapter: "Adapter | None" = None
-    snapshot: "Snapshot | None" = None
+    snapshot: "RemoteModel | None" = None
     computed: Computed | None = None
     front: Path | None = None
 

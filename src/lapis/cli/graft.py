@@ -146,4 +146,8 @@ def format_smoke(seen: Mapping[str, Any]) -> str:
         for name, kl in seen["kl_from"].items()
     ]
     material = f"{seen['tokens']} tokens of {seen['prompts']} prompts"
-    return f"tried out on {material}: its predictions are {', '.join(distances)} (KL per token)"
+    apart = (
+        f"; {' and '.join(names)}: on a server, and not downloaded for this" if (names := seen["on_servers"]) else ""
+    )
+    predictions = f"{', '.join(distances)} (KL per token)" if distances else "numbers"
+    return f"tried out on {material}: its predictions are {predictions}{apart}"

@@ -146,10 +146,12 @@ class Report:
     Args:
         label: What is being done.
         unit: Of what is counted: "bytes", "tokens", or "" for things without a name.
+        counts: Whether the counts themselves are shown, too.
     """
 
-    def __init__(self, label: str, unit: str = "") -> None:
-        self.label, self.unit = label, unit
+    def __init__(self, label: str, unit: str = "", *, counts: bool = False) -> None:
+        self.label, self.unit, self._counts = label, unit, counts
+        self.sources: dict[str, Report] = {}
         self._done: float = 0
         self._total: float | None = None
         self._begin = time.monotonic()
@@ -170,6 +172,15 @@ class Report:
                 task, description=for_terminal(self.label), completed=done, total=total or None, text=self.figures()
             )
 
+    def source(self, name: str, done: int, total: int) -> None:
+        """Takes note of how far one source on a server is, in bytes; it gets a bar of its own below this one."""
+        part = self.sources.get(name)
+        if part is None:
+            part = self.sources[name] = Report(f"  {name}", "bytes", counts=True)
+            if self._bar is not None:
+                part.draw_on(self._bar[0])
+        part(done, total)
+
     def stage(self, label: str) -> None:
         """Begins something of which nobody knows how long it takes."""
         self(0, None, label)
@@ -181,7 +192,8 @@ class Report:
             return f"{clock(seconds)} so far" if seconds >= 1 else ""
         rate = self._done / seconds
         left = max(0.0, self._total - self._done) / rate
-        return f"{self._done / self._total:4.0%}  {self._rate(rate)}{clock(left)} left"
+        counts = f"{size(self._done)} of {size(self._total)}  " if self._counts else ""
+        return f"{self._done / self._total:4.0%}  {counts}{self._rate(rate)}{clock(left)} left"
 
     def _rate(self, rate: float) -> str:
         if self.unit == "bytes":
@@ -227,7 +239,9 @@ def progress(label: str, unit: str = "") -> Iterator[Report]:
 
 def _write_lines(report: Report, ended: threading.Event) -> None:
     while not ended.wait(INTERVAL):
-        print(for_terminal(f"{report.label}  {report.figures()}"), file=sys.stderr, flush=True)
+        parts = [report, *list(report.sources.values())]
+        text = "; ".join(f"{part.label.strip()}  {part.figures()}" for part in parts)
+        print(for_terminal(text), file=sys.stderr, flush=True)
 
 
 def _finite(value: Any) -> Any:

@@ -40,7 +40,8 @@ def agreement(
 
     KL(model || other). None where another's tokenizer gives the prompts other ids. Where the model has a chat template,
     each prompt is also given as a chat's first turn. A large model reads fewer of them, or the end of one. Skips, with
-    the reason, what cannot be judged: no tokenizer, an architecture that is not known, too little memory.
+    the reason, what cannot be judged: no tokenizer, an architecture that is not known, too little memory. Others whose
+    weights lie on a server are not downloaded for this; "on_servers" names them.
     progress(done, total, what) is called before each model; name: what the first is called in it, if not as its folder.
     """
     checkpoint = _opened(model)
@@ -56,10 +57,18 @@ def agreement(
     except LapisError as error:
         return {"skipped": str(error)}
     result: dict[str, Any] = {"prompts": len(rows), "tokens": tokens, "positions": len(own)}
-    result |= {"finite": bool(torch.isfinite(own).all()), "kl_from": {}}
+    result |= {"finite": bool(torch.isfinite(own).all()), "kl_from": {}, "on_servers": []}
     for done, (role, other) in enumerate(others.items(), 1):
         progress(done, len(others) + 1, label(role))
-        result["kl_from"][role] = _divergence(own, rows, tokenizer, other)
+        try:
+            opened = _opened(other)
+        except LapisError:
+            result["kl_from"][role] = None
+            continue
+        if opened.by_ranges and opened.computed is None:
+            result["on_servers"].append(role)
+        else:
+            result["kl_from"][role] = _divergence(own, rows, tokenizer, opened)
     return result
 
 
@@ -83,9 +92,8 @@ def _rows(checkpoint: Checkpoint, tokenizer: Tokenizer, prompts: Sequence[str]) 
     return chosen
 
 
-def _divergence(own: torch.Tensor, rows: list[list[int]], tokenizer: Tokenizer, other: Any) -> float | None:
+def _divergence(own: torch.Tensor, rows: list[list[int]], tokenizer: Tokenizer, checkpoint: Checkpoint) -> float | None:
     try:
-        checkpoint = _opened(other)
         theirs = Tokenizer.open(checkpoint)
         if any(theirs.decode(ids) != tokenizer.decode(ids) for ids in rows):
             return None

@@ -9,7 +9,7 @@ of which is checked against what the hub lists (repository.py). Leaves out: uplo
 import os
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from lapis.checkpoint.files import contained, describe_absence
@@ -24,65 +24,36 @@ from lapis.checkpoint.hub.repository import (
     remote_file,
     safe_revision,
 )
+from lapis.checkpoint.remote.folder import is_address, open_folder
+from lapis.checkpoint.remote.model import LARGEST, RemoteModel
 from lapis.checkpoint.remote.ranges import RemoteFile
 from lapis.checkpoint.remote.requests import Refused
-from lapis.checkpoint.tensor_file import Header, holds_adapter
+from lapis.checkpoint.tensor_file import holds_adapter
 from lapis.errors import CheckpointError
 
 _ID = re.compile(rf"(?P<repo>[A-Za-z0-9_][\w.-]{{0,95}}/[A-Za-z0-9_][\w.-]{{0,95}})(?:@(?P<revision>{REVISION}))?")
-BESIDE = (".json", ".txt", ".model", ".jinja", ".md", ".tiktoken")  # what may lie beside the weights and be of use
-LARGEST = 200_000_000  # bytes of a file that is not weights
 
 
 @dataclass
-class Snapshot:
-    """A model at one commit. root: its folder in the cache; sizes: bytes of every file on the hub."""
+class Snapshot(RemoteModel):
+    """A model of the hub at one commit, and its folder in the cache."""
 
-    source: str
     repository: Repository
-    root: Path
-    sizes: dict[str, int]
-    _remote: dict[str, RemoteFile] = field(default_factory=dict, repr=False)
 
     @property
     def pinned(self) -> str:
-        """What names this state of it, whatever the hub has later."""
         return f"{self.repository.name}@{self.repository.commit}"
 
-    def here(self, name: str) -> bool:
-        """Whether a file is in the cache."""
-        return os.path.lexists(self.root / name)
-
     def fetch(self, name: str) -> Path:
-        """A file, downloaded into the cache and checked unless it is there."""
         fetch(self.repository, name, None if name.endswith(".safetensors") else LARGEST)
         return contained(self.root, name)
 
-    def fetch_beside(self) -> None:
-        """Everything that is not weights and may be of use: tokenizer, templates, configs."""
-        for name, size in self.sizes.items():
-            if name.endswith(BESIDE) and not name.startswith(".") and size <= LARGEST and name.count("/") < 2:
-                self.fetch(name)
-
-    def fetch_weights(self, names: Sequence[str]) -> None:
-        """Whole weight files."""
-        for name in names:
-            self.fetch(name)
-
     def unlisted(self, names: Sequence[str]) -> list[str]:
-        """Those of some files for which the hub lists no digest, so that nothing proves their bytes."""
         files = self.repository.files
         return [name for name in names if name in files and not files[name].digest]
 
-    def remote(self, name: str) -> RemoteFile:
-        """A file to be read in ranges."""
-        if name not in self._remote:
-            self._remote[name] = remote_file(self.repository, name)
-        return self._remote[name]
-
-    def header(self, name: str) -> Header:
-        """The header of a weight file that is not in the cache, by one or two ranges."""
-        return self.remote(name).header(self.root / name)
+    def open_ranges(self, name: str) -> RemoteFile:
+        return remote_file(self.repository, name)
 
 
 def hub_id(source: str) -> tuple[str, str | None] | None:
@@ -127,14 +98,22 @@ def open_snapshot(source: str, repo: str, revision: str | None) -> Snapshot:
     if revision != repository.commit:
         remember(repository, revision or "main")
     sizes = {name: file.size or 0 for name, file in repository.files.items()}
-    return Snapshot(source, repository, repository.root, sizes)
+    return Snapshot(source, repository.root, sizes, repository)
 
 
-def find_model(source: str | os.PathLike[str], index: str) -> Snapshot:
-    """The hub's model that `source` names, with its config (and `index`, where it has one) in the cache.
+def find_model(source: str | os.PathLike[str], index: str) -> RemoteModel:
+    """The model on the hub, or at an address, that `source` names.
 
-    An adapter is fetched whole. Raises CheckpointError where `source` is no hub id either.
+    Its config (and `index`, where it has one) are then here; an adapter of the hub is fetched whole.
+
+    Raises:
+        CheckpointError: Where `source` is neither.
     """
+    if is_address(str(source)):
+        folder = open_folder(str(source))
+        for name in {"config.json", index} & folder.sizes.keys():
+            folder.fetch(name)
+        return folder
     identity = hub_id(str(source))
     if identity is None:
         raise CheckpointError(f"{source}: {describe_absence(source)}")
@@ -150,7 +129,11 @@ def find_model(source: str | os.PathLike[str], index: str) -> Snapshot:
 
 
 def local_folder(source: Path | str) -> Path | None:
-    """The folder in the cache with all that lies beside a hub model's weights; None where `source` is no hub id."""
+    """The folder with all that lies beside the weights of a model on a server; None where `source` is none."""
+    if is_address(str(source)):
+        folder = open_folder(str(source))
+        folder.fetch_beside()
+        return folder.root
     identity = hub_id(str(source))
     if identity is None:
         return None
@@ -167,4 +150,4 @@ def _from_cache(source: str, repo: str, revision: str | None, why: str) -> Snaps
             f"{source}: there is no such folder, and the cache of the hub does not hold it ({why}); give a folder"
         )
     repository = Repository(source, "model", repo, commit, {})
-    return Snapshot(source, repository, cache_of("model", repo) / "snapshots" / commit, {})
+    return Snapshot(source, cache_of("model", repo) / "snapshots" / commit, {}, repository)

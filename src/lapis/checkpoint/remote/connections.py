@@ -16,7 +16,8 @@ import ssl
 import struct
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -43,12 +44,15 @@ class HttpFile:
         size: Its bytes.
         headers: Of each request; those that identify the user are left out where another host is asked.
         fixed: What some headers must say in each answer that has them, by name in lower case.
+
+    Attributes:
+        version: The ETag, or the time of the last change, that `look` has seen.
     """
 
     def __init__(
         self, name: str, url: str, size: int, headers: Mapping[str, str], fixed: Mapping[str, str] | None = None
     ) -> None:
-        self.name, self.size = name, size
+        self.name, self.size, self.version = name, size, ""
         self._start = (url, dict(headers))
         self._place = self._start  # where the last redirect led
         self._fixed = dict(fixed or {})
@@ -65,14 +69,23 @@ class HttpFile:
             Refused: For an answer that is not the range of the file that was asked for.
             AgainError: For one to wait for.
         """
+        last = first + len(buffer) - 1
+        with self._answer(f"bytes={first}-{last}") as (answer, parts, conditional):
+            if answer.status != 206:
+                raise self._unlike(answer, parts, conditional)
+            self._check(answer, parts, first, last)
+            return answer.fill(buffer)
+
+    @contextmanager
+    def _answer(self, ranges: str) -> Iterator[tuple["_Exchange", SplitResult, bool]]:
+        """The answer to one request, where redirects led, and whether it had a condition."""
         place = self._place
         url, headers = place
-        last = first + len(buffer) - 1
         for _ in range(REDIRECTS + 1):
             parts = urlsplit(url)
             version = self._versions.get(_origin(parts))
             condition = {"If-Range": version} if version and self._conditional and not version.startswith("W/") else {}
-            request = {**headers, **condition, "Range": f"bytes={first}-{last}", "Accept-Encoding": "identity"}
+            request = {**headers, **condition, "Range": ranges, "Accept-Encoding": "identity"}
             with _Exchange(parts, request) as answer:
                 if answer.status in (301, 302, 303, 307, 308):
                     self._check_fixed(answer)
@@ -81,12 +94,31 @@ class HttpFile:
                 if answer.status in (401, 403, 404, 410) and place is not self._start:
                     self._place = self._start  # the store's address has ended; the hub gives a new one
                     raise AgainError(f"status {answer.status}", 0.0)
-                if answer.status != 206:
-                    raise self._unlike(answer, parts, bool(condition))
-                self._check(answer, parts, first, last)
-                self._place = place if url == place[0] else (url, headers)
-                return answer.fill(buffer)
+                if answer.status == 206:
+                    self._place = place if url == place[0] else (url, headers)
+                yield answer, parts, bool(condition)
+                return
         raise Refused(f"{self.name}: the server redirects without an end")
+
+    def look(self) -> bool:
+        """Learns size and version by asking for the first byte, once. Returns False where there is no such file."""
+        with self._answer("bytes=0-0") as (answer, parts, _):
+            if answer.status in (404, 410):
+                return False
+            if answer.status not in (200, 206, 416):
+                raise refusal(self.name, answer.status, answer.headers)
+            check_encoding(self.name, answer.headers)
+            whole = answer.status == 200
+            text = answer.headers.get("content-length" if whole else "content-range", "")
+            match = re.fullmatch(r"(?:bytes (?:0-0|\*)/)?(\d{1,15})", text.strip())
+            if match is None:
+                raise Refused(f"{self.name}: the server does not say how large it is, and sends no ranges")
+            self.size, self.version = int(match[1]), answer.version
+            if self.version:
+                self._versions[_origin(parts)] = self.version
+            if answer.status == 206:
+                answer.fill(memoryview(bytearray(1)))
+            return True
 
     def _redirected(self, url: str, headers: dict[str, str], answer: "_Exchange") -> tuple[str, dict[str, str]]:
         target = urljoin(url, answer.headers.get("location", ""))

@@ -69,12 +69,14 @@ class RemoteFile:
 
     Attributes:
         received: Bytes that came over the network so far.
+        delivered: Bytes that were read by whoever wanted them.
         digest: How far its sha256 is; None where there is none to agree with.
         version: Names this state of the file, for a later run: its digest, or where it lies with what its server says.
     """
 
     def __init__(self, place: Place, sha256: str = "", version: str = "") -> None:
-        self.name, self.size, self.received, self.sha256 = place.name, place.size, 0, sha256
+        self.name, self.size, self.sha256 = place.name, place.size, sha256
+        self.received = self.delivered = 0
         self.digest = FileDigest(self.size) if sha256 else None
         self.version = version
         self._place = place
@@ -221,6 +223,7 @@ class RemoteFile:
     def _leave(self, piece: Piece, size: int) -> None:
         """One reader has read a part. Drops a piece once all of it was read, or where it could not be had."""
         with self._lock:
+            self.delivered += size
             piece.left -= size
             piece.readers -= 1
         if piece.error is not None or (piece.left <= 0 and not piece.kept):

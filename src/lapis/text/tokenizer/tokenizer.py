@@ -96,7 +96,7 @@ class Tokenizer:
         else:
             root = folder.beside()
         if not os.path.isdir(root):
-            cached = local_folder(root)
+            cached = local_folder(folder if isinstance(folder, str) else root)
             if cached is None:
                 raise CheckpointError(f"{root}: {describe_absence(root)}")
             root = cached

@@ -21,6 +21,7 @@ from torch import Tensor
 from lapis.checkpoint.tensor_file import DELTA, header_bytes
 from lapis.errors import CheckpointError
 from lapis.weights.delta.codes.code import Code, Encoded, Shape
+from lapis.weights.engine.ahead import Reads
 from lapis.weights.engine.journal import Journal, Progress
 from lapis.weights.engine.sources import Source, as_bytes
 from lapis.weights.engine.tiles import THREADS, Reader, checksum, dot, each

@@ -14,14 +14,14 @@ from lapis.weights.engine.outputs import Output
 from lapis.weights.engine.sources import RowsOf, Source, Stored
 
 Report = Callable[[str, int, int], None]
-"""Called with a source's role, and how many of how many bytes of it came."""
+"""Called with a source's role, and how many of how many bytes of it were read."""
 
 
 class Downloads:
     """The files on servers that some outputs are made from.
 
     Args:
-        report: Called as bytes come in.
+        report: Called as they are read.
     """
 
     def __init__(self, report: Report | None) -> None:
@@ -32,12 +32,12 @@ class Downloads:
 
     def add(self, output: Output, share: float) -> None:
         """One output of which a share is left to do."""
-        for source in output.sources:
+        for source in output.sources if output.kernel else output.sources[:1]:
             stored = _stored(source)
             if stored is None or (file := stored.remote) is None:
                 continue
             self._files[source.role, file.name] = file
-            self._before.setdefault(id(file), file.received)
+            self._before.setdefault(id(file), file.delivered)
             self._totals[source.role] += share * (stored.place(prod(source.shape)) - stored.place(0))
 
     def report(self) -> None:
@@ -46,7 +46,7 @@ class Downloads:
             return
         came: dict[str, int] = defaultdict(int)
         for (role, _), file in self._files.items():
-            came[role] += file.received - self._before[id(file)]
+            came[role] += file.delivered - self._before[id(file)]
         for role, total in self._totals.items():
             self._report(role, min(came[role], int(total)), int(total))
 

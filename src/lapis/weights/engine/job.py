@@ -302,8 +302,8 @@ def check_unmoved(staging: Staging, inputs: Mapping[str, Checkpoint]) -> None:
         version, *_ = now.get((role, name), [None])
         if len(entry) == 2 and version is not None and version != entry[0]:
             raise CheckpointError(
-                f"{name} is another than when this was interrupted, at {entry[1]}; remove {staging.root} to begin again, "
-                "with what is there now or with that"
+                f"{name} is another than when this was interrupted, at {entry[1]}; remove {staging.root} to begin "
+                "again, with what is there now or with that"
             )
 
 

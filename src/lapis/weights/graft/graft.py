@@ -63,7 +63,8 @@ def graft(
         embeddings: This and the options after it are those of `lapis.weights.options.GraftOptions`.
         check: Called with the folder when all of it is written and nothing can be seen yet; where it raises LapisError,
             nothing is kept.
-        progress: Called with (done, total) in bytes of output.
+        progress: Called with (done, total) in bytes of output; a method `source(role, done, total)` of it, where it has
+            one, in bytes of each model that is read from a server.
 
     Returns:
         What was done to the tensors, what was read and written, and notes.

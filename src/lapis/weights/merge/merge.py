@@ -76,8 +76,8 @@ def merge(
     }
     result = MergeResult(str(out), count(plan.entries), needs=needs, notes=plan.notes, dry_run=dry_run)
     _produce(result, plan, plan.models, overwrite, allow_nonfinite, progress)
-    result.notes = plan.notes + [f"{number:,} tensors {what}" for what, number in sorted(plan.method_notes.items())]
-    result.notes += lines
+    counted = [f"{number:,} tensors {what}" for what, number in sorted(plan.method_notes.items())]
+    result.notes = [*result.notes, *counted, *lines]
     if written:
         shutil.rmtree(_stages_of(place), ignore_errors=True)
     result.seconds = time.perf_counter() - started

@@ -192,7 +192,7 @@ def _lay_out(
         problems.append(str(error))
     if problems:
         raise CheckpointError(format_problems("merge", problems))
-    placed = [output for output in outputs if output]
+    placed = sorted((output for output in outputs if output), key=lambda output: _position(output, inputs))
     config, changed = output_config(inputs[placing.owner], donor, placing, placed, recipe.dtype)
     if any(inputs[placing.owner].part(output.name).component == "head" for output in placed):
         config, untied = settled_tie(config, inputs)
@@ -261,6 +261,15 @@ def _check_parents(
         if cosine is not None and cosine < UNRELATED:
             notes.append(f"{one} and {other} are unrelated: the cosine of their weights is {cosine:.2f}")
     return problems, notes
+
+
+def _position(output: Output, inputs: Mapping[str, Checkpoint]) -> tuple[str, str, int]:
+    """Where the first source of an output lies, so that models are read from their start to their end."""
+    if not output.sources:
+        return "", "", 0
+    first = output.sources[0]
+    info = inputs[first.role].info(first.name)
+    return first.role, info.file.name, info.start
 
 
 def _is_negative(weight: Any) -> bool:

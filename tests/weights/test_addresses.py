@@ -1,0 +1,185 @@
+"""Model folders at addresses: a web server, an object store (moto's, where it is installed), fsspec's own memory."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from lapis.checkpoint import open_checkpoint
+from lapis.checkpoint.commit import MANIFEST
+from lapis.checkpoint.remote import requests
+from lapis.checkpoint.remote.folder import is_address
+from lapis.errors import CheckpointError, MissingExtra
+from lapis.text.tokenizer.tokenizer import Tokenizer
+from lapis.weights.graft.graft import graft
+from lapis.weights.merge.merge import merge
+
+from ..checkpoint.hub_server import Asked, Hub, part, serving
+
+WEIGHTS = "model.safetensors"
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+@pytest.fixture
+def web(trio, monkeypatch):
+    """Three relatives under http://.../models/NAME; hub.files may be changed, hub.swap gives an answer of its own."""
+    monkeypatch.setattr(requests, "PAUSE", 0.001)
+    models = trio(tied=False)
+    with serving(Hub()) as hub:
+        hub.here, hub.swap = models, lambda asked: None
+        hub.files = {f"/models/{role}/{name}": body for role in models for name, body in files_of(models[role]).items()}
+
+        def answer(asked: Asked):
+            if (swapped := hub.swap(asked)) is not None:
+                return swapped
+            body = hub.files.get(asked.path)
+            if body is None:
+                return 404, {}, b"no such page"
+            return part(asked, body, {"ETag": f'"{hashlib.md5(body).hexdigest()}"'})
+
+        hub.fault = answer
+        hub.models = {role: f"{hub.url}/models/{role}" for role in models}
+        yield hub
+
+
+def refused(source: str) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(source)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_graft_of_web_folders_gives_the_local_bytes(web, tmp_path):
+    graft(**web.here, out=tmp_path / "local", scale=0.5)
+    result = graft(**web.models, out=tmp_path / "out", scale=0.5)
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == (tmp_path / "local" / WEIGHTS).read_bytes()
+    assert any("its server lists no sha256" in note for note in result.notes)
+    assert any("unverified" in note for note in open_checkpoint(web.models["base"]).notes)
+    assert Tokenizer.open(web.models["chat"]).chat_template == Tokenizer.open(web.here["chat"]).chat_template
+
+
+def test_a_manifest_gives_the_digests(web, tmp_path):
+    out = tmp_path / "made"
+    graft(**web.here, out=out)
+    web.files |= {f"/models/made/{name}": body for name, body in files_of(out).items()}
+    made = f"{web.url}/models/made"
+    recipe = {"merge_method": "linear", "models": [{"model": made, "parameters": {"weight": 1.0}}]}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    result = merge(tmp_path / "recipe.yaml", tmp_path / "again")
+    assert any("agrees with the sha256" in note for note in result.notes)
+    bad = bytearray(web.files[f"/models/made/{WEIGHTS}"])
+    bad[-1] ^= 1
+    web.files[f"/models/made/{WEIGHTS}"] = bytes(bad)
+    with pytest.raises(CheckpointError, match="its sha256 is"):
+        merge(tmp_path / "recipe.yaml", tmp_path / "third")
+    web.files[f"/models/made/{WEIGHTS}"] = bytes(bad[:-4])
+    assert f"and {MANIFEST} says" in refused(made)
+
+
+def test_what_a_web_server_may_do_is_one_line(web):
+    base = web.models["base"]
+    assert "there is no such folder" in refused(f"{web.url}/models/none")
+    for odd in ("http://user:secret@127.0.0.1/x", "https://host/x?token=secret"):
+        assert "secret" not in refused(odd) and "without a user" in refused(odd)
+    checkpoint = open_checkpoint(base)
+    body = bytearray(web.files[f"/models/base/{WEIGHTS}"])
+    body[-1] ^= 1
+    web.files[f"/models/base/{WEIGHTS}"] = bytes(body)
+    with pytest.raises(CheckpointError, match="changed on the server"):
+        checkpoint.read(checkpoint.names[0])
+    web.swap = lambda asked: (200, {"ETag": '"a"'}, b"x" * 50) if asked.path.endswith(WEIGHTS) else None
+    assert "sends no ranges" in refused(base)
+    web.swap = lambda asked: (
+        (206, {"Content-Encoding": "gzip", "Content-Range": "bytes 0-0/9"}, b"x") if asked.range else None
+    )
+    assert "encoded it as gzip" in refused(base)
+    web.swap = lambda asked: (429, {"Retry-After": "4000"}, b"")
+    assert "asks to wait for 4,000 s" in refused(base)
+    web.swap = lambda asked: (503, {}, b"")
+    assert "was tried 5 times: status 503" in refused(base)
+    with pytest.raises(CheckpointError, match="wants it here"):
+        web.swap = lambda asked: None
+        open_checkpoint(base).fetched()
+
+
+def test_an_index_without_its_shard(web):
+    index = {"metadata": {}, "weight_map": {"a": "model-00001-of-00002.safetensors"}}
+    web.files["/models/base/model.safetensors.index.json"] = json.dumps(index).encode()
+    assert "1 of 1 shards are missing: model-00001-of-00002.safetensors; fetch" in refused(web.models["base"])
+
+
+def same_weights(source: str, folder: Path) -> None:
+    there, here = open_checkpoint(source), open_checkpoint(folder)
+    assert sorted(there.names) == sorted(here.names)
+    for name in here.names:
+        assert torch.equal(there.read(name), here.read(name))
+
+
+def test_a_folder_in_fsspecs_memory(trio, tmp_path):
+    pytest.importorskip("fsspec")
+    import fsspec
+
+    models, system = trio(shards=2), fsspec.filesystem("memory")
+    for role, folder in models.items():
+        for name, body in files_of(folder).items():
+            system.pipe_file(f"/{tmp_path.name}/{role}/{name}", body)
+    there = {role: f"memory://{tmp_path.name}/{role}" for role in models}
+    same_weights(there["onto"], models["onto"])
+    graft(**models, out=tmp_path / "local")
+    graft(**there, out=tmp_path / "out")
+    for file in (tmp_path / "local").glob("*.safetensors"):
+        assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
+    checkpoint = open_checkpoint(there["base"])
+    system.pipe_file(f"/{tmp_path.name}/base/{WEIGHTS}", files_of(models["base"])[WEIGHTS])  # the same bytes, later
+    with pytest.raises(CheckpointError, match="changed on the server"):
+        checkpoint.read(checkpoint.names[0])
+    assert "there is no such folder" in refused(f"memory://{tmp_path.name}/none")
+
+
+def test_an_address_of_a_kind_that_nobody_reads():
+    pytest.importorskip("fsspec")
+    assert is_address("s3://a/b") and not is_address("a/b") and not is_address("file:///etc")
+    with pytest.raises((CheckpointError, MissingExtra)) as caught:
+        open_checkpoint("nosuch://bucket/model")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_in_s3(trio, tmp_path, monkeypatch):
+    """Against moto's server, through s3fs with its own credentials and endpoint."""
+    pytest.importorskip("s3fs")
+    server = pytest.importorskip("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
+        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        monkeypatch.setenv("FSSPEC_S3_ENDPOINT_URL", f"http://{host}:{port}")
+        import boto3
+
+        models, client = trio(shards=2), boto3.client("s3")
+        client.create_bucket(Bucket="models")
+        for role, folder in models.items():
+            for name, body in files_of(folder).items():
+                client.put_object(Bucket="models", Key=f"{role}/{name}", Body=body)
+        there = {role: f"s3://models/{role}" for role in models}
+        graft(**models, out=tmp_path / "local")
+        graft(**there, out=tmp_path / "out")
+        for file in (tmp_path / "local").glob("*.safetensors"):
+            assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
+        checkpoint = open_checkpoint(there["base"])
+        body = bytearray(files_of(models["base"])[WEIGHTS])
+        body[-1] ^= 1
+        client.put_object(Bucket="models", Key=f"base/{WEIGHTS}", Body=bytes(body))
+        with pytest.raises(CheckpointError, match="changed on the server"):
+            checkpoint.read(checkpoint.names[0])
+        assert "there is no such folder" in refused("s3://models/none")
+        assert "there is no such folder" in refused("s3://nobody/none")
+    finally:
+        server.stop()
