@@ -1,9 +1,11 @@
 """A hub that fails: 18 faults at many places of a download. Are other bytes ever taken for the model's?
 
     python benchmarks/hub_faults.py --offsets 100
+    python benchmarks/hub_faults.py --offsets 20 --merge
 
-A model is opened by its headers and then fetched whole, from a server on this machine that gives one wrong answer: to
-the request and at the byte that the offset says. What comes of it must be the model, byte for byte, or one line.
+A model is opened by its headers and then fetched whole, or with --merge three models are merged by ranges, from a
+server on this machine that gives one wrong answer: to the request and at the byte that the offset says. What comes of
+it must be the model (or the merge of the same models here), byte for byte, or one line and no output.
 """
 
 import argparse
@@ -61,6 +63,7 @@ FAULTS: dict[str, Callable[[int, dict[str, str], bytes, int], Answer]] = {
 def main() -> int:
     options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     options.add_argument("--offsets", type=int, default=100)
+    options.add_argument("--merge", action="store_true", help="three models by ranges in place of one as a whole")
     given = options.parse_args()
     os.environ.update(HF_HUB_OFFLINE="0", HF_TOKEN="hf_secret", HF_HUB_DISABLE_PROGRESS_BARS="1")
 
@@ -87,22 +90,48 @@ def main() -> int:
     with serving(Hub()) as hub:
         os.environ["HF_ENDPOINT"] = hub.url
         hub.put("o/m", files)
+        three = {name: place / name for name in ("base", "one", "two")} if given.merge else {}
+        for number, (name, folder) in enumerate(three.items()):
+            folder.mkdir()
+            torch.manual_seed(number)
+            save(lapis.Transformer(ModelConfig(**shape, family="llama")), folder)
+            train_tokenizer(["one two three four " * 40], 280).save(folder)
+            hub.put(f"o/{name}", {path.name: path.read_bytes() for path in folder.iterdir()})
+
+        def merged(place: Path, sources: dict[str, str]) -> bytes:
+            """The weights of a merge of three models."""
+            (place / "recipe.yaml").write_text(json.dumps({
+                "merge_method": "task_arithmetic", "base_model": sources["base"], "dtype": "float32",
+                "models": [{"model": sources[name], "parameters": {"weight": 0.5}} for name in ("one", "two")],
+            }))  # fmt: skip
+            lapis.merge(place / "recipe.yaml", place / "out", allow_unrelated=True)
+            return (place / "out" / "model.safetensors").read_bytes()
 
         def trial(number: int) -> str:
-            """One download into an empty cache."""
+            """One download, or merge, with an empty cache."""
             with tempfile.TemporaryDirectory() as cache:
                 os.environ["HF_HUB_CACHE"] = cache
                 try:
+                    if given.merge:
+                        data = merged(Path(cache), {name: f"o/{name}" for name in three})
+                        return "the model" if data == expected else "other bytes"
                     got = lapis.open("o/m").fetched()
                     data = (got.root / "model.safetensors").read_bytes()
                     beside = {name: (got.root / name).read_bytes() for name in files if (got.root / name).exists()}
                 except LapisError as error:
+                    if (Path(cache) / "out").exists():
+                        return "an output beside a refusal"
                     return "a line" if "\n" not in str(error) else f"several lines: {error}"
                 except BaseException as error:
                     return f"{type(error).__name__}: {error}"[:200]
                 same = hashlib.sha256(data).hexdigest() == wanted and all(files[n] == b for n, b in beside.items())
                 return "the model" if same else "other bytes"
 
+        if given.merge:
+            from lapis.checkpoint.remote import ranges
+
+            ranges.PIECE = ranges.NEAR = ranges.FIRST = 4096  # so that small models have many ranges
+            expected = merged(place, {name: str(folder) for name, folder in three.items()})
         assert trial(0) == "the model"
         count = len(hub.asked)
         for name, fault in FAULTS.items():
@@ -111,7 +140,7 @@ def main() -> int:
                 target = offset % count
 
                 def once(asked: object, target: int = target, offset: int = offset, fault=fault) -> Answer | None:
-                    if len(hub.asked) != target + 1:
+                    if hub.asked[target : target + 1] != [asked] or hub.asked[target] is not asked:
                         return None
                     status, headers, body = _Handler._answer(types.SimpleNamespace(hub=hub), asked)
                     return fault(status, headers, body, min(offset * len(body) // given.offsets, max(0, len(body) - 1)))

@@ -180,7 +180,7 @@ def test_a_hub_that_is_away_is_one_line(
 ) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     status, _, err = run("push", model, REPO)
-    assert status == 1 and err.count("\n") == 1 and "the hub was tried 3 times" in err
+    assert status == 1 and err.count("\n") == 1 and "the server was tried 3 times" in err
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     status, _, err = run("push", model, REPO)
     assert status == 1 and "HF_HUB_OFFLINE is set" in err

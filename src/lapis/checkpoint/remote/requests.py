@@ -138,7 +138,8 @@ class Attempt(contextlib.AbstractContextManager["Attempt"]):
             return False
         if self.last and not self.useful:
             why = " ".join(str(error).split())[:200] or type(error).__name__
-            raise CheckpointError(f"{self.name}: the hub was tried {self.number + 1} times: {why}; try later") from None
+            times = self.number + 1
+            raise CheckpointError(f"{self.name}: the server was tried {times} times: {why}; try later") from None
         after = error.after if isinstance(error, AgainError) else None
         if after is not None and after > LONGEST:
             raise CheckpointError(f"{self.name}: the server asks to wait for {after:,.0f} s; try then") from None

@@ -4,13 +4,14 @@ A store has no condition that all kinds of it take, so after each range the vers
 generation, or its time) is looked up again: bytes that came while it stayed the same are that version's.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from lapis.checkpoint.remote.requests import AgainError, Refused
 from lapis.errors import CheckpointError, MissingExtra
 
 _VERSIONS = ("ETag", "etag", "generation", "VersionId", "LastModified", "updated", "mtime", "modified", "created")
-_MOST = 10_000  # files of a folder
+_MOST = 1000  # files of a folder
 
 
 class Store:
@@ -33,16 +34,17 @@ class Store:
     def listing(self) -> dict[str, "StoredFile"]:
         """Its files with sizes and versions."""
         try:
-            entries = self._system.ls(self._root, detail=True, refresh=True)
+            paths = [each["name"] for each in self._system.ls(self._root, detail=True) if each.get("type") == "file"]
+            if len(paths) > _MOST:
+                raise CheckpointError(f"{self._address}: holds {len(paths):,} files; give the folder of one model")
+            with ThreadPoolExecutor(8) as pool:  # a listing spells versions in another way than what is asked later
+                entries = list(pool.map(self._system.info, paths))
+        except CheckpointError:
+            raise
         except Exception as error:
             raise CheckpointError(f"{self._address}: {_reason(error)}") from None
-        if len(entries) > _MOST:
-            raise CheckpointError(f"{self._address}: holds {len(entries):,} files; give the folder of one model")
-        return {
-            str(entry["name"]).rsplit("/", 1)[-1]: StoredFile(self._system, entry, self._address)
-            for entry in entries
-            if entry.get("type") == "file"
-        }
+        files = [StoredFile(self._system, entry, self._address) for entry in entries]
+        return {str(path).rsplit("/", 1)[-1]: file for path, file in zip(paths, files, strict=True)}
 
 
 class StoredFile:
