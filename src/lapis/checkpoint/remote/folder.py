@@ -24,7 +24,7 @@ from lapis.checkpoint.commit import MANIFEST
 from lapis.checkpoint.files import contained, read_json
 from lapis.checkpoint.remote.connections import HttpFile
 from lapis.checkpoint.remote.model import LARGEST, RemoteModel
-from lapis.checkpoint.remote.ranges import Place, RemoteFile
+from lapis.checkpoint.remote.ranges import ByteRanges, RemoteFile
 from lapis.checkpoint.remote.requests import call_patiently
 from lapis.checkpoint.remote.stores import Store
 from lapis.checkpoint.tensor_file import INDEX, SHARD_NAME, SINGLE
@@ -40,7 +40,7 @@ _NAMES = (
 )  # fmt: skip
 
 
-class Versioned(Place, Protocol):
+class Versioned(ByteRanges, Protocol):
     """A file at one version: what tells this state of it from others; "" where nothing does."""
 
     version: str

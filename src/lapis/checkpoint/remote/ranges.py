@@ -29,7 +29,7 @@ AHEAD = 32 << 20  # bytes asked for before they are read, where a file is read f
 NEARBY = 16  # pieces of all files together that nobody announced and that are kept after they were read
 
 
-class Place(Protocol):
+class ByteRanges(Protocol):
     """Where the bytes are: one try to read some of them.
 
     read(first, buffer): Fills `buffer` from byte `first` on; returns how many bytes came. Raises what
@@ -46,14 +46,14 @@ class DigestMismatch(CheckpointError):
     """All bytes of a file were read, and they are others than its server lists."""
 
 
-class Piece:
+class RangePiece:
     """Bytes [start, end) of a file, on their way.
 
-    left: bytes that somebody said to read and did not read yet. readers: how many are at it. kept: nobody announced it.
+    left: bytes that somebody said to read and did not read yet. readers: how many are at it. nearby: nobody announced it.
     """
 
-    def __init__(self, start: int, end: int, kept: bool = False) -> None:
-        self.start, self.end, self.left, self.kept = start, end, end - start, kept
+    def __init__(self, start: int, end: int, nearby: bool = False) -> None:
+        self.start, self.end, self.left, self.nearby = start, end, end - start, nearby
         self.readers = 0
         self.ready = threading.Event()
         self.data = memoryview(b"")
@@ -74,14 +74,14 @@ class RemoteFile:
         version: Names this state of the file, for a later run: its digest, or where it lies with what its server says.
     """
 
-    def __init__(self, place: Place, sha256: str = "", version: str = "") -> None:
+    def __init__(self, place: ByteRanges, sha256: str = "", version: str = "") -> None:
         self.name, self.size, self.sha256 = place.name, place.size, sha256
         self.received = self.delivered = 0
         self.digest = FileDigest(self.size) if sha256 else None
         self.version = version
         self._place = place
-        self._pieces: list[Piece] = []  # by start; they do not overlap
-        self._growing: Piece | None = None  # the last one, not asked for yet: what comes next may adjoin
+        self._pieces: list[RangePiece] = []  # by start; they do not overlap
+        self._growing: RangePiece | None = None  # the last one, not asked for yet: what comes next may adjoin
         self._lock = threading.Lock()
 
     def prefetch(self, start: int, size: int) -> None:
@@ -178,9 +178,9 @@ class RemoteFile:
             return
         for start in range(first, last, PIECE):
             self._send_growing()
-            self._growing = self._insert(Piece(start, min(start + PIECE, last)))
+            self._growing = self._insert(RangePiece(start, min(start + PIECE, last)))
 
-    def _insert(self, piece: Piece) -> Piece:
+    def _insert(self, piece: RangePiece) -> RangePiece:
         bisect.insort(self._pieces, piece, key=_start)
         return piece
 
@@ -189,7 +189,7 @@ class RemoteFile:
             _fetchers.put(self, self._growing)
             self._growing = None
 
-    def _piece_at(self, at: int, end: int) -> Piece:
+    def _piece_at(self, at: int, end: int) -> RangePiece:
         """The piece with byte `at`; where nobody announced it, one that is fetched here and now."""
         with self._lock:
             number = bisect.bisect_right(self._pieces, at, key=_start)
@@ -200,7 +200,7 @@ class RemoteFile:
                 before.readers += 1
                 return before
             following = self._pieces[number].start if number < len(self._pieces) else self.size
-            piece = self._insert(Piece(at, min(max(end, at + NEAR), at + PIECE, following), kept=True))
+            piece = self._insert(RangePiece(at, min(max(end, at + NEAR), at + PIECE, following), nearby=True))
             piece.readers += 1
         self.load(piece)
         _nearby.append((self, piece))
@@ -209,7 +209,7 @@ class RemoteFile:
             file._release(old)
         return piece
 
-    def load(self, piece: Piece) -> None:
+    def load(self, piece: RangePiece) -> None:
         """Fetches a piece, unless it was forgotten; whoever waits for it then has its bytes, or its error."""
         if piece.readers or piece in self._pieces:
             buffer = _buffers.take(piece.end - piece.start)
@@ -220,16 +220,16 @@ class RemoteFile:
                 piece.error = error
         piece.ready.set()
 
-    def _leave(self, piece: Piece, size: int) -> None:
+    def _leave(self, piece: RangePiece, size: int) -> None:
         """One reader has read a part. Drops a piece once all of it was read, or where it could not be had."""
         with self._lock:
             self.delivered += size
             piece.left -= size
             piece.readers -= 1
-        if piece.error is not None or (piece.left <= 0 and not piece.kept):
+        if piece.error is not None or (piece.left <= 0 and not piece.nearby):
             self._release(piece)
 
-    def _release(self, piece: Piece) -> None:
+    def _release(self, piece: RangePiece) -> None:
         """Drops a piece; its memory is used again unless somebody is still at it."""
         with self._lock:
             if piece not in self._pieces:
@@ -283,9 +283,9 @@ class _Fetchers:
     def begin(self) -> None:
         """Without any thread, as a child finds itself after a fork."""
         self._lock, self._threads = threading.Lock(), 0
-        self._waiting: SimpleQueue[tuple[RemoteFile, Piece]] = SimpleQueue()
+        self._waiting: SimpleQueue[tuple[RemoteFile, RangePiece]] = SimpleQueue()
 
-    def put(self, file: RemoteFile, piece: Piece) -> None:
+    def put(self, file: RemoteFile, piece: RangePiece) -> None:
         self._waiting.put((file, piece))
         with self._lock:
             if self._threads < CONNECTIONS and self._waiting.qsize():
@@ -298,11 +298,11 @@ class _Fetchers:
             file.load(piece)
 
 
-def _start(piece: Piece) -> int:
+def _start(piece: RangePiece) -> int:
     return piece.start
 
 
 _fetchers = _Fetchers()
 _buffers = _Buffers()
-_nearby: deque[tuple[RemoteFile, Piece]] = deque()
+_nearby: deque[tuple[RemoteFile, RangePiece]] = deque()
 os.register_at_fork(after_in_child=_fetchers.begin)
