@@ -49,7 +49,8 @@ class DigestMismatch(CheckpointError):
 class RangePiece:
     """Bytes [start, end) of a file, on their way.
 
-    left: bytes that somebody said to read and did not read yet. readers: how many are at it. nearby: nobody announced it.
+    left: bytes that somebody said to read and did not read yet. readers: how many are at it.
+    nearby: whether nobody announced it.
     """
 
     def __init__(self, start: int, end: int, nearby: bool = False) -> None:
