@@ -203,6 +203,7 @@ def test_special_tokens_of_a_text_are_text_and_of_ids_are_marked(words):
     spelled = next(iter(words.special))
     as_text = explain(make_model(context=99), words, spelled + " Malaysia")
     assert not any(token.special for token in as_text.tokens) and len(as_text.tokens) > 2
+    assert f"{spelled} in the text is plain text here, and not the special token that it spells." in as_text.notes
     as_ids = explain(make_model(), words, [words.special[spelled], *words.encode(" Malaysia")])
     assert [token.special for token in as_ids.tokens] == [True, False]
 

@@ -13,6 +13,7 @@ from lapis.inside.explain.explain import explain
 from lapis.inside.explain.explanation import Explanation
 from lapis.inside.explain.options import ExplainOptions
 from lapis.inside.prompt import show
+from lapis.text.tokenizer.tokenizer import train_tokenizer
 
 from .conftest import make_model
 
@@ -208,6 +209,30 @@ def test_it_keeps_to_its_width_and_colors(visit, shown, width, scheme):
     page.set_viewport_size({"width": 1680 - width, "height": 900})
     page.wait_for_timeout(300)
     assert page.evaluate("document.documentElement.scrollWidth") == 1680 - width
+
+
+def test_what_a_model_or_a_text_lacks_leaves_the_other_views(visit, words):
+    """One token, no attention, tokens that are cut otherwise, a single layer: every page draws without complaint."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MambaConfig(
+        hidden_size=32, num_hidden_layers=3, vocab_size=330, state_size=4, pad_token_id=0, bos_token_id=0,
+        eos_token_id=0,
+    )  # fmt: skip
+    mamba = transformers.MambaForCausalLM(config).eval()
+    other = make_model(seed=1), train_tokenizer(["zebra giraffe " * 60], 280)
+    pages = {
+        "token": explain(make_model(), words, " Malaysia"), "attention": explain(mamba, words, " Malaysia Kuala"),
+        "otherwise": explain(make_model(), words, " Malaysia Kuala", against=other),
+        "layer": explain(make_model("gpt2", layers=1), words, " Malaysia Kuala"),
+    }  # fmt: skip
+    for name, explanation in pages.items():
+        page = visit(explanation)
+        assert page.locator("#chosen li").count() == 20 and page.locator("#grid tbody td").count() > 1
+        assert page.locator("#map svg").count() == (name != "attention")
+        assert page.locator("#river .stream").count() == 1
+    assert page.locator("#token-kl").count() == 0
+    ends = visit(pages["otherwise"]).locator("#token-kl h4").all_inner_texts()
+    assert len(ends) == 2 and all(text.endswith("says next") for text in ends)
 
 
 def test_a_text_with_markup_and_bidi_is_text(visit, words):

@@ -70,6 +70,8 @@ def explain(
     seen = see(parts, words_of, ids, words, options.places)
     if len(seen.positions) < len(ids):
         notes.append(f"The text has {len(ids):,} tokens; what is shown are the last {len(seen.positions)} of them.")
+    spelled = [name for name in words_of.special if isinstance(text, str) and name in text]
+    notes += [f"{name} in the text is plain text here, and not the special token that it spells." for name in spelled]
     given = bool(words)
     words = words or best_anywhere(seen)[:WORDS]
     stage("reading every layer")
