@@ -37,7 +37,7 @@ from lapis.text.tokenizer.tokenizer import train_tokenizer
 SHAPE = {"dim": 128, "layers": 4, "heads": 4, "kv_heads": 2, "ffn_dim": 352, "context": 256, "family": "qwen3",
          "qk_norm": True}  # fmt: skip
 VOCABULARY, ADDED, CONTEXT = 4096, 2000, 256
-ROWS = {"context": CONTEXT, "batch": 8, "precision": "bf16"}
+ROWS = {"context": CONTEXT, "batch": 8}
 BASE_STEPS, STEPS = 600, 120
 SNIPPETS = 10  # of text that a distilled row is trained on
 KOREAN = [DATA / "corpus/ko/train.jsonl", DATA / "corpus/ko/reviews-train.jsonl"]

@@ -84,7 +84,7 @@ class Flow:
     def settings(self, name: str) -> dict[str, Any]:
         """Of a training, but for its length."""
         start = {"tuned": self.root / "adapted", "elchat-trained": self.root / "chat"}.get(name, self.base)
-        shared = {"context": CONTEXT, "batch": 2, "precision": "bf16", "lr": self.lr, "log_every": 5}
+        shared = {"context": CONTEXT, "batch": 2, "lr": self.lr, "log_every": 5}
         if name in ("chat", "tuned"):
             code = "ms" if name == "tuned" else "en"
             how = {"objective": "chat", "data": [str(self.chats[code])], "tokenizer": str(self.tokenizer)}

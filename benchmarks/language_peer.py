@@ -3,9 +3,9 @@
     python benchmarks/language_peer.py --out runs/language-real [--do train|score|write]    after language_real.py
 
 The tokenizer gains tokens as most scripts do it: a new BPE is trained on the text, and its tokens that the old one
-lacks are added with `add_tokens`; `resize_token_embeddings` makes their rows. Then AdamW trains everything, in
-bfloat16, with a linear warm-up and a cosine. Text, share of English, rows, peak rate and seconds are those of lapis's
-run, whose seconds hold the extension, too. Both are scored by the same function, on documents that no step reads.
+lacks are added with `add_tokens`; `resize_token_embeddings` makes their rows. Then AdamW trains everything, with a
+linear warm-up and a cosine. Text, share of English, rows, peak rate, precision and seconds are those of lapis's run,
+whose seconds hold the extension, too. Both are scored by the same function, on documents that no step reads.
 """
 
 import argparse
@@ -66,6 +66,7 @@ def train(bench: Bench, out: Path) -> dict[str, float]:
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=bench.case.lr, betas=(0.9, 0.95), weight_decay=0.1)
     steps = 0
+    low = json.loads((bench.root / "with-0" / "training.json").read_text())["precision"] == "bf16"
     prepared = time.process_time() - begun
     for ids_BT in batches(tokenizer, bench):
         spent = (time.process_time() - begun) / bench.case.seconds
@@ -74,7 +75,7 @@ def train(bench: Bench, out: Path) -> dict[str, float]:
         scale = min(1.0, max(spent, 0.01) / WARMUP) * 0.5 * (1 + math.cos(math.pi * spent))
         for group in optimizer.param_groups:
             group["lr"] = bench.case.lr * scale
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
             loss = model(input_ids=ids_BT, labels=ids_BT).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

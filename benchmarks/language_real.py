@@ -4,11 +4,10 @@
     python benchmarks/language_real.py --out runs/language-real --do score      of the models that are there
     python benchmarks/language_real.py --out runs/language-real --do write      the tables into results/
 
-Two ways of the same length on one thread. With new tokens: `lapis tokenizer extend`, a fifth of the time for new rows
-alone, the rest for everything but old rows, with new rows at ten times the rate of the blocks (uniform: old rows, too,
-and one rate). Without them: everything, all of the time. All read a tenth of English. Scored on documents that no step
-reads; characters per second are counted in processor seconds too, and measured in turn. LAPIS_MODELS names the folder
-of the models (smollm2-it, gemma3), where --models does not.
+Two ways of the same length on one thread. With new tokens: `lapis tokenizer extend` with calibrated rows, and the rest
+of the time for blocks and the rows of the most frequent new tokens. Without them: everything, all of the time. Both
+read a tenth of English. Scored on documents that no step reads; characters per second are counted in processor seconds
+too, and measured in turn. LAPIS_MODELS names the folder of the models (smollm2-it, gemma3), where --models does not.
 """
 
 import argparse
@@ -42,26 +41,25 @@ from lapis.generation.generate import generate_batch
 DOCUMENTS = 10  # of each file that are scored
 CONTEXT = 512
 GENERATED, ROUNDS = 24, 6
-WAYS = ("with", "without", "uniform")
+WAYS = ("with", "without")
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model and a language. seconds: of the processor, for all of the training of one model. held_bytes: scored."""
+    """A model and a language. add: New tokens. taught: Of these, the most frequent, whose rows are trained. seconds: Of
+    the processor, for all that is done to one model. held_bytes: Scored."""
 
     model: str
     text: tuple[str, ...]
     held: tuple[str, ...]
     add: int
+    taught: int
     seconds: float
     seeds: tuple[int, ...]
-    batch: int = 2
-    lr: float = 2e-4
-    rows_lr: float = 5e-3
-    embedded: float = 0.2
+    batch: int = 1
+    lr: float = 5e-4
+    rows_lr: float = 1e-3
     replay: float = 0.1
-    rows_rate: float = 10.0
-    ways: tuple[str, ...] = ("with", "without")
     held_bytes: int = 16_000
     speed: bool = True
 
@@ -69,9 +67,10 @@ class Case:
 MALAY = {"text": ("ms/train.jsonl",), "held": ("ms/valid.jsonl",)}
 CASES = {
     "ko-smollm2": Case("smollm2-it", ("ko/train.jsonl", "ko/reviews-train.jsonl"),
-                       ("ko/valid.jsonl", "ko/reviews-valid.jsonl"), 2100, 480, (0, 1), ways=WAYS),
-    "ms-smollm2": Case("smollm2-it", add=1000, seconds=120, seeds=(0,), **MALAY),
-    "ms-gemma3": Case("gemma3", add=2000, seconds=120, seeds=(0,), batch=1, held_bytes=6_000, speed=False, **MALAY),
+                       ("ko/valid.jsonl", "ko/reviews-valid.jsonl"), 10_000, 600, 360, (0, 1)),
+    "ms-smollm2": Case("smollm2-it", add=3000, taught=400, seconds=240, seeds=(0,), **MALAY),
+    "ms-gemma3": Case("gemma3", add=2000, taught=200, seconds=120, seeds=(0,), lr=2e-5, rows_lr=1e-4, held_bytes=6_000,
+                      speed=False, **MALAY),
 }  # fmt: skip
 
 
@@ -89,14 +88,9 @@ class Bench:
     def settings(self, way: str, model: Path, rows: list[int], **more: Any) -> dict[str, Any]:
         """Of a training, but for its length."""
         case = self.case
-        data: Any = list(map(str, self.files)) if way == "embedded" else self.data
-        shared = {"model": str(model), "batch": case.batch, "context": CONTEXT, "precision": "bf16", "log_every": 5}
-        lr = case.rows_lr if way == "embedded" else case.lr
-        frozen: dict[str, Any] = {
-            "embedded": {"freeze": ["all"], "tokens": rows},
-            "with": {"freeze": ["embed"], "tokens": rows, "rates": {"embed": lr * case.rows_rate}},
-        }.get(way, {})
-        return {**shared, "data": data, "lr": lr, **frozen, **more}
+        shared = {"model": str(model), "data": self.data, "batch": case.batch, "context": CONTEXT, "log_every": 5}
+        taught = {"freeze": ["embed"], "tokens": rows[: case.taught], "rates": {"embed": case.rows_lr}}
+        return {**shared, "lr": case.lr, **(taught if way == "with" else {}), **more}
 
     def extended(self) -> tuple[Path, list[int], float]:
         """The model with new rows, their ids, and the processor seconds that it took."""
@@ -104,7 +98,7 @@ class Bench:
 
         def make() -> dict[str, Any]:
             begun = time.process_time()
-            done = lapis.extend(self.base, self.files, start, add=self.case.add, overwrite=True)
+            done = lapis.extend(self.base, self.files, start, add=self.case.add, init="calibrated", overwrite=True)
             return {"seconds": time.process_time() - begun, "first": done.first, "added": done.added}
 
         say(f"extending {start}")
@@ -114,20 +108,18 @@ class Bench:
     def train(self, seeds: Sequence[int]) -> None:
         case = self.case
         start, rows, spent = self.extended()
-        begin = {"embedded": start, **{way: self.base if way == "without" else start for way in case.ways}}
+        begin = {"with": start, "without": self.base}
         pace = paces(self.root / "paces.json", {way: self.settings(way, at, rows) for way, at in begin.items()})
         say(f"{self.name}: seconds per step {pace}")
-        left = case.seconds - spent
-        seconds = {"embedded": case.embedded * left, "without": case.seconds}
-        steps = {way: max(1, round(seconds.get(way, (1 - case.embedded) * left) / pace[way])) for way in begin}
+        seconds = {"with": case.seconds - spent, "without": case.seconds}
         for seed in seeds:
             for way, at in begin.items():
-                at = self.root / f"embedded-{seed}" if way in ("with", "uniform") else at
-                run(self.root / f"{way}-{seed}", **self.settings(way, at, rows, steps=steps[way], seed=seed))
+                steps = max(1, round(seconds[way] / pace[way]))
+                run(self.root / f"{way}-{seed}", **self.settings(way, at, rows, steps=steps, seed=seed))
 
     def scores(self) -> dict[str, dict[str, float]]:
         """Of the models that are there, in their order."""
-        names = ["base", "start", *(f"{way}-{seed}" for way in ("embedded", *WAYS) for seed in self.case.seeds)]
+        names = ["base", "start", *(f"{way}-{seed}" for way in WAYS for seed in self.case.seeds)]
         places = {name: self.base if name == "base" else self.root / name for name in names}
         return {name: self.score(name, place) for name, place in places.items() if place.is_dir()}
 
@@ -176,7 +168,7 @@ def lines(bench: Bench) -> list[str]:
         "",
         *table(head, rows),
     ]
-    if case.speed and all((bench.root / f"{way}-0").is_dir() for way in ("with", "without")):
+    if case.speed and all((bench.root / f"{way}-0").is_dir() for way in WAYS):
         speeds = {name: statistics.median(each) for name, each in bench.speeds().items()}
         without, new = speeds["without"], speeds["with"]
         result += ["", f"Characters in a processor second of generation (median of {ROUNDS}, in turn): {without:.1f} "

@@ -132,7 +132,7 @@ def held_out(files: Iterable[Path], size: int, most: int = 100) -> list[str]:
 
 def bits_per_byte(model: Path | str, texts: Mapping[str, Sequence[str]], context: int) -> dict[str, float]:
     """Of each language; and `tokens_per_byte`, as `name tokens`."""
-    opened, tokenizer = lapis.load(model)
+    opened, tokenizer = lapis.load(model, torch.float32)
     scores = {}
     for name, held in texts.items():
         found = score_text(opened, tokenizer, held, context)

@@ -15,7 +15,7 @@ from lapis.errors import DataError
 from lapis.families.config import ModelConfig, Rope
 from lapis.language.extend import extend
 from lapis.language.fertility import fertility
-from lapis.language.recommend import ENOUGH, Curve, knee_of, recommend
+from lapis.language.recommend import COUNTED, ENOUGH, Curve, knee_of, recommend
 from lapis.language.texts import is_held_out, read_texts
 from lapis.model.load import save
 from lapis.model.size import measure
@@ -98,12 +98,13 @@ def _shape(folder: Path) -> ModelConfig:
     return checkpoint.family.read_config(checkpoint.config)
 
 
-def test_a_recommendation_is_what_can_be_learned() -> None:
+def test_a_recommendation_is_what_can_be_learned_and_what_can_be_counted() -> None:
     falling = np.linspace(1.0, 0.5, 1001)
-    counts = np.array([ENOUGH] * 400 + [ENOUGH - 1] * 600)
-    assert recommend(Curve(falling, counts))["add"] == 400
+    counts = np.array([ENOUGH] * 400 + [COUNTED] * 300 + [COUNTED - 1] * 300)
+    assert recommend(Curve(falling, counts))["add"] == 700
+    assert "400 of them occur 100 times" in recommend(Curve(falling, counts))["reason"]
     assert recommend(Curve(falling, np.array([ENOUGH] * 1000), falling + np.linspace(0, 1, 1001)))["add"] == 0
-    few = recommend(Curve(falling, np.array([ENOUGH] * 90 + [5] * 910)))
+    few = recommend(Curve(falling, np.array([ENOUGH] * 90 + [COUNTED] * 910)))
     assert few["add"] == 0 and "do not extend" in few["reason"] and "too seldom" in few["reason"]
     flat = recommend(Curve(np.linspace(1.0, 0.95, 1001), np.array([1000] * 1000)))
     assert flat["add"] == 0 and "save 5.0% of tokens" in flat["reason"]

@@ -69,7 +69,7 @@ def extend(
     *,
     add: int,
     out: Path,
-    init: Literal["mean", "mean-norm", "distilled", "random"] | None = None,
+    init: Literal["mean", "mean-norm", "calibrated", "distilled", "random"] | None = None,
     replay: list[Path] | None = None,
     only_target: bool = False,
     least: int = 5,
@@ -89,13 +89,15 @@ def extend(
         add: New tokens.
         out: The folder to write: the model with its new vocabulary.
         init: How new rows begin: the mean of the old tokens' rows, mean-norm (scaled to the rows' typical length),
-            distilled (trained on snippets until hidden states are those of the old tokens), random. By default
-            mean-norm for an embedding, mean for a head and for an embedding that is tied to it.
-        replay: Text of the language that the model knows already: how much of it is cut in another way is reported.
+            calibrated (means, of which those that score tokens are moved until each token is as likely as it is
+            frequent), distilled (trained on snippets until hidden states are those of the old tokens), random. By
+            default mean-norm for an embedding, mean for a head and for an embedding that is tied to it.
+        replay: Text of the language that the model knows already: how much of it is cut in another way is reported, and
+            calibrated rows leave new tokens unlikely there.
         only_target: Learn nothing that changes the ids of the replay text.
         least: Times that a new token must occur in the text.
         snippets: Stretches of text that each distilled row is trained on.
-        seed: Of random rows, and of the order of snippets.
+        seed: Of random rows, of the choice of text, and of the order of snippets.
         overwrite: Replace the folder if it exists.
         json: Print one JSON object.
     """

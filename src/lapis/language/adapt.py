@@ -20,6 +20,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from lapis.checkpoint.commit import commit, commit_file
 from lapis.checkpoint.files import read_json
 from lapis.config import dump_yaml, load_yaml
 from lapis.errors import DataError
+from lapis.language.calibrate import token_shares
 from lapis.language.card.card import make_card, write_card
 from lapis.language.card.folder import PARTS, held_out_of, how_made, measured_files, parents_of
 from lapis.language.extend import add_rows, open_source
@@ -56,6 +58,7 @@ from lapis.weights.merge.merge import merge
 
 Bar = Callable[[str], AbstractContextManager[Report]]
 EVALUATIONS = 10  # of a training on the way, unless train says otherwise
+READ = 10  # times that a training must read a new token for its row to be trained
 PROMPTS = 64  # to which chat replies where scales are learned
 BITS = "replay/bits_per_byte"
 
@@ -139,7 +142,7 @@ class _Adaptation:
             self.models["start"] = steps.done["start"]
             last = ["start"]
             if plan.embedded:
-                alone = {"lr": plan.rows_lr, "freeze": ["all"], "tokens": self._new_rows()}
+                alone = {"lr": plan.rows_lr, "freeze": ["all"], "tokens": self._new_rows}
                 self._train("embedded", steps.done["start"], plan.embedded, alone, last)
                 last = ["embedded"]
         share = 1 - plan.embedded if added else 1.0
@@ -244,20 +247,26 @@ class _Adaptation:
         gained = base.read_extension(self.steps.done["tokenizer"])
         with self.bar("making rows") as report:
             add_rows(
-                checkpoint, base, gained, folder, init=self.plan.init, files=[self._text("text")], seed=self.plan.seed,
-                overwrite=overwrite, progress=report,
+                checkpoint, base, gained, folder, init=self.plan.init, files=[self._text("text")],
+                replay=[self._text("replay")] if self.plan.replay else [], seed=self.plan.seed, overwrite=overwrite,
+                progress=report,
             )  # fmt: skip
 
     def _rates_of_rows(self) -> dict[str, Any]:
         """Settings that train new rows at their own rate, and leave old ones as they are."""
         tables = ["embed"] if read_config(str(self.last_model)).tied else ["embed", "head"]
-        return {"freeze": tables, "tokens": self._new_rows(), "rates": dict.fromkeys(tables, self.plan.rows_lr)}
+        return {"freeze": tables, "tokens": self._new_rows, "rates": dict.fromkeys(tables, self.plan.rows_lr)}
 
+    @cached_property
     def _new_rows(self) -> list[int]:
-        """The ids of new tokens."""
+        """The ids of new tokens that are read READ times; the rows of rarer ones are better left as they begin."""
         base = ExtendableTokenizer.open(open_source(self.plan.source)[0])
         gained = base.read_extension(self.steps.done["tokenizer"])
-        return list(range(gained.first, gained.first + len(gained.tokens)))
+        texts = (document.text for document in corpus.documents(self._text("text")))
+        read_N = token_shares(base, gained, texts) * self.plan.target_tokens
+        taught_N = read_N >= min(READ, float(read_N.max()))
+        self.note(f"new rows that are trained: {int(taught_N.sum()):,} of {len(taught_N):,}")
+        return [gained.first + int(n) for n in taught_N.nonzero()]
 
     def _train(self, name: str, model: str | Path, share: float, how: Mapping[str, Any], after: Sequence[str]) -> None:
         """Trains `model` on a share of the tokens: new rows alone ("embedded"), or everything that `how` leaves."""

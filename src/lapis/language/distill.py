@@ -93,7 +93,7 @@ def distill(
     Raises:
         DataError: Where the text holds none of the new tokens.
     """
-    lead = _lead(base)
+    lead = document_lead(base)
     chosen = choose_snippets(snippets_of(base, gained, texts, lead), gained, snippets, seed)
     if not chosen:
         raise DataError("extend: the text holds none of the new tokens, so there is nothing to distill them from")
@@ -179,7 +179,7 @@ def _sizes(base: ExtendableTokenizer, gained: Extension) -> NDArray[np.int64]:
     return sizes
 
 
-def _lead(base: ExtendableTokenizer) -> list[int]:
+def document_lead(base: ExtendableTokenizer) -> list[int]:
     """What a document begins with: the BOS token where the tokenizer has one, else the end of the one before."""
     named = read_named_tokens(base.source)
     token = named.get("bos_token") or named.get("eos_token")

@@ -3,8 +3,8 @@
     extend("smollm2", ["ko/"], "smollm2-ko", add=10_000, replay=["en/"])
 
 Merges are learned on the text (text/tokenizer/extend.py), rows of the embedding and the head are made for them
-(weights/rows.py, distill.py), and the model is written as a folder that everything else loads. A folder that holds a
-tokenizer alone gives a tokenizer alone.
+(weights/rows.py, calibrate.py, distill.py), and the model is written as a folder that everything else loads. A folder
+that holds a tokenizer alone gives a tokenizer alone.
 """
 
 import os
@@ -25,7 +25,7 @@ from lapis.text.tokenizer.roundtrip import holds_only_tokenizer
 from lapis.weights.engine.job import MergeResult
 from lapis.weights.rows import check_init, first_rows, token_tables, write_grown
 
-Init = Literal["mean", "mean-norm", "distilled", "random"]
+Init = Literal["mean", "mean-norm", "calibrated", "distilled", "random"]
 Report = Callable[[float, float | None, str], None]
 SNIPPETS = 100  # of text that a distilled row is trained on (Dobler et al., arXiv:2505.20133)
 _SAMPLE = 2_000_000  # bytes of text that are cut by both tokenizers, to tell what was won and what changed
@@ -90,13 +90,15 @@ def extend(
         out: A new folder.
         add: New tokens.
         init: How the rows of new tokens begin: mean of the old tokens' rows, mean-norm (scaled to the rows' typical
-            length), distilled (trained so that hidden states are those of the old tokens), random. By default mean-norm
-            for an embedding, mean for a head and for an embedding that is tied to it.
-        replay: Text of the language that the model knows already, to say how much of it is cut in another way.
+            length), calibrated (means, of which those that score tokens are moved until each token is as likely as it
+            is frequent), distilled (trained so that hidden states are those of the old tokens), random. By default
+            mean-norm for an embedding, mean for a head and for an embedding that is tied to it.
+        replay: Text of the language that the model knows already, to say how much of it is cut in another way, and in
+            which calibrated rows leave new tokens unlikely.
         only_target: Learn nothing that would change the ids of the replay text.
         least: Times that a token must occur in the text.
         snippets: Stretches of text that each distilled row is trained on.
-        seed: Of random rows, and of the order of snippets.
+        seed: Of random rows, of the choice of text, and of the order of snippets.
         overwrite: Swap an existing folder for the new one, whole.
         progress: Called with what is done, what there is to do (None where nobody knows), and what it is.
 
@@ -158,7 +160,7 @@ def extend(
             result.notes += base.write(staging.path, gained)
         result.sha256 = staging.manifest_sha256
     else:
-        _write_model(result, checkpoint, base, gained, init, files, snippets, seed, overwrite, progress)
+        _write_model(result, checkpoint, base, gained, init, files, replay, snippets, seed, overwrite, progress)
     result.seconds = time.monotonic() - started
     return result
 
@@ -175,12 +177,13 @@ def open_source(model: str | os.PathLike[str]) -> tuple[Path, Checkpoint | None]
 
 def _write_model(
     result: ExtendResult, checkpoint: Checkpoint, base: ExtendableTokenizer, gained: Extension, init: Init | None,
-    files: Sequence[str | Path], snippets: int, seed: int, overwrite: bool, progress: Report,
+    files: Sequence[str | Path], replay: Sequence[str | Path], snippets: int, seed: int, overwrite: bool,
+    progress: Report,
 ) -> None:  # fmt: skip
     recipe = {"tokens_per_byte": result.tokens_per_byte, "replay_changed": result.replay_changed}
     written = add_rows(
-        checkpoint, base, gained, result.out, init=init, files=files, snippets=snippets, seed=seed, recipe=recipe,
-        overwrite=overwrite, progress=progress,
+        checkpoint, base, gained, result.out, init=init, files=files, replay=replay, snippets=snippets, seed=seed,
+        recipe=recipe, overwrite=overwrite, progress=progress,
     )  # fmt: skip
     result.rows, result.init = written.vocabulary["rows"], written.vocabulary["init"]
     result.notes += written.notes
@@ -195,6 +198,7 @@ def add_rows(
     *,
     init: Init | None = None,
     files: Sequence[str | Path] = (),
+    replay: Sequence[str | Path] = (),
     snippets: int = SNIPPETS,
     seed: int = 0,
     recipe: Mapping[str, Any] | None = None,
@@ -209,9 +213,10 @@ def add_rows(
         gained: What the tokenizer gains.
         out: A new folder.
         init: How rows begin; the arguments from here on are those of `extend`.
-        files: Text that distilled rows are trained on.
-        snippets: Stretches of it for each row.
-        seed: Of random rows, and of the order of snippets.
+        files: Text that rows are calibrated by or distilled from.
+        replay: Text in which calibrated rows leave new tokens unlikely.
+        snippets: Stretches of it for each distilled row.
+        seed: Of random rows, of the choice of text, and of the order of snippets.
         recipe: More for the account of the output.
         overwrite: Swap an existing folder for the new one, whole.
         progress: Called with what is done, what there is to do, and what it is.
@@ -221,20 +226,31 @@ def add_rows(
     """
     checkpoint = checkpoint.fetched()
     tables = token_tables(checkpoint)
-    simple = "mean" if init == "distilled" else init
+    simple = {"distilled": "mean", "calibrated": None}.get(init or "", init)
     progress(0, None, "making rows")
     rows = first_rows(checkpoint, tables, gained.old_tokens, simple, seed)
+    trained = tables.embed
     if init == "distilled":
         from lapis.language.distill import distill
 
-        rows[tables.embed] = distill(
-            checkpoint, base, gained, list(bare_texts(files)), rows[tables.embed], snippets=snippets, seed=seed,
+        rows[trained] = distill(
+            checkpoint, base, gained, list(bare_texts(files)), rows[trained], snippets=snippets, seed=seed,
             progress=progress,
         )  # fmt: skip
-        for name in tables.copies:
-            rows[name] = rows[tables.embed]
-    given: str = init or ("mean" if tables.tied else "mean-norm")
-    rules = {"embedding": given} | ({"head": "random" if init == "random" else "mean"} if tables.head else {})
+    if init == "calibrated":
+        from lapis.language.calibrate import calibrate
+
+        trained = tables.embed if tables.tied else tables.head[0]
+        rows[trained] = calibrate(
+            checkpoint, base, gained, list(bare_texts(files)), rows[tables.embed], rows[trained], tied=tables.tied,
+            replay=list(bare_texts(replay)) if replay else (), seed=seed, progress=progress,
+        )  # fmt: skip
+    for name in tables.copies:
+        rows[name] = rows[tables.embed]
+    usual: str = "mean" if tables.tied else "mean-norm"
+    rules = {"embedding": init or usual} | ({"head": "random" if init == "random" else "mean"} if tables.head else {})
+    if init == "calibrated":
+        rules = {"embedding": init} if tables.tied else {"embedding": usual, "head": init}
     settings = {
         "add": len(gained.tokens), "first_id": gained.first, **{f"init.{k}": v for k, v in rules.items()},
         "seed": seed, **(recipe or {}),

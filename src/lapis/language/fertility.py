@@ -1,6 +1,6 @@
 """What a language costs a model, and whether more tokens would pay: `lapis fertility`.
 
-    fertility("smollm2", ["ko/"], replay=["en/"]).recommendation      {"add": 2100, "reason": "..."}
+    fertility("smollm2", ["ko/"], replay=["en/"]).recommendation      {"add": 10000, "reason": "..."}
 
 Tokenizers cut the same held-out text into more or fewer tokens, so everything is counted by its bytes: tokens, FLOPs,
 bytes of the KV cache, and the bits that the model needs. The curve is what merges that are learned on the rest of the

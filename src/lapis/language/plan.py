@@ -77,7 +77,7 @@ class AdaptPlan:
     choices: tuple[str, ...] = ()
     replay_choices: tuple[str, ...] = ()
     vocab: Literal["auto"] | int = "auto"
-    init: Init | None = None
+    init: Init | None = "calibrated"
     language: str = ""
     license: str = ""
     tokens: int = 1_000_000
@@ -150,6 +150,12 @@ class AdaptPlan:
         if self.minutes is None or self.tokens_per_second is None:
             return self.tokens
         return max(1, int(self.minutes * 60 * self.tokens_per_second))
+
+    @property
+    def target_tokens(self) -> int:
+        """How many of them are of the language, where there are new tokens."""
+        replayed = self.replay_share * (1 - self.embedded) if self.replay else 0.0
+        return int((1 - replayed) * self.trained_tokens)
 
     @property
     def drawn_tokens(self) -> int:

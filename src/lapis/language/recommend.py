@@ -1,8 +1,10 @@
 """How many tokens to add, if any: a curve in, a number and a sentence out.
 
-A new row is worth having where its token occurs often enough to be learned. Token Distillation (Dobler et al.,
-arXiv:2505.20133) takes 100 snippets for a token; so no row is recommended that occurs less often in the text at hand.
-Among these sizes the one with the fewest FLOPs for a byte is best: more tokens make text shorter and the head larger.
+Whether to extend is decided by the tokens that can be learned: Token Distillation (Dobler et al., arXiv:2505.20133)
+takes 100 snippets for a token, so those count that occur as often in the text at hand, and they must save a tenth of
+all tokens. Then rarer ones are taken, too: their rows begin as likely as they are (calibrate.py), so they make text
+shorter and likelier without being learned. Among these sizes the one with the fewest FLOPs for a byte is best: more
+tokens make text shorter and the head larger.
 """
 
 from dataclasses import dataclass
@@ -11,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-ENOUGH = 100  # occurrences of a token in the text
+ENOUGH = 100  # occurrences of a token that can be learned
+COUNTED = 10  # occurrences of a token whose share is known
 WORTH = 0.10  # share of tokens that must be saved
 
 
@@ -30,21 +33,22 @@ class Curve:
 
 def recommend(curve: Curve) -> dict[str, Any]:
     """{"add", "reason"}: how many tokens to add, 0 for none, and why in one sentence."""
-    learnable = int((curve.counts >= ENOUGH).sum())
+    learnable, counted = (int((curve.counts >= least).sum()) for least in (ENOUGH, COUNTED))
     saved = 1 - curve.tokens_per_byte / curve.tokens_per_byte[0]
     cost = curve.tokens_per_byte if curve.flops_per_byte is None else curve.flops_per_byte
-    best = round_down(int(np.argmin(cost[: learnable + 1])))
     most = float(saved.max())
     if most < WORTH:
         return {"add": 0, "reason": f"do not extend: all that this text could teach would save {most:.1%} of tokens, "
                 f"and below {WORTH:.0%} new rows are not worth their training"}  # fmt: skip
-    if saved[best] < WORTH:
+    if saved[round_down(int(np.argmin(cost[: learnable + 1])))] < WORTH:
         return {"add": 0, "reason": f"do not extend: the {learnable:,} new tokens that occur {ENOUGH} times or more in "
                 f"this text would save {saved[learnable]:.1%} of tokens, below {WORTH:.0%}, and rarer ones occur too "
                 "seldom to be learned"}  # fmt: skip
+    best = round_down(int(np.argmin(cost[: counted + 1])))
     fewer = "" if curve.flops_per_byte is None else f" and {1 - cost[best] / cost[0]:.0%} of FLOPs per byte"
-    return {"add": best, "reason": f"{best:,} new tokens save {saved[best]:.0%} of tokens{fewer}, and each occurs "
-            f"{ENOUGH} times or more in this text"}  # fmt: skip
+    often = min(best, learnable)
+    return {"add": best, "reason": f"{best:,} new tokens save {saved[best]:.0%} of tokens{fewer}; {often:,} of them "
+            f"occur {ENOUGH} times or more in this text, the others {COUNTED}"}  # fmt: skip
 
 
 def knee_of(values: NDArray[np.float64]) -> int:

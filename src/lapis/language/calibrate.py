@@ -1,0 +1,178 @@
+"""Rows that make new tokens as likely as they are, before anything is trained: `--init calibrated`.
+
+A mean of old rows makes a new token about as likely as never: where a syllable begins, a model that spelled it in bytes
+expects its first byte, and most of the mean are rows of bytes that never begin one. So the model reads a little text in
+its new tokens, and each row is moved along one direction until its token is, on average, as likely as it is frequent
+(iterative scaling, Darroch and Ratcliff 1972). It is the shortest along which last hidden states of the language lie at
+1 and those of replay text at 0. Hidden states have a large part in common, so a small move is enough, and the other
+side of a tied row hardly feels it; where it does, and text became less likely, rows stay means. Rows of old tokens are
+not touched.
+
+Shapes: R places, S places of replay text, D model dim, N new tokens, V old tokens.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from random import Random
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lapis.checkpoint import Checkpoint
+from lapis.errors import DataError
+from lapis.language.distill import GrownEmbed, document_lead
+from lapis.language.texts import first_bytes
+from lapis.model.load import load
+from lapis.model.threads import settle_threads
+from lapis.model.transformer import Transformer
+from lapis.text.tokenizer.extend import ExtendableTokenizer, Extension
+
+PLACES = 1024  # tokens of text that the model reads
+LENGTH = 256  # tokens of a text at most
+COUNTED = 2_000_000  # bytes of text in which tokens are counted
+ROUNDS, STRIDE = 20, 0.8  # of scaling, and the share of each correction that is made
+_AT_ONCE = 64  # places whose old logits exist at once
+
+Report = Callable[[float, float | None, str], None]
+
+
+def calibrate(
+    checkpoint: Checkpoint,
+    base: ExtendableTokenizer,
+    gained: Extension,
+    texts: Sequence[str],
+    embed_ND: Tensor,
+    score_ND: Tensor,
+    *,
+    tied: bool,
+    replay: Sequence[str] = (),
+    seed: int = 0,
+    progress: Report = lambda done, total, label: None,
+) -> Tensor:
+    """Moves the rows that score new tokens.
+
+    Args:
+        checkpoint: The model with its old vocabulary.
+        base: Its tokenizer.
+        gained: What the tokenizer gains.
+        texts: Text that holds the new tokens.
+        embed_ND: The embedding's rows of new tokens, float32.
+        score_ND: The rows that score them, float32; the same where the head is tied.
+        tied: Whether it is.
+        replay: Text in which new tokens are to be as unlikely as they were.
+        seed: Of the choice of text that is read.
+        progress: Called with places read and in all.
+
+    Returns:
+        The rows that score new tokens, float32, [N, D].
+
+    Raises:
+        DataError: Where the text holds none of the new tokens.
+    """
+    model = load(checkpoint, torch.float32)
+    settle_threads(next(model.parameters()).device)
+    rows = _rows(base, gained, texts, seed)
+    followed_R = torch.tensor([i for ids in rows for i in ids[1:]])
+    if not bool((followed_R >= gained.first).any()):
+        raise DataError("extend: the text holds none of the new tokens, so there is nothing to calibrate their rows by")
+    with torch.no_grad():
+        hidden_RD = _hidden(model, rows, embed_ND, gained.first, progress)
+        others_R = _others(model, hidden_RD)
+        known = _rows(base, gained, replay, seed)
+        known_SD = _hidden(model, known, embed_ND, gained.first, progress) if known else hidden_RD[:0]
+        along_D = direction(hidden_RD, known_SD)
+        moved_ND = scaled_rows(hidden_RD, others_R, score_ND, token_shares(base, gained, texts), along_D)
+        if not tied:
+            return moved_ND
+        again_RD = _hidden(model, rows, moved_ND, gained.first, progress)
+        before = _nats(model, hidden_RD, others_R, score_ND, followed_R, gained.first)
+        after = _nats(model, again_RD, _others(model, again_RD), moved_ND, followed_R, gained.first)
+    return moved_ND if after < before else score_ND
+
+
+def direction(hidden_RD: Tensor, replay_SD: Tensor) -> Tensor:
+    """The shortest vector, [D], along which hidden states of a language lie at 1 on average, and replay text at 0.
+
+    Args:
+        hidden_RD: Last hidden states of the language.
+        replay_SD: Last hidden states of replay text; there may be none.
+    """
+    mean_D = hidden_RD.mean(0)
+    if len(replay_SD):
+        known_D = replay_SD.mean(0)
+        mean_D = mean_D - (mean_D @ known_D) / (known_D @ known_D) * known_D
+    return mean_D / mean_D.square().sum().clamp_min(1e-12)
+
+
+def scaled_rows(hidden_RD: Tensor, others_R: Tensor, begin_ND: Tensor, shares_N: Tensor, along_D: Tensor) -> Tensor:
+    """Rows under which new tokens have given chances, on average over hidden states.
+
+    Args:
+        hidden_RD: Last hidden states.
+        others_R: The logarithm of the summed exponentials of the logits of old tokens at each.
+        begin_ND: Where the rows begin.
+        shares_N: The chance that each new token is to have.
+        along_D: The direction in which rows are moved.
+    """
+    logits_RN, step_R = hidden_RD @ begin_ND.T, hidden_RD @ along_D  # what a row gets for each unit that it moves
+    moved_N = torch.zeros(len(begin_ND))
+    for _ in range(ROUNDS):
+        now_RN = logits_RN + step_R[:, None] * moved_N
+        total_R = torch.logaddexp(now_RN.logsumexp(1), others_R)
+        chances_N = (now_RN - total_R[:, None]).exp().mean(0)
+        moved_N += STRIDE * (shares_N / chances_N.clamp_min(1e-12)).log()
+    return begin_ND + moved_N[:, None] * along_D
+
+
+def _rows(base: ExtendableTokenizer, gained: Extension, texts: Sequence[str], seed: int) -> list[list[int]]:
+    """The beginnings of documents in new tokens, in a random order, PLACES tokens in all."""
+    backend, lead = base.extended(gained), document_lead(base)
+    rows, room = [], PLACES
+    for number in Random(seed).sample(range(len(texts)), len(texts)):
+        ids = lead + backend.encode(texts[number], add_special_tokens=False).ids[: min(LENGTH, room)]
+        if len(ids) > 1:
+            rows.append(ids)
+            room -= len(ids) - 1
+        if room <= 0:
+            break
+    return rows
+
+
+def _hidden(model: Transformer, rows: list[list[int]], embed_ND: Tensor, first: int, progress: Report) -> Tensor:
+    """Last hidden states of all places but the last of each row, [R, D]."""
+    inner = model.embed
+    setattr(model, "embed", GrownEmbed(inner, embed_ND, first))  # noqa: B010  (stands in for another module)
+    hidden = []
+    for done, ids in enumerate(rows):
+        progress(done, len(rows), "reading text in new tokens")
+        hidden.append(model.hidden(torch.tensor([ids[:-1]]))[0])
+    model.embed = inner
+    return torch.cat(hidden)
+
+
+def _others(model: Transformer, hidden_RD: Tensor) -> Tensor:
+    """The logarithm of the summed exponentials of old tokens' logits at each place."""
+    return torch.cat([model.head(part).logsumexp(1) for part in hidden_RD.split(_AT_ONCE)])
+
+
+def token_shares(base: ExtendableTokenizer, gained: Extension, texts: Iterable[str]) -> Tensor:
+    """How often each new token occurs in text, as a share of all tokens; one that does not, as half a time."""
+    counts = base.extended(gained)
+    counted, total = torch.zeros(len(gained.tokens)), 0
+    for text in first_bytes(texts, COUNTED):
+        ids = torch.tensor(counts.encode(text, add_special_tokens=False).ids, dtype=torch.int64)
+        counted += torch.bincount(ids[ids >= gained.first] - gained.first, minlength=len(counted))
+        total += len(ids)
+    return counted.clamp_min(0.5) / max(1, total)
+
+
+def _nats(
+    model: Transformer, hidden_RD: Tensor, others_R: Tensor, rows_ND: Tensor, followed_R: Tensor, first: int
+) -> float:
+    """Nats of what followed at each place, summed."""
+    logits_RN = hidden_RD @ rows_ND.T
+    total_R = torch.logaddexp(logits_RN.logsumexp(1), others_R)
+    new_R = followed_R >= first
+    own = logits_RN[new_R].gather(1, followed_R[new_R, None] - first).sum()
+    old = (hidden_RD[~new_R] * F.embedding(followed_R[~new_R], model.head.matrix)).sum()
+    return float(total_R.sum() - own - old)
