@@ -216,7 +216,7 @@ def test_merged_back_is_between_both(plan: Callable[..., dict[str, Any]], tmp_pa
     )
     for name in merged:
         expected = 0.75 * after[name].double() + 0.25 * before[name].double()
-        assert torch.allclose(merged[name].double(), expected, rtol=0, atol=1e-7), name
+        assert torch.allclose(merged[name].double(), expected, rtol=1e-6, atol=1e-7), name
     config = json.loads((tmp_path / "out" / "grafted" / "lapis-merge.json").read_text())
     assert "merged" in json.dumps(config["inputs"]) and len(config["recipe"]["scale"]["scales"]) == 2
 
@@ -289,7 +289,7 @@ def test_a_chat_model_is_trained_and_gets_back_what_it_lost(
     assert len(rows) >= 2
     for name in merged:
         expected = 0.75 * after[name].double() + 0.25 * before[name].double()
-        assert torch.allclose(merged[name].double(), expected, rtol=0, atol=1e-7), name
+        assert torch.allclose(merged[name].double(), expected, rtol=1e-6, atol=1e-7), name
         if "embed" in name:  # the template's rows are chat's
             assert restored[name][rows].equal(chat[name][rows]) and not merged[name][rows].equal(chat[name][rows])
             others = [row for row in range(340) if row not in rows]

@@ -14,7 +14,7 @@ from lapis.model.load import load
 from lapis.text.tokenizer.extend import ExtendableTokenizer
 from lapis.text.tokenizer.tokenizer import Tokenizer
 
-from .conftest import MALAY, make, write
+from .conftest import ENGLISH, MALAY, make, write
 
 
 def test_each_token_is_as_likely_as_it_is_to_be() -> None:
@@ -58,6 +58,17 @@ def test_text_is_likelier_and_nothing_else_is_changed(tied: bool, tmp_path: Path
         assert torch.equal(models["calibrated"].embed.weight, models[None].embed.weight)
     again = extend(source, [text], tmp_path / "again", add=40, init="calibrated")
     assert again.sha256 == result.sha256
+
+
+def test_rows_stay_means_where_replay_text_became_harder(tmp_path: Path) -> None:
+    source, text = make(tmp_path / "base", 0), write(tmp_path / "ms.jsonl", MALAY)
+    replay = write(tmp_path / "en.jsonl", ENGLISH)  # random weights do not tell the languages apart
+    embeds = {}
+    for name, options in {"means": {}, "calibrated": {"init": "calibrated"}}.items():
+        result = extend(source, [text], tmp_path / name, add=40, replay=[replay], **options)
+        embeds[name] = load(tmp_path / name, torch.float32).embed.weight
+    assert torch.equal(embeds["means"], embeds["calibrated"])
+    assert any("stay means" in note for note in result.notes)
 
 
 def test_text_without_new_tokens_is_refused(tmp_path: Path) -> None:

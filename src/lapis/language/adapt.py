@@ -246,11 +246,13 @@ class _Adaptation:
         base = ExtendableTokenizer.open(source)
         gained = base.read_extension(self.steps.done["tokenizer"])
         with self.bar("making rows") as report:
-            add_rows(
+            made = add_rows(
                 checkpoint, base, gained, folder, init=self.plan.init, files=[self._text("text")],
                 replay=[self._text("replay")] if self.plan.replay else [], seed=self.plan.seed, overwrite=overwrite,
                 progress=report,
             )  # fmt: skip
+        for remark in made.notes:
+            self.note(f"start: {remark}")
 
     def _rates_of_rows(self) -> dict[str, Any]:
         """Settings that train new rows at their own rate, and leave old ones as they are."""

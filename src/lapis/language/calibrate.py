@@ -5,13 +5,14 @@ expects its first byte, and most of the mean are rows of bytes that never begin 
 its new tokens, and each row is moved along one direction until its token is, on average, as likely as it is frequent
 (iterative scaling, Darroch and Ratcliff 1972). It is the shortest along which last hidden states of the language lie at
 1 and those of replay text at 0. Hidden states have a large part in common, so a small move is enough, and the other
-side of a tied row hardly feels it; where it does, and text became less likely, rows stay means. Rows of old tokens are
-not touched.
+side of a tied row hardly feels it. Where it does, and text became less likely, or where a model does not tell the
+languages apart, and replay text did, rows stay means. Rows of old tokens are not touched.
 
 Shapes: R places, S places of replay text, D model dim, N new tokens, V old tokens.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from random import Random
 
 import torch
@@ -30,6 +31,7 @@ from lapis.text.tokenizer.extend import ExtendableTokenizer, Extension
 PLACES = 1024  # tokens of text that the model reads
 LENGTH = 256  # tokens of a text at most
 COUNTED = 2_000_000  # bytes of text in which tokens are counted
+COST = 0.01  # by which replay text may become harder
 ROUNDS, STRIDE = 20, 0.8  # of scaling, and the share of each correction that is made
 _AT_ONCE = 64  # places whose old logits exist at once
 
@@ -71,23 +73,39 @@ def calibrate(
     """
     model = load(checkpoint, torch.float32)
     settle_threads(next(model.parameters()).device)
-    rows = _rows(base, gained, texts, seed)
-    followed_R = torch.tensor([i for ids in rows for i in ids[1:]])
-    if not bool((followed_R >= gained.first).any()):
+    first, written = gained.first, _rows(base, gained, texts, seed, PLACES)
+    if not any(i >= first for ids in written for i in ids):
         raise DataError("extend: the text holds none of the new tokens, so there is nothing to calibrate their rows by")
+    known = _rows(base, gained, replay, seed, PLACES // 4)
     with torch.no_grad():
-        hidden_RD = _hidden(model, rows, embed_ND, gained.first, progress)
-        others_R = _others(model, hidden_RD)
-        known = _rows(base, gained, replay, seed)
-        known_SD = _hidden(model, known, embed_ND, gained.first, progress) if known else hidden_RD[:0]
-        along_D = direction(hidden_RD, known_SD)
-        moved_ND = scaled_rows(hidden_RD, others_R, score_ND, token_shares(base, gained, texts), along_D)
-        if not tied:
-            return moved_ND
-        again_RD = _hidden(model, rows, moved_ND, gained.first, progress)
-        before = _nats(model, hidden_RD, others_R, score_ND, followed_R, gained.first)
-        after = _nats(model, again_RD, _others(model, again_RD), moved_ND, followed_R, gained.first)
-    return moved_ND if after < before else score_ND
+        language, others = (_read(model, rows, embed_ND, first, progress) for rows in (written, known))
+        along_D = direction(language.hidden_RD, others.hidden_RD)
+        shares_N = token_shares(base, gained, texts)
+        moved_ND = scaled_rows(language.hidden_RD, language.old_R, score_ND, shares_N, along_D)
+        before = [place.nats(model, score_ND, first) for place in (language, others)]
+        if tied:
+            language, others = (_read(model, rows, moved_ND, first, progress) for rows in (written, known))
+        after = [place.nats(model, moved_ND, first) for place in (language, others)]
+    return moved_ND if after[0] < before[0] and after[1] <= (1 + COST) * before[1] else score_ND
+
+
+@dataclass(frozen=True)
+class Places:
+    """What a model made of text in new tokens. hidden_RD: Last hidden states. old_R: The logarithm of the summed
+    exponentials of old tokens' logits. followed_R: The id that follows."""
+
+    hidden_RD: Tensor
+    old_R: Tensor
+    followed_R: Tensor
+
+    def nats(self, model: Transformer, rows_ND: Tensor, first: int) -> float:
+        """Of what followed, summed, where new tokens have these rows."""
+        logits_RN = self.hidden_RD @ rows_ND.T
+        total_R = torch.logaddexp(logits_RN.logsumexp(1), self.old_R)
+        new_R = self.followed_R >= first
+        own = logits_RN[new_R].gather(1, self.followed_R[new_R, None] - first).sum()
+        old = (self.hidden_RD[~new_R] * F.embedding(self.followed_R[~new_R], model.head.matrix)).sum()
+        return float(total_R.sum() - own - old)
 
 
 def direction(hidden_RD: Tensor, replay_SD: Tensor) -> Tensor:
@@ -124,35 +142,34 @@ def scaled_rows(hidden_RD: Tensor, others_R: Tensor, begin_ND: Tensor, shares_N:
     return begin_ND + moved_N[:, None] * along_D
 
 
-def _rows(base: ExtendableTokenizer, gained: Extension, texts: Sequence[str], seed: int) -> list[list[int]]:
-    """The beginnings of documents in new tokens, in a random order, PLACES tokens in all."""
+def _rows(
+    base: ExtendableTokenizer, gained: Extension, texts: Sequence[str], seed: int, places: int
+) -> list[list[int]]:
+    """The beginnings of documents in new tokens, in a random order, so many tokens in all."""
     backend, lead = base.extended(gained), document_lead(base)
-    rows, room = [], PLACES
+    rows: list[list[int]] = []
     for number in Random(seed).sample(range(len(texts)), len(texts)):
-        ids = lead + backend.encode(texts[number], add_special_tokens=False).ids[: min(LENGTH, room)]
+        ids = lead + backend.encode(texts[number], add_special_tokens=False).ids[: min(LENGTH, places)]
         if len(ids) > 1:
             rows.append(ids)
-            room -= len(ids) - 1
-        if room <= 0:
+            places -= len(ids) - 1
+        if places <= 0:
             break
     return rows
 
 
-def _hidden(model: Transformer, rows: list[list[int]], embed_ND: Tensor, first: int, progress: Report) -> Tensor:
-    """Last hidden states of all places but the last of each row, [R, D]."""
+def _read(model: Transformer, rows: list[list[int]], embed_ND: Tensor, first: int, progress: Report) -> Places:
+    """All places but the last of each row."""
     inner = model.embed
     setattr(model, "embed", GrownEmbed(inner, embed_ND, first))  # noqa: B010  (stands in for another module)
-    hidden = []
+    hidden = [torch.zeros(0, embed_ND.shape[1])]
     for done, ids in enumerate(rows):
         progress(done, len(rows), "reading text in new tokens")
         hidden.append(model.hidden(torch.tensor([ids[:-1]]))[0])
     model.embed = inner
-    return torch.cat(hidden)
-
-
-def _others(model: Transformer, hidden_RD: Tensor) -> Tensor:
-    """The logarithm of the summed exponentials of old tokens' logits at each place."""
-    return torch.cat([model.head(part).logsumexp(1) for part in hidden_RD.split(_AT_ONCE)])
+    hidden_RD = torch.cat(hidden)
+    old_R = torch.cat([model.head(part).logsumexp(1) for part in hidden_RD.split(_AT_ONCE)])
+    return Places(hidden_RD, old_R, torch.tensor([i for ids in rows for i in ids[1:]], dtype=torch.int64))
 
 
 def token_shares(base: ExtendableTokenizer, gained: Extension, texts: Iterable[str]) -> Tensor:
@@ -164,15 +181,3 @@ def token_shares(base: ExtendableTokenizer, gained: Extension, texts: Iterable[s
         counted += torch.bincount(ids[ids >= gained.first] - gained.first, minlength=len(counted))
         total += len(ids)
     return counted.clamp_min(0.5) / max(1, total)
-
-
-def _nats(
-    model: Transformer, hidden_RD: Tensor, others_R: Tensor, rows_ND: Tensor, followed_R: Tensor, first: int
-) -> float:
-    """Nats of what followed at each place, summed."""
-    logits_RN = hidden_RD @ rows_ND.T
-    total_R = torch.logaddexp(logits_RN.logsumexp(1), others_R)
-    new_R = followed_R >= first
-    own = logits_RN[new_R].gather(1, followed_R[new_R, None] - first).sum()
-    old = (hidden_RD[~new_R] * F.embedding(followed_R[~new_R], model.head.matrix)).sum()
-    return float(total_R.sum() - own - old)

@@ -229,7 +229,7 @@ def add_rows(
     simple = {"distilled": "mean", "calibrated": None}.get(init or "", init)
     progress(0, None, "making rows")
     rows = first_rows(checkpoint, tables, gained.old_tokens, simple, seed)
-    trained = tables.embed
+    trained, notes = tables.embed, list[str]()
     if init == "distilled":
         from lapis.language.distill import distill
 
@@ -241,10 +241,13 @@ def add_rows(
         from lapis.language.calibrate import calibrate
 
         trained = tables.embed if tables.tied else tables.head[0]
+        means_ND = rows[trained]
         rows[trained] = calibrate(
             checkpoint, base, gained, list(bare_texts(files)), rows[tables.embed], rows[trained], tied=tables.tied,
             replay=list(bare_texts(replay)) if replay else (), seed=seed, progress=progress,
         )  # fmt: skip
+        if rows[trained] is means_ND:
+            notes.append("new rows stay means: moved to their tokens' frequencies, they made text less likely")
     for name in tables.copies:
         rows[name] = rows[tables.embed]
     usual: str = "mean" if tables.tied else "mean-norm"
@@ -259,6 +262,7 @@ def add_rows(
         checkpoint, out, tables, rows, gained.first, lambda folder: base.write(folder, gained), settings,
         overwrite=overwrite, progress=lambda done, total: progress(done, total, "writing"),
     )  # fmt: skip
+    written.notes += notes
     grown = max(tables.rows, gained.first + len(gained.tokens))
     written.vocabulary = {"rows": {"before": tables.rows, "after": grown}, "init": rules}
     return written

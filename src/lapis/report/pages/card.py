@@ -146,7 +146,7 @@ def _table(page: Page, card: Mapping[str, Any], language: str) -> None:
         known = {name: figures[key] for name, figures in scores.items() if key in figures}
         if known:
             counts = sorted({figure["n"] for figure in known.values()})
-            row = {"score": f"{label} {'↓' if better == 'less' else '↑'}"}
+            row = {"score": f"{label}\N{NO-BREAK SPACE}{'↓' if better == 'less' else '↑'}"}
             row |= {name: spelled(key, figure) for name, figure in known.items()}
             row["n"] = f"{'–'.join(map(str, counts[:: max(1, len(counts) - 1)]))} {counted(key)}"
             rows.append(row)
