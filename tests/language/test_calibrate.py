@@ -8,8 +8,8 @@ import torch
 from lapis.checkpoint import open_checkpoint
 from lapis.errors import DataError
 from lapis.evaluation.text import score_text
-from lapis.language.calibrate import calibrate, direction, scaled_rows
 from lapis.language.extend import extend
+from lapis.language.rows.calibrate import calibrate, direction, scaled_rows
 from lapis.model.load import load
 from lapis.text.tokenizer.extend import ExtendableTokenizer
 from lapis.text.tokenizer.tokenizer import Tokenizer

@@ -98,7 +98,7 @@ def _shape(folder: Path) -> ModelConfig:
     return checkpoint.family.read_config(checkpoint.config)
 
 
-def test_a_recommendation_is_what_can_be_learned_and_what_can_be_counted() -> None:
+def test_a_recommendation_is_what_can_be_learned_or_counted() -> None:
     falling = np.linspace(1.0, 0.5, 1001)
     counts = np.array([ENOUGH] * 400 + [COUNTED] * 300 + [COUNTED - 1] * 300)
     assert recommend(Curve(falling, counts))["add"] == 700

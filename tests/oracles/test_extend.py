@@ -12,8 +12,8 @@ import transformers
 from lapis.checkpoint import open_checkpoint
 from lapis.errors import ConfigError, DataError
 from lapis.families.config import ModelConfig, Rope
-from lapis.language.distill import choose_snippets, distill, snippets_of
 from lapis.language.extend import extend
+from lapis.language.rows.distill import choose_snippets, distill, snippets_of
 from lapis.model.load import load, save
 from lapis.model.transformer import Transformer
 from lapis.text.tokenizer.extend import ExtendableTokenizer

@@ -31,7 +31,6 @@ from lapis.checkpoint.commit import commit, commit_file
 from lapis.checkpoint.files import read_json
 from lapis.config import dump_yaml, load_yaml
 from lapis.errors import DataError
-from lapis.language.calibrate import token_shares
 from lapis.language.card.card import make_card, write_card
 from lapis.language.card.folder import PARTS, held_out_of, how_made, measured_files, parents_of
 from lapis.language.extend import add_rows, open_source
@@ -39,6 +38,7 @@ from lapis.language.fertility import Report, fertility
 from lapis.language.inputs import check_inputs, stamps
 from lapis.language.plan import PLAN, AdaptPlan, earlier_speed, read_plan
 from lapis.language.replay import bits_per_byte, draw_replies, draw_texts
+from lapis.language.rows.calibrate import token_shares
 from lapis.language.steps import Steps
 from lapis.language.texts import after_bytes, first_bytes, first_sentence, read_texts, write_lines, write_texts
 from lapis.model.check import read_config

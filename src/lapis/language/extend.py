@@ -3,7 +3,7 @@
     extend("smollm2", ["ko/"], "smollm2-ko", add=10_000, replay=["en/"])
 
 Merges are learned on the text (text/tokenizer/extend.py), rows of the embedding and the head are made for them
-(weights/rows.py, calibrate.py, distill.py), and the model is written as a folder that everything else loads. A folder
+(weights/rows.py, rows/), and the model is written as a folder that everything else loads. A folder
 that holds a tokenizer alone gives a tokenizer alone.
 """
 
@@ -231,14 +231,14 @@ def add_rows(
     rows = first_rows(checkpoint, tables, gained.old_tokens, simple, seed)
     trained, notes = tables.embed, list[str]()
     if init == "distilled":
-        from lapis.language.distill import distill
+        from lapis.language.rows.distill import distill
 
         rows[trained] = distill(
             checkpoint, base, gained, list(bare_texts(files)), rows[trained], snippets=snippets, seed=seed,
             progress=progress,
         )  # fmt: skip
     if init == "calibrated":
-        from lapis.language.calibrate import calibrate
+        from lapis.language.rows.calibrate import calibrate
 
         trained = tables.embed if tables.tied else tables.head[0]
         means_ND = rows[trained]

@@ -2,9 +2,9 @@
 
 Whether to extend is decided by the tokens that can be learned: Token Distillation (Dobler et al., arXiv:2505.20133)
 takes 100 snippets for a token, so those count that occur as often in the text at hand, and they must save a tenth of
-all tokens. Then rarer ones are taken, too: their rows begin as likely as they are (calibrate.py), so they make text
-shorter and likelier without being learned. Among these sizes the one with the fewest FLOPs for a byte is best: more
-tokens make text shorter and the head larger.
+all tokens. Then rarer ones are taken, too: their rows begin as likely as they are (rows/calibrate.py), so they make
+text shorter and likelier without being learned. Among these sizes the one with the fewest FLOPs for a byte is best:
+more tokens make text shorter and the head larger.
 """
 
 from dataclasses import dataclass

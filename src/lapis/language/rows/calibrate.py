@@ -21,10 +21,9 @@ from torch import Tensor
 
 from lapis.checkpoint import Checkpoint
 from lapis.errors import DataError
-from lapis.language.distill import GrownEmbed, document_lead
+from lapis.language.rows.grown import GrownEmbed, document_lead
 from lapis.language.texts import first_bytes
 from lapis.model.load import load
-from lapis.model.threads import settle_threads
 from lapis.model.transformer import Transformer
 from lapis.text.tokenizer.extend import ExtendableTokenizer, Extension
 
@@ -72,7 +71,6 @@ def calibrate(
         DataError: Where the text holds none of the new tokens.
     """
     model = load(checkpoint, torch.float32)
-    settle_threads(next(model.parameters()).device)
     first, written = gained.first, _rows(base, gained, texts, seed, PLACES)
     if not any(i >= first for ids in written for i in ids):
         raise DataError("extend: the text holds none of the new tokens, so there is nothing to calibrate their rows by")

@@ -15,14 +15,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from lapis.checkpoint import Checkpoint
 from lapis.errors import DataError
+from lapis.language.rows.grown import GrownEmbed, document_lead
 from lapis.model.load import load
-from lapis.model.transformer import Embed, Transformer
+from lapis.model.transformer import Transformer
 from lapis.text.tokenizer.extend import ExtendableTokenizer, Extension
-from lapis.text.tokenizer.folder import read_named_tokens
 from lapis.text.tokenizer.vocabulary import BYTE_TOKEN
 from lapis.text.tokenizer.words import batches
 
@@ -39,27 +39,6 @@ class Snippet:
     new: list[int]
     old_ends: list[int]
     new_ends: list[int]
-
-
-class GrownEmbed(nn.Module):
-    """An embedding with rows for new ids from `first` on, which alone are trained."""
-
-    def __init__(self, inner: Embed, rows_ND: Tensor, first: int) -> None:
-        super().__init__()
-        self.inner, self.first = inner, first
-        self.rows = nn.Parameter(rows_ND.clone())
-
-    @property
-    def weight(self) -> Tensor:
-        return self.inner.weight
-
-    def forward(self, ids_BT: Tensor, positions: Tensor, types_BT: Tensor | None) -> Tensor:
-        new_BT = ids_BT >= self.first
-        # the old row of a new token is id 0's, and is replaced below; what is added to a row stays
-        x_BTD: Tensor = self.inner(torch.where(new_BT, 0, ids_BT), positions, types_BT)
-        own_BTD = nn.functional.embedding((ids_BT - self.first).clamp_min(0), self.rows).to(x_BTD.dtype)
-        difference_BTD = (own_BTD - self.inner.weight[0]) * self.inner.scale
-        return torch.where(new_BT[..., None], x_BTD + difference_BTD, x_BTD)
 
 
 def distill(
@@ -177,13 +156,6 @@ def _sizes(base: ExtendableTokenizer, gained: Extension) -> NDArray[np.int64]:
         else:
             sizes[i] = 1 if BYTE_TOKEN.fullmatch(token) and not base.byte_level else len(token.encode())
     return sizes
-
-
-def document_lead(base: ExtendableTokenizer) -> list[int]:
-    """What a document begins with: the BOS token where the tokenizer has one, else the end of the one before."""
-    named = read_named_tokens(base.source)
-    token = named.get("bos_token") or named.get("eos_token")
-    return [base.ids[token]] if token in base.ids else []
 
 
 def _loss(model: Transformer, grown: GrownEmbed, batch: Sequence[Snippet]) -> Tensor:
