@@ -27,7 +27,6 @@ HERE = Path(__file__).parent
 ASSETS = HERE / "assets"
 # what mkdocs-material calls the colors -> the role that they have in every picture and page of lapis
 ROLES = {
-    "primary-fg-color": "lapis",
     "accent-fg-color": "orange",
     "typeset-a-color": "lapis",
     "default-bg-color": "paper",
@@ -44,7 +43,7 @@ ROLES = {
     "footer-fg-color--lighter": "quiet",
 }
 EXTENSIONS = ["tables", "toc", "pymdownx.superfences", "pymdownx.highlight"]
-FEATURES = ["navigation.sections", "navigation.footer", "navigation.top", "toc.follow", "content.code.copy"]
+FEATURES = ["navigation.sections", "navigation.footer", "navigation.top", "toc.integrate", "content.code.copy"]
 
 
 def build(book: Book, outputs: dict[str, Outputs], out: Path) -> Path:
@@ -163,10 +162,10 @@ def _results(cell: Shown, label: str) -> list[str]:
 
 
 def _colors() -> str:
-    """The colors of lapis as variables of mkdocs-material, and what the script of the figures reads."""
+    """The fonts and colors of lapis as variables of mkdocs-material; the header is the same in both modes."""
     rules = [f":root{{--md-code-font:{MONO};--md-text-font:{theme.SANS}}}"]
     for mode, scheme in enumerate(("default", "slate")):
         values = {f"--md-{name}": theme.COLORS[role][mode] for name, role in ROLES.items()}
-        values["--md-primary-bg-color"] = theme.COLORS["paper"][mode]
+        values |= {"--md-primary-fg-color": theme.color("lapis"), "--md-primary-bg-color": theme.color("paper")}
         rules.append(f'[data-md-color-scheme="{scheme}"]{{' + ";".join(f"{k}:{v}" for k, v in values.items()) + "}")
     return "\n".join(rules) + "\n"
