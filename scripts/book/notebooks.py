@@ -16,6 +16,7 @@ import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from traitlets.config import Config
 
 from lapis.errors import DataError
 from scripts.book.chapters import BOOK, Book, Cell, Chapter, Prose
@@ -70,7 +71,10 @@ def run_chapters(chapters: Sequence[Chapter], report: Callable[[str], None] = la
             "PLOTLY_RENDERER": "plotly_mimetype",
         }
         notebook = new_notebook(cells=cells)
-        client = NotebookClient(notebook, timeout=CELL_SECONDS, record_timing=False, on_cell_start=started)
+        by_file = Config({"KernelManager": {"transport": "ipc"}})  # no port of this machine listens to what cells say
+        client = NotebookClient(
+            notebook, timeout=CELL_SECONDS, record_timing=False, on_cell_start=started, config=by_file
+        )
         try:
             client.execute(env=environment)
         except CellExecutionError as error:

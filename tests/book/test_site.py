@@ -64,7 +64,7 @@ def test_nothing_runs_out_of_a_narrow_screen(visit, place):
 @pytest.mark.browser
 def test_the_search_finds_a_chapter_in_a_folder(visit):
     page = visit("index.html")
-    page.locator("label[for=__search]").first.click()
+    page.locator("input.md-search__input").click()
     page.locator("input.md-search__input").press_sequentially("softmax", delay=20)
     page.wait_for_selector("a.md-search-result__link[href*='04-attention']", timeout=60_000)
 
