@@ -178,9 +178,13 @@ class ChatRequest(SamplingBody):
 
 
 class LensRequest(Body):
-    """POST /lapis/lens. reply: its token ids, or its text, which may be cut into other tokens than those it had."""
+    """POST /lapis/lens. reply: its token ids, or its text, which may be cut into other tokens than those it had.
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MOST_MESSAGES)]
+    What stands before it is a chat, in `messages`, or a text that goes on, in `prompt`.
+    """
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MOST_MESSAGES)] | None = None
+    prompt: str | Annotated[list[int], Field(min_length=1)] | None = None
     reply: str | list[int]
     place: Annotated[int, Field(ge=0, le=2**31)]
     """Of a token in the reply, from 0; the number of tokens is the place behind the last."""

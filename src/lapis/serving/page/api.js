@@ -57,20 +57,28 @@ async function errorOf(response) {
   return new ServerError(kind, typeof detail === "string" ? detail : "", Number(response.headers.get("Retry-After")) || 0);
 }
 
-/** The models that are served: { name, chats }, chats being false where a model has no chat template. */
+/**
+ * The models that are served: { name, chats, completes }. chats is false where a model has no chat template, completes
+ * where it writes no text at all.
+ */
 export async function servedModels() {
   const list = await (await ask("v1/models")).json();
-  return list.data.map(model => ({ name: model.id, chats: model.chat !== false }));
+  return list.data.map(model => ({
+    name: model.id, chats: model.chat !== false, completes: model.completions !== false,
+  }));
 }
 
 /**
- * A reply, in pieces as they come.
- * @param {Object} request as OpenAI's chat completions have it, without what makes it a stream
+ * A reply, or how a text goes on, in pieces as they come.
+ * @param {Object} request as OpenAI's chat completions have it, or with a prompt as its completions do, without what
+ *   makes it a stream
  * @param {AbortSignal} signal
  * @yields {{text: string, tokens: Object[], reason: string|null}}
  */
 export async function* streamReply(request, signal) {
-  const response = await ask("v1/chat/completions", { ...request, stream: true, logprobs: true, top_logprobs: 5 }, signal);
+  const chat = request.prompt === undefined;
+  const shown = chat ? { logprobs: true, top_logprobs: 5 } : { logprobs: 5 };
+  const response = await ask(chat ? "v1/chat/completions" : "v1/completions", { ...request, ...shown, stream: true }, signal);
   const events = eventsOf(response.body);
   try {
     for (;;) {
@@ -81,7 +89,7 @@ export async function* streamReply(request, signal) {
       const choice = value.choices?.[0];
       if (choice) {
         yield {
-          text: choice.delta?.content ?? "",
+          text: choice.delta?.content ?? choice.text ?? "",
           tokens: choice.logprobs?.content ?? [],
           reason: choice.finish_reason ?? null,
         };
@@ -95,7 +103,7 @@ export async function* streamReply(request, signal) {
   }
 }
 
-/** What every layer would have said at a place of a reply: see `POST /lapis/lens`. */
-export async function readLens(model, messages, reply, place, signal) {
-  return (await ask("lapis/lens", { model, messages, reply, place }, signal)).json();
+/** What every layer would have said at a place of a reply: see `POST /lapis/lens`. before: { messages } or { prompt }. */
+export async function readLens(model, before, reply, place, signal) {
+  return (await ask("lapis/lens", { model, ...before, reply, place }, signal)).json();
 }

@@ -5,9 +5,9 @@
 
 /** One model's answer to one turn: its text, its tokens, and how it went. */
 export class Reply {
-  constructor(model, messages, seed) {
+  constructor(model, before, seed) {
     this.model = model;
-    this.messages = messages;  // what the model read before it
+    this.before = before;      // what the model read before it: { messages }, or { prompt } where it only goes on with text
     this.seed = seed;
     this.text = "";
     this.tokens = [];          // { token, id, logprob, bytes, top_logprobs } each, as the server sends them
@@ -69,18 +69,25 @@ export class Conversation {
     return [...messages, { role: "user", content: turn.text }];
   }
 
-  /** Puts a new reply of `model` into a turn. With a seed, another try draws from the next one. */
-  begin(turn, model, system, seed) {
-    const before = turn.tries.get(model) ?? 0;
-    turn.tries.set(model, before + 1);
-    const reply = new Reply(model, this.messagesFor(model, turn, system), seed + before);
+  /** Puts a new reply of `model` into a turn. With a seed, another try draws from the next one. A model that does not
+   * chat goes on with the words of the turn alone. */
+  begin(turn, model, system, seed, chats = true) {
+    const tries = turn.tries.get(model) ?? 0;
+    turn.tries.set(model, tries + 1);
+    const before = chats ? { messages: this.messagesFor(model, turn, system) } : { prompt: turn.text };
+    const reply = new Reply(model, before, seed + tries);
     turn.replies.set(model, reply);
     return reply;
   }
 
-  /** One line for each model that answered, as `lapis train` reads chats: {"messages": [...]}. Equal lines stand once. */
+  /**
+   * One line for each model that answered, as `lapis train` reads chats: {"messages": [...]}. Equal lines stand once. Where
+   * no model chats, a line for each text that went on, as it reads texts: {"text": ...}.
+   */
   toJsonl(system) {
-    const models = new Set(this.turns.flatMap(turn => [...turn.replies.values()].filter(r => r.usable).map(r => r.model)));
+    const usable = this.turns.flatMap(turn => [...turn.replies.values()].filter(reply => reply.usable));
+    const models = new Set(usable.filter(reply => reply.before.messages).map(reply => reply.model));
+    if (!models.size) return usable.map(reply => `${JSON.stringify({ text: reply.before.prompt + reply.text })}\n`).join("");
     const lines = [...models].map(model => {
       const messages = system.trim() ? [{ role: "system", content: system.trim() }] : [];
       for (const turn of this.turns) {
@@ -93,9 +100,8 @@ export class Conversation {
   }
 }
 
-/** The reply of a model to a turn, else the first one that another gave, else null. */
+/** The reply of a model to a turn, else the first one that another gave, else null. A text that went on is no reply. */
 function answerOf(turn, model) {
-  const own = turn.replies.get(model);
-  if (own?.usable) return own;
-  return [...turn.replies.values()].find(reply => reply.usable) ?? null;
+  const replies = [...turn.replies.values()].filter(reply => reply.usable && reply.before.messages);
+  return replies.find(reply => reply.model === model) ?? replies[0] ?? null;
 }

@@ -26,8 +26,8 @@ export class LensPanel {
     if (!this.place.childElementCount) this.place.append(element("p", { class: "note" }, t("lens_reading")));
     await new Promise(resolve => { this.timer = setTimeout(resolve, PAUSE); });
     try {
-      const { model, messages, tokens } = this.reply;
-      const seen = await readLens(model, messages, tokens.slice(0, place + 1).map(token => token.id), place, asked.signal);
+      const { model, before, tokens } = this.reply;
+      const seen = await readLens(model, before, tokens.slice(0, place + 1).map(token => token.id), place, asked.signal);
       this.known.set(place, seen);
       if (!asked.signal.aborted) this.#draw(seen);
     } catch (error) {

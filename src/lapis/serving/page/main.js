@@ -6,7 +6,7 @@ import { Conversation } from "./conversation.js";
 import { button, element } from "./dom.js";
 import { errorText } from "./errors.js";
 import { LANGUAGES, list, preferred, t, useLanguage } from "./language.js";
-import { chosenModels, sampling, renameModels, showModels, systemPrompt } from "./settings.js";
+import { chats, chosenModels, sampling, renameModels, showModels, systemPrompt } from "./settings.js";
 import { ConversationView } from "./view.js";
 
 const field = name => document.getElementById(name);
@@ -40,7 +40,7 @@ async function letAnswer(turn, models) {
   }
   running = new AbortController();
   problem = null;
-  const replies = models.map(model => conversation.begin(turn, model, systemPrompt(), settings.seed));
+  const replies = models.map(model => conversation.begin(turn, model, systemPrompt(), settings.seed, chats(model)));
   draw();
   followEnd(true);
   announce(t("writing", { model: list(models) }));
@@ -54,7 +54,7 @@ async function letAnswer(turn, models) {
 
 async function write(reply, { temperature, longest }, signal) {
   reply.temperature = temperature;
-  const request = { model: reply.model, messages: reply.messages, temperature, max_tokens: longest, seed: reply.seed };
+  const request = { model: reply.model, ...reply.before, temperature, max_tokens: longest, seed: reply.seed };
   try {
     for await (const piece of streamReply(request, signal)) {
       reply.add(piece);

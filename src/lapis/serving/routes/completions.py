@@ -31,6 +31,7 @@ from lapis.serving.routes.replies import (
     event,
     failure,
     gather,
+    logprob_objects,
     merged,
     while_connected,
     written,
@@ -84,7 +85,10 @@ def prepare(body: CompletionRequest, served: ServedModel) -> tuple[list[Order], 
 
 
 def logprob_lists(served: ServedModel, scores: Sequence[TokenScore], offset: int) -> dict[str, Any]:
-    """Log-probabilities as completions have them. offset: characters before the first token."""
+    """Log-probabilities as completions have them; `content`, as chats have them, is beyond that.
+
+    offset: characters before the first token.
+    """
     texts, offsets = [], []
     for score in scores:
         texts.append(served.tokenizer.decode([score.id]))
@@ -96,6 +100,7 @@ def logprob_lists(served: ServedModel, scores: Sequence[TokenScore], offset: int
         "token_logprobs": [written(score.logprob) for score in scores],
         "top_logprobs": tops,
         "text_offset": offsets,
+        "content": logprob_objects(served, scores),
     }
 
 
