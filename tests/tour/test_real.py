@@ -132,6 +132,7 @@ def test_the_graft_is_the_arithmetic_it_says(finished: dict[str, Any]) -> None:
 def test_the_page_names_the_model_and_how_it_was_made(place: Path, finished: dict[str, Any]) -> None:
     html = Path(finished["report"]).read_text(encoding="utf-8")
     assert f"lapis tour --real --model {place / 'model'} --tokens {TOKENS}" in html
+    assert "Of held-out chats and text" in html and "More is learned with a larger --tokens" in html
     assert "as it came" in html and "tuned on English chats" in html and "<script src" not in html
     assert "left as it is" in page({**finished, "difference": {**finished["difference"], "rows": []}})
 

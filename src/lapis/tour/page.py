@@ -15,6 +15,7 @@ Findings = Mapping[str, Any]
 FEW = 0.5  # of the questions: below, most answers are wrong
 FEW_IN_TARGET = 0.15  # of the questions in the target language, in which no chat was trained
 HALF = 0.5  # of what tuning on the same chats gives
+SHORT_WAY = 0.1  # nats per token between adapted and tuned: below, the share of the way that a graft goes says little
 
 LABELS = {"answers": "right", "response_nll": "response NLL", "stop_rate": "stops", "bits_per_byte": "bits/byte"}
 """Scores in the order in which they are shown, and their short names."""
@@ -53,7 +54,10 @@ def page(findings: Findings) -> str:
     if advice(findings):
         report.text(advice(findings))
     report.section("Six models" if "yardstick" in scores else "Five models", _explained(findings))
-    report.table(_score_rows(findings, names), _score_columns(findings), caption=SCORES_CAPTION, mark=("grafted",))
+    marked = scores["grafted"][english]["answers"] is not None
+    meanings = "; ".join(f"**{LABELS[key]}**: {MEANS[key]}" for key in LABELS if marked or key != "answers")
+    caption = f"Of held-out {'questions, ' if marked else ''}chats and text. {meanings}."
+    report.table(_score_rows(findings, names), _score_columns(findings), caption=caption, mark=("grafted",))
     _answers(report, findings, names)
     budget = findings["budget"]
     rule = (
@@ -111,9 +115,6 @@ SHOWN = {
     "stop_rate": (".0%", ""),
     "bits_per_byte": (".3f", "min"),
 }
-SCORES_CAPTION = (
-    "Of held-out questions, chats and text. " + "; ".join(f"**{LABELS[key]}**: {MEANS[key]}" for key in LABELS) + "."
-)
 WHAT_RUNS = {
     "pre-training": "adapted goes on from base, in another language; the step at its start is the change of text.",
     "chat tuning": "Loss on the assistant's tokens only.",
@@ -237,7 +238,7 @@ def _by_likelihood(findings: Findings) -> str:
     return (
         f"Without a training step the graft {went} from the model that was moved to {names[target]} to the same tuned "
         f"on the chats, by how likely each finds the right replies; {names[target]} text became "
-        f"{findings['cost']:+.1%} harder to predict."
+        f"{abs(findings['cost']):.1%} {'harder' if findings['cost'] > 0 else 'easier'} to predict."
     )
 
 
@@ -247,7 +248,7 @@ def advice(findings: Findings) -> str:
     scores, names = findings["scores"], findings["names"]
     right = {(name, code): part[code]["answers"] for name, part in scores.items() for code in (english, target)}
     if right["chat", english] is None:
-        return ""
+        return _advice_by_likelihood(findings)
     more = f"lapis tour --minutes {max(5.0, 2 * findings['minutes']):g} --out another/folder"
     if right["chat", english] < FEW:
         return (
@@ -274,3 +275,16 @@ def advice(findings: Findings) -> str:
             "model on some with lapis train"
         )
     return ""
+
+
+def _advice_by_likelihood(findings: Findings) -> str:
+    """Where tuning itself changed little, what that means for the share of the way; nothing where it changed much."""
+    target = findings["languages"][1]
+    adapted, tuned = (findings["scores"][name][target]["response_nll"] for name in ("adapted", "tuned"))
+    if adapted - tuned >= SHORT_WAY:
+        return ""
+    more = "--tokens" if "model" in findings else "--minutes"
+    return (
+        f"Tuning on the chats changed little ({adapted:.2f} to {tuned:.2f} nats per token of replies in "
+        f"{findings['names'][target]}), so the share of that way says little. More is learned with a larger {more}."
+    )
