@@ -106,7 +106,8 @@ def _check(given: dict[str, str]) -> Tokenizer:
             f"tour: {speaker} has no chat template, in which chats are written; give --chat, the chat version of "
             "--model, or another --model"
         )
-    tokenizer.check_rows(read_config(speaker).vocab)
+    for place in given.values():
+        tokenizer.check_rows(read_config(place).vocab)
     if "chat" in given:
         plan_graft(base, given["chat"], base)
     return tokenizer
