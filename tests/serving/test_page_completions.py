@@ -45,7 +45,7 @@ def goes_on(server, prompt: str, **fields) -> dict:
     return httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).json()["choices"][0]
 
 
-def test_the_one_that_chats_comes_first_and_the_other_is_explained(visitor):
+def test_who_chats_comes_first_and_the_other_is_explained(visitor):
     page = visitor.page
     assert page.input_value("#first") == "chats" and page.input_value("#second") == "plain"
     assert page.locator("#second option").all_text_contents() == ["None", "plain (goes on with text)"]
