@@ -21,7 +21,7 @@ from traitlets.config import Config
 from lapis.errors import DataError
 from scripts.book.chapters import BOOK, Book, Cell, Chapter, Prose
 
-CELL_SECONDS = 60
+CELL_SECONDS = 600  # the first cell that asks for the models of the book trains them
 FIGURE = "application/vnd.plotly.v1+json"
 SOURCE = BOOK.parents[1] / "src"
 FRESH = "%reset -f\n%cd -q {folder}\n__import__('torch').seed()\n__import__('torch').set_grad_enabled(True)\nNone"

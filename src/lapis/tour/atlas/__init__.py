@@ -1,0 +1,1 @@
+"""The book's small world: a seed in, texts, chats and four tiny models of fourteen countries out."""
