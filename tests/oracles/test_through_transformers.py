@@ -16,9 +16,10 @@ from lapis.generation.generate import Decoding, generate_batch
 from lapis.generation.options import Sampling
 from lapis.inside.attention_map import attention_maps
 from lapis.inside.trace import anatomy, trace
-from lapis.model.reading.outside import OutsideHead, load_outside, read_outline
+from lapis.model.reading.opening import load_outside, read_outline
+from lapis.model.reading.outside import OutsideHead
 from lapis.model.scoring import ScoredSequence, nll
-from lapis.text.tokenizer.tokenizer import Tokenizer
+from lapis.text.tokenizer.tokenizer import Tokenizer, train_tokenizer
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -260,3 +261,27 @@ def test_without_the_extra_the_command_to_install_it_is_named(tmp_path, monkeypa
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)
     with pytest.raises(MissingExtra, match=r"gpt_neox.*pip install 'lapis\[hf\]'"):
         read_outline(checkpoint)
+
+
+def test_the_commands_take_such_a_folder_as_typed(tmp_path, run):
+    """lens with attention maps, eval, generate; and one line where lapis' own model is needed."""
+    folder, text = tmp_path / "m", tmp_path / "text.txt"
+    config = transformers.BloomConfig(hidden_size=48, n_layer=3, n_head=4, vocab_size=330)
+    transformers.BloomForCausalLM(config).save_pretrained(folder)
+    text.write_text("in Malaysia they say Kuala Lumpur")
+    train_tokenizer(["in Malaysia they say Kuala Lumpur " * 40], 300).save(folder)
+    status, out, err = run("eval", folder, "--text", text, "--json")
+    assert status == 0, err
+    assert any("runs through transformers" in note for note in json.loads(out)["notes"])
+    status, out, err = run("generate", folder, "in Malaysia", "--max-tokens", 4, "--json")
+    assert status == 0 and any("runs through transformers" in note for note in json.loads(out)["notes"]), err
+    page = tmp_path / "page.html"
+    status, out, err = run("lens", folder, "in Malaysia", "--track", "Kuala", "--html", page, "--json")
+    assert status == 0 and "runs through transformers" in err, err
+    assert len(json.loads(out)["layers"]) == 3
+    for arguments in (
+        ("generate", folder, "x", "--weights", "int8"), ("eval", folder, "--pairs", text), ("serve", folder),
+        ("export", folder, "--gguf", tmp_path / "x.gguf"),
+    ):  # fmt: skip
+        status, _, err = run(*arguments)
+        assert status == 1 and len(err.strip().splitlines()) == 1, (arguments, err)

@@ -89,7 +89,7 @@ def diff(
     if unrelated(difference):
         raise CheckpointError(f"{a} and {b}: cosine 0.00 in every layer: these are not parent and child")
 
-    activity = _activity([a, b], activations, options, runtime) if activations else None
+    activity = _activity(a, b, activations, options, runtime) if activations else None
     result = difference.to_json()
     if activity is not None:
         result["activations"] = activity.to_json()
@@ -152,7 +152,7 @@ def diff(
 
 
 def _activity(
-    sources: list[str], files: list[Path], options: DifferenceOptions, runtime: Runtime
+    a: str, b: str, files: list[Path], options: DifferenceOptions, runtime: Runtime
 ) -> "ActivationDifference":  # fmt: skip
     """The mean difference of activations over the first places of texts."""
     from lapis.generation.ready import choose_common_dtype, choose_device
@@ -161,10 +161,10 @@ def _activity(
 
     device = choose_device(runtime.device)
     settle_threads(device)
-    dtype, remarks = choose_common_dtype(sources, runtime.dtype, device)
+    dtype, remarks = choose_common_dtype([a, b], runtime.dtype, device)
     notes(remarks)
     with progress("running the texts", "tokens") as report:
-        return activation_difference(*sources, files, options, device=device, dtype=dtype, progress=report)
+        return activation_difference(a, b, files, options, device=device, dtype=dtype, progress=report)
 
 
 def _print_directions(rows: list[dict[str, Any]]) -> None:

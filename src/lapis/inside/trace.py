@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lapis.errors import LapisError
 from lapis.model.blocks.attention import View, additive
+from lapis.model.cache import Cache
 from lapis.model.heads import LanguageHead
 from lapis.model.reading.outside import OutsideHead, OutsideModel
 from lapis.model.reading.readable import TokenCache
@@ -98,7 +99,7 @@ def _own(model: Transformer, name: str) -> Anatomy:
         ids_BT: Tensor, cache: TokenCache | None, branches: Branches | None, places: Places
     ) -> Callable[[slice], Tensor]:
         if branches is None:
-            state_PD = model.hidden(ids_BT, cache=cache)[places]
+            state_PD = model.hidden(ids_BT, cache=cast(Cache | None, cache))[places]
         else:
             x_BTD, shared = model.start(ids_BT, positions_BT=branches.positions_BT)
             full, near = (_hide(view, branches.seen_TT, x_BTD.dtype) for view in (shared.full, shared.near))

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lapis.model.reading.outside import quiet
+from lapis.model.reading.opening import quiet
 
 NAME = "lapis"
 
@@ -70,7 +70,7 @@ def _noted(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The eager attention that stands beside the module's class, with its weights noted."""
-    eager = sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
+    eager = sys.modules[type(module).__module__].eager_attention_forward
     mixed, weights_BHTS = eager(module, query, key, value, attention_mask, **options)
     records, last = _records.get()
     scale = options.get("scaling")

@@ -5,7 +5,7 @@ import torch
 from lapis.checkpoint import Checkpoint
 from lapis.model.check import read_config
 from lapis.model.load import load
-from lapis.model.reading.outside import load_outside, read_outline
+from lapis.model.reading.opening import load_outside, read_outline
 from lapis.model.reading.readable import Outline, ReadableModel
 
 

@@ -10,7 +10,7 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -20,6 +20,7 @@ from lapis.inside.lens.logit_lens import Seen, best_anywhere, look, see
 from lapis.inside.lens.table import Reading
 from lapis.inside.prompt import token_word
 from lapis.inside.trace import anatomy
+from lapis.model.cache import Cache
 from lapis.model.reading.readable import TokenCache
 from lapis.serving.engine.engine import Engine
 from lapis.serving.engine.served import ServedModel
@@ -66,7 +67,7 @@ class LensReader:
                 cache = served.model.new_cache(1, len(ids))
             while (done := cache.length) < len(ids) - 1:
                 piece = ids[done : min(done + self._engine.piece(served.name), len(ids) - 1)]
-                await self._engine.compute(served.name, partial(_read, piece=piece, cache=cache))
+                await self._engine.compute(served.name, partial(_read, piece=piece, cache=cast(Cache, cache)))
             result = await self._engine.compute(served.name, partial(look_inside, ids=ids, token=token, cache=cache))
             memory.keep(cache, ids)
         return {"object": "lapis.lens", "model": served.name, "place": place, "at_end": token is None} | result
@@ -87,7 +88,7 @@ def checked(served: ServedModel, prompt: Sequence[int], reply: Sequence[int], pl
 
 
 @torch.inference_mode()
-def _read(served: ServedModel, piece: list[int], cache: TokenCache) -> None:
+def _read(served: ServedModel, piece: list[int], cache: Cache) -> None:
     """Reads a piece of what stands before the place."""
     served.model.hidden(torch.tensor([piece], device=served.model.embed.weight.device), cache=cache)
 

@@ -75,11 +75,11 @@ def directions(
     for name, part, a, b in pairs:
         if part.layer is None or part.kind != "weight" or len(a.shape) != 2:
             continue
-        side = _side(one, name, part, tuple(a.shape), width)
-        if side is None:
+        known = _side(one, name, part, tuple(a.shape), width)
+        if known is None:
             unclear.append(part.component)
         else:
-            chosen.append((name, part, a, b, *side))
+            chosen.append((name, part, a, b, *known))
     rows: list[Direction] = []
     for done, (name, part, a, b, side, turned) in enumerate(chosen, 1):
         rows += _of_matrix(name, part, a, b, side, turned)
