@@ -27,6 +27,7 @@ from lapis.checkpoint.tensor_file import header_bytes  # noqa: E402
 
 SHAPES = {  # dim, layers, heads, kv heads, ffn, vocab, tied, tensors files
     "tiny": (256, 4, 4, 2, 704, 8192, True, 1),
+    "0.05b": (512, 12, 8, 4, 1536, 32000, True, 1),
     "0.5b": (896, 24, 14, 2, 4864, 151936, True, 1),
     "1.1b": (2048, 22, 32, 4, 5632, 32000, False, 1),
     "7b": (4096, 32, 32, 8, 14336, 32000, False, 3),

@@ -38,6 +38,7 @@ from results_file import add_table
 
 from lapis.weights.engine.ahead import AHEAD
 from lapis.weights.engine.tiles import TILE
+from lapis.weights.merge.merge import merge
 
 ROLES = ("base", "chat", "onto")
 DELAY, RATE = 0.05, 125e6  # seconds of a round trip; bytes a second
@@ -173,41 +174,49 @@ def kills(work: Path, given: argparse.Namespace) -> list[str]:
     with server(place) as address:
         os.environ.update(environment(work, address))
 
-        def start(*more: str) -> subprocess.Popen:
-            command = [sys.executable, "-m", "lapis", "merge", str(far), "--out", str(out), "--json", *more]
-            return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        def start(dry_run: bool = False) -> int:
+            """The merge in a child, which need not import everything anew; returns its process id."""
+            child = os.fork()
+            if child == 0:
+                try:
+                    done = merge(far, out, dry_run=dry_run)
+                    (work / "result.json").write_text(json.dumps(done.to_json()))
+                except BaseException as error:
+                    print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+                    os._exit(1)
+                os._exit(0)
+            return child
 
         def sent() -> dict[str, int]:
             time.sleep(0.1)  # what is on its way is counted, too
             with urllib.request.urlopen(f"{address}/sent") as answer:
                 return {role: json.loads(answer.read()).get(role, 0) for role in ROLES}
 
-        def cost(*more: str) -> dict[str, int]:
+        def cost(dry_run: bool = False) -> dict[str, int]:
             before = sent()
-            start(*more).communicate()
+            os.waitpid(start(dry_run), 0)
             return {role: after - before[role] for role, after in sent().items()}
 
-        cost("--dry-run")
-        opening = cost("--dry-run")
+        cost(dry_run=True)
+        opening = cost(dry_run=True)
         began = time.perf_counter()
         whole = cost()
         seconds = time.perf_counter() - began
         wanted = content(out)
         while killed < given.kills:
             shutil.rmtree(out, ignore_errors=True)
-            before, openings = sent(), 0
-            process = start()
-            time.sleep(chance.uniform(0.25, 1.0) * seconds)
-            process.send_signal(signal.SIGKILL)
-            process.communicate()
+            before, child = sent(), start()
+            time.sleep(chance.uniform(0.2, 1.0) * seconds)
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
             if out.exists():
                 continue
-            killed, openings = killed + 1, 1
-            result = json.loads(start().communicate()[0])
-            resumed += result["bytes_resumed"] > 0
+            killed += 1
+            os.waitpid(start(), 0)
+            resumed += json.loads((work / "result.json").read_text())["bytes_resumed"] > 0
             same += content(out) == wanted
             for role, after in sent().items():
-                more = after - before[role] - whole[role] - openings * opening[role]
+                more = after - before[role] - whole[role] - opening[role]
                 again.append(max(0, more))
             print(f"kill {killed}: {[f'{n / 1e6:.1f}' for n in again[-3:]]} MB twice", file=sys.stderr, flush=True)
     tile = TILE * 2

@@ -125,7 +125,8 @@ def test_an_interrupted_merge_fetches_nothing_again(hub, tmp_path, monkeypatch, 
     assert [note for note in result.notes if "agrees with the sha256" in note and "chat" in note]  # over both runs
     for role in ROLES:
         again = sum(max(0, n - 1 - 2 * known) for n, known in zip(sent(hub, role), opening[role], strict=True))
-        assert again <= ahead.AHEAD + 2 * SMALL  # what was on its way
+        unfinished = 3 * tiles.THREADS * 64 * 2  # tiles that wait for an earlier one
+        assert again <= ahead.AHEAD + 2 * SMALL + unfinished  # what was on its way
 
 
 def test_without_openssl_a_resumed_file_is_said_to_be_unchecked(hub, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from lapis.weights.engine.sources import RowsOf, Source, Stored
 
-AHEAD = 48 << 20  # bytes of inputs, of all sources together
+AHEAD = 32 << 20  # bytes of inputs, of all sources together
 
 T = TypeVar("T")
 Reads = Iterable[tuple[Source, int, int]]
