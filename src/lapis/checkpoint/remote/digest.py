@@ -45,6 +45,11 @@ class FileDigest:
             while early := [place for place in self._early if place <= self.at]:
                 self._take(early[0], memoryview(self._early.pop(early[0])))
 
+    def drop_early(self) -> None:
+        """Forgets what came early: samples of here and there, whose ends are no places that a rerun goes on from."""
+        with self._lock:
+            self._early = {}
+
     def _take(self, first: int, piece: memoryview) -> None:
         new = piece[self.at - first :]
         if not new:

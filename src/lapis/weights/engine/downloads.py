@@ -36,6 +36,8 @@ class Downloads:
             stored = _stored(source)
             if stored is None or (file := stored.remote) is None:
                 continue
+            if file.digest is not None and (source.role, file.name) not in self._files:
+                file.digest.drop_early()
             self._files[source.role, file.name] = file
             self._before.setdefault(id(file), file.delivered)
             self._totals[source.role] += share * (stored.place(prod(source.shape)) - stored.place(0))
