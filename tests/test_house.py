@@ -42,7 +42,7 @@ MAY_IMPORT = {
 
 # sub-packages of more than ten files, with the reason
 MANY_FILES = {
-    "checkpoint": "one of the eleven is the script of another process",
+    "checkpoint": "one of the twelve is the script of another process",
     "cli": "one file for each command",
     "families": "one file for each architecture",
 }

@@ -38,6 +38,17 @@ def test_extract_show_and_apply(lapis: Any) -> None:
     assert result["check"]["kl_from"]["the exact graft"] == 0.0, result["check"]
     status, out, err = lapis(*extract, "d1", "--bits", "1")
     assert status == 0 and json.loads(out)["check"]["kl_from"]["the exact graft"] > 0, err
+    Path("chats.jsonl").write_text(
+        '{"messages": [{"role": "user", "content": "the"}, {"role": "assistant", "content": "cat"}]}'
+    )
+    status, out, err = lapis(*extract, "d2", "--bits", "1", "--chats", "chats.jsonl")
+    likely = json.loads(out)["check"]["response_nll"]
+    assert (
+        lapis("graft", "--base", "base", "--chat", "chat", "--onto", "base", "--norms", "add", "--out", "exact")[0] == 0
+    )
+    status, out, err = lapis("eval", "exact", "--chats", "chats.jsonl", "--json")
+    assert likely["the exact graft"] == pytest.approx(json.loads(out)["chats"]["response_nll"], rel=1e-3), err
+    assert likely["base + delta"] != likely["the exact graft"]
     status, out, err = lapis("delta", "show", "d1")
     assert status == 0 and "1 bit" in out and "base: base" in out and "signs" in out, err
     keys = {"out", "tensors", "bytes_read", "bytes_written", "seconds", "peak_memory_bytes", "sha256"}

@@ -159,7 +159,7 @@ def test_statistics_that_do_not_fit_are_refused(folders, statistics, tmp_path):
     damaged.mkdir()
     held = load_file(statistics["fisher"] / "one" / FILE)
     for metadata, message in (
-        ({"format": "lapis-statistics", "version": "9"}, "its format, 9, is not known; gather it again"),
+        ({"format": "lapis-statistics", "version": "9"}, "format .9. is not known"),
         ({"format": "lapis-statistics", "version": "1", "statistics": "{"}, "its description cannot be read"),
         ({"format": "lapis-statistics", "version": "1", "statistics": json.dumps(
             {"kind": "fisher", "model": {"source": "x", "headers_sha256": "0"}, "same": {}})}, "of another model"),

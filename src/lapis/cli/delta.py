@@ -4,6 +4,8 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
+from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from lapis.weights.delta.file import DeltaFile
 
 WORST = 8  # tensors whose error is shown
+CHATS = 64  # whose replies are read
 
 
 def extract(
@@ -28,6 +31,7 @@ def extract(
     out: str,
     options: Annotated[ExtractOptions, Parameter(name="*")] = ExtractOptions(),  # noqa: B008
     smoke: bool = True,
+    chats: list[Path] | None = None,
     json: bool = False,
 ) -> None:
     """Write chat - base as a folder that `lapis delta apply` adds to a model: a chat vector as a file.
@@ -38,6 +42,7 @@ def extract(
         out: A new folder.
         smoke: At the end compare the predictions of base + delta with those of base + (chat - base) on a few prompts
             (fewer for larger models); --no-smoke leaves it out.
+        chats: jsonl of held-out chats: also say how likely both find the replies (the first 64 chats).
         json: Print one JSON object.
     """
     from lapis.weights.delta.extract import delta_extract
@@ -45,7 +50,7 @@ def extract(
     with bar("extracting") as report:
         result = delta_extract(base, chat, out, **asdict(options), progress=report)
     if smoke and not options.dry_run:
-        result.check = _compared(base, chat, out)
+        result.check = _compared(base, chat, out, chats)
     show(result.to_json(), json, lambda: _print_extracted(result))
 
 
@@ -91,19 +96,25 @@ def show_delta(delta: str, /, *, json: bool = False) -> None:
     show(file.to_json(), json, lambda: _print_file(file))
 
 
-def _compared(base: str, chat: str, out: str) -> dict[str, Any]:
+def _compared(base: str, chat: str, out: str, chats: list[Path] | None) -> dict[str, Any]:
     """How far the predictions of base + delta are from the exact graft's, or why that is not known."""
     import torch
 
-    from lapis.evaluation.agree import agreement
+    from lapis.evaluation.agree import agreement, reply_nll
     from lapis.model.threads import settle_threads
+    from lapis.text.corpus import corpus
     from lapis.weights.delta.trial import trial_models
 
     settle_threads(torch.device("cpu"))
     with progress("trying the delta out") as report:
         try:
             stored, exact = trial_models(base, chat, out)
-            return agreement(stored, {"the exact graft": exact}, name="base + delta", progress=report)
+            seen = agreement(stored, {"the exact graft": exact}, name="base + delta", progress=report)
+            if chats is not None:
+                report.stage("reading replies")
+                models = {"base + delta": stored, "the exact graft": exact}
+                seen["response_nll"] = reply_nll(models, islice(corpus.chats(chats), CHATS))
+            return seen
         except (LapisError, OSError, MemoryError) as error:  # the delta is there all the same
             return {"skipped": system_error(error) or str(error)}
 
@@ -120,6 +131,9 @@ def _print_extracted(result: "DeltaResult") -> None:
         _print_errors(result.relative_error, result.errors)
     if result.check:
         line(format_smoke(result.check))
+        if "response_nll" in result.check:
+            likely = [f"{nll:.4f} {name}" for name, nll in result.check["response_nll"].items()]
+            line(f"response NLL, in nats per token: {', '.join(likely)}")
     notes(result.notes)
 
 

@@ -120,6 +120,11 @@ def print_result(result: "MergeResult") -> None:
         needs = result.needs
         line(f"would write {result.out}: {counts}")
         line(f"needs {size(needs['disk_bytes'])} of disk and {size(needs['memory_bytes'])} of buffers")
+        for part in result.division or ():
+            if part["parts"] and part["processes"] <= result.division[0]["parts"]:  # type: ignore[index]
+                each = "the busiest of them " if part["processes"] > 1 else ""
+                moved = f"reads {size(part['read_bytes'])} and writes {size(part['written_bytes'])}"
+                line(f"{part['processes']} processes: {each}{moved}, in {part['parts']:,} parts")
     else:
         line(f"{result.out}: {counts}" + (" (why: lapis-merge.json)" if result.tensors.get("skipped") else ""))
         resumed = f" ({size(result.bytes_resumed)} were there from before)" if result.bytes_resumed else ""

@@ -21,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lapis.cli.streams import NotShown
+from lapis.config import environment_number
 from lapis.generation.text import for_terminal
 
 if TYPE_CHECKING:
@@ -39,8 +40,10 @@ def show(result: Mapping[str, Any], json: bool, render: Callable[[], None]) -> N
     """Prints `result` as the one JSON object of `--json`, or calls `render` to print it for people.
 
     Raises NotShown where standard output does not take it, unless the command has written what the result's "out"
-    names: then it is done, and a note says so.
+    names: then it is done, and a note says so. Of several processes of one job the first one prints.
     """
+    if environment_number("RANK", 0):
+        return
     try:
         if json:
             text = jsonlib.dumps(_finite(result), ensure_ascii=False)
@@ -220,6 +223,9 @@ def progress(label: str, unit: str = "") -> Iterator[Report]:
         A `Report`, to be called with (done, total).
     """
     report = Report(label, unit)
+    if environment_number("RANK", 0):  # of several processes of one job the first one shows how far it is
+        yield report
+        return
     if stderr.is_terminal:
         columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=24),
                    TextColumn("{task.fields[text]}", markup=False))  # fmt: skip

@@ -16,8 +16,9 @@ OF_A_SET = ("style", "style_out", "knowledge", "response_nll", "bits_per_byte", 
 
 def plan(
     *,
-    base: str,
-    chat: str,
+    base: str | None = None,
+    chat: str | None = None,
+    merge: Path | None = None,
     chats: list[Path] | None = None,
     text: list[Path] | None = None,
     choices: Path | None = None,
@@ -28,15 +29,17 @@ def plan(
     overwrite: bool = False,
     json: bool = False,
 ) -> None:
-    """Which layers to tune or merge, for a goal and a budget, beside random choices of the same size.
+    """Which layers to tune or merge, or which scales of a recipe, beside random choices.
 
     Puts the difference chat - base of one piece after another into base, and takes it out of chat, and measures what
     that does to replies and to plain text. Says first what that costs. With --out, a plan that was stopped or killed
-    goes on where it was when the same command is given again.
+    goes on where it was when the same command is given again. With --merge it searches the plain numbers of weight,
+    lambda, t and scale in a recipe, on half of the chats and texts, and compares on the other half.
 
     Args:
         base: The model that chat was tuned from.
         chat: Its chat version.
+        merge: A recipe of lapis merge, in place of base and chat; --out is the recipe with the scales that were found.
         chats: jsonl of chats to measure with; without them the choice rests on the tensors alone.
         text: Files of plain text that the model should not lose.
         choices: jsonl of questions of fact that it should not lose.
@@ -52,6 +55,7 @@ def plan(
 
     from lapis.checkpoint.commit import check_output
     from lapis.cli.output import line, progress, show, write_page
+    from lapis.errors import ConfigError
     from lapis.model.threads import settle_threads
     from lapis.planning.plan import plan as run
     from lapis.report.pages.plan import plan_page
@@ -63,6 +67,13 @@ def plan(
     if chats is not None:
         settle_threads(torch.device("cpu"))
     journal = None if out is None else out.parent / f".{out.name}.journal"
+    if merge is not None:
+        if base is not None or chat is not None or onto is not None or choices is not None:
+            raise ConfigError("plan: a recipe names its models; leave --base, --chat, --onto and --choices out")
+        _search(merge, chats, text, options, out, html, journal, overwrite=overwrite, json=json)
+        return
+    if base is None or chat is None:
+        raise ConfigError("plan: give --base and --chat, or --merge RECIPE")
     try:
         with progress("reading") as report:
             result = run(
@@ -81,6 +92,41 @@ def plan(
     if html is not None:
         write_page(plan_page(result.to_json()), html, overwrite=overwrite)
     show(result.to_json(), json, lambda: _print(result))
+
+
+def _search(
+    recipe: Path, chats: list[Path] | None, text: list[Path] | None, options: PlanOptions, out: Path | None,
+    html: Path | None, journal: Path | None, *, overwrite: bool, json: bool,
+) -> None:  # fmt: skip
+    """A recipe's scales, searched, shown and written."""
+    from lapis.cli.output import line, notes, progress, show, table, write_page
+    from lapis.errors import ConfigError
+    from lapis.planning.recipe_search import search_recipe
+    from lapis.report.pages.recipe_search import search_page
+
+    if chats is None:
+        raise ConfigError("plan: a recipe is measured with chats; give --chats, and --text")
+    with progress("reading") as report:
+        result = search_recipe(
+            recipe, chats, text, evaluations=options.evaluations, limit=options.limit, context=options.context,
+            seed=options.seed, allow_unrelated=options.allow_unrelated,
+            progress=lambda what, done, total: report(done, total, what), journal=journal,
+        )  # fmt: skip
+    if out is not None:
+        result.save(out, overwrite=overwrite)
+    if html is not None:
+        write_page(search_page(result.to_json()), html, overwrite=overwrite)
+
+    def render() -> None:
+        names = [knob["name"] for knob in result.knobs]
+        figures = [kind for kind in ("response_nll", "bits_per_byte") if kind in result.tried[0]]
+        rows = [[way, *row["values"], *(row[kind] for kind in figures)] for way, row in result.confirmed.items()]
+        headings = ["best of", *names, *(kind.replace("_", " ") for kind in figures)]
+        table(f"on what was not searched on, after {result.evaluations} evaluations", headings, rows)
+        line(result.finding())
+        notes(result.notes)
+
+    show(result.to_json(), json, render)
 
 
 def _print(result: "PlanResult") -> None:

@@ -8,17 +8,19 @@ choices.py).
 """
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from lapis.checkpoint import Checkpoint, open_checkpoint
 from lapis.errors import LapisError
+from lapis.evaluation.chats import score_chats
 from lapis.families import Family
 from lapis.model.load import load
 from lapis.model.size import free_memory
 from lapis.text.chat.chat import encode_prompt
+from lapis.text.corpus.corpus import ChatRecord
 from lapis.text.rows.sequences import together
 from lapis.text.tokenizer.tokenizer import Tokenizer
 
@@ -70,6 +72,20 @@ def agreement(
         else:
             result["kl_from"][role] = _divergence(own, rows, tokenizer, opened)
     return result
+
+
+def reply_nll(models: Mapping[str, Checkpoint], chats: Iterable[ChatRecord]) -> dict[str, float]:
+    """How likely each model finds the replies of some chats: name -> nats per token. One is in memory at a time.
+
+    Raises:
+        CheckpointError: Where one cannot be run.
+        DataError: Where no chat holds a reply.
+    """
+    records = list(chats)
+    return {
+        name: float(score_chats(load(model), Tokenizer.open(model), records, replies=())["response_nll"])
+        for name, model in models.items()
+    }
 
 
 def _opened(model: str | os.PathLike[str] | Checkpoint) -> Checkpoint:

@@ -104,7 +104,7 @@ def gather(
         values.update(tensors[name].numpy().data)
     metadata = describe(kind, opened, same, values_sha256=values.hexdigest(), tokens=total, sequences=len(sequences))
     needs = sum(each.nbytes for each in tensors.values()) + (1 << 20)
-    with commit(out, kind="statistics", overwrite=overwrite, needs_bytes=needs, inputs=[opened.root]) as staging:
+    with commit(Path(out), kind="statistics", overwrite=overwrite, needs_bytes=needs, inputs=[opened.root]) as staging:
         write_tensors(staging.path / FILE, tensors, metadata)
     return {
         "out": str(out), "kind": kind, "tensors": len(tensors) + len(same), "tokens": total,

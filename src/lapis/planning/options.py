@@ -42,6 +42,8 @@ class PlanOptions:
     """So many chats, and 128 tokens of text for each."""
     context: int = 256
     """Tokens of a chat or a window of text."""
+    evaluations: int = 16
+    """With --merge: settings that the search, the random control and the grid try each."""
     seed: int = 0
     """Of the random choices."""
     allow_unrelated: bool = False
@@ -57,6 +59,6 @@ class PlanOptions:
             )
         if not 0 < self.cost <= 1:
             raise ConfigError(f"plan: cost is {self.cost:g}; it is a share of the text's bits, above 0 and at most 1")
-        for name in ("limit", "draws", "context"):
+        for name in ("limit", "draws", "context", "evaluations"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"plan: {name} is {getattr(self, name)}; give 1 or more")

@@ -87,8 +87,8 @@ def plan(
     """
     started = time.perf_counter()
     options = PlanOptions(
-        goal, budget, cost, embeddings, pieces, sweeps, spectra, gradients, replies, draws, limit, context, seed,
-        allow_unrelated,
+        goal, budget, cost, embeddings, pieces, sweeps, spectra, gradients, replies, draws, limit, context, seed=seed,
+        allow_unrelated=allow_unrelated,
     )  # fmt: skip
     inputs = check_inputs(base, chat, onto, chats, text, choices, options)
     watch = progress or (lambda what, done, total: None)

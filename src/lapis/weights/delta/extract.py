@@ -22,9 +22,11 @@ import torch
 
 from lapis import __version__
 from lapis.checkpoint import Checkpoint
-from lapis.checkpoint.commit import check_output, commit
+from lapis.checkpoint.commit import MANIFEST, check_output, commit, sha256_of
+from lapis.checkpoint.sharing import SharedJob, finish, process_count
+from lapis.checkpoint.staging import JOURNAL, JobName, Staging, staging_of
 from lapis.checkpoint.tensor_file import DELTA, dtype_name
-from lapis.errors import CheckpointError
+from lapis.errors import CheckpointError, LapisError
 from lapis.text.chat.template_tokens import template_tokens
 from lapis.text.tokenizer.vocabulary import Vocabulary, open_vocabulary
 from lapis.weights.checks import check_configs, check_parents, check_same_tokens, check_tensors, check_vocabularies
@@ -34,10 +36,12 @@ from lapis.weights.delta.codes.code import Code, Shape, code_for
 from lapis.weights.delta.codes.factors import EXACT, error_bound
 from lapis.weights.delta.file import FORMAT, SAMPLE, VERSION, as_part, open_delta, part_bytes
 from lapis.weights.delta.kin import digest_of, take_sample
-from lapis.weights.delta.writing import Item, ItemFigures, figures_or_longest, write_items
+from lapis.weights.delta.ranks import encode_together, join_pieces
+from lapis.weights.delta.writing import Item, ItemFigures, Written, figures_or_longest, write_items
 from lapis.weights.engine.fp8 import is_scale
 from lapis.weights.engine.job import JobResult, identity, input_files, job_name
 from lapis.weights.engine.journal import Journal
+from lapis.weights.engine.ranks import forget_alone
 from lapis.weights.engine.sources import RowsOf, Stored, columns_of, read_rows
 from lapis.weights.engine.tiles import TILE, Reader, each, spans
 from lapis.weights.matching import Model, counterparts, embedding_rows, format_problems, is_vocabulary, open_models
@@ -122,34 +126,78 @@ def delta_extract(
         return result
     settings = {key: value for key, value in asdict(options).items() if key not in ("overwrite", "dry_run")}
     named = {key: value for key, value in settings.items() if key != "allow_nonfinite"}  # what stopped it is allowed
-    with commit(
-        Path(out), kind="delta", job=job_name(plan.inputs, named), overwrite=overwrite, needs_bytes=plan.disk_bytes,
-        inputs=folders, resumable=True,
-    ) as staging:  # fmt: skip
-        journal = Journal(staging, plan.digest(settings), input_files(plan.inputs))
-        try:
-            written = write_items(
-                plan.items, staging.path, journal, plan.metadata, allow_nonfinite=allow_nonfinite, progress=progress
-            )
-        finally:
-            journal.close()
+    place, named_job, key = Path(os.path.abspath(out)), job_name(plan.inputs, named), plan.digest(settings)
+
+    def complete(staging: Staging, written: Written) -> None:
         description = json.loads(plan.metadata(written.figures)["delta"])
         plan.notes += write_beside(plan.chat, description, staging.path)
         if options.peft:
             plan.notes += write_adapter(open_delta(staging.path), staging.path, plan.base_ids())
+
+    if process_count() > 1 or (staging_of(place) / JOURNAL / "plan.json").is_file():
+        written = _extract_together(plan, place, named_job, key, complete, options, progress)
+    else:
+        with commit(
+            place, kind="delta", job=named_job, overwrite=overwrite, needs_bytes=plan.disk_bytes, inputs=folders,
+            resumable=True,
+        ) as staging:  # fmt: skip
+            journal = Journal(staging, key, input_files(plan.inputs))
+            try:
+                written = write_items(
+                    plan.items, staging.path, journal, plan.metadata, allow_nonfinite=allow_nonfinite, progress=progress
+                )
+            finally:
+                journal.close()
+            complete(staging, written)
     seen = written.figures
     delta_sq = sum(each.delta_sq for each in seen.values())
     result.relative_error = sqrt(sum(each.error_sq for each in seen.values()) / delta_sq) if delta_sq else 0.0
     result.errors = [
         {"name": item.name, "code": item.code.name, **figures_or_longest(seen[item.name])}
         for item in plan.items
-        if item.code
+        if item.code and item.name in seen
     ]
-    result.base = description["base"]
-    result.bytes = (Path(out) / DELTA).stat().st_size
-    result.record(written.bytes_read, written.bytes_written, written.bytes_resumed, staging.manifest_sha256)
+    result.base = open_delta(place).to_json()["base"]
+    result.bytes = (place / DELTA).stat().st_size
+    sealed = sha256_of(place / MANIFEST)
+    result.record(written.bytes_read, written.bytes_written, written.bytes_resumed, sealed)
     result.seconds = time.perf_counter() - started
     return result
+
+
+def _extract_together(
+    plan: "_Plan",
+    out: Path,
+    named: JobName,
+    key: str,
+    complete: Callable[[Staging, Written], None],
+    options: ExtractOptions,
+    progress: Callable[[int, int], None] | None,
+) -> Written:
+    """The file by all processes that run this command; one of them commits, and all return when that is done."""
+    stamps = json.dumps([key, input_files(plan.inputs)], default=str)
+    folders = [checkpoint.root for checkpoint in plan.inputs.values()]
+    inputs = [identity(plan.base)["headers_sha256"], identity(plan.chat)["headers_sha256"]]
+
+    def finished() -> bool:
+        try:
+            held = open_delta(out).to_json()
+        except LapisError:
+            return False
+        same = [held["base"]["headers_sha256"], held["chat"]["headers_sha256"]] == inputs
+        return process_count() > 1 and same and (held["bits"], held["rank"]) == (options.bits, options.rank)
+
+    job = SharedJob(out, "delta", named, hashlib.sha256(stamps.encode()).hexdigest(), None, forget_alone, finished)
+
+    def seal(staging: Staging) -> None:
+        complete(staging, join_pieces(job.journal, plan.items, plan.metadata, staging.path))
+
+    if finished():
+        return Written({}, 0, 0, 0)
+    check_output(out, overwrite=options.overwrite, inputs=folders)
+    written = encode_together(job, plan.items, allow_nonfinite=options.allow_nonfinite, progress=progress)
+    finish(job, seal, overwrite=options.overwrite, inputs=folders)
+    return written or Written({}, 0, 0, 0)
 
 
 class _Plan:

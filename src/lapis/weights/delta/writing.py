@@ -127,20 +127,45 @@ def write_items(
     Raises:
         CheckpointError: For NaN and Inf.
     """
+    room = longest_header(items, describe)
+    run = _Writing(items, folder / DELTA, journal, room, allow_nonfinite, progress)
+    run()
+    write_header(folder / DELTA, items, run.figures, describe, room, run.at)
+    return Written(run.figures, run.read, run.at - run.resumed, run.resumed)
+
+
+def write_piece(items: Sequence[Item], folder: Path, journal: Journal, *, allow_nonfinite: bool) -> Written:
+    """Writes a run of a file's items, without a header, as `write_items` does."""
+    run = _Writing(items, folder / DELTA, journal, 0, allow_nonfinite, None)
+    run()
+    return Written(run.figures, run.read, run.at - run.resumed, run.resumed)
+
+
+def longest_header(
+    items: Sequence[Item], describe: Callable[[Mapping[str, ItemFigures] | None], dict[str, str]]
+) -> int:
+    """Bytes of the longest header that there can be."""
     longest: dict[str, tuple[str, Shape]] = {}
     for item in items:
         longest |= item.parts(_LONG)
-    room = len(header_bytes(longest, describe(None)))
-    run = _Writing(items, folder / DELTA, journal, room, allow_nonfinite, progress)
-    run()
+    return len(header_bytes(longest, describe(None)))
+
+
+def write_header(
+    path: Path,
+    items: Sequence[Item],
+    figures: Mapping[str, ItemFigures],
+    describe: Callable[[Mapping[str, ItemFigures] | None], dict[str, str]],
+    room: int,
+    end: int,
+) -> None:
+    """Writes the header into the room that was left for it; the file then ends at `end`."""
     final: dict[str, tuple[str, Shape]] = {}
     for item in items:
-        final |= item.parts(run.figures[item.name].payload)
-    head = header_bytes(final, describe(run.figures), room)
-    with (folder / DELTA).open("r+b") as file:
-        file.write(head)
-        file.truncate(run.at)
-    return Written(run.figures, run.read, run.at - run.resumed, run.resumed)
+        final |= item.parts(figures[item.name].payload)
+    with path.open("r+b") as file:
+        file.write(header_bytes(final, describe(figures), room))
+        file.truncate(end)
 
 
 class _Writing:
@@ -163,8 +188,8 @@ class _Writing:
         self.figures = {name: ItemFigures(*seen) for name, seen in self.state.figures.items()}
         self.resumed = self.at = self.state.done
         self.left = items[len(self.figures) :]
-        self.total = sum(_nbytes(item) for item in items)
-        self.done = self.total - sum(_nbytes(item) for item in self.left)
+        self.total = sum(chat_bytes(item) for item in items)
+        self.done = self.total - sum(chat_bytes(item) for item in self.left)
         if not self.at:
             path.write_bytes(bytes(room))
             self.state = Progress(room, hashlib.sha256(bytes(room)))
@@ -316,7 +341,8 @@ def _inputs_again(items: Sequence[Item]) -> Iterator[int]:
         yield total
 
 
-def _nbytes(item: Item) -> int:
+def chat_bytes(item: Item) -> int:
+    """Of the chat model that are read for an item."""
     return prod(item.shape) * item.sources[1].dtype.itemsize if item.code else 0
 
 

@@ -13,26 +13,31 @@ import resource
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from math import sqrt
 from pathlib import Path
 from typing import Any
 
 from lapis import __version__
 from lapis.checkpoint import Checkpoint
-from lapis.checkpoint.commit import check_output, commit
-from lapis.checkpoint.files import stamp
+from lapis.checkpoint.commit import MANIFEST, check_output, commit, sha256_of
+from lapis.checkpoint.files import read_json, stamp
 from lapis.checkpoint.hub.models import public_names, shown_name
 from lapis.checkpoint.remote.ranges import DigestMismatch
-from lapis.checkpoint.staging import JobName, Staging
+from lapis.checkpoint.sharing import SharedJob, finish, process_count
+from lapis.checkpoint.staging import JOURNAL, JobName, Staging, staging_of
 from lapis.checkpoint.tensor_file import header_bytes
 from lapis.checkpoint.towers import language_levels
 from lapis.errors import CheckpointError, LapisError
 from lapis.text.tokenizer.folder import write_json
 from lapis.weights.engine.journal import Identity, Journal
 from lapis.weights.engine.outputs import Account, Figures, Output
+from lapis.weights.engine.ranks import account_of, division, forget_digests, lay_out, write_together
 from lapis.weights.engine.stream import stream
 from lapis.weights.engine.tiles import TILE
 from lapis.weights.tokenizer_files import ACCOUNT
+
+DIVIDED = (1, 8, 64)  # processes for which a dry run says what each would do
 
 log = logging.getLogger("lapis")
 
@@ -75,12 +80,13 @@ class JobResult:
 
 @dataclass
 class MergeResult(JobResult):
-    """What `graft` and `merge` return."""
+    """What `graft` and `merge` return. division: of a dry run, what the busiest of some processes would do."""
 
     lost_to_rounding: float | None = None
     nonfinite: int = 0
     vocabulary: dict[str, Any] = field(default_factory=dict)
     smoke: dict[str, Any] | None = None
+    division: list[dict[str, int]] | None = None
 
 
 def identity(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -203,12 +209,20 @@ def produce(
     """
     folders = [checkpoint.root for checkpoint in inputs.values()]
     if result.dry_run:
+        result.division = [division(files, processes) for processes in DIVIDED]
         check_output(Path(os.path.abspath(result.out)), overwrite=overwrite, inputs=folders)
+        return
+    named = job_name(inputs, recipe)  # allowing what stopped it is the same job
+    out = Path(os.path.abspath(result.out))
+    if process_count() > 1 or (staging_of(out) / JOURNAL / "plan.json").is_file():
+        _produce_together(
+            result, out, named, files, inputs, recipe, beside, overwrite, allow_nonfinite, check, progress
+        )
         return
     with commit(
         result.out,
         kind="merge",
-        job=job_name(inputs, recipe),  # allowing what stopped it is the same job
+        job=named,
         overwrite=overwrite,
         needs_bytes=result.needs["disk_bytes"],
         inputs=folders,
@@ -247,6 +261,65 @@ def produce(
     result.record(account.bytes_read, account.bytes_written, account.bytes_resumed, staging.manifest_sha256)
     result.lost_to_rounding = lost_in_all(account.figures)
     result.nonfinite = sum(seen.nonfinite for seen in account.figures.values())
+
+
+def _produce_together(
+    result: MergeResult,
+    out: Path,
+    named: JobName,
+    files: Mapping[str, Sequence[Output]],
+    inputs: Mapping[str, Checkpoint],
+    recipe: Any,
+    beside: Callable[[Path, Account], None],
+    overwrite: bool,
+    allow_nonfinite: bool,
+    check: Callable[[Path], None] | None,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    """`produce` by all processes that run this command; one of them commits, and all return when that is done."""
+    content = [_job(inputs, files, [recipe, allow_nonfinite]), input_files(inputs)]
+    key = hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()
+    folders = [checkpoint.root for checkpoint in inputs.values()]
+
+    def finished() -> bool:
+        return process_count() > 1 and _is_output(out, inputs, recipe[0])
+
+    job = SharedJob(out, "merge", named, key, None, partial(lay_out, files), finished, forget_digests)
+
+    def seal(staging: Staging) -> None:
+        account = account_of(job.journal, files)
+        beside(staging.path, account)
+        if check is not None:
+            try:
+                check(staging.path)
+            except LapisError:
+                staging.useless = True
+                raise
+        staging.digests.update(account.digests)
+        staging.sizes.update(account.sizes)
+        result.bytes_read, result.bytes_written = account.bytes_read, account.bytes_written
+
+    if not finished():
+        check_output(out, overwrite=overwrite, inputs=folders)
+        write_together(job, files, allow_nonfinite=allow_nonfinite, progress=progress)
+        finish(job, seal, overwrite=overwrite, inputs=folders)
+    document = read_json(out / ACCOUNT)
+    result.record(result.bytes_read, result.bytes_written, 0, sha256_of(out / MANIFEST))
+    result.lost_to_rounding = document["lost_to_rounding"]
+    result.nonfinite = sum(entry.get("nonfinite", 0) for entry in document["tensors"])
+
+
+def _is_output(out: Path, inputs: Mapping[str, Checkpoint], recipe: Any) -> bool:
+    """Whether a folder was made from these inputs, as they are, by this recipe."""
+    try:
+        document, made = json.loads((out / ACCOUNT).read_bytes()), out.stat().st_ctime
+        if document["recipe"] != json.loads(json.dumps(recipe, default=str)):
+            return False
+        same = document["inputs"] == {role: identity(checkpoint) for role, checkpoint in inputs.items()}
+        files = {info.file for checkpoint in inputs.values() for info in checkpoint.index.values()}
+        return same and all(file.stat().st_mtime <= made for file in files if file.exists())
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def job_name(inputs: Mapping[str, Checkpoint], recipe: Any) -> JobName:

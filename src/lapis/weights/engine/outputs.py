@@ -1,6 +1,6 @@
 """What the engine is asked for, and what it says of it: an output tensor, its kernel, the figures of one run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import prod, sqrt
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from lapis.weights.engine.sources import Source
-from lapis.weights.engine.tiles import Tile
+from lapis.weights.engine.tiles import Buffer, Tile, checksum, spans
 
 
 @dataclass(frozen=True)
@@ -84,3 +84,21 @@ class Account:
 def unchanged(tile: Tile, _state: Any) -> tuple[torch.Tensor, None]:
     """`Kernel.apply` that only rounds to the output's dtype."""
     return tile.inputs[0], None
+
+
+def read_again(outputs: Sequence[Output], head: int, first: int, last: int) -> int:
+    """The checksum of what bytes [first, last) of a file were made from, which are whole tiles; the head is none."""
+    total, offset, buffer = 0, head, Buffer()
+    for output in outputs:
+        kernel, item = output.kernel, output.dtype.itemsize
+        if offset < last and offset + output.nbytes > first:
+            for a, b in spans(output.shape, rows=bool(kernel and kernel.rows), whole=bool(kernel and kernel.whole)):
+                if first <= offset + a * item < last:
+                    for number, source in enumerate(output.sources if kernel else output.sources[:1]):
+                        values = buffer.of(b - a, source.dtype)
+                        source.read(a, b, buffer.bytes((b - a) * source.dtype.itemsize))
+                        total += checksum(values, number, a)
+                    if output.patch:
+                        total += output.patch(a, b, buffer.of(b - a, output.dtype))
+        offset += output.nbytes
+    return total

@@ -27,8 +27,8 @@ from lapis.checkpoint.tensor_file import dtype_name, finite, header_bytes
 from lapis.errors import CheckpointError
 from lapis.weights.engine.ahead import Reads, ahead
 from lapis.weights.engine.downloads import Downloads
-from lapis.weights.engine.journal import Journal, Progress
-from lapis.weights.engine.outputs import Account, Figures, Kernel, Output
+from lapis.weights.engine.journal import Crc32, Journal, Progress
+from lapis.weights.engine.outputs import Account, Figures, Kernel, Output, read_again
 from lapis.weights.engine.sources import COMPUTABLE
 from lapis.weights.engine.tiles import (
     THREADS,
@@ -46,6 +46,7 @@ from lapis.weights.engine.writer import Writer
 __all__ = ["Account", "Figures", "Kernel", "Output", "stream"]
 
 RECORD = 64 << 20  # bytes of output between two lines of the journal
+METADATA = {"format": "pt"}  # of the files, unless the caller has another
 HOLD = 256 << 20  # bytes of one tensor's inputs that are kept between its passes; larger ones are read in each
 
 
@@ -66,9 +67,25 @@ def stream(
     of each source on a server. Raises CheckpointError for NaN or Inf in what is read or written, unless
     allow_nonfinite, which counts them.
     """
-    run = _Streaming(files, folder, journal, metadata or {"format": "pt"}, allow_nonfinite, every_tile, progress)
+    run = _Streaming(files, folder, journal, metadata or METADATA, allow_nonfinite, every_tile, progress)
     with one_thread_each():
         return run()
+
+
+def stream_part(
+    file: str,
+    outputs: Sequence[Output],
+    folder: Path,
+    at: int,
+    *,
+    allow_nonfinite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Account, int]:
+    """Writes tensors into a file that is laid out, from byte `at` on. Returns what was done, and the bytes' CRC-32."""
+    run = _Streaming({file: outputs}, folder, None, METADATA, allow_nonfinite, False, progress, at)
+    with one_thread_each():
+        account = run()
+    return account, int(account.digests[file], 16)
 
 
 @dataclass
@@ -125,12 +142,14 @@ class _Streaming:
         self,
         files: dict[str, Sequence[Output]],
         folder: Path,
-        journal: Journal,
+        journal: Journal | None,
         metadata: dict[str, str],
         allow_nonfinite: bool,
         every_tile: bool,
         progress: Callable[[int, int], None] | None,
+        at: int | None = None,
     ) -> None:
+        """journal, at: one of the two. at: where the tensors of the one file begin, which has its header already."""
         self.journal, self.allow_nonfinite, self.report = journal, allow_nonfinite, progress
         self.every_tile, self.downloads = every_tile, Downloads(getattr(progress, "source", None))
         self.lock = threading.Lock()
@@ -139,12 +158,13 @@ class _Streaming:
         self.spare: SimpleQueue[Buffer] = SimpleQueue()
         self.figures = {output.name: Figures() for outputs in files.values() for output in outputs}
         self.account = Account(self.figures, {}, {})
-        self.files = [self._prepare(name, outputs, folder, metadata) for name, outputs in files.items()]
-        journal.settle()
-        self.downloads.restore(journal.digests)
-        self.total = sum(file.end for file in self.files)
-        self.done = sum(file.progress.done for file in self.files)
-        self.account.bytes_resumed = journal.resumed_bytes
+        self.files = [self._prepare(name, outputs, folder, metadata, at) for name, outputs in files.items()]
+        self.total = sum(file.end for file in self.files) - (at or 0)
+        self.done = sum(file.progress.done for file in self.files) - (at or 0)
+        if journal is not None:
+            journal.settle()
+            self.downloads.restore(journal.digests)
+            self.account.bytes_resumed = journal.resumed_bytes
         self.outputs = list(files.values())
         self.tasks = ahead(self._tasks(), _Task.reads)
 
@@ -168,7 +188,7 @@ class _Streaming:
             self.downloads.forget()
             for file in self.files:
                 file.writer.close()
-                if file.progress.done > file.recorded:  # stopped: the rerun goes on from the last whole tile
+                if self.journal and file.progress.done > file.recorded:  # stopped: a rerun goes on from the last tile
                     self.journal.record(file.name, file.progress, file.changed)
         if self.failure:
             raise self.failure
@@ -177,10 +197,17 @@ class _Streaming:
         self.account.findings = self.downloads.findings()
         return self.account
 
-    def _prepare(self, name: str, outputs: Sequence[Output], folder: Path, metadata: dict[str, str]) -> _File:
+    def _prepare(
+        self, name: str, outputs: Sequence[Output], folder: Path, metadata: dict[str, str], at: int | None
+    ) -> _File:
         """Lays the file out in full, or finds how far an earlier run came."""
+        if self.journal is None:
+            assert at is not None
+            end = at + sum(output.nbytes for output in outputs)
+            writer = Writer(folder / name, end, at, within=True)
+            return _File(name, writer, at, Progress(at, Crc32()), recorded=at, end=end)
         head = header_bytes({o.name: (dtype_name(o.dtype), o.shape) for o in outputs}, metadata)
-        progress = self.journal.progress(name, partial(_read_again, outputs, len(head)))
+        progress = self.journal.progress(name, partial(read_again, outputs, len(head)))
         end = len(head) + sum(output.nbytes for output in outputs)
         writer = Writer(folder / name, end, progress.done, at_once=self.every_tile)
         offset = len(head)
@@ -359,7 +386,7 @@ class _Streaming:
                 file.progress.done += size
                 file.progress.inputs = (file.progress.inputs + inputs) % 2**64
                 self.done += size
-                if self.every_tile or file.progress.done - file.recorded >= RECORD:
+                if self.journal and (self.every_tile or file.progress.done - file.recorded >= RECORD):
                     states = self.downloads.states(task.output.sources, task.last)
                     self.journal.record(file.name, file.progress, file.changed, states)
                     file.recorded, file.changed = file.progress.done, {}
@@ -370,21 +397,3 @@ class _Streaming:
             if following is None:
                 return
             taken = following
-
-
-def _read_again(outputs: Sequence[Output], head: int, first: int, last: int) -> int:
-    """The checksum of what bytes [first, last) of a file were made from, which are whole tiles; the head is none."""
-    total, offset, buffer = 0, head, Buffer()
-    for output in outputs:
-        kernel, item = output.kernel, output.dtype.itemsize
-        if offset < last and offset + output.nbytes > first:
-            for a, b in spans(output.shape, rows=bool(kernel and kernel.rows), whole=bool(kernel and kernel.whole)):
-                if first <= offset + a * item < last:
-                    for number, source in enumerate(output.sources if kernel else output.sources[:1]):
-                        values = buffer.of(b - a, source.dtype)
-                        source.read(a, b, buffer.bytes((b - a) * source.dtype.itemsize))
-                        total += checksum(values, number, a)
-                    if output.patch:
-                        total += output.patch(a, b, buffer.of(b - a, output.dtype))
-        offset += output.nbytes
-    return total

@@ -16,11 +16,13 @@ from typing import TypeVar
 
 import torch
 
+from lapis.config import environment_number
 from lapis.weights.engine.ahead import Reads, ahead
 from lapis.weights.engine.sources import Source, as_bytes, columns_of
 
 TILE = 1 << 18  # elements
-THREADS = min(4, 1 + (os.cpu_count() or 1))  # one more than cores, since one is often waiting for the disk
+_CORES = max(1, (os.cpu_count() or 1) // max(1, environment_number("LOCAL_WORLD_SIZE", 1)))  # for this process
+THREADS = min(4, 1 + _CORES)  # one more than cores, since one is often waiting for the disk
 _CHUNK = 1 << 16  # elements that are summed in float32 before the sum goes on in float64
 
 _ODD = (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)  # splitmix64's, whose bits are well mixed

@@ -21,16 +21,18 @@ class Writer:
     """A file of `end` bytes whose space is reserved at once, filled in order from byte `start` on.
 
     at_once: Each write is with the system when it returns, and survives this process.
+    within: The file is longer, and others write what is before and behind: no byte of theirs is touched.
 
     Raises OSError where there is no room, or where an earlier block could not be written.
     """
 
-    def __init__(self, path: Path, end: int, start: int = 0, *, at_once: bool = False) -> None:
-        self._end, self._name, self._at_once = end, str(path), at_once
+    def __init__(self, path: Path, end: int, start: int = 0, *, at_once: bool = False, within: bool = False) -> None:
+        self._end, self._name, self._at_once, self._within = end, str(path), at_once, within
         self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        _reserve(self._handle, end)
-        self._direct = None if at_once else _direct(path)
-        self._at = start if at_once else start - start % _ALIGNED  # of the block that is being filled
+        if not within:
+            _reserve(self._handle, end)
+        self._direct = None if at_once or within else _direct(path)
+        self._at = start if at_once or within else start - start % _ALIGNED  # of the block that is being filled
         self._fill = start - self._at
         self._block: mmap.mmap | None = None
         self._spare: mmap.mmap | None = None
@@ -72,7 +74,8 @@ class Writer:
                 self._send()
                 self._wait()
             # the last block was rounded up, now or by a run that was killed before it came here
-            os.ftruncate(self._handle, self._end)
+            if not self._within:
+                os.ftruncate(self._handle, self._end)
         finally:
             self._pool.shutdown()
             os.close(self._handle)

@@ -7,7 +7,8 @@ grammar (recipes/), which tensors meet (placing.py) and how (layout.py), vocabul
 
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
@@ -147,6 +148,13 @@ def _computed(name: str, plan: MergePlan, folder: Path) -> Checkpoint:
     return replace(
         tensors, source=name, root=folder, config=plan.config, family=find(plan.config), notes=[], snapshot=None
     )
+
+
+@contextmanager
+def as_checkpoint(plan: MergePlan) -> Iterator[Checkpoint]:
+    """The output of a merge as a checkpoint whose tensors are computed as they are read; nothing is written of them."""
+    with tempfile.TemporaryDirectory(prefix="lapis-merge-") as folder:
+        yield _computed(str(plan.recipe.written.get("name") or "merge"), plan, Path(folder) / "model")
 
 
 def _lay_out(

@@ -75,7 +75,8 @@ def wudi(
         gram_II = sum((each.T @ each for each in scaled), torch.zeros(total_OI.shape[1], dtype=total_OI.dtype).diag())
         aim_OI = sum((d @ (s.T @ s) for d, s in zip(deltas, scaled, strict=True)), torch.zeros_like(total_OI))
         if steps == 0:
-            return total_OI + (aim_OI - total_OI @ gram_II) @ torch.linalg.pinv(gram_II, hermitian=True)
+            inverse_II: Tensor = torch.linalg.pinv(gram_II, hermitian=True)
+            return total_OI + (aim_OI - total_OI @ gram_II) @ inverse_II
         result, first, second = total_OI.clone(), torch.zeros_like(total_OI), torch.zeros_like(total_OI)
         for step in range(1, steps + 1):
             gradient = (result @ gram_II - aim_OI).mul_(2)
