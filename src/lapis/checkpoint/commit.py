@@ -251,7 +251,8 @@ def _move(staging: Staging, out: Path, overwrite: bool) -> None:
     # from here on the output is complete: what fails now is a note
     try:
         sync(out.parent)
-        drop(staging.root)
+        with suppress(FileNotFoundError):  # another process of the same job sweeps it, too
+            drop(staging.root)
     except OSError as error:
         note_once(f"{out} is complete, but {staging.root} could not be removed ({error.strerror})")
 
