@@ -16,45 +16,47 @@ from lapis.report.pages.sections import short
 WAYS = {"start": "the recipe as it was", "search": "search", "random": "random", "grid": "grid"}
 
 
-def search_page(found: Mapping[str, Any]) -> Page:
+def search_page(result: Mapping[str, Any]) -> Page:
     """The page of one search."""
-    page = Page("Scales of a recipe", f"`{short(found['recipe'])}`, {found['evaluations']} evaluations.")
-    page.section("What was won", f"**{found['finding'][0].upper()}{found['finding'][1:]}.**")
-    rows = [_row(found, way, row) for way, row in found["confirmed"].items()]
-    page.table(rows, _columns(found), "The best of each, on chats and texts that were not searched on", mark=["search"])
+    page = Page("Scales of a recipe", f"`{short(result['recipe'])}`, {result['evaluations']} evaluations.")
+    page.section("What was won", f"**{result['finding'][0].upper()}{result['finding'][1:]}.**")
+    rows = [_row(result, way, row) for way, row in result["confirmed"].items()]
+    page.table(
+        rows, _columns(result), "The best of each, on chats and texts that were not searched on", mark=["search"]
+    )
     ways = [way for way in WAYS if way != "start"]
-    runs = {WAYS[way]: _best_so_far(found, way) for way in ways}
+    runs = {WAYS[way]: _best_so_far(result, way) for way in ways}
     page.figure(
         plots.metric_panels(runs, ["best so far"], "The best so far, by evaluations", x="evaluation"),
         "The mean logarithm of response NLL and bits per byte, beside the recipe as it was: 0 is no change, less is "
         "better.",
     )
     page.section("Every setting", "On the chats and texts that were searched on.")
-    page.table([_row(found, row["by"], row) for row in found["tried"]], _columns(found), sortable=True)
-    for note in found["notes"]:
+    page.table([_row(result, row["by"], row) for row in result["tried"]], _columns(result), sortable=True)
+    for note in result["notes"]:
         page.text(f"Note: {note}")
     return page
 
 
-def _best_so_far(found: Mapping[str, Any], way: str) -> list[dict[str, Any]]:
+def _best_so_far(result: Mapping[str, Any], way: str) -> list[dict[str, Any]]:
     best, rows = float("inf"), list[dict[str, Any]]()
-    for row in found["tried"]:
+    for row in result["tried"]:
         if row["by"] == way or (way == "search" and row["by"] == "start"):
             best = min(best, row["score"])
             rows.append({"evaluation": len(rows) + 1, "best so far": best})
     return rows
 
 
-def _row(found: Mapping[str, Any], way: str, row: Mapping[str, Any]) -> dict[str, Any]:
-    values = {knob["name"]: value for knob, value in zip(found["knobs"], row["values"], strict=True)}
+def _row(result: Mapping[str, Any], way: str, row: Mapping[str, Any]) -> dict[str, Any]:
+    values = {knob["name"]: value for knob, value in zip(result["knobs"], row["values"], strict=True)}
     return {"by": WAYS[way], **values, **{key: row[key] for key in row if key not in ("by", "values")}}
 
 
-def _columns(found: Mapping[str, Any]) -> list[str | Column]:
-    knobs = [Column(knob["name"], knob["name"], ".3f", group="scales") for knob in found["knobs"]]
+def _columns(result: Mapping[str, Any]) -> list[str | Column]:
+    knobs = [Column(knob["name"], knob["name"], ".3f", group="scales") for knob in result["knobs"]]
     figures = (
         Column("response_nll", "response NLL", ".4f", unit="nats"),
         Column("bits_per_byte", "bits per byte", ".4f"),
         Column("score", "beside the recipe", "+.4f"),
     )
-    return [Column("by", ""), *knobs, *(column for column in figures if column.key in found["tried"][0])]
+    return [Column("by", ""), *knobs, *(column for column in figures if column.key in result["tried"][0])]

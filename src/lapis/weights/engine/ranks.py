@@ -32,7 +32,7 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Part:
+class TensorRun:
     """Tensors that lie behind each other in a file. at: of the first one's first byte."""
 
     file: str
@@ -48,7 +48,7 @@ def head_of(outputs: Sequence[Output]) -> bytes:
     return header_bytes({o.name: (dtype_name(o.dtype), o.shape) for o in outputs}, METADATA)
 
 
-def parts_of(files: Mapping[str, Sequence[Output]]) -> list[Part]:
+def parts_of(files: Mapping[str, Sequence[Output]]) -> list[TensorRun]:
     """All tensors in runs of at least PART bytes, in the order of the files."""
     parts = []
     for file, outputs in files.items():
@@ -56,10 +56,10 @@ def parts_of(files: Mapping[str, Sequence[Output]]) -> list[Part]:
         for output in outputs:
             run.append(output)
             if sum(each.nbytes for each in run) >= PART:
-                parts.append(Part(file, at, run))
+                parts.append(TensorRun(file, at, run))
                 at, run = parts[-1].end, []
         if run or not outputs:
-            parts.append(Part(file, at, run))
+            parts.append(TensorRun(file, at, run))
     return parts
 
 
@@ -123,7 +123,9 @@ def account_of(journal: Path, files: Mapping[str, Sequence[Output]]) -> Account:
 
 
 class _Work:
-    def __init__(self, job: SharedJob, parts: list[Part], allow_nonfinite: bool, progress: Progress | None) -> None:
+    def __init__(
+        self, job: SharedJob, parts: list[TensorRun], allow_nonfinite: bool, progress: Progress | None
+    ) -> None:
         self.journal, self.build = job.journal, job.staging / BUILD
         self.parts, self.allow_nonfinite, self.report = parts, allow_nonfinite, progress
         self.total = sum(part.end - part.at for part in parts)
@@ -173,7 +175,7 @@ class _Work:
 class _Hashing:
     """The sha256 of each file, taken by one process while its parts are done; by another where that one dies."""
 
-    def __init__(self, journal: Path, build: Path, parts: list[Part]) -> None:
+    def __init__(self, journal: Path, build: Path, parts: list[TensorRun]) -> None:
         self._journal, self._build, self._holding = journal, build, ExitStack()
         self._files = list(dict.fromkeys(part.file for part in parts))
         self._parts = {file: [(i, p) for i, p in enumerate(parts) if p.file == file] for file in self._files}
@@ -225,7 +227,7 @@ class _Hashing:
                 self._holding.close()
         return False
 
-    def _read(self, part: Part, first: int) -> int:
+    def _read(self, part: TensorRun, first: int) -> int:
         """Adds the bytes from `first` to the part's end to the digest; the checksum of those that are the part's."""
         crc = 0
         with (self._build / part.file).open("rb") as file:
