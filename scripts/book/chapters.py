@@ -149,7 +149,7 @@ def read_book(root: Path = BOOK, paths: Sequence[str] = ()) -> Book:
     """The book in `root`, or only the chapters at `paths`.
 
     Raises:
-        DataError: For a title that a language lacks, a chapter without folder, or a path that is no chapter.
+        DataError: For a title that a language lacks, a chapter without code, or a path that is no chapter.
     """
     file = root / "book.yaml"
     content: dict[str, Any] = load_yaml(file)
@@ -160,16 +160,14 @@ def read_book(root: Path = BOOK, paths: Sequence[str] = ()) -> Book:
             for chapter in entry["chapters"]
         ]
         parts.append(Part(_titles(entry["title"], f"{file}: {entry['name']}"), tuple(chapters)))
-    known = [chapter.path for part in parts for chapter in part.chapters]
+    every = [chapter for part in parts for chapter in part.chapters]
+    for chapter in every:
+        if not (chapter.folder / "code.py").exists():
+            raise DataError(f"{file}: names {chapter.path}, which has no code.py; write one, or take the line out")
+    known = [chapter.path for chapter in every]
     if unknown := [path for path in paths if path not in known]:
         raise DataError(f"{file}: no chapter {unknown[0]}; there are {', '.join(known)}")
-    listed = [
-        Part(
-            part.titles,
-            tuple(c for c in part.chapters if (c.folder / "code.py").exists() and (c.path in paths or not paths)),
-        )
-        for part in parts
-    ]
+    listed = [Part(part.titles, tuple(c for c in part.chapters if c.path in paths or not paths)) for part in parts]
     words = {word: _titles(texts, f"{file}: {word}") for word, texts in content["words"].items()}
     return Book(
         _titles(content["title"], f"{file}: title"), words, tuple(part for part in listed if part.chapters), root

@@ -50,6 +50,12 @@ def test_the_book_has_every_chapter_that_its_order_names():
     assert all((BOOK / path / "en.md").exists() for path in named)
 
 
+def test_a_chapter_without_code_is_refused(small_book):
+    (small_book / "a" / "01-one" / "code.py").unlink()
+    with pytest.raises(DataError, match=r"book\.yaml: names a/01-one, which has no code\.py"):
+        read_book(small_book)
+
+
 @pytest.mark.parametrize("path", CHAPTERS)
 def test_prose_uses_every_cell_once_and_in_order(path):
     for language in LANGUAGES:
