@@ -1,6 +1,16 @@
 """`lapis train`: a YAML file and key=value."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+
+from lapis.training.forecast.options import ForecastOptions
+
+if TYPE_CHECKING:
+    from lapis.training.forecast.measured import Forecast
+    from lapis.training.forecast.paper import PaperForecast
+    from lapis.training.run import RunConfig
 
 
 def train(
@@ -10,6 +20,7 @@ def train(
     overwrite: bool = False,
     fresh: bool = False,
     html: Path | None = None,
+    costs: Annotated[ForecastOptions, Parameter(name="*")] = ForecastOptions(),  # noqa: B008
     json: bool = False,
 ) -> None:
     """Train a model. A run that was interrupted goes on where it was saved, when the same command is given again.
@@ -24,15 +35,19 @@ def train(
         json: Print one JSON object.
     """
     from lapis.checkpoint.commit import check_output
-    from lapis.cli.output import line, show
+    from lapis.cli.output import line, show, size
     from lapis.config import load_yaml, override
     from lapis.training.distributed.parallel import leads
+    from lapis.training.loop.progress import format_time
     from lapis.training.objectives import objective_class
     from lapis.training.run import read_settings, run
 
     if html is not None:
         check_output(html, overwrite=overwrite, option="--html")
     how = read_settings(override(load_yaml(config), settings), str(config))
+    if costs.plan_only:
+        show_costs(how, config, costs, json)
+        return
     result = run(how, overwrite=overwrite, fresh=fresh)
     head = objective_class(how.objective).head
 
@@ -43,6 +58,10 @@ def train(
         for name, value in result.held_out.items():
             text += f", held-out {name.replace('_', ' ')} {value:.4g}"
         line(f"{text}, {result.tokens_per_second:,.0f} tokens/s, {result.seconds:,.0f} s")
+        if told := result.predicted:
+            early = f"{format_time(told['seconds'])} and {size(told['memory_bytes'])}"
+            took = f"{format_time(result.seconds)} and {size(result.memory_bytes)}"
+            line(f"predicted after {told['after_steps']} steps: {early}; it took {took}", "dim")
         for sentence in (result.overfitting, result.ended):
             if sentence:
                 line(sentence)
@@ -59,3 +78,57 @@ def train(
         write_page(run_page(written.log, written.facts, written.name), html, overwrite=overwrite)
     if leads():
         show({"out": str(result.out), **result.figures()}, json, render)
+
+
+def show_costs(how: "RunConfig", config: Path, costs: ForecastOptions, json: bool) -> None:
+    """What the run will take: on paper for GPUs that are not here, measured on this machine else."""
+    from lapis.cli.output import show
+    from lapis.training.forecast.budget import Budget
+    from lapis.training.run import plan, plan_on_paper
+
+    if costs.gpus is not None:
+        paper = plan_on_paper(how, costs)
+        show(paper.to_json(), json, lambda: render_paper(paper))
+        return
+    budget = None if costs.budget is None else Budget.parse(costs.budget)
+    measured = plan(how, budget)
+    show(measured.to_json(), json, lambda: render_measured(measured, config))
+
+
+def render_measured(forecast: "Forecast", config: Path) -> None:
+    from lapis.cli.output import line, size, table
+    from lapis.training.loop.progress import format_time
+
+    threads = "1 thread" if forecast.threads == 1 else f"{forecast.threads} threads"
+    pace = f"{forecast.seconds_per_step:.3g} s for a step; {threads}, {forecast.precision}"
+    work = f"{forecast.steps:,} steps, {forecast.tokens:,} tokens, {forecast.flops:.3g} FLOPs"
+    line(f"{work}: about {format_time(forecast.seconds)} ({pace})", "bold")
+    memory = forecast.memory
+    rows = [(name, size(value)) for name, value in vars(memory).items() if value]
+    table("Memory at its peak", ("of", "bytes"), [*rows, ("in all", size(memory.total))])
+    line(f"a checkpoint: {size(forecast.checkpoint_bytes)} on disk")
+    if forecast.settings:
+        given = " ".join(f"{name}={value}" for name, value in forecast.settings.items())
+        line(f"within the budget: lapis train {config} {given}")
+
+
+def render_paper(forecast: "PaperForecast") -> None:
+    from lapis.cli.output import line, size, table
+    from lapis.training.loop.progress import format_time
+
+    bound = "computing" if forecast.computing >= forecast.communicating else "the network"
+    reached = f"{forecast.tokens_per_second:,.0f} tokens a second on each, {forecast.mfu:.0%} of their FLOPs"
+    line(
+        f"{forecast.parameters / 1e9:,.2f} B parameters on {forecast.gpus:,} GPUs: {reached}, bound by {bound}", "bold"
+    )
+    parts = f"computing {forecast.computing:.3g}, communicating {forecast.communicating:.3g}"
+    each = f"{forecast.seconds_per_step:.3g} s ({parts}: {size(forecast.bytes_per_step)} by each GPU)"
+    line(f"a step of {forecast.tokens_per_step:,} tokens: {each}")
+    if forecast.steps:
+        line(f"{forecast.steps:,} steps: about {format_time(forecast.seconds_per_step * forecast.steps)}")
+    rows = [(name, size(value)) for name, value in forecast.memory_bytes.items()]
+    table("Memory of a GPU", ("of", "bytes"), [*rows, ("in all", size(sum(forecast.memory_bytes.values())))])
+    line(f"a checkpoint: {size(forecast.checkpoint_bytes)} on disk")
+    if not forecast.fits:
+        line(f"does not fit; give {forecast.levers}")
+    line("every weight is shared out, as FSDP does; lapis train itself shares out rows so far", "dim")

@@ -232,6 +232,7 @@ def _stretched(factor: float) -> dict[str, Any]:
 PRESETS: dict[str, dict[str, Any]] = {
     "llama-2-7b": preset("llama", 4096, 32, 32, 32, 11008, 32000, 4096),
     "llama-3-8b": preset("llama", 4096, 32, 32, 8, 14336, 128256, 8192, theta=5e5),
+    "llama-3-70b": preset("llama", 8192, 80, 64, 8, 28672, 128256, 8192, theta=5e5),
     "llama-3.1-8b": preset("llama", 4096, 32, 32, 8, 14336, 128256, 131072, theta=5e5, rope_scaling=_stretched(8.0)),
     "llama-3.2-1b": preset("llama", 2048, 16, 32, 8, 8192, 128256, 131072, theta=5e5, tied=True, head_dim=64,
                             rope_scaling=_stretched(32.0)),

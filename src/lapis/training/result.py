@@ -24,6 +24,7 @@ Row = dict[str, Any]
 
 TIMES = "times.json"
 OF_TIME = ("share", "tokens_per_second", "seconds", "train_seconds", "seconds_left")  # of a row of the curve
+OF_MACHINE = (*OF_TIME, "predicted", "memory_bytes")  # of a result
 
 
 class Window:
@@ -128,6 +129,9 @@ class TrainResult:
         overfitting: A sentence where the held-out loss rose again while the run went on.
         start: Held-out metrics before the first step, where there were limits.
         ended: Why the run ended early, or with other weights than the last; None where it did not.
+        memory_bytes: The most that the process has held.
+        predicted: What `seconds` and `memory_bytes` were to be, by the first steps (`after_steps`); empty in short
+            runs.
     """
 
     out: Path
@@ -146,6 +150,16 @@ class TrainResult:
     overfitting: str | None = None
     start: dict[str, float] = field(default_factory=dict)
     ended: str | None = None
+    memory_bytes: int = 0
+    predicted: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, log: list[dict[str, Any]], *, tokens: int, **figures: Any) -> "TrainResult":
+        """With what the curve says. figures: the other attributes."""
+        spent = sum(row["train_seconds"] for row in log)
+        last = {name: log[-1][name] for name in ("loss", "bits_per_byte")}
+        pace = tokens / max(spent, 1e-9)
+        return cls(log=log, tokens=tokens, tokens_per_second=pace, metrics=last_metrics(log), **last, **figures)
 
     def figures(self) -> dict[str, Any]:
         """Everything but the curve and the folder, as JSON."""
@@ -154,7 +168,8 @@ class TrainResult:
     def times(self) -> dict[str, Any]:
         """What a clock said: of the run, and at each entry of its curve."""
         curve = [{name: row[name] for name in ("step", *OF_TIME) if name in row} for row in self.log]
-        return {"seconds": self.seconds, "tokens_per_second": self.tokens_per_second, "curve": curve}
+        measured = {name: getattr(self, name) for name in ("seconds", "tokens_per_second", "memory_bytes", "predicted")}
+        return {**measured, "curve": curve}
 
 
 def write_result(
@@ -171,7 +186,7 @@ def write_result(
     timeless = [{name: value for name, value in row.items() if name not in OF_TIME} for row in result.log]
     write_curve(folder / "log.jsonl", timeless)
     (folder / TIMES).write_text(json.dumps(result.times(), indent=1) + "\n")
-    figures = {name: value for name, value in result.figures().items() if name not in OF_TIME}
+    figures = {name: value for name, value in result.figures().items() if name not in OF_MACHINE}
     facts: Mapping[str, Any] = {"config": asdict(config), **objective.describe(), **figures}
     (folder / "training.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
 

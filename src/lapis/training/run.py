@@ -25,12 +25,17 @@ import torch
 from lapis.checkpoint.commit import check_output
 from lapis.config import build, nearest
 from lapis.errors import ConfigError
+from lapis.families.config import ModelConfig
 from lapis.model.transformer import Transformer
 from lapis.parsing import quoted
 from lapis.text.rows.rows import MANIFEST, Rows
 from lapis.text.tokenizer.tokenizer import Tokenizer
 from lapis.training.config import TrainConfig
 from lapis.training.distributed import parallel
+from lapis.training.forecast.budget import Budget
+from lapis.training.forecast.measured import Forecast, forecast
+from lapis.training.forecast.options import ForecastOptions
+from lapis.training.forecast.paper import PaperForecast, on_paper
 from lapis.training.loop.loop import train
 from lapis.training.loop.progress import LogLines, Silent, Watch, live, watcher
 from lapis.training.objectives import OBJECTIVES, objective_class, options
@@ -137,6 +142,61 @@ def run(config: RunConfig, *, overwrite: bool = False, fresh: bool = False, watc
         watch.close()
     parallel.disconnect()
     return result
+
+
+def plan(config: RunConfig, budget: Budget | None = None, *, watch: Watch | None = None) -> Forecast:
+    """What the run would take on this machine, by its first steps; nothing is written. Raises what `run` does.
+
+    Args:
+        config: The run's.
+        budget: Steps, or how a step is cut, are chosen so that the run keeps within.
+        watch: What shows progress.
+    """
+    settings = TrainConfig(**{entry.name: getattr(config, entry.name) for entry in dataclasses.fields(TrainConfig)})
+    shown = watch or watcher(Path(config.out).name)
+    try:
+        return forecast(lambda: _start(config, True, parallel.Processes(), shown), settings, shown, budget)
+    finally:
+        if shown is not watch:
+            shown.close()
+
+
+def plan_on_paper(config: RunConfig, machines: ForecastOptions) -> PaperForecast:
+    """What the run would take on GPUs that are not here; neither weights nor data are read.
+
+    Args:
+        config: The run's; its model is a folder, a hub id or a shape.
+        machines: How many GPUs, and what one does.
+
+    Raises:
+        ConfigError: Where the shape is not known without a tokenizer, or only a part of the model is trained.
+    """
+    from lapis.model.check import read_config
+
+    if config.lora or config.tune or config.freeze or config.plan:
+        raise ConfigError("train: on paper all weights are trained; leave out lora, tune, freeze and plan")
+    if config.model is not None:
+        shape = read_config(config.model)
+    else:
+        assert config.new is not None
+        shape = preset_shape(config.new) or build(ModelConfig, _sized(config), "train: new")
+    context = config.context or min(objective_class(config.objective).context, shape.context)
+    settings = TrainConfig(**{entry.name: getattr(config, entry.name) for entry in dataclasses.fields(TrainConfig)})
+    return on_paper(shape, context, settings, machines)
+
+
+def _sized(config: RunConfig) -> dict[str, Any]:
+    """The fields of a shape that a file gives; its vocabulary is the tokenizer's where it is left out."""
+    fields = dict(config.new) if isinstance(config.new, Mapping) else {}
+    known = {"context": config.context or 1024}
+    if "vocab" not in fields:
+        known["vocab"] = _tokenizer_rows(config)
+    return {**known, **fields}
+
+
+def _tokenizer_rows(config: RunConfig) -> int:
+    tokenizer = _tokenizer(config)
+    return 0 if tokenizer is None else tokenizer.rows
 
 
 def _start(

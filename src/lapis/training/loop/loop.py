@@ -9,8 +9,8 @@ Under torchrun every process runs this loop, the first one writes, and the weigh
 
 import json
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -24,6 +24,7 @@ from lapis.model.threads import choose_threads, threads
 from lapis.model.transformer import Transformer
 from lapis.training.config import TrainConfig
 from lapis.training.distributed import parallel
+from lapis.training.forecast.memory import peak
 from lapis.training.loop.held_out import Evaluator, overfitting
 from lapis.training.loop.progress import Silent, Watch, format_time, live, show_share, watcher
 from lapis.training.loop.state import CheckpointJournal, TrainState, clean_journal, restore, weights_digest
@@ -32,7 +33,7 @@ from lapis.training.loop.update import Batches, Updater
 from lapis.training.objectives.objective import Objective
 from lapis.training.optim.optimizers import Average, Optimizers, Schedule
 from lapis.training.optim.rates import rates_by_name
-from lapis.training.result import TrainResult, Window, last_metrics, write_result
+from lapis.training.result import TrainResult, Window, write_result
 from lapis.training.setup.blocks import compiled, recomputed, stoppable
 from lapis.training.setup.probe import measure_speed
 from lapis.training.setup.select import describe
@@ -40,18 +41,13 @@ from lapis.training.setup.select import describe
 T = TypeVar("T")
 
 _SAVE_SECONDS = 300.0
+PREDICTED_AFTER = 5  # steps
 
 
 def train(
-    model: Transformer,
-    objective: Objective,
-    config: TrainConfig,
-    out: Path | str,
-    *,
-    overwrite: bool = False,
-    fresh: bool = False,
-    watch: Watch | None = None,
-) -> TrainResult:
+    model: Transformer, objective: Objective, config: TrainConfig, out: Path | str, *,
+    overwrite: bool = False, fresh: bool = False, watch: Watch | None = None,
+) -> TrainResult:  # fmt: skip
     """Train `model` in place and put the result at `out` as a model folder, with log.jsonl, training.json, times.json.
 
     Args:
@@ -75,7 +71,7 @@ def train(
     world = parallel.join()
     if not world.leads:
         with stop_requests(immediate=False) as request:
-            run = _TrainingRun(model, objective, config, world, None, Silent(), request)
+            run = TrainingRun(model, objective, config, world, None, Silent(), request)
             result = run.go(out)
             world.gather(None)  # until the first process has written
             return result
@@ -90,12 +86,12 @@ def train(
                 overwrite=overwrite,
                 resumable=True,
                 needs_bytes=(copies * config.keep + 4) * weights,
-            ) as staging,
+            ) as staging,  # fmt: skip
             clean_journal(staging, fresh) as journal,
             stop_requests(immediate=world.size == 1) as request,
         ):
             try:
-                run = _TrainingRun(model, objective, config, world, journal, watch, request)
+                run = TrainingRun(model, objective, config, world, journal, watch, request)
                 result = run.go(out)
             except StopSignal:
                 raise TrainingError(
@@ -112,8 +108,8 @@ def train(
     return result
 
 
-class _TrainingRun:
-    """One run from its start, or from a checkpoint, to its end. journal: of the process that writes; else None."""
+class TrainingRun:
+    """One run from its start, or from a checkpoint, to its end. journal: where it can go on from; None without one."""
 
     def __init__(
         self, model: Transformer, objective: Objective, config: TrainConfig, world: parallel.Processes,
@@ -182,8 +178,9 @@ class _TrainingRun:
                 if parameter.requires_grad:
                     parameter.data = parameter.data.float()
 
-    def go(self, out: Path) -> TrainResult:
-        """All steps, and the held-out metrics of the result."""
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """What holds while steps are computed."""
         config, state = self.config, self.state
         torch.manual_seed(config.seed)
         self.model.train()
@@ -195,31 +192,25 @@ class _TrainingRun:
             with threads(self.facts["threads"]) if cpu else nullcontext():
                 with self.request.at_once():
                     self.evaluator.begin()
-                with compiled(self.model, bool(self.facts.get("compile"))):
-                    self._steps()
-                held_out = self._unless_stopped(self.evaluator.result)
+                yield
+
+    def go(self, out: Path) -> TrainResult:
+        """All steps, and the held-out metrics of the result."""
+        config, state = self.config, self.state
+        with self.computing():
+            with compiled(self.model, bool(self.facts.get("compile"))):
+                self._steps()
+            held_out = self._unless_stopped(self.evaluator.result)
         self.model.eval()
         if held_out and config.eval_every and not config.best and not state.ended:
             state.log[-1]["held_out"] = held_out  # so that both curves reach the end
-        spent = sum(row["train_seconds"] for row in state.log)
-        return TrainResult(
-            out=out,
-            steps=state.step,
-            loss=state.log[-1]["loss"],
-            bits_per_byte=state.log[-1]["bits_per_byte"],
-            tokens=state.tokens,
-            seconds=state.seconds,
-            tokens_per_second=state.tokens / max(spent, 1e-9),
-            threads=self.facts["threads"],
-            precision=self.updater.precision,
-            log=state.log,
-            metrics=last_metrics(state.log),
-            held_out=held_out,
-            best_step=state.within.step if state.left else state.best.step if config.best else None,
-            start=state.start,
-            ended=state.ended or None,
-            overfitting=overfitting(state.log),
-        )
+        best = state.within.step if state.left else state.best.step if config.best else None
+        measured = {"threads": self.facts["threads"], "precision": self.updater.precision, "memory_bytes": peak()}
+        return TrainResult.of(
+            state.log, out=out, steps=state.step, tokens=state.tokens, seconds=state.seconds, held_out=held_out,
+            best_step=best, start=state.start, ended=state.ended or None, overfitting=overfitting(state.log),
+            predicted=state.predicted, **measured,
+        )  # fmt: skip
 
     def write(self, folder: Path, result: TrainResult) -> None:
         """The result, into a folder that the caller commits."""
@@ -249,9 +240,9 @@ class _TrainingRun:
             for warning in self.journal.warnings:
                 self.watch.note(f"train: {warning}")
         if world.from_lead(not self.facts):
-            measured = measure_speed(state, self.config, self.watch)
+            self.facts = measure_speed(state, self.config, self.watch)
             if self.journal is not None:
-                self.facts = {"wanted": request, **measured}
+                self.facts = {"wanted": request, **self.facts}
                 self.journal.begin(self.facts)
         self.facts = world.from_lead(self.facts)
         self.updater.precision = str(self.facts["precision"])
@@ -289,12 +280,14 @@ class _TrainingRun:
         self._show_estimate()
         while state.schedule.total is None or state.step < state.schedule.total:
             start = time.perf_counter()
-            if not self._step(batches):  # the weights are those of the last whole step
+            if not self.step(batches):  # the weights are those of the last whole step
                 self._save_and_stop()
             state.seconds = time.monotonic() - self.started
             self.window.seconds += time.perf_counter() - start
             self.window.steps += 1
             self._fit_budget()
+            if state.step == PREDICTED_AFTER:
+                self._predict()
             self._show_notes()
             done = state.step == state.schedule.total
             live(self.watch).step({**self._row(), "evaluated": self.evaluator.latest})
@@ -326,11 +319,18 @@ class _TrainingRun:
                 self.watch.note(f"train: {text}")
         live(self.watch).stage(text)
 
+    def _predict(self) -> None:
+        """What the whole run will take, by its first steps; told beside what it took."""
+        state = self.state
+        if state.schedule.total is not None:
+            left = self.window.pace * (state.schedule.total - state.step) + self.evaluator.seconds_left()
+            state.predicted = {"after_steps": state.step, "seconds": state.seconds + left, "memory_bytes": peak()}
+
     def _evaluation_is_due(self) -> bool:
         step, every = self.state.step, self.config.eval_every
         return bool(every and step and step % every == 0 and step != self.state.schedule.total)
 
-    def _step(self, batches: Batches) -> bool:
+    def step(self, batches: Batches) -> bool:
         """One update; False where a stop was requested before it was whole."""
         state = self.state
         if not self.world.leads:

@@ -80,6 +80,7 @@ class TrainState:
         start: Held-out metrics before the first step, where there are limits.
         ended: Why the run ends otherwise than with its last step; "" while it does not.
         left: Whether it ends since a metric went beyond its limit.
+        predicted: What the run will take, by its first steps (`TrainResult.predicted`).
     """
 
     model: Transformer
@@ -100,6 +101,7 @@ class TrainState:
     start: dict[str, float] = field(default_factory=dict)
     ended: str = ""
     left: bool = False
+    predicted: dict[str, float] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:
@@ -133,7 +135,7 @@ def save(state: TrainState, folder: Path, facts: Mapping[str, Any], tokenizer: S
             if best.weights:
                 write_tensors(staging.path / name, best.weights)
         numbers = {"step": state.step, "cursor": state.cursor, "seconds": state.seconds, "tokens": state.tokens,
-                   **state.evaluations()}  # fmt: skip
+                   "predicted": state.predicted, **state.evaluations()}  # fmt: skip
         text = json.dumps({**numbers, "schedule": asdict(state.schedule), "facts": facts}, indent=1, ensure_ascii=False)
         (staging.path / _STATE).write_text(text + "\n", encoding="utf-8")
 
@@ -146,6 +148,7 @@ def restore(state: TrainState, folder: Path) -> None:
     numbers = read_json(folder / _STATE)
     state.step, state.cursor = numbers["step"], numbers["cursor"]
     state.seconds, state.tokens = numbers["seconds"], numbers["tokens"]
+    state.predicted = numbers.get("predicted", {})
     state.schedule = Schedule(**numbers["schedule"])
     state.log = read_curve(folder / _LOG)
     if state.average.tensors:

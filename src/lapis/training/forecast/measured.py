@@ -1,0 +1,191 @@
+"""What a run will take on this machine: its first steps are done and measured, and thrown away.
+
+They are real steps on the run's own data, so nothing of the model, the objective or the machine has to be known here.
+Leaves out the seconds in which checkpoints are written.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from lapis.errors import TrainingError
+from lapis.model.size import measure
+from lapis.model.transformer import Transformer
+from lapis.training.config import TrainConfig
+from lapis.training.distributed.parallel import Processes
+from lapis.training.forecast.budget import Budget
+from lapis.training.forecast.memory import MemoryWatch
+from lapis.training.loop.loop import TrainingRun
+from lapis.training.loop.progress import Watch
+from lapis.training.loop.stop_request import StopSignal, stop_requests
+from lapis.training.objectives.objective import Objective
+from lapis.training.setup.blocks import compiled
+
+STEPS, SECONDS = 5, 30.0  # of a probe, at most; two steps are always done, after one that warms up
+
+Start = Callable[[], tuple[Objective, Transformer]]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that a run holds at its peak, by what they are for.
+
+    Attributes:
+        process: Python, libraries, the tokenizer and the data, before the first step.
+        weights: Of the model, frozen ones included.
+        gradients: Of what is trained.
+        optimizer: Its state.
+        copies: Of what is trained: an average, the best weights, the last within the limits.
+        activations: What a micro-batch keeps for its backward pass, and all that was not counted above.
+    """
+
+    process: int
+    weights: int
+    gradients: int
+    optimizer: int
+    copies: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return sum(asdict(self).values())
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a run will take.
+
+    Attributes:
+        steps: Updates of the weights.
+        tokens: Positions that they compute.
+        seconds: Of steps and held-out evaluations.
+        seconds_per_step: The median of those measured.
+        flops: Of all steps: 2 FLOPs per weight and token forward, as many for the gradients of activations, and as many
+            for those of what is trained.
+        memory: At the peak.
+        checkpoint_bytes: Of one checkpoint on disk.
+        threads, precision, compile: How a step is computed.
+        settings: What a budget changed: keys of the run's settings and their values.
+    """
+
+    steps: int
+    tokens: int
+    seconds: float
+    seconds_per_step: float
+    flops: float
+    memory: Memory
+    checkpoint_bytes: int
+    threads: int
+    precision: str
+    compile: bool
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that `lapis train --plan-only --json` prints."""
+        return {**asdict(self), "memory": {**asdict(self.memory), "total": self.memory.total}}
+
+
+def forecast(start: Start, config: TrainConfig, watch: Watch, budget: Budget | None = None) -> Forecast:
+    """Measures a run's first steps.
+
+    Args:
+        start: Makes the objective and the model, anew at each call.
+        config: Of the run.
+        watch: Hears what is done.
+        budget: Settings are chosen so that the run keeps within.
+
+    Raises:
+        TrainingError: For a budget that nothing fits.
+    """
+    if budget is not None and budget.kind == "bytes":
+        return _within(start, config, watch, budget)
+    result = _probe(start, config, watch)
+    if budget is None:
+        return result
+    each = result.seconds / result.steps if budget.kind == "seconds" else result.flops / result.steps
+    steps = int(budget.amount / each)
+    if steps < 1:
+        what = f"{each:.3g} seconds" if budget.kind == "seconds" else f"{each:.3g} FLOPs"
+        raise TrainingError(f"train: one step takes {what}, which is more than {budget.text}; lower batch or context")
+    share = steps / result.steps
+    return replace(
+        result, steps=steps, tokens=int(result.tokens * share), seconds=result.seconds * share,
+        flops=result.flops * share, settings={"steps": steps},
+    )  # fmt: skip
+
+
+def _within(start: Start, config: TrainConfig, watch: Watch, budget: Budget) -> Forecast:
+    """The run with `accumulate`, and where that is not enough `checkpointing`, so that a step fits into the memory."""
+    least = 0
+    for checkpointing in dict.fromkeys((config.checkpointing, "whole")):
+        whole = replace(config, checkpointing=checkpointing)
+        one, two = (
+            _probe(start, replace(whole, batch=rows, accumulate=1), watch, least=True).memory.total for rows in (1, 2)
+        )
+        least = one
+        rows = 1 + (budget.amount - one) / max(two - one, 1)
+        parts = [n for n in range(config.accumulate, config.batch + 1) if config.batch % n == 0]
+        for accumulate in (n for n in parts if one <= budget.amount and config.batch / n <= rows):
+            result = _probe(start, replace(whole, accumulate=accumulate), watch)
+            if result.memory.total <= budget.amount:
+                chosen = {"accumulate": accumulate, "checkpointing": checkpointing}
+                return replace(result, settings={n: v for n, v in chosen.items() if v != getattr(config, n)})
+    raise TrainingError(
+        f"train: even one row at a time takes {least / 1e9:.2f} GB, which is more than {budget.text}; lower context, "
+        "train a LoRA, or set weights to bf16"
+    )
+
+
+def _first_steps(run: TrainingRun, most: int, seconds: float) -> tuple[list[float], float]:
+    """Seconds of each of some first steps, after one that warms up, and of an evaluation of what is held out."""
+    times: list[float] = []
+    try:
+        with run.request.at_once(), run.computing():
+            with compiled(run.model, bool(run.facts.get("compile"))):
+                batches = run.objective.batches(run.state)
+                while len(times) <= most and (len(times) < 3 or sum(times) < seconds):
+                    begun = time.perf_counter()
+                    run.step(batches)
+                    times.append(time.perf_counter() - begun)
+            begun = time.perf_counter()
+            run.evaluator.metrics()
+    except StopSignal:
+        raise TrainingError(f"train: stopped by {run.request.signal}; nothing was written") from None
+    return times[1:], time.perf_counter() - begun
+
+
+def _probe(start: Start, config: TrainConfig, watch: Watch, *, least: bool = False) -> Forecast:
+    """The first steps of a run. least: as few of them as show the memory."""
+    objective, model = start()
+    memory = MemoryWatch(next(model.parameters()).device)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    with stop_requests() as request:
+        run = TrainingRun(model, objective, config, Processes(), None, watch, request)
+        times, evaluating = _first_steps(run, 1 if least else STEPS, 0.0 if least else SECONDS)
+    optimizer = sum(t.numel() * t.element_size() for t in run.state.optimizers.tensors().values())
+    copies = ((config.ema > 0) + config.best + bool(config.limits)) * trained
+    process = max(0, memory.held - (weights if memory.device.type == "cpu" else 0))
+    counted = process + weights + trained + optimizer
+    parts = Memory(process, weights, trained, optimizer, copies, max(0, memory.peak - counted))
+    each = statistics.median(times)
+    minutes = (config.minutes or 0) * 60
+    steps = run.state.schedule.total or max(1, round(minutes / each))
+    tokens = run.window.sums.get("tokens", 0.0) / (len(times) + 1)
+    evaluations = steps // config.eval_every + 1 if config.eval_every else 1
+    size = measure(model.config, min(objective.context, model.config.context))
+    share = sum(p.numel() for p in model.parameters() if p.requires_grad) / sum(p.numel() for p in model.parameters())
+    return Forecast(
+        steps=steps,
+        tokens=int(tokens * steps),
+        seconds=each * steps + evaluating * evaluations,
+        seconds_per_step=each,
+        flops=size.flops_per_token * tokens * steps * (2 + min(1.0, share)),
+        memory=parts,
+        checkpoint_bytes=(trained if share < 1 and model.adapted else weights) + optimizer + copies,
+        threads=int(run.facts["threads"]),
+        precision=str(run.facts["precision"]),
+        compile=bool(run.facts.get("compile")),
+    )

@@ -1,0 +1,187 @@
+"""What a run will take: measured against the run itself, on paper against published runs, within budgets."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lapis.errors import ConfigError, TrainingError
+from lapis.families import PRESETS, find
+from lapis.training.config import TrainConfig
+from lapis.training.forecast.budget import Budget
+from lapis.training.forecast.memory import MemoryWatch
+from lapis.training.forecast.options import ForecastOptions
+from lapis.training.forecast.paper import PaperForecast, on_paper
+from lapis.training.loop.progress import Silent
+from lapis.training.run import plan, read_settings, run
+
+Lapis = Callable[..., tuple[int, str, str]]
+SETTINGS = {
+    "objective": "causal", "new": {"dim": 64, "layers": 2, "heads": 4, "ffn_dim": 96}, "tokenizer": "tok",
+    "data": "texts.jsonl", "context": 64, "out": "run", "steps": 40, "batch": 8, "threads": 1, "precision": "float32",
+    "sample_every": 0, "compile": "off",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def here(data_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(data_folder)
+
+
+def settings(**changes: Any) -> Any:
+    return read_settings({**SETTINGS, **changes}, "run.yaml")
+
+
+def test_a_forecast_counts_what_the_run_then_does() -> None:
+    before = plan(settings(), watch=Silent())
+    assert not any(Path().glob("*run*")), "nothing is written"
+    memory = MemoryWatch(torch.device("cpu"))
+    after = run(settings(save_every=20), watch=Silent())
+    assert (before.steps, before.tokens) == (after.steps, after.tokens)
+    assert before.memory.weights == before.memory.gradients
+    assert before.memory.optimizer >= before.memory.weights  # Muon for matrices in blocks, AdamW for the embedding
+    assert before.memory.total == pytest.approx(memory.peak, rel=0.15)
+    assert after.predicted["after_steps"] == 5 and after.predicted["memory_bytes"] > 0
+    times = json.loads(Path("run/times.json").read_text())
+    assert times["predicted"] == after.predicted and times["memory_bytes"] == after.memory_bytes
+    assert "predicted" not in Path("run/training.json").read_text()
+
+
+def test_flops_are_six_for_a_weight_and_token_and_four_where_it_is_frozen() -> None:
+    whole = plan(settings(optimizer="adamw"), watch=Silent())
+    run(settings(out="base", steps=2), watch=Silent())
+    adapter = settings(new=None, model="base", tokenizer=None, lora={"rank": 2}, optimizer="adamw")
+    small = plan(adapter, watch=Silent())
+    assert 0.66 < small.flops / whole.flops < 0.75
+    assert small.memory.gradients < whole.memory.gradients / 4
+    assert small.checkpoint_bytes < whole.checkpoint_bytes / 4
+
+
+def test_a_budget_of_flops_or_time_sets_the_steps() -> None:
+    whole = plan(settings(), watch=Silent())
+    half = plan(settings(), Budget.parse(f"{whole.flops / 2} flops"), watch=Silent())
+    assert half.settings == {"steps": 20} and half.tokens == whole.tokens // 2
+    hour = plan(settings(), Budget.parse("1 hour"), watch=Silent())
+    assert hour.settings["steps"] == hour.steps and hour.seconds == pytest.approx(3600, rel=0.01)
+
+
+def test_a_budget_of_memory_cuts_a_step_into_parts() -> None:
+    wide = settings(batch=64, context=256)
+    whole = plan(wide, watch=Silent())
+    limit = whole.memory.total - whole.memory.activations // 2
+    cut = plan(wide, Budget.parse(f"{limit / 1e6:.0f} MB"), watch=Silent())
+    assert cut.settings["accumulate"] > 1 and cut.memory.total <= limit
+    with pytest.raises(TrainingError, match=r"even one row at a time takes 0.* GB, which is more than 20 MB; lower"):
+        plan(wide, Budget.parse("20 MB"), watch=Silent())
+    with pytest.raises(TrainingError, match=r"one step takes .* FLOPs, which is more than 9 flops; lower batch"):
+        plan(wide, Budget.parse("9 flops"), watch=Silent())
+
+
+@pytest.mark.parametrize(
+    "text, kind, amount",
+    [("3 min", "seconds", 180), ("90s", "seconds", 90), ("1.5 H", "seconds", 5400), ("8GB", "bytes", 8e9),
+     ("1e18 flops", "flops", 1e18), ("2 GiB", "bytes", 2**31)],
+)  # fmt: skip
+def test_a_budget_is_read_as_it_is_written(text: str, kind: str, amount: float) -> None:
+    assert (Budget.parse(text).kind, Budget.parse(text).amount) == (kind, amount)
+
+
+@pytest.mark.parametrize("text", ["", "3", "min", "3 parsecs", "-3 min", "0 min", "1e999 flops", "nan GB"])
+def test_a_budget_that_says_nothing_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=r'train: budget is .*; give a time, a size or FLOPs: "3 min"'):
+        Budget.parse(text)
+
+
+def published(
+    name: str, gpus: int, rows: int, checkpointing: Any, context: int = 8192, **machine: Any
+) -> PaperForecast:
+    family = find(PRESETS[name])
+    assert family is not None
+    config = TrainConfig(steps=10, batch=gpus * rows, checkpointing=checkpointing)
+    return on_paper(family.read_config(PRESETS[name]), context, config, ForecastOptions(True, gpus=gpus, **machine))
+
+
+H100, FAST, SLOW = {"tflops": 989.0, "gpu_memory": 96.0}, {"bandwidth": 450.0}, {"bandwidth": 50.0}
+A100 = {"tflops": 312.0, "bandwidth": 25.0, "efficiency": 0.57}
+
+
+@pytest.mark.parametrize(
+    "forecast, tokens_per_second, gigabytes",
+    [  # tokens per second on each GPU, and GB, that torchtitan published for Llama 3 with FSDP; docs/scale.md
+        (published("llama-3-8b", 8, 2, "selective", **H100, **FAST), 6667, 77.0 * 1.0737),
+        (published("llama-3-8b", 128, 2, "selective", **H100, **SLOW), 6514, 62.0 * 1.0737),
+        (published("llama-3-8b", 64, 1, "selective", **A100), 2973, None),
+        (published("llama-3-70b", 64, 1, "whole", **A100), 331, None),
+    ],
+)
+def test_on_paper_as_published(forecast: PaperForecast, tokens_per_second: float, gigabytes: float | None) -> None:
+    assert forecast.tokens_per_second == pytest.approx(tokens_per_second, rel=0.15)
+    assert forecast.fits
+    if gigabytes:
+        assert sum(forecast.memory_bytes.values()) / 1e9 == pytest.approx(gigabytes, rel=0.15)
+
+
+def test_on_paper_more_gpus_hold_less_and_a_slow_network_bounds() -> None:
+    eight, many = (published("llama-3-8b", gpus, 1, "whole", **H100, **FAST) for gpus in (8, 64))
+    assert many.memory_bytes["held"] * 8 == pytest.approx(eight.memory_bytes["held"], rel=1e-6)
+    assert many.checkpoint_bytes == eight.checkpoint_bytes == 8_030_261_248 * 12
+    slow = published("llama-3-8b", 8, 1, "whole", **H100, bandwidth=1.0)
+    assert slow.seconds_per_step == slow.communicating > slow.computing and slow.mfu < eight.mfu
+    alone = published("llama-3.2-1b", 1, 1, "none", **H100, **FAST)
+    assert alone.bytes_per_step == 0 and alone.memory_bytes["gathered"] == 0
+
+
+def test_on_paper_what_does_not_fit_is_told_with_what_helps() -> None:
+    assert published("llama-3-70b", 8, 1, "whole", **H100, **FAST).levers == "more GPUs"
+    rows = published("llama-3-8b", 8, 8, "none", **H100, **FAST)
+    assert not rows.fits and rows.levers == "accumulate=8 or checkpointing=whole"
+    with pytest.raises(TrainingError, match="batch 9 is not 8 GPUs times accumulate 1 times whole rows; give batch=8"):
+        machine = ForecastOptions(True, gpus=8, tflops=1.0, bandwidth=1.0)
+        family = find(PRESETS["gpt2"])
+        assert family is not None
+        on_paper(family.read_config(PRESETS["gpt2"]), 64, TrainConfig(steps=1, batch=9), machine)
+
+
+def test_as_it_is_typed(run: Lapis) -> None:
+    Path("run.yaml").write_text(json.dumps(SETTINGS))
+    status, out, _ = run("train", "run.yaml", "--plan-only", "--json")
+    result = json.loads(out)
+    assert status == 0 and result["steps"] == 40 and result["memory"]["total"] > result["memory"]["weights"]
+    status, out, _ = run("train", "run.yaml", "--plan-only", "--budget", "1 hour")
+    assert status == 0 and "within the budget: lapis train run.yaml steps=" in out and "Memory at its peak" in out
+    paper = ["--plan-only", "--gpus", "4", "--tflops", "100", "--bandwidth", "10"]
+    status, out, _ = run("train", "run.yaml", *paper)
+    assert status == 0 and "on 4 GPUs" in out and "lapis train itself shares out rows so far" in out
+    assert json.loads(run("train", "run.yaml", *paper, "--json")[1])["fits"] is True
+    for wrong, message in {
+        ("--budget", "1 min"): "train: --budget is for --plan-only, which prints the settings to give; add it",
+        ("--plan-only", "--gpus", "4"): "--gpus needs --tflops, --bandwidth too: machines that are not here cannot",
+        (*paper, "--budget", "1 min"): "--budget is for this machine; without --gpus it is measured",
+        (*paper, "lora={rank: 2}"): "on paper all weights are trained; leave out lora, tune, freeze and plan",
+        ("--plan-only", "--gpus", "0", "--tflops", "1", "--bandwidth", "1"): "gpus is 0; it must be above 0",
+    }.items():
+        status, out, error = run("train", "run.yaml", *wrong)
+        assert status == 1 and not out and message in error and error.count("\n") == 1, error
+
+
+def test_predictions_survive_a_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stop(Silent):
+        def row(self, row: dict[str, Any]) -> None:
+            if row["step"] == 20:
+                raise KeyboardInterrupt
+
+    how = replace(settings(), save_every=10, log_every=10)
+    with pytest.raises(KeyboardInterrupt):
+        run(how, watch=Stop())
+    told: list[str] = []
+
+    class Listen(Silent):
+        def note(self, text: str) -> None:
+            told.append(text)
+
+    result = run(how, watch=Listen())
+    assert any("going on from" in text for text in told) and result.predicted["after_steps"] == 5
