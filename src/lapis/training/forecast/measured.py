@@ -29,7 +29,7 @@ Start = Callable[[], tuple[Objective, Transformer]]
 
 
 @dataclass(frozen=True)
-class Memory:
+class RunMemory:
     """Bytes that a run holds at its peak, by what they are for.
 
     Attributes:
@@ -75,7 +75,7 @@ class Forecast:
     seconds: float
     seconds_per_step: float
     flops: float
-    memory: Memory
+    memory: RunMemory
     checkpoint_bytes: int
     threads: int
     precision: str
@@ -169,7 +169,7 @@ def _probe(start: Start, config: TrainConfig, watch: Watch, *, least: bool = Fal
     copies = ((config.ema > 0) + config.best + bool(config.limits)) * trained
     process = max(0, memory.held - (weights if memory.device.type == "cpu" else 0))
     counted = process + weights + trained + optimizer
-    parts = Memory(process, weights, trained, optimizer, copies, max(0, memory.peak - counted))
+    parts = RunMemory(process, weights, trained, optimizer, copies, max(0, memory.peak - counted))
     each = statistics.median(times)
     minutes = (config.minutes or 0) * 60
     steps = run.state.schedule.total or max(1, round(minutes / each))
