@@ -58,10 +58,11 @@ def train(
         for name, value in result.held_out.items():
             text += f", held-out {name.replace('_', ' ')} {value:.4g}"
         line(f"{text}, {result.tokens_per_second:,.0f} tokens/s, {result.seconds:,.0f} s")
-        if told := result.predicted:
-            early = f"{format_time(told['seconds'])} and {size(told['memory_bytes'])}"
-            took = f"{format_time(result.seconds)} and {size(result.memory_bytes)}"
-            line(f"predicted after {told['after_steps']} steps: {early}; it took {took}", "dim")
+        if result.predicted:
+            expected = f"{format_time(result.predicted['seconds'])} and {size(result.predicted['memory_bytes'])}"
+            taken = f"{format_time(result.seconds)} and {size(result.memory_bytes)}"
+            steps = result.predicted["after_steps"]
+            line(f"predicted after {steps} steps: {expected}; it took {taken}", "dim")
         for sentence in (result.overfitting, result.ended):
             if sentence:
                 line(sentence)

@@ -146,14 +146,14 @@ def _first_steps(run: TrainingRun, most: int, seconds: float) -> tuple[list[floa
             with compiled(run.model, bool(run.facts.get("compile"))):
                 batches = run.objective.batches(run.state)
                 while len(times) <= most and (len(times) < 3 or sum(times) < seconds):
-                    begun = time.perf_counter()
+                    start = time.perf_counter()
                     run.step(batches)
-                    times.append(time.perf_counter() - begun)
-            begun = time.perf_counter()
+                    times.append(time.perf_counter() - start)
+            start = time.perf_counter()
             run.evaluator.metrics()
     except StopSignal:
         raise TrainingError(f"train: stopped by {run.request.signal}; nothing was written") from None
-    return times[1:], time.perf_counter() - begun
+    return times[1:], time.perf_counter() - start
 
 
 def _probe(start: Start, config: TrainConfig, watch: Watch, *, least: bool = False) -> Forecast:

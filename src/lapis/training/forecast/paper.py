@@ -110,8 +110,8 @@ def _activations(model: ModelConfig, size: Size, context: int, checkpointing: st
     block = (whole - logits) / model.layers
     entering = context * model.dim * WIRE
     again = RECOMPUTED[checkpointing]
-    kept = model.layers * (again * entering + (1 - again) * block) + (block if again else 0)
-    return round(kept + logits)
+    blocks = model.layers * (again * entering + (1 - again) * block) + (block if again else 0)
+    return round(blocks + logits)
 
 
 def _levers(memory: dict[str, int], limit: float, rows: int, config: TrainConfig) -> str:
