@@ -51,7 +51,7 @@ def test_a_forecast_counts_what_the_run_then_does() -> None:
     assert "predicted" not in Path("run/training.json").read_text()
 
 
-def test_flops_are_six_for_a_weight_and_token_and_four_where_it_is_frozen() -> None:
+def test_flops_of_frozen_weights_are_four_not_six() -> None:
     whole = plan(settings(optimizer="adamw"), watch=Silent())
     run(settings(out="base", steps=2), watch=Silent())
     adapter = settings(new=None, model="base", tokenizer=None, lora={"rank": 2}, optimizer="adamw")
