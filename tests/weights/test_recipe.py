@@ -134,6 +134,12 @@ def test_what_is_wrong_is_told_in_one_line(message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+def test_what_is_long_is_told_in_short():
+    with pytest.raises(ConfigError) as error:
+        parsed(TIES, dtype=["float32"] * 1000)
+    assert len(str(error.value)) < 300
+
+
 def test_slices_must_agree_in_length():
     slices = [{"sources": [{"model": "base", "layer_range": [0, 4]}, {"model": "b", "layer_range": [0, 5]}]}]
     with pytest.raises(ConfigError, match="same number of layers; they give"):

@@ -226,7 +226,7 @@ def add_rows(
     """
     checkpoint = checkpoint.fetched()
     tables = token_tables(checkpoint)
-    simple = {"distilled": "mean", "calibrated": None}.get(init or "", init)
+    simple = "mean" if init == "distilled" else None if init == "calibrated" else init
     progress(0, None, "making rows")
     rows = first_rows(checkpoint, tables, gained.old_tokens, simple, seed)
     trained, notes = tables.embed, list[str]()

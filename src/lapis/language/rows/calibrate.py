@@ -14,6 +14,7 @@ Shapes: R places, S places of replay text, D model dim, N new tokens, V old toke
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from random import Random
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -102,7 +103,7 @@ class Places:
         total_R = torch.logaddexp(logits_RN.logsumexp(1), self.old_R)
         new_R = self.followed_R >= first
         own = logits_RN[new_R].gather(1, self.followed_R[new_R, None] - first).sum()
-        old = (self.hidden_RD[~new_R] * F.embedding(self.followed_R[~new_R], model.head.matrix)).sum()
+        old = (self.hidden_RD[~new_R] * F.embedding(self.followed_R[~new_R], cast(Tensor, model.head.matrix))).sum()
         return float(total_R.sum() - own - old)
 
 
@@ -166,7 +167,7 @@ def _read(model: Transformer, rows: list[list[int]], embed_ND: Tensor, first: in
         hidden.append(model.hidden(torch.tensor([ids[:-1]]))[0])
     model.embed = inner
     hidden_RD = torch.cat(hidden)
-    old_R = torch.cat([model.head(part).logsumexp(1) for part in hidden_RD.split(_AT_ONCE)])
+    old_R = torch.cat([model.head(part).logsumexp(1) for part in torch.split(hidden_RD, _AT_ONCE)])
     return Places(hidden_RD, old_R, torch.tensor([i for ids in rows for i in ids[1:]], dtype=torch.int64))
 
 

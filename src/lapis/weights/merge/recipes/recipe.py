@@ -272,7 +272,7 @@ def _dtype(document: Mapping[str, Any], where: str) -> str | None:
         if document.get(key) is not None:
             name = str(document[key]).removeprefix("torch.")
             if name not in DTYPES:
-                raise ConfigError(f'{where}: {key} is "{document[key]}"; {nearest(name, DTYPES)}')
+                raise ConfigError(f'{where}: {key} is "{str(document[key])[:60]}"; {nearest(name, DTYPES)}')
             return name
     return None
 
