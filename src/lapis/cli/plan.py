@@ -74,10 +74,11 @@ def plan(
         return
     if base is None or chat is None:
         raise ConfigError("plan: give --base and --chat, or --merge RECIPE")
+    how = {name: value for name, value in asdict(options).items() if name != "evaluations"}  # which a recipe has
     try:
         with progress("reading") as report:
             result = run(
-                base, chat, chats=chats, text=text, choices=choices, onto=onto, **asdict(options),
+                base, chat, chats=chats, text=text, choices=choices, onto=onto, **how,
                 progress=lambda what, done, total: report(done, total, what),
                 report=lambda words: line(f"plan: {words}", error=True), journal=journal,
             )  # fmt: skip
