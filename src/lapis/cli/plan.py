@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from lapis.planning.options import PlanOptions
+from lapis.planning.options import PlanOptions, SearchOptions
 
 if TYPE_CHECKING:
     from lapis.planning.result import PlanResult
@@ -23,7 +23,7 @@ def plan(
     text: list[Path] | None = None,
     choices: Path | None = None,
     onto: str | None = None,
-    options: Annotated[PlanOptions, Parameter(name="*")] = PlanOptions(),  # noqa: B008
+    options: Annotated[SearchOptions, Parameter(name="*")] = SearchOptions(),  # noqa: B008
     out: Path | None = None,
     html: Path | None = None,
     overwrite: bool = False,
@@ -49,7 +49,7 @@ def plan(
         overwrite: Replace an existing plan or page.
         json: Print one JSON object.
     """
-    from dataclasses import asdict
+    from dataclasses import fields
 
     import torch
 
@@ -74,7 +74,7 @@ def plan(
         return
     if base is None or chat is None:
         raise ConfigError("plan: give --base and --chat, or --merge RECIPE")
-    how = {name: value for name, value in asdict(options).items() if name != "evaluations"}  # which a recipe has
+    how = {field.name: getattr(options, field.name) for field in fields(PlanOptions)}
     try:
         with progress("reading") as report:
             result = run(
@@ -96,7 +96,7 @@ def plan(
 
 
 def _search(
-    recipe: Path, chats: list[Path] | None, text: list[Path] | None, options: PlanOptions, out: Path | None,
+    recipe: Path, chats: list[Path] | None, text: list[Path] | None, options: SearchOptions, out: Path | None,
     html: Path | None, journal: Path | None, *, overwrite: bool, json: bool,
 ) -> None:  # fmt: skip
     """A recipe's scales, searched, shown and written."""

@@ -42,8 +42,6 @@ class PlanOptions:
     """So many chats, and 128 tokens of text for each."""
     context: int = 256
     """Tokens of a chat or a window of text."""
-    evaluations: int = 16
-    """With --merge: settings that the search, the random control and the grid try each."""
     seed: int = 0
     """Of the random choices."""
     allow_unrelated: bool = False
@@ -59,6 +57,19 @@ class PlanOptions:
             )
         if not 0 < self.cost <= 1:
             raise ConfigError(f"plan: cost is {self.cost:g}; it is a share of the text's bits, above 0 and at most 1")
-        for name in ("limit", "draws", "context", "evaluations"):
+        for name in ("limit", "draws", "context"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"plan: {name} is {getattr(self, name)}; give 1 or more")
+
+
+@dataclass(frozen=True)
+class SearchOptions(PlanOptions):
+    """How a plan is made, or the scales of a recipe are searched. Raises ConfigError for a value out of range."""
+
+    evaluations: int = 16
+    """With --merge: settings that the search, the random control and the grid try each."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.evaluations < 1:
+            raise ConfigError(f"plan: evaluations is {self.evaluations}; give 1 or more")

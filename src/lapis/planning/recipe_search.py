@@ -29,7 +29,7 @@ from lapis.errors import ConfigError, DataError
 from lapis.model.load import load
 from lapis.planning.held_out import Figures, HeldOut, PlanJournal, Runner, make_held_out
 from lapis.planning.inputs import Files
-from lapis.planning.options import PlanOptions
+from lapis.planning.options import PlanOptions, SearchOptions
 from lapis.text.corpus import corpus
 from lapis.text.tokenizer.tokenizer import Tokenizer
 from lapis.weights.engine.job import input_files
@@ -104,7 +104,7 @@ def search_recipe(
     chats: Files,
     text: Files | None = None,
     *,
-    evaluations: int = PlanOptions.evaluations,
+    evaluations: int = SearchOptions.evaluations,
     limit: int = PlanOptions.limit,
     context: int = PlanOptions.context,
     seed: int = PlanOptions.seed,
@@ -119,7 +119,7 @@ def search_recipe(
         chats: Files of chats.
         text: Files of plain text.
         evaluations: Settings that each of the three ways tries. This and the options after it are those of
-            `lapis.planning.options.PlanOptions`.
+            `lapis.planning.options.SearchOptions`.
         progress: Called with what is done, the evaluations so far and how many there may be.
         journal: A file that keeps what was measured, so that the same call goes on where it was killed.
 
@@ -129,7 +129,7 @@ def search_recipe(
         DataError: For files that hold nothing to measure with.
     """
     started = time.perf_counter()
-    options = PlanOptions(
+    options = SearchOptions(
         evaluations=evaluations, limit=limit, context=context, seed=seed, allow_unrelated=allow_unrelated
     )
     documents = load_yaml_documents(Path(recipe))
