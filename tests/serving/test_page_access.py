@@ -175,7 +175,7 @@ def test_a_reply_is_announced_once_and_as_a_whole(browser, pair):
                 "max_tokens": 60}  # fmt: skip
         reply = httpx.post(f"{pair.url}/v1/chat/completions", json=body, timeout=60).json()["choices"][0]
         assert visitor.page.evaluate("heard") == ["base is writing", f"base replied: {reply['message']['content']}"]
-        live = visitor.page.locator("[aria-live=polite], [role=log], [role=status]")
+        live = visitor.page.locator("[aria-live=polite], [role=log]")
         assert live.count() == 1 and visitor.page.locator("#conversation [aria-live]").count() == 0
 
 

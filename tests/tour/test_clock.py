@@ -107,4 +107,8 @@ def test_real_text_is_told_by_likelihood() -> None:
     real = result(0.0, 0.0, 0.0, 0.0, 0.0)
     for part in real["scores"].values():  # type: ignore[attr-defined]
         part["en"]["answers"] = part["ms"]["answers"] = None
+    for name, nll in (("adapted", 2.0), ("tuned", 1.0)):
+        real["scores"][name]["ms"]["response_nll"] = nll  # type: ignore[index]
     assert "25% in Malay and 50% in English of the way" in sentence(real) and advice(real) == ""
+    real["scores"]["tuned"]["ms"]["response_nll"] = 1.99  # type: ignore[index]
+    assert "Tuning on the chats changed little (2.00 to 1.99 nats" in advice(real)

@@ -75,7 +75,9 @@ def test_a_budget_of_memory_cuts_a_step_into_parts() -> None:
     limit = whole.memory.total - whole.memory.activations // 2
     cut = plan(wide, Budget.parse(f"{limit / 1e6:.0f} MB"), watch=Silent())
     assert cut.settings["accumulate"] > 1 and cut.memory.total <= limit
-    with pytest.raises(TrainingError, match=r"even one row at a time takes 0.* GB, which is more than 20 MB; lower"):
+    with pytest.raises(
+        TrainingError, match=r"even one row at a time takes \d\.\d+ GB, which is more than 20 MB; lower"
+    ):
         plan(wide, Budget.parse("20 MB"), watch=Silent())
     with pytest.raises(TrainingError, match=r"one step takes .* FLOPs, which is more than 9 flops; lower batch"):
         plan(wide, Budget.parse("9 flops"), watch=Silent())

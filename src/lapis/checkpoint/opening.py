@@ -84,7 +84,10 @@ def open_checkpoint(source: str | os.PathLike[str], *, adapters: bool = False) -
     _check_against_index(root, headers, notes)
     stats = {info.file: stamp(info.file.stat()) for info in index.values() if os.path.lexists(info.file)}
     if len(stats) < len({info.file for info in index.values()}):
-        notes.append("weights are read from a server in ranges; where all of a file is read, its sha256 is compared")
+        notes.append(
+            "weights are read from a server in ranges: what writes a model compares the sha256 of files that it reads "
+            "whole, what only looks does not"
+        )
     if snapshot is not None and (bare := snapshot.unlisted(["config.json", *headers])):
         notes.append(
             f"unverified: the server lists no digest for {', '.join(bare[:4])}{' ...' if len(bare) > 4 else ''}"
