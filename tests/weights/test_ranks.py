@@ -205,7 +205,8 @@ def test_a_delta_by_ranks_one_of_which_dies(trio, tmp_path, bits):
     alone = delta_extract(folders["base"], folders["chat"], tmp_path / "alone" / "out", bits)
     assert all_bytes(tmp_path / "out") == all_bytes(tmp_path / "alone" / "out")
     result = json.loads(done[0][0])
-    assert result["relative_error"] == alone.relative_error and result["errors"] == alone.errors
+    assert result.get("relative_error") in (alone.relative_error, None)  # None: it came when the other had done all
+    assert result["errors"] == alone.errors and len(alone.errors) > 10
     assert result["base"] == alone.base and result["sha256"] == alone.sha256
 
 

@@ -149,15 +149,19 @@ def delta_extract(
             finally:
                 journal.close()
             complete(staging, written)
-    seen = written.figures
-    delta_sq = sum(each.delta_sq for each in seen.values())
-    result.relative_error = sqrt(sum(each.error_sq for each in seen.values()) / delta_sq) if delta_sq else 0.0
+    held = open_delta(place)
+    if seen := written.figures:  # empty in a process that came when others had done all
+        delta_sq = sum(each.delta_sq for each in seen.values())
+        result.relative_error = sqrt(sum(each.error_sq for each in seen.values()) / delta_sq) if delta_sq else 0.0
     result.errors = [
-        {"name": item.name, "code": item.code.name, **figures_or_longest(seen[item.name])}
+        {
+            "name": item.name, "code": item.code.name, "relative_error": held.tensors[item.name].relative_error,
+            "relative_norm": held.tensors[item.name].relative_norm,
+        }
         for item in plan.items
-        if item.code and item.name in seen
-    ]
-    result.base = open_delta(place).to_json()["base"]
+        if item.code and item.name in held.tensors
+    ]  # fmt: skip
+    result.base = held.to_json()["base"]
     result.bytes = (place / DELTA).stat().st_size
     sealed = sha256_of(place / MANIFEST)
     result.record(written.bytes_read, written.bytes_written, written.bytes_resumed, sealed)
