@@ -248,19 +248,26 @@ def produce(
             raise
         finally:
             journal.close()
-        beside(staging.path, account)
-        if check is not None:
-            try:
-                check(staging.path)
-            except LapisError:
-                staging.useless = True
-                raise
-        staging.digests.update(account.digests)
-        staging.sizes.update(account.sizes)
+        _complete(staging, account, beside, check)
     result.notes = [*result.notes, *account.findings]  # of this run, and so not of the account
     result.record(account.bytes_read, account.bytes_written, account.bytes_resumed, staging.manifest_sha256)
     result.lost_to_rounding = lost_in_all(account.figures)
     result.nonfinite = sum(seen.nonfinite for seen in account.figures.values())
+
+
+def _complete(
+    staging: Staging, account: Account, beside: Callable[[Path, Account], None], check: Callable[[Path], None] | None
+) -> None:
+    """What follows the weights: the files beside them, the check of the whole, and the digests that are known."""
+    beside(staging.path, account)
+    if check is not None:
+        try:
+            check(staging.path)
+        except LapisError:
+            staging.useless = True
+            raise
+    staging.digests.update(account.digests)
+    staging.sizes.update(account.sizes)
 
 
 def _produce_together(
@@ -288,15 +295,7 @@ def _produce_together(
 
     def seal(staging: Staging) -> None:
         account = account_of(job.journal, files)
-        beside(staging.path, account)
-        if check is not None:
-            try:
-                check(staging.path)
-            except LapisError:
-                staging.useless = True
-                raise
-        staging.digests.update(account.digests)
-        staging.sizes.update(account.sizes)
+        _complete(staging, account, beside, check)
         result.bytes_read, result.bytes_written = account.bytes_read, account.bytes_written
 
     if not finished():
