@@ -80,7 +80,7 @@ def test_rows_of_old_tokens_are_trained_where_the_plan_says_so(
     plan: Callable[..., dict[str, Any]], tmp_path: Path, old_rows: bool
 ) -> None:
     base = make(tmp_path / "untied", 0, tied=False)
-    out = Path(adapt(plan(base=str(base), chat=None, chats=[], old_rows=old_rows))["steps"]["adapted"])
+    out = Path(adapt(plan(base=str(base), chat=None, card=False, old_rows=old_rows))["steps"]["adapted"])
     before, after = (load(path, torch.float32).state_dict() for path in (base, out))
     assert {"embed.weight", "head.weight"} <= {*before}
     for name in ("embed.weight", "head.weight"):
@@ -90,7 +90,7 @@ def test_rows_of_old_tokens_are_trained_where_the_plan_says_so(
 
 def test_rows_that_are_hardly_read_stay_as_they_begin(plan: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     remarks: list[str] = []
-    steps = adapt(plan(chat=None, chats=[], vocab=60, replay_share=0.25), note=remarks.append)["steps"]
+    steps = adapt(plan(chat=None, card=False, vocab=60, replay_share=0.25), note=remarks.append)["steps"]
     start, embedded, adapted = (
         load(steps[name], torch.float32).embed.weight for name in ("start", "embedded", "adapted")
     )
@@ -105,7 +105,7 @@ def test_rows_that_are_hardly_read_stay_as_they_begin(plan: Callable[..., dict[s
 
 
 def test_a_step_that_was_edited_is_refused(plan: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
-    settings = plan(chat=None, vocab=0, chats=[])
+    settings = plan(chat=None, vocab=0, card=False)
     adapt(settings)
     config = tmp_path / "out" / "adapted" / "config.json"
     config.write_text(config.read_text() + " ")
@@ -183,7 +183,7 @@ def test_fault_60_killed_while_its_plan_is_written_it_goes_on(
 
 def test_how_much_is_trained_is_counted_in_tokens(plan: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     out, remarks = tmp_path / "out", list[str]()
-    settings = plan(chat=None, chats=[], embedded=0.25)
+    settings = plan(chat=None, card=False, embedded=0.25)
     adapt(settings, note=remarks.append)
     assert [steps_of(out / name) for name in ("embedded", "adapted")] == [3, 9]
     speed = yaml.safe_load((out / "plan.yaml").read_text())["tokens_per_second"]
@@ -207,9 +207,9 @@ def test_minutes_are_tokens_at_the_measured_speed() -> None:
 
 
 def test_merged_back_is_between_both(plan: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
-    result = adapt(plan(merge_back=0.25, ema=0.5, scale="attn=0.5,mlp=0"))
-    names = ["measure", "tokenizer", "start", "embedded", "adapted", "merged", "grafted", "card"]
-    assert list(result["steps"]) == names
+    result = adapt(plan(merge_back=0.25, ema=0.5, scale="attn=0.5,mlp=0", card=False))
+    names = ["measure", "tokenizer", "start", "embedded", "adapted", "merged", "grafted"]
+    assert list(result["steps"]) == names and "scores" not in result
     assert json.loads((tmp_path / "out" / "adapted" / "training.json").read_text())["config"]["ema"] == 0.5
     before, after, merged = (
         load(tmp_path / "out" / name, torch.float32).state_dict() for name in ("embedded", "adapted", "merged")
@@ -223,7 +223,7 @@ def test_merged_back_is_between_both(plan: Callable[..., dict[str, Any]], tmp_pa
 
 def test_training_ends_where_the_replay_text_costs(plan: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     out, remarks = tmp_path / "out", list[str]()
-    settings = plan(chat=None, chats=[], vocab=0, cost=1e-4, lr=3e-2, replay_share=0.0, tokens=40 * STEP)
+    settings = plan(chat=None, card=False, vocab=0, cost=1e-4, lr=3e-2, replay_share=0.0, tokens=40 * STEP)
     adapt(settings, note=remarks.append)
     facts = json.loads((out / "adapted" / "training.json").read_text())
     bits = json.loads((out / "measure" / "base.json").read_text())["replay/bits_per_byte"]
@@ -255,7 +255,7 @@ def test_replay_text_may_be_the_models_own(plan: Callable[..., dict[str, Any]], 
     assert json.loads((out / "adapted" / "training.json").read_text())["data"].keys() == {
         str(out / "measure" / "text.jsonl"), str(out / "replay" / "replay.jsonl")}  # fmt: skip
     seen = times(out)
-    adapt({**settings, "lr": 2e-4})
+    adapt({**settings, "lr": 2e-4, "card": False})
     assert times(out)["replay"] == seen["replay"]
 
 
@@ -320,8 +320,8 @@ def test_scales_are_learned_on_replies_to_the_language(plan: Callable[..., dict[
     talks.write_text("\n".join(lines) + "\n")
     how = {"objective": "chat", "data": str(talks), "model": plan()["base"], "context": 48, "batch": 8, "steps": 150}
     train(read_settings({**how, "lr": 3e-3, "out": str(tmp_path / "talks"), **TINY}, "test"), watch=Silent())
-    settings = plan(scale="plan", vocab=0, chats=[], cost=0.2, chat=str(tmp_path / "talks"))
-    assert list(adapt(settings)["steps"])[-3:] == ["planned", "grafted", "card"]
+    settings = plan(scale="plan", vocab=0, card=False, cost=0.2, chat=str(tmp_path / "talks"))
+    assert list(adapt(settings)["steps"])[-2:] == ["planned", "grafted"]
     chats = [json.loads(line) for line in (out / "planned" / "chats.jsonl").read_text().splitlines()]
     assert 32 < len(chats) <= 64 and all(chat["messages"][0]["content"] in "".join(MALAY) for chat in chats)
     learned = json.loads((out / "grafted" / "lapis-merge.json").read_text())["recipe"]["scale"]
@@ -342,7 +342,7 @@ def test_an_adaptation_goes_on_with_the_same_bytes(
     plan: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     how = {"train": {**TINY, "save_every": 1}, "ema": 0.5, "merge_back": 0.25, "cost": 1e-4, "lr": 3e-3,
-           "replay_share": 0.0, "chats": [], "tokens_per_second": 100.0}  # fmt: skip
+           "replay_share": 0.0, "card": False, "tokens_per_second": 100.0}  # fmt: skip
     update = Average.update
 
     def stopped(self: Average, step: int) -> None:

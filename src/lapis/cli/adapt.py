@@ -92,6 +92,9 @@ def adapt(
             line(f"{result['plan']}: written; nothing was done. These steps would be: {', '.join(result['steps'])}")
             line(f"next: lapis adapt {result['plan']}", "dim")
             return
+        if "card" not in result:
+            line(f"not measured; next: lapis card {result['out']} --out DIR")
+            return
         line(f"bits per byte of the language: {result['won']:.1%} fewer")
         if result["cost"] is not None:
             line(f"bits per byte of the replay text: {result['cost']:+.1%}")

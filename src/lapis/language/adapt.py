@@ -79,7 +79,7 @@ def adapt(
         note: Called with a line for each step.
 
     Returns:
-        `steps` (name -> directory), and when it is done `scores`, `gap_closed`, `cost`, `won` and `card`.
+        `out`, `steps` (name -> directory), and with a card `scores`, `gap_closed`, `cost`, `won` and `card`.
 
     Raises:
         ConfigError: For a plan that cannot be.
@@ -163,26 +163,10 @@ class _Adaptation:
             self.note(f"grafted: {plan.scale} x (chat - base) is added")
             scale = str(plan.scale)
             last = [self._add_chat("grafted", {"scale": scale, "file": stamps([scale])}, last)]
-        how = {
-            "files": stamps(measured_files(vars(plan))),
-            "scored": plan.scored,
-            "language": plan.language,
-            "license": plan.license,
-        }
-        card = steps.run("card", how, ["measure", *last], self._card)
-        written = read_json(card / "card.json")
         if ended := read_json(steps.done["adapted"] / "training.json").get("ended"):
             self.note(f"adapted: {ended}")
-        if written["cost"] is not None and written["cost"] > plan.cost:
-            self.note(
-                f"the replay text costs {written['cost']:.1%} more bits per byte than before, above {plan.cost:.1%}: "
-                "take more replay, merge_back: 0.1, a lower lr, or a smaller scale"
-            )
-        return {
-            "steps": {name: str(folder) for name, folder in steps.done.items()},
-            **{key: written[key] for key in ("scores", "gap_closed", "won", "cost")},
-            "card": str(card / "index.html"),
-        }
+        card = self._card(last) if plan.card else {}
+        return {"out": str(steps.out), "steps": {name: str(folder) for name, folder in steps.done.items()}, **card}
 
     def _measure(self, folder: Path, overwrite: bool) -> None:
         plan = self.plan
@@ -352,13 +336,28 @@ class _Adaptation:
         self.steps.run("planned", {"cost": plan.cost, "seed": plan.seed, **self.inputs}, last, make)
         return ["planned"]
 
-    def _card(self, folder: Path, overwrite: bool) -> None:
-        self.note("card: measuring every step in each language")
-        settings, out = vars(self.plan), self.steps.out
+    def _card(self, last: list[str]) -> dict[str, Any]:
+        """Measures every model; says what was won and what it cost."""
+        plan, out = self.plan, self.steps.out
+        settings = vars(plan)
         models = {**parents_of(settings), **self.models}
-        with self.bar("measuring") as report, commit(folder, kind="adapt", overwrite=overwrite) as staging:
-            how = how_made(out, settings)
-            write_card(staging.path, make_card(models, held_out_of(out, settings), how=how, progress=report))
+
+        def make(folder: Path, overwrite: bool) -> None:
+            self.note("card: measuring every step in each language")
+            with self.bar("measuring") as report, commit(folder, kind="adapt", overwrite=overwrite) as staging:
+                how = how_made(out, settings)
+                write_card(staging.path, make_card(models, held_out_of(out, settings), how=how, progress=report))
+
+        after = {"files": stamps(measured_files(settings)), **{k: settings[k] for k in ("scored", "language", "license")}}
+        card = self.steps.run("card", after, ["measure", *last], make)
+        written = read_json(card / "card.json")
+        if written["cost"] is not None and written["cost"] > plan.cost:
+            self.note(
+                f"the replay text costs {written['cost']:.1%} more bits per byte than before, above {plan.cost:.1%}: "
+                "take more replay, merge_back: 0.1, a lower lr, or a smaller scale"
+            )
+        scores = {key: written[key] for key in ("scores", "gap_closed", "won", "cost")}
+        return {**scores, "card": str(card / "index.html")}
 
     def _text(self, part: str) -> Path:
         """Text to learn from."""

@@ -63,6 +63,7 @@ class AdaptPlan:
         cost: By which share bits per byte of the replay text may rise: training ends where they rise more, and what the
             result costs beyond it is told.
         scored: Bytes of held-out text of each language that models are measured on.
+        card: Whether every model is measured at the end; `lapis card` does it later.
         seed: Of everything.
     """
 
@@ -96,6 +97,7 @@ class AdaptPlan:
     scale: float | str = 1.0
     cost: float = 0.03
     scored: int = 40_000
+    card: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -176,7 +178,7 @@ class AdaptPlan:
         names += [*(["tokenizer", "start", *(["embedded"] if self.embedded else [])] if self.vocab else [])]
         names += ["adapted", *(["merged"] if self.merged_back else []), *(["restored"] if self.onto == "chat" else [])]
         names += [*(["planned"] if self.grafts and self.scale == "plan" else []), *(["grafted"] if self.grafts else [])]
-        return [*names, "card"]
+        return [*names, *(["card"] if self.card else [])]
 
     def steps(self, share: float, context: int) -> int:
         """Steps of a training that reads a share of the tokens, in rows of `context` tokens."""
