@@ -7,7 +7,7 @@ JOBS ?= auto
 PEER ?= .venv-peers/bin/python
 SIZE ?= 0.5b
 
-.PHONY: tour test lint docs book check-matrix bench bench-train bench-generate bench-diff-lens bench-gguf bench-serve serve-soak serve-fuzz bench-merge bench-faults kill kill-train reliability peers clean
+.PHONY: tour test every-test lint docs book check-matrix bench bench-train bench-generate bench-diff-lens bench-gguf bench-serve serve-soak serve-fuzz bench-merge bench-faults kill kill-train reliability peers clean
 
 .venv/.core: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -27,7 +27,10 @@ lint: .venv/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint                   ## types, style, and every test
+test: .venv/.dev             ## types, style, and every test
+	$(MAKE) --no-print-directory --jobs 2 lint every-test
+
+every-test:
 	$(BIN)/python -m pytest -q -n $(JOBS)
 
 docs: .venv/.core            ## docs/api.md from the docstrings, and the code blocks of README.md in its translations

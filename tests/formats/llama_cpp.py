@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import urllib.request
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +79,15 @@ class LlamaCpp:
         return list(values[0] if isinstance(values[0], list) else values)
 
 
+@cache
+def _is_there() -> bool:
+    probe = [sys.executable, "-c", "import xllamacpp"]
+    return subprocess.run(probe, env={**os.environ, "PYTHONPATH": PLACE}, capture_output=True).returncode == 0
+
+
 def need_llama_cpp() -> None:
     """Skips the test where llama.cpp is not there."""
-    probe = [sys.executable, "-c", "import xllamacpp"]
-    if subprocess.run(probe, env={**os.environ, "PYTHONPATH": PLACE}, capture_output=True).returncode:
+    if not _is_there():
         pytest.skip("no xllamacpp in this environment, nor where LAPIS_LLAMA_CPP says")
 
 

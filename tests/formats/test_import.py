@@ -2,8 +2,7 @@
 
 import json
 import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -152,31 +151,24 @@ def test_a_file_for_another_architecture_is_named(tmp_path: Path) -> None:
     assert not (tmp_path / "back").exists()
 
 
-def test_the_command_line_goes_there_and_back(tmp_path: Path) -> None:
-    def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "lapis", *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True)
-
+def test_the_command_line_goes_there_and_back(tmp_path: Path, run: Callable[..., tuple[int, str, str]]) -> None:
     folder = make_folder(tmp_path / "model", "llama")
     file, back = tmp_path / "m.gguf", tmp_path / "back"
-    exported = json.loads(run("export", folder, "--gguf", file, "--type", "q8_0", "--ollama", "--json").stdout)
+    exported = json.loads(run("export", folder, "--gguf", file, "--type", "q8_0", "--ollama", "--json")[1])
     assert exported["out"] == str(file) and exported["type"] == "q8_0" and exported["bytes"] == file.stat().st_size
     assert exported["seconds"] > 0 and exported["tokenizer"]["pre"] == "qwen35"
     assert exported["tokenizer"]["proved"] == 300
     assert f'PARAMETER stop "{"<|im_end|>"}"' in (tmp_path / "Modelfile").read_text()
-    imported = json.loads(run("import", file, "--out", back, "--json").stdout)
+    imported = json.loads(run("import", file, "--out", back, "--json")[1])
     assert imported["out"] == str(back) and imported["tokenizer"]["proved"] == 300
-    shown = run("import", file, "--out", tmp_path / "second")
-    assert "equal ids on 300 texts in many scripts" in shown.stdout
+    assert "equal ids on 300 texts in many scripts" in run("import", file, "--out", tmp_path / "second")[1]
     for command in (["generate", file, "x"], ["inspect", file], ["tokens", file, "x"], ["eval", file, "--text", file],
                     ["diff", file, folder]):  # fmt: skip
-        refused = run(*command)
-        assert refused.returncode == 1 and refused.stderr.count("lapis: ") == 1 and "Traceback" not in refused.stderr
-        assert (
-            f"{file}: is a GGUF file; make a model folder of it with: lapis import {file} --out DIR" in refused.stderr
-        )
+        status, _, error = run(*command)
+        assert status == 1 and error.count("lapis: ") == 1 and "Traceback" not in error
+        assert f"{file}: is a GGUF file; make a model folder of it with: lapis import {file} --out DIR" in error
     (tmp_path / "only").mkdir()
     file.rename(tmp_path / "only" / "m.gguf")
-    refused = run("inspect", tmp_path / "only")
-    assert refused.returncode == 1 and "lapis import" in refused.stderr and "Traceback" not in refused.stderr
+    status, _, error = run("inspect", tmp_path / "only")
+    assert status == 1 and "lapis import" in error and "Traceback" not in error
     assert read_gguf(tmp_path / "only" / "m.gguf").version == 3

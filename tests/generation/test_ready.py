@@ -195,7 +195,7 @@ def test_other_precisions_are_left_as_they_are():
 
 @pytest.mark.parametrize("compile", [True, False])
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ["llama", "tied", "biases", "gpt2", "odd sizes"])
 def test_int8_is_the_model_of_the_rounded_weights(name, dtype, compile):
     model = make(name, dtype)
     fast = ready(copy.deepcopy(model), weights="int8", compile=compile)

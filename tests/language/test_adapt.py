@@ -1,8 +1,6 @@
 """The flow of an adaptation: every step once, again when what it read changed, and nothing that was edited is lost."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -150,14 +148,16 @@ def test_what_cannot_be_is_refused_before_anything_is_done(plan: Callable[..., d
         adapt(plan())
 
 
-def test_a_dry_run_writes_a_plan_that_can_be_run(plan: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+def test_a_dry_run_writes_a_plan_that_can_be_run(
+    plan: Callable[..., dict[str, Any]], tmp_path: Path, run: Callable[..., tuple[int, str, str]]
+) -> None:
     settings = plan(chat=None, vocab=0, chats=[])
     options = [f"--{key}={settings[key]}" for key in ("base", "out", "vocab")]
     options += ["--text", settings["text"][0], "--replay", settings["replay"][0], "--dry-run", "--json"]
     options += ["rows_lr=2e-3", "train.warmup=3", "--lr", "5e-5"]  # settings need no file
-    ran = subprocess.run([sys.executable, "-m", "lapis", "adapt", *options], capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
-    assert list(json.loads(ran.stdout)["steps"]) == ["measure", "adapted", "card"]
+    status, output, error = run("adapt", *options)
+    assert status == 0, error
+    assert list(json.loads(output)["steps"]) == ["measure", "adapted", "card"]
     written = yaml.safe_load((tmp_path / "out" / "plan.yaml").read_text())
     given = {key: settings[key] for key in ("base", "out", "vocab", "text", "replay")}
     assert read_plan(written) == read_plan({**given, "rows_lr": 2e-3, "train": {"warmup": 3}, "lr": 5e-5})
@@ -272,7 +272,7 @@ def test_a_model_without_a_template_draws_plain_text(tmp_path: Path) -> None:
 
 
 def test_a_chat_model_is_trained_and_gets_back_what_it_lost(
-    plan: Callable[..., dict[str, Any]], tmp_path: Path
+    plan: Callable[..., dict[str, Any]], tmp_path: Path, run: Callable[..., tuple[int, str, str]]
 ) -> None:
     out = tmp_path / "out"
     result = adapt(plan(onto="chat", merge_back=0.25, old_rows=True, chats=[]))
@@ -299,16 +299,13 @@ def test_a_chat_model_is_trained_and_gets_back_what_it_lost(
     assert words.chat_template == Tokenizer.open(plan()["chat"]).chat_template
 
     other = adapt(plan(out=str(tmp_path / "other"), vocab=0, chats=[]))  # the other way, and both in one table
-    ran = subprocess.run(
-        [sys.executable, "-m", "lapis", "card", str(tmp_path / "other"), str(out / "restored"), "--json", "--out",
-         str(tmp_path / "both")], capture_output=True, text=True,
-    )  # fmt: skip
-    assert ran.returncode == 0, ran.stderr
-    scores = json.loads(ran.stdout)["scores"]
+    status, output, error = run("card", tmp_path / "other", out / "restored", "--json", "--out", tmp_path / "both")
+    assert status == 0, error
+    scores = json.loads(output)["scores"]
     assert {"base", "chat", "grafted", "restored"} <= set(scores)
     for name, mine in (("grafted", other), ("restored", result)):
         figure, same = (each[name]["target"]["bits_per_byte"]["value"] for each in (scores, mine["scores"]))
-        assert figure == pytest.approx(same, rel=1e-6)  # on other threads
+        assert figure == pytest.approx(same, rel=1e-6)
     with pytest.raises(ConfigError, match="chat is missing; onto: chat"):
         adapt(plan(onto="chat", chat=None))
 

@@ -53,7 +53,7 @@ def test_text_that_is_not_there_or_of_no_such_language(typed: Callable[..., tupl
 
 def test_text_that_is_mostly_another_language_is_told(typed: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
     mixed = str(write(tmp_path / "mixed.jsonl", [*ENGLISH[300:460], *MALAY[:60]]))
-    status, err = typed(text=[mixed], chat=None, chats=[], vocab=0, tokens=128)
+    status, err = typed(text=[mixed], chat=None, card=False, vocab=0, tokens=128)
     assert status == 0 and "text: 27% of the documents look like ms; the rest is another language" in err
 
 
@@ -69,7 +69,7 @@ def test_more_tokens_than_the_text_carries(typed: Callable[..., tuple[int, str]]
     assert "vocab is 50,000, and the text carries" in line and "give vocab: " in line
     carried = int(line.split("give vocab: ")[1].split(",")[0])
     assert (tmp_path / "out" / "measure").is_dir() and not (tmp_path / "out" / "tokenizer").exists()
-    status, err = typed(vocab=carried, tokens=128, chat=None, chats=[])  # what it names can be had, and it goes on
+    status, err = typed(vocab=carried, tokens=128, chat=None, card=False)  # what it names can be had, and it goes on
     assert status == 0, err
 
 
@@ -92,11 +92,11 @@ def test_a_tokenizer_that_cannot_be_extended(
     (base / "tokenizer_config.json").write_text(
         json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end})
     )
-    line = refused(typed(vocab=40, chat=None, chats=[]))
+    line = refused(typed(vocab=40, chat=None, card=False))
     assert kind in line and not (tmp_path / "out").exists()
-    status, err = typed(vocab="auto", chat=None, chats=[], tokens=128)  # it is adapted as it is, and the reason is told
+    status, err = typed(vocab="auto", chat=None, card=False, tokens=128)  # it is adapted as it is, and the reason is told
     assert status == 0 and "do not extend: " in err and kind in err, err
-    assert not (tmp_path / "out" / "tokenizer").exists() and (tmp_path / "out" / "card").is_dir()
+    assert not (tmp_path / "out" / "tokenizer").exists() and (tmp_path / "out" / "adapted").is_dir()
 
 
 def test_a_tokenizer_without_an_end_token(typed: Callable[..., tuple[int, str]], plan: Plan, tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_a_head_that_is_tied_and_is_not(typed: Callable[..., tuple[int, str]], p
     tensors = load_file(weights)
     head = tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * 1.5
     save_file(tensors, weights, {"format": "pt"})
-    status, err = typed(chat=None, chats=[], tokens=256)
+    status, err = typed(chat=None, card=False, tokens=256)
     assert status == 0, err
     assert err.count("config.json ties the head to the embedding, but lm_head.weight differs") == 1
     start = load_file(tmp_path / "out" / "start" / "model.safetensors")
@@ -138,7 +138,7 @@ def test_a_chat_or_a_question_that_cannot_be_measured_on(typed: Callable[..., tu
 
 
 def test_a_step_that_was_edited_by_hand(typed: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
-    brief = {"vocab": 0, "chat": None, "chats": [], "tokens": 128}
+    brief = {"vocab": 0, "chat": None, "card": False, "tokens": 128}
     assert typed(**brief)[0] == 0
     weights = tmp_path / "out" / "adapted" / "model.safetensors"
     raw = weights.read_bytes()

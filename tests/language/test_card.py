@@ -2,8 +2,7 @@
 
 import json
 import shutil
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -126,13 +125,15 @@ def test_the_readme_is_a_model_card_of_the_hub(adapted: Path, tmp_path: Path) ->
     assert head["base_model_relation"] == "merge" and "````text\n```\n# not" in readme(card)
 
 
-def test_a_card_of_an_adaptation_from_the_command_line(adapted: Path, tmp_path: Path) -> None:
+def test_a_card_of_an_adaptation_from_the_command_line(
+    adapted: Path, tmp_path: Path, run: Callable[..., tuple[int, str, str]]
+) -> None:
     """With a tuned model there is a gap; the same command again is refused, and writes over it when it is told to."""
-    command = [sys.executable, "-m", "lapis", "card", str(adapted / "out"), "--out", str(tmp_path / "card"), "--json"]
+    command = ["card", str(adapted / "out"), "--out", str(tmp_path / "card"), "--json"]
     command += ["--tuned", str(adapted / "out" / "adapted"), "--license", "mit", "--base-model", "owner/base"]
-    ran = subprocess.run(command, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
-    result = json.loads(ran.stdout)
+    status, output, error = run(*command)
+    assert status == 0, error
+    result = json.loads(output)
     assert list(result["scores"]) == ["base", "chat", "start", "embedded", "adapted", "grafted", "tuned"]
     assert result["gap_closed"] is None and "no gap to close" in result["reasons"]["gap_closed"]
     assert sorted(path.name for path in (tmp_path / "card").iterdir()) == [
@@ -140,8 +141,8 @@ def test_a_card_of_an_adaptation_from_the_command_line(adapted: Path, tmp_path: 
     ]  # fmt: skip
     head = metadata_load(tmp_path / "card" / "README.md")
     assert head is not None and head["license"] == "mit" and head["base_model"] == ["owner/base"]
-    again = subprocess.run(command, capture_output=True, text=True)
-    assert again.returncode == 1 and again.stderr.count("\n") == 1 and "--overwrite" in again.stderr
+    status, _, error = run(*command)
+    assert status == 1 and error.count("\n") == 1 and "--overwrite" in error
 
 
 def test_a_gap_is_measured_against_a_tuned_model(adapted: Path) -> None:

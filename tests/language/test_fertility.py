@@ -1,8 +1,7 @@
 """What a language costs: every figure by its definition, a curve that encoding confirms, and when not to extend."""
 
 import json
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -139,13 +138,13 @@ def test_a_tokenizer_that_cannot_be_extended_is_measured(tmp_path: Path, korean:
 
 
 def test_the_command_prints_one_object_and_writes_a_page(
-    model: Path, korean: Path, english: Path, tmp_path: Path
+    model: Path, korean: Path, english: Path, tmp_path: Path, run: Callable[..., tuple[int, str, str]]
 ) -> None:
     page = tmp_path / "page.html"
-    command = [sys.executable, "-m", "lapis", "fertility", model, korean, "--replay", english, "--against", model]
-    ran = subprocess.run([*command, "--no-run", "--json", "--html", page], capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
-    result = json.loads(ran.stdout)
+    command = ["fertility", model, korean, "--replay", english, "--against", model]
+    status, output, error = run(*command, "--no-run", "--json", "--html", page)
+    assert status == 0, error
+    result = json.loads(output)
     assert set(result) >= {"languages", "curve", "recommendation", "against"}
     assert set(result["recommendation"]) == {"add", "reason"}
     assert {"added", "tokens_per_byte", "parameters", "flops_per_byte"} <= set(result["curve"][0])
