@@ -94,7 +94,7 @@ def test_a_tokenizer_that_cannot_be_extended(
     )
     line = refused(typed(vocab=40, chat=None, card=False))
     assert kind in line and not (tmp_path / "out").exists()
-    status, err = typed(vocab="auto", chat=None, card=False, tokens=128)  # it is adapted as it is, and the reason is told
+    status, err = typed(vocab="auto", chat=None, card=False, tokens=128)  # adapted as it is, with the reason
     assert status == 0 and "do not extend: " in err and kind in err, err
     assert not (tmp_path / "out" / "tokenizer").exists() and (tmp_path / "out" / "adapted").is_dir()
 

@@ -348,7 +348,8 @@ class _Adaptation:
                 how = how_made(out, settings)
                 write_card(staging.path, make_card(models, held_out_of(out, settings), how=how, progress=report))
 
-        after = {"files": stamps(measured_files(settings)), **{k: settings[k] for k in ("scored", "language", "license")}}
+        fields = {name: settings[name] for name in ("scored", "language", "license")}
+        after = {"files": stamps(measured_files(settings)), **fields}
         card = self.steps.run("card", after, ["measure", *last], make)
         written = read_json(card / "card.json")
         if written["cost"] is not None and written["cost"] > plan.cost:
