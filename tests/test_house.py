@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "weights": {"checkpoint", "families", "report", "text"},
     "generation": {"checkpoint", "model", "text"},
     "evaluation": {"checkpoint", "families", "generation", "model", "report", "text"},
-    "training": {"model", "text", "checkpoint", "families", "generation", "evaluation"},
+    "training": {"model", "text", "checkpoint", "families", "generation", "evaluation", "report"},
     "inside": {"checkpoint", "model", "text", "report"},
     "planning": {"checkpoint", "evaluation", "families", "model", "report", "text", "weights"},
     "report": set(),

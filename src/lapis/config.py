@@ -287,6 +287,8 @@ def _means_none(value: Any) -> bool:
 
 
 def _spelled(hint: Any) -> str:
+    if dataclasses.is_dataclass(hint):
+        return f"a mapping with {', '.join(field.name for field in dataclasses.fields(hint))}"
     return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
 
 

@@ -14,7 +14,7 @@ from .aimed import Forks, Job
 
 WORDS = ("red green blue black white one two three four five six seven eight nine ten cat dog hen cow pig").split()
 SHAPE = {"dim": 16, "layers": 2, "heads": 2, "kv_heads": 1, "ffn_dim": 16, "tied": True}
-TIMES = ("times.json",)  # what a clock said of a training
+TIMES = ("times.json", "certificate.json", "certificate.html")  # what a clock said of a training
 TOUR = (*TIMES, ".seconds")
 _PARENTS = ("--base", "../inputs/base", "--chat", "../inputs/chat")
 ADAPTED = (*TIMES, ".steps")  # notes on the steps hold the times of change of their files

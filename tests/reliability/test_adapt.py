@@ -14,7 +14,10 @@ from .aimed import Ended, Forks
 
 STEPS = ("measure", "tokenizer", "start", "embedded", "adapted", "grafted", "card")
 MODELS = ("start", "embedded", "adapted", "grafted")
-TIMES = ("training.json", "log.jsonl", "times.json", "lapis-merge.json", "lapis-manifest.json")  # and places
+TIMES = (  # and places
+    "training.json", "log.jsonl", "times.json", "certificate.json", "certificate.html", "lapis-merge.json",
+    "lapis-manifest.json",
+)  # fmt: skip
 STOP = """
 import os, signal, threading, time
 from pathlib import Path

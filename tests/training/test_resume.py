@@ -252,8 +252,9 @@ def test_fault_60_killed_and_run_again_gives_the_same_bytes(place: Path, monkeyp
     monkeypatch.chdir(place)
     settings = override(load_yaml("run.yaml"), ["out=whole"])
     run(read_settings(settings, "run.yaml"), watch=Silent())
-    names = {path.name for path in (place / "whole").iterdir()} - {"times.json", "lapis-manifest.json"}
-    assert {path.name for path in (place / "out").iterdir()} == names | {"times.json", "lapis-manifest.json"}
+    of_run = {"times.json", "certificate.json", "certificate.html", "lapis-manifest.json"}
+    names = {path.name for path in (place / "whole").iterdir()} - of_run
+    assert {path.name for path in (place / "out").iterdir()} == names | of_run
     assert names > {"model.safetensors", "config.json", "tokenizer.json", "log.jsonl", "training.json"}
     for name in names:
         assert (place / "out" / name).read_bytes() == (place / "whole" / name).read_bytes(), name

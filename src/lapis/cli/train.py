@@ -19,6 +19,7 @@ def train(
     *settings: str,
     overwrite: bool = False,
     fresh: bool = False,
+    allow_change: tuple[str, ...] = (),
     html: Path | None = None,
     costs: Annotated[ForecastOptions, Parameter(name="*")] = ForecastOptions(),  # noqa: B008
     json: bool = False,
@@ -31,6 +32,8 @@ def train(
         settings: key=value, each in place of what the file says.
         overwrite: Replace the output if it exists.
         fresh: Forget an interrupted run, and start anew.
+        allow_change: A key in which this run may differ from the interrupted one that it goes on with, such as lr or
+            data; once for each.
         html: Write a page with the curves to this file.
         json: Print one JSON object.
     """
@@ -48,7 +51,7 @@ def train(
     if costs.plan_only:
         show_costs(how, config, costs, json)
         return
-    result = run(how, overwrite=overwrite, fresh=fresh)
+    result = run(how, overwrite=overwrite, fresh=fresh, allow_change=allow_change)
     head = objective_class(how.objective).head
 
     def render() -> None:

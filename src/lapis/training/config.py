@@ -1,14 +1,43 @@
 """TrainConfig: every option of a run, in one place. The options of an objective are its own fields."""
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from lapis.config import check_numbers
+from lapis.config import check_numbers, nearest
 from lapis.errors import ConfigError
 from lapis.parsing import quoted
 
 Shape = Literal["wsd", "constant", "cosine", "linear"]
+
+
+TRACKERS = ("tensorboard", "wandb", "trackio")
+
+
+@dataclass(frozen=True)
+class GuardOptions:
+    """What is done with a batch whose loss or gradient is not finite, or jumps. It is named with the last good
+    checkpoint.
+
+    Args:
+        nan: A loss or a gradient that is NaN or infinite: "stop" ends the run, "skip" leaves the batch out.
+        spike: A loss or a norm of the gradient that jumps: "warn" only names it, "off" does not look.
+        deviations: Standard deviations above the mean of the steps before, from which it jumps.
+        window: Steps before that are looked at.
+        most: Batches in a row that may be left out; one more ends the run.
+    """
+
+    nan: Literal["stop", "skip"] = "stop"
+    spike: Literal["warn", "skip", "stop", "off"] = "warn"
+    deviations: float = 7.0
+    window: int = 100
+    most: int = 10
+
+    def __post_init__(self) -> None:
+        check_numbers(self, "train: guards")
+        for name, least in (("deviations", 0), ("window", 20), ("most", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"train: guards: {name} is {getattr(self, name)}; give at least {least}")
 
 
 @dataclass(frozen=True)
@@ -48,6 +77,10 @@ class TrainConfig:
         best: End with the weights of the best evaluation.
         limits: Held-out metric -> how far it may go: a value, or a share of its value at the start, such as "3%", by
             which it may become worse. The run ends at the first evaluation beyond, with the weights of the last within.
+        guards: What is done with a batch that is not finite, or that jumps.
+        certify: Whether certificate.json has checks that are computed on the run's own model; "auto" where the run has
+            at least 50 steps in one process.
+        track: Where the curve is sent beside log.jsonl: tensorboard, wandb, trackio (the extra "track").
     """
 
     steps: int | None = None
@@ -80,6 +113,9 @@ class TrainConfig:
     early_stop: int = 0
     best: bool = False
     limits: dict[str, float | str] = field(default_factory=dict)
+    guards: GuardOptions = GuardOptions()
+    certify: Literal["auto", "on", "off"] = "auto"
+    track: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_numbers(self, "train")
@@ -114,6 +150,9 @@ class TrainConfig:
         for name, limit in self.limits.items():
             if isinstance(limit, str) and not re.fullmatch(r"\d+(\.\d+)? ?%", limit):
                 raise ConfigError(f'train: limits: {name} is {quoted(limit)}; give a value, or a share such as "3%"')
+        for name in self.track:
+            if name not in TRACKERS:
+                raise ConfigError(f"train: track is {quoted(name)}; {nearest(name, TRACKERS)}")
         if self.batch % self.accumulate:
             raise ConfigError(
                 f"train: batch {self.batch} does not divide into accumulate {self.accumulate} equal parts"
@@ -121,5 +160,7 @@ class TrainConfig:
 
     def decisive(self) -> dict[str, Any]:
         """The options that the weights depend on; a rerun that differs in one of them is another run."""
-        without_effect = ("save_every", "keep", "log_every", "sample_every", "save_dtype")
-        return {name: value for name, value in vars(self).items() if name not in without_effect}
+        without_effect = ("save_every", "keep", "log_every", "sample_every", "save_dtype", "certify", "track")
+        options = {name: value for name, value in vars(self).items() if name not in without_effect}
+        guards = asdict(options.pop("guards"))
+        return options if guards == asdict(GuardOptions()) else {**options, "guards": guards}

@@ -130,6 +130,8 @@ class TrainResult:
         start: Held-out metrics before the first step, where there were limits.
         ended: Why the run ended early, or with other weights than the last; None where it did not.
         memory_bytes: The most that the process has held.
+        skipped: Batches that a guard left out: step, what was wrong, and which of the data they were.
+        changes: Settings that were another when the run went on: after which step, and what.
         predicted: What `seconds` and `memory_bytes` were to be, by the first steps (`after_steps`); empty in short
             runs.
     """
@@ -152,6 +154,8 @@ class TrainResult:
     ended: str | None = None
     memory_bytes: int = 0
     predicted: dict[str, float] = field(default_factory=dict)
+    skipped: list[dict[str, Any]] = field(default_factory=list)
+    changes: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
     def of(cls, log: list[dict[str, Any]], *, tokens: int, **figures: Any) -> "TrainResult":

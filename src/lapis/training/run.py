@@ -15,7 +15,7 @@ refused with the nearest of all three.
 
 import dataclasses
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -36,8 +36,10 @@ from lapis.training.forecast.budget import Budget
 from lapis.training.forecast.measured import Forecast, forecast
 from lapis.training.forecast.options import ForecastOptions
 from lapis.training.forecast.paper import PaperForecast, on_paper
+from lapis.training.loop.changes import check_allowed
 from lapis.training.loop.loop import train
 from lapis.training.loop.progress import LogLines, Silent, Watch, live, watcher
+from lapis.training.loop.tracking import check_installed
 from lapis.training.objectives import OBJECTIVES, objective_class, options
 from lapis.training.objectives.objective import Objective
 from lapis.training.result import TrainResult
@@ -121,8 +123,21 @@ def read_settings(settings: Mapping[str, Any], where: str) -> RunConfig:
     return build(RunConfig, {**rest, "options": vars(values)}, where)
 
 
-def run(config: RunConfig, *, overwrite: bool = False, fresh: bool = False, watch: Watch | None = None) -> TrainResult:
-    """Makes or opens the model, reads the data, trains. Raises what these do."""
+def run(
+    config: RunConfig, *, overwrite: bool = False, fresh: bool = False, allow_change: Collection[str] = (),
+    watch: Watch | None = None,
+) -> TrainResult:  # fmt: skip
+    """Makes or opens the model, reads the data, trains. Raises what these do.
+
+    Args:
+        config: The run's.
+        overwrite: Replace a folder at `out`.
+        fresh: Forget an interrupted run.
+        allow_change: Keys in which this run may differ from the one that it goes on with.
+        watch: What shows progress.
+    """
+    check_allowed(allow_change, {entry.name for entry in dataclasses.fields(TrainConfig)} | {*config.options})
+    check_installed(config.track)
     world = parallel.join()
     settings = TrainConfig(**{entry.name: getattr(config, entry.name) for entry in dataclasses.fields(TrainConfig)})
     starting = watch or (LogLines(Path(config.out).name) if world.leads and not sys.stderr.isatty() else Silent())
@@ -137,7 +152,8 @@ def run(config: RunConfig, *, overwrite: bool = False, fresh: bool = False, watc
             watch.note(f"data: {line}")
         for note in model.notes:
             watch.note(f"model: {note}")
-        result = train(model, objective, settings, config.out, overwrite=overwrite, fresh=fresh, watch=watch)
+        result = train(model, objective, settings, config.out, overwrite=overwrite, fresh=fresh,
+                       allow_change=allow_change, watch=watch)  # fmt: skip
     finally:
         watch.close()
     parallel.disconnect()

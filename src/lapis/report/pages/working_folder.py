@@ -21,6 +21,7 @@ from lapis.report.evaluations import kinds_in
 from lapis.report.markup import Column
 from lapis.report.page import Page
 from lapis.report.pages import sections
+from lapis.report.pages.certificate import certificate_title
 from lapis.report.pages.joined import Joined, is_ours, read_page
 from lapis.report.pages.plan import add_plan
 from lapis.report.pages.training import UNITS, Run, add_confusion, add_runs, title_of
@@ -65,8 +66,9 @@ class Contents:
         return groups
 
     def drop_doubles(self) -> None:
-        """Leaves each thing once: a page stands for the JSON of the same name, a log for the page of its run."""
-        titles = {title_of(name.rpartition("/")[2]) for name in self.logs}
+        """Leaves each thing once: a page stands for the JSON of the same name, a log for the pages of its run."""
+        runs = [name.rpartition("/")[2] for name in self.logs]
+        titles = {title(name) for name in runs for title in (title_of, certificate_title)}
         self.pages = {name: page for name, page in self.pages.items() if page.title not in titles}
         for group in (self.diffs, self.lenses, self.plans, self.models):
             for name in [name for name in group if name in self.pages]:

@@ -1,12 +1,18 @@
-"""What of packed data is learned from, in figures and in lines: coverage(data), lines(data), figures(data)."""
+"""What of packed data is learned from, in figures and in lines: coverage(data), lines(data), figures(data); and what
+lies in which row: named_rows(data, rows)."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from lapis.text.rows.mixture import Data, Mixture
+from lapis.text.rows.rows import Rows
 
 _NAMED = 4  # special tokens that a line names
+_RUNS = 8  # stretches of numbers that a line has
 
 
 def coverage(data: Data) -> dict[str, float]:
@@ -59,6 +65,47 @@ def figures(data: Data) -> dict[str, Any]:
         "special": {rows.source: special_counts(rows.info.get("notices", {})) for rows in sources},
         "open_replies": sum(rows.info.get("notices", {}).get("open_replies", 0) for rows in sources),
     }
+
+
+def members(rows: Rows, row: int) -> range | list[int]:
+    """The documents or chats of which a row holds tokens, counted from 1 in the order in which they were packed."""
+    texts = np.cumsum([0, *(len(shard["starts"]) - 1 for shard in rows.shards)])  # before each shard
+    if rows.chats:
+        number = int(np.searchsorted(rows.begins, row, side="right")) - 1
+        shard, own = rows.shards[number], row - int(rows.begins[number])
+        chats = shard["order"][slice(*shard["rows"][own : own + 2])]
+        return sorted(1 + int(texts[number]) + int(chat) for chat in chats)
+    first = row * rows.length
+    last = min(first + rows.length, int(rows.begins[-1])) - 1
+    ends = []
+    for place in (first, last):
+        number = int(np.searchsorted(rows.begins, place, side="right")) - 1
+        starts = rows.shards[number]["starts"][:-1]
+        at = np.searchsorted(starts, place - int(rows.begins[number]), side="right")  # 0: it began in an earlier shard
+        ends.append(int(texts[number] + at))
+    return range(ends[0], ends[1] + 1)
+
+
+def named_rows(data: Data, numbers: NDArray[np.int64]) -> str:
+    """Rows, and what lies in them, in one line."""
+    if isinstance(data, Mixture):
+        at = np.searchsorted(data.begins, numbers, side="right") - 1
+        parts = [(int(i), numbers[at == i] - data.begins[i]) for i in np.unique(at)]
+        return "; ".join(f"{data.names[i]}: {named_rows(data.sources[i], own)}" for i, own in parts)
+    texts = {text for row in numbers for text in members(data, int(row))}
+    return f"rows {_spans(numbers.tolist())} ({data.info['kind']} {_spans(texts)})"
+
+
+def _spans(numbers: Iterable[int]) -> str:
+    """3-5, 9, 12 for 3, 4, 5, 9, 12."""
+    spans: list[list[int]] = []
+    for number in sorted(numbers):
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    listed = ", ".join(f"{a:,}" if a == b else f"{a:,}-{b:,}" for a, b in spans[:_RUNS])
+    return listed + (f" and {len(spans) - _RUNS:,} more" if len(spans) > _RUNS else "")
 
 
 def special_counts(notices: Mapping[str, int]) -> dict[str, int]:

@@ -59,7 +59,7 @@ class Mixture:
         self.info = {name: first.info[name] for name in ("kind", "length", "vocab", "end", "pad", "tokenizer")}
         self.length, self.chats = first.length, first.chats
         self.count = sum(len(rows) for rows in self.sources)
-        self._begins = np.cumsum([0, *(len(rows) for rows in self.sources)], dtype=np.int64)
+        self.begins = np.cumsum([0, *(len(rows) for rows in self.sources)], dtype=np.int64)
 
     def __len__(self) -> int:
         return self.count
@@ -110,7 +110,7 @@ class Mixture:
             at = draw(self.shares, taken)
             epoch, place = divmod(taken[at], len(self.sources[at]))
             row = shuffled(np.array([place]), len(self.sources[at]), cursor.seed + _APART * at, epoch)[0]
-            numbers[i] = self._begins[at] + row
+            numbers[i] = self.begins[at] + row
             taken[at] += 1
         return numbers, MixtureCursor(tuple(taken), cursor.seed)
 
@@ -122,13 +122,13 @@ class Mixture:
 
     def arrays(self, rows: NDArray[np.int64]) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]:
         """These rows as ids, targets, segments and positions."""
-        at = np.searchsorted(self._begins, rows, side="right") - 1
+        at = np.searchsorted(self.begins, rows, side="right") - 1
         shape = (len(rows), self.length)
         ids, targets, positions = (np.empty(shape, np.int64) for _ in range(3))
         arrays: tuple[NDArray[Any], ...] = (ids, targets, np.empty(shape, np.int32), positions)
         for source in np.unique(at):
             own = at == source
-            for array, part in zip(arrays, self.sources[source].arrays(rows[own] - self._begins[source]), strict=True):
+            for array, part in zip(arrays, self.sources[source].arrays(rows[own] - self.begins[source]), strict=True):
                 array[own] = part
         return ids, targets, arrays[2], positions
 

@@ -89,6 +89,7 @@ class Rows:
     shards: arrays of each: tokens; starts, the place in tokens where each document begins, and the end of all. For
     chats also: said, 1 for the assistant's tokens; order, the chats in the order of rows; rows, where in `order` each
     row begins, and the end of all. A document may go on in the next shard; a chat does not.
+    begins: rows of chats, tokens of documents before each shard.
     """
 
     def __init__(
@@ -99,12 +100,12 @@ class Rows:
     ) -> None:
         self.info = info
         self.source = source
-        self._shards = [shards] if isinstance(shards, Mapping) else list(shards)
+        self.shards = [shards] if isinstance(shards, Mapping) else list(shards)
         self.length = int(info["length"])
         self.count = int(info["rows"])
         self.chats = info["kind"] == "chats"
-        sizes = [_size(shard, "rows") - 1 if self.chats else _size(shard, "tokens") for shard in self._shards]
-        self._begins = np.cumsum([0, *sizes], dtype=np.int64)  # rows of chats, tokens of documents before each shard
+        sizes = [_size(shard, "rows") - 1 if self.chats else _size(shard, "tokens") for shard in self.shards]
+        self.begins = np.cumsum([0, *sizes], dtype=np.int64)
 
     @classmethod
     def open(cls, folder: str | Path) -> "Rows":
@@ -128,7 +129,7 @@ class Rows:
             if not shards:
                 raise KeyError("shards")
             rows = cls(info, shards, str(root))
-            had = int(rows._begins[-1]) if rows.chats else -(-int(rows._begins[-1]) // rows.length)
+            had = int(rows.begins[-1]) if rows.chats else -(-int(rows.begins[-1]) // rows.length)
             if had != rows.count:
                 raise ValueError("rows")
             return rows
@@ -141,7 +142,7 @@ class Rows:
         Raises:
             DataError: Naming a file that is damaged, or was changed since the data was packed.
         """
-        stored = [shard for shard in self._shards if isinstance(shard, _StoredShard)]
+        stored = [shard for shard in self.shards if isinstance(shard, _StoredShard)]
         if not stored:
             return
         root = stored[0].root
@@ -225,7 +226,7 @@ class Rows:
 
     def _fill_documents(self, row: int, ids: Any, targets: Any, segments: Any, positions: Any) -> None:
         """A row is a stretch of the stream. What follows a document's last token is the end-of-text token."""
-        total = int(self._begins[-1])
+        total = int(self.begins[-1])
         begin = row * self.length
         end = min(begin + self.length, total)
         n = end - begin
@@ -244,10 +245,10 @@ class Rows:
     def _stretch(self, begin: int, end: int) -> tuple[NDArray[Any], NDArray[np.int64]]:
         """Tokens of the stream, and where after the first of them a document begins. It may span several shards."""
         tokens, borders = [], []
-        at = int(np.searchsorted(self._begins, begin, side="right")) - 1
+        at = int(np.searchsorted(self.begins, begin, side="right")) - 1
         while begin < end:
-            shard, base = self._shards[at], int(self._begins[at])
-            stop = min(end, int(self._begins[at + 1]))
+            shard, base = self.shards[at], int(self.begins[at])
+            stop = min(end, int(self.begins[at + 1]))
             tokens.append(shard["tokens"][begin - base : stop - base])
             starts = shard["starts"][:-1]
             first, last = np.searchsorted(starts, [begin - base, stop - base], side="left")
@@ -258,9 +259,9 @@ class Rows:
 
     def _fill_chats(self, row: int, ids: Any, targets: Any, segments: Any, positions: Any) -> None:
         """A row is some whole chats. The last token of each is only ever a target."""
-        number = int(np.searchsorted(self._begins, row, side="right")) - 1
-        shard = self._shards[number]
-        row -= int(self._begins[number])
+        number = int(np.searchsorted(self.begins, row, side="right")) - 1
+        shard = self.shards[number]
+        row -= int(self.begins[number])
         tokens, starts, own = shard["tokens"], shard["starts"], shard["said"]
         at = 0
         for segment, chat in enumerate(shard["order"][slice(*shard["rows"][row : row + 2])], 1):

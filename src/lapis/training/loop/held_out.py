@@ -156,6 +156,7 @@ class Evaluator:
 
     def _note(self, metrics: Mapping[str, float]) -> None:
         self.latest = dict(metrics)
+        live(self.watch).evaluated(self.state.step, metrics)
         text = "  ".join(f"{key} {value:.4g}" for key, value in metrics.items())
         self.watch.note(f"  step {self.state.step}: held-out {text}")
 

@@ -9,7 +9,7 @@ Under torchrun every process runs this loop, the first one writes, and the weigh
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -19,20 +19,25 @@ import torch
 
 from lapis.checkpoint.commit import commit
 from lapis.errors import ConfigError, TrainingError
-from lapis.families import family_of
 from lapis.model.threads import choose_threads, threads
 from lapis.model.transformer import Transformer
+from lapis.training.certificate.certificate import write_certificate
+from lapis.training.certificate.checks import Check, are_due, run_checks
 from lapis.training.config import TrainConfig
 from lapis.training.distributed import parallel
 from lapis.training.forecast.memory import peak
+from lapis.training.loop.changes import SCHEDULED
+from lapis.training.loop.estimate import PREDICTED_AFTER, predict, show_estimate
+from lapis.training.loop.guards import StepGuard
 from lapis.training.loop.held_out import Evaluator, overfitting
-from lapis.training.loop.progress import Silent, Watch, format_time, live, show_share, watcher
+from lapis.training.loop.progress import Silent, Watch, live, show_share, watcher
 from lapis.training.loop.state import CheckpointJournal, TrainState, clean_journal, restore, weights_digest
 from lapis.training.loop.stop_request import StopRequest, StopSignal, stop_requests
+from lapis.training.loop.tracking import tracked
 from lapis.training.loop.update import Batches, Updater
 from lapis.training.objectives.objective import Objective
 from lapis.training.optim.optimizers import Average, Optimizers, Schedule
-from lapis.training.optim.rates import rates_by_name
+from lapis.training.optim.rates import peak_rates
 from lapis.training.result import TrainResult, Window, write_result
 from lapis.training.setup.blocks import compiled, recomputed, stoppable
 from lapis.training.setup.probe import measure_speed
@@ -41,12 +46,11 @@ from lapis.training.setup.select import describe
 T = TypeVar("T")
 
 _SAVE_SECONDS = 300.0
-PREDICTED_AFTER = 5  # steps
 
 
 def train(
     model: Transformer, objective: Objective, config: TrainConfig, out: Path | str, *,
-    overwrite: bool = False, fresh: bool = False, watch: Watch | None = None,
+    overwrite: bool = False, fresh: bool = False, allow_change: Collection[str] = (), watch: Watch | None = None,
 ) -> TrainResult:  # fmt: skip
     """Train `model` in place and put the result at `out` as a model folder, with log.jsonl, training.json, times.json.
 
@@ -57,6 +61,7 @@ def train(
         out: The folder of the result.
         overwrite: Replace a folder at `out`.
         fresh: Forget an interrupted run.
+        allow_change: Settings ("lr", "data") in which this run may differ from the one that it goes on with.
         watch: What shows progress; by default a bar on a terminal, lines elsewhere.
 
     Returns:
@@ -76,7 +81,7 @@ def train(
             world.gather(None)  # until the first process has written
             return result
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    watch = watch or watcher(out.name)
+    watch = tracked(watch or watcher(out.name), config, out)
     copies = 3 + (config.ema > 0) + config.best + bool(config.limits)  # that a checkpoint holds
     try:
         with (
@@ -87,9 +92,10 @@ def train(
                 resumable=True,
                 needs_bytes=(copies * config.keep + 4) * weights,
             ) as staging,  # fmt: skip
-            clean_journal(staging, fresh) as journal,
+            clean_journal(staging, fresh, allow_change) as journal,
             stop_requests(immediate=world.size == 1) as request,
         ):
+            watch.keep_file(journal.folder)
             try:
                 run = TrainingRun(model, objective, config, world, journal, watch, request)
                 result = run.go(out)
@@ -139,10 +145,11 @@ class TrainingRun:
                 config.weight_decay,
                 config.seed,
                 objective.extra_module,
-                self._rates(),
+                peak_rates(model, config.rates, config.lr),
             ),
             Schedule.of(config, objective.rows),
             Average(model, config.ema if world.leads else 0.0),
+            StepGuard(config.guards),
             rows=config.batch // parts,
             parts=parts,
             seed=config.seed,
@@ -154,6 +161,7 @@ class TrainingRun:
         self.evaluator = Evaluator(self.state, config, world, watch)
         self.window = Window(means=objective.means)
         self.facts: dict[str, Any] = {}
+        self.checks: list[Check] = []
 
     def _threads_of_begin(self) -> AbstractContextManager[None]:
         """Those with which an objective computes before the steps are measured."""
@@ -161,11 +169,6 @@ class TrainingRun:
         if not self.objective.computes_first or device.type != "cpu":
             return nullcontext()
         return threads(self.config.threads or choose_threads(device))
-
-    def _rates(self) -> dict[str, float]:
-        """Peak learning rates by parameter."""
-        names = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
-        return rates_by_name(self.config.rates, names, self.config.lr, family_of(self.model.config))
 
     def _set_dtype(self) -> None:
         trained = {p.dtype for p in self.model.parameters() if p.requires_grad}
@@ -200,22 +203,32 @@ class TrainingRun:
         with self.computing():
             with compiled(self.model, bool(self.facts.get("compile"))):
                 self._steps()
+            if self.journal and are_due(state, config, self.world.size):
+                live(self.watch).stage("checking what ought not to matter")
+                self.checks = run_checks(state, config, self.updater.precision, self.journal.folder)
             held_out = self._unless_stopped(self.evaluator.result)
         self.model.eval()
         if held_out and config.eval_every and not config.best and not state.ended:
             state.log[-1]["held_out"] = held_out  # so that both curves reach the end
         best = state.within.step if state.left else state.best.step if config.best else None
         measured = {"threads": self.facts["threads"], "precision": self.updater.precision, "memory_bytes": peak()}
+        noted = {"skipped": state.guard.skipped, "changes": self.facts.get("changes", [])}
         return TrainResult.of(
             state.log, out=out, steps=state.step, tokens=state.tokens, seconds=state.seconds, held_out=held_out,
             best_step=best, start=state.start, ended=state.ended or None, overfitting=overfitting(state.log),
-            predicted=state.predicted, **measured,
+            predicted=state.predicted, **noted, **measured,
         )  # fmt: skip
 
     def write(self, folder: Path, result: TrainResult) -> None:
         """The result, into a folder that the caller commits."""
         live(self.watch).stage("writing the result")
-        self._unless_stopped(lambda: write_result(self.model, self.objective, self.config, folder, result))
+        run, start = (self.model, self.objective, self.config, folder, result), self.facts["wanted"]["model"]
+
+        def act() -> None:
+            write_result(*run)
+            write_certificate(*run, start, self.checks)
+
+        self._unless_stopped(act)
 
     def _unless_stopped(self, act: Callable[[], T]) -> T:
         """`act()`, which changes nothing that is saved; a stop on the way saves what was trained and ends the run."""
@@ -248,7 +261,10 @@ class TrainingRun:
         self.updater.precision = str(self.facts["precision"])
         state.optimizers.set_precision(self.updater.precision)
         if newest:
+            planned = state.schedule
             restore(state, newest)
+            if self.journal and self.journal.changed & SCHEDULED:
+                state.schedule = planned
             self.watch.note(f"train: going on from {newest}")
         if world.size > 1:
             self._take_over()
@@ -277,7 +293,7 @@ class TrainingRun:
             return
         if self._evaluation_is_due() and "held_out" not in state.log[-1] and self._evaluate():
             return  # stopped while it evaluated
-        self._show_estimate()
+        show_estimate(state, self.facts, config.batch, self.watch)
         while state.schedule.total is None or state.step < state.schedule.total:
             start = time.perf_counter()
             if not self.step(batches):  # the weights are those of the last whole step
@@ -287,7 +303,7 @@ class TrainingRun:
             self.window.steps += 1
             self._fit_budget()
             if state.step == PREDICTED_AFTER:
-                self._predict()
+                predict(state, self.window.pace, self.evaluator.seconds_left())
             self._show_notes()
             done = state.step == state.schedule.total
             live(self.watch).step({**self._row(), "evaluated": self.evaluator.latest})
@@ -305,26 +321,6 @@ class TrainingRun:
             if config.sample_every and now - sampled > config.sample_every and not done and self.world.leads:
                 self._unless_stopped(self.evaluator.sample)
                 sampled = now
-
-    def _show_estimate(self) -> None:
-        """How long the run will take, before its first step has shown it."""
-        state, total = self.state, self.state.schedule.total
-        text = f"step {state.step + 1:,}" + (f" of {total:,}" if total else "")
-        pace = self.facts.get("seconds_per_token")
-        if pace and total:
-            seconds = float(pace) * self.config.batch * self.objective.tokens_per_row
-            left = format_time(seconds * (total - state.step))
-            text += f": about {format_time(seconds)} for a step, {left} left"
-            if seconds > 2:
-                self.watch.note(f"train: {text}")
-        live(self.watch).stage(text)
-
-    def _predict(self) -> None:
-        """What the whole run will take, by its first steps; told beside what it took."""
-        state = self.state
-        if state.schedule.total is not None:
-            left = self.window.pace * (state.schedule.total - state.step) + self.evaluator.seconds_left()
-            state.predicted = {"after_steps": state.step, "seconds": state.seconds + left, "memory_bytes": peak()}
 
     def _evaluation_is_due(self) -> bool:
         step, every = self.state.step, self.config.eval_every

@@ -36,6 +36,9 @@ class LiveWatch(Watch):
     def step(self, row: Mapping[str, Any]) -> None:
         """After each step: an entry of the learning curve as it would be now."""
 
+    def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
+        """What was measured on held-out data after so many steps."""
+
     def row(self, row: Mapping[str, Any]) -> None:
         pass
 

@@ -8,7 +8,7 @@ states that are sharded over processes.
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,6 +23,8 @@ from lapis.checkpoint.staging import JOURNAL, Staging
 from lapis.checkpoint.tensor_file import read_tensors, write_tensors
 from lapis.errors import LapisError, OutputError, TrainingError
 from lapis.model.transformer import Transformer
+from lapis.training.loop.changes import SETTLED, differences
+from lapis.training.loop.guards import StepGuard
 from lapis.training.objectives.objective import Objective
 from lapis.training.optim.optimizers import Average, Optimizers, Schedule
 from lapis.training.result import read_curve, write_curve
@@ -70,6 +72,7 @@ class TrainState:
         parts: Micro-batches of one step, over all processes.
         seed: Of the data's order.
         average: Of the weights.
+        guard: Of steps that are not finite, or that jump.
         step: Updates done.
         cursor: The objective's place in its data, as JSON.
         seconds: Time spent, over all restarts.
@@ -88,6 +91,7 @@ class TrainState:
     optimizers: Optimizers
     schedule: Schedule
     average: Average
+    guard: StepGuard
     rows: int
     parts: int = 1
     seed: int = 0
@@ -135,7 +139,7 @@ def save(state: TrainState, folder: Path, facts: Mapping[str, Any], tokenizer: S
             if best.weights:
                 write_tensors(staging.path / name, best.weights)
         numbers = {"step": state.step, "cursor": state.cursor, "seconds": state.seconds, "tokens": state.tokens,
-                   "predicted": state.predicted, **state.evaluations()}  # fmt: skip
+                   "predicted": state.predicted, "guard": state.guard.to_json(), **state.evaluations()}  # fmt: skip
         text = json.dumps({**numbers, "schedule": asdict(state.schedule), "facts": facts}, indent=1, ensure_ascii=False)
         (staging.path / _STATE).write_text(text + "\n", encoding="utf-8")
 
@@ -149,6 +153,7 @@ def restore(state: TrainState, folder: Path) -> None:
     state.step, state.cursor = numbers["step"], numbers["cursor"]
     state.seconds, state.tokens = numbers["seconds"], numbers["tokens"]
     state.predicted = numbers.get("predicted", {})
+    state.guard.restore(numbers.get("guard", {}))
     state.schedule = Schedule(**numbers["schedule"])
     state.log = read_curve(folder / _LOG)
     if state.average.tensors:
@@ -162,11 +167,21 @@ def restore(state: TrainState, folder: Path) -> None:
 
 
 class CheckpointJournal:
-    """The checkpoints of one unfinished run, and `run.json`: what the run was started with and has chosen."""
+    """The checkpoints of one unfinished run, and `run.json`: what the run was started with and has chosen.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    Args:
+        folder: Where they lie.
+        allowed: Settings in which a rerun may differ.
+
+    Attributes:
+        warnings: Lines for a reader.
+        changed: Settings in which this rerun differs.
+    """
+
+    def __init__(self, folder: Path, allowed: Collection[str] = ()) -> None:
+        self.folder, self.allowed = folder, allowed
         self.warnings: list[str] = []
+        self.changed: set[str] = set()
         folder.mkdir(exist_ok=True)
         for leftover in folder.glob(".*.lapis"):  # a save that was killed
             shutil.rmtree(leftover)
@@ -185,19 +200,31 @@ class CheckpointJournal:
     def earlier(self, request: Mapping[str, Any]) -> dict[str, Any] | None:
         """What an interrupted run recorded, or None where there is nothing to go on from.
 
-        Raises TrainingError with the differences where `request` is another run than the one that was interrupted.
+        Raises TrainingError with the differences where `request` is another run than the one that was interrupted, but
+        for what is allowed.
         """
         path = self.folder / "run.json"
         if not path.exists() and not self.checkpoints:
             return None
         facts: dict[str, Any] = read_json(path)
         changes = differences(facts["wanted"], request)
-        if changes and self.checkpoints:
+        if not changes or not self.checkpoints:
+            return None if changes else facts
+        if refused := [change for change in changes if change.name not in self.allowed]:
+            names = sorted({change.name for change in refused})
+            options = "" if {*SETTLED} & {*names} else "".join(f" --allow-change {name}" for name in names)
             raise TrainingError(
-                f"train: the run that was interrupted at {self.checkpoints[0]} differs: {'; '.join(changes)}. "
-                "Undo the change to go on with it, or start anew with --fresh"
+                f"train: the run that was interrupted at {self.checkpoints[0]} differs: "
+                f"{'; '.join(change.line for change in refused)}. Undo the change to go on with it, "
+                f"{f'allow it with{options}, ' if options else ''}or start anew with --fresh"
             )
-        return None if changes else facts
+        self.changed = {change.name for change in changes}
+        after = int(self.checkpoints[0].name.removeprefix("step-"))
+        noted = [{"after_step": after, "what": change.line} for change in changes]
+        self.warnings += [f"{entry['what']}, which was allowed, from step {after + 1} on" for entry in noted]
+        facts |= {"wanted": dict(request), "changes": [*facts.get("changes", ()), *noted]}
+        self.begin(facts)
+        return facts
 
     def newest(self) -> Path | None:
         """The newest checkpoint that is whole. A damaged one is passed over, with a line in `warnings`.
@@ -247,8 +274,9 @@ class CheckpointJournal:
 
 
 @contextmanager
-def clean_journal(staging: Staging, fresh: bool) -> Iterator[CheckpointJournal]:
-    """The run's journal; a refusal before the first checkpoint leaves nothing behind."""
+def clean_journal(staging: Staging, fresh: bool, allowed: Collection[str] = ()) -> Iterator[CheckpointJournal]:
+    """The run's journal; a refusal before the first checkpoint leaves nothing behind. allowed: settings that may be
+    others now."""
     folder, before = staging.root / JOURNAL, staging.root / f"{JOURNAL}-before"
     if before.exists() and not CheckpointJournal(folder).checkpoints:  # a fresh start that never came to a checkpoint
         shutil.rmtree(folder)
@@ -257,7 +285,7 @@ def clean_journal(staging: Staging, fresh: bool) -> Iterator[CheckpointJournal]:
         shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     if fresh and folder.exists():
         folder.rename(before)
-    journal = CheckpointJournal(folder)
+    journal = CheckpointJournal(folder, allowed)
     try:
         yield journal
     except BaseException:
@@ -266,23 +294,6 @@ def clean_journal(staging: Staging, fresh: bool) -> Iterator[CheckpointJournal]:
             if before.exists():  # a fresh start that was refused takes nothing away
                 before.rename(folder)
         raise
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """`key was X, is Y` for each leaf in which two JSON mappings differ."""
-    lines = []
-    for key in sorted({*old, *new}):
-        was, now = old.get(key), new.get(key)
-        if isinstance(was, Mapping) and isinstance(now, Mapping):
-            lines += differences(was, now, f"{prefix}{key}.")
-        elif was != now:
-            lines.append(f"{prefix}{key} was {_short(was)}, is {_short(now)}")
-    return lines
-
-
-def _short(value: Any) -> str:
-    """A value as JSON; of a digest the first figures."""
-    return value[:12] if isinstance(value, str) and len(value) == 64 else json.dumps(value)
 
 
 def weights_digest(model: Transformer) -> str:

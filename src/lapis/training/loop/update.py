@@ -17,6 +17,7 @@ from torch import Tensor
 from lapis.errors import LapisError, TrainingError
 from lapis.training.config import TrainConfig
 from lapis.training.distributed.parallel import Processes
+from lapis.training.loop.guards import Fault
 from lapis.training.loop.progress import LiveWatch, Silent, format_time
 from lapis.training.loop.state import TrainState, rng_state, set_rng_state
 from lapis.training.loop.stop_request import StopRequest, StopSignal
@@ -40,6 +41,7 @@ class StepSums:
         norm: Of the gradient, before the clip.
         cursor: After the step's data; None where the step is not whole.
         without_gradient: Numbers of parameters that no process has a gradient of.
+        drawn: Loss per count and place in the data of each micro-batch of this process, as a guard names it.
     """
 
     loss: float = 0.0
@@ -49,6 +51,7 @@ class StepSums:
     norm: float = 0.0
     cursor: dict[str, Any] | None = None
     without_gradient: set[int] = field(default_factory=set)
+    drawn: list[tuple[float, Any, dict[str, Any]]] = field(default_factory=list)
 
     def add(self, loss: float, count: int, parts: int, metrics: dict[str, float]) -> None:
         self.loss, self.count, self.parts = self.loss + loss, self.count + count, self.parts + parts
@@ -82,35 +85,69 @@ class Updater:
     def update(self, batches: Batches, scale: float, last_good: str) -> StepSums | None:
         """One update at `scale` times the peak learning rate; None where a stop was requested before it was whole.
 
-        Raises TrainingError for a loss or gradient that is not finite, or where nothing is supervised.
+        Raises TrainingError for a step at which a guard stops the run, or where nothing is supervised.
         """
-        rng = rng_state(self.state.device)
-        sums = self._gather(batches, last_good)
+        rng, skipped = rng_state(self.state.device), list[dict[str, Any]]()
+        optimizers, clip, guard = self.state.optimizers, self.config.clip, self.state.guard
+        while (sums := self._gather(batches)) is not None:
+            if sums.count == 0:
+                raise TrainingError(
+                    f"train: no token of step {self.state.step + 1} is supervised; look at the rows with: lapis data "
+                    "show"
+                )
+            self.world.add_up(optimizers.parameters, sums.without_gradient)
+            gradients = [p.grad for p in optimizers.parameters if p.grad is not None]
+            sums.norm = torch.nn.utils.get_total_norm(gradients).item() / sums.count
+            fault = guard.fault(sums.loss / sums.count, sums.norm)
+            if fault is None or self._goes_on(fault, sums, skipped, last_good):
+                break
+            optimizers.clear()
         if sums is None:  # as if the step had not begun
-            self.state.optimizers.clear()
+            optimizers.clear()
             set_rng_state(rng, self.state.device)
             return None
-        if sums.count == 0:
-            raise TrainingError(
-                f"train: no token of step {self.state.step + 1} is supervised; look at the rows with: lapis data show"
-            )
-        optimizers, clip = self.state.optimizers, self.config.clip
-        self.world.add_up(optimizers.parameters, sums.without_gradient)
-        gradients = [p.grad for p in optimizers.parameters if p.grad is not None]
-        sums.norm = torch.nn.utils.get_total_norm(gradients).item() / sums.count
-        self._require_finite(sums.norm, "norm of the gradient", last_good)
+        guard.take(sums.loss / sums.count, sums.norm, skipped)
         clipped = min(1.0, clip / (sums.norm + 1e-6)) if clip else 1.0
         torch._foreach_mul_(gradients, clipped / sums.count)  # the one division, over all micro-batches
         optimizers.step(scale, self.state.step)
         optimizers.clear()
         return sums
 
-    def _gather(self, batches: Batches, last_good: str) -> StepSums | None:
+    def _goes_on(self, fault: Fault, sums: StepSums, skipped: list[dict[str, Any]], last_good: str) -> bool:
+        """Whether the step is done all the same; False where its batch is left out, which `skipped` then says.
+
+        Raises TrainingError where the run stops.
+        """
+        step, most = self.state.step + 1, self.config.guards.most
+        where = "; ".join(filter(None, self.world.gather(self._culprits(fault, sums))))
+        if fault.act == "stop" or len(skipped) == most:
+            why = f" after {most} batches in a row that were left out" if fault.act == "skip" else ""
+            raise TrainingError(
+                f"train: {fault.what} at step {step}{why}; {last_good}. The batch: {where}. Lower lr (now "
+                f"{self.config.lr:g}), look at the data, or set guards to leave such batches out"
+            )
+        done = "it is left out" if fault.act == "skip" else f"it is learned from all the same; {last_good}"
+        self.state.objective.notes.append(f"{fault.what} at step {step}. The batch: {where}; {done}")
+        if fault.act == "skip":
+            skipped.append({"step": step, "what": fault.what, "batch": where})
+        return fault.act == "warn"
+
+    def _culprits(self, fault: Fault, sums: StepSums) -> str:
+        """Which of this process's data are named: micro-batches without a finite loss, else the one with the largest;
+        for a gradient all of the step."""
+        parts = sums.drawn
+        if fault.of == "loss":
+            worst = max((loss for loss, _, _ in parts if math.isfinite(loss)), default=math.nan)
+            broken = [part for part in parts if not math.isfinite(part[0])]
+            parts = broken or [part for part in parts if part[0] == worst and math.isfinite(sums.loss)]
+        return "; ".join(self.objective.name_batch(batch, cursor) for _, batch, cursor in parts)
+
+    def _gather(self, batches: Batches) -> StepSums | None:
         """The shares of all processes, added up; None where one of them stops."""
         own, error = StepSums(), None
         try:
             with self.request.at_once():
-                self._compute(batches, own, last_good)
+                self._compute(batches, own)
         except StopSignal:
             return None
         except LapisError as raised:
@@ -130,13 +167,14 @@ class Updater:
         if not all(each["whole"] for each in shares):
             return None
         total = StepSums(
-            cursor=own.cursor, without_gradient=set.intersection(*(set(each["without"]) for each in shares))
-        )
+            cursor=own.cursor, without_gradient=set.intersection(*(set(each["without"]) for each in shares)),
+            drawn=own.drawn,
+        )  # fmt: skip
         for each in shares:
             total.add(*each["sums"])
         return total
 
-    def _compute(self, batches: Batches, own: StepSums, last_good: str) -> None:
+    def _compute(self, batches: Batches, own: StepSums) -> None:
         """The micro-batches of this process: gradients, and sums into `own`, whose cursor stays None after a stop."""
         cursor, start, parts = None, time.monotonic(), self.config.accumulate
         for number in range(parts * self.world.size):
@@ -150,8 +188,9 @@ class Updater:
                 own.add(0.0, 0, 0, metrics)
                 if count:
                     own.add(loss.item(), count, 1, {})
-                    self._require_finite(own.loss, "loss", last_good)
-                    loss.backward()  # type: ignore[no-untyped-call]
+                    own.drawn.append((loss.item() / count, batch, cursor))
+                    if math.isfinite(own.loss):
+                        loss.backward()  # type: ignore[no-untyped-call]
             done, seconds = number // self.world.size + 1, time.monotonic() - start
             if seconds > _LONG and done < parts:
                 text = f"step {self.state.step + 1:,}: part {done} of {parts}"
@@ -165,13 +204,6 @@ class Updater:
                 batch = self.objective.prepare(model, batch)
             loss, count, metrics = self.objective.loss(model, batch)
         return loss, count, {name: float(value) for name, value in metrics.items()}
-
-    def _require_finite(self, value: float, what: str, last_good: str) -> None:
-        if not math.isfinite(value):
-            raise TrainingError(
-                f"train: the {what} is {value} at step {self.state.step + 1}; {last_good}. "
-                f"Lower lr (now {self.config.lr:g}) or look at the data"
-            )
 
 
 @contextmanager

@@ -74,6 +74,8 @@ class Objective(ABC):
     needs_tokenizer: ClassVar[bool] = True
     compiles: ClassVar[bool] = True
     """Whether the model's blocks may run compiled; not where replies grow token by token."""
+    separable: ClassVar[bool] = True
+    """Whether the loss of a batch is the sum of the losses of its rows, and computing it draws nothing."""
     computes_first: ClassVar[bool] = False
     """Whether `begin` runs a model over the data."""
     means = frozenset[str]()
@@ -161,6 +163,20 @@ class Objective(ABC):
             if self.heard is not None:
                 self.heard(done, len(parts))
             yield part
+
+    def apart(self, batch: Any) -> list[Any]:
+        """The texts that share a row, each as a batch of its own; empty where none do. batch: as `loss` gets it."""
+        return []
+
+    def name_batch(self, batch: Any, cursor: Cursor) -> str:
+        """Which of its data a micro-batch holds, for a person.
+
+        Args:
+            batch: As `batches` gives it.
+            cursor: What came with it.
+        """
+        places = ", ".join(f"{name} {value}" for name, value in cursor.items())
+        return f"what the data has before {places}"
 
     def sample(self, model: Transformer) -> str:
         """A few words that the model writes now; "" where there is nothing to show."""

@@ -9,10 +9,18 @@ pattern covers have the run's own rate. Leaves out the schedule, which scales al
 from collections.abc import Iterable, Mapping
 
 from lapis.errors import ConfigError
+from lapis.families import family_of
 from lapis.families.base import Family, part_of
 from lapis.families.patterns import covered_parts
+from lapis.model.transformer import Transformer
 
 _ALL_LAYERS = ("layers", "blocks")
+
+
+def peak_rates(model: Transformer, rates: Mapping[str, float], lr: float) -> dict[str, float]:
+    """The peak learning rate of each parameter of a model that is trained; see rates_by_name."""
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return rates_by_name(rates, names, lr, family_of(model.config))
 
 
 def rates_by_name(

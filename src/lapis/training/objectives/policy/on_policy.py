@@ -77,7 +77,7 @@ class OnPolicy(Objective):
         too_long: A prompt without room for max_tokens is refused, or dropped.
         plain: Continue texts as they are, without the chat template.
         reward_seconds: What one reward may take.
-        guards: Warn of collapse, reward hacking and KL runaway; or stop; or neither.
+        reward_guards: Warn of collapse, reward hacking and KL runaway; or stop; or neither.
         valid: Held-out prompts: the rewards of their likeliest replies are measured.
     """
 
@@ -95,10 +95,11 @@ class OnPolicy(Objective):
     too_long: Literal["refuse", "drop"] = "refuse"
     plain: bool = False
     reward_seconds: float = 5.0
-    guards: Literal["warn", "stop", "off"] = "warn"
+    reward_guards: Literal["warn", "stop", "off"] = "warn"
     valid: Any = None
 
     compiles = False
+    separable = False
     means = frozenset({
         "reward", "kl", "length", "entropy", "clip_share", "ended", "unscored", "rollout_gap", "value_loss",
         "kl_weight", "policy_shift",
@@ -138,7 +139,7 @@ class OnPolicy(Objective):
     # the hooks of Objective
 
     def describe(self) -> dict[str, Any]:
-        without_effect = ("data", "valid", "guards", "reward_seconds")  # on the weights
+        without_effect = ("data", "valid", "reward_guards", "reward_seconds")  # on the weights
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in without_effect}
         options = {name: value for name, value in values.items() if isinstance(value, (bool, int, float, str))}
         counts = {"prompts": len(self.prompts.rows), "dropped_prompts": self.prompts.dropped}
@@ -309,9 +310,9 @@ class OnPolicy(Objective):
 
     def _guard(self, turn: MicroBatch, experience: Experience) -> None:
         for kind, warning in self.watching.see(turn.round, guard_figures(experience)):
-            if self.guards == "stop":
+            if self.reward_guards == "stop":
                 self.halt = warning
-            if self.guards != "off" and kind not in self._warned:
+            if self.reward_guards != "off" and kind not in self._warned:
                 self._warned.add(kind)
                 self.notes.append(f"guard: {warning}")
 

@@ -164,6 +164,7 @@ class KTO(ReferencedPolicy):
     undesirable: float = 1.0
 
     name = "kto"
+    separable = False
     mismatched = True
     verdicts = True
 

@@ -30,7 +30,7 @@ from lapis.model.heads import LanguageHead, MaskedHead
 from lapis.model.scoring import BATCH_TOKENS, evaluating
 from lapis.model.transformer import Transformer
 from lapis.parsing import quoted
-from lapis.text.rows.coverage import lines
+from lapis.text.rows.coverage import lines, named_rows
 from lapis.text.rows.data_sources import PackingSettings, open_data
 from lapis.text.rows.mixture import Data, Draw, Mixture, draws
 from lapis.text.rows.packing import Report
@@ -39,6 +39,8 @@ from lapis.text.tokenizer.tokenizer import Tokenizer
 from lapis.training.loop.progress import LogLines
 from lapis.training.objectives.objective import Cursor, DataPlace, Loss, Objective
 from lapis.training.objectives.supervised.cross_entropy import head_cross_entropy
+
+NAMED_TOKENS = 16  # of a batch that a guard names
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,21 @@ class NextToken(Objective):
 
     def small_batch(self, model: Transformer, state: DataPlace, tokens: int) -> RowBatch:
         return cut_columns(super().small_batch(model, state, tokens), tokens)
+
+    def apart(self, batch: RowBatch) -> list[RowBatch]:
+        """The documents or chats of the rows that carry loss, without padding."""
+        texts = []
+        for ids, *others in zip(*(getattr(batch, entry.name) for entry in fields(batch)), strict=True):
+            segments = others[1]
+            for segment in segments.unique().tolist():
+                here = segments == segment
+                texts.append(RowBatch(*(column[here][None] for column in (ids, *others))))
+        return [text for text in texts if text.supervised]
+
+    def name_batch(self, batch: Draw, cursor: Cursor) -> str:
+        """Its rows, the documents or chats that lie in them, and how the first of them begins."""
+        begins = self.tokenizer.decode(self.examples.take(batch.rows[:1]).ids_BT[0, :NAMED_TOKENS].tolist())
+        return f"{named_rows(self.examples, batch.rows)}, which begin {quoted(begins)}"
 
     def loss(self, model: Transformer, batch: RowBatch) -> Loss:
         total, count = next_token_loss(model, batch)

@@ -1,0 +1,167 @@
+"""The page of a run's certificate: from what it was made, how, what it took, and what was checked on its own model.
+
+Takes the object of certificate.json and the rows of the learning curve. The curve is drawn as SVG, so that the page is
+small enough to lie in the folder of every run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lapis.report.markup import Column, escape
+from lapis.report.page import Page
+from lapis.report.theme import Row
+
+WIDTH, HEIGHT, LEFT, BELOW = 720, 240, 52, 26  # of the drawing, and of its margins
+_STYLE = """
+.curve { width: 100%; max-width: 52rem; height: auto; display: block; margin: 1.6rem 0; }
+.curve text { font: 12px var(--sans); fill: var(--quiet); }
+.curve .grid { stroke: var(--rule); }
+.curve .learned { fill: none; stroke: var(--lapis); stroke-width: 2; stroke-linejoin: round; }
+.curve circle { fill: var(--orange); }
+"""
+
+
+def certificate_title(name: str) -> str:
+    """The title of the page, by which a report knows it again."""
+    return f"Certificate of {name}"
+
+
+def certificate_page(facts: Mapping[str, Any], log: Sequence[Row]) -> Page:
+    """The page of one run.
+
+    Args:
+        facts: certificate.json.
+        log: The rows of its learning curve.
+    """
+    name = str(facts["run"])
+    page = Page(
+        certificate_title(name),
+        f"How `{name}` came to be: from which data and settings, with what, and what was checked on the very model. "
+        "`certificate.json` beside this page holds the same for programs.",
+    )
+    checks = facts.get("checks") or []
+    computed = [check for check in checks if check["difference"] is not None]
+    held = sum(bool(check["holds"]) for check in computed)
+    page.stats([
+        ("loss at the end", f"{facts['loss']:.3f}", "per supervised count"),
+        *[(f"held-out {key.replace('_', ' ')}", f"{value:.4g}", "") for key, value in
+          list((facts.get("held_out") or {}).items())[:2]],
+        ("steps", f"{facts['steps']:,}", f"{facts['tokens']:,} tokens"),
+        ("checks that hold", f"{held} of {len(computed)}", "computed on this model" if computed else "none computed"),
+    ])  # fmt: skip
+    if len([row for row in log if row.get("loss") is not None]) > 1:
+        page.drawing(_curve(log), style=_STYLE)
+    _add_checks(page, checks)
+    _add_cost(page, facts)
+    _add_origin(page, facts)
+    return page
+
+
+def _add_checks(page: Page, checks: Sequence[Row]) -> None:
+    page.section(
+        "What ought not to matter",
+        "Each line was computed in two ways on this run's last weights and its own data. The difference is relative; "
+        "0 is the same bytes."
+        if checks
+        else "Nothing was checked: the run was short or had several processes. `certify: on` checks every run of one.",
+    )
+    rows = [
+        {
+            "check": check["name"],
+            "verdict": {True: "holds", False: "differs", None: "not computed"}[check["holds"]],
+            "difference": _small(check["difference"]) if check["difference"] is not None else None,
+            "limit": _small(check["limit"]) if check["difference"] is not None else None,
+            "how": check["why_not"] or check["how"],
+        }
+        for check in checks
+    ]
+    if rows:
+        page.table(rows, [Column("check", "computed"), "verdict", "difference", Column("limit", "may be up to"), "how"])
+
+
+def _add_cost(page: Page, facts: Mapping[str, Any]) -> None:
+    expected, taken = facts.get("predicted") or {}, facts["taken"]
+    text = (
+        f"Predicted after step {expected['after_steps']:,}, beside what the whole run took."
+        if expected
+        else "The run was too short to be predicted."
+    )
+    page.section("What it took", text)
+    rows = []
+    for label, key, unit in (("seconds", "seconds", 1.0), ("peak memory", "memory_bytes", 1e6)):
+        row: dict[str, Any] = {"of": label + (", MB" if unit > 1 else ""), "taken": round(taken[key] / unit, 1)}
+        if expected:
+            row |= {"predicted": round(expected[key] / unit, 1), "off": expected[key] / max(taken[key], 1e-9) - 1}
+        rows.append(row)
+    columns = [Column("of", "what"), *([Column("predicted", format=",.1f")] if expected else [])]
+    columns += [Column("taken", format=",.1f"), *([Column("off", "off by", "+.1%")] if expected else [])]
+    page.table(rows, columns)
+
+
+def _add_origin(page: Page, facts: Mapping[str, Any]) -> None:
+    page.section("From what", "\n\n".join(f"{line}." for line in facts.get("coverage") or []))
+    data = facts.get("data")
+    digests = [{"of": f"data: {name}", "sha256": _digest(value)} for name, value in _leaves(data)]
+    digests += [{"of": f"held out: {name}", "sha256": _digest(value)} for name, value in _leaves(facts.get("valid"))]
+    digests += [{"of": "tokenizer", "sha256": _digest(facts.get("tokenizer"))}] if facts.get("tokenizer") else []
+    digests += [{"of": f"weights at the {name}", "sha256": value} for name, value in facts["weights"].items() if value]
+    page.table([row for row in digests if row["sha256"]], [Column("of", "what"), Column("sha256")], "Digests")
+    versions = [{"what": name, "value": value} for name, value in {**facts["versions"], **facts["machine"]}.items()]
+    page.table(versions, ["what", "value"], "Versions and machine")
+    if facts.get("changes"):
+        page.table(facts["changes"], [Column("what"), Column("after_step")], "Changed on the way")
+    if facts.get("skipped"):
+        page.table(facts["skipped"], [Column("step"), "what", "batch"], "Batches that were left out")
+    settings = [{"setting": key, "value": str(value)} for key, value in facts["config"].items()
+                if value not in (None, "", {}, [], ())]  # fmt: skip
+    page.table(settings, ["setting", "value"], folded="Settings, the seed among them")
+
+
+def _leaves(value: Any) -> list[tuple[str, Any]]:
+    """Digests by name, whether there is one or a mapping of them."""
+    if isinstance(value, Mapping):
+        return [(str(name) or "all", entry) for name, entry in value.items()]
+    return [("all", value)] if value else []
+
+
+def _digest(value: Any) -> str:
+    return str(value.get("digest", "")) if isinstance(value, Mapping) else str(value or "")
+
+
+def _small(value: float) -> str:
+    return "0" if value == 0 else f"{value:.1e}" if math.isfinite(value) else str(value)
+
+
+def _curve(log: Sequence[Row]) -> str:
+    """The loss by step as SVG, held-out losses as dots."""
+    points = [(row["step"], row["loss"]) for row in log if row.get("loss") is not None]
+    dots = [(row["step"], loss) for row in log for loss in [(row.get("held_out") or {}).get("valid_loss")]
+            if isinstance(loss, int | float)]  # fmt: skip
+    values = [value for _, value in (*points, *dots) if math.isfinite(value)]
+    low, high, last = min(values), max(values), max(step for step, _ in points)
+    spread = (high - low) or 1.0
+
+    def place(step: float, value: float) -> tuple[float, float]:
+        x = LEFT + (WIDTH - LEFT - 8) * step / last
+        return round(x, 1), round(8 + (HEIGHT - BELOW - 8) * (high - value) / spread, 1)
+
+    line = " ".join(f"{x},{y}" for x, y in (place(*point) for point in points))
+    marks = "".join('<circle r="3.5" cx="{}" cy="{}"/>'.format(*place(*dot)) for dot in dots)
+    grid = ""
+    for share in (0.0, 0.5, 1.0):
+        value = low + share * (high - low)
+        y = place(0, value)[1]
+        grid += f'<line class="grid" x1="{LEFT}" x2="{WIDTH - 8}" y1="{y}" y2="{y}"/>'
+        grid += f'<text x="{LEFT - 8}" y="{y + 4}" text-anchor="end">{value:.3g}</text>'
+    words = f"The loss from {points[0][1]:.3f} to {points[-1][1]:.3f}"
+    held = " Dots are held-out." if dots else ""
+    return (
+        f'<svg class="curve" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(words)}">{grid}'
+        f'<polyline class="learned" points="{line}"/>{marks}'
+        f'<text x="{LEFT}" y="{HEIGHT - 6}">step {points[0][0]:,}</text>'
+        f'<text x="{WIDTH - 8}" y="{HEIGHT - 6}" text-anchor="end">step {last:,}</text></svg>'
+        f'<p class="caption">{escape(words)}, step by step.{held}</p>'
+    )

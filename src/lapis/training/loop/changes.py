@@ -1,0 +1,60 @@
+"""What of a run may be another when it goes on: nothing, unless it was allowed by name.
+
+A change that is allowed is noted with its step, and stays with the run: in its checkpoints and in training.json.
+"""
+
+import json
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
+
+from lapis.config import nearest
+from lapis.errors import ConfigError
+from lapis.parsing import quoted
+
+# what a checkpoint is made of, or is measured once: with another of these it could not be gone on with
+SETTLED = ("objective", "model", "lora", "trained", "tokens", "tokenizer", "context", "optimizer", "weights", "ema",
+           "seed", "threads", "precision", "compile")  # fmt: skip
+SCHEDULED = frozenset({"steps", "epochs", "minutes", "warmup", "schedule", "decay", "batch", "data"})
+_FOLLOWS = {"counts": "data"}  # what changes with what
+
+
+class Change(NamedTuple):
+    """One leaf in which two runs differ."""
+
+    key: str
+    line: str
+
+    @property
+    def name(self) -> str:
+        """The key as a settings file has it, without what lies within it."""
+        first, _, rest = self.key.partition(".")
+        name = rest.partition(".")[0] if first in ("config", "options") else first
+        return _FOLLOWS.get(name, name)
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[Change]:
+    """`key was X, is Y` for each leaf in which two JSON mappings differ."""
+    changes = []
+    for key in sorted({*old, *new}):
+        was, now = old.get(key), new.get(key)
+        if isinstance(was, Mapping) and isinstance(now, Mapping):
+            changes += differences(was, now, f"{prefix}{key}.")
+        elif was != now:
+            name = f"{prefix}{key}"
+            changes.append(Change(name, f"{name} was {_short(was)}, is {_short(now)}"))
+    return changes
+
+
+def check_allowed(allowed: Collection[str], keys: Collection[str]) -> None:
+    """Raises ConfigError for a name that no run has, or that no run can change. keys: of the settings."""
+    for name in allowed:
+        if name in SETTLED:
+            raise ConfigError(f"train: --allow-change {name}: it is settled when a run begins; start anew with --fresh")
+        if name not in {*keys, "data", "valid"}:
+            known = {*keys, "data", "valid"} - {*SETTLED}
+            raise ConfigError(f"train: --allow-change {quoted(name)}: {nearest(name, known)}")
+
+
+def _short(value: Any) -> str:
+    """A value as JSON; of a digest the first figures."""
+    return value[:12] if isinstance(value, str) and len(value) == 64 else json.dumps(value)

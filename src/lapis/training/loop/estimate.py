@@ -1,0 +1,31 @@
+"""How long a run will take: before its first step, and as its first steps have shown it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from lapis.training.forecast.memory import peak
+from lapis.training.loop.progress import Watch, format_time, live
+from lapis.training.loop.state import TrainState
+
+PREDICTED_AFTER = 5  # steps
+_LONG = 2.0  # seconds of a step, from which a line says so
+
+
+def show_estimate(state: TrainState, facts: Mapping[str, Any], batch: int, watch: Watch) -> None:
+    """Shows what the measured speed says of a step of `batch` rows, before the first one."""
+    total = state.schedule.total
+    text = f"step {state.step + 1:,}" + (f" of {total:,}" if total else "")
+    pace = facts.get("seconds_per_token")
+    if pace and total:
+        seconds = float(pace) * batch * state.objective.tokens_per_row
+        text += f": about {format_time(seconds)} for a step, {format_time(seconds * (total - state.step))} left"
+        if seconds > _LONG:
+            watch.note(f"train: {text}")
+    live(watch).stage(text)
+
+
+def predict(state: TrainState, pace: float, evaluating: float) -> None:
+    """Notes what the whole run will take, at so many seconds a step and `evaluating` seconds of evaluations to come."""
+    if state.schedule.total is not None:
+        left = pace * (state.schedule.total - state.step) + evaluating
+        state.predicted = {"after_steps": state.step, "seconds": state.seconds + left, "memory_bytes": peak()}

@@ -1,0 +1,117 @@
+"""The certificate: its checks agree with a second computation, find what is broken, and leave the run as it was."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lapis.errors import TrainingError
+from lapis.model.transformer import Transformer
+from lapis.text.corpus.corpus import Document
+from lapis.text.tokenizer.tokenizer import Tokenizer
+from lapis.training.certificate.certificate import CERTIFICATE, PAGE
+from lapis.training.certificate.checks import LEAST_STEPS
+from lapis.training.config import TrainConfig
+from lapis.training.loop.loop import train
+from lapis.training.loop.progress import Silent
+from lapis.training.objectives.supervised.next_token import Causal
+
+Make = Callable[[], Transformer]
+CONFIG = TrainConfig(
+    steps=4, batch=4, lr=1e-2, warmup=2, log_every=1, precision="float32", threads=1, sample_every=0, compile="off",
+    certify="on",
+)  # fmt: skip
+
+
+@pytest.fixture
+def objective(tokenizer: Tokenizer, documents: list[Document]) -> Causal:
+    return Causal(tokenizer, documents, context=32, valid=0.1)
+
+
+def certified(make: Make, objective: Any, config: TrainConfig, out: Path) -> dict[str, Any]:
+    train(make(), objective, config, out, watch=Silent())
+    return json.loads((out / CERTIFICATE).read_text())
+
+
+def checks(certificate: dict[str, Any]) -> dict[str, Any]:
+    return {check["name"]: check for check in certificate["checks"]}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_checks_hold_and_leave_the_run_as_it_was(
+    new_model: Make, objective: Causal, tmp_path: Path, optimizer: Any
+) -> None:
+    config = replace(CONFIG, optimizer=optimizer, ema=0.9)
+    facts = certified(new_model, objective, config, tmp_path / "out")
+    computed = checks(facts)
+    assert all(check["holds"] for check in computed.values()) and len(computed) == 3
+    assert computed["saved and restored"]["difference"] == 0.0
+    assert 0 < computed["accumulated or not"]["difference"] < 1e-5  # another order of sums
+    without = certified(new_model, objective, replace(config, certify="off"), tmp_path / "without")
+    assert without["checks"] == [] and without["weights"] == facts["weights"]
+    for name in ("model.safetensors", "log.jsonl"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "without" / name).read_bytes()
+
+
+def test_what_the_certificate_states_is_so(new_model: Make, objective: Causal, tmp_path: Path) -> None:
+    facts = certified(new_model, objective, CONFIG, tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "training.json").read_text())
+    times = json.loads((tmp_path / "out" / "times.json").read_text())
+    assert facts["data"] == objective.examples.digest == written["data"] and facts["counts"] == written["counts"]
+    assert facts["config"]["seed"] == 0 and facts["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert facts["taken"]["seconds"] == times["seconds"] and facts["loss"] == written["loss"]
+    assert facts["held_out"] == written["held_out"] and facts["weights"]["start"] != facts["weights"]["end"]
+    page = (tmp_path / "out" / PAGE).read_text()
+    for text in (facts["data"], facts["weights"]["end"], facts["tokenizer"], "accumulated or not", "<svg", "0 is the"):
+        assert text in page, text
+    assert len(page) < 100_000 and "http://" not in page.replace("http://www.w3.org", "")
+
+
+def test_a_mask_that_leaks_between_texts_differs(new_model: Make, objective: Causal, tmp_path: Path) -> None:
+    class Leaking(Causal):
+        """As if the texts of a row saw each other."""
+
+        def loss(self, model: Transformer, batch: Any) -> Any:
+            one = replace(batch, segments_BT=torch.ones_like(batch.segments_BT))
+            return super().loss(model, one)
+
+    leaking = Leaking(objective.tokenizer, objective.examples, context=32)
+    computed = checks(certified(new_model, leaking, CONFIG, tmp_path / "out"))
+    assert computed["packed or not"]["holds"] is False and computed["packed or not"]["difference"] > 1e-3
+
+
+def test_a_loss_that_depends_on_the_batch_differs(new_model: Make, objective: Causal, tmp_path: Path) -> None:
+    class Averaged(Causal):
+        """A mean of each micro-batch, which the loop then divides again."""
+
+        def loss(self, model: Transformer, batch: Any) -> Any:
+            total, count, metrics = super().loss(model, batch)
+            return total / count * (1 + len(batch.ids_BT)), count, metrics
+
+    averaged = Averaged(objective.tokenizer, objective.examples, context=32)
+    assert checks(certified(new_model, averaged, CONFIG, tmp_path / "out"))["accumulated or not"]["holds"] is False
+
+
+def test_a_checkpoint_that_gives_back_less_ends_the_run(
+    new_model: Make, objective: Causal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An optimizer whose momentum is lost on the way is no run that can be gone on with."""
+    from lapis.training.optim.optimizers import Optimizers
+
+    monkeypatch.setattr(Optimizers, "restore", lambda self, tensors: [part.state.clear() for part in self.parts])
+    with pytest.raises(TrainingError, match="a checkpoint does not give back what was saved"):
+        certified(new_model, objective, CONFIG, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_short_run_is_checked_only_where_asked(new_model: Make, objective: Causal, tmp_path: Path) -> None:
+    facts = certified(new_model, objective, replace(CONFIG, certify="auto"), tmp_path / "out")
+    assert facts["checks"] == [] and "Nothing was checked" in (tmp_path / "out" / PAGE).read_text()
+    long = replace(CONFIG, certify="auto", steps=LEAST_STEPS, batch=1, log_every=25)
+    computed = checks(certified(new_model, objective, long, tmp_path / "long"))
+    assert computed["accumulated or not"]["why_not"] == "a micro-batch has one row"
+    assert computed["packed or not"]["holds"] and computed["saved and restored"]["holds"]
