@@ -2,12 +2,12 @@
 
     python benchmarks/kill_train.py [--kills 100] [--seed 0] [--size 64] [--steps 200]
 
-Starts a run in a child, sends it SIGKILL at a moment drawn from the seed, starts it again, and so on until it ends;
-then begins another run, until so many kills have struck a living one. One thread; Muon, accumulation, an average of the
-weights, and a checkpoint after each step, so that kills fall into saves as well. After each kill every checkpoint that
-loads (its manifest agrees) is compared with the one that a run that nobody killed had after the same step: weights,
-optimizer, random generators, average, the learning curve without its times. Prints one line of JSON; exits with 1 if a
-checkpoint or a result differs, or a result was visible before it was done.
+Starts a run in a child, sends it SIGKILL at a moment drawn from the seed (after so many steps, and a part of one),
+starts it again, and so on until it ends; then begins another run, until so many kills have struck a living one. One
+thread; Muon, accumulation, an average of the weights, and a checkpoint after each step, so that kills fall into saves
+as well. After each kill every checkpoint that loads (its manifest agrees) is compared with the one that a run that
+nobody killed had after the same step: weights, optimizer, random generators, average, the learning curve without its
+times. Prints one line of JSON; exits with 1 if a checkpoint or a result differs, or a result was visible too early.
 """
 
 import argparse
@@ -58,6 +58,18 @@ def start(place: Path, out: str, given: argparse.Namespace, record: Path | None 
             os._exit(1)
         os._exit(0)
     return child
+
+
+def newest(journal: Path) -> int:
+    """The step of the newest checkpoint; 0 where there is none."""
+    return max((int(folder.name.removeprefix("step-")) for folder in journal.glob("step-*")), default=0)
+
+
+def wait_for(journal: Path, steps: int, child: int) -> None:
+    """Until so many more steps are saved, or the child has ended."""
+    goal = newest(journal) + steps
+    while steps and newest(journal) < goal and not os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+        time.sleep(0.001)
 
 
 def recorded(record: Path) -> None:
@@ -114,6 +126,8 @@ def main() -> int:
     (place / "tok").mkdir()
     train_tokenizer(texts, 300).save(place / "tok")
     (place / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    # in this process, so that children need not import anything
+    run(read_settings(settings(place, "first", given.size, 1), "kill"), watch=Silent())
     began = time.perf_counter()
     if os.waitpid(start(place, "whole", given, place / "checkpoints"), 0)[1] != 0:
         return 1
@@ -129,7 +143,8 @@ def main() -> int:
         child = start(place, "out", given)
         starts += 1
         if kills < given.kills:
-            time.sleep(chance.uniform(0, 2 * whole / PER_RUN) + 0.2 * chance.random())
+            wait_for(journal, chance.randrange(2 * given.steps // PER_RUN), child)
+            time.sleep(chance.uniform(0, 1.5 * whole / given.steps))
             os.kill(child, signal.SIGKILL)
         struck = os.WIFSIGNALED(os.waitpid(child, 0)[1])
         kills += struck

@@ -14,13 +14,17 @@ from lapis.report.markup import Column, escape
 from lapis.report.page import Page
 from lapis.report.theme import Row
 
-WIDTH, HEIGHT, LEFT, BELOW = 720, 240, 52, 26  # of the drawing, and of its margins
+WIDTH, HEIGHT = 600, 200  # of the drawing, which is stretched to its box
 _STYLE = """
-.curve { width: 100%; max-width: 52rem; height: auto; display: block; margin: 1.6rem 0; }
-.curve text { font: 12px var(--sans); fill: var(--quiet); }
+.curve { display: grid; grid-template-columns: auto 1fr; column-gap: .6rem; max-width: 52rem; margin: 1.6rem 0 .6rem; }
+.curve div { display: flex; justify-content: space-between; color: var(--quiet); font-size: .8rem; line-height: 1; }
+.curve .values { flex-direction: column; text-align: right; }
+.curve .steps { grid-column: 2; padding-top: .5rem; }
+.curve svg { width: 100%; height: 14rem; display: block; overflow: visible; }
+.curve path { fill: none; vector-effect: non-scaling-stroke; stroke-linejoin: round; stroke-linecap: round; }
 .curve .grid { stroke: var(--rule); }
-.curve .learned { fill: none; stroke: var(--lapis); stroke-width: 2; stroke-linejoin: round; }
-.curve circle { fill: var(--orange); }
+.curve .learned { stroke: var(--lapis); stroke-width: 2; }
+.curve .held-out { stroke: var(--orange); stroke-width: 8; }
 """
 
 
@@ -74,12 +78,13 @@ def _add_checks(page: Page, checks: Sequence[Row]) -> None:
             "verdict": {True: "holds", False: "differs", None: "not computed"}[check["holds"]],
             "difference": _small(check["difference"]) if check["difference"] is not None else None,
             "limit": _small(check["limit"]) if check["difference"] is not None else None,
-            "how": check["why_not"] or check["how"],
         }
         for check in checks
     ]
     if rows:
-        page.table(rows, [Column("check", "computed"), "verdict", "difference", Column("limit", "may be up to"), "how"])
+        page.table(rows, [Column("check", "computed"), "verdict", "difference", Column("limit", "may be up to")])
+    for check in checks:
+        page.text(f"**{check['name']}**: {check['how']}" + (f"; {check['why_not']}." if check["why_not"] else "."))
 
 
 def _add_cost(page: Page, facts: Mapping[str, Any]) -> None:
@@ -132,7 +137,7 @@ def _digest(value: Any) -> str:
 
 
 def _small(value: float) -> str:
-    return "0" if value == 0 else f"{value:.1e}" if math.isfinite(value) else str(value)
+    return "0" if value == 0 else f"{value:.1e}".replace("-", "\u2212") if math.isfinite(value) else str(value)
 
 
 def _curve(log: Sequence[Row]) -> str:
@@ -144,24 +149,18 @@ def _curve(log: Sequence[Row]) -> str:
     low, high, last = min(values), max(values), max(step for step, _ in points)
     spread = (high - low) or 1.0
 
-    def place(step: float, value: float) -> tuple[float, float]:
-        x = LEFT + (WIDTH - LEFT - 8) * step / last
-        return round(x, 1), round(8 + (HEIGHT - BELOW - 8) * (high - value) / spread, 1)
+    def place(step: float, value: float) -> str:
+        return f"{WIDTH * step / last:.1f} {HEIGHT * (high - value) / spread:.1f}"
 
-    line = " ".join(f"{x},{y}" for x, y in (place(*point) for point in points))
-    marks = "".join('<circle r="3.5" cx="{}" cy="{}"/>'.format(*place(*dot)) for dot in dots)
-    grid = ""
-    for share in (0.0, 0.5, 1.0):
-        value = low + share * (high - low)
-        y = place(0, value)[1]
-        grid += f'<line class="grid" x1="{LEFT}" x2="{WIDTH - 8}" y1="{y}" y2="{y}"/>'
-        grid += f'<text x="{LEFT - 8}" y="{y + 4}" text-anchor="end">{value:.3g}</text>'
+    line = "L".join(place(*point) for point in points if math.isfinite(point[1]))
+    marks = "".join(f"M{place(*dot)}h0" for dot in dots)
+    grid = "".join(f"M0 {HEIGHT * share}H{WIDTH}" for share in (0, 0.5, 1))
+    scale = "".join(f"<span>{value:.3g}</span>" for value in (high, (low + high) / 2, low))
     words = f"The loss from {points[0][1]:.3f} to {points[-1][1]:.3f}"
-    held = " Dots are held-out." if dots else ""
     return (
-        f'<svg class="curve" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(words)}">{grid}'
-        f'<polyline class="learned" points="{line}"/>{marks}'
-        f'<text x="{LEFT}" y="{HEIGHT - 6}">step {points[0][0]:,}</text>'
-        f'<text x="{WIDTH - 8}" y="{HEIGHT - 6}" text-anchor="end">step {last:,}</text></svg>'
-        f'<p class="caption">{escape(words)}, step by step.{held}</p>'
+        f'<div class="curve"><div class="values">{scale}</div>'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" preserveAspectRatio="none" role="img" aria-label="{escape(words)}">'
+        f'<path class="grid" d="{grid}"/><path class="learned" d="M{line}"/><path class="held-out" d="{marks}"/></svg>'
+        f'<div class="steps"><span>step 0</span><span>step {last:,}</span></div></div>'
+        f'<p class="caption">{escape(words)}.{" Dots are held-out." if dots else ""}</p>'
     )

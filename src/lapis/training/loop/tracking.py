@@ -121,13 +121,13 @@ def _identity(out: Path) -> str:
 def _tensorboard(out: Path, settings: dict[str, Any]) -> Tracker:
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(str(out.parent / "tensorboard" / out.name))  # type: ignore[no-untyped-call]
-    writer.add_text("config", f"```\n{json.dumps(settings, indent=1, default=str)}\n```")  # type: ignore[no-untyped-call]
+    writer = SummaryWriter(str(out.parent / "tensorboard" / out.name))
+    writer.add_text("config", f"```\n{json.dumps(settings, indent=1, default=str)}\n```")
 
     def send(values: dict[str, float], step: int) -> None:
         for name, value in values.items():
-            writer.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
-        writer.flush()  # type: ignore[no-untyped-call]
+            writer.add_scalar(name, value, step)
+        writer.flush()
 
     return Tracker("tensorboard", send, writer.close)
 

@@ -122,10 +122,11 @@ class Updater:
         where = "; ".join(filter(None, self.world.gather(self._culprits(fault, sums))))
         if fault.act == "stop" or len(skipped) == most:
             why = f" after {most} batches in a row that were left out" if fault.act == "skip" else ""
-            raise TrainingError(
+            error = TrainingError(
                 f"train: {fault.what} at step {step}{why}; {last_good}. The batch: {where}. Lower lr (now "
                 f"{self.config.lr:g}), look at the data, or set guards to leave such batches out"
             )
+            self.world.raise_once([True] * self.world.size, error)  # all see the same sums, one says so
         done = "it is left out" if fault.act == "skip" else f"it is learned from all the same; {last_good}"
         self.state.objective.notes.append(f"{fault.what} at step {step}. The batch: {where}; {done}")
         if fault.act == "skip":
