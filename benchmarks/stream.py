@@ -5,12 +5,14 @@
 
 Makes three checkpoints of a real shape with random weights and serves them from this machine (stream_server.py): once
 as fast as it can, once with round trips of 50 ms and a line of 1 Gbit/s, both slept in user space. Each contestant runs
-in turn, round after round, as a whole process: lapis on the folders, lapis on either server, and mergekit after
-huggingface_hub has downloaded all three models by the slow line. While lapis runs, the cache and the temporary folder
-are looked at every 50 ms: the largest sum of bytes is what it kept of its inputs. All outputs of lapis must be the same
-bytes. With --kills the merge from the server is killed at random moments, run to its end, and compared; what the server
-sent in all, less what one run and the openings need, was fetched twice. Adds a dated table to
-benchmarks/results/stream.md.
+in turn, round after round, as a whole process: lapis on the folders, lapis on either server; by the slow line also a
+bare client that reads the same bytes and keeps nothing, which is what can be had of this machine, and mergekit after
+huggingface_hub has downloaded all three models. --slower 32 has round trips and line slower by that much: where the
+processors are shared, what is waited for then shows, and not what is computed. While lapis runs, the cache and the
+temporary folder are looked at every 50 ms: the largest sum of bytes is what it kept of its inputs. All outputs of lapis
+must be the same bytes. With --kills the merge from the server is killed at random moments, run to its end, and
+compared; what the server sent in all, less what one run and the openings need, was fetched twice. Adds a dated table
+to benchmarks/results/stream.md.
 """
 
 import argparse
@@ -42,12 +44,32 @@ from lapis.weights.merge.merge import merge
 
 ROLES = ("base", "chat", "onto")
 DELAY, RATE = 0.05, 125e6  # seconds of a round trip; bytes a second
+CLIENT, ADDRESS = "a client that keeps nothing, by that line", "ADDRESS"
 DOWNLOAD = """
 import sys
 from huggingface_hub import hf_hub_download, model_info
 for name in sys.argv[2:]:
     for file in model_info(name).siblings:
         hf_hub_download(name, file.rfilename, local_dir=f"{sys.argv[1]}/{name[2:]}")
+"""
+BARE = """
+import sys, threading
+from lapis.checkpoint.remote.connections import HttpFile
+from lapis.checkpoint.remote.ranges import CONNECTIONS, PIECE
+address, size, *names = sys.argv[1:]
+size = int(size)
+files = [HttpFile(n, f"{address}/{n}/resolve/{'a' * 40}/model.safetensors", size, {}) for n in names]
+left = [(file, first) for first in reversed(range(0, size, PIECE)) for file in files]
+def work():
+    buffer = memoryview(bytearray(PIECE))
+    while left:
+        file, first = left.pop()
+        done, count = 0, min(PIECE, size - first)
+        while done < count:
+            done += file.read(first + done, buffer[done:count])
+workers = [threading.Thread(target=work) for _ in range(CONNECTIONS)]
+for worker in workers: worker.start()
+for worker in workers: worker.join()
 """
 
 
@@ -115,13 +137,15 @@ def race(work: Path, given: argparse.Namespace) -> list[str]:
     hub = {role: f"o/{role}" for role in ROLES}
     near, far = recipe_of(place, "near", {role: str(place / role) for role in ROLES}), recipe_of(place, "far", hub)
     weights = sum(file.stat().st_size for file in place.glob("*/*.safetensors"))
-    slow = ["--delay", str(DELAY), "--rate", str(RATE)]
+    slow = ["--delay", str(DELAY * given.slower), "--rate", str(RATE / given.slower)]
+    size = (place / "base" / "model.safetensors").stat().st_size
     lapis = [sys.executable, "-m", "lapis", "merge"]
     contestants: dict[str, tuple[list[str], list[str]]] = {
         "lapis, folders": ([], [*lapis, str(near), "--out", str(out), "--json"]),
         "lapis, server on this machine": ([], [*lapis, str(far), "--out", str(out), "--json"]),
         "lapis, 50 ms and 1 Gbit/s": (slow, [*lapis, str(far), "--out", str(out), "--json"]),
     }
+    contestants[CLIENT] = (slow, [sys.executable, "-c", BARE, ADDRESS, str(size), *hub.values()])
     if given.peer_python:
         here = recipe_of(place, "downloaded", {role: str(work / "downloaded" / role) for role in ROLES})
         get = [given.peer_python, "-c", DOWNLOAD, str(work / "downloaded"), *hub.values()]
@@ -138,6 +162,7 @@ def race(work: Path, given: argparse.Namespace) -> list[str]:
                 os.environ.update(environment(work, address))
                 with Watch(work / "cache", work / "tmp", work / "downloaded") as watch:
                     warm = [str(file) for file in place.glob("*/*.safetensors")]
+                    command = [address if word == ADDRESS else word for word in command]
                     seconds, peak, cpu, status = measured(command, work / "log.txt", 1 << 28, warm)
             if status:
                 raise SystemExit(f"{name}: {(work / 'log.txt').read_text()[-2000:]}")
@@ -146,13 +171,13 @@ def race(work: Path, given: argparse.Namespace) -> list[str]:
                   f"{watch.most:,} bytes kept", file=sys.stderr, flush=True)  # fmt: skip
             if name.startswith("lapis"):
                 digests.add(tuple(sha256(file) for file in sorted(out.glob("*.safetensors"))))
-    local = statistics.median(run[0] for run in seen["lapis, folders"])
+    local, bare = (statistics.median(run[0] for run in seen[name]) for name in ("lapis, folders", CLIENT))
     lines = [f"The outputs of lapis are the same bytes: {'yes' if len(digests) == 1 else 'NO'}.", ""]
-    lines += ["| contestant | seconds (median) | min to max | times the local one | of the line | CPU seconds "
-              "| peak MB | of inputs on the disk, bytes |", "|---|---:|---:|---:|---:|---:|---:|---:|"]  # fmt: skip
+    lines += ["| contestant | seconds (median) | min to max | times the local one | of the line | of the bare client "
+              "| CPU seconds | peak MB | of inputs on the disk, bytes |", "|---|" + "---:|" * 8]  # fmt: skip
     for name, runs in seen.items():
         seconds, cpu = (statistics.median(run[i] for run in runs) for i in (0, 2))
-        share = f"{weights / RATE / seconds:.0%}" if contestants[name][0] else ""
+        share = f"{weights / RATE * given.slower / seconds:.0%} | {bare / seconds:.0%}" if contestants[name][0] else "|"
         spread = f"{min(run[0] for run in runs):.2f} to {max(run[0] for run in runs):.2f}"
         lines.append(
             f"| {name} | {seconds:.2f} | {spread} | {seconds / local:.2f} | {share} | {cpu:.2f} "
@@ -246,6 +271,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--kills", type=int, default=0, help="kill it so many times instead of racing")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--slower", type=float, default=1.0, help="round trips and line, by this factor")
     parser.add_argument("--peer-python", help="an interpreter that has mergekit 0.1.5")
     parser.add_argument("--no-table", action="store_true", help="print, and leave the results as they are")
     given = parser.parse_args()
@@ -255,6 +281,7 @@ def main() -> None:
             make(work / "models" / role, given.size, number, work / "models" / "base" if number else None)
         lines = kills(work, given) if given.kills else race(work, given)
     what = f"{given.kills} kills" if given.kills else f"{given.rounds} rounds"
+    what += f", round trips and line slower by {given.slower:g}" if given.slower > 1 else ""
     head = f"## {given.size}, {what}, {datetime.date.today()}, {os.cpu_count()} cores, {processor()}"
     print("\n".join([head, "", *lines]))
     if not given.no_table:

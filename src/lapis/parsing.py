@@ -5,8 +5,10 @@ no more than a few words of it. YAML has the same limits, and its reader in conf
 """
 
 import json
+import math
 import re
 import reprlib
+from collections.abc import Mapping
 from itertools import islice
 from typing import Any
 
@@ -123,3 +125,14 @@ def _check_characters(value: Any) -> None:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise ParseError("holds half a surrogate pair") from None
+
+
+def finite_json(value: Any) -> Any:
+    """A value that JSON has: NaN and infinity, which it has not, become null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): finite_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite_json(item) for item in value]
+    return value

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+from functools import partial
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 import torch
@@ -183,3 +185,47 @@ def test_a_folder_in_s3(trio, tmp_path, monkeypatch):
         assert "there is no such folder" in refused("s3://nobody/none")
     finally:
         server.stop()
+
+
+def test_a_folder_in_gs(trio, tmp_path, monkeypatch):
+    """Through gcsfs, against the three calls of Cloud Storage's JSON interface that it makes, on this machine."""
+    pytest.importorskip("gcsfs")
+    models = trio(shards=2)
+    there = {role: {f"model/{name}": body for name, body in files_of(models[role]).items()} for role in models}
+    with serving(Hub()) as hub:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", hub.url)
+        monkeypatch.setenv("FSSPEC_GCS_TOKEN", "anon")
+        monkeypatch.setenv("FSSPEC_GS_TOKEN", "anon")
+        hub.fault = partial(cloud_storage, there)
+        graft(**models, out=tmp_path / "local")
+        graft(**{role: f"gs://{role}/model" for role in models}, out=tmp_path / "out")
+        for file in (tmp_path / "local").glob("*.safetensors"):
+            assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
+        checkpoint = open_checkpoint("gs://base/model")
+        shard = next(name for name in there["base"] if name.endswith(".safetensors"))
+        there["base"][shard] = there["base"][shard][:-1] + b"?"
+        with pytest.raises(CheckpointError, match="changed on the server"):
+            for name in checkpoint.names:
+                checkpoint.read(name)
+        assert "there is no such folder" in refused("gs://base/none")
+        assert "there is no such folder" in refused("gs://nobody/none")
+
+
+def cloud_storage(buckets: dict[str, dict[str, bytes]], asked: Asked):
+    """Objects of buckets, listed, described, and read in ranges."""
+    bucket, _, name = unquote(asked.path).partition("/b/")[2].partition("/o")
+    objects, name = buckets.get(bucket, {}), name.removeprefix("/")
+    described = {
+        each: {"name": each, "bucket": bucket, "size": str(len(body)), "updated": "2026-01-01T00:00:00Z",
+               "generation": str(int(hashlib.md5(body).hexdigest()[:12], 16)), "kind": "storage#object"}
+        for each, body in objects.items()
+    }  # fmt: skip
+    if bucket in buckets and not name:
+        found: dict[str, object] = {"items": [] if "none" in asked.path else list(described.values())}
+    elif name in objects and not asked.path.startswith("/download/"):
+        found = described[name]
+    elif name in objects:
+        return part(asked, objects[name], {"ETag": f'"{described[name]["generation"]}"'})
+    else:
+        return 404, {"Content-Type": "application/json"}, b'{"error": {"code": 404, "message": "Not Found"}}'
+    return 200, {"Content-Type": "application/json"}, json.dumps(found).encode()

@@ -1,5 +1,6 @@
 """A delta holds what a graft would add: exactly, or with the error that it states; it is believed only when whole."""
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -179,6 +180,36 @@ def test_planes_keep_every_bit(numbers, repeat, payload):
     assert back.numpy().tobytes() == raw.tobytes() and sum(sizes) == len(data)
 
 
+@pytest.mark.parametrize("spread", [0.002, 0.5], ids=["few values", "others, too"])
+def test_two_planes_with_few_values_are_one(spread):
+    random = torch.Generator().manual_seed(0)
+    base = (torch.randn(20_000, generator=random) * 0.02).bfloat16().float()
+    values = (base + torch.randn(20_000, generator=random) * spread * 0.02).bfloat16().float() - base
+    values = values.round(decimals=3)  # few values
+    values[::40] = torch.randn(500, generator=random).bfloat16().float()  # and some that are all others
+    data, sizes = pack(values)
+    assert sizes[2] == 0 and data[sizes[0] + sizes[1] :][:1] == b"j"
+    back = torch.empty(20_000)
+    unpack(memoryview(data), sizes, 20_000, back)
+    assert torch.equal(back.view(torch.int32), values.view(torch.int32))
+    start = sizes[0] + sizes[1]
+    for place in (start + 1, start + 2, start + 3, start + 5, len(data) - 40):  # counts, and the plane itself
+        bad = bytearray(data)
+        bad[place] ^= 0x41
+        with contextlib.suppress(CheckpointError):
+            unpack(memoryview(bytes(bad)), sizes, 20_000, back)
+
+
+def test_a_delta_of_the_first_format_is_read(trio, tmp_path):
+    models = trio()
+    delta_extract(models["base"], models["chat"], tmp_path / "delta")
+    path = tmp_path / "delta" / "delta.safetensors"
+    raw = path.read_bytes()
+    assert raw.count(b'"version":"2"') == 1
+    path.write_bytes(raw.replace(b'"version":"2"', b'"version":"1"'))
+    assert open_delta(tmp_path / "delta").bits == "exact"
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.binary(max_size=80), st.lists(st.integers(-1, 40), min_size=4, max_size=4), st.integers(0, 64))
 def test_planes_of_a_stranger_are_refused_or_read(data, sizes, count):
@@ -336,7 +367,7 @@ def test_a_delta_says_where_it_comes_from(trio, tmp_path):
     for name in ("LICENSE", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "delta" / name).read_bytes() == (models["chat"] / name).read_bytes()
     with safe_open(tmp_path / "delta" / "delta.safetensors", "pt") as file:
-        assert file.metadata()["format"] == "lapis-delta" and file.metadata()["version"] == "1"
+        assert file.metadata()["format"] == "lapis-delta" and file.metadata()["version"] == "2"
         assert json.loads(file.metadata()["delta"])["base"] == seen["base"]
         rows = file.get_tensor("model.embed_tokens.weight:template")
     assert torch.equal(rows, load_file(models["chat"] / "model.safetensors")["model.embed_tokens.weight"][[33, 34]])
@@ -409,8 +440,8 @@ def test_a_newer_format_is_refused(trio, tmp_path):
     delta_extract(models["base"], models["chat"], tmp_path / "delta")
     path = tmp_path / "delta" / "delta.safetensors"
     raw = path.read_bytes()
-    for version, words in ((b'"2"', "take a newer lapis"), (b'"x"', "its format's version is")):
-        path.write_bytes(raw.replace(b'"version":"1"', b'"version":' + version))
+    for version, words in ((b'"3"', "take a newer lapis"), (b'"x"', "its format's version is")):
+        path.write_bytes(raw.replace(b'"version":"2"', b'"version":' + version))
         with pytest.raises(CheckpointError, match=words):
             open_delta(tmp_path / "delta")
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lapis.errors import CheckpointError
-from lapis.weights.diff.diff import diff, unrelated
+from lapis.weights.diff.diff import diff
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -112,8 +112,8 @@ def test_unrelated_models_are_told(folders, tmp_path):
     base = folders.weights(1)
     turned = {n: torch.stack([-t.view(-1, 2)[:, 1], t.view(-1, 2)[:, 0]], 1).view(t.shape) for n, t in base.items()}
     table = diff(folders.write(tmp_path / "a", base), folders.write(tmp_path / "b", turned))
-    assert unrelated(table) and "not parent and child" in str(table)
-    assert not unrelated(diff(tmp_path / "a", folders.write(tmp_path / "c", folders.near(base, 2))))
+    assert table.unrelated() and "not parent and child" in str(table)
+    assert not diff(tmp_path / "a", folders.write(tmp_path / "c", folders.near(base, 2))).unrelated()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,9 @@ from lapis.checkpoint.commit import verify
 from lapis.config import dump_yaml
 from lapis.errors import CheckpointError
 from lapis.weights.delta.extract import delta_extract
+from lapis.weights.diff import ranks as diff_ranks
+from lapis.weights.diff.diff import diff
+from lapis.weights.diff.pairs import Comparison
 from lapis.weights.engine import ranks
 from lapis.weights.graft.graft import graft
 from lapis.weights.merge.merge import merge
@@ -208,6 +212,49 @@ def test_a_delta_by_ranks_one_of_which_dies(trio, tmp_path, bits):
     assert result.get("relative_error") in (alone.relative_error, None)  # None: it came when the other had done all
     assert result["errors"] == alone.errors and len(alone.errors) > 10
     assert result["base"] == alone.base and result["sha256"] == alone.sha256
+
+
+@pytest.fixture
+def compared(trio, monkeypatch):
+    folders = trio(tied=False)
+    monkeypatch.setattr(diff_ranks, "PART", 1000)
+    return partial(diff, folders["base"], folders["chat"], rows=True, spectra=True)
+
+
+def test_a_difference_by_ranks_one_of_which_dies(compared, tmp_path, monkeypatch):
+    alone = compared(out=tmp_path / "alone" / "out")
+    assert alone.to_json() == compared().to_json()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    real, calls = Comparison.measure, []
+
+    def measure(self, pairs):
+        calls.append(pairs[0].name)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        real(self, pairs)
+
+    monkeypatch.setattr(Comparison, "measure", measure)
+    with pytest.raises(KeyboardInterrupt):
+        compared(out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert compared(out=tmp_path / "out").to_json() == alone.to_json()
+    assert len(calls) == len(set(calls)) + 1 > 5, "what was measured is not measured again"
+    late = compared(out=tmp_path / "out")
+    assert late.to_json() == alone.to_json() and not late.bytes_read
+    assert all_bytes(tmp_path / "out") == all_bytes(tmp_path / "alone" / "out")
+    assert json.loads((tmp_path / "out" / "diff.json").read_bytes())["tensors"] == alone.tensors
+    assert not verify(tmp_path / "out") and not (tmp_path / ".out.lapis").exists()
+
+
+def test_ranks_keep_no_difference_that_says_nothing(tmp_path, monkeypatch):
+    base = weights(1)
+    turned = {n: torch.stack([-t.view(-1, 2)[:, 1], t.view(-1, 2)[:, 0]], 1).view(t.shape) for n, t in base.items()}
+    for name, tensors in (("one", base), ("other", turned)):
+        write_model(tmp_path / name, tensors)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(CheckpointError, match="not parent and child"):
+        diff(tmp_path / "one", tmp_path / "other", out=tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not (tmp_path / ".out.lapis").exists()
 
 
 def test_an_output_that_is_there_is_refused_by_all(recipe, tmp_path):

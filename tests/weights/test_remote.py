@@ -3,6 +3,7 @@ compared with what the server lists."""
 
 import hashlib
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import pytest
@@ -101,6 +102,25 @@ def test_a_graft_and_a_merge_give_the_local_bytes(hub, tmp_path):
     for role in ROLES:  # the header, and then each byte once
         assert max(sent(hub, role)[ranges.FIRST :], default=1) == 1
     assert not any(one.host == "localhost" and one.token for one in hub.asked)
+
+
+def test_what_is_asked_for_first_is_asked_for_together(hub, tmp_path, monkeypatch):
+    """None of three models is answered before all are asked for, and no sample before four are."""
+    monkeypatch.setattr(ranges, "FIRST", 8)
+    together = {"/api/": Barrier(3), "/store/": Barrier(4)}
+    waited = dict.fromkeys(together, 0)
+
+    def wait(asked: Asked) -> None:
+        for place, barrier in together.items():
+            first, _, last = (asked.range or "bytes=0-0").removeprefix("bytes=").partition("-")
+            sample = place == "/store/" and int(last) - int(first) >= 64  # a header is asked for in smaller pieces
+            if asked.path.startswith(place) and waited[place] < barrier.parties and (sample or place == "/api/"):
+                waited[place] += 1
+                barrier.wait(60)
+
+    hub.fault = wait
+    merge(recipe(tmp_path / "there.yaml", there()), tmp_path / "out", dry_run=True)
+    assert waited == {"/api/": 3, "/store/": 4}
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])

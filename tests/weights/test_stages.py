@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from lapis.config import dump_yaml
 from lapis.errors import CheckpointError, ConfigError
+from lapis.weights.merge import merge as merging
 from lapis.weights.merge.merge import merge
 from lapis.weights.merge.plan import plan_merge
 from lapis.weights.merge.recipes.stages import each_stage, open_recipe, parse_stages
@@ -222,3 +223,23 @@ def test_a_killed_merge_goes_on_with_the_stages_it_wrote(family, tmp_path, at):
     merge(recipe, out, stage_memory=0, progress=lambda done, total: seen.append(total))
     assert all_bytes(out) == all_bytes(tmp_path / "expected" / "out")
     assert not (tmp_path / ".out.stages").exists()
+
+
+def test_a_process_that_comes_late_needs_no_stages(family, tmp_path, monkeypatch):
+    """Whether all was done before it came, or while it had written a stage."""
+    recipe, out = recipe_file(tmp_path / "recipe.yaml", documents(family)), tmp_path / "out"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    real, stages = merging._write_stage, []
+
+    def write_stage(*arguments):
+        stages.append(real(*arguments))
+        if len(stages) == 1:  # the other process is faster
+            merge(recipe, out, stage_memory=0)
+            assert out.exists() and not stages[0].exists()
+        return stages[0] if len(stages) == 1 else stages[-1]
+
+    monkeypatch.setattr(merging, "_write_stage", write_stage)
+    first = merge(recipe, out, stage_memory=0)
+    before, written = all_bytes(out), len(stages)
+    assert merge(recipe, out, stage_memory=0).sha256 == first.sha256
+    assert len(stages) == written and all_bytes(out) == before and not list(tmp_path.glob(".*"))

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from lapis.checkpoint.tensor_file import (
 )
 from lapis.errors import CheckpointError
 from lapis.families import find
+
+_AT_ONCE = 8  # headers that a server is asked for at a time
 
 
 def open_checkpoint(source: str | os.PathLike[str], *, adapters: bool = False) -> Checkpoint:
@@ -74,7 +77,9 @@ def open_checkpoint(source: str | os.PathLike[str], *, adapters: bool = False) -
             return snapshot.header(name)
         return read_header(contained(root, name))
 
-    headers = {name: header_of(name) for name in _weight_files(root, present, header_of, notes)}
+    files = _weight_files(root, present, header_of, notes)
+    with ThreadPoolExecutor(_AT_ONCE if snapshot is not None else 1) as pool:
+        headers = dict(zip(files, pool.map(header_of, files), strict=True))
     index: dict[str, TensorInfo] = {}
     for file, header in headers.items():
         for name, info in header.tensors.items():

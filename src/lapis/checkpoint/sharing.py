@@ -4,7 +4,7 @@ They meet in the staging folder (staging.py). The work lies there in parts that 
 locking its file, and says that it is done in a file of JSON. A lock dies with its process, so the parts of one that is
 killed are taken by others, and a rerun goes on with what is done. When all is done one process commits the folder; the
 others see it. Leaves out: what a part is (text/rows/parallel_packing.py, weights/engine/ranks.py,
-weights/delta/ranks.py).
+weights/delta/ranks.py, weights/diff/ranks.py).
 """
 
 import fcntl
@@ -178,6 +178,32 @@ def raise_theirs(journal: Path) -> None:
         raise error
 
 
+def share_parts(journal: Path, count: int, do: Callable[[int], Any], report: Callable[[list[int]], None]) -> None:
+    """Does parts until all are done, by this process and whoever else is at it.
+
+    Args:
+        journal: Of the job that this process has joined.
+        count: Of parts; N.json in the journal says that part N is done.
+        do: Called with the number of a part that nobody else is at; gives what its file is to hold.
+        report: Called with the numbers of the parts that are done, as there are more.
+    """
+    left = list(range(count))
+    while left:
+        before = list(left)
+        for number in before:
+            raise_theirs(journal)
+            place = journal / f"{number}.json"
+            with taken(journal, number) as mine:
+                if mine and not place.exists():
+                    with errors_for_all(journal):
+                        put(place, do(number))
+            if place.exists():
+                left.remove(number)
+                report([each for each in range(count) if (journal / f"{each}.json").exists()])
+        if left == before:
+            time.sleep(PAUSE)
+
+
 class _NothingHere(Exception):
     """The staging folder was committed by another process between two looks."""
 
@@ -211,6 +237,7 @@ def finish(
                 job.staging.rmdir()
             if os.path.lexists(job.out):
                 return
+            raise OutputError(f"{job.out}: another process refused what was made, and says why") from None
         except Busy:
             time.sleep(PAUSE)
         except OutputError:

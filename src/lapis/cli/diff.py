@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from lapis.cli.output import line, notes, progress, show, table, write_page
+from lapis.config import environment_number
 from lapis.generation.options import Runtime
 from lapis.inside.compared.options import DifferenceOptions
 
@@ -28,6 +29,7 @@ def diff(
     runtime: Annotated[Runtime, Parameter(name="*")] = Runtime(),  # noqa: B008
     top: int = 20,
     html: Path | None = None,
+    out: Path | None = None,
     overwrite: bool = False,
     json: bool = False,
 ) -> None:
@@ -56,29 +58,36 @@ def diff(
         How many of the rows that moved most are shown.
     html
         Write a page with the pictures to this file.
+    out
+        Keep the table as diff.json in this new folder. Several processes (torchrun -m lapis diff ...) divide the work
+        between them there, and a killed run goes on where it stopped.
     overwrite
-        Replace an existing page.
+        Replace an existing page or folder.
     json
         Print one JSON object.
     """
     from lapis.checkpoint.commit import check_output
-    from lapis.errors import CheckpointError, ConfigError
+    from lapis.checkpoint.sharing import process_count
+    from lapis.errors import ConfigError
     from lapis.weights.diff.diff import diff as run
-    from lapis.weights.diff.diff import unrelated
     from lapis.weights.diff.lineage import lineage
 
     if others and (activations or directions):
         raise ConfigError("diff: --activations and --directions compare two models; leave the others out")
+    if others and out is not None:
+        raise ConfigError("diff: --out keeps the table of two models; leave the others out")
+    if out is None and not others and process_count() > 1:
+        raise ConfigError("diff: several processes divide the work in the folder of --out; give --out DIR")
     if vectors is not None and activations is None:
         raise ConfigError("diff: --vectors is for --activations FILES, from which they are")
-    for option, out in (("--html", html), ("--vectors", vectors)):
-        if out is not None:
-            check_output(out, overwrite=overwrite, inputs=[a, b, *others], option=option)
+    for option, file in (("--html", html), ("--vectors", vectors)):
+        if file is not None and not environment_number("RANK", 0):
+            check_output(file, overwrite=overwrite, inputs=[a, b, *others], option=option)
     with progress("reading") as report:
         if others:
             descent = lineage(a, [b, *others], progress=report)
         else:
-            difference = run(a, b, rows, spectra, directions, progress=report)
+            difference = run(a, b, rows, spectra, directions, out=out, overwrite=overwrite, progress=report)
     if others:
         show(descent.to_json(), json, lambda: print_lineage(descent))
         if html:
@@ -86,9 +95,9 @@ def diff(
 
             write_page(lineage_page(descent), html, overwrite=overwrite)
         return
-    if unrelated(difference):
-        raise CheckpointError(f"{a} and {b}: cosine 0.00 in every layer: these are not parent and child")
-
+    difference.check_related(a, b)
+    if environment_number("RANK", 0):  # of several processes the first one shows what all have found
+        return
     activity = _activity(a, b, activations, options, runtime) if activations else None
     result = difference.to_json()
     if activity is not None:

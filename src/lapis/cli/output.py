@@ -5,7 +5,6 @@ plain text: square brackets are no markup, and control characters are shown and 
 """
 
 import json as jsonlib
-import math
 import sys
 import threading
 import time
@@ -23,6 +22,7 @@ from rich.text import Text
 from lapis.cli.streams import NotShown
 from lapis.config import environment_number
 from lapis.generation.text import for_terminal
+from lapis.parsing import finite_json
 
 if TYPE_CHECKING:
     from lapis.report.page import Page
@@ -46,7 +46,7 @@ def show(result: Mapping[str, Any], json: bool, render: Callable[[], None]) -> N
         return
     try:
         if json:
-            text = jsonlib.dumps(_finite(result), ensure_ascii=False)
+            text = jsonlib.dumps(finite_json(result), ensure_ascii=False)
             sys.stdout.write(text.translate(_ESCAPED) + "\n")  # JSON itself spells those below a space
         else:
             render()
@@ -248,14 +248,3 @@ def _write_lines(report: Report, ended: threading.Event) -> None:
         parts = [report, *list(report.sources.values())]
         text = "; ".join(f"{part.label.strip()}  {part.figures()}" for part in parts)
         print(for_terminal(text), file=sys.stderr, flush=True)
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN or infinity: they become null."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return value

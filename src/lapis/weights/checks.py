@@ -4,7 +4,7 @@ All but `check_parents` is read from headers, configs and tokenizers.
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import isfinite
 from statistics import median
 from typing import Any
@@ -257,19 +257,26 @@ def kinship(one: Checkpoint, two: Checkpoint) -> tuple[float | None, int]:
         and one.info(name).shape == two.info(other).shape and is_number(one, name) and is_number(two, other)
     ]  # fmt: skip
     cosines, count = [], 0
-    for name, other in matrices[:: -(-len(matrices) // _MATRICES) or 1]:
-        a, b = _sample(one, name), _sample(two, other)
+    chosen = matrices[:: -(-len(matrices) // _MATRICES) or 1]
+    for a, b in zip(_samples(one, [n for n, _ in chosen]), _samples(two, [n for _, n in chosen]), strict=True):
         cosines.append(float(a @ b / ((a @ a) * (b @ b)).sqrt()))
         count += len(a)
     cosines = [cosine for cosine in cosines if isfinite(cosine)]
     return (median(cosines) if cosines else None), count
 
 
-def _sample(checkpoint: Checkpoint, name: str) -> torch.Tensor:
-    """The first numbers of a tensor, in float64."""
-    source = Stored("", checkpoint, name)
-    values = torch.empty(min(checkpoint.info(name).elements, _ELEMENTS), dtype=source.dtype)
-    source.read(0, len(values), as_bytes(values))
+def _samples(checkpoint: Checkpoint, names: Sequence[str]) -> Iterator[torch.Tensor]:
+    """The first numbers of some tensors, in float64; all are asked for before the first is waited for."""
+    sources = [(Stored("", checkpoint, name), min(checkpoint.info(name).elements, _ELEMENTS)) for name in names]
+    for source, count in sources:
+        if source.remote is not None:
+            source.prefetch(0, count)
+    return (_first(source, count) for source, count in sources)
+
+
+def _first(source: Stored, count: int) -> torch.Tensor:
+    values = torch.empty(count, dtype=source.dtype)
+    source.read(0, count, as_bytes(values))
     return values.double()
 
 

@@ -7,7 +7,7 @@ from lapis.checkpoint import Checkpoint
 from lapis.errors import CheckpointError
 from lapis.families.base import Part
 from lapis.weights.fuse.opening import Model as Model
-from lapis.weights.fuse.opening import open_model
+from lapis.weights.fuse.opening import open_each
 
 _NORM = re.compile(r"(^|[._])(norm|layernorm|ln|rmsnorm)([._0-9]|$)|norm$|^ln_")
 _SHOWN = 12
@@ -19,14 +19,9 @@ def open_models(models: Mapping[str, Model], what: str) -> dict[str, Checkpoint]
     Raises:
         CheckpointError: With the problems of all models in one line; `what` names the command.
     """
-    opened, problems = {}, []
-    for role, model in models.items():
-        try:
-            opened[role] = open_model(model)
-        except CheckpointError as error:
-            problems.append(f"{role}: {error}")
-    if problems:
-        raise CheckpointError(format_problems(what, problems))
+    opened, refused = open_each(models)
+    if refused:
+        raise CheckpointError(format_problems(what, [f"{role}: {error}" for role, error in refused.items()]))
     return opened
 
 

@@ -21,11 +21,11 @@ from lapis.checkpoint.tensor_file import Header, parse_header
 from lapis.errors import CheckpointError
 
 FIRST = 1 << 16  # bytes of a file that are asked for first: most headers are in them
-PIECE = 4 << 20  # bytes of a request at most
+PIECE = 1 << 20  # bytes of a request at most; whoever reads waits for the whole of one
 NEAR = 1 << 18  # bytes that are asked for where fewer are read that nobody announced: neighbors are read next
 GAP = 1 << 14  # bytes that nobody wants, between two ranges that are asked for as one
 CONNECTIONS = 12  # requests at a time, of all files together
-AHEAD = 32 << 20  # bytes asked for before they are read, where a file is read from its start to its end
+AHEAD = 16 << 20  # bytes asked for before they are read, where a file is read from its start to its end
 NEARBY = 16  # pieces of all files together that nobody announced and that are kept after they were read
 
 

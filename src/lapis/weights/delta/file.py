@@ -37,7 +37,8 @@ from lapis.text.tokenizer.vocabulary import Vocabulary, open_vocabulary
 from lapis.weights.delta.codes.code import Code, Shape, code_named
 from lapis.weights.engine.sources import as_bytes
 
-FORMAT, VERSION = "lapis-delta", 1
+FORMAT, VERSION = "lapis-delta", 2
+_READ = ("1", "2")  # 1: no two planes were ever stored as one
 SAMPLE = ":sample"
 _FREE = ("README.md", ".gitattributes", MANIFEST)  # what may be edited
 
@@ -228,7 +229,7 @@ def open_delta(source: str | os.PathLike[str]) -> DeltaFile:
     if header.metadata.get("format") != FORMAT:
         raise CheckpointError(f"{path}: is no delta of lapis; its format is {quoted(header.metadata.get('format'))}")
     version = header.metadata.get("version", "")
-    if version != str(VERSION):
+    if version not in _READ:
         if version.isascii() and version.isdigit() and len(version) < 9 and int(version) > VERSION:
             raise CheckpointError(f"{path}: has format {version}, and this lapis reads {VERSION}; take a newer lapis")
         raise CheckpointError(f"{path}: its format's version is {quoted(version)}; expected {VERSION}")

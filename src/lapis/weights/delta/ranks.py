@@ -6,12 +6,12 @@ behind each other under one header, and the bytes are those that one process wri
 """
 
 import shutil
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from lapis.checkpoint.files import read_json
-from lapis.checkpoint.sharing import PAUSE, SharedJob, errors_for_all, joined, put, raise_theirs, taken
+from lapis.checkpoint.sharing import SharedJob, joined, share_parts
 from lapis.checkpoint.staging import Staging, disk_errors
 from lapis.checkpoint.tensor_file import DELTA
 from lapis.weights.delta.writing import (
@@ -48,22 +48,14 @@ def encode_together(
     with disk_errors(job.out), joined(job) as there:
         if not there:
             return None
-        left = list(range(len(parts)))
-        while left:
-            before = list(left)
-            for number in before:
-                raise_theirs(job.journal)
-                with taken(job.journal, number) as mine:
-                    if mine and not (job.journal / f"{number}.json").exists():
-                        with errors_for_all(job.journal):
-                            _encode(job, number, parts[number], allow_nonfinite)
-                if (job.journal / f"{number}.json").exists():
-                    left.remove(number)
-                    if progress:
-                        done = (i for i in range(len(parts)) if (job.journal / f"{i}.json").exists())
-                        progress(sum(sum(map(chat_bytes, parts[i])) for i in done), total)
-            if left == before:
-                time.sleep(PAUSE)
+
+        def report(done: Sequence[int]) -> None:
+            if progress:
+                progress(sum(sum(map(chat_bytes, parts[number])) for number in done), total)
+
+        share_parts(
+            job.journal, len(parts), lambda number: _encode(job, number, parts[number], allow_nonfinite), report
+        )
         return _written(job.journal, len(parts))
 
 
@@ -85,8 +77,8 @@ def _piece(journal: Path, number: int) -> Path:
     return journal / f"piece-{number}" / DELTA
 
 
-def _encode(job: SharedJob, number: int, items: Sequence[Item], allow_nonfinite: bool) -> None:
-    """One part. What a process that was killed did of it is gone on with."""
+def _encode(job: SharedJob, number: int, items: Sequence[Item], allow_nonfinite: bool) -> dict[str, Any]:
+    """One part, and what is to be known of it. What a process that was killed did of it is gone on with."""
     folder = _piece(job.journal, number).parent
     folder.mkdir(exist_ok=True)
     journal = Journal(Staging(folder, folder), job.key)
@@ -95,9 +87,7 @@ def _encode(job: SharedJob, number: int, items: Sequence[Item], allow_nonfinite:
     finally:
         journal.close()
     figures = {name: list(vars(seen).values()) for name, seen in written.figures.items()}
-    put(job.journal / f"{number}.json", {
-        "figures": figures, "read": written.bytes_read, "written": written.bytes_written,
-    })  # fmt: skip
+    return {"figures": figures, "read": written.bytes_read, "written": written.bytes_written}
 
 
 def _written(journal: Path, parts: int) -> Written:

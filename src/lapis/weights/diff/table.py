@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from lapis.errors import ConfigError, MissingExtra
+from lapis.errors import CheckpointError, ConfigError, MissingExtra
 from lapis.families.base import Part
 from lapis.weights.diff.measures import Sums, direction, ratio
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import pandas
     import plotly.graph_objects as go
 
+UNRELATED = 0.05  # a fine-tune's tensors have cosines near 1 with its parent's; unrelated ones near 0
 OUTLIER = 6.0  # robust z-score from which a row stands apart
 
 
@@ -86,6 +87,16 @@ class DiffTable:
             dict(zip(keys, group, strict=True)) | {"tensors": len(groups[group])} | sum(groups[group], Sums()).figures()
             for group in order
         ]
+
+    def unrelated(self) -> bool:
+        """Whether no matrix of any block points the same way in both models."""
+        cosines = [abs(x["cosine"]) for x in self.tensors if x["layer"] is not None and len(x["shape"]) > 1]
+        return bool(cosines) and max(cosines) < UNRELATED
+
+    def check_related(self, a: str, b: str) -> None:
+        """Raises CheckpointError where the two models, so called, have nothing to do with each other."""
+        if self.unrelated():
+            raise CheckpointError(f"{a} and {b}: cosine 0.00 in every layer: these are not parent and child")
 
     def moved(self, count: int = 20) -> list[dict[str, Any]]:
         """The rows that changed most, relative to their length; rows that did not move are not among them."""

@@ -289,7 +289,7 @@ def _produce_together(
     folders = [checkpoint.root for checkpoint in inputs.values()]
 
     def finished() -> bool:
-        return process_count() > 1 and _is_output(out, inputs, recipe[0])
+        return process_count() > 1 and is_output(out, inputs, recipe[0])
 
     job = SharedJob(out, "merge", named, key, None, partial(lay_out, files), finished, forget_digests)
 
@@ -308,7 +308,7 @@ def _produce_together(
     result.nonfinite = sum(entry.get("nonfinite", 0) for entry in document["tensors"])
 
 
-def _is_output(out: Path, inputs: Mapping[str, Checkpoint], recipe: Any) -> bool:
+def is_output(out: Path, inputs: Mapping[str, Checkpoint], recipe: Any) -> bool:
     """Whether a folder was made from these inputs, as they are, by this recipe."""
     try:
         document, made = json.loads((out / ACCOUNT).read_bytes()), out.stat().st_ctime

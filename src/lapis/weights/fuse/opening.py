@@ -9,6 +9,7 @@ import json
 import os
 import threading
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,13 @@ from lapis.checkpoint.commit import sha256_of
 from lapis.checkpoint.files import contained
 from lapis.checkpoint.store import Adapter
 from lapis.checkpoint.tensor_file import Header, TensorInfo, dtype_name
+from lapis.errors import CheckpointError
 from lapis.weights.engine.outputs import Output
 from lapis.weights.engine.sources import as_bytes
 from lapis.weights.engine.tiles import Reader, spans
 from lapis.weights.fuse.layout import FuseLayout, refuse_quantized
+
+_AT_ONCE = 8  # models
 
 Model = str | os.PathLike[str] | Checkpoint
 """A folder, a model of the hub, an adapter, `MODEL+ADAPTER`, or one of them that was opened."""
@@ -38,6 +42,26 @@ def open_model(model: Model) -> Checkpoint:
     """
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model, adapters=True)
     return checkpoint if checkpoint.adapter is None else _fused(checkpoint, checkpoint.adapter)
+
+
+def open_each(models: Mapping[str, Model]) -> tuple[dict[str, Checkpoint], dict[str, CheckpointError]]:
+    """Opens models by name, several at a time, for each takes a few round trips where it lies on a server.
+
+    Returns:
+        Those that could be opened, and why others could not; both in the order of `models`.
+    """
+
+    def attempt(model: Model) -> Checkpoint | CheckpointError:
+        try:
+            return open_model(model)
+        except CheckpointError as error:
+            return error
+
+    apart = len({str(model) for model in models.values()}) == len(models)  # one is not fetched by two at a time
+    with ThreadPoolExecutor(_AT_ONCE if apart else 1) as pool:
+        seen = dict(zip(models, pool.map(attempt, models.values()), strict=True))
+    opened = {name: each for name, each in seen.items() if isinstance(each, Checkpoint)}
+    return opened, {name: each for name, each in seen.items() if isinstance(each, CheckpointError)}
 
 
 def _fused(checkpoint: Checkpoint, adapter: Adapter) -> Checkpoint:

@@ -15,8 +15,10 @@ from pathlib import Path
 
 from lapis.checkpoint import Checkpoint
 from lapis.checkpoint.commit import check_output
+from lapis.checkpoint.sharing import process_count
 from lapis.checkpoint.staging import is_made
-from lapis.weights.engine.job import MergeResult, count, input_files, produce, write_account
+from lapis.errors import LapisError
+from lapis.weights.engine.job import MergeResult, count, input_files, is_output, produce, write_account
 from lapis.weights.engine.outputs import Account
 from lapis.weights.merge.plan import MergePlan, plan_merge, write_beside
 from lapis.weights.merge.recipes.stages import RecipeLike, open_recipe
@@ -56,13 +58,19 @@ def merge(
     recipe, place = open_recipe(recipe), Path(os.path.abspath(out))
     written: dict[str, Path] = {}
     lines: list[str] = []
+    plan: MergePlan | None = None
     while True:
-        plan = plan_merge(recipe, seed, allow_unrelated, same_tokens, dtype, written)
-        names = too_large(plan, stage_memory, written)
-        if dry_run or not names:
-            break
-        check_output(place, overwrite=overwrite, inputs=[model.root for model in plan.models.values()])
-        written[names[0]] = _write_stage(plan, names[0], place, allow_nonfinite, progress)
+        try:
+            plan = plan_merge(recipe, seed, allow_unrelated, same_tokens, dtype, written)
+            names = too_large(plan, stage_memory, written)
+            if dry_run or not names or _made_by_others(plan, place):
+                break
+            check_output(place, overwrite=overwrite, inputs=[model.root for model in plan.models.values()])
+            written[names[0]] = _write_stage(plan, names[0], place, allow_nonfinite, progress)
+        except (LapisError, OSError):
+            if plan is None or not _made_by_others(plan, place):
+                raise
+            plan, written = None, {}  # whoever put the output into place removed the stages, which are needed no more
     for name in names or written:
         need = plan.stages[name].memory_bytes / 1e9
         lines.append(
@@ -78,7 +86,7 @@ def merge(
     _produce(result, plan, plan.models, overwrite, allow_nonfinite, progress)
     counted = [f"{number:,} tensors {what}" for what, number in sorted(plan.method_notes.items())]
     result.notes = [*result.notes, *counted, *lines]
-    if written:
+    if plan.stages and not dry_run:
         shutil.rmtree(_stages_of(place), ignore_errors=True)
     result.seconds = time.perf_counter() - started
     return result
@@ -94,6 +102,11 @@ def too_large(plan: MergePlan, stage_memory: float, written: Mapping[str, Path])
             else:
                 left -= stage.memory_bytes
     return names
+
+
+def _made_by_others(plan: MergePlan, out: Path) -> bool:
+    """Whether another process of this job has put the output into place."""
+    return process_count() > 1 and is_output(out, plan.models, plan.recipe.written)
 
 
 def _stages_of(out: Path) -> Path:

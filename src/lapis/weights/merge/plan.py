@@ -32,7 +32,7 @@ from lapis.weights.config_fields import settled_tie
 from lapis.weights.engine.job import Entry, disk_bytes
 from lapis.weights.engine.outputs import Output
 from lapis.weights.engine.tiles import THREADS, TILE
-from lapis.weights.fuse.opening import computed_checkpoint, open_model
+from lapis.weights.fuse.opening import computed_checkpoint, open_each, open_model
 from lapis.weights.matching import format_problems
 from lapis.weights.merge.layout import Layout, sharded
 from lapis.weights.merge.placing import place
@@ -218,12 +218,9 @@ def _lay_out(
 
 
 def _open(recipe: Recipe, opened: dict[str, Checkpoint]) -> tuple[dict[str, Checkpoint], list[str]]:
-    problems = []
-    for model in recipe.models:
-        try:
-            opened[model] = opened.get(model) or open_model(model)
-        except CheckpointError as error:
-            problems.append(str(error))
+    more, refused = open_each({model: model for model in recipe.models if model not in opened})
+    opened |= more
+    problems = [str(error) for error in refused.values()]
     return {model: opened[model] for model in recipe.models if model in opened}, problems
 
 
