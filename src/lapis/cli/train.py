@@ -19,7 +19,7 @@ def train(
     *settings: str,
     overwrite: bool = False,
     fresh: bool = False,
-    allow_change: tuple[str, ...] = (),
+    allow_change: Annotated[list[str] | None, Parameter(negative="")] = None,
     html: Path | None = None,
     costs: Annotated[ForecastOptions, Parameter(name="*")] = ForecastOptions(),  # noqa: B008
     json: bool = False,
@@ -51,7 +51,7 @@ def train(
     if costs.plan_only:
         show_costs(how, config, costs, json)
         return
-    result = run(how, overwrite=overwrite, fresh=fresh, allow_change=allow_change)
+    result = run(how, overwrite=overwrite, fresh=fresh, allow_change=allow_change or ())
     head = objective_class(how.objective).head
 
     def render() -> None:
