@@ -80,6 +80,25 @@ def load(
     return model.eval()
 
 
+def empty(source: Checkpoint | str | Path, *, head: Head | None = None, classes: int = 0) -> Transformer:
+    """The model of a folder without its weights, on the meta device; headers alone are read. Not for an adapter.
+
+    Args:
+        source: A folder, a model of the hub, or one that was opened.
+        head: Another head to put on top.
+        classes: Of that head.
+
+    Raises:
+        CheckpointError: As `load`.
+    """
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    plan = plan_load(checkpoint, head=head, classes=classes)
+    with torch.device("meta"):
+        model = Transformer(plan.config)
+    model.notes, model.fresh = [*checkpoint.notes, *plan.notes], plan.fresh
+    return model.eval()
+
+
 def save(
     model: Transformer,
     folder: Path | str,

@@ -65,6 +65,8 @@ class TrainConfig:
         weights: "bf16" has no float32 copy of the weights; updates are rounded at random (optim/rounding.py).
         checkpointing: Compute the activations of every second block, or of all, twice, to save memory.
         compile: torch.compile for the blocks; "auto" where the run is long enough and it proves faster.
+        shard: Of several processes each holds a share of weights, gradients and optimizer ("full"; "hybrid": within a
+            machine), or all of it ("none"); "auto" shares out what does not fit whole.
         save_every: Steps between checkpoints; 0 = every five minutes.
         keep: Checkpoints that are kept.
         log_every: Steps per entry of the learning curve.
@@ -103,6 +105,7 @@ class TrainConfig:
     weights: Literal["float32", "bf16"] = "float32"
     checkpointing: Literal["none", "selective", "whole"] = "none"
     compile: Literal["auto", "on", "off"] = "auto"
+    shard: Literal["auto", "none", "full", "hybrid"] = "auto"
     save_every: int = 0
     keep: int = 2
     log_every: int = 10
@@ -160,7 +163,7 @@ class TrainConfig:
 
     def decisive(self) -> dict[str, Any]:
         """The options that the weights depend on; a rerun that differs in one of them is another run."""
-        without_effect = ("save_every", "keep", "log_every", "sample_every", "save_dtype", "certify", "track")
+        without_effect = ("save_every", "keep", "log_every", "sample_every", "save_dtype", "shard", "certify", "track")
         options = {name: value for name, value in vars(self).items() if name not in without_effect}
         guards = asdict(options.pop("guards"))
         return options if guards == asdict(GuardOptions()) else {**options, "guards": guards}

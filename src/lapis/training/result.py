@@ -186,7 +186,6 @@ def write_result(
         tokenizer.save(folder)
     if generation := generation_config(model, tokenizer):
         (folder / "generation_config.json").write_text(json.dumps(generation) + "\n")
-    objective.write(folder)
     timeless = [{name: value for name, value in row.items() if name not in OF_TIME} for row in result.log]
     write_curve(folder / "log.jsonl", timeless)
     (folder / TIMES).write_text(json.dumps(result.times(), indent=1) + "\n")

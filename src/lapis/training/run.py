@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 
+from lapis.checkpoint import open_checkpoint
 from lapis.checkpoint.commit import check_output
 from lapis.config import build, nearest
 from lapis.errors import ConfigError
@@ -32,6 +34,7 @@ from lapis.text.rows.rows import MANIFEST, Rows
 from lapis.text.tokenizer.tokenizer import Tokenizer
 from lapis.training.config import TrainConfig
 from lapis.training.distributed import parallel
+from lapis.training.distributed.sharding import choose_sharding
 from lapis.training.forecast.budget import Budget
 from lapis.training.forecast.measured import Forecast, forecast
 from lapis.training.forecast.options import ForecastOptions
@@ -142,7 +145,7 @@ def run(
     settings = TrainConfig(**{entry.name: getattr(config, entry.name) for entry in dataclasses.fields(TrainConfig)})
     starting = watch or (LogLines(Path(config.out).name) if world.leads and not sys.stderr.isatty() else Silent())
     try:
-        objective, model = world.together(lambda: _start(config, overwrite, world, starting))
+        objective, model, device = world.together(lambda: _start(config, overwrite, world, starting))
     finally:
         if starting is not watch:
             starting.close()
@@ -153,7 +156,7 @@ def run(
         for note in model.notes:
             watch.note(f"model: {note}")
         result = train(model, objective, settings, config.out, overwrite=overwrite, fresh=fresh,
-                       allow_change=allow_change, watch=watch)  # fmt: skip
+                       allow_change=allow_change, watch=watch, device=device)  # fmt: skip
     finally:
         watch.close()
     parallel.disconnect()
@@ -171,7 +174,7 @@ def plan(config: RunConfig, budget: Budget | None = None, *, watch: Watch | None
     settings = TrainConfig(**{entry.name: getattr(config, entry.name) for entry in dataclasses.fields(TrainConfig)})
     shown = watch or watcher(Path(config.out).name)
     try:
-        return forecast(lambda: _start(config, True, parallel.Processes(), shown), settings, shown, budget)
+        return forecast(lambda: _start(config, True, parallel.Processes(), shown)[:2], settings, shown, budget)
     finally:
         if shown is not watch:
             shown.close()
@@ -217,21 +220,46 @@ def _tokenizer_rows(config: RunConfig) -> int:
 
 def _start(
     config: RunConfig, overwrite: bool, world: parallel.Processes, watch: Watch
-) -> tuple[Objective, Transformer]:
-    """The objective and the model. Whatever is wrong with files and settings is found here."""
+) -> tuple[Objective, Transformer, torch.device]:
+    """The objective, the model, and where it will be trained. Whatever is wrong with files and settings is found here.
+
+    A model that will be shared out is whole in the first process alone, and in the memory of the machine.
+    """
     if world.leads:
         inputs = [Path(place) for place in (config.model, config.tokenizer) if place is not None]
         check_output(Path(config.out), overwrite=overwrite, inputs=inputs)
     objective, context = _objective(config, _tokenizer(config))
     live(watch).stage("opening the model")
-    model = start_model(
-        config.model, config.new, objective, context=context, seed=config.seed, zero_init=config.zero_init
-    )
-    select_parts(
-        model, lora_config=config.lora, tune=config.tune, freeze=config.freeze, tokens=config.tokens, plan=config.plan,
-        base=config.model, tokenizer=objective.tokenizer, seed=config.seed, device=_device(config.device),
-    )  # fmt: skip
-    return objective, model.to(_device(config.device))
+    device = _device(config.device)
+
+    def begin(weights: bool) -> Transformer:
+        return start_model(
+            config.model, config.new, objective, context=context, seed=config.seed, zero_init=config.zero_init,
+            weights=weights,
+        )  # fmt: skip
+
+    def select(model: Transformer) -> Transformer:
+        select_parts(
+            model, lora_config=config.lora, tune=config.tune, freeze=config.freeze, tokens=config.tokens,
+            plan=config.plan, base=config.model, tokenizer=objective.tokenizer, seed=config.seed, device=device,
+        )  # fmt: skip
+        return model
+
+    def is_large(model: Transformer) -> bool:
+        return choose_sharding(config, world, model, min(context, model.config.context)) is not None
+
+    if dist.is_initialized() and _starts_empty(config, objective):
+        outline = begin(weights=False)
+        if is_large(outline) and is_large(select(outline)):  # what fits whole fits when a part of it is trained
+            return objective, select(begin(weights=True)) if world.leads else outline, device
+    return objective, select(begin(weights=True)).to(device), device
+
+
+def _starts_empty(config: RunConfig, objective: Objective) -> bool:
+    """Whether weights may come to the processes after they were shared out: nothing needs them whole before."""
+    packed = config.lora is not None and config.lora.base == "nf4"
+    adapter = config.model is not None and open_checkpoint(config.model, adapters=True).adapter is not None
+    return type(objective).begin is Objective.begin and not packed and not adapter
 
 
 def _device(name: str) -> torch.device:

@@ -6,12 +6,13 @@ A step has accumulate x size micro-batches in one stream, and rank r computes th
 and most objectives know nothing of it (policies need `own_parts` and `sum_over_processes`). gloo on CPUs, NCCL for
 gradients on GPUs; besides tensors, processes send each other JSON. One that dies, is stopped, or computes without an
 end ends all (liveness.py).
-Leaves out: sharding of weights (FSDP2), processes that come and go.
+Leaves out: sharing out the weights (sharding.py), processes that come and go.
 """
 
 import datetime
 import json
 import os
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn, TypeVar
@@ -29,6 +30,7 @@ T = TypeVar("T")
 
 _BUCKET = 1 << 23  # elements added up in one message
 _SHORT = 2000  # bytes that most messages fit into
+_BROKEN = re.compile("gloo|NCCL|[Cc]onnection (closed|reset)")
 _PATIENCE = datetime.timedelta(hours=2)  # for the others while one process saves or evaluates
 _watches: list[ProcessWatch] = []  # over the processes: none, or one, which belongs to torch's one process group
 
@@ -128,18 +130,31 @@ class Processes:
         return result
 
     @contextmanager
+    def connected(self) -> Iterator[None]:
+        """Within a computation, too, a process that died shows as a broken connection; other errors are left alone."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.size == 1 or not (isinstance(error, dist.DistError) or _BROKEN.search(str(error))):
+                raise
+            self._end_after(error)
+
+    @contextmanager
     def _connection(self) -> Iterator[None]:
         """A process that died shows as a broken connection in the others."""
         try:
             with waiting():
                 yield
         except RuntimeError as error:
-            if not self.leads and not any(watch.is_first_alive() for watch in _watches):
-                leave()
-            raise TrainingError(
-                "train: another process of this run has ended; run the same command again to go on from the last "
-                f"checkpoint ({str(error).splitlines()[0][:100]})"
-            ) from None
+            self._end_after(error)
+
+    def _end_after(self, error: RuntimeError) -> NoReturn:
+        if not self.leads and not any(watch.is_first_alive() for watch in _watches):
+            leave()
+        raise TrainingError(
+            "train: another process of this run has ended; run the same command again to go on from the last "
+            f"checkpoint ({str(error).splitlines()[0][:100]})"
+        ) from None
 
 
 def leads() -> bool:

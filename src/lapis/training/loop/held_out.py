@@ -25,7 +25,8 @@ LESS_IS_BETTER = ("loss", "nll", "perplexity", "error", "bits", "kl")
 
 
 class Evaluator:
-    """Evaluates a run on the objective's held-out data. The first process computes; all know the result."""
+    """Evaluates a run on the objective's held-out data. All know the result; the first process computes it, or all of
+    them alike where each holds a piece of the weights."""
 
     def __init__(self, state: TrainState, config: TrainConfig, world: Processes, watch: Watch) -> None:
         self.state, self.config, self.world, self.watch = state, config, world, watch
@@ -37,15 +38,20 @@ class Evaluator:
     def objective(self) -> Objective:
         return self.state.objective
 
+    @property
+    def _takes_part(self) -> bool:
+        return self.world.leads or self.state.sharding is not None
+
     def metrics(self) -> dict[str, float]:
         """The held-out metrics of the weights as they are; empty where nothing is held out."""
         metrics: dict[str, float] = {}
-        if self.world.leads:
+        if self._takes_part:
             started = time.monotonic()
             self.objective.heard = show_share(self.watch, "evaluating held-out data", self._seconds)
-            with untouched(self.state), torch.no_grad():
+            with self.world.connected(), untouched(self.state), torch.no_grad(), self.state.gathered():
                 metrics = {name: float(value) for name, value in self.objective.evaluate(self.state.model).items()}
             self._seconds = time.monotonic() - started
+            self.state.settle()
         return dict(self.world.from_lead(metrics))
 
     def begin(self) -> None:
@@ -95,7 +101,7 @@ class Evaluator:
             if config.limits and not self._beyond(metrics):
                 self._keep_within()
             name = watched_metric(metrics, config.watch_metric)
-            update_best(state.best, state.step, name, metrics[name], state.model, config.best and self.world.leads)
+            update_best(state.best, state.step, name, metrics[name], state.model, config.best and self._takes_part)
         self._warn_of_overfitting(metrics)
         if config.early_stop and state.best.stale >= config.early_stop:
             state.ended = f"{name} was best at step {state.best.step} ({state.best.value:.4g}); stopped early"
@@ -145,7 +151,7 @@ class Evaluator:
 
     def _keep_within(self) -> None:
         state = self.state
-        weights = trained_weights(state.model) if self.world.leads else {}
+        weights = trained_weights(state.model) if self._takes_part else {}
         state.within = Best(state.step, weights=weights)
 
     def _required(self) -> dict[str, float]:

@@ -4,10 +4,9 @@
 
 A run can be killed at any moment; the same call goes on from its newest whole checkpoint and gives the same bytes.
 Under torchrun every process runs this loop, the first one writes, and the weights are those of one process
-(distributed/parallel.py). The update itself is in update.py. Leaves out: sharding.
+(distributed/parallel.py), which they may share out (distributed/sharding.py). The update itself is in update.py.
 """
 
-import json
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -31,7 +30,9 @@ from lapis.training.loop.estimate import PREDICTED_AFTER, predict, show_estimate
 from lapis.training.loop.guards import StepGuard
 from lapis.training.loop.held_out import Evaluator, overfitting
 from lapis.training.loop.progress import Silent, Watch, live, show_share, watcher
-from lapis.training.loop.state import CheckpointJournal, TrainState, clean_journal, restore, weights_digest
+from lapis.training.loop.resume import earlier_run, go_on, shared_out
+from lapis.training.loop.sharded_state import ShardedSaves
+from lapis.training.loop.state import CheckpointJournal, TrainState, clean_journal
 from lapis.training.loop.stop_request import StopRequest, StopSignal, stop_requests
 from lapis.training.loop.tracking import tracked
 from lapis.training.loop.update import Batches, Updater
@@ -40,8 +41,7 @@ from lapis.training.optim.optimizers import Average, Optimizers, Schedule
 from lapis.training.optim.rates import peak_rates
 from lapis.training.result import TrainResult, Window, write_result
 from lapis.training.setup.blocks import compiled, recomputed, stoppable
-from lapis.training.setup.probe import measure_speed
-from lapis.training.setup.select import describe
+from lapis.training.setup.probe import measure_speed, settled
 
 T = TypeVar("T")
 
@@ -51,6 +51,7 @@ _SAVE_SECONDS = 300.0
 def train(
     model: Transformer, objective: Objective, config: TrainConfig, out: Path | str, *,
     overwrite: bool = False, fresh: bool = False, allow_change: Collection[str] = (), watch: Watch | None = None,
+    device: torch.device | None = None,
 ) -> TrainResult:  # fmt: skip
     """Train `model` in place and put the result at `out` as a model folder, with log.jsonl, training.json, times.json.
 
@@ -63,6 +64,7 @@ def train(
         fresh: Forget an interrupted run.
         allow_change: Settings ("lr", "data") in which this run may differ from the one that it goes on with.
         watch: What shows progress; by default a bar on a terminal, lines elsewhere.
+        device: Where the pieces go of a model that is shared out over processes; by default where the model is.
 
     Returns:
         The figures of the run.
@@ -76,8 +78,9 @@ def train(
     world = parallel.join()
     if not world.leads:
         with stop_requests(immediate=False) as request:
-            run = TrainingRun(model, objective, config, world, None, Silent(), request)
+            run = TrainingRun(model, objective, config, world, None, Silent(), request, device)
             result = run.go(out)
+            run.write(None, result)
             world.gather(None)  # until the first process has written
             return result
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -97,7 +100,7 @@ def train(
         ):
             watch.keep_file(journal.folder)
             try:
-                run = TrainingRun(model, objective, config, world, journal, watch, request)
+                run = TrainingRun(model, objective, config, world, journal, watch, request, device)
                 result = run.go(out)
             except StopSignal:
                 raise TrainingError(
@@ -119,7 +122,7 @@ class TrainingRun:
 
     def __init__(
         self, model: Transformer, objective: Objective, config: TrainConfig, world: parallel.Processes,
-        journal: CheckpointJournal | None, watch: Watch, request: StopRequest,
+        journal: CheckpointJournal | None, watch: Watch, request: StopRequest, device: torch.device | None = None,
     ) -> None:  # fmt: skip
         self.model, self.objective, self.config, self.world = model, objective, config, world
         self.journal, self.watch = journal, watch
@@ -135,32 +138,27 @@ class TrainingRun:
         objective.heard = show_share(self.watch, "starting")
         with request.at_once(), self._threads_of_begin():
             objective.begin(model, journal.folder if journal else None)
+            self.identity, self.facts, self.newest = earlier_run(model, objective, config, world, journal, watch)
+        where = device or next(model.parameters()).device
+        sharding = shared_out(model, objective, config, world, self.facts, self.newest, where)
+        if sharding is not None:
+            self.watch.note(f"train: weights, gradients and optimizer are shared out over {world.size} processes")
+        self.saves = ShardedSaves(world) if sharding is not None else None
+        optimizers = Optimizers(
+            model, config.optimizer, config.lr, config.weight_decay, config.seed, objective.extra_module,
+            peak_rates(model, config.rates, config.lr),
+        )  # fmt: skip
+        average = Average(model, config.ema if world.leads or sharding is not None else 0.0)
         self.state = TrainState(
-            model,
-            objective,
-            Optimizers(
-                model,
-                config.optimizer,
-                config.lr,
-                config.weight_decay,
-                config.seed,
-                objective.extra_module,
-                peak_rates(model, config.rates, config.lr),
-            ),
-            Schedule.of(config, objective.rows),
-            Average(model, config.ema if world.leads else 0.0),
-            StepGuard(config.guards),
-            rows=config.batch // parts,
-            parts=parts,
-            seed=config.seed,
-        )
+            model, objective, optimizers, Schedule.of(config, objective.rows), average, StepGuard(config.guards),
+            rows=config.batch // parts, parts=parts, seed=config.seed, sharding=sharding,
+        )  # fmt: skip
         if not self.state.optimizers.parameters:
             raise TrainingError("train: every weight is frozen; leave some to train")
         self.updater = Updater(self.state, objective, config, world, request)
         self.updater.watch = live(watch)
         self.evaluator = Evaluator(self.state, config, world, watch)
         self.window = Window(means=objective.means)
-        self.facts: dict[str, Any] = {}
         self.checks: list[Check] = []
 
     def _threads_of_begin(self) -> AbstractContextManager[None]:
@@ -203,7 +201,9 @@ class TrainingRun:
         with self.computing():
             with compiled(self.model, bool(self.facts.get("compile"))):
                 self._steps()
-            if self.journal and are_due(state, config, self.world.size):
+            if self.saves is not None:
+                self.saves.finish()
+            elif self.journal and are_due(state, config, self.world.size):
                 live(self.watch).stage("checking what ought not to matter")
                 self.checks = run_checks(state, config, self.updater.precision, self.journal.folder)
             held_out = self._unless_stopped(self.evaluator.result)
@@ -219,14 +219,20 @@ class TrainingRun:
             predicted=state.predicted, **noted, **measured,
         )  # fmt: skip
 
-    def write(self, folder: Path, result: TrainResult) -> None:
-        """The result, into a folder that the caller commits."""
+    def write(self, folder: Path | None, result: TrainResult) -> None:
+        """The result, into a folder that the caller commits. folder: None in processes that only give their pieces."""
         live(self.watch).stage("writing the result")
-        run, start = (self.model, self.objective, self.config, folder, result), self.facts["wanted"]["model"]
+        sharding = self.state.sharding
 
         def act() -> None:
-            write_result(*run)
-            write_certificate(*run, start, self.checks)
+            with self.state.gathered():
+                if folder is not None:
+                    self.objective.write(folder)
+            with nullcontext() if sharding is None else sharding.whole_weights(folder is not None):
+                if folder is not None:
+                    run = self.model, self.objective, self.config, folder, result
+                    write_result(*run)
+                    write_certificate(*run, self.facts["wanted"]["model"], self.checks)
 
         self._unless_stopped(act)
 
@@ -241,49 +247,21 @@ class TrainingRun:
     def _begin(self) -> None:
         """Goes on from a checkpoint, or measures how to compute; all processes with the weights of the first."""
         state, world = self.state, self.world
-        newest = None
-        description = json.loads(json.dumps(self.objective.describe()))
-        if world.size > 1 and any(other != description for other in world.gather(description)):
-            raise TrainingError("train: the processes of this run do not read the same data; give each the same files")
-        if self.journal is not None:
-            start = {"model": weights_digest(self.model), **describe(self.model)}
-            request = json.loads(json.dumps({"config": self.config.decisive(), **start, **description}))
-            self.facts = self.journal.earlier(request) or {}
-            newest = self.journal.newest() if self.facts else None
-            for warning in self.journal.warnings:
-                self.watch.note(f"train: {warning}")
         if world.from_lead(not self.facts):
-            self.facts = measure_speed(state, self.config, self.watch)
+            if state.sharding is None:
+                self.facts = measure_speed(state, self.config, self.watch)
+            else:
+                self.facts = settled(self.config, state.device)
             if self.journal is not None:
-                self.facts = {"wanted": request, **self.facts}
+                self.facts = {"wanted": self.identity, **self.facts}
                 self.journal.begin(self.facts)
         self.facts = world.from_lead(self.facts)
         self.updater.precision = str(self.facts["precision"])
         state.optimizers.set_precision(self.updater.precision)
-        if newest:
-            planned = state.schedule
-            restore(state, newest)
-            if self.journal and self.journal.changed & SCHEDULED:
-                state.schedule = planned
-            self.watch.note(f"train: going on from {newest}")
-        if world.size > 1:
-            self._take_over()
-
-    def _take_over(self) -> None:
-        """Copies the weights, the optimizer and the place of the first process."""
-        state, world = self.state, self.world
-        world.spread(dict(self.model.state_dict()), state.device)
-        held = world.spread(state.optimizers.tensors(), state.device)
-        of_objective = world.spread(state.objective.state_tensors(), state.device)
-        numbers = [state.step, state.cursor, state.seconds, state.tokens, asdict(state.schedule), state.log]
-        state.step, state.cursor, state.seconds, state.tokens, shape, state.log = world.from_lead(numbers)
-        evaluations = world.from_lead(state.evaluations())
-        if not world.leads:
-            state.take_evaluations(evaluations)
-            state.schedule = Schedule(**shape)
-            state.optimizers.restore(held)
-            if of_objective:
-                self.objective.restore_tensors(of_objective)
+        rescheduled = bool(self.journal and self.journal.changed & SCHEDULED)
+        go_on(state, world, self.newest, state.schedule if rescheduled else None)
+        if self.newest is not None:
+            self.watch.note(f"train: going on from {self.newest}")
 
     def _steps(self) -> None:
         state, config = self.state, self.config
@@ -315,10 +293,13 @@ class TrainingRun:
                 self._save_and_stop()
             now = time.monotonic()
             due = state.step % config.save_every == 0 if config.save_every else now - saved > _SAVE_SECONDS
-            if due and not done and self.journal is not None:
-                self._save(self.journal)
+            if self.saves is not None and not config.save_every:
+                due = self.world.from_lead(due)
+            if due and not done and (self.journal is not None or self.saves is not None):
+                self._save()
                 saved = now
-            if config.sample_every and now - sampled > config.sample_every and not done and self.world.leads:
+            sample = self.world.leads and self.saves is None  # the others would have to generate as well
+            if sample and config.sample_every and now - sampled > config.sample_every and not done:
                 self._unless_stopped(self.evaluator.sample)
                 sampled = now
 
@@ -378,16 +359,24 @@ class TrainingRun:
         self.state.log[-1]["held_out"] = metrics
         return stop
 
-    def _save(self, journal: CheckpointJournal) -> Path:
+    def _save(self) -> Path:
         if self.window.steps:
             self._log()  # a checkpoint holds the whole curve so far
-        return journal.write(self.state, self.facts, self.objective.tokenizer, self.config.keep)
+        state, tokenizer, keep = self.state, self.objective.tokenizer, self.config.keep
+        if self.saves is not None:
+            return self.saves.begin(state, self.journal, self.facts, tokenizer, keep)
+        assert self.journal is not None
+        return self.journal.write(state, self.facts, tokenizer, keep)
 
     def _save_and_stop(self) -> NoReturn:
         state = self.state
+        if self.saves is not None:
+            place = self._save()
+            self.saves.finish()
+        elif self.journal is not None:
+            place = self._save()
         if self.journal is None:
             parallel.leave()
-        place = self._save(self.journal)
         of = f" of {state.schedule.total}" if state.schedule.total else ""
         raise TrainingError(
             f"train: stopped by {self.updater.stop or self.objective.halt} after step {state.step}{of}; "

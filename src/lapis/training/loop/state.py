@@ -1,15 +1,15 @@
 """What a run is at a step boundary, on disk and back: TrainState, its checkpoints, and the choice of one to go on from.
 
 A checkpoint is a model folder that everything loads, with optimizer.safetensors, rng.safetensors, state.json and
-log.jsonl beside it; no pickle. Checkpoints lie in `.OUT.lapis/.journal/step-N` until the run is done. Leaves out:
-states that are sharded over processes.
+log.jsonl beside it; no pickle. Checkpoints lie in `.OUT.lapis/.journal/step-N` until the run is done. Those of a state
+that is shared out over processes are written and read by sharded_state.py.
 """
 
 import hashlib
 import json
 import shutil
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,6 +23,7 @@ from lapis.checkpoint.staging import JOURNAL, Staging
 from lapis.checkpoint.tensor_file import read_tensors, write_tensors
 from lapis.errors import LapisError, OutputError, TrainingError
 from lapis.model.transformer import Transformer
+from lapis.training.distributed.sharding import Sharding
 from lapis.training.loop.changes import SETTLED, differences
 from lapis.training.loop.guards import StepGuard
 from lapis.training.objectives.objective import Objective
@@ -33,6 +34,7 @@ from lapis.training.setup import lora
 _STATE, _OPTIMIZER, _RNG, _LOG = "state.json", "optimizer.safetensors", "rng.safetensors", "log.jsonl"
 _BEST, _AVERAGE, _OBJECTIVE = "best.safetensors", "average.safetensors", "objective.safetensors"
 _WITHIN = "within.safetensors"
+SHARDS = "shards"  # the folder of pieces, in a checkpoint that has them in place of whole tensors
 
 
 class Saves(Protocol):
@@ -84,6 +86,7 @@ class TrainState:
         ended: Why the run ends otherwise than with its last step; "" while it does not.
         left: Whether it ends since a metric went beyond its limit.
         predicted: What the run will take, by its first steps (`TrainResult.predicted`).
+        sharding: How weights and optimizer are shared out; None where every process holds all.
     """
 
     model: Transformer
@@ -106,10 +109,21 @@ class TrainState:
     ended: str = ""
     left: bool = False
     predicted: dict[str, float] = field(default_factory=dict)
+    sharding: Sharding | None = None
 
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+    def gathered(self) -> AbstractContextManager[None]:
+        """Inside, what has no gradient can be computed: on whole weights, where replies grow token by token."""
+        alone = self.sharding is not None and not self.objective.compiles
+        return self.sharding.gathered() if self.sharding is not None and alone else nullcontext()
+
+    def settle(self) -> None:
+        """After passes without gradients."""
+        if self.sharding is not None:
+            self.sharding.settle()
 
     def evaluations(self) -> dict[str, Any]:
         """What evaluations have shown, without weights, as JSON."""
@@ -126,44 +140,63 @@ def save(state: TrainState, folder: Path, facts: Mapping[str, Any], tokenizer: S
     """Write a checkpoint, whole or not at all. facts: what a rerun must agree with (see `CheckpointJournal`)."""
     with commit(folder, kind="checkpoint", overwrite=True) as staging:
         lora.save(state.model, staging.path)
-        if tokenizer is not None:
-            tokenizer.save(staging.path)
         write_tensors(staging.path / _OPTIMIZER, state.optimizers.tensors())
-        write_tensors(staging.path / _RNG, rng_state(state.device))
-        write_curve(staging.path / _LOG, state.log)
         if state.average.tensors:
             write_tensors(staging.path / _AVERAGE, state.average.tensors)
-        if tensors := state.objective.state_tensors():
-            write_tensors(staging.path / _OBJECTIVE, tensors)
         for name, best in ((_BEST, state.best), (_WITHIN, state.within)):
             if best.weights:
                 write_tensors(staging.path / name, best.weights)
-        numbers = {"step": state.step, "cursor": state.cursor, "seconds": state.seconds, "tokens": state.tokens,
-                   "predicted": state.predicted, "guard": state.guard.to_json(), **state.evaluations()}  # fmt: skip
-        text = json.dumps({**numbers, "schedule": asdict(state.schedule), "facts": facts}, indent=1, ensure_ascii=False)
-        (staging.path / _STATE).write_text(text + "\n", encoding="utf-8")
+        write_numbers(state, staging.path, facts, tokenizer)
+
+
+def write_numbers(state: TrainState, folder: Path, facts: Mapping[str, Any], tokenizer: Saves | None) -> None:
+    """What a checkpoint holds beside weights and optimizer."""
+    if tokenizer is not None:
+        tokenizer.save(folder)
+    write_tensors(folder / _RNG, rng_state(state.device))
+    write_curve(folder / _LOG, state.log)
+    if tensors := state.objective.state_tensors():
+        write_tensors(folder / _OBJECTIVE, tensors)
+    numbers = {"step": state.step, "cursor": state.cursor, "seconds": state.seconds, "tokens": state.tokens,
+               "predicted": state.predicted, "guard": state.guard.to_json(), **state.evaluations()}  # fmt: skip
+    text = json.dumps({**numbers, "schedule": asdict(state.schedule), "facts": facts}, indent=1, ensure_ascii=False)
+    (folder / _STATE).write_text(text + "\n", encoding="utf-8")
 
 
 def restore(state: TrainState, folder: Path) -> None:
     """Put a verified checkpoint's numbers into `state`, its model and torch's random generators."""
     lora.restore(state.model, folder)
     state.optimizers.restore(read_tensors(folder / _OPTIMIZER))
+    if state.average.tensors:
+        state.average.restore(read_tensors(folder / _AVERAGE))
+    restore_numbers(state, folder)
+    for name, best in ((_BEST, state.best), (_WITHIN, state.within)):
+        if (folder / name).exists():
+            best.weights = read_tensors(folder / name)
+
+
+def plain_tensors(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint but for the weights, as `kind/name`; for a state that is shared out."""
+    kinds = {"optimizer": _OPTIMIZER, "average": _AVERAGE, "best": _BEST, "within": _WITHIN}
+    places = {kind: folder / name for kind, name in kinds.items() if (folder / name).exists()}
+    return {f"{kind}/{name}": t for kind, place in places.items() for name, t in read_tensors(place).items()}
+
+
+def restore_numbers(state: TrainState, folder: Path) -> None:
+    """The reverse of `write_numbers`."""
     set_rng_state(read_tensors(folder / _RNG), state.device)
     numbers = read_json(folder / _STATE)
+    weights = state.best.weights, state.within.weights
     state.step, state.cursor = numbers["step"], numbers["cursor"]
     state.seconds, state.tokens = numbers["seconds"], numbers["tokens"]
     state.predicted = numbers.get("predicted", {})
     state.guard.restore(numbers.get("guard", {}))
     state.schedule = Schedule(**numbers["schedule"])
     state.log = read_curve(folder / _LOG)
-    if state.average.tensors:
-        state.average.restore(read_tensors(folder / _AVERAGE))
     if (folder / _OBJECTIVE).exists():
         state.objective.restore_tensors(read_tensors(folder / _OBJECTIVE))
     state.take_evaluations(numbers)
-    for name, best in ((_BEST, state.best), (_WITHIN, state.within)):
-        if (folder / name).exists():
-            best.weights = read_tensors(folder / name)
+    state.best.weights, state.within.weights = weights
 
 
 class CheckpointJournal:
@@ -235,7 +268,8 @@ class CheckpointJournal:
         for path in self.checkpoints:
             try:
                 listed = set(read_json(path / MANIFEST)["files"])
-                missing = {_STATE, _OPTIMIZER, _RNG, _LOG, *listed} - {
+                cut = any(name.startswith(f"{SHARDS}/") for name in listed)
+                missing = {_STATE, _RNG, _LOG, *([] if cut else [_OPTIMIZER]), *listed} - {
                     name for name in listed if (path / name).exists()
                 }
                 if missing:
@@ -257,15 +291,23 @@ class CheckpointJournal:
 
     def write(self, state: TrainState, facts: Mapping[str, Any], tokenizer: Saves | None, keep: int) -> Path:
         """Save the state as step-N, then delete all but the newest `keep`."""
-        folder = self.folder / f"step-{state.step}"
+        folder = self.place(state.step)
         try:
             save(state, folder, facts, tokenizer)
         except OutputError as error:
             raise OutputError(f"{error}; {self.last_good()}") from None
+        self.prune(keep)
+        return folder
+
+    def place(self, step: int) -> Path:
+        """Where the checkpoint of a step lies."""
+        return self.folder / f"step-{step}"
+
+    def prune(self, keep: int) -> None:
+        """Deletes all checkpoints but the newest `keep`."""
         for old in self.checkpoints[keep:]:
             shutil.rmtree(old)
         shutil.rmtree(self.folder.with_name(f"{JOURNAL}-before"), ignore_errors=True)  # a fresh start has taken over
-        return folder
 
     def last_good(self) -> str:
         """Half a sentence that names the newest checkpoint."""

@@ -12,11 +12,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lapis.errors import LapisError, TrainingError
 from lapis.training.config import TrainConfig
 from lapis.training.distributed.parallel import Processes
+from lapis.training.distributed.pieces import is_piece, total_norm
+from lapis.training.distributed.pieces import scale as scale_gradients
 from lapis.training.loop.guards import Fault
 from lapis.training.loop.progress import LiveWatch, Silent, format_time
 from lapis.training.loop.state import TrainState, rng_state, set_rng_state
@@ -95,9 +97,10 @@ class Updater:
                     f"train: no token of step {self.state.step + 1} is supervised; look at the rows with: lapis data "
                     "show"
                 )
-            self.world.add_up(optimizers.parameters, sums.without_gradient)
+            self.world.add_up(self._whole, sums.without_gradient)
             gradients = [p.grad for p in optimizers.parameters if p.grad is not None]
-            sums.norm = torch.nn.utils.get_total_norm(gradients).item() / sums.count
+            with self.world.connected():
+                sums.norm = total_norm(gradients) / sums.count
             fault = guard.fault(sums.loss / sums.count, sums.norm)
             if fault is None or self._goes_on(fault, sums, skipped, last_good):
                 break
@@ -108,10 +111,16 @@ class Updater:
             return None
         guard.take(sums.loss / sums.count, sums.norm, skipped)
         clipped = min(1.0, clip / (sums.norm + 1e-6)) if clip else 1.0
-        torch._foreach_mul_(gradients, clipped / sums.count)  # the one division, over all micro-batches
-        optimizers.step(scale, self.state.step)
+        scale_gradients(gradients, clipped / sums.count)  # the one division, over all micro-batches
+        with self.world.connected():
+            optimizers.step(scale, self.state.step)
         optimizers.clear()
         return sums
+
+    @property
+    def _whole(self) -> list[nn.Parameter]:
+        """What every process holds all of; gradients of pieces are summed as they come (distributed/sharding.py)."""
+        return [p for p in self.state.optimizers.parameters if not is_piece(p)]
 
     def _goes_on(self, fault: Fault, sums: StepSums, skipped: list[dict[str, Any]], last_good: str) -> bool:
         """Whether the step is done all the same; False where its batch is left out, which `skipped` then says.
@@ -147,17 +156,17 @@ class Updater:
         """The shares of all processes, added up; None where one of them stops."""
         own, error = StepSums(), None
         try:
-            with self.request.at_once():
+            with self.request.at_once(), self.world.connected():
                 self._compute(batches, own)
         except StopSignal:
             return None
         except LapisError as raised:
-            if self.world.size == 1:
+            if self.world.size == 1 or self.state.sharding is not None:  # the others are within a block
                 raise
             error = raised
         if self.world.size == 1:
             return None if own.cursor is None else own
-        without = [i for i, p in enumerate(self.state.optimizers.parameters) if p.grad is None]
+        without = [i for i, p in enumerate(self._whole) if p.grad is None]
         share = {
             "sums": [own.loss, own.count, own.parts, own.metrics], "whole": own.cursor is not None,
             "stop": self.request.signal, "without": without, "failed": error is not None,
@@ -177,21 +186,23 @@ class Updater:
 
     def _compute(self, batches: Batches, own: StepSums) -> None:
         """The micro-batches of this process: gradients, and sums into `own`, whose cursor stays None after a stop."""
-        cursor, start, parts = None, time.monotonic(), self.config.accumulate
+        cursor, start, parts, sharding = None, time.monotonic(), self.config.accumulate, self.state.sharding
         for number in range(parts * self.world.size):
             batch, cursor = next(batches)
             if number % self.world.size != self.world.rank:
                 continue
-            if self.request.signal:
+            if self.request.signal and sharding is None:
                 return
+            if sharding is not None:
+                sharding.begin_part(number // self.world.size == parts - 1)
             with out_of_memory_named():
                 loss, count, metrics = self._loss(batch)
                 own.add(0.0, 0, 0, metrics)
                 if count:
                     own.add(loss.item(), count, 1, {})
                     own.drawn.append((loss.item() / count, batch, cursor))
-                    if math.isfinite(own.loss):
-                        loss.backward()  # type: ignore[no-untyped-call]
+                if sharding is not None or (count and math.isfinite(own.loss)):  # pieces need every process
+                    loss.backward()  # type: ignore[no-untyped-call]
             done, seconds = number // self.world.size + 1, time.monotonic() - start
             if seconds > _LONG and done < parts:
                 text = f"step {self.state.step + 1:,}: part {done} of {parts}"
@@ -201,7 +212,7 @@ class Updater:
     def _loss(self, batch: Any) -> tuple[Tensor, int, dict[str, float]]:
         model = self.state.model
         with autocast(self.state.device, self.precision):
-            with torch.no_grad():
+            with torch.no_grad(), self.state.gathered():
                 batch = self.objective.prepare(model, batch)
             loss, count, metrics = self.objective.loss(model, batch)
         return loss, count, {name: float(value) for name, value in metrics.items()}

@@ -6,6 +6,7 @@ the refusal comes before. Leaves out: what exists for a moment within one operat
 """
 
 import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -14,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lapis.config import environment_number
 from lapis.errors import TrainingError
 from lapis.model.size import activation_bytes, free_memory
 from lapis.model.threads import thread_counts, threads
@@ -200,6 +202,14 @@ def measure_speed(state: TrainState, config: TrainConfig, watch: Watch) -> dict[
     state.optimizers.clear()
     facts: dict[str, Any] = {"threads": count, "precision": precision, "compile": compile_}
     return facts if seconds is None else {**facts, "seconds_per_token": seconds / tokens}
+
+
+def settled(config: TrainConfig, device: torch.device) -> dict[str, Any]:
+    """How a step is computed where nothing is measured, as each process would measure something else."""
+    local = environment_number("LOCAL_WORLD_SIZE", 1)
+    count = max(1, (os.cpu_count() or 1) // local) if device.type == "cpu" else torch.get_num_threads()
+    precision = config.precision if config.precision != "auto" else "float32" if device.type == "cpu" else "bf16"
+    return {"threads": config.threads or count, "precision": precision, "compile": config.compile == "on"}
 
 
 def training_speed(model: Transformer, threads: int = 0, precision: str = "auto") -> float:

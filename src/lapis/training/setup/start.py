@@ -6,6 +6,7 @@ Adapters and what is frozen come after it (lora.py, select.py).
 import dataclasses
 import os
 from collections.abc import Mapping
+from contextlib import nullcontext
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from lapis.config import build, nearest
 from lapis.errors import ConfigError
 from lapis.families import PRESETS, family_of, find
 from lapis.families.config import Head, ModelConfig, class_fields
-from lapis.model.load import load
+from lapis.model.load import empty, load
 from lapis.model.transformer import Transformer
 from lapis.text.tokenizer.tokenizer import Tokenizer
 from lapis.training.objectives.objective import Objective
@@ -37,6 +38,7 @@ def start_model(
     context: int | None,
     seed: int,
     zero_init: bool = True,
+    weights: bool = True,
 ) -> Transformer:
     """The folder `source` in float32, or a model of the shape `new`; with the head that the objective needs.
 
@@ -48,6 +50,7 @@ def start_model(
         seed: Of new weights.
         zero_init: A new model's blocks add nothing at first: what writes to the residual stream is zero (Zhang et al.
             2019, Fixup, arXiv:1901.09321; for transformers: Yang et al. 2022, arXiv:2203.03466, appendix D.2).
+        weights: False makes the model without them, on the meta device, for a process that gets them from another.
 
     Returns:
         The model. What is random though it comes from a folder is named in its `notes`.
@@ -61,13 +64,19 @@ def start_model(
     torch.manual_seed(seed)
     if new is not None:
         shape, notes = _shape(new, objective.tokenizer, head, classes, context)
-        _check_memory(shape)
-        model = Transformer(shape)
+        if weights:
+            _check_memory(shape)
+        with nullcontext() if weights else torch.device("meta"):
+            model = Transformer(shape)
         model.notes += notes
         if zero_init and head == "lm":
             zero_outputs(model)
     else:
-        model = load(str(source), dtype=torch.float32, head=head, classes=len(classes) if head == "classes" else 0)
+        number = len(classes) if head == "classes" else 0
+        if weights:
+            model = load(str(source), dtype=torch.float32, head=head, classes=number)
+        else:
+            model = empty(str(source), head=head, classes=number)
     if classes:
         model.config = dataclasses.replace(model.config, extra={**model.config.extra, **class_fields(classes)})
     if objective.tokenizer is not None:

@@ -33,7 +33,7 @@ class _HeadCrossEntropy(torch.autograd.Function):
         x_RD, w_VD = hidden_RD.detach().to(dtype), weight_VD.detach().to(dtype)
         bias = None if bias_V is None else bias_V.detach().float()
         device, size = x_RD.device, len(w_VD)
-        rows = min(max(64, _ELEMENTS.get(device.type, 2**20) // size), len(x_RD))
+        rows = max(1, min(max(64, _ELEMENTS.get(device.type, 2**20) // size), len(x_RD)))
         # every block uses the same memory: on a CPU, fresh pages for each would cost as much as the arithmetic
         low, high = x_RD.new_empty(rows, size), torch.empty(rows, size, dtype=torch.float32, device=device)
         d_hidden = torch.empty_like(x_RD) if needs_hidden else None

@@ -1,0 +1,125 @@
+"""A run whose state is shared out over processes has the losses, the weights and the folder of one process."""
+
+import importlib.util
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from lapis.errors import ConfigError, TrainingError
+from lapis.training.distributed.pieces import own, piece_like, scale, total_norm, whole
+from lapis.training.loop.sharded_state import has_shards
+from lapis.training.objectives.supervised.cross_entropy import head_cross_entropy
+from lapis.training.run import read_settings
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def bench() -> ModuleType:
+    """benchmarks/shard.py, whose runs these are, with fewer steps."""
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        spec = importlib.util.spec_from_file_location("shard_bench", BENCHMARKS / "shard.py")
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+    return module
+
+
+@pytest.fixture(scope="module")
+def place(bench: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("shard")
+    bench.prepare(folder)
+    return folder
+
+
+@pytest.mark.parametrize("case", ["muon", "lora", "grpo"])
+def test_two_processes_have_the_losses_of_one(bench: Any, place: Path, case: str) -> None:
+    """Muon gathers each matrix, and a step has two parts; LoRA has frozen parts and trained rows; GRPO generates."""
+    figures = bench.compare(place, case, 4, 2)
+    assert figures.get("loss", 1.0) <= 1e-5 and figures["weights"] <= 1e-5, figures
+
+
+def test_hybrid_of_two_machines_has_the_losses_of_one(bench: Any, place: Path) -> None:
+    figures = bench.compare(place, "muon", 4, 4, shard="hybrid", local=2, accumulate=1)
+    assert figures.get("loss", 1.0) <= 1e-5 and figures["weights"] <= 1e-5, figures
+
+
+def test_stopped_and_gone_on_with_by_one_process(bench: Any, place: Path) -> None:
+    """Two processes write pieces; one joins them, and reads the rest of the data."""
+    figures = bench.resume(place, 20, (2, 1))
+    assert figures["tokens_equal"] and figures["loss"] <= 1e-5 and figures["weights"] <= 1e-5, figures
+    (stop,) = figures["stops"]
+    assert stop["codes"] == [1, 1] and 0 < stop["step"] < 20 and "Run the same command again" in stop["shown"]
+
+
+def test_whole_checkpoint_is_cut_for_two_processes(bench: Any, place: Path) -> None:
+    figures = bench.resume(place, 20, (1, 2))
+    assert figures["tokens_equal"] and figures["loss"] <= 1e-5 and figures["weights"] <= 1e-5, figures
+
+
+def test_fault_69_a_killed_rank_ends_all(bench: Any, place: Path) -> None:
+    figures = bench.ends(place, 2, 1, signal.SIGKILL)
+    assert figures["codes"] == [1, -signal.SIGKILL] and len(figures["lines"]) == 1, figures
+    assert "run the same command again to go on from the last checkpoint" in figures["lines"][0]
+
+
+def refusal(bench: Any, place: Path, case: str, **more: Any) -> str:
+    codes, shown = bench.Ranks(2, {**bench.settings(place, case, 4), "out": str(place / "refused"), **more}).end()
+    lines = [line for line in shown.splitlines() if "rror: " in line]
+    assert codes == [1, 1] and len(set(lines)) == 1 and "Traceback" not in shown, shown
+    return str(lines[0])
+
+
+def test_what_cannot_be_shared_out_is_one_line(bench: Any, place: Path) -> None:
+    line = refusal(bench, place, "causal", shard="hybrid")
+    assert "shard is hybrid, and 2 processes are not several machines with 2 each; use shard: full" in line
+    line = refusal(bench, place, "causal", shard="full", weights="bf16")
+    assert "weights: bf16 and shard: full do not go together" in line and "use weights: float32" in line
+
+
+def test_an_unknown_way_to_share_is_refused(place: Path, bench: Any) -> None:
+    with pytest.raises(ConfigError, match="shard"):
+        read_settings({**bench.settings(place, "causal", 4), "shard": "ful"}, "run.yaml")
+
+
+def test_pieces_of_a_newer_lapis_are_refused(tmp_path: Path) -> None:
+    assert not has_shards(tmp_path)
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards.json").write_text(json.dumps({"format": 2, "processes": 4}))
+    with pytest.raises(TrainingError, match="is a checkpoint of format 2; this lapis reads format 1; install a newer"):
+        has_shards(tmp_path)
+
+
+def test_whole_tensors_pass_through() -> None:
+    tensors = [torch.tensor([3.0, 0.0]), torch.tensor([[4.0]])]
+    assert total_norm(tensors) == 5.0
+    scale(tensors, 2.0)
+    assert tensors[0].tolist() == [6.0, 0.0]
+    for tensor in tensors:
+        assert own(tensor) is tensor and whole(tensor) is tensor and piece_like(tensor, tensors[0]) is tensor
+
+
+def test_a_batch_without_targets_has_a_zero_gradient() -> None:
+    """Every process of a shared-out run needs a backward pass."""
+    hidden, weight = torch.randn(0, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
+    loss = head_cross_entropy(hidden, weight, torch.zeros(0, dtype=torch.long))
+    loss.backward()
+    assert loss.item() == 0.0 and weight.grad is not None and not weight.grad.any()
+
+
+def test_alone_nothing_is_shared_out(bench: Any, place: Path) -> None:
+    """shard: full in one process is the plain run."""
+    assert "RANK" not in os.environ
+    bench.train_here(place, {**bench.settings(place, "causal", 2), "shard": "full", "out": str(place / "alone")})
+    assert (place / "alone" / "model.safetensors").is_file()
