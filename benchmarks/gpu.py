@@ -124,7 +124,8 @@ def training(model: Any, name: str, steps: int, **options: Any) -> dict[str, Any
     from lapis.training.objectives.supervised.next_token import Causal
     from lapis.training.setup.blocks import compiled
 
-    given = {"batch": ROWS[name], "optimizer": "adamw", "precision": "bf16", "compile": "off", "shard": "none"}
+    given = {"batch": ROWS[name], "optimizer": "adamw", "compile": "off", "shard": "none",
+             "precision": "bf16" if cuda() else "float32"}  # fmt: skip
     config = TrainConfig(steps=steps, sample_every=0, threads=1, **{**given, **options})
     objective = Causal(NoTokenizer(), random_rows(name), context=SHAPES[name]["context"])
     if cuda():
@@ -145,7 +146,7 @@ def training(model: Any, name: str, steps: int, **options: Any) -> dict[str, Any
     rate = tokens / statistics.median(times[2:] or times)
     flops = 3 * measure(model.config, SHAPES[name]["context"]).flops_per_token * rate
     return {
-        "tokens_per_second": rate, "mfu": flops / peak_flops(device().type), "rows": config.batch,
+        "tokens_per_second": rate, "mfu": flops / peak_flops("cuda") if cuda() else None, "rows": config.batch,
         "peak_memory_gb": torch.cuda.max_memory_allocated() / 1e9 if cuda() else None,
     }  # fmt: skip
 
@@ -326,7 +327,9 @@ def weights(note: Note) -> None:
         for number, folder in enumerate(folders):
             write_model(name, folder, torch.bfloat16, noise=0.002 * number)
         a, b, c = map(str, folders)
-        loaded = [{n: t.to(device()).double() for n, t in lapis.load(f)[0].named_parameters()} for f in (a, b, c)]
+        loaded = [
+            {n: t.detach().to(device()).double() for n, t in lapis.load(f)[0].named_parameters()} for f in (a, b, c)
+        ]
 
         def merged() -> dict[str, Any]:
             started = time.perf_counter()
@@ -489,7 +492,7 @@ def machine() -> dict[str, Any]:
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "python": sys.version.split()[0],
         "torch": torch.__version__, "gpu": torch.cuda.get_device_name() if cuda() else None, "gpu_memory_gb": memory,
-        "processor": processor(), "peak_flops": peak_flops(device().type),
+        "processor": processor(), "peak_flops": peak_flops("cuda") if cuda() else None,
     }  # fmt: skip
 
 
