@@ -31,8 +31,8 @@ from results_file import add_table
 from lapis.config import dump_yaml
 from lapis.model.load import load
 from lapis.text.tokenizer.tokenizer import train_tokenizer
+from lapis.training.distributed.sharded_state import ShardedSaves
 from lapis.training.loop.progress import Silent
-from lapis.training.loop.sharded_state import ShardedSaves
 from lapis.training.run import read_settings, run
 
 TEXTS = [

@@ -14,7 +14,7 @@ import torch
 
 from lapis.errors import ConfigError, TrainingError
 from lapis.training.distributed.pieces import own, piece_like, scale, total_norm, whole
-from lapis.training.loop.sharded_state import has_shards
+from lapis.training.distributed.sharded_state import has_shards
 from lapis.training.objectives.supervised.cross_entropy import head_cross_entropy
 from lapis.training.run import read_settings
 

@@ -1,1 +1,1 @@
-"""The shares of a step that several processes computed in, their sums and gradients out."""
+"""The shares of a step and of a state that several processes have in; their sums, and one run and its checkpoints, out."""

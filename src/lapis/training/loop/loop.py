@@ -24,14 +24,14 @@ from lapis.training.certificate.certificate import write_certificate
 from lapis.training.certificate.checks import Check, are_due, run_checks
 from lapis.training.config import TrainConfig
 from lapis.training.distributed import parallel
+from lapis.training.distributed.resume import earlier_run, go_on, shared_out
+from lapis.training.distributed.sharded_state import ShardedSaves
 from lapis.training.forecast.memory import peak
 from lapis.training.loop.changes import SCHEDULED
 from lapis.training.loop.estimate import PREDICTED_AFTER, predict, show_estimate
 from lapis.training.loop.guards import StepGuard
 from lapis.training.loop.held_out import Evaluator, overfitting
 from lapis.training.loop.progress import Silent, Watch, live, show_share, watcher
-from lapis.training.loop.resume import earlier_run, go_on, shared_out
-from lapis.training.loop.sharded_state import ShardedSaves
 from lapis.training.loop.state import CheckpointJournal, TrainState, clean_journal
 from lapis.training.loop.stop_request import StopRequest, StopSignal, stop_requests
 from lapis.training.loop.tracking import tracked

@@ -2,7 +2,7 @@
 
 A checkpoint is a model folder that everything loads, with optimizer.safetensors, rng.safetensors, state.json and
 log.jsonl beside it; no pickle. Checkpoints lie in `.OUT.lapis/.journal/step-N` until the run is done. Those of a state
-that is shared out over processes are written and read by sharded_state.py.
+that is shared out over processes are written and read by distributed/sharded_state.py.
 """
 
 import hashlib

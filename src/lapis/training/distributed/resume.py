@@ -12,9 +12,9 @@ from lapis.errors import TrainingError
 from lapis.model.transformer import Transformer
 from lapis.training.config import TrainConfig
 from lapis.training.distributed.parallel import Processes
+from lapis.training.distributed.sharded_state import cut_checkpoint, has_shards, put_tensors, read_shards
 from lapis.training.distributed.sharding import Sharding, choose_sharding, gradients_fit, share_out
 from lapis.training.loop.progress import Watch
-from lapis.training.loop.sharded_state import cut_checkpoint, has_shards, put_tensors, read_shards
 from lapis.training.loop.state import CheckpointJournal, TrainState, restore, restore_numbers, weights_digest
 from lapis.training.objectives.objective import Objective
 from lapis.training.optim.optimizers import Schedule
