@@ -1,1 +1,1 @@
-"""The shares of a step and of a state that several processes have in; their sums, and one run and its checkpoints, out."""
+"""The shares of several processes in a step and in a state, in; their sums, one run and its checkpoints, out."""
