@@ -187,6 +187,43 @@ def test_a_folder_in_s3(trio, tmp_path, monkeypatch):
         server.stop()
 
 
+def test_gs_is_what_fsspec_reads_by_that_name(trio, tmp_path, monkeypatch):
+    """Without Cloud Storage: its name, paths and generations over fsspec's memory."""
+    fsspec = pytest.importorskip("fsspec")
+    from fsspec.implementations.memory import MemoryFileSystem
+    from fsspec.registry import _registry
+
+    class Cloud(MemoryFileSystem):
+        protocol, store, pseudo_dirs = ("gs", "gcs"), {}, [""]
+
+        @classmethod
+        def _strip_protocol(cls, path):
+            return "/" + path.split("://")[-1].strip("/")
+
+        def info(self, path, **more):
+            entry = super().info(path, **more)
+            body = self.store[entry["name"]].getvalue() if entry["type"] == "file" else b""
+            return entry | {"created": None, "generation": hashlib.md5(body).hexdigest()}
+
+    monkeypatch.setitem(_registry, "gs", Cloud)
+    models, system = trio(shards=2), fsspec.filesystem("gs")
+    for role, folder in models.items():
+        for name, body in files_of(folder).items():
+            system.pipe_file(f"gs://models/{role}/{name}", body)
+    graft(**models, out=tmp_path / "local")
+    graft(**{role: f"gs://models/{role}" for role in models}, out=tmp_path / "out")
+    assert weights_of(tmp_path / "out") == weights_of(tmp_path / "local")
+    checkpoint = open_checkpoint("gs://models/base")
+    system.pipe_file(f"gs://models/base/{WEIGHTS}", files_of(models["base"])[WEIGHTS][:-1] + b"?")
+    with pytest.raises(CheckpointError, match="changed on the server"):
+        checkpoint.read(checkpoint.names[0])
+    assert "there is no such folder" in refused("gs://models/none")
+
+
+def weights_of(folder: Path) -> list[bytes]:
+    return [file.read_bytes() for file in sorted(folder.glob("*.safetensors"))]
+
+
 def test_a_folder_in_gs(trio, tmp_path, monkeypatch):
     """Through gcsfs, against the three calls of Cloud Storage's JSON interface that it makes, on this machine."""
     pytest.importorskip("gcsfs")
