@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lapis.families.config import ModelConfig
+from lapis.families.config import ModelConfig, Rope
 from lapis.model.transformer import Transformer
 from lapis.text.tokenizer.tokenizer import Tokenizer, train_tokenizer
 
@@ -32,8 +32,19 @@ SHAPES = {
     "smollm3": {"family": "smollm3", "nope_layers": (1,), "tied": True},
     "olmo3": {"family": "olmo3", "qk_norm": True, "qk_norm_over": "all", "window": 3, "window_layers": (0, 1)},
     "granite": {"family": "granite", "embed_scale": 3.0, "residual_scale": 0.5, "logit_divisor": 4.0},
+    "gemma2": {
+        "family": "gemma2", "mlp": "geglu_tanh", "tied": True, "window": 3, "window_layers": (0, 1), "head_dim": 10,
+        "attention_cap": 2.0, "logit_cap": 5.0,
+    },
+    "glm4": {"family": "glm4", "kv_heads": 2, "bias": "qkv", "rope": Rope(share=0.5, neighbors=True)},
+    "cohere2": {
+        "family": "cohere2", "norm": "layer", "norm_bias": False, "parallel": "shared", "logit_divisor": 4.0,
+        "window": 3, "window_layers": (0, 1), "nope_layers": (2,), "tied": True, "rope": Rope(neighbors=True),
+    },
+    "neox": {"family": "gpt_neox", "norm": "layer", "mlp": "gelu", "bias": "all", "parallel": "own",
+             "rope": Rope(share=0.5)},
     "apertus": {"family": "apertus", "mlp": "xielu", "qk_norm": True},
-}
+}  # fmt: skip
 
 
 def make_model(kind: str = "llama", seed: int = 0, **options) -> Transformer:

@@ -124,6 +124,8 @@ def test_contributions_add_up_to_the_logit(model, words):
     result = lapis.lens(model, words, PROMPT, ["Malaysia", "Kuala"])
     with torch.inference_mode():
         logits = model(torch.tensor([result.ids]))[0, -1]
+    if cap := model.config.logit_cap:  # they add up to a logit before its cap
+        logits = cap * (logits / cap).atanh()
     for word in result.words:
         mine = [c for c in result.contributions if c.word == word.text]
         total = sum(c.logit for c in mine if c.part != "rounding")

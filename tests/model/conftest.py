@@ -41,6 +41,24 @@ SHAPES = {
     "exaone4": dataclasses.replace(LLAMA, family="exaone4", qk_norm=True),
     "starcoder2": dataclasses.replace(LLAMA, family="starcoder2", norm="layer", mlp="gelu_tanh", bias="all", tied=True),
     "phi3": dataclasses.replace(LLAMA, family="phi3", window=5),
+    "gemma2": dataclasses.replace(
+        LLAMA, family="gemma2", mlp="geglu_tanh", head_dim=8, query_scalar=6.0, tied=True, window=5, window_layers=(0,),
+        attention_cap=2.0, logit_cap=1.5,
+    ),
+    "glm4": dataclasses.replace(
+        LLAMA, family="glm4", head_dim=8, bias="qkv", rope=Rope(share=0.5, neighbors=True)
+    ),
+    "cohere2": dataclasses.replace(
+        LLAMA, family="cohere2", norm="layer", norm_bias=False, parallel="shared", tied=True, logit_divisor=4.0,
+        window=5, rope=Rope(neighbors=True),
+    ),
+    "stablelm": dataclasses.replace(
+        LLAMA, family="stablelm", dim=32, head_dim=8, norm="layer", bias="qkv", parallel="shared", rope=Rope(share=0.25)
+    ),
+    "neox": dataclasses.replace(
+        LLAMA, family="gpt_neox", kv_heads=4, dim=32, head_dim=8, norm="layer", mlp="gelu", bias="all", parallel="own",
+        rope=Rope(share=0.25),
+    ),
     "apertus": dataclasses.replace(LLAMA, family="apertus", mlp="xielu", qk_norm=True),
     "gpt2": ModelConfig(
         dim=16, layers=2, heads=2, ffn_dim=24, vocab=31, context=32, family="gpt2", norm="layer", norm_eps=1e-5,
@@ -54,6 +72,16 @@ SHAPES = {
         dim=16, layers=2, heads=2, ffn_dim=24, vocab=31, context=32, family="bert", norm="layer", norm_eps=1e-12,
         norm_place="post", mlp="gelu", positions="learned", bias="all", tied=True, causal=False, head="classes",
         types=2, classes=4, pooler=True,
+    ),
+    "roberta": ModelConfig(
+        dim=16, layers=2, heads=2, ffn_dim=24, vocab=31, context=32, family="roberta", norm="layer", norm_place="post",
+        mlp="gelu", positions="learned", bias="all", tied=True, causal=False, head="masked", types=1, first_position=2,
+        class_dense="tanh", extra={"pad_token_id": 1},
+    ),
+    "distilbert-classes": ModelConfig(
+        dim=16, layers=2, heads=2, ffn_dim=24, vocab=31, context=32, family="distilbert", norm="layer",
+        norm_eps=1e-12, norm_place="post", mlp="gelu", positions="learned", bias="all", tied=True, causal=False,
+        head="classes", classes=4, class_dense="relu",
     ),
     "vit": ModelConfig(
         dim=16, layers=2, heads=2, ffn_dim=24, vocab=0, context=17, family="vit", norm="layer", norm_eps=1e-12,

@@ -31,6 +31,14 @@ PUBLISHED = {
     "olmo-2-7b": 7_298_617_344, "olmo-3-7b": 7_298_011_136, "granite-3.3-2b": 2_533_539_840,
     "exaone-4.0-1.2b": 1_279_391_488, "starcoder2-3b": 3_030_371_328, "phi-3-mini-4k": 3_821_079_552,
     "apertus-8b": 8_053_338_240,  # with beta and eps, which transformers calls buffers
+    "gemma-2-2b": 2_614_341_888, "gemma-2-9b": 9_241_705_984, "gemma-2-27b": 27_227_128_320,
+    "glm-4-9b-0414": 9_400_279_040, "glm-4-32b-0414": 32_566_081_536, "command-r7b": 8_028_033_024,
+    "stablelm-2-1.6b": 1_644_515_328, "stablelm-3b-4e1t": 2_795_443_200, "pythia-70m": 70_426_624,
+    "pythia-160m": 162_322_944, "pythia-410m": 405_334_016, "pythia-1b": 1_011_781_632,
+    "pythia-1.4b": 1_414_647_808, "pythia-2.8b": 2_775_208_960, "pythia-6.9b": 6_857_302_016,
+    "pythia-12b": 11_846_072_320, "roberta-base": 124_645_632, "roberta-large": 355_359_744,
+    "xlm-roberta-base": 278_043_648, "xlm-roberta-large": 559_890_432, "distilbert-base-uncased": 66_362_880,
+    "distilbert-base-multilingual-cased": 134_734_080,
     "qwen2.5-7b": 7_615_616_512, "qwen3-1.7b": 1_720_574_976,
 }  # fmt: skip
 

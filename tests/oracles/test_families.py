@@ -28,6 +28,8 @@ DECODER = {
 ENCODER = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 80}
 GPT2 = {"n_embd": 48, "n_layer": 3, "n_head": 3, "vocab_size": 97, "n_positions": 40}
 BERT = dict(**ENCODER, vocab_size=97, max_position_embeddings=40)
+ROBERTA = {**BERT, "pad_token_id": 2, "type_vocab_size": 1}
+DISTIL = {"dim": 48, "n_layers": 2, "n_heads": 3, "hidden_dim": 80, "vocab_size": 97, "max_position_embeddings": 40}
 VIT = dict(**ENCODER, image_size=24, patch_size=8)
 
 
@@ -50,6 +52,10 @@ YARN_FULL = rope("yarn", factor=4.0, original_max_position_embeddings=16, beta_f
 GROWING = rope("yarn", factor=4.0, original_max_position_embeddings=8, mscale=1.0, mscale_all_dim=1.0,
                llama_4_scaling_beta=0.1)  # fmt: skip
 SMOLLM3 = {**DECODER, "num_hidden_layers": 4, "pad_token_id": 96, "bos_token_id": 1, "eos_token_id": 2}
+GEMMA2 = {**GEMMA, "attn_implementation": "eager", "attn_logit_softcapping": 2.0, "final_logit_softcapping": 1.5}
+del GEMMA2["sliding_window_pattern"]
+COHERE = {**DECODER, "sliding_window": 5, "pad_token_id": 96}
+NEOX = {name: value for name, value in DECODER.items() if name != "num_key_value_heads"}
 GRANITE = {"attention_multiplier": 0.125, "residual_multiplier": 0.22, "logits_scaling": 8.0,
            "embedding_multiplier": 12.0}  # fmt: skip
 
@@ -212,6 +218,87 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "granite-plain": ("GraniteForCausalLM", {**DECODER, **YARN}),
     "granite-bare": ("GraniteModel", {**DECODER, **GRANITE}),
+    "gemma2": ("Gemma2ForCausalLM", {**GEMMA2}),
+    "gemma2-untied-biases": ("Gemma2ForCausalLM", {**GEMMA2, "tie_word_embeddings": False, "attention_bias": True}),
+    "gemma2-uncapped-mqa": (
+        "Gemma2ForCausalLM",
+        {
+            **GEMMA2,
+            "num_key_value_heads": 1,
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+            "query_pre_attn_scalar": 16,
+        },
+    ),
+    "gemma2-layer-types": (
+        "Gemma2ForCausalLM",
+        {**GEMMA2, "layer_types": ["full_attention"] * 2 + ["sliding_attention"] * 2, "hidden_activation": "silu"},
+    ),
+    "gemma2-bare": ("Gemma2Model", {**GEMMA2, "num_key_value_heads": 6}),
+    "gemma2-classes": ("Gemma2ForSequenceClassification", {**GEMMA2, "num_labels": 3}),
+    "glm4": ("Glm4ForCausalLM", {**DECODER, "head_dim": 8, "pad_token_id": 96}),
+    "glm4-no-bias-share": (
+        "Glm4ForCausalLM",
+        {**DECODER, "head_dim": 16, "pad_token_id": 96, "attention_bias": False, "partial_rotary_factor": 0.75},
+    ),
+    "glm4-whole-tied": (
+        "Glm4ForCausalLM",
+        {
+            **DECODER,
+            **rope("linear", factor=3.0, partial_rotary_factor=1.0),
+            "head_dim": 12,
+            "pad_token_id": 96,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "glm4-yarn-mqa": (
+        "Glm4ForCausalLM",
+        {**DECODER, **YARN, "head_dim": 16, "pad_token_id": 96, "num_key_value_heads": 1, "hidden_act": "gelu"},
+    ),
+    "glm4-bare": ("Glm4Model", {**DECODER, "head_dim": 8, "pad_token_id": 96}),
+    "glm4-classes": ("Glm4ForSequenceClassification", {**DECODER, "head_dim": 8, "num_labels": 3, "pad_token_id": 96}),
+    "cohere2": ("Cohere2ForCausalLM", {**COHERE, "num_hidden_layers": 5}),
+    "cohere2-biases-scale": (
+        "Cohere2ForCausalLM",
+        {**COHERE, "sliding_window": 6, "attention_bias": True, "logit_scale": 0.7, "num_key_value_heads": 6},
+    ),
+    "cohere2-layer-types": (
+        "Cohere2ForCausalLM",
+        {**COHERE, "sliding_window": 7, "layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+    ),
+    "cohere2-all-windows-mqa": (
+        "Cohere2ForCausalLM",
+        {**COHERE, **LLAMA3, "sliding_window": 9, "num_key_value_heads": 1, "hidden_act": "gelu"},
+    ),
+    "cohere2-untied": ("Cohere2ForCausalLM", {**COHERE, "tie_word_embeddings": False}),
+    "cohere2-bare": ("Cohere2Model", {**COHERE}),
+    "stablelm": ("StableLmForCausalLM", {**DECODER}),
+    "stablelm-parallel-biases": (
+        "StableLmForCausalLM",
+        {**DECODER, "use_parallel_residual": True, "use_qkv_bias": True, "tie_word_embeddings": True},
+    ),
+    "stablelm-share": (
+        "StableLmForCausalLM",
+        {**DECODER, "hidden_size": 96, "partial_rotary_factor": 0.5, "num_key_value_heads": 1, "hidden_act": "gelu"},
+    ),
+    "stablelm-whole-linear": (
+        "StableLmForCausalLM",
+        {**DECODER, **rope("linear", factor=2.0, partial_rotary_factor=1.0), "num_key_value_heads": 6},
+    ),
+    "stablelm-bare": ("StableLmModel", {**DECODER}),
+    "stablelm-classes": ("StableLmForSequenceClassification", {**DECODER, "num_labels": 3, "pad_token_id": 96}),
+    "neox": ("GPTNeoXForCausalLM", {**NEOX}),
+    "neox-in-turn-tied": (
+        "GPTNeoXForCausalLM",
+        {**NEOX, "use_parallel_residual": False, "tie_word_embeddings": True, "hidden_act": "gelu_new"},
+    ),
+    "neox-no-attention-bias": (
+        "GPTNeoXForCausalLM",
+        {**NEOX, "attention_bias": False, "num_attention_heads": 3, "rotary_pct": 0.5},
+    ),
+    "neox-whole-linear": ("GPTNeoXForCausalLM", {**NEOX, **rope("linear", factor=2.0, partial_rotary_factor=1.0)}),
+    "neox-bare": ("GPTNeoXModel", {**NEOX}),
+    "neox-classes": ("GPTNeoXForSequenceClassification", {**NEOX, "num_labels": 3, "pad_token_id": 96}),
     "phi3": ("Phi3ForCausalLM", {**DECODER, "pad_token_id": 96}),
     "phi3-window": ("Phi3ForCausalLM", {**DECODER, "pad_token_id": 96, "sliding_window": 6, "num_key_value_heads": 6}),
     "phi3-tied-mqa": (
@@ -235,6 +322,17 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "bert-masked": ("BertForMaskedLM", {**BERT, "hidden_act": "gelu_new"}),
     "bert-masked-untied": ("BertForMaskedLM", {**BERT, "tie_word_embeddings": False, "type_vocab_size": 3}),
     "bert-classes": ("BertForSequenceClassification", {**BERT, "num_labels": 5, "num_attention_heads": 1}),
+    "roberta": ("RobertaModel", {**ROBERTA}),
+    "roberta-masked": ("RobertaForMaskedLM", {**ROBERTA}),
+    "roberta-masked-untied": ("RobertaForMaskedLM", {**ROBERTA, "tie_word_embeddings": False, "pad_token_id": 0}),
+    "roberta-classes": ("RobertaForSequenceClassification", {**ROBERTA, "num_labels": 5, "hidden_act": "gelu_new"}),
+    "xlm-roberta-masked": ("XLMRobertaForMaskedLM", {**ROBERTA, "num_attention_heads": 1, "layer_norm_eps": 1e-5}),
+    "xlm-roberta-scalar": ("XLMRobertaForSequenceClassification", {**ROBERTA, "num_labels": 1}),
+    "distilbert": ("DistilBertModel", {**DISTIL}),
+    "distilbert-masked": ("DistilBertForMaskedLM", {**DISTIL, "activation": "relu"}),
+    "distilbert-masked-untied": ("DistilBertForMaskedLM", {**DISTIL, "tie_word_embeddings": False, "n_heads": 1}),
+    "distilbert-classes": ("DistilBertForSequenceClassification", {**DISTIL, "num_labels": 5}),
+    "distilbert-scalar": ("DistilBertForSequenceClassification", {**DISTIL, "num_labels": 1, "n_layers": 3}),
     "vit": ("ViTModel", {**VIT}),
     "vit-classes": ("ViTForImageClassification", {**VIT, "num_labels": 7}),
     "vit-gray-scalar": (
@@ -269,6 +367,10 @@ class Pair:
             counted = self.ours.config.positions == "learned" or self.ours.config.rope.query_growth
             if "Sequence" not in type(model).__name__ or counted:
                 options["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)
+        first = self.ours.config.first_position  # there they count from the tokens, of which any may be the padding
+        if first:
+            counts = options.get("position_ids", torch.arange(inputs.shape[1]).expand_as(inputs))
+            options["position_ids"] = counts + first
         out = model(inputs, **options)
         return out.logits if hasattr(out, "logits") else out.last_hidden_state
 
@@ -364,7 +466,7 @@ def test_gradients_equal_transformers(pair: Pair) -> None:
     ours = dict(pair.ours.named_parameters())
     layout = disk_layout(pair.ours.config, ours)
     for name, parameter in pair.theirs.named_parameters():
-        sources, rule = layout[name]
+        sources, rule = layout[name if name in layout else "embed_out.weight"]  # which transformers renames as it reads
         assert parameter.grad is not None
         grads = [ours[source].grad for source in sources]
         assert gap(rule.transform.invert([grad for grad in grads if grad is not None]), parameter.grad) <= 1e-4, name

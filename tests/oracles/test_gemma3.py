@@ -10,7 +10,6 @@ import transformers
 
 import lapis
 from lapis.checkpoint import open_checkpoint
-from lapis.errors import CheckpointError
 from lapis.families.config import ModelConfig, Rope
 from lapis.inside.trace import anatomy, trace
 from lapis.model.cache import Cache
@@ -153,13 +152,3 @@ def test_lens_diff_graft_and_plan_open_it(folders: dict[str, Path], tokenizer: T
     chats = tmp_path / "chats.jsonl"
     chats.write_text(json.dumps({"messages": TALK}) + "\n")
     assert lapis.plan(base, chat, budget=0.5, chats=chats).layers
-
-
-def test_a_folder_with_pictures_is_refused_by_name(folders: dict[str, Path], tmp_path: Path) -> None:
-    (tmp_path / "m").mkdir()
-    for file in folders["base"].iterdir():
-        (tmp_path / "m" / file.name).write_bytes(file.read_bytes())
-    fields = json.loads((tmp_path / "m" / "config.json").read_text())
-    (tmp_path / "m" / "config.json").write_text(json.dumps({**fields, "model_type": "gemma3"}))
-    with pytest.raises(CheckpointError, match=r"model_type is gemma3; lapis builds .*gemma3_text"):
-        load(tmp_path / "m")

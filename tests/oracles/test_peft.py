@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lapis.errors import CheckpointError
-from lapis.families.config import ModelConfig
+from lapis.families.config import ModelConfig, Rope
 from lapis.model.adapter import write_adapter
 from lapis.model.load import load, save
 from lapis.model.lora import LoraConfig, LoraLinear, of, off, token_rows, wrap
@@ -32,12 +32,18 @@ SHAPES = {
     "granite": dataclasses.replace(LLAMA, family="granite", embed_scale=3.0, residual_scale=0.5, logit_divisor=0.25),
     "phi3": dataclasses.replace(LLAMA, family="phi3"),
     "apertus": dataclasses.replace(LLAMA, family="apertus", mlp="xielu", qk_norm=True),
+    "neox": dataclasses.replace(LLAMA, family="gpt_neox", kv_heads=4, dim=32, head_dim=8, norm="layer", mlp="gelu",
+                                bias="all", parallel="own", rope=Rope(share=0.25)),
     "gpt2": ModelConfig(dim=16, layers=2, heads=2, ffn_dim=24, vocab=31, context=32, family="gpt2", norm_eps=1e-5,
                         mlp="gelu_tanh", **LEARNED),
     "bert": ModelConfig(dim=16, layers=2, heads=2, ffn_dim=24, vocab=31, context=32, family="bert", norm_eps=1e-12,
                         norm_place="post", mlp="gelu", causal=False, head="classes", types=2, classes=4, pooler=True,
                         **LEARNED),
+    "roberta": ModelConfig(dim=16, layers=2, heads=2, ffn_dim=24, vocab=31, context=32, family="roberta",
+                           norm_place="post", mlp="gelu", causal=False, head="classes", types=1, classes=4,
+                           first_position=2, class_dense="tanh", **LEARNED),
 }  # fmt: skip
+ENCODERS = ("bert", "roberta")
 KINDS = {
     "lora": LoraConfig(rank=3),
     "rslora": LoraConfig(rank=3, rslora=True, alpha=5.0, targets=("attn.q", "attn.v", "layers.1.mlp")),
@@ -48,7 +54,7 @@ IDS = torch.tensor([[3, 4, 5, 30, 7, 8], [9, 30, 11, 4, 13, 14]])
 
 
 def shape_of(family: str) -> Any:
-    kind = "SequenceClassification" if family == "bert" else "CausalLM"
+    kind = "SequenceClassification" if family in ENCODERS else "CausalLM"
     return getattr(transformers, f"AutoModelFor{kind}")
 
 
@@ -98,10 +104,12 @@ def test_what_peft_writes_is_the_same_here(family: str, kind: str, tmp_path: Pat
         "gpt2": ["c_attn", "mlp.c_proj"],
         "phi3": ["qkv_proj", "gate_up_proj"],
         "bert": ["query", "attention.output.dense"],
+        "roberta": ["query", "attention.output.dense"],
+        "neox": ["query_key_value", "dense_4h_to_h"],
     }.get(family, ["q_proj", "down_proj"])
     config = peft.LoraConfig(
         r=4, lora_alpha=6, target_modules=targets, use_dora=kind == "dora", use_rslora=kind == "patterns",
-        task_type="SEQ_CLS" if family == "bert" else "CAUSAL_LM", init_lora_weights=False,
+        task_type="SEQ_CLS" if family in ENCODERS else "CAUSAL_LM", init_lora_weights=False,
         rank_pattern={targets[0]: 2} if kind == "patterns" else {},
         alpha_pattern={targets[1]: 9} if kind == "patterns" else {},
         trainable_token_indices=[30, 4] if kind == "tokens" else None, fan_in_fan_out=family == "gpt2",
@@ -127,16 +135,16 @@ def test_what_peft_writes_is_the_same_here(family: str, kind: str, tmp_path: Pat
 def test_fuse_gives_the_weights_of_merge_and_unload(family: str, kind: str, dtype: str, tmp_path: Path) -> None:
     torch.manual_seed(3)
     base = dataclasses.replace(SHAPES[family], **({"head": "masked", "classes": 0, "pooler": False}
-                                                  if family == "bert" else {}))  # fmt: skip
+                                                  if family in ENCODERS else {}))  # fmt: skip
     stored = getattr(torch, dtype)
     save(Transformer(base).to(stored), tmp_path / "base")
-    head: dict[str, Any] = {"head": "classes", "classes": 4} if family == "bert" else {}
+    head: dict[str, Any] = {"head": "classes", "classes": 4} if family in ENCODERS else {}
     model = load(tmp_path / "base", dtype=torch.float32, **head)  # the classifier is one that the base lacks
     wrap(model, KINDS[kind], str(tmp_path / "base"))
     disturb(model)
     write_adapter(model, tmp_path / "adapter")
     result = fuse(tmp_path / "adapter", tmp_path / "fused")
-    labels = {"num_labels": 4} if family == "bert" else {}
+    labels = {"num_labels": 4} if family in ENCODERS else {}
     theirs = shape_of(family).from_pretrained(tmp_path / "base", dtype=stored, **labels)
     theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").merge_and_unload()
     ours = shape_of(family).from_pretrained(tmp_path / "fused", dtype=stored)

@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from lapis.checkpoint.files import contained, read_at, read_json, stamp
 from lapis.checkpoint.tensor_file import Header, TensorInfo, finite, torch_dtype
-from lapis.checkpoint.towers import Towers, find_towers, language_config
+from lapis.checkpoint.towers import Towers, find_towers, language_config, language_levels
 from lapis.errors import CheckpointError
 from lapis.families import find
 from lapis.families.base import Family, Part, fallback_part
+from lapis.families.fields import TOKENS
 from lapis.parsing import ParseError, parse_json
 
 if TYPE_CHECKING:
@@ -88,6 +89,26 @@ class Checkpoint:
     def _language(self) -> Family | None:
         """The family of the language model; of a multimodal folder that of its nested config."""
         return self.family or find(language_config(self.config))
+
+    @cached_property
+    def runs(self) -> Family | None:
+        """The family that lapis runs the language model as, of a multimodal folder, too; None where it runs none."""
+        nested = self._language
+        whole = self.config.get("model_type")
+        return self.family or (nested if nested is not None and whole in nested.wrappers else None)
+
+    @property
+    def text_config(self) -> dict[str, Any]:
+        """The fields of config.json that the language model is run by."""
+        if self.family is not None or self.runs is None:
+            return self.config
+        (inner, *_), outer = language_levels(dict(self.config)), self.config
+        shared = {name: outer[name] for name in (*TOKENS, "tie_word_embeddings") if name in outer}
+        return {**inner, **shared}
+
+    def text_name(self, name: str) -> str | None:
+        """A tensor's name within the language model that is run; None for another tower's."""
+        return name if self.family is not None else self.towers.inner(name)
 
     def part(self, name: str) -> Part:
         """Where a tensor belongs; for an unknown family, or a name its table lacks, read from the name itself.

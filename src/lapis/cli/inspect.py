@@ -71,7 +71,7 @@ def measure_source(model: str, context: int | None) -> "tuple[dict[str, Any], Si
 
         raise ConfigError(f'inspect: "{model}" is no folder and no published size; {nearest(model, PRESETS)}')
     checkpoint = open_checkpoint(model)
-    if checkpoint.family is None:
+    if checkpoint.runs is None:
         kind = str(checkpoint.config.get("model_type"))
         notes = [*checkpoint.notes, f"model_type {kind:.40} is not known here: counted from names, without FLOPs"]
         return measure_headers(checkpoint.index, checkpoint.part), None, notes

@@ -16,7 +16,6 @@ import torch
 from lapis.checkpoint import Checkpoint, open_checkpoint
 from lapis.errors import LapisError
 from lapis.evaluation.chats import score_chats
-from lapis.families import Family
 from lapis.model.load import load
 from lapis.model.size import free_memory
 from lapis.text.chat.chat import encode_prompt
@@ -140,7 +139,7 @@ def _log_probabilities(checkpoint: Checkpoint, rows: list[list[int]]) -> torch.T
 
 def _reason_against(checkpoint: Checkpoint) -> str:
     """Why a model cannot be run here; "" where it can."""
-    if not isinstance(checkpoint.family, Family):
+    if checkpoint.runs is None:
         return f"model_type {checkpoint.config.get('model_type')} is not an architecture that lapis runs"
     if checkpoint.file("tokenizer.json") is None:
         return "there is no tokenizer.json"

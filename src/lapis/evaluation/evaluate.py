@@ -96,7 +96,7 @@ def evaluate(
     if options.weights == "int8":
         check_int8(next(opened.parameters()).dtype, device, checkpoint)
     tokenizer = None if opened.config.image else Tokenizer.open(checkpoint)
-    if tokenizer is not None and checkpoint.family is None:
+    if tokenizer is not None and checkpoint.runs is None:
         tokenizer.check_rows(opened.config.vocab)
     job = _Job(str(model), opened, tokenizer, options, report)
     precision = str(next(opened.parameters()).dtype).removeprefix("torch.")

@@ -13,6 +13,7 @@ from lapis.families.shapes import Shape
 _FILES = (
     "llama",
     "mistral",
+    "gemma2",
     "gemma3",
     "smollm3",
     "olmo",
@@ -21,8 +22,14 @@ _FILES = (
     "apertus",
     "exaone4",
     "starcoder2",
+    "glm4",
+    "cohere2",
+    "stablelm",
+    "gpt_neox",
     "gpt2",
     "bert",
+    "roberta",
+    "distilbert",
     "vit",
 )
 FAMILIES: tuple[Family, ...] = tuple(import_module(f"{__name__}.{name}").FAMILY for name in _FILES)
@@ -32,7 +39,9 @@ PRESETS: dict[str, Mapping[str, Any]] = {name: fields for family in FAMILIES for
 def find(config: Mapping[str, Any]) -> Family | None:
     """The family of a config.json, by its model_type; None where it is not known."""
     model_type = config.get("model_type")
-    return next((family for family in FAMILIES if model_type in family.model_types), None)
+    family = next((family for family in FAMILIES if model_type in family.model_types), None)
+    heads = config.get("num_attention_heads")
+    return family.for_heads(heads) if family and isinstance(heads, int) else family
 
 
 def known_types() -> str:
@@ -42,7 +51,7 @@ def known_types() -> str:
 
 def family_of(config: ModelConfig) -> Family:
     """The family that a model of this shape is saved as. Raises ConfigError where there is none."""
-    family = find({"model_type": config.family})
+    family = find({"model_type": config.family, "num_attention_heads": config.heads})
     if family is None:
         raise ConfigError(f'model: family is "{config.family}"; known: {known_types()}')
     return family

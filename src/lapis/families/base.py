@@ -6,8 +6,9 @@ table. The tables themselves are one file for each family.
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from operator import attrgetter
 from typing import Any
 
 from lapis.errors import CheckpointError, ConfigError
@@ -16,6 +17,9 @@ from lapis.families.fields import Fields
 from lapis.families.gguf import Gguf
 from lapis.families.shapes import SAME, Shape, Transform, common_shapes, has_parameter
 from lapis.parsing import quoted
+
+# names of the language model in a multimodal folder, old and new, become those of a folder of its own
+WRAPPED = ((r"^(?:model\.)?language_model\.(?:model\.)?", ""),)
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,11 @@ class Rule:
     def kind(self) -> str:
         return "bias" if self.disk.endswith("bias") else "weight"
 
+    def for_heads(self, heads: int) -> "Rule":
+        """The same, with the transform for a number of heads where it wants that."""
+        make = self.transform.by_head
+        return self if make is None else replace(self, transform=make(heads))
+
 
 def rules(stem: str, component: str, kinds: str = "weight", transform: Transform = SAME, *, outside: bool = False,
           twin: bool = False) -> tuple[Rule, ...]:  # fmt: skip
@@ -90,6 +99,9 @@ class Family:
         presets: Published sizes: name -> the fields of config.json that shape the model.
         block: A module of `lapis.model.blocks`, whose `ARCHITECTURE` builds the model; its own where the block differs.
         gguf: model_type -> how such a model lies in a GGUF file, where llama.cpp has it.
+        wrappers: The values of `model_type` of multimodal folders whose language model is run as one of this family,
+            by its own part of config.json; text alone goes through it as through a folder of its own.
+        head_module: What transformers, and so PEFT, calls the head where the folder has another name for it.
     """
 
     name: str
@@ -105,6 +117,20 @@ class Family:
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     block: str = "standard"
     gguf: Mapping[str, Gguf] = field(default_factory=dict)
+    wrappers: tuple[str, ...] = ()
+    head_module: str = ""
+
+    def for_heads(self, heads: int) -> "Family":
+        """The same, with the number of heads in the transforms that want it. Itself where none does."""
+        if all(rule.transform.by_head is None for rule in self.rules):
+            return self
+        if heads not in self._for_heads:
+            self._for_heads[heads] = replace(self, rules=tuple(rule.for_heads(heads) for rule in self.rules))
+        return self._for_heads[heads]
+
+    @cached_property
+    def _for_heads(self) -> "dict[int, Family]":
+        return {}
 
     @cached_property
     def _patterns(self) -> tuple[tuple[re.Pattern[str], Rule], ...]:
@@ -201,17 +227,22 @@ class Family:
 
 
 def refuse_shape(config: ModelConfig, fields: Mapping[str, tuple[Any, ...]]) -> None:
-    """Raises ConfigError where a field has a value that a family's folder cannot say. fields: name -> what it can."""
+    """Raises ConfigError where a field has a value that a family's folder cannot say.
+
+    Args:
+        config: Of the model.
+        fields: Name -> what it can be; `rope.share` is a field of the rotary positions.
+    """
     plain = {
         "query_scalar": (0, config.head_dim), "window_rope": (None,), "nope_layers": ((),), "qk_norm_over": ("head",),
-        "embed_scale": (0.0,), "residual_scale": (1.0,), "logit_divisor": (1.0,),
+        "embed_scale": (0.0,), "residual_scale": (1.0,), "logit_divisor": (1.0,), "norm_bias": (True,),
+        "parallel": ("none",), "attention_cap": (0.0,), "logit_cap": (0.0,), "rope.share": (1.0,),
+        "rope.neighbors": (False,), "first_position": (0,), "class_dense": ("none",),
     }  # fmt: skip
     for name, allowed in (plain | dict(fields)).items():
-        if getattr(config, name) not in allowed:
+        if (value := attrgetter(name)(config)) not in allowed:
             known = " or ".join(map(str, allowed))
-            raise ConfigError(
-                f"{name}={quoted(getattr(config, name))} has no place in a {config.family} folder; it can be {known}"
-            )
+            raise ConfigError(f"{name}={quoted(value)} has no place in a {config.family} folder; it can be {known}")
 
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block)\.(\d+)\.(.+)")
@@ -233,7 +264,7 @@ def fallback_part(disk_name: str) -> Part:
     match = _LAYER.search(base)
     if match:
         return Part(int(match[1]), match[2], kind)
-    if re.search(r"(embed_tokens|embed_in|wte|word_embeddings)$", base):
+    if re.search(r"(embed_tokens|embed_in|wte|word_embeddings|tok_embeddings|(^|\.)embeddings)$", base):
         return Part(None, "embed", kind)
     if base.endswith(("lm_head", "embed_out")):
         return Part(None, "head", kind)

@@ -36,6 +36,7 @@ RULES = (
     *rules("classifier", "head.classes", BOTH, outside=True),
 )
 
+OLD_NAMES = ((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"))
 ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu",
                "relu2": "relu2", "silu": "silu", "swish": "silu"}  # fmt: skip
 ACTIVATION_NAMES = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu", "relu2": "relu2", "silu": "silu"}
@@ -45,6 +46,11 @@ HEAD_NAMES = {"masked": "ForMaskedLM", "classes": "ForSequenceClassification", "
 
 
 def read_config(fields: Fields) -> dict[str, Any]:
+    return read_encoder(fields)
+
+
+def read_encoder(fields: Fields) -> dict[str, Any]:
+    """What config.json says alike in BERT and in those who followed it; ModelConfig's fields."""
     head = fields.head(HEADS, "none")
     classes = fields.labels() if head == "classes" else 0
     fields.only("position_embedding_type", "absolute")
@@ -77,16 +83,27 @@ def read_config(fields: Fields) -> dict[str, Any]:
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
+    return write_encoder(config, "Bert")
+
+
+def write_encoder(config: ModelConfig, name: str, **allowed: tuple[Any, ...]) -> dict[str, Any]:
+    """The reverse of `read_encoder`. Raises ConfigError for a shape that such a folder cannot say.
+
+    Args:
+        config: Of the model.
+        name: What the classes of transformers begin with.
+        allowed: Field of ModelConfig -> the values that the family has, where they are not BERT's.
+    """
     refuse_shape(config, {
         "norm": ("layer",), "norm_place": ("post",), "positions": ("learned",), "causal": (False,), "qk_norm": (False,),
         "mlp": tuple(ACTIVATION_NAMES), "bias": ("all",), "image": (None,), "window": (None,),
-        "head": tuple(HEAD_NAMES), "kv_heads": (config.heads,),
+        "head": tuple(HEAD_NAMES), "kv_heads": (config.heads,), **allowed,
     })  # fmt: skip
     if config.head_dim * config.heads != config.dim or not config.types:
-        raise ConfigError("a bert folder has head_dim = dim / heads, and at least one token type")
+        raise ConfigError(f"a {config.family} folder has head_dim = dim / heads, and at least one token type")
     result: dict[str, Any] = {
-        "architectures": ["Bert" + HEAD_NAMES[config.head]],
-        "model_type": "bert",
+        "architectures": [name + HEAD_NAMES[config.head]],
+        "model_type": config.family,
         "vocab_size": config.vocab,
         "hidden_size": config.dim,
         "num_hidden_layers": config.layers,
@@ -140,5 +157,5 @@ FAMILY = Family(
             },
         )
     },
-    spellings=((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias")),
+    spellings=OLD_NAMES,
 )

@@ -32,7 +32,9 @@ class Rope:
 
     kind: "linear" divides positions by `factor`; "dynamic" grows theta with the length (NTK); "yarn"
     (arXiv:2309.00071) and "llama3" treat slow and fast frequencies apart, with the other fields. query_growth: beta in
-    1 + beta log(1 + floor(position / original_context)), which the queries of Ministral 3 are multiplied by.
+    1 + beta log(1 + floor(position / original_context)), which the queries of Ministral 3 are multiplied by. share: how
+    much of each head turns, from its front. neighbors: the pairs are (2i, 2i + 1), as in the paper, and not half of
+    what turns apart.
     """
 
     theta: float = 10_000.0
@@ -48,6 +50,12 @@ class Rope:
     mscale_all_dim: float | None = None
     truncate: bool = True
     query_growth: float | None = None
+    share: float = 1.0
+    neighbors: bool = False
+
+    def width(self, head_dim: int) -> int:
+        """How many numbers of a head turn."""
+        return int(head_dim * self.share)
 
 
 @dataclass(frozen=True)
@@ -79,18 +87,25 @@ class ModelConfig:
         query_scalar: Scores of attention are divided by its square root; 0 = head_dim.
         family: The model_type that a saved folder gets. It also says which block the model has.
         norm_place: "post" is BERT's, with a norm after the embedding and none at the end.
+        norm_bias: Whether LayerNorms have one.
+        parallel: The two halves of a block read the same state, through one norm ("shared") or each through its own.
         rope: Rotary positions; window_rope: those of layers with a window, where they differ.
         nope_layers: Those that turn nothing, though the others do.
         window: How many tokens back a token sees, itself included, in `window_layers` (None = all layers).
         bias: Which linear layers have one.
         qk_norm: Whether queries and keys are normed.
         qk_norm_over: Head by head, or all heads as one vector.
+        attention_cap: Scores of attention are cap tanh(score / cap); 0 = as they are.
+        logit_cap: The same of logits.
         embed_scale: What embedded tokens are multiplied by; 0 = what the family does by itself.
         residual_scale: What each half of a block is multiplied by before it is added to the stream.
         logit_divisor: What logits are divided by; it is applied to the last hidden state.
+        first_position: The row of learned positions that the first token has; those before it are RoBERTa's own.
         tied: Whether the head is the embedding.
         head: What stands on top; "classes" and "scalar" look at one token of each sequence.
         types: Token types (BERT).
+        pooler: Whether there is BERT's dense layer for the first token.
+        class_dense: The activation of a dense layer that a classifier has of its own; BERT's is the pooler.
         extra: Fields of config.json that do not shape the model and are handed on (token ids, labels).
     """
 
@@ -107,6 +122,8 @@ class ModelConfig:
     norm: Literal["rms", "layer"] = "rms"
     norm_eps: float = 1e-6
     norm_place: Literal["pre", "post"] = "pre"
+    norm_bias: bool = True
+    parallel: Literal["none", "shared", "own"] = "none"
     mlp: MlpKind = "swiglu"
     positions: Literal["rotary", "learned", "none"] = "rotary"
     rope: Rope = Rope()
@@ -118,14 +135,18 @@ class ModelConfig:
     bias: Bias = "none"
     qk_norm: bool = False
     qk_norm_over: Literal["head", "all"] = "head"
+    attention_cap: float = 0.0
+    logit_cap: float = 0.0
     embed_scale: float = 0.0
     residual_scale: float = 1.0
     logit_divisor: float = 1.0
+    first_position: int = 0
     tied: bool = False
     head: Head = "lm"
     classes: int = 0
     types: int = 0
     pooler: bool = False
+    class_dense: Literal["none", "tanh", "relu"] = "none"
     image: Image | None = None
     extra: dict[str, Any] = field(default_factory=dict, hash=False)
 
@@ -143,8 +164,9 @@ class ModelConfig:
             object.__setattr__(self, "classes", 1)
         if self.kv_heads < 1 or self.heads % self.kv_heads:
             raise ConfigError(f"model: heads {self.heads} is not a multiple of kv_heads {self.kv_heads}")
-        if self.positions == "rotary" and self.head_dim % 2:
-            raise ConfigError(f"model: head_dim {self.head_dim} is odd; rotary positions turn pairs")
+        turning = self.rope.width(self.head_dim)
+        if self.positions == "rotary" and (turning % 2 or not 2 <= turning <= self.head_dim):
+            raise ConfigError(f"model: {turning} of head_dim {self.head_dim} are to turn; rotary positions turn pairs")
         if self.head == "classes" and self.classes < 1:
             raise ConfigError("model: head is classes, but classes is 0")
         if self.window is not None and (self.window < 1 or not self.causal):
@@ -170,6 +192,11 @@ class ModelConfig:
     def reach(self) -> int:
         """Tokens that prompt and reply may have together. Dynamic rope stretches the context by its factor."""
         return int(self.context * (self.rope.factor or 1)) if self.rope.kind == "dynamic" else self.context
+
+    @property
+    def pools(self) -> bool:
+        """Whether a classifier on top of such a model reads BERT's pooler."""
+        return not self.causal and self.image is None and self.class_dense == "none"
 
     @property
     def gated(self) -> bool:

@@ -70,9 +70,9 @@ class Fields:
             raise CheckpointError(f"config.json: {name} is {quoted(value)}; expected true or false")
         return value
 
-    def choice(self, name: str, options: Mapping[str, str]) -> str:
+    def choice(self, name: str, options: Mapping[str, str], default: str | None = None) -> str:
         """The option's value; CheckpointError names those that can be read."""
-        value = self._value(name, None)
+        value = self._value(name, default)
         if not isinstance(value, str) or value not in options:
             raise CheckpointError(f"config.json: {name} is {quoted(value)}; lapis reads {', '.join(sorted(options))}")
         return options[value]

@@ -1,13 +1,13 @@
 """Gemma 3, text (Gemma Team 2025, arXiv:2503.19786): a norm on both sides of each half, windows in five layers of six.
 
-Layers with a window turn by a rotary base of their own. A folder with pictures (model_type "gemma3") is not read: only
-its text part, saved alone, is "gemma3_text".
+Layers with a window turn by a rotary base of their own. Of a folder with pictures (model_type "gemma3") the language
+model is run; what lapis saves of it is "gemma3_text".
 """
 
 from typing import Any
 
 from lapis.errors import CheckpointError, ConfigError
-from lapis.families.base import Family, refuse_shape, rules
+from lapis.families.base import WRAPPED, Family, refuse_shape, rules
 from lapis.families.config import ModelConfig
 from lapis.families.fields import TOKENS, Fields
 from lapis.families.gguf import ROTARY, Gguf
@@ -60,15 +60,15 @@ def read_config(fields: Fields) -> dict[str, Any]:
         "family": "gemma3_text",
         "dim": fields.integer("hidden_size"),
         "layers": layers,
-        "heads": fields.integer("num_attention_heads"),
+        "heads": fields.integer("num_attention_heads", 8),
         "kv_heads": fields.integer("num_key_value_heads", 4),
         "head_dim": head_dim,
         "query_scalar": 0.0 if scalar == head_dim else scalar,
         "ffn_dim": fields.integer("intermediate_size"),
-        "vocab": fields.integer("vocab_size"),
+        "vocab": fields.integer("vocab_size", 262_208),
         "context": context,
         "norm_eps": fields.number("rms_norm_eps", 1e-6),
-        "mlp": fields.choice("hidden_activation", GATES),
+        "mlp": fields.choice("hidden_activation", GATES, "gelu_pytorch_tanh"),
         "rope": rope,
         "window_rope": None if window_rope == rope else window_rope,
         "window": window,
@@ -136,6 +136,8 @@ def _preset(dim: int, layers: int, heads: int, ffn_dim: int) -> dict[str, Any]:
 FAMILY = Family(
     name="gemma3",
     model_types=("gemma3_text",),
+    wrappers=("gemma3",),
+    spellings=WRAPPED,
     rules=RULES,
     reader=read_config,
     writer=write_config,

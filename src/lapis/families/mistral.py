@@ -1,12 +1,13 @@
 """Mistral, Ministral and Ministral 3, text: Llama's table, with a sliding window.
 
 Mistral's window is in every layer, Ministral's in those that `layer_types` names, and Ministral 3's queries grow with
-their position. A folder with pictures (model_type "mistral3") is not read: only its text part, saved alone, is.
+their position. Of a folder with pictures (model_type "mistral3") the language model is run.
 """
 
 from typing import Any
 
 from lapis.errors import CheckpointError, ConfigError
+from lapis.families.base import WRAPPED
 from lapis.families.config import ModelConfig
 from lapis.families.fields import Fields
 from lapis.families.gguf import ROTARY, Gguf
@@ -41,6 +42,8 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
 FAMILY = llama_like(
     name="mistral",
     model_types=tuple(CLASSES),
+    wrappers=("mistral3",),
+    spellings=WRAPPED,
     rules=RULES,
     reader=read_config,
     writer=write_config,

@@ -11,7 +11,7 @@ from lapis.parsing import quoted
 ROPE_KINDS = ("default", "linear", "dynamic", "yarn", "llama3")
 
 
-def read_rope(fields: Fields, context: int, theta: float = 10_000.0) -> dict[str, Any]:
+def read_rope(fields: Fields, context: int, theta: float = 10_000.0, share: float | None = None) -> dict[str, Any]:
     """Rope's fields from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before).
 
     Where a folder has both, `rope_scaling` counts alone, in every version of transformers.
@@ -20,6 +20,7 @@ def read_rope(fields: Fields, context: int, theta: float = 10_000.0) -> dict[str
         fields: Of config.json.
         context: Of the model.
         theta: The base where the folder says none.
+        share: How much of each head turns where the folder does not say; None for a family that turns whole heads.
     """
     theta = fields.number("rope_theta", theta)
     scaling, parameters = fields.mapping("rope_scaling"), fields.mapping("rope_parameters")
@@ -36,9 +37,11 @@ def read_rope(fields: Fields, context: int, theta: float = 10_000.0) -> dict[str
     kind = written.get("rope_type") or written.get("type") or "default"
     if not isinstance(kind, str) or kind not in ROPE_KINDS:
         raise CheckpointError(f"config.json: rope type is {quoted(kind)}; lapis reads {', '.join(ROPE_KINDS)}")
-    if written.get("partial_rotary_factor", 1.0) != 1.0 or fields.config.get("partial_rotary_factor", 1.0) != 1.0:
-        raise CheckpointError("config.json: partial_rotary_factor is not 1; lapis rotates whole heads only")
     rope: dict[str, Any] = {"theta": inner.number("rope_theta", theta), "kind": kind}
+    if share is not None:
+        rope["share"] = inner.number("partial_rotary_factor", fields.number("partial_rotary_factor", share))
+    elif {written.get("partial_rotary_factor", 1.0), fields.config.get("partial_rotary_factor", 1.0)} != {1.0}:
+        raise CheckpointError("config.json: partial_rotary_factor is not 1; this family rotates whole heads only")
     needed = {"linear": ("factor",), "dynamic": ("factor",), "yarn": ("factor",),
               "llama3": ("factor", "low_freq_factor", "high_freq_factor")}.get(kind, ())  # fmt: skip
     for name in needed:
@@ -86,6 +89,19 @@ def write_ropes(rope: Rope, near: Rope) -> dict[str, Any]:
         "rope_scaling": full["rope_scaling"],
         "rope_parameters": {FULL: full["rope_parameters"], WINDOWED: windowed["rope_parameters"]},
     }
+
+
+def write_share(result: dict[str, Any], rope: Rope) -> dict[str, Any]:
+    """What `write_rope` gave, or a config.json with it in it, and how much of each head turns.
+
+    Args:
+        result: Is returned, changed.
+        rope: Of a family whose heads may turn in part.
+    """
+    result["partial_rotary_factor"] = rope.share
+    for place in filter(None, (result["rope_scaling"], result["rope_parameters"])):
+        place["partial_rotary_factor"] = rope.share
+    return result
 
 
 def write_rope(rope: Rope) -> dict[str, Any]:

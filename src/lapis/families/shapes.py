@@ -25,12 +25,17 @@ class Transform:
         apply: The tensor on disk, shapes of the parameters -> the parameters.
         invert: The parameters -> the tensor on disk.
         transposed: A matrix lies on disk with its inputs first.
+        by_head: Makes the transform for a number of heads, where it depends on it.
+        split, join: What `apply` and `invert` do to rows alone, for matrices with other columns (an adapter's).
     """
 
     disk_shape: Callable[[Sequence[Shape]], Shape]
     apply: "Callable[[Tensor, Sequence[Shape]], tuple[Tensor, ...]]"
     invert: "Callable[[Sequence[Tensor]], Tensor]"
     transposed: bool = False
+    by_head: "Callable[[int], Transform] | None" = None
+    split: "Callable[[Tensor, Sequence[int]], Sequence[Tensor]]" = lambda tensor, sizes: tensor.split(list(sizes))
+    join: "Callable[[Sequence[Tensor]], Tensor]" = lambda tensors: _stack(tensors)
 
 
 def _stack_shape(shapes: Sequence[Shape]) -> Shape:
@@ -60,6 +65,27 @@ STACK_TRANSPOSE = Transform(
     lambda ts: _stack(ts).t(),
     transposed=True,
 )
+
+
+def _stacked_by_head(heads: int) -> Transform:
+    """As STACK, but the rows of one head follow those of another: q, k and v of head 0, then those of head 1, ..."""
+
+    def split(tensor: "Tensor", shapes: Sequence[Shape]) -> "tuple[Tensor, ...]":
+        by_head = tensor.unflatten(0, (heads, len(shapes), -1))
+        return tuple(by_head[:, i].flatten(0, 1) for i in range(len(shapes)))
+
+    def join(tensors: "Sequence[Tensor]") -> "Tensor":
+        import torch
+
+        return torch.stack([tensor.unflatten(0, (heads, -1)) for tensor in tensors], 1).flatten(0, 2)
+
+    return Transform(
+        _stack_shape, split, join, by_head=_stacked_by_head,
+        split=lambda tensor, sizes: split(tensor, [(size,) for size in sizes]), join=join,
+    )  # fmt: skip
+
+
+BY_HEAD = _stacked_by_head(1)
 BATCH_OF_ONE = Transform(lambda shapes: (1, *shapes[0]), lambda t, shapes: (t[0],), lambda ts: ts[0][None])
 
 
@@ -69,11 +95,12 @@ def common_shapes(config: ModelConfig) -> dict[str, Shape]:
     inner, inner_kv = config.heads * head_dim, config.kv_heads * head_dim
     normed, normed_kv = (head_dim, head_dim) if config.qk_norm_over == "head" else (inner, inner_kv)
     return {
-        "embed": (config.vocab, dim), "embed.position": (config.context, dim),
+        "embed": (config.vocab, dim), "embed.position": (config.first_position + config.context, dim),
         "attn.q": (inner, dim), "attn.k": (inner_kv, dim), "attn.v": (inner_kv, dim), "attn.o": (dim, inner),
         "attn.q_norm": (normed,), "attn.k_norm": (normed_kv,),
         "mlp.gate": (ffn_dim, dim), "mlp.up": (ffn_dim, dim), "mlp.down": (dim, ffn_dim),
-        "head": (config.vocab, dim), "head.pooler": (dim, dim), "head.classes": (config.classes, dim),
+        "head": (config.vocab, dim), "head.pooler": (dim, dim), "head.dense": (dim, dim),
+        "head.classes": (config.classes, dim),
     }  # fmt: skip
 
 
@@ -83,7 +110,10 @@ def has_parameter(config: ModelConfig, component: str, kind: str) -> bool:
     if component in ("attn.q_norm", "attn.k_norm") and not config.qk_norm:
         return False
     if group == "norm" or name.endswith("norm"):
-        return (kind == "weight" or config.norm == "layer") and (component != "head.norm" or config.head == "masked")
+        if component == "norm.mlp" and config.parallel == "shared":
+            return False
+        biased = config.norm == "layer" and config.norm_bias
+        return (kind == "weight" or biased) and (component != "head.norm" or config.head == "masked")
     if group == "attn":
         return kind == "weight" or config.bias in ("attention", "all") or (config.bias == "qkv" and name != "o")
     if group == "mlp":
@@ -100,6 +130,8 @@ def _has_head(config: ModelConfig, name: str, kind: str) -> bool:
         return own if kind == "weight" else config.head == "masked"
     if name == "pooler":
         return config.pooler and (classifier or config.head == "none")
+    if name == "dense":
+        return classifier and config.class_dense != "none"
     if name == "classes":
         return classifier and (kind == "weight" or not config.causal)
     return config.head == "masked"

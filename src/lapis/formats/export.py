@@ -113,11 +113,12 @@ def export_gguf(
     plan = plan_load(checkpoint)
     notes = [*checkpoint.notes, *plan.notes]
     config = _encoder(plan.config, checkpoint, notes)
-    assert checkpoint.family is not None
+    family = checkpoint.runs
+    assert family is not None
     if text is not None:
         check_text(config)
     try:
-        layout = layout_of(config, checkpoint.family)
+        layout = layout_of(config, family)
         keys = write_keys(config, layout, notes)
     except ConfigError as error:
         raise ConfigError(f"{checkpoint.source}: {error}") from None
@@ -126,7 +127,7 @@ def export_gguf(
     candidates = list(vocabulary_fields(tokenizer, config.vocab, notes))
     fields, _ = choose_fields(candidates, encode, tokenizer.source)
     del candidates
-    placed = place_tensors(checkpoint.family, layout, config)
+    placed = place_tensors(family, layout, config)
     kinds = _types_of(placed, type, checkpoint.source, notes)
     factors = rope_factors(config.rope, config.head_dim, config.context) if config.positions == "rotary" else None
     total = sum(_nbytes(tensor, kinds[tensor.file_name]) for tensor in placed)
@@ -165,12 +166,13 @@ def export_gguf(
 
 def rule_name(checkpoint: Checkpoint, name: str) -> str | None:
     """The name that transformers gives to a tensor of the folder, as `Family.required` lists it."""
-    return checkpoint.family.canonical(name) if checkpoint.family else None
+    inner = checkpoint.text_name(name)
+    return None if inner is None or checkpoint.runs is None else checkpoint.runs.canonical(inner)
 
 
 def _encoder(config: ModelConfig, checkpoint: Checkpoint, notes: list[str]) -> ModelConfig:
     """The model without a head that a GGUF file has no place for, which is said."""
-    layout = checkpoint.family.gguf.get(config.family) if checkpoint.family else None
+    layout = checkpoint.runs.gguf.get(config.family) if checkpoint.runs else None
     if layout is None:
         return config
     if config.head in layout.inner:

@@ -60,11 +60,12 @@ def measure_rounding(
 @torch.no_grad()
 def _take_weights(model: Transformer, checkpoint: Checkpoint, file: GgufFile, placed: Sequence[PlacedTensor]) -> None:
     """Puts the file's weights into the model, tensor by tensor."""
-    assert checkpoint.family is not None
+    family = checkpoint.runs
+    assert family is not None
     for tensor in placed:
         rows = [torch.from_numpy(rows_of_file(file, tensor, first, last).copy()) for first, last in tensor.pieces()]
         whole = torch.cat(rows).view(tensor.shape)
-        match = checkpoint.family.match(tensor.name)
+        match = family.match(tensor.name)
         assert match is not None
         rule, layer = match
         targets = [model.get_parameter(name.replace("{layer}", str(layer))) for name in rule.names]

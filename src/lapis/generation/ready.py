@@ -60,7 +60,7 @@ def open_ready(
     dtype, note = choose_dtype(checkpoint, runtime.dtype, device)
     if runtime.weights == "int8":
         check_int8(dtype or torch.float32, device, checkpoint)
-    if checkpoint.family is None:
+    if checkpoint.runs is None:
         tokenizer = _tokenizer(checkpoint)
         tokenizer.check_rows(outline_of(checkpoint).vocab)
         outside = load_readable(checkpoint, dtype, device)
@@ -174,7 +174,7 @@ def ready(
         _ready_block(cast(TransformerBlock, block), layout)
     for name, norm in list(model.norm.named_children()):
         setattr(model.norm, name, ready_norm(cast(Norm, norm), dtype, layout))
-    if type(model.head) is LanguageHead:
+    if type(model.head) is LanguageHead and not model.head.cap:
         model.head = lay_out(model.head.matrix, model.head.bias, layout) or model.head
     return model.eval()
 
@@ -187,7 +187,7 @@ def check_int8(dtype: torch.dtype, device: torch.device, checkpoint: Checkpoint 
         device: Where they are.
         checkpoint: What they are read from, where it is known.
     """
-    if checkpoint is not None and checkpoint.family is None:
+    if checkpoint is not None and checkpoint.runs is None:
         raise ConfigError(f"weights int8 is for models that lapis runs itself; {checkpoint.source} is none")
     if device.type != "cpu":
         raise ConfigError(f"weights int8 is for a CPU, and the model is on {device.type}; give --device cpu")

@@ -117,7 +117,7 @@ def _own(model: Transformer, name: str) -> Anatomy:
     return Anatomy(
         name, model, blocks, [block.added[0] for block in blocks], [block.added[1] for block in blocks],
         [block.attn.o for block in blocks], config.heads, model.norm.final, matrix, head.bias, config.context,
-        run, True,
+        run, True, config.logit_cap or None,
     )  # fmt: skip
 
 

@@ -79,7 +79,7 @@ def attach(model: Transformer, adapter: Adapter) -> Transformer:
             raise CheckpointError(f"{adapter.root}: {module} has {shape[0]:,} rows, the base {model.config.vocab:,}; "
                                   "make it a model with: lapis fuse")  # fmt: skip
     for module, kinds in adapter.pairs.items():
-        names = _places(model, family, adapter, module)[1]
+        rule, names = _places(model, family, adapter, module)
         length_O = adapter.read(kinds["magnitude"]).float().flatten() if adapter.dora else None
         linears = [_linear(model, name) for name in names]
         if any(type(linear) is not nn.Linear for linear in linears):
@@ -90,11 +90,12 @@ def attach(model: Transformer, adapter: Adapter) -> Transformer:
         if a_shape[1] != linears[0].in_features or b_shape[0] != sum(sizes):
             raise CheckpointError(f"{adapter.root}: {module} has lora_A {list(a_shape)} and lora_B {list(b_shape)}; "
                                   f"the base is {sum(sizes)}x{linears[0].in_features}")  # fmt: skip
-        a_RI, b_OR = adapter.low_rank(module, partial(_stacked, linears))
+        a_RI, b_OR = adapter.low_rank(module, partial(_joined, rule, linears))
         device = linears[0].weight.device
         shared = nn.Parameter(a_RI.to(device))
-        lengths = [None] * len(sizes) if length_O is None else torch.split(length_O, sizes)
-        for name, linear, b, length in zip(names, linears, torch.split(b_OR, sizes), lengths, strict=True):
+        split = rule.transform.split
+        lengths = [None] * len(sizes) if length_O is None else split(length_O, sizes)
+        for name, linear, b, length in zip(names, linears, split(b_OR, sizes), lengths, strict=True):
             magnitude = None if length is None else nn.Parameter(length.clone().to(device))
             b_own = nn.Parameter(b.clone().to(device))
             place(model, name, LoraLinear(linear, shared, b_own, adapter.scale(module), config.dropout, magnitude))
@@ -112,7 +113,7 @@ def attach(model: Transformer, adapter: Adapter) -> Transformer:
 
 def head_of(checkpoint: Checkpoint) -> tuple[Head | None, int]:
     """The head, and its classes, that an adapter needs, where it holds it whole; None where the base's serves."""
-    adapter, family = checkpoint.adapter, checkpoint.family
+    adapter, family = checkpoint.adapter, checkpoint.runs
     for disk, name in (adapter.whole if adapter and family else {}).items():
         assert adapter is not None and family is not None
         matched = family.match(disk)
@@ -130,17 +131,17 @@ def restore_adapter(model: Transformer, folder: Path | str) -> None:
     adapter, family = open_adapter(folder), family_of(model.config)
     here = adapters(model)
     for module, kinds in adapter.pairs.items():
-        names = _places(model, family, adapter, module)[1]
+        rule, names = _places(model, family, adapter, module)
         sizes = [_linear(model, name).out_features for name in names]
-        slices = {kind: adapter.read(name) for kind, name in kinds.items()}
+        a_RI = adapter.read(kinds["A"])
+        pieces = {kind: rule.transform.split(adapter.read(name), sizes) for kind, name in kinds.items() if kind != "A"}
         for i, name in enumerate(names):
             if name not in here:
                 continue
-            first = sum(sizes[:i])
-            here[name].lora_A.copy_(slices["A"])
-            here[name].lora_B.copy_(slices["B"][first : first + sizes[i]])
+            here[name].lora_A.copy_(a_RI)
+            here[name].lora_B.copy_(pieces["B"][i])
             if (magnitude := here[name].magnitude) is not None:
-                magnitude.copy_(slices["magnitude"][first : first + sizes[i]])
+                magnitude.copy_(pieces["magnitude"][i])
     rows = token_rows(model)
     for name, (_, values) in _rows(model, family, adapter).items():
         rows[name].rows.copy_(values)
@@ -166,25 +167,28 @@ def _tensors(model: Transformer) -> dict[str, Tensor]:
     """Every trained tensor by PEFT's name."""
     config, family = model.config, family_of(model.config)
     tensors: dict[str, Tensor] = {}
-    for module, (names, _) in _adapted(model).items():
+    for module, (names, rule) in _adapted(model).items():
         group = [_linear(model, name) for name in names]
         first = next(member for member in group if isinstance(member, LoraLinear))
         b_OR = [m.lora_B if isinstance(m, LoraLinear) else m.weight.new_zeros(len(m.weight), len(first.lora_A))
                 for m in group]  # fmt: skip
         tensors[f"{LEAD}{module}.lora_A.weight"] = first.lora_A
-        tensors[f"{LEAD}{module}.lora_B.weight"] = torch.cat([b.float() for b in b_OR])
+        tensors[f"{LEAD}{module}.lora_B.weight"] = rule.transform.join([b.float() for b in b_OR])
         if first.magnitude is not None:
             lengths = [m.magnitude if isinstance(m, LoraLinear) else row_lengths(m.weight) for m in group]
-            tensors[f"{LEAD}{module}.lora_magnitude_vector"] = torch.cat([x for x in lengths if x is not None])
+            held = [x for x in lengths if x is not None]
+            tensors[f"{LEAD}{module}.lora_magnitude_vector"] = rule.transform.join(held)
     for name, rows in token_rows(model).items():
-        tensors[f"{LEAD}{_module(config, family, name)}.token_adapter.trainable_tokens_delta"] = rows.rows
+        tensors[f"{LEAD}{_module(model, family, name)}.token_adapter.trainable_tokens_delta"] = rows.rows
     adapted = of(model)
     whole = {name: model.get_parameter(name) for name in (adapted.originals if adapted else {})}
     if config.tied and "embed.weight" in whole:  # PEFT wants the head, too, and ties it (ensure_weight_tying)
         rule, layer = family.rule_for("head.weight")
         tensors[LEAD + family.disk_name(rule, layer)] = whole["embed.weight"]
     for name, (sources, rule) in disk_layout(config, whole).items():
-        tensors[LEAD + name] = rule.transform.invert(tuple(model.get_parameter(s).detach() for s in sources))
+        tensors[LEAD + _placed(model, rule, name)] = rule.transform.invert(
+            tuple(model.get_parameter(s).detach() for s in sources)
+        )
     return tensors
 
 
@@ -203,7 +207,7 @@ def _config(model: Transformer, adapted: Adapted) -> dict[str, Any]:
     """adapter_config.json."""
     config, family = adapted.config, family_of(model.config)
     places = _adapted(model)
-    everything = {_module(model.config, family, f"{name}.weight") for name, module in model.named_modules()
+    everything = {_module(model, family, f"{name}.weight") for name, module in model.named_modules()
                   if isinstance(module, (nn.Linear, Nf4Linear))}  # fmt: skip
     ranks, alphas = {}, {}
     for module, (names, _) in places.items():
@@ -214,9 +218,9 @@ def _config(model: Transformer, adapted: Adapted) -> dict[str, Any]:
             ranks[module] = rank
         if not math.isclose(alpha, config.strength, rel_tol=1e-9):
             alphas[module] = alpha
-    rows = {_module(model.config, family, name).rpartition(".")[2]: r.ids_N.tolist()
+    rows = {_module(model, family, name).rpartition(".")[2]: r.ids_N.tolist()
             for name, r in token_rows(model).items()}  # fmt: skip
-    whole = sorted({_short(_module(model.config, family, name)) for name in adapted.originals})
+    whole = sorted({_short(_module(model, family, name)) for name in adapted.originals})
     base = os.path.abspath(adapted.base) if os.path.isdir(adapted.base) else adapted.base
     alpha = config.strength
     return {
@@ -247,14 +251,24 @@ def _adapted(model: Transformer) -> dict[str, tuple[tuple[str, ...], Rule]]:
     for name in adapters(model):
         rule, layer = family.rule_for(f"{name}.weight")
         names = tuple(n.replace("{layer}", str(layer)).removesuffix(".weight") for n in rule.names)
-        modules[_module(model.config, family, f"{name}.weight")] = names, rule
+        modules[_module(model, family, f"{name}.weight")] = names, rule
     return modules
 
 
-def _module(config: Any, family: Family, name: str) -> str:
+def _module(model: Transformer, family: Family, name: str) -> str:
     """The module on disk that holds a parameter."""
     rule, layer = family.rule_for(name)
-    return family.disk_name(rule, layer, bare=config.head == "none").rpartition(".")[0]
+    return _placed(model, rule, family.disk_name(rule, layer, bare=model.config.head == "none")).rpartition(".")[0]
+
+
+def _placed(model: Transformer, rule: Rule, name: str) -> str:
+    """A name on disk as the model's own folder has it, which may be a multimodal one."""
+    family = family_of(model.config)
+    if rule.component == "head" and family.head_module:
+        return f"{family.head_module}.{rule.kind}"
+    if rule.outside or not model.stem:
+        return name
+    return model.stem + name.removeprefix(family.prefix)
 
 
 def _targets(targets: set[str], everything: set[str]) -> list[str]:
@@ -273,13 +287,15 @@ def _targets(targets: set[str], everything: set[str]) -> list[str]:
 
 
 def _short(module: str) -> str:
-    """The last piece of a module's name that says something."""
+    """The last piece of a module's name that says something; PEFT takes a classifier of several layers as one."""
     pieces = module.split(".")
+    if pieces[0] == "classifier":
+        return pieces[0]
     return ".".join(pieces[-2:]) if pieces[-1] == "dense" else pieces[-1]
 
 
-def _stacked(linears: Sequence[nn.Linear]) -> Tensor:
-    return torch.cat([linear.weight.detach() for linear in linears])
+def _joined(rule: Rule, linears: Sequence[nn.Linear]) -> Tensor:
+    return rule.transform.join([linear.weight.detach() for linear in linears])
 
 
 def _linear(model: Transformer, name: str) -> nn.Linear:

@@ -5,6 +5,7 @@ No torch is imported and nothing is allocated, whatever sizes config.json gives.
 """
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -39,13 +40,13 @@ class Plan:
 def read_config(source: Checkpoint | str | Path, notes: list[str] | None = None) -> ModelConfig:
     """The shape that config.json gives. Raises CheckpointError for an unknown family or a field that is wrong."""
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source, adapters=True)
-    if checkpoint.family is None:
+    if checkpoint.runs is None:
         kind = str(checkpoint.config.get("model_type"))
         raise CheckpointError(
             f"{checkpoint.source}: config.json: model_type is {kind:.40}; lapis builds {known_types()}"
         )
     try:
-        return checkpoint.family.read_config(checkpoint.config, notes)
+        return checkpoint.runs.read_config(checkpoint.text_config, notes)
     except CheckpointError as error:
         raise CheckpointError(f"{checkpoint.source}: {error}") from None
 
@@ -65,7 +66,7 @@ def plan_load(checkpoint: Checkpoint, *, head: Head | None = None, classes: int 
     """
     notes: list[str] = []
     config = read_config(checkpoint, notes)
-    family = checkpoint.family
+    family = checkpoint.runs
     assert family is not None
     tensors, problems = _find(checkpoint, family, notes, to_run)
     layers = layers_of(tensors, family)
@@ -139,8 +140,13 @@ def _find(checkpoint: Checkpoint, family: Family, notes: list[str], to_run: bool
     tensors: DiskTensors = {}
     problems = []
     ignored = scales = 0
+    towers = Counter[str]()
     for name in checkpoint.names:
-        matched = family.match(name)
+        inner = checkpoint.text_name(name)
+        if inner is None:
+            towers[checkpoint.towers.others[name]] += 1
+            continue
+        matched = family.match(inner)
         if matched is None:
             if family.is_ignored(name):
                 ignored += 1
@@ -155,6 +161,11 @@ def _find(checkpoint: Checkpoint, family: Family, notes: list[str], to_run: bool
         tensors[canonical] = (name, *matched)
     if ignored:
         notes.append(f"{ignored} tensors are buffers or unused heads; left out")
+    if towers:
+        listed = ", ".join(f"{count:,} of {tower}" for tower, count in towers.items())
+        notes.append(
+            f"text alone is run here: {listed} are left out; lapis graft puts what is learned back beside them"
+        )
     if scales:
         notes.append(f"{scales} tensors are the scales of quantized weights; not counted")
     return tensors, problems
@@ -168,7 +179,7 @@ def _with_head(
         config = dataclasses.replace(config, pooler=False)
     if head is None or (head == config.head and classes in (0, config.classes)):
         return config
-    pooler = head in ("classes", "scalar") and not config.causal and config.image is None
+    pooler = head in ("classes", "scalar") and config.pools
     try:
         return dataclasses.replace(config, head=head, classes=classes, pooler=pooler, extra=_unlabeled(config))
     except ConfigError as error:

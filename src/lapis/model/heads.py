@@ -11,15 +11,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lapis.families.config import MLP_KINDS, ModelConfig
+from lapis.model.blocks.attention import capped
 from lapis.model.blocks.norm import make_norm
-from lapis.model.blocks.standard import ACTIVATIONS
+from lapis.model.blocks.standard import ACTIVATIONS, Activation
 
 
 class LanguageHead(nn.Module):
-    """hidden -> logits over the vocabulary. Tied: the embedding is the weight, looked up at every call."""
+    """hidden -> logits over the vocabulary. Tied: the embedding is the weight, looked up at every call.
+
+    cap: logits are cap tanh(logit / cap); 0 = as they are.
+    """
 
     def __init__(self, config: ModelConfig, embed: nn.Module) -> None:
         super().__init__()
+        self.cap = config.logit_cap
         if config.tied:
             self.register_parameter("weight", None)
         else:
@@ -36,7 +41,7 @@ class LanguageHead(nn.Module):
         return self._embed[0].weight if self.weight is None else self.weight
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return F.linear(hidden, self.matrix, self.bias)
+        return capped(F.linear(hidden, self.matrix, self.bias), self.cap)
 
 
 class MaskedHead(LanguageHead):
@@ -53,16 +58,20 @@ class MaskedHead(LanguageHead):
 
 
 class ClassHead(nn.Module):
-    """hidden -> scores of classes, or one number; through BERT's pooler where there is one."""
+    """hidden -> scores of classes, or one number; through BERT's pooler, or a dense layer of its own, if any."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.pooler = nn.Linear(config.dim, config.dim) if config.pooler else None
+        self.dense = nn.Linear(config.dim, config.dim) if config.class_dense != "none" else None
+        self.activation: Activation = torch.tanh if config.class_dense == "tanh" else F.relu
         self.classes = nn.Linear(config.dim, config.classes, bias=not config.causal)
 
     def forward(self, hidden: Tensor) -> Tensor:
         if self.pooler is not None:
             hidden = torch.tanh(self.pooler(hidden))
+        if self.dense is not None:
+            hidden = self.activation(self.dense(hidden))
         scores: Tensor = self.classes(hidden)
         return scores
 

@@ -26,6 +26,7 @@ from lapis.model.transformer import Transformer
 
 CHUNK = 1 << 20  # elements converted at a time
 AHEAD = 2  # tensors that are read while one is put in place
+STEM = "model.language_model."  # of the language model's names within a multimodal model of transformers 5
 SHARD_BYTES = 5_000_000_000
 
 
@@ -72,6 +73,7 @@ def load(
                 placed(model, module)
     if plan.fresh:
         _draw(model, plan.fresh, dtype, device)
+    model.stem = "" if checkpoint.family is not None else STEM
     model.notes, model.fresh = [*checkpoint.notes, *plan.notes], plan.fresh
     generation = checkpoint.json("generation_config.json")
     model.generation = dict(generation) if isinstance(generation, Mapping) else {}

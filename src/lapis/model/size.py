@@ -112,7 +112,7 @@ def measure(config: ModelConfig, context: int | None = None) -> Size:
 
 def is_once(config: ModelConfig, name: str) -> bool:
     """Whether a product outside the blocks is done for every token; a classifier's is done once in a sequence."""
-    return not name.startswith(("head.pooler", "head.classes"))
+    return not name.startswith(("head.pooler", "head.dense", "head.classes"))
 
 
 def visible_keys(config: ModelConfig, layer: int, context: int) -> float:

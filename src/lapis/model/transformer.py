@@ -41,7 +41,8 @@ class Embed(nn.Module):
         else:
             self.cls = nn.Parameter(torch.empty(1, 1, config.dim))
             self.patch = nn.Conv2d(image.channels, config.dim, image.patch, stride=image.patch)
-        rows = config.context if image is None else image.patches + 1
+        self.first = config.first_position
+        rows = self.first + config.context if image is None else image.patches + 1
         self.position = nn.Embedding(rows, config.dim) if config.positions == "learned" else None
         self.types = nn.Embedding(config.types, config.dim) if config.types else None
 
@@ -51,7 +52,7 @@ class Embed(nn.Module):
             x_BTD = x_BTD * torch.tensor(self.scale, dtype=x_BTD.dtype, device=x_BTD.device)
         if self.types is not None:
             x_BTD = x_BTD + (self.types.weight[0] if types_BT is None else self.types(types_BT))
-        return x_BTD if self.position is None else x_BTD + self.position(positions)
+        return x_BTD if self.position is None else x_BTD + self.position(positions + self.first)
 
     def pixels(self, pixels_BCHW: Tensor) -> Tensor:
         """[B, channels, size, size] -> [B, 1 + patches, D], the class token first (Dosovitskiy et al. 2020)."""
@@ -74,6 +75,7 @@ class Transformer(ReadableModel):
         super().__init__()
         self.config = config
         self.notes: list[str] = []
+        self.stem = ""  # of its modules' names in the folder, where that is a multimodal one
         self.adapted: Any = None  # what lora.wrap did to it
         self.fresh: tuple[str, ...] = ()  # parameters that the folder lacked
         self.generation: dict[str, Any] = {}  # generation_config.json of the folder
@@ -330,7 +332,7 @@ def put_head(model: Transformer, head: Head, classes: Sequence[str] = ()) -> lis
         raise ValueError("classes are given with the head of that name, and only with it")
     config, old = model.config, model.head.state_dict()
     extra = {name: value for name, value in config.extra.items() if name not in CLASS_FIELDS} | class_fields(classes)
-    pooler = head in ("classes", "scalar") and not config.causal and config.image is None
+    pooler = head in ("classes", "scalar") and config.pools
     like = next(model.parameters())
     model.config = dataclasses.replace(config, head=head, classes=len(classes), pooler=pooler, extra=extra)
     model.head = make_head(model.config, model.embed).to(like.device, like.dtype)

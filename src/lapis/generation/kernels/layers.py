@@ -30,7 +30,7 @@ class ReadyAttention(Attention):
         nn.Module.__init__(self)
         self.layer, self.head_dim = attention.layer, attention.head_dim
         self.near, self.turns, self.normed_whole = attention.near, attention.turns, attention.normed_whole
-        self.heads, self.kv_heads = attention.heads, attention.kv_heads
+        self.heads, self.kv_heads, self.turns_halves = attention.heads, attention.kv_heads, attention.turns_halves
         self.qkv, self.core = qkv, attention.core
         self.o = o  # type: ignore[assignment]
         self.q_norm, self.k_norm = attention.q_norm, attention.k_norm
@@ -40,7 +40,8 @@ class ReadyAttention(Attention):
         if isinstance(self.q_norm, RMSNorm) and isinstance(self.k_norm, RMSNorm):
             self._eps, self._gains = self.q_norm.eps, (wide_gain(self.q_norm), wide_gain(self.k_norm))
             self._gain_pointers = self._gains[0].data_ptr(), self._gains[1].data_ptr()
-        fits = self.head_dim % LANES == 0 and not self.normed_whole and isinstance(self.q_norm, RMSNorm | None)
+        plain = isinstance(self.q_norm, RMSNorm | None) and not self.normed_whole and not self.core.cap
+        fits = plain and self.turns_halves and self.head_dim % LANES == 0
         self._attend = kernels.attend if kernels is not None and fits else None
 
     def project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -161,7 +161,7 @@ def activation_difference(
         means.append(mean_PLD)
         lengths.append(norm_PL)
         fingerprints.append(fingerprint(parts))
-        notes += [note for note in model.notes if source.family is None and note not in notes]
+        notes += [note for note in model.notes if source.runs is None and note not in notes]
     info = {"a": sources[0].source, "b": sources[1].source, "texts": len(ids_NP), "fingerprints": fingerprints}
     vectors = DifferenceVectors((means[1] - means[0]).float(), lengths[0].float(), info)
     if len(ids_NP) < options.texts:

@@ -24,6 +24,8 @@ from lapis.checkpoint import Checkpoint
 from lapis.errors import DataError
 from lapis.language.rows.grown import GrownEmbed, document_lead
 from lapis.language.texts import first_bytes
+from lapis.model.blocks.attention import capped
+from lapis.model.heads import LanguageHead
 from lapis.model.load import load
 from lapis.model.transformer import Transformer
 from lapis.text.tokenizer.extend import ExtendableTokenizer, Extension
@@ -80,7 +82,8 @@ def calibrate(
         language, others = (_read(model, rows, embed_ND, first, progress) for rows in (written, known))
         along_D = direction(language.hidden_RD, others.hidden_RD)
         shares_N = token_shares(base, gained, texts)
-        moved_ND = scaled_rows(language.hidden_RD, language.old_R, score_ND, shares_N, along_D)
+        cap = cast(LanguageHead, model.head).cap
+        moved_ND = scaled_rows(language.hidden_RD, language.old_R, score_ND, shares_N, along_D, cap)
         before = [place.nats(model, score_ND, first) for place in (language, others)]
         if tied:
             language, others = (_read(model, rows, moved_ND, first, progress) for rows in (written, known))
@@ -99,12 +102,13 @@ class Places:
 
     def nats(self, model: Transformer, rows_ND: Tensor, first: int) -> float:
         """Of what followed, summed, where new tokens have these rows."""
-        logits_RN = self.hidden_RD @ rows_ND.T
+        head = cast(LanguageHead, model.head)
+        logits_RN = capped(self.hidden_RD @ rows_ND.T, head.cap)
         total_R = torch.logaddexp(logits_RN.logsumexp(1), self.old_R)
         new_R = self.followed_R >= first
         own = logits_RN[new_R].gather(1, self.followed_R[new_R, None] - first).sum()
-        old = (self.hidden_RD[~new_R] * F.embedding(self.followed_R[~new_R], cast(Tensor, model.head.matrix))).sum()
-        return float(total_R.sum() - own - old)
+        old_Q = (self.hidden_RD[~new_R] * F.embedding(self.followed_R[~new_R], head.matrix)).sum(1)
+        return float(total_R.sum() - own - capped(old_Q, head.cap).sum())
 
 
 def direction(hidden_RD: Tensor, replay_SD: Tensor) -> Tensor:
@@ -121,7 +125,9 @@ def direction(hidden_RD: Tensor, replay_SD: Tensor) -> Tensor:
     return mean_D / mean_D.square().sum().clamp_min(1e-12)
 
 
-def scaled_rows(hidden_RD: Tensor, others_R: Tensor, begin_ND: Tensor, shares_N: Tensor, along_D: Tensor) -> Tensor:
+def scaled_rows(
+    hidden_RD: Tensor, others_R: Tensor, begin_ND: Tensor, shares_N: Tensor, along_D: Tensor, cap: float = 0.0
+) -> Tensor:
     """Rows under which new tokens have given chances, on average over hidden states.
 
     Args:
@@ -130,11 +136,12 @@ def scaled_rows(hidden_RD: Tensor, others_R: Tensor, begin_ND: Tensor, shares_N:
         begin_ND: Where the rows begin.
         shares_N: The chance that each new token is to have.
         along_D: The direction in which rows are moved.
+        cap: Of the logits (model/heads.py); 0 = none.
     """
     logits_RN, step_R = hidden_RD @ begin_ND.T, hidden_RD @ along_D  # what a row gets for each unit that it moves
     moved_N = torch.zeros(len(begin_ND))
     for _ in range(ROUNDS):
-        now_RN = logits_RN + step_R[:, None] * moved_N
+        now_RN = capped(logits_RN + step_R[:, None] * moved_N, cap)
         total_R = torch.logaddexp(now_RN.logsumexp(1), others_R)
         chances_N = (now_RN - total_R[:, None]).exp().mean(0)
         moved_N += STRIDE * (shares_N / chances_N.clamp_min(1e-12)).log()

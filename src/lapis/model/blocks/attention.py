@@ -45,11 +45,14 @@ class Shared(NamedTuple):
 
 
 class AttentionCore(nn.Module):
-    """softmax(scale * q k^T + mask) v, without parameters (Vaswani et al. 2017, section 3.2.1)."""
+    """softmax(scale * q k^T + mask) v, without parameters (Vaswani et al. 2017, section 3.2.1).
 
-    def __init__(self, scale: float) -> None:
+    cap: scores are cap tanh(score / cap) before the mask; 0 = as they are (Gemma Team 2024, arXiv:2408.00118).
+    """
+
+    def __init__(self, scale: float, cap: float = 0.0) -> None:
         super().__init__()
-        self.scale = scale
+        self.scale, self.cap = scale, cap
 
     def forward(self, q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
         """The mixed values, [B, H, T, E]. H is a multiple of K: each key head serves H/K query heads (GQA)."""
@@ -57,6 +60,8 @@ class AttentionCore(nn.Module):
         K = k_BKSE.shape[1]
         if mask is not None and mask.dtype != q_BHTE.dtype:
             mask = mask.to(q_BHTE.dtype)
+        if self.cap:
+            return capped_attention(q_BHTE, k_BKSE, v_BKSE, mask, causal, self.scale, self.cap)
         if T == 1 and H != K:
             # one token: the heads that share a key are stacked along time, and no key is repeated
             folded = F.scaled_dot_product_attention(
@@ -72,9 +77,9 @@ class AttentionCore(nn.Module):
         )
 
     def scores(self, q_BHTE: Tensor, k_BKSE: Tensor) -> Tensor:
-        """scale * q k^T before any mask, [B, H, T, S] float32; for looking, not for speed."""
+        """scale * q k^T, capped, before any mask, [B, H, T, S] float32; for looking, not for speed."""
         G = q_BHTE.shape[1] // k_BKSE.shape[1]
-        return q_BHTE.float() @ k_BKSE.float().repeat_interleave(G, 1).transpose(-1, -2) * self.scale
+        return capped(q_BHTE.float() @ k_BKSE.float().repeat_interleave(G, 1).transpose(-1, -2) * self.scale, self.cap)
 
     def weights(self, q_BHTE: Tensor, k_BKSE: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
         """The attention weights that `forward` does not keep, [B, H, T, S] float32; for looking, not for speed."""
@@ -96,6 +101,7 @@ class Attention(nn.Module):
         self.heads, self.kv_heads = config.heads, config.kv_heads
         self.near, self.turns = config.windowed(layer), layer not in config.nope_layers
         self.normed_whole = config.qk_norm_over == "all"
+        self.turns_halves = config.rope.share == 1 and not config.rope.neighbors
         bias, out_bias = config.bias in ("qkv", "attention", "all"), config.bias in ("attention", "all")
         inner, inner_kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
         self.q = nn.Linear(config.dim, inner, bias=bias)
@@ -104,7 +110,7 @@ class Attention(nn.Module):
         self.o = nn.Linear(inner, config.dim, bias=out_bias)
         widths = (inner, inner_kv) if self.normed_whole else (config.head_dim, config.head_dim)
         self.q_norm, self.k_norm = (norm(config, width) if config.qk_norm else None for width in widths)
-        self.core = AttentionCore(config.attention_scale)
+        self.core = AttentionCore(config.attention_scale, config.attention_cap)
 
     def project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B, T, H, E], keys and values [B, T, K, E], neither normed nor turned."""
@@ -133,6 +139,41 @@ class Attention(nn.Module):
         mixed_BHTE = self.core(q_BHTE, k_BKSE, v_BKSE, mask, causal)
         out_BTD: Tensor = self.o(mixed_BHTE.transpose(1, 2).reshape(B, T, -1))
         return out_BTD
+
+
+def capped(scores: Tensor, cap: float) -> Tensor:
+    """cap tanh(scores / cap); the scores themselves where the cap is 0."""
+    return cap * torch.tanh(scores / cap) if cap else scores
+
+
+def capped_attention(
+    q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask: Tensor | None, causal: bool, scale: float, cap: float
+) -> Tensor:
+    """softmax(cap tanh(scale * q k^T / cap) + mask) v; QUERIES queries of a row at a time, softmax in float32.
+
+    Args:
+        q_BHTE: Queries; the arguments are those of `dense_attention`.
+        k_BKSE: Keys.
+        v_BKSE: Values.
+        mask: Added to the scores, [1 or B, 1, 1 or T, S]; None hides nothing.
+        causal: A token's later keys are hidden, and there is no mask.
+        scale: Factor on the scores.
+        cap: Above 0.
+    """
+    T, S, G = q_BHTE.shape[2], k_BKSE.shape[2], q_BHTE.shape[1] // k_BKSE.shape[1]
+    k_BHES, v_BHSE = k_BKSE.repeat_interleave(G, 1).transpose(-1, -2), v_BKSE.repeat_interleave(G, 1)
+    mixed = []
+    for first in range(0, T, QUERIES):
+        last = min(first + QUERIES, T)
+        keys = last if causal else S
+        scores = capped(q_BHTE[:, :, first:last] @ k_BHES[..., :keys] * scale, cap)
+        if causal:
+            scores = scores + triangle(last, scores.dtype, scores.device)[first:]
+        elif mask is not None:
+            scores = scores + (mask if mask.shape[2] == 1 else mask[:, :, first:last])
+        weights = scores.softmax(-1, dtype=torch.float32).to(v_BHSE.dtype)
+        mixed.append(weights @ v_BHSE[:, :, :keys])
+    return torch.cat(mixed, 2)
 
 
 def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
@@ -217,9 +258,9 @@ class _DenseAttention(torch.autograd.Function):
         return grad_q.view(B, H, T, E), grad_k.view(B, -1, S, E), grad_v.view(B, -1, S, E), None, None
 
 
-def triangle(size: int, dtype: torch.dtype) -> Tensor:
+def triangle(size: int, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
     """[T, T]: 0 where a token sees a key, very low above the diagonal."""
-    return torch.full((size, size), torch.finfo(dtype).min, dtype=dtype).triu_(1)
+    return torch.full((size, size), torch.finfo(dtype).min, dtype=dtype, device=device).triu_(1)
 
 
 _cached_triangle = lru_cache(maxsize=4)(triangle)

@@ -1,4 +1,4 @@
-"""Gemma 3's block: a norm before and after each half, norms that multiply by 1 + weight, scaled embeddings.
+"""Gemma 2's and 3's block: a norm before and after each half, norms that multiply by 1 + weight, scaled embeddings.
 
 Shapes: B batch, T time, D model dim.
 """
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lapis.families.config import ModelConfig
 from lapis.model.blocks.attention import Shared
 from lapis.model.blocks.norm import RMSNorm
-from lapis.model.blocks.standard import Architecture, TransformerBlock
+from lapis.model.blocks.standard import Architecture, MakeNorm, TransformerBlock
 from lapis.model.cache import Cache
 
 
@@ -33,8 +33,8 @@ def make_offset_norm(config: ModelConfig, dim: int) -> OffsetRMSNorm:
 class SandwichBlock(TransformerBlock):
     """x + norm(attention(norm(x))), then the same with the MLP (Gemma Team 2025, arXiv:2503.19786, section 2)."""
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
-        super().__init__(config, layer, make_offset_norm, ("attn", "attn_out", "mlp", "mlp_out"))
+    def __init__(self, config: ModelConfig, layer: int, norm: MakeNorm = make_offset_norm) -> None:
+        super().__init__(config, layer, norm, ("attn", "attn_out", "mlp", "mlp_out"))
 
     @property
     def added(self) -> tuple[nn.Module, nn.Module]:

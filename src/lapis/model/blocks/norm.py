@@ -39,14 +39,14 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """(x - mean) / sqrt(var + eps) * weight + bias (Ba et al. 2016, arXiv:1607.06450)."""
+    """(x - mean) / sqrt(var + eps) * weight + bias (Ba et al. 2016, arXiv:1607.06450), or without the bias."""
 
     starts: ClassVar = {"weight": 1.0}
 
-    def __init__(self, dim: int, eps: float, on_stream: bool = False) -> None:
+    def __init__(self, dim: int, eps: float, on_stream: bool = False, bias: bool = True) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
-        self.bias = nn.Parameter(torch.zeros(dim))
+        self.register_parameter("bias", nn.Parameter(torch.zeros(dim)) if bias else None)
         self.eps, self.on_stream = eps, on_stream
 
     def forward(self, x: Tensor) -> Tensor:
@@ -87,4 +87,7 @@ Norm = RMSNorm | LayerNorm
 
 def make_norm(config: ModelConfig, dim: int) -> Norm:
     """The norm of a config, over `dim` numbers."""
-    return (RMSNorm if config.norm == "rms" else LayerNorm)(dim, config.norm_eps, config.norm_place == "post")
+    on_stream = config.norm_place == "post"
+    if config.norm == "rms":
+        return RMSNorm(dim, config.norm_eps, on_stream)
+    return LayerNorm(dim, config.norm_eps, on_stream, config.norm_bias)

@@ -1,19 +1,26 @@
 """Rotary positions: the angles of one forward pass, and turning queries and keys by them.
 
-The angles are computed once per forward in float32, and shared by all layers. Pairs are (i, i + E/2), as in the
-published weights, not (2i, 2i + 1) as in the paper. Leaves out: rotating a part of each head, long-rope's tables.
+The angles are computed once per forward in float32, and shared by all layers. Pairs are (i, i + R/2), as in most
+published weights, or (2i, 2i + 1), as in the paper. Leaves out: long-rope's tables.
 
-Shapes: B batch, T time, H heads, E head dim.
+Shapes: B batch, T time, H heads, E head dim, R numbers of a head that turn.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lapis.families.config import ModelConfig, Rope
 
-Rotation = tuple[Tensor, Tensor]
+
+class Rotation(NamedTuple):
+    """cos and signed sin, [..., T, 1, R]. neighbors: the pairs are (2i, 2i + 1)."""
+
+    cos: Tensor
+    sin: Tensor
+    neighbors: bool = False
 
 
 def rope_tables(rope: Rope, config: ModelConfig, positions: Tensor, dtype: torch.dtype, length: int) -> Rotation:
@@ -27,14 +34,17 @@ def rope_tables(rope: Rope, config: ModelConfig, positions: Tensor, dtype: torch
         length: One more than the largest position; only the "dynamic" kind looks at it.
 
     Returns:
-        Both as [..., T, 1, E].
+        Both as [..., T, 1, R].
     """
     inverse, scale = inverse_frequencies(rope, config, length, positions.device)
     angles = positions[..., None, None].float() * inverse
     cos, sin = angles.cos(), angles.sin()
     if scale != 1.0:
         cos, sin = cos * scale, sin * scale
-    return torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)
+    if rope.neighbors:
+        cos, sin = cos.repeat_interleave(2, -1), torch.stack((-sin, sin), -1).flatten(-2)
+        return Rotation(cos.to(dtype), sin.to(dtype), True)
+    return Rotation(torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype))
 
 
 def query_gain(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> Tensor | None:
@@ -47,13 +57,17 @@ def query_gain(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> Te
 
 def rotate(x_BTHE: Tensor, rotation: Rotation) -> Tensor:
     """Each head's pairs turned by their angle: (a, b) -> (a cos - b sin, b cos + a sin)."""
-    cos, sin = rotation
-    return (x_BTHE * cos).addcmul_(x_BTHE.roll(x_BTHE.shape[-1] // 2, -1), sin)
+    cos, sin, neighbors = rotation
+    width = cos.shape[-1]
+    x_BTHR = x_BTHE if width == x_BTHE.shape[-1] else x_BTHE[..., :width]
+    partners = x_BTHR.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) if neighbors else x_BTHR.roll(width // 2, -1)
+    turned = (x_BTHR * cos).addcmul_(partners, sin)
+    return turned if x_BTHR is x_BTHE else torch.cat((turned, x_BTHE[..., width:]), -1)
 
 
 def inverse_frequencies(rope: Rope, config: ModelConfig, length: int, device: torch.device) -> tuple[Tensor, float]:
-    """Radians per position for each pair of a head, [E/2] float32, and what cos and sin are multiplied by."""
-    dim = config.head_dim
+    """Radians per position for each pair of a head, [R/2] float32, and what cos and sin are multiplied by."""
+    dim = rope.width(config.head_dim)
     exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim
     factor = rope.factor or 1.0
     if rope.kind == "dynamic":

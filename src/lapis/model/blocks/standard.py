@@ -72,6 +72,8 @@ class Norms(nn.Module):
 class TransformerBlock(nn.Module):
     """Attention and MLP, each added to the residual stream; normed before (most) or after (BERT).
 
+    Where they are parallel, the MLP reads what the attention reads (Wang and Komatsuzaki 2021, GPT-J).
+
     A block of another kind is a subclass. It keeps the names `attn` (with q, k, v, o and core), `mlp` (gate, up, down)
     and `norm`, so that adapters, freezing, the lens and tables of parts need to know nothing of it.
     """
@@ -83,7 +85,8 @@ class TransformerBlock(nn.Module):
         act: Activation | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.norm = Norms(config, norm, *norms)
+        self.parallel = config.parallel
+        self.norm = Norms(config, norm, *(name for name in norms if (name, self.parallel) != ("mlp", "shared")))
         self.attn = Attention(config, layer, norm)
         self.mlp = Mlp(config, act)
         self.post = config.norm_place == "post"
@@ -98,6 +101,10 @@ class TransformerBlock(nn.Module):
         if self.post:
             x_BTD = norm.attn(x_BTD + self._dropped(self.attn(x_BTD, shared, cache)))
             x_BTD = norm.mlp(x_BTD + self._dropped(self.mlp(x_BTD)))
+        elif self.parallel != "none":
+            normed_BTD = norm.attn(x_BTD)
+            mlp_BTD = self.mlp(normed_BTD if self.parallel == "shared" else norm.mlp(x_BTD))
+            x_BTD = x_BTD + self._dropped(self.attn(normed_BTD, shared, cache)) + self._dropped(mlp_BTD)
         else:
             x_BTD = x_BTD + self._dropped(self.attn(norm.attn(x_BTD), shared, cache))
             x_BTD = x_BTD + self._dropped(self.mlp(norm.mlp(x_BTD)))

@@ -18,7 +18,7 @@ def outline_of(checkpoint: Checkpoint) -> Outline:
     Raises:
         LapisError: As `load_readable`.
     """
-    return read_outline(checkpoint) if checkpoint.family is None else read_config(checkpoint)
+    return read_outline(checkpoint) if checkpoint.runs is None else read_config(checkpoint)
 
 
 def load_readable(
@@ -35,6 +35,6 @@ def load_readable(
         CheckpointError: The folder is damaged, or neither lapis nor transformers runs its model.
         MissingExtra: It needs transformers, which is not installed.
     """
-    if checkpoint.family is None:
+    if checkpoint.runs is None:
         return load_outside(checkpoint, dtype, device)
     return load(checkpoint, dtype, device)

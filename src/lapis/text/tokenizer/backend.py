@@ -1,9 +1,9 @@
 """A tokenizer folder as one object of the tokenizers library, with the ids that transformers 5 gives.
 
 tokenizer.json is the rule. Without it, vocab.json + merges.txt or vocab.txt are built as the class that
-tokenizer_config.json names builds them. On top come added tokens that only tokenizer_config.json lists, and settings
-that such a class applies whatever tokenizer.json says (lower-casing, accents, a space before a text). A setting that
-cannot be applied is refused with the name of both files.
+tokenizer_config.json names builds them, and a SentencePiece model is converted (sentence_piece.py). On top come added
+tokens that only tokenizer_config.json lists, and settings that such a class applies whatever tokenizer.json says
+(lower-casing, accents, a space before a text). A setting that cannot be applied is refused with the name of both files.
 """
 
 import json
@@ -25,6 +25,7 @@ from lapis.text.tokenizer.folder import (
     read_named_tokens,
     read_object,
 )
+from lapis.text.tokenizer.sentence_piece import converted, model_file
 from lapis.text.tokenizer.trial import open_stored, state_of
 
 END_OF_TEXT = "<|endoftext|>"
@@ -52,7 +53,7 @@ def open_backend(folder: Path) -> tuple[tokenizers.Tokenizer, dict[str, str], bo
     """Opens what encodes.
 
     Args:
-        folder: A folder with tokenizer.json, vocab.json + merges.txt, or vocab.txt.
+        folder: A folder with tokenizer.json, vocab.json + merges.txt, vocab.txt, or a SentencePiece model.
 
     Returns:
         The tokenizer; its special tokens by name; whether it is just what tokenizer.json holds, and not changed by
@@ -60,6 +61,7 @@ def open_backend(folder: Path) -> tuple[tokenizers.Tokenizer, dict[str, str], bo
 
     Raises:
         CheckpointError: For files that are missing, damaged, or contradict each other, naming them.
+        MissingExtra: What converts a SentencePiece model is not installed.
     """
     config, kind = read_object(folder, CONFIG), _class_name(folder)
     as_stored = has_file(folder, "tokenizer.json")
@@ -99,7 +101,9 @@ def _built(folder: Path, kind: str, config: Mapping[str, Any]) -> tokenizers.Tok
         return _byte_level_bpe(folder, kind, config)
     if has_file(folder, "vocab.txt") and kind in _BERT:
         return _word_piece(folder, config)
-    others = [name for name in ("tokenizer.model", "vocab.txt", "vocab.json") if has_file(folder, name)]
+    if (name := model_file(folder)) is not None:
+        return converted(folder, name)
+    others = [name for name in ("vocab.txt", "vocab.json") if has_file(folder, name)]
     there = f"only {others[0]}" if others else "and no other file of a tokenizer"
     raise CheckpointError(f"{folder}: there is no tokenizer.json, {there}; save the tokenizer in the fast format")
 

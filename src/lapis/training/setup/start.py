@@ -146,6 +146,8 @@ def _shape(
         known["classes"] = len(classes)
     if family == "bert":
         known["pooler"] = head in ("classes", "scalar")
+    if known.get("first_position") and tokenizer is not None and tokenizer.pad_id is not None:
+        known["first_position"] = tokenizer.pad_id + 1
     if "image" in given:
         picture = given["image"] if isinstance(given["image"], Mapping) else {}
         known["vocab"] = 0

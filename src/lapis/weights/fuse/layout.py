@@ -58,9 +58,16 @@ class FuseLayout:
         components = {self._component(name): name for name in self.names}
         self.embed = components.get("embed")
         self.head = components.get("head") or self._missing_head()
-        tied = self.onto.config.get("tie_word_embeddings", self.onto.config.get("model_type") in ("gpt2", "bert"))
-        if tied and self.embed and self.head and self.classes == 0:
+        if self._tied() and self.embed and self.head and self.classes == 0:
             self._settle_tie(self.embed, self.head)
+
+    def _tied(self) -> bool:
+        """Whether the base's head is its embedding, as config.json or else the family says."""
+        config, family = self.onto.config, self.onto.family
+        try:
+            return family.read_config(config).tied if family else bool(config.get("tie_word_embeddings"))
+        except CheckpointError:
+            return bool(config.get("tie_word_embeddings"))
 
     def outputs(self) -> list[Output]:
         """The tensors of the output, in the base's order; what the adapter brings anew comes last.

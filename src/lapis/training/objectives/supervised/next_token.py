@@ -283,7 +283,7 @@ def next_token_loss(model: Transformer, batch: RowBatch) -> tuple[Tensor, int]:
 def summed_cross_entropy(model: Transformer, hidden_RD: Tensor, targets_R: Tensor) -> Tensor:
     """Nats, summed. The plain head is run block by block; any other as it is."""
     head = model.head
-    if isinstance(head, LanguageHead) and not isinstance(head, MaskedHead):
+    if isinstance(head, LanguageHead) and not isinstance(head, MaskedHead) and not head.cap:
         return head_cross_entropy(hidden_RD, head.matrix, targets_R, head.bias)
     return F.cross_entropy(head(hidden_RD).float(), targets_R, reduction="sum")
 
