@@ -5,9 +5,11 @@
     python benchmarks/language_real.py --out runs/language-real --do write      the tables into results/
 
 Two ways of the same length on one thread. With new tokens: `lapis tokenizer extend` with calibrated rows, and the rest
-of the time for blocks and the rows of the most frequent new tokens. Without them: everything, all of the time. Both
-read a tenth of English. Scored on documents that no step reads; characters per second are counted in processor seconds
-too, and measured in turn. LAPIS_MODELS names the folder of the models (smollm2-it, gemma3), where --models does not.
+of the time for blocks and the rows of new tokens that are read ten times or more. Without them: everything, all of the
+time. Both read a tenth of English. Scored on the beginnings of documents that no step reads, with the first seed four
+times on the way, too, for which no time is counted. Characters per second are counted in processor seconds too, and
+measured in turn.
+LAPIS_MODELS names the folder of the models (smollm2-it, gemma3), where --models does not.
 """
 
 import argparse
@@ -20,9 +22,11 @@ from typing import Any
 
 from language_runs import (
     DATA,
+    ENGLISH,
     HELD_ENGLISH,
     beside,
     bits_per_byte,
+    curve_of,
     held_out,
     keep,
     kept,
@@ -37,40 +41,46 @@ from language_runs import (
 
 import lapis
 from lapis.generation.generate import generate_batch
+from lapis.language.adapt import READ
+from lapis.language.rows.calibrate import often_read
+from lapis.language.texts import write_texts
+from lapis.text.corpus import corpus
+from lapis.text.tokenizer.extend import ExtendableTokenizer
 
 DOCUMENTS = 10  # of each file that are scored
 CONTEXT = 512
 GENERATED, ROUNDS = 24, 6
 WAYS = ("with", "without")
+QUARTERS = 4  # at whose ends a training is scored on the way
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model and a language. add: New tokens. taught: Of these, the most frequent, whose rows are trained. seconds: Of
-    the processor, for all that is done to one model. held_bytes: Scored."""
+    """A model and a language. add: New tokens. seconds: Of the processor, for all that is done to one model. lr,
+    rows_lr: Of everything, and of new rows. held_bytes: Scored. on_the_way: At each quarter, too."""
 
     model: str
     text: tuple[str, ...]
     held: tuple[str, ...]
     add: int
-    taught: int
     seconds: float
     seeds: tuple[int, ...]
     batch: int = 1
-    lr: float = 5e-4
+    lr: float = 3e-4
     rows_lr: float = 1e-3
     replay: float = 0.1
-    held_bytes: int = 16_000
+    held_bytes: int = 6_000
+    on_the_way: bool = False
     speed: bool = True
 
 
 MALAY = {"text": ("ms/train.jsonl",), "held": ("ms/valid.jsonl",)}
 CASES = {
     "ko-smollm2": Case("smollm2-it", ("ko/train.jsonl", "ko/reviews-train.jsonl"),
-                       ("ko/valid.jsonl", "ko/reviews-valid.jsonl"), 10_000, 600, 360, (0, 1)),
-    "ms-smollm2": Case("smollm2-it", add=3000, taught=400, seconds=240, seeds=(0,), **MALAY),
-    "ms-gemma3": Case("gemma3", add=2000, taught=200, seconds=120, seeds=(0,), lr=2e-5, rows_lr=1e-4, held_bytes=6_000,
-                      speed=False, **MALAY),
+                       ("ko/valid.jsonl", "ko/reviews-valid.jsonl"), 10_000, 900, (0, 1), on_the_way=True),
+    "ms-smollm2": Case("smollm2-it", add=3000, seconds=160, seeds=(0,), **MALAY),
+    "ms-gemma3": Case("gemma3", add=2000, seconds=100, seeds=(0,), lr=2e-5, rows_lr=2e-4, speed=False,
+                      **MALAY),
 }  # fmt: skip
 
 
@@ -84,38 +94,54 @@ class Bench:
         self.data = mixture(self.files, self.case.replay)
         held = {"target": [DATA / "corpus" / each for each in self.case.held], "en": [HELD_ENGLISH]}
         self.texts = {name: held_out(paths, self.case.held_bytes, DOCUMENTS) for name, paths in held.items()}
+        self.held = {name: self.root / f"{name}.jsonl" for name in held}
+        self.root.mkdir(parents=True, exist_ok=True)
+        for name, place in self.held.items():
+            write_texts(place, self.texts[name])
 
     def settings(self, way: str, model: Path, rows: list[int], **more: Any) -> dict[str, Any]:
         """Of a training, but for its length."""
         case = self.case
         shared = {"model": str(model), "data": self.data, "batch": case.batch, "context": CONTEXT, "log_every": 5}
-        taught = {"freeze": ["embed"], "tokens": rows[: case.taught], "rates": {"embed": case.rows_lr}}
+        taught = {"freeze": ["embed"], "tokens": rows, "rates": {"embed": case.rows_lr}}
         return {**shared, "lr": case.lr, **(taught if way == "with" else {}), **more}
 
-    def extended(self) -> tuple[Path, list[int], float]:
-        """The model with new rows, their ids, and the processor seconds that it took."""
+    def extended(self) -> tuple[Path, float]:
+        """The model with new rows, and the processor seconds that it took."""
         start = self.root / "start"
 
         def make() -> dict[str, Any]:
             begun = time.process_time()
-            done = lapis.extend(self.base, self.files, start, add=self.case.add, init="calibrated", overwrite=True)
-            return {"seconds": time.process_time() - begun, "first": done.first, "added": done.added}
+            lapis.extend(self.base, self.files, start, add=self.case.add, init="calibrated", replay=[ENGLISH],
+                         overwrite=True)  # fmt: skip
+            return {"seconds": time.process_time() - begun}
 
         say(f"extending {start}")
-        made = kept(self.root / "start.json", make)
-        return start, list(range(made["first"], made["first"] + made["added"])), made["seconds"]
+        return start, kept(self.root / "start.json", make)["seconds"]
 
-    def train(self, seeds: Sequence[int]) -> None:
+    def rows(self, start: Path, tokens: float) -> list[int]:
+        """The ids of new tokens that a training on so many tokens reads READ times or more."""
+        base = ExtendableTokenizer.open(self.base)
+        texts = (document.text for document in corpus.documents(self.files))
+        return often_read(base, base.read_extension(start), texts, (1 - self.case.replay) * tokens, READ)
+
+    def train(self, seeds: Sequence[int], ways: Sequence[str]) -> None:
         case = self.case
-        start, rows, spent = self.extended()
+        start, spent = self.extended()
         begin = {"with": start, "without": self.base}
-        pace = paces(self.root / "paces.json", {way: self.settings(way, at, rows) for way, at in begin.items()})
-        say(f"{self.name}: seconds per step {pace}")
         seconds = {"with": case.seconds - spent, "without": case.seconds}
+        first = lapis.Tokenizer.open(self.base).rows
+        pace = paces(self.root / "paces.json", {way: self.settings(way, at, [first]) for way, at in begin.items()})
+        steps = {way: QUARTERS * max(1, round(seconds[way] / pace[way] / QUARTERS)) for way in WAYS}
+        rows = self.rows(start, steps["with"] * case.batch * CONTEXT)
+        say(f"{self.name}: seconds per step {pace}, steps {steps}, rows that are trained {len(rows)}")
         for seed in seeds:
-            for way, at in begin.items():
-                steps = max(1, round(seconds[way] / pace[way]))
-                run(self.root / f"{way}-{seed}", **self.settings(way, at, rows, steps=steps, seed=seed))
+            for way in ways:
+                how: dict[str, Any] = {"steps": steps[way], "seed": seed}
+                if case.on_the_way and seed == case.seeds[0]:
+                    how["eval_every"] = steps[way] // QUARTERS
+                    how["valid"] = {name: str(place) for name, place in self.held.items()}
+                run(self.root / f"{way}-{seed}", **self.settings(way, begin[way], rows, **how))
 
     def scores(self) -> dict[str, dict[str, float]]:
         """Of the models that are there, in their order."""
@@ -168,6 +194,8 @@ def lines(bench: Bench) -> list[str]:
         "",
         *table(head, rows),
     ]
+    if case.on_the_way:
+        result += ["", *curves(bench)]
     if case.speed and all((bench.root / f"{way}-0").is_dir() for way in WAYS):
         speeds = {name: statistics.median(each) for name, each in bench.speeds().items()}
         without, new = speeds["without"], speeds["with"]
@@ -176,19 +204,32 @@ def lines(bench: Bench) -> list[str]:
     return result
 
 
+def curves(bench: Bench) -> list[str]:
+    """The table of what the trainings had come to on the way."""
+    rows = []
+    for way in WAYS:
+        out = bench.root / f"{way}-{bench.case.seeds[0]}"
+        spent = bench.extended()[1] if way == "with" else 0.0
+        for seconds, found in curve_of(out) if out.is_dir() else []:
+            bits = (f"{found[f'{name}/bits_per_byte']:.3f}" for name in bench.texts)
+            rows.append([out.name, f"{spent + seconds:.0f}", *bits])
+    return table(["model", "processor s", "bits per byte", "English"], rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/language-real"))
     parser.add_argument("--models", type=Path, help="their folder; LAPIS_MODELS without it")
     parser.add_argument("--only", nargs="*", choices=CASES, default=list(CASES))
     parser.add_argument("--seeds", type=int, nargs="*", help="all that a case has without it")
+    parser.add_argument("--ways", nargs="*", choices=WAYS, default=WAYS)
     parser.add_argument("--do", choices=["train", "score", "write"], help="one of the steps; all without it")
     options = parser.parse_args()
     models = models_folder(options.models)
     benches = [Bench(name, options.out, models) for name in options.only]
     for bench in benches:
         if options.do in ("train", None):
-            bench.train(bench.case.seeds if options.seeds is None else options.seeds)
+            bench.train(bench.case.seeds if options.seeds is None else options.seeds, options.ways)
         if options.do in ("score", None):
             bench.scores()
     if options.do == "train":

@@ -49,13 +49,20 @@ def models_folder(given: Path | None = None) -> Path:
 
 
 class Clock(LiveWatch):
-    """Writes the processor seconds of each step into a file, so that a run in several pieces is counted whole."""
+    """Writes the processor seconds of each step into a file, so that a run in several pieces is counted whole.
+
+    Held-out evaluations on the way do not count: each ends with a note.
+    """
 
     def __init__(self, place: Path) -> None:
         self.file = place.open("a", encoding="utf-8")
         self.last = 0.0
 
     def stage(self, text: str) -> None:
+        self.last = time.process_time()
+
+    def note(self, text: str) -> None:
+        say(text.strip())
         self.last = time.process_time()
 
     def step(self, row: Mapping[str, Any]) -> None:
@@ -72,6 +79,13 @@ def seconds_of(out: Path) -> list[float]:
     """Processor seconds of each step of a training."""
     lines = [line.split() for line in beside(out).read_text().splitlines()]
     return list({int(step): float(seconds) for step, seconds in lines}.values())
+
+
+def curve_of(out: Path) -> list[tuple[float, dict[str, float]]]:
+    """What a training had come to at each held-out evaluation: processor seconds until then, and the metrics."""
+    seconds = seconds_of(out)
+    rows = map(json.loads, (out / "log.jsonl").read_text(encoding="utf-8").splitlines())
+    return [(sum(seconds[: row["step"]]), row["held_out"]) for row in rows if "held_out" in row]
 
 
 def beside(out: Path) -> Path:

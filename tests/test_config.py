@@ -28,6 +28,7 @@ class Outer:
     loud: bool = False
     compile: Literal["auto", "on", "off"] = "auto"
     note: str | None = None
+    rows: Literal["auto"] | int = "auto"
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,10 @@ def test_yaml_and_key_value_fill_nested_dataclasses(tmp_path: Path) -> None:
     [
         ({"stesp": 3}, 'unknown key "stesp"; did you mean "steps"'),
         ({}, '"steps" is missing'),
-        ({"steps": "many"}, "steps is 'many'; expected int"),
-        ({"steps": True}, "steps is True; expected int"),
-        ({"steps": 1.5}, "steps is 1.5; expected int"),
+        ({"steps": "many"}, "steps is 'many'; expected a whole number"),
+        ({"steps": True}, "steps is True; expected a whole number"),
+        ({"steps": 1.5}, "steps is 1.5; expected a whole number"),
+        ({"steps": 1, "rows": "many"}, "rows is 'many'; expected auto or a whole number"),
         ({"steps": 1, "inner": {"kind": "muno"}}, "inner: kind is 'muno'; did you mean \"muon\""),
         ({"steps": 1, "inner": {"rat": 1}}, 'inner: unknown key "rat"; did you mean "rate"'),
     ],
@@ -116,7 +118,7 @@ def test_plain_words_and_numbers_mean_what_a_person_means(text: str, value: obje
 @pytest.mark.parametrize("text", ["loud: on", "loud: Yes", "loud: 'on'", "loud: true"])
 def test_words_are_switches_where_a_setting_is_true_or_false(text: str) -> None:
     assert build(Outer, {"steps": 1, **parse_yaml(text, "c.yaml")}, "c.yaml").loud is True
-    with pytest.raises(ConfigError, match="loud is 'maybe'; expected bool"):
+    with pytest.raises(ConfigError, match="loud is 'maybe'; expected on or off"):
         build(Outer, {"steps": 1, "loud": "maybe"}, "c.yaml")
 
 
@@ -140,7 +142,7 @@ def test_words_say_that_there_is_none_or_the_usual() -> None:
     assert build(Outer, override({}, ["inner=on"]), "x").inner == Usual()
     assert build(Outer, override({}, ["name=off"]), "x").name == "off"
     assert build(Inner, override({}, ["rate=off"]), "x").rate == 0
-    with pytest.raises(ConfigError, match="most is 'on'; expected int"):
+    with pytest.raises(ConfigError, match="most is 'on'; expected a whole number"):
         build(Outer, override({}, ["most=on"]), "x")
 
 

@@ -286,10 +286,23 @@ def _means_none(value: Any) -> bool:
     return truth(value) is False or (isinstance(value, str) and value.lower() in ("none", "null"))
 
 
+_WORDS = {int: "a whole number", float: "a number", str: "text", bool: "on or off", Path: "a path"}
+
+
 def _spelled(hint: Any) -> str:
+    """A type in words: "auto or a whole number"."""
     if dataclasses.is_dataclass(hint):
         return f"a mapping with {', '.join(field.name for field in dataclasses.fields(hint))}"
-    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_spelled(option) for option in args if option is not type(None))
+    if origin is typing.Literal:
+        return " or ".join(map(str, args))
+    if origin in (list, tuple):
+        return "a list"
+    if origin is dict:
+        return "a mapping"
+    return _WORDS.get(hint) or getattr(hint, "__name__", str(hint))
 
 
 _TRUTH = {"on": True, "yes": True, "true": True, "off": False, "no": False, "false": False}

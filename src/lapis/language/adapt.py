@@ -38,7 +38,7 @@ from lapis.language.fertility import Report, fertility
 from lapis.language.inputs import check_inputs, stamps
 from lapis.language.plan import PLAN, AdaptPlan, earlier_speed, read_plan
 from lapis.language.replay import bits_per_byte, draw_replies, draw_texts
-from lapis.language.rows.calibrate import token_shares
+from lapis.language.rows.calibrate import often_read
 from lapis.language.steps import Steps
 from lapis.language.texts import after_bytes, first_bytes, first_sentence, read_texts, write_lines, write_texts
 from lapis.model.check import read_config
@@ -249,10 +249,9 @@ class _Adaptation:
         base = ExtendableTokenizer.open(open_source(self.plan.source)[0])
         gained = base.read_extension(self.steps.done["tokenizer"])
         texts = (document.text for document in corpus.documents(self._text("text")))
-        read_N = token_shares(base, gained, texts) * self.plan.target_tokens
-        taught_N = read_N >= min(READ, float(read_N.max()))
-        self.note(f"new rows that are trained: {int(taught_N.sum()):,} of {len(taught_N):,}")
-        return [gained.first + int(n) for n in taught_N.nonzero()]
+        rows = often_read(base, gained, texts, self.plan.target_tokens, READ)
+        self.note(f"new rows that are trained: {len(rows):,} of {len(gained.tokens):,}")
+        return rows
 
     def _train(self, name: str, model: str | Path, share: float, how: Mapping[str, Any], after: Sequence[str]) -> None:
         """Trains `model` on a share of the tokens: new rows alone ("embedded"), or everything that `how` leaves."""
