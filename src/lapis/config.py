@@ -298,10 +298,8 @@ def _spelled(hint: Any) -> str:
         return " or ".join(_spelled(option) for option in args if option is not type(None))
     if origin is typing.Literal:
         return " or ".join(map(str, args))
-    if origin in (list, tuple):
-        return "a list"
-    if origin is dict:
-        return "a mapping"
+    if origin in (list, tuple, dict):
+        return "a mapping" if origin is dict else "a list"
     return _WORDS.get(hint) or getattr(hint, "__name__", str(hint))
 
 
