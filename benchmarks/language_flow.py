@@ -1,20 +1,23 @@
 """The whole flow on a real model: a graft, ElChat's way, and tuning on the language's own instructions, side by side.
 
-    python benchmarks/language_flow.py --out runs/language-flow [--model DIR] [--do train|score|write]
+    python benchmarks/language_flow.py --out runs/language-flow [--model DIR] [--add N] [--do train|score|write]
 
 chat      base tuned on English instructions
-adapted   base continued on Malay, a tenth of English beside it
+adapted   base continued on Malay, a tenth of English beside it; with --add, after it gained so many Malay tokens, so
+          that chat is grafted across tokenizers; rows stay as they begin, since no new one is read often enough
 grafted   adapted + chat - base; no training
 elchat    chat continued on Malay as base was, then mixed half and half with chat and given the rows of chat's
           template, which is what `lapis adapt --onto chat` does (ElChat, arXiv:2412.11704)
 tuned     adapted tuned on Malay instructions: what the others are measured against
 
-Every training has the same processor seconds on one thread. Scored on documents and chats that no step reads. The gap
-closed is the share of the way from adapted's response NLL to tuned's; the cost is what English text takes in bits.
+Every training has the same processor seconds on one thread. Scored on documents and chats that no step reads, replies
+in bits per byte too, which compare across tokenizers. The gap closed is the share of the way from adapted's to tuned's;
+the cost is what English text takes in bits.
 """
 
 import argparse
 import json
+import math
 import shutil
 from itertools import islice
 from pathlib import Path
@@ -24,6 +27,7 @@ from typing import Any
 from language_real import CONTEXT, DOCUMENTS
 from language_runs import (
     DATA,
+    ENGLISH,
     HELD_ENGLISH,
     bits_per_byte,
     held_out,
@@ -48,26 +52,36 @@ TEMPLATE = (
     "{% endif %}"
 )  # Gemma's turns, for a base that has no template
 KINDS = {"en": ("instruction", "expert"), "ms": None}  # tasks of the instructions that are learned; None: all
-SCORED, ANSWERED, REPLY = 24, 8, 32  # chats, chats that are answered, and tokens of an answer
-HELD_BYTES = 8_000
+REPLY = 32  # tokens of an answer
+BYTES_PER_CHAT = 333  # of text that are scored for each chat that is
 SHORT = 1500  # characters of a chat at most
 TRAINED = ("chat", "adapted", "elchat-trained", "tuned")
+MALAY = DATA / "corpus/ms/train.jsonl"
 
 
 class Flow:
-    """The models of a flow, in a folder. seconds: of the processor, for each training."""
+    """The models of a flow, in a folder. seconds: of the processor, for each training. batch: Rows of a step. add:
+    Tokens that adapted gains. scored: Chats of each language, of which a third is answered."""
 
-    def __init__(self, root: Path, base: Path, seconds: float, lr: float) -> None:
+    def __init__(self, root: Path, base: Path, seconds: float, lr: float, *, batch: int, add: int, scored: int) -> None:
         self.root, self.base, self.seconds, self.lr = root, base, seconds, lr
+        self.batch, self.add, self.scored = batch, add, scored
         root.mkdir(parents=True, exist_ok=True)
         self.chats = {code: self._chats(code, "") for code in KINDS}
-        self.tokenizer = base
-        if lapis.Tokenizer.open(base).chat_template is None:
-            self.tokenizer = root / "tokenizer"
-            self.tokenizer.mkdir(exist_ok=True)
-            for name in ("tokenizer.json", "tokenizer_config.json"):
-                shutil.copyfile(base / name, self.tokenizer / name)
-            (self.tokenizer / "chat_template.jinja").write_text(TEMPLATE)
+        if add and not (root / "start").is_dir():
+            say(f"extending {root / 'start'}")
+            lapis.extend(base, [MALAY], root / "start", add=add, init="calibrated", replay=[ENGLISH])
+
+    def _templated(self, model: Path) -> Path:
+        """A model's tokenizer with a chat template: its own folder, or a copy where it has none."""
+        if lapis.Tokenizer.open(model).chat_template is not None:
+            return model
+        copy = self.root / f"tokenizer-{model.name}"
+        copy.mkdir(exist_ok=True)
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copyfile(model / name, copy / name)
+        (copy / "chat_template.jinja").write_text(TEMPLATE)
+        return copy
 
     def _chats(self, code: str, part: str) -> Path:
         """The instructions of a language that are used, in a random order."""
@@ -84,12 +98,16 @@ class Flow:
     def settings(self, name: str) -> dict[str, Any]:
         """Of a training, but for its length."""
         start = {"tuned": self.root / "adapted", "elchat-trained": self.root / "chat"}.get(name, self.base)
-        shared = {"context": CONTEXT, "batch": 2, "lr": self.lr, "log_every": 5}
+        if name == "adapted" and self.add:
+            start = self.root / "start"
+        shared = {"context": CONTEXT, "batch": self.batch, "lr": self.lr, "log_every": 5}
         if name in ("chat", "tuned"):
             code = "ms" if name == "tuned" else "en"
-            how = {"objective": "chat", "data": [str(self.chats[code])], "tokenizer": str(self.tokenizer)}
+            how = {"objective": "chat", "data": [str(self.chats[code])], "tokenizer": str(self._templated(start))}
         else:
-            how = {"data": mixture([DATA / "corpus/ms/train.jsonl"], 0.1)}
+            how = {"data": mixture([MALAY], 0.1)}
+        if name == "adapted" and self.add:
+            how["freeze"] = ["embed"]
         return {"model": str(start), **shared, **how}
 
     def train(self) -> None:
@@ -111,8 +129,8 @@ class Flow:
         places = {"base": self.base} | {
             name: self.root / name for name in ("chat", "adapted", "grafted", "elchat-trained", "elchat", "tuned")
         }
-        texts = {"ms": held_out([DATA / "corpus/ms/valid.jsonl"], HELD_BYTES, DOCUMENTS),
-                 "en": held_out([HELD_ENGLISH], HELD_BYTES, DOCUMENTS)}  # fmt: skip
+        files = {"ms": DATA / "corpus/ms/valid.jsonl", "en": HELD_ENGLISH}
+        texts = {name: held_out([file], self.scored * BYTES_PER_CHAT, DOCUMENTS) for name, file in files.items()}
         found = {}
         for name, place in places.items():
             if place.is_dir():
@@ -124,12 +142,15 @@ class Flow:
         scores: dict[str, Any] = bits_per_byte(place, texts, CONTEXT)
         model, tokenizer = lapis.load(place)
         if tokenizer.chat_template is None:
-            tokenizer.templates["default"] = lapis.Tokenizer.open(self.tokenizer).templates["default"]
+            tokenizer.templates["default"] = TEMPLATE
         for code in KINDS:
-            chats = list(islice(corpus.chats([self._chats(code, ".valid")]), SCORED))
-            replies = answer(model, tokenizer, chats[:ANSWERED], max_tokens=REPLY)
+            chats = list(islice(corpus.chats([self._chats(code, ".valid")]), self.scored))
+            replies = answer(model, tokenizer, chats[: -(-self.scored // 3)], max_tokens=REPLY)
             part = score_chats(model, tokenizer, chats, replies=replies)
-            scores |= {f"{code} nll": part["response_nll"], f"{code} stops": part["stop_rate"],
+            size = sum(len(each["content"].encode()) for chat in chats for each in chat.messages
+                       if each["role"] == "assistant")  # fmt: skip
+            bits = part["response_nll"] * part["tokens"] / math.log(2) / size
+            scores |= {f"{code} bits of replies": bits, f"{code} stops": part["stop_rate"],
                        f"{code} replies": [reply.text for reply in replies if reply]}  # fmt: skip
         return scores
 
@@ -140,19 +161,18 @@ def lines(flow: Flow) -> list[str]:
     base = scores["base"]
     rows = []
     for name, found in scores.items():
-        gap = {}
-        for code in KINDS:
-            span = scores["adapted"][f"{code} nll"] - scores["tuned"][f"{code} nll"]
-            gap[code] = (scores["adapted"][f"{code} nll"] - found[f"{code} nll"]) / span
+        span = scores["adapted"]["ms bits of replies"] - scores["tuned"]["ms bits of replies"]
+        gap = (scores["adapted"]["ms bits of replies"] - found["ms bits of replies"]) / span
         trained = seconds_of(flow.root / name) if name in TRAINED else []
         rows.append([
-            name, *(f"{found[f'{code} nll']:.3f}" for code in KINDS), f"{gap['ms']:.2f}",
+            name, *(f"{found[f'{code} bits of replies']:.3f}" for code in KINDS), f"{gap:.2f}",
             *(f"{found[f'{code} stops']:.2f}" for code in KINDS), f"{found['ms']:.3f}", f"{found['en']:.3f}",
             f"{found['en'] / base['en'] - 1:+.1%}", str(len(trained) or ""), f"{sum(trained):.0f}" if trained else "",
         ])  # fmt: skip
-    head = ["model", "NLL en", "NLL ms", "gap closed, ms", "stops en", "stops ms", "bits ms", "bits en", "cost",
+    head = ["model", "replies en", "replies ms", "gap closed, ms", "stops en", "stops ms", "bits ms", "bits en", "cost",
             "steps", "processor s"]  # fmt: skip
-    return [f"{flow.base.name}, {flow.seconds:.0f} processor seconds for each training.", "", *table(head, rows)]
+    added = f", adapted with {flow.add:,} new tokens" if flow.add else ""
+    return [f"{flow.base.name}{added}, {flow.seconds:.0f} processor seconds for each training.", "", *table(head, rows)]
 
 
 def main() -> None:
@@ -161,9 +181,13 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="its folder; smollm2-it of LAPIS_MODELS without it")
     parser.add_argument("--seconds", type=float, default=90.0)
     parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--add", type=int, default=0, help="Malay tokens that adapted gains")
+    parser.add_argument("--scored", type=int, default=24, help="chats of each language that are scored")
     parser.add_argument("--do", choices=["train", "score", "write"], help="one of the steps; all without it")
     options = parser.parse_args()
-    flow = Flow(options.out, options.model or models_folder() / "smollm2-it", options.seconds, options.lr)
+    flow = Flow(options.out, options.model or models_folder() / "smollm2-it", options.seconds, options.lr,
+                batch=options.batch, add=options.add, scored=options.scored)  # fmt: skip
     if options.do in ("train", None):
         flow.train()
     if options.do != "train":
