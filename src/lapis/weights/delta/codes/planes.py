@@ -69,7 +69,7 @@ def unpack(data: memoryview, sizes: Sequence[int], count: int, into: Tensor) -> 
     planes, first = raw.view(np.uint8).reshape(-1, PLANES), 0
     for plane, size in enumerate(sizes):
         piece = data[first : first + size]
-        if piece[:1] == b"j" and plane == PLANES - 1 and not sizes[plane - 1]:
+        if piece[:1].tobytes() == b"j" and plane == PLANES - 1 and not sizes[plane - 1]:
             raw.view(np.uint16)[1::2] = _unpack_joint(piece, count)
         else:
             planes[:, plane] = _unpack_plane(piece, count)
@@ -89,7 +89,8 @@ def _pack_joint(halves: Halves) -> bytes | None:
     numbers[known] = np.arange(1, len(known) + 1)
     codes = numbers[halves]
     others = halves[codes == 0]
-    return _HEAD.pack(b"j", len(known), len(others)) + known.tobytes() + others.tobytes() + _pack_plane(codes)
+    head: bytes = _HEAD.pack(b"j", len(known), len(others))
+    return b"".join([head, known.tobytes(), others.tobytes(), _pack_plane(codes)])
 
 
 def _unpack_joint(data: memoryview, count: int) -> Halves:
