@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lapis.errors import ConfigError
-from lapis.families.config import ModelConfig
+from lapis.families.config import Experts, ModelConfig
 from lapis.generation.kernels import build, linear
 from lapis.generation.kernels.build import compiled
 from lapis.generation.kernels.layers import ReadyAttention, ReadyNorm
@@ -29,6 +29,8 @@ CASES = {
     "without turns": {"nope_layers": (1,)},
     "granite": {"family": "granite", "residual_scale": 0.5, "logit_divisor": 4.0, "embed_scale": 3.0},
     "apertus": {"family": "apertus", "qk_norm": True, "mlp": "xielu"},
+    # all of them are active, so that rounding chooses none
+    "experts": {"family": "qwen2_moe", "bias": "qkv", "experts": Experts(3, 3, True, 64), "ffn_dim": 96},
     "gemma3": {"family": "gemma3_text", "qk_norm": True, "window": 7, "window_layers": (0,), "mlp": "geglu_tanh"},
     "odd sizes": {"dim": 48, "heads": 6, "kv_heads": 3, "head_dim": 8, "ffn_dim": 80},
     "wide heads": {"head_dim": 80},

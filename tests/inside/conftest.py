@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lapis.families.config import ModelConfig, Rope
+from lapis.families.config import Experts, ModelConfig, Rope
 from lapis.model.transformer import Transformer
 from lapis.text.tokenizer.tokenizer import Tokenizer, train_tokenizer
 
@@ -43,6 +43,7 @@ SHAPES = {
     },
     "neox": {"family": "gpt_neox", "norm": "layer", "mlp": "gelu", "bias": "all", "parallel": "own",
              "rope": Rope(share=0.5)},
+    "qwen3_moe": {"family": "qwen3_moe", "qk_norm": True, "experts": Experts(4, 2)},
     "apertus": {"family": "apertus", "mlp": "xielu", "qk_norm": True},
 }  # fmt: skip
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lapis.families.config import Image, ModelConfig, Rope
+from lapis.families.config import Experts, Image, ModelConfig, Rope
 from lapis.model.load import save
 from lapis.model.transformer import Transformer
 
@@ -60,6 +60,14 @@ SHAPES = {
         rope=Rope(share=0.25),
     ),
     "apertus": dataclasses.replace(LLAMA, family="apertus", mlp="xielu", qk_norm=True),
+    "qwen3_moe": dataclasses.replace(LLAMA, family="qwen3_moe", qk_norm=True, experts=Experts(4, 2)),
+    "qwen2_moe": dataclasses.replace(
+        LLAMA, family="qwen2_moe", bias="qkv", experts=Experts(3, 1, False, 20), tied=True
+    ),
+    "mixtral": dataclasses.replace(LLAMA, family="mixtral", experts=Experts(3, 2), window=5),
+    "olmoe": dataclasses.replace(
+        LLAMA, family="olmoe", qk_norm=True, qk_norm_over="all", experts=Experts(5, 3, False)
+    ),
     "gpt2": ModelConfig(
         dim=16, layers=2, heads=2, ffn_dim=24, vocab=31, context=32, family="gpt2", norm="layer", norm_eps=1e-5,
         mlp="gelu_tanh", positions="learned", bias="all", tied=True,

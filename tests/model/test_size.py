@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lapis.checkpoint import open_checkpoint
 from lapis.families import PRESETS, find, parameter_shapes
-from lapis.families.config import ModelConfig
+from lapis.families.config import Experts, ModelConfig
 from lapis.model.cache import Cache
 from lapis.model.size import Mixer, activation_bytes, measure, measure_headers, mixers
 from lapis.model.transformer import Transformer
@@ -39,8 +39,13 @@ PUBLISHED = {
     "pythia-12b": 11_846_072_320, "roberta-base": 124_645_632, "roberta-large": 355_359_744,
     "xlm-roberta-base": 278_043_648, "xlm-roberta-large": 559_890_432, "distilbert-base-uncased": 66_362_880,
     "distilbert-base-multilingual-cased": 134_734_080,
+    "qwen3-30b-a3b": 30_532_122_624, "qwen3-235b-a22b": 235_093_634_560, "qwen1.5-moe-a2.7b": 14_315_784_192,
+    "mixtral-8x7b": 46_702_792_704, "mixtral-8x22b": 140_620_634_112, "olmoe-1b-7b": 6_919_161_856,
     "qwen2.5-7b": 7_615_616_512, "qwen3-1.7b": 1_720_574_976,
 }  # fmt: skip
+
+
+EXPERTS = {"family": "mixtral", "experts": Experts(4, 2), "ffn_dim": 200}
 
 
 def preset(name: str) -> ModelConfig:
@@ -82,7 +87,7 @@ def test_shapes_are_those_of_the_model(shape: ModelConfig) -> None:
     assert measure(shape).total == sum(p.numel() for p in Transformer(shape).parameters())
 
 
-@pytest.mark.parametrize("kind", ["llama", "llama-biases", "qwen2", "gpt2", "bert"])
+@pytest.mark.parametrize("kind", ["llama", "llama-biases", "qwen2", "gpt2", "bert", "qwen3_moe", "qwen2_moe", "olmoe"])
 def test_flops_are_those_that_torch_counts(kind: str, shapes: dict[str, ModelConfig]) -> None:
     shape = dataclasses.replace(shapes[kind], window=None, window_layers=None)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # it counts the whole square
@@ -108,7 +113,7 @@ def test_the_kv_cache_takes_the_bytes_that_are_told(kind: str, shapes: dict[str,
     assert measure(windowed, 20).kv_cache_bytes == measure(shapes[kind], 7).kv_cache_bytes
 
 
-@pytest.mark.parametrize("fields", [{}, {"ffn_dim": 700}, {"kv_heads": 2}, {"layers": 2}])
+@pytest.mark.parametrize("fields", [{}, {"ffn_dim": 700}, {"kv_heads": 2}, {"layers": 2}, EXPERTS])
 def test_activations_are_about_what_autograd_keeps(fields: dict[str, Any]) -> None:
     shape = ModelConfig(dim=128, layers=4, heads=8, ffn_dim=344, vocab=512, context=64, tied=True)
     shape = dataclasses.replace(shape, **fields)

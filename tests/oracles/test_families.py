@@ -49,6 +49,7 @@ YARN = rope("yarn", factor=4.0, original_max_position_embeddings=16)
 YARN_FULL = rope("yarn", factor=4.0, original_max_position_embeddings=16, beta_fast=16.0, beta_slow=2.0, mscale=0.7,
                  mscale_all_dim=1.2, truncate=False)  # fmt: skip
 
+LINEAR = rope("linear", factor=3.0)
 GROWING = rope("yarn", factor=4.0, original_max_position_embeddings=8, mscale=1.0, mscale_all_dim=1.0,
                llama_4_scaling_beta=0.1)  # fmt: skip
 SMOLLM3 = {**DECODER, "num_hidden_layers": 4, "pad_token_id": 96, "bos_token_id": 1, "eos_token_id": 2}
@@ -58,6 +59,9 @@ COHERE = {**DECODER, "sliding_window": 5, "pad_token_id": 96}
 NEOX = {name: value for name, value in DECODER.items() if name != "num_key_value_heads"}
 GRANITE = {"attention_multiplier": 0.125, "residual_multiplier": 0.22, "logits_scaling": 8.0,
            "embedding_multiplier": 12.0}  # fmt: skip
+EXPERTS = {**DECODER, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+SHARED = {"shared_expert_intermediate_size": 40}
+OLMOE = {"num_experts": 5, "num_experts_per_tok": 2, "pad_token_id": 96, "eos_token_id": 2}
 
 # name -> (model class in transformers, its config's options)
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -75,7 +79,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {**DECODER, "num_key_value_heads": 6, "hidden_act": "gelu", "attention_bias": True},
     ),
     "llama-rope-llama3": ("LlamaForCausalLM", {**DECODER, **LLAMA3}),
-    "llama-rope-linear": ("LlamaForCausalLM", {**DECODER, **rope("linear", factor=3.0)}),
+    "llama-rope-linear": ("LlamaForCausalLM", {**DECODER, **LINEAR}),
     "llama-rope-dynamic": (
         "LlamaForCausalLM",
         {**DECODER, **rope("dynamic", factor=4.0), "max_position_embeddings": 8},
@@ -313,6 +317,67 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "apertus-mqa": ("ApertusForCausalLM", {**DECODER, **LLAMA3, "num_key_value_heads": 1, "num_hidden_layers": 2}),
     "apertus-bare": ("ApertusModel", {**DECODER}),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", {**EXPERTS}),
+    "qwen3_moe-normalized-biases": (
+        "Qwen3MoeForCausalLM",
+        {**EXPERTS, "norm_topk_prob": True, "attention_bias": True, "head_dim": 10, "tie_word_embeddings": True},
+    ),
+    "qwen3_moe-window": ("Qwen3MoeForCausalLM", {**EXPERTS, "use_sliding_window": True, "sliding_window": 6}),
+    "qwen3_moe-one-of-two": (
+        "Qwen3MoeForCausalLM",
+        {**EXPERTS, **YARN, "num_experts": 2, "num_experts_per_tok": 1, "num_key_value_heads": 1, "hidden_act": "gelu"},
+    ),
+    "qwen3_moe-all": ("Qwen3MoeForCausalLM", {**EXPERTS, "num_experts": 3, "num_experts_per_tok": 3}),
+    "qwen3_moe-classes": ("Qwen3MoeForSequenceClassification", {**EXPERTS, "num_labels": 3, "pad_token_id": 96}),
+    "qwen2_moe": ("Qwen2MoeForCausalLM", {**EXPERTS, **SHARED}),
+    "qwen2_moe-normalized": (
+        "Qwen2MoeForCausalLM",
+        {**EXPERTS, **SHARED, "norm_topk_prob": True, "qkv_bias": False, "tie_word_embeddings": True},
+    ),
+    "qwen2_moe-window": (
+        "Qwen2MoeForCausalLM",
+        {**EXPERTS, **SHARED, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2},
+    ),
+    "qwen2_moe-layer-types": (
+        "Qwen2MoeForCausalLM",
+        {
+            **EXPERTS,
+            **SHARED,
+            **LLAMA3,
+            "use_sliding_window": True,
+            "sliding_window": 7,
+            "layer_types": ["full_attention", *["sliding_attention"] * 2],
+        },
+    ),
+    "qwen2_moe-one-of-two": (
+        "Qwen2MoeForCausalLM",
+        {**EXPERTS, **SHARED, "num_experts": 2, "num_experts_per_tok": 1, "num_key_value_heads": 6},
+    ),
+    "qwen2_moe-bare": ("Qwen2MoeModel", {**EXPERTS, **SHARED}),
+    "mixtral": ("MixtralForCausalLM", {**DECODER, "num_local_experts": 4}),
+    "mixtral-window": ("MixtralForCausalLM", {**DECODER, "num_local_experts": 5, "sliding_window": 6, "head_dim": 10}),
+    "mixtral-one-of-three": (
+        "MixtralForCausalLM",
+        {**DECODER, "num_local_experts": 3, "num_experts_per_tok": 1, "tie_word_embeddings": True},
+    ),
+    "mixtral-linear": ("MixtralForCausalLM", {**DECODER, **LINEAR, "num_local_experts": 3, "num_key_value_heads": 1}),
+    "mixtral-all": (
+        "MixtralForCausalLM",
+        {**DECODER, "num_local_experts": 3, "num_experts_per_tok": 3, "hidden_act": "gelu"},
+    ),
+    "mixtral-classes": (
+        "MixtralForSequenceClassification",
+        {**DECODER, "num_local_experts": 4, "num_labels": 3, "pad_token_id": 96},
+    ),
+    "olmoe": ("OlmoeForCausalLM", {**DECODER, **OLMOE}),
+    "olmoe-normalized-biases": (
+        "OlmoeForCausalLM",
+        {**DECODER, **OLMOE, "norm_topk_prob": True, "attention_bias": True, "tie_word_embeddings": True},
+    ),
+    "olmoe-mha-yarn": ("OlmoeForCausalLM", {**DECODER, **OLMOE, **YARN, "num_key_value_heads": 6}),
+    "olmoe-mqa-llama3": ("OlmoeForCausalLM", {**DECODER, **OLMOE, **LLAMA3, "num_key_value_heads": 1}),
+    "olmoe-one": ("OlmoeForCausalLM", {**DECODER, **OLMOE, "num_experts_per_tok": 1, "hidden_act": "gelu"}),
+    "olmoe-bare": ("OlmoeModel", {**DECODER, **OLMOE}),
     "gpt2": ("GPT2LMHeadModel", {**GPT2}),
     "gpt2-untied-inner": ("GPT2LMHeadModel", {**GPT2, "tie_word_embeddings": False, "n_inner": 70}),
     "gpt2-relu2": ("GPT2LMHeadModel", {**GPT2, "activation_function": "relu2", "n_head": 1}),
@@ -438,7 +503,11 @@ def test_bf16_stays_close_to_transformers_bf16(pair: Pair) -> None:
     if any(rule.component == "norm.attn_out" for rule in family_of(ours.config).rules):
         # a norm after each half rounds what was rounded: transformers' own distance from float32 is the measure
         limit = max(limit, 2 * gap(expected, pair.expected(pair.theirs, inputs)))
-    assert gap(got, expected) <= limit
+    if ours.config.experts is None:
+        assert gap(got, expected) <= limit
+    else:  # where two experts are nearly as probable, rounding decides, and that one token differs more
+        gaps = (got.float() - expected.float()).abs().amax(-1).flatten()
+        assert (gaps > limit).float().mean() <= 0.1 and gaps.median() <= limit / 2
 
 
 def test_a_saved_folder_loads_in_transformers_with_the_same_keys(pair: Pair, tmp_path: Path) -> None:
@@ -465,11 +534,25 @@ def test_gradients_equal_transformers(pair: Pair) -> None:
             torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
     ours = dict(pair.ours.named_parameters())
     layout = disk_layout(pair.ours.config, ours)
-    for name, parameter in pair.theirs.named_parameters():
-        sources, rule = layout[name if name in layout else "embed_out.weight"]  # which transformers renames as it reads
+    for fused, parameter in pair.theirs.named_parameters():
         assert parameter.grad is not None
-        grads = [ours[source].grad for source in sources]
-        assert gap(rule.transform.invert([grad for grad in grads if grad is not None]), parameter.grad) <= 1e-4, name
+        for name, expected in of_experts(fused, parameter.grad, pair.ours.config.family):
+            sources, rule = layout[name if name in layout else "embed_out.weight"]  # which transformers renames
+            grads = [ours[source].grad for source in sources]
+            assert gap(rule.transform.invert([grad for grad in grads if grad is not None]), expected) <= 1e-4, name
+
+
+def of_experts(name: str, stacked: torch.Tensor, family: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """A tensor under its name on disk; what transformers stacks in memory, expert by expert."""
+    gate, up, down = ("w1", "w3", "w2") if family == "mixtral" else ("gate_proj", "up_proj", "down_proj")
+    name = name.replace(".mlp.", ".block_sparse_moe.") if family == "mixtral" else name
+    stem, _, last = name.rpartition(".")
+    kinds = {"gate_up_proj": (gate, up), "down_proj": (down,)}.get(last, ()) if stem.endswith("experts") else ()
+    if not kinds:
+        yield name, stacked
+    for expert, matrix in enumerate(stacked if kinds else ()):
+        for kind, part in zip(kinds, matrix.chunk(len(kinds)), strict=True):
+            yield f"{stem}.{expert}.{kind}.weight", part
 
 
 @pytest.mark.parametrize("pair", CAUSAL, indirect=True)

@@ -98,6 +98,11 @@ CAUSAL: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "phi3": ("Phi3ForCausalLM", {**SHAPE, "pad_token_id": 0, "sliding_window": 7}),
     "apertus": ("ApertusForCausalLM", SHAPE),
+    "qwen3_moe": (
+        "Qwen3MoeForCausalLM",
+        {**SHAPE, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    ),
+    "mixtral": ("MixtralForCausalLM", {**SHAPE, "num_local_experts": 3, "sliding_window": 9}),
     "gpt2": (
         "GPT2LMHeadModel",
         {"n_embd": 48, "n_layer": 3, "n_head": 3, "vocab_size": 300, "n_positions": 64, "initializer_range": 0.3},

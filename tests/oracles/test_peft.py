@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lapis.errors import CheckpointError
-from lapis.families.config import ModelConfig, Rope
+from lapis.families.config import Experts, ModelConfig, Rope
 from lapis.model.adapter import write_adapter
 from lapis.model.load import load, save
 from lapis.model.lora import LoraConfig, LoraLinear, of, off, token_rows, wrap
@@ -44,6 +44,10 @@ SHAPES = {
                            first_position=2, class_dense="tanh", **LEARNED),
 }  # fmt: skip
 ENCODERS = ("bert", "roberta")
+MIXTURES = {
+    "qwen3_moe": dataclasses.replace(LLAMA, family="qwen3_moe", qk_norm=True, experts=Experts(4, 2)),
+    "mixtral": dataclasses.replace(LLAMA, family="mixtral", experts=Experts(4, 2)),
+}
 KINDS = {
     "lora": LoraConfig(rank=3),
     "rslora": LoraConfig(rank=3, rslora=True, alpha=5.0, targets=("attn.q", "attn.v", "layers.1.mlp")),
@@ -93,6 +97,25 @@ def test_what_lapis_writes_is_the_same_in_peft(family: str, kind: str, tmp_path:
     assert not torch.allclose(model(IDS), before, atol=1e-3)
     torch.testing.assert_close(model(IDS), logits(theirs), rtol=0, atol=1e-5)
     torch.testing.assert_close(load(tmp_path / "adapter")(IDS), model(IDS), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("targets", [("experts",), ("mlp.experts.down", "attn")], ids=str)
+@pytest.mark.parametrize("family", MIXTURES)
+def test_adapters_of_experts_are_stacked_by_peft(family: str, targets: tuple[str, ...], tmp_path: Path) -> None:
+    torch.manual_seed(4)
+    model = Transformer(MIXTURES[family]).eval()
+    save(model, tmp_path / "base")
+    wrap(model, LoraConfig(rank=3, targets=targets), str(tmp_path / "base"))
+    disturb(model)
+    write_adapter(model, tmp_path / "adapter")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("ignore", r".*_pattern keys did not match")  # of its own pattern for stacked matrices
+        theirs = shape_of(family).from_pretrained(tmp_path / "base", dtype=torch.float32)
+        theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter")
+    torch.testing.assert_close(model(IDS), logits(theirs), rtol=0, atol=1e-5)
+    fuse(tmp_path / "adapter", tmp_path / "fused")
+    torch.testing.assert_close(load(tmp_path / "fused")(IDS), model(IDS), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "patterns", "tokens"])

@@ -5,7 +5,7 @@ table. The tables themselves are one file for each family.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from operator import attrgetter
@@ -20,19 +20,26 @@ from lapis.parsing import quoted
 
 # names of the language model in a multimodal folder, old and new, become those of a folder of its own
 WRAPPED = ((r"^(?:model\.)?language_model\.(?:model\.)?", ""),)
+EXPERT = "{expert}"
+_EXPERT = re.compile(r"\.experts\.(\d+|\{expert\})\.")
 
 
 @dataclass(frozen=True)
 class Part:
     """Where a tensor belongs.
 
-    layer: 0-based block, None outside the blocks. component: "embed", "attn.q", "mlp.down", "norm.attn", "head", ...
-    kind: "weight" or "bias".
+    layer: 0-based block, None outside the blocks. component: "embed", "attn.q", "mlp.down", "mlp.experts.5.down",
+    "norm.attn", "head", ... kind: "weight" or "bias".
     """
 
     layer: int | None
     component: str
     kind: str
+
+    @property
+    def group(self) -> str:
+        """The component without the number of an expert: what it has in common with those of all others."""
+        return _EXPERT.sub(".experts.", self.component)
 
 
 @dataclass(frozen=True)
@@ -40,12 +47,14 @@ class Rule:
     """One line of a family's table.
 
     Attributes:
-        disk: The name in the file without the family's prefix, with `{layer}` for the number of the block.
+        disk: The name in the file without the family's prefix, with `{layer}` for the number of the block, and
+            `{expert}` for that of an expert in it.
         names: The parameters here that the tensor fills, in order; several where the disk holds them fused.
         component: For Part.
         transform: How the tensor on disk becomes the parameters, and back.
         outside: The family's prefix never stands before this name (heads).
         twin: A second spelling of a parameter that another rule lists. Where a file has both, this one counts.
+        expert: Of which expert it is, where it stands for one (`of_expert`).
     """
 
     disk: str
@@ -54,6 +63,7 @@ class Rule:
     transform: Transform = SAME
     outside: bool = False
     twin: bool = False
+    expert: int | None = None
 
     @property
     def kind(self) -> str:
@@ -63,6 +73,15 @@ class Rule:
         """The same, with the transform for a number of heads where it wants that."""
         make = self.transform.by_head
         return self if make is None else replace(self, transform=make(heads))
+
+    def of_expert(self, expert: int | None) -> "Rule":
+        """The rule of one expert; itself where it is not about experts."""
+        if expert is None or EXPERT not in self.disk:
+            return self
+        disk, component, *names = (
+            text.replace(EXPERT, str(expert)) for text in (self.disk, self.component, *self.names)
+        )
+        return replace(self, disk=disk, component=component, names=tuple(names), expert=expert)
 
 
 def rules(stem: str, component: str, kinds: str = "weight", transform: Transform = SAME, *, outside: bool = False,
@@ -136,7 +155,15 @@ class Family:
     def _patterns(self) -> tuple[tuple[re.Pattern[str], Rule], ...]:
         lead = f"(?:{re.escape(self.prefix)})?"
         return tuple(
-            (re.compile(lead + re.escape(rule.disk).replace(r"\{layer\}", r"(?P<layer>0|[1-9]\d{0,8})")), rule)
+            (
+                re.compile(
+                    lead
+                    + re.escape(rule.disk)
+                    .replace(r"\{layer\}", r"(?P<layer>0|[1-9]\d{0,8})")
+                    .replace(r"\{expert\}", r"(?P<expert>0|[1-9]\d{0,8})")
+                ),
+                rule,
+            )
             for rule in self.rules
         )
 
@@ -150,7 +177,8 @@ class Family:
             disk_name = re.sub(old, new, disk_name)
         for pattern, rule in self._patterns:
             if match := pattern.fullmatch(disk_name):
-                layer = match.groupdict().get("layer")
+                layer, expert = (match.groupdict().get(name) for name in ("layer", "expert"))
+                rule = rule if expert is None else rule.of_expert(int(expert))
                 return rule, None if layer is None else int(layer)
         return None
 
@@ -166,6 +194,10 @@ class Family:
         """The rule that fills the parameter `name` of a model here ("blocks.3.attn.q.weight"), with its layer."""
         match = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
         key = f"blocks.{{layer}}.{match[2]}" if match else name
+        numbered = _EXPERT.search(key)
+        if key not in self._by_name and numbered:
+            rule = self._by_name[_EXPERT.sub(f".experts.{EXPERT}.", key)]
+            return rule.of_expert(int(numbered[1])), int(match[1]) if match else None
         return self._by_name[key], int(match[1]) if match else None
 
     def disk_name(self, rule: Rule, layer: int | None, *, bare: bool = False) -> str:
@@ -178,16 +210,24 @@ class Family:
         match = self.match(disk_name)
         return self.disk_name(*match) if match else None
 
+    def rules_of(self, config: ModelConfig) -> Iterator[Rule]:
+        """The table for a model of this shape: a line of experts becomes one for each of them."""
+        for rule in self.rules:
+            if EXPERT not in rule.disk:
+                yield rule
+            elif config.experts is not None:
+                yield from (rule.of_expert(expert) for expert in range(config.experts.count))
+
     def parameter_shapes(self, config: ModelConfig) -> dict[str, Shape]:
         """Every parameter's name and shape, with the first block standing for all: what `Transformer` would make."""
         shapes = common_shapes(config) | self.shapes(config)
         norm = (config.dim,)
         return {
             name: shape if rule.kind == "weight" else shape[:1]
-            for rule in self.rules if not rule.twin
+            for rule in self.rules_of(config) if not rule.twin
             for name, part in ((name.replace("{layer}", "0"), part_of(name)) for name in rule.names)
             if has_parameter(config, part.component, part.kind)
-            for shape in (shapes.get(part.component, norm),)
+            for shape in (shapes.get(part.group, norm),)
         }  # fmt: skip
 
     def required(self, config: ModelConfig) -> dict[str, Shape]:
@@ -197,7 +237,7 @@ class Family:
         """
         shapes = self.parameter_shapes(config)
         tensors: dict[str, Shape] = {}
-        for rule in self.rules:
+        for rule in self.rules_of(config):
             names = [name.replace("{layer}", "0") for name in rule.names]
             if rule.twin or names[0] not in shapes or (rule.component == "head.pooler" and config.head == "none"):
                 continue
@@ -238,6 +278,7 @@ def refuse_shape(config: ModelConfig, fields: Mapping[str, tuple[Any, ...]]) -> 
         "embed_scale": (0.0,), "residual_scale": (1.0,), "logit_divisor": (1.0,), "norm_bias": (True,),
         "parallel": ("none",), "attention_cap": (0.0,), "logit_cap": (0.0,), "rope.share": (1.0,),
         "rope.neighbors": (False,), "first_position": (0,), "class_dense": ("none",),
+        "experts": (None,),
     }  # fmt: skip
     for name, allowed in (plain | dict(fields)).items():
         if (value := attrgetter(name)(config)) not in allowed:
@@ -269,6 +310,11 @@ def fallback_part(disk_name: str) -> Part:
     if base.endswith(("lm_head", "embed_out")):
         return Part(None, "head", kind)
     return Part(None, base, kind)
+
+
+def experts_of(rules: Iterable[Rule]) -> int:
+    """How many experts a block has by the rules that its tensors fall under: the highest number plus one."""
+    return max((rule.expert + 1 for rule in rules if rule.expert is not None), default=0)
 
 
 def layers_of(names: Iterable[str], family: Family) -> int:

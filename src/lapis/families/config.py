@@ -23,6 +23,7 @@ MLP_KINDS = {
 }
 MlpKind = Literal["swiglu", "geglu", "geglu_tanh", "gelu", "gelu_tanh", "relu", "relu2", "silu", "xielu"]
 Head = Literal["lm", "masked", "classes", "scalar", "none"]
+MOST_EXPERTS = 100_000  # of all layers; they are counted one by one
 Bias = Literal["none", "qkv", "attention", "mlp", "all"]
 
 
@@ -72,6 +73,29 @@ class Image:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """MLPs of which a router chooses a few for each token (Shazeer et al. 2017, arXiv:1701.06538).
+
+    count: MLPs of a block. active: Those that a token goes through. normalized: Whether their weights are made to sum
+    to 1. shared_dim: Inner width of one more that every token goes through; 0 = none. balance: What the loss of uneven
+    choices is multiplied by in training.
+    """
+
+    count: int
+    active: int
+    normalized: bool = True
+    shared_dim: int = 0
+    balance: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_numbers(self, "experts")
+        if not 1 <= self.active <= self.count:
+            raise ConfigError(f"experts: active is {self.active}; expected 1 to {self.count}, the number of experts")
+        if self.shared_dim < 0 or self.balance < 0:
+            raise ConfigError("experts: shared_dim and balance must not be below 0")
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Everything that shapes a model; the defaults are Llama's kind of block.
 
@@ -79,7 +103,8 @@ class ModelConfig:
         dim: Width of the residual stream.
         layers: Number of blocks.
         heads: Heads of queries.
-        ffn_dim: Inner width of the MLP.
+        ffn_dim: Inner width of the MLP, or of each expert.
+        experts: In place of the MLP, where there are several.
         vocab: Rows of the embedding.
         context: Positions that the model was made for; a hard limit only where positions are learned.
         kv_heads: Heads of keys and values; 0 = heads.
@@ -125,6 +150,7 @@ class ModelConfig:
     norm_bias: bool = True
     parallel: Literal["none", "shared", "own"] = "none"
     mlp: MlpKind = "swiglu"
+    experts: Experts | None = None
     positions: Literal["rotary", "learned", "none"] = "rotary"
     rope: Rope = Rope()
     window_rope: Rope | None = None
@@ -171,6 +197,10 @@ class ModelConfig:
             raise ConfigError("model: head is classes, but classes is 0")
         if self.window is not None and (self.window < 1 or not self.causal):
             raise ConfigError(f"model: window {self.window} must be 1 or more, in a causal model")
+        if self.experts is not None and self.layers * self.experts.count > MOST_EXPERTS:
+            raise ConfigError(
+                f"model: {self.layers} layers of {self.experts.count:,} experts; at most {MOST_EXPERTS:,} in all"
+            )
         if self.mlp not in MLP_KINDS:
             raise ConfigError(f'model: mlp is "{self.mlp}"; known: {", ".join(MLP_KINDS)}')
         if self.image is None and self.vocab < 1:
@@ -178,8 +208,8 @@ class ModelConfig:
 
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> "ModelConfig":
-        """From fields in which `rope`, `window_rope` and `image` may be mappings."""
-        kinds = {"rope": Rope, "window_rope": Rope, "image": Image}
+        """From fields in which `rope`, `window_rope`, `image` and `experts` may be mappings."""
+        kinds = {"rope": Rope, "window_rope": Rope, "image": Image, "experts": Experts}
         nested = {name: kind(**value) for name, kind in kinds.items() if isinstance(value := fields.get(name), Mapping)}
         return cls(**{**fields, **nested})
 

@@ -1,6 +1,7 @@
 """Patterns: text that chooses parts of a model: what LoRA adapts, what a run tunes or freezes, what a graft scales.
 
 attn.q            a component, in every layer; "attn" and "mlp" stand for all that is below them
+mlp.experts.gate  a component of all experts; mlp.experts.5 is all of one
 layers.0-5        all of some layers (a number, or a range with both ends in it); "0-5" is the same
 layers.3.attn.q   a component of some layers; "3.attn.q" is the same
 embed, norm, head what lies outside the layers as well
@@ -42,9 +43,10 @@ class Pattern:
         if self.layers is not None and part.layer not in self.layers:
             return False
         return self.components is None or any(
-            part.component == name or part.component.startswith(f"{name}.")
+            own == name or own.startswith(f"{name}.")
             for text in self.components
             for name in _FUSED.get(text, (text,))
+            for own in (part.component, part.group)
         )
 
     def resolved(self, parts: Iterable[Part], family: Family | None) -> "Pattern":
@@ -135,7 +137,7 @@ def covered_parts(texts: Iterable[str], parts: Iterable[Part], where: str, famil
 
 def _components(name: str, family: Family) -> list[str]:
     """The components of the modules whose name on disk is `name`, ends with it, or has it as a part in between."""
-    stems = {rule.disk.rpartition(".")[0]: rule.component for rule in family.rules}
+    stems = {rule.disk.rpartition(".")[0]: Part(None, rule.component, rule.kind).group for rule in family.rules}
     return [component for stem, component in stems.items() if f".{name}." in f".{stem}."]
 
 

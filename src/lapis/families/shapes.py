@@ -98,9 +98,22 @@ def common_shapes(config: ModelConfig) -> dict[str, Shape]:
         "embed": (config.vocab, dim), "embed.position": (config.first_position + config.context, dim),
         "attn.q": (inner, dim), "attn.k": (inner_kv, dim), "attn.v": (inner_kv, dim), "attn.o": (dim, inner),
         "attn.q_norm": (normed,), "attn.k_norm": (normed_kv,),
-        "mlp.gate": (ffn_dim, dim), "mlp.up": (ffn_dim, dim), "mlp.down": (dim, ffn_dim),
+        **_mlp_shapes("mlp", ffn_dim, dim), **_expert_shapes(config),
         "head": (config.vocab, dim), "head.pooler": (dim, dim), "head.dense": (dim, dim),
         "head.classes": (config.classes, dim),
+    }  # fmt: skip
+
+
+def _mlp_shapes(name: str, width: int, dim: int) -> dict[str, Shape]:
+    return {f"{name}.gate": (width, dim), f"{name}.up": (width, dim), f"{name}.down": (dim, width)}
+
+
+def _expert_shapes(config: ModelConfig) -> dict[str, Shape]:
+    if config.experts is None:
+        return {}
+    return {
+        "mlp.router": (config.experts.count, config.dim), **_mlp_shapes("mlp.experts", config.ffn_dim, config.dim),
+        "mlp.shared_gate": (1, config.dim), **_mlp_shapes("mlp.shared", config.experts.shared_dim, config.dim),
     }  # fmt: skip
 
 
@@ -116,6 +129,8 @@ def has_parameter(config: ModelConfig, component: str, kind: str) -> bool:
         return (kind == "weight" or biased) and (component != "head.norm" or config.head == "masked")
     if group == "attn":
         return kind == "weight" or config.bias in ("attention", "all") or (config.bias == "qkv" and name != "o")
+    if name.startswith("shared"):
+        return config.experts is not None and config.experts.shared_dim > 0
     if group == "mlp":
         return (name != "gate" or config.gated) and (kind == "weight" or config.bias in ("mlp", "all"))
     if group == "head":

@@ -220,7 +220,8 @@ def _ready_block(block: TransformerBlock, layout: WeightLayout) -> None:
     dtype = next(block.norm.parameters()).dtype
     if type(block.attn) is Attention and all(type(block.attn.get_submodule(name)) is nn.Linear for name in "qkvo"):
         block.attn = ready_attention(block.attn, layout)  # type: ignore[assignment]
-    if isinstance(block.mlp, Mlp):
-        block.mlp = ready_mlp(block.mlp, layout)  # type: ignore[assignment]
+    for name, mlp in [(name, module) for name, module in block.named_modules() if isinstance(module, Mlp)]:
+        parent, _, last = name.rpartition(".")
+        setattr(block.get_submodule(parent), last, ready_mlp(mlp, layout))  # of each expert, where there are several
     for name, norm in list(block.norm.named_children()):
         setattr(block.norm, name, ready_norm(cast(Norm, norm), dtype, layout))

@@ -12,7 +12,7 @@ from pathlib import Path
 from lapis.checkpoint import Checkpoint, open_checkpoint
 from lapis.errors import CheckpointError, ConfigError
 from lapis.families import Family, Rule, Shape, family_of, known_types
-from lapis.families.base import layers_of
+from lapis.families.base import experts_of, layers_of
 from lapis.families.config import CLASS_FIELDS, Head, ModelConfig
 
 DiskTensors = dict[str, tuple[str, Rule, int | None]]  # canonical name on disk -> as it is spelled, its rule, its layer
@@ -73,6 +73,12 @@ def plan_load(checkpoint: Checkpoint, *, head: Head | None = None, classes: int 
     if layers != config.layers:
         raise CheckpointError(
             f"{checkpoint.source}: config.json says {config.layers} layers, the tensors have {layers}; fetch both again"
+        )
+    experts = experts_of(rule for _, rule, _ in tensors.values())
+    if config.experts is not None and experts != config.experts.count:
+        raise CheckpointError(
+            f"{checkpoint.source}: config.json says {config.experts.count} experts, the tensors have {experts}; "
+            "fetch both again"
         )
     config = _with_head(checkpoint, config, tensors, head, classes)
     if to_run:

@@ -6,13 +6,14 @@ and what frameworks add.
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from lapis.families import ModelConfig, parameter_shapes, part_of
+from lapis.families import ModelConfig, Part, parameter_shapes, part_of
 
 SHOWN = {"float32": 4, "bfloat16": 2, "int8": 1}
 DTYPE_BYTES = SHOWN | {"float64": 8, "float16": 2, "float8": 1, "uint8": 1}
@@ -95,8 +96,9 @@ def measure(config: ModelConfig, context: int | None = None) -> Size:
     for name, shape in parameter_shapes(config).items():
         part = part_of(name)
         into = components if part.layer is None else block
-        into[part.component] = into.get(part.component, 0) + prod(shape)
+        into[part.group] = into.get(part.group, 0) + prod(shape)
         is_product = len(shape) > 1 and (not name.startswith("embed.") or name == "embed.patch.weight")
+        is_product = is_product and is_active(config, part)
         products += prod(shape) * (config.layers if part.layer is not None else is_once(config, name)) * is_product
     if config.tied and config.head in ("lm", "masked"):
         products += config.vocab * config.dim
@@ -113,6 +115,12 @@ def measure(config: ModelConfig, context: int | None = None) -> Size:
 def is_once(config: ModelConfig, name: str) -> bool:
     """Whether a product outside the blocks is done for every token; a classifier's is done once in a sequence."""
     return not name.startswith(("head.pooler", "head.dense", "head.classes"))
+
+
+def is_active(config: ModelConfig, part: Part) -> bool:
+    """False for all experts but as many as a token goes through; all are of one shape."""
+    expert = re.fullmatch(r"mlp\.experts\.(\d+)\..+", part.component)
+    return config.experts is None or not expert or int(expert[1]) < config.experts.active
 
 
 def visible_keys(config: ModelConfig, layer: int, context: int) -> float:
@@ -134,7 +142,10 @@ def activation_bytes(config: ModelConfig, context: int, width: int = 2) -> int:
         width: Bytes of each number.
     """
     inner, inner_kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
-    mlp = 4 * config.ffn_dim if config.gated else 2 * config.ffn_dim
+    matrices = 4 if config.gated else 2
+    mlp = matrices * config.ffn_dim
+    if config.experts is not None:  # of each chosen one also what goes in, what comes out, and that weighted
+        mlp = config.experts.active * (mlp + 3 * config.dim) + matrices * config.experts.shared_dim
     per_layer = 4 * config.dim + 2 * inner + 2 * inner_kv + mlp
     logits = config.vocab * 4 if config.head in ("lm", "masked") else 0
     return context * ((config.layers * per_layer + 2 * config.dim) * width + logits)

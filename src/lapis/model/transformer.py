@@ -113,9 +113,7 @@ class Transformer(ReadableModel):
             elif last in (starts := getattr(self.get_submodule(module), "starts", {})):
                 parameter.fill_(starts[last])
             else:
-                parameter.normal_(
-                    0.0, residual_std if name.endswith(("attn.o.weight", "mlp.down.weight")) else INIT_STD
-                )
+                parameter.normal_(0.0, residual_std if name.endswith(("attn.o.weight", ".down.weight")) else INIT_STD)
 
     def forward(
         self, ids_BT: Tensor, mask_BT: Tensor | None = None, *, positions_BT: Tensor | None = None,
@@ -208,6 +206,7 @@ class Transformer(ReadableModel):
         T, past = ids_BT.shape[1], 0 if cache is None else cache.length
         if segments_BT is not None and cache is not None:
             raise ValueError("segments and a cache do not go together: a cached sequence is one document")
+        real_BT = mask_BT if mask_BT is not None or segments_BT is None else segments_BT != 0
         if mask_BT is not None and (cache is None or past == 0) and is_whole(mask_BT, config.causal and cache is None):
             mask_BT = None
         positions = positions_BT if positions_BT is not None else count_positions(ids_BT, mask_BT, segments_BT, cache)
@@ -221,12 +220,13 @@ class Transformer(ReadableModel):
         if config.window is not None and past + T > config.window:
             near = make_view(T, past, True, config.window, mask_BT, positions, segments_BT, cache, dtype)
         if config.positions != "rotary":
-            return positions, Shared(full, near)
+            return positions, Shared(full, near, real_BT=real_BT)
         length = int(positions.max()) + 1 if config.rope.kind == "dynamic" else past + T
         rotation = near_rotation = rope_tables(config.rope, config, positions, dtype, length)
         if config.window_rope is not None:
             near_rotation = rope_tables(config.window_rope, config, positions, dtype, length)
-        return positions, Shared(full, near, rotation, near_rotation, query_gain(config, positions, dtype))
+        gain = query_gain(config, positions, dtype)
+        return positions, Shared(full, near, rotation, near_rotation, gain, real_BT)
 
 
 def is_whole(mask_BT: Tensor, causal: bool) -> bool:

@@ -112,7 +112,7 @@ def _component(part: Part, size: PieceSize) -> str | None:
     half = part.component.split(".")[0]
     if half not in HALVES:
         return None
-    return {"layers": "", "halves": half, "components": part.component}[size]
+    return {"layers": "", "halves": half, "components": part.group}[size]
 
 
 def _piece(checkpoint: Checkpoint, layer: int | None, component: str, names: Sequence[str]) -> Piece:

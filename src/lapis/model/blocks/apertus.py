@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lapis.families.config import ModelConfig
-from lapis.model.blocks.standard import Architecture, TransformerBlock
+from lapis.model.blocks.standard import Architecture, Mlp, TransformerBlock
 
 BETA, EPS, ALPHA = 0.5, -1e-6, 0.8
 
@@ -39,7 +39,7 @@ class ApertusBlock(TransformerBlock):
     """The usual block; its MLP is down(xIELU(up(x)))."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
-        super().__init__(config, layer, act=Xielu())
+        super().__init__(config, layer, mlp=Mlp(config, Xielu()))
 
 
 ARCHITECTURE = Architecture(ApertusBlock)

@@ -34,7 +34,8 @@ class View(NamedTuple):
 class Shared(NamedTuple):
     """What all layers of one forward pass share.
 
-    near, near_rotation: of the layers with a sliding window. query_gain: [..., T, 1, 1], by position.
+    near, near_rotation: of the layers with a sliding window. query_gain: [..., T, 1, 1], by position. real_BT: False =
+    padding; None where there is none.
     """
 
     full: View
@@ -42,6 +43,7 @@ class Shared(NamedTuple):
     rotation: Rotation | None = None
     near_rotation: Rotation | None = None
     query_gain: Tensor | None = None
+    real_BT: Tensor | None = None
 
 
 class AttentionCore(nn.Module):

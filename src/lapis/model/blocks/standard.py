@@ -28,16 +28,17 @@ ACTIVATIONS: dict[str, Activation] = {
 class Mlp(nn.Module):
     """down(act(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202), or down(act(up(x))) where there is no gate.
 
-    act: an activation with parameters, which the block brings; None is the one that the config names.
+    act: an activation with parameters, which the block brings; None is the one that the config names. width: of the
+    inner vector; 0 = ffn_dim.
     """
 
-    def __init__(self, config: ModelConfig, act: Activation | None = None) -> None:
+    def __init__(self, config: ModelConfig, act: Activation | None = None, width: int = 0) -> None:
         super().__init__()
-        bias = config.bias in ("mlp", "all")
+        bias, width = config.bias in ("mlp", "all"), width or config.ffn_dim
         gated, activation = MLP_KINDS[config.mlp]
-        self.gate = nn.Linear(config.dim, config.ffn_dim, bias=bias) if gated else None
-        self.up = nn.Linear(config.dim, config.ffn_dim, bias=bias)
-        self.down = nn.Linear(config.ffn_dim, config.dim, bias=bias)
+        self.gate = nn.Linear(config.dim, width, bias=bias) if gated else None
+        self.up = nn.Linear(config.dim, width, bias=bias)
+        self.down = nn.Linear(width, config.dim, bias=bias)
         self.act = act or ACTIVATIONS[activation]
 
     def forward(self, x_BTD: Tensor) -> Tensor:
@@ -82,13 +83,13 @@ class TransformerBlock(nn.Module):
 
     def __init__(
         self, config: ModelConfig, layer: int, norm: MakeNorm = make_norm, norms: tuple[str, ...] = ("attn", "mlp"),
-        act: Activation | None = None,
+        mlp: nn.Module | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.parallel = config.parallel
         self.norm = Norms(config, norm, *(name for name in norms if (name, self.parallel) != ("mlp", "shared")))
         self.attn = Attention(config, layer, norm)
-        self.mlp = Mlp(config, act)
+        self.mlp = Mlp(config) if mlp is None else mlp
         self.post = config.norm_place == "post"
 
     @property

@@ -23,6 +23,7 @@ from lapis.training.loop.guards import Fault
 from lapis.training.loop.progress import LiveWatch, Silent, format_time
 from lapis.training.loop.state import TrainState, rng_state, set_rng_state
 from lapis.training.loop.stop_request import StopRequest, StopSignal
+from lapis.training.objectives.balance import balance_loss, coefficient, watched_choices
 from lapis.training.objectives.objective import Objective
 from lapis.training.setup.blocks import autocast
 
@@ -214,7 +215,12 @@ class Updater:
         with autocast(self.state.device, self.precision):
             with torch.no_grad(), self.state.gathered():
                 batch = self.objective.prepare(model, batch)
-            loss, count, metrics = self.objective.loss(model, batch)
+            with watched_choices(model) as choices:
+                loss, count, metrics = self.objective.loss(model, batch)
+            if choices:
+                uneven = balance_loss(choices)
+                metrics = {**metrics, "balance": float(uneven.detach()) * count}
+                loss = loss + coefficient(model) * uneven * count
         return loss, count, {name: float(value) for name, value in metrics.items()}
 
 

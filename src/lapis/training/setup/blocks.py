@@ -81,8 +81,8 @@ def _again(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def compiled(model: Transformer, on: bool) -> Iterator[None]:
-    """While inside, the blocks run compiled."""
-    blocks = list(model.blocks) if on else []
+    """While inside, the blocks run compiled; those with experts do not, since the shapes in them follow the tokens."""
+    blocks = list(model.blocks) if on and model.config.experts is None else []
     before = [block.__dict__.get("forward") for block in blocks]
     for block in blocks:
         setattr(block, "forward", torch.compile(block.forward))  # noqa: B010

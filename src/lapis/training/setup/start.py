@@ -104,7 +104,7 @@ def _check_memory(shape: ModelConfig) -> None:
 def zero_outputs(model: Transformer) -> None:
     """Sets the projections that write to the residual stream to zero."""
     for name, parameter in model.named_parameters():
-        if name.endswith(("attn.o.weight", "mlp.down.weight")):
+        if name.endswith(("attn.o.weight", ".down.weight")):
             parameter.zero_()
 
 

@@ -112,7 +112,7 @@ def _side(model: Checkpoint, name: str, part: Part, shape: tuple[int, ...], widt
     if matched is not None:
         turned = matched[0].transform.transposed
         outputs, inputs = shape[::-1] if turned else shape
-        side = "writes" if part.component in ("attn.o", "mlp.down") else "reads"
+        side = "writes" if part.component.endswith(("attn.o", ".down")) else "reads"
         return (side, turned) if (outputs if side == "writes" else inputs) == width else None
     if (shape[0] == width) == (shape[1] == width):
         return None

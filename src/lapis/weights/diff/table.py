@@ -78,7 +78,8 @@ class DiffTable:
                 raise ConfigError(f'diff: cannot group by "{key}"; give layer, component or kind')
         groups: dict[tuple[Any, ...], list[Sums]] = {}
         for line in self.lines:
-            groups.setdefault(tuple(getattr(line.part, key) for key in keys), []).append(line.sums)
+            of = {"layer": line.part.layer, "component": line.part.group, "kind": line.part.kind}
+            groups.setdefault(tuple(of[key] for key in keys), []).append(line.sums)
         if keys and keys[0] == "layer":
             order = sorted(groups, key=lambda group: (group[0] is not None, group[0] or 0))
         else:

@@ -1,0 +1,88 @@
+"""A block whose MLP is a mixture of experts: a router sends each token through a few of many MLPs.
+
+Tokens are put in the order of their experts, so that each expert is one product over its own. Leaves out: the loss that
+keeps the choices even (training/objectives/balance.py).
+
+Shapes: B batch, T time, D model dim, N tokens, E experts, K experts of a token, R = N K rows.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lapis.errors import ConfigError
+from lapis.families.config import Experts, ModelConfig
+from lapis.model.blocks.standard import Architecture, Mlp, TransformerBlock
+
+
+class Router(nn.Module):
+    """Scores of each token, x W^T. It is no nn.Linear, so that an adapter over the MLP leaves choices as they are."""
+
+    def __init__(self, dim: int, scores: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(scores, dim))
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        return F.linear(x_ND, self.weight)
+
+
+class MixtureOfExperts(nn.Module):
+    """sum over the K most probable experts of p_e(x) mlp_e(x), p = softmax(router(x)) (Shazeer et al. 2017,
+    arXiv:1701.06538; softmax before the choice, as in Fedus et al. 2021, arXiv:2101.03961).
+
+    With a shared expert, sigmoid(shared_gate(x)) shared(x) is added (Qwen2).
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        if config.experts is None:
+            raise ConfigError(f"model: a {config.family} model has experts; give experts: {{count: 8, active: 2}}")
+        self.settings: Experts = config.experts
+        self.router = Router(config.dim, self.settings.count)
+        self.experts = nn.ModuleList(Mlp(config) for _ in range(self.settings.count))
+        shared_dim = self.settings.shared_dim
+        self.shared = Mlp(config, width=shared_dim) if shared_dim else None
+        self.shared_gate = Router(config.dim, 1) if shared_dim else None
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        x_ND = x_BTD.flatten(0, -2)
+        weights_NK, chosen_NK = choose(self.router(x_ND), self.settings)
+        out_ND = self._mixed(x_ND, weights_NK.to(x_ND.dtype), chosen_NK)
+        if self.shared is not None and self.shared_gate is not None:
+            out_ND = out_ND + torch.sigmoid(self.shared_gate(x_ND)) * self.shared(x_ND)
+        return out_ND.view(x_BTD.shape)
+
+    def _mixed(self, x_ND: Tensor, weights_NK: Tensor, chosen_NK: Tensor) -> Tensor:
+        """The weighted sum over the experts of each token.
+
+        Where gradients are wanted, rows are gathered at once and an expert without tokens is computed too, so that it
+        has a gradient of zeros. Elsewhere rows are gathered expert by expert, in memory that is still in the cache.
+        """
+        learns, active = torch.is_grad_enabled(), chosen_NK.shape[1]
+        order_R = chosen_NK.flatten().argsort(stable=True)
+        sizes = torch.bincount(chosen_NK.flatten(), minlength=len(self.experts)).tolist()
+        tokens = (order_R // active).split(sizes)
+        weights = weights_NK.flatten()[order_R, None].split(sizes)
+        gathered = x_ND.index_select(0, torch.cat(tokens)).split(sizes) if learns else None
+        out_ND = torch.zeros_like(x_ND)
+        for number, expert in enumerate(self.experts):
+            if sizes[number] or learns:
+                own = x_ND.index_select(0, tokens[number]) if gathered is None else gathered[number]
+                out_ND.index_add_(0, tokens[number], (expert(own) * weights[number]).to(out_ND.dtype))
+        return out_ND
+
+
+def choose(logits_NE: Tensor, settings: Experts) -> tuple[Tensor, Tensor]:
+    """The weights of the chosen experts of each token, float32 [N, K], and their numbers, int64 [N, K]."""
+    weights_NK, chosen_NK = logits_NE.float().softmax(-1).topk(settings.active, dim=-1)
+    return weights_NK / weights_NK.sum(-1, keepdim=True) if settings.normalized else weights_NK, chosen_NK
+
+
+class ExpertsBlock(TransformerBlock):
+    """The usual block, with a mixture in the place of its MLP."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__(config, layer, mlp=MixtureOfExperts(config))
+
+
+ARCHITECTURE = Architecture(ExpertsBlock)
