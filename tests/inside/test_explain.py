@@ -125,6 +125,8 @@ def test_grid_shares_and_end_are_those_of_the_lens_and_model(model, words):
         assert result.ending.actual[place] == pytest.approx((rank, chance), rel=1e-4)
     assert torch.allclose(result.ending.logits_V, logits[-1].sort(descending=True).values, atol=1e-5)
     assert logits[-1][result.ending.ids].tolist() == pytest.approx(result.ending.logits_V[:256].tolist(), abs=1e-5)
+    if cap := model.config.logit_cap:  # shares add up to a logit before its cap
+        logits = cap * (logits / cap).atanh()
     for word in result.words:
         total = word.heads_LH.sum() + word.attention_L.sum() + word.mlp_L.sum() + sum(word.rest.values())
         assert total.item() == pytest.approx(logits[-1, word.token].item(), abs=1e-4)

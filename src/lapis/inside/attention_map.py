@@ -170,7 +170,10 @@ def _one(
     scores_TS = scores_TS.masked_fill(hidden_TS, -torch.inf)
     weights_TS, v_SE = scores_TS.softmax(1)[:, shown], v_BKSE[0, kv, shown]
     moved_TS = weights_TS * _lengths(parts, key, v_SE)
-    return _small(key, tokens, S, scores_TS[:, shown], weights_TS, moved_TS, q_11TE[0, 0], k_11SE[0, 0, shown], v_SE)
+    made_of = (
+        (None, None) if core.cap else (q_11TE[0, 0], k_11SE[0, 0, shown])
+    )  # capped scores are no products of these
+    return _small(key, tokens, S, scores_TS[:, shown], weights_TS, moved_TS, *made_of, v_SE)
 
 
 def _small(key: tuple[int, int], tokens: list[str], length: int, *arrays: Tensor | None) -> AttentionMap:
