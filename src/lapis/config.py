@@ -300,7 +300,7 @@ def _spelled(hint: Any) -> str:
         return " or ".join(map(str, args))
     if origin in (list, tuple, dict):
         return "a mapping" if origin is dict else "a list"
-    return _WORDS.get(hint) or getattr(hint, "__name__", str(hint))
+    return str(_WORDS.get(hint) or getattr(hint, "__name__", hint))
 
 
 _TRUTH = {"on": True, "yes": True, "true": True, "off": False, "no": False, "false": False}
