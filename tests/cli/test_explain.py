@@ -71,14 +71,14 @@ def test_a_family_that_lapis_does_not_run_is_explained_too(tmp_path, run):
     transformers = pytest.importorskip("transformers")
     tokenizer = train_tokenizer([TEXT * 40], 320)
     torch.manual_seed(0)
-    config = transformers.GPTNeoXConfig(
+    config = transformers.PhiConfig(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
         vocab_size=tokenizer.vocab_size, max_position_embeddings=64,
     )  # fmt: skip
-    transformers.GPTNeoXForCausalLM(config).save_pretrained(tmp_path / "neox")
-    tokenizer.save(tmp_path / "neox")
-    status, out, err = run("explain", tmp_path / "neox", PROMPT, "--html", tmp_path / "neox.html", "--json")
+    transformers.PhiForCausalLM(config).save_pretrained(tmp_path / "phi")
+    tokenizer.save(tmp_path / "phi")
+    status, out, err = run("explain", tmp_path / "phi", PROMPT, "--html", tmp_path / "phi.html", "--json")
     assert status == 0, err
     result = json.loads(out)
-    assert result["build"]["family"] == "gpt_neox" and result["attention"]["weights"]["shape"][:2] == [2, 4]
+    assert result["build"]["family"] == "phi" and result["attention"]["weights"]["shape"][:2] == [2, 4]
     assert result["stream"]["taken"] is not None and len(result["attention"]["heads"]) > 0

@@ -22,7 +22,7 @@ SIZES = {
     "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 330,
     "max_position_embeddings": 64,
 }  # fmt: skip
-KINDS = {"llama": "LlamaForCausalLM", "gpt_neox": "GPTNeoXForCausalLM"}  # lapis' own, and one through transformers
+KINDS = {"llama": "LlamaForCausalLM", "persimmon": "PersimmonForCausalLM"}  # lapis' own, and one through transformers
 PLACES, TEXTS = 3, 70
 
 
@@ -91,7 +91,7 @@ def test_the_mean_difference_equals_transformers_hidden_states(folders, differen
     assert (difference.vectors.differences_PLD - target_PLD).abs().max() <= 1e-5
     lengths_PL = torch.stack([x.double().norm(dim=2).mean(0) for x in states(one, ids_BT)], 1)
     assert torch.allclose(difference.vectors.norms_PL.double(), lengths_PL, rtol=1e-5)
-    norm = trunk(other).norm if hasattr(trunk(other), "norm") else trunk(other).final_layer_norm
+    norm = getattr(trunk(other), "norm", None) or trunk(other).final_layernorm
     for reading in difference.readings:
         d_D = target_PLD[reading.place, 0 if reading.layer is None else reading.layer + 1].float()
         assert reading.relative_norm == pytest.approx(
@@ -223,7 +223,7 @@ def test_models_that_are_no_versions_of_one_are_refused(folders, words, tmp_path
     root, (one, _), _ = folders
     kind = type(one)
     for name, changes, message in (
-        ("narrow", {"hidden_size": 16}, "dim is 32|width is 32"),
+        ("narrow", {"hidden_size": 16, "num_attention_heads": 2}, "dim is 32|width is 32"),
         ("deep", {"num_hidden_layers": 4}, "layers is 3|number of layers is 3"),
     ):
         kind(kind.config_class(**{**SIZES, **changes})).save_pretrained(tmp_path / name)

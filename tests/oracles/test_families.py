@@ -1,5 +1,6 @@
 """Every family against transformers: small random models, the same logits, the same keys on disk, both ways."""
 
+import copy
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -445,7 +446,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     kind, options = CASES[request.param]
     model_class = getattr(transformers, kind)
     torch.manual_seed(0)
-    theirs = model_class(model_class.config_class(**options)).eval()
+    theirs = model_class(model_class.config_class(**copy.deepcopy(options))).eval()  # it writes into them
     with torch.no_grad():
         for parameter in theirs.parameters():  # norms and biases away from 1 and 0, so that a mix-up shows
             parameter.add_(torch.randn_like(parameter) * (0.1 if parameter.dim() == 1 else 0.04))

@@ -74,7 +74,7 @@ def test_one_stream_for_any_batches_ranks_and_resumes(mixture: Mixture, sizes: l
 def test_sources_are_read_whole_in_every_epoch_of_theirs(mixture: Mixture) -> None:
     rows, _ = mixture.indices(mixture.start(3), 20 * len(mixture))
     for at, one in enumerate(mixture.sources):
-        begin = int(mixture._begins[at])
+        begin = int(mixture.begins[at])
         own = rows[(rows >= begin) & (rows < begin + len(one))] - begin
         for epoch in range(len(own) // len(one)):
             assert sorted(own[epoch * len(one) : (epoch + 1) * len(one)].tolist()) == list(range(len(one)))

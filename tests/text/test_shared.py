@@ -85,7 +85,7 @@ def test_parts_give_the_rows_of_one_naive_pass(
     monkeypatch.setattr(corpus_parts, "SPAN", span)
     ids, targets = naive(whole(documents(corpus)), tokenizer, 48)
     rows = pack(corpus, tokenizer, length=48)
-    assert len(rows._shards) > 10 or span > 300
+    assert len(rows.shards) > 10 or span > 300
     result = taken(rows)
     assert result[0] == ids and result[1] == targets
     one = pack(documents(corpus), tokenizer, length=48)
@@ -141,7 +141,7 @@ def test_chats_in_many_parts_are_whole_and_once(
     file = tmp_path / "chats.jsonl"
     file.write_text("\n".join(map(json.dumps, lines)))
     rows = pack(file, tokenizer, tmp_path / "out", 80, workers=2)
-    assert len(rows._shards) > 3
+    assert len(rows.shards) > 3
     result = []
     for ids, targets, segments, _ in zip(*taken(rows), strict=True):
         for segment in range(1, max(segments) + 1):

@@ -26,9 +26,8 @@ KINDS = {
         "GPT2LMHeadModel", {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 330, "n_positions": 64},
         "transformer.h.1.mlp.c_proj.weight", "transformer.h.0.mlp.c_fc.weight",
     ),
-    "gpt_neox": (  # not a family of lapis
-        "GPTNeoXForCausalLM", SIZES, "gpt_neox.layers.1.mlp.dense_4h_to_h.weight",
-        "gpt_neox.layers.0.mlp.dense_h_to_4h.weight",
+    "phi": (  # not a family of lapis
+        "PhiForCausalLM", SIZES, "model.layers.1.mlp.fc2.weight", "model.layers.0.mlp.fc1.weight",
     ),
 }  # fmt: skip
 

@@ -71,13 +71,13 @@ def _stacked_by_head(heads: int) -> Transform:
     """As STACK, but the rows of one head follow those of another: q, k and v of head 0, then those of head 1, ..."""
 
     def split(tensor: "Tensor", shapes: Sequence[Shape]) -> "tuple[Tensor, ...]":
-        by_head = tensor.unflatten(0, (heads, len(shapes), -1))
+        by_head = tensor.reshape(heads, len(shapes), -1, *tensor.shape[1:])
         return tuple(by_head[:, i].flatten(0, 1) for i in range(len(shapes)))
 
     def join(tensors: "Sequence[Tensor]") -> "Tensor":
         import torch
 
-        return torch.stack([tensor.unflatten(0, (heads, -1)) for tensor in tensors], 1).flatten(0, 2)
+        return torch.stack([tensor.reshape(heads, -1, *tensor.shape[1:]) for tensor in tensors], 1).flatten(0, 2)
 
     return Transform(
         _stack_shape, split, join, by_head=_stacked_by_head,

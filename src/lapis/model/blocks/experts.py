@@ -61,9 +61,9 @@ class MixtureOfExperts(nn.Module):
         learns, active = torch.is_grad_enabled(), chosen_NK.shape[1]
         order_R = chosen_NK.flatten().argsort(stable=True)
         sizes = torch.bincount(chosen_NK.flatten(), minlength=len(self.experts)).tolist()
-        tokens = (order_R // active).split(sizes)
-        weights = weights_NK.flatten()[order_R, None].split(sizes)
-        gathered = x_ND.index_select(0, torch.cat(tokens)).split(sizes) if learns else None
+        tokens = torch.split(order_R // active, sizes)
+        weights = torch.split(weights_NK.flatten()[order_R, None], sizes)
+        gathered = torch.split(x_ND.index_select(0, torch.cat(tokens)), sizes) if learns else None
         out_ND = torch.zeros_like(x_ND)
         for number, expert in enumerate(self.experts):
             if sizes[number] or learns:

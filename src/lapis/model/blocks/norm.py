@@ -42,6 +42,7 @@ class LayerNorm(nn.Module):
     """(x - mean) / sqrt(var + eps) * weight + bias (Ba et al. 2016, arXiv:1607.06450), or without the bias."""
 
     starts: ClassVar = {"weight": 1.0}
+    bias: nn.Parameter | None
 
     def __init__(self, dim: int, eps: float, on_stream: bool = False, bias: bool = True) -> None:
         super().__init__()

@@ -60,7 +60,7 @@ def rotate(x_BTHE: Tensor, rotation: Rotation) -> Tensor:
     cos, sin, neighbors = rotation
     width = cos.shape[-1]
     x_BTHR = x_BTHE if width == x_BTHE.shape[-1] else x_BTHE[..., :width]
-    partners = x_BTHR.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) if neighbors else x_BTHR.roll(width // 2, -1)
+    partners = x_BTHR.view(*x_BTHR.shape[:-1], -1, 2).flip(-1).flatten(-2) if neighbors else x_BTHR.roll(width // 2, -1)
     turned = (x_BTHR * cos).addcmul_(partners, sin)
     return turned if x_BTHR is x_BTHE else torch.cat((turned, x_BTHE[..., width:]), -1)
 

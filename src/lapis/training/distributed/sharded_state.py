@@ -84,11 +84,12 @@ class ShardedSaves:
             (staging.path / _FACTS).write_text(json.dumps({"format": _FORMAT, "processes": self.world.size}) + "\n")
             return str(staging.path / SHARDS)
 
-        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+        from torch.distributed.checkpoint.state_dict_saver import async_save
 
         path = self.world.from_lead(self.world.together(open_folder))
-        writer = dcp.HuggingFaceStorageWriter(path, save_distributed=True)
-        written: Any = dcp.async_save(_tensors(state), storage_writer=writer, process_group=self._group)
+        writer = HuggingFaceStorageWriter(path, save_distributed=True)
+        written: Any = async_save(_tensors(state), storage_writer=writer, process_group=self._group)
         self._thread = threading.Thread(target=self._commit, args=(written, opened, journal, keep))
         self._thread.start()
         return folder
@@ -141,19 +142,20 @@ def read_shards(state: TrainState, folder: Path) -> dict[str, Tensor]:
 
     Raises TrainingError where this process does not see the folder.
     """
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     place = folder / SHARDS
     if not place.is_dir():
         raise TrainingError(f"train: {place} is not here; checkpoints must lie on a disk that all machines share")
     parameters, tensors = _parameters(state), dict[str, Tensor]()
-    for name, entry in dcp.HuggingFaceStorageReader(str(place)).read_metadata().state_dict_metadata.items():
+    for name, entry in HuggingFaceStorageReader(str(place)).read_metadata().state_dict_metadata.items():
         like, kind = parameters.get(_parameter(name)), entry.properties.dtype  # type: ignore[union-attr]
         cut = like is not None and is_piece(like) and like.shape == entry.size  # type: ignore[union-attr]
         tensors[name] = torch.empty_like(like, dtype=kind) if cut else torch.empty(entry.size, dtype=kind)  # type: ignore[arg-type, union-attr]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # each process reads on its own, on purpose
-        dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(place)), no_dist=True)
+        load(tensors, storage_reader=HuggingFaceStorageReader(str(place)), no_dist=True)
     return tensors
 
 

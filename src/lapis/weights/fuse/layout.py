@@ -24,6 +24,7 @@ from lapis.weights.engine.sources import COMPUTABLE, Source, Stored
 from lapis.weights.fuse.low_rank import LowRank, patch_rows, rounding
 
 _HEADS = re.compile(r"(ForCausalLM|LMHeadModel|ForMaskedLM|ForPreTraining|Model)$")
+_CLASSIFIERS = ("classifier.weight", "score.weight", "classifier.out_proj.weight")
 SHOWN = 6  # problems
 
 
@@ -232,7 +233,7 @@ class FuseLayout:
     def _classes(self) -> int:
         """Classes of a head that the adapter brings and the base lacks."""
         for name, stored in self.whole.items():
-            if name not in self.names and name in ("classifier.weight", "score.weight"):
+            if name not in self.names and name in _CLASSIFIERS:
                 return self.adapter.weights.info(stored).shape[0]
         return 0
 
