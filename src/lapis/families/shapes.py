@@ -34,7 +34,9 @@ class Transform:
     invert: "Callable[[Sequence[Tensor]], Tensor]"
     transposed: bool = False
     by_head: "Callable[[int], Transform] | None" = None
-    split: "Callable[[Tensor, Sequence[int]], Sequence[Tensor]]" = lambda tensor, sizes: tensor.split(list(sizes))
+    split: "Callable[[Tensor, Sequence[int]], Sequence[Tensor]]" = lambda tensor, sizes: _split(
+        tensor, [(size,) for size in sizes]
+    )
     join: "Callable[[Sequence[Tensor]], Tensor]" = lambda tensors: _stack(tensors)
 
 

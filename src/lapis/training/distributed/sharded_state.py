@@ -149,10 +149,11 @@ def read_shards(state: TrainState, folder: Path) -> dict[str, Tensor]:
     if not place.is_dir():
         raise TrainingError(f"train: {place} is not here; checkpoints must lie on a disk that all machines share")
     parameters, tensors = _parameters(state), dict[str, Tensor]()
-    for name, entry in HuggingFaceStorageReader(str(place)).read_metadata().state_dict_metadata.items():
-        like, kind = parameters.get(_parameter(name)), entry.properties.dtype  # type: ignore[union-attr]
-        cut = like is not None and is_piece(like) and like.shape == entry.size  # type: ignore[union-attr]
-        tensors[name] = torch.empty_like(like, dtype=kind) if cut else torch.empty(entry.size, dtype=kind)  # type: ignore[arg-type, union-attr]
+    metadata: Any = HuggingFaceStorageReader(str(place)).read_metadata()
+    for name, entry in metadata.state_dict_metadata.items():
+        like, kind = parameters.get(_parameter(name)), entry.properties.dtype
+        cut = like is not None and is_piece(like) and like.shape == entry.size
+        tensors[name] = torch.empty_like(like, dtype=kind) if cut else torch.empty(entry.size, dtype=kind)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # each process reads on its own, on purpose
         load(tensors, storage_reader=HuggingFaceStorageReader(str(place)), no_dist=True)
