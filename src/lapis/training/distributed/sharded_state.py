@@ -126,7 +126,7 @@ def _first_reason(error: BaseException) -> str:
 
 def _tensors(state: TrainState) -> dict[str, Tensor]:
     """What is written in pieces, as `kind/name`; numbers as vectors of one."""
-    kinds = {
+    kinds: dict[str, Mapping[str, Tensor]] = {
         "model": {name: p for name, p in state.model.named_parameters() if p.requires_grad},
         "optimizer": state.optimizers.tensors(),
         "average": state.average.tensors,
@@ -152,8 +152,10 @@ def read_shards(state: TrainState, folder: Path) -> dict[str, Tensor]:
     metadata: Any = HuggingFaceStorageReader(str(place)).read_metadata()
     for name, entry in metadata.state_dict_metadata.items():
         like, kind = parameters.get(_parameter(name)), entry.properties.dtype
-        cut = like is not None and is_piece(like) and like.shape == entry.size
-        tensors[name] = torch.empty_like(like, dtype=kind) if cut else torch.empty(entry.size, dtype=kind)
+        if like is not None and is_piece(like) and like.shape == entry.size:
+            tensors[name] = torch.empty_like(like, dtype=kind)
+        else:
+            tensors[name] = torch.empty(entry.size, dtype=kind)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # each process reads on its own, on purpose
         load(tensors, storage_reader=HuggingFaceStorageReader(str(place)), no_dist=True)
