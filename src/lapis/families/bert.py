@@ -8,7 +8,7 @@ from typing import Any
 
 from lapis.errors import ConfigError
 from lapis.families.base import Family, refuse_shape, rules
-from lapis.families.config import ModelConfig
+from lapis.families.config import ModelConfig, complete
 from lapis.families.fields import TOKENS, Fields
 from lapis.families.gguf import LEARNED, Gguf
 
@@ -101,7 +101,7 @@ def write_encoder(config: ModelConfig, name: str, **allowed: tuple[Any, ...]) ->
     })  # fmt: skip
     if config.head_dim * config.heads != config.dim or not config.types:
         raise ConfigError(f"a {config.family} folder has head_dim = dim / heads, and at least one token type")
-    result: dict[str, Any] = {
+    written = {
         "architectures": [name + HEAD_NAMES[config.head]],
         "model_type": config.family,
         "vocab_size": config.vocab,
@@ -115,12 +115,8 @@ def write_encoder(config: ModelConfig, name: str, **allowed: tuple[Any, ...]) ->
         "layer_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tied,
         "position_embedding_type": "absolute",
-        **config.extra,
     }
-    result.setdefault("pad_token_id", None)
-    if config.classes:
-        result["num_labels"] = config.classes
-    return result
+    return complete(config, written, absent=("pad_token_id",))
 
 
 def _preset(dim: int, layers: int, heads: int) -> dict[str, Any]:

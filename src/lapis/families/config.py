@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from lapis.config import check_numbers
 from lapis.errors import ConfigError
-from lapis.families.fields import LARGEST, MOST_LAYERS
+from lapis.families.fields import LARGEST, MOST_LAYERS, TOKENS
 
 # MLP kinds -> (has a gate, activation)
 MLP_KINDS = {
@@ -255,3 +255,18 @@ def class_names(config: ModelConfig) -> list[str]:
     named = config.extra.get("id2label")
     named = named if isinstance(named, Mapping) else {}
     return [str(named.get(str(i), named.get(i, f"LABEL_{i}"))) for i in range(config.classes)]
+
+
+def complete(config: ModelConfig, written: Mapping[str, Any], absent: Sequence[str] = TOKENS) -> dict[str, Any]:
+    """A family's fields of config.json with those that every family carries.
+
+    Args:
+        config: Of the model.
+        written: What the family writes of its shape.
+        absent: Fields that are written as null where the model has none: transformers' own defaults for them are ids of
+            other models.
+    """
+    result = {**written, **config.extra}
+    for name in absent:
+        result.setdefault(name, None)
+    return {**result, "num_labels": config.classes} if config.classes else result

@@ -5,7 +5,7 @@ from typing import Any
 from lapis.errors import ConfigError
 from lapis.families.base import Family, refuse_shape, rules
 from lapis.families.bert import ACTIVATION_NAMES, ACTIVATIONS, BOTH, ENCODER, HEAD_NAMES, HEADS, OLD_NAMES
-from lapis.families.config import ModelConfig
+from lapis.families.config import ModelConfig, complete
 from lapis.families.fields import TOKENS, Fields
 
 BLOCK = "transformer.layer.{layer}."
@@ -63,7 +63,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     })  # fmt: skip
     if config.head_dim * config.heads != config.dim:
         raise ConfigError(f"head_dim {config.head_dim} has no place in a distilbert folder; it is dim / heads there")
-    result: dict[str, Any] = {
+    written = {
         "architectures": ["DistilBert" + HEAD_NAMES[config.head]],
         "model_type": "distilbert",
         "vocab_size": config.vocab,
@@ -74,13 +74,8 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
         "activation": ACTIVATION_NAMES[config.mlp],
         "max_position_embeddings": config.context,
         "tie_word_embeddings": config.tied,
-        **config.extra,
     }
-    for name in TOKENS:
-        result.setdefault(name, None)
-    if config.classes:
-        result["num_labels"] = config.classes
-    return result
+    return complete(config, written)
 
 
 _PRESET = {

@@ -8,7 +8,7 @@ from typing import Any
 
 from lapis.errors import CheckpointError, ConfigError
 from lapis.families.base import WRAPPED, Family, refuse_shape, rules
-from lapis.families.config import ModelConfig
+from lapis.families.config import ModelConfig, complete
 from lapis.families.fields import TOKENS, Fields
 from lapis.families.gguf import ROTARY, Gguf
 from lapis.families.llama import GATE_NAMES, GATES, HEADS, write_sizes
@@ -100,7 +100,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
         raise ConfigError(f"dim {config.dim} has no place in a gemma3_text folder; it is a multiple of heads there")
     scalar = config.query_scalar or config.head_dim
     near = config.window_rope or config.rope
-    result: dict[str, Any] = {
+    written = {
         "architectures": [CLASSES[config.head]],
         "model_type": "gemma3_text",
         **write_sizes(config),
@@ -113,13 +113,8 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
         **write_window(config),
         **write_ropes(config.rope, near),
         "rope_local_base_freq": near.theta,
-        **config.extra,
     }
-    for name in TOKENS:
-        result.setdefault(name, None)
-    if config.classes:
-        result["num_labels"] = config.classes
-    return result
+    return complete(config, written)
 
 
 def _preset(dim: int, layers: int, heads: int, ffn_dim: int) -> dict[str, Any]:

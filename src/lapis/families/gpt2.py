@@ -8,7 +8,7 @@ from typing import Any
 
 from lapis.errors import ConfigError
 from lapis.families.base import Family, Rule, refuse_shape, rules
-from lapis.families.config import ModelConfig
+from lapis.families.config import ModelConfig, complete
 from lapis.families.fields import TOKENS, Fields
 from lapis.families.gguf import LEARNED, Gguf
 from lapis.families.shapes import STACK, STACK_TRANSPOSE, TRANSPOSE
@@ -77,7 +77,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     })  # fmt: skip
     if config.head_dim * config.heads != config.dim:
         raise ConfigError(f"head_dim {config.head_dim} has no place in a gpt2 folder; it is dim / heads there")
-    result: dict[str, Any] = {
+    written = {
         "architectures": ["GPT2" + HEAD_NAMES[config.head]],
         "model_type": "gpt2",
         "vocab_size": config.vocab,
@@ -89,13 +89,8 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
         "activation_function": ACTIVATION_NAMES[config.mlp],
         "layer_norm_epsilon": config.norm_eps,
         "tie_word_embeddings": config.tied,
-        **config.extra,
     }
-    for name in TOKENS:
-        result.setdefault(name, None)
-    if config.classes:
-        result["num_labels"] = config.classes
-    return result
+    return complete(config, written)
 
 
 def _preset(dim: int, layers: int, heads: int) -> dict[str, Any]:

@@ -7,8 +7,8 @@ from typing import Any
 
 from lapis.errors import ConfigError
 from lapis.families.base import Rule, refuse_shape, rules
-from lapis.families.config import ModelConfig
-from lapis.families.fields import TOKENS, Fields
+from lapis.families.config import ModelConfig, complete
+from lapis.families.fields import Fields
 from lapis.families.gpt2 import ACTIVATION_NAMES, ACTIVATIONS, QKV
 from lapis.families.llama import BLOCK, HEAD_NAMES, llama_like, read_decoder
 from lapis.families.rotary import read_rope, write_rope, write_share
@@ -60,7 +60,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     if config.head_dim * config.heads != config.dim:
         raise ConfigError(f"head_dim {config.head_dim} has no place in a gpt_neox folder; it is dim / heads there")
     rope = write_share(write_rope(config.rope), config.rope)
-    result: dict[str, Any] = {
+    written = {
         "architectures": ["GPTNeoX" + HEAD_NAMES[config.head]],
         "model_type": "gpt_neox",
         "vocab_size": config.vocab,
@@ -78,13 +78,8 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
         "rotary_pct": config.rope.share,
         "rope_scaling": rope["rope_scaling"],
         "rope_parameters": rope["rope_parameters"],
-        **config.extra,
     }
-    for name in TOKENS:
-        result.setdefault(name, None)
-    if config.classes:
-        result["num_labels"] = config.classes
-    return result
+    return complete(config, written)
 
 
 def _pythia(dim: int, layers: int, heads: int, vocab: int = 50304) -> dict[str, Any]:

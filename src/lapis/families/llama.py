@@ -11,7 +11,7 @@ from typing import Any
 
 from lapis.errors import CheckpointError, ConfigError
 from lapis.families.base import Family, refuse_shape, rules
-from lapis.families.config import ModelConfig
+from lapis.families.config import ModelConfig, complete
 from lapis.families.fields import TOKENS, Fields
 from lapis.families.gguf import ROTARY, Gguf
 from lapis.families.rotary import read_rope, write_rope
@@ -134,7 +134,7 @@ def write_decoder(config: ModelConfig, name: str, **allowed: tuple[Any, ...]) ->
         "mlp": tuple(GATE_NAMES), "bias": ("none",), "types": (0,), "image": (None,), "head": tuple(HEAD_NAMES),
         **allowed,
     })  # fmt: skip
-    result: dict[str, Any] = {
+    written = {
         "architectures": [name + HEAD_NAMES[config.head]],
         "model_type": config.family,
         **write_sizes(config),
@@ -143,13 +143,8 @@ def write_decoder(config: ModelConfig, name: str, **allowed: tuple[Any, ...]) ->
         "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tied,
         **write_rope(config.rope),
-        **config.extra,
     }
-    for name in TOKENS:
-        result.setdefault(name, None)  # transformers' own defaults for absent ids are those of other models
-    if config.classes:
-        result["num_labels"] = config.classes
-    return result
+    return complete(config, written)
 
 
 def _read_bias(fields: Fields, kind: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from lapis.errors import CheckpointError, ConfigError
 from lapis.families.base import Family, Rule, refuse_shape, rules
 from lapis.families.bert import ACTIVATION_NAMES, ACTIVATIONS, ENCODER
-from lapis.families.config import ModelConfig
+from lapis.families.config import ModelConfig, complete
 from lapis.families.fields import Fields
 from lapis.families.shapes import BATCH_OF_ONE, Shape
 from lapis.parsing import quoted
@@ -85,7 +85,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     })  # fmt: skip
     if config.image is None or config.head_dim * config.heads != config.dim:
         raise ConfigError("a vit folder has an image, and head_dim = dim / heads")
-    result: dict[str, Any] = {
+    written = {
         "architectures": ["ViT" + HEAD_NAMES[config.head]],
         "model_type": "vit",
         "hidden_size": config.dim,
@@ -98,11 +98,8 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
         "patch_size": config.image.patch,
         "num_channels": config.image.channels,
         "qkv_bias": True,
-        **config.extra,
     }
-    if config.classes:
-        result["num_labels"] = config.classes
-    return result
+    return complete(config, written, absent=())
 
 
 def _preset(dim: int, layers: int, heads: int, patch: int) -> dict[str, Any]:
