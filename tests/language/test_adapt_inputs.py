@@ -44,7 +44,10 @@ def test_text_that_is_not_there_or_of_no_such_language(typed: Callable[..., tupl
     empty.mkdir()
     assert "the folder holds no .txt" in refused(typed(text=[str(empty)]))
     (tmp_path / "none.jsonl").write_text("")
-    assert "none.jsonl" in refused(typed(text=[str(tmp_path / "none.jsonl")]))
+    for language in ("ms", ""):
+        alone = {"text": [str(tmp_path / "none.jsonl")], "replay": [], "chat": None, "tokens_per_second": None}
+        assert "none.jsonl: is empty" in refused(typed(**alone, language=language))
+        assert not (tmp_path / "out").exists()
     english = str(write(tmp_path / "other.jsonl", ENGLISH[300:400]))
     line = refused(typed(text=[english]))
     assert "0% of the documents of the text look like ms" in line and "language" in line

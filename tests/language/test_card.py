@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard, metadata_load
 
 from lapis.errors import ConfigError, DataError
 from lapis.language.adapt import adapt
+from lapis.language.card import scores
 from lapis.language.card.bootstrap import Counts, change, difference, ratio, share_of_way
 from lapis.language.card.card import make_card
 from lapis.language.card.folder import gather, licence_of, models_of, read_chats, read_questions
@@ -156,6 +157,20 @@ def test_a_gap_is_measured_against_a_tuned_model(adapted: Path) -> None:
     else:
         assert "no likelier" in card["reasons"]["gap_closed"]
     assert card["cost"] is None and "no replay text" in card["reasons"]["cost"]
+
+
+def test_equal_models_are_equally_fast_on_a_machine_that_slows_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is timed twice, the second time in the reverse order."""
+    clock = iter(range(1000, 0, -7))
+    monkeypatch.setattr(scores, "tokens_per_second", lambda *_: float(next(clock)))
+    folder = make(tmp_path / "one", 0)
+    models = dict.fromkeys(("first", "second", "third"), folder)
+    card = make_card(models, {"target": HeldOutText(MALAY[:5]), "replay": HeldOutText(ENGLISH[:1])})
+    for language in ("target", "replay"):
+        changed = [card["changes"][name][language]["characters_per_second"]["value"] for name in ("second", "third")]
+        assert changed == pytest.approx([0.0, 0.0], abs=1e-12)
 
 
 def test_models_without_a_template_are_asked_by_the_last_ones(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ from lapis.language.extend import open_source
 from lapis.language.plan import PLAN, AdaptPlan
 from lapis.language.texts import first_bytes
 from lapis.model.check import plan_load
-from lapis.text.corpus import corpus
 from lapis.text.corpus.files import files
+from lapis.text.corpus.labels import bare_texts
 from lapis.text.tokenizer.extend import ExtendableTokenizer
 from lapis.text.tokenizer.tokenizer import Tokenizer
 from lapis.weights.graft.layout import plan_graft
@@ -55,7 +55,8 @@ def check_inputs(plan: AdaptPlan, out: Path) -> list[str]:
     if plan.vocab not in ("auto", 0):
         ExtendableTokenizer.open(source)
     for paths in plan.texts.values():
-        files(list(paths))
+        for file in files(list(paths)):
+            next(iter(_documents([str(file)])), None)  # a file that is empty or holds no text is refused
     if Tokenizer.open(source).eos_id is None:
         raise ConfigError(
             f"adapt: {source}: names no eos_token, which stands between documents; name one in tokenizer_config.json"
@@ -101,7 +102,7 @@ def _other_language(plan: AdaptPlan) -> list[str]:
 
 
 def _documents(paths: Iterable[str]) -> Iterable[str]:
-    return first_bytes((document.text for document in corpus.documents(list(paths))), READ)
+    return first_bytes(bare_texts(list(paths)), READ)
 
 
 def _digest(text: str) -> bytes:

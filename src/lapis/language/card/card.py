@@ -7,14 +7,17 @@ write_card(folder, card)                           card.json, index.html, README
 import math
 import platform
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lapis import __version__
+from lapis.generation.ready import choose_device
 from lapis.language.card.bootstrap import Counts, Figure, change, difference, ratio, share_of_way
 from lapis.language.card.naming import SURE, Languages, name_languages
 from lapis.language.card.readme import readme
-from lapis.language.card.scores import PROMPTS, HeldOutText, Measured, score_model
+from lapis.language.card.scores import PROMPTS, HeldOutText, Measured, score_model, time_again
+from lapis.model.threads import settle_threads
 from lapis.report.pages.card import SHARES, card_page
 from lapis.text.tokenizer.folder import read_templates, write_json
 
@@ -48,16 +51,15 @@ def make_card(
     listed = {**models, **({TUNED: tuned} if tuned is not None else {})}
     template = next((own for name in reversed(listed) if (own := _templates(listed[name]))), None)
     named = name_languages(languages)
+    settle_threads(choose_device(None))  # once: models on other numbers of threads do not compare
     measured: dict[str, Measured] = {}
     for name, folder in listed.items():
-
-        def relabel(done: float, total: float | None, label: str, name: str = name) -> None:
-            progress(done, total, f"{name}: {label}")
-
-        measured[name] = score_model(folder, languages, template, relabel)
+        measured[name] = score_model(folder, languages, template, partial(_relabel, progress, name))
         for language, replies in measured[name].replies.items():
             marks = [float(named.detect(reply)[named.codes[language]] >= SURE) for reply in replies]
             measured[name].counts[language]["in_language"] = Counts(marks, [1.0] * len(marks))
+    for name, folder in reversed(listed.items()):
+        time_again(folder, languages, measured[name], partial(_relabel, progress, name))
     first, last = next(iter(models)), list(models)[-1]
     counts = {name: one.counts for name, one in measured.items()}
     changes = {name: _changes(counts[first], counts[name]) for name in listed if name != first}
@@ -94,6 +96,10 @@ def write_card(folder: Path, card: Mapping[str, Any]) -> None:
     write_json(folder / "card.json", card)
     (folder / "index.html").write_text(card_page(card).render(), encoding="utf-8")
     (folder / "README.md").write_text(readme(card), encoding="utf-8")
+
+
+def _relabel(progress: Report, name: str, done: float, total: float | None, label: str) -> None:
+    progress(done, total, f"{name}: {label}")
 
 
 def _templates(folder: str | Path) -> dict[str, str]:

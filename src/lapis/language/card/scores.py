@@ -24,14 +24,13 @@ from lapis.language.card.bootstrap import Counts
 from lapis.language.fertility import CONTEXT, tokens_per_second
 from lapis.model.reading.readable import ReadableModel
 from lapis.model.scoring import ScoredSequence, nll
-from lapis.model.threads import settle_threads
 from lapis.text.corpus.corpus import ChatRecord
 from lapis.text.tokenizer.tokenizer import Tokenizer
 
 Report = Callable[[float, float | None, str], None]
 PROMPTS = 10  # whose replies are shown
 REPLY = 240  # bytes of a reply, by the model's tokens per byte of the language
-TIMED = 4  # texts behind which generation is timed
+TIMED = 4  # texts behind which generation is timed, the first half of them when a model is measured
 WORDS = 8  # of a document, where it begins a continuation
 
 
@@ -100,7 +99,6 @@ def score_model(
     """
     progress(0, None, f"reading {Path(folder).name}")
     model, tokenizer = open_ready(str(folder), DecodingRuntime())
-    settle_threads(next(model.parameters()).device)
     measured = Measured()
     if tokenizer.chat_template is None and templates:
         tokenizer.templates = dict(templates)
@@ -108,6 +106,7 @@ def score_model(
     for name, held in languages.items():
         of_model = _Measuring(model, tokenizer, held, name, progress)
         counts = measured.counts[name] = of_model.text()
+        counts["characters_per_second"] = Counts(*of_model.speeds(held.texts[: TIMED // 2]))
         if held.chats and tokenizer.chat_template is not None:
             counts |= (given := of_model.likelihoods())
             if not given:
@@ -125,6 +124,33 @@ def score_model(
             if left := int(len(counts["choices"].sizes) - sum(counts["choices"].sizes)):
                 measured.notes.append(f"{left} question(s) of {name} are longer than its context and were left out")
     return measured
+
+
+def time_again(
+    folder: str | Path,
+    languages: Mapping[str, HeldOutText],
+    measured: Measured,
+    progress: Report = lambda done, total, label: None,
+) -> None:
+    """Adds `characters_per_second` behind the other half of the texts.
+
+    Models that are measured in order and timed again in the reverse one have the same speed on a machine that becomes
+    busier meanwhile, as far as that goes in a line.
+
+    Args:
+        folder: The model.
+        languages: Name -> what it was measured on.
+        measured: What `score_model` gave; it is added to.
+        progress: Called with what is done, what there is to do, and what it is.
+    """
+    progress(0, None, f"reading {Path(folder).name}")
+    model, tokenizer = open_ready(str(folder), DecodingRuntime())
+    for name, held in languages.items():
+        counts = measured.counts[name]
+        other = held.texts[TIMED // 2 : TIMED] or held.texts[:1]
+        numbers, sizes = _Measuring(model, tokenizer, held, name, progress).speeds(other)
+        first = counts["characters_per_second"]
+        counts["characters_per_second"] = Counts([*first.numbers, *numbers], [*first.sizes, *sizes])
 
 
 @dataclass(frozen=True)
@@ -158,13 +184,14 @@ class _Measuring:
             owner += [number] * len(document)
         bits = np.zeros(len(texts))
         np.add.at(bits, owner, np.array(nll(self.model, windows, progress=self.report("bits per byte"))) / math.log(2))
-        speeds = [tokens_per_second(self.model, tokenizer, text[:200]) for text in texts[:TIMED]]
-        characters = sum(map(len, texts)) / sum(tokens)
-        return {
-            "bits_per_byte": Counts(bits.tolist(), sizes),
-            "tokens_per_byte": Counts(tokens, sizes),
-            "characters_per_second": Counts([speed * characters for speed in speeds], [1.0] * len(speeds)),
-        }
+        return {"bits_per_byte": Counts(bits.tolist(), sizes), "tokens_per_byte": Counts(tokens, sizes)}
+
+    def speeds(self, texts: Sequence[str]) -> tuple[list[float], list[float]]:
+        """Characters that are generated in a second behind each text, and a 1 for each."""
+        tokens = sum(map(len, self.tokenizer.encode_batch(self.held.texts)))
+        characters = sum(map(len, self.held.texts)) / tokens
+        speeds = [characters * tokens_per_second(self.model, self.tokenizer, text[:200]) for text in texts]
+        return speeds, [1.0] * len(speeds)
 
     def likelihoods(self) -> dict[str, Counts]:
         """Of the replies that were given; a chat that is longer than the context counts for nothing."""
