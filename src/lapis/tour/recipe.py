@@ -40,7 +40,7 @@ from lapis.tour.setup.copying import write_copying
 from lapis.tour.setup.machine import Machine
 from lapis.tour.setup.size import CONTEXT, RunSizes, StorySize
 from lapis.tour.world import LANGUAGES
-from lapis.training.config import TrainConfig
+from lapis.training.config import GuardOptions, TrainConfig
 from lapis.training.loop.loop import train
 from lapis.training.objectives.objective import Cursor, DataPlace, Objective
 from lapis.training.objectives.supervised.next_token import Causal, Chat
@@ -179,7 +179,7 @@ class Story(ABC):
         """One run. Its length is a number of tokens, whatever the machine does."""
         config = TrainConfig(
             **self.size.learning(name), seed=self.seed, precision=self.machine.precision, threads=self.machine.threads,
-            compile="off",
+            compile="off", guards=GuardOptions(spike="off"),  # small batches are noisy
         )  # fmt: skip
         train(model, objective, config, self.models[name], watch=self.clock)
 
