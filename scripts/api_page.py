@@ -18,8 +18,8 @@ PAGE = Path(__file__).parents[1] / "docs" / "api.md"
 SECTIONS = {
     "Functions": [
         "open", "load", "generate", "train", "lens", "explain", "patch", "diff", "activation_difference", "steer",
-        "plan", "graft", "merge", "delta_extract", "delta_apply", "open_delta", "fertility", "extend", "adapt", "push",
-        "export_gguf", "import_gguf", "serve",
+        "plan", "graft", "merge", "prompt_states", "delta_extract", "delta_apply", "open_delta", "fertility", "extend",
+        "adapt", "push", "export_gguf", "import_gguf", "serve",
     ],
     "Types": ["Checkpoint", "ModelConfig", "Transformer", "Tokenizer", "Sampling", "TrainConfig"],
     "Objectives": [

@@ -41,6 +41,7 @@ FUNCTIONS = {
     "open_delta": ["source"],
     "patch": ["model", "other", "tokenizer", "prompt", "track"],
     "plan": ["base", "chat", "goal", "budget"],
+    "prompt_states": ["model"],
     "serve": ["models", "options", "runtime"],
     "push": ["folder", "name"],
     "steer": ["model", "vectors", "layer", "strength", "place"],

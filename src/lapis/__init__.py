@@ -38,6 +38,7 @@ if TYPE_CHECKING:  # what _PUBLIC says, for editors and type checkers
     from lapis.language.extend import extend
     from lapis.language.fertility import fertility
     from lapis.model.transformer import Transformer
+    from lapis.planning.gather import prompt_states
     from lapis.planning.plan import plan
     from lapis.serving.serve import serve
     from lapis.text.tokenizer.tokenizer import Tokenizer
@@ -64,7 +65,7 @@ __all__ = [
     "Reward", "Sampling", "SimPO", "TemplateError", "Tokenizer", "TrainConfig", "TrainingError", "Transformer",
     "__version__", "activation_difference", "adapt", "delta_apply", "delta_extract", "diff", "explain", "export_gguf",
     "extend", "fertility", "generate", "graft", "import_gguf", "lens", "load", "merge", "open", "open_delta", "patch",
-    "plan", "push", "serve", "steer", "train",
+    "plan", "prompt_states", "push", "serve", "steer", "train",
 ]  # fmt: skip
 
 # module -> the public names that it defines; name=there where it has another name there
@@ -88,6 +89,7 @@ _PUBLIC = {
     "lapis.language.extend": "extend",
     "lapis.language.fertility": "fertility",
     "lapis.model.transformer": "Transformer",
+    "lapis.planning.gather": "prompt_states",
     "lapis.planning.plan": "plan",
     "lapis.serving.serve": "serve",
     "lapis.text.tokenizer.tokenizer": "Tokenizer",

@@ -63,7 +63,7 @@ def test_a_recipe_and_its_output_speaks(run: Run, models: Path) -> None:
 def test_the_methods_are_listed(run: Run) -> None:
     status, out, _ = run("merge", "--methods", "--json")
     listed = {entry["name"]: entry for entry in json.loads(out)["methods"]}
-    assert status == 0 and len(listed) == 25
+    assert status == 0 and len(listed) == 26
     assert listed["ties"]["parameters"]["density"]["default"] == 1.0 and "2306.01708" in listed["ties"]["help"]
     assert listed["slerp"]["parameters"]["t"]["default"] is None
     assert "share of each model" in run("merge", "--methods")[1]

@@ -1,13 +1,17 @@
 """`lapis merge`: models merged by a recipe, or by one line of arithmetic."""
 
 from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
 from lapis.cli.graft import bar, print_result
 from lapis.cli.output import line, show
 from lapis.weights.options import MergeOptions
+
+if TYPE_CHECKING:
+    from lapis.checkpoint import Checkpoint
+    from lapis.weights.merge.mixture.gates import PromptStates
 
 
 def merge(
@@ -37,16 +41,23 @@ def merge(
         raise ConfigError("merge: needs a recipe and --out; lapis merge --methods lists what can be done")
     from lapis.weights.merge.merge import merge as run
 
+    def states(base: "Checkpoint") -> "PromptStates":
+        from lapis.planning.gather import prompt_states
+
+        return prompt_states(base)
+
     with bar("merging") as report:
-        result = run(recipe, out, **asdict(options), progress=report)
+        result = run(recipe, out, **asdict(options), states=states, progress=report)
     show(result.to_json(), json, lambda: print_result(result))
 
 
 def method_table() -> list[dict[str, object]]:
     """Every merge method with its formula and parameters, from their signatures and docstrings."""
     from lapis.weights.merge.methods import METHODS, Parameter
+    from lapis.weights.merge.mixture.recipe import GATE_MODES, METHOD
 
-    return [
+    choices = "; ".join(f"{mode}: {text}" for mode, text in GATE_MODES.items())
+    listing: list[dict[str, object]] = [
         {
             "name": method.name,
             "help": method.help,
@@ -61,6 +72,15 @@ def method_table() -> list[dict[str, object]]:
             },
         }
         for method in METHODS.values()
+    ]
+    return [
+        *listing,
+        {
+            "name": METHOD,
+            "help": "The models' MLPs side by side as experts, with gates by gate_mode (mergekit-moe's recipe).",
+            "base": "required",
+            "parameters": {"gate_mode": {"help": choices, "default": "hidden", "per_model": False}},
+        },
     ]
 
 

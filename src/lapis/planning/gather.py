@@ -2,16 +2,16 @@
 
 gram: of each matrix of a layer the mean of v v^T over the tokens, v the vector that it is multiplied with. fisher: of
 each weight the mean over texts and chats of the squared gradient of their log-probability: the empirical Fisher
-information, with the texts' own tokens where Matena and Raffel (2022) draw them from the model. Leaves out: merging
-with them (weights/merge/methods/).
+information, with the texts' own tokens where Matena and Raffel (2022) draw them from the model. prompt_states: where
+prompts lie in the stream, for the gates of a mixture of experts. Leaves out: merging with them (weights/merge/).
 
-Shapes: T tokens, I inputs.
+Shapes: T tokens, I inputs, L layers, D width.
 """
 
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -110,6 +110,42 @@ def gather(
         "out": str(out), "kind": kind, "tensors": len(tensors) + len(same), "tokens": total,
         "sequences": len(sequences), "bytes": needs - (1 << 20), "seconds": time.perf_counter() - started,
     }  # fmt: skip
+
+
+def prompt_states(model: Checkpoint) -> Callable[[Sequence[Sequence[int]]], Tensor]:
+    """What a mixture of experts' gates are made from: `states` of `lapis.merge`.
+
+    Args:
+        model: The base of the mixture; it is run in float32.
+
+    Returns:
+        A function: ids of prompts -> [L, D], float32: the vector of a prompt's last token before each layer, mean over
+        the prompts.
+
+    Raises:
+        CheckpointError: For a model that cannot be run.
+    """
+    runner = load(model, torch.float32)
+    held: list[Tensor] = []
+
+    def keep(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+        held.append(inputs[0][0, -1])
+
+    def states(prompts: Sequence[Sequence[int]]) -> Tensor:
+        handles = [block.register_forward_pre_hook(keep) for block in runner.blocks]
+        total = torch.zeros(len(handles), runner.config.dim)
+        try:
+            with torch.inference_mode():
+                for ids in prompts:
+                    held.clear()
+                    runner.hidden(torch.tensor([list(ids)]))
+                    total += torch.stack(held)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return total / len(prompts)
+
+    return states
 
 
 def _sequences(

@@ -107,7 +107,7 @@ class Layout:
 
     def _copied(self, placed: Placed, source: Stored) -> Output:
         """A tensor of another tower, as it is, but for the dtype that the recipe asks for."""
-        dtype = getattr(torch, self.recipe.dtype) if self.recipe.dtype else _widest([source])
+        dtype = getattr(torch, self.recipe.dtype) if self.recipe.dtype else widest([source])
         self.entries.append(Entry(placed.name, "copied", f"{placed.tower} of {source.role}"))
         return Output(placed.name, dtype, source.shape, (source,), None if dtype == source.dtype else Kernel(unchanged))
 
@@ -127,7 +127,7 @@ class Layout:
                 )
             else:
                 values[name] = self.resolver.value(parameter, placed.name, placed.t, shared)
-        dtype = getattr(torch, recipe.dtype) if recipe.dtype else _widest(stored)
+        dtype = getattr(torch, recipe.dtype) if recipe.dtype else widest(stored)
         shape = sources[0].shape
         if method.name == "passthrough" and values["scale"] == (1.0,) and not aligned and dtype == sources[0].dtype:
             self.entries.append(Entry(placed.name, "copied", f"{pairs[0][0][1]} of {pairs[0][0][0].model}"))
@@ -230,7 +230,7 @@ class Layout:
         return Output(placed.name, stored[0].dtype, stored[0].shape, (stored[0],))
 
 
-def _widest(stored: list[Stored]) -> torch.dtype:
+def widest(stored: list[Stored]) -> torch.dtype:
     """The dtype that holds all the sources' numbers; FP8 with its scales counts as bfloat16."""
     dtypes = [torch.bfloat16 if source.scaled else source.dtype for source in stored]
     result = dtypes[0]

@@ -11,6 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from lapis.checkpoint import Checkpoint
@@ -20,6 +21,9 @@ from lapis.checkpoint.staging import is_made
 from lapis.errors import LapisError
 from lapis.weights.engine.job import MergeResult, count, input_files, is_output, produce, write_account
 from lapis.weights.engine.outputs import Account
+from lapis.weights.merge.mixture.gates import StatesOf
+from lapis.weights.merge.mixture.mixture import merge_experts
+from lapis.weights.merge.mixture.recipe import open_mixture
 from lapis.weights.merge.plan import MergePlan, plan_merge, write_beside
 from lapis.weights.merge.recipes.stages import RecipeLike, open_recipe
 from lapis.weights.options import Dtype, MergeOptions
@@ -37,6 +41,7 @@ def merge(
     allow_nonfinite: bool = MergeOptions.allow_nonfinite,
     dry_run: bool = MergeOptions.dry_run,
     stage_memory: float = MergeOptions.stage_memory,
+    states: StatesOf | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> MergeResult:
     """Writes the merge that a recipe describes as a model folder. Goes on where a killed run of it stopped.
@@ -45,6 +50,7 @@ def merge(
         recipe: A YAML file in mergekit's format, its content as a mapping, or a line such as "A + 0.8*(B - C)".
         out: A new folder.
         seed: This and the options after it are those of `lapis.weights.options.MergeOptions`.
+        states: Of a mixture of experts whose gate_mode is hidden: what runs the base, `lapis.prompt_states`.
         progress: Called with (done, total) in bytes of output.
 
     Returns:
@@ -55,6 +61,12 @@ def merge(
         OutputError: Where `out` cannot be written.
     """
     started = time.perf_counter()
+    if (mixture := open_mixture(recipe)) is not None:
+        mixture = replace(mixture, seed=mixture.seed if seed is None else seed, dtype=dtype or mixture.dtype)
+        return merge_experts(
+            mixture, out, overwrite=overwrite, allow_nonfinite=allow_nonfinite, dry_run=dry_run, states=states,
+            progress=progress,
+        )  # fmt: skip
     recipe, place = open_recipe(recipe), Path(os.path.abspath(out))
     written: dict[str, Path] = {}
     lines: list[str] = []

@@ -110,8 +110,10 @@ def parse_recipe(document: Mapping[str, Any], where: str = "recipe") -> Recipe:
         "merge_method", "base_model", "models", "slices", "modules", "parameters", "dtype", "out_dtype",
         "tokenizer_source", "tokenizer", "chat_template", "seed", "name",
     }  # fmt: skip
-    only(document, known, where)
     name = document.get("merge_method")
+    if name == "moe":
+        raise ConfigError(f"{where}: a mixture of experts stands alone; merge it first, then name its folder")
+    only(document, known, where)
     if not isinstance(name, str) or name not in METHODS:
         shown = f'"{name:.60}"' if isinstance(name, str) else quoted(name)
         what = "merge_method is missing" if name is None else f"merge_method is {shown}"
@@ -123,10 +125,12 @@ def parse_recipe(document: Mapping[str, Any], where: str = "recipe") -> Recipe:
     if len(given) != 1:
         raise ConfigError(f"{where}: give exactly one of models, slices and modules; there are {len(given)}")
     if given == ["models"]:
-        inputs = [_input(entry, f"{where}: models[{i}]", False) for i, entry in enumerate(_list(body, "models", where))]
+        inputs = [
+            _input(entry, f"{where}: models[{i}]", False) for i, entry in enumerate(read_list(body, "models", where))
+        ]
         slices = [Slice(tuple(inputs))]
     else:
-        slices = [_slice(entry, f"{where}: slices[{i}]") for i, entry in enumerate(_list(body, "slices", where))]
+        slices = [_slice(entry, f"{where}: slices[{i}]") for i, entry in enumerate(read_list(body, "slices", where))]
         layers = sum(max(last - first for first, last in filter(None, (e.layers for e in s.inputs))) for s in slices)
         if layers > MOST_LAYERS:
             raise ConfigError(f"{where}: the slices hold {layers:,} layers; a model has at most {MOST_LAYERS:,}")
@@ -141,10 +145,10 @@ def parse_recipe(document: Mapping[str, Any], where: str = "recipe") -> Recipe:
         base,
         _mapping(document, "parameters", where),
         module,
-        _dtype(document, where),
+        read_dtype(document, where),
         _tokens(document, where),
         _optional_text(document, "chat_template", where),
-        _whole(document.get("seed", 0), f"{where}: seed"),
+        read_whole(document.get("seed", 0), f"{where}: seed"),
         written=dict(document),
     )
     for place, parameters in recipe_scopes(recipe):
@@ -183,7 +187,7 @@ def _slice(entry: Any, where: str) -> Slice:
     if entry.get("residual_weight") is not None:
         raise ConfigError(f"{where}: residual_weight does nothing in mergekit either; remove it")
     inputs = tuple(
-        _input(each, f"{where}: sources[{i}]", True) for i, each in enumerate(_list(entry, "sources", where))
+        _input(each, f"{where}: sources[{i}]", True) for i, each in enumerate(read_list(entry, "sources", where))
     )
     lengths = {last - first for each in inputs for first, last in [each.layers or (0, 0)]}
     if len(lengths) != 1:
@@ -193,7 +197,7 @@ def _slice(entry: Any, where: str) -> Slice:
 
 def _input(entry: Any, where: str, layered: bool) -> Input:
     only(entry, {"model", "parameters", "statistics"} | ({"layer_range"} if layered else set()), where)
-    model = _text(entry.get("model"), f"{where}: model")
+    model = read_text(entry.get("model"), f"{where}: model")
     layers = None
     if layered:
         span = entry.get("layer_range")
@@ -237,16 +241,16 @@ def _tokens(document: Mapping[str, Any], where: str) -> Tokens | None:
     if source is not None and settings is not None:
         raise ConfigError(f"{where}: give tokenizer_source or tokenizer, not both")
     if settings is None:
-        return None if source is None else Tokens(_text(source, f"{where}: tokenizer_source"))
+        return None if source is None else Tokens(read_text(source, f"{where}: tokenizer_source"))
     only(settings, {"source", "tokens", "pad_to_multiple_of"}, f"{where}: tokenizer")
     listed = {
         token: _token_source(entry or {}, f'{where}: tokenizer: tokens: "{token}"')
         for token, entry in _mapping(settings, "tokens", f"{where}: tokenizer").items()
     }
-    multiple = _whole(settings.get("pad_to_multiple_of") or 1, f"{where}: tokenizer: pad_to_multiple_of")
+    multiple = read_whole(settings.get("pad_to_multiple_of") or 1, f"{where}: tokenizer: pad_to_multiple_of")
     if multiple > MOST_PADDING:
         raise ConfigError(f"{where}: tokenizer: pad_to_multiple_of is {multiple:,}; expected at most {MOST_PADDING:,}")
-    return Tokens(_text(settings.get("source", "union"), f"{where}: tokenizer: source"), listed, max(1, multiple))
+    return Tokens(read_text(settings.get("source", "union"), f"{where}: tokenizer: source"), listed, max(1, multiple))
 
 
 def _token_source(entry: Any, where: str) -> TokenSource:
@@ -257,17 +261,18 @@ def _token_source(entry: Any, where: str) -> TokenSource:
     if source is None:
         return TokenSource(force=force)
     if isinstance(source, str):
-        return TokenSource("model", _text(source, f"{where}: source"), None, force)
+        return TokenSource("model", read_text(source, f"{where}: source"), None, force)
     only(source, {"kind", "model", "token_id", "token"}, f"{where}: source")
     if source.get("kind") == "zero":
         return TokenSource("zero", force=force)
     token = source.get("token", source.get("token_id"))
     if source.get("kind") != "model_token" or token is None:
         raise ConfigError(f"{where}: source needs kind: zero, or kind: model_token with model and token or token_id")
-    return TokenSource("model", _text(source.get("model"), f"{where}: source: model"), token, force)
+    return TokenSource("model", read_text(source.get("model"), f"{where}: source: model"), token, force)
 
 
-def _dtype(document: Mapping[str, Any], where: str) -> str | None:
+def read_dtype(document: Mapping[str, Any], where: str) -> str | None:
+    """The output's dtype by its name in torch; None where the recipe names none."""
     for key in ("out_dtype", "dtype"):
         if document.get(key) is not None:
             name = str(document[key]).removeprefix("torch.")
@@ -286,24 +291,27 @@ def _mapping(document: Mapping[str, Any], key: str, where: str) -> Mapping[str, 
     return value
 
 
-def _list(document: Mapping[str, Any], key: str, where: str) -> list[Any]:
+def read_list(document: Mapping[str, Any], key: str, where: str) -> list[Any]:
+    """A list that must be there and hold something."""
     value = document.get(key)
     if not isinstance(value, list) or not value:
         raise ConfigError(f"{where}: {key}: expected a list, got {quoted(value)}")
     return value
 
 
-def _text(value: Any, where: str) -> str:
+def read_text(value: Any, where: str) -> str:
+    """The folder or the name of a model."""
     if not isinstance(value, str) or not 0 < len(value) <= 1000:
         raise ConfigError(f"{where} is {quoted(value)}; expected the folder or the name of a model")
     return value
 
 
 def _optional_text(document: Mapping[str, Any], key: str, where: str) -> str | None:
-    return None if document.get(key) is None else _text(document[key], f"{where}: {key}")
+    return None if document.get(key) is None else read_text(document[key], f"{where}: {key}")
 
 
-def _whole(value: Any, where: str) -> int:
+def read_whole(value: Any, where: str) -> int:
+    """A whole number, 0 or more."""
     if type(value) is not int or value < 0:
         raise ConfigError(f"{where} is {quoted(value)}; expected a whole number")
     check_number(value, where)
