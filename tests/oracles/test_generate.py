@@ -24,6 +24,7 @@ from lapis.generation.sampling import filtered, penalize
 from lapis.model.load import load
 from lapis.model.transformer import Transformer
 from lapis.text.tokenizer.tokenizer import Tokenizer, train_tokenizer
+from tests.oracles.test_families import CASES
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -108,6 +109,11 @@ CAUSAL: dict[str, tuple[str, dict[str, Any]]] = {
         {"n_embd": 48, "n_layer": 3, "n_head": 3, "vocab_size": 300, "n_positions": 64, "initializer_range": 0.3},
     ),
 }
+listed = {kind for kind, _ in CAUSAL.values()}
+for kind, options in CASES.values():  # the plainest of every other family
+    if kind.endswith("CausalLM") and kind not in listed:
+        CAUSAL[kind] = kind, {**options, "vocab_size": 300, "initializer_range": 0.3}
+        listed.add(kind)
 WORDS = "the cat sat on the mat and the dog ate the fish while a bird sang in the old tree by the river"
 TEXTS = ["the cat", "a bird sang in the old tree", "dog", "the fish and the mat and the fish and the river"]
 

@@ -37,7 +37,7 @@ _SPELLINGS = {"qwen": "qwen2_moe", "qwen moe": "qwen2_moe", "qwen3": "qwen3_moe"
 _SAME = {"dim": "hidden_size", "layers": "num_hidden_layers", "mlp": "hidden_act", "ffn_dim": "intermediate_size"}
 
 
-class Held:
+class InMemory:
     """A source that lies in memory: the gates of one layer. `values` [E, D] is there when they were made."""
 
     role = "gates"
@@ -69,12 +69,12 @@ class MixtureLayout:
         count = self.shape.experts.count if self.shape.experts else 0
         result = []
         for output in self.outputs:
-            if isinstance(output.sources[0], Held):
+            if isinstance(output.sources[0], InMemory):
                 match = self.family.match(output.name)
                 assert match is not None and match[1] is not None
                 of_layer = gates_LED[match[1]]
                 rows = of_layer[:count] if match[0].component == "mlp.router" else of_layer[count:]
-                output = replace(output, sources=(Held(output.name, output.shape, rows.float().contiguous()),))
+                output = replace(output, sources=(InMemory(output.name, output.shape, rows.float().contiguous()),))
             result.append(output)
         return result
 
@@ -106,15 +106,15 @@ def lay_out(recipe: MixtureRecipe, inputs: Mapping[str, Checkpoint]) -> MixtureL
 
 
 def _output_kind(recipe: MixtureRecipe, kinds: Mapping[str, str]) -> str:
-    asked = recipe.architecture and recipe.architecture.lower()
-    asked = _SPELLINGS.get(asked or "", asked)
-    if asked is not None and asked not in _SOURCES:
+    named = recipe.architecture and recipe.architecture.lower()
+    named = _SPELLINGS.get(named or "", named)
+    if named is not None and named not in _SOURCES:
         raise ConfigError(f"merge: architecture is {quoted(recipe.architecture)}; there are {', '.join(_SOURCES)}")
     if len(set(kinds.values())) > 1:
         spelled = ", ".join(f"{kind} in {model}" for model, kind in kinds.items())
         raise ConfigError(f"merge: model_type is {spelled}; a mixture is made of models of one kind")
     kind, shared = kinds[recipe.base], len(recipe.shared)
-    fitting = [name for name, (sources, count) in _SOURCES.items() if kind in sources and asked in (None, name)]
+    fitting = [name for name, (sources, count) in _SOURCES.items() if kind in sources and named in (None, name)]
     chosen = next((name for name in fitting if _SOURCES[name][1] == shared), None)
     if chosen:
         return chosen
@@ -124,7 +124,7 @@ def _output_kind(recipe: MixtureRecipe, kinds: Mapping[str, str]) -> str:
             f"merge: {shared} shared_experts, and {fitting[0]}, which {kind} models go into, has {count or 'none'}"
         )
     known = "; ".join(f"{name} of {' or '.join(sources)}" for name, (sources, _) in _SOURCES.items())
-    raise ConfigError(f"merge: there is no mixture of {kind} models here{f' as {asked}' if asked else ''}; {known}")
+    raise ConfigError(f"merge: there is no mixture of {kind} models here{f' as {named}' if named else ''}; {known}")
 
 
 def _shape(model: str, config: Mapping[str, Any]) -> ModelConfig:
@@ -200,7 +200,7 @@ class _Placing:
         rule, layer = match
         component = rule.component
         if component in ("mlp.router", "mlp.shared_gate"):
-            self.into.outputs.append(Output(name, self.dtype, shape, (Held(name, shape),), Kernel(unchanged)))
+            self.into.outputs.append(Output(name, self.dtype, shape, (InMemory(name, shape),), Kernel(unchanged)))
             self.into.entries.append(Entry(name, "merged", f"gates: {self.recipe.gate_mode}"))
             return
         expert: Expert | None = None
