@@ -10,6 +10,7 @@ with --write adds a dated table to results/shard.md. Exits with 1 where a figure
 import argparse
 import datetime
 import json
+import math
 import os
 import shutil
 import signal
@@ -40,7 +41,9 @@ TEXTS = [
 ]
 SHAPE = {"dim": 32, "layers": 2, "heads": 4, "kv_heads": 2, "ffn_dim": 48, "tied": True, "context": 96}
 BOUND = 1e-5  # of a loss, for 50 steps
+RESUMED = 1e-6  # of a weight, after a run that went on with other numbers of processes
 ENDS = 30.0  # seconds, in which all have ended after one has died
+PATIENCE = 15  # seconds that a process may compute without an end
 
 
 def prepare(place: Path) -> None:
@@ -190,18 +193,19 @@ def resume(place: Path, steps: int, sizes: tuple[int, ...] = (4, 2, 1)) -> dict[
     one = Path(wanted["out"])
     if not one.exists():
         train_here(place, wanted)
-    out, at = place / "resumed", 0
+    out, at, pieces = place / "resumed", 0, place / "pieces"
+    shutil.rmtree(pieces, ignore_errors=True)
     shutil.rmtree(out, ignore_errors=True)
     wanted |= {"out": str(out), "shard": "full"}
     journal, stops = place / ".resumed.lapis" / ".journal", []
     for size in sizes[:-1]:
-        ranks = Ranks(size, wanted)
+        ranks = Ranks(size, wanted, before=lambda size=size: count_reads(pieces / str(size)))  # type: ignore[misc]
         ranks.wait_for(journal, at)
         os.kill(ranks.ids[-1], signal.SIGTERM)
         codes, shown = ranks.end()
         at = max(int(path.name[5:]) for path in journal.glob("step-*"))
         stops.append({"processes": size, "step": at, "codes": codes, "shown": shown.strip()[-300:]})
-    codes, shown = Ranks(sizes[-1], wanted).end()
+    codes, shown = Ranks(sizes[-1], wanted, before=lambda: count_reads(pieces / str(sizes[-1]))).end()
     if any(codes):
         return {"stops": stops, "codes": codes, "shown": shown[-2000:]}
     facts = [json.loads((folder / "training.json").read_text()) for folder in (one, out)]
@@ -209,7 +213,27 @@ def resume(place: Path, steps: int, sizes: tuple[int, ...] = (4, 2, 1)) -> dict[
     return {
         "stops": stops, "tokens_equal": facts[0]["tokens"] == facts[1]["tokens"],
         "loss": max(abs(a - b) for a, b in zip(*curves, strict=True)), "weights": furthest(one, out),
+        "read": {int(folder.name): max(float(file.read_text()) for file in folder.iterdir())
+                 for folder in sorted(pieces.iterdir())},
     }  # fmt: skip
+
+
+def count_reads(folder: Path) -> None:
+    """From now on this process notes which share of a checkpoint's tensors it reads, of all their bytes."""
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader as Reader
+
+    read_data = Reader.read_data
+
+    def counted(self: Any, plan: Any, planner: Any) -> Any:
+        entries = planner.metadata.state_dict_metadata
+        size = {name: entry.properties.dtype.itemsize for name, entry in entries.items()}
+        mine = sum(math.prod(item.lengths) * size[item.storage_index.fqn] for item in plan.items)
+        folder.mkdir(parents=True, exist_ok=True)
+        whole = sum(math.prod(entry.size) * size[name] for name, entry in entries.items())
+        (folder / os.environ.get("RANK", "0")).write_text(str(mine / whole))
+        return read_data(self, plan, planner)
+
+    Reader.read_data = counted  # type: ignore[method-assign]
 
 
 def ends(place: Path, size: int, victim: int, number: int) -> dict[str, Any]:
@@ -234,29 +258,28 @@ def ends(place: Path, size: int, victim: int, number: int) -> dict[str, Any]:
 
 def hang(place: Path) -> dict[str, Any]:
     """A process that computes without an end within a step."""
-    from lapis.training.distributed import liveness
     from lapis.training.distributed.parallel import join
     from lapis.training.objectives.supervised.next_token import Causal
 
-    prepare_batch, calls = Causal.prepare, []
+    prepare_batch, calls, began = Causal.prepare, [], place / "hang-began"
 
     def stuck(self: Any, model: Any, batch: Any) -> Any:
         calls.append(1)
-        while join().rank == 1 and len(calls) == 20:
-            time.sleep(0.001)
+        if join().rank == 1 and len(calls) == 20:
+            began.write_text(str(time.monotonic()))
+            while True:
+                time.sleep(0.001)
         return prepare_batch(self, model, batch)
 
     def before() -> None:
-        os.environ["LAPIS_PATIENCE"] = "5"
-        liveness._LONGEST = 2  # a busy machine has long pauses before
+        os.environ["LAPIS_PATIENCE"] = str(PATIENCE)
         Causal.prepare = stuck  # type: ignore[method-assign]
 
     out = place / "hangs"
     wanted = {**settings(place, "causal", 200), "shard": "full", "out": str(out)}
-    started = time.monotonic()
     codes, shown = Ranks(2, wanted, before=before).end(120)
     shutil.rmtree(place / ".hangs.lapis", ignore_errors=True)
-    return {"seconds": time.monotonic() - started, "codes": codes,
+    return {"seconds": time.monotonic() - float(began.read_text()), "codes": codes,
             "lines": [line for line in shown.splitlines() if "train:" in line]}  # fmt: skip
 
 
@@ -369,6 +392,8 @@ def good(name: str, figures: dict[str, Any]) -> bool:
         return all(figures["codes"]) and figures["seconds"] < ENDS and len(figures["lines"]) == 1
     if name == "pause":
         return max(figures.get("pauses", [9e9])) <= figures.get("step", 0)
+    if name.startswith("resume") and not (figures.get("tokens_equal") and figures["weights"] <= RESUMED):
+        return False
     return bool(figures.get("loss", 1.0) <= BOUND)
 
 
@@ -379,6 +404,10 @@ def table(results: dict[str, Any], steps: int) -> list[str]:
     lines += [f"{steps} steps, `shard: full`; the largest difference to one process:", "",
               "| run | loss | weights |", "|---|--:|--:|"]  # fmt: skip
     lines += [f"| {name} | {r['loss']:.1e} | {r['weights']:.1e} |" for name, r in results.items() if "loss" in r]
+    for name, r in results.items():
+        if "read" in r:
+            shares = ", ".join(f"{share:.3f} with {size}" for size, share in sorted(r["read"].items(), reverse=True))
+            lines += ["", f"{name}: the largest share of the checkpoint's bytes that a process read: {shares}."]
     lines += ["", "| what happens to a process | all have ended after, s | exit statuses | said |", "|---|--:|---|---|"]
     lines += [f"| {name} | {r['seconds']:.1f} | {' '.join(map(str, r['codes']))} | {'; '.join(r['lines'])[:160]} |"
               for name, r in results.items() if "lines" in r]  # fmt: skip

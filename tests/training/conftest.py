@@ -1,8 +1,11 @@
 """A tiny model, its tokenizer, and texts and chats that this file writes."""
 
+import importlib.util
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from lapis.model.transformer import Transformer
 from lapis.text.corpus.corpus import ChatRecord, Document
 from lapis.text.tokenizer.tokenizer import Tokenizer, train_tokenizer
 
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 TEXTS = [
     f"The cat number {i} sat on the mat and counted to {i * 7 % 13}. It slept under tree {i % 5}." for i in range(90)
 ]
@@ -64,6 +68,24 @@ def new_model(tokenizer: Tokenizer) -> Callable[[], Transformer]:
         )
 
     return make
+
+
+@pytest.fixture(scope="session")
+def benchmark_module() -> Callable[[str], ModuleType]:
+    """Opens a script of benchmarks/ by its name."""
+
+    def open_module(name: str) -> ModuleType:
+        sys.path.insert(0, str(BENCHMARKS))
+        try:
+            spec = importlib.util.spec_from_file_location(f"{name}_bench", BENCHMARKS / f"{name}.py")
+            assert spec is not None and spec.loader is not None
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        finally:
+            sys.path.remove(str(BENCHMARKS))
+        return module
+
+    return open_module
 
 
 @pytest.fixture(autouse=True)

@@ -1,29 +1,20 @@
 """benchmarks/gpu.py in its smaller form: every section measures on a CPU, and none can hold up the others."""
 
-import importlib.util
 import json
 import sys
-from pathlib import Path
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 OPTIONAL = ("plotly", "cyclopts", "bitsandbytes", "fastapi", "uvicorn", "gguf", "pyarrow")  # what it must do without
 
 
 @pytest.fixture(scope="module")
-def gpu() -> Any:
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        spec = importlib.util.spec_from_file_location("gpu_bench", BENCHMARKS / "gpu.py")
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-    return module
+def gpu(benchmark_module: Callable[[str], ModuleType]) -> Any:
+    return benchmark_module("gpu")
 
 
 @pytest.fixture(autouse=True)

@@ -196,7 +196,7 @@ def test_fault_69_a_process_that_computes_for_ever_ends_all(place: Path) -> None
         "Causal.prepare = stuck\n"
         "run(read_settings(load_yaml('run.yaml'), 'run.yaml'))\n"
     )
-    processes = start(place, 2, command=["-c", script], LAPIS_PATIENCE="5")
+    processes = start(place, 2, command=["-c", script], LAPIS_PATIENCE="10")
     errors = finish(processes)
     assert [process.returncode for process in processes] == [1, 1], errors
     lines = [line for error in errors for line in error.splitlines() if line.startswith("lapis: ")]

@@ -104,6 +104,7 @@ def test_rows_that_are_packed_already(lapis: Lapis, tokenizer: Tokenizer) -> Non
     (["train", "base.yaml", "new.context=32"], "context is 64; the model has 32"),
     (["train", "base.yaml", "--allow-change", "seed"], "--allow-change seed: it is settled when a run begins"),
     (["train", "base.yaml", "--allow-change", "lr", "--allow-change", "stepz"], 'did you mean "steps"?'),
+    (["train", "base.yaml", "--allow-change", "sed"], 'did you mean "seed"?'),
     (["train", "base.yaml", "guards=stop"], "guards is 'stop'; expected a mapping with nan, spike, "),
     (["train", "base.yaml", "track=tensorbord"], "track is 'tensorbord'; did you mean \"tensorboard\"?"),
     (["train", "nowhere.yaml"], "nowhere.yaml: there is no such file"),

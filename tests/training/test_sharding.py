@@ -1,10 +1,9 @@
 """A run whose state is shared out over processes has the losses, the weights and the folder of one process."""
 
-import importlib.util
 import json
 import os
 import signal
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,24 +14,15 @@ import torch
 from lapis.errors import ConfigError, TrainingError
 from lapis.training.distributed.pieces import own, piece_like, scale, total_norm, whole
 from lapis.training.distributed.sharded_state import has_shards
+from lapis.training.loop.progress import Silent
 from lapis.training.objectives.supervised.cross_entropy import head_cross_entropy
-from lapis.training.run import read_settings
-
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+from lapis.training.run import read_settings, run
 
 
 @pytest.fixture(scope="module")
-def bench() -> ModuleType:
+def bench(benchmark_module: Callable[[str], ModuleType]) -> ModuleType:
     """benchmarks/shard.py, whose runs these are, with fewer steps."""
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        spec = importlib.util.spec_from_file_location("shard_bench", BENCHMARKS / "shard.py")
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-    return module
+    return benchmark_module("shard")
 
 
 @pytest.fixture(scope="module")
@@ -55,12 +45,13 @@ def test_hybrid_of_two_machines_has_the_losses_of_one(bench: Any, place: Path) -
     assert figures.get("loss", 1.0) <= 1e-5 and figures["weights"] <= 1e-5, figures
 
 
-def test_stopped_and_gone_on_with_by_one_process(bench: Any, place: Path) -> None:
-    """Two processes write pieces; one joins them, and reads the rest of the data."""
-    figures = bench.resume(place, 20, (2, 1))
-    assert figures["tokens_equal"] and figures["loss"] <= 1e-5 and figures["weights"] <= 1e-5, figures
-    (stop,) = figures["stops"]
-    assert stop["codes"] == [1, 1] and 0 < stop["step"] < 20 and "Run the same command again" in stop["shown"]
+def test_four_processes_then_two_then_one(bench: Any, place: Path) -> None:
+    """Four write pieces, two cut them anew, and one joins theirs and reads the rest of the data."""
+    figures = bench.resume(place, 20, (4, 2, 1))
+    assert figures["tokens_equal"] and figures["loss"] <= 1e-5 and figures["weights"] <= 1e-6, figures
+    first, second = figures["stops"]
+    assert first["codes"] == [1] * 4 and second["codes"] == [1] * 2 and 0 < first["step"] < second["step"] < 20
+    assert "Run the same command again" in first["shown"]
 
 
 def test_whole_checkpoint_is_cut_for_two_processes(bench: Any, place: Path) -> None:
@@ -119,7 +110,16 @@ def test_a_batch_without_targets_has_a_zero_gradient() -> None:
 
 
 def test_alone_nothing_is_shared_out(bench: Any, place: Path) -> None:
-    """shard: full in one process is the plain run."""
+    """shard: full in one process is the plain run, and a line says so."""
     assert "RANK" not in os.environ
-    bench.train_here(place, {**bench.settings(place, "causal", 2), "shard": "full", "out": str(place / "alone")})
+    notes: list[str] = []
+
+    class Notes(Silent):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    settings = {**bench.settings(place, "causal", 2), "shard": "full", "out": str(place / "alone")}
+    run(read_settings(settings, "run.yaml"), watch=Notes())
     assert (place / "alone" / "model.safetensors").is_file()
+    (line,) = [note for note in notes if "shard" in note]
+    assert "shard is full, and one process holds everything; start more of them with torchrun" in line

@@ -3,8 +3,9 @@
 Each process counts up a number in the store where they met, and looks at the numbers of the others. One that stands
 still is stopped, or its machine is gone. Beside it each process tells how often it came a step forward (a block of the
 model, a message, a reward, a megabyte read or written) and whether it waits for the others: one that does not wait, and
-comes no step forward for `patience()` seconds while others wait for it, computes without an end. A process that has
-died shows at once, as a broken connection (parallel.py).
+comes no step forward for `patience()` seconds while others wait for it, computes without an end; where nobody set that
+time, a run whose pauses are long by nature gets longer. A process that has died shows at once, as a broken connection
+(parallel.py).
 """
 
 import atexit
@@ -25,7 +26,7 @@ _PATIENCE = 600
 _BEAT = 2.0  # seconds between two looks
 _SILENCE = 20.0  # seconds after which a process counts as stopped
 _NOTE_AFTER = 5.0  # seconds after which it is told who is waited for at the start
-_LONGEST = 20  # times the longest pause between two steps forward so far is no pause without an end
+_LONGEST = 20  # times the longest pause between two steps forward so far is none without an end, if no time was set
 _GRACE = 4.0  # seconds that the others leave to the one that says it
 _ENDED = 1 << 40  # added to its number by a process that is done
 _MEGABYTE = 1_000_000
@@ -104,7 +105,7 @@ class ProcessWatch:
         self.store = _store(host, port, _SILENCE, False)  # the run's own connection may be waiting for something
         self.ended = threading.Event()
         self.answered = time.monotonic()  # when the store did
-        self.patience = patience()
+        self.patience, self.forgiving = patience(), PATIENCE not in os.environ
         self.beats = threading.Thread(target=self._beat, daemon=True)
         self.guard = threading.Thread(target=self._guard, daemon=True)
 
@@ -166,9 +167,10 @@ class ProcessWatch:
                     self._end(silent, f"has not answered for {_SILENCE:.0f} seconds: it is stopped, or its machine is "
                               "gone; end it, and")  # fmt: skip
                 waiting = [rank for rank in ranks if waits(places[rank])]
+                usual = [_LONGEST * pause if self.forgiving else 0.0 for pause in longest]
                 stuck = [
                     rank for rank in ranks
-                    if rank not in waiting and now - forward[rank] > max(self.patience, _LONGEST * longest[rank])
+                    if rank not in waiting and now - forward[rank] > max(self.patience, usual[rank])
                 ]  # fmt: skip
                 if stuck and waiting:
                     seconds = min(now - forward[rank] for rank in stuck)

@@ -51,8 +51,7 @@ def check_allowed(allowed: Collection[str], keys: Collection[str]) -> None:
         if name in SETTLED:
             raise ConfigError(f"train: --allow-change {name}: it is settled when a run begins; start anew with --fresh")
         if name not in {*keys, "data", "valid"}:
-            known = {*keys, "data", "valid"} - {*SETTLED}
-            raise ConfigError(f"train: --allow-change {quoted(name)}: {nearest(name, known)}")
+            raise ConfigError(f"train: --allow-change {quoted(name)}: {nearest(name, {*keys, 'data', 'valid'})}")
 
 
 def _short(value: Any) -> str:

@@ -143,6 +143,11 @@ class TrainingRun:
         sharding = shared_out(model, objective, config, world, self.facts, self.newest, where)
         if sharding is not None:
             self.watch.note(f"train: weights, gradients and optimizer are shared out over {world.size} processes")
+        elif config.shard in ("full", "hybrid"):
+            self.watch.note(
+                f"train: shard is {config.shard}, and one process holds everything; start more of them with torchrun "
+                "--nproc-per-node N -m lapis train"
+            )
         self.saves = ShardedSaves(world) if sharding is not None else None
         optimizers = Optimizers(
             model, config.optimizer, config.lr, config.weight_decay, config.seed, objective.extra_module,
@@ -208,8 +213,10 @@ class TrainingRun:
                 self.checks = run_checks(state, config, self.updater.precision, self.journal.folder)
             held_out = self._unless_stopped(self.evaluator.result)
         self.model.eval()
-        if held_out and config.eval_every and not config.best and not state.ended:
-            state.log[-1]["held_out"] = held_out  # so that both curves reach the end
+        if held_out and not config.best and not state.ended:  # so that both curves reach the end
+            live(self.watch).evaluated(state.step, held_out)
+            if config.eval_every:
+                state.log[-1]["held_out"] = held_out
         best = state.within.step if state.left else state.best.step if config.best else None
         measured = {"threads": self.facts["threads"], "precision": self.updater.precision, "memory_bytes": peak()}
         noted = {"skipped": state.guard.skipped, "changes": self.facts.get("changes", [])}
