@@ -16,6 +16,8 @@ from typing import Any
 
 from train import BATCH, GPT2, LOOPS, RECIPE, SIZES, STEP_TOKENS, machine
 
+from lapis.training.config import MuonOptions
+
 SCORED = 300_000  # bytes of held-out text
 ADAMW = {"optimizer": "adamw", "lr": 1e-3, "schedule": "cosine"}
 # name -> (minutes, at the speed of which loop, shape, settings, zero-initialised projections)
@@ -34,6 +36,11 @@ _PARTS = {
     "projections drawn at random": (RECIPE, {}, False),
     "cosine in place of linear": (RECIPE, {"schedule": "cosine"}, True),
     "stable, then decay over 40 %": (RECIPE, {"schedule": "wsd"}, True),
+    "Polar Express' coefficients": (RECIPE, {"muon": MuonOptions(coefficients="polar")}, True),
+    "NorMuon": (RECIPE, {"muon": MuonOptions(by_neuron=True)}, True),
+    "cautious weight decay": (RECIPE, {"muon": MuonOptions(cautious=True)}, True),
+    "these three": (RECIPE, {"muon": MuonOptions("polar", by_neuron=True, cautious=True)}, True),
+    "average of the weights, 0.9": (RECIPE, {"ema": 0.9}, True),
 }
 SOURCES = (
     "The recipe: Muon (Jordan et al. 2024; its rate as in Liu et al. 2025, 2502.16982), rotary positions (Su et al. "

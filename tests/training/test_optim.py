@@ -9,7 +9,8 @@ from torch import nn
 from lapis.errors import ConfigError
 from lapis.families.config import ModelConfig
 from lapis.model.transformer import Transformer
-from lapis.training.optim.muon import Muon, hidden_matrices, orthogonalize
+from lapis.training.config import MuonOptions, TrainConfig
+from lapis.training.optim.muon import _POLAR, Muon, hidden_matrices, orthogonalize
 from lapis.training.optim.optimizers import Optimizers, Schedule
 from lapis.training.optim.rates import rates_by_name
 
@@ -36,6 +37,58 @@ def test_orthogonalize_flattens_the_singular_values() -> None:
     torch.manual_seed(1)
     singular = torch.linalg.svdvals(orthogonalize(torch.randn(3, 12, 30)))
     assert 0.6 < singular.min() and singular.max() < 1.3
+
+
+def test_polar_coefficients_are_the_best_for_small_singular_values() -> None:
+    """Their composition strays from 1 by the same amount above and below, which is what makes it the best one
+    (Chebyshev); matrices with known singular values come out so."""
+    values = torch.logspace(-3, 0, 30)
+    left, right = (torch.linalg.qr(torch.randn(30, 30, generator=torch.Generator().manual_seed(i)))[0] for i in (0, 1))
+    made = (left * values) @ right
+    expected = (made.norm() * 1.02) ** -1 * values.double()
+    for a, b, c in _POLAR:
+        expected = a * expected + b * expected**3 + c * expected**5
+    found = torch.linalg.svdvals(orthogonalize(made[None], "polar")[0])
+    torch.testing.assert_close(found.double(), expected.sort(descending=True)[0], rtol=1e-3, atol=1e-3)
+    line = torch.logspace(-3, 0, 2000, dtype=torch.float64)
+    for a, b, c in _POLAR:
+        line = a * line + b * line**3 + c * line**5
+    assert line.max().item() - 1 == pytest.approx(1 - line.min().item(), rel=1e-3) and line.max() < 1.15
+
+
+@pytest.mark.parametrize("shape", [(6, 10), (10, 6)])
+def test_normuon_and_cautious_decay_equal_a_recomputation(shape: tuple[int, int]) -> None:
+    """Row by row in float64, from the text of the papers' algorithms."""
+    torch.manual_seed(3)
+    parameter = nn.Parameter(torch.randn(shape))
+    mine = Muon([parameter], lr=0.02, weight_decay=0.5, options=MuonOptions("polar", by_neuron=True, cautious=True))
+    mine.exact = True
+    weights, momentum = parameter.detach().double(), torch.zeros(shape, dtype=torch.float64)
+    squares = [0.0] * shape[0]
+    for _ in range(3):
+        gradient = torch.randn(shape)
+        parameter.grad = gradient.clone()
+        mine.step()
+        momentum = 0.95 * momentum + 0.05 * gradient.double()
+        ahead = 0.05 * gradient.double() + 0.95 * momentum
+        wide = ahead if shape[0] < shape[1] else ahead.T
+        turned = orthogonalize(wide[None], "polar")[0]
+        turned = turned if shape[0] < shape[1] else turned.T
+        for row in range(shape[0]):
+            squares[row] = 0.95 * squares[row] + 0.05 * float((turned[row] ** 2).mean())
+            turned[row] /= squares[row] ** 0.5
+        step = 0.2 * 0.02 * (shape[0] * shape[1]) ** 0.5 / turned.norm() * turned
+        weights = weights - 0.02 * 0.5 * weights * (weights * step > 0) - step
+    torch.testing.assert_close(parameter.detach().double(), weights, rtol=1e-4, atol=1e-5)
+
+
+def test_options_of_muon_need_muon() -> None:
+    with pytest.raises(ConfigError, match="muon is set, and optimizer is adamw; set optimizer: muon"):
+        TrainConfig(steps=1, muon=MuonOptions(cautious=True))
+    plain, other = (
+        TrainConfig(steps=1, optimizer="muon", muon=given) for given in (MuonOptions(), MuonOptions("polar"))
+    )
+    assert "muon" not in plain.decisive() and other.decisive()["muon"]["coefficients"] == "polar"
 
 
 def _small_model() -> nn.Module:

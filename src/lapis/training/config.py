@@ -41,6 +41,21 @@ class GuardOptions:
 
 
 @dataclass(frozen=True)
+class MuonOptions:
+    """Steps beyond Muon as it was published; benchmarks/results/train.md has what each gives.
+
+    Args:
+        coefficients: Of the rounds that make an update orthogonal: Jordan et al.'s, or Polar Express' (optim/muon.py).
+        by_neuron: Updates of equal size for each row of a matrix, by a running mean of squares (NorMuon).
+        cautious: Weight decay only where the update makes a weight smaller, too.
+    """
+
+    coefficients: Literal["jordan", "polar"] = "jordan"
+    by_neuron: bool = False
+    cautious: bool = False
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """How to train. Give one of steps, epochs or minutes.
 
@@ -51,6 +66,7 @@ class TrainConfig:
         batch: Rows of one step.
         accumulate: Parts in which the rows of a step are computed, to save memory; the result is the same.
         optimizer: Muon takes the matrices inside blocks, AdamW the rest.
+        muon: Variants of its update.
         lr: Peak learning rate. Muon's updates are scaled so that AdamW's rate fits it too.
         rates: Peak learning rates of some parts, by pattern (optim/rates.py); the rest has lr.
         weight_decay: Of matrices.
@@ -91,6 +107,7 @@ class TrainConfig:
     batch: int = 16
     accumulate: int = 1
     optimizer: Literal["adamw", "muon", "sgd"] = "adamw"
+    muon: MuonOptions = MuonOptions()
     lr: float = 3e-4
     rates: dict[str, float] = field(default_factory=dict)
     weight_decay: float = 0.1
@@ -142,6 +159,8 @@ class TrainConfig:
         ):
             if getattr(self, name) < 0:
                 raise ConfigError(f"train: {name} is {getattr(self, name)}; it must not be below 0")
+        if self.muon != MuonOptions() and self.optimizer != "muon":
+            raise ConfigError(f"train: muon is set, and optimizer is {self.optimizer}; set optimizer: muon")
         if not 0 <= self.ema < 1:
             raise ConfigError(f"train: ema is {self.ema}; it is a decay, from 0 to below 1, such as 0.999")
         if not 0 <= self.decay <= 1:
@@ -165,5 +184,5 @@ class TrainConfig:
         """The options that the weights depend on; a rerun that differs in one of them is another run."""
         without_effect = ("save_every", "keep", "log_every", "sample_every", "save_dtype", "shard", "certify", "track")
         options = {name: value for name, value in vars(self).items() if name not in without_effect}
-        guards = asdict(options.pop("guards"))
-        return options if guards == asdict(GuardOptions()) else {**options, "guards": guards}
+        groups = {"guards": (options.pop("guards"), GuardOptions()), "muon": (options.pop("muon"), MuonOptions())}
+        return {**options, **{name: asdict(given) for name, (given, plain) in groups.items() if given != plain}}

@@ -151,7 +151,7 @@ class TrainingRun:
         self.saves = ShardedSaves(world) if sharding is not None else None
         optimizers = Optimizers(
             model, config.optimizer, config.lr, config.weight_decay, config.seed, objective.extra_module,
-            peak_rates(model, config.rates, config.lr),
+            peak_rates(model, config.rates, config.lr), config.muon,
         )  # fmt: skip
         average = Average(model, config.ema if world.leads or sharding is not None else 0.0)
         self.state = TrainState(

@@ -1,6 +1,7 @@
 """Muon: momentum for matrices, with the update made orthogonal (Jordan et al. 2024).
 
-What is no hidden matrix goes to AdamW (optimizers.py).
+What is no hidden matrix goes to AdamW (optimizers.py). Three later steps of the field can be asked for (`MuonOptions`):
+other coefficients, updates of equal size for each neuron, and a weight decay that never works against the update.
 """
 
 import math
@@ -11,12 +12,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lapis.training.config import MuonOptions
 from lapis.training.distributed.pieces import own, piece_like, whole
 from lapis.training.optim.rounding import round_into_
 
 # the quintic of Jordan et al., "Muon" (kellerjordan.github.io/posts/muon): steepest at 0 while it stays near 1
-_A, _B, _C = 3.4445, -4.7750, 2.0315
 _ROUNDS = 5
+_JORDAN = [(3.4445, -4.7750, 2.0315)] * _ROUNDS
+# each round the best one after those before it, for singular values from 1e-3 on (Amsel et al. 2025, arXiv:2505.16932,
+# algorithm 1, with its margin of a fiftieth for rounding)
+_POLAR = [
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+]
+_MARGIN = 1.02  # that a matrix is smaller than 1 by
+_NEURON_DECAY = 0.95  # of the running mean of squares of a neuron's updates
 
 
 class Muon(torch.optim.Optimizer):
@@ -29,9 +42,11 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, params: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.1, momentum: float = 0.95
-    ) -> None:
+        self, params: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.1, momentum: float = 0.95,
+        options: MuonOptions | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        self.options = options or MuonOptions()
         self.seed = 0  # of the rounding of bfloat16 weights
         self.exact = False  # orthogonalize in float32, so that sums in another order change next to nothing
 
@@ -51,15 +66,38 @@ class Muon(torch.optim.Optimizer):
                 updates = [whole(update) for update in torch._foreach_lerp(gradients, buffers, momentum)]
                 kind = torch.float32 if self.exact else torch.bfloat16
                 stacked = torch.stack([(u if u.shape[0] <= u.shape[1] else u.T).to(kind) for u in updates])
-                orthogonal = orthogonalize(stacked).to(torch.promote_types(parameters[0].dtype, torch.float32))
-                rate, shrink = 0.2 * lr * math.sqrt(long), 1 - lr * group["weight_decay"]
+                orthogonal = orthogonalize(stacked, self.options.coefficients)
+                orthogonal = orthogonal.to(torch.promote_types(parameters[0].dtype, torch.float32))
+                rate, decay = 0.2 * lr * math.sqrt(long), lr * group["weight_decay"]
                 for parameter, update in zip(parameters, orthogonal, strict=True):
                     turned = update if parameter.shape[0] <= parameter.shape[1] else update.T
+                    if self.options.by_neuron:
+                        turned = self._evened(parameter, turned)
+                    mine = own(piece_like(turned, parameter))
                     if parameter.dtype == torch.bfloat16:
                         generator = generator or torch.Generator(parameter.device).manual_seed(self.seed)
-                        round_into_(parameter, parameter.float().mul_(shrink).add_(turned, alpha=-rate), generator)
+                        moved = self._shrunk(parameter.float(), mine, decay).add_(mine, alpha=-rate)
+                        round_into_(parameter, moved, generator)
                     else:
-                        own(parameter).mul_(shrink).add_(own(piece_like(turned, parameter)), alpha=-rate)
+                        self._shrunk(own(parameter), mine, decay).add_(mine, alpha=-rate)
+
+    def _shrunk(self, weights: Tensor, update: Tensor, decay: float) -> Tensor:
+        """Weight decay, in place. Cautious: only where the update makes a weight smaller, too (Chen et al. 2025,
+        arXiv:2510.12402, algorithm 1)."""
+        if not self.options.cautious:
+            return weights.mul_(1 - decay)
+        return weights.sub_(weights * (weights * update > 0), alpha=decay)
+
+    def _evened(self, parameter: Tensor, update_OI: Tensor) -> Tensor:
+        """Each row over the root of the running mean of its squares; the whole as large as before (NorMuon: Li et al.
+        2025, arXiv:2510.05491, algorithm 1)."""
+        state, squares_O1 = self.state[parameter], update_OI.square().mean(1, keepdim=True)
+        if "neuron_squares" not in state:
+            state["neuron_squares"] = torch.zeros_like(squares_O1)
+        state["neuron_squares"].lerp_(squares_O1, 1 - _NEURON_DECAY)
+        evened = update_OI / state["neuron_squares"].sqrt().add(1e-8)
+        size: Tensor = math.sqrt(min(update_OI.shape)) / evened.norm()
+        return evened * size
 
     def _buffer(self, parameter: Tensor) -> Tensor:
         state = self.state[parameter]
@@ -69,16 +107,23 @@ class Muon(torch.optim.Optimizer):
         return buffer
 
 
-def orthogonalize(stack_NSL: Tensor) -> Tensor:
-    """The nearest matrices with orthonormal rows, roughly: singular values land in about [0.7, 1.2].
+def orthogonalize(stack_NSL: Tensor, coefficients: str = "jordan") -> Tensor:
+    """The nearest matrices with orthonormal rows, roughly.
 
-    stack_NSL: N matrices of S rows and L columns, S <= L, any float dtype; returned in the same.
+    Args:
+        stack_NSL: N matrices of S rows and L columns, S <= L, any float dtype.
+        coefficients: "jordan": singular values land in about [0.7, 1.2]; "polar": in about [0.9, 1.1].
+
+    Returns:
+        N matrices of the same dtype.
     """
-    x: Tensor = stack_NSL / stack_NSL.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
-    for _ in range(_ROUNDS):
+    polar = coefficients == "polar"
+    size = stack_NSL.norm(dim=(-2, -1), keepdim=True) * (_MARGIN if polar else 1.0)
+    x: Tensor = stack_NSL / size.clamp(min=1e-7)
+    for a, b, c in _POLAR if polar else _JORDAN:
         gram = torch.bmm(x, x.mT)
-        poly = torch.baddbmm(gram, gram, gram, beta=_B, alpha=_C)
-        x = torch.baddbmm(x, poly, x, beta=_A)
+        poly = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, poly, x, beta=a)
     return x
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lapis.errors import ConfigError
-from lapis.training.config import Shape, TrainConfig
+from lapis.training.config import MuonOptions, Shape, TrainConfig
 from lapis.training.optim.muon import Muon, hidden_matrices
 from lapis.training.optim.rounding import RoundedAdamW
 
@@ -31,11 +31,12 @@ class Optimizers:
         seed: Of the random rounding of bfloat16 weights (rounding.py). SGD has no such rounding.
         extra: A module that the objective trains beside the model.
         rates: Peak learning rates by parameter, where they differ from lr (rates.py).
+        muon: Variants of Muon's update.
     """
 
     def __init__(
         self, model: nn.Module, kind: Literal["adamw", "muon", "sgd"], lr: float, weight_decay: float, seed: int = 0,
-        extra: nn.Module | None = None, rates: Mapping[str, float] | None = None,
+        extra: nn.Module | None = None, rates: Mapping[str, float] | None = None, muon: MuonOptions | None = None,
     ) -> None:  # fmt: skip
         self.lr, self.seed = lr, seed
         beside = [] if extra is None else [(f"objective.{name}", p) for name, p in extra.named_parameters()]
@@ -70,7 +71,7 @@ class Optimizers:
             self.parts.append(torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True))
         for peak in peaks:
             if mine := [p for p in matrices if p in hidden and peak_of[p] == peak]:
-                self.parts.append(Muon(mine, lr, weight_decay))
+                self.parts.append(Muon(mine, lr, weight_decay, options=muon))
                 self.parts[-1].param_groups[0]["peak"] = peak
 
     def set_precision(self, precision: str) -> None:
