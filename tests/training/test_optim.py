@@ -39,7 +39,7 @@ def test_orthogonalize_flattens_the_singular_values() -> None:
     assert 0.6 < singular.min() and singular.max() < 1.3
 
 
-def test_polar_coefficients_are_the_best_for_small_singular_values() -> None:
+def test_polar_coefficients_stray_from_1_by_equal_amounts() -> None:
     """Their composition strays from 1 by the same amount above and below, which is what makes it the best one
     (Chebyshev); matrices with known singular values come out so."""
     values = torch.logspace(-3, 0, 30)
