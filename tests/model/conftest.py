@@ -91,6 +91,11 @@ SHAPES = {
         norm_eps=1e-12, norm_place="post", mlp="gelu", positions="learned", bias="all", tied=True, causal=False,
         head="classes", classes=4, class_dense="relu",
     ),
+    "modernbert": ModelConfig(
+        dim=16, layers=3, heads=2, ffn_dim=24, vocab=31, context=32, family="modernbert", norm="layer",
+        norm_place="embed", norm_bias=False, mlp="geglu", tied=True, causal=False, head="masked", class_dense="masked",
+        window=3, window_layers=(1, 2), window_rope=Rope(),
+    ),
     "vit": ModelConfig(
         dim=16, layers=2, heads=2, ffn_dim=24, vocab=0, context=17, family="vit", norm="layer", norm_eps=1e-12,
         mlp="gelu", positions="learned", bias="all", causal=False, head="classes", classes=4, image=Image(8, 2),

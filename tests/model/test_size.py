@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lapis.checkpoint import open_checkpoint
-from lapis.families import PRESETS, find, parameter_shapes
+from lapis.families import PRESETS, find, parameter_shapes, part_of
 from lapis.families.config import Experts, ModelConfig
 from lapis.model.cache import Cache
 from lapis.model.size import Mixer, activation_bytes, measure, measure_headers, mixers
@@ -39,6 +39,7 @@ PUBLISHED = {
     "pythia-12b": 11_846_072_320, "roberta-base": 124_645_632, "roberta-large": 355_359_744,
     "xlm-roberta-base": 278_043_648, "xlm-roberta-large": 559_890_432, "distilbert-base-uncased": 66_362_880,
     "distilbert-base-multilingual-cased": 134_734_080,
+    "modernbert-base": 149_014_272, "modernbert-large": 394_781_696,
     "qwen3-30b-a3b": 30_532_122_624, "qwen3-235b-a22b": 235_093_634_560, "qwen1.5-moe-a2.7b": 14_315_784_192,
     "mixtral-8x7b": 46_702_792_704, "mixtral-8x22b": 140_620_634_112, "olmoe-1b-7b": 6_919_161_856,
     "qwen2.5-7b": 7_615_616_512, "qwen3-1.7b": 1_720_574_976,
@@ -59,9 +60,9 @@ def test_published_sizes_are_counted_exactly(name: str) -> None:
     size = measure(preset(name)).to_json()
     parameters = size["parameters"]
     assert parameters["total"] == PUBLISHED[name]
-    assert PUBLISHED[name] == sum(parameters[part] for part in ("embedding", "position", "norm", "head")) + (
-        parameters["block"] * len(size["layers"])
-    )
+    outside = sum(parameters[part] for part in ("embedding", "position", "norm", "head"))
+    assert PUBLISHED[name] == outside + sum(layer["parameters"] for layer in size["layers"])
+    assert parameters["block"] == max(layer["parameters"] for layer in size["layers"])
 
 
 def test_what_is_told_of_gpt2_and_bert() -> None:
@@ -81,9 +82,16 @@ def test_only_learned_positions_grow_with_the_context() -> None:
 
 def test_shapes_are_those_of_the_model(shape: ModelConfig) -> None:
     with torch.device("meta"):
-        model = Transformer(dataclasses.replace(shape, layers=1))
+        model = Transformer(shape)
     real = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    assert parameter_shapes(shape) == real
+    firsts = {None, *shape.kinds}
+    assert parameter_shapes(shape) == {name: size for name, size in real.items() if part_of(name).layer in firsts}
+    for layer, first in enumerate(shape.kinds):
+        own, like = (
+            {name.split(".", 2)[2]: size for name, size in real.items() if name.startswith(f"blocks.{number}.")}
+            for number in (layer, first)
+        )
+        assert own == like
     assert measure(shape).total == sum(p.numel() for p in Transformer(shape).parameters())
 
 

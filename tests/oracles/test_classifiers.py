@@ -29,10 +29,12 @@ SHAPES = {
     "bert": BERT,
     "xlm-roberta": {"family": "xlm-roberta", "dim": 32, "layers": 2, "heads": 4, "ffn_dim": 48},
     "distilbert": {"family": "distilbert", "dim": 32, "layers": 2, "heads": 4, "ffn_dim": 48},
+    "modernbert": {"family": "modernbert", "dim": 32, "layers": 2, "heads": 4, "ffn_dim": 48, "window": 3,
+                   "pooling": "mean"},
     "gpt2": {"family": "gpt2", "dim": 32, "layers": 2, "heads": 4, "ffn_dim": 48},
     "llama": {"dim": 32, "layers": 2, "heads": 4, "kv_heads": 2, "ffn_dim": 48},
     "qwen3": {"family": "qwen3", "dim": 32, "layers": 2, "heads": 4, "kv_heads": 2, "ffn_dim": 48},
-}
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

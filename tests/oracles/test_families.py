@@ -31,6 +31,8 @@ GPT2 = {"n_embd": 48, "n_layer": 3, "n_head": 3, "vocab_size": 97, "n_positions"
 BERT = dict(**ENCODER, vocab_size=97, max_position_embeddings=40)
 ROBERTA = {**BERT, "pad_token_id": 2, "type_vocab_size": 1}
 DISTIL = {"dim": 48, "n_layers": 2, "n_heads": 3, "hidden_dim": 80, "vocab_size": 97, "max_position_embeddings": 40}
+MODERN = {**ENCODER, "num_hidden_layers": 4, "vocab_size": 97, "max_position_embeddings": 40, "local_attention": 8,
+          "pad_token_id": 96, "bos_token_id": 1, "eos_token_id": 2, "attn_implementation": "sdpa"}  # fmt: skip
 VIT = dict(**ENCODER, image_size=24, patch_size=8)
 
 
@@ -399,6 +401,34 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "distilbert-masked-untied": ("DistilBertForMaskedLM", {**DISTIL, "tie_word_embeddings": False, "n_heads": 1}),
     "distilbert-classes": ("DistilBertForSequenceClassification", {**DISTIL, "num_labels": 5}),
     "distilbert-scalar": ("DistilBertForSequenceClassification", {**DISTIL, "num_labels": 1, "n_layers": 3}),
+    "modernbert": ("ModernBertModel", {**MODERN}),
+    "modernbert-masked": ("ModernBertForMaskedLM", {**MODERN, "norm_bias": True, "attention_bias": True}),
+    "modernbert-masked-untied": (
+        "ModernBertForMaskedLM",
+        {
+            **MODERN,
+            "tie_word_embeddings": False,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "classifier_bias": True,
+            "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
+        },
+    ),
+    "modernbert-full-silu": (
+        "ModernBertForMaskedLM",
+        {
+            **MODERN,
+            "layer_types": ["full_attention"] * 4,
+            "hidden_activation": "silu",
+            "classifier_activation": "silu",
+            "num_attention_heads": 6,
+        },
+    ),
+    "modernbert-classes": ("ModernBertForSequenceClassification", {**MODERN, "num_labels": 5, "local_attention": 5}),
+    "modernbert-mean-scalar": (
+        "ModernBertForSequenceClassification",
+        {**MODERN, "num_labels": 1, "classifier_pooling": "mean", "mlp_bias": True},
+    ),
     "vit": ("ViTModel", {**VIT}),
     "vit-classes": ("ViTForImageClassification", {**VIT, "num_labels": 7}),
     "vit-gray-scalar": (

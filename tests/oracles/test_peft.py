@@ -42,8 +42,11 @@ SHAPES = {
     "roberta": ModelConfig(dim=16, layers=2, heads=2, ffn_dim=24, vocab=31, context=32, family="roberta",
                            norm_place="post", mlp="gelu", causal=False, head="classes", types=1, classes=4,
                            first_position=2, class_dense="tanh", **LEARNED),
+    "modernbert": ModelConfig(dim=16, layers=2, heads=2, ffn_dim=24, vocab=31, context=32, family="modernbert",
+                              norm="layer", norm_place="embed", norm_bias=False, mlp="geglu", tied=True, causal=False,
+                              head="classes", classes=4, class_dense="masked", window=3, window_layers=(1,)),
 }  # fmt: skip
-ENCODERS = ("bert", "roberta")
+ENCODERS = ("bert", "roberta", "modernbert")
 MIXTURES = {
     "qwen3_moe": dataclasses.replace(LLAMA, family="qwen3_moe", qk_norm=True, experts=Experts(4, 2)),
     "mixtral": dataclasses.replace(LLAMA, family="mixtral", experts=Experts(4, 2)),
@@ -128,6 +131,7 @@ def test_what_peft_writes_is_the_same_here(family: str, kind: str, tmp_path: Pat
         "phi3": ["qkv_proj", "gate_up_proj"],
         "bert": ["query", "attention.output.dense"],
         "roberta": ["query", "attention.output.dense"],
+        "modernbert": ["Wqkv", "mlp.Wo"],
         "neox": ["query_key_value", "dense_4h_to_h"],
     }.get(family, ["q_proj", "down_proj"])
     config = peft.LoraConfig(

@@ -1,5 +1,6 @@
 """`lapis inspect`: parameters, memory and FLOPs of a model, or what ways of mixing an input cost. Reads no weight."""
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,11 +99,12 @@ def render(model: str, result: dict[str, Any], measured: "Size | None") -> None:
     parameters = result["parameters"]
     layers = result["layers"]
     line(f"{model}: {parameters['total']:,} parameters, {len(layers)} layers\n", "bold")
-    block = layers[0]["components"] if layers else {}
-    rows = [(name, n, len(layers), n * len(layers)) for name, n in block.items()]
+    blocks = Counter(item for layer in layers for item in layer["components"].items())
+    rows = [(name, n, times, n * times) for (name, n), times in blocks.items()]
     rows += [(name, n, 1, n) for name, n in parameters["components"].items()]
     shares = [(*row, f"{100 * row[3] / parameters['total']:.1f} %") for row in rows]
-    shares.append(("one block", parameters["block"], len(layers), parameters["block"] * len(layers), ""))
+    sizes = Counter(layer["parameters"] for layer in layers)
+    shares += [("one block", n, times, n * times, "") for n, times in sizes.items()]
     table("Parameters", ("component", "each", "times", "in all", "share"), shares)
     if measured is None:
         return

@@ -38,6 +38,10 @@ def class_scores(model: Transformer, batch: Together | Tensor) -> Tensor:
         hidden_RTD = model.hidden(batch.ids_RT)
     else:
         hidden_RTD = model.hidden(batch.ids_RT, positions_BT=batch.positions_RT, segments_BT=batch.segments_RT)
+    if model.config.pooling == "mean":
+        places = zip(batch.row_B, batch.first_B, batch.last_B, strict=True)
+        means = [hidden_RTD[row, first : last + 1].mean(0) for row, first, last in places]
+        return model.head(torch.stack(means))  # type: ignore[no-any-return]
     places_B = batch.last_B if model.config.causal else batch.first_B
     return model.head(hidden_RTD[batch.row_B, places_B])  # type: ignore[no-any-return]
 

@@ -33,6 +33,7 @@ _FILES = (
     "bert",
     "roberta",
     "distilbert",
+    "modernbert",
     "vit",
 )
 FAMILIES: tuple[Family, ...] = tuple(import_module(f"{__name__}.{name}").FAMILY for name in _FILES)

@@ -219,14 +219,15 @@ class Family:
                 yield from (rule.of_expert(expert) for expert in range(config.experts.count))
 
     def parameter_shapes(self, config: ModelConfig) -> dict[str, Shape]:
-        """Every parameter's name and shape, with the first block standing for all: what `Transformer` would make."""
+        """Every parameter's name and shape, of the blocks the first of each kind: what `Transformer` would make."""
         shapes = common_shapes(config) | self.shapes(config)
-        norm = (config.dim,)
+        norm, firsts = (config.dim,), sorted(set(config.kinds))
         return {
-            name: shape if rule.kind == "weight" else shape[:1]
+            name.replace("{layer}", str(layer)): shape if rule.kind == "weight" else shape[:1]
             for rule in self.rules_of(config) if not rule.twin
-            for name, part in ((name.replace("{layer}", "0"), part_of(name)) for name in rule.names)
-            if has_parameter(config, part.component, part.kind)
+            for name, part in ((name, part_of(name)) for name in rule.names)
+            for layer in (firsts if "{layer}" in name else (None,))
+            if has_parameter(config, part.component, part.kind, layer)
             for shape in (shapes.get(part.group, norm),)
         }  # fmt: skip
 
@@ -238,12 +239,12 @@ class Family:
         shapes = self.parameter_shapes(config)
         tensors: dict[str, Shape] = {}
         for rule in self.rules_of(config):
-            names = [name.replace("{layer}", "0") for name in rule.names]
-            if rule.twin or names[0] not in shapes or (rule.component == "head.pooler" and config.head == "none"):
+            if rule.twin or (rule.component == "head.pooler" and config.head == "none"):
                 continue
-            shape = rule.transform.disk_shape([shapes[name] for name in names])
-            layers = range(config.layers) if "{layer}" in rule.disk else (None,)
-            tensors |= {self.disk_name(rule, layer): shape for layer in layers}
+            for layer, first in enumerate(config.kinds) if "{layer}" in rule.disk else ((None, None),):
+                names = [name.replace("{layer}", str(first)) for name in rule.names]
+                if names[0] in shapes:
+                    tensors[self.disk_name(rule, layer)] = rule.transform.disk_shape([shapes[name] for name in names])
         return tensors
 
     def read_config(self, config: Mapping[str, Any], notes: list[str] | None = None) -> ModelConfig:
@@ -278,7 +279,7 @@ def refuse_shape(config: ModelConfig, fields: Mapping[str, tuple[Any, ...]]) -> 
         "embed_scale": (0.0,), "residual_scale": (1.0,), "logit_divisor": (1.0,), "norm_bias": (True,),
         "parallel": ("none",), "attention_cap": (0.0,), "logit_cap": (0.0,), "rope.share": (1.0,),
         "rope.neighbors": (False,), "first_position": (0,), "class_dense": ("none",),
-        "experts": (None,),
+        "experts": (None,), "pooling": ("token",),
     }  # fmt: skip
     for name, allowed in (plain | dict(fields)).items():
         if (value := attrgetter(name)(config)) not in allowed:

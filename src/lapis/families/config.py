@@ -111,12 +111,14 @@ class ModelConfig:
         head_dim: Width of a head; 0 = dim / heads.
         query_scalar: Scores of attention are divided by its square root; 0 = head_dim.
         family: The model_type that a saved folder gets. It also says which block the model has.
-        norm_place: "post" is BERT's, with a norm after the embedding and none at the end.
+        norm_place: "post" is BERT's, with a norm after the embedding and none at the end; "embed" is "pre", but what
+            the first attention reads is normed right after the embedding.
         norm_bias: Whether LayerNorms have one.
         parallel: The two halves of a block read the same state, through one norm ("shared") or each through its own.
         rope: Rotary positions; window_rope: those of layers with a window, where they differ.
         nope_layers: Those that turn nothing, though the others do.
-        window: How many tokens back a token sees, itself included, in `window_layers` (None = all layers).
+        window: How many tokens back a token sees, itself included, in `window_layers` (None = all layers); as many
+            ahead where the model is not causal.
         bias: Which linear layers have one.
         qk_norm: Whether queries and keys are normed.
         qk_norm_over: Head by head, or all heads as one vector.
@@ -130,7 +132,9 @@ class ModelConfig:
         head: What stands on top; "classes" and "scalar" look at one token of each sequence.
         types: Token types (BERT).
         pooler: Whether there is BERT's dense layer for the first token.
-        class_dense: The activation of a dense layer that a classifier has of its own; BERT's is the pooler.
+        class_dense: The activation of a dense layer that a classifier has of its own; BERT's is the pooler. "masked":
+            the classifier stands on the dense layer and the norm that the head of masked words has.
+        pooling: What a classifier looks at: one token of each sequence, or the mean of all.
         extra: Fields of config.json that do not shape the model and are handed on (token ids, labels).
     """
 
@@ -146,7 +150,7 @@ class ModelConfig:
     family: str = "llama"
     norm: Literal["rms", "layer"] = "rms"
     norm_eps: float = 1e-6
-    norm_place: Literal["pre", "post"] = "pre"
+    norm_place: Literal["pre", "post", "embed"] = "pre"
     norm_bias: bool = True
     parallel: Literal["none", "shared", "own"] = "none"
     mlp: MlpKind = "swiglu"
@@ -172,7 +176,8 @@ class ModelConfig:
     classes: int = 0
     types: int = 0
     pooler: bool = False
-    class_dense: Literal["none", "tanh", "relu"] = "none"
+    class_dense: Literal["none", "tanh", "relu", "masked"] = "none"
+    pooling: Literal["token", "mean"] = "token"
     image: Image | None = None
     extra: dict[str, Any] = field(default_factory=dict, hash=False)
 
@@ -195,8 +200,8 @@ class ModelConfig:
             raise ConfigError(f"model: {turning} of head_dim {self.head_dim} are to turn; rotary positions turn pairs")
         if self.head == "classes" and self.classes < 1:
             raise ConfigError("model: head is classes, but classes is 0")
-        if self.window is not None and (self.window < 1 or not self.causal):
-            raise ConfigError(f"model: window {self.window} must be 1 or more, in a causal model")
+        if self.window is not None and self.window < 1:
+            raise ConfigError(f"model: window is {self.window}; expected 1 or more")
         if self.experts is not None and self.layers * self.experts.count > MOST_EXPERTS:
             raise ConfigError(
                 f"model: {self.layers} layers of {self.experts.count:,} experts; at most {MOST_EXPERTS:,} in all"
@@ -227,6 +232,12 @@ class ModelConfig:
     def pools(self) -> bool:
         """Whether a classifier on top of such a model reads BERT's pooler."""
         return not self.causal and self.image is None and self.class_dense == "none"
+
+    @property
+    def kinds(self) -> tuple[int, ...]:
+        """For each layer, the first one that has parameters of the same names and shapes."""
+        bare = self.norm_place == "embed"
+        return tuple(min(layer, int(bare)) for layer in range(self.layers))
 
     @property
     def gated(self) -> bool:

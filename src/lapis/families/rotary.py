@@ -59,7 +59,7 @@ def read_rope(fields: Fields, context: int, theta: float = 10_000.0, share: floa
 
 
 def read_ropes(
-    fields: Fields, context: int, theta: float, near_theta: float, near_name: str
+    fields: Fields, context: int, theta: float, near_theta: float, near_name: str, name: str = "rope_theta"
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Rope's fields of full layers and of those with a window: by layer type (transformers 5), or older fields.
 
@@ -71,12 +71,13 @@ def read_ropes(
         theta: The base of full layers where the folder says none.
         near_theta: That of layers with a window.
         near_name: The older field that has it.
+        name: The older field that has the base of full layers.
     """
     by_type = fields.mapping("rope_parameters")
     if by_type and not set(by_type) <= {FULL, WINDOWED}:
         raise CheckpointError(f"config.json: rope_parameters must be given for {FULL} and {WINDOWED}")
     written = {**Fields(by_type).mapping(FULL), **fields.mapping("rope_scaling")}
-    full = {"rope_theta": fields.number("rope_theta", theta), "rope_parameters": written}
+    full = {"rope_theta": fields.number(name, theta), "rope_parameters": written}
     near = {"rope_theta": fields.number(near_name, near_theta), "rope_parameters": by_type.get(WINDOWED)}
     return read_rope(Fields(full), context), read_rope(Fields(near), context)
 

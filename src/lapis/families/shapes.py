@@ -119,7 +119,7 @@ def _expert_shapes(config: ModelConfig) -> dict[str, Shape]:
     }  # fmt: skip
 
 
-def has_parameter(config: ModelConfig, component: str, kind: str) -> bool:
+def has_parameter(config: ModelConfig, component: str, kind: str, layer: int | None) -> bool:
     """Whether a model of this shape has a parameter that its family's table lists."""
     group, _, name = component.partition(".")
     if component in ("attn.q_norm", "attn.k_norm") and not config.qk_norm:
@@ -127,8 +127,10 @@ def has_parameter(config: ModelConfig, component: str, kind: str) -> bool:
     if group == "norm" or name.endswith("norm"):
         if component == "norm.mlp" and config.parallel == "shared":
             return False
+        if component == "norm.attn" and config.norm_place == "embed" and layer == 0:
+            return False
         biased = config.norm == "layer" and config.norm_bias
-        return (kind == "weight" or biased) and (component != "head.norm" or config.head == "masked")
+        return (kind == "weight" or biased) and (component != "head.norm" or _transforms(config))
     if group == "attn":
         return kind == "weight" or config.bias in ("attention", "all") or (config.bias == "qkv" and name != "o")
     if name.startswith("shared"):
@@ -148,7 +150,12 @@ def _has_head(config: ModelConfig, name: str, kind: str) -> bool:
     if name == "pooler":
         return config.pooler and (classifier or config.head == "none")
     if name == "dense":
-        return classifier and config.class_dense != "none"
+        return classifier and config.class_dense not in ("none", "masked")
     if name == "classes":
         return classifier and (kind == "weight" or not config.causal)
-    return config.head == "masked"
+    return _transforms(config) and (kind == "weight" or config.bias == "all")
+
+
+def _transforms(config: ModelConfig) -> bool:
+    """Whether the head has the dense layer and the norm of one for masked words."""
+    return config.head == "masked" or (config.class_dense == "masked" and config.head in ("classes", "scalar"))

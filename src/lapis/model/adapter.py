@@ -114,15 +114,15 @@ def attach(model: Transformer, adapter: Adapter) -> Transformer:
 def head_of(checkpoint: Checkpoint) -> tuple[Head | None, int]:
     """The head, and its classes, that an adapter needs, where it holds it whole; None where the base's serves."""
     adapter, family = checkpoint.adapter, checkpoint.runs
+    transforms = False
     for disk, name in (adapter.whole if adapter and family else {}).items():
         assert adapter is not None and family is not None
         matched = family.match(disk)
         if matched and matched[0].component == "head.classes" and matched[0].kind == "weight":
             classes = adapter.weights.info(name).shape[0]
             return ("scalar", 1) if classes == 1 else ("classes", classes)
-        if matched and matched[0].component == "head.transform":
-            return "masked", 0
-    return None, 0
+        transforms = transforms or bool(matched and matched[0].component == "head.transform")
+    return ("masked" if transforms else None), 0
 
 
 @torch.no_grad()
@@ -289,7 +289,7 @@ def _targets(targets: set[str], everything: set[str]) -> list[str]:
 def _short(module: str) -> str:
     """The last piece of a module's name that says something; PEFT takes a classifier of several layers as one."""
     pieces = module.split(".")
-    if pieces[0] == "classifier":
+    if pieces[0] in ("classifier", "head"):
         return pieces[0]
     return ".".join(pieces[-2:]) if pieces[-1] == "dense" else pieces[-1]
 

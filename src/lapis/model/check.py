@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lapis.checkpoint import Checkpoint, open_checkpoint
 from lapis.errors import CheckpointError, ConfigError
-from lapis.families import Family, Rule, Shape, family_of, known_types
+from lapis.families import Family, Rule, Shape, family_of, known_types, part_of
 from lapis.families.base import experts_of, layers_of
 from lapis.families.config import CLASS_FIELDS, Head, ModelConfig
 
@@ -83,7 +83,7 @@ def plan_load(checkpoint: Checkpoint, *, head: Head | None = None, classes: int 
     config = _with_head(checkpoint, config, tensors, head, classes)
     if to_run:
         config = _settle_tie(checkpoint, config, tensors, notes)
-    shapes = family.parameter_shapes(config)
+    shapes, kinds = family.parameter_shapes(config), config.kinds
     steps: list[tuple[str, Rule, tuple[str, ...]]] = []
     used: set[str] = set()
     aside: list[str] = []
@@ -91,7 +91,7 @@ def plan_load(checkpoint: Checkpoint, *, head: Head | None = None, classes: int 
     twins = {rule.names[0] for _, rule, _ in tensors.values() if rule.twin}
     for name, rule, layer in tensors.values():
         targets = tuple(target.replace("{layer}", str(layer)) for target in rule.names)
-        template = [target.replace("{layer}", "0") for target in rule.names]
+        template = [target.replace("{layer}", str(kinds[layer or 0])) for target in rule.names]
         if any(target not in shapes for target in template):
             if not rule.component.startswith("head"):
                 problems.append(f"{name} has no place by config.json")
@@ -109,7 +109,10 @@ def plan_load(checkpoint: Checkpoint, *, head: Head | None = None, classes: int 
         used.update(targets)
         if rule.twin or targets[0] not in twins:
             steps.append((name, rule, targets))
-    parameters = {name.replace("blocks.0.", f"blocks.{i}.") for name in shapes for i in range(layers)}
+    parameters = {
+        name.replace(f"blocks.{part_of(name).layer}.", f"blocks.{layer}.")
+        for name in shapes for layer, first in enumerate(kinds) if part_of(name).layer in (None, first)
+    }  # fmt: skip
     lacking = sorted(parameters - used)
     fresh = tuple(name for name in lacking if head is not None and name.startswith("head"))
     missing = sorted({family.disk_name(*family.rule_for(name)) for name in lacking if name not in fresh})

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lapis.families.config import MLP_KINDS, ModelConfig
 from lapis.model.blocks.attention import capped
-from lapis.model.blocks.norm import make_norm
+from lapis.model.blocks.norm import Norm, make_norm
 from lapis.model.blocks.standard import ACTIVATIONS, Activation
 
 
@@ -47,24 +47,39 @@ class LanguageHead(nn.Module):
 class MaskedHead(LanguageHead):
     """BERT's: dense, activation, norm, then logits with a bias (Devlin et al. 2018)."""
 
+    transform: nn.Linear
+    norm: Norm
+    activation: Activation
+
     def __init__(self, config: ModelConfig, embed: nn.Module) -> None:
         super().__init__(config, embed)
-        self.transform = nn.Linear(config.dim, config.dim)
-        self.norm = make_norm(config, config.dim)
-        self.activation = ACTIVATIONS[MLP_KINDS[config.mlp][1]]
+        _add_transform(self, config)
 
     def forward(self, hidden: Tensor) -> Tensor:
         return super().forward(self.norm(self.activation(self.transform(hidden))))
 
 
+def _add_transform(head: nn.Module, config: ModelConfig) -> None:
+    """The dense layer and the norm before the logits of masked words."""
+    head.transform = nn.Linear(config.dim, config.dim, bias=config.bias == "all")
+    head.norm = make_norm(config, config.dim)
+    head.activation = ACTIVATIONS[MLP_KINDS[config.mlp][1]]  # type: ignore[assignment]
+
+
 class ClassHead(nn.Module):
     """hidden -> scores of classes, or one number; through BERT's pooler, or a dense layer of its own, if any."""
+
+    transform: nn.Linear
+    norm: Norm
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.pooler = nn.Linear(config.dim, config.dim) if config.pooler else None
-        self.dense = nn.Linear(config.dim, config.dim) if config.class_dense != "none" else None
+        self.dense = nn.Linear(config.dim, config.dim) if config.class_dense in ("tanh", "relu") else None
         self.activation: Activation = torch.tanh if config.class_dense == "tanh" else F.relu
+        self.transforms = config.class_dense == "masked"
+        if self.transforms:
+            _add_transform(self, config)
         self.classes = nn.Linear(config.dim, config.classes, bias=not config.causal)
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -72,6 +87,8 @@ class ClassHead(nn.Module):
             hidden = torch.tanh(self.pooler(hidden))
         if self.dense is not None:
             hidden = self.activation(self.dense(hidden))
+        if self.transforms:
+            hidden = self.norm(self.activation(self.transform(hidden)))
         scores: Tensor = self.classes(hidden)
         return scores
 

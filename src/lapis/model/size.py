@@ -17,12 +17,11 @@ from lapis.families import ModelConfig, Part, parameter_shapes, part_of
 
 SHOWN = {"float32": 4, "bfloat16": 2, "int8": 1}
 DTYPE_BYTES = SHOWN | {"float64": 8, "float16": 2, "float8": 1, "uint8": 1}
-BLOCK = "blocks.0."
 
 
 @dataclass(frozen=True)
 class Size:
-    """What a model weighs. components: parameters by component, outside the blocks and in one block.
+    """What a model weighs. components: parameters by component outside the blocks; blocks: in each block.
 
     flops_per_token: one token's forward pass, averaged over a sequence of `context` tokens. activation_bytes: what a
     training step keeps for one sequence of that length in bfloat16 (logits in float32), without checkpointing.
@@ -31,7 +30,7 @@ class Size:
     config: ModelConfig
     context: int
     components: dict[str, int]
-    block_components: dict[str, int]
+    blocks: tuple[dict[str, int], ...]
     flops_per_token: int
     attention_flops_per_token: int
     kv_cache_bytes: int
@@ -39,11 +38,12 @@ class Size:
 
     @property
     def block(self) -> int:
-        return sum(self.block_components.values())
+        """Of the largest block."""
+        return max(sum(block.values()) for block in self.blocks)
 
     @property
     def total(self) -> int:
-        return sum(self.components.values()) + self.config.layers * self.block
+        return sum(self.components.values()) + sum(sum(block.values()) for block in self.blocks)
 
     def group(self, prefix: str) -> int:
         """Parameters outside the blocks of a component and of what belongs to it: "embed" counts "embed.types" too."""
@@ -61,7 +61,7 @@ class Size:
                 "block": self.block,
                 "norm": self.group("norm"),
                 "head": self.group("head"),
-                "block_components": self.block_components,
+                "block_components": max(self.blocks, key=lambda block: sum(block.values())),
                 "components": self.components,
                 "with_head": other_heads(self.config),
             },
@@ -80,9 +80,9 @@ class Size:
             },
             "context": self.context,
             "layers": [
-                {"layer": layer, "parameters": self.block, "components": self.block_components,
+                {"layer": layer, "parameters": sum(block.values()), "components": block,
                  "window": self.config.window if self.config.windowed(layer) else None}
-                for layer in range(self.config.layers)
+                for layer, block in enumerate(self.blocks)
             ],
         }  # fmt: skip
 
@@ -91,15 +91,17 @@ def measure(config: ModelConfig, context: int | None = None) -> Size:
     """What a model of this shape weighs at a context length (default: the one it was made for)."""
     context = context or config.context
     components: dict[str, int] = {}
-    block: dict[str, int] = {}
+    kinds = config.kinds
+    blocks: dict[int, dict[str, int]] = {first: {} for first in kinds}
     products = 0  # weights that a token is multiplied with
     for name, shape in parameter_shapes(config).items():
         part = part_of(name)
-        into = components if part.layer is None else block
+        into = components if part.layer is None else blocks[part.layer]
         into[part.group] = into.get(part.group, 0) + prod(shape)
         is_product = len(shape) > 1 and (not name.startswith("embed.") or name == "embed.patch.weight")
         is_product = is_product and is_active(config, part)
-        products += prod(shape) * (config.layers if part.layer is not None else is_once(config, name)) * is_product
+        times = is_once(config, name) if part.layer is None else kinds.count(part.layer)
+        products += prod(shape) * times * is_product
     if config.tied and config.head in ("lm", "masked"):
         products += config.vocab * config.dim
     seen = [visible_keys(config, layer, context) for layer in range(config.layers)]
@@ -107,8 +109,8 @@ def measure(config: ModelConfig, context: int | None = None) -> Size:
     slots = [min(context, config.window or context) if config.windowed(i) else context for i in range(config.layers)]
     kv_cache = sum(slots) * 2 * config.kv_heads * config.head_dim * 2 if config.causal else 0
     return Size(
-        config, context, components, block, 2 * products + attention, attention, kv_cache,
-        activation_bytes(config, context),
+        config, context, components, tuple(blocks[first] for first in kinds), 2 * products + attention, attention,
+        kv_cache, activation_bytes(config, context),
     )  # fmt: skip
 
 
@@ -125,10 +127,11 @@ def is_active(config: ModelConfig, part: Part) -> bool:
 
 def visible_keys(config: ModelConfig, layer: int, context: int) -> float:
     """How many keys a token of this layer sees, averaged over a sequence of `context` tokens."""
-    if not config.causal:
+    if not config.causal and not config.windowed(layer):
         return context
     window = min(config.window or context, context) if config.windowed(layer) else context
-    return (window * (window + 1) / 2 + (context - window) * window) / context
+    back = (window * (window + 1) / 2 + (context - window) * window) / context
+    return back if config.causal else 2 * back - 1
 
 
 def activation_bytes(config: ModelConfig, context: int, width: int = 2) -> int:
@@ -155,9 +158,7 @@ def other_heads(config: ModelConfig) -> dict[str, int]:
     """The total with another head of the family, where the name of a published size means more than one of them."""
     if config.family != "bert":
         return {}
-    masked = dataclasses.replace(config, head="masked", pooler=False, tied=True)
-    return {"masked": sum(prod(shape) * (config.layers if name.startswith(BLOCK) else 1)
-                          for name, shape in parameter_shapes(masked).items())}  # fmt: skip
+    return {"masked": measure(dataclasses.replace(config, head="masked", pooler=False, tied=True)).total}
 
 
 GROWTH = (

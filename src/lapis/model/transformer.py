@@ -83,7 +83,8 @@ class Transformer(ReadableModel):
         architecture = architecture_of(config)
         self.embed = Embed(config, architecture.embed_scale(config))
         self.blocks = nn.ModuleList(architecture.block(config, layer) for layer in range(config.layers))
-        self.norm = Norms(config, architecture.norm, "final" if config.norm_place == "pre" else "embed")
+        places = {"pre": ("final",), "post": ("embed",), "embed": ("embed", "final")}[config.norm_place]
+        self.norm = Norms(config, architecture.norm, *places)
         self.head = make_head(config, self.embed)
         self.reset_parameters()
 
@@ -177,16 +178,22 @@ class Transformer(ReadableModel):
         else:
             positions, shared = self._prepare(ids_BT, mask_BT, positions_BT, segments_BT, cache)
             x_BTD = self.embed(ids_BT, positions, types_BT)
-        if self.config.norm_place == "post":
+        if self.config.norm_place != "pre":
             x_BTD = self.norm.embed(x_BTD)
         return (F.dropout(x_BTD, self.dropout) if self.dropout and self.training else x_BTD), shared
 
     def end(self, x_BTD: Tensor) -> Tensor:
         """The last hidden state from what left the last block."""
-        return self.norm.final(x_BTD) if self.config.norm_place == "pre" else x_BTD
+        return x_BTD if self.config.norm_place == "post" else self.norm.final(x_BTD)
 
     def summary(self, hidden_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:
-        """The hidden state that a classifier looks at, [B, D]: of the last real token where causal, else the first."""
+        """The hidden state that a classifier looks at, [B, D]: of the last real token where causal, else the first.
+
+        Where the model pools by the mean, that of all real tokens.
+        """
+        if self.config.pooling == "mean":
+            mask_BT = torch.ones_like(hidden_BTD[..., 0], dtype=torch.bool) if mask_BT is None else mask_BT
+            return (hidden_BTD * mask_BT[..., None]).sum(1) / mask_BT.sum(1, keepdim=True)
         if mask_BT is None:
             return hidden_BTD[:, -1 if self.config.causal else 0]
         places = torch.arange(mask_BT.shape[1], device=mask_BT.device)
@@ -218,7 +225,7 @@ class Transformer(ReadableModel):
         full = make_view(T, past, config.causal, None, mask_BT, positions, segments_BT, cache, dtype)
         near = full
         if config.window is not None and past + T > config.window:
-            near = make_view(T, past, True, config.window, mask_BT, positions, segments_BT, cache, dtype)
+            near = make_view(T, past, config.causal, config.window, mask_BT, positions, segments_BT, cache, dtype)
         if config.positions != "rotary":
             return positions, Shared(full, near, real_BT=real_BT)
         length = int(positions.max()) + 1 if config.rope.kind == "dynamic" else past + T
@@ -282,7 +289,7 @@ def make_view(
         T: New tokens.
         past: Tokens in the cache.
         causal: Whether later tokens are hidden.
-        window: Of positions that a token sees; None = all.
+        window: Of positions that a token sees, back and (not causal) ahead; None = all.
         mask_BT: bool, True = a real token, of all tokens.
         positions: int64 [T] or [B, T].
         segments_BT: int64; a token attends only within its segment.
@@ -292,9 +299,9 @@ def make_view(
     key_mask = mask_BT if cache is None else cache.real_BS
     S = past + T if window is None or cache is None else cache.in_sight + T
     if key_mask is None and segments_BT is None:
-        if not causal or (T == 1 and (window is None or window >= S)):
+        if (not causal or T == 1) and (window is None or window >= S):
             return NOTHING_HIDDEN
-        if past == 0 and (window is None or window >= T):
+        if causal and past == 0 and (window is None or window >= T):
             return View(None, True)
     device = positions.device
     places = torch.arange(past, past + T, device=device)
@@ -307,7 +314,8 @@ def make_view(
             key_positions = cache.positions_BS[:, -S:]
         else:
             key_positions = keys if cache is not None else positions
-        near = positions[..., :, None] - key_positions[..., None, :] < window
+        apart = positions[..., :, None] - key_positions[..., None, :]
+        near = (apart if causal else apart.abs()) < window
         seen = seen & (near[None, None] if near.dim() == 2 else near[:, None])
     if key_mask is not None:
         seen = seen & key_mask[:, None, None, -S:]

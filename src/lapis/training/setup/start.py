@@ -7,7 +7,6 @@ import dataclasses
 import os
 from collections.abc import Mapping
 from contextlib import nullcontext
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,10 @@ import torch
 
 from lapis.config import build, nearest
 from lapis.errors import ConfigError
-from lapis.families import PRESETS, family_of, find
+from lapis.families import PRESETS, find
 from lapis.families.config import Head, ModelConfig, class_fields
 from lapis.model.load import empty, load
+from lapis.model.size import measure
 from lapis.model.transformer import Transformer
 from lapis.text.tokenizer.tokenizer import Tokenizer
 from lapis.training.objectives.objective import Objective
@@ -88,11 +88,7 @@ def start_model(
 
 def _check_memory(shape: ModelConfig) -> None:
     """Raises ConfigError for a model whose weights alone are larger than the machine's memory, before it is made."""
-    of_block, others = 0, 0
-    for name, size in family_of(shape).parameter_shapes(shape).items():
-        count = prod(size)
-        of_block, others = (of_block + count, others) if name.startswith("blocks.0.") else (of_block, others + count)
-    parameters, memory = others + shape.layers * of_block, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    parameters, memory = measure(shape).total, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if parameters * 4 > memory:
         raise ConfigError(
             f"train: new is a model of {parameters:,} parameters, whose weights take {parameters * 4 / 1e9:,.0f} GB; "

@@ -8,6 +8,7 @@ it, the output has a head of its own. Rows may have been added to both since the
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from lapis.checkpoint import Checkpoint
 from lapis.checkpoint.store import Adapter
 from lapis.checkpoint.tensor_file import torch_dtype
 from lapis.errors import CheckpointError
-from lapis.families.config import class_fields
+from lapis.families.config import ModelConfig, class_fields
 from lapis.weights.config_fields import carried_config, settled_tie
 from lapis.weights.engine.job import Entry, with_dtype
 from lapis.weights.engine.outputs import Output
@@ -62,13 +63,23 @@ class FuseLayout:
         if self._tied() and self.embed and self.head and self.classes == 0:
             self._settle_tie(self.embed, self.head)
 
+    @cached_property
+    def _shape(self) -> ModelConfig | None:
+        """The base's, where its family is known and reads its config.json."""
+        try:
+            return self.onto.family.read_config(self.onto.config) if self.onto.family else None
+        except CheckpointError:
+            return None
+
     def _tied(self) -> bool:
         """Whether the base's head is its embedding, as config.json or else the family says."""
-        config, family = self.onto.config, self.onto.family
-        try:
-            return family.read_config(config).tied if family else bool(config.get("tie_word_embeddings"))
-        except CheckpointError:
-            return bool(config.get("tie_word_embeddings"))
+        return self._shape.tied if self._shape else bool(self.onto.config.get("tie_word_embeddings"))
+
+    def _replaced(self, component: str) -> bool:
+        """Whether a classifier takes the place of this part of the base's head."""
+        if component.startswith(("head.transform", "head.norm")):
+            return self._shape is None or self._shape.class_dense != "masked"
+        return component == "head"
 
     def outputs(self) -> list[Output]:
         """The tensors of the output, in the base's order; what the adapter brings anew comes last.
@@ -150,7 +161,7 @@ class FuseLayout:
         stored = self.names[canonical]
         name = canonical if (self.classes and self.onto.family) or canonical == self.head else stored
         component = self._component(canonical)
-        if self.classes and (component == "head" or component.startswith(("head.transform", "head.norm"))):
+        if self.classes and self._replaced(component):
             self.entries.append(Entry(stored, "skipped", "the output has a classifier in its place", role="base"))
             return None
         info = self.onto.info(stored)
