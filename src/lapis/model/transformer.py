@@ -187,9 +187,11 @@ class Transformer(ReadableModel):
         return x_BTD if self.config.norm_place == "post" else self.norm.final(x_BTD)
 
     def summary(self, hidden_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:
-        """The hidden state that a classifier looks at, [B, D]: of the last real token where causal, else the first.
+        """What a classifier looks at, [B, D]: the last real token where causal, else the first; or the mean of all.
 
-        Where the model pools by the mean, that of all real tokens.
+        Args:
+            hidden_BTD: After the final norm.
+            mask_BT: bool, True = a real token.
         """
         if self.config.pooling == "mean":
             mask_BT = torch.ones_like(hidden_BTD[..., 0], dtype=torch.bool) if mask_BT is None else mask_BT
