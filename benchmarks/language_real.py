@@ -16,7 +16,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ from lapis.text.tokenizer.extend import ExtendableTokenizer
 
 DOCUMENTS = 10  # of each file that are scored
 CONTEXT = 512
+PRECISION = "bf16"  # of the forward pass, as "auto" finds it on a processor with avx512_bf16; weights are float32
 GENERATED, ROUNDS = 24, 6
 WAYS = ("with", "without")
 QUARTERS = 4  # at whose ends a training is scored on the way
@@ -87,8 +88,8 @@ CASES = {
 class Bench:
     """A case on its way, in a folder of its own."""
 
-    def __init__(self, name: str, root: Path, models: Path) -> None:
-        self.case, self.root, self.name = CASES[name], root / name, name
+    def __init__(self, case: Case, name: str, root: Path, models: Path) -> None:
+        self.case, self.root, self.name = case, root / name, name
         self.base = models / self.case.model
         self.files = [DATA / "corpus" / each for each in self.case.text]
         self.data = mixture(self.files, self.case.replay)
@@ -102,7 +103,8 @@ class Bench:
     def settings(self, way: str, model: Path, rows: list[int], **more: Any) -> dict[str, Any]:
         """Of a training, but for its length."""
         case = self.case
-        shared = {"model": str(model), "data": self.data, "batch": case.batch, "context": CONTEXT, "log_every": 5}
+        shared = {"model": str(model), "data": self.data, "batch": case.batch, "context": CONTEXT, "log_every": 5,
+                  "precision": PRECISION}  # fmt: skip
         taught = {"freeze": ["embed"], "tokens": rows, "rates": {"embed": case.rows_lr}}
         return {**shared, "lr": case.lr, **(taught if way == "with" else {}), **more}
 
@@ -222,12 +224,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/language-real"))
     parser.add_argument("--models", type=Path, help="their folder; LAPIS_MODELS without it")
     parser.add_argument("--only", nargs="*", choices=CASES, default=list(CASES))
+    parser.add_argument("--seconds", type=float, help="what a case has without it; each with an --out of its own")
     parser.add_argument("--seeds", type=int, nargs="*", help="all that a case has without it")
     parser.add_argument("--ways", nargs="*", choices=WAYS, default=WAYS)
     parser.add_argument("--do", choices=["train", "score", "write"], help="one of the steps; all without it")
     options = parser.parse_args()
     models = models_folder(options.models)
-    benches = [Bench(name, options.out, models) for name in options.only]
+    cases = {name: CASES[name] for name in options.only}
+    if options.seconds:
+        cases = {name: replace(case, seconds=options.seconds) for name, case in cases.items()}
+    benches = [Bench(case, name, options.out, models) for name, case in cases.items()]
     for bench in benches:
         if options.do in ("train", None):
             bench.train(bench.case.seeds if options.seeds is None else options.seeds, options.ways)

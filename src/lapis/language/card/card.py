@@ -16,7 +16,7 @@ from lapis.generation.ready import choose_device
 from lapis.language.card.bootstrap import Counts, Figure, change, difference, ratio, share_of_way
 from lapis.language.card.naming import SURE, Languages, name_languages
 from lapis.language.card.readme import readme
-from lapis.language.card.scores import PROMPTS, HeldOutText, Measured, score_model, time_again
+from lapis.language.card.scores import PROMPTS, HeldOutText, Measured, score_model, time_models
 from lapis.model.threads import settle_threads
 from lapis.report.pages.card import SHARES, card_page
 from lapis.text.tokenizer.folder import read_templates, write_json
@@ -58,8 +58,7 @@ def make_card(
         for language, replies in measured[name].replies.items():
             marks = [float(named.detect(reply)[named.codes[language]] >= SURE) for reply in replies]
             measured[name].counts[language]["in_language"] = Counts(marks, [1.0] * len(marks))
-    for name, folder in reversed(listed.items()):
-        time_again(folder, languages, measured[name], partial(_relabel, progress, name))
+    time_models(listed, languages, measured, progress)
     first, last = next(iter(models)), list(models)[-1]
     counts = {name: one.counts for name, one in measured.items()}
     changes = {name: _changes(counts[first], counts[name]) for name in listed if name != first}

@@ -7,30 +7,34 @@ another.
 """
 
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from lapis.checkpoint import open_checkpoint
 from lapis.errors import DataError
 from lapis.evaluation.chats import answer, encode_record, prompt_of
 from lapis.evaluation.choices import Choice, mark_choices, scored_choices
 from lapis.evaluation.text import windows_of
 from lapis.generation.generate import Reply, generate_batch
 from lapis.generation.options import DecodingRuntime, Sampling
-from lapis.generation.ready import open_ready
+from lapis.generation.ready import choose_device, open_ready
 from lapis.language.card.bootstrap import Counts
 from lapis.language.fertility import CONTEXT, tokens_per_second
 from lapis.model.reading.readable import ReadableModel
 from lapis.model.scoring import ScoredSequence, nll
+from lapis.model.size import free_memory
 from lapis.text.corpus.corpus import ChatRecord
 from lapis.text.tokenizer.tokenizer import Tokenizer
 
 Report = Callable[[float, float | None, str], None]
 PROMPTS = 10  # whose replies are shown
 REPLY = 240  # bytes of a reply, by the model's tokens per byte of the language
-TIMED = 4  # texts behind which generation is timed, the first half of them when a model is measured
+TIMED = 4  # texts behind which generation is timed
+ROUNDS = 3  # in each of which every model is timed behind each of them
 WORDS = 8  # of a document, where it begins a continuation
 
 
@@ -93,9 +97,9 @@ def score_model(
         progress: Called with what is done, what there is to do, and what it is.
 
     Returns:
-        Of each language the counts of `bits_per_byte`, `tokens_per_byte`, `characters_per_second`; where there are
-        chats and a template `response_nll` (per token), `response_bits_per_byte` and `stop_rate`; and `choices`, the
-        share of right answers, where there are questions.
+        Of each language the counts of `bits_per_byte` and `tokens_per_byte`; where there are chats and a template
+        `response_nll` (per token), `response_bits_per_byte` and `stop_rate`; and `choices`, the share of right
+        answers, where there are questions.
     """
     progress(0, None, f"reading {Path(folder).name}")
     model, tokenizer = open_ready(str(folder), DecodingRuntime())
@@ -106,7 +110,6 @@ def score_model(
     for name, held in languages.items():
         of_model = _Measuring(model, tokenizer, held, name, progress)
         counts = measured.counts[name] = of_model.text()
-        counts["characters_per_second"] = Counts(*of_model.speeds(held.texts[: TIMED // 2]))
         if held.chats and tokenizer.chat_template is not None:
             counts |= (given := of_model.likelihoods())
             if not given:
@@ -126,31 +129,40 @@ def score_model(
     return measured
 
 
-def time_again(
-    folder: str | Path,
+def time_models(
+    folders: Mapping[str, str | Path],
     languages: Mapping[str, HeldOutText],
-    measured: Measured,
+    measured: Mapping[str, Measured],
     progress: Report = lambda done, total, label: None,
 ) -> None:
-    """Adds `characters_per_second` behind the other half of the texts.
+    """Adds `characters_per_second` of generation to what was counted of models.
 
-    Models that are measured in order and timed again in the reverse one have the same speed on a machine that becomes
-    busier meanwhile, as far as that goes in a line.
+    They are timed in turn, behind one text after another, in several rounds; of each text the median counts. So a
+    machine that is busy for a while is busy for all of them, and models of one shape have one speed. All are open at
+    once where half of the free memory holds them; elsewhere each is read again for its turn.
 
     Args:
-        folder: The model.
-        languages: Name -> what it was measured on.
-        measured: What `score_model` gave; it is added to.
+        folders: Name -> model.
+        languages: Name -> what they were measured on.
+        measured: Model -> what `score_model` gave; it is added to.
         progress: Called with what is done, what there is to do, and what it is.
     """
-    progress(0, None, f"reading {Path(folder).name}")
-    model, tokenizer = open_ready(str(folder), DecodingRuntime())
-    for name, held in languages.items():
-        counts = measured.counts[name]
-        other = held.texts[TIMED // 2 : TIMED] or held.texts[:1]
-        numbers, sizes = _Measuring(model, tokenizer, held, name, progress).speeds(other)
-        first = counts["characters_per_second"]
-        counts["characters_per_second"] = Counts([*first.numbers, *numbers], [*first.sizes, *sizes])
+    speeds: dict[tuple[str, str], list[list[float]]] = {}
+    kept: dict[str, tuple[ReadableModel, Tokenizer]] = {}
+    needed = 2 * sum(open_checkpoint(folder, adapters=True).nbytes for folder in folders.values())  # as float32
+    keeps = choose_device(None).type == "cpu" and 2 * needed < (free_memory() or 0)
+    for number in range(ROUNDS):
+        for name, folder in folders.items():
+            progress(number, ROUNDS, f"{name}: characters per second")
+            model, tokenizer = kept.get(name) or open_ready(str(folder), DecodingRuntime())
+            if keeps:
+                kept[name] = model, tokenizer
+            for language, held in languages.items():
+                found = _Measuring(model, tokenizer, held, language, progress).speeds(held.texts[:TIMED])
+                speeds.setdefault((name, language), []).append(found)
+    for (name, language), rounds in speeds.items():
+        medians = [statistics.median(behind) for behind in zip(*rounds, strict=True)]
+        measured[name].counts[language]["characters_per_second"] = Counts(medians, [1.0] * len(medians))
 
 
 @dataclass(frozen=True)
@@ -186,12 +198,11 @@ class _Measuring:
         np.add.at(bits, owner, np.array(nll(self.model, windows, progress=self.report("bits per byte"))) / math.log(2))
         return {"bits_per_byte": Counts(bits.tolist(), sizes), "tokens_per_byte": Counts(tokens, sizes)}
 
-    def speeds(self, texts: Sequence[str]) -> tuple[list[float], list[float]]:
-        """Characters that are generated in a second behind each text, and a 1 for each."""
+    def speeds(self, texts: Sequence[str]) -> list[float]:
+        """Characters that are generated in a second behind each text."""
         tokens = sum(map(len, self.tokenizer.encode_batch(self.held.texts)))
         characters = sum(map(len, self.held.texts)) / tokens
-        speeds = [characters * tokens_per_second(self.model, self.tokenizer, text[:200]) for text in texts]
-        return speeds, [1.0] * len(speeds)
+        return [characters * tokens_per_second(self.model, self.tokenizer, text[:200]) for text in texts]
 
     def likelihoods(self) -> dict[str, Counts]:
         """Of the replies that were given; a chat that is longer than the context counts for nothing."""
