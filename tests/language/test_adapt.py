@@ -34,10 +34,10 @@ def times(out: Path) -> dict[str, int]:
 def test_every_step_is_made_once_and_the_card_tells(plan: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     result = adapt(plan())
     out = tmp_path / "out"
-    names = ["measure", "tokenizer", "start", "embedded", "adapted", "grafted", "card"]
+    names = ["measure", "tokenizer", "start", "embedded", "adapted", "calibrated", "grafted", "card"]
     assert list(result["steps"]) == names
     assert all((out / name / "lapis-manifest.json").is_file() for name in names)
-    assert list(result["scores"]) == ["base", "chat", "start", "embedded", "adapted", "grafted"]
+    assert list(result["scores"]) == ["base", "chat", "start", "embedded", "adapted", "calibrated", "grafted"]
     for scores in result["scores"].values():
         assert set(scores) == {"target", "replay"}
         for figure in scores["target"].values():
@@ -54,8 +54,10 @@ def test_every_step_is_made_once_and_the_card_tells(plan: Callable[..., dict[str
     assert result["cost"] == pytest.approx(after / before - 1)
     assert Tokenizer.open(out / "adapted").rows == 340 == load(out / "grafted").config.vocab
 
-    base, start, embedded, adapted = (load(Path(p), torch.float32).state_dict() for p in (
-        plan()["base"], out / "start", out / "embedded", out / "adapted"))  # fmt: skip
+    base, start, embedded, adapted, again = (load(Path(p), torch.float32).state_dict() for p in (
+        plan()["base"], out / "start", out / "embedded", out / "adapted", out / "calibrated"))  # fmt: skip
+    assert all(again[name][: 300 if "embed" in name else None].equal(adapted[name][: 300 if "embed" in name else None])
+               for name in adapted)  # fmt: skip
     old = {name: (a.equal(b[:300] if "embed" in name else b)) for name, a in base.items() for b in [embedded[name]]}
     assert all(old.values())  # rows of new tokens alone were trained
     assert not start["embed.weight"][300:].equal(embedded["embed.weight"][300:])
@@ -207,7 +209,7 @@ def test_minutes_are_tokens_at_the_measured_speed() -> None:
 
 
 def test_merged_back_is_between_both(plan: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
-    result = adapt(plan(merge_back=0.25, ema=0.5, scale="attn=0.5,mlp=0", card=False))
+    result = adapt(plan(merge_back=0.25, ema=0.5, scale="attn=0.5,mlp=0", card=False, calibrate_again=False))
     names = ["measure", "tokenizer", "start", "embedded", "adapted", "merged", "grafted"]
     assert list(result["steps"]) == names and "scores" not in result
     assert json.loads((tmp_path / "out" / "adapted" / "training.json").read_text())["config"]["ema"] == 0.5
@@ -275,7 +277,7 @@ def test_a_chat_model_is_trained_and_gets_back_what_it_lost(
     plan: Callable[..., dict[str, Any]], tmp_path: Path, run: Callable[..., tuple[int, str, str]]
 ) -> None:
     out = tmp_path / "out"
-    result = adapt(plan(onto="chat", merge_back=0.25, old_rows=True, chats=[]))
+    result = adapt(plan(onto="chat", merge_back=0.25, old_rows=True, chats=[], calibrate_again=False))
     names = ["measure", "tokenizer", "start", "embedded", "adapted", "merged", "restored", "card"]
     assert list(result["steps"]) == names and list(result["scores"])[:3] == ["base", "chat", "start"]
     start, before, after, merged, restored = (

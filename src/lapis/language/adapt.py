@@ -7,6 +7,7 @@
     embedded/   the new rows trained alone                 (not where none are added)
     adapted/    everything trained but old rows, on the language with some replay
     merged/     that, mixed with what it was trained from  (where merge_back is given)
+    calibrated/ that, new tokens as likely as they are     (where new rows began so)
     restored/   that, with chat's rows for its template    (where the chat model itself is trained)
     planned/    a scale for each component                 (where scale is "plan")
     grafted/    the last model + scale x (chat - base)     (where a chat model is given)
@@ -27,6 +28,7 @@ from typing import Any
 
 import torch
 
+from lapis.checkpoint import open_checkpoint
 from lapis.checkpoint.commit import commit, commit_file
 from lapis.checkpoint.files import read_json
 from lapis.config import dump_yaml, load_yaml
@@ -38,7 +40,7 @@ from lapis.language.fertility import Report, fertility
 from lapis.language.inputs import check_inputs, stamps
 from lapis.language.plan import PLAN, AdaptPlan, earlier_speed, read_plan
 from lapis.language.replay import bits_per_byte, draw_replies, draw_texts
-from lapis.language.rows.calibrate import often_read
+from lapis.language.rows.calibrate import calibrate_again, often_read
 from lapis.language.steps import Steps
 from lapis.language.texts import after_bytes, first_bytes, first_sentence, read_texts, write_lines, write_texts
 from lapis.model.check import read_config
@@ -154,6 +156,8 @@ class _Adaptation:
             steps.run("merged", {"merge_back": share}, last, self._merge_back)
             self.models["merged"] = steps.done["merged"]
             last = ["merged"]
+        if added and plan.calibrates:
+            last = self._calibrate_again(last)
         if plan.onto == "chat":
             self.note(f"restored: {last[0]}, with chat's own rows for its template's tokens")
             last = [self._add_chat("restored", {}, last)]
@@ -288,6 +292,25 @@ class _Adaptation:
                 {"merge_method": "linear", "models": weights}, folder, overwrite=overwrite,
                 progress=lambda done, total: report(done, total, "merging"),
             )  # fmt: skip
+
+    def _calibrate_again(self, after: Sequence[str]) -> list[str]:
+        """The step that makes new tokens as likely again as they are, once everything is trained."""
+        trained, parts = self.last_model, ("text", "replay") if self.plan.replay else ("text",)
+        base = ExtendableTokenizer.open(open_source(self.plan.source)[0])
+
+        def make(folder: Path, overwrite: bool) -> None:
+            self.note("calibrated: each new token as likely again as it is frequent")
+            texts = {part: [document.text for document in corpus.documents(self._text(part))] for part in parts}
+            with self.bar("reading text") as report:
+                moved = calibrate_again(
+                    open_checkpoint(trained), base, base.read_extension(self.steps.done["tokenizer"]), texts["text"],
+                    folder, replay=texts.get("replay", ()), seed=self.plan.seed, overwrite=overwrite, progress=report,
+                )  # fmt: skip
+            if not moved:
+                self.note("calibrated: rows stay as they were trained; moved, they made text less likely")
+
+        self.models["calibrated"] = self.steps.run("calibrated", {"seed": self.plan.seed}, after, make)
+        return ["calibrated"]
 
     def _add_chat(self, name: str, how: Mapping[str, Any], after: Sequence[str]) -> str:
         """A step that grafts chat onto the newest model: its difference, or only the rows of its template."""

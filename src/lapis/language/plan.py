@@ -55,6 +55,8 @@ class AdaptPlan:
         ema: Decay of a running average of the weights while everything is trained, which is then the result; 0 = none.
         merge_back: The share of the weights that everything was trained from, mixed into the result; by default none,
             and half where the chat model itself is trained.
+        calibrate_again: Whether new tokens become as likely again as they are frequent, once everything is trained;
+            where rows began so (init: calibrated).
         context: Tokens of a row.
         batch: Rows of a step.
         train: More settings of both trainings (`lapis train`), such as {warmup: 20, precision: float32}.
@@ -91,6 +93,7 @@ class AdaptPlan:
     old_rows: bool = False
     ema: float = 0.0
     merge_back: float | None = None
+    calibrate_again: bool = True
     context: int = 512
     batch: int = 16
     train: dict[str, Any] = field(default_factory=dict)
@@ -129,6 +132,11 @@ class AdaptPlan:
     def merged_back(self) -> float:
         """`merge_back`, or what it is by default."""
         return (0.5 if self.onto == "chat" else 0.0) if self.merge_back is None else self.merge_back
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether new rows are calibrated once more after the training."""
+        return self.calibrate_again and self.init == "calibrated"
 
     @property
     def grafts(self) -> bool:
@@ -176,7 +184,9 @@ class AdaptPlan:
         """The steps, as far as they are known before the first one is done."""
         names = ["measure", *(["replay"] if self.draws_replay else [])]
         names += [*(["tokenizer", "start", *(["embedded"] if self.embedded else [])] if self.vocab else [])]
-        names += ["adapted", *(["merged"] if self.merged_back else []), *(["restored"] if self.onto == "chat" else [])]
+        names += ["adapted", *(["merged"] if self.merged_back else [])]
+        names += ["calibrated"] if self.vocab and self.calibrates else []
+        names += ["restored"] if self.onto == "chat" else []
         names += [*(["planned"] if self.grafts and self.scale == "plan" else []), *(["grafted"] if self.grafts else [])]
         return [*names, *(["card"] if self.card else [])]
 

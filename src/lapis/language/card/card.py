@@ -139,8 +139,9 @@ def _gap_closed(
     if TUNED not in counts:
         return None, "no model tuned on chats of the language was given (lapis card --tuned), so there is no yardstick"
     group, _, _ = models[-1].rpartition("/")  # of several adaptations the last one's
-    adapted = f"{group}/adapted" if group else "adapted"
-    before = adapted if adapted in models else models[-2] if len(models) > 1 else ""
+    named = [f"{group}/{step}" if group else step for step in ("calibrated", "adapted")]
+    adapted = next((name for name in named if name in models), "")
+    before = adapted or (models[-2] if len(models) > 1 else "")
     if not before or before == models[-1]:
         return None, "there is no step after the adaptation whose way could be measured"
     key = "response_bits_per_byte"

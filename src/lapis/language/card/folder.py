@@ -25,7 +25,7 @@ from lapis.weights.delta.beside import card_license
 TEXTS = ("measure", "replay")  # steps that hold texts; the second one where a model drew its replay itself
 PARTS = {"target": "text", "replay": "replay"}  # language -> what its files in measure/ are called
 # of steps that hold a model; others come after these
-ORDER = ("start", "embedded", "adapted", "merged", "restored", "worded", "grafted")
+ORDER = ("start", "embedded", "adapted", "merged", "calibrated", "restored", "worded", "grafted")
 MEASURED = ("chats", "replay_chats", "choices", "replay_choices")  # keys of a plan whose files a card reads
 CHATS = 32  # that models are measured on
 QUESTIONS = 500

@@ -148,18 +148,18 @@ def time_models(
         progress: Called with what is done, what there is to do, and what it is.
     """
     speeds: dict[tuple[str, str], list[list[float]]] = {}
-    kept: dict[str, tuple[ReadableModel, Tokenizer]] = {}
+    opened: dict[str, tuple[ReadableModel, Tokenizer]] = {}
     needed = 2 * sum(open_checkpoint(folder, adapters=True).nbytes for folder in folders.values())  # as float32
     keeps = choose_device(None).type == "cpu" and 2 * needed < (free_memory() or 0)
     for number in range(ROUNDS):
         for name, folder in folders.items():
             progress(number, ROUNDS, f"{name}: characters per second")
-            model, tokenizer = kept.get(name) or open_ready(str(folder), DecodingRuntime())
+            model, tokenizer = opened.get(name) or open_ready(str(folder), DecodingRuntime())
             if keeps:
-                kept[name] = model, tokenizer
+                opened[name] = model, tokenizer
             for language, held in languages.items():
-                found = _Measuring(model, tokenizer, held, language, progress).speeds(held.texts[:TIMED])
-                speeds.setdefault((name, language), []).append(found)
+                timed = _Measuring(model, tokenizer, held, language, progress).speeds(held.texts[:TIMED])
+                speeds.setdefault((name, language), []).append(timed)
     for (name, language), rounds in speeds.items():
         medians = [statistics.median(behind) for behind in zip(*rounds, strict=True)]
         measured[name].counts[language]["characters_per_second"] = Counts(medians, [1.0] * len(medians))

@@ -8,9 +8,13 @@ its new tokens, and each row is moved along one direction until its token is, on
 side of a tied row hardly feels it. Where it does, and text became less likely, or where a model does not tell the
 languages apart, and replay text did, rows stay means. Rows of old tokens are not touched.
 
+After a training the same is done once more (`calibrate_again`): rows that were hardly read stayed where they were while
+the hidden states that they score moved.
+
 Shapes: R places, S places of replay text, D model dim, N new tokens, V old tokens.
 """
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from random import Random
@@ -29,6 +33,7 @@ from lapis.model.heads import LanguageHead
 from lapis.model.load import load
 from lapis.model.transformer import Transformer
 from lapis.text.tokenizer.extend import ExtendableTokenizer, Extension
+from lapis.weights.rows import token_tables, write_grown
 
 PLACES = 1024  # tokens of text that the model reads
 LENGTH = 256  # tokens of a text at most
@@ -56,7 +61,7 @@ def calibrate(
     """Moves the rows that score new tokens.
 
     Args:
-        checkpoint: The model with its old vocabulary.
+        checkpoint: The model, with its old vocabulary or with rows for new tokens, which do not count.
         base: Its tokenizer.
         gained: What the tokenizer gains.
         texts: Text that holds the new tokens.
@@ -89,6 +94,57 @@ def calibrate(
             language, others = (_read(model, rows, moved_ND, first, progress) for rows in (written, known))
         after = [place.nats(model, moved_ND, first) for place in (language, others)]
     return moved_ND if after[0] < before[0] and after[1] <= (1 + COST) * before[1] else score_ND
+
+
+def calibrate_again(
+    checkpoint: Checkpoint,
+    base: ExtendableTokenizer,
+    gained: Extension,
+    texts: Sequence[str],
+    out: str | os.PathLike[str],
+    *,
+    replay: Sequence[str] = (),
+    seed: int = 0,
+    overwrite: bool = False,
+    progress: Report = lambda done, total, label: None,
+) -> bool:
+    """Writes a model that was trained with its new tokens, each of which is as likely again as it is frequent.
+
+    Args:
+        checkpoint: The model, with rows for new tokens.
+        base: The tokenizer with its old vocabulary.
+        gained: What it gained.
+        texts: Text of the language.
+        out: A new folder.
+        replay: Text that is to become no harder.
+        seed: Of the choice of text that is read.
+        overwrite: Swap an existing folder for the new one, whole.
+        progress: Called with what is done, what there is to do, and what it is.
+
+    Returns:
+        Whether rows were moved; they stay where text or replay text would become less likely.
+
+    Raises:
+        DataError: Where the text holds none of the new tokens.
+        OutputError: Where `out` cannot be written.
+    """
+    tables, count = token_tables(checkpoint), len(gained.tokens)
+    scored = tables.embed if tables.tied else tables.head[0]
+    rows = {}
+    for name in {tables.embed, scored}:
+        width = checkpoint.info(name).shape[1]
+        span = (gained.first * width, (gained.first + count) * width)
+        rows[name] = checkpoint.read_range(name, *span).view(count, width).float()
+    moved_ND = calibrate(
+        checkpoint, base, gained, texts, rows[tables.embed], rows[scored], tied=tables.tied, replay=replay, seed=seed,
+        progress=progress,
+    )  # fmt: skip
+    write_grown(
+        checkpoint, out, tables, dict.fromkeys((scored, *tables.copies), moved_ND), gained.first, lambda folder: [],
+        {"calibrated": "again", "seed": seed}, overwrite=overwrite,
+        progress=lambda done, total: progress(done, total, "writing"),
+    )  # fmt: skip
+    return moved_ND is not rows[scored]
 
 
 @dataclass(frozen=True)
@@ -165,7 +221,7 @@ def _rows(
 
 
 def _read(model: Transformer, rows: list[list[int]], embed_ND: Tensor, first: int, progress: Report) -> Places:
-    """All places but the last of each row."""
+    """All places but the last of each row. The model may have rows for new tokens already, which do not count."""
     inner = model.embed
     setattr(model, "embed", GrownEmbed(inner, embed_ND, first))  # noqa: B010  (stands in for another module)
     hidden = [torch.zeros(0, embed_ND.shape[1])]
@@ -174,15 +230,22 @@ def _read(model: Transformer, rows: list[list[int]], embed_ND: Tensor, first: in
         hidden.append(model.hidden(torch.tensor([ids[:-1]]))[0])
     model.embed = inner
     hidden_RD = torch.cat(hidden)
-    old_R = torch.cat([model.head(part).logsumexp(1) for part in torch.split(hidden_RD, _AT_ONCE)])
+    new = slice(first, first + len(embed_ND))
+    old_R = torch.cat([_without(model.head(part), new).logsumexp(1) for part in torch.split(hidden_RD, _AT_ONCE)])
     return Places(hidden_RD, old_R, torch.tensor([i for ids in rows for i in ids[1:]], dtype=torch.int64))
+
+
+def _without(logits_RV: Tensor, some: slice) -> Tensor:
+    logits_RV[:, some] = -torch.inf
+    return logits_RV
 
 
 def token_shares(base: ExtendableTokenizer, gained: Extension, texts: Iterable[str]) -> Tensor:
     """How often each new token occurs in text, as a share of all tokens; one that does not, as half a time."""
     counts = base.extended(gained)
     counted, total = torch.zeros(len(gained.tokens)), 0
-    for text in first_bytes(texts, COUNTED):
+    listed = list(texts)
+    for text in first_bytes(Random(0).sample(listed, len(listed)), COUNTED):  # files differ in what they say
         ids = torch.tensor(counts.encode(text, add_special_tokens=False).ids, dtype=torch.int64)
         counted += torch.bincount(ids[ids >= gained.first] - gained.first, minlength=len(counted))
         total += len(ids)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 # elements of one block of logits: what a core's cache holds, and what a GPU needs to be busy (128 MB in float32)
 _ELEMENTS = {"cpu": 2**20, "cuda": 2**25}
+_LEAST = 64  # rows of a block
 
 
 def head_cross_entropy(hidden_RD: Tensor, weight_VD: Tensor, targets_R: Tensor, bias_V: Tensor | None = None) -> Tensor:
@@ -33,7 +34,11 @@ class _HeadCrossEntropy(torch.autograd.Function):
         x_RD, w_VD = hidden_RD.detach().to(dtype), weight_VD.detach().to(dtype)
         bias = None if bias_V is None else bias_V.detach().float()
         device, size = x_RD.device, len(w_VD)
-        rows = max(1, min(max(64, _ELEMENTS.get(device.type, 2**20) // size), len(x_RD)))
+        elements = _ELEMENTS.get(device.type, 2**20)
+        rows = max(_LEAST, elements // size)
+        if needs_weight:  # each block adds to the whole gradient of the matrix, so as many rows as that has columns
+            rows = max(rows, min(x_RD.shape[1], 2**26 // size))
+        rows = max(1, min(rows, len(x_RD)))
         # every block uses the same memory: on a CPU, fresh pages for each would cost as much as the arithmetic
         low, high = x_RD.new_empty(rows, size), torch.empty(rows, size, dtype=torch.float32, device=device)
         d_hidden = torch.empty_like(x_RD) if needs_hidden else None
