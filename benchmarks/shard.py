@@ -91,17 +91,34 @@ def train_here(place: Path, wanted: dict[str, Any]) -> None:
     run(read_settings(wanted, "shard"), watch=Silent())
 
 
+class Told(Silent):
+    """Says what a run notes."""
+
+    def note(self, text: str) -> None:
+        os.write(2, f"{text}\n".encode())
+
+
+def journal_of(out: Path) -> Path:
+    """Where the checkpoints of a run lie."""
+    return out.with_name(f".{out.name}.lapis") / ".journal"
+
+
 class Ranks:
-    """The processes of one run, as forks. local: how many of them count as one machine; before: called in each."""
+    """The processes of one run, as forks.
+
+    local: how many of them count as one machine; before: called in each; watch: of the first.
+    """
 
     def __init__(
-        self, size: int, wanted: dict[str, Any], *, local: int | None = None, before: Callable[[], None] | None = None
-    ) -> None:
+        self, size: int, wanted: dict[str, Any], *, local: int | None = None, before: Callable[[], None] | None = None,
+        watch: type[Silent] = Silent,
+    ) -> None:  # fmt: skip
         self.folder = Path(tempfile.mkdtemp(prefix="shard-"))
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
         world = {"WORLD_SIZE": size, "MASTER_ADDR": "localhost", "MASTER_PORT": port, "LOCAL_WORLD_SIZE": local or size}
+        self.watch = watch
         self.ids = [self._fork(rank, world, wanted, before) for rank in range(size)]
         self.codes: dict[int, int] = {}
 
@@ -116,7 +133,7 @@ class Ranks:
         try:
             if before is not None:
                 before()
-            run(read_settings(wanted, "shard"), watch=Silent())
+            run(read_settings(wanted, "shard"), watch=Silent() if rank else self.watch())
             code = 0
         except SystemExit as error:
             code = int(error.code or 0)
@@ -195,9 +212,10 @@ def resume(place: Path, steps: int, sizes: tuple[int, ...] = (4, 2, 1)) -> dict[
         train_here(place, wanted)
     out, at, pieces = place / "resumed", 0, place / "pieces"
     shutil.rmtree(pieces, ignore_errors=True)
+    pieces.mkdir()
     shutil.rmtree(out, ignore_errors=True)
     wanted |= {"out": str(out), "shard": "full"}
-    journal, stops = place / ".resumed.lapis" / ".journal", []
+    journal, stops = journal_of(out), []
     for size in sizes[:-1]:
         ranks = Ranks(size, wanted, before=lambda size=size: count_reads(pieces / str(size)))  # type: ignore[misc]
         ranks.wait_for(journal, at)
@@ -242,7 +260,7 @@ def ends(place: Path, size: int, victim: int, number: int) -> dict[str, Any]:
     shutil.rmtree(out, ignore_errors=True)
     wanted = {**settings(place, "causal", 100_000), "save_every": 5, "shard": "full", "out": str(out)}
     ranks = Ranks(size, wanted)
-    ranks.wait_for(out.with_name(f".{out.name}.lapis") / ".journal")
+    ranks.wait_for(journal_of(out))
     started = time.monotonic()
     os.kill(ranks.ids[victim], number)
     while set(ranks.alive()) - {victim} and time.monotonic() - started < 60:
@@ -297,7 +315,7 @@ def elastic(place: Path, steps: int) -> dict[str, Any]:
     started = time.monotonic()
     agent = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
                              env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
-    journal = place / ".elastic.lapis" / ".journal"
+    journal = journal_of(out)
     while not list(journal.glob("step-*/state.json")):
         if agent.poll() is not None:
             return {"code": agent.returncode, "shown": agent.communicate()[1][-2000:]}
@@ -348,16 +366,18 @@ def main() -> int:
     parser.add_argument("--cases", default="causal,muon,chat,lora,dpo,grpo")
     parser.add_argument("--sizes", default="2,4", help="processes of the runs whose losses are compared")
     parser.add_argument("--write", action="store_true")
-    parser.add_argument("--place", type=Path, help="a folder to work in, which stays")
+    parser.add_argument("--place", type=Path, help="a folder to work in, which stays, and where figures add up")
     given = parser.parse_args()
     torch.set_num_threads(1)
     place = given.place or Path(tempfile.mkdtemp(prefix="shard-"))
     os.environ |= {"OMP_NUM_THREADS": "1"}
     prepare(place) if not (place / "base").exists() else None
-    parts, results = given.only.split(","), {}  # type: tuple[list[str], dict[str, Any]]
+    parts, kept = given.only.split(","), place / "results.json"
+    results: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {}
 
     def note(name: str, figures: dict[str, Any]) -> None:
         results[name] = figures
+        kept.write_text(json.dumps(results))
         print(name, json.dumps(figures), file=sys.stderr, flush=True)
 
     if "loss" in parts:
@@ -405,8 +425,10 @@ def table(results: dict[str, Any], steps: int) -> list[str]:
               "| run | loss | weights |", "|---|--:|--:|"]  # fmt: skip
     lines += [f"| {name} | {r['loss']:.1e} | {r['weights']:.1e} |" for name, r in results.items() if "loss" in r]
     for name, r in results.items():
-        if "read" in r:
-            shares = ", ".join(f"{share:.3f} with {size}" for size, share in sorted(r["read"].items(), reverse=True))
+        if r.get("read"):
+            shares = ", ".join(
+                f"{share:.3f} with {size}" for size, share in sorted(r["read"].items(), key=lambda item: -int(item[0]))
+            )
             lines += ["", f"{name}: the largest share of the checkpoint's bytes that a process read: {shares}."]
     lines += ["", "| what happens to a process | all have ended after, s | exit statuses | said |", "|---|--:|---|---|"]
     lines += [f"| {name} | {r['seconds']:.1f} | {' '.join(map(str, r['codes']))} | {'; '.join(r['lines'])[:160]} |"

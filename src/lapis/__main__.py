@@ -13,6 +13,8 @@ def main() -> None:
     listened = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]  # nohup
     for number in listened:
         signal.signal(number, _stop)
+    if "RANK" in os.environ:  # of several processes; where one has died the others say so, without frames of C++
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from lapis.processes import leave_current_folder
 
     leave_current_folder()

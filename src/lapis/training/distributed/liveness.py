@@ -28,6 +28,7 @@ _SILENCE = 20.0  # seconds after which a process counts as stopped
 _NOTE_AFTER = 5.0  # seconds after which it is told who is waited for at the start
 _LONGEST = 20  # times the longest pause between two steps forward so far is none without an end, if no time was set
 _GRACE = 4.0  # seconds that the others leave to the one that says it
+_OVER = "over"  # in the store: one process has ended the run, and says why
 _ENDED = 1 << 40  # added to its number by a process that is done
 _MEGABYTE = 1_000_000
 
@@ -125,6 +126,26 @@ class ProcessWatch:
             except RuntimeError:
                 pass  # its holder has ended first
 
+    def end_others(self) -> None:
+        """Has the other processes end without a word, since this one says why, and waits for them.
+
+        The first one, which writes, is left to notice it as a broken connection, so that it can put things in order.
+        """
+        others, until = {*range(1, self.size)} - {self.rank}, time.monotonic() + 2 * _BEAT
+        try:
+            self.store.set(_OVER, str(self.rank))
+            while time.monotonic() < until and any(self.store.add(self._key(rank), 0) < _ENDED for rank in others):
+                time.sleep(0.02)
+        except RuntimeError:
+            return  # the store's holder has ended first
+
+    def is_over(self) -> bool:
+        """Whether another process has ended the run, and says why."""
+        try:
+            return self.store.check([_OVER])
+        except RuntimeError:
+            return False
+
     def is_first_alive(self) -> bool:
         """Whether every process before this one has died; looks twice, with two beats between."""
         try:
@@ -162,6 +183,9 @@ class ProcessWatch:
                         longest[rank] = max(longest[rank], 0.0 if waits(places[rank]) else now - forward[rank])
                         places[rank], forward[rank] = announced[rank], now
                 self.answered = time.monotonic()
+                if self.rank and self.store.check([_OVER]):
+                    self.store.add(self._key(self.rank), _ENDED)
+                    os._exit(1)
                 silent = [rank for rank in ranks if now - moved[rank] > _SILENCE]
                 if silent:
                     self._end(silent, f"has not answered for {_SILENCE:.0f} seconds: it is stopped, or its machine is "

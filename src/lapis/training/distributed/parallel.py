@@ -149,6 +149,8 @@ class Processes:
             self._end_after(error)
 
     def _end_after(self, error: RuntimeError) -> NoReturn:
+        if any(watch.is_over() for watch in _watches):
+            leave()
         if not self.leads and not any(watch.is_first_alive() for watch in _watches):
             leave()
         raise TrainingError(
@@ -165,6 +167,17 @@ def leads() -> bool:
 def leave() -> NoReturn:
     """Ends this process with a failure that another one shows."""
     raise SystemExit(1)
+
+
+@contextmanager
+def errors_end_all() -> Iterator[None]:
+    """A LapisError that leaves this block ends the other processes, too, and they say nothing."""
+    try:
+        yield
+    except LapisError:
+        for watch in _watches:
+            watch.end_others()
+        raise
 
 
 def join() -> Processes:

@@ -78,10 +78,13 @@ class ShardedSaves:
             if journal is None:
                 return ""
             self._last_good = journal.last_good()
-            staging = opened.enter_context(commit(folder, kind="checkpoint", overwrite=True))
-            write_numbers(state, staging.path, facts, tokenizer)
-            (staging.path / SHARDS).mkdir()
-            (staging.path / _FACTS).write_text(json.dumps({"format": _FORMAT, "processes": self.world.size}) + "\n")
+            try:
+                staging = opened.enter_context(commit(folder, kind="checkpoint", overwrite=True))
+                write_numbers(state, staging.path, facts, tokenizer)
+                (staging.path / SHARDS).mkdir()
+                (staging.path / _FACTS).write_text(json.dumps({"format": _FORMAT, "processes": self.world.size}) + "\n")
+            except OutputError as error:
+                raise OutputError(f"{error}; {self._last_good}") from None
             return str(staging.path / SHARDS)
 
         from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter

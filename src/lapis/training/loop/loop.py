@@ -77,7 +77,7 @@ def train(
     out = Path(out)
     world = parallel.join()
     if not world.leads:
-        with stop_requests(immediate=False) as request:
+        with parallel.errors_end_all(), stop_requests(immediate=False) as request:
             run = TrainingRun(model, objective, config, world, None, Silent(), request, device)
             result = run.go(out)
             run.write(None, result)
@@ -88,6 +88,7 @@ def train(
     copies = 3 + (config.ema > 0) + config.best + bool(config.limits)  # that a checkpoint holds
     try:
         with (
+            parallel.errors_end_all(),
             commit(
                 out,
                 kind="training",
