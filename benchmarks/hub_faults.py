@@ -5,10 +5,12 @@
 
 A model is opened by its headers and then fetched whole, or with --merge three models are merged by ranges, from a
 server on this machine that gives one wrong answer: to the request and at the byte that the offset says. What comes of
-it must be the model (or the merge of the same models here), byte for byte, or one line and no output.
+it must be the model (or the merge of the same models here), byte for byte, or one line and no output. Adds a dated
+table to benchmarks/results/hub_faults.md.
 """
 
 import argparse
+import datetime
 import hashlib
 import json
 import os
@@ -18,6 +20,9 @@ import types
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+
+from hardware import processor
+from results_file import add_table
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -154,6 +159,16 @@ def main() -> int:
                     wrong.append(f"{name}, offset {offset}: the token went to another host")
     print(json.dumps({"trials": len(FAULTS) * given.offsets, "requests": count, "wrong": len(wrong), "ends": ends}))
     print("\n".join(wrong[:40]))
+    what = "a merge of three models by ranges" if given.merge else "a model fetched whole"
+    trials = len(FAULTS) * given.offsets
+    lines = [f"## {what}, {datetime.date.today()}, {processor()}", ""]
+    lines += [
+        f"{len(FAULTS)} faults at {given.offsets} offsets each, over {count} requests: {trials} trials, "
+        f"{len(wrong)} wrong."
+    ]
+    lines += ["", "| fault | the right bytes | one line and no output | anything else |", "|---|---:|---:|---:|"]
+    lines += [f"| {name} | {seen['the model']} | {seen['a line']} | {seen['wrong']} |" for name, seen in ends.items()]
+    add_table(__file__, "A hub that fails", lines)
     return int(bool(wrong))
 
 

@@ -243,7 +243,11 @@ def kills(work: Path, given: argparse.Namespace) -> list[str]:
             killed += 1
             os.waitpid(start(), 0)
             resumed += json.loads((work / "result.json").read_text())["bytes_resumed"] > 0
-            same += content(out) == wanted
+            now = content(out)
+            same += now == wanted
+            if now != wanted:
+                others = [name for name in {**now, **wanted} if now.get(name) != wanted.get(name)]
+                print(f"kill {killed}: other bytes in {', '.join(others)}", file=sys.stderr)
             for role, after in sent().items():
                 more = after - before[role] - whole[role] - opening[role]
                 again.append(max(0, more))

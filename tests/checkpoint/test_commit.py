@@ -51,6 +51,21 @@ def test_a_resumable_job_finds_its_work_again(tmp_path: Path) -> None:
     assert sorted(p.name for p in out.iterdir()) == ["half", MANIFEST]
 
 
+@pytest.mark.parametrize("journal", [True, False])
+def test_what_a_finished_job_left_is_not_taken_for_output(tmp_path: Path, journal: bool) -> None:
+    """Killed while it removed its staging folder; then somebody removes the output, and runs the job again."""
+    out = tmp_path / "out"
+    root = staging_of(out)
+    root.mkdir()
+    (root / "sealed.json").write_text('{"inode": 1}')
+    if journal:
+        (root / ".journal.jsonl").write_text("{}")
+    with commit(out, kind="merge", resumable=True) as staging:
+        assert staging.fresh
+        (staging.path / "a").touch()
+    assert sorted(p.name for p in out.iterdir()) == ["a", MANIFEST] and not root.exists()
+
+
 def test_faults_78_and_79_existing_outputs_refused_or_swapped(tmp_path: Path) -> None:
     out = tmp_path / "out"
     fill(out, "old")

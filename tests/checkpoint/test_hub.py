@@ -143,7 +143,7 @@ def test_a_revision_is_pinned_to_its_commit(hub, files):
     assert torch.equal(old.read(name).view(torch.uint8), old_weights[info.start : info.end])
     assert lapis.open(f"{REPO}@{first}").root.name == first
     assert all(first in a.path or new.root.name in a.path for a in hub.asked if "resolve" in a.path)
-    with pytest.raises(CheckpointError, match=r"aina/tiny@v3: the hub has the model, but no such revision"):
+    with pytest.raises(CheckpointError, match=r"aina/tiny@v3: the hub has the model, but no such revision; its page"):
         lapis.open(f"{REPO}@v3")
 
 
@@ -254,7 +254,7 @@ def test_fault_90_an_encoded_range_is_refused(hub, files):
     body = files["base"][WEIGHTS]
     headers = {"Content-Range": f"bytes 0-{min(len(body), ranges_first()) - 1}/{len(body)}", "ETag": '"a"'}
     hub.fault = on_weights((206, headers | {"Content-Encoding": "gzip"}, b"x"))
-    with pytest.raises(CheckpointError, match="encoded it as gzip"):
+    with pytest.raises(CheckpointError, match=r"encoded it as gzip, .* or download the model and give its folder"):
         lapis.open(REPO)
 
 
@@ -277,6 +277,24 @@ def test_a_hub_that_cannot_be_reached(hub, monkeypatch):
     assert lapis.load(REPO)  # from the cache
     with pytest.raises(CheckpointError, match="aina/other: there is no such folder, and the cache of the hub does not"):
         lapis.open("aina/other")
+
+
+def test_a_hub_that_goes_down_after_the_config(hub, monkeypatch):
+    """The cache then holds a config and no weights; what is said is that the hub is down."""
+    lapis.open(REPO)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(
+        CheckpointError, match=r"^aina/tiny: its server cannot be asked \(.*\), and no weights of it are"
+    ):
+        lapis.open(REPO)
+
+
+def test_an_index_without_its_shard_on_the_hub(hub, files):
+    index = {"metadata": {}, "weight_map": {"a": "model-00001-of-00002.safetensors"}}
+    side = {name: body for name, body in files["base"].items() if name != WEIGHTS}
+    hub.put("aina/half", {**side, f"{WEIGHTS}.index.json": json.dumps(index).encode()})
+    with pytest.raises(CheckpointError, match=r"^aina/half: 1 of 1 shards are missing: .*; ask its owner"):
+        lapis.open("aina/half")
 
 
 @pytest.mark.parametrize("name", ["../../evil.json", "/etc/passwd", "a/../../b.json"])

@@ -168,3 +168,21 @@ def test_a_block_that_is_read_back_by_halves(forks: Forks, tmp_path: Path) -> No
     armed = {"FAULT_UNDER": f"{tmp_path}/", "FAULT_KINDS": "read", "FAULT_AT": -1, "FAULT_ERRNO": -1}
     assert forks.run(["-c", script], tmp_path, **armed).status == 0
     assert (tmp_path / "file").read_bytes() == b"a" * 3000 + b"b" * 6000
+
+
+@pytest.mark.parametrize("size", [3000, (4 << 20) + 5000, 8 << 20])
+def test_what_was_written_outlives_a_kill_in_its_blocks(forks: Forks, tmp_path: Path, size: int) -> None:
+    """The process ends at once, with nothing of a writer's end done; the rerun goes on behind what it had written."""
+    script = (
+        "import os\nfrom pathlib import Path\nfrom lapis.weights.engine.writer import Writer, recover\n"
+        f"file, blocks, size = Path('file'), Path('blocks'), {size}\n"
+        "def writer(start):\n    return Writer(file, size + 10, start, blocks=blocks)\n"
+        "data = bytes(i * i % 251 for i in range(size))\n"
+        "if not blocks.exists():\n"
+        "    killed = writer(0)\n    killed.write(data[:2000])\n    killed.write(data[2000:])\n    os._exit(9)\n"
+        "recover(file, blocks)\nassert file.read_bytes()[:size] == data\n"
+        "again = writer(size)\nagain.write(b'0123456789')\nagain.close()\n"
+        "assert file.read_bytes() == data + b'0123456789'\n"
+    )
+    assert forks.run(["-c", script], tmp_path).status == 9
+    assert forks.run(["-c", script], tmp_path).status == 0

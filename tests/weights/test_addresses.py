@@ -112,7 +112,10 @@ def test_what_a_web_server_may_do_is_one_line(web):
 def test_an_index_without_its_shard(web):
     index = {"metadata": {}, "weight_map": {"a": "model-00001-of-00002.safetensors"}}
     web.files["/models/base/model.safetensors.index.json"] = json.dumps(index).encode()
-    assert "1 of 1 shards are missing: model-00001-of-00002.safetensors; fetch" in refused(web.models["base"])
+    assert refused(web.models["base"]) == (
+        f"{web.models['base']}: 1 of 1 shards are missing: model-00001-of-00002.safetensors; ask its owner for the "
+        "whole model"
+    )
 
 
 def same_weights(source: str, folder: Path) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lapis.checkpoint.adapter import CONFIG, open_adapter
 from lapis.checkpoint.files import contained, read_json, read_object, stamp
@@ -21,6 +22,9 @@ from lapis.checkpoint.tensor_file import (
 )
 from lapis.errors import CheckpointError
 from lapis.families import find
+
+if TYPE_CHECKING:
+    from lapis.checkpoint.remote.model import RemoteModel
 
 _AT_ONCE = 8  # headers that a server is asked for at a time
 
@@ -44,7 +48,10 @@ def open_checkpoint(source: str | os.PathLike[str], *, adapters: bool = False) -
                 "--out DIR"
             )
         adapter = open_adapter(pair[1])
-        return replace(base_of(adapter, pair[0]), source=str(source), adapter=adapter, front=adapter.root)
+        opened = replace(base_of(adapter, pair[0]), source=str(source), adapter=adapter, front=adapter.root)
+        if adapter.base and Path(adapter.base).name != Path(pair[0].partition("@")[0]).name:
+            opened.notes.append(f"{pair[1]} says that it belongs to {adapter.base}; here it is put on {pair[0]}")
+        return opened
     root, snapshot = Path(source), None
     if not os.path.isdir(source):
         from lapis.checkpoint.hub.models import find_model
@@ -77,7 +84,7 @@ def open_checkpoint(source: str | os.PathLike[str], *, adapters: bool = False) -
             return snapshot.header(name)
         return read_header(contained(root, name))
 
-    files = _weight_files(root, present, header_of, notes)
+    files = _weight_files(root, present, header_of, notes, snapshot)
     with ThreadPoolExecutor(_AT_ONCE if snapshot is not None else 1) as pool:
         headers = dict(zip(files, pool.map(header_of, files), strict=True))
     index: dict[str, TensorInfo] = {}
@@ -140,17 +147,22 @@ def base_of(adapter: Adapter, base: str | os.PathLike[str] | None = None, remedy
 
 
 def _weight_files(
-    root: Path, present: list[str], header_of: Callable[[str], Header], notes: list[str]
-) -> list[str]:  # fmt: skip
+    root: Path,
+    present: list[str],
+    header_of: Callable[[str], Header],
+    notes: list[str],
+    snapshot: "RemoteModel | None",
+) -> list[str]:
     """Names of the safetensors files that make up the model; says what lies beside them and is not read."""
+    place = root if snapshot is None else snapshot.source
     pickles = [name for name in present if name.endswith((".bin", ".pt", ".pth", ".ckpt")) and "train" not in name]
     if INDEX in present:
         files = sorted(set(_weight_map(root).values()))
         missing = [name for name in files if name not in present and not os.path.lexists(root / name)]
         if missing:
+            remedy = "fetch, or upload, the whole model" if snapshot is None else "ask its owner for the whole model"
             raise CheckpointError(
-                f"{root}: {len(missing)} of {len(files)} shards are missing: {', '.join(missing[:4]):.400}; fetch, or "
-                "upload, the whole model"
+                f"{place}: {len(missing)} of {len(files)} shards are missing: {', '.join(missing[:4]):.400}; {remedy}"
             )
         if SINGLE in present and SINGLE not in files:
             _refuse_ambiguous(root, files, header_of)
@@ -160,13 +172,18 @@ def _weight_files(
     else:
         files = [name for name in present if SHARD_NAME.fullmatch(name)]
         if files and len(files) != int(SHARD_NAME.fullmatch(files[0])[2]):  # type: ignore[index]
-            raise CheckpointError(f"{root}: {len(files)} shards, but {files[0]} says otherwise; fetch the others")
+            raise CheckpointError(f"{place}: {len(files)} shards, but {files[0]} says otherwise; fetch the others")
     if not files:
         if pickles:
             raise CheckpointError(
-                f"{root}: {pickles[0]} is a pickle, which can run code and is never read; convert it to safetensors"
+                f"{place}: {pickles[0]} is a pickle, which can run code and is never read; convert it to safetensors"
             )
-        raise CheckpointError(f"{root}: there is no {SINGLE} and no {INDEX}; fetch the weights, too")
+        if snapshot is not None and snapshot.unasked:
+            raise CheckpointError(
+                f"{place}: its server cannot be asked ({snapshot.unasked}), and no weights of it are here; try again "
+                "later, or give a folder"
+            )
+        raise CheckpointError(f"{place}: there is no {SINGLE} and no {INDEX}; fetch the weights, too")
     aside = [n for n in present if n.endswith(".safetensors") and n not in files and n != SINGLE]
     for names, why in ((pickles, "pickles are never read"), (aside, "not part of the index")):
         if names:

@@ -135,7 +135,7 @@ def kind_of(root: Path) -> str | None:
             return str(json.loads((root / _OWNER).read_bytes())["kind"])
         except (OSError, ValueError, KeyError, TypeError):
             return ""  # cut by a kill, before anything else was written
-    if not names:
+    if not names or _cleaned_up(names):
         return ""
     # jobs that were interrupted before staging folders named their owner
     if f"{JOURNAL}.jsonl" in names:
@@ -153,10 +153,18 @@ def job_of(root: Path) -> JobName | None:
         return None
 
 
+def _cleaned_up(names: set[str]) -> bool:
+    """Whether that is what a finished job has left that was killed while it removed its staging folder."""
+    ours = (name in (_SEAL, BUILD, REPLACED) or name.startswith(JOURNAL) for name in names)
+    return _SEAL in names and all(ours)
+
+
 def _adopt_flat(root: Path) -> None:
-    """What was built beside the journal, as staging folders once had it, goes to `out/`."""
+    """What was built beside the journal, as staging folders once had it, goes to `out/`; what is done with, goes."""
     names = {entry.name for entry in root.iterdir()}
-    if _OWNER not in names and any(name.startswith(JOURNAL) for name in names):
+    if _cleaned_up(names):
+        _empty(root)
+    elif _OWNER not in names and any(name.startswith(JOURNAL) for name in names):
         (root / BUILD).mkdir(exist_ok=True)
         for name in names - {BUILD}:
             if not name.startswith(JOURNAL):
@@ -198,12 +206,17 @@ def is_made(out: Path) -> bool:
 
 
 def drop(root: Path) -> None:
-    """Removes a staging folder, its seal last: as long as anything lies here the seal says what."""
+    """Removes a staging folder."""
+    _empty(root)
+    root.rmdir()
+
+
+def _empty(root: Path) -> None:
+    """Removes what is in a staging folder, its seal last: as long as anything lies here the seal says what."""
     for entry in root.iterdir():
         if entry.name != _SEAL:
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
     (root / _SEAL).unlink(missing_ok=True)
-    root.rmdir()
 
 
 def seal(staging: Staging) -> None:

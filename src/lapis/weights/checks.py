@@ -21,6 +21,7 @@ from lapis.families.fields import GENERIC, TOKENS
 from lapis.text.tokenizer.vocabulary import Vocabulary
 from lapis.weights.engine.fp8 import is_number
 from lapis.weights.engine.sources import Stored, as_bytes
+from lapis.weights.engine.tiles import one_thread_each
 from lapis.weights.matching import counterparts, embedding_rows
 
 # fields that make the same shapes mean another computation
@@ -258,9 +259,10 @@ def kinship(one: Checkpoint, two: Checkpoint) -> tuple[float | None, int]:
     ]  # fmt: skip
     cosines, count = [], 0
     chosen = matrices[:: -(-len(matrices) // _MATRICES) or 1]
-    for a, b in zip(_samples(one, [n for n, _ in chosen]), _samples(two, [n for _, n in chosen]), strict=True):
-        cosines.append(float(a @ b / ((a @ a) * (b @ b)).sqrt()))
-        count += len(a)
+    with one_thread_each():  # short products: threads would wait for each other longer than they compute
+        for a, b in zip(_samples(one, [n for n, _ in chosen]), _samples(two, [n for _, n in chosen]), strict=True):
+            cosines.append(float(a @ b / ((a @ a) * (b @ b)).sqrt()))
+            count += len(a)
     cosines = [cosine for cosine in cosines if isfinite(cosine)]
     return (median(cosines) if cosines else None), count
 

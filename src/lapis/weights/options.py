@@ -59,9 +59,7 @@ class GraftOptions(WriteOptions):
             ("dtype", self.dtype, (None, *get_args(Dtype))),
         ):
             if value not in known:
-                raise ConfigError(
-                    f'graft: {option} is "{value}"; give {" or ".join(str(name) for name in known if name)}'
-                )
+                raise ConfigError(f'{option} is "{value}"; give {" or ".join(str(name) for name in known if name)}')
 
 
 Bits = Literal["exact", "8", "4", "1"]

@@ -150,4 +150,4 @@ def _from_cache(source: str, repo: str, revision: str | None, why: str) -> Snaps
             f"{source}: there is no such folder, and the cache of the hub does not hold it ({why}); give a folder"
         )
     repository = Repository(source, "model", repo, commit, {})
-    return Snapshot(source, cache_of("model", repo) / "snapshots" / commit, {}, repository)
+    return Snapshot(source, cache_of("model", repo) / "snapshots" / commit, {}, repository, unasked=why)

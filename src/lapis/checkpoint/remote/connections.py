@@ -169,7 +169,8 @@ class HttpFile:
                 self._conditional = False
                 return AgainError("200 for a range", 0.0)
             return Refused(
-                f"{self.name}: the server sends no ranges (200 for a range); load the whole model instead", 200
+                f"{self.name}: the server sends no ranges (200 for a range); download the model and give its folder",
+                200,
             )
         if answer.status == 416:
             return Refused(f"{self.name}: the server has fewer than {self.size:,} bytes; it changed, or was cut", 416)
@@ -199,7 +200,10 @@ class _Exchange:
                 raise
         self._answer: _Answer = answer
         self._answer.paced.headers_came()
-        self.status, self.headers = self._answer.status, self._answer.headers
+        self.status = self._answer.status
+        self.headers = {
+            name.lower(): value for name, value in reversed(self._answer.headers.items())
+        }  # the first counts
 
     @property
     def version(self) -> str:

@@ -15,11 +15,19 @@ LARGEST = 200_000_000  # bytes of a file that is not weights
 
 @dataclass
 class RemoteModel(ABC):
-    """A model at one version. root: the folder for what is fetched of it; sizes: bytes of every file on the server."""
+    """A model at one version.
+
+    Attributes:
+        source: As a user calls it.
+        root: The folder for what is fetched of it.
+        sizes: Bytes of every file on the server.
+        unasked: Why the server could not be asked, where what was fetched before is all there is.
+    """
 
     source: str
     root: Path
     sizes: dict[str, int]
+    unasked: str = field(default="", kw_only=True)
     _remote: dict[str, RemoteFile] = field(default_factory=dict, repr=False, kw_only=True)
 
     @property

@@ -97,7 +97,10 @@ def check_encoding(name: str, headers: Mapping[str, str]) -> None:
     """Raises Refused for a body that is not sent as it is."""
     encoding = headers.get("content-encoding") or "identity"
     if encoding != "identity":
-        raise Refused(f"{name}: the server encoded it as {encoding:.40}; a proxy in between may do that")
+        raise Refused(
+            f"{name}: the server encoded it as {encoding:.40}, and a range of that is not the file's; ask its owner to "
+            "send it as it is, go around the proxy that may do it (NO_PROXY), or download the model and give its folder"
+        )
 
 
 def body(answer: Any, limit: int) -> Iterator[bytes]:
@@ -175,7 +178,7 @@ def refusal(name: str, status: int, headers: Mapping[str, str], what: str = "mod
     code = headers.get("x-error-code", "")
     by_code = {
         "GatedRepo": "is gated; ask for access on its page, and log in with `hf auth login`",
-        "RevisionNotFound": f"the hub has the {what}, but no such revision",
+        "RevisionNotFound": f"the hub has the {what}, but no such revision; its page lists those that it has",
         "RepoNotFound": f"there is no such folder, and the hub has no such {what}, or it is private; log in with "
         "`hf auth login`",
         "EntryNotFound": "is not on the hub",

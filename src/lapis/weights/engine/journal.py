@@ -22,6 +22,7 @@ from lapis.checkpoint.staging import Staging
 
 NAME = ".journal.jsonl"
 _BLOCK = 1 << 20
+_BLOCKS = ".journal-blocks-"
 
 
 Identity = list[list[Any]]
@@ -88,6 +89,8 @@ class Journal:
         else:
             for entry in self._folder.iterdir():  # a merge's of another recipe; the lock says that nobody works on it
                 entry.unlink()
+            for entry in staging.root.glob(f"{_BLOCKS}*"):
+                entry.unlink()
             self._path.write_bytes(_dump(self._head))
         self._handle = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
 
@@ -96,6 +99,10 @@ class Journal:
         """The inputs of the job that was interrupted there; nothing where there is none."""
         head = next(_read_lines(staging.root / NAME), {})
         return [list(entry) for entry in head.get("inputs", [])]
+
+    def blocks(self, file: str) -> Path:
+        """Where what is on its way to a file is kept (engine/writer.py)."""
+        return self._path.with_name(f"{_BLOCKS}{file}")
 
     def progress(self, file: str, read_inputs: Callable[[int, int], int]) -> Progress:
         """Where to go on with a file: the longest recorded stretch whose bytes are as they were.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from lapis.weights.engine.sources import Source
-from lapis.weights.engine.tiles import Buffer, Tile, checksum, spans
+from lapis.weights.engine.tiles import Buffer, Tile, read_checksum, spans
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def read_again(outputs: Sequence[Output], head: int, first: int, last: int) -> i
                     for number, source in enumerate(output.sources if kernel else output.sources[:1]):
                         values = buffer.of(b - a, source.dtype)
                         source.read(a, b, buffer.bytes((b - a) * source.dtype.itemsize))
-                        total += checksum(values, number, a)
+                        total += read_checksum(source, values, number, a)
                     if output.patch:
                         total += output.patch(a, b, buffer.of(b - a, output.dtype))
         offset += output.nbytes

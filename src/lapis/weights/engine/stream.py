@@ -36,12 +36,12 @@ from lapis.weights.engine.tiles import (
     Held,
     Reader,
     Tile,
-    checksum,
     dot,
     one_thread_each,
+    read_checksum,
     spans,
 )
-from lapis.weights.engine.writer import Writer
+from lapis.weights.engine.writer import Writer, recover
 
 __all__ = ["Account", "Figures", "Kernel", "Output", "stream"]
 
@@ -207,9 +207,11 @@ class _Streaming:
             writer = Writer(folder / name, end, at, within=True)
             return _File(name, writer, at, Progress(at, Crc32()), recorded=at, end=end)
         head = header_bytes({o.name: (dtype_name(o.dtype), o.shape) for o in outputs}, metadata)
+        recover(folder / name, self.journal.blocks(name))
         progress = self.journal.progress(name, partial(read_again, outputs, len(head)))
         end = len(head) + sum(output.nbytes for output in outputs)
-        writer = Writer(folder / name, end, progress.done, at_once=self.every_tile)
+        blocks = self.journal.blocks(name) if self.every_tile else None
+        writer = Writer(folder / name, end, progress.done, blocks=blocks)
         offset = len(head)
         for output in outputs:
             left = offset + output.nbytes - max(offset, progress.done)
@@ -299,7 +301,7 @@ class _Streaming:
         figures = Figures()
         if output.kernel is None:
             read = output.sources[0].read(task.first, task.last, buffer.bytes(count * output.dtype.itemsize))
-            inputs = checksum(values, 0, task.first)
+            inputs = read_checksum(output.sources[0], values, 0, task.first)
             if output.dtype in COMPUTABLE and not finite(values):
                 figures.nonfinite = self._nonfinite(task, values)
         else:

@@ -2,40 +2,48 @@
 
 A model's worth of freshly written pages pushes everything else out of memory, the inputs that are still to be read
 among them, and making those pages costs more than the disk does. Direct writes need aligned memory, offsets and sizes:
-bytes are gathered in blocks, and one block is written while the next is filled. Leaves out: fsync, which a commit does.
+bytes are gathered in blocks, and one block is written while the next is filled. Blocks can lie in the memory of a file,
+which outlives a process that is killed. Leaves out: fsync, which a commit does.
 """
 
 import errno
 import mmap
 import os
+import struct
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 from lapis.checkpoint.staging import note_once
 
 BLOCK = 4 << 20
 _ALIGNED = 4096  # what any disk's direct writes are content with
+_PLACE = struct.Struct("<qq")  # of a block in its file: where it begins, and how much of it is filled
 
 
 class Writer:
     """A file of `end` bytes whose space is reserved at once, filled in order from byte `start` on.
 
-    at_once: Each write is with the system when it returns, and survives this process.
+    blocks: A file for the blocks on their way: what was written survives this process, and `recover` puts it in place.
     within: The file is longer, and others write what is before and behind: no byte of theirs is touched.
 
     Raises OSError where there is no room, or where an earlier block could not be written.
     """
 
-    def __init__(self, path: Path, end: int, start: int = 0, *, at_once: bool = False, within: bool = False) -> None:
-        self._end, self._name, self._at_once, self._within = end, str(path), at_once, within
+    def __init__(
+        self, path: Path, end: int, start: int = 0, *, blocks: Path | None = None, within: bool = False
+    ) -> None:
+        self._end, self._name, self._within = end, str(path), within
         self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         if not within:
             _reserve(self._handle, end)
-        self._direct = None if at_once or within else _direct(path)
-        self._at = start if at_once or within else start - start % _ALIGNED  # of the block that is being filled
+        self._direct = None if within else _direct(path)
+        self._at_once = within or (blocks is not None and self._direct is None)
+        self._at = start if self._at_once else start - start % _ALIGNED  # of the block that is being filled
         self._fill = start - self._at
-        self._block: mmap.mmap | None = None
-        self._spare: mmap.mmap | None = None
+        self._file = blocks
+        self._blocks: _Blocks | None = None
+        self._turn = 0  # which of the two is being filled
         self._pool = ThreadPoolExecutor(1)
         self._flight: Future[None] | None = None
 
@@ -47,17 +55,18 @@ class Writer:
             self._at += len(data)
             return
         while data:
-            if self._block is None:
-                self._block, self._spare = mmap.mmap(-1, BLOCK), mmap.mmap(-1, BLOCK)
-                self._restore(self._block)
+            if self._blocks is None:
+                self._blocks = _Blocks(self._file)
+                self._restore(self._blocks.memory[0])
             now = min(BLOCK - self._fill, len(data))
-            self._block[self._fill : self._fill + now] = data[:now]
+            self._blocks.memory[self._turn][self._fill : self._fill + now] = data[:now]
             self._fill += now
+            self._blocks.mark(self._turn, self._at, self._fill)
             data = data[now:]
             if self._fill == BLOCK:
-                self._send()
+                self._send(self._blocks)
 
-    def _restore(self, block: mmap.mmap) -> None:
+    def _restore(self, block: memoryview) -> None:
         """What an earlier run wrote of the block that is being filled."""
         done = 0
         while done < self._fill:
@@ -70,8 +79,8 @@ class Writer:
     def close(self) -> None:
         """Writes what is left; the file then has its size."""
         try:
-            if self._block is not None:
-                self._send()
+            if self._blocks is not None:
+                self._send(self._blocks)
                 self._wait()
             # the last block was rounded up, now or by a run that was killed before it came here
             if not self._within:
@@ -81,15 +90,13 @@ class Writer:
             os.close(self._handle)
             if self._direct is not None:
                 os.close(self._direct)
-            for block in (self._block, self._spare):
-                if block is not None:
-                    block.close()
+            if self._blocks is not None:
+                self._blocks.close()
 
-    def _send(self) -> None:
+    def _send(self, blocks: "_Blocks") -> None:
         self._wait()
-        assert self._block is not None
-        self._flight = self._pool.submit(self._put, self._block, self._fill, self._at)
-        self._block, self._spare = self._spare, self._block
+        self._flight = self._pool.submit(self._put, blocks.memory[self._turn], self._fill, self._at)
+        self._turn = 1 - self._turn
         self._at, self._fill = self._at + self._fill, 0
 
     def _wait(self) -> None:
@@ -97,19 +104,58 @@ class Writer:
             self._flight.result()
             self._flight = None
 
-    def _put(self, block: mmap.mmap | memoryview, size: int, offset: int) -> None:
-        with memoryview(block) as whole:
-            if self._direct is not None:
-                padded = -(-size // _ALIGNED) * _ALIGNED
-                try:
-                    if os.pwrite(self._direct, whole[:padded], offset) == padded:
-                        return
-                except OSError as error:
-                    if error.errno != errno.EINVAL:  # this file system wants another alignment
-                        raise
-            done = 0
-            while done < size:
-                done += os.pwrite(self._handle, whole[done:size], offset + done)
+    def _put(self, whole: memoryview, size: int, offset: int) -> None:
+        if self._direct is not None:
+            padded = -(-size // _ALIGNED) * _ALIGNED
+            try:
+                if os.pwrite(self._direct, whole[:padded], offset) == padded:
+                    return
+            except OSError as error:
+                if error.errno != errno.EINVAL:  # this file system wants another alignment
+                    raise
+        done = 0
+        while done < size:
+            done += os.pwrite(self._handle, whole[done:size], offset + done)
+
+
+class _Blocks:
+    """Two blocks of memory; with a path they are that file's, each with its place, and outlive this process."""
+
+    def __init__(self, path: Path | None) -> None:
+        size = _ALIGNED + 2 * BLOCK
+        if path is None:
+            self._map = mmap.mmap(-1, size)
+        else:
+            with path.open("wb+") as file:
+                file.write(bytes(size))  # a full disk shows here, and not by a signal when memory is touched
+                file.flush()
+                self._map = mmap.mmap(file.fileno(), size)
+        self._whole = memoryview(self._map)
+        self.memory = [self._whole[_ALIGNED + i * BLOCK :][:BLOCK] for i in range(2)]
+
+    def mark(self, number: int, at: int, fill: int) -> None:
+        """Says that block `number` holds `fill` bytes of the file, from byte `at` on."""
+        _PLACE.pack_into(self._map, number * _PLACE.size, at, fill)
+
+    def close(self) -> None:
+        for view in (*self.memory, self._whole):
+            view.release()
+        self._map.close()
+
+
+def recover(path: Path, blocks: Path) -> None:
+    """Puts into a file what a process that was killed had written of it, and its disk had not yet.
+
+    Whether those bytes are right is for a digest to say: nothing is known of them after a power cut.
+    """
+    with suppress(FileNotFoundError):
+        raw = memoryview(blocks.read_bytes())
+        if len(raw) == _ALIGNED + 2 * BLOCK:
+            with path.open("rb+") as file:
+                for number in range(2):
+                    at, fill = _PLACE.unpack_from(raw, number * _PLACE.size)
+                    file.seek(max(0, at))
+                    file.write(raw[_ALIGNED + number * BLOCK :][: max(0, min(fill, BLOCK))])
 
 
 def _reserve(handle: int, end: int) -> None:

@@ -176,7 +176,7 @@ def lay_out(
         problems, lines = related()
         notes += lines
     if problems:
-        raise CheckpointError(format_problems("graft", problems))
+        raise CheckpointError(format_problems("delta" if "delta" in inputs else "graft", problems))
     for tower, count in Counter(inputs["onto"].towers.others.values()).items():
         notes.append(f"{count} tensors of {tower} are copied from onto: what is changed is the language model")
     if not layout.template:

@@ -87,7 +87,7 @@ def _pack_joint(halves: Halves) -> bytes | None:
         return None
     numbers = np.zeros(1 << 16, np.uint8)
     numbers[known] = np.arange(1, len(known) + 1)
-    codes = numbers[halves]
+    codes = numbers.take(halves)
     others = halves[codes == 0]
     head: bytes = _HEAD.pack(b"j", len(known), len(others))
     return b"".join([head, known.tobytes(), others.tobytes(), _pack_plane(codes)])
