@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lapis.checkpoint.staging import Staging
+from lapis.weights.engine.writer import recover
 
 NAME = ".journal.jsonl"
 _BLOCK = 1 << 20
@@ -115,6 +116,7 @@ class Journal:
         result = Progress()
         if not lines or not path.is_file():
             return result
+        recover(path, self.blocks(file))
         running = hashlib.sha256()
         with path.open("rb") as data:
             position = inputs = 0

@@ -41,7 +41,7 @@ from lapis.weights.engine.tiles import (
     read_checksum,
     spans,
 )
-from lapis.weights.engine.writer import Writer, recover
+from lapis.weights.engine.writer import Writer
 
 __all__ = ["Account", "Figures", "Kernel", "Output", "stream"]
 
@@ -207,11 +207,10 @@ class _Streaming:
             writer = Writer(folder / name, end, at, within=True)
             return _File(name, writer, at, Progress(at, Crc32()), recorded=at, end=end)
         head = header_bytes({o.name: (dtype_name(o.dtype), o.shape) for o in outputs}, metadata)
-        recover(folder / name, self.journal.blocks(name))
         progress = self.journal.progress(name, partial(read_again, outputs, len(head)))
         end = len(head) + sum(output.nbytes for output in outputs)
-        blocks = self.journal.blocks(name) if self.every_tile else None
-        writer = Writer(folder / name, end, progress.done, blocks=blocks)
+        kept = self.journal.blocks(name) if self.every_tile else None
+        writer = Writer(folder / name, end, progress.done, blocks=kept)
         offset = len(head)
         for output in outputs:
             left = offset + output.nbytes - max(offset, progress.done)
