@@ -209,8 +209,8 @@ class _Streaming:
         head = header_bytes({o.name: (dtype_name(o.dtype), o.shape) for o in outputs}, metadata)
         progress = self.journal.progress(name, partial(read_again, outputs, len(head)))
         end = len(head) + sum(output.nbytes for output in outputs)
-        kept = self.journal.blocks(name) if self.every_tile else None
-        writer = Writer(folder / name, end, progress.done, blocks=kept)
+        blocks = self.journal.blocks(name) if self.every_tile else None
+        writer = Writer(folder / name, end, progress.done, blocks=blocks)
         offset = len(head)
         for output in outputs:
             left = offset + output.nbytes - max(offset, progress.done)
