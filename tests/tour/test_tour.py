@@ -17,10 +17,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lapis.checkpoint.commit import verify
 from lapis.errors import DataError
 from lapis.model.load import load
+from lapis.text.tokenizer.tokenizer import TURN_END, TURN_START, Tokenizer
 from lapis.tour import measure
 from lapis.tour.material import Material, write_world
+from lapis.tour.recipe import Lessons
 from lapis.tour.setup.folder import claim
+from lapis.tour.setup.size import CONTEXT
 from lapis.tour.world import World
+from lapis.training.certificate.certificate import CERTIFICATE
+from lapis.training.config import TrainConfig
+from lapis.training.loop.loop import train
+from lapis.training.loop.progress import Silent
+from lapis.training.objectives.supervised.next_token import Causal
+from lapis.training.setup.select import select_parts
 
 MINUTES = "0.1"
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -91,6 +100,21 @@ def test_the_findings_are_all_there(finished: tuple[Path, dict[str, Any]]) -> No
     assert set(result["gap_closed"]) == {"en", "ms"}
     assert result["scale"] in {row["scale"] for row in result["sweep"]}
     assert result["seconds"] > 0
+
+
+def test_what_is_checked_after_a_long_lesson_holds(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    """Trained rows over a frozen embedding, text beside chats: what a tour of 50 steps and more certifies."""
+    out, result = finished
+    model, tokenizer = load(result["models"]["base"]), Tokenizer.open(result["models"]["base"])
+    select_parts(model, freeze=["embed"], tokens=[TURN_START, TURN_END], tokenizer=tokenizer)
+    text = Causal(tokenizer=tokenizer, data=[out / "data" / "beside.jsonl"], context=CONTEXT)
+    chats = next((out / "world" / "instruct").rglob("*.jsonl"))
+    lessons = Lessons(tokenizer=tokenizer, data=[chats], context=CONTEXT, text=text, rows_of_text=1)
+    config = TrainConfig(steps=2, batch=4, precision="float32", compile="off", threads=1, certify="on", sample_every=0)
+    train(model, lessons, config, tmp_path / "out", watch=Silent())
+    computed = {check["name"]: check for check in json.loads((tmp_path / "out" / CERTIFICATE).read_text())["checks"]}
+    assert computed["saved and restored"]["difference"] == 0.0
+    assert computed["accumulated or not"]["why_not"] == "the loss of a batch is more than the sum over its rows"
 
 
 def test_every_model_is_whole_and_loads_in_transformers(finished: tuple[Path, dict[str, Any]]) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lapis.errors import TrainingError
+from lapis.model import lora
 from lapis.model.transformer import Transformer
 from lapis.text.corpus.corpus import Document
 from lapis.text.tokenizer.tokenizer import Tokenizer
@@ -19,6 +20,7 @@ from lapis.training.config import TrainConfig
 from lapis.training.loop.loop import train
 from lapis.training.loop.progress import Silent
 from lapis.training.objectives.supervised.next_token import Causal
+from lapis.training.setup.select import select_parts
 
 Make = Callable[[], Transformer]
 CONFIG = TrainConfig(
@@ -55,6 +57,18 @@ def test_checks_hold_and_leave_the_run_as_it_was(
     assert without["checks"] == [] and without["weights"] == facts["weights"]
     for name in ("model.safetensors", "log.jsonl"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "without" / name).read_bytes()
+
+
+def test_rows_of_some_tokens_come_back_over_their_base(new_model: Make, objective: Causal, tmp_path: Path) -> None:
+    """A checkpoint holds the matrix with its trained rows; under them the base stays as it was."""
+    model, ids = new_model(), [3, 5]
+    base = model.embed.weight.detach().clone()
+    select_parts(model, freeze=["embed"], tokens=ids, tokenizer=objective.tokenizer)
+    computed = checks(certified(lambda: model, objective, CONFIG, tmp_path / "out"))
+    assert computed["saved and restored"]["difference"] == 0.0
+    assert not torch.equal(model.embed.weight[ids], base[ids])
+    with lora.off(model):
+        assert torch.equal(model.embed.weight, base)
 
 
 def test_what_the_certificate_states_is_so(new_model: Make, objective: Causal, tmp_path: Path) -> None:

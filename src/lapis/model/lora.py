@@ -227,11 +227,13 @@ def whole_parameters(model: Transformer) -> dict[str, Tensor]:
 
 
 def restore_whole(model: Transformer, tensors: dict[str, Tensor]) -> None:
-    """Puts the values of `whole_parameters` back into the same model."""
-    state = dict(tensors)
+    """Puts the values of `whole_parameters` back into the same model. What lies under trained rows stays: the base."""
+    state, own = dict(tensors), model.state_dict()
     for name, rows in token_rows(model).items():
         weight, place = state.pop(name), f"{name.rpartition('.')[0]}.parametrizations.weight"
-        state |= {f"{place}.original": weight, f"{place}.0.rows": weight[rows.ids_N.to(weight.device)]}
+        ids_N, original = rows.ids_N.to(weight.device), own[f"{place}.original"]
+        base = weight.index_copy(0, ids_N, original[rows.ids_N].to(weight))
+        state |= {f"{place}.original": base, f"{place}.0.rows": weight[ids_N]}
     model.load_state_dict(state)
 
 

@@ -18,7 +18,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -305,6 +305,7 @@ class Lessons(Chat):
         rows_of_text: Of each batch.
     """
 
+    separable: ClassVar[bool] = False  # a micro-batch has so many rows of text, however many chats
     text: Causal
     rows_of_text: int
 

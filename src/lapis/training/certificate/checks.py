@@ -106,7 +106,7 @@ class _Checker:
         """The gradient of some rows at once, and row by row."""
         name, how = "accumulated or not", f"the gradient of {self.rows} rows at once, and one by one"
         if not self.objective.separable:
-            return Check(name, how, why_not="its loss compares the rows of a batch with each other")
+            return Check(name, how, why_not="the loss of a batch is more than the sum over its rows")
         if self.rows < 2:
             return Check(name, how, why_not="a micro-batch has one row")
         whole = self._gradient(self._batches(self.rows, 1))
