@@ -28,7 +28,7 @@ import torch
 from hardware import processor
 from results_file import add_table
 
-CHATS, HELD_OUT, STEPS, CONTEXT, RANK = 320, 60, 24, 512, 16
+CHATS, HELD_OUT, STEPS, CONTEXT, RANK = 160, 60, 9, 512, 16
 RATES = {"lora": 2e-4, "full": 2e-5}
 PIECES = ("peer-lora", "peer-full", "lapis-lora", "lapis-full")
 
@@ -186,7 +186,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=[*PIECES, "score"])
     parser.add_argument("--peer", choices=["pad", "flat"], default="pad", help="how the Trainer gets its batches")
-    parser.add_argument("--batch", type=int, default=8, help="rows of a step of lapis")
+    parser.add_argument("--batch", type=int, default=2, help="rows of a step of lapis")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--model", type=Path, default=Path(os.environ.get("LAPIS_MODELS", "models")) / "smollm2-it")
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("LAPIS_DATA", "../shared/data")))

@@ -17,6 +17,7 @@ from lapis.errors import ConfigError, TrainingError
 from lapis.training.distributed.pieces import own, piece_like, scale, total_norm, whole
 from lapis.training.distributed.sharded_state import has_shards
 from lapis.training.loop.progress import Silent
+from lapis.training.loop.update import Updater
 from lapis.training.objectives.supervised.cross_entropy import head_cross_entropy
 from lapis.training.run import read_settings, run
 
@@ -65,6 +66,46 @@ def test_fault_69_a_killed_rank_ends_all(bench: Any, place: Path) -> None:
     figures = bench.ends(place, 2, 1, signal.SIGKILL)
     assert figures["codes"] == [1, -signal.SIGKILL] and len(figures["lines"]) == 1, figures
     assert "run the same command again to go on from the last checkpoint" in figures["lines"][0]
+
+
+def test_a_killed_worker_is_started_again(bench: Any, place: Path) -> None:
+    """By the engine of torchrun --max-restarts 1, with forks as its workers: all go on from the last checkpoint."""
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    out, began = place / "elastic", place / "began"
+    wanted = {**bench.settings(place, "causal", 30), "save_every": 4}
+    bench.train_here(place, wanted)
+
+    def worker() -> None:
+        last, first = os.environ["RANK"] == "1", os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+        os.environ["LOCAL_WORLD_SIZE"] = "2"
+        update = Updater.update
+
+        def dies(self: Any, *given: Any) -> Any:
+            if last and first and self.state.step == 9:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if last and not first and not began.exists():
+                began.write_text(str(self.state.step))
+            return update(self, *given)
+
+        Updater.update = dies  # type: ignore[method-assign]
+        run(read_settings({**wanted, "shard": "full", "out": str(out)}, "run.yaml"), watch=Silent())
+
+    child = os.fork()
+    if not child:
+        how = LaunchConfig(
+            1, 1, 2, run_id="one", max_restarts=1, monitor_interval=0.05, start_method="fork", rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+        )  # fmt: skip
+        try:
+            elastic_launch(how, worker)()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert began.read_text() in ("4", "8")  # a checkpoint is written beside the next steps
+    assert bench.losses(out) == pytest.approx(bench.losses(Path(wanted["out"])), abs=1e-5)
+    assert bench.furthest(Path(wanted["out"]), out) < 1e-6
 
 
 def refusal(bench: Any, place: Path, case: str, **more: Any) -> str:
