@@ -157,7 +157,7 @@ def test_as_it_is_typed(run: Lapis) -> None:
     assert status == 0 and "within the budget: lapis train run.yaml steps=" in out and "Memory at its peak" in out
     paper = ["--plan-only", "--gpus", "4", "--tflops", "100", "--bandwidth", "10"]
     status, out, _ = run("train", "run.yaml", *paper)
-    assert status == 0 and "on 4 GPUs" in out and "lapis train itself shares out rows so far" in out
+    assert status == 0 and "on 4 GPUs" in out and "counted as shard: full" in out
     assert json.loads(run("train", "run.yaml", *paper, "--json")[1])["fits"] is True
     for wrong, message in {
         ("--budget", "1 min"): "train: --budget is for --plan-only, which prints the settings to give; add it",

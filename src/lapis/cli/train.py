@@ -135,4 +135,4 @@ def render_paper(forecast: "PaperForecast") -> None:
     line(f"a checkpoint: {size(forecast.checkpoint_bytes)} on disk")
     if not forecast.fits:
         line(f"does not fit; give {forecast.levers}")
-    line("every weight is shared out, as FSDP does; lapis train itself shares out rows so far", "dim")
+    line("counted as shard: full shares every weight out; no figure of a GPU stands behind it yet", "dim")
