@@ -4,11 +4,11 @@
     python benchmarks/language_real.py --out runs/language-real --do score      of the models that are there
     python benchmarks/language_real.py --out runs/language-real --do write      the tables into results/
 
-Two ways of the same length on one thread. With new tokens: `lapis tokenizer extend` with calibrated rows, and the rest
-of the time for blocks and the rows of new tokens that are read ten times or more. Without them: everything, all of the
-time. Both read a tenth of English. Scored on the beginnings of documents that no step reads, with the first seed four
-times on the way, too, for which no time is counted. Characters per second are counted in processor seconds too, and
-measured in turn.
+Two ways of the same length on one thread. With new tokens: `lapis tokenizer extend` with calibrated rows, then blocks
+and the rows of new tokens ("trained"), then each new token as likely again as it is frequent. Without them: everything,
+all of the time. Both read a tenth of English. Scored on the beginnings of documents that no step reads, with the first
+seed four times on the way, too, for which no time is counted. Characters per second are counted in processor seconds
+too, and measured in turn.
 LAPIS_MODELS names the folder of the models (smollm2-it, gemma3), where --models does not.
 """
 
@@ -40,9 +40,9 @@ from language_runs import (
 )
 
 import lapis
+from lapis.checkpoint import open_checkpoint
 from lapis.generation.generate import generate_batch
-from lapis.language.adapt import READ
-from lapis.language.rows.calibrate import often_read
+from lapis.language.rows.calibrate import calibrate_again
 from lapis.language.texts import write_texts
 from lapis.text.corpus import corpus
 from lapis.text.tokenizer.extend import ExtendableTokenizer
@@ -52,6 +52,7 @@ CONTEXT = 512
 PRECISION = "bf16"  # of the forward pass, as "auto" finds it on a processor with avx512_bf16; weights are float32
 GENERATED, ROUNDS = 24, 6
 WAYS = ("with", "without")
+CALIBRATING = 20  # processor seconds that are put by for it
 QUARTERS = 4  # at whose ends a training is scored on the way
 
 
@@ -121,33 +122,44 @@ class Bench:
         say(f"extending {start}")
         return start, kept(self.root / "start.json", make)["seconds"]
 
-    def rows(self, start: Path, tokens: float) -> list[int]:
-        """The ids of new tokens that a training on so many tokens reads READ times or more."""
-        base = ExtendableTokenizer.open(self.base)
-        texts = (document.text for document in corpus.documents(self.files))
-        return often_read(base, base.read_extension(start), texts, (1 - self.case.replay) * tokens, READ)
+    def calibrated(self, seed: int) -> float:
+        """The trained model with new tokens as likely again as they are; the processor seconds that it took."""
+        out = self.root / f"with-{seed}"
+
+        def make() -> dict[str, Any]:
+            begun, base = time.process_time(), ExtendableTokenizer.open(self.base)
+            texts = [[document.text for document in corpus.documents(files)] for files in (self.files, [ENGLISH])]
+            calibrate_again(open_checkpoint(self.root / f"trained-{seed}"), base,
+                            base.read_extension(self.root / "start"), texts[0], out, replay=texts[1],
+                            overwrite=True)  # fmt: skip
+            return {"seconds": time.process_time() - begun}
+
+        return float(kept(self.root / f"with-{seed}.json", make)["seconds"])
 
     def train(self, seeds: Sequence[int], ways: Sequence[str]) -> None:
         case = self.case
         start, spent = self.extended()
         begin = {"with": start, "without": self.base}
-        seconds = {"with": case.seconds - spent, "without": case.seconds}
+        seconds = {"with": case.seconds - spent - CALIBRATING, "without": case.seconds}
         first = lapis.Tokenizer.open(self.base).rows
-        pace = paces(self.root / "paces.json", {way: self.settings(way, at, [first]) for way, at in begin.items()})
+        rows = list(range(first, first + case.add))
+        pace = paces(self.root / "paces.json", {way: self.settings(way, at, rows) for way, at in begin.items()})
         steps = {way: QUARTERS * max(1, round(seconds[way] / pace[way] / QUARTERS)) for way in WAYS}
-        rows = self.rows(start, steps["with"] * case.batch * CONTEXT)
-        say(f"{self.name}: seconds per step {pace}, steps {steps}, rows that are trained {len(rows)}")
+        say(f"{self.name}: seconds per step {pace}, steps {steps}")
         for seed in seeds:
             for way in ways:
                 how: dict[str, Any] = {"steps": steps[way], "seed": seed}
                 if case.on_the_way and seed == case.seeds[0]:
                     how["eval_every"] = steps[way] // QUARTERS
                     how["valid"] = {name: str(place) for name, place in self.held.items()}
-                run(self.root / f"{way}-{seed}", **self.settings(way, begin[way], rows, **how))
+                name = f"trained-{seed}" if way == "with" else f"without-{seed}"
+                run(self.root / name, **self.settings(way, begin[way], rows, **how))
+                if way == "with":
+                    self.calibrated(seed)
 
     def scores(self) -> dict[str, dict[str, float]]:
         """Of the models that are there, in their order."""
-        names = ["base", "start", *(f"{way}-{seed}" for way in WAYS for seed in self.case.seeds)]
+        names = ["base", "start", *(f"{way}-{seed}" for way in ("trained", *WAYS) for seed in self.case.seeds)]
         places = {name: self.base if name == "base" else self.root / name for name in names}
         return {name: self.score(name, place) for name, place in places.items() if place.is_dir()}
 
@@ -182,7 +194,8 @@ def lines(bench: Bench) -> list[str]:
     base = scores["base"]
     rows = []
     for name, found in scores.items():
-        steps = seconds_of(bench.root / name) if beside(bench.root / name).exists() else []
+        trained = bench.root / name.replace("with-", "trained-")
+        steps = seconds_of(trained) if beside(trained).exists() else []
         rows.append([
             name, f"{found['target']:.3f}", f"{1 - found['target'] / base['target']:+.1%}", f"{found['en']:.3f}",
             f"{found['en'] / base['en'] - 1:+.1%}", f"{found['target tokens']:.3f}", str(len(steps) or ""),
@@ -211,7 +224,7 @@ def curves(bench: Bench) -> list[str]:
     """The table of what the trainings had come to on the way."""
     rows = []
     for way in WAYS:
-        out = bench.root / f"{way}-{bench.case.seeds[0]}"
+        out = bench.root / f"{'trained' if way == 'with' else way}-{bench.case.seeds[0]}"
         spent = bench.extended()[1] if way == "with" else 0.0
         for seconds, found in curve_of(out) if out.is_dir() else []:
             bits = (f"{found[f'{name}/bits_per_byte']:.3f}" for name in bench.texts)

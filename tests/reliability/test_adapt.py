@@ -12,8 +12,8 @@ import pytest
 
 from .aimed import Ended, Forks
 
-STEPS = ("measure", "tokenizer", "start", "embedded", "adapted", "grafted", "card")
-MODELS = ("start", "embedded", "adapted", "grafted")
+STEPS = ("measure", "tokenizer", "start", "embedded", "adapted", "calibrated", "grafted", "card")
+MODELS = ("start", "embedded", "adapted", "calibrated", "grafted")
 TIMES = (  # and places
     "training.json", "log.jsonl", "times.json", "certificate.json", "certificate.html", "lapis-merge.json",
     "lapis-manifest.json",

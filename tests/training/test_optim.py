@@ -13,6 +13,7 @@ from lapis.training.config import MuonOptions, TrainConfig
 from lapis.training.optim.muon import _POLAR, Muon, hidden_matrices, orthogonalize
 from lapis.training.optim.optimizers import Optimizers, Schedule
 from lapis.training.optim.rates import rates_by_name
+from lapis.training.optim.rows import RowsAdamW
 
 
 def test_muon_equals_torchs_muon() -> None:
@@ -123,6 +124,27 @@ def test_state_goes_out_and_back_by_name(kind: str) -> None:
     stepped(other, second, 2)
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_row_moves_as_far_as_its_token_is_met() -> None:
+    """One row alone as AdamW has it; of several those with small gradients less."""
+    torch.manual_seed(0)
+    start = torch.randn(1, 8)
+    ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    mine = RowsAdamW([ours], 1e-2)
+    oracle = torch.optim.AdamW([theirs], 1e-2, betas=(0.9, 0.95), weight_decay=0.0)
+    for _ in range(3):
+        ours.grad = torch.randn(1, 8)
+        theirs.grad = ours.grad.clone()
+        mine.step()
+        oracle.step()
+    assert torch.allclose(ours, theirs, atol=1e-6)
+
+    rows = nn.Parameter(torch.zeros(3, 8))
+    rows.grad = torch.tensor([1.0, 1.0, 0.01])[:, None].expand(3, 8).clone()
+    RowsAdamW([rows], 1e-2).step()
+    assert torch.allclose(rows[:2], torch.full((2, 8), -1e-2), rtol=1e-3)
+    assert -2e-4 < rows[2].min() and rows[2].max() < -1e-4
 
 
 @given(total=st.integers(1, 500), warmup=st.integers(0, 60), share=st.floats(0, 1))

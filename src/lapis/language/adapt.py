@@ -40,7 +40,7 @@ from lapis.language.fertility import Report, fertility
 from lapis.language.inputs import check_inputs, stamps
 from lapis.language.plan import PLAN, AdaptPlan, earlier_speed, read_plan
 from lapis.language.replay import bits_per_byte, draw_replies, draw_texts
-from lapis.language.rows.calibrate import calibrate_again, often_read
+from lapis.language.rows.calibrate import calibrate_again
 from lapis.language.steps import Steps
 from lapis.language.texts import after_bytes, first_bytes, first_sentence, read_texts, write_lines, write_texts
 from lapis.model.check import read_config
@@ -60,7 +60,6 @@ from lapis.weights.merge.merge import merge
 
 Bar = Callable[[str], AbstractContextManager[Report]]
 EVALUATIONS = 10  # of a training on the way, unless train says otherwise
-READ = 10  # times that a training must read a new token for its row to be trained
 PROMPTS = 64  # to which chat replies where scales are learned
 BITS = "replay/bits_per_byte"
 
@@ -249,13 +248,10 @@ class _Adaptation:
 
     @cached_property
     def _new_rows(self) -> list[int]:
-        """The ids of new tokens that are read READ times; the rows of rarer ones are better left as they begin."""
+        """The ids of new tokens."""
         base = ExtendableTokenizer.open(open_source(self.plan.source)[0])
         gained = base.read_extension(self.steps.done["tokenizer"])
-        texts = (document.text for document in corpus.documents(self._text("text")))
-        rows = often_read(base, gained, texts, self.plan.target_tokens, READ)
-        self.note(f"new rows that are trained: {len(rows):,} of {len(gained.tokens):,}")
-        return rows
+        return list(range(gained.first, gained.first + len(gained.tokens)))
 
     def _train(self, name: str, model: str | Path, share: float, how: Mapping[str, Any], after: Sequence[str]) -> None:
         """Trains `model` on a share of the tokens: new rows alone ("embedded"), or everything that `how` leaves."""

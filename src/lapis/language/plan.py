@@ -162,12 +162,6 @@ class AdaptPlan:
         return max(1, int(self.minutes * 60 * self.tokens_per_second))
 
     @property
-    def target_tokens(self) -> int:
-        """How many of them are of the language, where there are new tokens."""
-        replayed = self.replay_share * (1 - self.embedded) if self.replay else 0.0
-        return int((1 - replayed) * self.trained_tokens)
-
-    @property
     def drawn_tokens(self) -> int:
         """How many tokens of replay the model draws itself: as many as are read, and held-out ones."""
         return int(self.replay_share * self.trained_tokens + self.scored / 4)

@@ -250,20 +250,3 @@ def token_shares(base: ExtendableTokenizer, gained: Extension, texts: Iterable[s
         counted += torch.bincount(ids[ids >= gained.first] - gained.first, minlength=len(counted))
         total += len(ids)
     return counted.clamp_min(0.5) / max(1, total)
-
-
-def often_read(
-    base: ExtendableTokenizer, gained: Extension, texts: Iterable[str], tokens: float, times: int
-) -> list[int]:
-    """The ids of new tokens that a training reads so often: the most frequent ones alone where none is.
-
-    Args:
-        base: The tokenizer with its old vocabulary.
-        gained: What it gains.
-        texts: Text that is trained on.
-        tokens: Of such text that are read.
-        times: That a token must be read.
-    """
-    read_N = token_shares(base, gained, texts) * tokens
-    often_N = read_N >= min(times, float(read_N.max()))
-    return [gained.first + int(n) for n in often_N.nonzero()]

@@ -1,7 +1,7 @@
 """What turns gradients into weights: optimizers with named state, the learning rate of a step, an average of weights.
 
-AdamW, Muon (with AdamW for what is no hidden matrix) and SGD, with a rate for each part (rates.py). Leaves out: an
-optimizer for each part.
+AdamW, Muon (with AdamW for what is no hidden matrix) and SGD, with a rate for each part (rates.py). Rows of single
+tokens that are trained alone have an AdamW of their own (rows.py). Leaves out: an optimizer for each part.
 """
 
 import math
@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from lapis.errors import ConfigError
+from lapis.model.lora import TokenRows
 from lapis.training.config import MuonOptions, Shape, TrainConfig
 from lapis.training.optim.muon import Muon, hidden_matrices
 from lapis.training.optim.rounding import RoundedAdamW
+from lapis.training.optim.rows import RowsAdamW
 
 
 class Optimizers:
@@ -47,11 +49,13 @@ class Optimizers:
         matrices = [p for p in self.parameters if p.ndim >= 2]
         vectors = [p for p in self.parameters if p.ndim < 2]
         hidden = hidden_matrices(model) if kind == "muon" else set()
+        rows_alone = () if kind == "sgd" else (each for each in model.modules() if isinstance(each, TokenRows))
+        alone: set[Tensor] = {each.rows for each in rows_alone}
         peak_of = {parameter: (rates or {}).get(name, lr) for parameter, name in self.names.items()}
         peaks = list(dict.fromkeys(peak_of.values()))
         groups = [
             {
-                "params": [p for p in params if p not in hidden and peak_of[p] == peak],
+                "params": [p for p in params if p not in hidden | alone and peak_of[p] == peak],
                 "weight_decay": decay,
                 "peak": peak,
             }
@@ -70,6 +74,8 @@ class Optimizers:
         elif groups:
             self.parts.append(torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True))
         for peak in peaks:
+            if rows := [p for p in matrices if p in alone and peak_of[p] == peak]:
+                self.parts.append(RowsAdamW([{"params": rows, "peak": peak}], lr))
             if mine := [p for p in matrices if p in hidden and peak_of[p] == peak]:
                 self.parts.append(Muon(mine, lr, weight_decay, options=muon))
                 self.parts[-1].param_groups[0]["peak"] = peak
