@@ -106,7 +106,7 @@ class Bench:
         case = self.case
         shared = {"model": str(model), "data": self.data, "batch": case.batch, "context": CONTEXT, "log_every": 5,
                   "precision": PRECISION}  # fmt: skip
-        taught = {"freeze": ["embed"], "tokens": rows, "rates": {"embed": case.rows_lr}}
+        taught = {"freeze": ["embed"], "tokens": rows, "share_rows": True, "rates": {"embed": case.rows_lr}}
         return {**shared, "lr": case.lr, **(taught if way == "with" else {}), **more}
 
     def extended(self) -> tuple[Path, float]:

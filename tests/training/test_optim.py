@@ -13,7 +13,7 @@ from lapis.training.config import MuonOptions, TrainConfig
 from lapis.training.optim.muon import _POLAR, Muon, hidden_matrices, orthogonalize
 from lapis.training.optim.optimizers import Optimizers, Schedule
 from lapis.training.optim.rates import rates_by_name
-from lapis.training.optim.rows import RowsAdamW
+from lapis.training.optim.rows import RowsAdamW, features_of
 
 
 def test_muon_equals_torchs_muon() -> None:
@@ -145,6 +145,20 @@ def test_a_row_moves_as_far_as_its_token_is_met() -> None:
     RowsAdamW([rows], 1e-2).step()
     assert torch.allclose(rows[:2], torch.full((2, 8), -1e-2), rtol=1e-3)
     assert -2e-4 < rows[2].min() and rows[2].max() < -1e-4
+
+
+def test_tokens_that_share_characters_learn_together() -> None:
+    """A token that did not come moves with one of the same stem, and not with another; alone, none has a feature."""
+    mix = features_of([" makan", " makanan", "xyz!"])
+    assert mix is not None and mix.shape[0] == 3
+    rows = nn.Parameter(torch.zeros(3, 8))
+    optimizer = RowsAdamW([rows], 1e-2, {rows: mix})
+    rows.grad = torch.zeros(3, 8)
+    rows.grad[0] = 1.0
+    optimizer.step()
+    assert rows[0].max() < rows[1].max() < 0 == rows[2].abs().max()
+    assert {"features_exp_avg", "exp_avg"} < set(optimizer.state[rows])
+    assert features_of(["a", "zw"]) is None
 
 
 @given(total=st.integers(1, 500), warmup=st.integers(0, 60), share=st.floats(0, 1))

@@ -143,7 +143,7 @@ class _Adaptation:
             self.models["start"] = steps.done["start"]
             last = ["start"]
             if plan.embedded:
-                alone = {"lr": plan.rows_lr, "freeze": ["all"], "tokens": self._new_rows}
+                alone = {"lr": plan.rows_lr, "freeze": ["all"], "tokens": self._new_rows, "share_rows": True}
                 self._train("embedded", steps.done["start"], plan.embedded, alone, last)
                 last = ["embedded"]
         share = 1 - plan.embedded if added else 1.0
@@ -244,7 +244,8 @@ class _Adaptation:
     def _rates_of_rows(self) -> dict[str, Any]:
         """Settings that train new rows at their own rate, and leave old ones as they are."""
         tables = ["embed"] if read_config(str(self.last_model)).tied else ["embed", "head"]
-        return {"freeze": tables, "tokens": self._new_rows, "rates": dict.fromkeys(tables, self.plan.rows_lr)}
+        rates = dict.fromkeys(tables, self.plan.rows_lr)
+        return {"freeze": tables, "tokens": self._new_rows, "share_rows": True, "rates": rates}
 
     @cached_property
     def _new_rows(self) -> list[int]:

@@ -20,7 +20,7 @@ _SETTLED = {
     "objective": "causal", "model": "base", "new": "base", "data": "text and replay", "valid": "text and replay",
     "tokenizer": "vocab", "out": "out", "steps": "tokens", "epochs": "tokens", "minutes": "minutes", "batch": "batch",
     "context": "context", "lr": "lr and rows_lr", "ema": "ema", "seed": "seed", "limits": "cost", "freeze": "old_rows",
-    "tokens": "old_rows", "rates": "lr, rows_lr and old_rows",
+    "tokens": "old_rows", "share_rows": "old_rows", "rates": "lr, rows_lr and old_rows",
 }  # fmt: skip
 
 

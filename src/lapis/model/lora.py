@@ -180,13 +180,18 @@ def lora_on(base: nn.Linear | Nf4Linear, a_RI: nn.Parameter, b_OR: nn.Parameter,
 
 
 class TokenRows(nn.Module):
-    """The rows of a [V, D] matrix in which trained ones stand in place of some; as a parametrization of it."""
+    """The rows of a [V, D] matrix in which trained ones stand in place of some; as a parametrization of it.
+
+    features_NF: What rows have in common and learn together (training/optim/rows.py).
+    """
 
     ids_N: Tensor
+    features_NF: Tensor | None
 
     def __init__(self, ids_N: Tensor, rows_ND: Tensor) -> None:
         super().__init__()
         self.register_buffer("ids_N", ids_N, persistent=False)
+        self.register_buffer("features_NF", None, persistent=False)
         self.rows = nn.Parameter(rows_ND)
         self.on = True
 

@@ -70,6 +70,7 @@ class RunConfig(TrainConfig):
         tune: Patterns of the parts to train (setup/select.py).
         freeze: Patterns of the parts not to train.
         tokens: The rows of the embedding that are trained though the rest of it is not.
+        share_rows: Whether these rows learn from tokens of the same characters, too; for many new tokens.
         plan: A file of `lapis plan`: what it chose is tuned, or adapted.
         options: The objective's own, by name.
     """
@@ -87,6 +88,7 @@ class RunConfig(TrainConfig):
     tune: tuple[str, ...] = ()
     freeze: tuple[str, ...] = ()
     tokens: tuple[int | str, ...] = ()
+    share_rows: bool = False
     plan: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -241,7 +243,8 @@ def _start(
     def select(model: Transformer) -> Transformer:
         select_parts(
             model, lora_config=config.lora, tune=config.tune, freeze=config.freeze, tokens=config.tokens,
-            plan=config.plan, base=config.model, tokenizer=objective.tokenizer, seed=config.seed, device=device,
+            share_rows=config.share_rows, plan=config.plan, base=config.model, tokenizer=objective.tokenizer,
+            seed=config.seed, device=device,
         )  # fmt: skip
         return model
 

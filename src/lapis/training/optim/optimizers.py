@@ -49,8 +49,11 @@ class Optimizers:
         matrices = [p for p in self.parameters if p.ndim >= 2]
         vectors = [p for p in self.parameters if p.ndim < 2]
         hidden = hidden_matrices(model) if kind == "muon" else set()
-        rows_alone = () if kind == "sgd" else (each for each in model.modules() if isinstance(each, TokenRows))
+        rows_alone = [] if kind == "sgd" else [each for each in model.modules() if isinstance(each, TokenRows)]
         alone: set[Tensor] = {each.rows for each in rows_alone}
+        features: dict[Tensor, Tensor] = {
+            each.rows: each.features_NF for each in rows_alone if each.features_NF is not None
+        }
         peak_of = {parameter: (rates or {}).get(name, lr) for parameter, name in self.names.items()}
         peaks = list(dict.fromkeys(peak_of.values()))
         groups = [
@@ -75,7 +78,7 @@ class Optimizers:
             self.parts.append(torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True))
         for peak in peaks:
             if rows := [p for p in matrices if p in alone and peak_of[p] == peak]:
-                self.parts.append(RowsAdamW([{"params": rows, "peak": peak}], lr))
+                self.parts.append(RowsAdamW([{"params": rows, "peak": peak}], lr, features))
             if mine := [p for p in matrices if p in hidden and peak_of[p] == peak]:
                 self.parts.append(Muon(mine, lr, weight_decay, options=muon))
                 self.parts[-1].param_groups[0]["peak"] = peak

@@ -3,6 +3,7 @@
 tune: [layers.4-7.mlp]        # these, and nothing else
 freeze: [embed, layers.0-3]   # all but these
 tokens: ["<|im_start|>"]      # and of the embedding the rows of these tokens
+share_rows: true              # which learn from tokens of the same characters, too (optim/rows.py)
 plan: plan.yaml               # what the plan chose; with LoRA, its targets
 """
 
@@ -20,6 +21,7 @@ from lapis.families.patterns import covered_parts
 from lapis.families.plan_file import PlanFile
 from lapis.model.transformer import Transformer
 from lapis.text.tokenizer.tokenizer import Tokenizer
+from lapis.training.optim.rows import features_of
 from lapis.training.setup import lora
 
 
@@ -30,6 +32,7 @@ def select_parts(
     tune: Iterable[str] = (),
     freeze: Iterable[str] = (),
     tokens: Iterable[int | str] = (),
+    share_rows: bool = False,
     plan: str | Path | None = None,
     base: str | None = None,
     tokenizer: Tokenizer | None = None,
@@ -44,6 +47,7 @@ def select_parts(
         tune: Patterns of what is trained.
         freeze: Patterns of what is not.
         tokens: Rows of the embedding that are trained though the rest of it is not.
+        share_rows: Whether these learn from tokens of the same characters, too.
         plan: A file of `lapis plan`, in place of tune and tokens.
         base: Where the model comes from.
         tokenizer: For tokens given as text.
@@ -60,6 +64,8 @@ def select_parts(
         planned = PlanFile.read(plan)
         planned.check_shape(model.config)
         tune, tokens = planned.patterns, planned.tokens
+    if share_rows and (lora_config is not None or not tokens):
+        raise ConfigError("train: share_rows is of the rows that tokens names, trained without an adapter")
     if lora_config is None:
         if not (tune or freeze or tokens):
             return
@@ -69,7 +75,11 @@ def select_parts(
             )
         if not (tune or freeze):
             raise ConfigError("train: tokens names rows to train where the rest is frozen; give tune or freeze as well")
-        choose(model, tune, freeze, lora.token_ids(tokens, tokenizer))
+        ids = lora.token_ids(tokens, tokenizer)
+        choose(model, tune, freeze, ids)
+        if share_rows and tokenizer is not None:
+            for rows in lora.token_rows(model).values():
+                rows.features_NF = features_of([tokenizer.text(number) for number in ids])
         return
     if freeze or (plan is None and (tune or tokens)):
         raise ConfigError(
