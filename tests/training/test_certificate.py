@@ -13,12 +13,14 @@ from lapis.errors import TrainingError
 from lapis.model import lora
 from lapis.model.transformer import Transformer
 from lapis.text.corpus.corpus import Document
+from lapis.text.corpus.pairs import Pair
 from lapis.text.tokenizer.tokenizer import Tokenizer
 from lapis.training.certificate.certificate import CERTIFICATE, PAGE
 from lapis.training.certificate.checks import LEAST_STEPS
 from lapis.training.config import TrainConfig
 from lapis.training.loop.loop import train
 from lapis.training.loop.progress import Silent
+from lapis.training.objectives.preference.preference import DPO, KTO, ORPO, SimPO
 from lapis.training.objectives.supervised.next_token import Causal
 from lapis.training.setup.select import select_parts
 
@@ -69,6 +71,20 @@ def test_rows_of_some_tokens_come_back_over_their_base(new_model: Make, objectiv
     assert not torch.equal(model.embed.weight[ids], base[ids])
     with lora.off(model):
         assert torch.equal(model.embed.weight, base)
+
+
+@pytest.mark.parametrize("kind, sums", [(DPO, True), (SimPO, True), (ORPO, False), (KTO, False)])
+def test_a_loss_is_a_sum_over_rows_or_says_that_it_is_not(
+    kind: Any, sums: bool, new_model: Make, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    pairs = [
+        Pair([{"role": "user", "content": f"Where is {i}?"}], {"role": "assistant", "content": "Under the tree " * i},
+             {"role": "assistant", "content": "There."}, Path("p.jsonl"), i)
+        for i in range(1, 9)
+    ]  # fmt: skip
+    facts = certified(new_model, kind(tokenizer, pairs, context=64), CONFIG, tmp_path / "out")
+    check = checks(facts)["accumulated or not"]
+    assert check["holds"] if sums else "more than the sum" in check["why_not"]
 
 
 def test_what_the_certificate_states_is_so(new_model: Make, objective: Causal, tmp_path: Path) -> None:

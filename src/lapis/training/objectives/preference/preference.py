@@ -188,9 +188,11 @@ class KTO(ReferencedPolicy):
 @dataclass(eq=False, kw_only=True)
 class ORPO(ReplyPolicy):
     """Odds ratio preference optimization (arXiv:2403.07691; see orpo_loss): supervised tuning on the chosen chats, with
-    their prompts, and the odds of the replies, at once and without a reference. beta: weight of the odds."""
+    their prompts, and the odds of the replies, at once and without a reference. The chats count by the mean over the
+    tokens of a micro-batch, as in TRL. beta: weight of the odds."""
 
     name = "orpo"
+    separable = False
     per_token = True
     with_prompts = True
 
