@@ -95,9 +95,8 @@ class Muon(torch.optim.Optimizer):
         if "neuron_squares" not in state:
             state["neuron_squares"] = torch.zeros_like(squares_O1)
         state["neuron_squares"].lerp_(squares_O1, 1 - _NEURON_DECAY)
-        evened = update_OI / state["neuron_squares"].sqrt().add(1e-8)
-        size: Tensor = math.sqrt(min(update_OI.shape)) / evened.norm()
-        return evened * size
+        evened: Tensor = update_OI / state["neuron_squares"].sqrt().add(1e-8)
+        return evened.mul_(math.sqrt(min(update_OI.shape)) / evened.norm())
 
     def _buffer(self, parameter: Tensor) -> Tensor:
         state = self.state[parameter]
