@@ -33,6 +33,9 @@ BERT = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "in
 GRANITE = {"attention_multiplier": 0.125, "residual_multiplier": 0.22, "logits_scaling": 8.0,
            "embedding_multiplier": 12.0}  # fmt: skip
 
+EXPERTS = {**DECODER, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96}
+NEOX = {name: value for name, value in DECODER.items() if name != "num_key_value_heads"}
+
 # name -> class of transformers, options of its config
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", DECODER),
@@ -57,11 +60,29 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "granite": ("GraniteForCausalLM", {**DECODER, **GRANITE}),
     "granite-tied": ("GraniteForCausalLM", {**DECODER, **GRANITE, "tie_word_embeddings": True}),
     "phi3": ("Phi3ForCausalLM", DECODER),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", {**EXPERTS, "norm_topk_prob": True, "head_dim": 32}),
+    "qwen2_moe": ("Qwen2MoeForCausalLM", {**EXPERTS, "shared_expert_intermediate_size": 96}),
+    "mixtral": ("MixtralForCausalLM", {**DECODER, "num_local_experts": 4}),
+    "olmoe": (
+        "OlmoeForCausalLM",
+        {**DECODER, "num_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 4},
+    ),
+    "gemma2": ("Gemma2ForCausalLM", {**GEMMA, "num_key_value_heads": 2}),
+    "glm4": ("Glm4ForCausalLM", {**DECODER, "head_dim": 16}),
+    "cohere2": ("Cohere2ForCausalLM", {**DECODER, "num_hidden_layers": 4, "sliding_window": 8}),
+    "stablelm": ("StableLmForCausalLM", {**DECODER, "use_qkv_bias": True}),
+    "stablelm-parallel": ("StableLmForCausalLM", {**DECODER, "use_parallel_residual": True}),
+    "gpt_neox": ("GPTNeoXForCausalLM", NEOX),
+    "gpt_neox-in-turn": ("GPTNeoXForCausalLM", {**NEOX, "use_parallel_residual": False}),
+    "starcoder2": ("Starcoder2ForCausalLM", DECODER),
     "gpt2": ("GPT2LMHeadModel", GPT2),
     "gpt2-untied-inner": ("GPT2LMHeadModel", {**GPT2, "tie_word_embeddings": False, "n_inner": 96}),
     "bert": ("BertModel", BERT),
     "bert-masked": ("BertForMaskedLM", BERT),
 }
+EXPORTED_ONLY = tuple(name for name in CASES if name.split("-")[0] in (
+    "qwen3_moe", "qwen2_moe", "mixtral", "olmoe", "gemma2", "glm4", "cohere2", "stablelm", "gpt_neox", "starcoder2",
+))  # fmt: skip
 ENCODERS = ("bert", "bert-masked")
 
 

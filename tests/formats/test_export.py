@@ -12,8 +12,10 @@ from tokenizers import Regex, normalizers, pre_tokenizers
 
 import lapis
 from lapis.evaluation.text import score_text
+from lapis.families import family_of
 from lapis.formats.export import export_gguf
 from lapis.formats.gguf.header import read_gguf
+from lapis.formats.gguf.keys import layout_of
 from lapis.formats.gguf.library import dequantized
 from lapis.formats.vocabulary.patterns import SPLITTINGS
 from lapis.formats.vocabulary.probe import LINES, probe
@@ -71,6 +73,22 @@ def _check_greedy(model: Any, tokenizer: Tokenizer, ids: list[int], reply: list[
         if token != int(logits_TV[place].argmax()):
             assert logits_TV[place].max() - logits_TV[place, token] < near
             return
+
+
+def test_heads_that_share_keys_are_refused_where_llama_cpp_has_none() -> None:
+    experts = {"count": 2, "active": 1, "normalized": False}
+    config = lapis.ModelConfig.of({"family": "olmoe", "dim": 8, "layers": 1, "heads": 4, "kv_heads": 2, "ffn_dim": 8,
+                                   "vocab": 9, "context": 9, "experts": experts})  # fmt: skip
+    with pytest.raises(lapis.ConfigError, match="one for each of the 4 heads"):
+        layout_of(config, family_of(config))
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_neox"])
+def test_what_is_stacked_or_reordered_is_read_back(name: str, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    folder = make_folder(tmp_path / "model", name)
+    bits = export_gguf(folder, tmp_path / "x.gguf", type="f32", text=tmp_path / "text.txt").bits_per_byte
+    assert bits is not None and bits["before"] == pytest.approx(bits["after"], abs=1e-9)
 
 
 @pytest.mark.parametrize("name", ENCODERS)
@@ -195,8 +213,10 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "family": ("vit", {}, "vit has no GGUF file here; known: llama"),
     "activation": ("llama", {"hidden_act": "gelu"}, "llama.cpp computes llama with swiglu only"),
     "rope": ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "kind dynamic"),
-    "window": ("gemma3", {"layer_types": ["full_attention"] * 7}, "five layers of six"),
+    "window": ("gemma3", {"layer_types": ["full_attention"] * 7}, "5 layers of 6"),
     "nope": ("smollm3", {"no_rope_layers": [0, 1, 1, 1, 1]}, "each 4th layer of smollm3 without"),
+    "moe weights": ("qwen3_moe", {"norm_topk_prob": False}, "weights of experts that sum to 1"),
+    "uncapped": ("gemma2", {"final_logit_softcapping": None}, "logit_cap is 0"),
     "scale": ("gemma3", {"query_pre_attn_scalar": 24}, "query_scalar is 24.0"),
 }
 

@@ -18,7 +18,7 @@ from lapis.model.load import load
 from lapis.text.tokenizer.tokenizer import Tokenizer
 
 from .llama_cpp import LlamaCpp, need_llama_cpp
-from .models import CASES, ENCODERS, make_folder, sentence_piece
+from .models import CASES, ENCODERS, EXPORTED_ONLY, make_folder, sentence_piece
 
 TEXT = "Selamat pagi! The quick brown fox, 2024. Привіт, 你好。"
 
@@ -31,7 +31,14 @@ def real_files() -> Path:
     return place
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", EXPORTED_ONLY)
+def test_what_is_exported_only_is_named(name: str, tmp_path: Path) -> None:
+    export_gguf(make_folder(tmp_path / "model", name), tmp_path / "x.gguf", type="f32")
+    with pytest.raises(lapis.CheckpointError, match=r"lapis imports|exports and does not import"):
+        import_gguf(tmp_path / "x.gguf", tmp_path / "back")
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name not in EXPORTED_ONLY])
 def test_an_exported_model_comes_back(name: str, tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "model", name)
     export_gguf(folder, tmp_path / "x.gguf", type="f32")

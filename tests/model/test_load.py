@@ -88,6 +88,14 @@ def test_fault_17_quantized_weights_are_refused(make_folder: Make) -> None:
     assert refusal(folder) == f"{Q0} is I8: such weights cannot be run here; convert them to bfloat16"
 
 
+@pytest.mark.parametrize("value", [{"quant_method": "gptq", "bits": 4}, {"load_in_4bit": True}, "fp4"])
+def test_a_quantization_that_is_not_known_is_refused(make_folder: Make, value: Any) -> None:
+    folder = make_folder()
+    folder.set(quantization_config=value)
+    assert "quantization_config is" in refusal(folder) and "give the unquantized model" in refusal(folder)
+    assert plan_load(open_checkpoint(folder.path), to_run=False).config.layers
+
+
 def test_fault_16_float8_weights_are_counted_and_not_run(make_folder: Make) -> None:
     folder = make_folder()
     tensors = {n: t.to(torch.float8_e4m3fn) if t.dim() == 2 else t for n, t in folder.tensors.items()}

@@ -9,6 +9,7 @@ from typing import Any
 from lapis.errors import CheckpointError, ConfigError
 from lapis.families.config import ModelConfig
 from lapis.families.fields import Fields
+from lapis.families.gguf import ROTARY, Gguf
 from lapis.families.llama import (
     RULES,
     llama_like,
@@ -78,6 +79,10 @@ FAMILY = llama_like(
     reader=read_config,
     writer=write_config,
     block="cohere",
+    gguf={"cohere2": Gguf(
+        "cohere2", windows=PATTERN, nope_every=PATTERN, imported=False, numbers={"logit_factor": "logit_scale"},
+        computes={**ROTARY, "norm": ("layer",), "mlp": ("swiglu",), "bias": ("none",), "tied": (True,)},
+    )},
     defaults={"cohere2": {"norm": "layer", "norm_bias": False, "norm_eps": 1e-5, "parallel": "shared", "tied": True,
                           "logit_divisor": 16.0, "rope": {"theta": 5e4, "neighbors": True}}},
     presets={

@@ -9,6 +9,7 @@ from lapis.errors import CheckpointError, ConfigError
 from lapis.families.base import rules
 from lapis.families.config import ModelConfig
 from lapis.families.fields import Fields
+from lapis.families.gguf import ROTARY, Gguf
 from lapis.families.llama import (
     BLOCK,
     RULES,
@@ -96,6 +97,16 @@ FAMILY = llama_like(
     reader=read_config,
     writer=write_config,
     block="gemma3",
+    gguf={
+        "gemma2": Gguf(
+            "gemma2",
+            norm_offset=1.0,
+            windows=EACH,
+            imported=False,
+            numbers=CAPS,
+            computes={**ROTARY, "mlp": ("geglu_tanh",), "bias": ("none",), "query_scalar": (0.0,), "tied": (True,)},
+        )
+    },
     defaults={"gemma2": {"mlp": "geglu_tanh", "tied": True, "attention_cap": 50.0, "logit_cap": 30.0}},
     presets={
         "gemma-2-2b": _preset(2304, 26, 8, 4, 9216),

@@ -142,7 +142,7 @@ FAMILY = Family(
     defaults={"gemma3_text": {"qk_norm": True, "mlp": "geglu_tanh", "tied": True, "rope": {"theta": 1e6},
                               "window_rope": {"theta": 1e4}}},
     gguf={"gemma3_text": Gguf(
-        "gemma3", norm_offset=1.0, windows="sixth",
+        "gemma3", norm_offset=1.0, windows=6, near_theta=1e4,
         computes={**ROTARY, "mlp": ("geglu_tanh",), "bias": ("none",), "query_scalar": (0.0,)},
     )},
     presets={"gemma-3-270m": _preset(640, 18, 4, 2048), "gemma-3-1b": _preset(1152, 26, 4, 6912)},

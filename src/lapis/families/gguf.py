@@ -5,7 +5,8 @@ One entry for each model_type, in the family's own file. Keys and tensors that a
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from operator import attrgetter
+from typing import Any
 
 from lapis.errors import ConfigError
 from lapis.families.config import ModelConfig
@@ -20,21 +21,31 @@ class Gguf:
         permuted: Rows of q and k lie so that the two numbers that rotary positions turn together are neighbors, as in
             Meta's own files; elsewhere they lie half a head apart.
         norm_offset: Added to the weights of norms. Folders of Gemma keep them around 0, and add 1 when they run.
-        windows: Which windows llama.cpp keeps to: none, or those of every layer but each sixth.
+        windows: Each such layer sees everything, and the others have a window; 0 = llama.cpp knows no windows.
+        near_theta: Rotary base of layers with a window, where it is another one and no key says it.
         computes: Field of ModelConfig -> the values that llama.cpp computes with; others are refused.
         inner: Heads that stay behind: the file holds the encoder alone.
         numbers: Field of ModelConfig -> the key that has its number.
         nope_every: Each layer with such a number turns nothing, which llama.cpp takes for granted; 0 = none.
+        normalized: Of a mixture of experts: whether llama.cpp makes the weights of those chosen sum to 1.
+        grouped: llama.cpp lets heads of queries share keys and values.
+        says_parallel: A key says whether both halves of a block read the stream side by side.
+        imported: Whether such a file is read, too.
     """
 
     arch: str
     permuted: bool = False
     norm_offset: float = 0.0
-    windows: Literal["none", "sixth"] = "none"
+    windows: int = 0
+    near_theta: float = 0.0
     computes: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     inner: tuple[str, ...] = ()
     numbers: Mapping[str, str] = field(default_factory=dict)
     nope_every: int = 0
+    normalized: bool = True
+    grouped: bool = True
+    says_parallel: bool = False
+    imported: bool = True
 
     def nope_layers(self, layers: int) -> tuple[int, ...]:
         """The layers that llama.cpp does not turn."""
@@ -43,13 +54,27 @@ class Gguf:
     def check(self, config: ModelConfig) -> None:
         """Raises ConfigError where llama.cpp would compute something else than the model."""
         for name, values in self.computes.items():
-            value = getattr(config, name)
+            value = attrgetter(name)(config)
             if value not in values:
                 known = " or ".join(map(str, values))
                 raise ConfigError(
                     f"{name} is {value!r}, and llama.cpp computes {config.family} with {known} only; such a model has "
                     "no GGUF file"
                 )
+        empty = next((name for name in self.numbers if name.endswith("_cap") and not getattr(config, name)), None)
+        if empty:
+            raise ConfigError(f"{empty} is 0, and llama.cpp computes {config.family} with a cap only; such a model has "
+                              "no GGUF file")  # fmt: skip
+        if config.experts is not None and config.experts.normalized != self.normalized:
+            how = "sum to 1" if self.normalized else "do not sum to 1"
+            raise ConfigError(
+                f"llama.cpp computes {config.family} with weights of experts that {how}; this model has no GGUF file"
+            )
+        if not self.grouped and config.kv_heads != config.heads:
+            raise ConfigError(
+                f"kv_heads is {config.kv_heads}, and llama.cpp computes {config.family} with one for each of the "
+                f"{config.heads} heads only; such a model has no GGUF file"
+            )
         if config.nope_layers != self.nope_layers(config.layers):
             raise ConfigError(
                 f"llama.cpp leaves each {self.nope_every}th layer of {config.family} without rotary positions; this "
@@ -57,5 +82,6 @@ class Gguf:
             )
 
 
+HALVES = {"rope.neighbors": (False,), "rope.share": (1.0,)}  # all of a head turns, in pairs half a head apart
 ROTARY = {"norm": ("rms",), "norm_place": ("pre",), "causal": (True,), "head": ("lm",), "positions": ("rotary",)}
 LEARNED = {"norm": ("layer",), "positions": ("learned",), "bias": ("all",)}

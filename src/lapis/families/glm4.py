@@ -8,6 +8,7 @@ from typing import Any
 from lapis.families.base import Rule, rules
 from lapis.families.config import ModelConfig
 from lapis.families.fields import Fields
+from lapis.families.gguf import ROTARY, Gguf
 from lapis.families.llama import BLOCK, RULES, llama_like, preset, read_decoder, write_decoder
 from lapis.families.rotary import read_rope, write_share
 from lapis.families.shapes import STACK
@@ -44,6 +45,7 @@ FAMILY = llama_like(
     reader=read_config,
     writer=write_config,
     block="glm4",
+    gguf={"glm4": Gguf("glm4", computes={**ROTARY, "mlp": ("swiglu",), "rope.neighbors": (True,)}, imported=False)},
     defaults={"glm4": {"bias": "qkv", "rope": {"share": SHARE, "neighbors": True}}},
     presets={
         "glm-4-9b-0414": preset("glm4", 4096, 40, 32, 2, 13696, 151552, 32768, eps=1e-5, head_dim=128,

@@ -9,6 +9,7 @@ from lapis.errors import ConfigError
 from lapis.families.base import Rule, refuse_shape, rules
 from lapis.families.config import ModelConfig, complete
 from lapis.families.fields import Fields
+from lapis.families.gguf import ROTARY, Gguf
 from lapis.families.gpt2 import ACTIVATION_NAMES, ACTIVATIONS, QKV
 from lapis.families.llama import BLOCK, HEAD_NAMES, llama_like, read_decoder
 from lapis.families.rotary import read_rope, write_rope, write_share
@@ -99,6 +100,10 @@ FAMILY = llama_like(
     writer=write_config,
     prefix="gpt_neox.",
     head_module="lm_head",
+    gguf={"gpt_neox": Gguf(
+        "gptneox", computes={**ROTARY, "norm": ("layer",), "mlp": ("gelu", "gelu_tanh"), "bias": ("all",)},
+        says_parallel=True, imported=False,
+    )},
     spellings=((r"^lm_head\.", "embed_out."),),
     ignored=(r"attention\.(?:bias|masked_bias|rotary_emb\.inv_freq)$",),
     defaults={"gpt_neox": {"norm": "layer", "norm_eps": 1e-5, "mlp": "gelu", "bias": "all", "parallel": "own",

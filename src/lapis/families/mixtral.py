@@ -5,6 +5,7 @@ from typing import Any
 from lapis.families.config import ModelConfig
 from lapis.families.experts import expert_rules, read_experts, write_experts
 from lapis.families.fields import Fields
+from lapis.families.gguf import ROTARY, Gguf
 from lapis.families.llama import llama_like, preset, read_decoder, write_decoder
 
 
@@ -40,6 +41,7 @@ FAMILY = llama_like(
     reader=read_config,
     writer=write_config,
     block="experts",
+    gguf={"mixtral": Gguf("llama", permuted=True, computes={**ROTARY, "mlp": ("swiglu",)}, imported=False)},
     defaults={"mixtral": {"rope": {"theta": 1e6}}},
     presets={
         "mixtral-8x7b": _preset(4096, 32, 32, 14336, 32000, 32768, 0.02),

@@ -6,6 +6,7 @@ from lapis.errors import CheckpointError
 from lapis.families.config import ModelConfig
 from lapis.families.experts import MLPS, expert_rules, read_experts, write_experts
 from lapis.families.fields import Fields
+from lapis.families.gguf import ROTARY, Gguf
 from lapis.families.llama import llama_like, preset, read_biases, read_decoder, write_biases, write_decoder
 
 NORMED = {"qk_norm": True, "qk_norm_over": "all"}
@@ -39,6 +40,10 @@ FAMILY = llama_like(
     reader=read_config,
     writer=write_config,
     block="experts",
+    gguf={"olmoe": Gguf(
+        "olmoe", computes={**ROTARY, "mlp": ("swiglu",), "bias": ("none",)}, normalized=False, grouped=False,
+        imported=False,
+    )},
     defaults={"olmoe": NORMED},
     presets={
         "olmoe-1b-7b": preset("olmoe", 2048, 16, 16, 16, 1024, 50304, 4096, num_experts=64, num_experts_per_tok=8,

@@ -9,6 +9,7 @@ from lapis.families.base import rules
 from lapis.families.config import ModelConfig
 from lapis.families.experts import MLPS, expert_rules, read_experts, write_experts
 from lapis.families.fields import Fields
+from lapis.families.gguf import ROTARY, Gguf
 from lapis.families.llama import (
     BLOCK,
     llama_like,
@@ -88,6 +89,10 @@ FAMILY = llama_like(
     reader=read_config,
     writer=write_config,
     block="experts",
+    gguf={
+        "qwen2_moe": Gguf("qwen2moe", computes={**ROTARY, "mlp": ("swiglu",)}, normalized=False, imported=False),
+        "qwen3_moe": Gguf("qwen3moe", computes={**ROTARY, "mlp": ("swiglu",), "bias": ("none",)}, imported=False),
+    },
     defaults={"qwen2_moe": {"bias": "qkv"}, "qwen3_moe": {"qk_norm": True}},
     presets={
         "qwen3-30b-a3b": _preset(2048, 48, 32, 768),

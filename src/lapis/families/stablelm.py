@@ -9,6 +9,7 @@ from lapis.errors import ConfigError
 from lapis.families.base import rules
 from lapis.families.config import ModelConfig
 from lapis.families.fields import Fields
+from lapis.families.gguf import ROTARY, Gguf
 from lapis.families.llama import BLOCK, RULES, llama_like, preset, read_decoder, write_decoder
 from lapis.families.rotary import read_rope, write_share
 
@@ -55,6 +56,9 @@ FAMILY = llama_like(
     rules=tuple(r for r in RULES if r.component not in OTHER and not ("mlp" in r.disk and r.kind == "bias")) + OWN,
     reader=read_config,
     writer=write_config,
+    gguf={"stablelm": Gguf(
+        "stablelm", computes={**ROTARY, "norm": ("layer",), "mlp": ("swiglu",)}, says_parallel=True, imported=False,
+    )},
     defaults={"stablelm": {"norm": "layer", "norm_eps": 1e-5, "rope": {"share": SHARE}}},
     presets={
         "stablelm-2-1.6b": {

@@ -5,6 +5,7 @@ from typing import Any
 from lapis.families.base import rules
 from lapis.families.config import ModelConfig
 from lapis.families.fields import Fields
+from lapis.families.gguf import ROTARY, Gguf
 from lapis.families.llama import BLOCK, RULES, llama_like, preset, read_decoder, write_decoder
 
 ACTIVATION_NAMES = {"gelu_tanh": "gelu_pytorch_tanh", "gelu": "gelu", "relu": "relu", "silu": "silu"}
@@ -49,6 +50,9 @@ FAMILY = llama_like(
     rules=tuple(rule for rule in RULES if rule.component not in OTHER) + OWN,
     reader=read_config,
     writer=write_config,
+    gguf={"starcoder2": Gguf(
+        "starcoder2", computes={**ROTARY, "norm": ("layer",), "mlp": ("gelu_tanh",), "bias": ("all",)}, imported=False,
+    )},
     defaults={"starcoder2": {"norm": "layer", "norm_eps": 1e-5, "mlp": "gelu_tanh", "bias": "all", "tied": True}},
     presets={
         "starcoder2-3b": {

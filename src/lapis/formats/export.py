@@ -39,7 +39,7 @@ FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_
               "q5_1": "MOSTLY_Q5_1", "q4_0": "MOSTLY_Q4_0", "tq2_0": "MOSTLY_TQ2_0"}  # fmt: skip
 BLOCKS = {name: (block, width) for name, block, width in TENSOR_TYPES.values()}
 VOCABULARY = ("embed", "head")  # matrices with a row for each token, on which few bits show most
-WHOLE = ("embed.position", "embed.types")  # added to others, and kept whole
+WHOLE = ("embed.position", "embed.types", "mlp.router", "mlp.shared_gate")  # added to others, or few; kept whole
 HALF_MOST = 65504.0  # the largest float16
 
 
@@ -146,7 +146,7 @@ def export_gguf(
         if factors is not None:
             writer.add_tensor_info(ROPE_FACTORS, factors.shape, factors.dtype, factors.nbytes)
         _write(writer, temporary, placed, kinds, factors,
-               lambda tensor: _packed(checkpoint, spelled[tensor.name], tensor, kinds[tensor.file_name]),
+               lambda tensor: _packed(checkpoint, [spelled[n] for n in tensor.names], tensor, kinds[tensor.file_name]),
                lambda done: progress(done, total, "writing") if progress else None)  # fmt: skip
         file = read_gguf(temporary)
         proof = prove(encode, FileTokenizer(read_file_vocabulary(file.fields)), tokenizer.source)
@@ -277,10 +277,11 @@ def _write(
             file.write(bytes(-factors.nbytes % writer.data_alignment))
 
 
-def _packed(checkpoint: Checkpoint, name: str, tensor: PlacedTensor, kind: str) -> Iterator[Array]:
+def _packed(checkpoint: Checkpoint, names: list[str], tensor: PlacedTensor, kind: str) -> Iterator[Array]:
     """A tensor's rows as the file holds them, piece by piece."""
     for first, last in tensor.pieces():
-        values = rows_of_folder(checkpoint, name, tensor, first, last)
+        values = rows_of_folder(checkpoint, names, tensor, first, last)
+        name = names[first * len(names) // tensor.rows]
         largest = float(max(values.max(), -values.min()))
         if not math.isfinite(largest):
             raise CheckpointError(f"{checkpoint.source}: {name} holds NaN or Inf; look at how the model was trained")

@@ -8,7 +8,7 @@ import torch
 from lapis.checkpoint import Checkpoint
 from lapis.errors import ConfigError
 from lapis.evaluation.text import score_text
-from lapis.families import ModelConfig
+from lapis.families import Family, ModelConfig
 from lapis.formats.gguf.header import GgufFile, read_gguf
 from lapis.formats.gguf.tensors import PlacedTensor, rows_of_file
 from lapis.model.load import load
@@ -65,12 +65,14 @@ def _take_weights(model: Transformer, checkpoint: Checkpoint, file: GgufFile, pl
     for tensor in placed:
         rows = [torch.from_numpy(rows_of_file(file, tensor, first, last).copy()) for first, last in tensor.pieces()]
         whole = torch.cat(rows).view(tensor.shape)
-        match = family.match(tensor.name)
-        assert match is not None
-        rule, layer = match
-        targets = [model.get_parameter(name.replace("{layer}", str(layer))) for name in rule.names]
-        on_disk = whole.t() if tensor.transposed else whole
-        for target, piece in zip(
-            targets, rule.transform.apply(on_disk, [tuple(t.shape) for t in targets]), strict=True
-        ):
-            target.copy_(piece)
+        for name, part in zip(tensor.names, whole if len(tensor.names) > 1 else [whole], strict=True):
+            _take(model, family, name, part.t() if tensor.transposed else part)
+
+
+def _take(model: Transformer, family: Family, name: str, on_disk: torch.Tensor) -> None:
+    match = family.match(name)
+    assert match is not None
+    rule, layer = match
+    targets = [model.get_parameter(name.replace("{layer}", str(layer))) for name in rule.names]
+    for target, piece in zip(targets, rule.transform.apply(on_disk, [tuple(t.shape) for t in targets]), strict=True):
+        target.copy_(piece)

@@ -14,6 +14,7 @@ from lapis.errors import CheckpointError, ConfigError
 from lapis.families import Family, Rule, Shape, family_of, known_types, part_of
 from lapis.families.base import experts_of, layers_of
 from lapis.families.config import CLASS_FIELDS, Head, ModelConfig
+from lapis.parsing import quoted
 
 DiskTensors = dict[str, tuple[str, Rule, int | None]]  # canonical name on disk -> as it is spelled, its rule, its layer
 
@@ -120,6 +121,9 @@ def plan_load(checkpoint: Checkpoint, *, head: Head | None = None, classes: int 
     if quantized:
         others = f" and {len(quantized) - 1} more are quantized" if len(quantized) > 1 else ""
         problems.insert(0, f"{quantized[0]}{others}: such weights cannot be run here; convert them to bfloat16")
+    elif to_run and (method := _quantization(checkpoint)):
+        problems.insert(0, f"config.json: quantization_config is {method}; lapis runs 16-bit weights and wider: give "
+                           "the unquantized model, or take the field out where the tensors are it")  # fmt: skip
     if problems:
         more = f" ... and {len(problems) - MOST_LISTED} more" if len(problems) > MOST_LISTED else ""
         raise CheckpointError(f"{checkpoint.source}: {'; '.join(problems[:MOST_LISTED])}{more}")
@@ -128,6 +132,13 @@ def plan_load(checkpoint: Checkpoint, *, head: Head | None = None, classes: int 
     if fresh:
         notes.append(f"a new head ({config.head}) was drawn at random: {', '.join(fresh)}")
     return Plan(config, tuple(steps), fresh, dtype_of(checkpoint, (name for name, _, _ in steps)), tuple(notes))
+
+
+def _quantization(checkpoint: Checkpoint) -> str:
+    """How config.json says that weights are quantized, where nothing here takes it back; empty where it does not."""
+    settings = checkpoint.config.get("quantization_config")
+    method = settings.get("quant_method") if isinstance(settings, Mapping) else settings
+    return "" if settings is None or method == "mxfp4" else quoted(method)
 
 
 def disk_layout(config: ModelConfig, names: Mapping[str, object]) -> dict[str, tuple[tuple[str, ...], Rule]]:

@@ -19,8 +19,6 @@ from lapis.formats.gguf.header import GgufFile
 from lapis.formats.gguf.library import Array
 from lapis.formats.gguf.tensors import ROPE_FACTORS
 
-NEAR_THETA = 10_000.0  # of layers with a window, which llama.cpp knows without a key
-SIXTH = 6
 MEAN_POOLING, CLS_POOLING = 1, 2
 
 
@@ -47,16 +45,23 @@ def write_keys(config: ModelConfig, layout: Gguf, notes: list[str]) -> dict[str,
     }  # fmt: skip
     if config.positions == "rotary":
         keys |= {"attention.key_length": config.head_dim, "attention.value_length": config.head_dim,
-                 "rope.dimension_count": config.head_dim, "rope.freq_base": float(config.rope.theta),
+                 "rope.dimension_count": config.rope.width(config.head_dim), "rope.freq_base": float(config.rope.theta),
                  **_rope_keys(config.rope)}  # fmt: skip
+    if config.experts is not None:
+        keys |= {"expert_count": config.experts.count, "expert_used_count": config.experts.active,
+                 "expert_feed_forward_length": config.ffn_dim}  # fmt: skip
+        if config.experts.shared_dim:
+            keys["expert_shared_feed_forward_length"] = config.experts.shared_dim
+    if layout.says_parallel:
+        keys["use_parallel_residual"] = config.parallel != "none"
     keys |= {key: float(_number(config, name)) for name, key in layout.numbers.items()}
     if not config.causal:
         keys |= {"attention.causal": False, "pooling_type": MEAN_POOLING}
         notes.append(
             "its embedding of a text is the mean of its last layer (pooling_type 1); --pooling cls is llama.cpp's"
         )
-    if layout.windows == "sixth":
-        _check_sixth(config)
+    if layout.windows:
+        _check_windows(config, layout)
         keys["attention.sliding_window"] = config.window
     elif config.window is not None and config.window < config.context:
         keys["context_length"] = config.window
@@ -69,6 +74,8 @@ def write_keys(config: ModelConfig, layout: Gguf, notes: list[str]) -> dict[str,
 
 def _number(config: ModelConfig, name: str) -> float:
     """A field as the file says it: the scale of scores, not what its root divides by."""
+    if name == "logit_factor":
+        return 1 / config.logit_divisor
     return config.attention_scale if name == "query_scalar" else float(getattr(config, name))
 
 
@@ -77,19 +84,25 @@ def _field(name: str, number: float) -> float:
     return float(f"{number**-2:.6g}") if name == "query_scalar" else number
 
 
-def _check_sixth(config: ModelConfig) -> None:
-    """Windows in all layers but each sixth, with a rotary base of 10,000: what llama.cpp takes for granted."""
-    windowed = [config.windowed(i) for i in range(config.layers)]
-    if config.window is None or windowed != [bool((i + 1) % SIXTH) for i in range(config.layers)]:
+def _check_windows(config: ModelConfig, layout: Gguf) -> None:
+    """Windows in all layers but each sixth, say, with a rotary base of their own: what llama.cpp takes for granted."""
+    windowed, each = [config.windowed(i) for i in range(config.layers)], layout.windows
+    if config.window is None or windowed != _windowed(config.layers, each):
         raise ConfigError(
-            f"llama.cpp gives {config.family} a window in five layers of six, in order; this model has no GGUF file"
+            f"llama.cpp gives {config.family} a window in {each - 1} layers of {each}, in order; this model has no "
+            "GGUF file"
         )
     near = config.window_rope or config.rope
-    if near != Rope(theta=NEAR_THETA):
+    if layout.near_theta and near != Rope(theta=layout.near_theta):
         raise ConfigError(
             f"layers with a window turn by {near.kind} rotary positions of base {near.theta:g}; llama.cpp knows only "
-            f"{NEAR_THETA:g} there"
+            f"{layout.near_theta:g} there"
         )
+
+
+def _windowed(layers: int, each: int) -> list[bool]:
+    """For each layer whether it has a window, where each such one has none."""
+    return [bool((i + 1) % each) for i in range(layers)]
 
 
 def _rope_keys(rope: Rope) -> dict[str, Any]:
@@ -159,7 +172,7 @@ def read_shape(file: GgufFile) -> tuple[ModelConfig, Family, Gguf]:
     """
     arch = file.fields.get("general.architecture")
     known = {layout.arch: (kind, family, layout) for family in reversed(FAMILIES)
-             for kind, layout in reversed(list(family.gguf.items()))}  # fmt: skip
+             for kind, layout in reversed(list(family.gguf.items())) if layout.imported}  # fmt: skip
     if arch not in known:
         raise CheckpointError(
             f"{file.path}: general.architecture is {arch!r:.40}; lapis imports {', '.join(sorted(known))}"
@@ -171,7 +184,7 @@ def read_shape(file: GgufFile) -> tuple[ModelConfig, Family, Gguf]:
     if embedding is None or len(embedding.shape) != 2:
         raise CheckpointError(f"{file.path}: holds no token_embd.weight; it is no language model")
     if keys.value("expert_count"):
-        raise CheckpointError(f"{file.path}: holds a mixture of experts, which lapis does not run")
+        raise CheckpointError(f"{file.path}: holds a mixture of experts, which lapis exports and does not import")
     dim, heads, layers = (keys.whole(n) for n in ("embedding_length", "attention.head_count", "block_count"))
     if layers > len(file.tensors):
         raise CheckpointError(f"{file.path}: claims {layers:,} blocks, and holds {len(file.tensors):,} tensors")
@@ -197,12 +210,12 @@ def read_shape(file: GgufFile) -> tuple[ModelConfig, Family, Gguf]:
         fields["context"] = position.shape[0]
     if (types := file.tensors.get("token_types.weight")) is not None:
         fields["types"] = types.shape[0]
-    if layout.windows == "sixth":
-        fields |= {"window": keys.whole("attention.sliding_window"), "window_rope": {"theta": NEAR_THETA},
-                   "window_layers": tuple(i for i in range(layers) if (i + 1) % SIXTH)}  # fmt: skip
-        pattern = keys.value("attention.sliding_window_pattern")
-        if pattern not in (None, SIXTH, [bool((i + 1) % SIXTH) for i in range(layers)]):
-            raise CheckpointError(f"{file.path}: {arch}.attention.sliding_window_pattern is not one layer of six")
+    if each := layout.windows:
+        windowed = _windowed(layers, each)
+        fields |= {"window": keys.whole("attention.sliding_window"), "window_rope": {"theta": layout.near_theta},
+                   "window_layers": tuple(i for i in range(layers) if windowed[i])}  # fmt: skip
+        if keys.value("attention.sliding_window_pattern") not in (None, each, windowed):
+            raise CheckpointError(f"{file.path}: {arch}.attention.sliding_window_pattern is not one layer of {each}")
     elif arch == "llama" and (window := keys.value("attention.sliding_window")):
         fields |= {"family": "mistral", "window": window}
     try:

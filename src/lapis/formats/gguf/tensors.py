@@ -2,11 +2,11 @@
 
 The names are the gguf library's table. The numbers differ in four ways, each undone when a file is read: rows of q and
 k of Llama (families/gguf.py, `permuted`); matrices of GPT-2, which folders hold transposed; norms of Gemma, which
-folders keep around 0; and vectors, which are float32 whatever the file's type is. Rows come in pieces of whole heads,
-so that no matrix is held twice.
+folders keep around 0; and vectors, which are float32 whatever the file's type is. What each expert has is stacked. Rows
+come in pieces of whole heads, so that no matrix is held twice.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -28,22 +28,29 @@ class PlacedTensor:
     """One tensor in both places.
 
     Attributes:
-        name: On disk, as transformers writes it.
+        names: On disk, as transformers writes them; several where the file stacks what each expert has.
         file_name: In the GGUF file.
         shape: In the file, rows first.
         heads: For q and k whose rows are reordered within each head: how many heads; else 0.
         transposed: The folder has its inputs first.
         offset: Added in the file.
+        by_head: For a matrix that holds q, k and v of one head after those of another: how many heads. The file has all
+            of q first.
         component: Of the family's table.
     """
 
-    name: str
+    names: tuple[str, ...]
     file_name: str
     shape: tuple[int, ...]
     heads: int
     transposed: bool
     offset: float
     component: str
+    by_head: int = 0
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
 
     @property
     def columns(self) -> int:
@@ -56,9 +63,11 @@ class PlacedTensor:
     def pieces(self) -> Iterator[tuple[int, int]]:
         """[first, last) of rows that are worked on together: whole heads, or as many as PIECE holds."""
         unit = self.rows // self.heads if self.heads and len(self.shape) > 1 else 1
-        step = self.rows if self.transposed else max(1, PIECE // (self.columns * unit)) * unit
-        for first in range(0, self.rows, step):
-            yield first, min(first + step, self.rows)
+        whole = self.rows // len(self.names)  # a piece is of one expert
+        step = self.rows if self.transposed or self.by_head else max(1, PIECE // (self.columns * unit)) * unit
+        for start in range(0, self.rows, whole):
+            for first in range(start, start + whole, step):
+                yield first, min(first + step, start + whole)
 
 
 def place_tensors(family: Family, layout: Gguf, config: ModelConfig) -> list[PlacedTensor]:
@@ -66,22 +75,30 @@ def place_tensors(family: Family, layout: Gguf, config: ModelConfig) -> list[Pla
     library = gguf_library()
     arch = next(arch for arch, name in library.MODEL_ARCH_NAMES.items() if name == layout.arch)
     names = library.get_tensor_name_map(arch, config.layers)
-    placed = []
+    placed: list[PlacedTensor] = []
+    experts: dict[str, list[str]] = {}
     for name, shape in family.required(config).items():
         matched = family.match(name)
         assert matched is not None
         rule = matched[0]
-        file_name = names.get_name(name, try_suffixes=(".weight", ".bias")) or names.get_name(
-            name.removeprefix(family.prefix), try_suffixes=(".weight", ".bias")
+        common = name if rule.expert is None else name.replace(f".experts.{rule.expert}.", ".experts.")
+        file_name = names.get_name(common, try_suffixes=(".weight", ".bias")) or names.get_name(
+            common.removeprefix(family.prefix), try_suffixes=(".weight", ".bias")
         )
         if file_name is None:
             raise CheckpointError(f"{name} has no place in a GGUF file of {layout.arch}")
+        if rule.expert is not None:
+            experts.setdefault(file_name, []).append(name)
+            if rule.expert + 1 < (config.experts.count if config.experts else 0):
+                continue
+            shape = (rule.expert + 1, *shape)
         heads = {"attn.q": config.heads, "attn.k": config.kv_heads}.get(rule.component, 0) if layout.permuted else 0
         flipped = rule.transform.transposed and len(shape) == 2
         placed.append(
             PlacedTensor(
-                name, file_name, shape[::-1] if flipped else shape, heads, flipped,
+                tuple(experts.get(file_name, [name])), file_name, shape[::-1] if flipped else shape, heads, flipped,
                 layout.norm_offset if _is_norm(rule) else 0.0, rule.component,
+                config.heads if rule.transform.by_head else 0,
             )
         )  # fmt: skip
     return placed
@@ -91,8 +108,14 @@ def _is_norm(rule: Rule) -> bool:
     return rule.kind == "weight" and ("norm" in rule.component)
 
 
-def rows_of_folder(checkpoint: Checkpoint, name: str, placed: PlacedTensor, first: int, last: int) -> Array:
-    """Rows [first, last) as the file has them, float32 [rows, columns]. name: as the folder spells the tensor."""
+def rows_of_folder(checkpoint: Checkpoint, names: Sequence[str], placed: PlacedTensor, first: int, last: int) -> Array:
+    """Rows [first, last) as the file has them, float32 [rows, columns]. names: as the folder spells the tensors."""
+    expert, first = divmod(first, placed.rows // len(names))
+    name, last = names[expert], last - expert * (placed.rows // len(names))
+    if placed.by_head:
+        values = checkpoint.read(name).float().numpy()
+        swapped = values.reshape(placed.by_head, 3, -1).swapaxes(0, 1)
+        return np.ascontiguousarray(swapped).reshape(placed.rows, placed.columns)
     if placed.transposed:
         return np.ascontiguousarray(checkpoint.read(name).float().numpy().T[first:last])
     width = placed.columns
@@ -113,6 +136,8 @@ def rows_of_file(file: GgufFile, placed: PlacedTensor, first: int, last: int) ->
         return _halved(values.reshape(-1, 1), placed.heads).reshape(1, -1)
     if placed.heads:
         values = _halved(values, placed.heads * (last - first) // placed.rows)
+    if placed.by_head:
+        values = values.reshape(3, placed.by_head, -1).swapaxes(0, 1).reshape(values.shape)
     return values - np.float32(placed.offset) if placed.offset else values
 
 
