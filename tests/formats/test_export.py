@@ -75,7 +75,7 @@ def _check_greedy(model: Any, tokenizer: Tokenizer, ids: list[int], reply: list[
             return
 
 
-def test_heads_that_share_keys_are_refused_where_llama_cpp_has_none() -> None:
+def test_heads_that_share_keys_are_refused_for_olmoe() -> None:
     experts = {"count": 2, "active": 1, "normalized": False}
     config = lapis.ModelConfig.of({"family": "olmoe", "dim": 8, "layers": 1, "heads": 4, "kv_heads": 2, "ffn_dim": 8,
                                    "vocab": 9, "context": 9, "experts": experts})  # fmt: skip

@@ -121,6 +121,33 @@ def test_adapters_of_experts_are_stacked_by_peft(family: str, targets: tuple[str
     torch.testing.assert_close(load(tmp_path / "fused")(IDS), model(IDS), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("targets", [("experts",), ("layers.1.mlp.experts",)], ids=str)
+@pytest.mark.parametrize("family", MIXTURES)
+def test_rslora_of_stacked_experts_is_scaled_twice(family: str, targets: tuple[str, ...], tmp_path: Path) -> None:
+    """PEFT doubles rank and alpha where it stacks gate and up: 2 alpha / sqrt(2 rank), which is sqrt(2) too much."""
+    torch.manual_seed(4)
+    model = Transformer(MIXTURES[family]).eval()
+    save(model, tmp_path / "base")
+    wrap(model, LoraConfig(rank=3, alpha=5.0, rslora=True, targets=targets), str(tmp_path / "base"))
+    disturb(model)
+    write_adapter(model, tmp_path / "adapter")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = shape_of(family).from_pretrained(
+            tmp_path / "base", dtype=torch.float64, experts_implementation="eager"
+        )
+        theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter", autocast_adapter_dtype=False).double()
+    stacked = [m for m in theirs.modules() if getattr(m, "parameter_name", "") == "gate_up_proj"]
+    assert stacked
+    for module in stacked:
+        assert module.r["default"] == 6 and module.scaling["default"] == pytest.approx(2**0.5 * 5 / 3**0.5)
+    ours = model.double()(IDS)
+    assert (logits(theirs) - ours).abs().max() > 1e-3
+    for module in stacked:
+        module.scaling["default"] /= 2**0.5
+    torch.testing.assert_close(ours, logits(theirs), rtol=0, atol=1e-6)  # routers stay in float32
+
+
 @pytest.mark.parametrize("kind", ["lora", "dora", "patterns", "tokens"])
 @pytest.mark.parametrize("family", SHAPES)
 def test_what_peft_writes_is_the_same_here(family: str, kind: str, tmp_path: Path) -> None:
