@@ -1,11 +1,11 @@
 """What `lapis train --plan-only` predicts beside what the run then takes: time and memory of five sizes of model.
 
-    python benchmarks/forecast.py [--sizes 1M,4M,12M,30M,60M] [--write]
+    python benchmarks/forecast.py [--sizes 1M,4M,12M,30M,60M] [--keep FILE] [--write]
 
 Each size is forecast in one process and then run in another, so that neither warms the other's memory. On a machine
 that others use, too, the wall clock of the two differs by what they do meanwhile; so both also count the seconds of the
 processor that their steps took, which nobody else can stretch as far. One thread, float32. `--write` puts the table
-into benchmarks/results/forecast.md.
+into benchmarks/results/forecast.md; what a file of `--keep` has already is not measured again.
 """
 
 import argparse
@@ -74,6 +74,7 @@ def child(place: Path, size: str, act: str) -> dict[str, float]:
 def main() -> int:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--sizes", default=",".join(SIZES))
+    options.add_argument("--keep", type=Path, help="where a line for each size is added as it is measured")
     options.add_argument("--write", action="store_true")
     options.add_argument("--child", nargs=3, metavar=("PLACE", "SIZE", "ACT"), help=argparse.SUPPRESS)
     given = options.parse_args()
@@ -81,7 +82,9 @@ def main() -> int:
         place, size, act = given.child
         print(json.dumps(child(Path(place), size, act)))
         return 0
-    rows = []
+    rows, kept = [], {}
+    if given.keep is not None and given.keep.exists():
+        kept = {entry["size"]: entry for entry in map(json.loads, given.keep.read_text().splitlines())}
     with tempfile.TemporaryDirectory(prefix="lapis-forecast-") as folder:
         place = Path(folder)
         texts = [f"The cat number {i} sat on the mat and counted to {i * 7 % 13} by {i % 97}." for i in range(6000)]
@@ -89,14 +92,17 @@ def main() -> int:
         train_tokenizer(texts[:600], 320).save(place / "tok")
         (place / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
         for size in given.sizes.split(","):
-            measured = {}
-            for act in ("forecast", "run"):
+            measured = kept.get(size, {"size": size})
+            for act in ("forecast", "run") if size not in kept else ():
                 command = [sys.executable, __file__, "--child", str(place), size, act]
                 done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True,
                                       stdout=subprocess.PIPE, text=True)  # fmt: skip
                 measured[act] = json.loads(done.stdout.splitlines()[-1])
             rows.append(row(size, measured["forecast"], measured["run"]))
-            print(json.dumps({"size": size, **measured}), flush=True)
+            print(json.dumps(measured), flush=True)
+            if given.keep is not None and size not in kept:
+                with given.keep.open("a") as file:
+                    file.write(json.dumps(measured) + "\n")
     table = ["| model | steps | seconds: predicted, taken | off by | of the processor | off by | MB: predicted, held "
              "| off by |", "|---|--:|--:|--:|--:|--:|--:|--:|", *rows]  # fmt: skip
     print("\n".join(table))
