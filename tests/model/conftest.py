@@ -68,6 +68,10 @@ SHAPES = {
     "olmoe": dataclasses.replace(
         LLAMA, family="olmoe", qk_norm=True, qk_norm_over="all", experts=Experts(5, 3, False)
     ),
+    "gpt_oss": dataclasses.replace(
+        LLAMA, family="gpt_oss", bias="all", experts=Experts(4, 2), window=5, window_layers=(0,),
+        rope=Rope(kind="yarn", factor=4.0, original_context=8, truncate=False),
+    ),
     "gpt2": ModelConfig(
         dim=16, layers=2, heads=2, ffn_dim=24, vocab=31, context=32, family="gpt2", norm="layer", norm_eps=1e-5,
         mlp="gelu_tanh", positions="learned", bias="all", tied=True,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from lapis.checkpoint.adapter import CONFIG, open_adapter
 from lapis.checkpoint.files import contained, read_json, read_object, stamp
+from lapis.checkpoint.mxfp4 import unpacked
 from lapis.checkpoint.store import Adapter, Checkpoint
 from lapis.checkpoint.tensor_file import (
     INDEX,
@@ -104,7 +105,9 @@ def open_checkpoint(source: str | os.PathLike[str], *, adapters: bool = False) -
         notes.append(
             f"unverified: the server lists no digest for {', '.join(bare[:4])}{' ...' if len(bare) > 4 else ''}"
         )
-    return Checkpoint(str(source), root, config, find(config), index, headers, notes, stats, snapshot=snapshot)
+    return unpacked(
+        Checkpoint(str(source), root, config, find(config), index, headers, notes, stats, snapshot=snapshot)
+    )
 
 
 def _split(source: str | os.PathLike[str]) -> tuple[str, str] | None:

@@ -29,6 +29,7 @@ _FILES = (
     "qwen_moe",
     "mixtral",
     "olmoe",
+    "gpt_oss",
     "gpt2",
     "bert",
     "roberta",

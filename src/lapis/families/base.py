@@ -223,12 +223,13 @@ class Family:
         shapes = common_shapes(config) | self.shapes(config)
         norm, firsts = (config.dim,), sorted(set(config.kinds))
         return {
-            name.replace("{layer}", str(layer)): shape if rule.kind == "weight" else shape[:1]
+            name.replace("{layer}", str(layer)): shape
             for rule in self.rules_of(config) if not rule.twin
             for name, part in ((name, part_of(name)) for name in rule.names)
             for layer in (firsts if "{layer}" in name else (None,))
             if has_parameter(config, part.component, part.kind, layer)
-            for shape in (shapes.get(part.group, norm),)
+            for whole in (shapes.get(part.group, norm),)
+            for shape in (whole if rule.kind == "weight" else shapes.get(f"{part.group}.bias", whole[:1]),)
         }  # fmt: skip
 
     def required(self, config: ModelConfig) -> dict[str, Shape]:

@@ -76,7 +76,7 @@ def plan_load(checkpoint: Checkpoint, *, head: Head | None = None, classes: int 
             f"{checkpoint.source}: config.json says {config.layers} layers, the tensors have {layers}; fetch both again"
         )
     experts = experts_of(rule for _, rule, _ in tensors.values())
-    if config.experts is not None and experts != config.experts.count:
+    if config.experts is not None and experts not in (0, config.experts.count):
         raise CheckpointError(
             f"{checkpoint.source}: config.json says {config.experts.count} experts, the tensors have {experts}; "
             "fetch both again"

@@ -9,6 +9,7 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -98,10 +99,11 @@ def measure(config: ModelConfig, context: int | None = None) -> Size:
         part = part_of(name)
         into = components if part.layer is None else blocks[part.layer]
         into[part.group] = into.get(part.group, 0) + prod(shape)
-        is_product = len(shape) > 1 and (not name.startswith("embed.") or name == "embed.patch.weight")
-        is_product = is_product and is_active(config, part)
+        is_product = (
+            len(shape) > 1 and part.kind == "weight" and (not name.startswith("embed.") or name == "embed.patch.weight")
+        )
         times = is_once(config, name) if part.layer is None else kinds.count(part.layer)
-        products += prod(shape) * times * is_product
+        products += int(prod(shape) * times * is_product * active_share(config, part))
     if config.tied and config.head in ("lm", "masked"):
         products += config.vocab * config.dim
     seen = [visible_keys(config, layer, context) for layer in range(config.layers)]
@@ -119,10 +121,14 @@ def is_once(config: ModelConfig, name: str) -> bool:
     return not name.startswith(("head.pooler", "head.dense", "head.classes"))
 
 
-def is_active(config: ModelConfig, part: Part) -> bool:
-    """False for all experts but as many as a token goes through; all are of one shape."""
-    expert = re.fullmatch(r"mlp\.experts\.(\d+)\..+", part.component)
-    return config.experts is None or not expert or int(expert[1]) < config.experts.active
+def active_share(config: ModelConfig, part: Part) -> Fraction:
+    """How much of a parameter a token goes through: of experts as many as are active; all are of one shape."""
+    expert = re.fullmatch(r"mlp\.experts\.(?:(\d+)\.)?.+", part.component)
+    if config.experts is None or not expert:
+        return Fraction(1)
+    if expert[1] is None:  # all of them in one parameter
+        return Fraction(config.experts.active, config.experts.count)
+    return Fraction(int(expert[1]) < config.experts.active)
 
 
 def visible_keys(config: ModelConfig, layer: int, context: int) -> float:

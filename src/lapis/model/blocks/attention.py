@@ -56,14 +56,19 @@ class AttentionCore(nn.Module):
         super().__init__()
         self.scale, self.cap = scale, cap
 
+    @property
+    def sinks(self) -> Tensor | None:
+        """A score of each head, [H], that takes part in the softmax and has no value; None where there is none."""
+        return None
+
     def forward(self, q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
         """The mixed values, [B, H, T, E]. H is a multiple of K: each key head serves H/K query heads (GQA)."""
         B, H, T, E = q_BHTE.shape
         K = k_BKSE.shape[1]
         if mask is not None and mask.dtype != q_BHTE.dtype:
             mask = mask.to(q_BHTE.dtype)
-        if self.cap:
-            return capped_attention(q_BHTE, k_BKSE, v_BKSE, mask, causal, self.scale, self.cap)
+        if self.cap or self.sinks is not None:
+            return capped_attention(q_BHTE, k_BKSE, v_BKSE, mask, causal, self.scale, self.cap, self.sinks)
         if T == 1 and H != K:
             # one token: the heads that share a key are stacked along time, and no key is repeated
             folded = F.scaled_dot_product_attention(
@@ -90,8 +95,7 @@ class AttentionCore(nn.Module):
             scores = scores.masked_fill(~torch.ones(T, S, dtype=torch.bool, device=scores.device).tril(), -torch.inf)
         if mask is not None:
             scores = scores + mask.float()
-        weights: Tensor = scores.softmax(-1)
-        return weights
+        return softmax_beside(scores, None if self.sinks is None else self.sinks.float())
 
 
 class Attention(nn.Module):
@@ -149,8 +153,9 @@ def capped(scores: Tensor, cap: float) -> Tensor:
 
 
 def capped_attention(
-    q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask: Tensor | None, causal: bool, scale: float, cap: float
-) -> Tensor:
+    q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask: Tensor | None, causal: bool, scale: float, cap: float,
+    sinks_H: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """softmax(cap tanh(scale * q k^T / cap) + mask) v; QUERIES queries of a row at a time, softmax in float32.
 
     Args:
@@ -160,7 +165,8 @@ def capped_attention(
         mask: Added to the scores, [1 or B, 1, 1 or T, S]; None hides nothing.
         causal: A token's later keys are hidden, and there is no mask.
         scale: Factor on the scores.
-        cap: Above 0.
+        cap: Above 0; 0 = scores as they are.
+        sinks_H: As AttentionCore.sinks.
     """
     T, S, G = q_BHTE.shape[2], k_BKSE.shape[2], q_BHTE.shape[1] // k_BKSE.shape[1]
     k_BHES, v_BHSE = k_BKSE.repeat_interleave(G, 1).transpose(-1, -2), v_BKSE.repeat_interleave(G, 1)
@@ -173,9 +179,22 @@ def capped_attention(
             scores = scores + triangle(last, scores.dtype, scores.device)[first:]
         elif mask is not None:
             scores = scores + (mask if mask.shape[2] == 1 else mask[:, :, first:last])
-        weights = scores.softmax(-1, dtype=torch.float32).to(v_BHSE.dtype)
+        weights = softmax_beside(scores, sinks_H).to(v_BHSE.dtype)
         mixed.append(weights @ v_BHSE[:, :, :keys])
     return torch.cat(mixed, 2)
+
+
+def softmax_beside(scores: Tensor, sinks_H: Tensor | None) -> Tensor:
+    """Weights over the keys, float32; they sum to less than 1 where a sink takes its share.
+
+    Args:
+        scores: [B, H, T, S].
+        sinks_H: One more score of each head; None = none.
+    """
+    if sinks_H is None:
+        return scores.softmax(-1, dtype=torch.float32)
+    sinks = sinks_H.to(scores.dtype)[:, None, None].expand(*scores.shape[:-1], 1)
+    return torch.cat((scores, sinks), -1).softmax(-1, dtype=torch.float32)[..., :-1]
 
 
 def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:

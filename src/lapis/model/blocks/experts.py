@@ -6,6 +6,9 @@ keeps the choices even (training/objectives/balance.py).
 Shapes: B batch, T time, D model dim, N tokens, E experts, K experts of a token, R = N K rows.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,28 +21,35 @@ from lapis.model.blocks.standard import Architecture, Mlp, TransformerBlock
 class Router(nn.Module):
     """Scores of each token, x W^T. It is no nn.Linear, so that an adapter over the MLP leaves choices as they are."""
 
-    def __init__(self, dim: int, scores: int) -> None:
+    bias: nn.Parameter | None
+
+    def __init__(self, dim: int, scores: int, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(scores, dim))
+        self.register_parameter("bias", nn.Parameter(torch.empty(scores)) if bias else None)
 
     def forward(self, x_ND: Tensor) -> Tensor:
-        return F.linear(x_ND, self.weight)
+        return F.linear(x_ND, self.weight, self.bias)
 
 
 class MixtureOfExperts(nn.Module):
     """sum over the K most probable experts of p_e(x) mlp_e(x), p = softmax(router(x)) (Shazeer et al. 2017,
     arXiv:1701.06538; softmax before the choice, as in Fedus et al. 2021, arXiv:2101.03961).
 
-    With a shared expert, sigmoid(shared_gate(x)) shared(x) is added (Qwen2).
+    With a shared expert, sigmoid(shared_gate(x)) shared(x) is added (Qwen2). stacked: makes all experts as one module,
+    which gives them in their order; the router then has a bias.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(
+        self, config: ModelConfig, stacked: Callable[[ModelConfig, int], nn.Module] | None = None
+    ) -> None:  # fmt: skip
         super().__init__()
         if config.experts is None:
             raise ConfigError(f"model: a {config.family} model has experts; give experts: {{count: 8, active: 2}}")
         self.settings: Experts = config.experts
-        self.router = Router(config.dim, self.settings.count)
-        self.experts = nn.ModuleList(Mlp(config) for _ in range(self.settings.count))
+        count = self.settings.count
+        self.router = Router(config.dim, count, bias=stacked is not None)
+        self.experts: Any = stacked(config, count) if stacked else nn.ModuleList(Mlp(config) for _ in range(count))
         shared_dim = self.settings.shared_dim
         self.shared = Mlp(config, width=shared_dim) if shared_dim else None
         self.shared_gate = Router(config.dim, 1) if shared_dim else None
