@@ -45,7 +45,7 @@ SHAPES = {
              "rope": Rope(share=0.5)},
     "qwen3_moe": {"family": "qwen3_moe", "qk_norm": True, "experts": Experts(4, 2)},
     "gpt_oss": {"family": "gpt_oss", "bias": "all", "experts": Experts(4, 2), "kv_heads": 2, "window": 3,
-                "window_layers": (0, 2), "rope": Rope(kind="yarn", factor=2.0, original_context=8)},
+                "window_layers": (0, 1), "rope": Rope(kind="yarn", factor=2.0, original_context=8)},
     "apertus": {"family": "apertus", "mlp": "xielu", "qk_norm": True},
 }  # fmt: skip
 

@@ -20,13 +20,17 @@ def test_the_weighted_sum_of_values_is_what_the_core_gives(model, words):
     for head, result in enumerate(maps):
         v_SE = captured["v"][0, head * captured["v"].shape[1] // 4]
         assert torch.allclose(result.weights_TS @ v_SE, captured["out"][0, head], atol=1e-5)
-        assert torch.allclose(result.scores_TS.softmax(1), result.weights_TS, atol=1e-6)
+        sinks = model.blocks[1].attn.core.sinks
+        left = 0.0 if sinks is None else float((sinks[head] - result.scores_TS[-1].logsumexp(0)).sigmoid())
+        assert torch.allclose(result.scores_TS[-1].softmax(0) * (1 - left), result.weights_TS[-1], atol=1e-6)
         E = v_SE.shape[1]
         added = result.weights_TS[-1][:, None] * (v_SE @ model.blocks[1].attn.o.weight[:, head * E : (head + 1) * E].T)
         assert torch.allclose(result.moved_TS[-1], added.norm(dim=1), atol=1e-5)
         window = model.config.window
         rows = result.lookup()
-        assert len(rows) == (window or len(result.tokens)) and sum(row["weight"] for row in rows) == pytest.approx(1)
+        assert len(rows) == (window or len(result.tokens)) and sum(row["weight"] for row in rows) == pytest.approx(
+            1 - left
+        )
         shares = result.rows("values")["weights"]
         assert all(sum(x for x in line if x is not None) == pytest.approx(1, abs=1e-5) for line in shares)
         assert shares[0][1] is None

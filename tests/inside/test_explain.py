@@ -198,7 +198,8 @@ def test_a_text_beyond_the_context_is_refused(words):
 def test_a_text_of_a_single_token(model, words):
     result = explain(model, words, " Malaysia", against=(model, words))
     assert len(result.tokens) == result.total == 1 and result.ending.actual == []
-    assert result.weights(0, 0).tolist() == [[1.0]] and "Choosing the next token" in result.page().render()
+    sunk = model.config.family == "gpt_oss"  # a part of the weight belongs to no token
+    assert (result.weights(0, 0).item() < 1.0) == sunk and "Choosing the next token" in result.page().render()
 
 
 def test_special_tokens_of_a_text_are_text_and_of_ids_are_marked(words):

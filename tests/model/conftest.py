@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lapis.families.config import Experts, Image, ModelConfig, Rope
+from lapis.families.config import Delta, Experts, Image, ModelConfig, Rope
 from lapis.model.load import save
 from lapis.model.transformer import Transformer
 
@@ -71,6 +71,10 @@ SHAPES = {
     "gpt_oss": dataclasses.replace(
         LLAMA, family="gpt_oss", bias="all", experts=Experts(4, 2), window=5, window_layers=(0,),
         rope=Rope(kind="yarn", factor=4.0, original_context=8, truncate=False),
+    ),
+    "qwen3_5": dataclasses.replace(
+        LLAMA, family="qwen3_5_text", layers=3, head_dim=8, qk_norm=True, rope=Rope(share=0.25),
+        delta=Delta((0, 2), 1, 2, 4, 6, 3),
     ),
     "gpt2": ModelConfig(
         dim=16, layers=2, heads=2, ffn_dim=24, vocab=31, context=32, family="gpt2", norm="layer", norm_eps=1e-5,

@@ -30,6 +30,7 @@ _FILES = (
     "mixtral",
     "olmoe",
     "gpt_oss",
+    "qwen3_5",
     "gpt2",
     "bert",
     "roberta",

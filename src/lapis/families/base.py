@@ -280,7 +280,7 @@ def refuse_shape(config: ModelConfig, fields: Mapping[str, tuple[Any, ...]]) -> 
         "embed_scale": (0.0,), "residual_scale": (1.0,), "logit_divisor": (1.0,), "norm_bias": (True,),
         "parallel": ("none",), "attention_cap": (0.0,), "logit_cap": (0.0,), "rope.share": (1.0,),
         "rope.neighbors": (False,), "first_position": (0,), "class_dense": ("none",),
-        "experts": (None,), "pooling": ("token",),
+        "experts": (None,), "delta": (None,), "pooling": ("token",),
     }  # fmt: skip
     for name, allowed in (plain | dict(fields)).items():
         if (value := attrgetter(name)(config)) not in allowed:

@@ -96,6 +96,40 @@ class Experts:
 
 
 @dataclass(frozen=True)
+class Delta:
+    """Layers that keep a state of fixed size in place of attention (Yang et al. 2024, arXiv:2412.06464).
+
+    layers: Which. heads, head_dim: of queries and keys; value_heads, value_dim: of values. kernel: tokens of the short
+    convolution before them.
+    """
+
+    layers: tuple[int, ...]
+    heads: int
+    value_heads: int
+    head_dim: int
+    value_dim: int
+    kernel: int = 4
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", tuple(self.layers))
+        check_numbers(self, "delta")
+        if min(self.heads, self.value_heads, self.head_dim, self.value_dim, self.kernel) < 1:
+            raise ConfigError("delta: every size must be 1 or more")
+        if self.value_heads % self.heads:
+            raise ConfigError(f"delta: value_heads {self.value_heads} is not a multiple of heads {self.heads}")
+
+    @property
+    def values(self) -> int:
+        """Numbers of all values of a token."""
+        return self.value_heads * self.value_dim
+
+    @property
+    def channels(self) -> int:
+        """Numbers of a token's queries, keys and values together."""
+        return 2 * self.heads * self.head_dim + self.values
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Everything that shapes a model; the defaults are Llama's kind of block.
 
@@ -105,6 +139,7 @@ class ModelConfig:
         heads: Heads of queries.
         ffn_dim: Inner width of the MLP, or of each expert.
         experts: In place of the MLP, where there are several.
+        delta: Layers of a gated delta net in place of attention, where there are some.
         vocab: Rows of the embedding.
         context: Positions that the model was made for; a hard limit only where positions are learned.
         kv_heads: Heads of keys and values; 0 = heads.
@@ -155,6 +190,7 @@ class ModelConfig:
     parallel: Literal["none", "shared", "own"] = "none"
     mlp: MlpKind = "swiglu"
     experts: Experts | None = None
+    delta: Delta | None = None
     positions: Literal["rotary", "learned", "none"] = "rotary"
     rope: Rope = Rope()
     window_rope: Rope | None = None
@@ -213,8 +249,8 @@ class ModelConfig:
 
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> "ModelConfig":
-        """From fields in which `rope`, `window_rope`, `image` and `experts` may be mappings."""
-        kinds = {"rope": Rope, "window_rope": Rope, "image": Image, "experts": Experts}
+        """From fields in which `rope`, `window_rope`, `image`, `experts` and `delta` may be mappings."""
+        kinds = {"rope": Rope, "window_rope": Rope, "image": Image, "experts": Experts, "delta": Delta}
         nested = {name: kind(**value) for name, kind in kinds.items() if isinstance(value := fields.get(name), Mapping)}
         return cls(**{**fields, **nested})
 
@@ -237,7 +273,12 @@ class ModelConfig:
     def kinds(self) -> tuple[int, ...]:
         """For each layer, the first one that has parameters of the same names and shapes."""
         bare = self.norm_place == "embed"
-        return tuple(min(layer, int(bare)) for layer in range(self.layers))
+        looks = [(self.mixes_by_state(layer), bare and layer == 0) for layer in range(self.layers)]
+        return tuple(looks.index(look) for look in looks)
+
+    def mixes_by_state(self, layer: int) -> bool:
+        """Whether this layer has a delta net in the place of attention."""
+        return self.delta is not None and layer in self.delta.layers
 
     @property
     def gated(self) -> bool:

@@ -122,6 +122,10 @@ def _expert_shapes(config: ModelConfig) -> dict[str, Shape]:
 def has_parameter(config: ModelConfig, component: str, kind: str, layer: int | None) -> bool:
     """Whether a model of this shape has a parameter that its family's table lists."""
     group, _, name = component.partition(".")
+    if group in ("attn", "delta") and layer is not None and config.mixes_by_state(layer) != (group == "delta"):
+        return False
+    if group == "delta":
+        return True
     if component in ("attn.q_norm", "attn.k_norm") and not config.qk_norm:
         return False
     if group == "norm" or name.endswith("norm"):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lapis.errors import ConfigError, LapisError, MissingExtra
 from lapis.inside.prompt import Prompt, as_tokenizer, check_length, encode, show, token_text
 from lapis.inside.trace import Anatomy, anatomy
-from lapis.model.blocks.attention import AttentionCore
+from lapis.model.blocks.attention import AttentionCore, softmax_beside
 from lapis.model.reading.eager import Attended, record_attention
 
 if TYPE_CHECKING:
@@ -125,6 +125,8 @@ def maps_of(
 ) -> list[AttentionMap]:  # fmt: skip
     """`attention_maps` for a prompt that is encoded; with `last`, maps of that many last tokens, in little memory."""
     check_length(ids, 0, parts.context, parts.name)
+    if parts.own and not parts.heads:
+        raise LapisError(f"lens: {parts.name} has layers without attention; its heads are not shown")
     for layer, head in heads:
         if not (0 <= layer < parts.layers and 0 <= head < parts.heads):
             raise ConfigError(f"lens: there is no head {layer}.{head}; {parts.layers} layers have {parts.heads} each")
@@ -168,7 +170,8 @@ def _one(
         rows_TS = mask[0, 0].expand(S, S)[shown]
         hidden_TS = hidden_TS | (rows_TS < torch.finfo(mask.dtype).min / 2)
     scores_TS = scores_TS.masked_fill(hidden_TS, -torch.inf)
-    weights_TS, v_SE = scores_TS.softmax(1)[:, shown], v_BKSE[0, kv, shown]
+    sinks = None if core.sinks is None else core.sinks[head : head + 1]
+    weights_TS, v_SE = softmax_beside(scores_TS[None, None], sinks)[0, 0][:, shown], v_BKSE[0, kv, shown]
     moved_TS = weights_TS * _lengths(parts, key, v_SE)
     made_of = (
         (None, None) if core.cap else (q_11TE[0, 0], k_11SE[0, 0, shown])

@@ -100,6 +100,8 @@ def _own(model: Transformer, name: str) -> Anatomy:
     ) -> Callable[[slice], Tensor]:
         if branches is None:
             state_PD = model.hidden(ids_BT, cache=cast(Cache | None, cache))[places]
+        elif config.delta is not None:
+            raise LapisError(f"lens: {name} keeps a state, which cannot branch; track words of one token")
         else:
             x_BTD, shared = model.start(ids_BT, positions_BT=branches.positions_BT)
             full, near = (_hide(view, branches.seen_TT, x_BTD.dtype) for view in (shared.full, shared.near))
@@ -116,8 +118,8 @@ def _own(model: Transformer, name: str) -> Anatomy:
     blocks: list[Any] = list(model.blocks)
     return Anatomy(
         name, model, blocks, [block.added[0] for block in blocks], [block.added[1] for block in blocks],
-        [block.attn.o for block in blocks], config.heads, model.norm.final, matrix, head.bias, config.context,
-        run, True, config.logit_cap or None,
+        [block.mixer.o for block in blocks], 0 if config.delta else config.heads, model.norm.final, matrix, head.bias,
+        config.context, run, True, config.logit_cap or None,
     )  # fmt: skip
 
 

@@ -49,12 +49,24 @@ class Cache:
         self.in_sight = 0  # of the slots, how many a layer with a window still keeps
         self._slack = 0  # how many of a row's slots hold padding, at most: they take no place in a window
         windows = [config.window if config.windowed(layer) else None for layer in range(config.layers)]
-        self._layers = [_Layer(config, batch, capacity, window, dtype, device) for window in windows]
+        self._layers = [
+            _Layer(config, batch, 0 if config.mixes_by_state(layer) else capacity, window, dtype, device)
+            for layer, window in enumerate(windows)
+        ]
+        self._states: dict[int, tuple[Tensor, Tensor]] = {}
         self._ends: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # first_B and last_B of the layers of this step
 
     def update(self, layer: int, k_BKTE: Tensor, v_BKTE: Tensor) -> tuple[Tensor, Tensor]:
         """Appends one layer's new keys and values; all that this layer's new tokens can see, [B, K, S, E]."""
         return self._layers[layer].append(k_BKTE, v_BKTE, self.in_sight)
+
+    def state(self, layer: int) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """What `keep` was given last for a layer; twice None before."""
+        return self._states.get(layer, (None, None))
+
+    def keep(self, layer: int, recent: Tensor, state: Tensor) -> None:
+        """Keeps what a layer without keys knows of the past: its last inputs, and a state; both begin with rows."""
+        self._states[layer] = recent, state
 
     def place(self, layer: int) -> Place:
         """Room for one more token of each row in one layer, for a caller that writes it there; else as `update`.
@@ -93,7 +105,9 @@ class Cache:
             self.in_sight = min(self.in_sight + tokens, self.config.window - 1 + self._slack)
 
     def truncate(self, length: int) -> None:
-        """Forgets all but the first `length` tokens. Raises ValueError where a sliding window has dropped them."""
+        """Forgets all but the first `length` tokens. Raises ValueError where a window or a state cannot go back."""
+        if self._states and length < self.length:
+            raise ValueError("a state holds all tokens that it has seen; start with a new cache")
         dropped = self.length - length
         if dropped < 0:
             raise ValueError(f"the cache holds {self.length} tokens; it cannot be cut to {length}")
@@ -110,12 +124,14 @@ class Cache:
         self._ends.clear()
         for layer in self._layers:
             layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+        self._states = {layer: (recent[rows], state[rows]) for layer, (recent, state) in self._states.items()}
         self.real_BS = None if self.real_BS is None else self.real_BS[rows]
         self.positions_BS = None if self.positions_BS is None else self.positions_BS[rows]
 
     @property
     def nbytes(self) -> int:
-        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self._layers)
+        states = sum(recent.nbytes + state.nbytes for recent, state in self._states.values())
+        return states + sum(layer.keys.nbytes + layer.values.nbytes for layer in self._layers)
 
 
 class _Layer:

@@ -106,10 +106,15 @@ def measure(config: ModelConfig, context: int | None = None) -> Size:
         products += int(prod(shape) * times * is_product * active_share(config, part))
     if config.tied and config.head in ("lm", "masked"):
         products += config.vocab * config.dim
-    seen = [visible_keys(config, layer, context) for layer in range(config.layers)]
+    attending = [layer for layer in range(config.layers) if not config.mixes_by_state(layer)]
+    seen = [visible_keys(config, layer, context) for layer in attending]
     attention = int(sum(4 * config.heads * config.head_dim * keys for keys in seen))
-    slots = [min(context, config.window or context) if config.windowed(i) else context for i in range(config.layers)]
+    slots = [min(context, config.window or context) if config.windowed(layer) else context for layer in attending]
     kv_cache = sum(slots) * 2 * config.kv_heads * config.head_dim * 2 if config.causal else 0
+    if (delta := config.delta) is not None:  # the state is read twice and written once; it is kept in float32
+        state = delta.values * delta.head_dim
+        attention += len(delta.layers) * 6 * state
+        kv_cache += len(delta.layers) * (4 * state + 2 * delta.channels * (delta.kernel - 1))
     return Size(
         config, context, components, tuple(blocks[first] for first in kinds), 2 * products + attention, attention,
         kv_cache, activation_bytes(config, context),

@@ -229,13 +229,13 @@ class Transformer(ReadableModel):
         if config.window is not None and past + T > config.window:
             near = make_view(T, past, config.causal, config.window, mask_BT, positions, segments_BT, cache, dtype)
         if config.positions != "rotary":
-            return positions, Shared(full, near, real_BT=real_BT)
+            return positions, Shared(full, near, real_BT=real_BT, segments_BT=segments_BT)
         length = int(positions.max()) + 1 if config.rope.kind == "dynamic" else past + T
         rotation = near_rotation = rope_tables(config.rope, config, positions, dtype, length)
         if config.window_rope is not None:
             near_rotation = rope_tables(config.window_rope, config, positions, dtype, length)
         gain = query_gain(config, positions, dtype)
-        return positions, Shared(full, near, rotation, near_rotation, gain, real_BT)
+        return positions, Shared(full, near, rotation, near_rotation, gain, real_BT, segments_BT)
 
 
 def is_whole(mask_BT: Tensor, causal: bool) -> bool:

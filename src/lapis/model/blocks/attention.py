@@ -35,7 +35,7 @@ class Shared(NamedTuple):
     """What all layers of one forward pass share.
 
     near, near_rotation: of the layers with a sliding window. query_gain: [..., T, 1, 1], by position. real_BT: False =
-    padding; None where there is none.
+    padding; None where there is none. segments_BT: int64, whose tokens do not see those of others; None = one of each.
     """
 
     full: View
@@ -44,6 +44,7 @@ class Shared(NamedTuple):
     near_rotation: Rotation | None = None
     query_gain: Tensor | None = None
     real_BT: Tensor | None = None
+    segments_BT: Tensor | None = None
 
 
 class AttentionCore(nn.Module):
@@ -143,8 +144,12 @@ class Attention(nn.Module):
             k_BKSE, v_BKSE = cache.update(self.layer, k_BKSE, v_BKSE)
         mask, causal = shared.near if self.near else shared.full
         mixed_BHTE = self.core(q_BHTE, k_BKSE, v_BKSE, mask, causal)
-        out_BTD: Tensor = self.o(mixed_BHTE.transpose(1, 2).reshape(B, T, -1))
+        out_BTD: Tensor = self.o(self.gated(mixed_BHTE.transpose(1, 2).reshape(B, T, -1), x_BTD))
         return out_BTD
+
+    def gated(self, mixed_BTX: Tensor, x_BTD: Tensor) -> Tensor:
+        """What is projected back, [B, T, H E]; most families gate nothing."""
+        return mixed_BTX
 
 
 def capped(scores: Tensor, cap: float) -> Tensor:

@@ -93,6 +93,11 @@ class TransformerBlock(nn.Module):
         self.post = config.norm_place == "post"
 
     @property
+    def mixer(self) -> nn.Module:
+        """What mixes the tokens: attention, or what a layer has in its place."""
+        return self.attn
+
+    @property
     def added(self) -> tuple[nn.Module, nn.Module]:
         """The modules whose outputs are added to the stream, for attention and for the MLP."""
         return self.attn, self.mlp

@@ -15,6 +15,7 @@ from itertools import takewhile
 import torch
 from torch import Tensor
 
+from lapis.errors import ConfigError
 from lapis.families.config import ModelConfig
 from lapis.model.cache import Cache, Place
 
@@ -28,6 +29,8 @@ class Slots:
     """rows: slots in all. room: tokens in each. held: the tokens whose keys and values each slot has, in order."""
 
     def __init__(self, config: ModelConfig, rows: int, room: int, dtype: torch.dtype, device: torch.device) -> None:
+        if config.delta is not None:
+            raise ConfigError(f"serve: {config.family} keeps states, which slots do not hold; use lapis chat")
         self.config, self.rows, self.room = config, rows, room
         shape = (rows, config.kv_heads, room, config.head_dim)
         self.keys = [_reserve(shape, dtype, device) for _ in range(config.layers)]

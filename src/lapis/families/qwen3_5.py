@@ -1,0 +1,119 @@
+"""Qwen3.5, dense, text: layers of a gated delta net, every fourth one of attention whose output is gated.
+
+Of a folder with pictures (model_type "qwen3_5") the language model is run; what lapis saves of it is "qwen3_5_text".
+Leaves out: its mixtures of experts, the layers that predict several tokens (mtp), and positions of pictures.
+"""
+
+from typing import Any
+
+from lapis.errors import CheckpointError, ConfigError
+from lapis.families.base import WRAPPED, Rule, rules
+from lapis.families.config import ModelConfig
+from lapis.families.fields import Fields
+from lapis.families.llama import BLOCK, RULES, llama_like, preset, read_decoder, write_decoder
+from lapis.families.rotary import read_rope, write_share
+from lapis.families.shapes import BY_HEAD, Shape
+from lapis.families.windows import FULL
+from lapis.parsing import quoted
+
+LEAD, LINEAR = "blocks.{layer}.", "linear_attention"
+EVERY, SHARE = 4, 0.25  # layers, of which the last has attention; how much of a head turns: where config.json is silent
+DELTA = {"qkv": "in_proj_qkv", "gate": "in_proj_z", "beta": "in_proj_b", "decay": "in_proj_a", "conv": "conv1d",
+         "norm": "norm", "o": "out_proj"}  # fmt: skip
+OWN = (
+    *(rule for rule in RULES if rule.component != "attn.q" and not rule.disk.endswith("_proj.bias")),
+    Rule(
+        BLOCK + "self_attn.q_proj.weight", (LEAD + "attn.q.weight", LEAD + "attn.gate.weight"), "attn.q_gate", BY_HEAD
+    ),
+    *(rule for here, disk in DELTA.items() for rule in rules(f"{BLOCK}linear_attn.{disk}", f"delta.{here}")),
+    Rule(BLOCK + "linear_attn.dt_bias", (LEAD + "delta.steps",), "delta.steps"),
+    Rule(BLOCK + "linear_attn.A_log", (LEAD + "delta.rates",), "delta.rates"),
+)
+CLASSES = {"lm": "Qwen3_5ForCausalLM", "classes": "Qwen3_5TextForSequenceClassification",
+           "scalar": "Qwen3_5TextForSequenceClassification", "none": "Qwen3_5TextModel"}  # fmt: skip
+SIZES = {"heads": "linear_num_key_heads", "value_heads": "linear_num_value_heads", "head_dim": "linear_key_head_dim",
+         "value_dim": "linear_value_head_dim", "kernel": "linear_conv_kernel_dim"}  # fmt: skip
+
+
+def read_config(fields: Fields) -> dict[str, Any]:
+    layers = fields.layers("num_hidden_layers")
+    fields.only("attention_bias", False)
+    fields.only("attn_output_gate", True)
+    fields.known.update(("mamba_ssm_dtype", "mtp_num_hidden_layers", "mtp_use_dedicated_embeddings"))
+    rope = read_rope(fields, fields.integer("max_position_embeddings"), share=SHARE)
+    return {
+        **read_decoder(fields, head_dim=256, rope=rope),
+        "qk_norm": True,
+        "delta": {
+            "layers": _read_layers(fields, layers),
+            **{here: fields.integer(name) for here, name in SIZES.items()},
+        },
+    }
+
+
+def _read_layers(fields: Fields, layers: int) -> tuple[int, ...]:
+    """The layers of the delta net, by layer_types or by the interval of older folders."""
+    every = fields.integer("full_attention_interval", EVERY)
+    fields.known.add("layer_types")
+    types = fields.config.get("layer_types") or [FULL if (i + 1) % every == 0 else LINEAR for i in range(layers)]
+    if not isinstance(types, list) or len(types) != layers or not set(map(str, types)) <= {FULL, LINEAR}:
+        raise CheckpointError(
+            f"config.json: layer_types is {quoted(types)}; expected a list of {layers} names, each {FULL} or {LINEAR}"
+        )
+    return tuple(i for i, name in enumerate(types) if name == LINEAR)
+
+
+def write_config(config: ModelConfig) -> dict[str, Any]:
+    if config.delta is None:
+        raise ConfigError(f"a {config.family} folder has layers of a delta net; give delta: {{layers: [0, 1, 2], ...}}")
+    turns = {"rope.share": (config.rope.share,), "delta": (config.delta,)}
+    result = write_decoder(config, "Qwen3_5", qk_norm=(True,), **turns)
+    types = [LINEAR if layer in config.delta.layers else FULL for layer in range(config.layers)]
+    return {
+        **write_share(result, config.rope),
+        "architectures": [CLASSES[config.head]],
+        "layer_types": types,
+        **{name: getattr(config.delta, here) for here, name in SIZES.items()},
+    }
+
+
+def own_shapes(config: ModelConfig) -> dict[str, Shape]:
+    """Of the delta net, and of the gate of attention."""
+    delta, dim = config.delta, config.dim
+    if delta is None:
+        return {}
+    return {
+        "attn.gate": (config.heads * config.head_dim, dim), "delta.qkv": (delta.channels, dim),
+        "delta.conv": (delta.channels, 1, delta.kernel), "delta.gate": (delta.values, dim),
+        "delta.beta": (delta.value_heads, dim), "delta.decay": (delta.value_heads, dim),
+        "delta.steps": (delta.value_heads,), "delta.rates": (delta.value_heads,), "delta.norm": (delta.value_dim,),
+        "delta.o": (dim, delta.values),
+    }  # fmt: skip
+
+
+def _preset(dim: int, layers: int, heads: int, kv_heads: int, ffn_dim: int, value_heads: int) -> dict[str, Any]:
+    """Of the language model alone."""
+    return preset(
+        "qwen3_5_text", dim, layers, heads, kv_heads, ffn_dim, 248320, 262144, theta=1e7, eps=1e-6, head_dim=256,
+        partial_rotary_factor=SHARE, linear_num_key_heads=16, linear_num_value_heads=value_heads,
+        linear_key_head_dim=128, linear_value_head_dim=128, linear_conv_kernel_dim=4,
+    )  # fmt: skip
+
+
+FAMILY = llama_like(
+    name="qwen3_5",
+    model_types=("qwen3_5_text",),
+    wrappers=("qwen3_5",),
+    spellings=WRAPPED,
+    rules=OWN,
+    reader=read_config,
+    writer=write_config,
+    shapes=own_shapes,
+    block="qwen3_5",
+    ignored=(r"rotary_emb\.inv_freq$", r"^mtp\."),
+    defaults={"qwen3_5_text": {"qk_norm": True, "rope": {"theta": 1e7, "share": SHARE}}},
+    presets={
+        "qwen3.5-9b": _preset(4096, 32, 16, 4, 12288, 32),
+        "qwen3.5-27b": _preset(5120, 64, 24, 4, 17408, 48),
+    },
+)
