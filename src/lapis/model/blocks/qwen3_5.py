@@ -155,9 +155,9 @@ def gated_delta_rule(
         since_BVN1 = sums_BVN.exp()[..., None]
         later = torch.ones(sums_BVN.shape[2], sums_BVN.shape[2], dtype=torch.bool, device=q.device).triu(1)
         between = (sums_BVN[..., :, None] - sums_BVN[..., None, :]).masked_fill(later, -torch.inf).exp()
-        wanted = beta * (v - since_BVN1 * (k @ state_BVEE))
+        errors = beta * (v - since_BVN1 * (k @ state_BVEE))
         written = torch.linalg.solve_triangular(
-            beta * (k @ k.transpose(-1, -2)) * between, wanted, upper=False, unitriangular=True
+            beta * (k @ k.transpose(-1, -2)) * between, errors, upper=False, unitriangular=True
         )
         out.append(since_BVN1 * (q @ state_BVEE) + (q @ k.transpose(-1, -2) * between) @ written)
         left = (sums_BVN[..., -1:] - sums_BVN).exp()[..., None]
