@@ -3,10 +3,10 @@
     python benchmarks/ranks.py --size 0.5b --rounds 3
     python benchmarks/ranks.py --large          the plan for the large one, from headers that this script makes
 
-The first runs the same graft by one process, and by two with a core each under torchrun, in turn; the output's bytes
-are compared. The second makes three checkpoints of DeepSeek-V3's shape whose files are headers over holes, and plans a
-graft of them: what each of 1, 8 and 64 processes reads, writes and holds, and how long that takes at two rates of a
-disk. Adds a dated table to benchmarks/results/ranks.md.
+The first runs the same graft by one process, by one under torchrun, whose own start is not ours, and by two with a core
+each, in turn; the output's bytes are compared. The second makes three checkpoints of DeepSeek-V3's shape whose files
+are headers over holes, and plans a graft of them: what each of 1, 8 and 64 processes reads, writes and holds, and how
+long that takes at two rates of a disk. Adds a dated table to benchmarks/results/ranks.md.
 """
 
 import argparse
@@ -47,19 +47,21 @@ def compare(place: Path, options: argparse.Namespace) -> list[str]:
     make(place / "chat", options.size, 1, place / "base")
     make(place / "onto", options.size, 2, place / "base")
     roles = [word for role in ("base", "chat", "onto") for word in ("--" + role, str(place / role))]
-    seen: dict[int, list[tuple[float, float]]] = {1: [], 2: []}
+    seen: dict[str, list[tuple[float, float]]] = {"1": [], "1 under torchrun": [], "2 under torchrun": []}
     for _ in range(options.rounds):
         for processes in seen:
-            out = place / f"out-{processes}"
+            out = place / f"out {processes}"
             shutil.rmtree(out, ignore_errors=True)
             seen[processes].append(run(processes, ["graft", *roles, "--no-smoke", "--out", str(out)]))
-    one, two = ({path.name: path.read_bytes() for path in (place / f"out-{n}").iterdir()} for n in seen)
+    one, two = (
+        {path.name: path.read_bytes() for path in (place / f"out {n}").iterdir()} for n in ("1", "2 under torchrun")
+    )
     size = (place / "base" / "model.safetensors").stat().st_size
     head = f"## {options.size}, {options.rounds} rounds, {datetime.date.today()}, {os.cpu_count()} cores"
     lines = [f"{head}, model {size / 1e6:,.0f} MB", ""]
     lines += [f"All files have the same bytes: {'yes' if one == two else 'NO'}.", ""]
     lines += ["| processes | seconds (median) | least | times one | CPU seconds |", "|---:|---:|---:|---:|---:|"]
-    alone = statistics.median(seconds for seconds, _ in seen[1])
+    alone = statistics.median(seconds for seconds, _ in seen["1"])
     for processes, rows in seen.items():
         seconds, cpu = (statistics.median(column) for column in zip(*rows, strict=True))
         least = min(seconds for seconds, _ in rows)
@@ -67,10 +69,10 @@ def compare(place: Path, options: argparse.Namespace) -> list[str]:
     return lines
 
 
-def run(processes: int, arguments: list[str]) -> tuple[float, float]:
+def run(processes: str, arguments: list[str]) -> tuple[float, float]:
     """Seconds and processor seconds of one command, torchrun's included."""
-    several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [sys.executable, *(several if processes > 1 else []), "-m", "lapis", *arguments]
+    several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes[0]]
+    command = [sys.executable, *(several if len(processes) > 1 else []), "-m", "lapis", *arguments]
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(ROOT / "src")}

@@ -322,3 +322,22 @@ def test_importing_lapis_imports_no_hub_library():
 
     code = "import sys, lapis.checkpoint, lapis.checkpoint.hub.models; print('huggingface_hub' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(("quick", "most"), [(60.0, 4 * 512), (0.0, 512)])
+def test_a_server_that_answers_at_once_is_asked_for_more(hub, monkeypatch, quick, most):
+    """Requests to one that is far away stay short, since whoever reads waits for the whole of one."""
+    for name, value in (("PIECE", 512), ("QUICK", quick), ("FIRST", 512), ("GAP", 0)):
+        monkeypatch.setattr(ranges, name, value)
+    model = lapis.open(REPO)
+    name = "model.embed_tokens.weight"
+    size = model.info(name).end - model.info(name).start
+    hub.asked.clear()
+    for place in range(0, size, 512):
+        model.prefetch(name, place, min(512, size - place))
+    data = bytearray(size)
+    model.read_into(name, 0, memoryview(data))
+    raw = hub.find(REPO, "main")[1][WEIGHTS]
+    assert bytes(data) == raw[model.info(name).start : model.info(name).end]
+    spans = [tuple(map(int, one.range[6:].split("-"))) for one in hub.asked if one.path.startswith("/store/")]
+    assert max(last + 1 - first for first, last in spans) == most

@@ -35,6 +35,7 @@ def hub(trio, tmp_path, monkeypatch):
     """Three relatives on a hub as o/base, o/chat, o/onto, and here as folders; tiles of 64 elements."""
     monkeypatch.setattr(tiles, "TILE", 64)
     monkeypatch.setattr(ranges, "PIECE", SMALL)
+    monkeypatch.setattr(ranges, "QUICK", 0.0)
     monkeypatch.setattr(ranges, "NEAR", SMALL)
     monkeypatch.setattr(ranges, "GAP", 0)
     monkeypatch.setattr(ahead, "AHEAD", 4 * SMALL)

@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
+from math import inf
 from typing import Any
 from urllib.parse import SplitResult, unquote, urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -47,12 +48,13 @@ class HttpFile:
 
     Attributes:
         version: The ETag, or the time of the last change, that `look` has seen.
+        delay: Seconds from a request to its answer's headers, the least so far.
     """
 
     def __init__(
         self, name: str, url: str, size: int, headers: Mapping[str, str], fixed: Mapping[str, str] | None = None
     ) -> None:
-        self.name, self.size, self.version = name, size, ""
+        self.name, self.size, self.version, self.delay = name, size, "", inf
         self._start = (url, dict(headers))
         self._place = self._start  # where the last redirect led
         self._fixed = dict(fixed or {})
@@ -74,6 +76,7 @@ class HttpFile:
             if answer.status != 206:
                 raise self._unlike(answer, parts, conditional)
             self._check(answer, parts, first, last)
+            self.delay = min(self.delay, answer.delay)
             return answer.fill(buffer)
 
     @contextmanager
@@ -185,6 +188,7 @@ class _Exchange:
         for fresh in (False, True):
             line = None if fresh else _idle.take(self._origin)
             self._line = line or _connect(parts)
+            began = time.monotonic()
             try:
                 self._line.connection.request(
                     "GET", self._line.target(parts), headers={**headers, **self._line.headers}
@@ -200,6 +204,7 @@ class _Exchange:
                 raise
         self._answer: _Answer = answer
         self._answer.paced.headers_came()
+        self.delay = time.monotonic() - began
         self.status = self._answer.status
         self.headers = {
             name.lower(): value for name, value in reversed(self._answer.headers.items())

@@ -22,6 +22,8 @@ from lapis.errors import CheckpointError
 
 FIRST = 1 << 16  # bytes of a file that are asked for first: most headers are in them
 PIECE = 1 << 20  # bytes of a request at most; whoever reads waits for the whole of one
+LARGE = 4  # pieces in a request to a server that answers at once: what is left of its cost is each request's
+QUICK = 0.01  # seconds from a request to its answer that are at once
 NEAR = 1 << 18  # bytes that are asked for where fewer are read that nobody announced: neighbors are read next
 GAP = 1 << 14  # bytes that nobody wants, between two ranges that are asked for as one
 CONNECTIONS = 12  # requests at a time, of all files together
@@ -38,6 +40,7 @@ class ByteRanges(Protocol):
 
     name: str
     size: int
+    delay: float  # seconds that it takes to answer, the least so far
 
     def read(self, first: int, buffer: memoryview) -> int: ...
 
@@ -173,13 +176,13 @@ class RemoteFile:
 
     def _announce(self, first: int, last: int) -> None:
         """Adds [first, last), which no piece has, to the piece that it adjoins, or to new ones."""
-        growing = self._growing
-        if growing is not None and 0 <= first - growing.end <= GAP and last - growing.start <= PIECE:
+        growing, most = self._growing, LARGE * PIECE if self._place.delay < QUICK else PIECE
+        if growing is not None and 0 <= first - growing.end <= GAP and last - growing.start <= most:
             growing.end, growing.left = last, growing.left + last - first
             return
-        for start in range(first, last, PIECE):
+        for start in range(first, last, most):
             self._send_growing()
-            self._growing = self._insert(RangePiece(start, min(start + PIECE, last)))
+            self._growing = self._insert(RangePiece(start, min(start + most, last)))
 
     def _insert(self, piece: RangePiece) -> RangePiece:
         bisect.insort(self._pieces, piece, key=_start)
@@ -259,20 +262,24 @@ class _Buffers:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._spare: list[memoryview] = []
+        self._spare: dict[int, list[memoryview]] = {}
 
     def take(self, size: int) -> memoryview:
-        if size <= PIECE // 2:
+        whole = PIECE if size <= PIECE else LARGE * PIECE
+        if size <= whole // 2:
             return memoryview(bytearray(size))
         with self._lock:
-            whole = self._spare.pop() if self._spare else memoryview(bytearray(PIECE))
-        return whole[:size]
+            spare = self._spare.get(whole)
+            memory = spare.pop() if spare else memoryview(bytearray(whole))
+        return memory[:size]
 
     def give(self, buffer: memoryview) -> None:
         memory: Any = buffer.obj
-        with self._lock:
-            if len(memory) == PIECE and len(self._spare) < AHEAD // PIECE:
-                self._spare.append(memoryview(memory))
+        if len(memory) in (PIECE, LARGE * PIECE):
+            with self._lock:
+                spare = self._spare.setdefault(len(memory), [])
+                if len(spare) < AHEAD // len(memory):
+                    spare.append(memoryview(memory))
 
 
 class _Fetchers:

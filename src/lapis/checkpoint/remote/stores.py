@@ -5,6 +5,7 @@ generation, or its time) is looked up again: bytes that came while it stayed the
 """
 
 from concurrent.futures import ThreadPoolExecutor
+from math import inf
 from typing import Any
 
 from lapis.checkpoint.remote.requests import AgainError, Refused
@@ -54,7 +55,10 @@ class StoredFile:
         name: For messages.
         size: Its bytes.
         version: What tells this state of it from others.
+        delay: Not measured.
     """
+
+    delay = inf
 
     def __init__(self, system: Any, entry: dict[str, Any], address: str) -> None:
         self._system, self._path = system, str(entry["name"])

@@ -25,11 +25,13 @@ from lapis.weights.engine.ahead import Reads
 from lapis.weights.engine.journal import Journal, Progress
 from lapis.weights.engine.sources import Source, as_bytes
 from lapis.weights.engine.tiles import THREADS, Reader, checksum, dot, each
+from lapis.weights.engine.writer import begin_writing
 
 if TYPE_CHECKING:
     from hashlib import _Hash
 
 AHEAD = 6 * THREADS  # spans that may be under way
+_BEGIN = 16 << 20  # bytes after which the disk is told to begin
 _LONG = 10**15  # elements that no part has
 
 
@@ -194,7 +196,7 @@ class _Writing:
             path.write_bytes(bytes(room))
             self.state = Progress(room, hashlib.sha256(bytes(room)))
             self.at = room
-        self.read = 0
+        self.read, self.begun = 0, self.at
         self.turn, self.failed = 0, False
         self.changed = threading.Condition()
         self.pending: dict[int, tuple[_Span, _Ready | None]] = {}
@@ -318,6 +320,9 @@ class _Writing:
             size = os.pwrite(self.handle, left, self.at)
             self.at += size
             left = left[size:]
+        if self.at - self.begun >= _BEGIN:
+            begin_writing(self.handle, self.begun, self.at)
+            self.begun = self.at
 
 
 def _numbered(items: Sequence[Item]) -> Iterator[_Span]:

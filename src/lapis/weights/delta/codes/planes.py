@@ -21,6 +21,7 @@ Decompressing is bounded by the number of elements, whatever a file says.
 import struct
 import zlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -30,6 +31,7 @@ from lapis.errors import CheckpointError
 PLANES = 4
 _FEW = 64  # one in so many is stored by its position
 _OTHERS = 16  # at most one in so many is none of the values that a byte can name
+_SAMPLE = 4  # one in so many numbers of a large tile is looked at to learn which values are frequent
 _KNOWN = 255  # values of the upper two planes that a byte can name
 _HEAD = struct.Struct("<cBI")
 Plane = np.ndarray[tuple[int], np.dtype[np.uint8]]
@@ -40,10 +42,25 @@ def pack(values: Tensor) -> tuple[bytes, list[int]]:
     """A float32 vector as one piece of bytes, and how many of them each of its planes takes."""
     halves = values.contiguous().numpy().view(np.uint16)
     low, high = (np.ascontiguousarray(halves[place::2]) for place in (0, 1))
-    pieces = [_pack_plane(plane) for plane in _bytes_of(low)] if low.any() else [b"", b""]
+    pieces = _pack_low(low)
     joint = _pack_joint(high)
     pieces += [b"", joint] if joint is not None else [_pack_plane(plane) for plane in _bytes_of(high)]
     return b"".join(pieces), [len(piece) for piece in pieces]
+
+
+def _pack_low(halves: Halves) -> list[bytes]:
+    """The lower two planes, which are zero but for a few numbers."""
+    there = halves != 0
+    if np.count_nonzero(there) * _FEW > len(halves):
+        return [_pack_plane(plane) for plane in _bytes_of(halves)]
+    places = np.flatnonzero(there)
+    planes = _bytes_of(halves[places])
+    return [_few(places[plane != 0], plane[plane != 0]) for plane in planes]
+
+
+def _few(places: np.ndarray[tuple[int], Any], values: Plane) -> bytes:
+    """A plane of which a few bytes are not zero."""
+    return b"s" + bytes(places.astype("<i4").data) + bytes(values.data) if len(places) else b""
 
 
 def _bytes_of(halves: Halves) -> tuple[Plane, Plane]:
@@ -78,17 +95,17 @@ def unpack(data: memoryview, sizes: Sequence[int], count: int, into: Tensor) -> 
 
 def _pack_joint(halves: Halves) -> bytes | None:
     """The upper two planes as one; None where they are too varied for that, or hold almost nothing."""
-    counts = np.bincount(halves, minlength=1 << 16)
-    if (len(halves) - counts[0]) * _FEW <= len(halves):
+    if np.count_nonzero(halves) * _FEW <= len(halves):
         return None
+    counts = np.bincount(halves[:: _SAMPLE if len(halves) > 1 << 16 else 1], minlength=1 << 16)
     known = np.flatnonzero(counts)
     known = np.sort(known[np.argsort(-counts[known], kind="stable")[:_KNOWN]]).astype("<u2")
-    if (len(halves) - counts[known].sum()) * _OTHERS > len(halves):
-        return None
     numbers = np.zeros(1 << 16, np.uint8)
     numbers[known] = np.arange(1, len(known) + 1)
     codes = numbers.take(halves)
     others = halves[codes == 0]
+    if len(others) * _OTHERS > len(halves):
+        return None
     head: bytes = _HEAD.pack(b"j", len(known), len(others))
     return b"".join([head, known.tobytes(), others.tobytes(), _pack_plane(codes)])
 
@@ -118,8 +135,8 @@ def _pack_plane(plane: Plane) -> bytes:
     if present == 0:
         return b""
     if present * _FEW <= len(plane):
-        places = np.flatnonzero(there).astype("<i4")
-        return b"s" + bytes(places.data) + bytes(plane[places].data)
+        places = np.flatnonzero(there)
+        return _few(places, plane[places])
     runs = 2 * np.count_nonzero(plane[1:] == plane[:-1]) > len(plane)
     deflate = zlib.compressobj(1, zlib.DEFLATED, -zlib.MAX_WBITS, 9, zlib.Z_RLE if runs else zlib.Z_HUFFMAN_ONLY)
     packed = deflate.compress(plane.data) + deflate.flush()
