@@ -196,7 +196,7 @@ class _Writing:
             path.write_bytes(bytes(room))
             self.state = Progress(room, hashlib.sha256(bytes(room)))
             self.at = room
-        self.read, self.begun = 0, self.at
+        self.read, self.sent = 0, self.at
         self.turn, self.failed = 0, False
         self.changed = threading.Condition()
         self.pending: dict[int, tuple[_Span, _Ready | None]] = {}
@@ -320,9 +320,9 @@ class _Writing:
             size = os.pwrite(self.handle, left, self.at)
             self.at += size
             left = left[size:]
-        if self.at - self.begun >= _BEGIN:
-            begin_writing(self.handle, self.begun, self.at)
-            self.begun = self.at
+        if self.at - self.sent >= _BEGIN:
+            begin_writing(self.handle, self.sent, self.at)
+            self.sent = self.at
 
 
 def _numbered(items: Sequence[Item]) -> Iterator[_Span]:
