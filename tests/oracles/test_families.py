@@ -418,6 +418,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {**DELTA, "num_key_value_heads": 1, "linear_value_head_dim": 14, "linear_key_head_dim": 6},
     ),
     "qwen3_5-bare": ("Qwen3_5TextModel", {**DELTA}),
+    "qwen3_5-classes": ("Qwen3_5TextForSequenceClassification", {**DELTA, "num_labels": 3}),
     "gpt2": ("GPT2LMHeadModel", {**GPT2}),
     "gpt2-untied-inner": ("GPT2LMHeadModel", {**GPT2, "tie_word_embeddings": False, "n_inner": 70}),
     "gpt2-relu2": ("GPT2LMHeadModel", {**GPT2, "activation_function": "relu2", "n_head": 1}),

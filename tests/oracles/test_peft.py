@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lapis.errors import CheckpointError
-from lapis.families.config import Experts, ModelConfig, Rope
+from lapis.families.config import Delta, Experts, ModelConfig, Rope
 from lapis.model.adapter import write_adapter
 from lapis.model.load import load, save
 from lapis.model.lora import LoraConfig, LoraLinear, of, off, token_rows, wrap
@@ -34,6 +34,8 @@ SHAPES = {
     "apertus": dataclasses.replace(LLAMA, family="apertus", mlp="xielu", qk_norm=True),
     "neox": dataclasses.replace(LLAMA, family="gpt_neox", kv_heads=4, dim=32, head_dim=8, norm="layer", mlp="gelu",
                                 bias="all", parallel="own", rope=Rope(share=0.25)),
+    "qwen3_5": dataclasses.replace(LLAMA, family="qwen3_5_text", head_dim=8, qk_norm=True, rope=Rope(share=0.25),
+                                   delta=Delta((0,), 1, 2, 4, 6, 3)),
     "gpt2": ModelConfig(dim=16, layers=2, heads=2, ffn_dim=24, vocab=31, context=32, family="gpt2", norm_eps=1e-5,
                         mlp="gelu_tanh", **LEARNED),
     "bert": ModelConfig(dim=16, layers=2, heads=2, ffn_dim=24, vocab=31, context=32, family="bert", norm_eps=1e-12,
