@@ -218,8 +218,9 @@ def _placed(
 def _ready_block(block: TransformerBlock, layout: WeightLayout) -> None:
     """Lays out a block whose weights are there; what is laid out already stays."""
     dtype = next(block.norm.parameters()).dtype
-    if type(block.attn) is Attention and all(type(block.attn.get_submodule(name)) is nn.Linear for name in "qkvo"):
-        block.attn = ready_attention(block.attn, layout)  # type: ignore[assignment]
+    mixer = block.mixer
+    if type(mixer) is Attention and all(type(mixer.get_submodule(name)) is nn.Linear for name in "qkvo"):
+        block.attn = ready_attention(mixer, layout)  # type: ignore[assignment]
     for name, mlp in [(name, module) for name, module in block.named_modules() if isinstance(module, Mlp)]:
         parent, _, last = name.rpartition(".")
         setattr(block.get_submodule(parent), last, ready_mlp(mlp, layout))  # of each expert, where there are several
