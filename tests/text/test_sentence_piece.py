@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -20,6 +21,7 @@ WORDS = {
     "ko": "강은 바다로 흐르고 도시의 사람들은 매일 아침 그 곁을 걷는다",
     "ta": "ஆறு கடலை நோக்கி ஓடுகிறது",
 }  # fmt: skip
+REAL = ("en", "ms", "id", "uk", "zh", "ko")
 # kind -> type of the model, options of its trainer, model_type of the folder, class of its tokenizer
 KINDS = {
     "llama": ("bpe", {"byte_fallback": True, "normalization_rule_name": "identity", "add_dummy_prefix": True},
@@ -38,17 +40,23 @@ def texts() -> list[str]:
 @pytest.fixture(scope="module", params=KINDS)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """A folder with a model that was trained here, and its kind."""
-    model_type, options, kind, tokenizer_class = KINDS[request.param]
-    made, place = io.BytesIO(), tmp_path_factory.mktemp("model")
+    place = tmp_path_factory.mktemp("model")
+    write_folder(place, request.param, list(WORDS.values()) * 4, 420)
+    return request.param, place
+
+
+def write_folder(place: Path, name: str, lines: list[str], vocab: int) -> None:
+    """A folder of one of KINDS with a model that learns from lines."""
+    model_type, options, kind, tokenizer_class = KINDS[name]
+    made = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(list(WORDS.values()) * 4), model_writer=made, vocab_size=420, model_type=model_type,
+        sentence_iterator=iter(lines), model_writer=made, vocab_size=vocab, model_type=model_type,
         character_coverage=1.0, hard_vocab_limit=False, num_threads=1, minloglevel=2, **options,
     )  # fmt: skip
     name = "sentencepiece.bpe.model" if kind == "xlm-roberta" else "spiece.model" if kind == "t5" else "tokenizer.model"
     (place / name).write_bytes(made.getvalue())
     (place / "config.json").write_text(json.dumps({"model_type": kind}))
     (place / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": tokenizer_class}))
-    return request.param, place
 
 
 def test_ids_are_those_of_transformers(folder: tuple[str, Path]) -> None:
@@ -66,6 +74,39 @@ def test_ids_are_those_of_sentencepiece(folder: tuple[str, Path]) -> None:
     shift = 1 if kind == "xlm-roberta" else 0  # fairseq puts one more token before the pieces
     for text in WORDS.values():
         assert ours.encode(text) == [i + shift for i in own.encode(text)], text
+
+
+@pytest.mark.real_data
+@pytest.mark.parametrize("kind", KINDS)
+def test_ids_of_two_thousand_strings_of_six_languages(kind: str, tmp_path: Path) -> None:
+    """Models that learned from one half of the lines, on lines of the other: letters and words never seen, too."""
+    corpus = Path(os.environ.get("LAPIS_DATA", "../shared/data")) / "corpus"
+    if not corpus.is_dir():
+        pytest.skip("LAPIS_DATA has no corpus")
+    lines = {language: lines_of(corpus / language / "valid.jsonl", 800) for language in REAL}
+    write_folder(tmp_path, kind, [line for each in lines.values() for line in each[::2]], 3000)
+    strings = [line for each in lines.values() for line in each[1::2][:334]]
+    assert len(strings) >= 2000
+    ours, theirs = Tokenizer.open(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert ours.encode_batch(strings) == theirs(strings, add_special_tokens=False)["input_ids"]
+    own = sentencepiece.SentencePieceProcessor(model_file=str(next(tmp_path.glob("*.model"))))
+    shift = 1 if kind == "xlm-roberta" else 0
+    unknown = own.unk_id()
+    for ids, text in zip(ours.encode_batch(strings), strings, strict=True):
+        pieces = own.encode(text)
+        if unknown not in pieces and not (kind == "llama" and text != text.strip()):
+            assert ids == [i + shift for i in pieces], text
+
+
+def lines_of(path: Path, count: int) -> list[str]:
+    """Lines of the texts of a jsonl file, none twice, the first 200 letters of each."""
+    seen: dict[str, None] = {}
+    with path.open(encoding="utf-8") as file:
+        for record in file:
+            seen.update((line[:200], None) for line in json.loads(record)["text"].splitlines() if len(line) > 3)
+            if len(seen) >= count:
+                break
+    return list(seen)[:count]
 
 
 def test_what_is_written_again_needs_no_library(folder: tuple[str, Path], tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from lapis.training.optim.optimizers import Average, Schedule
 from lapis.training.optim.rounding import RoundedAdamW, round_into_
 from lapis.training.setup import probe
 from lapis.training.setup.probe import Probe, training_speed
+from tests.model.conftest import SHAPES
 
 Make = Callable[[], Transformer]
 CONFIG = TrainConfig(steps=10, batch=8, lr=1e-2, warmup=2, log_every=1, precision="float32", threads=1, sample_every=0)
@@ -62,6 +63,20 @@ def test_shapes_of_the_schedule() -> None:
 def test_each_way_learns(new_model: Make, objective: Causal, tmp_path: Path, options: dict[str, Any]) -> None:
     result = train(new_model(), objective, replace(CONFIG, steps=25, **options), tmp_path / "out", watch=Silent())
     assert result.loss < 0.8 * result.log[0]["loss"]
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "qwen2_moe"])
+def test_a_mixture_of_experts_learns(objective: Causal, tokenizer: Tokenizer, tmp_path: Path, kind: str) -> None:
+    shape = SHAPES[kind]
+    assert shape.experts is not None
+    torch.manual_seed(0)
+    model = Transformer(replace(shape, vocab=tokenizer.rows, context=32, window=None, window_layers=None,
+                                experts=replace(shape.experts, balance=0.01)))  # fmt: skip
+    result = train(model, objective, replace(CONFIG, steps=25), tmp_path / "out", watch=Silent())
+    assert result.loss < 0.8 * result.log[0]["loss"]
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    again = dict(load(tmp_path / "out").named_parameters())
+    assert all(torch.equal(again[name], before[name]) for name in before)
 
 
 @pytest.mark.parametrize("kind", ["selective", "whole"])
