@@ -431,8 +431,10 @@ def table(results: dict[str, Any], steps: int) -> list[str]:
             )
             lines += ["", f"{name}: the largest share of the checkpoint's bytes that a process read: {shares}."]
     lines += ["", "| what happens to a process | all have ended after, s | exit statuses | said |", "|---|--:|---|---|"]
-    lines += [f"| {name} | {r['seconds']:.1f} | {' '.join(map(str, r['codes']))} | {'; '.join(r['lines'])[:160]} |"
-              for name, r in results.items() if "lines" in r]  # fmt: skip
+    for name, r in results.items():
+        if "lines" in r:
+            said = "; ".join(line.partition(" ([")[0] for line in r["lines"])[:160]
+            lines.append(f"| {name} | {r['seconds']:.1f} | {' '.join(map(str, r['codes']))} | {said} |")
     if "pauses" in (figures := results.get("pause", {})):
         longest = max(figures["pauses"])
         lines += ["", f"A checkpoint (7 M parameters, two processes) stops the training for {longest:.3f} s at most; a "

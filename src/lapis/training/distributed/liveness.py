@@ -106,6 +106,7 @@ class ProcessWatch:
         self.store = _store(host, port, _SILENCE, False)  # the run's own connection may be waiting for something
         self.ended = threading.Event()
         self.answered = time.monotonic()  # when the store did
+        self.broken = False  # whether a connection to another process is
         self.patience, self.forgiving = patience(), PATIENCE not in os.environ
         self.beats = threading.Thread(target=self._beat, daemon=True)
         self.guard = threading.Thread(target=self._guard, daemon=True)
@@ -131,6 +132,8 @@ class ProcessWatch:
 
         The first one, which writes, is left to notice it as a broken connection, so that it can put things in order.
         """
+        if self.broken:
+            return  # all have noticed by themselves
         others, until = {*range(1, self.size)} - {self.rank}, time.monotonic() + 2 * _BEAT
         try:
             self.store.set(_OVER, str(self.rank))

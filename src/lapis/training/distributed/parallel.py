@@ -153,6 +153,8 @@ class Processes:
             leave()
         if not self.leads and not any(watch.is_first_alive() for watch in _watches):
             leave()
+        for watch in _watches:
+            watch.broken = True
         raise TrainingError(
             "train: another process of this run has ended; run the same command again to go on from the last "
             f"checkpoint ({str(error).splitlines()[0][:100]})"
