@@ -65,11 +65,11 @@ def peer(given: argparse.Namespace, kind: str, out: Path) -> dict[str, Any]:
         model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear",
                                                  task_type="CAUSAL_LM"))  # fmt: skip
     pad = AutoTokenizer.from_pretrained(given.model).pad_token_id
-    marks: list[tuple[float, int]] = []
+    marks: list[tuple[float, float, int]] = []
 
     class Clock(TrainerCallback):  # type: ignore[misc]
         def on_step_end(self, *arguments: Any, **more: Any) -> None:
-            marks.append((time.perf_counter(), seen[0]))
+            marks.append((time.perf_counter(), time.process_time(), seen[0]))
 
     seen = [0]
 
@@ -111,11 +111,11 @@ def ours(given: argparse.Namespace, kind: str, out: Path) -> dict[str, Any]:
     chosen, taken = out / "chats.jsonl", records(given, "en.jsonl", CHATS)
     out.mkdir(parents=True, exist_ok=True)
     chosen.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages, _, _ in taken))
-    marks: list[tuple[float, int]] = []
+    marks: list[tuple[float, float, int]] = []
 
     class Clock(Silent):
         def step(self, row: Any) -> None:
-            marks.append((time.perf_counter(), seen[0]))
+            marks.append((time.perf_counter(), time.process_time(), seen[0]))
 
     loss, seen = Chat.loss, [0]
 
@@ -136,11 +136,13 @@ def ours(given: argparse.Namespace, kind: str, out: Path) -> dict[str, Any]:
     return {**pace(marks), "peak_bytes": peak(), "steps": result.steps, "how": "packed"}
 
 
-def pace(marks: list[tuple[float, int]]) -> dict[str, float]:
-    """Supervised tokens per second after the first two steps, and the seconds of a step in the middle."""
-    (start, before), (end, after) = marks[1], marks[-1]
-    seconds = [after - before for (before, _), (after, _) in itertools.pairwise(marks[1:])]
-    return {"rate": (after - before) / (end - start), "step": statistics.median(seconds), "supervised": after}
+def pace(marks: list[tuple[float, float, int]]) -> dict[str, float]:
+    """Supervised tokens per second, and per second of a processor (which other jobs of the machine stretch less), after
+    the first two steps; the seconds of a step in the middle."""
+    (start, used, before), (end, all_used, after) = marks[1], marks[-1]
+    seconds = [later - earlier for (earlier, _, _), (later, _, _) in itertools.pairwise(marks[1:])]
+    return {"rate": (after - before) / (end - start), "rate_of_processor": (after - before) / (all_used - used),
+            "step": statistics.median(seconds), "supervised": after}  # fmt: skip
 
 
 def peak() -> int:
@@ -165,18 +167,19 @@ def score(given: argparse.Namespace) -> dict[str, Any]:
 
 def table(folder: Path) -> list[str]:
     """The dated lines."""
-    found = {name: json.loads((folder / f"{name}.json").read_text()) for name in PIECES}
+    found = {name: json.loads(path.read_text()) for name in PIECES if (path := folder / f"{name}.json").exists()}
     nats = json.loads((folder / "score.json").read_text())
     lines = [f"## {date.today()}, {processor()}, {len(os.sched_getaffinity(0))} cores, torch {torch.__version__}", ""]
     lines += [f"SmolLM2-135M-Instruct, {CHATS} chats once; before: {nats['base']:.4f} nats per supervised token.", "",
-              "| | batches | steps | supervised tokens/s | against the Trainer | peak MB | against | held-out nats |",
-              "|---|---|--:|--:|--:|--:|--:|--:|"]  # fmt: skip
-    for kind in RATES:
+              "| | batches | steps | supervised tokens/s | against the Trainer | of the processor | against | peak MB "
+              "| against | held-out nats |", "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|"]  # fmt: skip
+    for kind in (kind for kind in RATES if f"peer-{kind}" in found and f"lapis-{kind}" in found):
         theirs = found[f"peer-{kind}"]
         for name in (f"peer-{kind}", f"lapis-{kind}"):
             one = found[name]
             lines.append(
                 f"| {name} | {one['how']} | {one['steps']} | {one['rate']:.0f} | {one['rate'] / theirs['rate']:.2f}x | "
+                f"{one['rate_of_processor']:.0f} | {one['rate_of_processor'] / theirs['rate_of_processor']:.2f}x | "
                 f"{one['peak_bytes'] / 1e6:,.0f} | {one['peak_bytes'] / theirs['peak_bytes']:.2f}x | {nats[name]:.4f} |"
             )
     return lines
