@@ -28,7 +28,7 @@ import torch
 from hardware import processor
 from results_file import add_table
 
-CHATS, HELD_OUT, STEPS, CONTEXT, RANK = 160, 60, 9, 512, 16
+CHATS, HELD_OUT, STEPS, CONTEXT, RANK = 96, 40, 6, 512, 16
 RATES = {"lora": 2e-4, "full": 2e-5}
 PIECES = ("peer-lora", "peer-full", "lapis-lora", "lapis-full")
 
