@@ -83,6 +83,14 @@ def test_normuon_and_cautious_decay_equal_a_recomputation(shape: tuple[int, int]
     torch.testing.assert_close(parameter.detach().double(), weights, rtol=1e-4, atol=1e-5)
 
 
+def test_normuon_leaves_a_matrix_without_gradient_alone() -> None:
+    """As those behind projections that begin at zero, in the first step."""
+    parameter = nn.Parameter(torch.randn(4, 6))
+    before, parameter.grad = parameter.detach().clone(), torch.zeros(4, 6)
+    Muon([parameter], lr=0.02, weight_decay=0.0, options=MuonOptions(by_neuron=True)).step()
+    assert torch.equal(parameter, before)
+
+
 def test_options_of_muon_need_muon() -> None:
     with pytest.raises(ConfigError, match="muon is set, and optimizer is adamw; set optimizer: muon"):
         TrainConfig(steps=1, muon=MuonOptions(cautious=True))

@@ -96,7 +96,7 @@ class Muon(torch.optim.Optimizer):
             state["neuron_squares"] = torch.zeros_like(squares_O1)
         state["neuron_squares"].lerp_(squares_O1, 1 - _NEURON_DECAY)
         evened: Tensor = update_OI / state["neuron_squares"].sqrt().add(1e-8)
-        return evened.mul_(math.sqrt(min(update_OI.shape)) / evened.norm())
+        return evened.mul_(math.sqrt(min(update_OI.shape)) / evened.norm().clamp(min=1e-7))  # 0 where nothing moves
 
     def _buffer(self, parameter: Tensor) -> Tensor:
         state = self.state[parameter]
