@@ -10,7 +10,7 @@ bare client that reads the same bytes and keeps nothing, which is what can be ha
 huggingface_hub has downloaded all three models. --slower 32 has round trips and line slower by that much: where the
 processors are shared, what is waited for then shows, and not what is computed. While lapis runs, the cache and the
 temporary folder are looked at every 50 ms: the largest sum of bytes is what it kept of its inputs. All outputs of lapis
-must be the same bytes. With --kills the merge from the server is killed at random moments, run to its end, and
+must be the same bytes. With --kills the merge from the server is killed at random tiles, run to its end, and
 compared; what the server sent in all, less what one run and the openings need, was fetched twice. Adds a dated table
 to benchmarks/results/stream.md.
 """
@@ -38,7 +38,9 @@ from hardware import processor
 from merge import ROOT, make, measured, recipe
 from results_file import add_table
 
+from lapis.checkpoint.staging import staging_of
 from lapis.weights.engine.ahead import AHEAD
+from lapis.weights.engine.journal import NAME as JOURNAL
 from lapis.weights.engine.tiles import TILE
 from lapis.weights.merge.merge import merge
 
@@ -228,17 +230,17 @@ def kills(work: Path, given: argparse.Namespace) -> list[str]:
         began = time.perf_counter()
         whole = cost()
         seconds = time.perf_counter() - began
-        wanted = content(out)
+        wanted, lines = content(out), (out / "model.safetensors").stat().st_size / (2 * TILE)
         while killed < given.kills:
             shutil.rmtree(out, ignore_errors=True)
-            before, child, began = sent(), start(), time.perf_counter()
-            until = began + chance.uniform(0.2, 1.0) * seconds
-            while time.perf_counter() < until and not out.exists():
-                time.sleep(0.01)
+            before, child, until = sent(), start(), chance.uniform(-0.1, 1.0) * lines
+            if until < 0:  # before the weights
+                time.sleep(chance.uniform(0.0, 0.5) * seconds)
+            while until >= 0 and written(out) < until and not out.exists():
+                time.sleep(0.002)
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
-            if out.exists():  # done before its time: the machine is faster than it was
-                seconds = min(seconds, time.perf_counter() - began)
+            if out.exists():
                 continue
             killed += 1
             os.waitpid(start(), 0)
@@ -263,6 +265,14 @@ def kills(work: Path, given: argparse.Namespace) -> list[str]:
         f"| most | {max(again):,.0f} | {max(again) / tile:.1f} |",
         f"| read ahead, a source (AHEAD / 3) | {AHEAD // 3:,} | {AHEAD / 3 / tile:.1f} |",
     ]
+
+
+def written(out: Path) -> int:
+    """How many tiles a job has noted as done."""
+    try:
+        return staging_of(out).joinpath(JOURNAL).read_bytes().count(b"\n") - 1
+    except FileNotFoundError:
+        return 0
 
 
 def content(folder: Path) -> dict[str, str]:
