@@ -390,7 +390,7 @@ def resume(note: Note) -> None:
 
 SECTIONS: dict[str, tuple[Callable[[Note], None], float]] = {  # with its limit in seconds
     "parity": (parity, 60), "train": (train, 120), "fsdp": (fsdp, 80), "adapters": (adapters, 60),
-    "decode": (decode, 90), "serve": (serve, 40), "weights": (weights, 40), "resume": (resume, 60),
+    "decode": (decode, 90), "serve": (serve, 40), "weights": (weights, 40), "resume": (resume, 90),
 }  # fmt: skip
 
 
