@@ -42,7 +42,7 @@ class GuardOptions:
 
 @dataclass(frozen=True)
 class MuonOptions:
-    """Steps beyond Muon as it was published; benchmarks/results/train.md has what each gives.
+    """Steps beyond Muon as it was published.
 
     Args:
         coefficients: Of the rounds that make an update orthogonal: Jordan et al.'s, or Polar Express' (optim/muon.py).
