@@ -334,6 +334,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen3MoeForCausalLM",
         {**EXPERTS, **YARN, "num_experts": 2, "num_experts_per_tok": 1, "num_key_value_heads": 1, "hidden_act": "gelu"},
     ),
+    "qwen3_moe-dense-layers": ("Qwen3MoeForCausalLM", {**EXPERTS, "decoder_sparse_step": 2, "num_hidden_layers": 4}),
+    "qwen2_moe-dense-layers": ("Qwen2MoeForCausalLM", {**EXPERTS, **SHARED, "mlp_only_layers": [1]}),
     "qwen3_moe-all": ("Qwen3MoeForCausalLM", {**EXPERTS, "num_experts": 3, "num_experts_per_tok": 3}),
     "qwen3_moe-classes": ("Qwen3MoeForSequenceClassification", {**EXPERTS, "num_labels": 3, "pad_token_id": 96}),
     "qwen2_moe": ("Qwen2MoeForCausalLM", {**EXPERTS, **SHARED}),

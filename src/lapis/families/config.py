@@ -78,7 +78,8 @@ class Experts:
 
     count: MLPs of a block. active: Those that a token goes through. normalized: Whether their weights are made to sum
     to 1. shared_dim: Inner width of one more that every token goes through; 0 = none. balance: What the loss of uneven
-    choices is multiplied by in training.
+    choices is multiplied by in training. dense_layers: Those that have an ordinary MLP instead, of inner width
+    dense_dim.
     """
 
     count: int
@@ -86,9 +87,14 @@ class Experts:
     normalized: bool = True
     shared_dim: int = 0
     balance: float = 0.0
+    dense_layers: tuple[int, ...] = ()
+    dense_dim: int = 0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
         check_numbers(self, "experts")
+        if self.dense_layers and self.dense_dim < 1:
+            raise ConfigError(f"experts: dense_dim is {self.dense_dim}; layers with an ordinary MLP want its width")
         if not 1 <= self.active <= self.count:
             raise ConfigError(f"experts: active is {self.active}; expected 1 to {self.count}, the number of experts")
         if self.shared_dim < 0 or self.balance < 0:
@@ -273,12 +279,18 @@ class ModelConfig:
     def kinds(self) -> tuple[int, ...]:
         """For each layer, the first one that has parameters of the same names and shapes."""
         bare = self.norm_place == "embed"
-        looks = [(self.mixes_by_state(layer), bare and layer == 0) for layer in range(self.layers)]
+        looks = [
+            (self.mixes_by_state(layer), self.mixes_experts(layer), bare and layer == 0) for layer in range(self.layers)
+        ]
         return tuple(looks.index(look) for look in looks)
 
     def mixes_by_state(self, layer: int) -> bool:
         """Whether this layer has a delta net in the place of attention."""
         return self.delta is not None and layer in self.delta.layers
+
+    def mixes_experts(self, layer: int) -> bool:
+        """Whether this layer has experts in the place of its MLP."""
+        return self.experts is not None and layer not in self.experts.dense_layers
 
     @property
     def gated(self) -> bool:

@@ -65,6 +65,10 @@ class Gguf:
         if empty:
             raise ConfigError(f"{empty} is 0, and llama.cpp computes {config.family} with a cap only; such a model has "
                               "no GGUF file")  # fmt: skip
+        if config.experts is not None and config.experts.dense_layers:
+            raise ConfigError(
+                "some layers have an ordinary MLP beside experts in others; such a model has no GGUF file"
+            )
         if config.experts is not None and config.experts.normalized != self.normalized:
             how = "sum to 1" if self.normalized else "do not sum to 1"
             raise ConfigError(

@@ -1,6 +1,6 @@
 """Qwen's mixtures of experts: Qwen3's attention and experts alone, or Qwen2's with a shared one beside them.
 
-Leaves out: models of which some layers have an ordinary MLP (decoder_sparse_step, mlp_only_layers).
+Some layers may have an ordinary MLP (decoder_sparse_step, mlp_only_layers).
 """
 
 from typing import Any
@@ -25,6 +25,7 @@ CLASSES = {"qwen2_moe": "Qwen2Moe", "qwen3_moe": "Qwen3Moe"}
 SHARED = "shared_expert_intermediate_size"
 RULES = (
     *expert_rules("mlp", MLPS),
+    *(rule for here, disk in MLPS.items() for rule in rules(f"{BLOCK}mlp.{disk}", f"mlp.{here}")),
     *rules(BLOCK + "mlp.shared_expert_gate", "mlp.shared_gate"),
     *(rule for here, disk in MLPS.items() for rule in rules(f"{BLOCK}mlp.shared_expert.{disk}", f"mlp.shared.{here}")),
 )
@@ -32,7 +33,8 @@ RULES = (
 
 def read_config(fields: Fields) -> dict[str, Any]:
     kind = str(fields.config["model_type"])
-    experts = read_experts(fields, "num_experts", 0.001, shared=SHARED if kind == "qwen2_moe" else "")
+    experts = read_experts(fields, "num_experts", 0.001, shared=SHARED if kind == "qwen2_moe" else "",
+                           layers=fields.layers("num_hidden_layers"))  # fmt: skip
     shape = {
         **read_decoder(fields),
         "experts": {**experts, "normalized": fields.flag("norm_topk_prob", False)},
@@ -64,7 +66,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
             config, CLASSES[kind], qk_norm=(own,), bias=("none", "attention" if own else "qkv"),
             experts=(config.experts,), **({"window_layers": (None,)} if own else {}),
         ),
-        **write_experts(config, "num_experts", shared=not own),
+        **write_experts(config, "num_experts", shared=not own, dense=True),
         "moe_intermediate_size": config.ffn_dim,
         "use_sliding_window": config.window is not None,
     }  # fmt: skip

@@ -96,11 +96,12 @@ def common_shapes(config: ModelConfig) -> dict[str, Shape]:
     dim, ffn_dim, head_dim = config.dim, config.ffn_dim, config.head_dim
     inner, inner_kv = config.heads * head_dim, config.kv_heads * head_dim
     normed, normed_kv = (head_dim, head_dim) if config.qk_norm_over == "head" else (inner, inner_kv)
+    dense = config.experts.dense_dim if config.experts is not None else ffn_dim
     return {
         "embed": (config.vocab, dim), "embed.position": (config.first_position + config.context, dim),
         "attn.q": (inner, dim), "attn.k": (inner_kv, dim), "attn.v": (inner_kv, dim), "attn.o": (dim, inner),
         "attn.q_norm": (normed,), "attn.k_norm": (normed_kv,),
-        **_mlp_shapes("mlp", ffn_dim, dim), **_expert_shapes(config),
+        **_mlp_shapes("mlp", dense, dim), **_expert_shapes(config),
         "head": (config.vocab, dim), "head.pooler": (dim, dim), "head.dense": (dim, dim),
         "head.classes": (config.classes, dim),
     }  # fmt: skip
@@ -126,6 +127,10 @@ def has_parameter(config: ModelConfig, component: str, kind: str, layer: int | N
         return False
     if group == "delta":
         return True
+    if group == "mlp" and config.experts is not None and layer is not None:
+        of_experts = name.split(".")[0] in ("router", "experts", "shared", "shared_gate")
+        if of_experts != config.mixes_experts(layer):
+            return False
     if component in ("attn.q_norm", "attn.k_norm") and not config.qk_norm:
         return False
     if group == "norm" or name.endswith("norm"):

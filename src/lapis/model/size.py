@@ -159,7 +159,9 @@ def activation_bytes(config: ModelConfig, context: int, width: int = 2) -> int:
     matrices = 4 if config.gated else 2
     mlp = matrices * config.ffn_dim
     if config.experts is not None:  # of each chosen one also what goes in, what comes out, and that weighted
-        mlp = config.experts.active * (mlp + 3 * config.dim) + matrices * config.experts.shared_dim
+        dense = len(config.experts.dense_layers)
+        sparse = config.experts.active * (mlp + 3 * config.dim) + matrices * config.experts.shared_dim
+        mlp = ((config.layers - dense) * sparse + dense * matrices * config.experts.dense_dim) // config.layers
     per_layer = 4 * config.dim + 2 * inner + 2 * inner_kv + mlp
     logits = config.vocab * 4 if config.head in ("lm", "masked") else 0
     return context * ((config.layers * per_layer + 2 * config.dim) * width + logits)

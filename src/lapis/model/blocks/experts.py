@@ -89,10 +89,12 @@ def choose(logits_NE: Tensor, settings: Experts) -> tuple[Tensor, Tensor]:
 
 
 class ExpertsBlock(TransformerBlock):
-    """The usual block, with a mixture in the place of its MLP."""
+    """The usual block, with a mixture in the place of its MLP where the layer has one."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
-        super().__init__(config, layer, mlp=MixtureOfExperts(config))
+        width = config.experts.dense_dim if config.experts is not None else 0
+        mixes = config.experts is None or config.mixes_experts(layer)  # without experts it says what is missing
+        super().__init__(config, layer, mlp=MixtureOfExperts(config) if mixes else Mlp(config, width=width))
 
 
 ARCHITECTURE = Architecture(ExpertsBlock)
