@@ -156,7 +156,8 @@ def test_rows_of_tokens_are_trained_beside_what_is_tuned(start: Start, tmp_path:
 
 
 def test_rows_of_tokens_go_on_from_a_checkpoint(start: Start, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"tune": ["layers.1.mlp"], "tokens": ["<|im_end|>"], "log_every": 1}
+    settings: dict[str, Any] = {"tune": ["layers.1.mlp"], "tokens": ["<|im_end|>", "a", "b"], "log_every": 1}
+    settings |= {"certify": "on", "share_rows": True}
     whole = start("whole", **settings)
     with pytest.raises(KeyboardInterrupt):
         start("cut", watch=Stop(), **settings)
