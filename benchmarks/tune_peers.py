@@ -69,12 +69,12 @@ def peer(given: argparse.Namespace, kind: str, out: Path) -> dict[str, Any]:
 
     class Clock(TrainerCallback):  # type: ignore[misc]
         def on_step_end(self, *arguments: Any, **more: Any) -> None:
-            marks.append((time.perf_counter(), time.process_time(), seen[0]))
+            marks.append((time.perf_counter(), time.process_time(), sum(learned[: len(marks) + 1])))
 
-    seen = [0]
+    learned: list[int] = []  # of each batch, which the Trainer takes one ahead
 
     def collate(batch: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        seen[0] += sum(sum(target != -100 for target in each["labels"][1:]) for each in batch)
+        learned.append(sum(sum(target != -100 for target in each["labels"][1:]) for each in batch))
         if given.peer == "flat":
             ids = [token for each in batch for token in each["input_ids"]]
             labels = [target for each in batch for target in (-100, *each["labels"][1:])]
