@@ -84,7 +84,7 @@ def test_models_are_compared_on_the_same_documents() -> None:
 
 def test_every_score_of_both_languages_is_on_the_card(adapted: Path) -> None:
     card = json.loads((adapted / "out" / "card" / "card.json").read_text())
-    names = ["base", "chat", "start", "embedded", "adapted", "grafted"]
+    names = ["base", "chat", "start", "embedded", "adapted", "calibrated", "grafted"]
     assert list(card["scores"]) == names == list(models_of(adapted / "out"))
     assert card["languages"] == {"target": "ms", "replay": "en"}
     for each in card["scores"].values():
@@ -135,7 +135,7 @@ def test_a_card_of_an_adaptation_from_the_command_line(
     status, output, error = run(*command)
     assert status == 0, error
     result = json.loads(output)
-    assert list(result["scores"]) == ["base", "chat", "start", "embedded", "adapted", "grafted", "tuned"]
+    assert list(result["scores"]) == ["base", "chat", "start", "embedded", "adapted", "calibrated", "grafted", "tuned"]
     assert result["gap_closed"] is None and "no gap to close" in result["reasons"]["gap_closed"]
     assert sorted(path.name for path in (tmp_path / "card").iterdir()) == [
         "README.md", "card.json", "index.html", "lapis-manifest.json",
@@ -239,7 +239,7 @@ def test_what_makes_no_card_is_refused(adapted: Path, tmp_path: Path) -> None:
     second = tmp_path / "elchat"
     shutil.copytree(adapted / "out", second)
     names = list(gather([adapted / "out", second, adapted / "base"], {}, 1000).models)  # both ways in one table
-    steps = ["start", "embedded", "adapted", "grafted"]
+    steps = ["start", "embedded", "adapted", "calibrated", "grafted"]
     assert names == ["base", "chat", *steps, *(f"elchat/{step}" for step in steps)]
     with pytest.raises(ConfigError, match="two of these models are called elchat/start"):
         gather([adapted / "out", second, second / "start"], {}, 1000)
