@@ -59,6 +59,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo2-gqa": ("Olmo2ForCausalLM", DECODER),
     "granite": ("GraniteForCausalLM", {**DECODER, **GRANITE}),
     "granite-tied": ("GraniteForCausalLM", {**DECODER, **GRANITE, "tie_word_embeddings": True}),
+    "arcee": ("ArceeForCausalLM", {**DECODER, "hidden_act": "relu2"}),
     "phi3": ("Phi3ForCausalLM", DECODER),
     "qwen3_moe": ("Qwen3MoeForCausalLM", {**EXPERTS, "norm_topk_prob": True, "head_dim": 32}),
     "qwen2_moe": ("Qwen2MoeForCausalLM", {**EXPERTS, "shared_expert_intermediate_size": 96}),

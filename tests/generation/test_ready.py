@@ -28,6 +28,7 @@ CASES = {
     "olmo2": {"family": "olmo2", "qk_norm": True, "qk_norm_over": "all"},
     "without turns": {"nope_layers": (1,)},
     "granite": {"family": "granite", "residual_scale": 0.5, "logit_divisor": 4.0, "embed_scale": 3.0},
+    "arcee": {"family": "arcee", "mlp": "relu2"},
     "apertus": {"family": "apertus", "qk_norm": True, "mlp": "xielu"},
     # all of them are active, so that rounding chooses none
     "experts": {"family": "qwen2_moe", "bias": "qkv", "experts": Experts(3, 3, True, 64), "ffn_dim": 96},

@@ -46,6 +46,7 @@ SHAPES = {
     "qwen3_moe": {"family": "qwen3_moe", "qk_norm": True, "experts": Experts(4, 2)},
     "gpt_oss": {"family": "gpt_oss", "bias": "all", "experts": Experts(4, 2), "kv_heads": 2, "window": 3,
                 "window_layers": (0, 1), "rope": Rope(kind="yarn", factor=2.0, original_context=8)},
+    "arcee": {"family": "arcee", "mlp": "relu2"},
     "apertus": {"family": "apertus", "mlp": "xielu", "qk_norm": True},
 }  # fmt: skip
 

@@ -59,6 +59,7 @@ SHAPES = {
         LLAMA, family="gpt_neox", kv_heads=4, dim=32, head_dim=8, norm="layer", mlp="gelu", bias="all", parallel="own",
         rope=Rope(share=0.25),
     ),
+    "arcee": dataclasses.replace(LLAMA, family="arcee", mlp="relu2", bias="attention", tied=True),
     "apertus": dataclasses.replace(LLAMA, family="apertus", mlp="xielu", qk_norm=True),
     "qwen3_moe": dataclasses.replace(LLAMA, family="qwen3_moe", qk_norm=True, experts=Experts(4, 2)),
     "qwen2_moe": dataclasses.replace(

@@ -62,6 +62,7 @@ COHERE = {**DECODER, "sliding_window": 5, "pad_token_id": 96}
 NEOX = {name: value for name, value in DECODER.items() if name != "num_key_value_heads"}
 GRANITE = {"attention_multiplier": 0.125, "residual_multiplier": 0.22, "logits_scaling": 8.0,
            "embedding_multiplier": 12.0}  # fmt: skip
+ARCEE = {"hidden_act": "relu2"}
 EXPERTS = {**DECODER, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 SHARED = {"shared_expert_intermediate_size": 40}
 OLMOE = {"num_experts": 5, "num_experts_per_tok": 2, "pad_token_id": 96, "eos_token_id": 2}
@@ -317,6 +318,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {**DECODER, "pad_token_id": 96, "tie_word_embeddings": True, "num_key_value_heads": 1, "hidden_act": "gelu"},
     ),
     "phi3-classes": ("Phi3ForSequenceClassification", {**DECODER, "num_labels": 3, "pad_token_id": 96}),
+    "arcee": ("ArceeForCausalLM", {**DECODER, **ARCEE}),
+    "arcee-yarn-biases": (
+        "ArceeForCausalLM",
+        {**DECODER, **ARCEE, **YARN, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+    ),
+    "arcee-mqa-wide": ("ArceeForCausalLM", {**DECODER, **ARCEE, "num_key_value_heads": 1, "head_dim": 10}),
+    "arcee-bare": ("ArceeModel", {**DECODER, **ARCEE}),
+    "arcee-classes": ("ArceeForSequenceClassification", {**DECODER, **ARCEE, "num_labels": 3, "pad_token_id": 96}),
     "apertus": ("ApertusForCausalLM", {**DECODER}),
     "apertus-mha-biases": (
         "ApertusForCausalLM",

@@ -98,6 +98,7 @@ CAUSAL: dict[str, tuple[str, dict[str, Any]]] = {
         {**SHAPE, "attention_multiplier": 0.125, "residual_multiplier": 0.22, "logits_scaling": 8.0},
     ),
     "phi3": ("Phi3ForCausalLM", {**SHAPE, "pad_token_id": 0, "sliding_window": 7}),
+    "arcee": ("ArceeForCausalLM", {**SHAPE, "hidden_act": "relu2"}),
     "apertus": ("ApertusForCausalLM", SHAPE),
     "qwen3_moe": (
         "Qwen3MoeForCausalLM",

@@ -31,6 +31,7 @@ SHAPES = {
     "olmo2": dataclasses.replace(LLAMA, family="olmo2", qk_norm=True, qk_norm_over="all"),
     "granite": dataclasses.replace(LLAMA, family="granite", embed_scale=3.0, residual_scale=0.5, logit_divisor=0.25),
     "phi3": dataclasses.replace(LLAMA, family="phi3"),
+    "arcee": dataclasses.replace(LLAMA, family="arcee", mlp="relu2"),
     "apertus": dataclasses.replace(LLAMA, family="apertus", mlp="xielu", qk_norm=True),
     "neox": dataclasses.replace(LLAMA, family="gpt_neox", kv_heads=4, dim=32, head_dim=8, norm="layer", mlp="gelu",
                                 bias="all", parallel="own", rope=Rope(share=0.25)),

@@ -20,6 +20,7 @@ _FILES = (
     "granite",
     "phi3",
     "apertus",
+    "arcee",
     "exaone4",
     "starcoder2",
     "glm4",
