@@ -24,7 +24,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from language_real import CONTEXT, DOCUMENTS
+from language_real import CONTEXT, DOCUMENTS, PRECISION
 from language_runs import (
     DATA,
     ENGLISH,
@@ -100,7 +100,8 @@ class Flow:
         start = {"tuned": self.root / "adapted", "elchat-trained": self.root / "chat"}.get(name, self.base)
         if name == "adapted" and self.add:
             start = self.root / "start"
-        shared = {"context": CONTEXT, "batch": self.batch, "lr": self.lr, "log_every": 5}
+        shared = {"context": CONTEXT, "batch": self.batch, "lr": self.lr, "log_every": 5,
+                  "precision": PRECISION}  # fmt: skip
         if name in ("chat", "tuned"):
             code = "ms" if name == "tuned" else "en"
             how = {"objective": "chat", "data": [str(self.chats[code])], "tokenizer": str(self._templated(start))}

@@ -15,8 +15,8 @@ LAPIS_MODELS names the folder of the models (smollm2-it, gemma3), where --models
 import argparse
 import statistics
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +58,8 @@ QUARTERS = 4  # at whose ends a training is scored on the way
 
 @dataclass(frozen=True)
 class Case:
-    """A model and a language. add: New tokens. seconds: Of the processor, for all that is done to one model. lr,
-    rows_lr: Of everything, and of new rows. held_bytes: Scored. on_the_way: At each quarter, too."""
+    """A model and a language. add: New tokens. seconds: Of the processor, for all that is done to one model. context:
+    Tokens of a row. rates: Of each way, and of new rows. held_bytes: Scored. on_the_way: At each quarter, too."""
 
     model: str
     text: tuple[str, ...]
@@ -68,8 +68,8 @@ class Case:
     seconds: float
     seeds: tuple[int, ...]
     batch: int = 1
-    lr: float = 3e-4
-    rows_lr: float = 1e-3
+    context: int = CONTEXT
+    rates: Mapping[str, float] = field(default_factory=lambda: {"with": 3e-4, "without": 3e-4, "rows": 1e-3})
     replay: float = 0.1
     held_bytes: int = 6_000
     on_the_way: bool = False
@@ -81,8 +81,8 @@ CASES = {
     "ko-smollm2": Case("smollm2-it", ("ko/train.jsonl", "ko/reviews-train.jsonl"),
                        ("ko/valid.jsonl", "ko/reviews-valid.jsonl"), 10_000, 900, (0, 1), on_the_way=True),
     "ms-smollm2": Case("smollm2-it", add=3000, seconds=120, seeds=(0,), **MALAY),
-    "ms-gemma3": Case("gemma3", add=2000, seconds=100, seeds=(0,), lr=2e-5, rows_lr=2e-4, speed=False,
-                      **MALAY),
+    "ms-gemma3": Case("gemma3", add=2000, seconds=100, seeds=(0,), speed=False,
+                      rates={"with": 2e-5, "without": 2e-5, "rows": 2e-4}, **MALAY),
 }  # fmt: skip
 
 
@@ -104,10 +104,10 @@ class Bench:
     def settings(self, way: str, model: Path, rows: list[int], **more: Any) -> dict[str, Any]:
         """Of a training, but for its length."""
         case = self.case
-        shared = {"model": str(model), "data": self.data, "batch": case.batch, "context": CONTEXT, "log_every": 5,
+        shared = {"model": str(model), "data": self.data, "batch": case.batch, "context": case.context, "log_every": 5,
                   "precision": PRECISION}  # fmt: skip
-        taught = {"freeze": ["embed"], "tokens": rows, "share_rows": True, "rates": {"embed": case.rows_lr}}
-        return {**shared, "lr": case.lr, **(taught if way == "with" else {}), **more}
+        taught = {"freeze": ["embed"], "tokens": rows, "share_rows": True, "rates": {"embed": case.rates["rows"]}}
+        return {**shared, "lr": case.rates[way], **(taught if way == "with" else {}), **more}
 
     def extended(self) -> tuple[Path, float]:
         """The model with new rows, and the processor seconds that it took."""
@@ -200,7 +200,7 @@ def lines(bench: Bench) -> list[str]:
             name, f"{found['target']:.3f}", f"{1 - found['target'] / base['target']:+.1%}", f"{found['en']:.3f}",
             f"{found['en'] / base['en'] - 1:+.1%}", f"{found['target tokens']:.3f}", str(len(steps) or ""),
             f"{sum(steps):.0f}" if steps else "",
-            f"{len(steps) * case.batch * CONTEXT / found['target tokens'] / 1e3:.0f} KB" if steps else "",
+            f"{len(steps) * case.batch * case.context / found['target tokens'] / 1e3:.0f} KB" if steps else "",
         ])  # fmt: skip
     head = ["model", "bits per byte", "won", "English", "cost", "tokens per byte", "steps", "processor s", "text read"]
     result = [
@@ -238,6 +238,8 @@ def main() -> None:
     parser.add_argument("--models", type=Path, help="their folder; LAPIS_MODELS without it")
     parser.add_argument("--only", nargs="*", choices=CASES, default=list(CASES))
     parser.add_argument("--seconds", type=float, help="what a case has without it; each with an --out of its own")
+    parser.add_argument("--rates", nargs="*", default=[], metavar="NAME=RATE", help="with, without, rows; the same")
+    parser.add_argument("--context", type=int, help="of a row; the same")
     parser.add_argument("--seeds", type=int, nargs="*", help="all that a case has without it")
     parser.add_argument("--ways", nargs="*", choices=WAYS, default=WAYS)
     parser.add_argument("--do", choices=["train", "score", "write"], help="one of the steps; all without it")
@@ -246,6 +248,10 @@ def main() -> None:
     cases = {name: CASES[name] for name in options.only}
     if options.seconds:
         cases = {name: replace(case, seconds=options.seconds) for name, case in cases.items()}
+    if options.context:
+        cases = {name: replace(case, context=options.context) for name, case in cases.items()}
+    rates = {name: float(rate) for name, rate in (each.split("=") for each in options.rates)}
+    cases = {name: replace(case, rates={**case.rates, **rates}) for name, case in cases.items()}
     benches = [Bench(case, name, options.out, models) for name, case in cases.items()]
     for bench in benches:
         if options.do in ("train", None):

@@ -48,6 +48,8 @@ def test_text_that_is_not_there_or_of_no_such_language(typed: Callable[..., tupl
         alone = {"text": [str(tmp_path / "none.jsonl")], "replay": [], "chat": None, "tokens_per_second": None}
         assert "none.jsonl: is empty" in refused(typed(**alone, language=language))
         assert not (tmp_path / "out").exists()
+    one = str(write(tmp_path / "one.jsonl", MALAY[:1]))
+    assert "one.jsonl: holds 1 text; give at least 2" in refused(typed(text=[one], out=str(tmp_path / "short")))
     english = str(write(tmp_path / "other.jsonl", ENGLISH[300:400]))
     line = refused(typed(text=[english]))
     assert "0% of the documents of the text look like ms" in line and "language" in line
@@ -67,7 +69,24 @@ def test_replay_that_is_the_targets(typed: Callable[..., tuple[int, str]], plan:
     assert not (tmp_path / "out").exists()
 
 
+def test_replay_in_the_target_language_is_told(typed: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
+    others = [text.replace("bermain dengan", "duduk bersama") for text in MALAY]
+    told = "replay: looks to be in the language of the text; give text of what the model knew before"
+    for number, language in enumerate(("ms", "")):
+        replay = [str(write(tmp_path / "others.jsonl", others))]
+        status, err = typed("--dry-run", f"out={tmp_path / str(number)}", replay=replay, language=language)
+        assert status == 0 and told in err, err
+    status, err = typed("--dry-run")
+    assert status == 0 and "replay" not in err
+
+
+def test_a_language_that_is_not_known_is_told(typed: Callable[..., tuple[int, str]]) -> None:
+    status, err = typed("--dry-run", language="malay")
+    assert status == 0 and "language: whether the text is 'malay' was not looked at; known are ko, " in err
+
+
 def test_more_tokens_than_the_text_carries(typed: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
+    assert "vocab is -5; give auto, 0 for no new tokens, or their number" in refused(typed("--vocab", "-5"))
     line = refused(typed(vocab=50_000))
     assert "vocab is 50,000, and the text carries" in line and "give vocab: " in line
     carried = int(line.split("give vocab: ")[1].split(",")[0])

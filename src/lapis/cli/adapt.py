@@ -71,7 +71,7 @@ def adapt(
         "base": base, "chat": chat, "text": text, "replay": replay, "chats": chats, "tokens": tokens,
         "minutes": minutes, "lr": lr, "rows_lr": rows_lr, "replay_share": replay_share, "ema": ema,
         "merge_back": merge_back, "scale": scale, "onto": onto, "cost": cost, "seed": seed, "language": language,
-        "out": out, "vocab": int(vocab) if vocab and vocab.isdecimal() else vocab,
+        "out": out, "vocab": int(vocab) if vocab and vocab.removeprefix("-").isdecimal() else vocab,
     }  # fmt: skip
     merged = {
         **override(load_yaml(plan) if plan else {}, settings),

@@ -9,15 +9,17 @@ from typing import Any
 from lapis.checkpoint.commit import check_output
 from lapis.errors import CheckpointError, ConfigError, DataError, OutputError
 from lapis.language.card.folder import read_chats, read_questions
-from lapis.language.card.naming import KNOWN, LOOKED_AT, MOSTLY, share_in_language
+from lapis.language.card.naming import KNOWN, LOOKED_AT, MOSTLY, main_language, share_in_language
 from lapis.language.extend import open_source
 from lapis.language.plan import PLAN, AdaptPlan
 from lapis.language.texts import first_bytes
 from lapis.model.check import plan_load
+from lapis.parsing import quoted
 from lapis.text.corpus.files import files
 from lapis.text.corpus.labels import bare_texts
 from lapis.text.tokenizer.extend import ExtendableTokenizer
 from lapis.text.tokenizer.tokenizer import Tokenizer
+from lapis.training.rewards.language import TWINS
 from lapis.weights.graft.layout import plan_graft
 from lapis.weights.graft.scale import read_scale
 
@@ -61,7 +63,7 @@ def check_inputs(plan: AdaptPlan, out: Path) -> list[str]:
         raise ConfigError(
             f"adapt: {source}: names no eos_token, which stands between documents; name one in tokenizer_config.json"
         )
-    notes = [*plan_load(checkpoint).notes, *_other_language(plan)]
+    notes = [*plan_load(checkpoint).notes, *_other_language(plan), *_same_language(plan)]
     for chats, choices in ((plan.chats, plan.choices), (plan.replay_chats, plan.replay_choices)):
         read_chats(chats)
         read_questions(choices)
@@ -86,11 +88,13 @@ def check_inputs(plan: AdaptPlan, out: Path) -> list[str]:
 
 def _other_language(plan: AdaptPlan) -> list[str]:
     """What is told where the text is mostly another language than the plan's. Raises DataError where all of it is."""
-    if plan.language not in KNOWN:
+    if not plan.language:
         return []
-    texts = list(_documents(plan.text))
-    looked_at = min(len(texts), LOOKED_AT)
-    share = share_in_language(plan.language, [texts[i * len(texts) // looked_at] for i in range(looked_at)])
+    if plan.language not in KNOWN:
+        return [
+            f"language: whether the text is {quoted(plan.language)} was not looked at; known are {', '.join(KNOWN)}"
+        ]
+    share = share_in_language(plan.language, _some(plan.text))
     if share < NONE:
         raise DataError(
             f"adapt: {share:.0%} of the documents of the text look like {plan.language}; give text of it, or another "
@@ -99,6 +103,23 @@ def _other_language(plan: AdaptPlan) -> list[str]:
     if share >= MOSTLY:
         return []
     return [f"text: {share:.0%} of the documents look like {plan.language}; the rest is another language"]
+
+
+def _same_language(plan: AdaptPlan) -> list[str]:
+    """What is told where the replay text is in the language that the model is adapted to."""
+    if "replay" not in plan.texts:
+        return []
+    target, known = plan.language or main_language(_some(plan.text)), main_language(_some(plan.replay))
+    if not known or known not in (target, TWINS.get(target)):
+        return []
+    return ["replay: looks to be in the language of the text; give text of what the model knew before"]
+
+
+def _some(paths: Iterable[str]) -> list[str]:
+    """Documents from all of a text."""
+    texts = list(_documents(paths))
+    few = min(len(texts), LOOKED_AT)
+    return [texts[i * len(texts) // few] for i in range(few)]
 
 
 def _documents(paths: Iterable[str]) -> Iterable[str]:

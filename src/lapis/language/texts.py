@@ -38,7 +38,8 @@ def read_texts(files: Sequence[str | Path], most: int | None = None) -> tuple[li
         held.append(learn.pop())
     if not learn or not held:
         named = ", ".join(map(str, files))
-        raise DataError(f"{named}: holds {len(texts)} texts; at least 2 are needed, to learn from one and hold one out")
+        listed = "1 text" if len(texts) == 1 else f"{len(texts)} texts"
+        raise DataError(f"{named}: holds {listed}; give at least 2, to learn from one and hold one out")
     return learn, held
 
 
