@@ -71,6 +71,20 @@ def test_short_work_says_nothing_in_a_log(capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_one_bar_is_shown_at_a_time(monkeypatch, capsys):
+    monkeypatch.setattr(output, "INTERVAL", 0.05)
+    with output.progress("adapting") as outer:
+        with output.progress("reading", "bytes") as inner:
+            inner(1_000_000, 2_000_000)
+            time.sleep(0.2)
+        within = capsys.readouterr().err.splitlines()
+        time.sleep(0.2)
+    assert within and all(line.startswith("reading   50%") and "MB/s" in line for line in within)
+    assert all(line.startswith("adapting") for line in capsys.readouterr().err.splitlines())
+    with output.progress("another") as fresh:
+        assert fresh is not outer
+
+
 def test_a_terminal_gets_a_bar(monkeypatch):
     stream = io.StringIO()
     monkeypatch.setattr(output, "stderr", Console(file=stream, force_terminal=True, width=100))

@@ -211,9 +211,14 @@ def clock(seconds: float) -> str:
     return f"{head}:{whole % 60:02}"
 
 
+_shown: list[Report] = []  # what is on the screen now: one, or nothing
+
+
 @contextmanager
 def progress(label: str, unit: str = "") -> Iterator[Report]:
     """Shows how far a command is while the block runs: a bar on a terminal, a line each 15 seconds elsewhere.
+
+    Inside another of these it is a stage of that one: one bar is shown at a time.
 
     Args:
         label: What is being done.
@@ -222,22 +227,41 @@ def progress(label: str, unit: str = "") -> Iterator[Report]:
     Yields:
         A `Report`, to be called with (done, total).
     """
+    if _shown:
+        outer = _shown[0]
+        before = outer.label, outer.unit
+        outer.unit = unit
+        outer.stage(label)
+        yield outer
+        outer.unit = before[1]
+        outer.stage(before[0])
+        return
     report = Report(label, unit)
+    _shown.append(report)
+    try:
+        with _on_screen(report):
+            yield report
+    finally:
+        _shown.pop()
+
+
+@contextmanager
+def _on_screen(report: Report) -> Iterator[None]:
     if environment_number("RANK", 0):  # of several processes of one job the first one shows how far it is
-        yield report
+        yield
         return
     if stderr.is_terminal:
         columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=24),
                    TextColumn("{task.fields[text]}", markup=False))  # fmt: skip
         with Progress(*columns, console=stderr, transient=True) as bar:
             report.draw_on(bar)
-            yield report
+            yield
         return
     ended = threading.Event()
     watch = threading.Thread(target=_write_lines, args=(report, ended), daemon=True)
     watch.start()
     try:
-        yield report
+        yield
     finally:
         ended.set()
         watch.join()
