@@ -11,13 +11,16 @@ import torch
 import yaml
 
 from lapis.errors import CheckpointError, ConfigError, DataError, OutputError
+from lapis.language import machine
 from lapis.language.adapt import adapt
 from lapis.language.card.naming import share_in_language
 from lapis.language.card.readme import readme
 from lapis.language.plan import AdaptPlan, read_plan
 from lapis.language.replay import draw_texts
 from lapis.language.steps import Steps
+from lapis.model.check import read_config
 from lapis.model.load import load
+from lapis.model.size import activation_bytes, measure
 from lapis.report.pages.card import card_page
 from lapis.text.tokenizer.tokenizer import Tokenizer
 from lapis.training.loop.progress import Silent
@@ -192,6 +195,26 @@ def test_how_much_is_trained_is_counted_in_tokens(plan: Callable[..., dict[str, 
     adapt({**settings, "minutes": 1.0})  # goes by what is in the folder's plan
     assert [steps_of(out / name) for name in ("embedded", "adapted")] == [2, 6]
     assert times(out)["start"] == seen["start"]
+
+
+def test_a_step_is_computed_in_parts_that_have_room(
+    plan: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = plan(chat=None, card=False, vocab=0, batch=4)
+    config = read_config(settings["base"])
+    held, row = 16 * measure(config).total, activation_bytes(config, settings["context"], 4)
+
+    def chosen(free: int, **more: Any) -> Any:
+        monkeypatch.setattr(machine, "available", lambda device: free)
+        adapt({**settings, **more})
+        return yaml.safe_load((tmp_path / "out" / "plan.yaml").read_text())["train"].get("accumulate")
+
+    assert chosen(2 * (held + 3 * row)) == 2  # two rows of four; three are no equal part
+    seen = times(tmp_path / "out")
+    assert chosen(2 * (held + 9 * row)) == 2 and times(tmp_path / "out") == seen  # as it began
+    assert chosen(1, train={"accumulate": 1}) == 1
+    assert chosen(1, train={"checkpointing": "whole"}) is None
+    assert chosen(1, batch=2) == 2  # a row alone, however little is free
 
 
 def test_minutes_are_tokens_at_the_measured_speed() -> None:

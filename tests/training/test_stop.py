@@ -209,4 +209,4 @@ def test_lines_come_while_nothing_is_reported(capsys: pytest.CaptureFixture[str]
     watch.close()
     lines = capsys.readouterr().err.splitlines()
     assert "run  measuring how to compute a step" in lines
-    assert "run   25%  step 1  loss 2.000  10 tok/s  0:00:30 left" in lines
+    assert "run   25%  step 1  loss 2.000  10 tok/s  0:30 left" in lines

@@ -23,6 +23,7 @@ from lapis.cli.streams import NotShown
 from lapis.config import environment_number
 from lapis.generation.text import for_terminal
 from lapis.parsing import finite_json
+from lapis.training.loop.progress import format_time
 
 if TYPE_CHECKING:
     from lapis.report.page import Page
@@ -192,23 +193,16 @@ class Report:
         """Share, rate and time left, as far as they are known."""
         seconds = time.monotonic() - self._begin
         if not self._total or not self._done or seconds <= 0:
-            return f"{clock(seconds)} so far" if seconds >= 1 else ""
+            return f"{format_time(seconds)} so far" if seconds >= 1 else ""
         rate = self._done / seconds
         left = max(0.0, self._total - self._done) / rate
         counts = f"{size(self._done)} of {size(self._total)}  " if self._counts else ""
-        return f"{self._done / self._total:4.0%}  {counts}{self._rate(rate)}{clock(left)} left"
+        return f"{self._done / self._total:4.0%}  {counts}{self._rate(rate)}{format_time(left)} left"
 
     def _rate(self, rate: float) -> str:
         if self.unit == "bytes":
             return f"{size(rate)}/s  "
         return f"{number(float(f'{rate:.3g}'))} {self.unit}/s  " if self.unit else ""
-
-
-def clock(seconds: float) -> str:
-    """Seconds as 0:07, 12:34 or 1:02:03."""
-    whole = round(seconds)
-    head = f"{whole // 3600}:{whole // 60 % 60:02}" if whole >= 3600 else f"{whole // 60}"
-    return f"{head}:{whole % 60:02}"
 
 
 _shown: list[Report] = []  # what is on the screen now: one, or nothing

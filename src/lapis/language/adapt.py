@@ -20,13 +20,10 @@ changed; a run that is stopped goes on with the same command.
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from lapis.checkpoint import open_checkpoint
 from lapis.checkpoint.commit import commit, commit_file
@@ -38,13 +35,13 @@ from lapis.language.card.folder import PARTS, held_out_of, how_made, measured_fi
 from lapis.language.extend import add_rows, open_source
 from lapis.language.fertility import Report, fertility
 from lapis.language.inputs import check_inputs, stamps
-from lapis.language.plan import PLAN, AdaptPlan, earlier_speed, read_plan
+from lapis.language.machine import with_earlier_measures, with_measures
+from lapis.language.plan import PLAN, AdaptPlan, read_plan
 from lapis.language.replay import bits_per_byte, draw_replies, draw_texts
 from lapis.language.rows.calibrate import calibrate_again
 from lapis.language.steps import Steps
 from lapis.language.texts import after_bytes, first_bytes, first_sentence, read_texts, write_lines, write_texts
 from lapis.model.check import read_config
-from lapis.model.load import load
 from lapis.planning.plan import plan as plan_pieces
 from lapis.report.pages.fertility import fertility_page
 from lapis.text.corpus import corpus
@@ -53,7 +50,6 @@ from lapis.text.tokenizer.extend import ExtendableTokenizer
 from lapis.text.tokenizer.folder import write_json
 from lapis.training.run import read_settings
 from lapis.training.run import run as train
-from lapis.training.setup.probe import training_speed
 from lapis.weights.graft.graft import graft
 from lapis.weights.graft.layout import plan_graft
 from lapis.weights.merge.merge import merge
@@ -93,10 +89,10 @@ def adapt(
     out = Path(os.path.abspath(plan.out))
     for remark in check_inputs(plan, out):
         note(remark)
-    plan = replace(plan, tokens_per_second=earlier_speed(plan, out))
-    if plan.tokens_per_second is None and not dry_run:
+    plan = with_earlier_measures(plan, out)
+    if not dry_run:
         with bar("measuring how fast this machine trains"):
-            plan = replace(plan, tokens_per_second=_speed(plan))
+            plan = with_measures(plan)
     out.mkdir(parents=True, exist_ok=True)
     settings = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(plan).items()}
     with commit_file(out / PLAN, overwrite=True) as path:
@@ -105,12 +101,6 @@ def adapt(
         return {"plan": str(out / PLAN), "steps": {name: str(out / name) for name in plan.step_names}, "dry_run": True}
     note(f"training: {plan.trained_tokens:,} tokens, {plan.time_of(1)}")
     return _Adaptation(plan, Steps(out), bar, note).run()
-
-
-def _speed(plan: AdaptPlan) -> float:
-    """Tokens per second of training on this machine, to three digits."""
-    threads, precision = plan.train.get("threads", 0), plan.train.get("precision", "auto")
-    return float(f"{training_speed(load(plan.source, torch.float32).train(), threads, precision):.3g}")
 
 
 class _Adaptation:

@@ -6,10 +6,9 @@ by `tokens_per_second`, which is measured once and stays in plan.yaml. Leaves ou
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
-from lapis.config import build, load_yaml
+from lapis.config import build
 from lapis.errors import ConfigError
 from lapis.language.extend import Init
 from lapis.language.replay import SELF
@@ -59,7 +58,8 @@ class AdaptPlan:
             where rows began so (init: calibrated).
         context: Tokens of a row.
         batch: Rows of a step.
-        train: More settings of both trainings (`lapis train`), such as {warmup: 20, precision: float32}.
+        train: More settings of both trainings (`lapis train`), such as {warmup: 20, precision: float32}. accumulate is
+            chosen by the free memory where it is not given, and kept in plan.yaml.
         scale: Of the graft: a number, what `lapis graft --scale` takes, or "plan", which learns one for each component
             (`lapis plan --onto`) on replies of chat to text of the language.
         cost: By which share bits per byte of the replay text may rise: training ends where they rise more, and what the
@@ -200,13 +200,3 @@ def read_plan(settings: Mapping[str, Any], where: str = "adapt") -> AdaptPlan:
         ConfigError: For an unknown key, or a value of another type.
     """
     return build(AdaptPlan, settings, where)
-
-
-def earlier_speed(plan: AdaptPlan, out: Path) -> float | None:
-    """The tokens per second that an earlier call of the same adaptation measured; None where there was none."""
-    if plan.tokens_per_second is not None or not (out / PLAN).is_file():
-        return plan.tokens_per_second
-    before = load_yaml(out / PLAN)
-    same = all(before.get(name) == getattr(plan, name) for name in ("base", "onto", "context"))
-    speed = before.get("tokens_per_second")
-    return float(speed) if same and isinstance(speed, (int, float)) and speed > 0 else None

@@ -174,6 +174,7 @@ def format_row(row: Mapping[str, Any]) -> str:
 
 
 def format_time(seconds: float) -> str:
-    """Hours, minutes and seconds, as 1:02:03."""
+    """Seconds as 0:07, 12:34 or 1:02:03."""
     whole = round(seconds)
-    return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
+    head = f"{whole // 3600}:{whole // 60 % 60:02}" if whole >= 3600 else f"{whole // 60}"
+    return f"{head}:{whole % 60:02}"
