@@ -39,8 +39,12 @@ def test_rotary_positions_that_are_not_known(name: str, kind: Any) -> None:
     assert "rope" in text and repr(kind) in text
 
 
-@pytest.mark.parametrize("name", [name for name, shape in SHAPES.items() if shape.window and shape.window_layers])
+@pytest.mark.parametrize("name", SHAPES)
 def test_layers_of_another_number_or_kind(name: str) -> None:
-    layers = SHAPES[name].layers
-    for types in (["full_attention"] * (layers + 1), ["full_attention"] * (layers - 1) + ["chunked"], "full"):
+    """Of every family, whether its layers differ or not; what says nothing new is read."""
+    family, layers = family_of(SHAPES[name]), SHAPES[name].layers
+    for types in (["full_attention"] * (layers + 1), ["full_attention"] * (layers - 1) + ["chunked"], "full", [None]):
         assert "layer_types is" in refusal(name, layer_types=types)
+    written = family.write_config(SHAPES[name])
+    types = written.get("layer_types") or ["full_attention"] * layers
+    assert family.read_config({**written, "layer_types": types}) == family.read_config(written)

@@ -42,6 +42,9 @@ KINDS = {
     }),
     "phi": ("PhiForCausalLM", NEOX),  # a head with a bias
     "mixtral": ("MixtralForCausalLM", {**LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "minimax": ("MiniMaxForCausalLM", {  # wants a cache of its own
+        **LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2, "block_size": 16,
+    }),
     "mamba": ("MambaForCausalLM", {"hidden_size": 48, "num_hidden_layers": 3, "vocab_size": VOCAB, "state_size": 4}),
 }  # fmt: skip
 IDS = [3, 50, 7, 31, 8, 90, 12, 44]

@@ -257,6 +257,8 @@ class Family:
         fields = Fields(config)
         try:
             shape = ModelConfig.of({**self.reader(fields), "extra": fields.extra})
+            if "layer_types" not in fields.known:  # of a family whose layers are all of one kind
+                fields.layer_types(shape.layers, ("full_attention",))
         except ConfigError as error:
             raise CheckpointError(str(error)) from None
         if notes is not None:

@@ -3,7 +3,7 @@
 Leaves out: which fields a family has (its own file).
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from lapis.errors import CheckpointError
@@ -49,6 +49,24 @@ class Fields:
     def layers(self, name: str) -> int:
         """How many blocks; limited, since they are counted one by one."""
         return self.integer(name, most=MOST_LAYERS)
+
+    def layer_types(self, layers: int, names: Collection[str]) -> list[str] | None:
+        """The kind of each layer by `layer_types`; None where the field is null or not there.
+
+        Args:
+            layers: Of the model; the list must have as many entries.
+            names: What each may be.
+        """
+        self.known.add("layer_types")
+        types = self.config.get("layer_types")
+        if types is None:
+            return None
+        if not isinstance(types, list) or len(types) != layers or not set(map(str, types)) <= set(names):
+            raise CheckpointError(
+                f"config.json: layer_types is {quoted(types)}; expected a list of {layers} names, each "
+                f"{' or '.join(names)}"
+            )
+        return [str(name) for name in types]
 
     def optional(self, name: str, *, least: int = 1) -> int | None:
         """A whole number, or None where the field is null or not there."""

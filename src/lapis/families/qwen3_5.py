@@ -6,7 +6,7 @@ Leaves out: its mixtures of experts, the layers that predict several tokens (mtp
 
 from typing import Any
 
-from lapis.errors import CheckpointError, ConfigError
+from lapis.errors import ConfigError
 from lapis.families.base import WRAPPED, Rule, rules
 from lapis.families.config import ModelConfig
 from lapis.families.fields import Fields
@@ -14,7 +14,6 @@ from lapis.families.llama import BLOCK, RULES, llama_like, preset, read_decoder,
 from lapis.families.rotary import read_rope, write_share
 from lapis.families.shapes import BY_HEAD, Shape
 from lapis.families.windows import FULL
-from lapis.parsing import quoted
 
 LEAD, LINEAR = "blocks.{layer}.", "linear_attention"
 EVERY, SHARE = 4, 0.25  # layers, of which the last has attention; how much of a head turns: where config.json is silent
@@ -54,12 +53,8 @@ def read_config(fields: Fields) -> dict[str, Any]:
 def _read_layers(fields: Fields, layers: int) -> tuple[int, ...]:
     """The layers of the delta net, by layer_types or by the interval of older folders."""
     every = fields.integer("full_attention_interval", EVERY)
-    fields.known.add("layer_types")
-    types = fields.config.get("layer_types") or [FULL if (i + 1) % every == 0 else LINEAR for i in range(layers)]
-    if not isinstance(types, list) or len(types) != layers or not set(map(str, types)) <= {FULL, LINEAR}:
-        raise CheckpointError(
-            f"config.json: layer_types is {quoted(types)}; expected a list of {layers} names, each {FULL} or {LINEAR}"
-        )
+    types = fields.layer_types(layers, (FULL, LINEAR))
+    types = types or [FULL if (i + 1) % every == 0 else LINEAR for i in range(layers)]
     return tuple(i for i, name in enumerate(types) if name == LINEAR)
 
 

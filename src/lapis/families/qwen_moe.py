@@ -51,7 +51,7 @@ def read_config(fields: Fields) -> dict[str, Any]:
 def _read_window(fields: Fields, kind: str, layers: int) -> tuple[int | None, tuple[int, ...] | None]:
     """Qwen2's window is in each second of the first max_window_layers; Qwen3's in all, whatever that field says."""
     if not fields.flag("use_sliding_window", False):
-        fields.known.update(("sliding_window", "max_window_layers", "layer_types"))
+        fields.known.update(("sliding_window", "max_window_layers"))
         return None, None
     first = fields.integer("max_window_layers", 28, least=0)
     if kind == "qwen3_moe":

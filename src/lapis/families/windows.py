@@ -2,24 +2,17 @@
 
 from typing import Any
 
-from lapis.errors import CheckpointError
 from lapis.families.config import ModelConfig
 from lapis.families.fields import Fields
-from lapis.parsing import quoted
 
 FULL, WINDOWED = "full_attention", "sliding_attention"
 
 
 def read_layer_types(fields: Fields, layers: int) -> tuple[int, ...] | None:
     """The layers that have a window by `layer_types`; None where the field is not there."""
-    fields.known.add("layer_types")
-    types = fields.config.get("layer_types")
+    types = fields.layer_types(layers, (FULL, WINDOWED))
     if types is None:
         return None
-    if not isinstance(types, list) or len(types) != layers or not set(map(str, types)) <= {FULL, WINDOWED}:
-        raise CheckpointError(
-            f"config.json: layer_types is {quoted(types)}; expected a list of {layers} names, each {FULL} or {WINDOWED}"
-        )
     return tuple(i for i, name in enumerate(types) if name == WINDOWED)
 
 

@@ -201,8 +201,9 @@ def _step(
     cost = losses["text"] / home_text - 1
     gains, costs = dict.fromkeys(fit.scales, 0.0), dict.fromkeys(fit.scales, 0.0)
     for name, label in names.items():
-        gains[label] -= gradients.dots[name].get("chats", 0.0)
-        costs[label] += gradients.dots[name].get("text", 0.0) / home_text
+        slopes = gradients.dots.get(name, {})  # none where no token came by: an expert that nothing chose
+        gains[label] -= slopes.get("chats", 0.0)
+        costs[label] += slopes.get("text", 0.0) / home_text
     weight = fit.weight
     if step == 0 and sum(costs.values()) > 0:  # at which the one scale for all would rest here
         weight = max(sum(gains.values()) / sum(costs.values()), 0.1)

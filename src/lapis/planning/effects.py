@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lapis.errors import DataError
 from lapis.model.scoring import token_log_probabilities
@@ -176,11 +176,11 @@ class Gradients:
         self.bench = bench
         self.dots: Dots = {}
         self.squares: Dots = {}
-        self._owner: dict[str, tuple[str, int]] = {}
-        self._names = [name for name in names if bench.movable(name)]
-        for name in self._names:
-            for i, (target, _) in enumerate(bench.parameters(name)):
-                self._owner[target] = name, i
+        self._owners: dict[str, list[tuple[str, int]]] = {}
+        for name in (name for name in names if bench.movable(name)):
+            for i, region in enumerate(bench.regions(name)):
+                if isinstance(bench.parameter(region.parameter), nn.Parameter):
+                    self._owners.setdefault(region.parameter, []).append((name, i))
 
     def run(self, batches: Iterable[HeldOutBatch], weights: dict[str, float] | None = None) -> dict[str, float]:
         """Backward passes over batches; the loss of each kind is its mean over tokens times its weight (1)."""
@@ -199,11 +199,10 @@ class Gradients:
             return take
 
         try:
-            for name in self._names:
-                for target, parameter in self.bench.parameters(name):
-                    parameter.requires_grad_(True)
-                    added = parameter.register_post_accumulate_grad_hook(hook(target))  # type: ignore[no-untyped-call]
-                    handles.append(added)
+            for target in self._owners:
+                parameter = self.bench.parameter(target).requires_grad_(True)
+                added = parameter.register_post_accumulate_grad_hook(hook(target))  # type: ignore[no-untyped-call]
+                handles.append(added)
             for batch in batches:
                 kind = batch.kind
                 loss = self._loss(batch) / counts[kind]
@@ -221,12 +220,12 @@ class Gradients:
 
     def _take(self, target: str, parameter: Tensor, kind: str) -> None:
         assert parameter.grad is not None
-        name, place = self._owner[target]
-        difference = self.bench.difference(name)[place]
-        for table, value in (
-            (self.dots, torch.sum(parameter.grad * difference, dtype=torch.float64)),
-            (self.squares, torch.sum(parameter.grad**2, dtype=torch.float64)),
-        ):
-            row = table.setdefault(name, {})
-            row[kind] = row.get(kind, 0.0) + float(value)
+        for name, place in self._owners[target]:
+            gradient = self.bench.regions(name)[place].of(parameter.grad)
+            for table, value in (
+                (self.dots, torch.sum(gradient * self.bench.difference(name)[place], dtype=torch.float64)),
+                (self.squares, torch.sum(gradient**2, dtype=torch.float64)),
+            ):
+                row = table.setdefault(name, {})
+                row[kind] = row.get(kind, 0.0) + float(value)
         parameter.grad = None

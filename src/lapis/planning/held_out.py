@@ -1,8 +1,8 @@
 """What a plan measures with: held-out chats, plain text and questions, as ids that can be run from any layer on.
 
 Hidden states before a changed layer do not change, so they are kept at that layer's input and only the layers from
-there on are run. One hidden state per token is held, whatever the number of layers. What was measured is written to a
-journal, so that a plan that was killed goes on.
+there on are run. (A model of transformers is run whole each time.) One hidden state per token is held, whatever the
+number of layers. What was measured is written to a journal, so that a plan that was killed goes on.
 
 Shapes: B sequences, T places, R scored places, C compared places, D model dim, V vocabulary.
 """
@@ -24,8 +24,8 @@ from lapis.errors import DataError, LapisError, OutputError
 from lapis.evaluation.chats import encode_record
 from lapis.evaluation.choices import Choice, scored_choices
 from lapis.evaluation.text import windows_of
+from lapis.model.reading.readable import ReadableModel
 from lapis.model.scoring import ScoredSequence, batches_by_length, lay_out, read_logits, token_log_probabilities
-from lapis.model.transformer import Transformer
 from lapis.text.corpus.corpus import ChatRecord
 from lapis.text.tokenizer.tokenizer import Tokenizer
 
@@ -165,7 +165,7 @@ class Runner:
 
     def __init__(
         self,
-        model: Transformer,
+        model: ReadableModel,
         held_out: HeldOut,
         journal: PlanJournal | None = None,
         watch: Callable[[float], None] | None = None,
@@ -199,11 +199,11 @@ class Runner:
 
     @torch.no_grad()
     def advance(self, layer: int) -> None:
-        """From the input of `layer` to that of the next."""
-        block = self.model.blocks[layer]
-        for batch in self.batches:
-            batch.x_BTD = block(batch.x_BTD, batch.shared)
-        self.spend(1 / self.model.config.layers)
+        """From the input of `layer` to that of the next; nothing for a model that is not entered between its layers."""
+        for block in self.model.blocks[layer : layer + 1]:
+            for batch in self.batches:
+                batch.x_BTD = block(batch.x_BTD, batch.shared)
+            self.spend(1 / len(self.model.blocks))
 
     @torch.no_grad()
     def score(self, layer: int = 0, *, keep: bool = False) -> Figures:
@@ -237,7 +237,7 @@ class Runner:
                 batch.reference_CD = compared_CD.clone()
             if batch.reference_CD is not None and batch.kind != "choices":
                 _add(totals, f"kl_{batch.kind}", self._kl(batch.reference_CD, compared_CD), len(compared_CD))
-        self.spend(1 - layer / self.model.config.layers)
+        self.spend(1 - layer / len(self.model.blocks) if self.model.blocks else 1)
         return self._figures(totals, nats)
 
     def _kl(self, reference_CD: Tensor, hidden_CD: Tensor) -> float:

@@ -16,8 +16,8 @@ from lapis.checkpoint import Checkpoint
 from lapis.checkpoint.files import stamp
 from lapis.errors import CheckpointError, ConfigError, DataError
 from lapis.evaluation.choices import Choice, read_choices
-from lapis.families.config import ModelConfig
-from lapis.model.check import read_config
+from lapis.model.reading.load import outline_of
+from lapis.model.reading.readable import Outline
 from lapis.planning.held_out import HeldOut, make_held_out
 from lapis.planning.options import PlanOptions
 from lapis.planning.pieces import Piece, outside, pieces_of
@@ -48,7 +48,7 @@ class PlanInputs:
     base: Checkpoint
     chat: Checkpoint
     home: Checkpoint
-    shape: ModelConfig
+    shape: Outline
     layers: list[Piece]
     parts: list[Piece]
     room: int
@@ -62,6 +62,11 @@ class PlanInputs:
     def grafting(self) -> bool:
         """Whether effects are measured in another model than base."""
         return self.home is not self.base
+
+    @property
+    def stepwise(self) -> bool:
+        """Whether the model can be run from any layer on: lapis runs it itself."""
+        return self.home.runs is not None
 
     @property
     def pieces(self) -> list[Piece]:
@@ -186,14 +191,14 @@ def same_words(*models: Checkpoint) -> bool:
     return len(rows) == 1 and all(w is not None and words[0] is not None and w.ids == words[0].ids for w in words)
 
 
-def _check_models(base: Checkpoint, chat: Checkpoint, home: Checkpoint) -> ModelConfig:
+def _check_models(base: Checkpoint, chat: Checkpoint, home: Checkpoint) -> Outline:
     """The shape that all share; raises CheckpointError where they do not."""
-    shapes = [read_config(model) for model in (base, chat, home)]
+    shapes = [outline_of(model) for model in (base, chat, home)]
     for role, model, shape in zip(("base", "chat", "onto"), (base, chat, home), shapes, strict=True):
         if shape.head != "lm" or not shape.causal or shape.image is not None:
             raise CheckpointError(f"plan: {model.source} is no causal language model; plans are made for these only")
         for key in SHAPE:
-            mine, first = getattr(shape, key), getattr(shapes[1], key)
+            mine, first = getattr(shape, key, None), getattr(shapes[1], key, None)
             if key == "vocab" and role == "base" and mine != first:
                 raise CheckpointError(
                     f"plan: {base.source} has {mine:,} rows of tokens and {chat.source} {first:,}; chats cannot be "

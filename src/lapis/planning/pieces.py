@@ -1,8 +1,9 @@
 """Pieces: what a plan takes or leaves (a layer, its attention or MLP, or one component), and a model to put them into.
 
-A tensor belongs to the piece whose name its component begins with; what stands in a block beside attention and MLP
-(norms) goes with the whole layer only. The cheap signals are read from the tensors alone: how far a difference goes, in
-which direction, in how many directions, how much above noise.
+A tensor belongs to the piece whose name its component begins with: `attn`, `delta` or `mlp`, or where the family is not
+known, what follows the layer's number in its name (`self_attn`, `fc1`); norms that stand beside these are in no piece.
+The cheap signals are read from the tensors alone: how far a difference goes, in which direction, in how many
+directions, how much above noise.
 
 On the bench lies one model in memory, whose tensors can be set to base's, to chat's, or to anything on the line between
 them. Nothing is added and subtracted again: a tensor is read anew from its checkpoint, so what was put in is taken out
@@ -20,27 +21,26 @@ from torch import Tensor
 from lapis.checkpoint import Checkpoint
 from lapis.errors import CheckpointError
 from lapis.families.base import Part
-from lapis.families.shapes import SAME
-from lapis.model.check import plan_load
-from lapis.model.load import load
-from lapis.model.transformer import Transformer
+from lapis.model.reading.load import load_readable
+from lapis.model.reading.places import Region, places_of, tensors_of
+from lapis.model.reading.readable import ReadableModel
 from lapis.planning.options import PieceSize
 from lapis.weights.diff.diff import diff
 from lapis.weights.diff.measures import Sums
 from lapis.weights.diff.table import DiffTable
-from lapis.weights.matching import counterparts, is_vocabulary
-
-HALVES = ("attn", "mlp")
+from lapis.weights.matching import counterparts, is_norm, is_vocabulary
 
 
 @dataclass(frozen=True)
 class Piece:
-    """layer: None for what stands outside the blocks. component: "" for the whole layer. names: tensors on disk."""
+    """layer: None for what stands outside the blocks. component: "" for the whole layer. names: tensors on disk.
+    halves: what a layer is made of."""
 
     layer: int | None
     component: str
     names: tuple[str, ...] = field(compare=False)
     parameters: int = field(compare=False)
+    halves: tuple[str, ...] = field(default=("attn", "mlp"), compare=False)
 
     @property
     def label(self) -> str:
@@ -49,9 +49,12 @@ class Piece:
 
     def entries(self) -> list[dict[str, Any]]:
         """The lines of a plan's `tune` that say this piece."""
-        if self.component:
-            return [{"layer": self.layer, "component": self.component}]
-        return [{"layer": self.layer, "component": half} for half in HALVES]
+        return [{"layer": self.layer, "component": component} for component in self.components]
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """Its name among the components of a layer; of a whole layer the names of all that it is made of."""
+        return (self.component,) if self.component else self.halves
 
 
 def pieces_of(checkpoint: Checkpoint, size: PieceSize) -> list[Piece]:
@@ -108,15 +111,21 @@ def tensor_signals(table: DiffTable, piece: Piece) -> dict[str, Any]:
     return signals
 
 
-def _component(part: Part, size: PieceSize) -> str | None:
+def _half(part: Part) -> str | None:
+    """What of a layer a part belongs to; None for norms beside it."""
     half = part.component.split(".")[0]
-    if half not in HALVES:
-        return None
-    return {"layers": "", "halves": half, "components": part.group}[size]
+    return None if half == "norm" or is_norm(Part(part.layer, half, part.kind)) else half
+
+
+def _component(part: Part, size: PieceSize) -> str | None:
+    half = _half(part)
+    return None if half is None else {"layers": "", "halves": half, "components": part.group}[size]
 
 
 def _piece(checkpoint: Checkpoint, layer: int | None, component: str, names: Sequence[str]) -> Piece:
-    return Piece(layer, component, tuple(names), sum(checkpoint.info(name).elements for name in names))
+    halves = dict.fromkeys(half for name in names if (half := _half(checkpoint.part(name))))
+    size = sum(checkpoint.info(name).elements for name in names)
+    return Piece(layer, component, tuple(names), size, tuple(sorted(halves)))
 
 
 Side = Literal["home", "chat"]
@@ -126,7 +135,7 @@ CHUNK = 1 << 22  # elements of a large tensor that are mixed at a time
 class Bench:
     """The model of `home` (base itself, or a continuation of it), loaded; differences are chat - base.
 
-    template: rows of home -> rows of chat that they are throughout. model: the Transformer, in float32.
+    template: rows of home -> rows of chat that they are throughout. model: our own or transformers', in float32.
     """
 
     def __init__(
@@ -135,21 +144,26 @@ class Bench:
         self.home, self.base, self.chat = home, base, chat
         self.template = dict(template or {})
         self._names = {"base": counterparts(home, base), "chat": counterparts(home, chat)}
-        self._targets = {name: (rule, targets) for name, rule, targets in plan_load(home).steps}
-        self.model: Transformer = load(home, torch.float32)
+        self.model: ReadableModel = load_readable(home, torch.float32)
         self.model.requires_grad_(False)
-        self._parameters = dict(self.model.named_parameters())
-        self.vocabulary = [name for name in self._targets if is_vocabulary(home.part(name))]
+        self._places = places_of(home, self.model)
+        self._tensors = tensors_of(self.model)
+        self.vocabulary = [name for name in self._places if is_vocabulary(home.part(name))]
+        self._check_places()
         for name in self.vocabulary:
             self.put([name], "home")
 
     def movable(self, name: str) -> bool:
         """Whether a tensor of home has a place in the model and a difference to add."""
-        return name in self._targets and all(name in names for names in self._names.values())
+        return name in self._places and all(name in names for names in self._names.values())
 
-    def parameters(self, name: str) -> list[tuple[str, Tensor]]:
-        """The parameters of the model that a tensor on disk fills, by name."""
-        return [(target, self._parameters[target]) for target in self._targets[name][1]]
+    def regions(self, name: str) -> tuple[Region, ...]:
+        """The parts of the model that a tensor on disk fills."""
+        return self._places[name].regions
+
+    def parameter(self, name: str) -> Tensor:
+        """A parameter, or a buffer, of the model."""
+        return self._tensors[name]
 
     @torch.no_grad()
     def put(self, names: Iterable[str], side: Side, scale: float = 1.0) -> None:
@@ -157,31 +171,41 @@ class Bench:
         for name in names:
             if not self.movable(name):
                 continue
-            rule, targets = self._targets[name]
+            place = self._places[name]
             elements = self.home.info(name).elements
-            if rule.transform is SAME and elements > CHUNK:
-                flat = self._parameters[targets[0]].view(-1)
+            if place.flat and elements > CHUNK:
+                flat = self._tensors[place.regions[0].parameter].view(-1)
                 for first in range(0, elements, CHUNK):
                     last = min(first + CHUNK, elements)
                     flat[first:last] = self._mixed(name, side, scale, first, last)
             else:
                 whole = self._mixed(name, side, scale, 0, elements).view(self.home.info(name).shape)
-                for target, value in zip(targets, rule.transform.apply(whole, self._shapes(targets)), strict=True):
-                    self._parameters[target].copy_(value)
+                for region, value in zip(place.regions, place.split(whole), strict=True):
+                    region.of(self._tensors[region.parameter]).copy_(value)
             if name in self.vocabulary:
                 self._put_template(name)
 
     @torch.no_grad()
     def difference(self, name: str) -> tuple[Tensor, ...]:
-        """chat - base, float32, in the shapes of the parameters that the tensor fills; 0 in the template's rows."""
-        rule, targets = self._targets[name]
+        """chat - base, float32, in the shapes of the regions that the tensor fills; 0 in the template's rows."""
         delta = self._delta(name, 0, self.home.info(name).elements).view(self.home.info(name).shape)
         if name in self.vocabulary:
             delta[list(self.template)] = 0
-        return rule.transform.apply(delta, self._shapes(targets))
+        return self._places[name].split(delta)
 
-    def _shapes(self, targets: tuple[str, ...]) -> list[tuple[int, ...]]:
-        return [tuple(self._parameters[target].shape) for target in targets]
+    def _check_places(self) -> None:
+        """Refuses a layer's tensor that differs between base and chat and has no place in the model."""
+        for name in self.home.names:
+            if self.home.runs is not None or name in self._places or self.home.part(name).layer is None:
+                continue
+            if all(name in names for names in self._names.values()) and self._changed(name):
+                raise CheckpointError(
+                    f"{self.home.source}: {name} has no place in the model that transformers makes of it, and chat has "
+                    f"another than base; the tensors alone can be planned with, without --chats"
+                )
+
+    def _changed(self, name: str) -> bool:
+        return bool(self._delta(name, 0, self.home.info(name).elements).any())
 
     def _mixed(self, name: str, side: Side, scale: float, first: int, last: int) -> Tensor:
         if side == "chat" and scale == 1.0 and self.home is self.base:
@@ -194,6 +218,7 @@ class Bench:
         return chat.sub_(self.base.read_range(self._names["base"][name], first, last).float())
 
     def _put_template(self, name: str) -> None:
-        (target,) = self._targets[name][1]
+        (region,) = self.regions(name)
         for row, other in self.template.items():
-            self._parameters[target][row] = self.chat.read_rows(self._names["chat"][name], other, other + 1)[0].float()
+            value = self.chat.read_rows(self._names["chat"][name], other, other + 1)[0].float()
+            region.of(self._tensors[region.parameter])[row] = value

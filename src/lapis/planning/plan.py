@@ -6,6 +6,7 @@ chosen = decide(...)                which pieces fit the goal and the budget    
 PlanResult                          what was found, to show and to write                 result.py
 """
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -269,7 +270,8 @@ class Study:
 def count_passes(inputs: PlanInputs, options: PlanOptions) -> float:
     """Forward passes over the held-out material that a plan takes, about; a backward pass counts as two."""
     layers, sides = inputs.shape.layers, 2 if options.sweeps == "both" else 1
-    pieces = sum(1.0 if piece.layer is None else 1 - piece.layer / layers for piece in inputs.candidates)
+    whole = layers if inputs.stepwise else math.inf
+    pieces = sum(1.0 if piece.layer is None else 1 - piece.layer / whole for piece in inputs.candidates)
     passes = 2 + sides * (pieces + 1) + (1 if options.sweeps != "in" else 0)
     passes += 3 if options.gradients else 0
     passes += TRIES if options.goal == "style" else 0
@@ -298,9 +300,9 @@ def _result(
     """The choice and the control, before they are measured together."""
     size = sum(piece.parameters for piece in chosen)
     control = at_random(inputs.parts, size, options.seed)
+    shape = {key: getattr(inputs.shape, key) for key in ("family", "head_dim", *SHAPE) if hasattr(inputs.shape, key)}
     result = PlanResult(
-        options.goal, options.budget, inputs.base.source, inputs.chat.source,
-        {key: getattr(inputs.shape, key) for key in ("family", "head_dim", *SHAPE)},
+        options.goal, options.budget, inputs.base.source, inputs.chat.source, shape,
         seed=options.seed, notes=[*inputs.notes, *table.notes],
     )  # fmt: skip
     result.share = size / sum(piece.parameters for piece in inputs.layers)
@@ -310,6 +312,7 @@ def _result(
         result.notes.append("no chats were given: the choice rests on the size of the differences alone")
     else:
         result.signal, result.tokens = "causal", study.runner.held_out.tokens
+        result.notes += [] if inputs.stepwise else [n for n in study.bench.model.notes if n not in result.notes]
         if options.goal == "style":
             result.notes.append(
                 f"the choice is the best of {TRIES} sets that were measured on this same material, so a part of its "
@@ -351,7 +354,7 @@ def _without_distances(figures: Mapping[str, float]) -> dict[str, float]:
 
 def _scale(piece: Piece, scale: float) -> dict[str, Any]:
     where = {} if piece.layer is None else {"layers": [piece.layer]}
-    return {**where, "components": [piece.component] if piece.component else ["attn", "mlp"], "scale": round(scale, 4)}
+    return {**where, "components": list(piece.components), "scale": round(scale, 4)}
 
 
 def _duration(seconds: float) -> str:

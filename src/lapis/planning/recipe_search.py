@@ -26,7 +26,7 @@ import torch
 from lapis.checkpoint.commit import commit_file
 from lapis.config import dump_yaml, load_yaml_documents
 from lapis.errors import ConfigError, DataError
-from lapis.model.load import load
+from lapis.model.reading.load import load_readable
 from lapis.planning.held_out import Figures, HeldOut, PlanJournal, Runner, make_held_out
 from lapis.planning.inputs import Files
 from lapis.planning.options import PlanOptions, SearchOptions
@@ -308,7 +308,7 @@ class _Trial:
             self._merged = None  # two models are not in memory at once
             recipe = parse_stages(with_values(self.documents, self.knobs, values))
             with as_checkpoint(plan_merge(recipe, allow_unrelated=True, dtype="float32")) as merged:
-                self._merged = values, load(merged, torch.float32).requires_grad_(False)
+                self._merged = values, load_readable(merged, torch.float32).requires_grad_(False)
         return self._merged[1]
 
 

@@ -63,7 +63,7 @@ def load_outside(
         CheckpointError: As `read_outline`, and for tensors that are missing, of a wrong shape, or no numbers.
         ConfigError: The model looks at later tokens.
     """
-    outline = read_outline(checkpoint)
+    read_outline(checkpoint)
     config, model_class = _classes(checkpoint)
     checkpoint = checkpoint.fetched()
     with torch.device("meta"), quiet():
@@ -75,7 +75,25 @@ def load_outside(
         )
     floats = [name for name in checkpoint.names if checkpoint.index[name].dtype in FLOATS]
     dtype = dtype or getattr(torch, dtype_of(checkpoint, floats))
-    tensors = dict(read_tensors(checkpoint, checkpoint.names, dtype))
+    model = load_tensors(checkpoint, dict(read_tensors(checkpoint, checkpoint.names, dtype)), dtype).to(device)
+    _tried(checkpoint, model.prove)
+    if not model.caches:
+        model.notes.append("it keeps a state that cannot be handed on here: each new token reads the whole text again")
+    return model
+
+
+def load_tensors(checkpoint: Checkpoint, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> OutsideModel:
+    """The model of a folder with these tensors in the place of its own; nothing is proved of it.
+
+    Args:
+        checkpoint: Of a family that lapis does not run; not all of its weights need be at hand.
+        tensors: By their names on disk.
+        dtype: Of the weights in memory.
+
+    Raises:
+        CheckpointError: As `load_outside`.
+    """
+    outline, (config, model_class) = read_outline(checkpoint), _classes(checkpoint)
     with quiet():
         inner, report = _tried(
             checkpoint, model_class.from_pretrained, None, config=config, state_dict=tensors, dtype=dtype,
@@ -84,8 +102,7 @@ def load_outside(
     if missing := sorted(report["missing_keys"]):
         listed = ", ".join(map(str, missing[:4])) + (" ..." if len(missing) > 4 else "")
         raise CheckpointError(f"{checkpoint.source}: {len(missing)} tensors are missing: {listed}; fetch it again")
-    model = OutsideModel(inner.to(device).eval(), outline)
-    _tried(checkpoint, model.prove)
+    model = OutsideModel(inner.eval(), outline)
     generation = checkpoint.json("generation_config.json")
     model.generation = dict(generation) if isinstance(generation, Mapping) else {}
     model.notes = [*checkpoint.notes, *_notes(model, report)]
@@ -99,8 +116,6 @@ def _notes(model: OutsideModel, report: Mapping[str, Any]) -> Iterator[str]:
     yield f"{config.family} runs through transformers {transformers.__version__}; lapis neither trains nor serves it"
     if not config.named:
         yield f"config.json names no context; {config.context:,} tokens are taken"
-    if not model.caches:
-        yield "it keeps a state that cannot be handed on here: each new token reads the whole text again"
     if unused := report["unexpected_keys"]:
         yield f"{len(unused)} tensors have no place in it: {', '.join(sorted(map(str, unused))[:3])}"
 

@@ -125,6 +125,7 @@ class OutsideModel(ReadableModel):
         self._padded = not stateful and "attention_mask" in takes
         linear = inner.get_output_embeddings()
         self.head = OutsideHead(inner) if isinstance(getattr(linear, "weight", None), Tensor) else nn.Identity()
+        self.blocks = nn.ModuleList()
 
     @property
     def caches(self) -> bool:
@@ -148,6 +149,14 @@ class OutsideModel(ReadableModel):
         if cache.past is None:
             return self._run(cache.ids_BS, cache.mask_BS, None)[:, -ids_BT.shape[1] :]
         return self._run(ids_BT, cache.mask_BS, cache.past)
+
+    def start(self, ids_BT: Tensor) -> tuple[Tensor, None]:
+        """The ids themselves: it is not entered between its layers."""
+        return ids_BT, None
+
+    def end(self, x_BTD: Tensor) -> Tensor:
+        """All of it, from what `start` gave."""
+        return self.hidden(x_BTD)
 
     def new_cache(self, batch: int, room: int) -> OutsideCache:
         """An empty cache for `batch` rows.
@@ -188,7 +197,8 @@ class OutsideModel(ReadableModel):
 
     @torch.inference_mode()
     def prove(self) -> None:
-        """Looks at the logits of a few tokens: their number, that none sees a later one, and what the head is.
+        """Looks at the logits of a few tokens: their number, that none sees a later one, what the head is, and whether
+        a cache gives the same.
 
         Raises:
             ConfigError: A token sees later ones.
@@ -210,6 +220,18 @@ class OutsideModel(ReadableModel):
             proved = False
         if not proved:
             self.head = nn.Identity()
+        if self.caches and not self._proved_cache(ids_BT, allowed):
+            self._cache_name = None
+
+    def _proved_cache(self, ids_BT: Tensor, allowed: float) -> bool:
+        """Whether a token behind a cache gets what it gets in one pass; some models want a cache of their own."""
+        cache, last = self.new_cache(len(ids_BT), PROBE), PROBE - 1
+        try:
+            self.hidden(ids_BT[:, :last], cache=cache)
+            stepped = self.head(self.hidden(ids_BT[:, last:], cache=cache))
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+            return False
+        return float((stepped[:, 0] - self.head(self.hidden(ids_BT))[:, last]).abs().max()) <= 4 * allowed
 
 
 def _number(config: Any, name: str) -> float | None:

@@ -62,12 +62,15 @@ class ReadableModel(nn.Module, ABC):
     Attributes:
         config: Its shape.
         head: From hidden states of any leading shape to logits.
+        blocks: What `start` gives goes through them, one by one, to `end`. Empty where a model is not entered between
+            its layers, and `end` does it all.
         notes: What loading had to say.
         generation: generation_config.json of the folder.
     """
 
     config: Outline
     head: nn.Module
+    blocks: nn.ModuleList
     notes: list[str]
     generation: dict[str, Any]
 
@@ -82,6 +85,14 @@ class ReadableModel(nn.Module, ABC):
         segments_BT: Tensor | None = None, types_BT: Tensor | None = None, cache: Any = None,
     ) -> Tensor:  # fmt: skip
         """The last hidden state, [B, T, D], which the head reads; the arguments are those of `Transformer.forward`."""
+
+    @abstractmethod
+    def start(self, ids_BT: Tensor) -> tuple[Tensor, Any]:
+        """What the first of `blocks` is given, and what all of them are given beside it."""
+
+    @abstractmethod
+    def end(self, x_BTD: Tensor) -> Tensor:
+        """The last hidden state, [B, T, D], from what left the last of `blocks`."""
 
     @abstractmethod
     def new_cache(self, batch: int, room: int) -> TokenCache:
