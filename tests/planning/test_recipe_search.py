@@ -104,7 +104,7 @@ def test_what_is_measured_is_what_a_merge_writes(world, tmp_path):
 def test_a_search_that_was_killed_goes_on(world, tmp_path, monkeypatch):
     given = (world / "recipe.yaml", [world / "chats.jsonl"], [world / "text.jsonl"])
     whole = search_recipe(*given, evaluations=3, limit=3)
-    real, merged = recipe_search.load, []  # type: ignore[attr-defined]
+    real, merged = recipe_search.load_readable, []  # type: ignore[attr-defined]
 
     def dies(*arguments, **named):
         merged.append(1)
@@ -112,7 +112,7 @@ def test_a_search_that_was_killed_goes_on(world, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(*arguments, **named)
 
-    monkeypatch.setattr(recipe_search, "load", dies)
+    monkeypatch.setattr(recipe_search, "load_readable", dies)
     with pytest.raises(KeyboardInterrupt):
         search_recipe(*given, evaluations=3, limit=3, journal=tmp_path / "journal")
     assert (tmp_path / "journal").exists()
