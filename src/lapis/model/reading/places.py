@@ -46,7 +46,7 @@ class Region:
 
 
 @dataclass(frozen=True)
-class Place:
+class Placement:
     """What a tensor on disk fills.
 
     Attributes:
@@ -65,7 +65,7 @@ def tensors_of(model: ReadableModel) -> dict[str, Tensor]:
     return {**dict(model.named_buffers()), **dict(model.named_parameters())}
 
 
-def places_of(checkpoint: Checkpoint, model: ReadableModel) -> dict[str, Place]:
+def places_of(checkpoint: Checkpoint, model: ReadableModel) -> dict[str, Placement]:
     """The place of each tensor that has one.
 
     Args:
@@ -79,7 +79,9 @@ def places_of(checkpoint: Checkpoint, model: ReadableModel) -> dict[str, Place]:
         return _proved(checkpoint, model, _numbered(checkpoint))
     shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
     return {
-        name: Place(tuple(map(Region, targets)), _by_rule(rule, [shapes[t] for t in targets]), rule.transform is SAME)
+        name: Placement(
+            tuple(map(Region, targets)), _by_rule(rule, [shapes[t] for t in targets]), rule.transform is SAME
+        )
         for name, rule, targets in plan_load(checkpoint).steps
     }
 
@@ -119,9 +121,9 @@ def _boxes(tensor: Tensor) -> Iterator[tuple[float, Index]]:
             yield number, index
 
 
-def _proved(checkpoint: Checkpoint, model: OutsideModel, found: dict[str, list[Region]]) -> dict[str, Place]:
+def _proved(checkpoint: Checkpoint, model: OutsideModel, found: dict[str, list[Region]]) -> dict[str, Placement]:
     """Places where the model holds just what the folder holds; a tensor of which it holds something else is refused."""
-    tensors, places, lost = tensors_of(model), dict[str, Place](), list[str]()
+    tensors, places, lost = tensors_of(model), dict[str, Placement](), list[str]()
     for name, regions in found.items():
         value = checkpoint.read(name).float()
         pieces = [piece for region in regions if (piece := _piece(region, tensors[region.parameter], value))]
@@ -130,7 +132,7 @@ def _proved(checkpoint: Checkpoint, model: OutsideModel, found: dict[str, list[R
             continue
         own = tuple(region for region, _ in pieces)
         flat = len(own) == 1 and own[0] == Region(own[0].parameter) and tensors[own[0].parameter].is_contiguous()
-        places[name] = Place(own, _by_index([source for _, source in pieces]), flat)
+        places[name] = Placement(own, _by_index([source for _, source in pieces]), flat)
     if lost:
         import transformers
 
