@@ -13,6 +13,7 @@ from lapis.families.config import ModelConfig
 from lapis.model.blocks.attention import AttentionCore, additive, dense_attention
 from lapis.model.cache import Cache
 from lapis.model.transformer import Transformer
+from tests.model.conftest import SHAPES
 
 TINY = ModelConfig(dim=16, layers=2, heads=4, kv_heads=2, ffn_dim=24, vocab=31, context=32)
 
@@ -148,10 +149,10 @@ def test_a_token_sees_no_later_one_and_none_beyond_the_window(fields: dict[str, 
         assert moved[:8].sum() == 3 and not moved[8:].any()
 
 
-@pytest.mark.parametrize("kind", ["llama", "mistral", "gpt2", "bert"])
-def test_packed_documents_equal_documents_alone(kind: str, request: pytest.FixtureRequest) -> None:
-    shapes = request.getfixturevalue("shapes")
-    model = model_of(shapes[kind])
+@pytest.mark.parametrize("kind", [kind for kind, shape in SHAPES.items() if shape.head in ("lm", "masked")])
+def test_packed_documents_equal_documents_alone(kind: str) -> None:
+    """Of every family: also where a layer keeps a state, or chooses experts."""
+    model = model_of(SHAPES[kind])
     torch.manual_seed(1)
     documents = [torch.randint(0, 31, (n,)) for n in (4, 9, 1, 6)]
     ids = torch.cat(documents)[None]
@@ -163,6 +164,31 @@ def test_packed_documents_equal_documents_alone(kind: str, request: pytest.Fixtu
     assert torch.allclose(
         model(ids, segments_BT=segments, positions_BT=given_positions)[0], torch.cat(packed), atol=1e-6
     )
+
+
+def test_no_state_of_a_delta_net_leaks_between_documents() -> None:
+    """Longer than a chunk, over two rows that end and begin with the same number; gradients stay at home, too."""
+    model = model_of(SHAPES["qwen3_5"]).requires_grad_(True)
+    torch.manual_seed(1)
+    sizes = ((70, 3, 5), (66, 2, 10))
+    rows = [[torch.randint(0, 31, (n,)) for n in row] for row in sizes]
+    ids_BT = torch.stack([torch.cat(row) for row in rows])
+    numbers = ((1, 2, 3), (3, 4, 5))
+    segments_BT = torch.stack([
+        torch.repeat_interleave(torch.tensor(n), torch.tensor(row)) for n, row in zip(numbers, sizes, strict=True)
+    ])  # fmt: skip
+    packed_BTV = model(ids_BT, segments_BT=segments_BT)
+    for row, logits_TV, lengths in zip(rows, packed_BTV, sizes, strict=True):
+        for document, part in zip(row, logits_TV.split(lengths), strict=True):
+            assert torch.allclose(model(document[None])[0], part, atol=1e-5)
+    seen: list[torch.Tensor] = []
+    handle = model.embed.register_forward_hook(lambda _module, _args, out: (out.retain_grad(), seen.append(out))[1])
+    model(ids_BT, segments_BT=segments_BT)[0, 70:73].square().sum().backward()
+    handle.remove()
+    moved_BT = seen[0].grad.abs().amax(-1) > 0
+    expected_BT = torch.zeros_like(moved_BT)
+    expected_BT[0, 70:73] = True
+    assert torch.equal(moved_BT, expected_BT)
 
 
 def test_a_row_of_nothing_but_padding_stays_finite() -> None:

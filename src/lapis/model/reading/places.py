@@ -97,12 +97,12 @@ def _numbered(checkpoint: Checkpoint) -> dict[str, list[Region]]:
         name: torch.tensor(float(number)).expand(checkpoint.info(name).shape)
         for number, name in enumerate(names, FIRST)
     }
-    found: dict[str, list[Region]] = {}
+    lying: dict[str, list[Region]] = {}
     for target, tensor in tensors_of(load_tensors(checkpoint, numbers, torch.float32)).items():
         for number, index in _boxes(tensor):
             if number.is_integer() and 0 <= number - FIRST < len(names):
-                found.setdefault(names[int(number) - FIRST], []).append(Region(target, index))
-    return found
+                lying.setdefault(names[int(number) - FIRST], []).append(Region(target, index))
+    return lying
 
 
 def _boxes(tensor: Tensor) -> Iterator[tuple[float, Index]]:
@@ -121,10 +121,10 @@ def _boxes(tensor: Tensor) -> Iterator[tuple[float, Index]]:
             yield number, index
 
 
-def _proved(checkpoint: Checkpoint, model: OutsideModel, found: dict[str, list[Region]]) -> dict[str, Placement]:
+def _proved(checkpoint: Checkpoint, model: OutsideModel, lying: dict[str, list[Region]]) -> dict[str, Placement]:
     """Places where the model holds just what the folder holds; a tensor of which it holds something else is refused."""
     tensors, places, lost = tensors_of(model), dict[str, Placement](), list[str]()
-    for name, regions in found.items():
+    for name, regions in lying.items():
         value = checkpoint.read(name).float()
         pieces = [piece for region in regions if (piece := _piece(region, tensors[region.parameter], value))]
         if sum(value[source].numel() for _, source in pieces) != value.numel() or len(pieces) < len(regions):
