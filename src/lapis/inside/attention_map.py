@@ -125,11 +125,15 @@ def maps_of(
 ) -> list[AttentionMap]:  # fmt: skip
     """`attention_maps` for a prompt that is encoded; with `last`, maps of that many last tokens, in little memory."""
     check_length(ids, 0, parts.context, parts.name)
-    if parts.own and not parts.heads:
-        raise LapisError(f"lens: {parts.name} has layers without attention; its heads are not shown")
     for layer, head in heads:
         if not (0 <= layer < parts.layers and 0 <= head < parts.heads):
             raise ConfigError(f"lens: there is no head {layer}.{head}; {parts.layers} layers have {parts.heads} each")
+        if layer in parts.states:
+            others = ", ".join(str(i) for i in range(parts.layers) if i not in parts.states)
+            raise LapisError(
+                f"lens: layer {layer} of {parts.name} is a delta net, which has a state and no attention; choose "
+                f"one of {others}"
+            )
     ids_BT = torch.tensor([ids], device=parts.matrix.device)
     if not parts.own:
         attended = record_attention(parts.model, ids_BT, last)
@@ -172,7 +176,8 @@ def _one(
     scores_TS = scores_TS.masked_fill(hidden_TS, -torch.inf)
     sinks = None if core.sinks is None else core.sinks[head : head + 1]
     weights_TS, v_SE = softmax_beside(scores_TS[None, None], sinks)[0, 0][:, shown], v_BKSE[0, kv, shown]
-    moved_TS = weights_TS * _lengths(parts, key, v_SE)
+    gated = getattr(parts.attention[key[0]], "gate", None) is not None  # behind which no head's length is told
+    moved_TS = None if gated else weights_TS * _lengths(parts, key, v_SE)
     made_of = (
         (None, None) if core.cap else (q_11TE[0, 0], k_11SE[0, 0, shown])
     )  # capped scores are no products of these

@@ -20,8 +20,9 @@ from lapis.inside.trace import Anatomy, Trace
 class Contribution:
     """What one part adds to the logit of `token` at the last place.
 
-    part: "embed", "head" (then layer and head are given), "attention bias", "mlp", "norm bias", "head bias", or
-    "rounding": what the sum lacks of the logit because the model rounds its residual stream.
+    part: "embed", "head" (then layer and head are given), "attention bias", "attention" as a whole where its heads are
+    not told apart, "delta net" in its place, "mlp", "norm bias", "head bias", or "rounding": what the sum lacks of the
+    logit because the model rounds its residual stream.
     """
 
     word: str
@@ -70,7 +71,8 @@ def contributions(
     for layer in range(parts.layers):
         heads_HD, rest_1D = _heads(parts, trace, layer, place)
         keys += [("head", layer, head) for head in range(len(heads_HD))]
-        keys += [("attention bias" if len(heads_HD) else "attention", layer, None), ("mlp", layer, None)]
+        rest = "attention bias" if len(heads_HD) else "delta net" if layer in parts.states else "attention"
+        keys += [(rest, layer, None), ("mlp", layer, None)]
         added_CD += [heads_HD, rest_1D, trace.mlp_LPD[layer][place][None]]
     shares_CR = torch.cat([added.double() for added in added_CD]) @ reader_RD.T
     keys.append(("norm bias", None, None))
@@ -95,7 +97,12 @@ def _heads(parts: Anatomy, trace: Trace, layer: int, place: int) -> tuple[Tensor
     between the map and the stream is taken as linear, with its scale frozen.
     """
     whole_1D = trace.attention_LPD[layer][place][None]
-    if not trace.mixed_LPI or not parts.heads or trace.mixed_LPI[layer].shape[-1] % parts.heads:
+    if (
+        layer in parts.states
+        or not trace.mixed_LPI
+        or not parts.heads
+        or trace.mixed_LPI[layer].shape[-1] % parts.heads
+    ):
         return whole_1D[:0], whole_1D
     mixed_I = trace.mixed_LPI[layer][place]
     alone_HHE = torch.diag_embed(mixed_I.view(parts.heads, -1).T).permute(1, 2, 0)

@@ -46,6 +46,7 @@ class Anatomy:
     attention, mlp: the halves of the blocks; empty where they are not known. mixers: the linear map of each attention
     that adds what its heads mixed. heads: of each attention; 0 where it is not known. own: the model is lapis' own,
     with an AttentionCore and a Cache. cap: logits are cap tanh(logits / cap) behind the head; None: as they are.
+    states: the layers that have a delta net in the place of attention; `attention` and `mixers` hold its parts there.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Anatomy:
     run: Run
     own: bool
     cap: float | None = None
+    states: frozenset[int] = frozenset()
 
     @property
     def layers(self) -> int:
@@ -118,8 +120,8 @@ def _own(model: Transformer, name: str) -> Anatomy:
     blocks: list[Any] = list(model.blocks)
     return Anatomy(
         name, model, blocks, [block.added[0] for block in blocks], [block.added[1] for block in blocks],
-        [block.mixer.o for block in blocks], 0 if config.delta else config.heads, model.norm.final, matrix, head.bias,
-        config.context, run, True, config.logit_cap or None,
+        [block.mixer.o for block in blocks], config.heads, model.norm.final, matrix, head.bias, config.context, run,
+        True, config.logit_cap or None, frozenset(filter(config.mixes_by_state, range(config.layers))),
     )  # fmt: skip
 
 

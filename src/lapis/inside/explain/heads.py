@@ -39,6 +39,10 @@ def measure_heads(
     Returns:
         None where the model's attention cannot be looked into, which is noted.
     """
+    if parts.states:
+        listed = ", ".join(map(str, sorted(parts.states)))
+        note(f"No attention maps: layers {listed} are delta nets; what the page calls attention is theirs in these.")
+        return None
     if not parts.heads:
         note(f"No attention maps: how many heads {parts.name} has is not known.")
         return None

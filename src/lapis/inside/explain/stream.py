@@ -75,7 +75,7 @@ def share_words(parts: Anatomy, trace: LensTrace, words: Sequence[str]) -> list[
         mine = [c for c in trace.contributions if c.word == word]
         if not mine:
             continue
-        heads = max((c.head + 1 for c in mine if c.head is not None), default=0)
+        heads = 0 if parts.states else max((c.head + 1 for c in mine if c.head is not None), default=0)
         heads_LH = torch.zeros(parts.layers, heads, dtype=torch.float64)
         attention_L, mlp_L = torch.zeros(2, parts.layers, dtype=torch.float64)
         rest: dict[str, float] = {}
@@ -84,8 +84,8 @@ def share_words(parts: Anatomy, trace: LensTrace, words: Sequence[str]) -> list[
                 rest[c.part] = c.logit
             elif c.part == "mlp":
                 mlp_L[c.layer] = c.logit
-            elif c.head is None:
-                attention_L[c.layer] = c.logit
+            elif c.head is None or not heads:
+                attention_L[c.layer] += c.logit
             else:
                 heads_LH[c.layer, c.head] = c.logit
         total = sum(c.logit for c in mine)

@@ -25,7 +25,7 @@ class Reading:
 
     Attributes:
         layer: 0-based, None for the embedding.
-        after: "embedding", "attention" or "mlp" (the end of a layer).
+        after: "embedding", "attention" (or the delta net in its place) or "mlp" (the end of a layer).
         top: (token, id, probability), best first.
         entropy, kl_to_final: In nats; kl_to_final is KL(final || this).
         ranks: Of each tracked word the best rank of its single-token spellings, 1 = said next; of a word without one

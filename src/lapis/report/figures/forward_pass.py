@@ -192,7 +192,9 @@ def contributions(rows: Iterable[Row], title: str) -> go.Figure:
     (int or None), `logit`. What stands outside the layers is left to the table.
     """
     cells: dict[tuple[int, str], float] = {}
+    delta = False
     for row in rows:
+        delta = delta or row["part"] == "delta net"
         if row["layer"] is not None:
             column = str(row["head"]) if row["part"] == "head" else "MLP" if row["part"] == "mlp" else "other"
             cells[row["layer"], column] = cells.get((row["layer"], column), 0.0) + row["logit"]
@@ -205,8 +207,8 @@ def contributions(rows: Iterable[Row], title: str) -> go.Figure:
     inner = 22 * len(layers)
     figure.update_layout(margin={"t": theme.TITLE + 56, "b": 58}, dragmode=False)
     most = max(abs(value) for value in cells.values()) or 1.0
-    names = [f"head {name}" if name.isdigit() else "attention, the rest" if name == "other" else name
-             for name in columns]  # fmt: skip
+    other = "attention, the rest, or a delta net" if delta else "attention, the rest"
+    names = [f"head {name}" if name.isdigit() else other if name == "other" else name for name in columns]
     figure.add_heatmap(
         x=columns, y=layers, z=[[cells.get((layer, column)) for column in columns] for layer in layers],
         customdata=[names for _ in layers], coloraxis="coloraxis", xgap=1, ygap=1, hoverongaps=False,
