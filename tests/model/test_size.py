@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lapis.checkpoint import open_checkpoint
 from lapis.families import PRESETS, find, parameter_shapes, part_of
-from lapis.families.config import Experts, ModelConfig
+from lapis.families.config import Delta, Experts, ModelConfig
 from lapis.model.cache import Cache
 from lapis.model.size import Mixer, activation_bytes, measure, measure_headers, mixers
 from lapis.model.transformer import Transformer
@@ -48,6 +48,7 @@ PUBLISHED = {
 }  # fmt: skip
 
 
+DELTA = {"family": "qwen3_5_text", "qk_norm": True, "delta": Delta((0, 1, 2), 4, 8, 16, 16)}
 EXPERTS = {"family": "mixtral", "experts": Experts(4, 2), "ffn_dim": 200}
 
 
@@ -123,7 +124,7 @@ def test_the_kv_cache_takes_the_bytes_that_are_told(kind: str, shapes: dict[str,
     assert measure(windowed, 20).kv_cache_bytes == measure(shapes[kind], 7).kv_cache_bytes
 
 
-@pytest.mark.parametrize("fields", [{}, {"ffn_dim": 700}, {"kv_heads": 2}, {"layers": 2}, EXPERTS])
+@pytest.mark.parametrize("fields", [{}, {"ffn_dim": 700}, {"kv_heads": 2}, {"layers": 2}, EXPERTS, DELTA])
 def test_activations_are_about_what_autograd_keeps(fields: dict[str, Any]) -> None:
     shape = ModelConfig(dim=128, layers=4, heads=8, ffn_dim=344, vocab=512, context=64, tied=True)
     shape = dataclasses.replace(shape, **fields)

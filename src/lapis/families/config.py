@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import sqrt
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from lapis.config import check_numbers
 from lapis.errors import ConfigError
@@ -106,8 +106,10 @@ class Delta:
     """Layers that keep a state of fixed size in place of attention (Yang et al. 2024, arXiv:2412.06464).
 
     layers: Which. heads, head_dim: of queries and keys; value_heads, value_dim: of values. kernel: tokens of the short
-    convolution before them.
+    convolution before them. CHUNK: tokens that are computed at a time.
     """
+
+    CHUNK: ClassVar[int] = 64
 
     layers: tuple[int, ...]
     heads: int

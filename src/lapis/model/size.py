@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lapis.families import ModelConfig, Part, parameter_shapes, part_of
+from lapis.families.config import Delta
 
 SHOWN = {"float32": 4, "bfloat16": 2, "int8": 1}
 DTYPE_BYTES = SHOWN | {"float64": 8, "float16": 2, "float8": 1, "uint8": 1}
@@ -162,9 +163,27 @@ def activation_bytes(config: ModelConfig, context: int, width: int = 2) -> int:
         dense = len(config.experts.dense_layers)
         sparse = config.experts.active * (mlp + 3 * config.dim) + matrices * config.experts.shared_dim
         mlp = ((config.layers - dense) * sparse + dense * matrices * config.experts.dense_dim) // config.layers
-    per_layer = 4 * config.dim + 2 * inner + 2 * inner_kv + mlp
+    attending = config.layers if config.delta is None else config.layers - len(config.delta.layers)
+    attention = 2 * inner + 2 * inner_kv if config.delta is None else 4 * inner + 2 * inner_kv  # there it has a gate
+    numbers = config.layers * (4 * config.dim + mlp) + attending * attention + 2 * config.dim
     logits = config.vocab * 4 if config.head in ("lm", "masked") else 0
-    return context * ((config.layers * per_layer + 2 * config.dim) * width + logits)
+    return context * (numbers * width + logits + _delta_bytes(config.delta, context, width))
+
+
+def _delta_bytes(delta: Delta | None, context: int, width: int) -> int:
+    """What autograd keeps of one token in all delta nets. Queries, keys, values and the state are in float32.
+
+    Of each head of values: queries and keys three times, six rows of a chunk's triangle, what is read of the state and
+    written to it, the gate, and a share of the state at the chunk's beginning; and the channels about the convolution.
+    """
+    if delta is None:
+        return 0
+    chunk = min(delta.CHUNK, context)
+    keys = 3 * delta.value_heads * delta.head_dim
+    states = delta.values * delta.head_dim // chunk + 6 * delta.value_heads * chunk
+    copies = delta.channels + delta.values if width != 4 else 0
+    floats = keys + states + 7 * delta.values + 8 * delta.value_heads + copies
+    return len(delta.layers) * (4 * floats + width * (3 * delta.channels + 2 * delta.values))
 
 
 def other_heads(config: ModelConfig) -> dict[str, int]:

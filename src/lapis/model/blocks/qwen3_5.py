@@ -15,14 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lapis.errors import ConfigError
-from lapis.families.config import ModelConfig
+from lapis.families.config import Delta, ModelConfig
 from lapis.model.blocks.attention import Attention, Shared
 from lapis.model.blocks.gemma3 import make_offset_norm
 from lapis.model.blocks.norm import RMSNorm
 from lapis.model.blocks.standard import Architecture, TransformerBlock
 from lapis.model.cache import Cache
 
-CHUNK = 64
 EPS = 1e-6  # of the lengths that queries and keys are divided by
 
 
@@ -148,8 +147,8 @@ def gated_delta_rule(
         state_BVEE: Before the first token; rows for keys, columns for values.
     """
     out = []
-    for first in range(0, q_BVTE.shape[2], CHUNK):
-        part = slice(first, first + CHUNK)
+    for first in range(0, q_BVTE.shape[2], Delta.CHUNK):
+        part = slice(first, first + Delta.CHUNK)
         q, k, v, beta = q_BVTE[:, :, part], k_BVTE[:, :, part], v_BVTE[:, :, part], beta_BVT[:, :, part, None]
         sums_BVN = decay_BVT[:, :, part].cumsum(2)
         since_BVN1 = sums_BVN.exp()[..., None]

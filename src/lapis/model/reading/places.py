@@ -134,11 +134,9 @@ def _proved(checkpoint: Checkpoint, model: OutsideModel, lying: dict[str, list[R
         flat = len(own) == 1 and own[0] == Region(own[0].parameter) and tensors[own[0].parameter].is_contiguous()
         places[name] = Placement(own, _by_index([source for _, source in pieces]), flat)
     if lost:
-        import transformers
-
         more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
         raise CheckpointError(
-            f"{checkpoint.source}: transformers {transformers.__version__} computes with {lost[0]}{more} as it loads "
+            f"{checkpoint.source}: transformers computes with {lost[0]}{more} as it loads "
             f"them, so that no difference can be put there; the tensors alone can be planned with, without --chats"
         )
     return places
