@@ -37,7 +37,7 @@ torch.set_num_threads(1)
 DATA = Path(os.environ.get("LAPIS_DATA", Path(__file__).parents[2] / "shared" / "data"))
 ENGLISH, HELD_ENGLISH = DATA / "corpus/en/train.jsonl", DATA / "corpus/en/valid.jsonl"
 WARM = 1  # steps of a trial that do not count
-COMMON = {"objective": "causal", "threads": 1, "compile": "off", "sample_every": 0}
+COMMON = {"objective": "causal", "threads": 1, "compile": "off", "sample_every": 0, "certify": "off"}
 
 
 def models_folder(given: Path | None = None) -> Path:
