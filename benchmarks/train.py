@@ -52,7 +52,8 @@ def random_rows(count: int = 256) -> Any:
 
     length, vocab = SIZES["context"], SIZES["vocab"]
     tokens = np.random.default_rng(0).integers(3, vocab, count * length).astype("uint16")
-    counts = {"bytes": 4 * len(tokens), "supervised": len(tokens)}
+    counts = {"bytes": 4 * len(tokens), "supervised": len(tokens), "tokens": len(tokens), "padding": 0,
+              "documents": count}  # fmt: skip
     info = {"kind": "documents", "length": length, "rows": count, "digest": "random", "counts": counts,
             "end": 0, "pad": 0, "vocab": vocab, "tokenizer": "none"}  # fmt: skip
     return Rows(info, {"tokens": tokens, "starts": np.arange(0, len(tokens) + 1, length, dtype="int64")})

@@ -10,13 +10,12 @@ import json
 import shutil
 import statistics
 import sys
+import time
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 from train import BATCH, GPT2, LOOPS, RECIPE, SIZES, STEP_TOKENS, machine
-
-from lapis.training.config import MuonOptions
 
 SCORED = 300_000  # bytes of held-out text
 ADAMW = {"optimizer": "adamw", "lr": 1e-3, "schedule": "cosine"}
@@ -36,11 +35,6 @@ _PARTS = {
     "projections drawn at random": (RECIPE, {}, False),
     "cosine in place of linear": (RECIPE, {"schedule": "cosine"}, True),
     "stable, then decay over 40 %": (RECIPE, {"schedule": "wsd"}, True),
-    "Polar Express' coefficients": (RECIPE, {"muon": MuonOptions(coefficients="polar")}, True),
-    "NorMuon": (RECIPE, {"muon": MuonOptions(by_neuron=True)}, True),
-    "cautious weight decay": (RECIPE, {"muon": MuonOptions(cautious=True)}, True),
-    "these three": (RECIPE, {"muon": MuonOptions("polar", by_neuron=True, cautious=True)}, True),
-    "average of the weights, 0.9": (RECIPE, {"ema": 0.9}, True),
 }
 SOURCES = (
     "The recipe: Muon (Jordan et al. 2024; its rate as in Liu et al. 2025, 2502.16982), rotary positions (Su et al. "
@@ -58,7 +52,7 @@ def measure(piece: str, given: argparse.Namespace) -> None:
         if place.exists() or (given.run and name not in given.run):
             continue
         steps = max(1, round(minutes * given.scale * 60 * speed(given.folder, pace) / STEP_TOKENS))
-        found = learn(shape, settings, zero, steps, given, given.folder / "running" / place.stem)
+        found = learn(shape, settings, zero, steps, given, given.folder / "running" / place.stem, *text(given))
         facts = {"date": str(date.today()), "machine": machine(), "name": name, "seed": given.seed, "steps": steps,
                  "minutes": minutes * given.scale, **found}  # fmt: skip
         place.write_text(json.dumps(facts, indent=1))
@@ -74,9 +68,11 @@ def speed(folder: Path, name: str) -> float:
 
 
 def learn(
-    shape: dict[str, Any], settings: dict[str, Any], zero: bool, steps: int, given: argparse.Namespace, out: Path
-) -> dict[str, Any]:
-    """Trains, and scores on held-out text. Ctrl-C saves, and the same command goes on."""
+    shape: dict[str, Any], settings: dict[str, Any], zero: bool, steps: int, given: argparse.Namespace, out: Path,
+    tokenizer: Any, rows: Any, scored: int = SCORED,
+) -> dict[str, Any]:  # fmt: skip
+    """Trains, and scores on held-out text. Ctrl-C saves, and the same command goes on. rows: of documents, or of pieces
+    of them that were packed as chats are."""
     import torch
 
     from lapis.errors import ConfigError
@@ -87,10 +83,9 @@ def learn(
     from lapis.training.config import TrainConfig
     from lapis.training.loop.loop import train
     from lapis.training.loop.progress import LogLines
-    from lapis.training.objectives.supervised.next_token import Causal
+    from lapis.training.objectives.supervised.next_token import Causal, Chat
     from lapis.training.setup.start import FRESH, zero_outputs
 
-    tokenizer, rows = text(given)
     torch.set_num_threads(given.threads)
     torch.manual_seed(given.seed)
     model = Transformer(ModelConfig(**{**shape, "vocab": tokenizer.rows}))
@@ -98,22 +93,23 @@ def learn(
         zero_outputs(model)
     config = TrainConfig(**{
         **FRESH, "steps": steps, "batch": BATCH, "precision": "bf16", "threads": given.threads, "seed": given.seed,
-        "sample_every": 0, "save_every": 10**9, "keep": 1, "compile": "off", **settings,
+        "sample_every": 0, "save_every": 10**9, "keep": 1, "compile": "off", "certify": "off", **settings,
     })  # fmt: skip
-    heard = LogLines("bench", 60.0)
+    heard, began = LogLines("bench", 60.0), time.process_time()
     log: list[dict[str, Any]] = []
     try:
-        log = train(model, Causal(tokenizer, rows), config, out, watch=heard).log
+        log = train(model, (Chat if rows.chats else Causal)(tokenizer, rows), config, out, watch=heard).log
         shutil.rmtree(out)
     except ConfigError:  # a shape that no published family has: trained, but not to be saved
         shutil.rmtree(out.with_name(f".{out.name}.lapis"), ignore_errors=True)
     model.eval()
     held_out = documents([given.data / "corpus/en/valid.jsonl"])
-    score = score_text(model, tokenizer, held_out, SIZES["context"], max_bytes=SCORED)["bits_per_byte"]
-    return {"bits_per_byte": score, "last_loss": log[-1]["loss"] if log else None}
+    used = time.process_time() - began
+    score = score_text(model, tokenizer, held_out, SIZES["context"], max_bytes=scored)["bits_per_byte"]
+    return {"bits_per_byte": score, "last_loss": log[-1]["loss"] if log else None, "processor_seconds": used}
 
 
-def text(given: argparse.Namespace) -> tuple[Any, Any]:
+def text(given: argparse.Namespace, vocab: int = SIZES["vocab"]) -> tuple[Any, Any]:
     """The tokenizer and the packed rows, made once."""
     from lapis.text.rows.packing import pack
     from lapis.text.rows.rows import Rows
@@ -122,7 +118,7 @@ def text(given: argparse.Namespace) -> tuple[Any, Any]:
     source = given.data / "corpus/en/train.jsonl"
     folder = given.folder / "tokenizer"
     if not folder.exists():
-        tokenizer = train_tokenizer([source], SIZES["vocab"])
+        tokenizer = train_tokenizer([source], vocab)
         folder.mkdir()
         tokenizer.save(folder)
     tokenizer = Tokenizer.open(folder)

@@ -48,15 +48,15 @@ def messages(folder: Path, record: dict[str, Any]) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("record", "expected", "description"),
     [
-        ({"messages": [USER, REPLY]}, [USER, REPLY], "format: messages (messages)"),
+        ({"messages": [USER, REPLY]}, [USER, REPLY], "format: messages"),
         ({"conversations": TALK}, [USER, REPLY], "format: ShareGPT (conversations)"),
         ({"conversations": TALK, "system": "Be short."}, [SYSTEM, USER, REPLY],
          "format: ShareGPT (conversations, with system)"),
         ({"conversations": [{"from": "system", "value": "Be short."}, *TALK]}, [SYSTEM, USER, REPLY],
          "format: ShareGPT (conversations)"),
-        ({"messages": [USER, REPLY], "system": ""}, [USER, REPLY], "format: messages (messages)"),
+        ({"messages": [USER, REPLY], "system": ""}, [USER, REPLY], "format: messages"),
         ({"messages": [SYSTEM, USER, REPLY], "system": "Be short."}, [SYSTEM, USER, REPLY],
-         "format: messages (messages, with system)"),
+         "format: messages (with system)"),
         ({"instruction": "hello", "input": "", "output": "the cat"}, [USER, REPLY],
          "format: Alpaca (instruction, output)"),
         ({"instruction": "say", "input": "hello", "output": "the cat", "system": "Be short."},

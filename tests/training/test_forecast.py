@@ -13,6 +13,7 @@ from lapis.errors import ConfigError, TrainingError
 from lapis.families import PRESETS, find
 from lapis.training.config import TrainConfig
 from lapis.training.forecast.budget import Budget
+from lapis.training.forecast.measured import best_tokens
 from lapis.training.forecast.memory import MemoryWatch
 from lapis.training.forecast.options import ForecastOptions
 from lapis.training.forecast.paper import PaperForecast, on_paper
@@ -81,6 +82,30 @@ def test_a_budget_of_memory_cuts_a_step_into_parts() -> None:
         plan(wide, Budget.parse("20 MB"), watch=Silent())
     with pytest.raises(TrainingError, match=r"one step takes .* FLOPs, which is more than 9 flops; lower batch"):
         plan(wide, Budget.parse("9 flops"), watch=Silent())
+
+
+def test_a_budget_chooses_the_batch_of_a_new_model() -> None:
+    """By the tokens that it buys, where the settings leave it open; steps times batch are those tokens."""
+    whole = plan(settings(), watch=Silent())
+    assert best_tokens(1e11) == pytest.approx(1.02e6, rel=0.01) and best_tokens(4e9) > best_tokens(1e9)
+    for times in (1, 100):
+        budget = Budget.parse(f"{whole.flops * times} flops")
+        chosen = plan(settings(), budget, choose_batch=True, watch=Silent())
+        rows = chosen.settings.get("batch", 8)
+        assert rows & (rows - 1) == 0 and 2**-0.5 < rows * 64 / best_tokens(whole.tokens * times) < 2**0.5
+        assert chosen.tokens == chosen.steps * rows * 64 == pytest.approx(whole.tokens * times, rel=0.05)
+    assert plan(settings(), budget, watch=Silent()).settings == {"steps": 4000}, "the settings give it"
+    run(settings(out="base", steps=2), watch=Silent())
+    tuned = settings(new=None, model="base", tokenizer=None)
+    assert list(plan(tuned, budget, choose_batch=True, watch=Silent()).settings) == ["steps"]
+
+
+def test_a_chosen_batch_is_cut_to_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = plan(settings(), watch=Silent())
+    budget = Budget.parse(f"{whole.flops * 100} flops")
+    monkeypatch.setattr("lapis.training.forecast.measured.available", lambda device: 0)
+    chosen = plan(settings(), budget, choose_batch=True, watch=Silent())
+    assert chosen.settings["batch"] / chosen.settings["accumulate"] <= 4, "half of what eight rows took"
 
 
 @pytest.mark.parametrize(
@@ -155,6 +180,9 @@ def test_as_it_is_typed(run: Lapis) -> None:
     assert status == 0 and result["steps"] == 40 and result["memory"]["total"] > result["memory"]["weights"]
     status, out, _ = run("train", "run.yaml", "--plan-only", "--budget", "1 hour")
     assert status == 0 and "within the budget: lapis train run.yaml steps=" in out and "Memory at its peak" in out
+    Path("open.yaml").write_text(json.dumps({name: value for name, value in SETTINGS.items() if name != "batch"}))
+    status, out, _ = run("train", "open.yaml", "--plan-only", "--budget", "1e13 flops", "--json")
+    assert status == 0 and {"steps", "batch"} <= set(json.loads(out)["settings"])
     paper = ["--plan-only", "--gpus", "4", "--tflops", "100", "--bandwidth", "10"]
     status, out, _ = run("train", "run.yaml", *paper)
     assert status == 0 and "on 4 GPUs" in out and "counted as shard: full" in out

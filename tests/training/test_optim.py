@@ -83,6 +83,25 @@ def test_normuon_and_cautious_decay_equal_a_recomputation(shape: tuple[int, int]
     torch.testing.assert_close(parameter.detach().double(), weights, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("cautious", [False, True])
+def test_a_falling_decay_is_smaller_by_the_schedule_once_more(cautious: bool) -> None:
+    """Without a gradient's direction only decay is left; in float64 from lr times decay times the share."""
+    model = nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(6, 6, bias=False)])})
+    weights = model["blocks"][0].weight  # type: ignore[index]
+    torch.manual_seed(2)
+    shrunk = []
+    for falling in (False, True):
+        with torch.no_grad():
+            weights.copy_(torch.eye(6))
+        optimizers = Optimizers(model, "muon", 1e-2, 0.5, muon=MuonOptions(cautious=cautious, falling=falling))
+        optimizers.set_precision("float32")
+        weights.grad = torch.eye(6)  # the update is made orthogonal, which it is: it is the same in both
+        optimizers.step(0.25)
+        shrunk.append(weights.detach().double().diagonal().mean().item())
+    plain, falling_ = (1e-2 * 0.25 * 0.5 * share for share in (1.0, 0.25))
+    assert shrunk[1] - shrunk[0] == pytest.approx(plain - falling_, rel=1e-3)
+
+
 def test_normuon_leaves_a_matrix_without_gradient_alone() -> None:
     """As those behind projections that begin at zero, in the first step."""
     parameter = nn.Parameter(torch.randn(4, 6))

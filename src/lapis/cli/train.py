@@ -47,9 +47,10 @@ def train(
 
     if html is not None:
         check_output(html, overwrite=overwrite, option="--html")
-    how = read_settings(override(load_yaml(config), settings), str(config))
+    given = override(load_yaml(config), settings)
+    how = read_settings(given, str(config))
     if costs.plan_only:
-        show_costs(how, config, costs, json)
+        show_costs(how, config, costs, json, choose_batch="batch" not in given and "accumulate" not in given)
         return
     result = run(how, overwrite=overwrite, fresh=fresh, allow_change=allow_change or ())
     head = objective_class(how.objective).head
@@ -84,7 +85,7 @@ def train(
         show({"out": str(result.out), **result.figures()}, json, render)
 
 
-def show_costs(how: "RunConfig", config: Path, costs: ForecastOptions, json: bool) -> None:
+def show_costs(how: "RunConfig", config: Path, costs: ForecastOptions, json: bool, *, choose_batch: bool) -> None:
     """What the run will take: on paper for GPUs that are not here, measured on this machine else."""
     from lapis.cli.output import show
     from lapis.training.forecast.budget import Budget
@@ -95,7 +96,7 @@ def show_costs(how: "RunConfig", config: Path, costs: ForecastOptions, json: boo
         show(paper.to_json(), json, lambda: render_paper(paper))
         return
     budget = None if costs.budget is None else Budget.parse(costs.budget)
-    measured = plan(how, budget)
+    measured = plan(how, budget, choose_batch=choose_batch)
     show(measured.to_json(), json, lambda: render_measured(measured, config))
 
 

@@ -48,11 +48,13 @@ class MuonOptions:
         coefficients: Of the rounds that make an update orthogonal: Jordan et al.'s, or Polar Express' (optim/muon.py).
         by_neuron: Updates of equal size for each row of a matrix, by a running mean of squares (NorMuon).
         cautious: Weight decay only where the update makes a weight smaller, too.
+        falling: Weight decay falls with the schedule once more, and not by the learning rate alone.
     """
 
     coefficients: Literal["jordan", "polar"] = "jordan"
     by_neuron: bool = False
     cautious: bool = False
+    falling: bool = False
 
 
 @dataclass(frozen=True)

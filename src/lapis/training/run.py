@@ -165,18 +165,25 @@ def run(
     return result
 
 
-def plan(config: RunConfig, budget: Budget | None = None, *, watch: Watch | None = None) -> Forecast:
+def plan(
+    config: RunConfig, budget: Budget | None = None, *, choose_batch: bool = False, watch: Watch | None = None
+) -> Forecast:
     """What the run would take on this machine, by its first steps; nothing is written. Raises what `run` does.
 
     Args:
         config: The run's.
         budget: Steps, or how a step is cut, are chosen so that the run keeps within.
+        choose_batch: A budget of time or FLOPs chooses the batch of a new language model, too.
         watch: What shows progress.
     """
+    alone = config.new is not None and objective_class(config.objective).head == "language"
     settings = TrainConfig(**{entry.name: getattr(config, entry.name) for entry in dataclasses.fields(TrainConfig)})
     shown = watch or watcher(Path(config.out).name)
     try:
-        return forecast(lambda: _start(config, True, parallel.Processes(), shown)[:2], settings, shown, budget)
+        return forecast(
+            lambda: _start(config, True, parallel.Processes(), shown)[:2], settings, shown, budget,
+            choose_batch=choose_batch and alone,
+        )  # fmt: skip
     finally:
         if shown is not watch:
             shown.close()

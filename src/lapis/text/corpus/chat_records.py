@@ -87,7 +87,8 @@ def describe_format(record: Mapping[str, Any]) -> str | None:
         return None
     name, fields = recognised
     beside = [field for field in (*SYSTEMS, *TOOLS, "chat_template_kwargs") if record.get(field)]
-    return f"format: {name} ({', '.join(fields)}{', with ' + ', '.join(beside) if beside else ''})"
+    inner = [*(field for field in fields if field != name), *(["with " + ", ".join(beside)] if beside else [])]
+    return f"format: {name}" + (f" ({', '.join(inner)})" if inner else "")
 
 
 def chat_of(record: Any, field: str | None, path: Path, number: int) -> ChatRecord:

@@ -4,6 +4,7 @@ They are real steps on the run's own data, so nothing of the model, the objectiv
 Leaves out the seconds in which checkpoints are written.
 """
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from lapis.training.loop.progress import Watch
 from lapis.training.loop.stop_request import StopSignal, stop_requests
 from lapis.training.objectives.objective import Objective
 from lapis.training.setup.blocks import compiled
+from lapis.training.setup.probe import available
 
 STEPS, SECONDS = 5, 30.0  # of a probe, at most; two steps are always done, after one that warms up
 
@@ -66,6 +68,7 @@ class Forecast:
             for those of what is trained.
         memory: At the peak.
         checkpoint_bytes: Of one checkpoint on disk.
+        free_bytes: Of memory, beside the run at its peak.
         threads, precision, compile: How a step is computed.
         settings: What a budget changed: keys of the run's settings and their values.
     """
@@ -77,6 +80,7 @@ class Forecast:
     flops: float
     memory: RunMemory
     checkpoint_bytes: int
+    free_bytes: int
     threads: int
     precision: str
     compile: bool
@@ -87,7 +91,9 @@ class Forecast:
         return {**asdict(self), "memory": {**asdict(self.memory), "total": self.memory.total}}
 
 
-def forecast(start: Start, config: TrainConfig, watch: Watch, budget: Budget | None = None) -> Forecast:
+def forecast(
+    start: Start, config: TrainConfig, watch: Watch, budget: Budget | None = None, *, choose_batch: bool = False
+) -> Forecast:
     """Measures a run's first steps.
 
     Args:
@@ -95,6 +101,7 @@ def forecast(start: Start, config: TrainConfig, watch: Watch, budget: Budget | N
         config: Of the run.
         watch: Hears what is done.
         budget: Settings are chosen so that the run keeps within.
+        choose_batch: A budget of time or FLOPs chooses the batch, too, by the tokens that it buys (`best_tokens`).
 
     Raises:
         TrainingError: For a budget that nothing fits.
@@ -104,7 +111,12 @@ def forecast(start: Start, config: TrainConfig, watch: Watch, budget: Budget | N
     result = _probe(start, config, watch)
     if budget is None:
         return result
-    each = result.seconds / result.steps if budget.kind == "seconds" else result.flops / result.steps
+    chosen: dict[str, Any] = {}
+    each = _each(result, budget)
+    if choose_batch and each < budget.amount:
+        chosen = _batch(config, result, budget.amount / each * result.tokens / result.steps)
+        result = _probe(start, replace(config, **chosen), watch) if chosen else result
+        each = _each(result, budget)
     steps = int(budget.amount / each)
     if steps < 1:
         what = f"{each:.3g} seconds" if budget.kind == "seconds" else f"{each:.3g} FLOPs"
@@ -112,8 +124,31 @@ def forecast(start: Start, config: TrainConfig, watch: Watch, budget: Budget | N
     share = steps / result.steps
     return replace(
         result, steps=steps, tokens=int(result.tokens * share), seconds=result.seconds * share,
-        flops=result.flops * share, settings={"steps": steps},
+        flops=result.flops * share, settings={"steps": steps, **chosen},
     )  # fmt: skip
+
+
+def best_tokens(tokens: float) -> float:
+    """Tokens of a step with which a model that is trained from its beginning has the lowest loss after so many tokens:
+    0.0306 D^0.383 rows of 2,048 (Bergsma et al. 2025, arXiv:2505.13738: a power of the data's size alone)."""
+    return 2048 * 0.0306 * float(tokens) ** 0.383
+
+
+def _each(result: Forecast, budget: Budget) -> float:
+    """What a step takes of a budget."""
+    return (result.seconds if budget.kind == "seconds" else result.flops) / result.steps
+
+
+def _batch(config: TrainConfig, result: Forecast, tokens: float) -> dict[str, int]:
+    """The batch for a run of so many tokens, a power of two of rows, and the parts in which it fits into what is free;
+    nothing where that is what the run has."""
+    per_row = result.tokens / result.steps / config.batch
+    rows = 2 ** max(0, round(math.log2(min(best_tokens(tokens), tokens / 2) / per_row)))
+    each = result.memory.activations * config.accumulate / config.batch  # bytes of a row, at most
+    room = (result.free_bytes + result.memory.activations) / 2
+    parts = next((n for n in (2**k for k in range(rows.bit_length())) if each * rows / n <= room), rows)
+    chosen = {"batch": rows, "accumulate": parts}
+    return {name: value for name, value in chosen.items() if value != getattr(config, name)}
 
 
 def _within(start: Start, config: TrainConfig, watch: Watch, budget: Budget) -> Forecast:
@@ -185,6 +220,7 @@ def _probe(start: Start, config: TrainConfig, watch: Watch, *, least: bool = Fal
         flops=size.flops_per_token * tokens * steps * (2 + min(1.0, share)),
         memory=parts,
         checkpoint_bytes=(trained if share < 1 and model.adapted else weights) + optimizer + copies,
+        free_bytes=available(memory.device),
         threads=int(run.facts["threads"]),
         precision=str(run.facts["precision"]),
         compile=bool(run.facts.get("compile")),

@@ -13,8 +13,8 @@ class ForecastOptions:
     plan_only: bool = False
     """Measure some first steps, say what the whole run will take, and write nothing."""
     budget: str | None = None
-    """With --plan-only: choose steps for a time ("3 min") or for FLOPs ("1e18 flops"), or how a step is cut for a
-    memory ("8 GB")."""
+    """With --plan-only: choose steps for a time ("3 min") or for FLOPs ("1e18 flops"), and for a new language model the
+    batch and its parts where the settings give none; or how a step is cut for a memory ("8 GB")."""
     gpus: int | None = None
     """With --plan-only: on paper, for so many GPUs that are not here; needs --tflops and --bandwidth."""
     tflops: float | None = None

@@ -1,7 +1,7 @@
 """Muon: momentum for matrices, with the update made orthogonal (Jordan et al. 2024).
 
-What is no hidden matrix goes to AdamW (optimizers.py). Three later steps of the field can be asked for (`MuonOptions`):
-other coefficients, updates of equal size for each neuron, and a weight decay that never works against the update.
+What is no hidden matrix goes to AdamW (optimizers.py). Later steps of the field can be asked for (`MuonOptions`): other
+coefficients, updates of equal size for each neuron, a weight decay that never works against the update, or that falls.
 """
 
 import math
@@ -48,6 +48,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
         self.options = options or MuonOptions()
         self.seed = 0  # of the rounding of bfloat16 weights
+        self.share = 1.0  # of the peak rate that this step has, by which a falling decay is smaller once more
         self.exact = False  # orthogonalize in float32, so that sums in another order change next to nothing
 
     @torch.no_grad()
@@ -69,6 +70,7 @@ class Muon(torch.optim.Optimizer):
                 orthogonal = orthogonalize(stacked, self.options.coefficients)
                 orthogonal = orthogonal.to(torch.promote_types(parameters[0].dtype, torch.float32))
                 rate, decay = 0.2 * lr * math.sqrt(long), lr * group["weight_decay"]
+                decay *= self.share if self.options.falling else 1.0
                 for parameter, update in zip(parameters, orthogonal, strict=True):
                     turned = update if parameter.shape[0] <= parameter.shape[1] else update.T
                     if self.options.by_neuron:

@@ -94,6 +94,8 @@ class Optimizers:
         for part in self.parts:
             if isinstance(part, (RoundedAdamW, Muon)):
                 part.seed = self.seed * 1_000_003 + step  # so that every process rounds alike
+            if isinstance(part, Muon):
+                part.share = scale
             for group in part.param_groups:
                 group["lr"] = group["peak"] * scale
             part.step()

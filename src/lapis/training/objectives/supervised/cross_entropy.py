@@ -7,11 +7,14 @@ takes half the time of logits followed by F.cross_entropy. Leaves out: label smo
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # elements of one block of logits: what a core's cache holds, and what a GPU needs to be busy (128 MB in float32)
 _ELEMENTS = {"cpu": 2**20, "cuda": 2**25}
-_LEAST = 64  # rows of a block
+# rows of a block are a multiple of this: oneDNN makes a kernel for each shape that a CPU multiplies in bfloat16 and keeps
+# a thousand of them, at about a megabyte each, and the supervised tokens of chats are another number in each step
+_LEAST = 64
 
 
 def head_cross_entropy(hidden_RD: Tensor, weight_VD: Tensor, targets_R: Tensor, bias_V: Tensor | None = None) -> Tensor:
@@ -38,7 +41,10 @@ class _HeadCrossEntropy(torch.autograd.Function):
         rows = max(_LEAST, elements // size)
         if needs_weight:  # each block adds to the whole gradient of the matrix, so as many rows as that has columns
             rows = max(rows, min(x_RD.shape[1], 2**26 // size))
-        rows = max(1, min(rows, len(x_RD)))
+        count = len(x_RD)
+        rows = -(-max(1, min(rows, count)) // _LEAST) * _LEAST
+        x_RD = F.pad(x_RD, (0, 0, 0, -count % _LEAST))
+        targets_R = F.pad(targets_R, (0, -count % _LEAST))
         # every block uses the same memory: on a CPU, fresh pages for each would cost as much as the arithmetic
         low, high = x_RD.new_empty(rows, size), torch.empty(rows, size, dtype=torch.float32, device=device)
         d_hidden = torch.empty_like(x_RD) if needs_hidden else None
@@ -51,17 +57,18 @@ class _HeadCrossEntropy(torch.autograd.Function):
         with torch.autocast(device.type, enabled=False):
             for first in range(0, len(x_RD), rows):
                 x, target = x_RD[first : first + rows], targets_R[first : first + rows, None]
-                block, p = low[: len(x)], high[: len(x)]
+                block, p, real = low[: len(x)], high[: len(x)], count - first  # what is behind these rows is padding
                 p.copy_(torch.mm(x, w_VD.T, out=block))
                 if bias is not None:
                     p.add_(bias)
                 p.sub_(p.amax(-1, keepdim=True))
                 picked = p.gather(1, target)
                 z = p.exp_().sum(-1, keepdim=True)
-                total += (z.log() - picked).sum(dtype=torch.float64)
+                total += (z.log() - picked)[:real].sum(dtype=torch.float64)
                 if d_hidden is None and d_weight is None and d_bias is None:
                     continue
                 p.div_(z).scatter_add_(1, target, p.new_full((1, 1), -1.0).expand(len(x), 1))  # softmax - one-hot
+                p[real:] = 0
                 if d_bias is not None:
                     d_bias += p.sum(0)
                 block.copy_(p)
@@ -72,6 +79,7 @@ class _HeadCrossEntropy(torch.autograd.Function):
                 elif d_weight is not None and product is not None:
                     torch.mm(block.T, x, out=product)
                     d_weight.add_(product if spare is None else spare.copy_(product))
+        d_hidden = None if d_hidden is None else d_hidden[:count]
         ctx.save_for_backward(d_hidden, d_weight, d_bias)
         ctx.dtypes = hidden_RD.dtype, weight_VD.dtype, None if bias_V is None else bias_V.dtype
         return total.float()

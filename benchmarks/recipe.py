@@ -1,0 +1,147 @@
+"""What later steps of the field give the recipe of a new model, in small, each with three seeds.
+
+    python benchmarks/recipe.py [--seeds 0,1,2] [--only "NorMuon"] [--write]      needs LAPIS_DATA with corpus/en
+
+One shape: 4 layers, 192 wide, vocabulary 2048; 48 steps of 16 rows of 256 tokens in bfloat16, so that a run takes about
+half a minute of a processor. All runs of a seed see the same tokens and begin from the same weights; held-out text is
+150 kB. Each leaves a JSON file in --folder, and what is there is not run again. A step helps where all seeds say so.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+from datetime import date
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from results_file import add_table
+from train import machine
+from train_loss import learn, text
+
+from lapis.training.config import MuonOptions
+
+CONTEXT, VOCAB, BATCH, STEPS, RATE, WIDTH = 256, 2048, 16, 48, 5e-3, 192
+SHAPE = {"dim": WIDTH, "layers": 4, "heads": 4, "context": CONTEXT, "ffn_dim": 512, "family": "qwen3", "qk_norm": True,
+         "tied": True}  # fmt: skip
+NARROW = 0.1 * (768 / WIDTH) ** 2  # the recipe's weight decay where it is that of a model of GPT-2's width
+_FALLING = {"muon": MuonOptions(cautious=True, falling=True), "weight_decay": NARROW}
+
+
+def of_batch(rows: int) -> dict[str, Any]:
+    """The same tokens in steps of so many rows; the rate goes with the root of the batch."""
+    return {"batch": rows, "steps": STEPS * BATCH // rows, "lr": RATE * (rows / BATCH) ** 0.5}
+
+
+# name -> shape, settings; "pieces" is how rows are laid
+VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "recipe": ({}, {}),
+    "Polar Express' coefficients": ({}, {"muon": MuonOptions("polar")}),
+    "NorMuon": ({}, {"muon": MuonOptions(by_neuron=True)}),
+    "cautious weight decay": ({}, {"muon": MuonOptions(cautious=True)}),
+    "cautious weight decay that falls, by 1/width^2": ({}, _FALLING),
+    "average of the weights, 0.9": ({}, {"ema": 0.9}),
+    "8 rows a step": ({}, of_batch(8)),
+    "32 rows a step": ({}, of_batch(32)),
+    "rows that begin with a document": ({}, {"pieces": True}),
+    "Arcee's block: ReLU^2, no gate, no QK-norm": (
+        {"family": "arcee", "mlp": "relu2", "ffn_dim": 768, "qk_norm": False}, {}),
+    "all of Muon's steps": ({}, {"muon": MuonOptions("polar", True, True, True), "weight_decay": NARROW}),
+    "all of Muon's steps, 8 rows": (
+        {}, {**of_batch(8), "muon": MuonOptions("polar", True, True, True), "weight_decay": NARROW}),
+}  # fmt: skip
+
+
+def begun_with_documents(sources: list[Path], tokenizer: Any) -> Any:
+    """Rows in which no piece of a document is cut that fits into a row: its remainder shares a row with others (Ding et
+    al. 2024, arXiv:2404.10830), and every other row begins where the document or a full row of it ends."""
+    import numpy as np
+
+    from lapis.text.corpus.corpus import documents
+    from lapis.text.rows.rows import Rows
+    from lapis.text.rows.sequences import best_fit
+
+    tokens: list[int] = []
+    starts, sizes = [0], []
+    for document in documents(sources):
+        ids = [*tokenizer.encode(document.text), tokenizer.eos_id]
+        for first, last in pairwise([*range(0, len(ids) - 1, CONTEXT), len(ids) - 1]):
+            tokens += ids[first : last + 1]
+            starts.append(len(tokens))
+            sizes.append(last - first)
+    order, begins = best_fit(np.asarray(sizes, np.int64), CONTEXT)
+    said = np.ones(len(tokens), np.uint8)
+    said[starts[:-1]] = 0
+    total = sum(sizes)
+    counts = {"chats": len(sizes), "tokens": total, "supervised": total, "padding": (len(begins) - 1) * CONTEXT - total,
+              "cut_chats": 0, "cut_tokens": 0, "dropped_long": 0, "dropped_silent": 0}  # fmt: skip
+    info = {"kind": "chats", "length": CONTEXT, "rows": len(begins) - 1, "digest": "pieces", "counts": counts,
+            "end": tokenizer.eos_id, "pad": tokenizer.eos_id, "vocab": tokenizer.rows,
+            "tokenizer": tokenizer.digest()}  # fmt: skip
+    arrays = {"tokens": np.asarray(tokens, np.uint16), "starts": np.asarray(starts, np.int64), "said": said,
+              "order": order, "rows": begins}  # fmt: skip
+    return Rows(info, arrays)
+
+
+def measure(given: argparse.Namespace) -> None:
+    tokenizer, rows = text(given, VOCAB)
+    for seed in map(int, given.seeds.split(",")):
+        for name, (shape, settings) in VARIANTS.items():
+            place = given.folder / f"{seed}-{''.join(c if c.isalnum() else '_' for c in name)}.json"
+            if place.exists() or (given.only and name not in given.only):
+                continue
+            own = dict(settings)
+            used = begun_with_documents([given.data / "corpus/en/train.jsonl"], tokenizer) if own.pop("pieces", False) \
+                else rows  # fmt: skip
+            given.seed = seed
+            found = learn({**SHAPE, **shape}, {"lr": RATE, "batch": BATCH, **own}, True, own.get("steps", STEPS), given,
+                          given.folder / "running" / place.stem, tokenizer, used, 150_000)  # fmt: skip
+            place.write_text(json.dumps({"name": name, "seed": seed, **found}, indent=1))
+            print(f"{seed} {name:50} {found['bits_per_byte']:.4f}  {found['processor_seconds']:.0f} s", file=sys.stderr,
+                  flush=True)  # fmt: skip
+
+
+def table(folder: Path) -> list[str]:
+    """The dated lines."""
+    runs = [json.loads(path.read_text()) for path in sorted(folder.glob("*-*.json"))]
+    plain = {run["seed"]: run["bits_per_byte"] for run in runs if run["name"] == "recipe"}
+    lines = [f"## {date.today()}, {machine()}, one thread", "",
+             f"4 layers, {WIDTH} wide, vocabulary {VOCAB}; {STEPS * BATCH * CONTEXT:,} tokens of corpus/en in steps of "
+             f"{BATCH} rows where nothing else is said.", "",
+             "| run | bits per byte, by seed | against the recipe, by seed | mean | all say so | seconds of a processor "
+             "|", "|---|---|---|--:|---|--:|"]  # fmt: skip
+    for name in VARIANTS:
+        same = [run for run in runs if run["name"] == name and run["seed"] in plain]
+        if same:
+            apart = [run["bits_per_byte"] - plain[run["seed"]] for run in same]
+            agree = "" if name == "recipe" or not (max(apart) < 0 or min(apart) > 0) else "better" if max(apart) < 0 \
+                else "worse"  # fmt: skip
+            lines.append(
+                f"| {name} | {', '.join(format(run['bits_per_byte'], '.3f') for run in same)} | "
+                f"{', '.join(f'{gap:+.3f}' for gap in apart)} | {statistics.mean(apart):+.3f} | {agree} | "
+                f"{statistics.median(run['processor_seconds'] for run in same):.0f} |"
+            )
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--only", action="append", help="only these runs")
+    parser.add_argument("--data", type=Path, default=Path(os.environ.get("LAPIS_DATA", "../shared/data")))
+    parser.add_argument("--folder", type=Path, default=Path("runs/bench-recipe"))
+    parser.add_argument("--write", action="store_true", help="adds the table to benchmarks/results/recipe.md")
+    given = parser.parse_args()
+    given.folder.mkdir(parents=True, exist_ok=True)
+    given.threads = 1
+    measure(given)
+    lines = table(given.folder)
+    print("\n".join(lines))
+    if given.write:
+        add_table(__file__, "Later steps of the field, in small", lines)
+
+
+if __name__ == "__main__":
+    main()
