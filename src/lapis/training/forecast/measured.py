@@ -129,9 +129,9 @@ def forecast(
 
 
 def best_tokens(tokens: float) -> float:
-    """Tokens of a step with which a model that is trained from its beginning has the lowest loss after so many tokens:
-    0.0306 D^0.383 rows of 2,048 (Bergsma et al. 2025, arXiv:2505.13738: a power of the data's size alone)."""
-    return 2048 * 0.0306 * float(tokens) ** 0.383
+    """Tokens of a step for a model that is trained from its beginning on so many: they grow as D^0.383, whatever the
+    model's size (Bergsma et al. 2025, arXiv:2505.13738), from the best of three in benchmarks/results/recipe.md."""
+    return 2048 * math.pow(tokens / 196_608, 0.383)
 
 
 def _each(result: Forecast, budget: Budget) -> float:
@@ -139,7 +139,7 @@ def _each(result: Forecast, budget: Budget) -> float:
     return (result.seconds if budget.kind == "seconds" else result.flops) / result.steps
 
 
-def _batch(config: TrainConfig, result: Forecast, tokens: float) -> dict[str, int]:
+def _batch(config: TrainConfig, result: Forecast, tokens: float) -> dict[str, Any]:
     """The batch for a run of so many tokens, a power of two of rows, and the parts in which it fits into what is free;
     nothing where that is what the run has."""
     per_row = result.tokens / result.steps / config.batch

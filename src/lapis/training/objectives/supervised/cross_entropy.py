@@ -12,8 +12,8 @@ from torch import Tensor
 
 # elements of one block of logits: what a core's cache holds, and what a GPU needs to be busy (128 MB in float32)
 _ELEMENTS = {"cpu": 2**20, "cuda": 2**25}
-# rows of a block are a multiple of this: oneDNN makes a kernel for each shape that a CPU multiplies in bfloat16 and keeps
-# a thousand of them, at about a megabyte each, and the supervised tokens of chats are another number in each step
+# rows of a block are a multiple of this: oneDNN makes a kernel for each shape that a CPU multiplies in bfloat16 and
+# keeps a thousand of them, and the supervised tokens of chats are another number in each step
 _LEAST = 64
 
 
