@@ -18,8 +18,15 @@ from tests.model.conftest import SHAPES
 @pytest.mark.parametrize("kind", SHAPES)
 @pytest.mark.parametrize("changes", [{}, {"layers": 1}, {"tied": False}, {"head": "none"}], ids=str)
 def test_required_tensors_are_those_of_a_saved_folder(kind: str, changes: dict[str, object], tmp_path: Path) -> None:
-    shape: ModelConfig = dataclasses.replace(SHAPES[kind], **changes)  # type: ignore[arg-type]
-    shape = dataclasses.replace(shape, window_layers=None, pooler=shape.pooler and shape.head != "none")
+    shape: ModelConfig = SHAPES[kind]
+    if "layers" in changes and shape.uneven is not None:  # one layer lends to none
+        even = dataclasses.replace(shape.uneven, borrowing=0, double=False)
+        shape = dataclasses.replace(shape, uneven=even, window=None)
+    if "layers" in changes and shape.experts is not None and shape.experts.dense_layers:
+        shape = dataclasses.replace(shape, experts=dataclasses.replace(shape.experts, dense_layers=()))
+    shape = dataclasses.replace(shape, **changes)  # type: ignore[arg-type]
+    chosen = shape.window_layers if shape.uneven is not None else None
+    shape = dataclasses.replace(shape, window_layers=chosen, pooler=shape.pooler and shape.head != "none")
     if shape.head == "none":
         shape = dataclasses.replace(shape, classes=0)
     with torch.no_grad():

@@ -1,5 +1,6 @@
 """Small random models of every family, each with a tokenizer of its own, as folders."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,13 @@ GPT2 = {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 128, "initialize
 BERT = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96,
         "max_position_embeddings": 128, "initializer_range": 0.1}  # fmt: skip
 
+GEMMA4 = {**DECODER, "num_hidden_layers": 6, "head_dim": 16, "global_head_dim": 32, "sliding_window": 8,
+          "layer_types": ["sliding_attention", "full_attention"] * 3, "hidden_size_per_layer_input": 32,
+          "initializer_range": 0.03}  # fmt: skip
+FULL = {**DECODER, "sliding_window": None, "layer_types": ["full_attention"] * 3}
+GROWING = {"rope_parameters": {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "mscale": 1.0,
+                               "original_max_position_embeddings": 16, "mscale_all_dim": 1.0,
+                               "llama_4_scaling_beta": 0.1}}  # fmt: skip
 GRANITE = {"attention_multiplier": 0.125, "residual_multiplier": 0.22, "logits_scaling": 8.0,
            "embedding_multiplier": 12.0}  # fmt: skip
 
@@ -69,6 +77,56 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {**DECODER, "num_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 4},
     ),
     "gemma2": ("Gemma2ForCausalLM", {**GEMMA, "num_key_value_heads": 2}),
+    "gemma4": ("Gemma4ForCausalLM", GEMMA4),
+    "gemma4-borrowing": (
+        "Gemma4ForCausalLM",
+        {**GEMMA4, "num_kv_shared_layers": 2, "use_double_wide_mlp": True, "final_logit_softcapping": 5.0},
+    ),
+    "gemma4-experts": (
+        "Gemma4ForCausalLM",
+        {
+            **GEMMA4,
+            "hidden_size_per_layer_input": 0,
+            "attention_k_eq_v": True,
+            "num_global_key_value_heads": 1,
+            "enable_moe_block": True,
+            "num_experts": 4,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 96,
+        },
+    ),
+    "exaone4": ("Exaone4ForCausalLM", {**FULL, **LLAMA3}),
+    "exaone4-windows": (
+        "Exaone4ForCausalLM",
+        {**DECODER, "num_hidden_layers": 64, "sliding_window": 8, "initializer_range": 0.05},
+    ),
+    "olmo3": ("Olmo3ForCausalLM", {**DECODER, "num_hidden_layers": 5, "sliding_window": 8}),
+    "olmo3-yarn": (
+        "Olmo3ForCausalLM",
+        {
+            **DECODER,
+            "num_hidden_layers": 4,
+            "sliding_window": 8,
+            "rope_parameters": {
+                "full_attention": YARN["rope_parameters"],
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+            },
+        },
+    ),
+    "apertus": ("ApertusForCausalLM", {**DECODER, **LLAMA3}),
+    "ministral3": ("Ministral3ForCausalLM", {**DECODER, **GROWING, "head_dim": 32}),
+    "gpt_oss": (
+        "GptOssForCausalLM",
+        {
+            **DECODER,
+            **YARN,
+            "head_dim": 32,
+            "sliding_window": 8,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "intermediate_size": 64,
+        },
+    ),
     "glm4": ("Glm4ForCausalLM", {**DECODER, "head_dim": 16}),
     "cohere2": ("Cohere2ForCausalLM", {**DECODER, "num_hidden_layers": 4, "sliding_window": 8}),
     "stablelm": ("StableLmForCausalLM", {**DECODER, "use_qkv_bias": True}),
@@ -82,7 +140,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "bert-masked": ("BertForMaskedLM", BERT),
 }
 EXPORTED_ONLY = tuple(name for name in CASES if name.split("-")[0] in (
-    "qwen3_moe", "qwen2_moe", "mixtral", "olmoe", "gemma2", "glm4", "cohere2", "stablelm", "gpt_neox", "starcoder2",
+    "gemma4", "exaone4", "olmo3", "apertus", "ministral3", "gpt_oss",
 ))  # fmt: skip
 ENCODERS = ("bert", "bert-masked")
 
@@ -94,12 +152,14 @@ def make_folder(folder: Path, name: str, tokenizer: Tokenizer | None = None, row
     model_class = getattr(transformers, kind)
     torch.manual_seed(7)
     ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-    config = model_class.config_class(**options, vocab_size=tokenizer.rows + rows_beyond, **ids)
+    rows = tokenizer.rows + rows_beyond
+    ids |= {"vocab_size_per_layer_input": rows} if "global_head_dim" in options else {}
+    config = model_class.config_class(**copy.deepcopy(options), vocab_size=rows, **ids)
     model = model_class(config).eval()
     for parameter_name, parameter in model.named_parameters():
         if parameter.ndim == 1:  # norms and biases, which begin at 1 and 0
             torch.nn.init.normal_(parameter, 1.0 if "norm" in parameter_name.lower() and "bias" not in parameter_name
-                                  and "gemma" not in name else 0.0, 0.1)  # fmt: skip
+                                  and name.split("-")[0] not in ("gemma2", "gemma3") else 0.0, 0.1)  # fmt: skip
     model.save_pretrained(folder)
     tokenizer.save(folder)
     return folder

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lapis.families.config import Experts, ModelConfig, Rope
+from lapis.families.config import Experts, LayerInputs, ModelConfig, Rope, Uneven
 from lapis.model.transformer import Transformer
 from lapis.text.tokenizer.tokenizer import Tokenizer, train_tokenizer
 
@@ -27,6 +27,11 @@ SHAPES = {
         "mlp": "geglu_tanh",
         "tied": True,
         "query_scalar": 7.0,
+    },
+    "gemma4": {
+        "family": "gemma4_text", "qk_norm": True, "head_dim": 10, "window": 3, "window_layers": (0, 1), "tied": True,
+        "mlp": "geglu_tanh", "query_scalar": 1.0, "rope": Rope(kind="proportional", share=0.5), "window_rope": Rope(),
+        "uneven": Uneven(12, 2), "layer_inputs": LayerInputs(6, 330), "logit_cap": 5.0,
     },
     "qwen3": {"qk_norm": True, "family": "qwen3", "head_dim": 10},
     "smollm3": {"family": "smollm3", "nope_layers": (1,), "tied": True},

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lapis.families.config import Delta, Experts, Image, ModelConfig, Rope
+from lapis.families.config import Delta, Experts, Image, LayerInputs, ModelConfig, Rope, Uneven
 from lapis.model.load import save
 from lapis.model.transformer import Transformer
 
@@ -24,6 +24,16 @@ SHAPES = {
     "gemma3": dataclasses.replace(
         LLAMA, family="gemma3_text", mlp="geglu_tanh", qk_norm=True, head_dim=8, query_scalar=6.0, tied=True, window=5,
         window_layers=(0,), rope=Rope(theta=1e6), window_rope=Rope(theta=1e4),
+    ),
+    "gemma4": dataclasses.replace(
+        LLAMA, family="gemma4_text", layers=4, mlp="geglu_tanh", qk_norm=True, head_dim=8, query_scalar=1.0, tied=True,
+        window=5, window_layers=(0, 2), rope=Rope(kind="proportional", share=0.5), window_rope=Rope(theta=1e3),
+        logit_cap=3.0, uneven=Uneven(12, 2, False, 2, True), layer_inputs=LayerInputs(6, 31),
+    ),
+    "gemma4-experts": dataclasses.replace(
+        LLAMA, family="gemma4_text", layers=3, mlp="geglu_tanh", qk_norm=True, head_dim=8, query_scalar=1.0,
+        window=5, window_layers=(0,), rope=Rope(kind="proportional", share=0.25), window_rope=Rope(),
+        uneven=Uneven(16, 1, True), experts=Experts(4, 2, dense_dim=20, beside=True),
     ),
     "ministral": dataclasses.replace(LLAMA, family="ministral", window=5, window_layers=(1,)),
     "ministral3": dataclasses.replace(
@@ -76,6 +86,14 @@ SHAPES = {
     "qwen3_5": dataclasses.replace(
         LLAMA, family="qwen3_5_text", layers=3, head_dim=8, qk_norm=True, rope=Rope(share=0.25),
         delta=Delta((0, 2), 1, 2, 4, 6, 3),
+    ),
+    "qwen3_5_moe": dataclasses.replace(
+        LLAMA, family="qwen3_5_moe_text", layers=3, head_dim=8, qk_norm=True, rope=Rope(share=0.25),
+        delta=Delta((0, 2), 1, 2, 4, 6, 3), experts=Experts(4, 2, True, 20),
+    ),
+    "qwen3_next": dataclasses.replace(
+        LLAMA, family="qwen3_next", layers=3, head_dim=8, qk_norm=True, rope=Rope(share=0.25),
+        delta=Delta((0, 2), 2, 4, 4, 6, 3), experts=Experts(4, 2, False, 20, 0.001, (1,), 28),
     ),
     "gpt2": ModelConfig(
         dim=16, layers=2, heads=2, ffn_dim=24, vocab=31, context=32, family="gpt2", norm="layer", norm_eps=1e-5,

@@ -44,6 +44,9 @@ PUBLISHED = {
     "mixtral-8x7b": 46_702_792_704, "mixtral-8x22b": 140_620_634_112, "olmoe-1b-7b": 6_919_161_856,
     "gpt-oss-20b": 20_914_757_184, "gpt-oss-120b": 116_829_156_672,
     "qwen3.5-9b": 8_953_803_264, "qwen3.5-27b": 26_895_998_464,  # of which the language model
+    "gemma-4-e2b": 4_628_569_379, "gemma-4-e4b": 7_463_013_418, "gemma-4-31b": 30_697_345_340,
+    "gemma-4-26b-a4b": 25_233_141_790,  # each with a scalar of each layer, which transformers calls a buffer
+    "qwen3.5-35b-a3b": 34_660_610_688, "qwen3-next-80b-a3b": 79_674_391_296,
     "qwen2.5-7b": 7_615_616_512, "qwen3-1.7b": 1_720_574_976,
 }  # fmt: skip
 
@@ -98,14 +101,18 @@ def test_shapes_are_those_of_the_model(shape: ModelConfig) -> None:
     assert measure(shape).total == sum(p.numel() for p in Transformer(shape).parameters())
 
 
-@pytest.mark.parametrize("kind", ["llama", "llama-biases", "qwen2", "gpt2", "bert", "qwen3_moe", "qwen2_moe", "olmoe"])
+@pytest.mark.parametrize("kind", ["llama", "llama-biases", "qwen2", "gpt2", "bert", "qwen3_moe", "qwen2_moe", "olmoe",
+                                  "gemma4", "gemma4-experts"])  # fmt: skip
 def test_flops_are_those_that_torch_counts(kind: str, shapes: dict[str, ModelConfig]) -> None:
-    shape = dataclasses.replace(shapes[kind], window=None, window_layers=None)
+    shape = dataclasses.replace(
+        shapes[kind], **({} if shapes[kind].uneven else {"window": None, "window_layers": None})
+    )
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # it counts the whole square
         Transformer(shape)(torch.zeros(1, 12, dtype=torch.long))
     size = measure(shape, 12)
     products = size.flops_per_token - size.attention_flops_per_token
-    assert counter.get_total_flops() == 12 * (products + 4 * shape.layers * shape.heads * shape.head_dim * 12)
+    whole_square = sum(4 * shape.heads * shape.at(layer).head_dim * 12 for layer in range(shape.layers))
+    assert counter.get_total_flops() == 12 * (products + whole_square)
 
 
 def test_a_causal_token_sees_half_and_a_window_less() -> None:
@@ -122,6 +129,13 @@ def test_the_kv_cache_takes_the_bytes_that_are_told(kind: str, shapes: dict[str,
     assert cache.nbytes == measure(shapes[kind], 20).kv_cache_bytes
     windowed = dataclasses.replace(shapes[kind], window=7)
     assert measure(windowed, 20).kv_cache_bytes == measure(shapes[kind], 7).kv_cache_bytes
+
+
+@pytest.mark.parametrize("kind", ["gemma4", "gemma4-experts"])
+def test_of_layers_with_sizes_of_their_own_the_cache_has_them(kind: str, shapes: dict[str, ModelConfig]) -> None:
+    shape = dataclasses.replace(shapes[kind], window=20)
+    assert Cache(shape, 1, 20, dtype=torch.bfloat16).nbytes == measure(shape, 20).kv_cache_bytes
+    assert measure(shapes[kind], 20).kv_cache_bytes < measure(shape, 20).kv_cache_bytes
 
 
 @pytest.mark.parametrize("fields", [{}, {"ffn_dim": 700}, {"kv_heads": 2}, {"layers": 2}, EXPERTS, DELTA])

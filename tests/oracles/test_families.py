@@ -47,6 +47,10 @@ TWO_ROPES = {"rope_parameters": {
     "sliding_attention": {"rope_type": "default", "rope_theta": 300.0},
 }}  # fmt: skip
 
+GEMMA4 = {**DECODER, "num_hidden_layers": 6, "head_dim": 8, "global_head_dim": 12, "sliding_window": 5,
+          "layer_types": ["sliding_attention", "full_attention"] * 3, "hidden_size_per_layer_input": 10,
+          "vocab_size_per_layer_input": 100, "pad_token_id": 96}  # fmt: skip
+
 LLAMA3 = rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
 YARN = rope("yarn", factor=4.0, original_max_position_embeddings=16)
 YARN_FULL = rope("yarn", factor=4.0, original_max_position_embeddings=16, beta_fast=16.0, beta_slow=2.0, mscale=0.7,
@@ -70,6 +74,8 @@ OSS = {**DECODER, **rope("yarn", factor=8.0, original_max_position_embeddings=8,
        "sliding_window": 5, "num_local_experts": 5, "num_experts_per_tok": 2, "pad_token_id": 96}  # fmt: skip
 DELTA = {**DECODER, "num_hidden_layers": 4, "head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
          "linear_key_head_dim": 8, "linear_value_head_dim": 8, "pad_token_id": 96}  # fmt: skip
+MIXED = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+         "shared_expert_intermediate_size": 40}  # fmt: skip
 
 # name -> (model class in transformers, its config's options)
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -131,6 +137,78 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3-all-windows": ("Gemma3ForCausalLM", {**GEMMA, "sliding_window_pattern": 6, "sliding_window": 9}),
     "gemma3-bare": ("Gemma3TextModel", {**GEMMA, "num_key_value_heads": 6}),
     "gemma3-classes": ("Gemma3TextForSequenceClassification", {**GEMMA, "num_labels": 3}),
+    "gemma4": ("Gemma4ForCausalLM", {**GEMMA4}),
+    "gemma4-keys-as-values": (
+        "Gemma4ForCausalLM",
+        {**GEMMA4, "attention_k_eq_v": True, "num_global_key_value_heads": 1, "hidden_size_per_layer_input": 0},
+    ),
+    "gemma4-borrowing": (
+        "Gemma4ForCausalLM",
+        {**GEMMA4, "num_kv_shared_layers": 3, "use_double_wide_mlp": True, "final_logit_softcapping": 1.5},
+    ),
+    "gemma4-borrowing-keys-as-values": (
+        "Gemma4ForCausalLM",
+        {
+            **GEMMA4,
+            "num_kv_shared_layers": 2,
+            "attention_k_eq_v": True,
+            "num_global_key_value_heads": 2,
+            "attention_bias": True,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "gemma4-experts": (
+        "Gemma4ForCausalLM",
+        {
+            **GEMMA4,
+            "enable_moe_block": True,
+            "num_experts": 5,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 24,
+            "hidden_size_per_layer_input": 0,
+            "use_bidirectional_attention": "vision",
+        },
+    ),
+    "gemma4-experts-inputs": (
+        "Gemma4ForCausalLM",
+        {
+            **GEMMA4,
+            "enable_moe_block": True,
+            "num_experts": 3,
+            "top_k_experts": 3,
+            "moe_intermediate_size": 40,
+            "num_kv_shared_layers": 1,
+            "hidden_activation": "silu",
+        },
+    ),
+    "gemma4-ropes-mqa": (
+        "Gemma4ForCausalLM",
+        {
+            **GEMMA4,
+            "rope_parameters": {
+                "full_attention": {
+                    "rope_type": "proportional",
+                    "partial_rotary_factor": 0.5,
+                    "rope_theta": 5e5,
+                    "factor": 2.0,
+                },
+                "sliding_attention": {"rope_type": "linear", "factor": 3.0, "rope_theta": 300.0},
+            },
+            "num_key_value_heads": 1,
+        },
+    ),
+    "gemma4-full-layers": (
+        "Gemma4ForCausalLM",
+        {
+            **GEMMA4,
+            "layer_types": ["full_attention"] * 6,
+            "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}},
+        },
+    ),
+    "gemma4-bare": (
+        "Gemma4TextModel",
+        {**GEMMA4, "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    ),
     "ministral": (
         "MinistralForCausalLM",
         {**DECODER, "head_dim": 8, "sliding_window": 5, "layer_types": ["full_attention", *["sliding_attention"] * 2]},
@@ -430,6 +508,64 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen3_5-bare": ("Qwen3_5TextModel", {**DELTA}),
     "qwen3_5-classes": ("Qwen3_5TextForSequenceClassification", {**DELTA, "num_labels": 3}),
+    "qwen3_5_moe": ("Qwen3_5MoeForCausalLM", {**DELTA, **MIXED}),
+    "qwen3_5_moe-tied-one": (
+        "Qwen3_5MoeForCausalLM",
+        {**DELTA, **MIXED, "num_experts_per_tok": 1, "tie_word_embeddings": True, "linear_num_key_heads": 4},
+    ),
+    "qwen3_5_moe-layer-types": (
+        "Qwen3_5MoeForCausalLM",
+        {**DELTA, **MIXED, "layer_types": ["full_attention", "linear_attention"] * 2, "num_key_value_heads": 1},
+    ),
+    "qwen3_5_moe-one-delta": (
+        "Qwen3_5MoeForCausalLM",
+        {**DELTA, **MIXED, "layer_types": ["full_attention", "linear_attention", *["full_attention"] * 2]},
+    ),
+    "qwen3_5_moe-all-wide": (
+        "Qwen3_5MoeForCausalLM",
+        {
+            **DELTA,
+            **MIXED,
+            "num_experts": 3,
+            "num_experts_per_tok": 3,
+            "linear_value_head_dim": 14,
+            "linear_key_head_dim": 6,
+            "linear_conv_kernel_dim": 3,
+        },
+    ),
+    "qwen3_5_moe-bare": ("Qwen3_5MoeTextModel", {**DELTA, **MIXED}),
+    "qwen3_next": ("Qwen3NextForCausalLM", {**DELTA, **MIXED}),
+    "qwen3_next-dense-layers": (
+        "Qwen3NextForCausalLM",
+        {**DELTA, **MIXED, "mlp_only_layers": [1], "linear_num_key_heads": 4},
+    ),
+    "qwen3_next-step-share": (
+        "Qwen3NextForCausalLM",
+        {
+            **DELTA,
+            **MIXED,
+            **rope("default", partial_rotary_factor=0.5),
+            "decoder_sparse_step": 2,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "qwen3_next-not-normalized": (
+        "Qwen3NextForCausalLM",
+        {**DELTA, **MIXED, "norm_topk_prob": False, "linear_num_key_heads": 1, "num_key_value_heads": 1},
+    ),
+    "qwen3_next-layer-types": (
+        "Qwen3NextForCausalLM",
+        {
+            **DELTA,
+            **MIXED,
+            "layer_types": ["full_attention", "linear_attention"] * 2,
+            "linear_value_head_dim": 14,
+            "linear_key_head_dim": 6,
+            "linear_conv_kernel_dim": 3,
+        },
+    ),
+    "qwen3_next-bare": ("Qwen3NextModel", {**DELTA, **MIXED}),
+    "qwen3_next-classes": ("Qwen3NextForSequenceClassification", {**DELTA, **MIXED, "num_labels": 3}),
     "gpt2": ("GPT2LMHeadModel", {**GPT2}),
     "gpt2-untied-inner": ("GPT2LMHeadModel", {**GPT2, "tie_word_embeddings": False, "n_inner": 70}),
     "gpt2-relu2": ("GPT2LMHeadModel", {**GPT2, "activation_function": "relu2", "n_head": 1}),
@@ -529,6 +665,9 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     with torch.no_grad():
         for parameter in theirs.parameters():  # norms and biases away from 1 and 0, so that a mix-up shows
             parameter.add_(torch.randn_like(parameter) * (0.1 if parameter.dim() == 1 else 0.04))
+        for name, buffer in theirs.named_buffers():
+            if name.endswith("layer_scalar"):
+                buffer.add_(torch.randn_like(buffer) * 0.1)
         folder = tmp_path_factory.mktemp("model")
         theirs.save_pretrained(folder)
         yield Pair(request.param, theirs, load(folder), folder)
@@ -628,7 +767,7 @@ def of_experts(name: str, stacked: torch.Tensor, family: str) -> Iterator[tuple[
     name = name.replace(".mlp.", ".block_sparse_moe.") if family == "mixtral" else name
     stem, _, last = name.rpartition(".")
     kinds = {"gate_up_proj": (gate, up), "down_proj": (down,)}.get(last, ()) if stem.endswith("experts") else ()
-    kinds = () if family == "gpt_oss" else kinds  # which is stacked on disk, too
+    kinds = () if family in ("gpt_oss", "gemma4_text") else kinds  # which is stacked on disk, too
     if not kinds:
         yield name, stacked
     for expert, matrix in enumerate(stacked if kinds else ()):

@@ -34,11 +34,23 @@ KINDS: dict[str, tuple[str, str, dict[str, Any], str]] = {
         "Gemma3ForConditionalGeneration", "gemma3_text", {"sliding_window": 5, "query_pre_attn_scalar": 16},
         "siglip_vision_model",
     ),
+    "gemma4": (
+        "Gemma4ForConditionalGeneration", "gemma4_text", {"sliding_window": 5, "global_head_dim": 12,
+        "layer_types": ["sliding_attention", "full_attention"] * 2, "num_hidden_layers": 4, "num_kv_shared_layers": 2,
+        "hidden_size_per_layer_input": 6, "vocab_size_per_layer_input": 97}, "gemma4_vision",
+    ),
     "mistral3": ("Mistral3ForConditionalGeneration", "mistral", {"sliding_window": None}, "pixtral"),
     "qwen3_5": (
         "Qwen3_5ForConditionalGeneration", "qwen3_5_text", {"linear_num_key_heads": 2, "linear_num_value_heads": 4,
         "linear_key_head_dim": 8, "linear_value_head_dim": 8, "layer_types": ["linear_attention", "full_attention"] * 2,
         "head_dim": 16, "num_hidden_layers": 4}, "qwen3_5_vision",
+    ),
+    "qwen3_5_moe": (
+        "Qwen3_5MoeForConditionalGeneration", "qwen3_5_moe_text", {"linear_num_key_heads": 2,
+        "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "head_dim": 16,
+        "layer_types": ["linear_attention", "full_attention"] * 2, "num_hidden_layers": 4, "num_experts": 4,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16},
+        "qwen3_5_moe_vision",
     ),
     "mistral3-growing": ("Mistral3ForConditionalGeneration", "ministral3", {"rope_parameters": ROPE}, "pixtral"),
 }  # fmt: skip
@@ -98,14 +110,14 @@ def test_text_that_learned_is_grafted_onto_the_whole(whole: tuple[Any, Path], tm
     for name, change in (("base", 0.0), ("chat", 0.01)):
         text = load(folder)
         for part, parameter in text.named_parameters():
-            if not part.startswith(("embed", "head")):
+            if part not in ("embed.weight", "head.weight"):
                 parameter.add_(change)
         save(text, tmp_path / name)
     graft(base=tmp_path / "base", chat=tmp_path / "chat", onto=folder, out=tmp_path / "out", norms="add")
     before, after = (load_file(place / "model.safetensors") for place in (folder, tmp_path / "out"))
     assert before.keys() == after.keys()
     for name, tensor in before.items():
-        learned = 0.01 if "language_model" in name and "embed_tokens" not in name else 0.0
+        learned = 0.01 if "language_model" in name and "embed_tokens.weight" not in name else 0.0
         assert torch.allclose(after[name], tensor + learned, atol=1e-6), name
     expected, got = load(tmp_path / "chat")(IDS), load(tmp_path / "out")(IDS)
     torch.testing.assert_close(expected, got, atol=1e-5, rtol=0)
@@ -113,7 +125,8 @@ def test_text_that_learned_is_grafted_onto_the_whole(whole: tuple[Any, Path], tm
 
 def test_its_adapter_is_pefts(whole: tuple[Any, Path], tmp_path: Path) -> None:
     theirs, folder = whole
-    ours = wrap(load(folder), LoraConfig(rank=2, targets=("attn.q", "mlp.down")), base=str(folder))
+    down = "mlp.down" if load(folder).config.experts is None else "mlp.shared.down"
+    ours = wrap(load(folder), LoraConfig(rank=2, targets=("attn.q", down)), base=str(folder))
     with torch.no_grad():
         for name, parameter in ours.named_parameters():
             if "lora_B" in name:

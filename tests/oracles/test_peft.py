@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lapis.errors import CheckpointError
-from lapis.families.config import Delta, Experts, ModelConfig, Rope
+from lapis.families.config import Delta, Experts, LayerInputs, ModelConfig, Rope, Uneven
 from lapis.model.adapter import write_adapter
 from lapis.model.load import load, save
 from lapis.model.lora import LoraConfig, LoraLinear, of, off, token_rows, wrap
@@ -27,6 +27,11 @@ SHAPES = {
     "qwen2": dataclasses.replace(LLAMA, family="qwen2", bias="qkv", tied=True),
     "gemma3": dataclasses.replace(LLAMA, family="gemma3_text", qk_norm=True, mlp="geglu_tanh", tied=True, window=3,
                                   window_layers=(0,), query_scalar=7.0),
+    "gemma4": dataclasses.replace(
+        LLAMA, family="gemma4_text", layers=4, qk_norm=True, mlp="geglu_tanh", tied=True, window=3,
+        window_layers=(0, 2), query_scalar=1.0, rope=Rope(kind="proportional", share=0.5), window_rope=Rope(),
+        uneven=Uneven(12, 2, False, 2, True), layer_inputs=LayerInputs(6, 31),
+    ),
     "smollm3": dataclasses.replace(LLAMA, family="smollm3", nope_layers=(1,), tied=True),
     "olmo2": dataclasses.replace(LLAMA, family="olmo2", qk_norm=True, qk_norm_over="all"),
     "granite": dataclasses.replace(LLAMA, family="granite", embed_scale=3.0, residual_scale=0.5, logit_divisor=0.25),
@@ -53,6 +58,15 @@ ENCODERS = ("bert", "roberta", "modernbert")
 MIXTURES = {
     "qwen3_moe": dataclasses.replace(LLAMA, family="qwen3_moe", qk_norm=True, experts=Experts(4, 2)),
     "mixtral": dataclasses.replace(LLAMA, family="mixtral", experts=Experts(4, 2)),
+    "qwen3_next": dataclasses.replace(
+        LLAMA,
+        family="qwen3_next",
+        head_dim=8,
+        qk_norm=True,
+        rope=Rope(share=0.25),
+        delta=Delta((0,), 2, 4, 4, 6, 3),
+        experts=Experts(4, 2, True, 20),
+    ),
 }
 KINDS = {
     "lora": LoraConfig(rank=3),
@@ -120,6 +134,25 @@ def test_adapters_of_experts_are_stacked_by_peft(family: str, targets: tuple[str
         theirs = shape_of(family).from_pretrained(tmp_path / "base", dtype=torch.float32)
         theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter")
     torch.testing.assert_close(model(IDS), logits(theirs), rtol=0, atol=1e-5)
+    fuse(tmp_path / "adapter", tmp_path / "fused")
+    torch.testing.assert_close(load(tmp_path / "fused")(IDS), model(IDS), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("targets", [("delta", "attn"), ("delta.qkv", "layers.1.attn")], ids=str)
+def test_adapters_of_what_a_matrix_holds_in_groups_are_pefts(targets: tuple[str, ...], tmp_path: Path) -> None:
+    """Of q, k, v and gate of a delta net, which lie in one matrix by heads of keys: with one A, as PEFT sees it."""
+    torch.manual_seed(4)
+    model = Transformer(MIXTURES["qwen3_next"]).eval()
+    save(model, tmp_path / "base")
+    wrap(model, LoraConfig(rank=3, targets=targets), str(tmp_path / "base"))
+    disturb(model)
+    write_adapter(model, tmp_path / "adapter")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        theirs = shape_of("qwen3_next").from_pretrained(tmp_path / "base", dtype=torch.float32)
+        theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter")
+    torch.testing.assert_close(model(IDS), logits(theirs), rtol=0, atol=1e-5)
+    torch.testing.assert_close(load(tmp_path / "adapter")(IDS), model(IDS), rtol=0, atol=1e-6)
     fuse(tmp_path / "adapter", tmp_path / "fused")
     torch.testing.assert_close(load(tmp_path / "fused")(IDS), model(IDS), rtol=0, atol=1e-5)
 

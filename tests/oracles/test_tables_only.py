@@ -25,8 +25,6 @@ SIZES = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 3, "num_atten
 EXPERTS = {"moe_intermediate_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1,
            "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}  # fmt: skip
 LATENT = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8}
-DELTA = {"head_dim": 16, "linear_num_key_heads": 1, "linear_num_value_heads": 2, "linear_key_head_dim": 8,
-         "linear_value_head_dim": 8}  # fmt: skip
 # model_type -> class of transformers, options of its config
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v3": ("DeepseekV3ForCausalLM", {**SIZES, **EXPERTS, **LATENT}),
@@ -37,13 +35,6 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
                                           "intermediate_size_mlp": 48}),
     "mamba2": ("Mamba2ForCausalLM", {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 3, "num_heads": 4,
                                      "head_dim": 16, "state_size": 8, "n_groups": 1, "chunk_size": 8}),
-    "qwen3_next": ("Qwen3NextForCausalLM", {**SIZES, **DELTA, "num_experts": 4, "num_experts_per_tok": 2,
-                                            "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}),
-    "qwen3_5_moe_text": ("Qwen3_5MoeForCausalLM", {**SIZES, **DELTA, "num_experts": 4, "num_experts_per_tok": 2,
-                                                   "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}),
-    "gemma4_text": ("Gemma4ForCausalLM", {**SIZES, "head_dim": 16, "global_head_dim": 16, "num_kv_shared_layers": 1,
-                                          "vocab_size_per_layer_input": 61, "hidden_size_per_layer_input": 8,
-                                          "layer_types": ["sliding_attention", *["full_attention"] * 2]}),
     "jamba": ("JambaForCausalLM", {**SIZES, "attn_layer_period": 3, "attn_layer_offset": 1, "expert_layer_period": 2,
                                    "num_experts": 4, "mamba_d_state": 4, "mamba_dt_rank": 4,
                                    "use_mamba_kernels": False}),

@@ -15,6 +15,7 @@ _FILES = (
     "mistral",
     "gemma2",
     "gemma3",
+    "gemma4",
     "smollm3",
     "olmo",
     "granite",
@@ -32,6 +33,8 @@ _FILES = (
     "olmoe",
     "gpt_oss",
     "qwen3_5",
+    "qwen3_5_moe",
+    "qwen3_next",
     "gpt2",
     "bert",
     "roberta",
@@ -47,8 +50,8 @@ def find(config: Mapping[str, Any]) -> Family | None:
     """The family of a config.json, by its model_type; None where it is not known."""
     model_type = config.get("model_type")
     family = next((family for family in FAMILIES if model_type in family.model_types), None)
-    heads = config.get("num_attention_heads")
-    return family.for_heads(heads) if family and isinstance(heads, int) else family
+    heads, key_heads = config.get("num_attention_heads"), config.get("linear_num_key_heads", 0)
+    return family.for_heads(heads, key_heads) if family and type(heads) is type(key_heads) is int else family
 
 
 def known_types() -> str:
@@ -58,7 +61,10 @@ def known_types() -> str:
 
 def family_of(config: ModelConfig) -> Family:
     """The family that a model of this shape is saved as. Raises ConfigError where there is none."""
-    family = find({"model_type": config.family, "num_attention_heads": config.heads})
+    key_heads = 0 if config.delta is None else config.delta.heads
+    family = find({
+        "model_type": config.family, "num_attention_heads": config.heads, "linear_num_key_heads": key_heads,
+    })  # fmt: skip
     if family is None:
         raise ConfigError(f'model: family is "{config.family}"; known: {known_types()}')
     return family

@@ -6,6 +6,7 @@ from lapis.errors import CheckpointError
 from lapis.families.base import Rule, rules
 from lapis.families.config import ModelConfig
 from lapis.families.fields import Fields
+from lapis.families.gguf import ROTARY, Gguf
 from lapis.families.llama import (
     BLOCK,
     RULES,
@@ -51,6 +52,10 @@ FAMILY = llama_like(
     writer=write_config,
     shapes=lambda config: {f"mlp.act.{name}": shape for name, shape in XIELU.items()},
     block="apertus",
+    gguf={"apertus": Gguf(
+        "apertus", lists={f"mlp.act.{name}": f"xielu.{name}" for name in XIELU}, imported=False,
+        computes={**ROTARY, "mlp": ("xielu",), "bias": ("none",), "tied": (False,)},
+    )},
     defaults={"apertus": {"qk_norm": True, "mlp": "xielu"}},
     presets={  # with beta and eps, which transformers counts as buffers
         "apertus-8b": preset("apertus", 4096, 32, 32, 8, 21504, 131072, 65536, theta=1.2e7, hidden_act="xielu",

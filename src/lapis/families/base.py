@@ -69,8 +69,10 @@ class Rule:
     def kind(self) -> str:
         return "bias" if self.disk.endswith("bias") else "weight"
 
-    def for_heads(self, heads: int) -> "Rule":
+    def for_heads(self, heads: int, key_heads: int = 0) -> "Rule":
         """The same, with the transform for a number of heads where it wants that."""
+        if self.transform.by_key_head is not None and key_heads:
+            return replace(self, transform=self.transform.by_key_head(key_heads))
         make = self.transform.by_head
         return self if make is None else replace(self, transform=make(heads))
 
@@ -139,16 +141,22 @@ class Family:
     wrappers: tuple[str, ...] = ()
     head_module: str = ""
 
-    def for_heads(self, heads: int) -> "Family":
-        """The same, with the number of heads in the transforms that want it. Itself where none does."""
-        if all(rule.transform.by_head is None for rule in self.rules):
+    def for_heads(self, heads: int, key_heads: int = 0) -> "Family":
+        """The same, with the numbers of heads in the transforms that want them. Itself where none does.
+
+        Args:
+            heads: Of queries.
+            key_heads: Of a delta net's keys; 0 = there is none.
+        """
+        if all(rule.transform.by_head is None and rule.transform.by_key_head is None for rule in self.rules):
             return self
-        if heads not in self._for_heads:
-            self._for_heads[heads] = replace(self, rules=tuple(rule.for_heads(heads) for rule in self.rules))
-        return self._for_heads[heads]
+        key = heads, key_heads
+        if key not in self._for_heads:
+            self._for_heads[key] = replace(self, rules=tuple(rule.for_heads(*key) for rule in self.rules))
+        return self._for_heads[key]
 
     @cached_property
-    def _for_heads(self) -> "dict[int, Family]":
+    def _for_heads(self) -> "dict[tuple[int, int], Family]":
         return {}
 
     @cached_property
@@ -220,16 +228,17 @@ class Family:
 
     def parameter_shapes(self, config: ModelConfig) -> dict[str, Shape]:
         """Every parameter's name and shape, of the blocks the first of each kind: what `Transformer` would make."""
-        shapes = common_shapes(config) | self.shapes(config)
         norm, firsts = (config.dim,), sorted(set(config.kinds))
+        sizes = {layer: common_shapes(own) | self.shapes(own)
+                 for layer, own in [(None, config), *((layer, config.at(layer)) for layer in firsts)]}  # fmt: skip
         return {
             name.replace("{layer}", str(layer)): shape
             for rule in self.rules_of(config) if not rule.twin
             for name, part in ((name, part_of(name)) for name in rule.names)
             for layer in (firsts if "{layer}" in name else (None,))
             if has_parameter(config, part.component, part.kind, layer)
-            for whole in (shapes.get(part.group, norm),)
-            for shape in (whole if rule.kind == "weight" else shapes.get(f"{part.group}.bias", whole[:1]),)
+            for whole in (sizes[layer].get(part.group, norm),)
+            for shape in (whole if rule.kind == "weight" else sizes[layer].get(f"{part.group}.bias", whole[:1]),)
         }  # fmt: skip
 
     def required(self, config: ModelConfig) -> dict[str, Shape]:
@@ -282,7 +291,7 @@ def refuse_shape(config: ModelConfig, fields: Mapping[str, tuple[Any, ...]]) -> 
         "embed_scale": (0.0,), "residual_scale": (1.0,), "logit_divisor": (1.0,), "norm_bias": (True,),
         "parallel": ("none",), "attention_cap": (0.0,), "logit_cap": (0.0,), "rope.share": (1.0,),
         "rope.neighbors": (False,), "first_position": (0,), "class_dense": ("none",),
-        "experts": (None,), "delta": (None,), "pooling": ("token",),
+        "experts": (None,), "delta": (None,), "uneven": (None,), "layer_inputs": (None,), "pooling": ("token",),
     }  # fmt: skip
     for name, allowed in (plain | dict(fields)).items():
         if (value := attrgetter(name)(config)) not in allowed:

@@ -80,8 +80,10 @@ FAMILY = llama_like(
     writer=write_config,
     block="cohere",
     gguf={"cohere2": Gguf(
-        "cohere2", windows=PATTERN, nope_every=PATTERN, imported=False, numbers={"logit_factor": "logit_scale"},
-        computes={**ROTARY, "norm": ("layer",), "mlp": ("swiglu",), "bias": ("none",), "tied": (True,)},
+        "cohere2", windows=PATTERN, nope_every=PATTERN, numbers={"logit_factor": "logit_scale"},
+        means={"norm_bias": False, "parallel": "shared"},
+        computes={**ROTARY, "norm": ("layer",), "mlp": ("swiglu",), "bias": ("none",), "tied": (True,),
+                  "rope.neighbors": (True,)},
     )},
     defaults={"cohere2": {"norm": "layer", "norm_bias": False, "norm_eps": 1e-5, "parallel": "shared", "tied": True,
                           "logit_divisor": 16.0, "rope": {"theta": 5e4, "neighbors": True}}},

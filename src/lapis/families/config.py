@@ -1,13 +1,14 @@
 """The shape of a model: a few numbers and a few enumerated fields. All that shapes is here."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import sqrt
 from typing import Any, ClassVar, Literal
 
 from lapis.config import check_numbers
 from lapis.errors import ConfigError
 from lapis.families.fields import LARGEST, MOST_LAYERS, TOKENS
+from lapis.families.uneven import LayerInputs, Uneven
 
 # MLP kinds -> (has a gate, activation)
 MLP_KINDS = {
@@ -34,12 +35,13 @@ class Rope:
     kind: "linear" divides positions by `factor`; "dynamic" grows theta with the length (NTK); "yarn"
     (arXiv:2309.00071) and "llama3" treat slow and fast frequencies apart, with the other fields. query_growth: beta in
     1 + beta log(1 + floor(position / original_context)), which the queries of Ministral 3 are multiplied by. share: how
-    much of each head turns, from its front. neighbors: the pairs are (2i, 2i + 1), as in the paper, and not half of
-    what turns apart.
+    much of each head turns, from its front; where the kind is "proportional" the pairs are those of the whole head, and
+    all but that share of them stand still. neighbors: the pairs are (2i, 2i + 1), as in the paper, and not half of what
+    turns apart.
     """
 
     theta: float = 10_000.0
-    kind: Literal["default", "linear", "dynamic", "yarn", "llama3"] = "default"
+    kind: Literal["default", "linear", "dynamic", "yarn", "llama3", "proportional"] = "default"
     factor: float | None = None
     original_context: int | None = None
     low_freq_factor: float | None = None
@@ -55,8 +57,8 @@ class Rope:
     neighbors: bool = False
 
     def width(self, head_dim: int) -> int:
-        """How many numbers of a head turn."""
-        return int(head_dim * self.share)
+        """How many numbers of a head turn, or stand in a pair that could."""
+        return head_dim if self.kind == "proportional" else int(head_dim * self.share)
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class Experts:
     count: MLPs of a block. active: Those that a token goes through. normalized: Whether their weights are made to sum
     to 1. shared_dim: Inner width of one more that every token goes through; 0 = none. balance: What the loss of uneven
     choices is multiplied by in training. dense_layers: Those that have an ordinary MLP instead, of inner width
-    dense_dim.
+    dense_dim. beside: All layers have such an MLP, and its output is added.
     """
 
     count: int
@@ -89,11 +91,12 @@ class Experts:
     balance: float = 0.0
     dense_layers: tuple[int, ...] = ()
     dense_dim: int = 0
+    beside: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
         check_numbers(self, "experts")
-        if self.dense_layers and self.dense_dim < 1:
+        if (self.dense_layers or self.beside) and self.dense_dim < 1:
             raise ConfigError(f"experts: dense_dim is {self.dense_dim}; layers with an ordinary MLP want its width")
         if not 1 <= self.active <= self.count:
             raise ConfigError(f"experts: active is {self.active}; expected 1 to {self.count}, the number of experts")
@@ -148,6 +151,9 @@ class ModelConfig:
         ffn_dim: Inner width of the MLP, or of each expert.
         experts: In place of the MLP, where there are several.
         delta: Layers of a gated delta net in place of attention, where there are some.
+        uneven: What differs from layer to layer, where it does; head_dim, kv_heads and ffn_dim are then those of layers
+            with a window.
+        layer_inputs: Vectors of a token that each layer reads, where there are some.
         vocab: Rows of the embedding.
         context: Positions that the model was made for; a hard limit only where positions are learned.
         kv_heads: Heads of keys and values; 0 = heads.
@@ -199,6 +205,8 @@ class ModelConfig:
     mlp: MlpKind = "swiglu"
     experts: Experts | None = None
     delta: Delta | None = None
+    uneven: Uneven | None = None
+    layer_inputs: LayerInputs | None = None
     positions: Literal["rotary", "learned", "none"] = "rotary"
     rope: Rope = Rope()
     window_rope: Rope | None = None
@@ -250,6 +258,8 @@ class ModelConfig:
             raise ConfigError(
                 f"model: {self.layers} layers of {self.experts.count:,} experts; at most {MOST_EXPERTS:,} in all"
             )
+        if self.uneven is not None:
+            self._check_uneven(self.uneven)
         if self.mlp not in MLP_KINDS:
             raise ConfigError(f'model: mlp is "{self.mlp}"; known: {", ".join(MLP_KINDS)}')
         if self.image is None and self.vocab < 1:
@@ -257,8 +267,9 @@ class ModelConfig:
 
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> "ModelConfig":
-        """From fields in which `rope`, `window_rope`, `image`, `experts` and `delta` may be mappings."""
-        kinds = {"rope": Rope, "window_rope": Rope, "image": Image, "experts": Experts, "delta": Delta}
+        """From fields in which those that are dataclasses here may be mappings."""
+        kinds = {"rope": Rope, "window_rope": Rope, "image": Image, "experts": Experts, "delta": Delta,
+                 "uneven": Uneven, "layer_inputs": LayerInputs}  # fmt: skip
         nested = {name: kind(**value) for name, kind in kinds.items() if isinstance(value := fields.get(name), Mapping)}
         return cls(**{**fields, **nested})
 
@@ -282,9 +293,49 @@ class ModelConfig:
         """For each layer, the first one that has parameters of the same names and shapes."""
         bare = self.norm_place == "embed"
         looks = [
-            (self.mixes_by_state(layer), self.mixes_experts(layer), bare and layer == 0) for layer in range(self.layers)
-        ]
+            (self.mixes_by_state(layer), self.mixes_experts(layer), bare and layer == 0,
+             self.uneven and (self.windowed(layer), self.borrows(layer)))
+            for layer in range(self.layers)
+        ]  # fmt: skip
         return tuple(looks.index(look) for look in looks)
+
+    def at(self, layer: int) -> "ModelConfig":
+        """The same with the sizes that one layer has; itself where all have the same."""
+        if self.uneven is None:
+            return self
+        full = {} if self.windowed(layer) else {"head_dim": self.uneven.head_dim, "kv_heads": self.uneven.kv_heads}
+        width = 2 * self.ffn_dim if self.uneven.double and self.borrows(layer) else self.ffn_dim
+        return replace(self, **full, ffn_dim=width, uneven=replace(self.uneven, double=False))
+
+    def borrows(self, layer: int) -> bool:
+        """Whether this layer reads the keys and values of another."""
+        return self.uneven is not None and layer >= self.layers - self.uneven.borrowing
+
+    def keys_from(self, layer: int) -> int:
+        """The layer whose keys and values this one reads; itself in most."""
+        if self.uneven is None or not self.borrows(layer):
+            return layer
+        own = range(self.layers - self.uneven.borrowing)
+        return max(other for other in own if self.windowed(other) == self.windowed(layer))
+
+    def keys_are_values(self, layer: int) -> bool:
+        """Whether this layer has no v of its own though it has k."""
+        return self.uneven is not None and self.uneven.keys_as_values and not self.windowed(layer)
+
+    def _check_uneven(self, uneven: Uneven) -> None:
+        own = range(max(0, self.layers - uneven.borrowing))
+        kinds = {self.windowed(layer) for layer in own}
+        lacking = [layer for layer in range(len(own), self.layers) if self.windowed(layer) not in kinds]
+        if lacking:
+            raise ConfigError(
+                f"model: layer {lacking[0]} has no keys of its own, and no layer before the last {uneven.borrowing} is "
+                "of its kind"
+            )
+        if self.heads % uneven.kv_heads:
+            raise ConfigError(f"model: heads {self.heads} is not a multiple of uneven.kv_heads {uneven.kv_heads}")
+        turning = self.rope.width(uneven.head_dim)
+        if turning % 2 or turning < 2:
+            raise ConfigError(f"model: {turning} of uneven.head_dim {uneven.head_dim} are to turn; it must be even")
 
     def mixes_by_state(self, layer: int) -> bool:
         """Whether this layer has a delta net in the place of attention."""

@@ -8,6 +8,7 @@ from typing import Any
 from lapis.errors import ConfigError
 from lapis.families.config import ModelConfig
 from lapis.families.fields import Fields
+from lapis.families.gguf import ROTARY, Gguf
 from lapis.families.llama import llama_like, preset, read_decoder, write_decoder
 from lapis.families.olmo import RULES_AFTER
 from lapis.families.windows import read_window, write_window
@@ -47,6 +48,10 @@ FAMILY = llama_like(
     reader=read_config,
     writer=write_config,
     block="olmo",
+    gguf={"exaone4": Gguf(
+        "exaone4", windows=PATTERN, optional_windows=True, windowed_depth=64, nope_every=PATTERN, imported=False,
+        computes={**ROTARY, "mlp": ("swiglu",), "bias": ("none",)},
+    )},
     defaults={"exaone4": {"qk_norm": True, "rope": {"theta": 1e6}}},
     presets={
         "exaone-4.0-1.2b": preset("exaone4", 2048, 30, 32, 8, 4096, 102400, 65536, theta=1e6, tied=True, head_dim=64,

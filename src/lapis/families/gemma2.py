@@ -102,7 +102,6 @@ FAMILY = llama_like(
             "gemma2",
             norm_offset=1.0,
             windows=EACH,
-            imported=False,
             numbers=CAPS,
             computes={**ROTARY, "mlp": ("geglu_tanh",), "bias": ("none",), "query_scalar": (0.0,), "tied": (True,)},
         )

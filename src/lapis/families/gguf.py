@@ -3,7 +3,7 @@
 One entry for each model_type, in the family's own file. Keys and tensors that all have alike are in formats/gguf/.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any
@@ -31,6 +31,18 @@ class Gguf:
         grouped: llama.cpp lets heads of queries share keys and values.
         says_parallel: A key says whether both halves of a block read the stream side by side.
         imported: Whether such a file is read, too.
+        means: Field of ModelConfig -> what such a file means without a word.
+        partial: Heads may turn in part, as a key says.
+        says_windows: A key says of each layer whether it has a window.
+        optional_windows: A model without windows lies in such a file, too; then all of its layers turn.
+        windowed_depth: llama.cpp gives windows to a model of so many layers only; 0 = whatever their number.
+        near_plain: Layers with a window turn by the base of the others, unstretched.
+        yarn_mscale: A key has YaRN's mscale_all_dim, and llama.cpp takes 1 for mscale.
+        lists: Component -> the key (whole) that has its number for each layer, in place of a tensor.
+        files: Component -> its tensor in the file, where the library's table does not have it.
+        interleaved: Component -> the matrices that its one tensor stacks for each expert, interleaved, inputs first.
+        more: What else the file says of a model, in place of what all say alike. Raises ConfigError for a model that
+            llama.cpp does not compute.
     """
 
     arch: str
@@ -46,9 +58,22 @@ class Gguf:
     grouped: bool = True
     says_parallel: bool = False
     imported: bool = True
+    means: Mapping[str, Any] = field(default_factory=dict)
+    partial: bool = False
+    says_windows: bool = False
+    optional_windows: bool = False
+    windowed_depth: int = 0
+    near_plain: bool = False
+    yarn_mscale: bool = False
+    lists: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
+    interleaved: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    more: Callable[[ModelConfig], Mapping[str, Any]] = lambda config: {}
 
-    def nope_layers(self, layers: int) -> tuple[int, ...]:
-        """The layers that llama.cpp does not turn."""
+    def nope_layers(self, layers: int, windows: bool = True) -> tuple[int, ...]:
+        """The layers that llama.cpp does not turn. windows: whether some layers of the model have one."""
+        if self.optional_windows and not windows:
+            return ()
         return tuple(i for i in range(layers) if self.nope_every and (i + 1) % self.nope_every == 0)
 
     def check(self, config: ModelConfig) -> None:
@@ -79,7 +104,12 @@ class Gguf:
                 f"kv_heads is {config.kv_heads}, and llama.cpp computes {config.family} with one for each of the "
                 f"{config.heads} heads only; such a model has no GGUF file"
             )
-        if config.nope_layers != self.nope_layers(config.layers):
+        if self.windowed_depth and config.window is not None and config.layers != self.windowed_depth:
+            raise ConfigError(
+                f"llama.cpp gives {config.family} a window in a model of {self.windowed_depth} layers only; this one "
+                f"has {config.layers} and no GGUF file"
+            )
+        if config.nope_layers != self.nope_layers(config.layers, config.window is not None):
             raise ConfigError(
                 f"llama.cpp leaves each {self.nope_every}th layer of {config.family} without rotary positions; this "
                 f"model leaves {', '.join(map(str, config.nope_layers)) or 'none'} (from 0), so it has no GGUF file"

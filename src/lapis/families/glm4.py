@@ -45,7 +45,7 @@ FAMILY = llama_like(
     reader=read_config,
     writer=write_config,
     block="glm4",
-    gguf={"glm4": Gguf("glm4", computes={**ROTARY, "mlp": ("swiglu",), "rope.neighbors": (True,)}, imported=False)},
+    gguf={"glm4": Gguf("glm4", computes={**ROTARY, "mlp": ("swiglu",), "rope.neighbors": (True,)}, partial=True)},
     defaults={"glm4": {"bias": "qkv", "rope": {"share": SHARE, "neighbors": True}}},
     presets={
         "glm-4-9b-0414": preset("glm4", 4096, 40, 32, 2, 13696, 151552, 32768, eps=1e-5, head_dim=128,

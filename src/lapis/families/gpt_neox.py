@@ -102,7 +102,7 @@ FAMILY = llama_like(
     head_module="lm_head",
     gguf={"gpt_neox": Gguf(
         "gptneox", computes={**ROTARY, "norm": ("layer",), "mlp": ("gelu", "gelu_tanh"), "bias": ("all",)},
-        says_parallel=True, imported=False,
+        says_parallel=True, partial=True, means={"parallel": "own"},
     )},
     spellings=((r"^lm_head\.", "embed_out."),),
     ignored=(r"attention\.(?:bias|masked_bias|rotary_emb\.inv_freq)$",),

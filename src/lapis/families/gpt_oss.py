@@ -10,6 +10,7 @@ from lapis.families.base import Rule, rules
 from lapis.families.config import ModelConfig
 from lapis.families.experts import read_experts, write_experts
 from lapis.families.fields import Fields
+from lapis.families.gguf import ROTARY, Gguf
 from lapis.families.llama import BLOCK, RULES, llama_like, preset, read_decoder, write_decoder
 from lapis.families.shapes import Shape
 from lapis.families.windows import read_window, write_window
@@ -84,6 +85,10 @@ FAMILY = llama_like(
     writer=write_config,
     shapes=own_shapes,
     block="gpt_oss",
+    gguf={"gpt_oss": Gguf(
+        "gpt-oss", windows=2, imported=False, computes={**ROTARY, "bias": ("all",), "tied": (False,)},
+        interleaved={"mlp.experts.gate_up": ("gate_proj", "up_proj"), "mlp.experts.down": ("down_proj",)},
+    )},
     defaults={"gpt_oss": {"bias": "all", "rope": {"theta": 150_000.0, "kind": "yarn", "factor": 32.0, "truncate": False,
                                                   "original_context": 4096}}},
     presets={"gpt-oss-20b": _preset(24, 32), "gpt-oss-120b": _preset(36, 128)},

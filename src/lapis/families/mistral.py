@@ -39,6 +39,11 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     return {**result, "sliding_window": config.window}
 
 
+def _growth(config: ModelConfig) -> dict[str, Any]:
+    """How queries grow with their position, where they do."""
+    return {"attention.temperature_scale": config.rope.query_growth} if config.rope.query_growth else {}
+
+
 FAMILY = llama_like(
     name="mistral",
     model_types=tuple(CLASSES),
@@ -53,6 +58,11 @@ FAMILY = llama_like(
                                sliding_window=32768),
     },
     gguf={
-        kind: Gguf("llama", permuted=True, computes={**ROTARY, "mlp": ("swiglu",)}) for kind in ("mistral", "ministral")
+        **{kind: Gguf("llama", permuted=True, computes={**ROTARY, "mlp": ("swiglu",)})
+           for kind in ("mistral", "ministral")},
+        "ministral3": Gguf(
+            "mistral3", permuted=True, yarn_mscale=True, imported=False, more=_growth,
+            computes={**ROTARY, "mlp": ("swiglu",), "bias": ("none",)},
+        ),
     },
 )  # fmt: skip

@@ -41,7 +41,7 @@ FAMILY = llama_like(
     reader=read_config,
     writer=write_config,
     block="experts",
-    gguf={"mixtral": Gguf("llama", permuted=True, computes={**ROTARY, "mlp": ("swiglu",)}, imported=False)},
+    gguf={"mixtral": Gguf("llama", permuted=True, computes={**ROTARY, "mlp": ("swiglu",)})},
     defaults={"mixtral": {"rope": {"theta": 1e6}}},
     presets={
         "mixtral-8x7b": _preset(4096, 32, 32, 14336, 32000, 32768, 0.02),

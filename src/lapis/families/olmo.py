@@ -59,6 +59,8 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     return result
 
 
+COMPUTES = {**ROTARY, "mlp": ("swiglu",), "bias": ("none",), "qk_norm_over": ("all",), "tied": (False,)}
+
 FAMILY = llama_like(
     name="olmo",
     model_types=tuple(CLASSES),
@@ -67,10 +69,12 @@ FAMILY = llama_like(
     writer=write_config,
     block="olmo",
     defaults={kind: {"qk_norm": True, "qk_norm_over": "all", "rope": {"theta": THETA}} for kind in CLASSES},
-    gguf={"olmo2": Gguf(
-        "olmo2", computes={**ROTARY, "mlp": ("swiglu",), "bias": ("none",), "qk_norm_over": ("all",),
-                           "tied": (False,)},
-    )},
+    gguf={
+        "olmo2": Gguf("olmo2", computes=COMPUTES),
+        "olmo3": Gguf(
+            "olmo2", windows=PATTERN, optional_windows=True, near_plain=True, imported=False, computes=COMPUTES
+        ),
+    },
     presets={
         "olmo-2-1b": preset("olmo2", 2048, 16, 16, 16, 8192, 100352, 4096, theta=THETA, eps=1e-6),
         "olmo-2-7b": preset("olmo2", 4096, 32, 32, 32, 11008, 100352, 4096, theta=THETA, eps=1e-6),

@@ -42,7 +42,7 @@ FAMILY = llama_like(
     block="experts",
     gguf={"olmoe": Gguf(
         "olmoe", computes={**ROTARY, "mlp": ("swiglu",), "bias": ("none",)}, normalized=False, grouped=False,
-        imported=False,
+        means={"qk_norm_over": "all"},
     )},
     defaults={"olmoe": NORMED},
     presets={

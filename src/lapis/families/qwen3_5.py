@@ -1,9 +1,11 @@
 """Qwen3.5, dense, text: layers of a gated delta net, every fourth one of attention whose output is gated.
 
 Of a folder with pictures (model_type "qwen3_5") the language model is run; what lapis saves of it is "qwen3_5_text".
-Leaves out: its mixtures of experts, the layers that predict several tokens (mtp), and positions of pictures.
+Leaves out: its mixtures of experts (qwen3_5_moe.py), the layers that predict several tokens (mtp), and positions of
+pictures.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from lapis.errors import ConfigError
@@ -59,14 +61,25 @@ def _read_layers(fields: Fields, layers: int) -> tuple[int, ...]:
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
+    return write_delta(config, CLASSES)
+
+
+def write_delta(config: ModelConfig, classes: Mapping[str, str], **allowed: tuple[Any, ...]) -> dict[str, Any]:
+    """config.json of a model with a delta net. Raises ConfigError for a shape that such a folder cannot say.
+
+    Args:
+        config: Of the model.
+        classes: Head -> the class of transformers.
+        allowed: As for `write_decoder`.
+    """
     if config.delta is None:
         raise ConfigError(f"a {config.family} folder has layers of a delta net; give delta: {{layers: [0, 1, 2], ...}}")
     turns = {"rope.share": (config.rope.share,), "delta": (config.delta,)}
-    result = write_decoder(config, "Qwen3_5", qk_norm=(True,), **turns)
+    result = write_decoder(config, "", qk_norm=(True,), head=tuple(classes), **turns, **allowed)
     types = [LINEAR if layer in config.delta.layers else FULL for layer in range(config.layers)]
     return {
         **write_share(result, config.rope),
-        "architectures": [CLASSES[config.head]],
+        "architectures": [classes[config.head]],
         "layer_types": types,
         **{name: getattr(config.delta, here) for here, name in SIZES.items()},
     }

@@ -92,8 +92,8 @@ FAMILY = llama_like(
     writer=write_config,
     block="experts",
     gguf={
-        "qwen2_moe": Gguf("qwen2moe", computes={**ROTARY, "mlp": ("swiglu",)}, normalized=False, imported=False),
-        "qwen3_moe": Gguf("qwen3moe", computes={**ROTARY, "mlp": ("swiglu",), "bias": ("none",)}, imported=False),
+        "qwen2_moe": Gguf("qwen2moe", computes={**ROTARY, "mlp": ("swiglu",)}, normalized=False),
+        "qwen3_moe": Gguf("qwen3moe", computes={**ROTARY, "mlp": ("swiglu",), "bias": ("none",)}),
     },
     defaults={"qwen2_moe": {"bias": "qkv"}, "qwen3_moe": {"qk_norm": True}},
     presets={

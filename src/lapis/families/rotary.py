@@ -11,7 +11,10 @@ from lapis.parsing import quoted
 ROPE_KINDS = ("default", "linear", "dynamic", "yarn", "llama3")
 
 
-def read_rope(fields: Fields, context: int, theta: float = 10_000.0, share: float | None = None) -> dict[str, Any]:
+def read_rope(
+    fields: Fields, context: int, theta: float = 10_000.0, share: float | None = None,
+    kinds: tuple[str, ...] = ROPE_KINDS,
+) -> dict[str, Any]:  # fmt: skip
     """Rope's fields from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before).
 
     Where a folder has both, `rope_scaling` counts alone, in every version of transformers.
@@ -21,6 +24,7 @@ def read_rope(fields: Fields, context: int, theta: float = 10_000.0, share: floa
         context: Of the model.
         theta: The base where the folder says none.
         share: How much of each head turns where the folder does not say; None for a family that turns whole heads.
+        kinds: How the family may stretch them.
     """
     theta = fields.number("rope_theta", theta)
     scaling, parameters = fields.mapping("rope_scaling"), fields.mapping("rope_parameters")
@@ -35,8 +39,8 @@ def read_rope(fields: Fields, context: int, theta: float = 10_000.0, share: floa
             f"config.json: rope_parameters is {quoted(dict(written))}; this family has one set for all layers"
         )
     kind = written.get("rope_type") or written.get("type") or "default"
-    if not isinstance(kind, str) or kind not in ROPE_KINDS:
-        raise CheckpointError(f"config.json: rope type is {quoted(kind)}; lapis reads {', '.join(ROPE_KINDS)}")
+    if not isinstance(kind, str) or kind not in kinds:
+        raise CheckpointError(f"config.json: rope type is {quoted(kind)}; lapis reads {', '.join(kinds)}")
     rope: dict[str, Any] = {"theta": inner.number("rope_theta", theta), "kind": kind}
     if share is not None:
         rope["share"] = inner.number("partial_rotary_factor", fields.number("partial_rotary_factor", share))
@@ -53,6 +57,8 @@ def read_rope(fields: Fields, context: int, theta: float = 10_000.0, share: floa
         rope["truncate"] = inner.flag("truncate", True)
     if kind in ("yarn", "llama3"):
         rope["original_context"] = inner.integer("original_max_position_embeddings", context)
+    if kind == "proportional" and written.get("factor") is not None:
+        rope["factor"] = inner.number("factor")
     if written.get("llama_4_scaling_beta") is not None:
         rope["query_growth"] = inner.number("llama_4_scaling_beta")
     return rope

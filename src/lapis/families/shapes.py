@@ -5,7 +5,7 @@ made on torch's meta device.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lapis.families.config import ModelConfig
@@ -26,6 +26,7 @@ class Transform:
         invert: The parameters -> the tensor on disk.
         transposed: A matrix lies on disk with its inputs first.
         by_head: Makes the transform for a number of heads, where it depends on it.
+        by_key_head: The same for a number of heads of keys of a delta net.
         split, join: What `apply` and `invert` do to rows alone, for matrices with other columns (an adapter's).
     """
 
@@ -34,6 +35,7 @@ class Transform:
     invert: "Callable[[Sequence[Tensor]], Tensor]"
     transposed: bool = False
     by_head: "Callable[[int], Transform] | None" = None
+    by_key_head: "Callable[[int], Transform] | None" = None
     split: "Callable[[Tensor, Sequence[int]], Sequence[Tensor]]" = lambda tensor, sizes: _split(
         tensor, [(size,) for size in sizes]
     )
@@ -87,12 +89,49 @@ def _stacked_by_head(heads: int) -> Transform:
     )  # fmt: skip
 
 
+def _groups_by_key_head(heads: int) -> Transform:
+    """Rows of q, k, v and gate of the first head of keys, then those of the second, ...: parameters qkv and gate."""
+
+    def split(tensor: "Tensor", shapes: Sequence[Shape]) -> "tuple[Tensor, ...]":
+        import torch
+
+        values = shapes[1][0] // heads
+        keys = (shapes[0][0] // heads - values) // 2
+        by_head = tensor.reshape(heads, -1, *tensor.shape[1:])
+        *qkv, gate = (part.flatten(0, 1) for part in torch.split(by_head, [keys, keys, values, values], 1))
+        return torch.cat(qkv), gate
+
+    def join(tensors: "Sequence[Tensor]") -> "Tensor":
+        import torch
+
+        qkv, gate = tensors
+        keys = (len(qkv) - len(gate)) // 2
+        parts = [*torch.split(qkv, [keys, keys, len(gate)]), gate]
+        return torch.cat([part.reshape(heads, -1, *part.shape[1:]) for part in parts], 1).flatten(0, 1)
+
+    return Transform(
+        _stack_shape, split, join, by_key_head=_groups_by_key_head,
+        split=lambda tensor, sizes: split(tensor, [(size,) for size in sizes]), join=join,
+    )  # fmt: skip
+
+
+def _stacked_by_key_head(heads: int) -> Transform:
+    """As `_stacked_by_head`, over heads of keys."""
+    return replace(_stacked_by_head(heads), by_head=None, by_key_head=_stacked_by_key_head)
+
+
 BY_HEAD = _stacked_by_head(1)
+BY_KEY_HEAD = _stacked_by_key_head(1)
+GROUPS_BY_KEY_HEAD = _groups_by_key_head(1)
 BATCH_OF_ONE = Transform(lambda shapes: (1, *shapes[0]), lambda t, shapes: (t[0],), lambda ts: ts[0][None])
 
 
 def common_shapes(config: ModelConfig) -> dict[str, Shape]:
-    """Component -> shape of its weight. A component that is not listed is a norm over the width, (dim,)."""
+    """Component -> shape of its weight. A component that is not listed is a norm over the width, (dim,).
+
+    Args:
+        config: Of the model; `config.at(layer)` for the components of a block.
+    """
     dim, ffn_dim, head_dim = config.dim, config.ffn_dim, config.head_dim
     inner, inner_kv = config.heads * head_dim, config.kv_heads * head_dim
     normed, normed_kv = (head_dim, head_dim) if config.qk_norm_over == "head" else (inner, inner_kv)
@@ -123,13 +162,23 @@ def _expert_shapes(config: ModelConfig) -> dict[str, Shape]:
 def has_parameter(config: ModelConfig, component: str, kind: str, layer: int | None) -> bool:
     """Whether a model of this shape has a parameter that its family's table lists."""
     group, _, name = component.partition(".")
+    if component.startswith(("embed.layers", "inputs.", "norm.inputs")) and config.layer_inputs is None:
+        return False
+    if component in ("norm.mlp_dense", "norm.experts", "norm.experts_out") and config.experts is None:
+        return False
+    if group == "attn" and layer is not None:
+        if config.borrows(layer) and name in ("k", "v", "k_norm"):
+            return False
+        if name == "v" and config.keys_are_values(layer):
+            return False
     if group in ("attn", "delta") and layer is not None and config.mixes_by_state(layer) != (group == "delta"):
         return False
-    if group == "delta":
+    if group in ("delta", "inputs", "scale"):
         return True
-    if group == "mlp" and config.experts is not None and layer is not None:
+    if group == "mlp" and layer is not None:
         of_experts = name.split(".")[0] in ("router", "experts", "shared", "shared_gate")
-        if of_experts != config.mixes_experts(layer):
+        beside = config.experts is not None and config.experts.beside
+        if of_experts != config.mixes_experts(layer) and not beside:
             return False
     if component in ("attn.q_norm", "attn.k_norm") and not config.qk_norm:
         return False

@@ -57,7 +57,8 @@ FAMILY = llama_like(
     reader=read_config,
     writer=write_config,
     gguf={"stablelm": Gguf(
-        "stablelm", computes={**ROTARY, "norm": ("layer",), "mlp": ("swiglu",)}, says_parallel=True, imported=False,
+        "stablelm", computes={**ROTARY, "norm": ("layer",), "mlp": ("swiglu",)}, says_parallel=True, partial=True,
+        means={"parallel": "shared"},
     )},
     defaults={"stablelm": {"norm": "layer", "norm_eps": 1e-5, "rope": {"share": SHARE}}},
     presets={

@@ -51,7 +51,7 @@ FAMILY = llama_like(
     reader=read_config,
     writer=write_config,
     gguf={"starcoder2": Gguf(
-        "starcoder2", computes={**ROTARY, "norm": ("layer",), "mlp": ("gelu_tanh",), "bias": ("all",)}, imported=False,
+        "starcoder2", computes={**ROTARY, "norm": ("layer",), "mlp": ("gelu_tanh",), "bias": ("all",)},
     )},
     defaults={"starcoder2": {"norm": "layer", "norm_eps": 1e-5, "mlp": "gelu_tanh", "bias": "all", "tied": True}},
     presets={

@@ -20,7 +20,7 @@ import torch
 from lapis.checkpoint import Checkpoint
 from lapis.checkpoint.commit import check_output, commit_file
 from lapis.errors import CheckpointError, ConfigError, OutputError
-from lapis.families import ModelConfig
+from lapis.families import Family, ModelConfig
 from lapis.families.gguf import Gguf
 from lapis.formats.gguf.header import TENSOR_TYPES, read_gguf
 from lapis.formats.gguf.keys import layout_of, rope_factors, write_keys
@@ -129,7 +129,8 @@ def export_gguf(
     del candidates
     placed = place_tensors(family, layout, config)
     kinds = _types_of(placed, type, checkpoint.source, notes)
-    factors = rope_factors(config.rope, config.head_dim, config.context) if config.positions == "rotary" else None
+    head_dim = config.head_dim if config.uneven is None else config.uneven.head_dim
+    factors = rope_factors(config.rope, head_dim, config.context) if config.positions == "rotary" else None
     total = sum(_nbytes(tensor, kinds[tensor.file_name]) for tensor in placed)
     if config.types:
         fields = {**fields, "tokenizer.ggml.token_type_count": config.types}
@@ -137,6 +138,7 @@ def export_gguf(
         fields = {**fields, "tokenizer.chat_template": tokenizer.chat_template}
     checkpoint = checkpoint.fetched()
     spelled = {rule_name(checkpoint, name): name for name in checkpoint.names}
+    fields = fields | list_keys(family, layout, config, lambda name: float(checkpoint.read(spelled[name]).float()))
     _check_space(place, total)
     with ExitStack() as stack:
         temporary = stack.enter_context(commit_file(place, overwrite=overwrite))
@@ -170,6 +172,24 @@ def rule_name(checkpoint: Checkpoint, name: str) -> str | None:
     return None if inner is None or checkpoint.runs is None else checkpoint.runs.canonical(inner)
 
 
+def list_keys(
+    family: Family, layout: Gguf, config: ModelConfig, read: Callable[[str], float]
+) -> dict[str, list[float]]:
+    """Keys that hold a number of each layer, which a folder has as tensors; none begins with the architecture's name.
+
+    Args:
+        family: Of the model.
+        layout: Of the file.
+        config: Of the model.
+        read: The number in a tensor, by the name that transformers gives it.
+    """
+    rules = {rule.component: rule for rule in family.rules if rule.component in layout.lists}
+    return {
+        key: [read(family.disk_name(rules[component], layer)) for layer in range(config.layers)]
+        for component, key in layout.lists.items()
+    }
+
+
 def _encoder(config: ModelConfig, checkpoint: Checkpoint, notes: list[str]) -> ModelConfig:
     """The model without a head that a GGUF file has no place for, which is said."""
     layout = checkpoint.runs.gguf.get(config.family) if checkpoint.runs else None
@@ -187,7 +207,10 @@ def _encoder(config: ModelConfig, checkpoint: Checkpoint, notes: list[str]) -> M
 def _types_of(placed: list[PlacedTensor], type: TensorType, source: str, notes: list[str]) -> dict[str, str]:
     """File name -> tensor type. What cannot have the type that was asked for has the nearest that it can."""
     own = type.upper()
-    matrices = [tensor for tensor in placed if len(tensor.shape) > 1 and tensor.component not in WHOLE]
+    matrices = [
+        tensor for tensor in placed
+        if len(tensor.shape) > 1 and tensor.component not in WHOLE and not tensor.file_name.endswith(".bias")
+    ]  # fmt: skip
     for_words = {"Q5_1": "Q8_0", "Q4_0": "Q8_0", "TQ2_0": "F16"}.get(own, own)
     kinds = {tensor.file_name: "F32" for tensor in placed}
     fallen: dict[str, int] = {}

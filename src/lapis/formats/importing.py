@@ -106,6 +106,8 @@ def import_gguf(
     config = replace(config, extra=_token_ids(vocabulary))
     kind, kinds = DTYPES[dtype], _types(opened)
     notes += _roundings(kinds, dtype)
+    if config.experts is not None:
+        notes.append("the file says no coefficient of a balance loss; router_aux_loss_coef is 0")
     nbytes = sum(tensor.rows * tensor.columns for tensor in placed) * kind.itemsize
     with commit(os.fspath(out), kind="import", overwrite=overwrite, needs_bytes=nbytes, inputs=[Path(file)]) as staging:
         folder = staging.path
@@ -200,7 +202,7 @@ def _write_weights(folder: Path, file: GgufFile, placed: list[PlacedTensor], kin
         f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))
     ]  # fmt: skip
     for name, shard in zip(names, shards, strict=True):
-        shapes = {t.name: (dtype_name(kind), t.shape[::-1] if t.transposed else t.shape) for t in shard}
+        shapes = {name: (dtype_name(kind), shape) for t in shard for name, shape in _on_disk(t).items()}
         with (folder / name).open("wb") as target:
             target.write(header_bytes(shapes, {"format": "pt"}))
             for tensor in shard:
@@ -209,10 +211,16 @@ def _write_weights(folder: Path, file: GgufFile, placed: list[PlacedTensor], kin
                     target.write(raw)
                     yield len(raw)
     if len(shards) > 1:
-        weight_map = {t.name: name for name, shard in zip(names, shards, strict=True) for t in shard}
+        weight_map = {own: name for name, shard in zip(names, shards, strict=True) for t in shard for own in t.names}
         total = sum(t.rows * t.columns for t in placed) * kind.itemsize
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _on_disk(tensor: PlacedTensor) -> dict[str, tuple[int, ...]]:
+    """The tensors of the folder that one of the file is, with their shapes: one of each expert where it stacks them."""
+    shape = tensor.shape[::-1] if tensor.transposed else tensor.shape
+    return {tensor.name: shape} if len(tensor.names) == 1 else dict.fromkeys(tensor.names, shape[1:])
 
 
 def _piece(file: GgufFile, tensor: PlacedTensor, first: int, last: int, kind: torch.dtype) -> memoryview:

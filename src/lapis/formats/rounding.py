@@ -65,6 +65,9 @@ def _take_weights(model: Transformer, checkpoint: Checkpoint, file: GgufFile, pl
     for tensor in placed:
         rows = [torch.from_numpy(rows_of_file(file, tensor, first, last).copy()) for first, last in tensor.pieces()]
         whole = torch.cat(rows).view(tensor.shape)
+        if tensor.stacked[0]:
+            _take_part(model, family, tensor, whole)
+            continue
         for name, part in zip(tensor.names, whole if len(tensor.names) > 1 else [whole], strict=True):
             _take(model, family, name, part.t() if tensor.transposed else part)
 
@@ -76,3 +79,13 @@ def _take(model: Transformer, family: Family, name: str, on_disk: torch.Tensor) 
     targets = [model.get_parameter(name.replace("{layer}", str(layer))) for name in rule.names]
     for target, piece in zip(targets, rule.transform.apply(on_disk, [tuple(t.shape) for t in targets]), strict=True):
         target.copy_(piece)
+
+
+def _take_part(model: Transformer, family: Family, tensor: PlacedTensor, whole: torch.Tensor) -> None:
+    """One of the matrices that are interleaved in a parameter."""
+    match = family.match(tensor.name)
+    assert match is not None
+    rule, layer = match
+    _, which, step = tensor.stacked
+    target = model.get_parameter(rule.names[0].replace("{layer}", str(layer)))
+    target[..., which::step].copy_(whole.transpose(1, 2) if whole.dim() == 3 else whole)

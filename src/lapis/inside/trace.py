@@ -280,7 +280,8 @@ def trace(
 
     embed, after_, attention, mlp = states["embed", 0], each("after"), each("attention"), each("mlp")
     middle = [x + added for x, added in zip([embed, *after_[:-1]], attention, strict=False)]
-    adds_up = parts.own or (bool(middle) and _adds_up(middle, mlp, after_))
+    known = parts.own and all(block.only_adds for block in parts.blocks)
+    adds_up = known or (bool(middle) and _adds_up(middle, mlp, after_))
     whole = Trace(embed, middle if adds_up else [], after_, attention, mlp, each("mixed"), adds_up, own)
     _check_finite(parts, whole)
     return whole

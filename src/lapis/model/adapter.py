@@ -236,7 +236,8 @@ def _config(model: Transformer, adapted: Adapted) -> dict[str, Any]:
         "bias": "none",
         "fan_in_fan_out": any(rule.transform.transposed for _, rule in places.values()),
         "init_lora_weights": True,
-        "target_modules": _targets(set(places), everything),
+        # other towers have modules of the same names, which are not to be adapted
+        "target_modules": sorted(places) if model.stem else _targets(set(places), everything),
         "rank_pattern": ranks,
         "alpha_pattern": alphas,
         "modules_to_save": whole or None,

@@ -48,9 +48,10 @@ class Cache:
         self.positions_BS: Tensor | None = None  # None while positions are 0, 1, 2, ...
         self.in_sight = 0  # of the slots, how many a layer with a window still keeps
         self._slack = 0  # how many of a row's slots hold padding, at most: they take no place in a window
+        keyless = {i for i in range(config.layers) if config.mixes_by_state(i) or config.borrows(i)}
         windows = [config.window if config.windowed(layer) else None for layer in range(config.layers)]
         self._layers = [
-            _Layer(config, batch, 0 if config.mixes_by_state(layer) else capacity, window, dtype, device)
+            _Layer(config.at(layer), batch, 0 if layer in keyless else capacity, window, dtype, device)
             for layer, window in enumerate(windows)
         ]
         self._states: dict[int, tuple[Tensor, Tensor]] = {}
@@ -142,8 +143,9 @@ class _Layer:
         device: torch.device | str,
     ) -> None:  # fmt: skip
         self.window, self.start, self.end = window, 0, 0
+        # capacity 0: a layer that keeps no keys
         self.room = capacity if window is None else min(capacity, window + max(window // 4, 16))
-        shape = (batch, config.kv_heads, max(self.room, 1), config.head_dim)
+        shape = (batch, config.kv_heads, max(self.room, 1) if capacity else 0, config.head_dim)
         self.keys = torch.empty(shape, dtype=dtype, device=device)
         self.values = torch.empty(shape, dtype=dtype, device=device)
 

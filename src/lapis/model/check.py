@@ -88,13 +88,16 @@ def plan_load(checkpoint: Checkpoint, *, head: Head | None = None, classes: int 
     steps: list[tuple[str, Rule, tuple[str, ...]]] = []
     used: set[str] = set()
     aside: list[str] = []
+    unread: list[str] = []
     quantized: list[str] = []
     twins = {rule.names[0] for _, rule, _ in tensors.values() if rule.twin}
     for name, rule, layer in tensors.values():
         targets = tuple(target.replace("{layer}", str(layer)) for target in rule.names)
         template = [target.replace("{layer}", str(kinds[layer or 0])) for target in rule.names]
         if any(target not in shapes for target in template):
-            if not rule.component.startswith("head"):
+            if layer is not None and config.borrows(layer) and rule.component in ("attn.k", "attn.v", "attn.k_norm"):
+                unread.append(name)
+            elif not rule.component.startswith("head"):
                 problems.append(f"{name} has no place by config.json")
             elif not (config.tied and rule.component == "head"):
                 aside.append(name)
@@ -129,6 +132,8 @@ def plan_load(checkpoint: Checkpoint, *, head: Head | None = None, classes: int 
         raise CheckpointError(f"{checkpoint.source}: {'; '.join(problems[:MOST_LISTED])}{more}")
     if aside:
         notes.append(f"left out, for another head than {config.head}: {', '.join(aside[:4])}")
+    if unread:
+        notes.append(f"{len(unread)} tensors are keys and values of layers that read those of another; left out")
     if fresh:
         notes.append(f"a new head ({config.head}) was drawn at random: {', '.join(fresh)}")
     return Plan(config, tuple(steps), fresh, dtype_of(checkpoint, (name for name, _, _ in steps)), tuple(notes))

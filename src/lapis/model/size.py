@@ -18,6 +18,7 @@ from lapis.families import ModelConfig, Part, parameter_shapes, part_of
 from lapis.families.config import Delta
 
 SHOWN = {"float32": 4, "bfloat16": 2, "int8": 1}
+EMBED_PRODUCTS = ("embed.patch.weight", "embed.layers.project.weight")
 DTYPE_BYTES = SHOWN | {"float64": 8, "float16": 2, "float8": 1, "uint8": 1}
 
 
@@ -101,7 +102,7 @@ def measure(config: ModelConfig, context: int | None = None) -> Size:
         into = components if part.layer is None else blocks[part.layer]
         into[part.group] = into.get(part.group, 0) + prod(shape)
         is_product = (
-            len(shape) > 1 and part.kind == "weight" and (not name.startswith("embed.") or name == "embed.patch.weight")
+            len(shape) > 1 and part.kind == "weight" and (not name.startswith("embed.") or name in EMBED_PRODUCTS)
         )
         times = is_once(config, name) if part.layer is None else kinds.count(part.layer)
         products += int(prod(shape) * times * is_product * active_share(config, part))
@@ -109,9 +110,13 @@ def measure(config: ModelConfig, context: int | None = None) -> Size:
         products += config.vocab * config.dim
     attending = [layer for layer in range(config.layers) if not config.mixes_by_state(layer)]
     seen = [visible_keys(config, layer, context) for layer in attending]
-    attention = int(sum(4 * config.heads * config.head_dim * keys for keys in seen))
-    slots = [min(context, config.window or context) if config.windowed(layer) else context for layer in attending]
-    kv_cache = sum(slots) * 2 * config.kv_heads * config.head_dim * 2 if config.causal else 0
+    widths = {layer: config.at(layer) for layer in attending}
+    attention = int(sum(4 * config.heads * widths[i].head_dim * keys for i, keys in zip(attending, seen, strict=True)))
+    kv_cache = sum(
+        (min(context, config.window or context) if config.windowed(layer) else context)
+        * 2 * own.kv_heads * own.head_dim * 2
+        for layer, own in widths.items() if config.causal and not config.borrows(layer)
+    )  # fmt: skip
     if (delta := config.delta) is not None:  # the state is read twice and written once; it is kept in float32
         state = delta.values * delta.head_dim
         attention += len(delta.layers) * 6 * state
@@ -156,12 +161,19 @@ def activation_bytes(config: ModelConfig, context: int, width: int = 2) -> int:
         context: Tokens of the sequence.
         width: Bytes of each number.
     """
+    if config.uneven is not None:  # layer by layer; what a layer's inputs add is not counted
+        own = [config.at(layer) for layer in range(config.layers)]
+        alike = [dataclasses.replace(each, uneven=None, layers=1, vocab=1, window=None, head="none") for each in own]
+        each_stream = context * 2 * config.dim * width
+        logits = config.vocab * 4 * context if config.head == "lm" else 0
+        return sum(activation_bytes(each, context, width) - each_stream for each in alike) + each_stream + logits
     inner, inner_kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
     matrices = 4 if config.gated else 2
     mlp = matrices * config.ffn_dim
     if config.experts is not None:  # of each chosen one also what goes in, what comes out, and that weighted
         dense = len(config.experts.dense_layers)
-        sparse = config.experts.active * (mlp + 3 * config.dim) + matrices * config.experts.shared_dim
+        beside = config.experts.shared_dim + (config.experts.dense_dim if config.experts.beside else 0)
+        sparse = config.experts.active * (mlp + 3 * config.dim) + matrices * beside
         mlp = ((config.layers - dense) * sparse + dense * matrices * config.experts.dense_dim) // config.layers
     attending = config.layers if config.delta is None else config.layers - len(config.delta.layers)
     attention = 2 * inner + 2 * inner_kv if config.delta is None else 4 * inner + 2 * inner_kv  # there it has a gate

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lapis.errors import DataError
 from lapis.families.config import CLASS_FIELDS, Head, ModelConfig, class_fields
 from lapis.model.blocks import architecture_of
-from lapis.model.blocks.attention import Shared, View, additive
+from lapis.model.blocks.attention import LentKeys, Shared, View, additive
 from lapis.model.blocks.norm import compute_dtype
 from lapis.model.blocks.rope import query_gain, rope_tables
 from lapis.model.blocks.standard import Norms, TransformerBlock
@@ -31,9 +31,12 @@ NOTHING_HIDDEN = View(None, False)
 
 
 class Embed(nn.Module):
-    """Tokens (or picture patches) as vectors, with learned positions and token types where the family has them."""
+    """Tokens (or picture patches) as vectors, with learned positions and token types where the family has them.
 
-    def __init__(self, config: ModelConfig, scale: float = 1.0) -> None:
+    layers: What gives each layer a vector of each token, where there is such; `Transformer.start` calls it.
+    """
+
+    def __init__(self, config: ModelConfig, scale: float = 1.0, layers: nn.Module | None = None) -> None:
         super().__init__()
         image, self.scale = config.image, scale
         if image is None:
@@ -45,6 +48,7 @@ class Embed(nn.Module):
         rows = self.first + config.context if image is None else image.patches + 1
         self.position = nn.Embedding(rows, config.dim) if config.positions == "learned" else None
         self.types = nn.Embedding(config.types, config.dim) if config.types else None
+        self.layers = layers
 
     def forward(self, ids_BT: Tensor, positions: Tensor, types_BT: Tensor | None) -> Tensor:
         x_BTD = F.embedding(ids_BT, self.weight)
@@ -81,7 +85,8 @@ class Transformer(ReadableModel):
         self.generation: dict[str, Any] = {}  # generation_config.json of the folder
         self.dropout = 0.0
         architecture = architecture_of(config)
-        self.embed = Embed(config, architecture.embed_scale(config))
+        make_inputs = architecture.layer_inputs if config.layer_inputs is not None else None
+        self.embed = Embed(config, architecture.embed_scale(config), make_inputs and make_inputs(config))
         self.blocks = nn.ModuleList(architecture.block(config, layer) for layer in range(config.layers))
         places = {"pre": ("final",), "post": ("embed",), "embed": ("embed", "final")}[config.norm_place]
         self.norm = Norms(config, architecture.norm, *places)
@@ -178,6 +183,8 @@ class Transformer(ReadableModel):
         else:
             positions, shared = self._prepare(ids_BT, mask_BT, positions_BT, segments_BT, cache)
             x_BTD = self.embed(ids_BT, positions, types_BT)
+            if self.embed.layers is not None:
+                shared = shared._replace(inputs_BTLP=self.embed.layers(ids_BT, x_BTD))
         if self.config.norm_place != "pre":
             x_BTD = self.norm.embed(x_BTD)
         return (F.dropout(x_BTD, self.dropout) if self.dropout and self.training else x_BTD), shared
@@ -231,11 +238,13 @@ class Transformer(ReadableModel):
         if config.positions != "rotary":
             return positions, Shared(full, near, real_BT=real_BT, segments_BT=segments_BT)
         length = int(positions.max()) + 1 if config.rope.kind == "dynamic" else past + T
-        rotation = near_rotation = rope_tables(config.rope, config, positions, dtype, length)
+        wide = config if config.uneven is None else dataclasses.replace(config, head_dim=config.uneven.head_dim)
+        rotation = near_rotation = rope_tables(config.rope, wide, positions, dtype, length)
         if config.window_rope is not None:
             near_rotation = rope_tables(config.window_rope, config, positions, dtype, length)
         gain = query_gain(config, positions, dtype)
-        return positions, Shared(full, near, rotation, near_rotation, gain, real_BT, segments_BT)
+        lent = LentKeys() if config.uneven is not None and config.uneven.borrowing else None
+        return positions, Shared(full, near, rotation, near_rotation, gain, real_BT, segments_BT, lent)
 
 
 def is_whole(mask_BT: Tensor, causal: bool) -> bool:

@@ -79,7 +79,13 @@ def token_tables(checkpoint: Checkpoint) -> TokenTables:
             )
     config = language_config(checkpoint.config)
     family = find(config)
-    tied = family.read_config(config).tied if family else bool(config.get("tie_word_embeddings", False))
+    shape = family.read_config(config) if family else None
+    if shape is not None and shape.layer_inputs is not None:
+        raise CheckpointError(
+            f"{checkpoint.source}: each token has a row in embed_tokens_per_layer, too, which lapis does not grow; "
+            "keep the tokenizer"
+        )
+    tied = shape.tied if shape else bool(config.get("tie_word_embeddings", False))
     head = tuple(places["head"])
     if not tied:
         return TokenTables(embed, head, rows, tied=not head)

@@ -46,7 +46,7 @@ def write_keys(config: ModelConfig, layout: Gguf, notes: list[str]) -> dict[str,
     if config.positions == "rotary":
         keys |= {"attention.key_length": config.head_dim, "attention.value_length": config.head_dim,
                  "rope.dimension_count": config.rope.width(config.head_dim), "rope.freq_base": float(config.rope.theta),
-                 **_rope_keys(config.rope)}  # fmt: skip
+                 **_rope_keys(config.rope, layout, notes)}  # fmt: skip
     if config.experts is not None:
         keys |= {"expert_count": config.experts.count, "expert_used_count": config.experts.active,
                  "expert_feed_forward_length": config.ffn_dim}  # fmt: skip
@@ -60,7 +60,10 @@ def write_keys(config: ModelConfig, layout: Gguf, notes: list[str]) -> dict[str,
         notes.append(
             "its embedding of a text is the mean of its last layer (pooling_type 1); --pooling cls is llama.cpp's"
         )
-    if layout.windows:
+    if layout.says_windows:
+        keys |= {"attention.sliding_window": config.window,
+                 "attention.sliding_window_pattern": [config.windowed(i) for i in range(config.layers)]}  # fmt: skip
+    elif layout.windows and not (layout.optional_windows and config.window is None):
         _check_windows(config, layout)
         keys["attention.sliding_window"] = config.window
     elif config.window is not None and config.window < config.context:
@@ -69,7 +72,7 @@ def write_keys(config: ModelConfig, layout: Gguf, notes: list[str]) -> dict[str,
             f"llama.cpp has no window for {config.family}: the context is told as {config.window:,} tokens, within "
             "which nothing differs"
         )
-    return keys
+    return {**keys, **layout.more(config)}
 
 
 def _number(config: ModelConfig, name: str) -> float:
@@ -79,9 +82,11 @@ def _number(config: ModelConfig, name: str) -> float:
     return config.attention_scale if name == "query_scalar" else float(getattr(config, name))
 
 
-def _field(name: str, number: float) -> float:
-    """The reverse of `_number`."""
-    return float(f"{number**-2:.6g}") if name == "query_scalar" else number
+def _field(name: str, number: float) -> tuple[str, float]:
+    """The reverse of `_number`: a field of ModelConfig and its value."""
+    if name == "logit_factor":
+        return "logit_divisor", float(f"{1 / number:.6g}")
+    return name, float(f"{number**-2:.6g}") if name == "query_scalar" else number
 
 
 def _check_windows(config: ModelConfig, layout: Gguf) -> None:
@@ -93,6 +98,11 @@ def _check_windows(config: ModelConfig, layout: Gguf) -> None:
             "GGUF file"
         )
     near = config.window_rope or config.rope
+    if layout.near_plain and near != Rope(theta=config.rope.theta):
+        raise ConfigError(
+            f"layers with a window turn by {near.kind} rotary positions of base {near.theta:g}; llama.cpp turns them "
+            f"unstretched by {config.rope.theta:g}"
+        )
     if layout.near_theta and near != Rope(theta=layout.near_theta):
         raise ConfigError(
             f"layers with a window turn by {near.kind} rotary positions of base {near.theta:g}; llama.cpp knows only "
@@ -105,16 +115,32 @@ def _windowed(layers: int, each: int) -> list[bool]:
     return [bool((i + 1) % each) for i in range(layers)]
 
 
-def _rope_keys(rope: Rope) -> dict[str, Any]:
-    if rope.kind in ("default", "llama3"):  # llama3's factors are a tensor
+def _rope_keys(rope: Rope, layout: Gguf, notes: list[str]) -> dict[str, Any]:
+    if rope.kind in ("default", "llama3", "proportional"):  # the factors of these are a tensor
         return {}
     plain = Rope(rope.theta, rope.kind, rope.factor, rope.original_context)
-    if rope.kind == "dynamic" or replace(rope, beta_fast=None, beta_slow=None) != plain or _own_betas(rope):
+    free = {"beta_fast": None, "beta_slow": None, "query_growth": None, "truncate": True}
+    if layout.yarn_mscale and rope.mscale == 1:
+        free |= {"mscale": None, "mscale_all_dim": None}
+    if abs((rope.attention_factor or 0) - _temperature(rope)) < 1e-6:  # what it is without the field
+        free["attention_factor"] = None
+    if rope.kind == "dynamic" or replace(rope, **free) != plain or _own_betas(rope):
         raise ConfigError(f"rotary positions of kind {rope.kind} with these settings have no words in a GGUF file")
     keys: dict[str, Any] = {"rope.scaling.type": rope.kind, "rope.scaling.factor": float(rope.factor or 1.0)}
     if rope.original_context:
         keys["rope.scaling.original_context_length"] = rope.original_context
+    if layout.yarn_mscale and rope.mscale_all_dim:
+        keys["rope.scaling.yarn_log_multiplier"] = float(rope.mscale_all_dim)
+    if rope.kind == "yarn" and not rope.truncate:
+        notes.append(
+            "the bounds of YaRN are kept as they are (truncate false); llama.cpp rounds them, in every such file"
+        )
     return keys
+
+
+def _temperature(rope: Rope) -> float:
+    """What YaRN multiplies cos and sin by where nothing else is said."""
+    return 0.1 * math.log(rope.factor or 1.0) + 1.0
 
 
 def _own_betas(rope: Rope) -> bool:
@@ -122,7 +148,16 @@ def _own_betas(rope: Rope) -> bool:
 
 
 def rope_factors(rope: Rope, head_dim: int, context: int) -> Array | None:
-    """What llama3's rotary positions divide each pair's frequency by, float32 [head_dim / 2]; None for other kinds."""
+    """What each pair's frequency is divided by, float32 [head_dim / 2]; None for kinds that keys say.
+
+    Args:
+        rope: Of llama3's kind, or proportional (pairs that stand still are divided by 1e30).
+        head_dim: Of the layers that turn so.
+        context: Of the model.
+    """
+    if rope.kind == "proportional":
+        turning = int(rope.share * head_dim // 2)
+        return np.array([rope.factor or 1.0] * turning + [1e30] * (head_dim // 2 - turning), np.float32)
     if rope.kind != "llama3":
         return None
     inverse = 1.0 / rope.theta ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
@@ -183,8 +218,7 @@ def read_shape(file: GgufFile) -> tuple[ModelConfig, Family, Gguf]:
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None or len(embedding.shape) != 2:
         raise CheckpointError(f"{file.path}: holds no token_embd.weight; it is no language model")
-    if keys.value("expert_count"):
-        raise CheckpointError(f"{file.path}: holds a mixture of experts, which lapis exports and does not import")
+    mixture = bool(keys.value("expert_count"))
     dim, heads, layers = (keys.whole(n) for n in ("embedding_length", "attention.head_count", "block_count"))
     if layers > len(file.tensors):
         raise CheckpointError(f"{file.path}: claims {layers:,} blocks, and holds {len(file.tensors):,} tensors")
@@ -196,23 +230,32 @@ def read_shape(file: GgufFile) -> tuple[ModelConfig, Family, Gguf]:
         "kv_heads": keys.whole("attention.head_count_kv", heads), "ffn_dim": keys.whole("feed_forward_length"),
         "vocab": embedding.shape[0], "context": context, "bias": _bias(file, layers),
         "tied": not has("output.weight"), "qk_norm": has("blk.0.attn_q_norm.weight"),
-        **{name: values[0] for name, values in layout.computes.items() if name not in ("bias", "query_scalar")},
-        **{name: _field(name, keys.number(key)) for name, key in layout.numbers.items()},
-        "nope_layers": layout.nope_layers(layers),
+        **{name: values[0] for name, values in layout.computes.items()
+           if name not in ("bias", "query_scalar", "tied") and "." not in name},
+        **dict(_field(name, keys.number(key)) for name, key in layout.numbers.items()),
+        "nope_layers": layout.nope_layers(layers), **layout.means,
     }  # fmt: skip
+    if layout.says_parallel and keys.value("use_parallel_residual") is False:
+        fields["parallel"] = "none"
     if fields["norm"] == "rms":
         fields["norm_eps"] = keys.number("attention.layer_norm_rms_epsilon")
     else:
         fields["norm_eps"] = keys.number("attention.layer_norm_epsilon")
     if fields["positions"] == "rotary":
-        fields["rope"] = _read_rope(file, keys, head_dim, context)
+        neighbors = layout.computes.get("rope.neighbors", (False,))[0]
+        fields["rope"] = {**_read_rope(file, keys, head_dim, context, layout.partial), "neighbors": neighbors}
+    if mixture:
+        fields |= _read_experts(keys, layout)
+    if arch == "llama" and mixture:
+        fields["family"] = "mixtral"
     if (position := file.tensors.get("position_embd.weight")) is not None:
         fields["context"] = position.shape[0]
     if (types := file.tensors.get("token_types.weight")) is not None:
         fields["types"] = types.shape[0]
     if each := layout.windows:
         windowed = _windowed(layers, each)
-        fields |= {"window": keys.whole("attention.sliding_window"), "window_rope": {"theta": layout.near_theta},
+        fields |= {"window": keys.whole("attention.sliding_window"),
+                   "window_rope": {"theta": layout.near_theta} if layout.near_theta else None,
                    "window_layers": tuple(i for i in range(layers) if windowed[i])}  # fmt: skip
         if keys.value("attention.sliding_window_pattern") not in (None, each, windowed):
             raise CheckpointError(f"{file.path}: {arch}.attention.sliding_window_pattern is not one layer of {each}")
@@ -226,6 +269,19 @@ def read_shape(file: GgufFile) -> tuple[ModelConfig, Family, Gguf]:
         raise CheckpointError(f"{file.path}: {error}") from None
 
 
+def _read_experts(keys: "_Keys", layout: Gguf) -> dict[str, Any]:
+    """`experts`, and the width of one; files of some families say it as that of an ordinary MLP."""
+    shared = keys.value("expert_shared_feed_forward_length")
+    return {
+        "experts": {
+            "count": keys.whole("expert_count"), "active": keys.whole("expert_used_count"),
+            "normalized": layout.normalized,
+            "shared_dim": keys.whole("expert_shared_feed_forward_length") if shared else 0,
+        },
+        "ffn_dim": keys.whole("expert_feed_forward_length", keys.whole("feed_forward_length")),
+    }  # fmt: skip
+
+
 def _bias(file: GgufFile, layers: int) -> str:
     """Which linear layers have a bias, from the tensors of the first block."""
     has = {name for name in ("attn_q", "attn_qkv", "attn_output", "ffn_up") if f"blk.0.{name}.bias" in file.tensors}
@@ -237,10 +293,11 @@ def _bias(file: GgufFile, layers: int) -> str:
     ]
 
 
-def _read_rope(file: GgufFile, keys: _Keys, head_dim: int, context: int) -> dict[str, Any]:
-    if keys.whole("rope.dimension_count", head_dim) != head_dim:
-        keys.wrong("rope.dimension_count", keys.value("rope.dimension_count"), f"the whole head, {head_dim}")
-    rope: dict[str, Any] = {"theta": keys.number("rope.freq_base", 10_000.0)}
+def _read_rope(file: GgufFile, keys: _Keys, head_dim: int, context: int, partial: bool) -> dict[str, Any]:
+    turning = keys.whole("rope.dimension_count", head_dim)
+    if turning != head_dim and (not partial or int(head_dim * (turning / head_dim)) != turning):
+        keys.wrong("rope.dimension_count", turning, f"the whole head, {head_dim}")
+    rope: dict[str, Any] = {"theta": keys.number("rope.freq_base", 10_000.0), "share": turning / head_dim}
     if (tensor := file.tensors.get(ROPE_FACTORS)) is not None:
         if tensor.type != "F32" or tensor.shape != (head_dim // 2,):
             raise CheckpointError(f"{file.path}: {ROPE_FACTORS} is no vector of {head_dim // 2} float32 numbers")

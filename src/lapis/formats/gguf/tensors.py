@@ -9,6 +9,7 @@ come in pieces of whole heads, so that no matrix is held twice.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import numpy as np
 
@@ -37,6 +38,8 @@ class PlacedTensor:
         by_head: For a matrix that holds q, k and v of one head after those of another: how many heads. The file has all
             of q first.
         component: Of the family's table.
+        stacked: For one matrix of each expert, of a tensor that stacks them with inputs first and interleaves several:
+            (experts, which of them, how many are interleaved).
     """
 
     names: tuple[str, ...]
@@ -47,6 +50,7 @@ class PlacedTensor:
     offset: float
     component: str
     by_head: int = 0
+    stacked: tuple[int, int, int] = (0, 0, 1)
 
     @property
     def name(self) -> str:
@@ -63,7 +67,7 @@ class PlacedTensor:
     def pieces(self) -> Iterator[tuple[int, int]]:
         """[first, last) of rows that are worked on together: whole heads, or as many as PIECE holds."""
         unit = self.rows // self.heads if self.heads and len(self.shape) > 1 else 1
-        whole = self.rows // len(self.names)  # a piece is of one expert
+        whole = self.rows // max(len(self.names), self.stacked[0] if len(self.shape) > 2 else 1)  # one expert's
         step = self.rows if self.transposed or self.by_head else max(1, PIECE // (self.columns * unit)) * unit
         for start in range(0, self.rows, whole):
             for first in range(start, start + whole, step):
@@ -81,10 +85,19 @@ def place_tensors(family: Family, layout: Gguf, config: ModelConfig) -> list[Pla
         matched = family.match(name)
         assert matched is not None
         rule = matched[0]
+        if rule.component in layout.lists:
+            continue
+        if rule.component in layout.interleaved:
+            placed += _of_stack(names, name, rule, layout.interleaved[rule.component], shape, matched[1])
+            continue
         common = name if rule.expert is None else name.replace(f".experts.{rule.expert}.", ".experts.")
         file_name = names.get_name(common, try_suffixes=(".weight", ".bias")) or names.get_name(
             common.removeprefix(family.prefix), try_suffixes=(".weight", ".bias")
         )
+        if file_name is not None and not file_name.endswith((".weight", ".bias")):
+            file_name += ".weight"
+        if rule.component in layout.files:
+            file_name = layout.files[rule.component].replace("{layer}", str(matched[1]))
         if file_name is None:
             raise CheckpointError(f"{name} has no place in a GGUF file of {layout.arch}")
         if rule.expert is not None:
@@ -104,12 +117,38 @@ def place_tensors(family: Family, layout: Gguf, config: ModelConfig) -> list[Pla
     return placed
 
 
+def _of_stack(
+    names: Any, name: str, rule: Rule, parts: tuple[str, ...], shape: tuple[int, ...], layer: int | None
+) -> list[PlacedTensor]:
+    """The matrices that one tensor of the folder stacks, for each expert; or their biases."""
+    stem = f"model.layers.{layer}.mlp.experts."
+    experts, (*inputs, outputs) = shape[0], shape[1:]
+    return [
+        PlacedTensor(
+            (name,), f"{names.get_name(stem + part)}.{rule.kind}", (experts, outputs // len(parts), *inputs), 0, False,
+            0.0, rule.component, stacked=(experts, number, len(parts)),
+        )
+        for number, part in enumerate(parts)
+    ]  # fmt: skip
+
+
 def _is_norm(rule: Rule) -> bool:
     return rule.kind == "weight" and ("norm" in rule.component)
 
 
 def rows_of_folder(checkpoint: Checkpoint, names: Sequence[str], placed: PlacedTensor, first: int, last: int) -> Array:
     """Rows [first, last) as the file has them, float32 [rows, columns]. names: as the folder spells the tensors."""
+    count, which, step = placed.stacked
+    if count and len(placed.shape) == 2:  # a bias of each expert
+        flat = checkpoint.read_range(names[0], 0, count * placed.columns * step).float().numpy()
+        return np.ascontiguousarray(flat.reshape(count, -1)[first:last, which::step])
+    if count:
+        outputs = placed.shape[1]
+        expert, first = divmod(first, outputs)
+        size = placed.columns * outputs * step
+        flat = checkpoint.read_range(names[0], expert * size, (expert + 1) * size).float().numpy()
+        matrix = flat.reshape(placed.columns, -1)[:, which::step].T
+        return np.ascontiguousarray(matrix[first : last - expert * outputs])
     expert, first = divmod(first, placed.rows // len(names))
     name, last = names[expert], last - expert * (placed.rows // len(names))
     if placed.by_head:

@@ -31,11 +31,19 @@ class View(NamedTuple):
     causal: bool
 
 
+class LentKeys:
+    """Keys and values of layers that later ones read: layer -> both, [B, K, S, E]. (FSDP copies plain containers.)"""
+
+    def __init__(self) -> None:
+        self.of: dict[int, tuple[Tensor, Tensor]] = {}
+
+
 class Shared(NamedTuple):
     """What all layers of one forward pass share.
 
     near, near_rotation: of the layers with a sliding window. query_gain: [..., T, 1, 1], by position. real_BT: False =
     padding; None where there is none. segments_BT: int64, whose tokens do not see those of others; None = one of each.
+    lent: what some layers read of others. inputs_BTLP: what each layer reads of the tokens, P numbers for each of L.
     """
 
     full: View
@@ -45,6 +53,8 @@ class Shared(NamedTuple):
     query_gain: Tensor | None = None
     real_BT: Tensor | None = None
     segments_BT: Tensor | None = None
+    lent: LentKeys | None = None
+    inputs_BTLP: Tensor | None = None
 
 
 class AttentionCore(nn.Module):

@@ -88,13 +88,19 @@ def choose(logits_NE: Tensor, settings: Experts) -> tuple[Tensor, Tensor]:
     return weights_NK / weights_NK.sum(-1, keepdim=True) if settings.normalized else weights_NK, chosen_NK
 
 
+def mlp_of(config: ModelConfig, layer: int) -> nn.Module:
+    """The mixture of a layer, or the ordinary MLP that it has instead."""
+    if config.mixes_experts(layer):
+        return MixtureOfExperts(config)
+    return Mlp(config, width=config.experts.dense_dim if config.experts is not None else 0)
+
+
 class ExpertsBlock(TransformerBlock):
     """The usual block, with a mixture in the place of its MLP where the layer has one."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
-        width = config.experts.dense_dim if config.experts is not None else 0
-        mixes = config.experts is None or config.mixes_experts(layer)  # without experts it says what is missing
-        super().__init__(config, layer, mlp=MixtureOfExperts(config) if mixes else Mlp(config, width=width))
+        whole = config.experts is None  # then the mixture says what is missing
+        super().__init__(config, layer, mlp=MixtureOfExperts(config) if whole else mlp_of(config, layer))
 
 
 ARCHITECTURE = Architecture(ExpertsBlock)

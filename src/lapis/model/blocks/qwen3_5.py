@@ -1,4 +1,4 @@
-"""Qwen3.5's blocks: attention with a gate on its output, or a gated delta net, which keeps a state of fixed size.
+"""Qwen3-Next's and 3.5's blocks: attention with a gate on its output, or a gated delta net, with a state of fixed size.
 
 A delta net computes a chunk of tokens at a time; a single token with a state is a chunk of one, so training, reading a
 prompt and generating are one function. Its state is in float32.
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lapis.errors import ConfigError
 from lapis.families.config import Delta, ModelConfig
 from lapis.model.blocks.attention import Attention, Shared
+from lapis.model.blocks.experts import mlp_of
 from lapis.model.blocks.gemma3 import make_offset_norm
 from lapis.model.blocks.norm import RMSNorm
 from lapis.model.blocks.standard import Architecture, TransformerBlock
@@ -165,10 +166,10 @@ def gated_delta_rule(
 
 
 class DeltaBlock(TransformerBlock):
-    """x + mixer(norm(x)), then the same with the MLP; the mixer is `delta` or `attn`, by the layer."""
+    """x + mixer(norm(x)), then the same with the MLP or experts; the mixer is `delta` or `attn`, by the layer."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
-        super().__init__(config, layer, make_offset_norm)
+        super().__init__(config, layer, make_offset_norm, mlp=mlp_of(config, layer))
         self.linear = config.delta is not None and layer in config.delta.layers
         if self.linear:
             del self.attn

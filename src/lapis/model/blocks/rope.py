@@ -78,6 +78,9 @@ def inverse_frequencies(rope: Rope, config: ModelConfig, length: int, device: to
     inverse = 1.0 / rope.theta**exponents
     if rope.kind == "linear":
         return inverse / factor, 1.0
+    if rope.kind == "proportional":
+        turning = int(rope.share * dim // 2)
+        return torch.cat((inverse[:turning], torch.zeros_like(inverse[turning:]))) / factor, 1.0
     if rope.kind == "llama3":
         return _llama3(rope, inverse, rope.original_context or config.context), 1.0
     if rope.kind == "yarn":

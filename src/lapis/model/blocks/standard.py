@@ -80,6 +80,7 @@ class TransformerBlock(nn.Module):
     """
 
     dropout = 0.0
+    only_adds = True  # what leaves the block is what enters it and what its two halves add
 
     def __init__(
         self, config: ModelConfig, layer: int, norm: MakeNorm = make_norm, norms: tuple[str, ...] = ("attn", "mlp"),
@@ -128,11 +129,13 @@ class Architecture:
         block: Makes the block of a layer.
         norm: Makes a norm of a width: the final one, and whatever the block asks it for.
         embed_scale: What embedded tokens are multiplied by, rounded to the dtype of the embedding.
+        layer_inputs: Makes what gives each layer a vector of each token, from ids and embedded tokens.
     """
 
     block: Callable[[ModelConfig, int], TransformerBlock] = TransformerBlock
     norm: MakeNorm = make_norm
     embed_scale: Callable[[ModelConfig], float] = lambda config: 1.0
+    layer_inputs: Callable[[ModelConfig], nn.Module] | None = None
 
 
 ARCHITECTURE = Architecture()

@@ -22,7 +22,12 @@ from lapis.model.cache import Cache, Place
 
 def slot_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
     """Bytes of keys and values that one token takes."""
-    return 2 * config.layers * config.kv_heads * config.head_dim * dtype.itemsize
+    return sum(2 * own.kv_heads * own.head_dim * dtype.itemsize for own in map(config.at, _with_keys(config)))
+
+
+def _with_keys(config: ModelConfig) -> list[int]:
+    """The layers that have keys of their own."""
+    return [layer for layer in range(config.layers) if not config.borrows(layer)]
 
 
 class Slots:
@@ -32,9 +37,9 @@ class Slots:
         if config.delta is not None:
             raise ConfigError(f"serve: {config.family} keeps states, which slots do not hold; use lapis chat")
         self.config, self.rows, self.room = config, rows, room
-        shape = (rows, config.kv_heads, room, config.head_dim)
-        self.keys = [_reserve(shape, dtype, device) for _ in range(config.layers)]
-        self.values = [_reserve(shape, dtype, device) for _ in range(config.layers)]
+        shapes = [(rows, own.kv_heads, room, own.head_dim) for own in map(config.at, _with_keys(config))]
+        self.keys = [_reserve(shape, dtype, device) for shape in shapes]
+        self.values = [_reserve(shape, dtype, device) for shape in shapes]
         self.held: list[list[int]] = [[] for _ in range(rows)]
         self.used = [0] * rows  # when each was last written to, by a clock of its own
         self._clock = 0

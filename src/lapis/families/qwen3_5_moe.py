@@ -1,0 +1,58 @@
+"""Qwen3.5's mixtures of experts, text: the layers of qwen3_5.py, with experts and a shared one in place of each MLP.
+
+Of a folder with pictures (model_type "qwen3_5_moe") the language model is run; what lapis saves of it is
+"qwen3_5_moe_text".
+"""
+
+from typing import Any
+
+from lapis.families.base import WRAPPED
+from lapis.families.config import ModelConfig
+from lapis.families.experts import read_experts, write_experts
+from lapis.families.fields import Fields
+from lapis.families.llama import llama_like, preset
+from lapis.families.qwen3_5 import OWN, SHARE, own_shapes, write_delta
+from lapis.families.qwen3_5 import read_config as read_delta
+from lapis.families.qwen_moe import RULES, SHARED
+
+EXPERTS = tuple(rule for rule in RULES if rule.component.startswith("mlp."))
+TABLE = (*(rule for rule in OWN if not rule.component.startswith("mlp.")), *EXPERTS)
+CLASSES = {"lm": "Qwen3_5MoeForCausalLM", "none": "Qwen3_5MoeTextModel"}
+
+
+def read_config(fields: Fields) -> dict[str, Any]:
+    fields.known.add("intermediate_size")  # of an ordinary MLP, of which there is none
+    width = fields.integer("moe_intermediate_size")
+    experts = read_experts(fields, "num_experts", 0.001, shared=SHARED)
+    fields.config = {**fields.config, "intermediate_size": width}
+    return {**read_delta(fields), "experts": experts}
+
+
+def write_config(config: ModelConfig) -> dict[str, Any]:
+    written = write_delta(config, CLASSES, experts=(config.experts,))
+    written |= write_experts(config, "num_experts", shared=True, always_normalized=True)
+    assert config.experts is not None
+    return {**written, "moe_intermediate_size": written.pop("intermediate_size"), SHARED: config.experts.shared_dim}
+
+
+FAMILY = llama_like(
+    name="qwen3_5_moe",
+    model_types=("qwen3_5_moe_text",),
+    wrappers=("qwen3_5_moe",),
+    spellings=WRAPPED,
+    rules=TABLE,
+    reader=read_config,
+    writer=write_config,
+    shapes=own_shapes,
+    block="qwen3_5",
+    ignored=(r"rotary_emb\.inv_freq$", r"^mtp\."),
+    defaults={"qwen3_5_moe_text": {"qk_norm": True, "rope": {"theta": 1e7, "share": SHARE}}},
+    presets={
+        "qwen3.5-35b-a3b": preset(
+            "qwen3_5_moe_text", 2048, 40, 16, 2, 512, 248320, 262144, theta=1e7, eps=1e-6, head_dim=256,
+            partial_rotary_factor=SHARE, linear_num_key_heads=16, linear_num_value_heads=32, linear_key_head_dim=128,
+            linear_value_head_dim=128, linear_conv_kernel_dim=4, num_experts=256, num_experts_per_tok=8,
+            moe_intermediate_size=512, shared_expert_intermediate_size=512,
+        ),
+    },
+)  # fmt: skip

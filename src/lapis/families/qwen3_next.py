@@ -1,0 +1,70 @@
+"""Qwen3-Next: the layers of qwen3_5.py and Qwen2's mixtures of experts; two matrices of the delta net hold all others.
+
+Leaves out: the layers that predict several tokens (mtp).
+"""
+
+from typing import Any
+
+from lapis.families.base import Rule
+from lapis.families.config import ModelConfig
+from lapis.families.experts import read_experts, write_experts
+from lapis.families.fields import Fields
+from lapis.families.llama import BLOCK, llama_like, preset
+from lapis.families.qwen3_5 import LEAD, SHARE, own_shapes, write_delta
+from lapis.families.qwen3_5 import read_config as read_delta
+from lapis.families.qwen3_5_moe import TABLE
+from lapis.families.qwen_moe import SHARED
+from lapis.families.shapes import BY_KEY_HEAD, GROUPS_BY_KEY_HEAD
+
+FUSED = {"delta.qkv", "delta.gate", "delta.beta", "delta.decay"}
+OWN = (
+    *(rule for rule in TABLE if rule.component not in FUSED),
+    Rule(
+        BLOCK + "linear_attn.in_proj_qkvz.weight", (LEAD + "delta.qkv.weight", LEAD + "delta.gate.weight"),
+        "delta.qkv_gate", GROUPS_BY_KEY_HEAD,
+    ),
+    Rule(
+        BLOCK + "linear_attn.in_proj_ba.weight", (LEAD + "delta.beta.weight", LEAD + "delta.decay.weight"),
+        "delta.beta_decay", BY_KEY_HEAD,
+    ),
+)  # fmt: skip
+CLASSES = {"lm": "Qwen3NextForCausalLM", "classes": "Qwen3NextForSequenceClassification",
+           "scalar": "Qwen3NextForSequenceClassification", "none": "Qwen3NextModel"}  # fmt: skip
+
+
+def read_config(fields: Fields) -> dict[str, Any]:
+    layers = fields.layers("num_hidden_layers")
+    experts = read_experts(fields, "num_experts", 0.001, shared=SHARED, layers=layers)
+    shape = read_delta(fields)
+    if "dense_layers" not in experts:
+        fields.keep("intermediate_size")  # of layers with an ordinary MLP, of which there are none
+    experts["normalized"] = fields.flag("norm_topk_prob", True)
+    return {**shape, "experts": experts, "ffn_dim": fields.integer("moe_intermediate_size")}
+
+
+def write_config(config: ModelConfig) -> dict[str, Any]:
+    written = write_delta(config, CLASSES, experts=(config.experts,))
+    written |= write_experts(config, "num_experts", shared=True, dense=True)
+    assert config.experts is not None
+    return {**written, "moe_intermediate_size": config.ffn_dim, SHARED: config.experts.shared_dim}
+
+
+FAMILY = llama_like(
+    name="qwen3_next",
+    model_types=("qwen3_next",),
+    rules=OWN,
+    reader=read_config,
+    writer=write_config,
+    shapes=own_shapes,
+    block="qwen3_5",
+    ignored=(r"rotary_emb\.inv_freq$", r"^mtp\."),
+    defaults={"qwen3_next": {"qk_norm": True, "rope": {"theta": 1e7, "share": SHARE}}},
+    presets={
+        "qwen3-next-80b-a3b": preset(
+            "qwen3_next", 2048, 48, 16, 2, 5120, 151936, 262144, theta=1e7, eps=1e-6, head_dim=256,
+            partial_rotary_factor=SHARE, linear_num_key_heads=16, linear_num_value_heads=32, linear_key_head_dim=128,
+            linear_value_head_dim=128, linear_conv_kernel_dim=4, num_experts=512, num_experts_per_tok=10,
+            moe_intermediate_size=512, shared_expert_intermediate_size=512, norm_topk_prob=True,
+        ),
+    },
+)  # fmt: skip
