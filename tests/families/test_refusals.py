@@ -48,3 +48,25 @@ def test_layers_of_another_number_or_kind(name: str) -> None:
     written = family.write_config(SHAPES[name])
     types = written.get("layer_types") or ["full_attention"] * layers
     assert family.read_config({**written, "layer_types": types}) == family.read_config(written)
+
+
+GEMMA4 = {
+    "use_bidirectional_attention": ("all", "use_bidirectional_attention is"),
+    "vocab_size_per_layer_input": (7, "fewer than vocab_size"),
+    "num_kv_shared_layers": (4, "num_kv_shared_layers is 4"),
+    "per_layer_config": ({"1": {"head_dim": 12}}, "per_layer_config is"),
+    "enable_moe_block": (True, "use_double_wide_mlp"),
+    "layer_types": (["sliding_attention"] * 3 + ["full_attention"], "no keys of its own"),
+    "rope_parameters": (
+        {"full_attention": {"rope_type": "default", "partial_rotary_factor": 0.5}, "sliding_attention": {}},
+        "partial_rotary_factor",
+    ),
+}
+
+
+@pytest.mark.parametrize("field", GEMMA4)
+def test_what_no_gemma_4_has(field: str) -> None:
+    value, text = GEMMA4[field]
+    more = {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 8} if field == "enable_moe_block" else {}
+    more |= {"per_layer_config": None, "num_kv_shared_layers": 1} if field == "layer_types" else {}
+    assert text in refusal("gemma4", **{field: value}, **more)

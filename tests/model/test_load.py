@@ -241,3 +241,15 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / weights)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert float(done.stdout) <= 1.15
+
+
+def test_keys_of_layers_that_borrow_are_left_out_aloud(make_folder: Callable[..., Folder]) -> None:
+    """Published folders of Gemma 4 hold them, and no model reads them."""
+    folder = make_folder("gemma4")
+    ids = torch.arange(9)[None]
+    before = load(folder.path)(ids)
+    own = {name: tensor for name, tensor in folder.tensors.items() if ".layers.1.self_attn.k" in name}
+    folder.put(folder.tensors | {name.replace(".layers.1.", ".layers.3."): tensor for name, tensor in own.items()})
+    model = load(folder.path)
+    assert len(own) == 2 and any("2 tensors are keys and values of layers that read" in note for note in model.notes)
+    assert torch.equal(model(ids), before)

@@ -123,6 +123,33 @@ def test_text_that_learned_is_grafted_onto_the_whole(whole: tuple[Any, Path], tm
     torch.testing.assert_close(expected, got, atol=1e-5, rtol=0)
 
 
+@torch.no_grad()
+def test_stacked_experts_are_read_as_the_hub_holds_them(tmp_path: Path) -> None:
+    """Published folders of Qwen3.5's mixtures have one tensor for all experts of a layer; transformers writes many."""
+    options = {**TEXT, **KINDS["qwen3_5_moe"][2], "num_experts": 3}
+    config = transformers.Qwen3_5MoeForCausalLM.config_class(**options)
+    torch.manual_seed(0)
+    theirs = transformers.Qwen3_5MoeForCausalLM(config).eval()
+    theirs.save_pretrained(tmp_path / "own")
+    tensors = load_file(tmp_path / "own" / "model.safetensors")
+    stacked = {name: tensor for name, tensor in tensors.items() if ".experts." not in name}
+    state = theirs.state_dict()
+    stacked |= {name: tensor for name, tensor in state.items() if ".experts." in name}
+    (tmp_path / "hub").mkdir()
+    save_file({n: t.contiguous() for n, t in stacked.items()}, tmp_path / "hub" / "model.safetensors", {"format": "pt"})
+    (tmp_path / "hub" / "config.json").write_text((tmp_path / "own" / "config.json").read_text())
+    assert len(stacked) < len(tensors)
+    ours = load(tmp_path / "hub")
+    assert torch.equal(ours(IDS), load(tmp_path / "own")(IDS))
+    assert (theirs(IDS).logits - ours(IDS)).abs().max() <= 1e-5
+    graft(base=tmp_path / "hub", chat=tmp_path / "hub", onto=tmp_path / "hub", out=tmp_path / "out")
+    assert load_file(tmp_path / "out" / "model.safetensors").keys() == stacked.keys()
+    damaged = {name: tensor for name, tensor in stacked.items() if not name.endswith("layers.1.mlp.experts.down_proj")}
+    save_file(damaged, tmp_path / "hub" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.experts\.0\.down_proj\.weight is missing"):
+        load(tmp_path / "hub")
+
+
 def test_its_adapter_is_pefts(whole: tuple[Any, Path], tmp_path: Path) -> None:
     theirs, folder = whole
     down = "mlp.down" if load(folder).config.experts is None else "mlp.shared.down"

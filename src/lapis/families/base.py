@@ -76,6 +76,12 @@ class Rule:
         make = self.transform.by_head
         return self if make is None else replace(self, transform=make(heads))
 
+    def of_all(self, experts: int) -> "Rule":
+        """The rule of a tensor that stacks what each expert has, for a number of them; itself where it is no such."""
+        if EXPERT in self.disk or not any(EXPERT in name for name in self.names):
+            return self
+        return replace(self, names=tuple(n.replace(EXPERT, str(e)) for e in range(experts) for n in self.names))
+
     def of_expert(self, expert: int | None) -> "Rule":
         """The rule of one expert; itself where it is not about experts."""
         if expert is None or EXPERT not in self.disk:
@@ -217,6 +223,15 @@ class Family:
         """The name as transformers writes it for a model with a head; None where the table does not list it."""
         match = self.match(disk_name)
         return self.disk_name(*match) if match else None
+
+    def stacked(self, disk_name: str) -> str | None:
+        """The tensor that may stand in a folder for this one and those of all other experts; None where none may."""
+        match = self.match(disk_name)
+        if match is None or match[0].expert is None:
+            return None
+        generic = _EXPERT.sub(f".experts.{EXPERT}.", match[0].names[0])
+        other = next((rule for rule in self.rules if generic in rule.names and EXPERT not in rule.disk), None)
+        return self.disk_name(other, match[1]) if other else None
 
     def rules_of(self, config: ModelConfig) -> Iterator[Rule]:
         """The table for a model of this shape: a line of experts becomes one for each of them."""

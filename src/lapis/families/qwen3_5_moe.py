@@ -6,15 +6,23 @@ Of a folder with pictures (model_type "qwen3_5_moe") the language model is run; 
 
 from typing import Any
 
-from lapis.families.base import WRAPPED
+from lapis.families.base import WRAPPED, Rule
 from lapis.families.config import ModelConfig
 from lapis.families.experts import read_experts, write_experts
 from lapis.families.fields import Fields
-from lapis.families.llama import llama_like, preset
+from lapis.families.llama import BLOCK, llama_like, preset
 from lapis.families.qwen3_5 import OWN, SHARE, own_shapes, write_delta
 from lapis.families.qwen3_5 import read_config as read_delta
 from lapis.families.qwen_moe import RULES, SHARED
+from lapis.families.shapes import EXPERT_MATRICES, EXPERT_PAIRS
 
+LEAD = "blocks.{layer}.mlp.experts."
+STACKED = (  # as the hub's folders hold them; transformers writes each expert's own
+    Rule(BLOCK + "mlp.experts.gate_up_proj", (LEAD + "{expert}.gate.weight", LEAD + "{expert}.up.weight"),
+         "mlp.experts.gate_up", EXPERT_PAIRS, twin=True),
+    Rule(BLOCK + "mlp.experts.down_proj", (LEAD + "{expert}.down.weight",), "mlp.experts.down", EXPERT_MATRICES,
+         twin=True),
+)  # fmt: skip
 EXPERTS = tuple(rule for rule in RULES if rule.component.startswith("mlp."))
 TABLE = (*(rule for rule in OWN if not rule.component.startswith("mlp.")), *EXPERTS)
 CLASSES = {"lm": "Qwen3_5MoeForCausalLM", "none": "Qwen3_5MoeTextModel"}
@@ -40,7 +48,7 @@ FAMILY = llama_like(
     model_types=("qwen3_5_moe_text",),
     wrappers=("qwen3_5_moe",),
     spellings=WRAPPED,
-    rules=TABLE,
+    rules=(*TABLE, *STACKED),
     reader=read_config,
     writer=write_config,
     shapes=own_shapes,

@@ -126,6 +126,26 @@ GROUPS_BY_KEY_HEAD = _groups_by_key_head(1)
 BATCH_OF_ONE = Transform(lambda shapes: (1, *shapes[0]), lambda t, shapes: (t[0],), lambda ts: ts[0][None])
 
 
+def _of_experts(matrices: int) -> Transform:
+    """One tensor for all experts, [experts, rows of their matrices one after another, columns]."""
+
+    def disk_shape(shapes: Sequence[Shape]) -> Shape:
+        return len(shapes) // matrices, *_stack_shape(shapes[:matrices])
+
+    def split(tensor: "Tensor", shapes: Sequence[Shape]) -> "tuple[Tensor, ...]":
+        return tuple(part for whole in tensor for part in _split(whole, shapes[:matrices]))
+
+    def join(tensors: "Sequence[Tensor]") -> "Tensor":
+        import torch
+
+        return torch.stack([_stack(tensors[i : i + matrices]) for i in range(0, len(tensors), matrices)])
+
+    return Transform(disk_shape, split, join)
+
+
+EXPERT_PAIRS, EXPERT_MATRICES = _of_experts(2), _of_experts(1)
+
+
 def common_shapes(config: ModelConfig) -> dict[str, Shape]:
     """Component -> shape of its weight. A component that is not listed is a norm over the width, (dim,).
 

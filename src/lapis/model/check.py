@@ -92,6 +92,7 @@ def plan_load(checkpoint: Checkpoint, *, head: Head | None = None, classes: int 
     quantized: list[str] = []
     twins = {rule.names[0] for _, rule, _ in tensors.values() if rule.twin}
     for name, rule, layer in tensors.values():
+        rule = rule.of_all(config.experts.count if config.experts is not None else 0)
         targets = tuple(target.replace("{layer}", str(layer)) for target in rule.names)
         template = [target.replace("{layer}", str(kinds[layer or 0])) for target in rule.names]
         if any(target not in shapes for target in template):

@@ -111,7 +111,7 @@ def missing_tensors(inputs: Mapping[str, Checkpoint], owner: str | None = None) 
         spellings = {name for full in checkpoint.names for name in (full, checkpoint.towers.inner(full)) if name}
         there = {family.canonical(name) for name in spellings}
         for name in names:
-            if name in there:
+            if name in there or family.stacked(name) in there:
                 continue
             if owner is not None and role != owner and name in inputs[owner].index:
                 problems.append(f"{name} is in {owner} and not in {role} ({checkpoint.source}); is it a whole model?")
