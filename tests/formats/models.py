@@ -138,17 +138,21 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2-untied-inner": ("GPT2LMHeadModel", {**GPT2, "tie_word_embeddings": False, "n_inner": 96}),
     "bert": ("BertModel", BERT),
     "bert-masked": ("BertForMaskedLM", BERT),
+    "roberta": ("RobertaModel", {**BERT, "type_vocab_size": 1}),
+    "xlm-roberta-masked": ("XLMRobertaForMaskedLM", {**BERT, "type_vocab_size": 1}),
 }
 EXPORTED_ONLY = tuple(name for name in CASES if name.split("-")[0] in (
-    "gemma4", "exaone4", "olmo3", "apertus", "ministral3", "gpt_oss",
+    "gemma4", "exaone4", "olmo3", "apertus", "ministral3", "gpt_oss", "roberta",
+    "xlm",
 ))  # fmt: skip
-ENCODERS = ("bert", "bert-masked")
+WORD_PIECES = ("bert", "bert-masked")
+ENCODERS = (*WORD_PIECES, "roberta", "xlm-roberta-masked")
 
 
 def make_folder(folder: Path, name: str, tokenizer: Tokenizer | None = None, rows_beyond: int = 3) -> Path:
     """A model and a tokenizer. rows_beyond: rows of the embedding that no token has."""
     kind, options = CASES[name]
-    tokenizer = tokenizer or (word_piece() if name in ENCODERS else byte_level())
+    tokenizer = tokenizer or (word_piece() if name in WORD_PIECES else byte_level())
     model_class = getattr(transformers, kind)
     torch.manual_seed(7)
     ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}

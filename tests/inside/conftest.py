@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from lapis.families.config import Experts, LayerInputs, ModelConfig, Rope, Uneven
+from lapis.families.config import Experts, ModelConfig, Rope
+from lapis.families.uneven import LayerInputs, Uneven
 from lapis.model.transformer import Transformer
 from lapis.text.tokenizer.tokenizer import Tokenizer, train_tokenizer
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lapis.families.config import Delta, Experts, Image, LayerInputs, ModelConfig, Rope, Uneven
+from lapis.families.config import Delta, Experts, Image, ModelConfig, Rope
+from lapis.families.uneven import LayerInputs, Uneven
 from lapis.model.load import save
 from lapis.model.transformer import Transformer
 

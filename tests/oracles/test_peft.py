@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from lapis.errors import CheckpointError
-from lapis.families.config import Delta, Experts, LayerInputs, ModelConfig, Rope, Uneven
+from lapis.families.config import Delta, Experts, ModelConfig, Rope
+from lapis.families.uneven import LayerInputs, Uneven
 from lapis.model.adapter import write_adapter
 from lapis.model.load import load, save
 from lapis.model.lora import LoraConfig, LoraLinear, of, off, token_rows, wrap

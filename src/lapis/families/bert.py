@@ -129,6 +129,10 @@ def _preset(dim: int, layers: int, heads: int) -> dict[str, Any]:
 
 ENCODER = {"norm": "layer", "norm_eps": 1e-12, "positions": "learned", "causal": False, "bias": "all", "mlp": "gelu"}
 
+# what llama.cpp computes of BERT and of those built like it
+COMPUTES = {**LEARNED, "norm_place": ("post",), "causal": (False,), "head": ("none", "masked"),
+            "mlp": ("gelu", "gelu_tanh")}  # fmt: skip
+
 FAMILY = Family(
     name="bert",
     model_types=("bert",),
@@ -140,18 +144,6 @@ FAMILY = Family(
     shapes=lambda config: {"embed.types": (config.types, config.dim), "head.transform": (config.dim, config.dim)},
     defaults={"bert": {**ENCODER, "norm_place": "post", "types": 2, "tied": True}},
     presets={"bert-base-uncased": _preset(768, 12, 12), "bert-large-uncased": _preset(1024, 24, 16)},
-    gguf={
-        "bert": Gguf(
-            "bert",
-            inner=("masked",),
-            computes={
-                **LEARNED,
-                "norm_place": ("post",),
-                "causal": (False,),
-                "head": ("none", "masked"),
-                "mlp": ("gelu", "gelu_tanh"),
-            },
-        )
-    },
+    gguf={"bert": Gguf("bert", inner=("masked",), computes=COMPUTES)},
     spellings=OLD_NAMES,
 )

@@ -303,9 +303,10 @@ class ModelConfig:
         """The same with the sizes that one layer has; itself where all have the same."""
         if self.uneven is None:
             return self
-        full = {} if self.windowed(layer) else {"head_dim": self.uneven.head_dim, "kv_heads": self.uneven.kv_heads}
+        own = self if self.windowed(layer) else self.uneven
         width = 2 * self.ffn_dim if self.uneven.double and self.borrows(layer) else self.ffn_dim
-        return replace(self, **full, ffn_dim=width, uneven=replace(self.uneven, double=False))
+        even = replace(self.uneven, double=False)
+        return replace(self, head_dim=own.head_dim, kv_heads=own.kv_heads, ffn_dim=width, uneven=even)
 
     def borrows(self, layer: int) -> bool:
         """Whether this layer reads the keys and values of another."""

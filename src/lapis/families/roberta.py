@@ -10,6 +10,7 @@ from lapis.errors import CheckpointError, ConfigError
 from lapis.families.base import Family, rules
 from lapis.families.bert import (
     BOTH,
+    COMPUTES,
     ENCODER,
     OLD_NAMES,
     RULES,
@@ -18,6 +19,7 @@ from lapis.families.bert import (
 )
 from lapis.families.config import ModelConfig
 from lapis.families.fields import Fields
+from lapis.families.gguf import Gguf
 
 CLASSES = {"roberta": "Roberta", "xlm-roberta": "XLMRoberta"}
 OWN = (
@@ -95,6 +97,7 @@ FAMILY = Family(
     ignored=(r"embeddings\.(?:position_ids|token_type_ids)$",),
     shapes=lambda config: {"embed.types": (config.types, config.dim), "head.transform": (config.dim, config.dim)},
     defaults=dict.fromkeys(CLASSES, _NEW),
+    gguf=dict.fromkeys(CLASSES, Gguf("bert", inner=("masked",), imported=False, computes=COMPUTES)),
     presets={
         "roberta-base": _preset("roberta", 768, 12, 12, 50265),
         "roberta-large": _preset("roberta", 1024, 24, 16, 50265),

@@ -138,7 +138,8 @@ def export_gguf(
         fields = {**fields, "tokenizer.chat_template": tokenizer.chat_template}
     checkpoint = checkpoint.fetched()
     spelled = {rule_name(checkpoint, name): name for name in checkpoint.names}
-    fields = fields | list_keys(family, layout, config, lambda name: float(checkpoint.read(spelled[name]).float()))
+    lists = list_keys(family, layout, config, lambda name: float(checkpoint.read(spelled[name]).float()))
+    fields = {**fields, **lists}
     _check_space(place, total)
     with ExitStack() as stack:
         temporary = stack.enter_context(commit_file(place, overwrite=overwrite))

@@ -119,7 +119,7 @@ def _rope_keys(rope: Rope, layout: Gguf, notes: list[str]) -> dict[str, Any]:
     if rope.kind in ("default", "llama3", "proportional"):  # the factors of these are a tensor
         return {}
     plain = Rope(rope.theta, rope.kind, rope.factor, rope.original_context)
-    free = {"beta_fast": None, "beta_slow": None, "query_growth": None, "truncate": True}
+    free: dict[str, Any] = {"beta_fast": None, "beta_slow": None, "query_growth": None, "truncate": True}
     if layout.yarn_mscale and rope.mscale == 1:
         free |= {"mscale": None, "mscale_all_dim": None}
     if abs((rope.attention_factor or 0) - _temperature(rope)) < 1e-6:  # what it is without the field

@@ -40,6 +40,7 @@ class PlacedTensor:
         component: Of the family's table.
         stacked: For one matrix of each expert, of a tensor that stacks them with inputs first and interleaves several:
             (experts, which of them, how many are interleaved).
+        before: Rows of the folder's tensor that come before those of the file (RoBERTa's positions of padding).
     """
 
     names: tuple[str, ...]
@@ -51,6 +52,7 @@ class PlacedTensor:
     component: str
     by_head: int = 0
     stacked: tuple[int, int, int] = (0, 0, 1)
+    before: int = 0
 
     @property
     def name(self) -> str:
@@ -106,12 +108,14 @@ def place_tensors(family: Family, layout: Gguf, config: ModelConfig) -> list[Pla
                 continue
             shape = (rule.expert + 1, *shape)
         heads = {"attn.q": config.heads, "attn.k": config.kv_heads}.get(rule.component, 0) if layout.permuted else 0
+        before = config.first_position if rule.component == "embed.position" else 0
+        shape = (shape[0] - before, *shape[1:])
         flipped = rule.transform.transposed and len(shape) == 2
         placed.append(
             PlacedTensor(
                 tuple(experts.get(file_name, [name])), file_name, shape[::-1] if flipped else shape, heads, flipped,
                 layout.norm_offset if _is_norm(rule) else 0.0, rule.component,
-                config.heads if rule.transform.by_head else 0,
+                config.heads if rule.transform.by_head else 0, before=before,
             )
         )  # fmt: skip
     return placed
@@ -158,7 +162,8 @@ def rows_of_folder(checkpoint: Checkpoint, names: Sequence[str], placed: PlacedT
     if placed.transposed:
         return np.ascontiguousarray(checkpoint.read(name).float().numpy().T[first:last])
     width = placed.columns
-    flat = checkpoint.read_range(name, first * width, last * width).float().numpy()
+    begin, end = ((row + placed.before) * width for row in (first, last))
+    flat = checkpoint.read_range(name, begin, end).float().numpy()
     if placed.heads and len(placed.shape) == 1:  # a bias of q or k: one number for each row
         return _interleaved(flat.reshape(-1, 1), placed.heads).reshape(1, -1)
     values = flat.reshape(last - first, width)

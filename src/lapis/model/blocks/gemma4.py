@@ -79,14 +79,21 @@ class ScaledRouter(Router):
         return super().forward(unit(x_ND, self.eps) * self.scale * x_ND.shape[-1] ** -0.5)
 
 
+class Stack(nn.Module):
+    """A matrix of each expert, weight [X, out, in]."""
+
+    def __init__(self, count: int, outputs: int, inputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(count, outputs, inputs))
+
+
 class StackedExperts(nn.Module):
     """All experts of a block, down(act(gate(x)) * up(x)) each; gate_up [X, 2 F, D] and down [X, D, F]."""
 
     def __init__(self, config: ModelConfig, count: int) -> None:
         super().__init__()
-        self.gate_up, self.down = nn.Module(), nn.Module()
-        self.gate_up.weight = nn.Parameter(torch.empty(count, 2 * config.ffn_dim, config.dim))
-        self.down.weight = nn.Parameter(torch.empty(count, config.dim, config.ffn_dim))
+        self.gate_up = Stack(count, 2 * config.ffn_dim, config.dim)
+        self.down = Stack(count, config.dim, config.ffn_dim)
         self.act = ACTIVATIONS[MLP_KINDS[config.mlp][1]]
 
     def __len__(self) -> int:
@@ -106,6 +113,8 @@ class MlpBesideExperts(MixtureOfExperts):
 
     The router reads the token as it comes, the experts read it normed; `forward` is the mixture.
     """
+
+    router: ScaledRouter
 
     def __init__(self, config: ModelConfig) -> None:
         nn.Module.__init__(self)
@@ -199,8 +208,11 @@ class UnevenBlock(TransformerBlock):
         """The MLP, or it and the experts, each normed."""
         norm, mlp = self.norm, self.mlp
         if not isinstance(mlp, MlpBesideExperts):
-            return mlp(norm.mlp(x_BTD))  # type: ignore[no-any-return]
-        return norm.mlp_dense(mlp.plain(norm.mlp(x_BTD))) + norm.experts_out(mlp.mixed(x_BTD, norm.experts(x_BTD)))
+            out_BTD: Tensor = mlp(norm.mlp(x_BTD))
+            return out_BTD
+        plain_BTD: Tensor = norm.mlp_dense(mlp.plain(norm.mlp(x_BTD)))
+        mixed_BTD: Tensor = norm.experts_out(mlp.mixed(x_BTD, norm.experts(x_BTD)))
+        return plain_BTD + mixed_BTD
 
 
 ARCHITECTURE = Architecture(UnevenBlock, make_norm, lambda config: sqrt(config.dim), LayerEmbed)

@@ -54,6 +54,8 @@ class Norms(nn.Module):
     Attributes:
         attn, mlp: Before attention and MLP (after the sum where norms come last).
         attn_out, mlp_out: After attention and MLP, before the sum; few blocks have them.
+        mlp_dense, experts, experts_out, inputs_out: Of Gemma 4: after the MLP that experts stand beside, before and
+            after these, and after the inputs of a layer.
         embed, final: Of the model.
     """
 
@@ -61,6 +63,10 @@ class Norms(nn.Module):
     attn_out: Norm
     mlp: Norm
     mlp_out: Norm
+    mlp_dense: Norm
+    experts: Norm
+    experts_out: Norm
+    inputs_out: Norm
     embed: Norm
     final: Norm
 
