@@ -35,6 +35,9 @@ def family(request, words, tmp_path_factory) -> SimpleNamespace:
     """base, and chat: a step of every weight towards what a chat says."""
     root: Path = tmp_path_factory.mktemp(request.param)
     shape = dataclasses.replace(SHAPES[request.param], vocab=words.rows, context=64)
+    if shape.layer_inputs is not None:  # which has a row for each token, too
+        inputs = dataclasses.replace(shape.layer_inputs, vocab=words.rows)
+        shape = dataclasses.replace(shape, layer_inputs=inputs)
     torch.manual_seed(0)
     model = Transformer(shape)
     with torch.no_grad():
@@ -60,7 +63,7 @@ def test_diff_names_every_layer_and_component(family):
     table = lapis.diff(family.base, family.chat)
     known = {part_of(name).group for name in Transformer(family.shape).state_dict()}
     assert {row["layer"] for row in table.tensors} == {None, *range(family.shape.layers)}
-    fused = {"attn.qkv", "mlp.gate_up", "attn.q_gate"}
+    fused = {"attn.qkv", "mlp.gate_up", "attn.q_gate", "delta.qkv_gate", "delta.beta_decay"}
     assert {lapis_group(row["component"]) for row in table.tensors} <= known | fused
     assert not table.only_in_a and not table.only_in_b and not any("not known" in note for note in table.notes)
 

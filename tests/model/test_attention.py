@@ -117,9 +117,10 @@ def test_one_hook_sees_q_k_v_and_mask_in_every_family(shape: ModelConfig) -> Non
     image = shape.image
     model(torch.randn(1, 3, image.size, image.size) if image else torch.arange(9)[None])
     assert len(calls) == len(attending)
-    for core, q, k, v, mask, causal, out in calls:
-        assert q.shape[1] == shape.heads and k.shape == v.shape and k.shape[1] == shape.kv_heads
-        again = core.weights(q, k, mask, causal) @ v.repeat_interleave(shape.heads // shape.kv_heads, 1)
+    for layer, (core, q, k, v, mask, causal, out) in zip(attending, calls, strict=True):
+        kv_heads = shape.at(layer).kv_heads
+        assert q.shape[1] == shape.heads and k.shape == v.shape and k.shape[1] == kv_heads
+        again = core.weights(q, k, mask, causal) @ v.repeat_interleave(shape.heads // kv_heads, 1)
         assert torch.allclose(again, out, atol=1e-5)
 
 
