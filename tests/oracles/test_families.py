@@ -14,6 +14,7 @@ from safetensors import safe_open
 
 from lapis.errors import CheckpointError
 from lapis.families import ModelConfig, family_of, find
+from lapis.model.blocks.experts import Router
 from lapis.model.cache import Cache
 from lapis.model.check import disk_layout
 from lapis.model.load import load, save
@@ -717,16 +718,42 @@ def test_bf16_stays_close_to_transformers_bf16(pair: Pair) -> None:
     ours = load(pair.folder, torch.bfloat16)
     assert ours(inputs).dtype == torch.bfloat16
     theirs = type(pair.theirs).from_pretrained(pair.folder, dtype=torch.bfloat16)
-    got, expected = ours(inputs), pair.expected(theirs, inputs)
+    margins_N = margins(ours, inputs)
+    got, expected, exact = ours(inputs), pair.expected(theirs, inputs), pair.expected(pair.theirs, inputs)
     limit = 2e-2 * (got.abs().max().item() if ours.config.head == "none" else 1.0)  # states are large
     if ours.config.delta or any(rule.component == "norm.attn_out" for rule in family_of(ours.config).rules):
-        # such norms round what was rounded: transformers' own distance from float32 is the measure
-        limit = max(limit, 2 * gap(expected, pair.expected(pair.theirs, inputs)))
+        # these round what was rounded: transformers' own distance from float32 is the measure, which ours keeps
+        assert gap(got, exact) <= max(limit, 1.5 * gap(expected, exact)) or ours.config.experts is not None
+        limit = max(limit, 2 * gap(expected, exact))
     if ours.config.experts is None:
         assert gap(got, expected) <= limit
-    else:  # where two experts are nearly as probable, rounding decides, and that one token differs more
-        gaps = (got.float() - expected.float()).abs().amax(-1).flatten()
-        assert (gaps > limit).float().mean() <= 0.15 and gaps.median() <= limit / 2
+    else:  # where two experts are nearly as probable, rounding decides, and that token differs more
+        gaps_N = (got.float() - expected.float()).abs().amax(-1).flatten()
+        assert (gaps_N > limit).float().mean() <= 0.15 and gaps_N.median() <= limit / 2
+        if len(margins_N) == len(gaps_N):  # a classifier has one row for a sequence
+            near_N = margins_N < NEAR
+            assert (gaps_N[~near_N & (near_N.cumsum(0) == 0)] <= limit).all()
+            assert (gaps_N[~near_N] <= 2 * limit).all()  # it reads those that stand before it
+
+
+NEAR = 2**-6  # router logits of about 1, computed with rounded numbers, are apart by a few times 2**-9
+
+
+def margins(model: Transformer, inputs: torch.Tensor) -> torch.Tensor:
+    """By how much the last chosen expert leads the first that is not, for each token; the least of all layers."""
+    settings, scores = model.config.experts, list[torch.Tensor]()
+    if settings is None:
+        return torch.zeros(0)
+    routers = [m for m in model.modules() if isinstance(m, Router) and len(m.weight) == settings.count]
+    handles = [m.register_forward_hook(lambda _module, _args, out: scores.append(out.float())) for m in routers]
+    model(inputs)
+    for handle in handles:
+        handle.remove()
+    none = torch.full((inputs.numel(),), torch.inf)
+    sorted_ = [
+        each.flatten(0, -2).sort(-1, descending=True).values for each in scores if settings.active < settings.count
+    ]
+    return torch.stack([none, *(s_NE[:, settings.active - 1] - s_NE[:, settings.active] for s_NE in sorted_)]).amin(0)
 
 
 def test_a_saved_folder_loads_in_transformers_with_the_same_keys(pair: Pair, tmp_path: Path) -> None:
