@@ -622,6 +622,52 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {**VIT, "num_labels": 1, "num_channels": 1, "patch_size": 4, "hidden_act": "relu"},
     ),
 }
+MQA, MHA, TIED = {"num_key_value_heads": 1}, {"num_key_value_heads": 6}, {"tie_word_embeddings": True}
+ROWS = {"num_labels": 3, "pad_token_id": 96}
+GROWN = {**DECODER, **GROWING, "pad_token_id": 96}
+# so that every model_type has six at least
+CASES |= {
+    "mistral-mqa-yarn": ("MistralForCausalLM", {**DECODER, **MQA, **YARN, "sliding_window": 3}),
+    "mistral-bare": ("MistralModel", {**DECODER, **MHA, "sliding_window": 5}),
+    "mistral-classes": ("MistralForSequenceClassification", {**DECODER, **ROWS, "sliding_window": 5}),
+    "qwen2-mha-linear": ("Qwen2ForCausalLM", {**DECODER, **MHA, **LINEAR}),
+    "qwen2-bare": ("Qwen2Model", {**DECODER, **MQA}),
+    "qwen2-classes": ("Qwen2ForSequenceClassification", {**DECODER, **ROWS}),
+    "qwen3-mqa-yarn": ("Qwen3ForCausalLM", {**DECODER, **MQA, **YARN, "head_dim": 12}),
+    "qwen3-bare": ("Qwen3Model", {**DECODER, **MHA, "head_dim": 16}),
+    "qwen3-classes": ("Qwen3ForSequenceClassification", {**DECODER, **ROWS, "head_dim": 16}),
+    "ministral-mqa-tied": ("MinistralForCausalLM", {**DECODER, **MQA, **TIED, "sliding_window": 3, "head_dim": 12}),
+    "ministral-bare": ("MinistralModel", {**DECODER, **MHA, "sliding_window": 5, "head_dim": 8}),
+    "ministral-classes": ("MinistralForSequenceClassification", {**DECODER, **ROWS, "sliding_window": 5}),
+    "ministral3-mqa-tied": ("Ministral3ForCausalLM", {**GROWN, **MQA, **TIED, "head_dim": 12}),
+    "ministral3-mha": ("Ministral3ForCausalLM", {**GROWN, **MHA, "head_dim": 8, "hidden_act": "gelu"}),
+    "ministral3-bare": ("Ministral3Model", {**GROWN, "head_dim": 16}),
+    "olmo2-mqa-linear": ("Olmo2ForCausalLM", {**DECODER, **MQA, **LINEAR, "num_hidden_layers": 2}),
+    "olmo3-bare": ("Olmo3Model", {**DECODER, **MQA, "sliding_window": 4}),
+    "exaone4-bare": ("Exaone4Model", {**DECODER, **MHA, "sliding_window": 5}),
+    "starcoder2-mqa-linear": ("Starcoder2ForCausalLM", {**DECODER, **MQA, **LINEAR}),
+    "starcoder2-bare": ("Starcoder2Model", {**DECODER, **MHA}),
+    "granite-mqa-llama3": ("GraniteForCausalLM", {**DECODER, **GRANITE, **MQA, **LLAMA3}),
+    "phi3-mha-linear": ("Phi3ForCausalLM", {**DECODER, **MHA, "pad_token_id": 96, "num_hidden_layers": 2}),
+    "phi3-bare": ("Phi3Model", {**DECODER, "pad_token_id": 96}),
+    "arcee-mha-linear": ("ArceeForCausalLM", {**DECODER, **ARCEE, **MHA, **LINEAR}),
+    "apertus-linear-odd": ("ApertusForCausalLM", {**DECODER, **LINEAR, "hidden_size": 40, "num_attention_heads": 5,
+                                                  **MQA}),
+    "apertus-relu-one-layer": ("ApertusForCausalLM", {**DECODER, **MHA, "num_hidden_layers": 1}),
+    "gpt2-scalar": ("GPT2ForSequenceClassification", {**GPT2, "num_labels": 1, "pad_token_id": 96}),
+    "bert-masked-relu": ("BertForMaskedLM", {**BERT, "hidden_act": "relu", "num_hidden_layers": 3}),
+    "bert-scalar": ("BertForSequenceClassification", {**BERT, "num_labels": 1}),
+    "roberta-masked-deep": ("RobertaForMaskedLM", {**ROBERTA, "num_hidden_layers": 4, "num_attention_heads": 1}),
+    "roberta-scalar": ("RobertaForSequenceClassification", {**ROBERTA, "num_labels": 1}),
+    "xlm-roberta": ("XLMRobertaModel", {**ROBERTA}),
+    "xlm-roberta-masked-untied": ("XLMRobertaForMaskedLM", {**ROBERTA, "tie_word_embeddings": False}),
+    "xlm-roberta-masked-pads": ("XLMRobertaForMaskedLM", {**ROBERTA, "num_hidden_layers": 3, "pad_token_id": 0}),
+    "xlm-roberta-classes": ("XLMRobertaForSequenceClassification", {**ROBERTA, "num_labels": 5}),
+    "distilbert-masked-one-layer": ("DistilBertForMaskedLM", {**DISTIL, "n_layers": 1, "hidden_dim": 50}),
+    "vit-one-head": ("ViTModel", {**VIT, "num_attention_heads": 1, "hidden_act": "gelu_new"}),
+    "vit-wide": ("ViTForImageClassification", {**VIT, "intermediate_size": 120, "num_labels": 2}),
+    "vit-large-patches": ("ViTForImageClassification", {**VIT, "patch_size": 12, "num_labels": 4}),
+}  # fmt: skip
 CAUSAL = [name for name, (kind, _) in CASES.items() if kind.endswith(("CausalLM", "LMHeadModel"))]
 
 
