@@ -1,11 +1,13 @@
 """Models of the hub, through a server on this machine: what is asked for, what is kept, and what becomes of faults."""
 
 import json
+import re
 import time
 
 import pytest
 import torch
 from huggingface_hub import constants, try_to_load_from_cache
+from safetensors.torch import load_file
 
 import lapis
 from lapis.checkpoint import open_checkpoint
@@ -14,9 +16,13 @@ from lapis.checkpoint.remote import ranges, requests
 from lapis.cli.main import main
 from lapis.errors import CheckpointError
 from lapis.families.config import ModelConfig
+from lapis.model.adapter import write_adapter
 from lapis.model.load import save
+from lapis.model.lora import LoraConfig, wrap
 from lapis.model.transformer import Transformer
 from lapis.text.tokenizer.tokenizer import Tokenizer, train_tokenizer
+from lapis.weights.fuse.fuse import fuse
+from lapis.weights.fuse.opening import open_model
 
 from .hub_server import Hub, serving
 
@@ -341,3 +347,36 @@ def test_a_server_that_answers_at_once_is_asked_for_more(hub, monkeypatch, quick
     assert bytes(data) == raw[model.info(name).start : model.info(name).end]
     spans = [tuple(map(int, one.range[6:].split("-"))) for one in hub.asked if one.path.startswith("/store/")]
     assert max(last + 1 - first for first, last in spans) == most
+
+
+def test_an_adapter_of_the_hub_on_a_base_of_the_hub(hub, files, tmp_path):
+    """`owner/name+owner/adapter`, as mergekit writes it; and the adapter alone, which names its base."""
+    torch.manual_seed(3)
+    for name, data in files["base"].items():
+        (tmp_path / "base").mkdir(exist_ok=True)
+        (tmp_path / "base" / name).write_bytes(data)
+    model, _ = lapis.load("base")
+    wrap(model, LoraConfig(rank=2), REPO)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    write_adapter(model, "here")
+    hub.put("aina/lora", {path.name: path.read_bytes() for path in (tmp_path / "here").iterdir()})
+    fuse("here", "fused", base="base")
+    fuse("aina/lora", "fused-of-the-hub")
+    wanted = (tmp_path / "fused" / WEIGHTS).read_bytes()
+    assert (tmp_path / "fused-of-the-hub" / WEIGHTS).read_bytes() == wanted
+    whole = load_file("fused/" + WEIGHTS)
+    for source in ("aina/tiny+aina/lora", "aina/tiny@main+aina/lora@main", "base+aina/lora", "aina/lora"):
+        opened = open_model(source)
+        assert all(torch.equal(opened.read(name), tensor) for name, tensor in whole.items()), source
+    for source, words in (
+        ("base+aina/tiny", "aina/tiny: holds no adapter"),
+        ("aina/tiny+aina/gone", "aina/gone"),
+        ("aina/gone+aina/lora", "aina/gone"),
+        ("nowhere+aina/lora", "nowhere+aina/lora: there is no such folder"),
+    ):
+        with pytest.raises(CheckpointError, match=re.escape(words)) as refusal:
+            open_model(source)
+        assert "\n" not in str(refusal.value)

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from lapis.checkpoint import pattern_process
-from lapis.checkpoint.files import contained, describe_absence, read_object, stamp
+from lapis.checkpoint.files import contained, read_object, stamp
 from lapis.checkpoint.store import CHANGED_BASE, Adapter, Checkpoint
-from lapis.checkpoint.tensor_file import read_header
+from lapis.checkpoint.tensor_file import INDEX, holds_adapter, read_header
 from lapis.errors import CheckpointError
 from lapis.parsing import quoted
 
@@ -44,14 +44,19 @@ def open_adapter(source: str | os.PathLike[str]) -> Adapter:
     """Opens an adapter folder: config and header are read and checked, no weight is.
 
     Args:
-        source: A folder in PEFT's format.
+        source: A folder in PEFT's format; or one of the hub, or at an address, which is fetched whole.
 
     Raises:
         CheckpointError: For a file that is missing or damaged, another method than LoRA, or a tensor without a place.
     """
     root = Path(source)
     if not os.path.isdir(source):
-        raise CheckpointError(f"{source}: {describe_absence(source)}")
+        from lapis.checkpoint.hub.models import find_model
+
+        snapshot = find_model(source, INDEX)
+        if not holds_adapter(snapshot.sizes) and not snapshot.here(CONFIG):
+            raise CheckpointError(f"{source}: holds no adapter ({CONFIG}); give an adapter")
+        root = snapshot.root
     config = read_object(contained(root, CONFIG))
     _check_config(root, config)
     if not (root / WEIGHTS).exists() and (root / "adapter_model.bin").exists():

@@ -35,7 +35,8 @@ def open_checkpoint(source: str | os.PathLike[str], *, adapters: bool = False) -
 
     Args:
         source: A folder, or `owner/name` or `owner/name@revision` where no such folder is here; or an address
-            (`https://`, `s3://`, `gs://`); or `MODEL+ADAPTER`, an adapter on a base that is given.
+            (`https://`, `s3://`, `gs://`); or `MODEL+ADAPTER`, an adapter on a base that is given, each of them any of
+            these.
         adapters: A folder that holds an adapter opens the model that it belongs to, with `adapter` set; otherwise it is
             refused.
 
@@ -115,9 +116,15 @@ def _split(source: str | os.PathLike[str]) -> tuple[str, str] | None:
     text = os.fspath(source)
     if "+" not in text or os.path.lexists(text):
         return None
-    for place, letter in enumerate(text):
-        base, adapter = text[:place].strip(), text[place + 1 :].strip()
-        if letter == "+" and base and os.path.lexists(os.path.join(adapter, CONFIG)):
+    pairs = [(text[:at].strip(), text[at + 1 :].strip()) for at, letter in enumerate(text) if letter == "+"]
+    for base, adapter in pairs:
+        if base and os.path.lexists(os.path.join(adapter, CONFIG)):
+            return base, adapter
+    from lapis.checkpoint.hub.models import hub_id
+    from lapis.checkpoint.remote.folder import is_address
+
+    for base, adapter in pairs:
+        if is_address(adapter) or (hub_id(adapter) and (os.path.isdir(base) or hub_id(base))):
             return base, adapter
     return None
 

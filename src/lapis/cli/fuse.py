@@ -19,7 +19,7 @@ def fuse(
     """Add an adapter (LoRA, DoRA; PEFT's format) to the model that it was trained on, as a model of its own.
 
     Args:
-        adapter: An adapter folder.
+        adapter: An adapter folder, or an adapter of the hub.
         out: A new folder.
         base: The model that the adapter belongs to, where it is not at the place that the adapter names.
         dtype: Of the weights that are written; by default the base's.

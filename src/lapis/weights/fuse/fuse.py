@@ -54,7 +54,7 @@ def fuse(
     """Writes the base with the adapter added as a model folder. A killed run of the same fuse goes on where it stopped.
 
     Args:
-        adapter: An adapter folder.
+        adapter: An adapter folder, or an adapter of the hub.
         out: A new folder.
         base: In place of the model that the adapter names.
         dtype: Of the weights that are written; None keeps the base's.
