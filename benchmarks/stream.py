@@ -253,7 +253,7 @@ def kills(work: Path, given: argparse.Namespace) -> list[str]:
             for role, after in sent().items():
                 more = after - before[role] - whole[role] - opening[role]
                 again.append(max(0, more))
-            print(f"kill {killed}: {[f'{n / 1e6:.1f}' for n in again[-3:]]} MB twice", file=sys.stderr, flush=True)
+            print(f"kill {killed}: {again[-3:]} bytes twice", file=sys.stderr, flush=True)
     tile = TILE * 2
     return [
         f"{killed} kills of a merge of three models of {whole['base'] / 1e6:,.0f} MB ({seconds:.1f} s): {resumed} went "
@@ -263,6 +263,7 @@ def kills(work: Path, given: argparse.Namespace) -> list[str]:
         "|---|---:|---:|",
         f"| median | {statistics.median(again):,.0f} | {statistics.median(again) / tile:.1f} |",
         f"| most | {max(again):,.0f} | {max(again) / tile:.1f} |",
+        f"| of all sources, most at one kill | {max(sum(again[i : i + 3]) for i in range(0, len(again), 3)):,.0f} | |",
         f"| read ahead, a source (AHEAD / 3) | {AHEAD // 3:,} | {AHEAD / 3 / tile:.1f} |",
     ]
 

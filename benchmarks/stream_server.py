@@ -5,15 +5,20 @@
 Serves DIR/NAME as the model o/NAME with the hub's API, weights from the same port. Each answer waits one round trip, a
 new connection one more, and all bodies together leave at the rate of the line: that much is slept in user space, which
 needs no rights of the system and leaves out how TCP finds a line's rate. Prints its address; GET /sent says how many
-bytes of each model's weights it has sent.
+bytes of each model's weights have come where they were sent: what was still in the memory of this end when a client was
+killed is taken off.
 """
 
 import argparse
+import array
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import re
 import socket
+import termios
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -46,6 +51,7 @@ class Handler(BaseHTTPRequestHandler):
     line: Line | None = None
     sent: ClassVar[dict[str, int]] = {}
     lock = threading.Lock()
+    last = ""  # the model whose weights this connection has sent
 
     def log_message(self, *_arguments: object) -> None:
         pass
@@ -54,6 +60,14 @@ class Handler(BaseHTTPRequestHandler):
         super().setup()
         self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         time.sleep(self.delay)  # the handshake
+
+    def handle(self) -> None:
+        with contextlib.suppress(ConnectionError):
+            super().handle()
+        left = array.array("i", [0])
+        fcntl.ioctl(self.connection, termios.TIOCOUTQ, left)
+        with self.lock:
+            self.sent[self.last] = self.sent.get(self.last, 0) - left[0]
 
     def do_GET(self) -> None:
         time.sleep(self.delay)
@@ -97,8 +111,9 @@ class Handler(BaseHTTPRequestHandler):
                 at += gone
                 if file.suffix != ".safetensors":
                     continue
+                self.last = file.parent.name
                 with self.lock:
-                    self.sent[file.parent.name] = self.sent.get(file.parent.name, 0) + gone
+                    self.sent[self.last] = self.sent.get(self.last, 0) + gone
 
     def _answer(self, status: int, headers: dict[str, str]) -> None:
         self.send_response(status)

@@ -2,6 +2,9 @@
 compared with what the server lists."""
 
 import hashlib
+import os
+import signal
+import time
 from pathlib import Path
 from threading import Barrier
 from typing import Any
@@ -11,7 +14,7 @@ import torch
 from huggingface_hub import constants
 
 from lapis.checkpoint import open_checkpoint
-from lapis.checkpoint.remote import digest, ranges, requests
+from lapis.checkpoint.remote import digest, kept, ranges, requests
 from lapis.checkpoint.staging import staging_of
 from lapis.errors import CheckpointError
 from lapis.weights.diff.diff import diff
@@ -65,7 +68,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def kept(tmp_path: Path) -> list[Path]:
+def in_cache(tmp_path: Path) -> list[Path]:
     """Weights that were written into the cache."""
     return [path for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.stat().st_size > 20_000]
 
@@ -92,13 +95,13 @@ def recipe(place: Path, models: dict[str, str]) -> Path:
 def test_a_graft_and_a_merge_give_the_local_bytes(hub, tmp_path):
     graft(**hub.here, out=tmp_path / "local", scale=0.5)
     result = graft(**there(), out=tmp_path / "graft", scale=0.5)
-    assert weights(tmp_path / "graft") == weights(tmp_path / "local") and kept(tmp_path) == []
+    assert weights(tmp_path / "graft") == weights(tmp_path / "local") and in_cache(tmp_path) == []
     assert "onto: all of it was read and agrees with the sha256 that the server lists" in result.notes
     assert any(note.startswith("base, chat: not compared with a sha256: not all of it") for note in result.notes)
     merge(recipe(tmp_path / "here.yaml", hub.here), tmp_path / "local-merge")
     hub.asked.clear()
     result = merge(recipe(tmp_path / "there.yaml", there()), tmp_path / "merge")
-    assert weights(tmp_path / "merge") == weights(tmp_path / "local-merge") and kept(tmp_path) == []
+    assert weights(tmp_path / "merge") == weights(tmp_path / "local-merge") and in_cache(tmp_path) == []
     assert [note for note in result.notes if "agrees with the sha256" in note and "base" in note and "chat" in note]
     for role in ROLES:  # the header, and then each byte once
         assert max(sent(hub, role)[ranges.FIRST :], default=1) == 1
@@ -148,6 +151,37 @@ def test_an_interrupted_merge_fetches_nothing_again(hub, tmp_path, monkeypatch, 
         again = sum(max(0, n - 1 - 2 * known) for n, known in zip(sent(hub, role), opening[role], strict=True))
         unfinished = 3 * tiles.THREADS * 64 * 2  # tiles that wait for an earlier one
         assert again <= ahead.AHEAD + 2 * SMALL + unfinished  # what was on its way
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_a_killed_merge_fetches_almost_nothing_again(hub, tmp_path, monkeypatch, share):
+    """What had come is taken from shared memory: only what was on its way comes twice."""
+    monkeypatch.setattr(ahead, "AHEAD", 64 * SMALL)
+    monkeypatch.setattr(kept, "PLACE", tmp_path)
+    monkeypatch.setattr(ranges, "FIRST", 64)
+    path = recipe(tmp_path / "r.yaml", there())
+    merge(path, "looked at", dry_run=True)
+    merge(path, "whole")
+    once = {role: sum(sent(hub, role)) for role in ROLES}  # with two openings
+    hub.asked.clear()
+    if (child := os.fork()) == 0:
+
+        def stop(done: int, total: int) -> None:
+            if done >= share * total:
+                time.sleep(0.5)  # until what was asked for has come
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        try:
+            merge(path, "killed", progress=stop)
+        finally:
+            os._exit(1)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    (ring,) = tmp_path.glob("lapis-*")
+    done = merge(path, "killed")
+    assert done.bytes_resumed > 0 and not ring.exists()
+    assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
+    for role in ROLES:
+        assert sum(sent(hub, role)) - once[role] <= 2 * SMALL, role
 
 
 def test_without_openssl_a_resumed_file_is_said_to_be_unchecked(hub, tmp_path, monkeypatch):
@@ -255,4 +289,4 @@ def test_progress_says_how_far_each_source_is(hub, tmp_path):
 def test_a_difference_reads_each_byte_once(hub, tmp_path):
     table = diff("o/base", "o/chat")
     assert table.tensors == diff(hub.here["base"], hub.here["chat"]).tensors
-    assert max(sent(hub, "base")[ranges.FIRST :], default=1) == 1 and kept(tmp_path) == []
+    assert max(sent(hub, "base")[ranges.FIRST :], default=1) == 1 and in_cache(tmp_path) == []

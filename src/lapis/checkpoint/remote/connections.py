@@ -16,7 +16,7 @@ import ssl
 import struct
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -30,6 +30,9 @@ from lapis.checkpoint.remote.requests import AgainError, Refused, ShortReadError
 
 REDIRECTS = 5
 STEP = 1 << 20  # bytes that are read from a connection at a time
+NOTED = 1 << 17  # where each step is noted
+QUICK = 0.01  # seconds from a request to its answer that are at once
+WINDOW = 1 << 17  # bytes on their way, of each connection to a server that answers at once: a kill loses them
 _IDLE = 20.0  # seconds after which a connection that nobody uses is closed and not tried again
 _BUFFER = 1 << 16
 _PRIVATE = {"authorization", "cookie", "proxy-authorization"}  # headers that no other host may see
@@ -61,8 +64,13 @@ class HttpFile:
         self._versions: dict[tuple[str, str], str] = {}  # origin -> ETag, or the time of the last change
         self._conditional = True
 
-    def read(self, first: int, buffer: memoryview) -> int:
+    def read(self, first: int, buffer: memoryview, came: Callable[[int], None] | None = None) -> int:
         """Fills `buffer` with the bytes from `first` on, by one request. Thread-safe.
+
+        Args:
+            first: Where they begin.
+            buffer: For them.
+            came: Called with how many came so far.
 
         Returns:
             How many bytes came: fewer where the answer broke off.
@@ -77,7 +85,7 @@ class HttpFile:
                 raise self._unlike(answer, parts, conditional)
             self._check(answer, parts, first, last)
             self.delay = min(self.delay, answer.delay)
-            return answer.fill(buffer)
+            return answer.fill(buffer, came)
 
     @contextmanager
     def _answer(self, ranges: str) -> Iterator[tuple["_Exchange", SplitResult, bool]]:
@@ -205,6 +213,8 @@ class _Exchange:
         self._answer: _Answer = answer
         self._answer.paced.headers_came()
         self.delay = time.monotonic() - began
+        if fresh and self.delay < QUICK and hasattr(socket, "TCP_WINDOW_CLAMP"):
+            self._line.connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_WINDOW_CLAMP, WINDOW)
         self.status = self._answer.status
         self.headers = {
             name.lower(): value for name, value in reversed(self._answer.headers.items())
@@ -215,15 +225,17 @@ class _Exchange:
         """What tells one state of the file from another; "" where the server says nothing."""
         return str(self.headers.get("etag") or self.headers.get("last-modified") or "")
 
-    def fill(self, buffer: memoryview) -> int:
+    def fill(self, buffer: memoryview, came: Callable[[int], None] | None = None) -> int:
         """Reads the body; returns how much of `buffer` it filled. Beyond `buffer` nothing is read."""
-        done = 0
+        done, step = 0, STEP if came is None else NOTED
         try:
             while done < len(buffer):
-                now = self._answer.readinto(buffer[done : done + STEP])
+                now = self._answer.readinto(buffer[done : done + step])
                 if not now:
                     break
                 done += now
+                if came is not None:
+                    came(done)
         except (OSError, http.client.HTTPException, ShortReadError):
             if not done:
                 raise

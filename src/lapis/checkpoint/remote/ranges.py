@@ -3,18 +3,20 @@
 Whoever reads says what comes next (`prefetch`); what adjoins becomes one request. A piece is held until all of it was
 read and then dropped, so that memory is what was asked for and not read yet, which the reader bounds. Every answer is
 checked (connections.py, stores.py); one that breaks off goes on where it stopped. Where a sha256 of the file is known
-and every byte was read, it must agree.
+and every byte was read, it must agree. What a killed run had fetched is taken from where it was kept (kept.py).
 """
 
 import bisect
 import os
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Protocol
 
+from lapis.checkpoint.remote import kept
+from lapis.checkpoint.remote.connections import QUICK
 from lapis.checkpoint.remote.digest import FileDigest
 from lapis.checkpoint.remote.requests import ShortReadError, patiently
 from lapis.checkpoint.tensor_file import Header, parse_header
@@ -23,7 +25,6 @@ from lapis.errors import CheckpointError
 FIRST = 1 << 16  # bytes of a file that are asked for first: most headers are in them
 PIECE = 1 << 20  # bytes of a request at most; whoever reads waits for the whole of one
 LARGE = 4  # pieces in a request to a server that answers at once: what is left of its cost is each request's
-QUICK = 0.01  # seconds from a request to its answer that are at once
 NEAR = 1 << 18  # bytes that are asked for where fewer are read that nobody announced: neighbors are read next
 GAP = 1 << 14  # bytes that nobody wants, between two ranges that are asked for as one
 CONNECTIONS = 12  # requests at a time, of all files together
@@ -34,15 +35,15 @@ NEARBY = 16  # pieces of all files together that nobody announced and that are k
 class ByteRanges(Protocol):
     """Where the bytes are: one try to read some of them.
 
-    read(first, buffer): Fills `buffer` from byte `first` on; returns how many bytes came. Raises what
-    `checkpoint/remote/requests.py` tells apart: what may pass, and what does not.
+    read(first, buffer, came): Fills `buffer` from byte `first` on; returns how many bytes came, and may tell `came`
+    before. Raises what `checkpoint/remote/requests.py` tells apart: what may pass, and what does not.
     """
 
     name: str
     size: int
     delay: float  # seconds that it takes to answer, the least so far
 
-    def read(self, first: int, buffer: memoryview) -> int: ...
+    def read(self, first: int, buffer: memoryview, came: Callable[[int], None] | None = None) -> int: ...
 
 
 class DigestMismatch(CheckpointError):
@@ -61,6 +62,7 @@ class RangePiece:
         self.readers = 0
         self.ready = threading.Event()
         self.data = memoryview(b"")
+        self.kept: kept.KeptPiece | None = None  # where `data` lies, if it outlives this process
         self.error: BaseException | None = None
 
 
@@ -83,6 +85,7 @@ class RemoteFile:
         self.received = self.delivered = 0
         self.digest = FileDigest(self.size) if sha256 else None
         self.version = version
+        self._key = kept.file_key(self.name, sha256 or version, self.size)
         self._place = place
         self._pieces: list[RangePiece] = []  # by start; they do not overlap
         self._growing: RangePiece | None = None  # the last one, not asked for yet: what comes next may adjoin
@@ -216,13 +219,26 @@ class RemoteFile:
     def load(self, piece: RangePiece) -> None:
         """Fetches a piece, unless it was forgotten; whoever waits for it then has its bytes, or its error."""
         if piece.readers or piece in self._pieces:
-            buffer = _buffers.take(piece.end - piece.start)
+            size = piece.end - piece.start
             try:
-                self._fill(piece.start, buffer)
+                if (ring := kept.current()) is not None:
+                    piece.kept = ring.take(self._key, piece.start, size)
+                buffer = _buffers.take(size) if piece.kept is None else piece.kept.memory
+                self._fill_rest(piece, buffer, [] if ring is None else ring.copy(self._key, piece.start, buffer))
                 piece.data = buffer
             except BaseException as error:
                 piece.error = error
         piece.ready.set()
+
+    def _fill_rest(self, piece: RangePiece, buffer: memoryview, there: list[tuple[int, int]]) -> None:
+        """Fetches what of a piece is not there yet."""
+        done = 0
+        for first, last in [*there, (len(buffer), len(buffer))]:
+            if done < first:
+                self._fill(piece.start + done, buffer[done:first], piece.kept, done)
+            done = last
+            if piece.kept is not None:
+                piece.kept.came(done)
 
     def _leave(self, piece: RangePiece, size: int) -> None:
         """One reader has read a part. Drops a piece once all of it was read, or where it could not be had."""
@@ -240,14 +256,24 @@ class RemoteFile:
                 return
             self._pieces.remove(piece)
             if not piece.readers and piece.ready.is_set():
-                _buffers.give(piece.data)
+                if piece.kept is None:
+                    _buffers.give(piece.data)
+                else:
+                    piece.kept.release()
 
-    def _fill(self, first: int, buffer: memoryview) -> None:
-        """Fills `buffer` by as many requests as it takes."""
+    def _fill(
+        self, first: int, buffer: memoryview, within: kept.KeptPiece | None = None, place: int = 0
+    ) -> None:  # fmt: skip
+        """Fills `buffer`, which begins at byte `place` of what is kept, by as many requests as it takes."""
         done = 0
+
+        def came(count: int) -> None:
+            assert within is not None
+            within.came(place + done + count)
+
         for attempt in patiently(self.name):
             with attempt:
-                now = self._place.read(first + done, buffer[done:])
+                now = self._place.read(first + done, buffer[done:], None if within is None else came)
                 attempt.useful = now > 0
                 done += now
                 self.received += now

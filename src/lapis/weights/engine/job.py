@@ -23,6 +23,7 @@ from lapis.checkpoint import Checkpoint
 from lapis.checkpoint.commit import MANIFEST, check_output, commit, sha256_of
 from lapis.checkpoint.files import read_json, stamp
 from lapis.checkpoint.hub.models import public_names, shown_name
+from lapis.checkpoint.remote.kept import keeping
 from lapis.checkpoint.remote.ranges import DigestMismatch
 from lapis.checkpoint.sharing import SharedJob, finish, process_count
 from lapis.checkpoint.staging import JOURNAL, JobName, Staging, staging_of
@@ -237,10 +238,11 @@ def produce(
                 journal.moved[0],
             )
         try:
-            account = stream(
-                dict(files), staging.path, journal, allow_nonfinite=allow_nonfinite, every_tile=any_remote(inputs),
-                progress=progress,
-            )  # fmt: skip
+            with keeping(staging.root, wanted=any_remote(inputs)):
+                account = stream(
+                    dict(files), staging.path, journal, allow_nonfinite=allow_nonfinite, every_tile=any_remote(inputs),
+                    progress=progress,
+                )  # fmt: skip
             if journal.moved:
                 log.warning("%s of what was done are gone on with", f"{account.bytes_resumed:,} bytes")
         except DigestMismatch:

@@ -1,0 +1,139 @@
+"""What is kept of fetched bytes: it gives what came, to whoever comes after a kill, and to nobody else."""
+
+import fcntl
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lapis.checkpoint.remote import kept
+
+FILES = [kept.file_key(name, "v1", 10_000) for name in ("a", "b")]
+
+
+@pytest.fixture
+def shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Shared memory of this test alone, with room for 4096 bytes."""
+    place = tmp_path / "shm"
+    place.mkdir()
+    monkeypatch.setattr(kept, "PLACE", place)
+    monkeypatch.setattr(kept, "ROOM", 4096)
+    return place
+
+
+def assert_nothing_is_kept(staging: Path) -> None:
+    with kept.keeping(staging):
+        assert kept.current() is None
+
+
+def content(file: bytes, start: int, size: int) -> bytes:
+    """What a file holds."""
+    return bytes((file[0] + 7 * at) % 251 for at in range(start, start + size))
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(FILES), st.integers(0, 5000), st.integers(1, 1024), st.floats(0, 1), st.booleans(),
+            st.booleans(),
+        ),
+        max_size=40,
+    )
+)  # fmt: skip
+def test_it_gives_what_came_and_nothing_else(steps: list[tuple[bytes, int, int, float, bool, bool]]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kept, "ROOM", 4096)
+        handle = os.memfd_create("ring")
+        os.posix_fallocate(handle, 0, 4096 + (1 << 15))
+        ring = kept.KeptRing(handle)
+        in_use: list[kept.KeptPiece] = []
+        for file, start, size, share, release, again in steps:
+            piece = ring.take(file, start, size)
+            if piece is not None:
+                came = int(share * size)
+                piece.memory[:came] = content(file, start, came)
+                piece.came(came)
+                in_use.append(piece)
+            for one in in_use:
+                assert bytes(one.memory[: one.filled]) == content(one.file, one.start, one.filled)
+            if release and in_use:
+                in_use.pop(0).release()
+            if again:  # killed, and another process goes on
+                ring, in_use = kept.KeptRing(handle), []
+            for other in FILES:
+                buffer = bytearray(3000)
+                for first, last in ring.copy(other, 1000, memoryview(buffer)):
+                    assert buffer[first:last] == content(other, 1000 + first, last - first)
+            if piece is not None and piece.filled and not again:
+                buffer = bytearray(size)
+                assert ring.copy(file, start, memoryview(buffer))[0][0] == 0
+        os.close(handle)
+
+
+def test_only_the_same_job_finds_it_and_only_after_a_kill(shared: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+
+    def fill(staging: str) -> None:
+        with kept.keeping(tmp_path / staging):
+            piece = kept.current().take(FILES[0], 0, 100)
+            piece.memory[:] = content(FILES[0], 0, 100)
+            piece.came(100)
+            os._exit(0)
+
+    def found(staging: str) -> list[tuple[int, int]]:
+        with kept.keeping(tmp_path / staging):
+            buffer = bytearray(100)
+            ranges = kept.current().copy(FILES[0], 0, memoryview(buffer))
+            assert not ranges or buffer == content(FILES[0], 0, 100)
+            return ranges
+
+    if (child := os.fork()) == 0:
+        fill("one")
+    os.waitpid(child, 0)
+    (path,) = shared.iterdir()
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert found("two") == [] and path.exists()
+    with path.open("rb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert_nothing_is_kept(tmp_path / "one")
+    assert found("one") == [(0, 100)] and found("one") == []
+    assert list(shared.iterdir()) == []
+
+
+def test_what_a_job_that_is_gone_left_is_removed(shared: Path, tmp_path: Path) -> None:
+    for name in ("gone", "old", "here"):
+        (tmp_path / name).mkdir()
+        if (child := os.fork()) == 0:
+            with kept.keeping(tmp_path / name):
+                os._exit(0)
+        os.waitpid(child, 0)
+    assert len(list(shared.iterdir())) == 3
+    (tmp_path / "gone").rmdir()
+    old = kept._path(tmp_path / "old")
+    os.utime(old, (0, 0))
+    with kept.keeping(tmp_path / "new"):
+        left = {path.name for path in shared.iterdir()}
+    assert kept._path(tmp_path / "here").name in left and old.name not in left
+    assert kept._path(tmp_path / "gone").name not in left
+
+
+@pytest.mark.parametrize("how", ["link", "locked", "absent", "full"])
+def test_where_it_cannot_be_had_nothing_is_kept(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    path = kept._path(tmp_path / "job")
+    other = None
+    if how == "link":
+        path.symlink_to(tmp_path / "elsewhere")
+    elif how == "locked":
+        other = path.open("wb")
+        fcntl.flock(other, fcntl.LOCK_EX)
+    elif how == "absent":
+        monkeypatch.setattr(kept, "PLACE", tmp_path / "none")
+    else:
+        monkeypatch.setattr(kept, "ROOM", 1 << 62)
+    assert_nothing_is_kept(tmp_path / "job")
+    assert not (tmp_path / "elsewhere").exists()
+    if other is not None:
+        other.close()
