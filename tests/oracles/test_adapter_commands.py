@@ -1,4 +1,4 @@
-"""The eight commands as they are typed, with PEFT's adapters of each kind, beside the folder of its merge_and_unload."""
+"""The eight commands as they are typed, with PEFT's adapters of each kind, beside its merge_and_unload."""
 
 import json
 from collections.abc import Callable, Iterator

@@ -14,7 +14,7 @@ import torch
 from huggingface_hub import constants
 
 from lapis.checkpoint import open_checkpoint
-from lapis.checkpoint.remote import digest, kept, ranges, requests
+from lapis.checkpoint.remote import digest, ranges, requests, shared_memory
 from lapis.checkpoint.staging import staging_of
 from lapis.errors import CheckpointError
 from lapis.weights.diff.diff import diff
@@ -157,7 +157,7 @@ def test_an_interrupted_merge_fetches_nothing_again(hub, tmp_path, monkeypatch, 
 def test_a_killed_merge_fetches_almost_nothing_again(hub, tmp_path, monkeypatch, share):
     """What had come is taken from shared memory: only what was on its way comes twice."""
     monkeypatch.setattr(ahead, "AHEAD", 64 * SMALL)
-    monkeypatch.setattr(kept, "PLACE", tmp_path)
+    monkeypatch.setattr(shared_memory, "PLACE", tmp_path)
     monkeypatch.setattr(ranges, "FIRST", 64)
     path = recipe(tmp_path / "r.yaml", there())
     merge(path, "looked at", dry_run=True)

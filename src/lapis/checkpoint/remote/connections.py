@@ -26,12 +26,11 @@ from urllib.parse import SplitResult, unquote, urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from lapis.checkpoint.remote import requests
-from lapis.checkpoint.remote.requests import AgainError, Refused, ShortReadError, check_encoding, refusal
+from lapis.checkpoint.remote.requests import QUICK, AgainError, Refused, ShortReadError, check_encoding, refusal
 
 REDIRECTS = 5
 STEP = 1 << 20  # bytes that are read from a connection at a time
 NOTED = 1 << 17  # where each step is noted
-QUICK = 0.01  # seconds from a request to its answer that are at once
 WINDOW = 1 << 17  # bytes on their way, of each connection to a server that answers at once: a kill loses them
 _IDLE = 20.0  # seconds after which a connection that nobody uses is closed and not tried again
 _BUFFER = 1 << 16

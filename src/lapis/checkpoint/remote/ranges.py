@@ -3,7 +3,7 @@
 Whoever reads says what comes next (`prefetch`); what adjoins becomes one request. A piece is held until all of it was
 read and then dropped, so that memory is what was asked for and not read yet, which the reader bounds. Every answer is
 checked (connections.py, stores.py); one that breaks off goes on where it stopped. Where a sha256 of the file is known
-and every byte was read, it must agree. What a killed run had fetched is taken from where it was kept (kept.py).
+and every byte was read, it must agree. What a killed run had fetched is not fetched again (shared_memory.py).
 """
 
 import bisect
@@ -15,10 +15,10 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Protocol
 
-from lapis.checkpoint.remote import kept
-from lapis.checkpoint.remote.connections import QUICK
+from lapis.checkpoint.remote import shared_memory
 from lapis.checkpoint.remote.digest import FileDigest
-from lapis.checkpoint.remote.requests import ShortReadError, patiently
+from lapis.checkpoint.remote.requests import QUICK, ShortReadError, patiently
+from lapis.checkpoint.remote.shared_memory import SharedPiece
 from lapis.checkpoint.tensor_file import Header, parse_header
 from lapis.errors import CheckpointError
 
@@ -62,7 +62,7 @@ class RangePiece:
         self.readers = 0
         self.ready = threading.Event()
         self.data = memoryview(b"")
-        self.kept: kept.KeptPiece | None = None  # where `data` lies, if it outlives this process
+        self.shared: SharedPiece | None = None  # where `data` lies, if it outlives this process
         self.error: BaseException | None = None
 
 
@@ -85,7 +85,7 @@ class RemoteFile:
         self.received = self.delivered = 0
         self.digest = FileDigest(self.size) if sha256 else None
         self.version = version
-        self._key = kept.file_key(self.name, sha256 or version, self.size)
+        self._key = shared_memory.file_key(self.name, sha256 or version, self.size)
         self._place = place
         self._pieces: list[RangePiece] = []  # by start; they do not overlap
         self._growing: RangePiece | None = None  # the last one, not asked for yet: what comes next may adjoin
@@ -221,9 +221,9 @@ class RemoteFile:
         if piece.readers or piece in self._pieces:
             size = piece.end - piece.start
             try:
-                if (ring := kept.current()) is not None:
-                    piece.kept = ring.take(self._key, piece.start, size)
-                buffer = _buffers.take(size) if piece.kept is None else piece.kept.memory
+                if (ring := shared_memory.current()) is not None:
+                    piece.shared = ring.take(self._key, piece.start, size)
+                buffer = _buffers.take(size) if piece.shared is None else piece.shared.memory
                 self._fill_rest(piece, buffer, [] if ring is None else ring.copy(self._key, piece.start, buffer))
                 piece.data = buffer
             except BaseException as error:
@@ -235,10 +235,10 @@ class RemoteFile:
         done = 0
         for first, last in [*there, (len(buffer), len(buffer))]:
             if done < first:
-                self._fill(piece.start + done, buffer[done:first], piece.kept, done)
+                self._fill(piece.start + done, buffer[done:first], piece.shared, done)
             done = last
-            if piece.kept is not None:
-                piece.kept.came(done)
+            if piece.shared is not None:
+                piece.shared.came(done)
 
     def _leave(self, piece: RangePiece, size: int) -> None:
         """One reader has read a part. Drops a piece once all of it was read, or where it could not be had."""
@@ -256,13 +256,13 @@ class RemoteFile:
                 return
             self._pieces.remove(piece)
             if not piece.readers and piece.ready.is_set():
-                if piece.kept is None:
+                if piece.shared is None:
                     _buffers.give(piece.data)
                 else:
-                    piece.kept.release()
+                    piece.shared.release()
 
     def _fill(
-        self, first: int, buffer: memoryview, within: kept.KeptPiece | None = None, place: int = 0
+        self, first: int, buffer: memoryview, within: SharedPiece | None = None, place: int = 0
     ) -> None:  # fmt: skip
         """Fills `buffer`, which begins at byte `place` of what is kept, by as many requests as it takes."""
         done = 0

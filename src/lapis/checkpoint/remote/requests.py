@@ -23,6 +23,7 @@ PAUSE = 0.5  # seconds before the second try, give or take half; each further on
 LONGEST = 300.0  # seconds of Retry-After that are waited for: the hub counts requests over five minutes
 TIMEOUT = 30.0  # seconds without a byte
 ANSWER = 60.0  # seconds until the headers of an answer are there, redirects included
+QUICK = 0.01  # seconds from a request to its answer that are at once
 LOWEST = 2_000  # bytes a second, over each WINDOW
 WINDOW = 30.0  # seconds
 

@@ -23,8 +23,8 @@ from lapis.checkpoint import Checkpoint
 from lapis.checkpoint.commit import MANIFEST, check_output, commit, sha256_of
 from lapis.checkpoint.files import read_json, stamp
 from lapis.checkpoint.hub.models import public_names, shown_name
-from lapis.checkpoint.remote.kept import keeping
 from lapis.checkpoint.remote.ranges import DigestMismatch
+from lapis.checkpoint.remote.shared_memory import keeping
 from lapis.checkpoint.sharing import SharedJob, finish, process_count
 from lapis.checkpoint.staging import JOURNAL, JobName, Staging, staging_of
 from lapis.checkpoint.tensor_file import header_bytes
@@ -238,7 +238,7 @@ def produce(
                 journal.moved[0],
             )
         try:
-            with keeping(staging.root, wanted=any_remote(inputs)):
+            with keeping(staging.root, remote=any_remote(inputs)):
                 account = stream(
                     dict(files), staging.path, journal, allow_nonfinite=allow_nonfinite, every_tile=any_remote(inputs),
                     progress=progress,

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 EXACT = 1024
-OVER = 32
-_POWER = 3
+OVER = 64
+_POWER = 6
 
 
 def low_rank(matrix_OI: Tensor, rank: int, name: str) -> tuple[Tensor, Tensor]:

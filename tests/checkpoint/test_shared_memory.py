@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lapis.checkpoint.remote import kept
+from lapis.checkpoint.remote import shared_memory
 
-FILES = [kept.file_key(name, "v1", 10_000) for name in ("a", "b")]
+FILES = [shared_memory.file_key(name, "v1", 10_000) for name in ("a", "b")]
 
 
 @pytest.fixture
@@ -18,14 +18,14 @@ def shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Shared memory of this test alone, with room for 4096 bytes."""
     place = tmp_path / "shm"
     place.mkdir()
-    monkeypatch.setattr(kept, "PLACE", place)
-    monkeypatch.setattr(kept, "ROOM", 4096)
+    monkeypatch.setattr(shared_memory, "PLACE", place)
+    monkeypatch.setattr(shared_memory, "ROOM", 4096)
     return place
 
 
 def assert_nothing_is_kept(staging: Path) -> None:
-    with kept.keeping(staging):
-        assert kept.current() is None
+    with shared_memory.keeping(staging):
+        assert shared_memory.current() is None
 
 
 def content(file: bytes, start: int, size: int) -> bytes:
@@ -44,11 +44,11 @@ def content(file: bytes, start: int, size: int) -> bytes:
 )  # fmt: skip
 def test_it_gives_what_came_and_nothing_else(steps: list[tuple[bytes, int, int, float, bool, bool]]) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kept, "ROOM", 4096)
+        patch.setattr(shared_memory, "ROOM", 4096)
         handle = os.memfd_create("ring")
         os.posix_fallocate(handle, 0, 4096 + (1 << 15))
-        ring = kept.KeptRing(handle)
-        in_use: list[kept.KeptPiece] = []
+        ring = shared_memory.SharedRing(handle)
+        in_use: list[shared_memory.SharedPiece] = []
         for file, start, size, share, release, again in steps:
             piece = ring.take(file, start, size)
             if piece is not None:
@@ -61,7 +61,7 @@ def test_it_gives_what_came_and_nothing_else(steps: list[tuple[bytes, int, int, 
             if release and in_use:
                 in_use.pop(0).release()
             if again:  # killed, and another process goes on
-                ring, in_use = kept.KeptRing(handle), []
+                ring, in_use = shared_memory.SharedRing(handle), []
             for other in FILES:
                 buffer = bytearray(3000)
                 for first, last in ring.copy(other, 1000, memoryview(buffer)):
@@ -77,16 +77,16 @@ def test_only_the_same_job_finds_it_and_only_after_a_kill(shared: Path, tmp_path
         (tmp_path / name).mkdir()
 
     def fill(staging: str) -> None:
-        with kept.keeping(tmp_path / staging):
-            piece = kept.current().take(FILES[0], 0, 100)
+        with shared_memory.keeping(tmp_path / staging):
+            piece = shared_memory.current().take(FILES[0], 0, 100)
             piece.memory[:] = content(FILES[0], 0, 100)
             piece.came(100)
             os._exit(0)
 
     def found(staging: str) -> list[tuple[int, int]]:
-        with kept.keeping(tmp_path / staging):
+        with shared_memory.keeping(tmp_path / staging):
             buffer = bytearray(100)
-            ranges = kept.current().copy(FILES[0], 0, memoryview(buffer))
+            ranges = shared_memory.current().copy(FILES[0], 0, memoryview(buffer))
             assert not ranges or buffer == content(FILES[0], 0, 100)
             return ranges
 
@@ -107,22 +107,24 @@ def test_what_a_job_that_is_gone_left_is_removed(shared: Path, tmp_path: Path) -
     for name in ("gone", "old", "here"):
         (tmp_path / name).mkdir()
         if (child := os.fork()) == 0:
-            with kept.keeping(tmp_path / name):
+            with shared_memory.keeping(tmp_path / name):
                 os._exit(0)
         os.waitpid(child, 0)
     assert len(list(shared.iterdir())) == 3
     (tmp_path / "gone").rmdir()
-    old = kept._path(tmp_path / "old")
+    old = shared_memory._path(tmp_path / "old")
     os.utime(old, (0, 0))
-    with kept.keeping(tmp_path / "new"):
+    with shared_memory.keeping(tmp_path / "new"):
         left = {path.name for path in shared.iterdir()}
-    assert kept._path(tmp_path / "here").name in left and old.name not in left
-    assert kept._path(tmp_path / "gone").name not in left
+    assert shared_memory._path(tmp_path / "here").name in left and old.name not in left
+    assert shared_memory._path(tmp_path / "gone").name not in left
 
 
 @pytest.mark.parametrize("how", ["link", "locked", "absent", "full"])
-def test_where_it_cannot_be_had_nothing_is_kept(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
-    path = kept._path(tmp_path / "job")
+def test_where_it_cannot_be_had_nothing_is_kept(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    path = shared_memory._path(tmp_path / "job")
     other = None
     if how == "link":
         path.symlink_to(tmp_path / "elsewhere")
@@ -130,9 +132,9 @@ def test_where_it_cannot_be_had_nothing_is_kept(shared: Path, tmp_path: Path, mo
         other = path.open("wb")
         fcntl.flock(other, fcntl.LOCK_EX)
     elif how == "absent":
-        monkeypatch.setattr(kept, "PLACE", tmp_path / "none")
+        monkeypatch.setattr(shared_memory, "PLACE", tmp_path / "none")
     else:
-        monkeypatch.setattr(kept, "ROOM", 1 << 62)
+        monkeypatch.setattr(shared_memory, "ROOM", 1 << 62)
     assert_nothing_is_kept(tmp_path / "job")
     assert not (tmp_path / "elsewhere").exists()
     if other is not None:

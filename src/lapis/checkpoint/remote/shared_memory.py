@@ -31,10 +31,10 @@ _DAY = 86_400.0
 
 
 @dataclass
-class KeptPiece:
+class SharedPiece:
     """Bytes [start, start + size) of a file on a server. memory: for them; filled: how many came, from the first on."""
 
-    ring: "KeptRing"
+    ring: "SharedRing"
     number: int
     file: bytes
     start: int
@@ -57,7 +57,7 @@ class KeptPiece:
         self.used = False
 
 
-class KeptRing:
+class SharedRing:
     """The pieces of one job.
 
     Args:
@@ -70,21 +70,21 @@ class KeptRing:
         self.bytes = self._whole[_HEAD:]
         self._lock = threading.Lock()
         self._next = _NUMBER.unpack_from(self._map, 0)[0] % ROOM
-        self._pieces: dict[int, KeptPiece] = {}
+        self._pieces: dict[int, SharedPiece] = {}
         for number in range(_ENTRIES):
             file, start, size, place, filled, holds = _ENTRY.unpack_from(self._map, _TABLE + number * _ENTRY.size)
             if holds == 1 and 0 <= place <= ROOM - size and 0 < filled <= size:
-                self._pieces[number] = KeptPiece(self, number, file, start, size, place, filled, used=False)
+                self._pieces[number] = SharedPiece(self, number, file, start, size, place, filled, used=False)
 
     def note(self, number: int, field: int, value: int) -> None:
         _NUMBER.pack_into(self._map, _TABLE + number * _ENTRY.size + field, value)
 
-    def take(self, file: bytes, start: int, size: int) -> KeptPiece | None:
+    def take(self, file: bytes, start: int, size: int) -> SharedPiece | None:
         """Memory for some bytes of a file; None where what lies there is still being read."""
         with self._lock:
-            if (found := self._find(size)) is None:
+            if (room := self._find(size)) is None:
                 return None
-            place, over = found
+            place, over = room
             for piece in over:
                 self._drop(piece)
             if len(self._pieces) == _ENTRIES:
@@ -93,14 +93,14 @@ class KeptRing:
                     return None
                 self._drop(min(idle, key=lambda piece: (piece.place - place) % ROOM))
             number = next(n for n in range(_ENTRIES) if n not in self._pieces)
-            piece = self._pieces[number] = KeptPiece(self, number, file, start, size, place)
+            piece = self._pieces[number] = SharedPiece(self, number, file, start, size, place)
             _ENTRY.pack_into(self._map, _TABLE + number * _ENTRY.size, file, start, size, place, 0, 0)
             self.note(number, _HOLDS, 1)
             self._next = place + size
             _NUMBER.pack_into(self._map, 0, self._next)
             return piece
 
-    def _find(self, size: int) -> tuple[int, list[KeptPiece]] | None:
+    def _find(self, size: int) -> tuple[int, list[SharedPiece]] | None:
         """Where the ring has room for `size` bytes that nobody reads, and what it holds there."""
         place, rounds = self._next, 0
         while rounds < 2 and size <= ROOM // 4:
@@ -112,7 +112,7 @@ class KeptRing:
             place = max(piece.place + piece.size for piece in over if piece.used)
         return None
 
-    def _drop(self, piece: KeptPiece) -> None:
+    def _drop(self, piece: SharedPiece) -> None:
         self.note(piece.number, _HOLDS, 0)
         del self._pieces[piece.number]
 
@@ -122,7 +122,7 @@ class KeptRing:
         Returns:
             Which bytes of `buffer` those are, in order and apart.
         """
-        found = []
+        parts = []
         with self._lock:
             for piece in self._pieces.values():
                 first = max(start, piece.start)
@@ -130,9 +130,9 @@ class KeptRing:
                 if piece.file == file and first < last:
                     at = piece.place + first - piece.start
                     buffer[first - start : last - start] = self.bytes[at : at + last - first]
-                    found.append((first - start, last - start))
+                    parts.append((first - start, last - start))
         ranges: list[tuple[int, int]] = []
-        for first, last in sorted(found):
+        for first, last in sorted(parts):
             if ranges and first <= ranges[-1][1]:
                 ranges[-1] = ranges[-1][0], max(last, ranges[-1][1])
             else:
@@ -140,10 +140,10 @@ class KeptRing:
         return ranges
 
 
-_current: KeptRing | None = None
+_current: SharedRing | None = None
 
 
-def current() -> KeptRing | None:
+def current() -> SharedRing | None:
     """The ring of the job that runs in this process; None where there is none."""
     return _current
 
@@ -154,20 +154,22 @@ def file_key(name: str, version: str, size: int) -> bytes:
 
 
 @contextlib.contextmanager
-def keeping(staging: Path, wanted: bool = True) -> Iterator[None]:
+def keeping(staging: Path, remote: bool = True) -> Iterator[None]:
     """While inside, what is fetched is kept for a rerun of the job of a staging folder; a process that ends itself
     takes it along, however it ends.
+
+    remote: Whether anything will be fetched.
 
     Where the system has no shared memory, or too little, nothing is kept.
     """
     global _current
-    handle = _open(staging) if wanted and _current is None else None
+    handle = _open(staging) if remote and _current is None else None
     if handle is None:
         yield
         return
     _sweep()
     try:
-        _current = KeptRing(handle)
+        _current = SharedRing(handle)
         yield
     finally:
         _current = None
