@@ -39,6 +39,14 @@ def test_groups_add_sums(trio, folders):
     assert group["tensors"] == 9
 
 
+def test_what_was_all_zeros_changed_by_no_share(folders, tmp_path):
+    chat = folders.weights(1)
+    name = "model.layers.1.self_attn.q_proj.weight"
+    base = {**chat, name: torch.zeros_like(chat[name])}
+    table = diff(folders.write(tmp_path / "a", base), folders.write(tmp_path / "b", chat))
+    assert table.finding() == "attn.q of layer 1 is all zeros in the first model and not in the second"
+
+
 def test_rounding_floor_is_what_rounding_gives(folders, tmp_path):
     fine = folders.weights(1, vocab=4000, dtype=torch.float32)
     exact = {name: tensor.double() * (1 + 1e-9) for name, tensor in fine.items()}

@@ -74,7 +74,7 @@ LEAD = "base_model.model.model.layers.0.mlp.up_proj."
 
 
 @pytest.mark.parametrize("damage, message", [
-    (_four_bits, "base holds 4-bit weights; what adapter adds is smaller than their steps"),
+    (_four_bits, "base: holds 4-bit weights; what adapter adds is smaller than their steps"),
     (lambda p: _set("adapter/adapter_config.json", base_model_name_or_path=str(p / "gone")), "its base cannot be"),
     (lambda p: _set("adapter/adapter_config.json", base_model_name_or_path=None), "give --base"),
     (lambda p: _set("adapter/adapter_config.json", peft_type="IA3"), "peft_type is 'IA3'"),

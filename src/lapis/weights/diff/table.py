@@ -5,6 +5,7 @@ Groups add up sums and never average averages. Leaves out: where the sums come f
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from lapis.errors import CheckpointError, ConfigError, MissingExtra
@@ -165,7 +166,11 @@ class DiffTable:
 
     def finding(self) -> str:
         """One sentence: where the change is largest, and how far the direction turned."""
-        cells = [cell for cell in self.by("layer", "component", "kind") if cell["kind"] == "weight"]
+        every = [cell for cell in self.by("layer", "component", "kind") if cell["kind"] == "weight"]
+        cells = [cell for cell in every if isfinite(cell["relative_norm"])]
+        if len(cells) < len(every):
+            begun = next(cell for cell in every if cell not in cells)
+            return f"{_place(begun)} is all zeros in the first model and not in the second"
         most = max(cells, key=lambda cell: cell["relative_norm"])
         if not most["relative_norm"]:
             return "No weight changed"

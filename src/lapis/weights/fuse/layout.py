@@ -102,7 +102,7 @@ class FuseLayout:
         if self.problems:
             more = f" ... and {len(self.problems) - SHOWN} more" if len(self.problems) > SHOWN else ""
             lines = "; ".join(sorted(self.problems)[:SHOWN])
-            raise CheckpointError(f"fuse: {lines}{more}. Is {self.onto.source} the adapter's base?")
+            raise CheckpointError(f"{self.adapter.root}: {lines}{more}. Is {self.onto.source} the adapter's base?")
         return outputs
 
     def _settle_tie(self, embed: str, head: str) -> None:
@@ -274,6 +274,6 @@ def refuse_quantized(onto: Checkpoint, adapter: Adapter) -> None:
     packed = [name for name in onto.names if name.endswith((".absmax", ".quant_map")) or ".quant_state." in name]
     if packed or (isinstance(settings, Mapping) and settings.get("load_in_4bit", settings.get("_load_in_4bit"))):
         raise CheckpointError(
-            f"fuse: {onto.source} holds 4-bit weights; what {adapter.root.name} adds is smaller than their steps and "
+            f"{onto.source}: holds 4-bit weights; what {adapter.root.name} adds is smaller than their steps and "
             "would be lost in rounding. Give --base, the same model in 16 bits"
         )
