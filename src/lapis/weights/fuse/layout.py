@@ -102,7 +102,7 @@ class FuseLayout:
         if self.problems:
             more = f" ... and {len(self.problems) - SHOWN} more" if len(self.problems) > SHOWN else ""
             lines = "; ".join(sorted(self.problems)[:SHOWN])
-            raise CheckpointError(f"{self.adapter.root}: {lines}{more}. Is {self.onto.source} the adapter's base?")
+            raise CheckpointError(f"{self.adapter.root}: {lines}{more}. Was the adapter trained on another model?")
         return outputs
 
     def _settle_tie(self, embed: str, head: str) -> None:
