@@ -64,12 +64,7 @@ class HttpFile:
         self._conditional = True
 
     def read(self, first: int, buffer: memoryview, came: Callable[[int], None] | None = None) -> int:
-        """Fills `buffer` with the bytes from `first` on, by one request. Thread-safe.
-
-        Args:
-            first: Where they begin.
-            buffer: For them.
-            came: Called with how many came so far.
+        """Fills `buffer` with the bytes from `first` on, by one request; tells `came` how many came so far. Thread-safe.
 
         Returns:
             How many bytes came: fewer where the answer broke off.
@@ -84,6 +79,8 @@ class HttpFile:
                 raise self._unlike(answer, parts, conditional)
             self._check(answer, parts, first, last)
             self.delay = min(self.delay, answer.delay)
+            if self.delay < QUICK:
+                answer.narrow()
             return answer.fill(buffer, came)
 
     @contextmanager
@@ -212,8 +209,6 @@ class _Exchange:
         self._answer: _Answer = answer
         self._answer.paced.headers_came()
         self.delay = time.monotonic() - began
-        if fresh and self.delay < QUICK and hasattr(socket, "TCP_WINDOW_CLAMP"):
-            self._line.connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_WINDOW_CLAMP, WINDOW)
         self.status = self._answer.status
         self.headers = {
             name.lower(): value for name, value in reversed(self._answer.headers.items())
@@ -223,6 +218,11 @@ class _Exchange:
     def version(self) -> str:
         """What tells one state of the file from another; "" where the server says nothing."""
         return str(self.headers.get("etag") or self.headers.get("last-modified") or "")
+
+    def narrow(self) -> None:
+        """Lets no more than WINDOW bytes be on their way."""
+        if (sock := self._line.connection.sock) is not None and hasattr(socket, "TCP_WINDOW_CLAMP"):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_WINDOW_CLAMP, WINDOW)
 
     def fill(self, buffer: memoryview, came: Callable[[int], None] | None = None) -> int:
         """Reads the body; returns how much of `buffer` it filled. Beyond `buffer` nothing is read."""
