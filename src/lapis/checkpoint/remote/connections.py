@@ -64,7 +64,7 @@ class HttpFile:
         self._conditional = True
 
     def read(self, first: int, buffer: memoryview, came: Callable[[int], None] | None = None) -> int:
-        """Fills `buffer` with the bytes from `first` on, by one request; tells `came` how many came so far. Thread-safe.
+        """Fills `buffer` with the bytes from `first` on, by one request; tells `came` how many did so far. Thread-safe.
 
         Returns:
             How many bytes came: fewer where the answer broke off.
