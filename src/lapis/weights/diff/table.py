@@ -169,8 +169,8 @@ class DiffTable:
         every = [cell for cell in self.by("layer", "component", "kind") if cell["kind"] == "weight"]
         cells = [cell for cell in every if isfinite(cell["relative_norm"])]
         if len(cells) < len(every):
-            begun = next(cell for cell in every if cell not in cells)
-            return f"{_place(begun)} is all zeros in the first model and not in the second"
+            zero = next(cell for cell in every if cell not in cells)
+            return f"{_place(zero)} is all zeros in the first model and not in the second"
         most = max(cells, key=lambda cell: cell["relative_norm"])
         if not most["relative_norm"]:
             return "No weight changed"
