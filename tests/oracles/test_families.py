@@ -638,7 +638,9 @@ CASES |= {
     "qwen3-classes": ("Qwen3ForSequenceClassification", {**DECODER, **ROWS, "head_dim": 16}),
     "ministral-mqa-tied": ("MinistralForCausalLM", {**DECODER, **MQA, **TIED, "sliding_window": 3, "head_dim": 12}),
     "ministral-bare": ("MinistralModel", {**DECODER, **MHA, "sliding_window": 5, "head_dim": 8}),
-    "ministral-classes": ("MinistralForSequenceClassification", {**DECODER, **ROWS, "sliding_window": 5}),
+    "ministral-classes": (
+        "MinistralForSequenceClassification", {**DECODER, **ROWS, "sliding_window": 5, "head_dim": 8},
+    ),
     "ministral3-mqa-tied": ("Ministral3ForCausalLM", {**GROWN, **MQA, **TIED, "head_dim": 12}),
     "ministral3-mha": ("Ministral3ForCausalLM", {**GROWN, **MHA, "head_dim": 8, "hidden_act": "gelu"}),
     "ministral3-bare": ("Ministral3Model", {**GROWN, "head_dim": 16}),
