@@ -17,6 +17,7 @@ from lapis.model.load import load, save
 from lapis.model.lora import LoraConfig, LoraLinear, of, off, token_rows, wrap
 from lapis.model.transformer import Transformer
 from lapis.weights.fuse.fuse import fuse
+from tests.model import conftest as models
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -54,8 +55,12 @@ SHAPES = {
     "modernbert": ModelConfig(dim=16, layers=2, heads=2, ffn_dim=24, vocab=31, context=32, family="modernbert",
                               norm="layer", norm_place="embed", norm_bias=False, mlp="geglu", tied=True, causal=False,
                               head="classes", classes=4, class_dense="masked", window=3, window_layers=(1,)),
+    **{name: models.SHAPES[name] for name in (
+        "mistral", "gemma2", "ministral3", "olmo3", "exaone4", "starcoder2", "glm4", "cohere2", "stablelm",
+    )},
 }  # fmt: skip
 ENCODERS = ("bert", "roberta", "modernbert")
+# not qwen2_moe: PEFT 0.21 stacks adapters of experts for models that are like it, and not for it
 MIXTURES = {
     "qwen3_moe": dataclasses.replace(LLAMA, family="qwen3_moe", qk_norm=True, experts=Experts(4, 2)),
     "mixtral": dataclasses.replace(LLAMA, family="mixtral", experts=Experts(4, 2)),
@@ -68,6 +73,7 @@ MIXTURES = {
         delta=Delta((0,), 2, 4, 4, 6, 3),
         experts=Experts(4, 2, True, 20),
     ),
+    "olmoe": dataclasses.replace(models.SHAPES["olmoe"], experts=Experts(4, 2, False)),
 }
 KINDS = {
     "lora": LoraConfig(rank=3),
