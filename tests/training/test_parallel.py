@@ -81,6 +81,27 @@ def test_two_processes_then_another_number_have_ones_loss(place: Path, monkeypat
         torch.testing.assert_close(load("out").state_dict()[name], weight, rtol=1e-4, atol=1e-5)
 
 
+COMPILED = """
+import functools, sys, torch
+torch.compile = functools.partial(torch.compile, backend="aot_eager")  # all but the C++ compiler, which takes a minute
+from lapis.cli.main import main
+try:
+    main(sys.argv[1:])
+finally:
+    print("graphs:", torch._dynamo.utils.counters["stats"]["unique_graphs"], file=sys.stderr)
+"""
+
+
+def test_blocks_that_are_shared_out_run_compiled(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    run(read_settings(override(load_yaml("run.yaml"), ["out=one", "steps=3"]), "run.yaml"), watch=Silent())
+    two = start(place, 2, command=["-c", COMPILED, "train", "run.yaml", "steps=3", "shard=full", "compile=on"])
+    errors = finish(two)
+    assert [process.returncode for process in two] == [0, 0], errors
+    assert all(int(error.split("graphs:")[1]) > 0 for error in errors), errors
+    assert losses(place / "out") == pytest.approx(losses(place / "one"), abs=1e-5)
+
+
 def test_two_processes_end_within_the_limits_of_one(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
     birds = [json.dumps({"text": f"Birds sing {i} songs over the sea."}) for i in range(40)]
