@@ -120,9 +120,11 @@ def test_a_type_of_model_that_is_no_text(refused: Any) -> None:
         ("fertility base text.txt --html @", "--html"), ("lens base hello --html @", "--html"),
         ("lens base hello --tuned @ --tune text.txt", "--tuned"),
         ("tokenizer train text.txt --vocab 300 --out @", "--out"),
+        ("train run.yaml objective=causal model=base data=run.yaml steps=1 out=@", "out=FOLDER"),
     ],
 )  # fmt: skip
 def test_an_output_that_exists_is_kept_and_its_option_named(refused: Any, command: str, option: str) -> None:
+    Path("run.yaml").write_text("{}\n")
     line = refused(*command.replace("@", "text.txt").split())
     assert line.endswith(f"text.txt: exists already; give another {option}, or --overwrite\n"), line
     assert Path("text.txt").read_text().startswith("the cat")

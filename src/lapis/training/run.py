@@ -236,7 +236,7 @@ def _start(
     """
     if world.leads:
         inputs = [Path(place) for place in (config.model, config.tokenizer) if place is not None]
-        check_output(Path(config.out), overwrite=overwrite, inputs=inputs)
+        check_output(Path(config.out), overwrite=overwrite, inputs=inputs, option="out=FOLDER")
     objective, context = _objective(config, _tokenizer(config))
     live(watch).stage("opening the model")
     device = _device(config.device)
