@@ -142,8 +142,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "xlm-roberta-masked": ("XLMRobertaForMaskedLM", {**BERT, "type_vocab_size": 1}),
 }
 EXPORTED_ONLY = tuple(name for name in CASES if name.split("-")[0] in (
-    "gemma4", "exaone4", "olmo3", "apertus", "ministral3", "gpt_oss", "roberta",
-    "xlm",
+    "gemma4", "exaone4", "apertus", "ministral3", "gpt_oss",
 ))  # fmt: skip
 WORD_PIECES = ("bert", "bert-masked")
 ENCODERS = (*WORD_PIECES, "roberta", "xlm-roberta-masked")

@@ -147,7 +147,7 @@ def test_a_file_for_another_architecture_is_named(tmp_path: Path) -> None:
     raw = (tmp_path / "x.gguf").read_bytes()
     (tmp_path / "y.gguf").write_bytes(raw.replace(b"qwen2", b"qwen9"))
     with pytest.raises(
-        lapis.CheckpointError, match=r"general\.architecture is 'qwen9'; lapis imports bert, gemma3, gpt2"
+        lapis.CheckpointError, match=r"general\.architecture is 'qwen9'; lapis imports arcee, bert, cohere2, gemma2"
     ):
         import_gguf(tmp_path / "y.gguf", tmp_path / "back")
     (tmp_path / "y.gguf").write_bytes(raw.replace(b"blk.1.attn_k.weight", b"blk.1.attn_z.weight"))

@@ -113,7 +113,8 @@ CAUSAL: dict[str, tuple[str, dict[str, Any]]] = {
 listed = {kind for kind, _ in CAUSAL.values()}
 for kind, options in CASES.values():  # the plainest of every other family
     if kind.endswith("CausalLM") and kind not in listed:
-        CAUSAL[kind] = kind, {**options, "vocab_size": 300, "initializer_range": 0.3}
+        own = {"vocab_size_per_layer_input": 300} if "vocab_size_per_layer_input" in options else {}
+        CAUSAL[kind] = kind, {**options, **own, "vocab_size": 300, "initializer_range": 0.3}
         listed.add(kind)
 WORDS = "the cat sat on the mat and the dog ate the fish while a bird sang in the old tree by the river"
 TEXTS = ["the cat", "a bird sang in the old tree", "dog", "the fish and the mat and the fish and the river"]

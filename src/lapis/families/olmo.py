@@ -72,7 +72,7 @@ FAMILY = llama_like(
     gguf={
         "olmo2": Gguf("olmo2", computes=COMPUTES),
         "olmo3": Gguf(
-            "olmo2", windows=PATTERN, optional_windows=True, near_plain=True, imported=False, computes=COMPUTES
+            "olmo2", windows=PATTERN, optional_windows=True, near_plain=True, computes=COMPUTES
         ),
     },
     presets={

@@ -15,6 +15,7 @@ from lapis.errors import CheckpointError, ConfigError
 from lapis.families import FAMILIES, Family, family_of
 from lapis.families.config import ModelConfig, Rope
 from lapis.families.gguf import Gguf
+from lapis.families.olmo import PATTERN as OLMO3_PATTERN
 from lapis.formats.gguf.header import GgufFile
 from lapis.formats.gguf.library import Array
 from lapis.formats.gguf.tensors import ROPE_FACTORS
@@ -259,6 +260,11 @@ def read_shape(file: GgufFile) -> tuple[ModelConfig, Family, Gguf]:
                    "window_layers": tuple(i for i in range(layers) if windowed[i])}  # fmt: skip
         if keys.value("attention.sliding_window_pattern") not in (None, each, windowed):
             raise CheckpointError(f"{file.path}: {arch}.attention.sliding_window_pattern is not one layer of {each}")
+    elif arch == "olmo2" and keys.value("attention.sliding_window"):  # OLMo 3, under the same name
+        each, plain = OLMO3_PATTERN, {"theta": fields["rope"]["theta"]}
+        fields |= {"family": "olmo3", "window": keys.whole("attention.sliding_window"),
+                   "window_rope": None if "kind" not in fields["rope"] else plain,
+                   "window_layers": tuple(i for i, near in enumerate(_windowed(layers, each)) if near)}  # fmt: skip
     elif arch == "llama" and (window := keys.value("attention.sliding_window")):
         fields |= {"family": "mistral", "window": window}
     try:
