@@ -30,10 +30,10 @@ from lapis.checkpoint.remote.requests import QUICK, AgainError, Refused, ShortRe
 
 REDIRECTS = 5
 STEP = 1 << 20  # bytes that are read from a connection at a time
-NOTED = 1 << 17  # where each step is noted
-WINDOW = 1 << 17  # bytes on their way, of each connection to a server that answers at once: a kill loses them
+NOTED = 1 << 16  # where each step is noted
+WINDOW = 3 << 15  # bytes on their way, of each connection to a server that answers at once: a kill loses them
 _IDLE = 20.0  # seconds after which a connection that nobody uses is closed and not tried again
-_BUFFER = 1 << 16
+_BUFFER = 1 << 15  # less than a step, which then goes to where it is wanted at once
 _PRIVATE = {"authorization", "cookie", "proxy-authorization"}  # headers that no other host may see
 _RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 
