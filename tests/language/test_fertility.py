@@ -122,7 +122,7 @@ def test_the_same_documents_are_held_out_each_time(korean: Path, english: Path) 
     assert sorted(learn + held) == sorted(KOREAN) and held == [text for text in KOREAN if is_held_out(text)]
     learn, held = read_texts([english])
     assert len(held) >= 1 and sum(map(len, learn + held)) == len(english.read_text())
-    with pytest.raises(DataError, match="at least 2 are needed"):
+    with pytest.raises(DataError, match="holds 1 text; give at least 2"):
         one = korean.with_name("one.txt")
         one.write_text("one short text")
         read_texts([one])

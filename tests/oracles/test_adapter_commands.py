@@ -62,8 +62,9 @@ def test_what_is_measured_is_measured_of_both(place: Path, run: Run, command: tu
         assert status == 0, err
         seen.append(dict(numbers(json.loads(out))))
     assert seen[0] and seen[2]
+    near = 2e-3 if command[0] == "plan" else 2e-5  # a plan's figures are shares of what a small model gains
     for ours in seen[:2]:
-        assert ours == pytest.approx(seen[2], abs=2e-5)
+        assert ours == pytest.approx(seen[2], abs=near)
 
 
 @pytest.mark.parametrize("command", ["graft of it", "graft onto it", "merge"])
