@@ -118,7 +118,7 @@ def test_fault_76_a_read_only_place_is_refused_at_once(forks: Forks, place: Path
     armed = {"FAULT_UNDER": f"{job.folder}", "FAULT_KINDS": kinds, "FAULT_AT": -1, "FAULT_ERRNO": errno.EROFS}
     ended = forks.run(job.arguments, job.folder, **armed)
     assert ended.status == 1 and ended.told.count("\n") == 1, ended.told
-    option = {"diff": "--html"}.get(name, "--out")
+    option = {"diff": "--html", "train": "out="}.get(name, "--out")
     assert f"cannot be written: Read-only file system; give another {option}" in ended.told
 
 
