@@ -183,7 +183,7 @@ class Transformer(ReadableModel):
         else:
             positions, shared = self._prepare(ids_BT, mask_BT, positions_BT, segments_BT, cache)
             x_BTD = self.embed(ids_BT, positions, types_BT)
-            if self.config.layer_inputs is not None:
+            if self.embed.layers is not None:
                 shared = shared._replace(inputs_BTLP=self.embed.layers(ids_BT, x_BTD))
         if self.config.norm_place != "pre":
             x_BTD = self.norm.embed(x_BTD)

@@ -23,6 +23,10 @@ class GrownEmbed(nn.Module):
     def weight(self) -> Tensor:
         return self.inner.weight
 
+    @property
+    def layers(self) -> nn.Module | None:
+        return self.inner.layers
+
     def forward(self, ids_BT: Tensor, positions: Tensor, types_BT: Tensor | None) -> Tensor:
         new_BT = ids_BT >= self.first
         # the old row of a new token is id 0's, and is replaced below; what is added to a row stays
