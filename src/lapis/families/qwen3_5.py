@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lapis.errors import ConfigError
-from lapis.families.base import WRAPPED, Rule, rules
+from lapis.families.base import WRAPPED, Family, Rule, rules
 from lapis.families.config import ModelConfig
 from lapis.families.fields import Fields
 from lapis.families.llama import BLOCK, RULES, llama_like, preset, read_decoder, write_decoder
@@ -99,29 +99,35 @@ def own_shapes(config: ModelConfig) -> dict[str, Shape]:
     }  # fmt: skip
 
 
-def _preset(dim: int, layers: int, heads: int, kv_heads: int, ffn_dim: int, value_heads: int) -> dict[str, Any]:
-    """Of the language model alone."""
+def delta_preset(model_type: str, dim: int, layers: int, heads: int, kv_heads: int, ffn_dim: int, vocab: int,
+                 value_heads: int, **more: Any) -> dict[str, Any]:  # fmt: skip
+    """A published size of the language model alone: what all with a delta net share, and `more` fields."""
     return preset(
-        "qwen3_5_text", dim, layers, heads, kv_heads, ffn_dim, 248320, 262144, theta=1e7, eps=1e-6, head_dim=256,
+        model_type, dim, layers, heads, kv_heads, ffn_dim, vocab, 262144, theta=1e7, eps=1e-6, head_dim=256,
         partial_rotary_factor=SHARE, linear_num_key_heads=16, linear_num_value_heads=value_heads,
-        linear_key_head_dim=128, linear_value_head_dim=128, linear_conv_kernel_dim=4,
+        linear_key_head_dim=128, linear_value_head_dim=128, linear_conv_kernel_dim=4, **more,
     )  # fmt: skip
 
 
-FAMILY = llama_like(
-    name="qwen3_5",
-    model_types=("qwen3_5_text",),
+def delta_family(name: str, model_type: str, **more: Any) -> Family:
+    """A family with this block; `more` as for `Family`."""
+    return llama_like(
+        name=name, model_types=(model_type,), shapes=own_shapes, block="qwen3_5",
+        ignored=(r"rotary_emb\.inv_freq$", r"^mtp\."),
+        defaults={model_type: {"qk_norm": True, "rope": {"theta": 1e7, "share": SHARE}}}, **more,
+    )  # fmt: skip
+
+
+FAMILY = delta_family(
+    "qwen3_5",
+    "qwen3_5_text",
     wrappers=("qwen3_5",),
     spellings=WRAPPED,
     rules=OWN,
     reader=read_config,
     writer=write_config,
-    shapes=own_shapes,
-    block="qwen3_5",
-    ignored=(r"rotary_emb\.inv_freq$", r"^mtp\."),
-    defaults={"qwen3_5_text": {"qk_norm": True, "rope": {"theta": 1e7, "share": SHARE}}},
     presets={
-        "qwen3.5-9b": _preset(4096, 32, 16, 4, 12288, 32),
-        "qwen3.5-27b": _preset(5120, 64, 24, 4, 17408, 48),
+        "qwen3.5-9b": delta_preset("qwen3_5_text", 4096, 32, 16, 4, 12288, 248320, value_heads=32),
+        "qwen3.5-27b": delta_preset("qwen3_5_text", 5120, 64, 24, 4, 17408, 248320, value_heads=48),
     },
 )

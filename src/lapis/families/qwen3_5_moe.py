@@ -10,8 +10,8 @@ from lapis.families.base import WRAPPED, Rule
 from lapis.families.config import ModelConfig
 from lapis.families.experts import read_experts, write_experts
 from lapis.families.fields import Fields
-from lapis.families.llama import BLOCK, llama_like, preset
-from lapis.families.qwen3_5 import OWN, SHARE, own_shapes, write_delta
+from lapis.families.llama import BLOCK
+from lapis.families.qwen3_5 import OWN, delta_family, delta_preset, write_delta
 from lapis.families.qwen3_5 import read_config as read_delta
 from lapis.families.qwen_moe import RULES, SHARED
 from lapis.families.shapes import EXPERT_MATRICES, EXPERT_PAIRS
@@ -43,23 +43,17 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     return {**written, "moe_intermediate_size": written.pop("intermediate_size"), SHARED: config.experts.shared_dim}
 
 
-FAMILY = llama_like(
-    name="qwen3_5_moe",
-    model_types=("qwen3_5_moe_text",),
+FAMILY = delta_family(
+    "qwen3_5_moe",
+    "qwen3_5_moe_text",
     wrappers=("qwen3_5_moe",),
     spellings=WRAPPED,
     rules=(*TABLE, *STACKED),
     reader=read_config,
     writer=write_config,
-    shapes=own_shapes,
-    block="qwen3_5",
-    ignored=(r"rotary_emb\.inv_freq$", r"^mtp\."),
-    defaults={"qwen3_5_moe_text": {"qk_norm": True, "rope": {"theta": 1e7, "share": SHARE}}},
     presets={
-        "qwen3.5-35b-a3b": preset(
-            "qwen3_5_moe_text", 2048, 40, 16, 2, 512, 248320, 262144, theta=1e7, eps=1e-6, head_dim=256,
-            partial_rotary_factor=SHARE, linear_num_key_heads=16, linear_num_value_heads=32, linear_key_head_dim=128,
-            linear_value_head_dim=128, linear_conv_kernel_dim=4, num_experts=256, num_experts_per_tok=8,
+        "qwen3.5-35b-a3b": delta_preset(
+            "qwen3_5_moe_text", 2048, 40, 16, 2, 512, 248320, value_heads=32, num_experts=256, num_experts_per_tok=8,
             moe_intermediate_size=512, shared_expert_intermediate_size=512,
         ),
     },

@@ -9,8 +9,8 @@ from lapis.families.base import Rule
 from lapis.families.config import ModelConfig
 from lapis.families.experts import read_experts, write_experts
 from lapis.families.fields import Fields
-from lapis.families.llama import BLOCK, llama_like, preset
-from lapis.families.qwen3_5 import LEAD, SHARE, own_shapes, write_delta
+from lapis.families.llama import BLOCK
+from lapis.families.qwen3_5 import LEAD, delta_family, delta_preset, write_delta
 from lapis.families.qwen3_5 import read_config as read_delta
 from lapis.families.qwen3_5_moe import TABLE
 from lapis.families.qwen_moe import SHARED
@@ -49,21 +49,15 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     return {**written, "moe_intermediate_size": config.ffn_dim, SHARED: config.experts.shared_dim}
 
 
-FAMILY = llama_like(
-    name="qwen3_next",
-    model_types=("qwen3_next",),
+FAMILY = delta_family(
+    "qwen3_next",
+    "qwen3_next",
     rules=OWN,
     reader=read_config,
     writer=write_config,
-    shapes=own_shapes,
-    block="qwen3_5",
-    ignored=(r"rotary_emb\.inv_freq$", r"^mtp\."),
-    defaults={"qwen3_next": {"qk_norm": True, "rope": {"theta": 1e7, "share": SHARE}}},
     presets={
-        "qwen3-next-80b-a3b": preset(
-            "qwen3_next", 2048, 48, 16, 2, 5120, 151936, 262144, theta=1e7, eps=1e-6, head_dim=256,
-            partial_rotary_factor=SHARE, linear_num_key_heads=16, linear_num_value_heads=32, linear_key_head_dim=128,
-            linear_value_head_dim=128, linear_conv_kernel_dim=4, num_experts=512, num_experts_per_tok=10,
+        "qwen3-next-80b-a3b": delta_preset(
+            "qwen3_next", 2048, 48, 16, 2, 5120, 151936, value_heads=32, num_experts=512, num_experts_per_tok=10,
             moe_intermediate_size=512, shared_expert_intermediate_size=512, norm_topk_prob=True,
         ),
     },

@@ -31,10 +31,19 @@ def make_offset_norm(config: ModelConfig, dim: int) -> OffsetRMSNorm:
 
 
 class SandwichBlock(TransformerBlock):
-    """x + norm(attention(norm(x))), then the same with the MLP (Gemma Team 2025, arXiv:2503.19786, section 2)."""
+    """x + norm(attention(norm(x))), then the same with the MLP (Gemma Team 2025, arXiv:2503.19786, section 2).
 
-    def __init__(self, config: ModelConfig, layer: int, norm: MakeNorm = make_offset_norm) -> None:
-        super().__init__(config, layer, norm, ("attn", "attn_out", "mlp", "mlp_out"))
+    Args:
+        config: Of the model.
+        layer: Its number.
+        norm: Makes a norm.
+        more: Names of further norms that a block of this kind has.
+        mlp: In place of the usual one.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int, norm: MakeNorm = make_offset_norm,
+                 more: tuple[str, ...] = (), mlp: nn.Module | None = None) -> None:  # fmt: skip
+        super().__init__(config, layer, norm, ("attn", "attn_out", "mlp", "mlp_out", *more), mlp)
 
     @property
     def added(self) -> tuple[nn.Module, nn.Module]:
@@ -43,7 +52,12 @@ class SandwichBlock(TransformerBlock):
     def forward(self, x_BTD: Tensor, shared: Shared, cache: Cache | None = None) -> Tensor:
         norm = self.norm
         x_BTD = x_BTD + self._dropped(norm.attn_out(self.attn(norm.attn(x_BTD), shared, cache)))
-        return x_BTD + self._dropped(norm.mlp_out(self.mlp(norm.mlp(x_BTD))))
+        return x_BTD + self._dropped(norm.mlp_out(self.fed(x_BTD)))
+
+    def fed(self, x_BTD: Tensor) -> Tensor:
+        """What the MLP says of the stream."""
+        out_BTD: Tensor = self.mlp(self.norm.mlp(x_BTD))
+        return out_BTD
 
 
 ARCHITECTURE = Architecture(SandwichBlock, make_offset_norm, lambda config: sqrt(config.dim))

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from lapis.families.config import MLP_KINDS, ModelConfig
 from lapis.model.blocks.attention import Attention, Shared
 from lapis.model.blocks.experts import MixtureOfExperts, Router, choose
+from lapis.model.blocks.gemma3 import SandwichBlock
 from lapis.model.blocks.norm import RMSNorm, make_norm
 from lapis.model.blocks.rope import rotate
-from lapis.model.blocks.standard import ACTIVATIONS, Architecture, Mlp, TransformerBlock
+from lapis.model.blocks.standard import ACTIVATIONS, Architecture, Mlp
 from lapis.model.cache import Cache
 
 
@@ -172,7 +173,7 @@ class LayerEmbed(nn.Module):
         return inputs_BTLP
 
 
-class UnevenBlock(TransformerBlock):
+class UnevenBlock(SandwichBlock):
     """Gemma 3's block with norms that multiply by their weight, then its inputs of the layer; all times `scale`.
 
     (Gemma 4 as published.) scale lies in the folder, and no training moves it.
@@ -182,34 +183,26 @@ class UnevenBlock(TransformerBlock):
     only_adds = False
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
-        names = ["attn", "attn_out", "mlp", "mlp_out"]
-        names += ["mlp_dense", "experts", "experts_out"] if config.experts is not None else []
-        names += ["inputs_out"] if config.layer_inputs is not None else []
+        more: tuple[str, ...] = ("mlp_dense", "experts", "experts_out") if config.experts is not None else ()
+        more += ("inputs_out",) if config.layer_inputs is not None else ()
         mlp = MlpBesideExperts(config) if config.experts is not None else Mlp(config.at(layer))
-        super().__init__(config, layer, make_norm, tuple(names), mlp)
+        super().__init__(config, layer, make_norm, more, mlp)
         self.attn = UnevenAttention(config, layer)
         self.inputs = LayerGate(config, config.layer_inputs.width) if config.layer_inputs is not None else None
         self.scale = nn.Parameter(torch.empty(1))
         self.layer = layer
 
-    @property
-    def added(self) -> tuple[nn.Module, nn.Module]:
-        return self.norm.attn_out, self.norm.mlp_out
-
     def forward(self, x_BTD: Tensor, shared: Shared, cache: Cache | None = None) -> Tensor:
-        norm = self.norm
-        x_BTD = x_BTD + self._dropped(norm.attn_out(self.attn(norm.attn(x_BTD), shared, cache)))
-        x_BTD = x_BTD + self._dropped(norm.mlp_out(self._halves(x_BTD)))
+        x_BTD = super().forward(x_BTD, shared, cache)
         if self.inputs is not None and shared.inputs_BTLP is not None:
-            x_BTD = x_BTD + norm.inputs_out(self.inputs(x_BTD, shared.inputs_BTLP[..., self.layer, :]))
+            x_BTD = x_BTD + self.norm.inputs_out(self.inputs(x_BTD, shared.inputs_BTLP[..., self.layer, :]))
         return x_BTD * self.scale.detach().to(x_BTD.dtype)
 
-    def _halves(self, x_BTD: Tensor) -> Tensor:
-        """The MLP, or it and the experts, each normed."""
+    def fed(self, x_BTD: Tensor) -> Tensor:
+        """What the MLP says, and the experts beside it where there are any, each normed."""
         norm, mlp = self.norm, self.mlp
         if not isinstance(mlp, MlpBesideExperts):
-            out_BTD: Tensor = mlp(norm.mlp(x_BTD))
-            return out_BTD
+            return super().fed(x_BTD)
         plain_BTD: Tensor = norm.mlp_dense(mlp.plain(norm.mlp(x_BTD)))
         mixed_BTD: Tensor = norm.experts_out(mlp.mixed(x_BTD, norm.experts(x_BTD)))
         return plain_BTD + mixed_BTD
