@@ -150,3 +150,17 @@ def test_the_command_prints_one_object_and_writes_a_page(
     assert {"added", "tokens_per_byte", "parameters", "flops_per_byte"} <= set(result["curve"][0])
     assert result["against"]["languages"] == result["languages"]
     assert page.read_text() == fertility_page(result).render()
+
+
+def test_the_page_names_what_is_recommended_and_marks_its_row() -> None:
+    figures = {"tokens_per_byte": 0.8, "single_byte_share": 0.5}
+    curve = [
+        {"added": added, "tokens_per_byte": 0.8 * (1 - saved), "saved": saved, "rarest": 9}
+        for added, saved in ((0, 0.0), (2000, 0.6), (9000, 0.75))
+    ]
+    result = {"model": "m", "languages": {"target": figures}, "curve": curve, "knee": 2000,
+              "recommendation": {"add": 2000, "reason": "it pays"}}  # fmt: skip
+    page = fertility_page(result).render()
+    assert "2,000 more tokens would save 60%" in page
+    marked = page.split('<tr class="mark"')
+    assert len(marked) == 2 and "2,000" in marked[1].split("</tr>")[0]

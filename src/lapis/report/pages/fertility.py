@@ -63,11 +63,12 @@ def fertility_page(result: Mapping[str, Any]) -> Page:
     page.table(language_rows(result), _columns(LANGUAGES, language_rows(result)))
     if curve := result.get("curve"):
         page.section("With more tokens", "Merges are learned on the rest of the text, and appended to the tokenizer's.")
-        best = max(curve, key=lambda row: row["saved"])
-        title = f"{best['added']:,} more tokens would save {best['saved']:.0%} of what this language costs"
+        named = chosen["add"] or max(row["added"] for row in curve)
+        row = min(curve, key=lambda row: abs(row["added"] - named))
+        title = f"{row['added']:,} more tokens would save {row['saved']:.0%} of what this language costs"
         caption = f"The curve bends at about {result['knee']:,} tokens." if result.get("knee") else ""
         page.figure(plots.fertility_curve(curve, title, mark=chosen["add"]), caption)
-        page.table(curve, _columns(CURVE, curve), "The curve in numbers", mark=[f"{chosen['add']:,}"])
+        page.table(curve, _columns(CURVE, curve), "The curve in numbers", mark=[str(chosen["add"])])
     for note in result.get("notes") or ():
         page.text(f"Note: {note}")
     return page
