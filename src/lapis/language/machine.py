@@ -40,7 +40,7 @@ def with_measures(plan: AdaptPlan) -> AdaptPlan:
     """The plan with what it does not say, measured: `tokens_per_second`, to three digits, and `accumulate`.
 
     Rows of a step are computed in so many parts that a part fits into half of the free memory, beside the weights and
-    what is kept for each. The result is the same, and so is the time on a processor.
+    what is kept for each. The result is the same.
     """
     if plan.tokens_per_second is None:
         threads, precision = plan.train.get("threads", 0), plan.train.get("precision", "auto")
