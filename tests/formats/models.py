@@ -42,6 +42,12 @@ GRANITE = {"attention_multiplier": 0.125, "residual_multiplier": 0.22, "logits_s
            "embedding_multiplier": 12.0}  # fmt: skip
 
 EXPERTS = {**DECODER, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96}
+DELTA = {
+    **DECODER, "num_hidden_layers": 4, "head_dim": 32, "linear_num_key_heads": 2, "linear_num_value_heads": 6,
+    "linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_conv_kernel_dim": 4, "initializer_range": 0.08,
+}  # fmt: skip
+DELTA_EXPERTS = {**DELTA, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96,
+                 "shared_expert_intermediate_size": 64, "initializer_range": 0.05}  # fmt: skip
 NEOX = {name: value for name, value in DECODER.items() if name != "num_key_value_heads"}
 
 # name -> class of transformers, options of its config
@@ -127,6 +133,19 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "intermediate_size": 64,
         },
     ),
+    "qwen3_5": ("Qwen3_5ForCausalLM", DELTA),
+    "qwen3_5-tied": (
+        "Qwen3_5ForCausalLM",
+        {
+            **DELTA,
+            "tie_word_embeddings": True,
+            "linear_num_value_heads": 2,
+            "layer_types": ["linear_attention", "full_attention"] * 2,
+            "rope_parameters": {**YARN["rope_parameters"], "partial_rotary_factor": 0.5},
+        },
+    ),
+    "qwen3_5_moe": ("Qwen3_5MoeForCausalLM", DELTA_EXPERTS),
+    "qwen3_next": ("Qwen3NextForCausalLM", {**DELTA_EXPERTS, "norm_topk_prob": True}),
     "glm4": ("Glm4ForCausalLM", {**DECODER, "head_dim": 16}),
     "cohere2": ("Cohere2ForCausalLM", {**DECODER, "num_hidden_layers": 4, "sliding_window": 8}),
     "stablelm": ("StableLmForCausalLM", {**DECODER, "use_qkv_bias": True}),
@@ -142,8 +161,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "xlm-roberta-masked": ("XLMRobertaForMaskedLM", {**BERT, "type_vocab_size": 1}),
 }
 EXPORTED_ONLY = tuple(name for name in CASES if name.split("-")[0] in (
-    "gemma4", "exaone4", "apertus", "ministral3", "gpt_oss",
+    "gemma4", "exaone4", "apertus", "ministral3", "gpt_oss", "qwen3_5", "qwen3_5_moe", "qwen3_next",
 ))  # fmt: skip
+DELTAS = ("qwen3_5", "qwen3_5_moe", "qwen3_next")
 WORD_PIECES = ("bert", "bert-masked")
 ENCODERS = (*WORD_PIECES, "roberta", "xlm-roberta-masked")
 
@@ -161,8 +181,9 @@ def make_folder(folder: Path, name: str, tokenizer: Tokenizer | None = None, row
     model = model_class(config).eval()
     for parameter_name, parameter in model.named_parameters():
         if parameter.ndim == 1:  # norms and biases, which begin at 1 and 0
-            torch.nn.init.normal_(parameter, 1.0 if "norm" in parameter_name.lower() and "bias" not in parameter_name
-                                  and name.split("-")[0] not in ("gemma2", "gemma3") else 0.0, 0.1)  # fmt: skip
+            norm = "norm" in parameter_name.lower() and "bias" not in parameter_name
+            around_0 = name.split("-")[0] in ("gemma2", "gemma3", *DELTAS) and "linear_attn" not in parameter_name
+            torch.nn.init.normal_(parameter, 1.0 if norm and not around_0 else 0.0, 0.1 + ("A_log" in parameter_name))
     model.save_pretrained(folder)
     tokenizer.save(folder)
     return folder

@@ -11,6 +11,27 @@ from typing import Any
 from lapis.errors import ConfigError
 from lapis.families.config import ModelConfig
 
+Runs = tuple[tuple[int, int], ...]  # [first, last) of rows or columns, one run after another
+
+
+@dataclass(frozen=True)
+class FileTensor:
+    """How a tensor of the file is made of one of the folder's. It gets no offset, though it be a norm.
+
+    Attributes:
+        file: Its name there; "" = the library's.
+        rows: The folder's rows in the order of the file; None = as they are.
+        columns: The same of columns, and of the numbers of a vector.
+        parameter: Which of the parameters that the folder's tensor holds it is, and no more.
+        negative_exp: The file has -exp(x).
+    """
+
+    file: str = ""
+    rows: Callable[[ModelConfig], Runs] | None = None
+    columns: Callable[[ModelConfig], Runs] | None = None
+    parameter: int | None = None
+    negative_exp: bool = False
+
 
 @dataclass(frozen=True)
 class Gguf:
@@ -40,6 +61,7 @@ class Gguf:
         yarn_mscale: A key has YaRN's mscale_all_dim, and llama.cpp takes 1 for mscale.
         lists: Component -> the key (whole) that has its number for each layer, in place of a tensor.
         files: Component -> its tensor in the file, where the library's table does not have it.
+        tensors: Component -> the tensors that are made of its one, where order or numbers differ.
         interleaved: Component -> the matrices that its one tensor stacks for each expert, interleaved, inputs first.
         more: What else the file says of a model, in place of what all say alike. Raises ConfigError for a model that
             llama.cpp does not compute.
@@ -67,6 +89,7 @@ class Gguf:
     yarn_mscale: bool = False
     lists: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
+    tensors: Mapping[str, tuple[FileTensor, ...]] = field(default_factory=dict)
     interleaved: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     more: Callable[[ModelConfig], Mapping[str, Any]] = lambda config: {}
 

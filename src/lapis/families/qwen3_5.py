@@ -5,13 +5,14 @@ Leaves out: its mixtures of experts (qwen3_5_moe.py), the layers that predict se
 pictures.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from lapis.errors import ConfigError
 from lapis.families.base import WRAPPED, Family, Rule, rules
-from lapis.families.config import ModelConfig
+from lapis.families.config import Delta, ModelConfig
 from lapis.families.fields import Fields
+from lapis.families.gguf import ROTARY, FileTensor, Gguf, Runs
 from lapis.families.llama import BLOCK, RULES, llama_like, preset, read_decoder, write_decoder
 from lapis.families.rotary import read_rope, write_share
 from lapis.families.shapes import BY_HEAD, Shape
@@ -99,6 +100,72 @@ def own_shapes(config: ModelConfig) -> dict[str, Shape]:
     }  # fmt: skip
 
 
+def gguf_keys(config: ModelConfig) -> dict[str, Any]:
+    """What a GGUF file says of the delta net. Raises ConfigError for one that llama.cpp does not compute."""
+    delta = _delta(config)
+    if delta.head_dim != delta.value_dim:
+        raise ConfigError(
+            f"heads of values are {delta.value_dim} wide and those of keys {delta.head_dim}; llama.cpp computes "
+            f"{config.family} with one width for both, so this model has no GGUF file"
+        )
+    every = next((layer + 1 for layer in range(config.layers) if layer not in delta.layers), config.layers + 1)
+    if delta.layers != tuple(layer for layer in range(config.layers) if (layer + 1) % every):
+        raise ConfigError(
+            f"llama.cpp gives {config.family} attention in one layer of {every}, in order; this model has no GGUF file"
+        )
+    return {
+        "ssm.conv_kernel": delta.kernel, "ssm.state_size": delta.head_dim, "ssm.group_count": delta.heads,
+        "ssm.time_step_rank": delta.value_heads, "ssm.inner_size": delta.values, "full_attention_interval": every,
+    }  # fmt: skip
+
+
+def _delta(config: ModelConfig) -> Delta:
+    assert config.delta is not None
+    return config.delta
+
+
+def _tiled(width: int, before: int = 0) -> Callable[[ModelConfig], Runs]:
+    """Heads of values as llama.cpp has them: the first of each head of keys, then the second of each, ...
+
+    Args:
+        width: Of a head; 0 = value_dim.
+        before: 1 where all queries and keys come before them.
+    """
+
+    def runs(config: ModelConfig) -> Runs:
+        delta = _delta(config)
+        each, size = delta.value_heads // delta.heads, width or delta.value_dim
+        lead = before * (delta.channels - delta.values)
+        begins = [lead + (key * each + n) * size for n in range(each) for key in range(delta.heads)]
+        return ((0, lead), *((begin, begin + size) for begin in begins))
+
+    return runs
+
+
+PLAIN = {
+    "attn.q_gate": (FileTensor(),), "delta.norm": (FileTensor(),), "delta.conv": (FileTensor(),),
+    "delta.steps": (FileTensor("blk.{layer}.ssm_dt.bias"),),
+    "delta.rates": (FileTensor("blk.{layer}.ssm_a", negative_exp=True),),
+}  # fmt: skip
+TILED = {
+    "attn.q_gate": (FileTensor(),), "delta.norm": (FileTensor(),),
+    "delta.qkv": (FileTensor(rows=_tiled(0, 1)),), "delta.conv": (FileTensor(rows=_tiled(0, 1)),),
+    "delta.gate": (FileTensor(rows=_tiled(0)),), "delta.o": (FileTensor(columns=_tiled(0)),),
+    "delta.beta": (FileTensor(rows=_tiled(1)),), "delta.decay": (FileTensor(rows=_tiled(1)),),
+    "delta.steps": (FileTensor("blk.{layer}.ssm_dt.bias", columns=_tiled(1)),),
+    "delta.rates": (FileTensor("blk.{layer}.ssm_a", columns=_tiled(1), negative_exp=True),),
+}  # fmt: skip
+AXES = {"rope.dimension_sections": [11, 11, 10, 0]}  # of pictures; to text they are all one
+COMPUTES = {**ROTARY, "mlp": ("swiglu",), "bias": ("none",), "rope.neighbors": (False,),
+            "rope.kind": ("default", "linear", "yarn")}  # fmt: skip
+
+
+def tiled_gguf(arch: str) -> Gguf:
+    """Qwen3.5's files, dense or with experts."""
+    return Gguf(arch, norm_offset=1.0, partial=True, imported=False, computes=COMPUTES, tensors=TILED,
+                more=lambda config: {**gguf_keys(config), **AXES})  # fmt: skip
+
+
 def delta_preset(model_type: str, dim: int, layers: int, heads: int, kv_heads: int, ffn_dim: int, vocab: int,
                  value_heads: int, **more: Any) -> dict[str, Any]:  # fmt: skip
     """A published size of the language model alone: what all with a delta net share, and `more` fields."""
@@ -126,6 +193,7 @@ FAMILY = delta_family(
     rules=OWN,
     reader=read_config,
     writer=write_config,
+    gguf={"qwen3_5_text": tiled_gguf("qwen35")},
     presets={
         "qwen3.5-9b": delta_preset("qwen3_5_text", 4096, 32, 16, 4, 12288, 248320, value_heads=32),
         "qwen3.5-27b": delta_preset("qwen3_5_text", 5120, 64, 24, 4, 17408, 248320, value_heads=48),

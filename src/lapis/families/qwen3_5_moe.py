@@ -11,7 +11,7 @@ from lapis.families.config import ModelConfig
 from lapis.families.experts import read_experts, write_experts
 from lapis.families.fields import Fields
 from lapis.families.llama import BLOCK
-from lapis.families.qwen3_5 import OWN, delta_family, delta_preset, write_delta
+from lapis.families.qwen3_5 import OWN, delta_family, delta_preset, tiled_gguf, write_delta
 from lapis.families.qwen3_5 import read_config as read_delta
 from lapis.families.qwen_moe import RULES, SHARED
 from lapis.families.shapes import EXPERT_MATRICES, EXPERT_PAIRS
@@ -51,6 +51,7 @@ FAMILY = delta_family(
     rules=(*TABLE, *STACKED),
     reader=read_config,
     writer=write_config,
+    gguf={"qwen3_5_moe_text": tiled_gguf("qwen35moe")},
     presets={
         "qwen3.5-35b-a3b": delta_preset(
             "qwen3_5_moe_text", 2048, 40, 16, 2, 512, 248320, value_heads=32, num_experts=256, num_experts_per_tok=8,

@@ -3,14 +3,17 @@
 Leaves out: the layers that predict several tokens (mtp).
 """
 
+from collections.abc import Callable
+from itertools import accumulate
 from typing import Any
 
 from lapis.families.base import Rule
 from lapis.families.config import ModelConfig
 from lapis.families.experts import read_experts, write_experts
 from lapis.families.fields import Fields
+from lapis.families.gguf import FileTensor, Gguf, Runs
 from lapis.families.llama import BLOCK
-from lapis.families.qwen3_5 import LEAD, delta_family, delta_preset, write_delta
+from lapis.families.qwen3_5 import COMPUTES, LEAD, PLAIN, delta_family, delta_preset, gguf_keys, write_delta
 from lapis.families.qwen3_5 import read_config as read_delta
 from lapis.families.qwen3_5_moe import TABLE
 from lapis.families.qwen_moe import SHARED
@@ -28,6 +31,33 @@ OWN = (
         "delta.beta_decay", BY_KEY_HEAD,
     ),
 )  # fmt: skip
+
+
+def _of_all(*numbers: int) -> Callable[[ModelConfig], Runs]:
+    """The rows of these parts of all heads of keys, part by part. 0 = queries, 1 = keys, 2 = values, 3 = gates."""
+
+    def runs(config: ModelConfig) -> Runs:
+        delta = config.delta
+        assert delta is not None
+        values = delta.values // delta.heads
+        widths = (delta.head_dim, delta.head_dim, values, values)
+        ends = tuple(accumulate(widths))
+        return tuple(
+            (head * ends[-1] + ends[n] - widths[n], head * ends[-1] + ends[n])
+            for n in numbers for head in range(delta.heads)
+        )  # fmt: skip
+
+    return runs
+
+
+FILE_TENSORS = {
+    **PLAIN,
+    "delta.qkv_gate": (
+        FileTensor("blk.{layer}.attn_qkv.weight", rows=_of_all(0, 1, 2), parameter=0),
+        FileTensor("blk.{layer}.attn_gate.weight", rows=_of_all(3), parameter=1),
+    ),
+    "delta.beta_decay": (FileTensor(),),
+}
 CLASSES = {"lm": "Qwen3NextForCausalLM", "classes": "Qwen3NextForSequenceClassification",
            "scalar": "Qwen3NextForSequenceClassification", "none": "Qwen3NextModel"}  # fmt: skip
 
@@ -55,6 +85,8 @@ FAMILY = delta_family(
     rules=OWN,
     reader=read_config,
     writer=write_config,
+    gguf={"qwen3_next": Gguf("qwen3next", norm_offset=1.0, partial=True, imported=False, computes=COMPUTES,
+                             tensors=FILE_TENSORS, more=gguf_keys)},
     presets={
         "qwen3-next-80b-a3b": delta_preset(
             "qwen3_next", 2048, 48, 16, 2, 5120, 151936, value_heads=32, num_experts=512, num_experts_per_tok=10,

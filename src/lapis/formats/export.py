@@ -39,7 +39,7 @@ FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_
               "q5_1": "MOSTLY_Q5_1", "q4_0": "MOSTLY_Q4_0", "tq2_0": "MOSTLY_TQ2_0"}  # fmt: skip
 BLOCKS = {name: (block, width) for name, block, width in TENSOR_TYPES.values()}
 VOCABULARY = ("embed", "head")  # matrices with a row for each token, on which few bits show most
-WHOLE = ("embed.position", "embed.types", "mlp.router", "mlp.shared_gate")  # added to others, or few; kept whole
+WHOLE = ("embed.position", "embed.types", "mlp.router", "mlp.shared_gate", "delta.conv")  # added to others, or few
 HALF_MOST = 65504.0  # the largest float16
 
 
@@ -137,8 +137,8 @@ def export_gguf(
     if tokenizer.chat_template:
         fields = {**fields, "tokenizer.chat_template": tokenizer.chat_template}
     checkpoint = checkpoint.fetched()
-    spelled = {rule_name(checkpoint, name): name for name in checkpoint.names}
-    lists = list_keys(family, layout, config, lambda name: float(checkpoint.read(spelled[name]).float()))
+    places = _places(checkpoint, family, config)
+    lists = list_keys(family, layout, config, lambda name: float(checkpoint.read(places[name][0]).float()))
     fields = {**fields, **lists}
     _check_space(place, total)
     with ExitStack() as stack:
@@ -149,7 +149,7 @@ def export_gguf(
         if factors is not None:
             writer.add_tensor_info(ROPE_FACTORS, factors.shape, factors.dtype, factors.nbytes)
         _write(writer, temporary, placed, kinds, factors,
-               lambda tensor: _packed(checkpoint, [spelled[n] for n in tensor.names], tensor, kinds[tensor.file_name]),
+               lambda tensor: _packed(checkpoint, [places[n] for n in tensor.names], tensor, kinds[tensor.file_name]),
                lambda done: progress(done, total, "writing") if progress else None)  # fmt: skip
         file = read_gguf(temporary)
         proof = prove(encode, FileTokenizer(read_file_vocabulary(file.fields)), tokenizer.source)
@@ -171,6 +171,25 @@ def rule_name(checkpoint: Checkpoint, name: str) -> str | None:
     """The name that transformers gives to a tensor of the folder, as `Family.required` lists it."""
     inner = checkpoint.text_name(name)
     return None if inner is None or checkpoint.runs is None else checkpoint.runs.canonical(inner)
+
+
+def _places(checkpoint: Checkpoint, family: Family, config: ModelConfig) -> dict[str, tuple[str, int]]:
+    """Each tensor's name as transformers gives it -> that in the folder, and at which of its numbers it begins there.
+
+    It begins elsewhere than at 0 where the folder has one tensor for what all experts have.
+    """
+    spelled = {known: name for name in checkpoint.names if (known := rule_name(checkpoint, name)) is not None}
+    places = {name: (own, 0) for name, own in spelled.items()}
+    experts, shapes = config.experts.count if config.experts else 0, family.parameter_shapes(config)
+    for rule in family.rules:
+        stacked = rule.of_all(experts)
+        for layer, kind in enumerate(config.kinds if stacked is not rule and experts else ()):
+            begin = 0
+            for name in stacked.names if family.disk_name(rule, layer) in spelled else ():
+                disk_name = family.disk_name(*family.rule_for(name.replace("{layer}", str(layer))))
+                places[disk_name] = spelled[family.disk_name(rule, layer)], begin
+                begin += math.prod(shapes[name.replace("{layer}", str(kind))])
+    return places
 
 
 def list_keys(
@@ -301,11 +320,11 @@ def _write(
             file.write(bytes(-factors.nbytes % writer.data_alignment))
 
 
-def _packed(checkpoint: Checkpoint, names: list[str], tensor: PlacedTensor, kind: str) -> Iterator[Array]:
+def _packed(checkpoint: Checkpoint, places: list[tuple[str, int]], tensor: PlacedTensor, kind: str) -> Iterator[Array]:
     """A tensor's rows as the file holds them, piece by piece."""
     for first, last in tensor.pieces():
-        values = rows_of_folder(checkpoint, names, tensor, first, last)
-        name = names[first * len(names) // tensor.rows]
+        values = rows_of_folder(checkpoint, places, tensor, first, last)
+        name = places[first * len(places) // tensor.rows][0]
         largest = float(max(values.max(), -values.min()))
         if not math.isfinite(largest):
             raise CheckpointError(f"{checkpoint.source}: {name} holds NaN or Inf; look at how the model was trained")

@@ -65,7 +65,7 @@ def _take_weights(model: Transformer, checkpoint: Checkpoint, file: GgufFile, pl
     for tensor in placed:
         rows = [torch.from_numpy(rows_of_file(file, tensor, first, last).copy()) for first, last in tensor.pieces()]
         whole = torch.cat(rows).view(tensor.shape)
-        if tensor.stacked[0]:
+        if tensor.stacked[0] or tensor.parameter is not None:
             _take_part(model, family, tensor, whole)
             continue
         for name, part in zip(tensor.names, whole if len(tensor.names) > 1 else [whole], strict=True):
@@ -78,14 +78,17 @@ def _take(model: Transformer, family: Family, name: str, on_disk: torch.Tensor) 
     rule, layer = match
     targets = [model.get_parameter(name.replace("{layer}", str(layer))) for name in rule.names]
     for target, piece in zip(targets, rule.transform.apply(on_disk, [tuple(t.shape) for t in targets]), strict=True):
-        target.copy_(piece)
+        target.copy_(piece.view(target.shape))
 
 
 def _take_part(model: Transformer, family: Family, tensor: PlacedTensor, whole: torch.Tensor) -> None:
-    """One of the matrices that are interleaved in a parameter."""
+    """One of the matrices that are interleaved in a parameter, or one of the parameters that a tensor holds."""
     match = family.match(tensor.name)
     assert match is not None
     rule, layer = match
+    if tensor.parameter is not None:
+        model.get_parameter(rule.names[tensor.parameter].replace("{layer}", str(layer))).copy_(whole)
+        return
     _, which, step = tensor.stacked
     target = model.get_parameter(rule.names[0].replace("{layer}", str(layer)))
     target[..., which::step].copy_(whole.transpose(1, 2) if whole.dim() == 3 else whole)

@@ -119,7 +119,7 @@ def _windowed(layers: int, each: int) -> list[bool]:
 def _rope_keys(rope: Rope, layout: Gguf, notes: list[str]) -> dict[str, Any]:
     if rope.kind in ("default", "llama3", "proportional"):  # the factors of these are a tensor
         return {}
-    plain = Rope(rope.theta, rope.kind, rope.factor, rope.original_context)
+    plain = Rope(rope.theta, rope.kind, rope.factor, rope.original_context, share=rope.share, neighbors=rope.neighbors)
     free: dict[str, Any] = {"beta_fast": None, "beta_slow": None, "query_growth": None, "truncate": True}
     if layout.yarn_mscale and rope.mscale == 1:
         free |= {"mscale": None, "mscale_all_dim": None}

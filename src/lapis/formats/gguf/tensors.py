@@ -2,8 +2,9 @@
 
 The names are the gguf library's table. The numbers differ in four ways, each undone when a file is read: rows of q and
 k of Llama (families/gguf.py, `permuted`); matrices of GPT-2, which folders hold transposed; norms of Gemma, which
-folders keep around 0; and vectors, which are float32 whatever the file's type is. What each expert has is stacked. Rows
-come in pieces of whole heads, so that no matrix is held twice.
+folders keep around 0; and vectors, which are float32 whatever the file's type is. What each expert has is stacked. A
+family may say more (`FileTensor`): heads of a delta net in another order. Rows come in pieces of whole heads, so that
+no matrix is held twice.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,7 @@ import numpy as np
 from lapis.checkpoint import Checkpoint
 from lapis.errors import CheckpointError
 from lapis.families import Family, ModelConfig, Rule
-from lapis.families.gguf import Gguf
+from lapis.families.gguf import FileTensor, Gguf, Runs
 from lapis.formats.gguf.header import GgufFile
 from lapis.formats.gguf.library import Array, dequantized, gguf_library
 
@@ -41,6 +42,10 @@ class PlacedTensor:
         stacked: For one matrix of each expert, of a tensor that stacks them with inputs first and interleaves several:
             (experts, which of them, how many are interleaved).
         before: Rows of the folder's tensor that come before those of the file (RoBERTa's positions of padding).
+        row_runs: The folder's rows in the order of the file; () = as they are.
+        column_runs: The same of columns.
+        parameter: Which of the parameters that the folder's tensor holds it is; None = all that there is.
+        negative_exp: The file has -exp(x).
     """
 
     names: tuple[str, ...]
@@ -53,6 +58,10 @@ class PlacedTensor:
     by_head: int = 0
     stacked: tuple[int, int, int] = (0, 0, 1)
     before: int = 0
+    row_runs: Runs = ()
+    column_runs: Runs = ()
+    parameter: int | None = None
+    negative_exp: bool = False
 
     @property
     def name(self) -> str:
@@ -100,6 +109,9 @@ def place_tensors(family: Family, layout: Gguf, config: ModelConfig) -> list[Pla
             file_name += ".weight"
         if rule.component in layout.files:
             file_name = layout.files[rule.component].replace("{layer}", str(matched[1]))
+        if (several := layout.tensors.get(rule.component)) is not None:
+            placed += [_of_file_tensor(one, name, file_name, rule, shape, config, matched[1]) for one in several]
+            continue
         if file_name is None:
             raise CheckpointError(f"{name} has no place in a GGUF file of {layout.arch}")
         if rule.expert is not None:
@@ -136,12 +148,38 @@ def _of_stack(
     ]  # fmt: skip
 
 
+def _of_file_tensor(
+    one: FileTensor, name: str, file_name: str | None, rule: Rule, shape: tuple[int, ...], config: ModelConfig,
+    layer: int | None,
+) -> PlacedTensor:  # fmt: skip
+    """One of the tensors that a family says how to make. A dimension of 1 between others is left out."""
+    rows, columns = (() if runs is None else runs(config) for runs in (one.rows, one.columns))
+    shape = (shape[0], *(n for n in shape[1:-1] if n > 1), *shape[1:][-1:])
+    if rows:
+        shape = (sum(last - first for first, last in rows), *shape[1:])
+    return PlacedTensor(
+        (name,), one.file.replace("{layer}", str(layer)) or str(file_name), shape, 0, False, 0.0, rule.component,
+        row_runs=rows, column_runs=columns, parameter=one.parameter, negative_exp=one.negative_exp,
+    )  # fmt: skip
+
+
 def _is_norm(rule: Rule) -> bool:
     return rule.kind == "weight" and ("norm" in rule.component)
 
 
-def rows_of_folder(checkpoint: Checkpoint, names: Sequence[str], placed: PlacedTensor, first: int, last: int) -> Array:
-    """Rows [first, last) as the file has them, float32 [rows, columns]. names: as the folder spells the tensors."""
+def rows_of_folder(
+    checkpoint: Checkpoint, places: Sequence[tuple[str, int]], placed: PlacedTensor, first: int, last: int
+) -> Array:
+    """Rows [first, last) as the file has them, float32 [rows, columns].
+
+    Args:
+        checkpoint: The folder.
+        places: For each name of `placed`, the tensor that has it as the folder spells it, and the number there at which
+            it begins (folders may stack experts).
+        placed: The tensor.
+        first, last: Of the file's rows.
+    """
+    names = [name for name, _ in places]
     count, which, step = placed.stacked
     if count and len(placed.shape) == 2:  # a bias of each expert
         flat = checkpoint.read_range(names[0], 0, count * placed.columns * step).float().numpy()
@@ -161,21 +199,56 @@ def rows_of_folder(checkpoint: Checkpoint, names: Sequence[str], placed: PlacedT
         return np.ascontiguousarray(swapped).reshape(placed.rows, placed.columns)
     if placed.transposed:
         return np.ascontiguousarray(checkpoint.read(name).float().numpy().T[first:last])
-    width = placed.columns
-    begin, end = ((row + placed.before) * width for row in (first, last))
-    flat = checkpoint.read_range(name, begin, end).float().numpy()
+    width, start = placed.columns, places[expert][1]
+    spans = _within(placed.row_runs, first, last) or [(first + placed.before, last + placed.before)]
+    parts = [checkpoint.read_range(name, start + f * width, start + t * width).float().numpy() for f, t in spans]
+    flat = parts[0] if len(parts) == 1 else np.concatenate(parts)
     if placed.heads and len(placed.shape) == 1:  # a bias of q or k: one number for each row
         return _interleaved(flat.reshape(-1, 1), placed.heads).reshape(1, -1)
     values = flat.reshape(last - first, width)
     if placed.heads:
         values = _interleaved(values, placed.heads * (last - first) // placed.rows)
+    if placed.column_runs:
+        values = np.ascontiguousarray(values[:, _indices(placed.column_runs)])
+    if placed.negative_exp:
+        values = -np.exp(values)
     return values + np.float32(placed.offset) if placed.offset else values
+
+
+def _within(runs: Runs, first: int, last: int) -> list[tuple[int, int]]:
+    """The parts of runs that [first, last) of what they are together covers."""
+    spans, before = [], 0
+    for begin, end in runs:
+        left, right = max(first - before, 0), min(last - before, end - begin)
+        if left < right:
+            spans.append((begin + left, begin + right))
+        before += end - begin
+    return spans
+
+
+def _indices(runs: Runs) -> Array:
+    return np.concatenate([np.arange(first, last) for first, last in runs])
+
+
+def _inverse(runs: Runs) -> Runs:
+    """For runs that are all of a tensor in another order: those that give the first order again."""
+    places, before = [], 0
+    for first, last in runs:
+        places.append((first, before, before + last - first))
+        before += last - first
+    return tuple((begin, end) for _, begin, end in sorted(places))
 
 
 def rows_of_file(file: GgufFile, placed: PlacedTensor, first: int, last: int) -> Array:
     """Rows [first, last) of a tensor of the file, float32 [rows, columns], in the folder's order but not transposed."""
     tensor = file.tensors[placed.file_name]
-    values = dequantized(file.read(tensor, first, last), tensor.type)
+    runs = () if placed.parameter is not None else _inverse(placed.row_runs)
+    spans = _within(runs, first, last) or [(first, last)]
+    values = dequantized(np.concatenate([file.read(tensor, *span) for span in spans]), tensor.type)
+    if placed.column_runs:
+        values = values[:, _indices(_inverse(placed.column_runs))]
+    if placed.negative_exp:
+        values = np.log(-values)
     if placed.heads and len(placed.shape) == 1:
         return _halved(values.reshape(-1, 1), placed.heads).reshape(1, -1)
     if placed.heads:
