@@ -2,198 +2,76 @@
 
 import dataclasses
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 
 from lapis.errors import CheckpointError
-from lapis.families.config import Delta, Experts, ModelConfig, Rope
-from lapis.families.uneven import LayerInputs, Uneven
+from lapis.families import FAMILIES
 from lapis.model.adapter import write_adapter
 from lapis.model.load import load, save
-from lapis.model.lora import LoraConfig, LoraLinear, of, off, token_rows, wrap
+from lapis.model.lora import LoraConfig, LoraLinear, of, off, stacked_adapters, token_rows, wrap
 from lapis.model.transformer import Transformer
 from lapis.weights.fuse.fuse import fuse
-from tests.model import conftest as models
+from tests.oracles.adapted import (
+    CLASSIFIERS,
+    ENCODERS,
+    IDS,
+    LLAMA,
+    SHAPES,
+    as_peft,
+    covered,
+    disturb,
+    disturb_theirs,
+    inputs,
+    logits,
+    shape_of,
+)
 
-transformers = pytest.importorskip("transformers")
-peft = pytest.importorskip("peft")
-
-LLAMA = ModelConfig(dim=16, layers=2, heads=4, kv_heads=2, ffn_dim=24, vocab=31, context=32)
-LEARNED: dict[str, Any] = {"norm": "layer", "positions": "learned", "bias": "all", "tied": True}
-SHAPES = {
-    "llama": LLAMA,
-    "qwen2": dataclasses.replace(LLAMA, family="qwen2", bias="qkv", tied=True),
-    "gemma3": dataclasses.replace(LLAMA, family="gemma3_text", qk_norm=True, mlp="geglu_tanh", tied=True, window=3,
-                                  window_layers=(0,), query_scalar=7.0),
-    "gemma4": dataclasses.replace(
-        LLAMA, family="gemma4_text", layers=4, qk_norm=True, mlp="geglu_tanh", tied=True, window=3,
-        window_layers=(0, 2), query_scalar=1.0, rope=Rope(kind="proportional", share=0.5), window_rope=Rope(),
-        uneven=Uneven(12, 2, False, 2, True), layer_inputs=LayerInputs(6, 31),
-    ),
-    "smollm3": dataclasses.replace(LLAMA, family="smollm3", nope_layers=(1,), tied=True),
-    "olmo2": dataclasses.replace(LLAMA, family="olmo2", qk_norm=True, qk_norm_over="all"),
-    "granite": dataclasses.replace(LLAMA, family="granite", embed_scale=3.0, residual_scale=0.5, logit_divisor=0.25),
-    "phi3": dataclasses.replace(LLAMA, family="phi3"),
-    "arcee": dataclasses.replace(LLAMA, family="arcee", mlp="relu2"),
-    "apertus": dataclasses.replace(LLAMA, family="apertus", mlp="xielu", qk_norm=True),
-    "neox": dataclasses.replace(LLAMA, family="gpt_neox", kv_heads=4, dim=32, head_dim=8, norm="layer", mlp="gelu",
-                                bias="all", parallel="own", rope=Rope(share=0.25)),
-    "qwen3_5": dataclasses.replace(LLAMA, family="qwen3_5_text", head_dim=8, qk_norm=True, rope=Rope(share=0.25),
-                                   delta=Delta((0,), 1, 2, 4, 6, 3)),
-    "gpt2": ModelConfig(dim=16, layers=2, heads=2, ffn_dim=24, vocab=31, context=32, family="gpt2", norm_eps=1e-5,
-                        mlp="gelu_tanh", **LEARNED),
-    "bert": ModelConfig(dim=16, layers=2, heads=2, ffn_dim=24, vocab=31, context=32, family="bert", norm_eps=1e-12,
-                        norm_place="post", mlp="gelu", causal=False, head="classes", types=2, classes=4, pooler=True,
-                        **LEARNED),
-    "roberta": ModelConfig(dim=16, layers=2, heads=2, ffn_dim=24, vocab=31, context=32, family="roberta",
-                           norm_place="post", mlp="gelu", causal=False, head="classes", types=1, classes=4,
-                           first_position=2, class_dense="tanh", **LEARNED),
-    "modernbert": ModelConfig(dim=16, layers=2, heads=2, ffn_dim=24, vocab=31, context=32, family="modernbert",
-                              norm="layer", norm_place="embed", norm_bias=False, mlp="geglu", tied=True, causal=False,
-                              head="classes", classes=4, class_dense="masked", window=3, window_layers=(1,)),
-    **{name: models.SHAPES[name] for name in (
-        "mistral", "gemma2", "ministral3", "olmo3", "exaone4", "starcoder2", "glm4", "cohere2", "stablelm",
-    )},
-}  # fmt: skip
-ENCODERS = ("bert", "roberta", "modernbert")
-# not qwen2_moe: PEFT 0.21 stacks adapters of experts for models that are like it, and not for it
-MIXTURES = {
-    "qwen3_moe": dataclasses.replace(LLAMA, family="qwen3_moe", qk_norm=True, experts=Experts(4, 2)),
-    "mixtral": dataclasses.replace(LLAMA, family="mixtral", experts=Experts(4, 2)),
-    "qwen3_next": dataclasses.replace(
-        LLAMA,
-        family="qwen3_next",
-        head_dim=8,
-        qk_norm=True,
-        rope=Rope(share=0.25),
-        delta=Delta((0,), 2, 4, 4, 6, 3),
-        experts=Experts(4, 2, True, 20),
-    ),
-    "olmoe": dataclasses.replace(models.SHAPES["olmoe"], experts=Experts(4, 2, False)),
-}
 KINDS = {
     "lora": LoraConfig(rank=3),
     "rslora": LoraConfig(rank=3, rslora=True, alpha=5.0, targets=("attn.q", "attn.v", "layers.1.mlp")),
     "dora": LoraConfig(rank=3, dora=True, targets=("attn.q", "mlp")),
     "tokens": LoraConfig(rank=3, targets=("attn",), tokens=(4, 30, 7)),
 }
-IDS = torch.tensor([[3, 4, 5, 30, 7, 8], [9, 30, 11, 4, 13, 14]])
+CASES = [(family, kind) for family in SHAPES for kind in KINDS
+         if (family, kind) not in (("vit", "tokens"), ("gpt_oss", "dora"))]  # fmt: skip
 
 
-def shape_of(family: str) -> Any:
-    kind = "SequenceClassification" if family in ENCODERS else "CausalLM"
-    return getattr(transformers, f"AutoModelFor{kind}")
+def test_every_family_is_held_against_peft() -> None:
+    """But mixtures whose experts PEFT does not find (test_peft_experts.py)."""
+    kinds = {kind for family in FAMILIES for kind in family.model_types}
+    assert kinds - covered() == {"qwen2_moe", "qwen3_5_moe_text"}
 
 
-@torch.no_grad()
-def logits(model: Any) -> torch.Tensor:
-    out: torch.Tensor = model.eval()(input_ids=IDS).logits
-    return out
-
-
-@torch.no_grad()
-def disturb(model: Transformer) -> None:
-    """Numbers that training might have put there."""
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.add_(torch.randn_like(parameter), alpha=0.1)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", SHAPES)
+@pytest.mark.parametrize(("family", "kind"), CASES)
 def test_what_lapis_writes_is_the_same_in_peft(family: str, kind: str, tmp_path: Path) -> None:
     torch.manual_seed(1)
     model = Transformer(SHAPES[family]).eval()
+    ids = inputs(model)
     save(model, tmp_path / "base")
     with torch.no_grad():
-        before = model(IDS)
+        before = model(ids)
     wrap(model, KINDS[kind], str(tmp_path / "base"))
-    torch.testing.assert_close(model(IDS), before, rtol=0, atol=1e-6)
+    torch.testing.assert_close(model(ids), before, rtol=0, atol=1e-6)
     disturb(model)
     write_adapter(model, tmp_path / "adapter")
     with torch.no_grad(), off(model):
-        torch.testing.assert_close(model(IDS), before, rtol=0, atol=0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)  # a key that is missing or left over is only warned of
-        theirs = shape_of(family).from_pretrained(tmp_path / "base", dtype=torch.float32)
-        theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter")
-    assert not torch.allclose(model(IDS), before, atol=1e-3)
-    torch.testing.assert_close(model(IDS), logits(theirs), rtol=0, atol=1e-5)
-    torch.testing.assert_close(load(tmp_path / "adapter")(IDS), model(IDS), rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("targets", [("experts",), ("mlp.experts.down", "attn")], ids=str)
-@pytest.mark.parametrize("family", MIXTURES)
-def test_adapters_of_experts_are_stacked_by_peft(family: str, targets: tuple[str, ...], tmp_path: Path) -> None:
-    torch.manual_seed(4)
-    model = Transformer(MIXTURES[family]).eval()
-    save(model, tmp_path / "base")
-    wrap(model, LoraConfig(rank=3, targets=targets), str(tmp_path / "base"))
-    disturb(model)
-    write_adapter(model, tmp_path / "adapter")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        warnings.filterwarnings("ignore", r".*_pattern keys did not match")  # of its own pattern for stacked matrices
-        theirs = shape_of(family).from_pretrained(tmp_path / "base", dtype=torch.float32)
-        theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter")
-    torch.testing.assert_close(model(IDS), logits(theirs), rtol=0, atol=1e-5)
-    fuse(tmp_path / "adapter", tmp_path / "fused")
-    torch.testing.assert_close(load(tmp_path / "fused")(IDS), model(IDS), rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("targets", [("delta", "attn"), ("delta.qkv", "layers.1.attn")], ids=str)
-def test_adapters_of_what_a_matrix_holds_in_groups_are_pefts(targets: tuple[str, ...], tmp_path: Path) -> None:
-    """Of q, k, v and gate of a delta net, which lie in one matrix by heads of keys: with one A, as PEFT sees it."""
-    torch.manual_seed(4)
-    model = Transformer(MIXTURES["qwen3_next"]).eval()
-    save(model, tmp_path / "base")
-    wrap(model, LoraConfig(rank=3, targets=targets), str(tmp_path / "base"))
-    disturb(model)
-    write_adapter(model, tmp_path / "adapter")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        theirs = shape_of("qwen3_next").from_pretrained(tmp_path / "base", dtype=torch.float32)
-        theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter")
-    torch.testing.assert_close(model(IDS), logits(theirs), rtol=0, atol=1e-5)
-    torch.testing.assert_close(load(tmp_path / "adapter")(IDS), model(IDS), rtol=0, atol=1e-6)
-    fuse(tmp_path / "adapter", tmp_path / "fused")
-    torch.testing.assert_close(load(tmp_path / "fused")(IDS), model(IDS), rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("targets", [("experts",), ("layers.1.mlp.experts",)], ids=str)
-@pytest.mark.parametrize("family", MIXTURES)
-def test_rslora_of_stacked_experts_is_scaled_twice(family: str, targets: tuple[str, ...], tmp_path: Path) -> None:
-    """PEFT doubles rank and alpha where it stacks gate and up: 2 alpha / sqrt(2 rank), which is sqrt(2) too much."""
-    torch.manual_seed(4)
-    model = Transformer(MIXTURES[family]).eval()
-    save(model, tmp_path / "base")
-    wrap(model, LoraConfig(rank=3, alpha=5.0, rslora=True, targets=targets), str(tmp_path / "base"))
-    disturb(model)
-    write_adapter(model, tmp_path / "adapter")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        theirs = shape_of(family).from_pretrained(
-            tmp_path / "base", dtype=torch.float64, experts_implementation="eager"
-        )
-        theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter", autocast_adapter_dtype=False).double()
-    stacked = [m for m in theirs.modules() if getattr(m, "parameter_name", "") == "gate_up_proj"]
-    assert stacked
-    for module in stacked:
-        assert module.r["default"] == 6 and module.scaling["default"] == pytest.approx(2**0.5 * 5 / 3**0.5)
-    ours = model.double()(IDS)
-    assert (logits(theirs) - ours).abs().max() > 1e-3
-    for module in stacked:
-        module.scaling["default"] /= 2**0.5
-    torch.testing.assert_close(ours, logits(theirs), rtol=0, atol=1e-6)  # routers stay in float32
+        torch.testing.assert_close(model(ids), before, rtol=0, atol=0)
+    theirs = as_peft(family, tmp_path / "base", tmp_path / "adapter")
+    assert not torch.allclose(model(ids), before, atol=1e-3)
+    torch.testing.assert_close(model(ids), logits(theirs), rtol=0, atol=1e-5)
+    torch.testing.assert_close(load(tmp_path / "adapter")(ids), model(ids), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "patterns", "tokens"])
 @pytest.mark.parametrize("family", SHAPES)
 def test_what_peft_writes_is_the_same_here(family: str, kind: str, tmp_path: Path) -> None:
+    if (family, kind) == ("vit", "tokens"):
+        pytest.skip("pictures have no tokens")
     torch.manual_seed(2)
     save(Transformer(SHAPES[family]), tmp_path / "base")
     targets = {
@@ -201,12 +79,17 @@ def test_what_peft_writes_is_the_same_here(family: str, kind: str, tmp_path: Pat
         "phi3": ["qkv_proj", "gate_up_proj"],
         "bert": ["query", "attention.output.dense"],
         "roberta": ["query", "attention.output.dense"],
+        "xlm_roberta": ["query", "attention.output.dense"],
+        "distilbert": ["q_lin", "ffn.lin2"],
+        "vit": ["q_proj", "fc2"],
+        "gpt_oss": ["q_proj", "o_proj"],
         "modernbert": ["Wqkv", "mlp.Wo"],
         "neox": ["query_key_value", "dense_4h_to_h"],
     }.get(family, ["q_proj", "down_proj"])
     config = peft.LoraConfig(
         r=4, lora_alpha=6, target_modules=targets, use_dora=kind == "dora", use_rslora=kind == "patterns",
-        task_type="SEQ_CLS" if family in ENCODERS else "CAUSAL_LM", init_lora_weights=False,
+        task_type="SEQ_CLS" if family in ENCODERS else None if family == "vit" else "CAUSAL_LM",
+        init_lora_weights=False, modules_to_save=["classifier"] if family == "vit" else None,
         rank_pattern={targets[0]: 2} if kind == "patterns" else {},
         alpha_pattern={targets[1]: 9} if kind == "patterns" else {},
         trainable_token_indices=[30, 4] if kind == "tokens" else None, fan_in_fan_out=family == "gpt2",
@@ -218,43 +101,44 @@ def test_what_peft_writes_is_the_same_here(family: str, kind: str, tmp_path: Pat
                 parameter.add_(torch.randn_like(parameter), alpha=0.2)
     theirs.save_pretrained(tmp_path / "adapter")
     ours = load(tmp_path / "adapter")
-    torch.testing.assert_close(ours(IDS), logits(theirs), rtol=0, atol=1e-5)
+    torch.testing.assert_close(ours(inputs(ours)), logits(theirs), rtol=0, atol=1e-5)
     assert any(isinstance(module, LoraLinear) for module in ours.modules())
     assert bool(token_rows(ours)) == (kind == "tokens")
     write_adapter(ours, tmp_path / "again")  # what was read can be written
     again = load(tmp_path / "again")
-    torch.testing.assert_close(again(IDS), ours(IDS), rtol=0, atol=1e-6)
+    torch.testing.assert_close(again(inputs(again)), ours(inputs(ours)), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", SHAPES)
+@pytest.mark.parametrize(("family", "kind"), CASES)
 def test_fuse_gives_the_weights_of_merge_and_unload(family: str, kind: str, dtype: str, tmp_path: Path) -> None:
     torch.manual_seed(3)
-    base = dataclasses.replace(SHAPES[family], **({"head": "masked", "classes": 0, "pooler": False}
-                                                  if family in ENCODERS else {}))  # fmt: skip
+    without = {"head": "none" if family == "vit" else "masked", "classes": 0, "pooler": False}
+    base = dataclasses.replace(SHAPES[family], **(without if family in CLASSIFIERS else {}))
     stored = getattr(torch, dtype)
     save(Transformer(base).to(stored), tmp_path / "base")
-    head: dict[str, Any] = {"head": "classes", "classes": 4} if family in ENCODERS else {}
+    head: dict[str, Any] = {"head": "classes", "classes": 4} if family in CLASSIFIERS else {}
     model = load(tmp_path / "base", dtype=torch.float32, **head)  # the classifier is one that the base lacks
     wrap(model, KINDS[kind], str(tmp_path / "base"))
     disturb(model)
     write_adapter(model, tmp_path / "adapter")
     result = fuse(tmp_path / "adapter", tmp_path / "fused")
-    labels = {"num_labels": 4} if family in ENCODERS else {}
+    labels = {"num_labels": 4} if family in CLASSIFIERS else {}
     theirs = shape_of(family).from_pretrained(tmp_path / "base", dtype=stored, **labels)
     theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").merge_and_unload()
     ours = shape_of(family).from_pretrained(tmp_path / "fused", dtype=stored)
     assert type(ours) is type(theirs) and result.tensors["merged"] > 0
-    # PEFT computes DoRA's lengths in the base's dtype, we in float32 whatever that is
+    # PEFT computes DoRA's lengths in the base's dtype, and rounds to it what it adds to experts that lie in one tensor
     tolerance = torch.finfo(stored).eps * (4 if kind == "dora" and dtype == "bfloat16" else 1)
+    added = {name: float(layer.delta().abs().max()) for name, layer in stacked_adapters(model).items()}
     for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
-    assert ours.config.tie_word_embeddings == base.tied
+        atol = max(added.values(), default=0.0) * torch.finfo(stored).eps / 2 if ".experts." in name else 0.0
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=max(atol, 1e-7), msg=lambda m, n=name: f"{n}: {m}")
+    assert getattr(ours.config, "tie_word_embeddings", False) == base.tied
     here = load(tmp_path / "fused")
     assert here.config.tied == base.tied and not of(here)
     if dtype == "float32":
-        torch.testing.assert_close(here(IDS), model(IDS), rtol=0, atol=1e-5)
+        torch.testing.assert_close(here(inputs(here)), model(inputs(here)), rtol=0, atol=1e-5)
 
 
 def saved(theirs: Any, base: Path, folder: Path) -> Path:
@@ -263,13 +147,6 @@ def saved(theirs: Any, base: Path, folder: Path) -> Path:
     settings = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": str(base)}))
     return folder
-
-
-@torch.no_grad()
-def disturb_theirs(theirs: Any) -> None:
-    for name, parameter in theirs.named_parameters():
-        if parameter.requires_grad:
-            parameter.add_(torch.randn_like(parameter), alpha=0.02 if "lora" in name else 0.2)
 
 
 def fused_logits(adapter: Path, out: Path) -> torch.Tensor:

@@ -24,6 +24,7 @@ from lapis.training.objectives.supervised.next_token import Causal
 from lapis.training.run import read_settings, run
 from lapis.training.setup.lora import LoraConfig, of, off, token_rows, wrap
 from lapis.training.setup.select import choose
+from tests.model.conftest import SHAPES
 
 RUN = {"steps": 6, "batch": 4, "lr": 3e-3, "precision": "float32", "threads": 1, "sample_every": 0.0, "save_every": 3}
 Start = Callable[..., Any]
@@ -244,3 +245,32 @@ def test_choose_counts_what_is_left(new_model: Callable[[], Transformer]) -> Non
     model = new_model()
     assert choose(model, ["layers.0.mlp"]) == sum(p.numel() for p in model.blocks[0].mlp.parameters())
     assert choose(model) == sum(p.numel() for p in model.parameters())
+
+
+def test_a_model_of_pictures_has_no_rows_of_tokens() -> None:
+    model = Transformer(SHAPES["vit"])
+    assert choose(model, ["layers.0.mlp"]) == sum(p.numel() for p in model.blocks[0].mlp.parameters())
+    with pytest.raises(ConfigError, match=r"tokens: \[3\] are ids of tokens, which a model of pictures has none of"):
+        choose(model, ["mlp"], tokens=[3])
+    with pytest.raises(ConfigError, match=r"tokens: \[3\] are ids of tokens"):
+        wrap(Transformer(SHAPES["vit"]), LoraConfig(rank=2, tokens=(3,)))
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "gemma4-experts"])
+def test_experts_in_one_tensor_are_adapted_and_resumed(
+    family: str, start: Start, tokenizer: Tokenizer, tmp_path: Path
+) -> None:  # fmt: skip
+    torch.manual_seed(0)
+    shape = dataclasses.replace(SHAPES[family], vocab=tokenizer.rows, context=64)
+    save(Transformer(shape), tmp_path / "experts")
+    tokenizer.save(tmp_path / "experts")
+    settings = {"model": str(tmp_path / "experts"), "lora": {"rank": 2, "targets": ["mlp"]}, "lr": 0.03}
+    whole = start("whole", **settings)
+    assert whole.log[-1]["loss"] < whole.log[0]["loss"]
+    written = json.loads((whole.out / "adapter_config.json").read_text())
+    assert written["target_parameters"] == ["experts.down_proj", "experts.gate_up_proj"]
+    with pytest.raises(KeyboardInterrupt):
+        start("parts", Stop(), log_every=1, **settings)
+    parts = start("parts", log_every=1, **settings)
+    one, other = ((run.out / "adapter_model.safetensors").read_bytes() for run in (whole, parts))
+    assert one == other

@@ -1,7 +1,7 @@
 """An adapter folder in PEFT's format: adapter_config.json and adapter_model.safetensors, from headers alone.
 
-LoRA, rsLoRA and DoRA on linear layers, on an embedding or a head; rows of tokens; modules saved in full. What PEFT can
-say and this file cannot is refused by name.
+LoRA, rsLoRA and DoRA on linear layers, on an embedding or a head; LoRA on experts that lie in one tensor; rows of
+tokens; modules saved in full. What PEFT can say and this file cannot is refused by name.
 """
 
 import json
@@ -14,17 +14,19 @@ from pathlib import Path
 from typing import Any
 
 from lapis.checkpoint import pattern_process
+from lapis.checkpoint.adapter_names import stacked_tensors
 from lapis.checkpoint.files import contained, read_object, stamp
 from lapis.checkpoint.store import CHANGED_BASE, Adapter, Checkpoint
 from lapis.checkpoint.tensor_file import INDEX, holds_adapter, read_header
 from lapis.errors import CheckpointError
+from lapis.families.config import Head
 from lapis.parsing import quoted
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 LEAD = "base_model.model."
 # fields that change the function in a way that is not read here, with what they are where they do not
 _OTHER: dict[str, tuple[Any, ...]] = {
-    "bias": ("none",), "lora_bias": (False, None), "layer_replication": (None, []), "target_parameters": (None, []),
+    "bias": ("none",), "lora_bias": (False, None), "layer_replication": (None, []),
     "use_qalora": (False, None), "use_bdlora": (False, None), "alora_invocation_tokens": (None, []),
     "arrow_config": (None,), "kasa_config": (None,), "velora_config": (None,), "monteclora_config": (None,),
     "megatron_config": (None,),
@@ -32,6 +34,11 @@ _OTHER: dict[str, tuple[Any, ...]] = {
 _KINDS = {
     "lora_A.weight": "A", "lora_B.weight": "B", "lora_magnitude_vector": "magnitude",
     "lora_magnitude_vector.weight": "magnitude", "lora_embedding_A": "A", "lora_embedding_B": "B",
+}  # fmt: skip
+# what PEFT has no adapter of a parameter with, with what it is where there is none
+_NOT_STACKED: dict[str, tuple[Any, ...]] = {
+    "use_dora": (False, None), "fan_in_fan_out": (False, None), "lora_dropout": (0, None),
+    "init_lora_weights": (True, False, None, "gaussian"),
 }  # fmt: skip
 # init_lora_weights that leave the base as it is; what is neither here nor in CHANGED_BASE (LoftQ, CorDA, LoRA-GA, PiSSA
 # by a random algorithm) cannot be repeated from a folder
@@ -67,9 +74,27 @@ def open_adapter(source: str | os.PathLike[str]) -> Adapter:
     adapter = Adapter(root, str(config.get("base_model_name_or_path") or ""), config, weights)
     for name in header.tensors:
         _sort(adapter, name)
+    if config.get("target_parameters"):
+        tensors = stacked_tensors(root / CONFIG, config["target_parameters"], adapter.pairs)
+        adapter.pairs = {tensors.get(stem, stem): kinds for stem, kinds in adapter.pairs.items()}
+        adapter.stacked.update(tensors.values())
     _check_pairs(adapter)
     _read_patterns(adapter)
     return adapter
+
+
+def head_of(checkpoint: Checkpoint) -> tuple[Head | None, int]:
+    """The head, and its classes, that an adapter needs, where it holds it whole; None where the base's serves."""
+    adapter, family = checkpoint.adapter, checkpoint.runs
+    transforms = False
+    for disk, name in (adapter.whole if adapter and family else {}).items():
+        assert adapter is not None and family is not None
+        matched = family.match(disk)
+        if matched and matched[0].component == "head.classes" and matched[0].kind == "weight":
+            classes = adapter.weights.info(name).shape[0]
+            return ("scalar", 1) if classes == 1 else ("classes", classes)
+        transforms = transforms or bool(matched and matched[0].component == "head.transform")
+    return ("masked" if transforms else None), 0
 
 
 def _check_config(root: Path, config: Mapping[str, Any]) -> None:
@@ -79,6 +104,11 @@ def _check_config(root: Path, config: Mapping[str, Any]) -> None:
     for name, plain in _OTHER.items():
         if config.get(name, plain[0]) not in plain:
             raise CheckpointError(f"{place}: {name} is {quoted(config[name])}, which lapis does not read")
+    for name, plain in _NOT_STACKED.items() if config.get("target_parameters") else ():
+        if config.get(name, plain[0]) not in plain:
+            raise CheckpointError(
+                f"{place}: {name} is {quoted(config[name])}, which does not go with target_parameters"
+            )
     start = config.get("init_lora_weights")
     if not isinstance(start, (bool, str, type(None))) or start not in (*_SAME_BASE, *CHANGED_BASE):
         raise CheckpointError(
@@ -170,9 +200,11 @@ def _read_patterns(adapter: Adapter) -> None:
     ranks = _by_pattern(place, "rank_pattern", adapter.config.get("rank_pattern") or {}, modules)
     for module in modules:
         adapter.alphas[module] = float(alphas.get(module, adapter.config["lora_alpha"]))
-        rank, actual = ranks.get(module, adapter.config["r"]), adapter.rank(module)
-        if rank != actual:
-            raise CheckpointError(f"{place}: the rank of {module} is {rank} here, and {actual} by its tensors")
+        rank, rows = ranks.get(module, adapter.config["r"]), adapter.weights.info(adapter.pairs[module]["A"]).shape[0]
+        stacked = module in adapter.stacked  # then it has the rows of all experts
+        if (rows % int(rank) if stacked else rank != rows) or not rows:
+            raise CheckpointError(f"{place}: the rank of {module} is {rank} here, and {rows} by its tensors")
+        adapter.ranks[module] = int(rank)
 
 
 def _by_pattern(place: Path, field: str, patterns: Mapping[str, Any], modules: Sequence[str]) -> dict[str, Any]:

@@ -258,7 +258,8 @@ class Adapter:
         rows: Module -> (ids, name) of trained rows of tokens.
         whole: Tensor on disk -> name, of what was saved in full.
         bases: Module -> name of the base's own weight, where the folder holds a copy of it.
-        alphas: lora_alpha of each module.
+        alphas, ranks: lora_alpha and r of each module.
+        stacked: The keys of `pairs` that are no modules, but tensors with the matrices of all experts.
     """
 
     root: Path
@@ -270,6 +271,8 @@ class Adapter:
     whole: dict[str, str] = field(default_factory=dict)
     bases: dict[str, str] = field(default_factory=dict)
     alphas: dict[str, float] = field(default_factory=dict)
+    ranks: dict[str, int] = field(default_factory=dict)
+    stacked: set[str] = field(default_factory=set)
 
     def read(self, name: str) -> "torch.Tensor":
         """One of its tensors. Raises CheckpointError for NaN and Inf."""
@@ -278,12 +281,13 @@ class Adapter:
             raise CheckpointError(f"{self.root}: {name} holds NaN or Inf; the adapter is damaged, fetch it again")
         return tensor
 
-    def rank(self, module: str) -> int:
-        return self.weights.info(self.pairs[module]["A"]).shape[0]
+    def tensor(self, module: str) -> str:
+        """The tensor on disk that an adapter of `pairs` adds to."""
+        return module if module in self.stacked else f"{module}.weight"
 
     def scale(self, module: str) -> float:
         """The factor on B A."""
-        rank = self.rank(module)
+        rank = self.ranks[module]
         return self.alphas[module] / (sqrt(rank) if self.config.get("use_rslora") else rank)
 
     def class_names(self, count: int) -> list[str]:
@@ -309,6 +313,12 @@ class Adapter:
     def ties(self) -> bool:
         """Whether what is done to a tied embedding is done to the head, too."""
         return bool(self.config.get("ensure_weight_tying"))
+
+    def stacks(self, module: str) -> tuple["torch.Tensor", "torch.Tensor"]:
+        """A [X, R, I] and B [X, O, R] of all experts, float32; in the file the columns of B lie rank by rank."""
+        a, b_O = (self.read(self.pairs[module][kind]).float() for kind in "AB")
+        rank = self.ranks[module]
+        return a.view(-1, rank, a.shape[1]), b_O.view(len(b_O), rank, -1).permute(2, 0, 1).contiguous()
 
     def low_rank(self, module: str, weight_OI: Callable[[], "torch.Tensor"]) -> tuple["torch.Tensor", "torch.Tensor"]:
         """A [R, I] and B [O, R], float32, so that scale * B A is what the adapter adds to the base's weight.

@@ -128,7 +128,8 @@ class Family:
         gguf: model_type -> how such a model lies in a GGUF file, where llama.cpp has it.
         wrappers: The values of `model_type` of multimodal folders whose language model is run as one of this family,
             by its own part of config.json; text alone goes through it as through a folder of its own.
-        head_module: What transformers, and so PEFT, calls the head where the folder has another name for it.
+        modules: Patterns of names that folders have, and what transformers, and so PEFT, calls these modules; names
+            of adapters follow the latter.
     """
 
     name: str
@@ -145,7 +146,7 @@ class Family:
     block: str = "standard"
     gguf: Mapping[str, Gguf] = field(default_factory=dict)
     wrappers: tuple[str, ...] = ()
-    head_module: str = ""
+    modules: tuple[tuple[str, str], ...] = ()
 
     def for_heads(self, heads: int, key_heads: int = 0) -> "Family":
         """The same, with the numbers of heads in the transforms that want them. Itself where none does.

@@ -99,7 +99,7 @@ FAMILY = llama_like(
     reader=read_config,
     writer=write_config,
     prefix="gpt_neox.",
-    head_module="lm_head",
+    modules=((r"^embed_out\.", "lm_head."),),
     gguf={"gpt_neox": Gguf(
         "gptneox", computes={**ROTARY, "norm": ("layer",), "mlp": ("gelu", "gelu_tanh"), "bias": ("all",)},
         says_parallel=True, partial=True, means={"parallel": "own"},

@@ -12,7 +12,7 @@ from lapis.families.experts import read_experts, write_experts
 from lapis.families.fields import Fields
 from lapis.families.gguf import ROTARY, Gguf
 from lapis.families.llama import BLOCK, RULES, llama_like, preset, read_decoder, write_decoder
-from lapis.families.shapes import Shape
+from lapis.families.shapes import INPUTS_FIRST, SAME, Shape
 from lapis.families.windows import read_window, write_window
 
 LEAD = "blocks.{layer}."
@@ -21,9 +21,9 @@ OWN = (
     Rule(BLOCK + "self_attn.sinks", (LEAD + "attn.sinks",), "attn.sinks"),
     *rules(BLOCK + "mlp.router", "mlp.router", "weight bias"),
     *(
-        Rule(f"{BLOCK}mlp.experts.{part}_proj{end}", (f"{LEAD}mlp.experts.{part}.{kind}",), f"mlp.experts.{part}")
+        Rule(f"{BLOCK}mlp.experts.{part}_proj{end}", (f"{LEAD}mlp.experts.{part}.{kind}",), f"mlp.experts.{part}", how)
         for part in ("gate_up", "down")
-        for end, kind in (("", "weight"), ("_bias", "bias"))
+        for end, kind, how in (("", "weight", INPUTS_FIRST), ("_bias", "bias", SAME))
     ),
 )
 ALPHA, LIMIT = 1.702, 7.0  # of the gate: they are in the block, too

@@ -55,7 +55,7 @@ class Pattern:
         texts = self.components or ()
         if family is None or all(any(Pattern(None, (text,)).covers(part) for part in parts) for text in texts):
             return self
-        if len(texts) == 1 and (match := family.match(f"{texts[0]}.weight")) is not None:
+        if len(texts) == 1 and (match := family.match(f"{texts[0]}.weight") or family.match(texts[0])) is not None:
             layers = self.layers if match[1] is None else (match[1],)
             return Pattern(layers, (match[0].component,))
         components = [component for text in texts for component in _components(text, family) or (text,)]
@@ -136,9 +136,11 @@ def covered_parts(texts: Iterable[str], parts: Iterable[Part], where: str, famil
 
 
 def _components(name: str, family: Family) -> list[str]:
-    """The components of the modules whose name on disk is `name`, ends with it, or has it as a part in between."""
-    stems = {rule.disk.rpartition(".")[0]: Part(None, rule.component, rule.kind).group for rule in family.rules}
-    return [component for stem, component in stems.items() if f".{name}." in f".{stem}."]
+    """The components of what is called `name` on disk, ends with it, or has it as a part in between."""
+    return list(dict.fromkeys(
+        Part(None, rule.component, rule.kind).group for rule in family.rules
+        if f".{name}." in f".{rule.disk.removesuffix('.weight').removesuffix('.bias')}."
+    ))  # fmt: skip
 
 
 def spell_layers(layers: Iterable[int]) -> str:

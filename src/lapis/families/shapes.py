@@ -59,6 +59,7 @@ def _stack(tensors: "Sequence[Tensor]") -> "Tensor":
 
 
 SAME = Transform(lambda shapes: shapes[0], lambda t, shapes: (t,), lambda ts: ts[0])
+INPUTS_FIRST = replace(SAME, transposed=True)  # and it stays so
 TRANSPOSE = Transform(
     lambda shapes: shapes[0][::-1], lambda t, shapes: (t.t().contiguous(),), lambda ts: ts[0].t(), transposed=True
 )

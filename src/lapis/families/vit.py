@@ -31,6 +31,14 @@ RULES = (
     *rules("pooler.dense", "head.pooler", BOTH),
     *rules("classifier", "head.classes", BOTH, outside=True),
 )
+_OWN = {  # in a layer: name in a folder -> what transformers 5 calls it
+    "attention.attention.query": "attention.q_proj", "attention.attention.key": "attention.k_proj",
+    "attention.attention.value": "attention.v_proj", "attention.output.dense": "attention.o_proj",
+    "intermediate.dense": "mlp.fc1", "output.dense": "mlp.fc2", "layernorm_before": "layernorm_before",
+    "layernorm_after": "layernorm_after",
+}  # fmt: skip
+SPELLINGS = tuple((rf"(^|\.)layers\.(\d+)\.{new}\.", rf"\1encoder.layer.\2.{old}.") for old, new in _OWN.items())
+MODULES = tuple((rf"(^|\.)encoder\.layer\.(\d+)\.{old}\.", rf"\1layers.\2.{new}.") for old, new in _OWN.items())
 HEADS = {"ForImageClassification": "classes", "Model": "none"}
 HEAD_NAMES = {"classes": "ForImageClassification", "scalar": "ForImageClassification", "none": "Model"}
 
@@ -127,6 +135,8 @@ FAMILY = Family(
     reader=read_config,
     writer=write_config,
     prefix="vit.",
+    spellings=SPELLINGS,
+    modules=MODULES,
     ignored=(r"embeddings\.mask_token$",),
     shapes=_shapes,
     defaults={"vit": ENCODER},

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import math
 import os
-from collections import defaultdict
+import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -18,14 +18,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lapis.checkpoint import Checkpoint
 from lapis.checkpoint.adapter import CONFIG, LEAD, WEIGHTS, open_adapter
+from lapis.checkpoint.adapter_names import short_name, shortest, stem_of
 from lapis.checkpoint.store import Adapter
 from lapis.checkpoint.tensor_file import write_tensors
 from lapis.errors import CheckpointError, ConfigError
 from lapis.families import Family, Rule, family_of
-from lapis.families.config import Head, class_fields
+from lapis.families.config import class_fields
 from lapis.model.blocks.nf4 import Nf4Linear
+from lapis.model.blocks.stacked import LoraStacked, StackedLinear
 from lapis.model.check import disk_layout
 from lapis.model.lora import (
     Adapted,
@@ -38,6 +39,7 @@ from lapis.model.lora import (
     put_rows,
     row_lengths,
     row_matrices,
+    stacked_adapters,
     token_rows,
 )
 from lapis.model.transformer import Transformer
@@ -80,6 +82,9 @@ def attach(model: Transformer, adapter: Adapter) -> Transformer:
                                   "make it a model with: lapis fuse")  # fmt: skip
     for module, kinds in adapter.pairs.items():
         rule, names = _places(model, family, adapter, module)
+        if module in adapter.stacked:
+            _attach_stacked(model, adapter, module, names[0])
+            continue
         length_O = adapter.read(kinds["magnitude"]).float().flatten() if adapter.dora else None
         linears = [_linear(model, name) for name in names]
         if any(type(linear) is not nn.Linear for linear in linears):
@@ -111,27 +116,33 @@ def attach(model: Transformer, adapter: Adapter) -> Transformer:
     return model
 
 
-def head_of(checkpoint: Checkpoint) -> tuple[Head | None, int]:
-    """The head, and its classes, that an adapter needs, where it holds it whole; None where the base's serves."""
-    adapter, family = checkpoint.adapter, checkpoint.runs
-    transforms = False
-    for disk, name in (adapter.whole if adapter and family else {}).items():
-        assert adapter is not None and family is not None
-        matched = family.match(disk)
-        if matched and matched[0].component == "head.classes" and matched[0].kind == "weight":
-            classes = adapter.weights.info(name).shape[0]
-            return ("scalar", 1) if classes == 1 else ("classes", classes)
-        transforms = transforms or bool(matched and matched[0].component == "head.transform")
-    return ("masked" if transforms else None), 0
+def _attach_stacked(model: Transformer, adapter: Adapter, module: str, name: str) -> None:
+    base = model.get_submodule(name)
+    if type(base) is not StackedLinear:
+        raise CheckpointError(f"{adapter.root}: {module} holds no experts in one tensor in the base")
+    count, inputs, outputs = base.sizes()
+    a_XRI, b_XOR = adapter.stacks(module)
+    if (len(a_XRI), len(b_XOR)) != (count, count) or (a_XRI.shape[2], b_XOR.shape[1]) != (inputs, outputs):
+        raise CheckpointError(
+            f"{adapter.root}: {module} has adapters of {len(a_XRI)} experts of {b_XOR.shape[1]}x{a_XRI.shape[2]}; "
+            f"the base has {count} of {outputs}x{inputs}"
+        )
+    a_own, b_own = (nn.Parameter(each.to(base.weight.device)) for each in (a_XRI, b_XOR))
+    place(model, name, LoraStacked(base, a_own, b_own, adapter.scale(module)))
 
 
 @torch.no_grad()
 def restore_adapter(model: Transformer, folder: Path | str) -> None:
     """The values of an adapter folder that `write_adapter` made of this very model, put back into it."""
     adapter, family = open_adapter(folder), family_of(model.config)
-    here = adapters(model)
+    here, stacked = adapters(model), stacked_adapters(model)
     for module, kinds in adapter.pairs.items():
         rule, names = _places(model, family, adapter, module)
+        if module in adapter.stacked:
+            a_XRI, b_XOR = adapter.stacks(module)
+            stacked[names[0]].lora_A.copy_(a_XRI)
+            stacked[names[0]].lora_B.copy_(b_XOR)
+            continue
         sizes = [_linear(model, name).out_features for name in names]
         a_RI = adapter.read(kinds["A"])
         pieces = {kind: rule.transform.split(adapter.read(name), sizes) for kind, name in kinds.items() if kind != "A"}
@@ -157,6 +168,8 @@ def fold(model: Transformer) -> Transformer:
         plain.weight = nn.Parameter((module.weight.float() + module.delta()).to(module.weight.dtype))
         plain.bias = module.bias
         place(model, name, plain)
+    for name, experts in stacked_adapters(model).items():
+        place(model, name, experts.folded())
     for name in token_rows(model):
         torch.nn.utils.parametrize.remove_parametrizations(model.get_submodule(name.rpartition(".")[0]), "weight")
     model.adapted = None
@@ -178,6 +191,11 @@ def _tensors(model: Transformer) -> dict[str, Tensor]:
             lengths = [m.magnitude if isinstance(m, LoraLinear) else row_lengths(m.weight) for m in group]
             held = [x for x in lengths if x is not None]
             tensors[f"{LEAD}{module}.lora_magnitude_vector"] = rule.transform.join(held)
+    stacked = _stacked(model)
+    for disk, experts in stacked.items():
+        stem = LEAD + stem_of(disk, stacked)
+        tensors[f"{stem}.lora_A.weight"] = experts.lora_A.flatten(0, 1)
+        tensors[f"{stem}.lora_B.weight"] = experts.lora_B.permute(1, 2, 0).flatten(1)
     for name, rows in token_rows(model).items():
         tensors[f"{LEAD}{_module(model, family, name)}.token_adapter.trainable_tokens_delta"] = rows.rows
     adapted = of(model)
@@ -210,9 +228,11 @@ def _config(model: Transformer, adapted: Adapted) -> dict[str, Any]:
     everything = {_module(model, family, f"{name}.weight") for name, module in model.named_modules()
                   if isinstance(module, (nn.Linear, Nf4Linear))}  # fmt: skip
     ranks, alphas = {}, {}
-    for module, (names, _) in places.items():
-        lora = next(m for m in map(model.get_submodule, names) if isinstance(m, LoraLinear))
-        rank = len(lora.lora_A)
+    stacked = _stacked(model)
+    firsts = {module: next(m for m in map(model.get_submodule, names) if isinstance(m, LoraLinear))
+              for module, (names, _) in places.items()}  # fmt: skip
+    for module, lora in (firsts | stacked).items():
+        rank = lora.lora_A.shape[-2]
         alpha = lora.scale * (math.sqrt(rank) if config.rslora else rank)
         if rank != config.rank:
             ranks[module] = rank
@@ -220,7 +240,7 @@ def _config(model: Transformer, adapted: Adapted) -> dict[str, Any]:
             alphas[module] = alpha
     rows = {_module(model, family, name).rpartition(".")[2]: r.ids_N.tolist()
             for name, r in token_rows(model).items()}  # fmt: skip
-    whole = sorted({_short(_module(model, family, name)) for name in adapted.originals})
+    whole = sorted({short_name(_module(model, family, name)) for name in adapted.originals})
     base = os.path.abspath(adapted.base) if os.path.isdir(adapted.base) else adapted.base
     alpha = config.strength
     return {
@@ -237,7 +257,9 @@ def _config(model: Transformer, adapted: Adapted) -> dict[str, Any]:
         "fan_in_fan_out": any(rule.transform.transposed for _, rule in places.values()),
         "init_lora_weights": True,
         # other towers have modules of the same names, which are not to be adapted
-        "target_modules": sorted(places) if model.stem else _targets(set(places), everything),
+        "target_modules": sorted(places) if model.stem else shortest(places, everything),
+        **({"target_parameters": sorted(stacked) if model.stem else shortest(stacked, _all_stacks(model), 2)}
+           if stacked else {}),
         "rank_pattern": ranks,
         "alpha_pattern": alphas,
         "modules_to_save": whole or None,
@@ -256,43 +278,36 @@ def _adapted(model: Transformer) -> dict[str, tuple[tuple[str, ...], Rule]]:
     return modules
 
 
+def _stacked(model: Transformer) -> dict[str, LoraStacked]:
+    """Tensor on disk -> the adapted layer here, for those that hold all experts of a block."""
+    return {disk: layer for disk, layer in _all_stacks(model).items() if isinstance(layer, LoraStacked)}
+
+
+def _all_stacks(model: Transformer) -> dict[str, StackedLinear]:
+    family = family_of(model.config)
+    return {_tensor(model, family, f"{name}.weight"): module for name, module in model.named_modules()
+            if isinstance(module, StackedLinear)}  # fmt: skip
+
+
 def _module(model: Transformer, family: Family, name: str) -> str:
     """The module on disk that holds a parameter."""
+    return _tensor(model, family, name).rpartition(".")[0]
+
+
+def _tensor(model: Transformer, family: Family, name: str) -> str:
+    """The tensor on disk that holds a parameter."""
     rule, layer = family.rule_for(name)
-    return _placed(model, rule, family.disk_name(rule, layer, bare=model.config.head == "none")).rpartition(".")[0]
+    return _placed(model, rule, family.disk_name(rule, layer, bare=model.config.head == "none"))
 
 
 def _placed(model: Transformer, rule: Rule, name: str) -> str:
-    """A name on disk as the model's own folder has it, which may be a multimodal one."""
+    """What transformers calls a tensor on disk, in a model of the folder's own kind, which may be a multimodal one."""
     family = family_of(model.config)
-    if rule.component == "head" and family.head_module:
-        return f"{family.head_module}.{rule.kind}"
+    for disk, module in family.modules:
+        name = re.sub(disk, module, name)
     if rule.outside or not model.stem:
         return name
     return model.stem + name.removeprefix(family.prefix)
-
-
-def _targets(targets: set[str], everything: set[str]) -> list[str]:
-    """target_modules: the shortest endings of names that mean just the adapted modules, or else their full names."""
-    endings: dict[str, set[str]] = defaultdict(set)
-    for module in targets | everything:
-        pieces = module.split(".")
-        for i in range(len(pieces)):
-            endings[".".join(pieces[i:])].add(module)
-    shortest: set[str] = set()
-    for module in targets:
-        pieces = module.split(".")
-        options = [".".join(pieces[i:]) for i in reversed(range(len(pieces)))]
-        shortest.add(next(ending for ending in options if endings[ending] <= targets))
-    return sorted(shortest)
-
-
-def _short(module: str) -> str:
-    """The last piece of a module's name that says something; PEFT takes a classifier of several layers as one."""
-    pieces = module.split(".")
-    if pieces[0] in ("classifier", "head"):
-        return pieces[0]
-    return ".".join(pieces[-2:]) if pieces[-1] == "dense" else pieces[-1]
 
 
 def _joined(rule: Rule, linears: Sequence[nn.Linear]) -> Tensor:
@@ -305,7 +320,7 @@ def _linear(model: Transformer, name: str) -> nn.Linear:
 
 def _places(model: Transformer, family: Family, adapter: Adapter, module: str) -> tuple[Rule, list[str]]:
     """The rule that an adapted module falls under, and the modules here that it is."""
-    matched = family.match(f"{module}.weight")
+    matched = family.match(adapter.tensor(module))
     if matched is None or (matched[1] is not None and matched[1] >= model.config.layers):
         raise CheckpointError(f"{adapter.root}: {module} is no module of the base ({family.name})")
     rule, layer = matched

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from lapis.checkpoint import Checkpoint, open_checkpoint
+from lapis.checkpoint.adapter import head_of
 from lapis.checkpoint.tensor_file import finite, stream_tensors, torch_dtype
 from lapis.errors import CheckpointError
 from lapis.families import Rule, family_of, part_of
 from lapis.families.config import Head, ModelConfig
-from lapis.model.adapter import attach, head_of
+from lapis.model.adapter import attach
 from lapis.model.check import disk_layout, plan_load
 from lapis.model.transformer import Transformer
 

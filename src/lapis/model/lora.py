@@ -26,8 +26,10 @@ from lapis.errors import ConfigError
 from lapis.families import Part, family_of, part_of
 from lapis.families.patterns import covered_parts
 from lapis.model.blocks.nf4 import Nf4Linear
+from lapis.model.blocks.stacked import LoraStacked, StackedLinear
 from lapis.model.heads import LanguageHead
 from lapis.model.transformer import Transformer
+from lapis.parsing import quoted
 
 
 @dataclass(frozen=True)
@@ -206,8 +208,13 @@ def of(model: nn.Module) -> Adapted | None:
 
 
 def adapters(model: nn.Module) -> dict[str, LoraLinear]:
-    """The adapted modules by their names here."""
+    """The adapted linear layers by their names here."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
+
+
+def stacked_adapters(model: nn.Module) -> dict[str, LoraStacked]:
+    """The same of layers that hold all experts of a block."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraStacked)}
 
 
 def token_rows(model: Transformer) -> dict[str, TokenRows]:
@@ -245,7 +252,7 @@ def restore_whole(model: Transformer, tensors: dict[str, Tensor]) -> None:
 @contextmanager
 def off(model: nn.Module) -> Iterator[None]:
     """Inside, the model is its base: no adapter, no trained row, and the weights before whole training."""
-    switches = [module for module in model.modules() if isinstance(module, (LoraLinear, TokenRows))]
+    switches = [module for module in model.modules() if isinstance(module, (LoraLinear, LoraStacked, TokenRows))]
     adapted = of(model)
     originals = adapted.originals if adapted else {}
     trained = {name: model.get_parameter(name).data for name in originals}
@@ -273,16 +280,20 @@ def wrap(model: Transformer, config: LoraConfig, base: str = "") -> Transformer:
         base: Where the model comes from, for adapter_config.json.
 
     Raises:
-        ConfigError: For a target that matches nothing (with the nearest names), or an id without a row.
+        ConfigError: For a target that matches nothing (with the nearest names), an id without a row, or what cannot
+            be had beside experts in one tensor.
     """
     begin(model, config, base)
     linears = {name: module for name, module in model.named_modules()
-               if isinstance(module, Nf4Linear) or type(module) is nn.Linear}  # fmt: skip
+               if isinstance(module, Nf4Linear) or type(module) in (nn.Linear, StackedLinear)}  # fmt: skip
     parts = {name: part_of(f"{name}.weight") for name in linears}
     picked = covered_parts(config.targets, parts.values(), "lora: targets", family_of(model.config))
     shared: dict[tuple[int | None, str], nn.Parameter] = {}
     for name, linear in linears.items():
         if parts[name] not in picked:
+            continue
+        if isinstance(linear, StackedLinear):
+            place(model, name, _stacked(linear, name, config))
             continue
         group = _group(model, parts[name])
         device = linear.weight.device
@@ -297,8 +308,22 @@ def wrap(model: Transformer, config: LoraConfig, base: str = "") -> Transformer:
     if len(ids) < len(config.tokens):
         raise ConfigError("lora: tokens must be ids here; texts need a tokenizer, as a run's settings have")
     if ids:
-        put_rows(model, dict.fromkeys(row_matrices(model), (ids, None)))
+        train_rows(model, ids, row_matrices(model))
     return model
+
+
+def _stacked(base: StackedLinear, name: str, config: LoraConfig) -> LoraStacked:
+    """A fresh adapter beside the layers of all experts, drawn as PEFT draws one matrix of all their A."""
+    for setting, value in (("dora", config.dora), ("dropout", config.dropout)):
+        if value:
+            raise ConfigError(f"lora: {setting} is {quoted(value)}, and {name} holds all experts in one tensor, where "
+                              f"PEFT has none; take {setting} out, or name targets without experts")  # fmt: skip
+    count, inputs, outputs = base.sizes()
+    a_XRI = torch.empty(count * config.rank, inputs, device=base.weight.device)
+    nn.init.kaiming_uniform_(a_XRI, a=math.sqrt(5))
+    b_XOR = torch.zeros(count, outputs, config.rank, device=base.weight.device)
+    a_XRI = a_XRI.view(count, config.rank, inputs)
+    return LoraStacked(base, nn.Parameter(a_XRI), nn.Parameter(b_XOR), config.scale())
 
 
 def begin(model: Transformer, config: LoraConfig, base: str) -> None:
@@ -330,9 +355,20 @@ def row_lengths(weight_OI: Tensor) -> Tensor:
 
 
 def row_matrices(model: Transformer) -> list[str]:
-    """The matrices with a row for each token: the embedding, and the head where it has its own."""
+    """The matrices with a row for each token: the embedding, and the head where it has its own; none of pictures."""
+    if model.config.image is not None:
+        return []
     own = isinstance(model.head, LanguageHead) and model.head.weight is not None
     return ["embed.weight", "head.weight"] if own else ["embed.weight"]
+
+
+def train_rows(model: Transformer, ids: list[int], names: list[str]) -> None:
+    """Makes the rows of tokens trainable as they are, in those of `row_matrices` that are named."""
+    if model.config.image is not None:
+        raise ConfigError(
+            f"tokens: {quoted(ids)} are ids of tokens, which a model of pictures has none of; take it out"
+        )
+    put_rows(model, dict.fromkeys(names, (ids, None)))
 
 
 def put_rows(model: Transformer, rows: dict[str, tuple[list[int], Tensor | None]]) -> None:

@@ -1,11 +1,9 @@
 """Gemma 4's block: attention whose sizes depend on the layer, keys that later layers read, and vectors for each layer.
 
-Shapes: B batch, T time, D model dim, H heads, E head dim, L layers, P numbers that a layer reads of a token, X experts,
-F inner width of one, N tokens.
+Shapes: B batch, T time, D model dim, H heads, E head dim, L layers, P numbers that a layer reads of a token, F
+inner width of an expert, N tokens.
 """
 
-from collections.abc import Callable, Iterator
-from functools import partial
 from math import sqrt
 from typing import ClassVar
 
@@ -19,6 +17,7 @@ from lapis.model.blocks.experts import MixtureOfExperts, Router, choose
 from lapis.model.blocks.gemma3 import SandwichBlock
 from lapis.model.blocks.norm import RMSNorm, make_norm
 from lapis.model.blocks.rope import rotate
+from lapis.model.blocks.stacked import StackedExperts, StackedLinear
 from lapis.model.blocks.standard import ACTIVATIONS, Architecture, Mlp
 from lapis.model.cache import Cache
 
@@ -80,33 +79,18 @@ class ScaledRouter(Router):
         return super().forward(unit(x_ND, self.eps) * self.scale * x_ND.shape[-1] ** -0.5)
 
 
-class Stack(nn.Module):
-    """A matrix of each expert, weight [X, out, in]."""
-
-    def __init__(self, count: int, outputs: int, inputs: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(count, outputs, inputs))
-
-
-class StackedExperts(nn.Module):
+class GatedExperts(StackedExperts):
     """All experts of a block, down(act(gate(x)) * up(x)) each; gate_up [X, 2 F, D] and down [X, D, F]."""
 
     def __init__(self, config: ModelConfig, count: int) -> None:
         super().__init__()
-        self.gate_up = Stack(count, 2 * config.ffn_dim, config.dim)
-        self.down = Stack(count, config.dim, config.ffn_dim)
+        self.gate_up = StackedLinear(count, config.dim, 2 * config.ffn_dim)
+        self.down = StackedLinear(count, config.ffn_dim, config.dim)
         self.act = ACTIVATIONS[MLP_KINDS[config.mlp][1]]
 
-    def __len__(self) -> int:
-        return len(self.down.weight)
-
-    def __iter__(self) -> Iterator[Callable[[Tensor], Tensor]]:
-        return (partial(self.one, number) for number in range(len(self)))
-
-    def one(self, number: int, x_ND: Tensor) -> Tensor:
-        """What one expert says of tokens, [N, D]."""
-        gate_NF, up_NF = F.linear(x_ND, self.gate_up.weight[number]).chunk(2, -1)
-        return F.linear(self.act(gate_NF) * up_NF, self.down.weight[number])
+    def inner(self, both_N2F: Tensor) -> Tensor:
+        gate_NF, up_NF = both_N2F.chunk(2, -1)
+        return self.act(gate_NF) * up_NF
 
 
 class MlpBesideExperts(MixtureOfExperts):
@@ -125,7 +109,7 @@ class MlpBesideExperts(MixtureOfExperts):
         assert plain.gate is not None
         self.gate, self.up, self.down, self.act = plain.gate, plain.up, plain.down, plain.act
         self.router = ScaledRouter(config, config.experts.count)
-        self.experts = StackedExperts(config, config.experts.count)
+        self.experts = GatedExperts(config, config.experts.count)
 
     def plain(self, x_BTD: Tensor) -> Tensor:
         """What the ordinary MLP says."""

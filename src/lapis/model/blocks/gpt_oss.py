@@ -1,10 +1,7 @@
 """GPT-OSS's block: attention that may look at nothing, and experts whose gates are clamped.
 
-Shapes: B batch, T time, D model dim, H heads, X experts, F inner width of one, N tokens.
+Shapes: N tokens, F inner width of an expert.
 """
-
-from collections.abc import Callable, Iterator
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +10,7 @@ from lapis.families.config import ModelConfig
 from lapis.families.gpt_oss import ALPHA, LIMIT
 from lapis.model.blocks.attention import Attention, AttentionCore
 from lapis.model.blocks.experts import MixtureOfExperts
+from lapis.model.blocks.stacked import StackedExperts, StackedLinear
 from lapis.model.blocks.standard import Architecture, TransformerBlock
 
 
@@ -37,7 +35,7 @@ class SinkCore(AttentionCore):
         return self._attention[0].sinks
 
 
-class ClampedExperts(nn.Module):
+class ClampedExperts(StackedExperts):
     """All experts of a block, each (1 + up) gate sigmoid(alpha gate), projected back.
 
     Gate and up are clamped, the gate from above alone, and lie interleaved: 0 is the gate, 1 the up, 2 the gate, ...
@@ -45,33 +43,12 @@ class ClampedExperts(nn.Module):
 
     def __init__(self, config: ModelConfig, count: int) -> None:
         super().__init__()
-        self.gate_up = StackedLinear(count, config.dim, 2 * config.ffn_dim)
-        self.down = StackedLinear(count, config.ffn_dim, config.dim)
+        self.gate_up = StackedLinear(count, config.dim, 2 * config.ffn_dim, inputs_first=True, bias=True)
+        self.down = StackedLinear(count, config.ffn_dim, config.dim, inputs_first=True, bias=True)
 
-    def __len__(self) -> int:
-        return len(self.down.weight)
-
-    def __iter__(self) -> Iterator[Callable[[Tensor], Tensor]]:
-        return (partial(self.one, number) for number in range(len(self)))
-
-    def one(self, number: int, x_ND: Tensor) -> Tensor:
-        """What one expert says of tokens, [N, D]."""
-        both_N2F = self.gate_up(number, x_ND)
+    def inner(self, both_N2F: Tensor) -> Tensor:
         gate_NF, up_NF = both_N2F[..., ::2].clamp(max=LIMIT), both_N2F[..., 1::2].clamp(-LIMIT, LIMIT)
-        out_ND: Tensor = self.down(number, (up_NF + 1) * gate_NF * torch.sigmoid(ALPHA * gate_NF))
-        return out_ND
-
-
-class StackedLinear(nn.Module):
-    """A linear layer of each expert, weight [X, in, out] and bias [X, out]."""
-
-    def __init__(self, count: int, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(count, inputs, outputs))
-        self.bias = nn.Parameter(torch.empty(count, outputs))
-
-    def forward(self, number: int, x: Tensor) -> Tensor:
-        return torch.addmm(self.bias[number], x, self.weight[number])
+        return (up_NF + 1) * gate_NF * torch.sigmoid(ALPHA * gate_NF)
 
 
 class GptOssBlock(TransformerBlock):

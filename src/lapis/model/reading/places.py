@@ -80,7 +80,9 @@ def places_of(checkpoint: Checkpoint, model: ReadableModel) -> dict[str, Placeme
     shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
     return {
         name: Placement(
-            tuple(map(Region, targets)), _by_rule(rule, [shapes[t] for t in targets]), rule.transform is SAME
+            tuple(map(Region, targets)),
+            _by_rule(rule, [shapes[t] for t in targets]),
+            rule.transform.apply is SAME.apply,
         )
         for name, rule, targets in plan_load(checkpoint).steps
     }

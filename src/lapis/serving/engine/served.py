@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from lapis.checkpoint import Checkpoint, open_checkpoint
+from lapis.checkpoint.adapter import head_of
 from lapis.errors import ConfigError
 from lapis.generation.options import DecodingRuntime
 from lapis.generation.ready import open_ready
-from lapis.model.adapter import head_of
 from lapis.model.blocks.norm import compute_dtype
 from lapis.model.check import read_config
 from lapis.model.reading.readable import ReadableModel

@@ -23,12 +23,14 @@ from lapis.model.lora import (
     Adapted,
     LoraConfig,
     LoraLinear,
+    adapters,
     of,
     off,
-    put_rows,
     restore_whole,
     row_matrices,
+    stacked_adapters,
     token_rows,
+    train_rows,
     whole_parameters,
     wrap,
 )
@@ -37,8 +39,9 @@ from lapis.parsing import quoted
 from lapis.text.tokenizer.tokenizer import Tokenizer
 
 __all__ = [
-    "Adapted", "LoraConfig", "LoraLinear", "fold", "hold", "of", "off", "put_rows", "read_names", "restore",
-    "row_matrices", "save", "token_ids", "token_rows", "wrap",
+    "Adapted", "LoraConfig", "LoraLinear", "adapters", "fold", "hold", "of", "off", "read_names",
+    "restore", "row_matrices", "save", "stacked_adapters", "token_ids", "token_rows", "train_rows",
+    "wrap",
 ]  # fmt: skip
 
 

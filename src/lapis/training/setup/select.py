@@ -98,7 +98,7 @@ def select_parts(
 
 def _adapter_line(model: Transformer, config: lora.LoraConfig) -> str:
     """What of a model is adapted, and how much that is."""
-    adapted = {part_of(name).component for name, module in model.named_modules() if isinstance(module, lora.LoraLinear)}
+    adapted = {part_of(name).component for name in (*lora.adapters(model), *lora.stacked_adapters(model))}
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return (
         f"LoRA of rank {config.rank} and alpha {config.strength:g} beside {', '.join(sorted(adapted))}: "
@@ -134,5 +134,5 @@ def choose(model: Transformer, tune: Iterable[str] = (), freeze: Iterable[str] =
         parameter.requires_grad_(parts[name] in trained)
     frozen = [name for name in lora.row_matrices(model) if not model.get_parameter(name).requires_grad]
     if tokens:
-        lora.put_rows(model, dict.fromkeys(frozen, (list(tokens), None)))
+        lora.train_rows(model, list(tokens), frozen)
     return sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -22,7 +22,7 @@ from lapis.weights.config_fields import carried_config, settled_tie
 from lapis.weights.engine.job import Entry, with_dtype
 from lapis.weights.engine.outputs import Output
 from lapis.weights.engine.sources import COMPUTABLE, Source, Stored
-from lapis.weights.fuse.low_rank import LowRank, patch_rows, rounding
+from lapis.weights.fuse.low_rank import LowRank, StackedLowRank, patch_rows, rounding
 
 _HEADS = re.compile(r"(ForCausalLM|LMHeadModel|ForMaskedLM|ForPreTraining|Model)$")
 _CLASSIFIERS = ("classifier.weight", "score.weight", "classifier.out_proj.weight")
@@ -50,7 +50,7 @@ class FuseLayout:
 
     def __post_init__(self) -> None:
         adapter = self.adapter
-        self.modules = {self._canonical(f"{module}.weight"): module for module in adapter.pairs}
+        self.modules = {self._canonical(adapter.tensor(module)): module for module in adapter.pairs}
         self.rows = {self._canonical(f"{module}.weight"): module for module in adapter.rows}
         self.whole = {self._canonical(name): stored for name, stored in adapter.whole.items()}
         self.bases = {self._canonical(f"{module}.weight"): stored for module, stored in adapter.bases.items()}
@@ -201,9 +201,11 @@ class FuseLayout:
     def _dtype(self, dtype: torch.dtype) -> torch.dtype:
         return self.dtype if self.dtype is not None and dtype in COMPUTABLE else dtype
 
-    def _low_rank(self, canonical: str, source: Source) -> LowRank:
+    def _low_rank(self, canonical: str, source: Source) -> LowRank | StackedLowRank:
         module, read = self.modules[canonical], self.adapter.weights
         names = self.adapter.pairs[module]
+        if module in self.adapter.stacked:
+            return self._stacked(canonical, module, source)
         inputs, outputs = read.info(names["A"]).shape[1], read.info(names["B"]).shape[0]
         transposed = self._transposed(canonical, names["A"])
         expected = (inputs, outputs) if transposed else (outputs, inputs)
@@ -211,6 +213,19 @@ class FuseLayout:
             self.problems.append(f"{canonical} is {_spelled(source.shape)}, the adapter's {_spelled(expected)}")
         holder = self.onto if source.role == "base" else read
         return LowRank(self.adapter, module, transposed=transposed, weight=lambda: holder.read(source.name))
+
+    def _stacked(self, canonical: str, tensor: str, source: Source) -> StackedLowRank:
+        """Of experts in one tensor, whose matrices lie as their sizes say, or else the family."""
+        adapter, family = self.adapter, self.onto.family
+        (rows, inputs), (outputs, _) = (adapter.weights.info(adapter.pairs[tensor][kind]).shape for kind in "AB")
+        count = rows // adapter.ranks[tensor]
+        plain, turned = (count, outputs, inputs), (count, inputs, outputs)
+        if source.shape not in (plain, turned):
+            self.problems.append(f"{canonical} is {_spelled(source.shape)}, the adapter's {_spelled(plain)}")
+        elif plain == turned and not (family and family.match(canonical)):
+            self.problems.append(f"{canonical} is {_spelled(plain)}, and which side of it is read is not known")
+        first = self._transposed(canonical, "") if plain == turned else source.shape == turned
+        return StackedLowRank(adapter, tensor, inputs_first=first)
 
     def _transposed(self, canonical: str, a_name: str) -> bool:
         """Whether the weight lies on disk with its inputs first."""

@@ -68,6 +68,32 @@ class LowRank:
         return moved.view(-1), (moved - weight).view(-1)
 
 
+class StackedLowRank:
+    """What an adapter does to a tensor with a matrix of each expert.
+
+    Args:
+        adapter: The adapter.
+        tensor: A key of its pairs, one of `adapter.stacked`.
+        inputs_first: Whether each matrix lies on disk as [inputs, outputs].
+    """
+
+    def __init__(self, adapter: Adapter, tensor: str, *, inputs_first: bool) -> None:
+        self._adapter, self._tensor, self._inputs_first = adapter, tensor, inputs_first
+        self._held: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def kernel(self) -> Kernel:
+        return Kernel(self._add, rows=True)
+
+    def _add(self, tile: Tile, _state: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._held is None:
+            a_XRI, b_XOR = self._adapter.stacks(self._tensor)
+            self._held = (a_XRI.mT.contiguous(), b_XOR.mT.contiguous()) if self._inputs_first else (b_XOR, a_XRI)
+        left, right = self._held
+        experts = slice(tile.first // tile.columns, tile.last // tile.columns)  # a tile holds whole ones
+        added = (left[experts] @ right[experts]).mul_(self._adapter.scale(self._tensor)).flatten()
+        return tile.inputs[0] + added, added
+
+
 def rounding() -> Kernel:
     """Only rounds to the output's dtype."""
     return Kernel(lambda tile, _: (tile.inputs[0], None))
