@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from lapis.formats.vocabulary.probe import LINES
 from lapis.formats.vocabulary.reading import loses_letters
 from lapis.text.tokenizer.tokenizer import Tokenizer, train_tokenizer
+
+from ..text.test_sentence_piece import write_folder
 
 transformers.logging.set_verbosity_error()
 
@@ -171,7 +174,8 @@ ENCODERS = (*WORD_PIECES, "roberta", "xlm-roberta-masked")
 def make_folder(folder: Path, name: str, tokenizer: Tokenizer | None = None, rows_beyond: int = 3) -> Path:
     """A model and a tokenizer. rows_beyond: rows of the embedding that no token has."""
     kind, options = CASES[name]
-    tokenizer = tokenizer or (word_piece() if name in WORD_PIECES else byte_level())
+    kinds = {**dict.fromkeys(WORD_PIECES, word_piece), "xlm-roberta-masked": unigram}
+    tokenizer = tokenizer or kinds.get(name, byte_level)()
     model_class = getattr(transformers, kind)
     torch.manual_seed(7)
     ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
@@ -236,6 +240,13 @@ def sentence_piece(prefix: bool = True) -> Tokenizer:
     backend.add_special_tokens(special)
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return Tokenizer(backend, {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}, {})
+
+
+def unigram(kind: str = "xlm-roberta") -> Tokenizer:
+    """XLM-RoBERTa's kind, or T5's: a SentencePiece model as its folder is converted."""
+    with TemporaryDirectory() as place:
+        write_folder(Path(place), kind, [line.replace("\n", " ") for line in LINES] * 3, 900)
+        return Tokenizer.open(place)
 
 
 def cut_by(steps: Callable[[], list[Any]], *, whole_words: bool = False) -> Tokenizer:

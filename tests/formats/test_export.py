@@ -22,7 +22,7 @@ from lapis.formats.vocabulary.probe import LINES, probe
 from lapis.text.tokenizer.tokenizer import Tokenizer
 
 from .llama_cpp import LlamaCpp, need_llama_cpp
-from .models import CASES, ENCODERS, byte_level, cut_by, make_folder, sentence_piece, word_piece
+from .models import CASES, ENCODERS, byte_level, cut_by, make_folder, sentence_piece, unigram, word_piece
 
 TEXT = "Selamat pagi! The quick brown fox, 2024. Привіт, 你好。"
 TOLERANCE = {"f32": 2e-3, "f16": 2e-2}  # llama.cpp's GELU is a table in float16, also for float32 weights
@@ -41,6 +41,8 @@ LLAMA_TOKENS = {
     "qwen35": byte_level,
     "llama with a space before": lambda: sentence_piece(True),
     "llama without": lambda: sentence_piece(False),
+    "t5 of XLM-RoBERTa": unigram,
+    "t5 of T5": lambda: unigram("t5"),
 }
 
 
@@ -119,6 +121,7 @@ def test_ids_are_those_of_llama_cpp(kind: str, tmp_path: Path) -> None:
         assert not wrong
         special = "".join(f"a{token} b" for token in tokenizer.special)
         assert theirs.encode(special, special=True) == tokenizer.encode(special, special=True)
+        assert theirs.encode(special) == tokenizer.encode(special)
         assert theirs.encode("a", around=True) == tokenizer.encode("a", add_special_tokens=True)
 
 

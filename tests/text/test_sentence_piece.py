@@ -76,6 +76,22 @@ def test_ids_are_those_of_sentencepiece(folder: tuple[str, Path]) -> None:
         assert ours.encode(text) == [i + shift for i in own.encode(text)], text
 
 
+def test_what_spells_a_special_token_is_plain_text(folder: tuple[str, Path]) -> None:
+    kind, place = folder
+    own = sentencepiece.SentencePieceProcessor(model_file=str(next(place.glob("*.model"))))
+    ours, shift = Tokenizer.open(place), 1 if kind == "xlm-roberta" else 0
+    unknown = ours.encode("\N{SNOWMAN}")[-1]
+    for token in ours.special:
+        if token not in ("<unk>", "<mask>") and "extra_id" not in token:  # of which the model itself knows nothing
+            expected = [i + shift if i != own.unk_id() else unknown for i in own.encode(f"the {token} sea")]
+            assert ours.encode(f"the {token} sea") == ours.encode_spans(f"the {token} sea")[0] == expected, token
+        index = ours.id(token)
+        assert index in ours.encode(f"the {token} sea", special=True)
+        assert index == unknown or index not in ours.encode(f"the{token}sea {token}")
+    around = ours.encode("the sea", add_special_tokens=True)
+    assert around == transformers.AutoTokenizer.from_pretrained(place).encode("the sea")
+
+
 @pytest.mark.real_data
 @pytest.mark.parametrize("kind", KINDS)
 def test_ids_of_two_thousand_strings_of_six_languages(kind: str, tmp_path: Path) -> None:

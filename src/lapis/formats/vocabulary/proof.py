@@ -13,12 +13,12 @@ from lapis.formats.vocabulary.probe import probe
 from lapis.formats.vocabulary.reading import (
     CONTROL,
     NORMAL,
-    SPACE,
     USER_DEFINED,
     FileTokenizer,
     loses_letters,
     read_file_vocabulary,
 )
+from lapis.formats.vocabulary.unigram import SPACE
 from lapis.text.tokenizer.folder import BYTE_OF
 
 MOST_WORDS = 1000

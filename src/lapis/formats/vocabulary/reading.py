@@ -1,8 +1,9 @@
 """Text to ids as llama.cpp gives them by what a GGUF file says: its tokens, their types, merges or scores, and flags.
 
-Three kinds: "gpt2" (byte-level BPE, cut by a named splitting), "llama" (SentencePiece's BPE: of all neighbors that
-together are a token the best score is merged first) and "bert" (WordPiece). Special tokens are looked for first, the
-longest first. This is what an export is held against, and what an import builds a tokenizer from.
+Four kinds: "gpt2" (byte-level BPE, cut by a named splitting), "llama" (SentencePiece's BPE: of all neighbors that
+together are a token the best score is merged first), "bert" (WordPiece) and "t5" (Unigram, in unigram.py). Special
+tokens are looked for first, the longest first. This is what an export is held against, and what an import builds a
+tokenizer from.
 """
 
 import heapq
@@ -11,14 +12,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import tokenizers
 from tokenizers import models
 
 from lapis.errors import CheckpointError
 from lapis.formats.vocabulary.patterns import SPLITTINGS, splitting_named
+from lapis.formats.vocabulary.unigram import SPACE, CharacterMap, spaced, unigram
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
-SPACE = "▁"
+MODELS = ("gpt2", "llama", "bert", "t5")
 PREFIX = "tokenizer.ggml."
 
 # llama.cpp takes these for control tokens, whatever the file says of their type
@@ -39,14 +42,15 @@ class FileVocabulary:
     """What a GGUF file says of its tokenizer.
 
     Attributes:
-        model: "gpt2", "llama" or "bert".
+        model: Of MODELS.
         pre: Name of the splitting; "" where the model has none.
         tokens: By id.
         types: NORMAL, CONTROL, ... by id.
-        scores: By id, for "llama".
+        scores: By id, for "llama" and "t5".
         merges: Pairs, the first first, for "gpt2".
-        flags: add_bos_token, add_eos_token, add_space_prefix, lowercase, strip_accents.
+        flags: add_bos_token, add_eos_token, add_space_prefix, remove_extra_whitespaces, lowercase, strip_accents.
         named: "bos", "eos", "unknown", "padding", "eot", ... -> id.
+        characters: SentencePiece's map of characters, for "t5".
     """
 
     model: str
@@ -57,6 +61,7 @@ class FileVocabulary:
     merges: list[tuple[str, str]]
     flags: Mapping[str, bool]
     named: Mapping[str, int]
+    characters: bytes = b""
 
     def type_of(self, index: int) -> int:
         return CONTROL if self.tokens[index] in CONTROL_NAMES else self.types[index]
@@ -65,8 +70,8 @@ class FileVocabulary:
 def read_file_vocabulary(fields: Mapping[str, Any]) -> FileVocabulary:
     """The tokenizer that a file's fields describe. Raises CheckpointError for one that contradicts itself."""
     model, tokens = fields.get(PREFIX + "model"), fields.get(PREFIX + "tokens")
-    if model not in ("gpt2", "llama", "bert"):
-        raise CheckpointError(f"tokenizer.ggml.model is {model!r:.40}; lapis reads gpt2, llama, bert")
+    if model not in MODELS:
+        raise CheckpointError(f"tokenizer.ggml.model is {model!r:.40}; lapis reads {', '.join(MODELS)}")
     if not isinstance(tokens, list) or not tokens or not all(isinstance(token, str) for token in tokens):
         raise CheckpointError("tokenizer.ggml.tokens is no list of texts")
     tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(tokens)]
@@ -85,16 +90,22 @@ def read_file_vocabulary(fields: Mapping[str, Any]) -> FileVocabulary:
                 raise CheckpointError(f"{key} is {value!r:.40}; there are {len(tokens):,} tokens")
             named[key.removeprefix(PREFIX).removesuffix("_token_id")] = value
     pre = fields.get(PREFIX + "pre", "default") if model == "gpt2" else ""
-    bos = model != "gpt2" or (pre in SPLITTINGS and pre in ("llama-bpe", "tekken"))
+    bos = model in ("llama", "bert") or (pre in SPLITTINGS and pre in ("llama-bpe", "tekken"))
     lowercase = _flag(fields, "normalizer.lowercase", True)
     flags = {
         "add_bos_token": _flag(fields, "add_bos_token", bos),
-        "add_eos_token": _flag(fields, "add_eos_token", model == "bert"),
+        "add_eos_token": _flag(fields, "add_eos_token", model in ("bert", "t5")),
         "add_space_prefix": _flag(fields, "add_space_prefix", model == "llama"),
+        "remove_extra_whitespaces": _flag(fields, "remove_extra_whitespaces", False),
         "lowercase": lowercase,
         "strip_accents": _flag(fields, "normalizer.strip_accents", lowercase),
     }
-    return FileVocabulary(model, str(pre), tokens, types, scores, _merges(fields, model), flags, named)
+    characters = fields.get(PREFIX + "precompiled_charsmap", b"") if model == "t5" else b""
+    try:
+        characters = bytes(characters)
+    except (TypeError, ValueError):
+        raise CheckpointError("tokenizer.ggml.precompiled_charsmap is no list of bytes") from None
+    return FileVocabulary(model, str(pre), tokens, types, scores, _merges(fields, model), flags, named, characters)
 
 
 def _flag(fields: Mapping[str, Any], name: str, default: bool) -> bool:
@@ -126,7 +137,7 @@ class FileTokenizer:
         self.vocabulary = vocabulary
         self.ids = {token: i for i, token in enumerate(vocabulary.tokens)}
         kinds: dict[str, Callable[[FileTokenizer], Callable[[str], list[int]]]] = {
-            "gpt2": _byte_level, "llama": _sentence_piece, "bert": _word_piece,
+            "gpt2": _byte_level, "llama": _sentence_piece, "bert": _word_piece, "t5": _unigram,
         }  # fmt: skip
         self.encode_piece = kinds[vocabulary.model](self)
         looked_for = {CONTROL, USER_DEFINED, UNKNOWN}
@@ -146,7 +157,8 @@ class FileTokenizer:
             if isinstance(piece, int):
                 ids.append(piece)
             else:
-                lead = " " if self.vocabulary.flags["add_space_prefix"] and after_special else ""
+                prefixed = self.vocabulary.model != "t5" and self.vocabulary.flags["add_space_prefix"]
+                lead = " " if prefixed and after_special else ""
                 ids += self.encode_piece(lead + piece)
             after_special = isinstance(piece, int)
         return ids
@@ -233,6 +245,19 @@ def _word_piece(reader: FileTokenizer) -> Callable[[str], list[int]]:
         return pieces
 
     return lambda text: [i for word in _words(text, flags) for i in pieces_of(word)]
+
+
+def _unigram(reader: FileTokenizer) -> Callable[[str], list[int]]:
+    vocabulary, flags = reader.vocabulary, reader.vocabulary.flags
+    kinds = [vocabulary.type_of(i) for i in range(len(vocabulary.tokens))]
+    scores = [0.0 if kind == USER_DEFINED else float(np.float32(score))
+              for kind, score in zip(kinds, vocabulary.scores, strict=True)]  # fmt: skip
+    pieces = {token: i for token, i in reader.ids.items() if kinds[i] in (NORMAL, USER_DEFINED, UNUSED)}
+    least = min((score for kind, score in zip(kinds, scores, strict=True) if kind == NORMAL), default=0.0)
+    characters = CharacterMap(vocabulary.characters)
+    encode = unigram(pieces, scores, least, vocabulary.named.get("unknown", 2))
+    space = flags["add_space_prefix"], flags["remove_extra_whitespaces"]
+    return lambda text: encode(spaced(characters.replaced(text), *space))
 
 
 def loses_letters(text: str) -> bool:

@@ -12,7 +12,9 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from lapis.errors import CheckpointError, TemplateError
 from lapis.formats.vocabulary.patterns import splitting_named
-from lapis.formats.vocabulary.reading import CONTROL, SPACE, UNKNOWN, UNUSED, USER_DEFINED, FileVocabulary
+from lapis.formats.vocabulary.probe import probe
+from lapis.formats.vocabulary.reading import CONTROL, UNKNOWN, UNUSED, USER_DEFINED, FileVocabulary
+from lapis.formats.vocabulary.unigram import SPACE, CharacterMap
 from lapis.text.chat.template import check_syntax
 from lapis.text.tokenizer.tokenizer import Tokenizer
 
@@ -36,7 +38,8 @@ def rebuild_tokenizer(
     Raises:
         CheckpointError: For tokens and merges that do not fit.
     """
-    backend = {"gpt2": _byte_level, "llama": _sentence_piece, "bert": _word_piece}[vocabulary.model](vocabulary)
+    make = {"gpt2": _byte_level, "llama": _sentence_piece, "bert": _word_piece, "t5": _unigram}
+    backend = make[vocabulary.model](vocabulary)
     for kind, add in ((CONTROL, backend.add_special_tokens), (USER_DEFINED, backend.add_tokens)):
         tokens = [vocabulary.tokens[i] for i, own in enumerate(vocabulary.types) if own == kind]
         add([AddedToken(token, special=kind == CONTROL, normalized=False) for token in tokens])
@@ -97,6 +100,29 @@ def _word_piece(vocabulary: FileVocabulary) -> tokenizers.Tokenizer:
     )
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     backend.decoder = decoders.WordPiece()
+    return backend
+
+
+def _unigram(vocabulary: FileVocabulary) -> tokenizers.Tokenizer:
+    own = _own_tokens(vocabulary)
+    if list(own.values()) != list(range(len(own))):
+        raise CheckpointError(
+            "tokenizer.ggml.tokens: rows that no token has stand between others; Unigram has none there"
+        )
+    characters = CharacterMap(vocabulary.characters)
+    for text in probe():  # a damaged map is one line here; the library would end the program
+        characters.replaced(text)
+    try:
+        scores = [(token, float(vocabulary.scores[i])) for token, i in own.items()]
+        backend = tokenizers.Tokenizer(models.Unigram(scores, vocabulary.named.get("unknown", 2), False))
+        if vocabulary.characters:
+            backend.normalizer = normalizers.Precompiled(vocabulary.characters)
+    except Exception as error:  # the library raises nothing more precise
+        raise CheckpointError(f"tokenizer.ggml: no Unigram model: {error!s:.160}") from None
+    scheme = "always" if vocabulary.flags["add_space_prefix"] else "never"
+    cut: list[Any] = [pre_tokenizers.WhitespaceSplit()] if vocabulary.flags["remove_extra_whitespaces"] else []
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*cut, pre_tokenizers.Metaspace(SPACE, prepend_scheme=scheme)])
+    backend.decoder = decoders.Metaspace(SPACE, prepend_scheme=scheme)
     return backend
 
 

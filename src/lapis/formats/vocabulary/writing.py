@@ -1,9 +1,10 @@
 """A tokenizer as the fields of a GGUF file: tokens, their types, merges or scores, ids, the name of its splitting.
 
 What a file cannot say is refused with the reason; nothing is approximated. That the fields say what the tokenizer does
-is proved elsewhere (proof.py). Leaves out Unigram and word-level tokenizers.
+is proved elsewhere (proof.py). Leaves out word-level tokenizers.
 """
 
+import base64
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -18,13 +19,13 @@ from lapis.formats.vocabulary.reading import (
     CONTROL,
     NORMAL,
     PREFIX,
-    SPACE,
     UNKNOWN,
     UNUSED,
     USER_DEFINED,
     loses_letters,
 )
 from lapis.formats.vocabulary.rebuilding import is_bracketed
+from lapis.formats.vocabulary.unigram import SPACE
 from lapis.text.tokenizer.tokenizer import Tokenizer
 from lapis.text.tokenizer.vocabulary import BYTE_TOKEN
 
@@ -63,6 +64,12 @@ def vocabulary_fields(tokenizer: Tokenizer, rows: int, notes: list[str]) -> Iter
         steps = json.dumps([document.get("normalizer"), document.get("pre_tokenizer")])
         lead = '"Prepend"' in steps or '"prepend_scheme": "first"' in steps or '"prepend_scheme": "always"' in steps
         yield from ({**fields, PREFIX + "pre": "default", PREFIX + "add_space_prefix": s} for s in (lead, not lead))
+    elif kind == "t5":
+        fields |= {PREFIX + "pre": "default", PREFIX + "unknown_token_id": model["unk_id"]}
+        if characters := _characters(document.get("normalizer")):
+            fields[PREFIX + "precompiled_charsmap"] = characters
+        for merged, lead in ((True, True), (False, True), (False, False)):
+            yield {**fields, PREFIX + "remove_extra_whitespaces": merged, PREFIX + "add_space_prefix": lead}
     elif kind == "bert":
         normalizer = document.get("normalizer") or {}
         lowercase = bool(normalizer.get("lowercase", True))
@@ -89,8 +96,15 @@ def _kind(model: Mapping[str, Any], document: Mapping[str, Any], where: str) -> 
         if model.get("continuing_subword_prefix") != "##":
             raise CheckpointError(f"{where}: its pieces do not begin with ##; a GGUF file has no words for others")
         return "bert"
+    if model["type"] == "Unigram":
+        if model.get("unk_id") is None or model.get("byte_fallback"):
+            lacks = "spells what it does not know by bytes" if model.get("byte_fallback") else "has no unknown token"
+            raise CheckpointError(f"{where}: its Unigram model {lacks}, which a GGUF file has no words for")
+        return "t5"
     if model["type"] != "BPE":
-        raise CheckpointError(f"{where}: a tokenizer of kind {model['type']} has no GGUF file; BPE and WordPiece have")
+        raise CheckpointError(
+            f"{where}: a tokenizer of kind {model['type']} has no GGUF file; BPE, Unigram and WordPiece have"
+        )
     odd = [name for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix") if model.get(name)]
     if odd:
         raise CheckpointError(f"{where}: tokenizer.json sets {odd[0]}, for which a GGUF file has no words")
@@ -107,7 +121,8 @@ def _kind(model: Mapping[str, Any], document: Mapping[str, Any], where: str) -> 
 def _table(document: Mapping[str, Any], kind: str, rows: int, tokenizer: Tokenizer) -> dict[str, Any]:
     """Tokens, types, and scores or merges."""
     model = document["model"]
-    names: dict[int, str] = {index: token for token, index in model["vocab"].items()}
+    vocab = _ids(model)
+    names: dict[int, str] = {index: token for token, index in vocab.items()}
     types = dict.fromkeys(names, NORMAL)
     if kind == "bert":
         names = {i: _word_piece(token) for i, token in names.items()}
@@ -119,8 +134,10 @@ def _table(document: Mapping[str, Any], kind: str, rows: int, tokenizer: Tokeniz
             spelled = spelled.replace(SPACE, " ")
         names[added["id"]] = spelled
         types[added["id"]] = CONTROL if added["special"] else USER_DEFINED
-    if kind == "llama" and model.get("unk_token") in model["vocab"]:
-        types[model["vocab"][model["unk_token"]]] = UNKNOWN
+    if kind == "llama" and model.get("unk_token") in vocab:
+        types[vocab[model["unk_token"]]] = UNKNOWN
+    if kind == "t5":
+        types[model["unk_id"]] = UNKNOWN
     tokens = [names.get(i, f"[PAD{i}]") for i in range(rows)]
     if len(set(tokens)) < rows:
         twin = next(token for i, token in enumerate(tokens) if tokens.index(token) != i)
@@ -134,7 +151,22 @@ def _table(document: Mapping[str, Any], kind: str, rows: int, tokenizer: Tokeniz
     if kind == "llama":
         scores = _scores(model)
         fields[PREFIX + "scores"] = [scores.get(i, 0.0) for i in range(rows)]
+    if kind == "t5":
+        own = [float(score) for _, score in model["vocab"]]
+        fields[PREFIX + "scores"] = [*own, *[UNREACHABLE] * (rows - len(own))][:rows]
     return fields
+
+
+def _ids(model: Mapping[str, Any]) -> dict[str, int]:
+    """Token -> id; Unigram has a list of tokens with scores."""
+    vocab = model["vocab"]
+    return {token: i for i, (token, _) in enumerate(vocab)} if isinstance(vocab, list) else dict(vocab)
+
+
+def _characters(normalizer: Mapping[str, Any] | None) -> bytes:
+    """SentencePiece's map of characters, alone or among other steps, which the proof shows to change nothing."""
+    steps = [] if normalizer is None else normalizer.get("normalizers", [normalizer])
+    return next((base64.b64decode(s["precompiled_charsmap"]) for s in steps if s.get("type") == "Precompiled"), b"")
 
 
 def _word_piece(token: str) -> str:

@@ -9,6 +9,7 @@ tokens that only tokenizer_config.json lists, and settings that such a class app
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 import tokenizers
@@ -75,6 +76,23 @@ def open_backend(folder: Path) -> tuple[tokenizers.Tokenizer, dict[str, str], bo
     _add_tokens(backend, folder, named)
     changed = has_file(folder, "tokenizer.json") and _apply_settings(backend, folder, kind, config)
     return backend, named, as_stored and not changed
+
+
+def plain_backend(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """The same, but nothing that a text spells is a special token; itself where that holds already.
+
+    Unigram has special tokens among its pieces, with a better score than any other, so a text that spells one would be
+    cut into it. Their names become such that no text has.
+    """
+    if not isinstance(backend.model, models.Unigram):
+        return backend
+    document = json.loads(backend.to_str())
+    added = {token["content"] for token in document["added_tokens"] if token["special"]}
+    pieces = [(piece, score, piece in added) for piece, score in document["model"]["vocab"]]
+    hidden, secret = {piece for piece, _, special in pieces if special}, token_hex(16)
+    document["model"]["vocab"] = [(secret + piece if special else piece, score) for piece, score, special in pieces]
+    document["added_tokens"] = [token for token in document["added_tokens"] if token["content"] not in hidden]
+    return tokenizers.Tokenizer.from_str(json.dumps(document))
 
 
 def _class_name(folder: Path) -> str:

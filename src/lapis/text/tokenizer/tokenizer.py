@@ -23,7 +23,7 @@ from lapis.errors import CheckpointError, ConfigError, DataError, LapisError
 from lapis.text.chat.chat import turn_end
 from lapis.text.chat.template import check_syntax
 from lapis.text.corpus.corpus import texts
-from lapis.text.tokenizer.backend import END_OF_TEXT, open_backend
+from lapis.text.tokenizer.backend import END_OF_TEXT, open_backend, plain_backend
 from lapis.text.tokenizer.folder import (
     BYTE_OF,
     CHATML,
@@ -73,6 +73,7 @@ class Tokenizer:
         self.templates = dict(templates)
         self.stop_ids = tuple(stop_ids)
         self._backend = backend
+        self._plain: tokenizers.Tokenizer | None = None
         self._files = files
         self._lock = threading.Lock()
         self.added: dict[int, AddedToken] = backend.get_added_tokens_decoder()
@@ -133,9 +134,8 @@ class Tokenizer:
     ) -> list[list[int]]:
         """Ids of many texts, on all cores."""
         with self._lock:
-            self._backend.encode_special_tokens = not special
             try:
-                encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
+                encodings = self._encoder(special).encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
             except (UnicodeEncodeError, TypeError):  # the library has a TypeError for half characters
                 refuse_half_characters(texts)
                 raise
@@ -143,12 +143,18 @@ class Tokenizer:
                 raise self._stopped(error) from None
         return [encoding.ids for encoding in encodings]
 
+    def _encoder(self, special: bool) -> tokenizers.Tokenizer:
+        if not special and self._plain is None:
+            self._plain = plain_backend(self._backend)
+        encoder = self._backend if special or self._plain is None else self._plain
+        encoder.encode_special_tokens = not special
+        return encoder
+
     def encode_spans(self, text: str, special: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids, and for each the [start, end) of its characters in the text (a byte of a character has all of it)."""
         with self._lock:
-            self._backend.encode_special_tokens = not special
             try:
-                encoding = self._backend.encode(text, add_special_tokens=False)
+                encoding = self._encoder(special).encode(text, add_special_tokens=False)
             except (UnicodeEncodeError, TypeError):
                 refuse_half_characters([text])
                 raise
