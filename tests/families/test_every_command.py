@@ -1,4 +1,4 @@
-"""What a family gets without a line of its own: diff, graft, merge, plan, lens, attention maps and patterns."""
+"""What a family gets without a line of its own: training, diff, graft, merge, plan, lens, attention maps, patterns."""
 
 import dataclasses
 from pathlib import Path
@@ -17,6 +17,7 @@ from lapis.inside.trace import anatomy
 from lapis.model.load import load, save
 from lapis.model.transformer import Transformer
 from lapis.planning.pieces import pieces_of
+from lapis.text.corpus.corpus import Document
 from lapis.text.tokenizer.tokenizer import Tokenizer, train_tokenizer
 from lapis.weights.matching import is_norm, is_vocabulary
 from tests.model.conftest import SHAPES
@@ -57,6 +58,14 @@ def family(request, words, tmp_path_factory) -> SimpleNamespace:
                     if parameter.grad is not None:
                         parameter.sub_(0.01 * parameter.grad / (parameter.grad.norm() + 1e-9) * parameter.norm())
     return SimpleNamespace(name=request.param, shape=shape, base=root / "base", chat=root / "chat")
+
+
+def test_training_lets_the_loss_fall(family, words, tmp_path):
+    documents = [Document(TEXT[i % 7 :] * 3, tmp_path / "t.txt", i) for i in range(16)]
+    config = lapis.TrainConfig(steps=12, batch=2, lr=3e-3, precision="float32", threads=1, log_every=1, compile="off")
+    result = lapis.train(load(family.base), lapis.Causal(words, documents, context=32), config, out=tmp_path / "run")
+    assert result.log[-1]["loss"] < result.log[0]["loss"] - (0.1 if family.shape.logit_divisor < 8 else 0.005)
+    assert load(tmp_path / "run").config == family.shape
 
 
 def test_diff_names_every_layer_and_component(family):

@@ -33,6 +33,9 @@ GEMMA = {**DECODER, "num_hidden_layers": 7, "head_dim": 16, "query_pre_attn_scal
 GPT2 = {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 128, "initializer_range": 0.4}
 BERT = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96,
         "max_position_embeddings": 128, "initializer_range": 0.1}  # fmt: skip
+DISTIL = {"dim": 64, "n_layers": 2, "n_heads": 4, "hidden_dim": 96, "max_position_embeddings": 128,
+          "initializer_range": 0.1}  # fmt: skip
+MODERN = {**BERT, "num_hidden_layers": 5, "local_attention": 8, "initializer_range": 0.06}
 
 GEMMA4 = {**DECODER, "num_hidden_layers": 6, "head_dim": 16, "global_head_dim": 32, "sliding_window": 8,
           "layer_types": ["sliding_attention", "full_attention"] * 3, "hidden_size_per_layer_input": 32,
@@ -160,15 +163,19 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2-untied-inner": ("GPT2LMHeadModel", {**GPT2, "tie_word_embeddings": False, "n_inner": 96}),
     "bert": ("BertModel", BERT),
     "bert-masked": ("BertForMaskedLM", BERT),
+    "distilbert": ("DistilBertModel", DISTIL),
+    "distilbert-masked": ("DistilBertForMaskedLM", DISTIL),
+    "modernbert": ("ModernBertModel", MODERN),
+    "modernbert-masked": ("ModernBertForMaskedLM", {**MODERN, "global_attn_every_n_layers": 2}),
     "roberta": ("RobertaModel", {**BERT, "type_vocab_size": 1}),
     "xlm-roberta-masked": ("XLMRobertaForMaskedLM", {**BERT, "type_vocab_size": 1}),
 }
 EXPORTED_ONLY = tuple(name for name in CASES if name.split("-")[0] in (
-    "gemma4", "exaone4", "apertus", "ministral3", "gpt_oss", "qwen3_5", "qwen3_5_moe", "qwen3_next",
+    "gemma4", "exaone4", "apertus", "ministral3", "gpt_oss", "modernbert", "qwen3_5", "qwen3_5_moe", "qwen3_next",
 ))  # fmt: skip
 DELTAS = ("qwen3_5", "qwen3_5_moe", "qwen3_next")
-WORD_PIECES = ("bert", "bert-masked")
-ENCODERS = (*WORD_PIECES, "roberta", "xlm-roberta-masked")
+WORD_PIECES = ("bert", "bert-masked", "distilbert", "distilbert-masked")
+ENCODERS = (*WORD_PIECES, "roberta", "xlm-roberta-masked", "modernbert", "modernbert-masked")
 
 
 def make_folder(folder: Path, name: str, tokenizer: Tokenizer | None = None, rows_beyond: int = 3) -> Path:

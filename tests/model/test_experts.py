@@ -34,7 +34,7 @@ def mixture(kind: str, balance: float = 0.5) -> Transformer:
     return model
 
 
-@pytest.mark.parametrize("kind", ["qwen3_moe", "qwen2_moe", "mixtral", "olmoe"])
+@pytest.mark.parametrize("kind", ["qwen3_moe", "qwen2_moe", "mixtral", "olmoe", "gpt_oss", "qwen3_5_moe", "qwen3_next"])
 def test_balance_loss_and_its_gradient_are_transformers(kind: str, tmp_path: Path) -> None:
     ours = mixture(kind)
     save(ours, tmp_path)
@@ -50,9 +50,14 @@ def test_balance_loss_and_its_gradient_are_transformers(kind: str, tmp_path: Pat
         loss.backward()
         expected.backward()
         torch.testing.assert_close(loss, expected, rtol=0, atol=1e-5)
+        routers = 0
         for here, there in zip(ours.blocks, theirs.model.layers, strict=True):
-            assert there.mlp.gate.weight.grad.abs().max() > 1e-4
-            torch.testing.assert_close(here.mlp.router.weight.grad, there.mlp.gate.weight.grad, rtol=0, atol=1e-5)
+            router = getattr(there.mlp, "gate", getattr(there.mlp, "router", None))
+            if router is not None:  # and no ordinary MLP
+                assert router.weight.grad.abs().max() > 1e-4
+                torch.testing.assert_close(here.mlp.router.weight.grad, router.weight.grad, rtol=2e-4, atol=1e-5)
+                routers += 1
+        assert routers >= 2
 
 
 def test_nothing_is_watched_where_no_loss_is_wanted() -> None:

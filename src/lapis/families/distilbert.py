@@ -4,9 +4,10 @@ from typing import Any
 
 from lapis.errors import ConfigError
 from lapis.families.base import Family, refuse_shape, rules
-from lapis.families.bert import ACTIVATION_NAMES, ACTIVATIONS, BOTH, ENCODER, HEAD_NAMES, HEADS, OLD_NAMES
+from lapis.families.bert import ACTIVATION_NAMES, ACTIVATIONS, BOTH, COMPUTES, ENCODER, HEAD_NAMES, HEADS, OLD_NAMES
 from lapis.families.config import ModelConfig, complete
 from lapis.families.fields import TOKENS, Fields
+from lapis.families.gguf import Gguf
 
 BLOCK = "transformer.layer.{layer}."
 EPS = 1e-12  # of every norm; config.json does not say it
@@ -93,6 +94,7 @@ FAMILY = Family(
     ignored=(r"embeddings\.position_ids$",),
     shapes=lambda config: {"head.transform": (config.dim, config.dim)},
     defaults={"distilbert": {**ENCODER, "norm_place": "post", "tied": True, "class_dense": "relu"}},
+    gguf={"distilbert": Gguf("bert", inner=("masked",), imported=False, computes=COMPUTES)},
     presets={
         "distilbert-base-uncased": {**_PRESET, "vocab_size": 30522},
         "distilbert-base-multilingual-cased": {**_PRESET, "vocab_size": 119547},

@@ -54,6 +54,7 @@ class Gguf:
         imported: Whether such a file is read, too.
         means: Field of ModelConfig -> what such a file means without a word.
         partial: Heads may turn in part, as a key says.
+        own_windows: What there is to say of windows, `more` says.
         says_windows: A key says of each layer whether it has a window.
         optional_windows: A model without windows lies in such a file, too; then all of its layers turn.
         windowed_depth: llama.cpp gives windows to a model of so many layers only; 0 = whatever their number.
@@ -82,6 +83,7 @@ class Gguf:
     imported: bool = True
     means: Mapping[str, Any] = field(default_factory=dict)
     partial: bool = False
+    own_windows: bool = False
     says_windows: bool = False
     optional_windows: bool = False
     windowed_depth: int = 0

@@ -9,8 +9,9 @@ from typing import Any
 from lapis.errors import CheckpointError, ConfigError
 from lapis.families.base import Family, Rule, refuse_shape, rules
 from lapis.families.bert import BOTH, HEAD_NAMES, HEADS
-from lapis.families.config import ModelConfig, complete
+from lapis.families.config import ModelConfig, Rope, complete
 from lapis.families.fields import TOKENS, Fields
+from lapis.families.gguf import Gguf
 from lapis.families.llama import GATE_NAMES, GATES, read_biases, write_biases
 from lapis.families.rotary import read_ropes, write_ropes
 from lapis.families.shapes import STACK
@@ -142,6 +143,18 @@ def _every(types: list[str]) -> int | None:
     return every if types == [WINDOWED if i % every else FULL for i in range(len(types))] else None
 
 
+def _keys(config: ModelConfig) -> dict[str, Any]:
+    """What a GGUF file says of windows. Raises ConfigError for others than llama.cpp computes."""
+    every, near = _every(write_layer_types(config)), config.window_rope or config.rope
+    if every is None or config.window is None or near != Rope(theta=near.theta):
+        raise ConfigError(
+            "llama.cpp gives modernbert a window in all layers but each so many, from the first on, with rotary "
+            "positions of a base of their own; this model has no GGUF file"
+        )
+    return {"attention.sliding_window": 2 * (config.window - 1), "attention.sliding_window_pattern": every,
+            "rope.freq_base_swa": near.theta}  # fmt: skip
+
+
 def _preset(dim: int, layers: int, heads: int, ffn_dim: int) -> dict[str, Any]:
     return {
         "model_type": "modernbert", "architectures": ["ModernBertModel"], "vocab_size": 50368, "hidden_size": dim,
@@ -165,6 +178,12 @@ FAMILY = Family(
         "norm": "layer", "norm_eps": 1e-5, "norm_place": "embed", "norm_bias": False, "causal": False, "mlp": "geglu",
         "tied": True, "rope": {"theta": 160_000.0}, "window_rope": {"theta": 10_000.0}, "class_dense": "masked",
     }},
+    gguf={"modernbert": Gguf(
+        "modern-bert", inner=("masked",), imported=False, own_windows=True, more=_keys,
+        computes={"norm": ("layer",), "norm_place": ("embed",), "norm_bias": (False,), "positions": ("rotary",),
+                  "causal": (False,), "head": ("none", "masked"), "bias": ("none",), "rope.kind": ("default",),
+                  "mlp": ("geglu",)},
+    )},
     presets={
         "modernbert-base": _preset(768, 22, 12, 1152),
         "modernbert-large": _preset(1024, 28, 16, 2624),

@@ -132,8 +132,8 @@ def export_gguf(
     head_dim = config.head_dim if config.uneven is None else config.uneven.head_dim
     factors = rope_factors(config.rope, head_dim, config.context) if config.positions == "rotary" else None
     total = sum(_nbytes(tensor, kinds[tensor.file_name]) for tensor in placed)
-    if config.types:
-        fields = {**fields, "tokenizer.ggml.token_type_count": config.types}
+    if layout.arch == "bert":  # which has one where there are none
+        fields = {**fields, "tokenizer.ggml.token_type_count": max(config.types, 1)}
     if tokenizer.chat_template:
         fields = {**fields, "tokenizer.chat_template": tokenizer.chat_template}
     checkpoint = checkpoint.fetched()

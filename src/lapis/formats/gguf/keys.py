@@ -61,6 +61,8 @@ def write_keys(config: ModelConfig, layout: Gguf, notes: list[str]) -> dict[str,
         notes.append(
             "its embedding of a text is the mean of its last layer (pooling_type 1); --pooling cls is llama.cpp's"
         )
+    if layout.own_windows:
+        return {**keys, **layout.more(config)}
     if layout.says_windows:
         keys |= {"attention.sliding_window": config.window,
                  "attention.sliding_window_pattern": [config.windowed(i) for i in range(config.layers)]}  # fmt: skip
@@ -253,6 +255,8 @@ def read_shape(file: GgufFile) -> tuple[ModelConfig, Family, Gguf]:
         fields["context"] = position.shape[0]
     if (types := file.tensors.get("token_types.weight")) is not None:
         fields["types"] = types.shape[0]
+    elif arch == "bert":
+        fields |= {"family": "distilbert", "class_dense": "relu"}
     if each := layout.windows:
         windowed = _windowed(layers, each)
         fields |= {"window": keys.whole("attention.sliding_window"),

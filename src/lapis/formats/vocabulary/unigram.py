@@ -41,7 +41,7 @@ class CharacterMap:
 
     def _longest(self, raw: bytes, start: int) -> tuple[int, int]:
         """Bytes of the longest match at a place, and where its replacement begins; (0, 0) where there is none."""
-        found, node = (0, 0), _base(self._unit(0))
+        longest, node = (0, 0), _base(self._unit(0))
         for end in range(start, len(raw)):
             node ^= raw[end]
             unit = self._unit(node)
@@ -49,10 +49,10 @@ class CharacterMap:
                 break
             node ^= _base(unit)
             if unit >> 8 & 1:
-                found = end - start + 1, self._unit(node) & 0x7FFFFFFF
-        if found[1] >= max(len(self.texts), 1):
+                longest = end - start + 1, self._unit(node) & 0x7FFFFFFF
+        if longest[1] >= max(len(self.texts), 1):
             raise CheckpointError("tokenizer.ggml.precompiled_charsmap points beyond its end; fetch the file again")
-        return found
+        return longest
 
     def _unit(self, index: int) -> int:
         if index >= len(self.units):

@@ -83,6 +83,9 @@ def plain_backend(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
 
     Unigram has special tokens among its pieces, with a better score than any other, so a text that spells one would be
     cut into it. Their names become such that no text has.
+
+    Args:
+        backend: Any; it is not changed.
     """
     if not isinstance(backend.model, models.Unigram):
         return backend

@@ -52,7 +52,9 @@ def watched_choices(model: Transformer) -> Iterator[list[Choices]]:
         for block in model.blocks:
             handles.append(block.register_forward_pre_hook(before_block))
             mixture = block.mlp
-            assert isinstance(mixture, MixtureOfExperts) and isinstance(mixture.router, Router)
+            if not isinstance(mixture, MixtureOfExperts):  # of a layer with an ordinary MLP
+                continue
+            assert isinstance(mixture.router, Router)
             handles.append(
                 mixture.router.register_forward_hook(lambda _, inputs, logits, own=mixture: note(own, logits))
             )
