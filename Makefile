@@ -2,7 +2,8 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-JOBS ?= auto
+# one more than there are cores: some tests wait for processes that hang on purpose
+JOBS ?= $(shell $(PYTHON) -c 'import os; print((os.cpu_count() or 1) + 1)')
 # An interpreter that has mergekit 0.1.5 and transformers, for the benchmarks that run beside them
 PEER ?= .venv-peers/bin/python
 SIZE ?= 0.5b
@@ -31,7 +32,7 @@ test: .venv/.dev             ## types, style, and every test
 	$(MAKE) --no-print-directory --jobs 2 lint every-test
 
 every-test:
-	$(BIN)/python -m pytest -q -n $(JOBS)
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal
 
 docs: .venv/.core            ## docs/api.md from the docstrings, and the code blocks of README.md in its translations
 	$(BIN)/python scripts/api_page.py
