@@ -22,7 +22,7 @@ from lapis.text.tokenizer.tokenizer import Tokenizer, train_tokenizer
 from lapis.weights.matching import is_norm, is_vocabulary
 from tests.model.conftest import SHAPES
 
-CAUSAL = [name for name, shape in SHAPES.items() if shape.causal and shape.head == "lm"]
+READING = [name for name, shape in SHAPES.items() if shape.head in ("lm", "masked")]
 TEXT = "the red is not the blue. a cat goes with a dog, and the sun with the moon."
 
 
@@ -31,7 +31,7 @@ def words() -> Tokenizer:
     return train_tokenizer([TEXT * 8], 300)
 
 
-@pytest.fixture(scope="module", params=CAUSAL)
+@pytest.fixture(scope="module", params=READING)
 def family(request, words, tmp_path_factory) -> SimpleNamespace:
     """base, and chat: a step of every weight towards what a chat says."""
     root: Path = tmp_path_factory.mktemp(request.param)
@@ -62,8 +62,15 @@ def family(request, words, tmp_path_factory) -> SimpleNamespace:
 
 def test_training_lets_the_loss_fall(family, words, tmp_path):
     documents = [Document(TEXT[i % 7 :] * 3, tmp_path / "t.txt", i) for i in range(16)]
-    config = lapis.TrainConfig(steps=12, batch=2, lr=3e-3, precision="float32", threads=1, log_every=1, compile="off")
-    result = lapis.train(load(family.base), lapis.Causal(words, documents, context=32), config, out=tmp_path / "run")
+    config = lapis.TrainConfig(
+        steps=12, batch=2, lr=3e-3, precision="float32", threads=1, log_every=1, compile="off", sample_every=0
+    )
+    model = load(family.base)
+    if family.shape.causal:
+        result = lapis.train(model, lapis.Causal(words, documents, context=32), config, out=tmp_path / "run")
+    else:
+        pieces = train_tokenizer([TEXT * 8], words.rows, "masked")
+        result = lapis.train(model, lapis.Masked(pieces, documents, context=32), config, out=tmp_path / "run")
     assert result.log[-1]["loss"] < result.log[0]["loss"] - (0.1 if family.shape.logit_divisor < 8 else 0.005)
     assert load(tmp_path / "run").config == family.shape
 
@@ -106,6 +113,10 @@ def test_a_plan_has_a_piece_for_every_matrix_of_a_layer(family):
         layered = {name for name in checkpoint.names if checkpoint.part(name).layer is not None}
         assert len(names) == len(set(names)) and set(names) <= layered
         assert all(is_norm(checkpoint.part(name)) for name in layered - set(names))
+    if not family.shape.causal:
+        with pytest.raises(LapisError, match="no causal language model"):
+            lapis.plan(family.base, family.chat, budget=0.6)
+        return
     plan = lapis.plan(family.base, family.chat, budget=0.6, pieces="halves")
     assert {row["layer"] for row in plan.scores} == set(range(family.shape.layers)) and plan.tune
     model = load(family.base)
@@ -131,13 +142,24 @@ def test_patterns_choose_layers_and_components(family):
 
 def test_the_lens_reads_every_layer_and_names_what_writes(family, words):
     model = load(family.base)
-    trace = lapis.lens(model, words, "the red is not the")
+    if not family.shape.causal:
+        with pytest.raises(LapisError, match="is an encoder"):
+            lapis.lens(model, words, "the red is not the")
+        return
+    trace = lapis.lens(model, words, "the red is not the", track=["Malaysia"])
     assert [reading.layer for reading in trace.layers] == list(range(family.shape.layers))
     with torch.inference_mode():
         chances_V = model(torch.tensor([trace.ids]))[0, -1].double().softmax(-1)
     _, index, share = trace.readings[-1].top[0]
     assert index == int(chances_V.argmax()) and share == pytest.approx(float(chances_V.max()), rel=1e-4)
+    for spelling in trace.words[0].spellings:  # of several tokens
+        with torch.inference_mode():
+            said_TV = model(torch.tensor([[*trace.ids, *spelling.ids]]))[0].double().log_softmax(-1)
+        total = sum(float(said_TV[len(trace.ids) - 1 + i, index]) for i, index in enumerate(spelling.ids))
+        assert len(spelling.ids) > 1
+        assert trace.readings[-1].spellings[spelling.text]["logprob"] == pytest.approx(total, rel=1e-4)
     states = set() if family.shape.delta is None else set(family.shape.delta.layers)
+    assert {r.layer for r in trace.readings if r.after == "delta net"} == states
     if trace.contributions:
         assert {c.layer for c in trace.contributions if c.part == "delta net"} == states
         assert {c.layer for c in trace.contributions if c.part == "head"} == set(range(family.shape.layers)) - states
@@ -146,6 +168,10 @@ def test_the_lens_reads_every_layer_and_names_what_writes(family, words):
 
 def test_attention_maps_are_weights_in_layers_that_have_any(family, words):
     model = load(family.base)
+    if not family.shape.causal:
+        with pytest.raises(LapisError, match="is an encoder"):
+            attention_maps(model, words, "the red is", [(0, 0)])
+        return
     parts = anatomy(model)
     for layer in range(family.shape.layers):
         if layer in parts.states:

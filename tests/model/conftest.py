@@ -114,6 +114,16 @@ SHAPES = {
         mlp="gelu", positions="learned", bias="all", tied=True, causal=False, head="masked", types=1, first_position=2,
         class_dense="tanh", extra={"pad_token_id": 1},
     ),
+    "xlm-roberta": ModelConfig(
+        dim=16, layers=2, heads=2, ffn_dim=24, vocab=31, context=32, family="xlm-roberta", norm="layer",
+        norm_place="post", mlp="gelu", positions="learned", bias="all", causal=False, head="masked", types=1,
+        first_position=2, class_dense="tanh", extra={"pad_token_id": 1},
+    ),
+    "distilbert": ModelConfig(
+        dim=16, layers=2, heads=2, ffn_dim=24, vocab=31, context=32, family="distilbert", norm="layer",
+        norm_eps=1e-12, norm_place="post", mlp="gelu", positions="learned", bias="all", tied=True, causal=False,
+        head="masked", class_dense="relu",
+    ),
     "distilbert-classes": ModelConfig(
         dim=16, layers=2, heads=2, ffn_dim=24, vocab=31, context=32, family="distilbert", norm="layer",
         norm_eps=1e-12, norm_place="post", mlp="gelu", positions="learned", bias="all", tied=True, causal=False,

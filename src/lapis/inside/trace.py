@@ -102,9 +102,8 @@ def _own(model: Transformer, name: str) -> Anatomy:
     ) -> Callable[[slice], Tensor]:
         if branches is None:
             state_PD = model.hidden(ids_BT, cache=cast(Cache | None, cache))[places]
-        elif config.delta is not None:
-            raise LapisError(f"lens: {name} keeps a state, which cannot branch; track words of one token")
         else:
+            assert config.delta is None, "a state cannot branch"
             x_BTD, shared = model.start(ids_BT, positions_BT=branches.positions_BT)
             full, near = (_hide(view, branches.seen_TT, x_BTD.dtype) for view in (shared.full, shared.near))
             for block in model.blocks:

@@ -39,6 +39,7 @@ from lapis.text.tokenizer.tokenizer import Tokenizer
 
 DEFAULT = LensOptions()
 GROUP = 64  # places of the grid that are read at once
+ENDS = ("embedding", "mlp")  # what stands between two layers
 AT_ONCE = 1024  # tokens of a prompt up to which tracked words ride along; their mask grows with its square
 
 
@@ -121,7 +122,7 @@ def see(
     chosen = list(range(max(0, len(ids) - max(1, positions)), len(ids)))
     later = {path: number for number, path in enumerate(sorted({p[: t + 1] for p in paths for t in range(len(p))}))}
     with evaluating(parts.model):
-        if cache is None and parts.own and len(ids) <= AT_ONCE:
+        if cache is None and parts.own and len(ids) <= AT_ONCE and not parts.states:  # a state cannot branch
             prompt, onward = _at_once(parts, list(ids), chosen, list(later))
         else:
             prompt, onward = _one_after_another(parts, list(ids), chosen, list(later), cache)
@@ -207,7 +208,8 @@ def look(
     readout = _read(parts, _stack(seen.trace, end, halves, tuned), own_PV, later, tracked, len(firsts), top)
     layers: list[tuple[int | None, str]] = [(None, "embedding")]
     for layer in range(parts.layers):
-        layers += [(layer, "attention"), (layer, "mlp")] if halves else [(layer, "mlp")]
+        half = "delta net" if layer in parts.states else "attention"
+        layers += [(layer, half), (layer, "mlp")] if halves else [(layer, "mlp")]
     chances = _Chances(readout, tracked, seen.later, layers)
     readings = [
         replace(
@@ -231,7 +233,7 @@ def look(
         )
     grid = [
         *_grid(seen, parts, words, last, top, tuned, head is None),
-        *(r for r in readings if r.after != "attention"),
+        *(r for r in readings if r.after in ENDS),
     ]
     return LensTrace(
         model=seen.parts.name,
@@ -276,7 +278,7 @@ class _Chances:
         self._ranks, self._logprobs = readout.ranks_PNR[0].tolist(), readout.logprobs_PNR[0].tolist()
         self._onward = readout.more_logprobs_XR.tolist()
         self._columns = {index: column for column, index in enumerate(tracked)}
-        ends = [row for row, (_, after) in enumerate(layers) if after != "attention"]
+        ends = [row for row, (_, after) in enumerate(layers) if after in ENDS]
         self._later, self._ends = later, {row: number for number, row in enumerate(ends)}
 
     def of(self, spelling: Spelling, row: int) -> dict[str, Any]:

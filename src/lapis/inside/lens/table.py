@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import pandas
     import plotly.graph_objects as go
 
+HALVES = ("attention", "delta net")
 SHOWN = 6  # words in a picture or a table; JSON and pandas have them all
 Picture = Literal["ranks", "grid", "contributions"]
 
@@ -25,7 +26,7 @@ class Reading:
 
     Attributes:
         layer: 0-based, None for the embedding.
-        after: "embedding", "attention" (or the delta net in its place) or "mlp" (the end of a layer).
+        after: "embedding", "attention", "delta net" (in its place) or "mlp" (the end of a layer).
         top: (token, id, probability), best first.
         entropy, kl_to_final: In nats; kl_to_final is KL(final || this).
         ranks: Of each tracked word the best rank of its single-token spellings, 1 = said next; of a word without one
@@ -108,7 +109,7 @@ class LensTrace:
 
     def to_json(self) -> dict[str, Any]:
         """The object that `lapis lens --json` prints. Layers count from 0; the embedding stands apart."""
-        halves = {reading.layer: reading.to_json() for reading in self.readings if reading.after == "attention"}
+        halves = {reading.layer: reading.to_json() for reading in self.readings if reading.after in HALVES}
         return {
             "model": self.model,
             "head": self.head,
