@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--large", action="store_true")
     options = parser.parse_args()
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # an installed program has its bytecode, and does not make it anew
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR", "/tmp")) as folder:
         place = Path(folder)
         lines = plan_large(place) if options.large else compare(place, options)
@@ -48,6 +49,7 @@ def compare(place: Path, options: argparse.Namespace) -> list[str]:
     make(place / "onto", options.size, 2, place / "base")
     roles = [word for role in ("base", "chat", "onto") for word in ("--" + role, str(place / role))]
     seen: dict[str, list[tuple[float, float]]] = {"1": [], "1 under torchrun": [], "2 under torchrun": []}
+    run("1", ["graft", *roles, "--no-smoke", "--out", str(place / "out"), "--dry-run"])  # compiles what is imported
     for _ in range(options.rounds):
         for processes in seen:
             out = place / f"out {processes}"

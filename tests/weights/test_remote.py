@@ -6,7 +6,7 @@ import os
 import signal
 import time
 from pathlib import Path
-from threading import Barrier
+from threading import Barrier, Lock
 from typing import Any
 
 import pytest
@@ -125,6 +125,25 @@ def test_what_is_asked_for_first_is_asked_for_together(hub, tmp_path, monkeypatc
     hub.fault = wait
     merge(recipe(tmp_path / "there.yaml", there()), tmp_path / "out", dry_run=True)
     assert waited == {"/api/": 3, "/store/": 4}
+
+
+@pytest.mark.parametrize(("quick", "some"), [(60.0, 1), (0.0, ranges.FEW + 1)])
+def test_a_server_that_answers_at_once_is_asked_by_few(hub, tmp_path, monkeypatch, quick, some):
+    monkeypatch.setattr(ranges, "QUICK", quick)
+    monkeypatch.setattr(ranges, "_fetchers", ranges._Fetchers())
+    monkeypatch.setattr(ahead, "AHEAD", 64 * SMALL)
+    lock, at_once = Lock(), [0]
+
+    def count(asked: Asked) -> None:
+        with lock:
+            at_once.append(at_once[-1] + 1)
+        time.sleep(0.01)
+        with lock:
+            at_once.append(at_once[-1] - 1)
+
+    hub.fault = count
+    merge(recipe(tmp_path / "there.yaml", there()), tmp_path / "out")
+    assert some <= max(at_once) <= (ranges.FEW if quick else ranges.CONNECTIONS)
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])

@@ -42,6 +42,10 @@ _WIDTH, _FFN = ("hidden_size", "n_embd"), ("intermediate_size", "n_inner")
 _UNREAD = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json", "tokenizer.tiktoken")
 UNRELATED, FAR = 0.1, 0.3  # cosines of the weights of two models; a fine-tune and its parent are near 1
 _MATRICES, _ELEMENTS = 12, 1 << 16  # how many are read to see whether models are related, and how much of each
+_AT_ONCE = 8  # pairs of models whose samples are asked for together: 3 MB each, of bfloat16
+
+_Pair = tuple[str, Checkpoint, str, Checkpoint]
+"""A role and a model, twice."""
 
 
 def check_configs(inputs: Mapping[str, Checkpoint], owner: str = "onto") -> tuple[list[str], list[str]]:
@@ -218,9 +222,7 @@ def check_same_tokens(
     return [f"{line}; {remedy}" for line in lines], []
 
 
-def check_parents(
-    pairs: Iterable[tuple[str, Checkpoint, str, Checkpoint]], allow_unrelated: bool
-) -> tuple[list[str], list[str]]:
+def check_parents(pairs: Iterable[_Pair], allow_unrelated: bool) -> tuple[list[str], list[str]]:
     """Problems and notes where two models whose difference is taken have nothing to do with each other.
 
     Reads a sample of their matrices, at most `_MATRICES` x `_ELEMENTS` numbers of each model.
@@ -230,8 +232,7 @@ def check_parents(
         allow_unrelated: Whether to go on all the same, with a note.
     """
     problems, notes = [], []
-    for role, one, other_role, two in pairs:
-        cosine, count = kinship(one, two)
+    for (role, _, other_role, _), (cosine, count) in _kinships(list(pairs)):
         if cosine is None or cosine >= FAR:
             continue
         line = f"{other_role} is no fine-tune of {role}: the cosine of their weights is {cosine:.2f}"
@@ -250,6 +251,19 @@ def kinship(one: Checkpoint, two: Checkpoint) -> tuple[float | None, int]:
     A sample of each of a few matrices is read. The median, so that a few outliers do not decide. None where there is
     nothing to compare, or only NaN and Inf, which the work itself refuses.
     """
+    return _compare(*_samples_of(one, two))
+
+
+def _kinships(pairs: Sequence[_Pair]) -> Iterator[tuple[_Pair, tuple[float | None, int]]]:
+    """Each pair with its `kinship`; a server is asked for the samples of several before the first is waited for."""
+    for first in range(0, len(pairs), _AT_ONCE):
+        some = pairs[first : first + _AT_ONCE]
+        every = [_samples_of(one, two) for _, one, _, two in some]
+        yield from ((pair, _compare(*samples)) for pair, samples in zip(some, every, strict=True))
+
+
+def _samples_of(one: Checkpoint, two: Checkpoint) -> tuple[Iterator[torch.Tensor], Iterator[torch.Tensor]]:
+    """Samples of matrices that meet, of each model; all are asked for."""
     names = counterparts(one, two)
     matrices = [
         (name, other)
@@ -257,10 +271,14 @@ def kinship(one: Checkpoint, two: Checkpoint) -> tuple[float | None, int]:
         if one.part(name).layer is not None and len(one.info(name).shape) > 1
         and one.info(name).shape == two.info(other).shape and is_number(one, name) and is_number(two, other)
     ]  # fmt: skip
-    cosines, count = [], 0
     chosen = matrices[:: -(-len(matrices) // _MATRICES) or 1]
+    return _samples(one, [name for name, _ in chosen]), _samples(two, [name for _, name in chosen])
+
+
+def _compare(some: Iterator[torch.Tensor], others: Iterator[torch.Tensor]) -> tuple[float | None, int]:
+    cosines, count = [], 0
     with one_thread_each():  # short products: threads would wait for each other longer than they compute
-        for a, b in zip(_samples(one, [n for n, _ in chosen]), _samples(two, [n for _, n in chosen]), strict=True):
+        for a, b in zip(some, others, strict=True):
             cosines.append(float(a @ b / ((a @ a) * (b @ b)).sqrt()))
             count += len(a)
     cosines = [cosine for cosine in cosines if isfinite(cosine)]
@@ -273,6 +291,8 @@ def _samples(checkpoint: Checkpoint, names: Sequence[str]) -> Iterator[torch.Ten
     for source, count in sources:
         if source.remote is not None:
             source.prefetch(0, count)
+    for file in {id(file): file for source, _ in sources if (file := source.remote) is not None}.values():
+        file.send()
     return (_first(source, count) for source, count in sources)
 
 

@@ -8,6 +8,7 @@ no hub's answer is one line, and a file is put into the cache only after its byt
 import fcntl
 import hashlib
 import os
+import platform
 import re
 import secrets
 import shutil
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote
 
+from lapis import __version__
 from lapis.checkpoint.commit import commit_file
 from lapis.checkpoint.remote.connections import HttpFile
 from lapis.checkpoint.remote.ranges import RemoteFile
@@ -216,9 +218,13 @@ def remote_file(repository: Repository, name: str, *, check: bool = True) -> Rem
 
 
 def _headers() -> dict[str, str]:
-    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+    """Who asks. What huggingface_hub would make of it asks the hub for a list of programs first."""
+    from huggingface_hub import __version__ as hub_version
+    from huggingface_hub import constants, get_token
 
-    return dict(build_hf_headers(library_name="lapis"))
+    token = None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else get_token()
+    headers = {"user-agent": f"lapis/{__version__}; hf_hub/{hub_version}; python/{platform.python_version()}"}
+    return headers | ({"authorization": f"Bearer {token}"} if token else {})
 
 
 def _address(repository: Repository, name: str) -> str:

@@ -16,7 +16,7 @@ import ssl
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -30,8 +30,7 @@ from lapis.checkpoint.remote.requests import QUICK, AgainError, Refused, ShortRe
 
 REDIRECTS = 5
 STEP = 1 << 20  # bytes that are read from a connection at a time
-NOTED = 1 << 16  # where each step is noted
-WINDOW = 3 << 15  # bytes on their way, of each connection to a server that answers at once: a kill loses them
+WINDOW = 1 << 18  # bytes on their way, of each connection to a server that answers at once: a kill loses them
 _IDLE = 20.0  # seconds after which a connection that nobody uses is closed and not tried again
 _BUFFER = 1 << 15  # less than a step, which then goes to where it is wanted at once
 _PRIVATE = {"authorization", "cookie", "proxy-authorization"}  # headers that no other host may see
@@ -63,8 +62,8 @@ class HttpFile:
         self._versions: dict[tuple[str, str], str] = {}  # origin -> ETag, or the time of the last change
         self._conditional = True
 
-    def read(self, first: int, buffer: memoryview, came: Callable[[int], None] | None = None) -> int:
-        """Fills `buffer` with the bytes from `first` on, by one request; tells `came` how many did so far. Thread-safe.
+    def read(self, first: int, buffer: memoryview) -> int:
+        """Fills `buffer` with the bytes from `first` on, in order, by one request. Thread-safe.
 
         Returns:
             How many bytes came: fewer where the answer broke off.
@@ -81,7 +80,7 @@ class HttpFile:
             self.delay = min(self.delay, answer.delay)
             if self.delay < QUICK:
                 answer.narrow()
-            return answer.fill(buffer, came)
+            return answer.fill(buffer)
 
     @contextmanager
     def _answer(self, ranges: str) -> Iterator[tuple["_Exchange", SplitResult, bool]]:
@@ -220,21 +219,19 @@ class _Exchange:
         return str(self.headers.get("etag") or self.headers.get("last-modified") or "")
 
     def narrow(self) -> None:
-        """Lets no more than WINDOW bytes be on their way."""
-        if (sock := self._line.connection.sock) is not None and hasattr(socket, "TCP_WINDOW_CLAMP"):
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_WINDOW_CLAMP, WINDOW)
+        """Lets no more than WINDOW bytes be on their way, or twice that, as the system counts."""
+        if (sock := self._line.connection.sock) is not None:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, WINDOW)
 
-    def fill(self, buffer: memoryview, came: Callable[[int], None] | None = None) -> int:
+    def fill(self, buffer: memoryview) -> int:
         """Reads the body; returns how much of `buffer` it filled. Beyond `buffer` nothing is read."""
-        done, step = 0, STEP if came is None else NOTED
+        done = 0
         try:
             while done < len(buffer):
-                now = self._answer.readinto(buffer[done : done + step])
+                now = self._answer.readinto(buffer[done : done + STEP])
                 if not now:
                     break
                 done += now
-                if came is not None:
-                    came(done)
         except (OSError, http.client.HTTPException, ShortReadError):
             if not done:
                 raise

@@ -10,7 +10,8 @@ import bisect
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Protocol
@@ -28,6 +29,7 @@ LARGE = 4  # pieces in a request to a server that answers at once: what is left 
 NEAR = 1 << 18  # bytes that are asked for where fewer are read that nobody announced: neighbors are read next
 GAP = 1 << 14  # bytes that nobody wants, between two ranges that are asked for as one
 CONNECTIONS = 12  # requests at a time, of all files together
+FEW = 4  # to servers that answer at once: more would wait for each other's turn on the processor
 AHEAD = 16 << 20  # bytes asked for before they are read, where a file is read from its start to its end
 NEARBY = 16  # pieces of all files together that nobody announced and that are kept after they were read
 
@@ -35,15 +37,15 @@ NEARBY = 16  # pieces of all files together that nobody announced and that are k
 class ByteRanges(Protocol):
     """Where the bytes are: one try to read some of them.
 
-    read(first, buffer, came): Fills `buffer` from byte `first` on; returns how many bytes came, and may tell `came`
-    before. Raises what `checkpoint/remote/requests.py` tells apart: what may pass, and what does not.
+    read(first, buffer): Fills `buffer` from byte `first` on, in order; returns how many bytes came. Raises what
+    `checkpoint/remote/requests.py` tells apart: what may pass, and what does not.
     """
 
     name: str
     size: int
     delay: float  # seconds that it takes to answer, the least so far
 
-    def read(self, first: int, buffer: memoryview, came: Callable[[int], None] | None = None) -> int: ...
+    def read(self, first: int, buffer: memoryview) -> int: ...
 
 
 class DigestMismatch(CheckpointError):
@@ -91,11 +93,23 @@ class RemoteFile:
         self._growing: RangePiece | None = None  # the last one, not asked for yet: what comes next may adjoin
         self._lock = threading.Lock()
 
+    @property
+    def connections(self) -> int:
+        """How many requests there are at a time, as far as they are of this file's server."""
+        return FEW if self._place.delay < QUICK else CONNECTIONS
+
     def prefetch(self, start: int, size: int) -> None:
         """These bytes will be read soon, once; returns at once."""
         with self._lock:
             for first, last in self._missing(start, min(start + size, self.size)):
                 self._announce(first, last)
+                if last == self.size:  # nothing follows
+                    self._send_growing()
+
+    def send(self) -> None:
+        """Nothing that adjoins will be announced: what was is asked for now."""
+        with self._lock:
+            self._send_growing()
 
     def read_into(self, start: int, buffer: memoryview) -> None:
         """Fills `buffer` with the bytes from `start` on. Thread-safe.
@@ -116,6 +130,30 @@ class RemoteFile:
             if piece.error is not None:
                 raise piece.error
         self.saw(start, buffer)
+
+    @contextmanager
+    def lent(self, start: int, size: int) -> Iterator[memoryview]:
+        """The bytes from `start` on where they lie, while inside; a copy where they came by several requests.
+
+        Raises:
+            CheckpointError: As `read_into`.
+        """
+        piece = self._piece_at(start, start + size)
+        piece.ready.wait()
+        part = piece.data[start - piece.start :][:size]
+        if len(part) < size:
+            self._leave(piece, 0)
+            if piece.error is not None:
+                raise piece.error
+            part = memoryview(bytearray(size))
+            self.read_into(start, part)
+            yield part
+            return
+        try:
+            self.saw(start, part)
+            yield part
+        finally:
+            self._leave(piece, size)
 
     def saw(self, start: int, piece: memoryview) -> None:
         """Takes note of bytes from `start` on, for the digest. Raises DigestMismatch where it is complete and wrong."""
@@ -224,21 +262,22 @@ class RemoteFile:
                 if (ring := shared_memory.current()) is not None:
                     piece.shared = ring.take(self._key, piece.start, size)
                 buffer = _buffers.take(size) if piece.shared is None else piece.shared.memory
-                self._fill_rest(piece, buffer, [] if ring is None else ring.copy(self._key, piece.start, buffer))
+                self._fill_rest(piece, buffer, [] if ring is None else ring.copy(self._key, piece.start, size))
                 piece.data = buffer
             except BaseException as error:
                 piece.error = error
         piece.ready.set()
 
-    def _fill_rest(self, piece: RangePiece, buffer: memoryview, there: list[tuple[int, int]]) -> None:
-        """Fetches what of a piece is not there yet."""
+    def _fill_rest(self, piece: RangePiece, buffer: memoryview, there: list[tuple[int, bytes]]) -> None:
+        """Fetches what of a piece is not there yet; fills its memory from the first byte to the last."""
         done = 0
-        for first, last in [*there, (len(buffer), len(buffer))]:
+        for first, data in [*there, (len(buffer), b"")]:
             if done < first:
-                self._fill(piece.start + done, buffer[done:first], piece.shared, done)
-            done = last
-            if piece.shared is not None:
-                piece.shared.came(done)
+                self._fill(piece.start + done, buffer[done:first])
+            done = first + len(data)
+            buffer[first:done] = data
+        if piece.shared is not None:
+            piece.shared.came()
 
     def _leave(self, piece: RangePiece, size: int) -> None:
         """One reader has read a part. Drops a piece once all of it was read, or where it could not be had."""
@@ -261,19 +300,12 @@ class RemoteFile:
                 else:
                     piece.shared.release()
 
-    def _fill(
-        self, first: int, buffer: memoryview, within: SharedPiece | None = None, place: int = 0
-    ) -> None:  # fmt: skip
-        """Fills `buffer`, which begins at byte `place` of what is kept, by as many requests as it takes."""
+    def _fill(self, first: int, buffer: memoryview) -> None:
+        """Fills `buffer`, by as many requests as it takes."""
         done = 0
-
-        def came(count: int) -> None:
-            assert within is not None
-            within.came(place + done + count)
-
         for attempt in patiently(self.name):
             with attempt:
-                now = self._place.read(first + done, buffer[done:], None if within is None else came)
+                now = self._place.read(first + done, buffer[done:])
                 attempt.useful = now > 0
                 done += now
                 self.received += now
@@ -322,7 +354,7 @@ class _Fetchers:
     def put(self, file: RemoteFile, piece: RangePiece) -> None:
         self._waiting.put((file, piece))
         with self._lock:
-            if self._threads < CONNECTIONS and self._waiting.qsize():
+            if self._threads < file.connections and self._waiting.qsize():
                 threading.Thread(target=self._work, daemon=True, name="lapis-ranges").start()
                 self._threads += 1
 
@@ -330,6 +362,10 @@ class _Fetchers:
         while True:
             file, piece = self._waiting.get()
             file.load(piece)
+            with self._lock:
+                if self._threads > file.connections:
+                    self._threads -= 1
+                    return
 
 
 def _start(piece: RangePiece) -> int:

@@ -2,6 +2,7 @@
 
 A ring in the system's shared memory, and so on no disk: what is fetched goes into it, and stays until newer bytes need
 the room, which is when the output has long been made of it. A rerun takes from it what its killed run had fetched.
+How much came is seen without a note of it: behind each block stands a mark, which what comes next writes over.
 It is readable by its user alone, locked while in use, and named for the staging folder of the job; it ends with the
 process unless that is killed, and the next job removes those whose job is gone or a day old. After a power cut there is
 nothing.
@@ -22,8 +23,11 @@ from pathlib import Path
 PLACE = Path("/dev/shm")
 ROOM = 48 << 20  # bytes: what is asked for ahead, the tiles under way, and some room between
 _ENTRIES = 256
+_GRAIN = 8  # bytes of the largest number
 _HEAD = 1 << 15  # bytes before the ring: where it goes on, whose it is, and the entries
-_ENTRY = struct.Struct("<32sqqqqq")  # file, first byte in it, size, where in the ring, how much came, 1 where it holds
+BLOCK = 1 << 16  # bytes
+_MARK = bytes.fromhex("9d3ae1c74bf20865")  # bytes that are the same by chance count as not come
+_ENTRY = struct.Struct("<32sqqqqq")  # file, first byte in it, size, place, size once all came, 1 if it holds
 _FILLED, _HOLDS = 32 + 24, 32 + 32  # where in an entry
 _TABLE = 1 << 12
 _NUMBER = struct.Struct("<q")
@@ -32,7 +36,10 @@ _DAY = 86_400.0
 
 @dataclass
 class SharedPiece:
-    """Bytes [start, start + size) of a file on a server. memory: for them; filled: how many came, from the first on."""
+    """Bytes [start, start + size) of a file on a server.
+
+    memory: For them, to be filled from the first to the last. filled: All of them, or what a killed run had of them.
+    """
 
     ring: "SharedRing"
     number: int
@@ -47,10 +54,28 @@ class SharedPiece:
     def memory(self) -> memoryview:
         return self.ring.bytes[self.place : self.place + self.size]
 
-    def came(self, filled: int) -> None:
-        """So many bytes are there."""
-        self.filled = filled
-        self.ring.note(self.number, _FILLED, filled)
+    def came(self) -> None:
+        """All of them are there."""
+        self.filled = self.size
+        self.ring.note(self.number, _FILLED, self.size)
+
+    def mark(self) -> None:
+        """None of them is there."""
+        for end in self._ends():
+            self.ring.bytes[end : end + len(_MARK)] = _MARK
+
+    def marked(self) -> int:
+        """How many are there, in whole blocks: up to the first mark that stands."""
+        came = 0
+        for end in self._ends():
+            if self.ring.bytes[end : end + len(_MARK)] == _MARK:
+                break
+            came = end - self.place
+        return came
+
+    def _ends(self) -> range:
+        """Where blocks end and a mark has room."""
+        return range(self.place + BLOCK, self.place + self.size - len(_MARK) + 1, BLOCK)
 
     def release(self) -> None:
         """Nobody reads it any more; what it holds stays until its memory is needed."""
@@ -73,8 +98,10 @@ class SharedRing:
         self._pieces: dict[int, SharedPiece] = {}
         for number in range(_ENTRIES):
             file, start, size, place, filled, holds = _ENTRY.unpack_from(self._map, _TABLE + number * _ENTRY.size)
-            if holds == 1 and 0 <= place <= ROOM - size and 0 < filled <= size:
-                self._pieces[number] = SharedPiece(self, number, file, start, size, place, filled, used=False)
+            if holds == 1 and 0 < size and 0 <= place <= ROOM - size and filled in (0, size):
+                piece = SharedPiece(self, number, file, start, size, place, filled, used=False)
+                piece.filled = filled or piece.marked()
+                self._pieces[number] = piece
 
     def note(self, number: int, field: int, value: int) -> None:
         _NUMBER.pack_into(self._map, _TABLE + number * _ENTRY.size + field, value)
@@ -82,9 +109,10 @@ class SharedRing:
     def take(self, file: bytes, start: int, size: int) -> SharedPiece | None:
         """Memory for some bytes of a file; None where what lies there is still being read."""
         with self._lock:
-            if (room := self._find(size)) is None:
+            if (room := self._find(size + _GRAIN)) is None:
                 return None
             place, over = room
+            place += (start - place) % _GRAIN  # where numbers lie even in the file, they do here
             for piece in over:
                 self._drop(piece)
             if len(self._pieces) == _ENTRIES:
@@ -95,6 +123,7 @@ class SharedRing:
             number = next(n for n in range(_ENTRIES) if n not in self._pieces)
             piece = self._pieces[number] = SharedPiece(self, number, file, start, size, place)
             _ENTRY.pack_into(self._map, _TABLE + number * _ENTRY.size, file, start, size, place, 0, 0)
+            piece.mark()
             self.note(number, _HOLDS, 1)
             self._next = place + size
             _NUMBER.pack_into(self._map, 0, self._next)
@@ -116,28 +145,17 @@ class SharedRing:
         self.note(piece.number, _HOLDS, 0)
         del self._pieces[piece.number]
 
-    def copy(self, file: bytes, start: int, buffer: memoryview) -> list[tuple[int, int]]:
-        """Puts what it holds of a file's bytes from `start` on into `buffer`.
-
-        Returns:
-            Which bytes of `buffer` those are, in order and apart.
-        """
-        parts = []
+    def copy(self, file: bytes, start: int, size: int) -> list[tuple[int, bytes]]:
+        """What it holds of `size` bytes of a file: where behind `start`, and a copy; in order and apart."""
+        parts, at = [], start
         with self._lock:
-            for piece in self._pieces.values():
-                first = max(start, piece.start)
-                last = min(start + len(buffer), piece.start + piece.filled)
+            for piece in sorted(self._pieces.values(), key=lambda piece: piece.start):
+                first, last = max(at, piece.start), min(start + size, piece.start + piece.filled)
                 if piece.file == file and first < last:
-                    at = piece.place + first - piece.start
-                    buffer[first - start : last - start] = self.bytes[at : at + last - first]
-                    parts.append((first - start, last - start))
-        ranges: list[tuple[int, int]] = []
-        for first, last in sorted(parts):
-            if ranges and first <= ranges[-1][1]:
-                ranges[-1] = ranges[-1][0], max(last, ranges[-1][1])
-            else:
-                ranges.append((first, last))
-        return ranges
+                    place = piece.place - piece.start
+                    parts.append((first - start, bytes(self.bytes[place + first : place + last])))
+                    at = last
+        return parts
 
 
 _current: SharedRing | None = None

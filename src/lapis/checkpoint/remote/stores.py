@@ -4,7 +4,6 @@ A store has no condition that all kinds of it take, so after each range the vers
 generation, or its time) is looked up again: bytes that came while it stayed the same are that version's.
 """
 
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from math import inf
 from typing import Any
@@ -66,7 +65,7 @@ class StoredFile:
         self.name = f"{address}: {self._path.rsplit('/', 1)[-1]}"
         self.size, self.version = int(entry.get("size") or 0), _version(entry)
 
-    def read(self, first: int, buffer: memoryview, came: Callable[[int], None] | None = None) -> int:
+    def read(self, first: int, buffer: memoryview) -> int:
         """Fills `buffer` with the bytes from `first` on; returns how many came."""
         try:
             data = self._system.cat_file(self._path, start=first, end=first + len(buffer))

@@ -6,6 +6,7 @@ that a sweep over a model allocates nothing. FP8 tensors with known scales answe
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -60,6 +61,15 @@ class Stored:
         values.copy_(self._checkpoint.read_range(self.name, first, last))
         self._scales.apply(values, first, columns_of(self.shape))
         return last - first
+
+    @contextmanager
+    def lent(self, first: int, last: int) -> Iterator[torch.Tensor]:
+        """Elements [first, last) where they came to from a server, while inside; they must not be changed."""
+        assert self.remote is not None and not self.scaled
+        place, item = self.place(first), self.dtype.itemsize
+        with self.remote.lent(place, (last - first) * item) as memory:
+            raw = torch.frombuffer(memory, dtype=torch.uint8)
+            yield (raw.clone() if raw.data_ptr() % item else raw).view(self.dtype)
 
     @property
     def remote(self) -> RemoteFile | None:

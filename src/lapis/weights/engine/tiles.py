@@ -127,6 +127,10 @@ class Reader:
             if source.dtype is torch.float32:
                 self._taken += source.read(first, last, buffer.bytes(count * 4))
                 self.checksum += read_checksum(source, vector, at, first)
+            elif held is None and isinstance(source, Stored) and source.remote is not None:
+                with source.lent(first, last) as stored:
+                    vector.copy_(stored)
+                    self._taken += stored.nbytes
             else:
                 bytes_, known = (self._stored, False) if held is None else held.bytes(first, at)
                 stored = bytes_.of(count, source.dtype)
