@@ -7,6 +7,7 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import lapis
@@ -317,3 +318,28 @@ def test_help_imports_no_torch_and_lapis_no_heavy_library() -> None:
         "fastapi",
         "lm_eval",
     }
+
+
+# plurals behind numbers that are never 1: limits that were passed, a constant, a name, a verb
+MANY = {
+    "checkpoint/remote/stores.py": "files", "evaluation/harness.py": "new tokens", "families/config.py": "layers",
+    "families/gguf.py": "layers", "language/replay.py": "replies", "text/tokenizer/trial.py": "steps",
+    "tour/page.py": "chats", "weights/merge/recipes/recipe.py": "layers",
+}  # fmt: skip
+COUNTED = re.compile(
+    r" (chats|documents|files|layers|matrices|new tokens|problems|replies|steps|tensors|texts|threads)\b"
+)
+
+
+def test_one_is_one() -> None:
+    """What is counted in a sentence goes through format_count, which says "1 step"."""
+    wrong = []
+    for path in sources():
+        for node in ast.walk(tree(path)):
+            parts = node.values if isinstance(node, ast.JoinedStr) else []
+            for value, behind in pairwise(parts):
+                noun = COUNTED.match(str(behind.value)) if isinstance(behind, ast.Constant) else None
+                if noun and isinstance(value, ast.FormattedValue) and MANY.get(place(path)) != noun[1]:
+                    constant = isinstance(value.value, ast.Name) and value.value.id.isupper()
+                    wrong += [] if constant else [f"{place(path)}:{node.lineno}: {noun[1]}"]
+    assert not wrong, "\n".join(wrong)

@@ -67,7 +67,7 @@ def test_an_empty_reply_says_why(folder, capsys):
     first = generate(load(folder), Tokenizer.open(folder), "the cat", Sampling(max_tokens=1))
     assert run("generate", folder, "the cat", "--stop", first) == 0
     captured = capsys.readouterr()
-    assert captured.out == "\n" and "the reply is empty: ended at a stop text after 1 new tokens" in captured.err
+    assert captured.out == "\n" and "the reply is empty: ended at a stop text after 1 new token" in captured.err
     assert "--chat asks it in its chat template" in captured.err  # the folder has one
 
 

@@ -103,7 +103,7 @@ def test_fault_16_float8_weights_are_counted_and_not_run(make_folder: Make) -> N
     assert " is F8_E4M3 and 15 more are quantized: such weights cannot be run here" in refusal(folder)
     plan = plan_load(open_checkpoint(folder.path), to_run=False)
     assert plan.dtype == "float8" and plan.config == folder.model.config
-    assert plan.notes == ("1 tensors are the scales of quantized weights; not counted",)
+    assert plan.notes == ("1 tensor is the scale of quantized weights; not counted",)
 
 
 def test_fault_18_dtypes_that_differ_are_read_as_most_are(make_folder: Make) -> None:

@@ -246,7 +246,7 @@ def test_missing_and_damaged_tensors_are_named(tmp_path):
     with pytest.raises(CheckpointError, match=r"describes|attention.dense.weight"):
         load_outside(open_checkpoint(tmp_path))
     write_tensors(path, {**{k: v for k, v in tensors.items() if k != name}, "spare": tensors[name]})
-    with pytest.raises(CheckpointError, match=r"1 tensors are missing: .*attention.dense.weight"):
+    with pytest.raises(CheckpointError, match=r"1 tensor is missing: .*attention.dense.weight"):
         load_outside(open_checkpoint(tmp_path))
     write_tensors(path, {**tensors, name: tensors[name] * torch.nan})
     with pytest.raises(CheckpointError, match=f"{name} holds"):

@@ -190,5 +190,5 @@ def test_as_it_is_typed(run, world, tmp_path):
 
 def test_one_chat_is_too_few(world, tmp_path):
     (tmp_path / "one.jsonl").write_text((world / "chats.jsonl").read_text().splitlines()[0])
-    with pytest.raises(DataError, match="1 chats; one to search on and one to confirm with"):
+    with pytest.raises(DataError, match="1 chat; one to search on and one to confirm with"):
         search_recipe(world / "recipe.yaml", [tmp_path / "one.jsonl"])

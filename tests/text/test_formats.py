@@ -385,8 +385,8 @@ def test_calls_without_a_place_in_the_template_are_text(tokenizer: Tokenizer, tm
     assert '<|im_start|>assistant\n{"name": "f", "arguments": {"x": 1}}<|im_end|>' in tokenizer.decode(ids)
     description = "\n".join(lines(rows))
     assert (
-        "calls of tools are written as JSON text in 1 chats" in description
-        and "the tools of 1 chats do not appear" in description
+        "calls of tools are written as JSON text in 1 chat" in description
+        and "the tools of 1 chat do not appear" in description
     )
 
 

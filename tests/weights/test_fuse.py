@@ -90,7 +90,7 @@ LEAD = "base_model.model.model.layers.0.mlp.up_proj."
     (lambda p: _set("adapter/adapter_config.json", alpha_pattern={r"(\w+.?)+!": 3}), "takes more than 1 s; write the"),
     (lambda p: _set("adapter/adapter_config.json", alpha_pattern={"q_proj": -1}), "to numbers above 0"),
     (lambda p: _set("adapter/adapter_config.json", rank_pattern={".*q_proj": 8}), "q_proj is 8 here, and 2 by its"),
-    (lambda p: _set("adapter/adapter_config.json", trainable_token_indices=[1, 2]), "must list the 1 tokens"),
+    (lambda p: _set("adapter/adapter_config.json", trainable_token_indices=[1, 2]), "must list the 1 token"),
     (lambda p: _set("adapter/adapter_config.json", trainable_token_indices=[99999]), "rows go to 99999"),
     (lambda p: _tensors(lambda t: t.pop(LEAD + "lora_B.weight")), "mlp.up_proj has no lora_B"),
     (lambda p: _tensors(lambda t: t.update({LEAD + "lora_B.weight": torch.zeros(7, 2)})), "is 24x16, the adapter"),

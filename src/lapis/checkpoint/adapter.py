@@ -21,6 +21,7 @@ from lapis.checkpoint.tensor_file import INDEX, holds_adapter, read_header
 from lapis.errors import CheckpointError
 from lapis.families.config import Head
 from lapis.parsing import quoted
+from lapis.wording import format_count
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 LEAD = "base_model.model."
@@ -172,7 +173,9 @@ def _ids(adapter: Adapter, module: str, name: str) -> list[int]:
         ids = own[0] if own else next(iter(ids.values())) if len(ids) == 1 else None
     rows = adapter.weights.info(name).shape[0]
     if not isinstance(ids, list) or len(ids) != rows or not all(type(i) is int and i >= 0 for i in ids):
-        raise CheckpointError(f"{adapter.root / CONFIG}: trainable_token_indices must list the {rows} tokens of {name}")
+        raise CheckpointError(
+            f"{adapter.root / CONFIG}: trainable_token_indices must list the {format_count(rows, 'token')} of {name}"
+        )
     return ids
 
 

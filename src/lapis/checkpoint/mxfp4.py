@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from lapis.checkpoint.store import Checkpoint
 from lapis.checkpoint.tensor_file import TensorInfo
 from lapis.errors import CheckpointError
+from lapis.wording import format_count
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -101,7 +102,8 @@ def unpacked(checkpoint: Checkpoint) -> Checkpoint:
     if not packed:
         return checkpoint
     config = {name: value for name, value in checkpoint.config.items() if name != "quantization_config"}
-    note = f"{len(packed)} tensors in MXFP4 are read as bfloat16; what is written of them is bfloat16, too"
+    note = format_count(len(packed), "tensor in MXFP4 is", "tensors in MXFP4 are")
+    note += " read as bfloat16; what is written of them is bfloat16, too"
     headers = {
         file: replace(header, tensors={name: index[name] for name in map(_plain, header.tensors) if name in index})
         for file, header in checkpoint.headers.items()

@@ -23,6 +23,7 @@ from lapis.checkpoint.tensor_file import (
 )
 from lapis.errors import CheckpointError
 from lapis.families import find
+from lapis.wording import format_count
 
 if TYPE_CHECKING:
     from lapis.checkpoint.remote.model import RemoteModel
@@ -222,7 +223,10 @@ def _check_against_index(root: Path, headers: dict[str, Header], notes: list[str
         )
     extra = [n for header in headers.values() for n in header.tensors if n not in names]
     if extra:
-        notes.append(f"{len(extra)} tensors are in the shards but not in {INDEX}: {', '.join(extra[:3])}")
+        notes.append(
+            f"{format_count(len(extra), 'tensor is', 'tensors are')} in the shards but not in {INDEX}: "
+            f"{', '.join(extra[:3])}"
+        )
 
 
 def _refuse_ambiguous(root: Path, shards: list[str], header_of: Callable[[str], Header]) -> None:

@@ -25,6 +25,7 @@ from lapis.config import nearest
 from lapis.errors import DataError, LapisError, OutputError
 from lapis.generation.options import DecodingRuntime, Sampling
 from lapis.generation.text import for_terminal
+from lapis.wording import format_count
 
 if TYPE_CHECKING:
     from lapis.generation.conversation import Conversation
@@ -211,7 +212,10 @@ def answer(
                 one(pieces)
     replies_ended = [conversation.last_reply for conversation in conversations.values()]
     if sys.stdout.isatty():
-        speeds = (f"{r.tokens} tokens, {r.tokens / r.seconds:.0f}/s, {ENDS[r.stop_reason]}" for r in replies_ended if r)
+        speeds = (
+            f"{format_count(r.tokens, 'token')}, {r.tokens / r.seconds:.0f}/s, {ENDS[r.stop_reason]}"
+            for r in replies_ended if r
+        )  # fmt: skip
         print_status(" | ".join(speeds))
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from lapis.generation.options import Runtime
+from lapis.wording import format_count
 
 if TYPE_CHECKING:
     from lapis.model.transformer import Transformer
@@ -72,7 +73,8 @@ def classify(
     ]  # fmt: skip
     remarks = [*([note] if note else []), *opened.notes]
     if cut := sum(p.cut for p in predictions):
-        remarks.append(f"{cut} of {len(rows)} texts are longer than the context and were cut at their end")
+        was = "is longer than the context and was" if cut == 1 else "are longer than the context and were"
+        remarks.append(f"{cut} of {format_count(len(rows), 'text')} {was} cut at their end")
     result = {"model": model, **(rows[0] if file is None else {}), "results": rows, "notes": remarks}
     show(result, json, lambda: _print(rows, file is None))
     if not json:

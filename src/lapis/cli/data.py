@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from lapis.wording import format_packed
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -62,7 +64,7 @@ def pack(
     with progress("packing") as shown:
 
         def report(texts: int, tokens: int) -> None:
-            shown.stage(f"packing: {texts:,} texts, {tokens:,} tokens, {tokens / (time.monotonic() - begin):,.0f}/s")
+            shown.stage(f"packing: {format_packed(texts, tokens)}, {tokens / (time.monotonic() - begin):,.0f}/s")
 
         before = inode(out)
         try:

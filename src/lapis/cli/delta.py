@@ -15,6 +15,7 @@ from lapis.cli.output import line, notes, progress, show, size, table
 from lapis.cli.system_errors import system_error
 from lapis.errors import LapisError
 from lapis.weights.options import ExtractOptions, GraftOptions
+from lapis.wording import format_count
 
 if TYPE_CHECKING:
     from lapis.weights.delta.extract import DeltaResult
@@ -121,7 +122,7 @@ def _compared(base: str, chat: str, out: str, chats: list[Path] | None) -> dict[
 
 def _print_extracted(result: "DeltaResult") -> None:
     counts = result.tensors
-    what = f"{counts['stored']:,} tensors, {counts['tokens']:,} with rows of tokens"
+    what = f"{format_count(counts['stored'], 'tensor')}, {counts['tokens']:,} with rows of tokens"
     if result.dry_run:
         line(f"would write {result.out}: {what}; {size(result.needs['disk_bytes'])} of disk at most")
     else:

@@ -9,6 +9,7 @@ from lapis.cli.output import line, notes, progress, show, table, write_page
 from lapis.config import environment_number
 from lapis.generation.options import Runtime
 from lapis.inside.compared.options import DifferenceOptions
+from lapis.wording import format_count
 
 if TYPE_CHECKING:
     from lapis.inside.compared.difference import ActivationDifference
@@ -124,7 +125,7 @@ def diff(
         moved = difference.moved(top)
         if moved:
             table(
-                f"the {len(moved)} rows that moved most",
+                f"the {format_count(len(moved), 'row')} that moved most",
                 ["token", "id", "what", "|b-a|/|a|", "cosine", "z"],
                 [
                     [repr(row["token"]), row["id"], row["kind"], row["relative_norm"], row["cosine"], row["z"]]
@@ -133,7 +134,7 @@ def diff(
             )
         if difference.new_rows:
             table(
-                f"tokens that only b has: {len(difference.new_rows)} rows",
+                f"tokens that only b has: {format_count(len(difference.new_rows), 'row')}",
                 ["token", "id", "what", "norm", "nearest", "cosine"],
                 [
                     [repr(row["token"]), row["id"], row["kind"], row["norm"], repr(row["nearest"]),

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 
 from lapis.cli.output import line, notes, progress, show, size
+from lapis.wording import format_count
 
 
 def export(
@@ -75,8 +76,9 @@ def _print(result: Mapping[str, Any]) -> None:
     proof = result["tokenizer"]
     line(f"{result['out']}: {result['type']}, {size(result['bytes'])} in {result['seconds']:.1f} s")
     line(
-        f"tokenizer ({proof['pre']}): equal ids on {proof['proved']} texts in many scripts, {proof['words']:,} words "
-        f"of its vocabulary, {proof['special']:,} texts with added tokens"
+        f"tokenizer ({proof['pre']}): equal ids on {format_count(proof['proved'], 'text')} in many scripts, "
+        f"{format_count(proof['words'], 'word')} of its vocabulary, {format_count(proof['special'], 'text')} with "
+        "added tokens"
     )
     if bits := result.get("bits_per_byte"):
         line(f"bits per byte: {bits['before']:.4f} before, {bits['after']:.4f} after rounding")

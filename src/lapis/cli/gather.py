@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Literal
 
 from lapis.cli.output import line, progress, show, size
+from lapis.wording import format_count
 
 
 def gather(
@@ -45,5 +46,5 @@ def gather(
             model, out, kind, text=text, chats=chats, tokens=tokens, context=context, overwrite=overwrite,
             progress=report,
         )  # fmt: skip
-    what = f"{result['tensors']:,} tensors from {result['tokens']:,} tokens"
+    what = f"{format_count(result['tensors'], 'tensor')} from {format_count(result['tokens'], 'token')}"
     show(result, json, lambda: line(f"{out}: {what}; {size(result['bytes'])} in {result['seconds']:.1f} s"))

@@ -10,6 +10,7 @@ from cyclopts import Parameter
 
 from lapis.generation.options import DecodingRuntime, Sampling
 from lapis.inside.compared.options import SteerOptions
+from lapis.wording import format_count
 
 if TYPE_CHECKING:
     from lapis.inside.compared.vectors import DifferenceVectors
@@ -79,7 +80,9 @@ def generate(
     done = time.perf_counter()
     if not reply.text:
         remedy = "; --chat asks it in its chat template" if tokenizer.chat_template and not chat else ""
-        notes.append(f"the reply is empty: {ENDS[reply.stop_reason]} after {len(reply.ids)} new tokens{remedy}")
+        notes.append(
+            f"the reply is empty: {ENDS[reply.stop_reason]} after {format_count(len(reply.ids), 'new token')}{remedy}"
+        )
     result = {
         "model": model,
         "prompt": prompt,
@@ -98,7 +101,8 @@ def generate(
     def render() -> None:
         sys.stdout.write("\n")
         if stderr.is_terminal:
-            speed = f"{result['tokens']} tokens, {result['tokens_per_second']:.1f} a second, {ENDS[reply.stop_reason]}"
+            speed = f"{format_count(result['tokens'], 'token')}, {result['tokens_per_second']:.1f} a second"
+            speed += f", {ENDS[reply.stop_reason]}"
             line(speed, "dim", error=True)
 
     show(result, json, render)

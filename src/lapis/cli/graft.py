@@ -14,6 +14,7 @@ from lapis.cli.output import line, notes, progress, show, size
 from lapis.cli.system_errors import system_error
 from lapis.errors import CheckpointError, LapisError
 from lapis.weights.options import GraftOptions
+from lapis.wording import format_count
 
 if TYPE_CHECKING:
     from lapis.weights.engine.job import MergeResult
@@ -115,7 +116,7 @@ def bar(what: str) -> Iterator[Callable[[int, int], None]]:
 
 def print_result(result: "MergeResult") -> None:
     """What a graft, a merge or a fuse did, in a few lines."""
-    counts = ", ".join(f"{number:,} tensors {action}" for action, number in result.tensors.items())
+    counts = ", ".join(f"{format_count(number, 'tensor')} {action}" for action, number in result.tensors.items())
     if result.dry_run:
         needs = result.needs
         line(f"would write {result.out}: {counts}")
@@ -124,7 +125,10 @@ def print_result(result: "MergeResult") -> None:
             if part["parts"] and part["processes"] <= result.division[0]["parts"]:  # type: ignore[index]
                 each = "the busiest of them " if part["processes"] > 1 else ""
                 moved = f"reads {size(part['read_bytes'])} and writes {size(part['written_bytes'])}"
-                line(f"{part['processes']} processes: {each}{moved}, in {part['parts']:,} parts")
+                line(
+                    f"{format_count(part['processes'], 'process', 'processes')}: {each}{moved}, in "
+                    f"{format_count(part['parts'], 'part')}"
+                )
     else:
         line(f"{result.out}: {counts}" + (" (why: lapis-merge.json)" if result.tensors.get("skipped") else ""))
         resumed = f" ({size(result.bytes_resumed)} were there from before)" if result.bytes_resumed else ""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from lapis.checkpoint.commit import check_output
 from lapis.cli.output import line, number, show, size, table, write_page
 from lapis.errors import ConfigError
+from lapis.wording import format_count
 
 if TYPE_CHECKING:
     from lapis.model.size import Size
@@ -98,7 +99,7 @@ def beyond_positions(measured: "Size") -> list[str]:
 def render(model: str, result: dict[str, Any], measured: "Size | None") -> None:
     parameters = result["parameters"]
     layers = result["layers"]
-    line(f"{model}: {parameters['total']:,} parameters, {len(layers)} layers\n", "bold")
+    line(f"{model}: {parameters['total']:,} parameters, {format_count(len(layers), 'layer')}\n", "bold")
     blocks = Counter(item for layer in layers for item in layer["components"].items())
     rows = [(name, n, times, n * times) for (name, n), times in blocks.items()]
     rows += [(name, n, 1, n) for name, n in parameters["components"].items()]

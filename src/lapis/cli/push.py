@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lapis.wording import format_count
+
 if TYPE_CHECKING:
     from lapis.checkpoint.hub.shipment import Shipment
 
@@ -41,7 +43,7 @@ def push(
     from lapis.cli.output import line, notes, progress, show, size
 
     def list_files(what: "Shipment") -> None:
-        line(f"{size(what.bytes)} in {len(what.files)} files, to {name}:", error=json)
+        line(f"{size(what.bytes)} in {format_count(len(what.files), 'file')}, to {name}:", error=json)
         for file, count in what.sizes.items():
             line(f"  {size(count):>10}  {file}", error=json)
         for file, why in list(what.left_out.items())[:SHOWN]:

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any, Literal
 
+from lapis.wording import format_count
+
 
 def train(
     files: list[Path],
@@ -111,7 +113,10 @@ def extend(
         )  # fmt: skip
 
     def render() -> None:
-        line(f"{out}: {number(result.added)} new tokens from id {number(result.first)} on, in {result.seconds:.1f} s")
+        line(
+            f"{out}: {format_count(result.added, 'new token')} from id {number(result.first)} on, in "
+            f"{result.seconds:.1f} s"
+        )
         before, after = result.tokens_per_byte["before"], result.tokens_per_byte["after"]
         line(f"tokens per byte of this text: {before:.4f} before, {after:.4f} after ({1 - after / before:.0%} less)")
         if result.replay_changed is not None:

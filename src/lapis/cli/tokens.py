@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from lapis.wording import format_count
+
 
 def tokens(model: str, text: str, /, *, json: bool = False) -> None:
     """Show how a model reads a text, and the way back: which token each vector gives through the output embedding.
@@ -38,6 +40,6 @@ def tokens(model: str, text: str, /, *, json: bool = False) -> None:
         ]
         table("", ("token", "id", f"first of {result['dim']} numbers", "norm", "back"), rows)
         head = "the input embedding itself (tied)" if result["tied"] else result["head"]
-        line(f"{result['returned']} of {len(rows)} tokens come back as themselves, through {head}")
+        line(f"{result['returned']} of {format_count(len(rows), 'token')} come back as themselves, through {head}")
 
     show(result, json, render)

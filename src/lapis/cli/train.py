@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from lapis.training.forecast.options import ForecastOptions
+from lapis.wording import format_count
 
 if TYPE_CHECKING:
     from lapis.training.forecast.measured import Forecast
@@ -56,7 +57,7 @@ def train(
     head = objective_class(how.objective).head
 
     def render() -> None:
-        text = f"{result.out}: {result.steps:,} steps, loss {result.loss:.3f}"
+        text = f"{result.out}: {format_count(result.steps, 'step')}, loss {result.loss:.3f}"
         if result.bits_per_byte is not None:
             text += f", {result.bits_per_byte:.3f} bits per byte"
         for name, value in result.held_out.items():
@@ -66,7 +67,7 @@ def train(
             expected = f"{format_time(result.predicted['seconds'])} and {size(result.predicted['memory_bytes'])}"
             taken = f"{format_time(result.seconds)} and {size(result.memory_bytes)}"
             steps = result.predicted["after_steps"]
-            line(f"predicted after {steps} steps: {expected}; it took {taken}", "dim")
+            line(f"predicted after {format_count(steps, 'step')}: {expected}; it took {taken}", "dim")
         for sentence in (result.overfitting, result.ended):
             if sentence:
                 line(sentence)
@@ -104,9 +105,11 @@ def render_measured(forecast: "Forecast", config: Path) -> None:
     from lapis.cli.output import line, size, table
     from lapis.training.loop.progress import format_time
 
-    threads = "1 thread" if forecast.threads == 1 else f"{forecast.threads} threads"
+    threads = format_count(forecast.threads, "thread")
     pace = f"{forecast.seconds_per_step:.3g} s for a step; {threads}, {forecast.precision}"
-    work = f"{forecast.steps:,} steps, {forecast.tokens:,} tokens, {forecast.flops:.3g} FLOPs"
+    work = (
+        f"{format_count(forecast.steps, 'step')}, {format_count(forecast.tokens, 'token')}, {forecast.flops:.3g} FLOPs"
+    )
     line(f"{work}: about {format_time(forecast.seconds)} ({pace})", "bold")
     memory = forecast.memory
     rows = [(name, size(value)) for name, value in vars(memory).items() if value]
@@ -130,7 +133,7 @@ def render_paper(forecast: "PaperForecast") -> None:
     each = f"{forecast.seconds_per_step:.3g} s ({parts}: {size(forecast.bytes_per_step)} by each GPU)"
     line(f"a step of {forecast.tokens_per_step:,} tokens: {each}")
     if forecast.steps:
-        line(f"{forecast.steps:,} steps: about {format_time(forecast.seconds_per_step * forecast.steps)}")
+        line(f"{format_count(forecast.steps, 'step')}: about {format_time(forecast.seconds_per_step * forecast.steps)}")
     rows = [(name, size(value)) for name, value in forecast.memory_bytes.items()]
     table("Memory of a GPU", ("of", "bytes"), [*rows, ("in all", size(sum(forecast.memory_bytes.values())))])
     line(f"a checkpoint: {size(forecast.checkpoint_bytes)} on disk")

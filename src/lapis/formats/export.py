@@ -34,6 +34,7 @@ from lapis.formats.vocabulary.writing import vocabulary_fields
 from lapis.model.check import plan_load
 from lapis.text.tokenizer.tokenizer import Tokenizer
 from lapis.weights.fuse.opening import open_model
+from lapis.wording import format_count
 
 FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0",
               "q5_1": "MOSTLY_Q5_1", "q4_0": "MOSTLY_Q4_0", "tq2_0": "MOSTLY_TQ2_0"}  # fmt: skip
@@ -247,7 +248,8 @@ def _types_of(placed: list[PlacedTensor], type: TensorType, source: str, notes: 
             "take another --type"
         )
     for kind, count in fallen.items():
-        notes.append(f"{count} matrices are {kind.lower()}: their rows are no multiple of {BLOCKS[own][0]} numbers")
+        what = format_count(count, f"matrix is {kind.lower()}: its", f"matrices are {kind.lower()}: their")
+        notes.append(f"{what} rows are no multiple of {BLOCKS[own][0]} numbers")
     return kinds
 
 

@@ -19,6 +19,7 @@ from lapis.inside.prompt import Prompt, as_tokenizer, check_length, encode, show
 from lapis.inside.trace import Anatomy, anatomy
 from lapis.model.blocks.attention import AttentionCore, softmax_beside
 from lapis.model.reading.eager import Attended, record_attention
+from lapis.wording import format_count
 
 if TYPE_CHECKING:
     import pandas
@@ -127,7 +128,10 @@ def maps_of(
     check_length(ids, 0, parts.context, parts.name)
     for layer, head in heads:
         if not (0 <= layer < parts.layers and 0 <= head < parts.heads):
-            raise ConfigError(f"lens: there is no head {layer}.{head}; {parts.layers} layers have {parts.heads} each")
+            raise ConfigError(
+                f"lens: there is no head {layer}.{head}; "
+                f"{format_count(parts.layers, 'layer has', 'layers have')} {parts.heads} each"
+            )
         if layer in parts.states:
             others = ", ".join(str(i) for i in range(parts.layers) if i not in parts.states)
             raise LapisError(

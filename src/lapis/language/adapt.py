@@ -53,6 +53,7 @@ from lapis.training.run import run as train
 from lapis.weights.graft.graft import graft
 from lapis.weights.graft.layout import plan_graft
 from lapis.weights.merge.merge import merge
+from lapis.wording import format_count
 
 Bar = Callable[[str], AbstractContextManager[Report]]
 EVALUATIONS = 10  # of a training on the way, unless train says otherwise
@@ -127,7 +128,7 @@ class _Adaptation:
             last = ["replay"]
         added = self._added()
         if added:
-            self.note(f"tokenizer: {added:,} new tokens")
+            self.note(f"tokenizer: {format_count(added, 'new token')}")
             steps.run("tokenizer", {"add": added}, last, self._tokenizer)
             steps.run("start", {"init": plan.init, "seed": plan.seed}, ["tokenizer"], self._start)
             self.models["start"] = steps.done["start"]
@@ -210,8 +211,8 @@ class _Adaptation:
             gained = base.learn(counts, add, progress=lambda done, total: report(done, total, "learning merges"))
         if not gained.enough:
             raise DataError(
-                f"adapt: vocab is {add:,}, and the text carries {len(gained.tokens):,} new tokens; give vocab: "
-                f"{len(gained.tokens)}, or more text"
+                f"adapt: vocab is {add:,}, and the text carries "
+                f"{format_count(len(gained.tokens), 'new token')}; give vocab: {len(gained.tokens)}, or more text"
             )
         with commit(folder, kind="adapt", overwrite=overwrite) as staging:
             base.copy_files(staging.path)
@@ -263,7 +264,7 @@ class _Adaptation:
 
         def make(folder: Path, overwrite: bool) -> None:
             what = "new rows alone" if alone else "everything"
-            self.note(f"{name}: training {what}, {settings['steps']:,} steps, {plan.time_of(share)}")
+            self.note(f"{name}: training {what}, {format_count(settings['steps'], 'step')}, {plan.time_of(share)}")
             train(read_settings({**settings, "out": str(folder)}, f"adapt: {name}"), overwrite=overwrite)
 
         described = {key: value for key, value in settings.items() if key not in ("data", "model", "valid")}

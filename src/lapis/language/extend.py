@@ -24,6 +24,7 @@ from lapis.text.tokenizer.extend import LEAST, ExtendableTokenizer, Extension, c
 from lapis.text.tokenizer.roundtrip import holds_only_tokenizer
 from lapis.weights.engine.job import MergeResult
 from lapis.weights.rows import check_init, first_rows, token_tables, write_grown
+from lapis.wording import format_count
 
 Init = Literal["mean", "mean-norm", "calibrated", "distilled", "random"]
 Report = Callable[[float, float | None, str], None]
@@ -132,7 +133,8 @@ def extend(
     )
     if not gained.enough:
         raise DataError(
-            f"extend: add is {add:,}, and the text carries {len(gained.tokens):,} new tokens that occur {least} times; "
+            f"extend: add is {add:,}, and the text carries "
+            f"{format_count(len(gained.tokens), 'new token that occurs', 'new tokens that occur')} {least} times; "
             f"give --add {len(gained.tokens)}, more text, or a smaller --least"
         )
     progress(0, None, "comparing")

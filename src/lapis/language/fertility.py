@@ -37,6 +37,7 @@ from lapis.text.tokenizer.extend import LEAST, ExtendableTokenizer
 from lapis.text.tokenizer.folder import BYTE_OF
 from lapis.text.tokenizer.tokenizer import Tokenizer
 from lapis.text.tokenizer.vocabulary import BYTE_TOKEN, read_vocabulary
+from lapis.wording import format_count
 
 Report = Callable[[float, float | None, str], None]
 POINTS = (0, 1000, 2000, 5000, 10_000, 20_000, 30_000, 45_000)  # of the curve
@@ -248,7 +249,8 @@ def _add_curve(
             }
         )
     if not gained.enough:
-        result.notes.append(f"the text carries {len(gained.tokens):,} new tokens that occur {LEAST} times or more")
+        what = format_count(len(gained.tokens), "new token that occurs", "new tokens that occur")
+        result.notes.append(f"the text carries {what} {LEAST} times or more")
     if counts.cut_marks:
         result.notes.append(
             f"the tokenizer's splitting cuts {counts.cut_marks / counts.marks:.0%} of letters from their marks"

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lapis.wording import format_count
+
 ENOUGH = 100  # occurrences of a token that can be learned
 COUNTED = 10  # occurrences of a token whose share is known
 WORTH = 0.10  # share of tokens that must be saved
@@ -41,13 +43,15 @@ def recommend(curve: Curve) -> dict[str, Any]:
         return {"add": 0, "reason": f"do not extend: all that this text could teach would save {most:.1%} of tokens, "
                 f"and below {WORTH:.0%} new rows are not worth their training"}  # fmt: skip
     if saved[round_down(int(np.argmin(cost[: learnable + 1])))] < WORTH:
-        return {"add": 0, "reason": f"do not extend: the {learnable:,} new tokens that occur {ENOUGH} times or more in "
+        what = format_count(learnable, "new token that occurs", "new tokens that occur")
+        return {"add": 0, "reason": f"do not extend: the {what} {ENOUGH} times or more in "
                 f"this text would save {saved[learnable]:.1%} of tokens, below {WORTH:.0%}, and rarer ones occur too "
                 "seldom to be learned"}  # fmt: skip
     best = round_down(int(np.argmin(cost[: counted + 1])))
     fewer = "" if curve.flops_per_byte is None else f" and {1 - cost[best] / cost[0]:.0%} of FLOPs per byte"
     often = min(best, learnable)
-    return {"add": best, "reason": f"{best:,} new tokens save {saved[best]:.0%} of tokens{fewer}; {often:,} of them "
+    what = format_count(best, "new token saves", "new tokens save")
+    return {"add": best, "reason": f"{what} {saved[best]:.0%} of tokens{fewer}; {often:,} of them "
             f"occur {ENOUGH} times or more in this text, the others {COUNTED}"}  # fmt: skip
 
 

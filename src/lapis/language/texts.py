@@ -11,6 +11,7 @@ from typing import Any
 
 from lapis.errors import DataError
 from lapis.text.corpus.labels import bare_texts
+from lapis.wording import format_count
 
 SHARE = 20  # one document in so many is held out
 FEW = 200  # documents: below that, long ones are cut, so that something can be held out
@@ -38,7 +39,7 @@ def read_texts(files: Sequence[str | Path], most: int | None = None) -> tuple[li
         held.append(learn.pop())
     if not learn or not held:
         named = ", ".join(map(str, files))
-        listed = "1 text" if len(texts) == 1 else f"{len(texts)} texts"
+        listed = format_count(len(texts), "text")
         raise DataError(f"{named}: holds {listed}; give at least 2, to learn from one and hold one out")
     return learn, held
 

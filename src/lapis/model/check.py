@@ -15,6 +15,7 @@ from lapis.families import Family, Rule, Shape, family_of, known_types, part_of
 from lapis.families.base import experts_of, layers_of
 from lapis.families.config import CLASS_FIELDS, Head, ModelConfig
 from lapis.parsing import quoted
+from lapis.wording import format_count
 
 DiskTensors = dict[str, tuple[str, Rule, int | None]]  # canonical name on disk -> as it is spelled, its rule, its layer
 
@@ -73,13 +74,14 @@ def plan_load(checkpoint: Checkpoint, *, head: Head | None = None, classes: int 
     layers = layers_of(tensors, family)
     if layers != config.layers:
         raise CheckpointError(
-            f"{checkpoint.source}: config.json says {config.layers} layers, the tensors have {layers}; fetch both again"
+            f"{checkpoint.source}: config.json says {format_count(config.layers, 'layer')}, the tensors have "
+            f"{layers}; fetch both again"
         )
     experts = experts_of(rule for _, rule, _ in tensors.values())
     if config.experts is not None and experts not in (0, config.experts.count):
         raise CheckpointError(
-            f"{checkpoint.source}: config.json says {config.experts.count} experts, the tensors have {experts}; "
-            "fetch both again"
+            f"{checkpoint.source}: config.json says {format_count(config.experts.count, 'expert')}, the tensors "
+            f"have {experts}; fetch both again"
         )
     config = _with_head(checkpoint, config, tensors, head, classes)
     if to_run:
@@ -134,7 +136,8 @@ def plan_load(checkpoint: Checkpoint, *, head: Head | None = None, classes: int 
     if aside:
         notes.append(f"left out, for another head than {config.head}: {', '.join(aside[:4])}")
     if unread:
-        notes.append(f"{len(unread)} tensors are keys and values of layers that read those of another; left out")
+        what = format_count(len(unread), "tensor is", "tensors are")
+        notes.append(f"{what} keys and values of layers that read those of another; left out")
     if fresh:
         notes.append(f"a new head ({config.head}) was drawn at random: {', '.join(fresh)}")
     return Plan(config, tuple(steps), fresh, dtype_of(checkpoint, (name for name, _, _ in steps)), tuple(notes))
@@ -186,14 +189,16 @@ def _find(checkpoint: Checkpoint, family: Family, notes: list[str], to_run: bool
             problems.append(f"{name} and {tensors[canonical][0]} are the same tensor twice")
         tensors[canonical] = (name, *matched)
     if ignored:
-        notes.append(f"{ignored} tensors are buffers or unused heads; left out")
+        what = format_count(ignored, "tensor is a buffer or an unused head", "tensors are buffers or unused heads")
+        notes.append(f"{what}; left out")
     if towers:
         listed = ", ".join(f"{count:,} of {tower}" for tower, count in towers.items())
         notes.append(
             f"text alone is run here: {listed} are left out; lapis graft puts what is learned back beside them"
         )
     if scales:
-        notes.append(f"{scales} tensors are the scales of quantized weights; not counted")
+        what = format_count(scales, "tensor is the scale", "tensors are the scales")
+        notes.append(f"{what} of quantized weights; not counted")
     return tensors, problems
 
 

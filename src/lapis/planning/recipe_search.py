@@ -35,6 +35,7 @@ from lapis.text.tokenizer.tokenizer import Tokenizer
 from lapis.weights.engine.job import input_files
 from lapis.weights.merge.plan import as_checkpoint, plan_merge
 from lapis.weights.merge.recipes.stages import parse_stages
+from lapis.wording import format_count
 
 SEARCHED = ("weight", "lambda", "t", "scale")
 _FIRST_STEP, _LAST_STEP = 0.25, 0.01  # of a knob's range
@@ -329,7 +330,9 @@ def _read_halves(
     if len(texts) == 1:
         texts = [texts[0][: len(texts[0]) // 2], texts[0][len(texts[0]) // 2 :]]
     if len(talks) < 2:
-        raise DataError(f"plan: {len(talks)} chats; one to search on and one to confirm with are the least")
+        raise DataError(
+            f"plan: {format_count(len(talks), 'chat')}; one to search on and one to confirm with are the least"
+        )
     return {
         half: make_held_out(tokenizer, talks[i::2], texts[i::2], context=context, limit=limit)
         for i, half in enumerate(("search", "confirm"))

@@ -12,6 +12,7 @@ from lapis.checkpoint.commit import commit_file
 from lapis.errors import MissingExtra
 from lapis.families.plan_file import PlanFile
 from lapis.planning.choice import value
+from lapis.wording import format_count
 
 if TYPE_CHECKING:
     import pandas
@@ -170,7 +171,10 @@ def _spelled(entries: list[dict[str, Any]]) -> str:
     for entry in entries:
         groups.setdefault(entry["component"], []).append(entry["layer"])
     if len(groups) > 2:
-        return f"{len(entries)} pieces of {len({entry['layer'] for entry in entries})} layers"
+        return (
+            f"{format_count(len(entries), 'piece')} of "
+            f"{format_count(len({entry['layer'] for entry in entries}), 'layer')}"
+        )
     return "; ".join(
         f"{component} of layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"
         for component, layers in groups.items()

@@ -23,6 +23,7 @@ from lapis.weights.engine.fp8 import is_number
 from lapis.weights.engine.sources import Stored, as_bytes
 from lapis.weights.engine.tiles import one_thread_each
 from lapis.weights.matching import counterparts, embedding_rows
+from lapis.wording import format_count
 
 # fields that make the same shapes mean another computation
 _DECISIVE = ("model_type", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act", "sliding_window")
@@ -141,7 +142,7 @@ def check_sizes(checkpoint: Checkpoint) -> list[str]:
     layers = {part.layer for part in parts.values() if part.layer is not None}
     count = next((n for key in _LAYERS if isinstance(n := config.get(key), int)), None)
     if layers and count is not None and count != len(layers):
-        problems.append(f"config.json says {count:,} layers, the tensors have {len(layers):,}")
+        problems.append(f"config.json says {format_count(count, 'layer')}, the tensors have {len(layers):,}")
     for keys, component in ((_WIDTH, "embed"), (_FFN, "mlp.up")):
         size = next((n for key in keys if isinstance(n := config.get(key), int)), None)
         names = [n for n, part in parts.items() if part.component == component and part.kind == "weight"]

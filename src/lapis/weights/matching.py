@@ -8,6 +8,7 @@ from lapis.errors import CheckpointError
 from lapis.families.base import Part
 from lapis.weights.fuse.opening import Model as Model
 from lapis.weights.fuse.opening import open_each
+from lapis.wording import format_count
 
 _NORM = re.compile(r"(^|[._])(norm|layernorm|ln|rmsnorm)([._0-9]|$)|norm$|^ln_")
 _SHOWN = 12
@@ -32,7 +33,7 @@ def format_problems(what: str, problems: list[str]) -> str:
         return f"{what}: {problems[0]}"
     listed = "; ".join(f"({i + 1}) {line}" for i, line in enumerate(problems[:_SHOWN]))
     more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-    return f"{what}: {len(problems)} problems: {listed}{more}"
+    return f"{what}: {format_count(len(problems), 'problem')}: {listed}{more}"
 
 
 def counterparts(owner: Checkpoint, other: Checkpoint) -> dict[str, str]:

@@ -34,6 +34,7 @@ from lapis.weights.engine.tiles import checksum
 from lapis.weights.matching import embedding_rows
 from lapis.weights.merge.layout import sharded
 from lapis.weights.tokenizer_files import copy_tokenizer_files, write_index
+from lapis.wording import format_count
 
 Init = Literal["mean", "mean-norm", "random"]
 _BLOCK = 1 << 22  # elements that are read at a time
@@ -172,8 +173,10 @@ def write_grown(
     inputs = {"onto": checkpoint}
     check_output(Path(os.path.abspath(out)), overwrite=overwrite, inputs=[checkpoint.root])
     padding = min(new, max(0, tables.rows - first))
-    where = f"{padding:,} rows that were padding, " if padding else ""
-    notes = [f"{new:,} new tokens: {where}{total - tables.rows:,} new rows; {total:,} in all"]
+    where = f"{format_count(padding, 'row that was padding', 'rows that were padding')}, " if padding else ""
+    notes = [
+        f"{format_count(new, 'new token')}: {where}{format_count(total - tables.rows, 'new row')}; {total:,} in all"
+    ]
     if tables.untie:
         notes.append("config.json tied a head that differs from the embedding; the output says that it is not tied")
     result = MergeResult(str(out), count(entries), needs={"disk_bytes": disk_bytes(files)}, notes=notes)
@@ -224,7 +227,7 @@ def _output(
                 f"{checkpoint.source}: {name} is stored as {info.dtype} with scales; give the same model in 16 bits"
             )
         return Output(name, dtype, info.shape, (stored,))
-    entries.append(Entry(name, "merged", f"{len(rows[name]):,} rows are new"))
+    entries.append(Entry(name, "merged", f"{format_count(len(rows[name]), 'row is', 'rows are')} new"))
     numbers = [*range(info.shape[0]), *[-1] * (total - info.shape[0])]
     source = RowsOf(Stored("onto", checkpoint, name), numbers)
     shape = (total, *info.shape[1:])

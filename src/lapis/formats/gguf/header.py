@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, NoReturn
 import numpy as np
 
 from lapis.errors import CheckpointError
+from lapis.wording import format_count
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -151,7 +152,7 @@ class _HeaderReader:
         listed = {name: self.place_tensor(name, kind, shape, offset, data, alignment)
                   for name, kind, shape, offset in entries}  # fmt: skip
         if len(listed) < len(entries):
-            self.refuse(f"holds {len(entries) - len(listed)} tensors under a name that another has")
+            self.refuse(f"holds {format_count(len(entries) - len(listed), 'tensor')} under a name that another has")
         self.check_overlaps(listed)
         return GgufFile(self.path, version, fields, listed, self.size)
 

@@ -19,6 +19,7 @@ from lapis.families.olmo import PATTERN as OLMO3_PATTERN
 from lapis.formats.gguf.header import GgufFile
 from lapis.formats.gguf.library import Array
 from lapis.formats.gguf.tensors import ROPE_FACTORS
+from lapis.wording import format_count
 
 MEAN_POOLING, CLS_POOLING = 1, 2
 
@@ -97,8 +98,8 @@ def _check_windows(config: ModelConfig, layout: Gguf) -> None:
     windowed, each = [config.windowed(i) for i in range(config.layers)], layout.windows
     if config.window is None or windowed != _windowed(config.layers, each):
         raise ConfigError(
-            f"llama.cpp gives {config.family} a window in {each - 1} layers of {each}, in order; this model has no "
-            "GGUF file"
+            f"llama.cpp gives {config.family} a window in {format_count(each - 1, 'layer')} of {each}, in order; "
+            "this model has no GGUF file"
         )
     near = config.window_rope or config.rope
     if layout.near_plain and near != Rope(theta=config.rope.theta):
@@ -224,7 +225,9 @@ def read_shape(file: GgufFile) -> tuple[ModelConfig, Family, Gguf]:
     mixture = bool(keys.value("expert_count"))
     dim, heads, layers = (keys.whole(n) for n in ("embedding_length", "attention.head_count", "block_count"))
     if layers > len(file.tensors):
-        raise CheckpointError(f"{file.path}: claims {layers:,} blocks, and holds {len(file.tensors):,} tensors")
+        raise CheckpointError(
+            f"{file.path}: claims {layers:,} blocks, and holds {format_count(len(file.tensors), 'tensor')}"
+        )
     if dim % heads and keys.value("attention.key_length") is None:
         raise CheckpointError(f"{file.path}: embedding_length {dim} is not a multiple of {heads} heads")
     context, head_dim = keys.whole("context_length"), keys.whole("attention.key_length", dim // heads)

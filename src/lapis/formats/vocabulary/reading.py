@@ -19,6 +19,7 @@ from tokenizers import models
 from lapis.errors import CheckpointError
 from lapis.formats.vocabulary.patterns import SPLITTINGS, splitting_named
 from lapis.formats.vocabulary.unigram import SPACE, CharacterMap, spaced, unigram
+from lapis.wording import format_count
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 MODELS = ("gpt2", "llama", "bert", "t5")
@@ -76,7 +77,9 @@ def read_file_vocabulary(fields: Mapping[str, Any]) -> FileVocabulary:
         raise CheckpointError("tokenizer.ggml.tokens is no list of texts")
     tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(tokens)]
     if len(set(tokens)) < len(tokens):
-        raise CheckpointError(f"tokenizer.ggml.tokens holds {len(tokens) - len(set(tokens)):,} tokens twice")
+        raise CheckpointError(
+            f"tokenizer.ggml.tokens holds {format_count(len(tokens) - len(set(tokens)), 'token')} twice"
+        )
     types = fields.get(PREFIX + "token_type", [NORMAL] * len(tokens))
     scores = fields.get(PREFIX + "scores", [0.0] * len(tokens))
     for name, values in (("token_type", types), ("scores", scores)):

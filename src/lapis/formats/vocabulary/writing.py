@@ -28,6 +28,7 @@ from lapis.formats.vocabulary.rebuilding import is_bracketed
 from lapis.formats.vocabulary.unigram import SPACE
 from lapis.text.tokenizer.tokenizer import Tokenizer
 from lapis.text.tokenizer.vocabulary import BYTE_TOKEN
+from lapis.wording import format_count
 
 UNREACHABLE = -1e9  # score of a token that no merge leads to
 SPECIAL_NAMES = {"unk_token": "unknown", "pad_token": "padding", "sep_token": "seperator", "cls_token": "cls",
@@ -202,7 +203,7 @@ def _around(tokenizer: Tokenizer, kind: str) -> dict[str, Any]:
     after = whole[start + len(plain) :] if start is not None else []
     if start is None or len(before) > 1 or len(after) > 1 or (kind == "bert" and not (before and after)):
         raise CheckpointError(
-            f"{tokenizer.source}: puts {len(before)} tokens before a text and {len(after)} after it; "
+            f"{tokenizer.source}: puts {format_count(len(before), 'token')} before a text and {len(after)} after it; "
             "a GGUF file has one before and one after"
         )
     fields: dict[str, Any] = {PREFIX + "add_bos_token": bool(before), PREFIX + "add_eos_token": bool(after)}

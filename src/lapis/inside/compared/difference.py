@@ -28,6 +28,7 @@ from lapis.model.reading.load import load_readable, outline_of
 from lapis.model.scoring import evaluating
 from lapis.text.corpus.corpus import Source, documents
 from lapis.text.tokenizer.tokenizer import Tokenizer
+from lapis.wording import format_count
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -165,7 +166,9 @@ def activation_difference(
     info = {"a": sources[0].source, "b": sources[1].source, "texts": len(ids_NP), "fingerprints": fingerprints}
     vectors = DifferenceVectors((means[1] - means[0]).float(), lengths[0].float(), info)
     if len(ids_NP) < options.texts:
-        notes.append(f"{len(ids_NP):,} texts of {options.places} tokens or more, of {options.texts:,} asked for")
+        notes.append(
+            f"{format_count(len(ids_NP), 'text')} of {options.places} tokens or more, of {options.texts:,} asked for"
+        )
     return ActivationDifference(vectors, _readings(parts, words[1], vectors), notes)
 
 

@@ -22,6 +22,7 @@ from lapis.errors import CheckpointError, ConfigError, LapisError
 from lapis.inside.lens.tuned import fingerprint
 from lapis.inside.trace import Anatomy, anatomy
 from lapis.parsing import ParseError, parse_json
+from lapis.wording import format_count
 
 KEY = "lapis_activation_differences"  # in the header
 
@@ -73,8 +74,8 @@ class DifferenceVectors:
         layers, dim = self.differences_PLD.shape[1] - 1, self.differences_PLD.shape[2]
         if (layers, dim) != (parts.layers, parts.matrix.shape[1]):
             raise LapisError(
-                f"{self.source}: is of models with {layers} layers of width {dim}; {parts.name} has {parts.layers} of "
-                f"{parts.matrix.shape[1]}"
+                f"{self.source}: is of models with {format_count(layers, 'layer')} of width {dim}; {parts.name} "
+                f"has {parts.layers} of {parts.matrix.shape[1]}"
             )
         if fingerprint(parts) not in self.info["fingerprints"]:
             raise LapisError(

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from lapis.report.pages.card import CODE, FIGURES, TOKEN_BOUND, counted, spelled, spelled_change, title_of
+from lapis.wording import format_count
 
 HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*")
 USE = """```python
@@ -94,7 +95,8 @@ def _changes(card: Mapping[str, Any], first: str, last: str) -> list[str]:
         lines.append(_line([f"{label} ({better} is better)", *cells]))
     if gap := card["gap"]:
         low, high = gap["interval"]
-        lines += ["", f"Gap closed: {gap['value']:.0%} ({low:.0%} to {high:.0%}; {gap['n']} chats) of the way to a "
+        size = format_count(gap["n"], "chat")
+        lines += ["", f"Gap closed: {gap['value']:.0%} ({low:.0%} to {high:.0%}; {size}) of the way to a "
                   "model tuned on chats of the language, by bits per byte of the replies that were given."]  # fmt: skip
     for key, why in card["reasons"].items():
         lines += ["", f"{key.replace('_', ' ').capitalize()}: not known; {why}."]

@@ -17,6 +17,7 @@ from lapis.families.fields import LARGEST, MOST_LAYERS
 from lapis.model.check import FLOATS, SMALL, dtype_of
 from lapis.model.load import read_tensors
 from lapis.model.reading.outside import OutsideConfig, OutsideModel
+from lapis.wording import format_count
 
 CODE = ("auto_map", "attn_implementation", "experts_implementation", "custom_pipelines")  # never handed on
 CONTEXTS = ("max_position_embeddings", "max_seq_len", "n_positions", "seq_length")
@@ -101,7 +102,10 @@ def load_tensors(checkpoint: Checkpoint, tensors: dict[str, torch.Tensor], dtype
         )  # fmt: skip
     if missing := sorted(report["missing_keys"]):
         listed = ", ".join(map(str, missing[:4])) + (" ..." if len(missing) > 4 else "")
-        raise CheckpointError(f"{checkpoint.source}: {len(missing)} tensors are missing: {listed}; fetch it again")
+        raise CheckpointError(
+            f"{checkpoint.source}: {format_count(len(missing), 'tensor is', 'tensors are')} missing: {listed}; "
+            "fetch it again"
+        )
     model = OutsideModel(inner.eval(), outline)
     generation = checkpoint.json("generation_config.json")
     model.generation = dict(generation) if isinstance(generation, Mapping) else {}
@@ -117,7 +121,10 @@ def _notes(model: OutsideModel, report: Mapping[str, Any]) -> Iterator[str]:
     if not config.named:
         yield f"config.json names no context; {config.context:,} tokens are taken"
     if unused := report["unexpected_keys"]:
-        yield f"{len(unused)} tensors have no place in it: {', '.join(sorted(map(str, unused))[:3])}"
+        yield (
+            f"{format_count(len(unused), 'tensor has', 'tensors have')} no place in it: "
+            f"{', '.join(sorted(map(str, unused))[:3])}"
+        )
 
 
 def _classes(checkpoint: Checkpoint) -> tuple[Any, Any]:

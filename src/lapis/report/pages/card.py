@@ -12,6 +12,7 @@ from typing import Any
 from lapis.report import plots
 from lapis.report.markup import Column
 from lapis.report.page import Page
+from lapis.wording import format_count
 
 # score -> what it is called, how it is written, and which way is better
 FIGURES = {
@@ -121,8 +122,9 @@ def _won_and_lost(page: Page, card: Mapping[str, Any], first: str, last: str) ->
     if gap := card["gap"]:
         low, high = gap["interval"]
         page.text(
-            f"**Gap closed: {gap['value']:.0%}** ({low:.0%} to {high:.0%}, {gap['n']} chats) of the way to the model "
-            "that was tuned on chats of the language, by bits per byte of the replies that were given."
+            f"**Gap closed: {gap['value']:.0%}** ({low:.0%} to {high:.0%}, {format_count(gap['n'], 'chat')}) of "
+            "the way to the model that was tuned on chats of the language, by bits per byte of the replies that were "
+            "given."
         )
     for key, why in card["reasons"].items():
         page.text(f"{key.replace('_', ' ').capitalize()}: not known. {why[:1].upper()}{why[1:]}.")

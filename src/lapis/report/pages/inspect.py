@@ -15,6 +15,7 @@ from lapis.report.markup import Column
 from lapis.report.page import Page
 from lapis.report.pages.sections import short
 from lapis.report.theme import Row
+from lapis.wording import format_count
 
 
 def inspect_page(result: Mapping[str, Any], lengths: Sequence[Row] = ()) -> Page:
@@ -28,7 +29,8 @@ def inspect_page(result: Mapping[str, Any], lengths: Sequence[Row] = ()) -> Page
     memory, flops = result.get("memory") or {}, result.get("flops") or {}
     page = Page(f"What {short(result['model'])} is made of", "Counted from its shape; no weight was read.")
     context = result.get("context")
-    figures = [("parameters", in_short(parameters["total"]), f"{parameters['total']:,} in {len(layers)} layers")]
+    many = f"{parameters['total']:,} in {format_count(len(layers), 'layer')}"
+    figures = [("parameters", in_short(parameters["total"]), many)]
     if memory:
         dtype = memory.get("dtype", "")
         figures.append(("weights", _bytes(memory["weights_bytes"]), f"in {dtype}" if dtype else ""))

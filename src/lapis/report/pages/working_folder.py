@@ -25,6 +25,7 @@ from lapis.report.pages.certificate import certificate_title
 from lapis.report.pages.joined import Joined, is_ours, read_page
 from lapis.report.pages.plan import add_plan
 from lapis.report.pages.training import UNITS, Run, add_confusion, add_runs, title_of
+from lapis.wording import format_count
 
 DEPTH = 2
 JSON_LIMIT = 96_000_000
@@ -148,7 +149,7 @@ def _entries(contents: Contents) -> list[dict[str, str]]:
             rows.append((run.name, f"training, {objective}" if objective else "training", loss))
     for name, account in contents.merges.items():
         merged = (account.get("counts") or {}).get("merged", 0)
-        rows.append((name, str(account.get("command", "merge")), f"{merged:,} tensors merged"))
+        rows.append((name, str(account.get("command", "merge")), f"{format_count(merged, 'tensor')} merged"))
     for name, table in contents.diffs.items():
         size = table["total"].get("relative_norm")
         rows.append((name, "diff", f"changed by {size:.2%}" if isinstance(size, float) else ""))

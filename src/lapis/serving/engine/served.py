@@ -21,6 +21,7 @@ from lapis.model.transformer import Transformer
 from lapis.serving.engine.pooling import Pooling, read_pooling
 from lapis.serving.engine.slots import slot_bytes
 from lapis.text.tokenizer.tokenizer import Tokenizer
+from lapis.wording import format_count
 
 CACHE_SHARE = 0.5  # of the memory that is free once all weights are there, for keys and values
 LEAST_CONTEXT = 256
@@ -122,7 +123,8 @@ def open_models(sources: list[str], runtime: DecodingRuntime, rows: int, most: i
             fits = max(int(free * CACHE_SHARE / len(sources)) // each, LEAST_CONTEXT)
             if fits < context:
                 model.notes.append(
-                    f"{name}: {rows} replies at once of {context:,} tokens do not fit into memory; the context is "
+                    f"{name}: {format_count(rows, 'reply', 'replies at once')} of {context:,} tokens "
+                    f"{'does' if rows == 1 else 'do'} not fit into memory; the context is "
                     f"{fits:,} (--rows and --context change that)"
                 )
                 context = fits

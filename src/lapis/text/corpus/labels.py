@@ -19,6 +19,7 @@ from lapis.text.corpus.corpus import texts
 from lapis.text.corpus.file_stream import PIECE, RECORDS, OpenedFile, at, suffix
 from lapis.text.corpus.files import Source, files
 from lapis.text.corpus.records import checked_text, not_utf8, records, refuse_nul
+from lapis.wording import format_count
 
 TABLES = (".tsv", ".csv")
 LABELED = (*TABLES, *RECORDS)
@@ -98,7 +99,9 @@ def _table(path: Path) -> Iterator[tuple[int, Any, Any]]:
     label_column, text_column = names.index("label"), names.index("text")
     for line, cells in rows:
         if len(cells) != len(names):
-            raise DataError(f"{path} line {line}: has {len(cells)} columns; the header has {len(names)}")
+            raise DataError(
+                f"{path} line {line}: has {format_count(len(cells), 'column')}; the header has {len(names)}"
+            )
         yield line, cells[label_column].strip(), cells[text_column]
 
 

@@ -33,6 +33,7 @@ from lapis.text.corpus.chat_records import (
 from lapis.text.corpus.file_stream import at
 from lapis.text.corpus.files import Source, files
 from lapis.text.corpus.records import checked_text, records, spelled
+from lapis.wording import format_count
 
 Message = dict[str, Any]
 SIDES = ("chosen", "rejected")
@@ -132,7 +133,10 @@ def pairs_of_verdicts(paths: Source | Iterable[Source]) -> tuple[list[Pair], int
             verdict = verdict_of(record, path, number)
             (good if verdict.good else bad).append(verdict)
     if not good or not bad:
-        raise DataError(f"{files(paths)[0]}: all {len(good) + len(bad):,} replies have one verdict; both are needed")
+        raise DataError(
+            f"{files(paths)[0]}: all {format_count(len(good) + len(bad), 'reply has', 'replies have')} one verdict; "
+            "both are needed"
+        )
     made = []
     for i in range(max(len(good), len(bad))):
         one, two = good[i % len(good)], bad[i % len(bad)]

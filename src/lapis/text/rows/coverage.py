@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from lapis.text.rows.mixture import Data, Mixture
 from lapis.text.rows.rows import Rows
+from lapis.wording import format_count
 
 _NAMED = 4  # special tokens that a line names
 _RUNS = 8  # stretches of numbers that a line has
@@ -31,22 +32,25 @@ def lines(data: Data) -> list[str]:
     counts, shares = data.counts, coverage(data)
     texts = counts["chats"] if data.chats else counts["documents"]
     result = [
-        f"{len(data):,} rows of {data.length:,} tokens from {texts:,} {data.info['kind']}",
+        f"{format_count(len(data), 'row')} of {data.length:,} tokens from {texts:,} {data.info['kind']}",
         f"{shares['supervised']:.1%} of tokens carry loss, {shares['padding']:.1%} of places are padding, "
         f"{shares['cut']:.1%} of tokens were cut",
     ]
     if data.chats:
         result.append(
-            f"cut: {counts['cut_chats']:,} chats; dropped: {counts['dropped_long']:,} too long, "
+            f"cut: {format_count(counts['cut_chats'], 'chat')}; dropped: {counts['dropped_long']:,} too long, "
             f"{counts['dropped_silent']:,} with nothing of the assistant left"
         )
     if counts.get("empty"):
-        result.append(f"skipped: {counts['empty']:,} documents without text")
+        result.append(f"skipped: {format_count(counts['empty'], 'document')} without text")
     if not isinstance(data, Mixture):
         return result + _source_lines(data.info)
     for name, rows, weight in zip(data.names, data.sources, data.weights, strict=True):
         times = weight * len(data) / len(rows)
-        result.append(f"{weight:.1%} {name}: {len(rows):,} rows, read {times:.2f} times in an epoch of {len(data):,}")
+        result.append(
+            f"{weight:.1%} {name}: {format_count(len(rows), 'row')}, read {times:.2f} times in an epoch of "
+            f"{len(data):,}"
+        )
         result += [f"  {line}" for line in _source_lines(rows.info)]
     return result
 
@@ -138,7 +142,10 @@ def _source_lines(info: Mapping[str, Any]) -> list[str]:
         )
     if notices.get("calls_as_text"):
         chats = notices["calls_as_text"]
-        result.append(f"calls of tools are written as JSON text in {chats:,} chats: the chat template prints none")
+        result.append(
+            f"calls of tools are written as JSON text in {format_count(chats, 'chat')}: the chat template prints none"
+        )
     if notices.get("tools_unseen"):
-        result.append(f"the tools of {notices['tools_unseen']:,} chats do not appear: the chat template prints none")
+        what = format_count(notices["tools_unseen"], "chat")
+        result.append(f"the tools of {what} do not appear: the chat template prints none")
     return [line for line in result if line]

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from lapis.errors import ConfigError, DataError
 from lapis.parsing import quoted
 from lapis.text.rows.rows import RowBatch, Rows, shuffled
+from lapis.wording import format_count
 
 if TYPE_CHECKING:
     import torch
@@ -94,7 +95,10 @@ class Mixture:
         numbers = [*taken, value["seed"]] if isinstance(taken, list) else []
         good = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers)
         if not good or len(numbers) != len(self.sources) + 1:
-            raise DataError(f"the data cursor is {quoted(value)}; expected rows taken of {len(self.sources)} sources")
+            raise DataError(
+                f"the data cursor is {quoted(value)}; expected rows taken of "
+                f"{format_count(len(self.sources), 'source')}"
+            )
         return MixtureCursor(tuple(numbers[:-1]), numbers[-1])
 
     def batch(self, cursor: MixtureCursor, size: int) -> tuple[RowBatch, MixtureCursor]:

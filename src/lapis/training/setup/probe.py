@@ -27,6 +27,7 @@ from lapis.training.loop.update import out_of_memory_named
 from lapis.training.objectives.objective import SMALL_BATCH, Objective
 from lapis.training.objectives.supervised.next_token import summed_cross_entropy
 from lapis.training.setup.blocks import TooSlow, autocast, compiled, stoppable
+from lapis.wording import format_count
 
 Precision = Literal["float32", "bf16"]
 Compile = Literal["auto", "on", "off"]
@@ -195,7 +196,7 @@ def measure_speed(state: TrainState, config: TrainConfig, watch: Watch) -> dict[
         mode = config.compile if objective.compiles else "off"
         compile_, why = probe.compiling_pays(mode, count, precision, parts, budget)
     if seconds is not None:
-        threads = "1 thread" if count == 1 else f"{count} threads"
+        threads = format_count(count, "thread")
         watch.note(f"train: computes with {threads} in {precision}: the fastest on {tokens} tokens")
     if why:
         watch.note(f"train: compile is {'on' if compile_ else 'off'}: {why}")
@@ -270,8 +271,9 @@ def require_room(state: TrainState, objective: Objective, config: TrainConfig, p
         if config.weights == "float32":
             levers.append("set weights to bf16")
     raise TrainingError(
-        f"train: a step needs about {(held + step) / 1e9:.1f} GB ({step / 1e9:.1f} GB for {state.rows} rows, "
-        f"{held / 1e9:.1f} GB for gradients and optimizer) and {free / 1e9:.1f} GB are free; {', or '.join(levers)}"
+        f"train: a step needs about {(held + step) / 1e9:.1f} GB ({step / 1e9:.1f} GB for "
+        f"{format_count(state.rows, 'row')}, {held / 1e9:.1f} GB for gradients and optimizer) and {free / 1e9:.1f} GB "
+        f"are free; {', or '.join(levers)}"
     )
 
 

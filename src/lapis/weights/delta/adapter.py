@@ -15,6 +15,7 @@ from lapis.checkpoint.adapter import CONFIG, LEAD, WEIGHTS
 from lapis.checkpoint.tensor_file import stream_tensors
 from lapis.text.tokenizer.folder import write_json
 from lapis.weights.delta.file import DeltaFile
+from lapis.wording import format_count
 
 Part = tuple[str, bool]
 """A part of the delta's file, and whether it is turned."""
@@ -69,10 +70,11 @@ def write_adapter(file: DeltaFile, folder: Path, token_ids: Sequence[int] | None
         _values(file, [parts[name] for name in ordered]),
         {"format": "pt"},
     )
-    notes = [f"{WEIGHTS}: {len(ranks):,} modules of rank {rank}" + (f", {len(token_ids or ())} tokens" if rows else "")]
+    tokens = f", {format_count(len(token_ids or ()), 'token')}" if rows else ""
+    notes = [f"{WEIGHTS}: {format_count(len(ranks), 'module')} of rank {rank}{tokens}"]
     if left:
         shown = ", ".join(left[:3]) + (" ..." if len(left) > 3 else "")
-        notes.append(f"the adapter has no place for {len(left):,} tensors, which the delta has: {shown}")
+        notes.append(f"the adapter has no place for {format_count(len(left), 'tensor')}, which the delta has: {shown}")
     return notes
 
 

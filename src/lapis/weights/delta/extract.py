@@ -46,6 +46,7 @@ from lapis.weights.engine.sources import RowsOf, Stored, columns_of, read_rows
 from lapis.weights.engine.tiles import TILE, Reader, each, spans
 from lapis.weights.matching import Model, counterparts, embedding_rows, format_problems, is_vocabulary, open_models
 from lapis.weights.options import Bits, ExtractOptions, KeepOrAdd
+from lapis.wording import format_count
 
 _PLANES = 0.75  # of the model: what an exact delta takes at most, so far
 
@@ -373,7 +374,8 @@ class _Plan:
         if rank and large:
             bound = max(error_bound(item.shape, rank) for item in large)
             self.notes.append(
-                f"{len(large)} matrices of more than {EXACT:,} rows and columns are factored by random projection: "
+                f"{format_count(len(large), 'matrix', 'matrices')} of more than {EXACT:,} rows and columns "
+                f"{'is' if len(large) == 1 else 'are'} factored by random projection: "
                 f"their error is at most {bound:.2f} times the best one of rank {rank} in expectation"
             )
 

@@ -20,6 +20,7 @@ from lapis.weights.diff.pairs import Comparison, TensorPair, pair_up
 from lapis.weights.diff.ranks import compare_together
 from lapis.weights.diff.table import DiffTable, Line
 from lapis.weights.matching import Model, counterparts, format_problems, open_models
+from lapis.wording import format_count
 
 
 def diff(
@@ -79,7 +80,7 @@ def diff(
         lambda: read_directions(one, two, given, words[1], progress) if directions else ([], []), progress,
     )  # fmt: skip
     if rows and words[0] and words[1] and (gone := len(words[0].ids.keys() - words[1].ids.keys())):
-        notes.append(f"{gone:,} tokens are only in a")
+        notes.append(f"{format_count(gone, 'token is', 'tokens are')} only in a")
 
     def made() -> DiffTable:
         table = DiffTable(

@@ -22,6 +22,7 @@ from lapis.weights.engine.fp8 import is_number
 from lapis.weights.engine.sources import Stored
 from lapis.weights.engine.tiles import Reader, dot, each, spans
 from lapis.weights.matching import Model, counterparts, format_problems, open_models
+from lapis.wording import format_count
 
 ALIKE, CONTAINED = 0.2, (0.8, 1.25)
 
@@ -98,7 +99,8 @@ def lineage(base: Model, models: Sequence[Model], *, progress: Callable[[int, in
                 0, f"{other.source} is no fine-tune of {first.source}: the cosine of their weights is {cosine:.2f}"
             )
     if skipped:
-        result.notes.append(f"{skipped} tensors of {first.source} are not in all of the others in the same shape")
+        what = format_count(skipped, f"tensor of {first.source} is", f"tensors of {first.source} are")
+        result.notes.append(f"{what} not in all of the others in the same shape")
     return result
 
 

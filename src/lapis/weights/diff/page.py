@@ -11,6 +11,7 @@ from lapis.report.markup import Column
 from lapis.report.page import Page
 from lapis.weights.diff.lineage import Lineage
 from lapis.weights.diff.table import DiffTable
+from lapis.wording import format_count
 
 FIGURES = [
     Column("relative_norm", "|b − a| / |a|", ".2e"), Column("angle", "angle", ".3f", unit="°"),
@@ -74,8 +75,8 @@ def _add_extremes(page: Page, table: DiffTable) -> None:
         )
     if len(changed) < len(lines):
         same = dict.fromkeys(line["component"] for line in lines if not line["relative_norm"])
-        count = f"{len(lines) - len(changed):,} of {len(lines):,}"
-        page.text(f"{count} tensors did not change at all: {', '.join(same)}.")
+        count = f"{len(lines) - len(changed):,} of {format_count(len(lines), 'tensor')}"
+        page.text(f"{count} did not change at all: {', '.join(same)}.")
 
 
 def _add_rows(page: Page, table: DiffTable) -> None:

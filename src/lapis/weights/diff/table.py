@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lapis.errors import CheckpointError, ConfigError, MissingExtra
 from lapis.families.base import Part
 from lapis.weights.diff.measures import Sums, direction, ratio
+from lapis.wording import format_count
 
 if TYPE_CHECKING:
     import pandas
@@ -109,7 +110,7 @@ class DiffTable:
         """One sentence: which rows of embedding and head moved most, and how many tokens are new in b."""
         moved = self.moved(len(self.rows))
         new = len({row["token"] for row in self.new_rows})
-        more = f"; {new:,} tokens are only in b" if new else ""
+        more = f"; {format_count(new, 'token is', 'tokens are')} only in b" if new else ""
         if not moved:
             return f"no row moved{more}"
         apart = [row for row in moved if row["z"] > OUTLIER][:3] or moved[:1]

@@ -37,6 +37,7 @@ from lapis.weights.engine.ranks import account_of, division, forget_digests, lay
 from lapis.weights.engine.stream import stream
 from lapis.weights.engine.tiles import TILE
 from lapis.weights.tokenizer_files import ACCOUNT
+from lapis.wording import format_count
 
 DIVIDED = (1, 8, 64)  # processes for which a dry run says what each would do
 
@@ -172,7 +173,7 @@ tags: [lapis, merge, {command}]
 
 # Made by lapis {document["lapis"]}: {command}
 
-{counts["merged"]} tensors were merged, {counts["copied"]} copied.{rounding}
+{format_count(counts["merged"], "tensor was", "tensors were")} merged, {counts["copied"]} copied.{rounding}
 
 | input | source | size | headers (sha256) |
 |---|---|---|---|

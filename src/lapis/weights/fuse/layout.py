@@ -23,6 +23,7 @@ from lapis.weights.engine.job import Entry, with_dtype
 from lapis.weights.engine.outputs import Output
 from lapis.weights.engine.sources import COMPUTABLE, Source, Stored
 from lapis.weights.fuse.low_rank import LowRank, StackedLowRank, patch_rows, rounding
+from lapis.wording import format_count
 
 _HEADS = re.compile(r"(ForCausalLM|LMHeadModel|ForMaskedLM|ForPreTraining|Model)$")
 _CLASSIFIERS = ("classifier.weight", "score.weight", "classifier.out_proj.weight")
@@ -194,7 +195,7 @@ class FuseLayout:
                 return None
             values_ND = self.adapter.weights.read(rows).to(output.dtype)
             output = replace(output, patch=patch_rows(ids, values_ND))
-        reason = f"{len(ids):,} rows of tokens" if canonical in self.rows else ""
+        reason = f"{format_count(len(ids), 'row')} of tokens" if canonical in self.rows else ""
         self.entries.append(Entry(name, "merged" if touched else "copied", reason))
         return output
 

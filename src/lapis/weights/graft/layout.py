@@ -42,6 +42,7 @@ from lapis.weights.matching import (
     open_models,
 )
 from lapis.weights.options import GraftOptions
+from lapis.wording import format_count
 
 ScaleLike = float | str | Path | Mapping[str, Any] | Scale
 
@@ -178,11 +179,13 @@ def lay_out(
     if problems:
         raise CheckpointError(format_problems("delta" if "delta" in inputs else "graft", problems))
     for tower, count in Counter(inputs["onto"].towers.others.values()).items():
-        notes.append(f"{count} tensors of {tower} are copied from onto: what is changed is the language model")
+        what = format_count(count, f"tensor of {tower} is", f"tensors of {tower} are")
+        notes.append(f"{what} copied from onto: what is changed is the language model")
     if not layout.template:
         blind = [role for role, vocabulary in words.items() if vocabulary is None]
         why = f"no tokenizer.json in {', '.join(blind)}" if blind else "chat's template has no tokens of its own"
-        why = f"these {len(layout.held)} rows stay onto's" if layout.held else why
+        held = format_count(len(layout.held), "row stays", "rows stay")
+        why = f"{held} onto's" if layout.held else why
         notes.append(f"no rows of template tokens were taken from chat: {why}")
     recipe: dict[str, Any] = {
         "scale": [s.to_json() for s in scales] if len(scales) > 1 else scales[0].to_json(),
@@ -255,7 +258,8 @@ class _Layout:
                 lines.append(f"{role} has {differences(words, lacking)} that onto lacks: nothing is taken of them")
             moved = sum(own.ids.get(token, i) != i for token, i in words.ids.items())
             if moved:
-                lines.append(f"{moved:,} tokens have other ids in {role} than in onto: rows are matched by token")
+                what = format_count(moved, "token has", "tokens have")
+                lines.append(f"{what} other ids in {role} than in onto: rows are matched by token")
         return lines
 
     def fate(self, name: str) -> str:
@@ -320,7 +324,8 @@ class _Layout:
         if grown > rows:
             shape = (grown, *own.shape[1:])
             source = RowsOf(own, [*range(rows), *[-1] * (grown - rows)])
-        why = "embeddings are kept" + (f", but {len(patch.rows)} rows of the template are chat's" if patch else "")
+        but = format_count(len(patch.rows), "row of the template is", "rows of the template are") if patch else ""
+        why = "embeddings are kept" + (f", but {but} chat's" if patch else "")
         if self.embeddings == "keep" or not any(scales):
             self.entries.append(Entry(name, "copied", why))
             return Output(name, dtype, shape, (source,), rounding, patch)

@@ -24,6 +24,7 @@ from lapis.weights.merge.placing import Placed, Placing
 from lapis.weights.merge.recipes.parameters import Resolver
 from lapis.weights.merge.recipes.recipe import Input, Recipe, recipe_scopes
 from lapis.weights.merge.union import Aligned, Words, output_words, rows_of
+from lapis.wording import format_count
 
 SHARD = 5 * 10**9  # bytes of one weight file
 _BUFFERS = ("I64", "BOOL")  # what checkpoints keep beside weights; other whole numbers are quantized weights
@@ -142,7 +143,7 @@ class Layout:
         inputs = [source for _, source in merged]
         inputs += [source for (entry, _), source in pairs if uses_base and entry.model == placed.base]
         inputs += statistics if not grams else []
-        reason = f"{len(self.words.ids):,} tokens in {shape[0]:,} rows" if aligned and self.words else ""
+        reason = f"{format_count(len(self.words.ids), 'token')} in {shape[0]:,} rows" if aligned and self.words else ""
         self.entries.append(Entry(placed.name, "merged", reason))
         return Output(placed.name, dtype, shape, tuple(inputs), replace(kernel, rows=kernel.rows or aligned))
 

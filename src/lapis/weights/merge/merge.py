@@ -27,6 +27,7 @@ from lapis.weights.merge.mixture.recipe import open_mixture
 from lapis.weights.merge.plan import MergePlan, plan_merge, write_beside
 from lapis.weights.merge.recipes.stages import RecipeLike, open_recipe
 from lapis.weights.options import Dtype, MergeOptions
+from lapis.wording import format_count
 
 
 def merge(
@@ -96,7 +97,7 @@ def merge(
     }
     result = MergeResult(str(out), count(plan.entries), needs=needs, notes=plan.notes, dry_run=dry_run)
     _produce(result, plan, plan.models, overwrite, allow_nonfinite, progress)
-    counted = [f"{number:,} tensors {what}" for what, number in sorted(plan.method_notes.items())]
+    counted = [f"{format_count(number, 'tensor')} {what}" for what, number in sorted(plan.method_notes.items())]
     result.notes = [*result.notes, *counted, *lines]
     if plan.stages and not dry_run:
         shutil.rmtree(_stages_of(place), ignore_errors=True)

@@ -15,6 +15,7 @@ from lapis.families.base import Part
 from lapis.weights.engine.fp8 import is_scale
 from lapis.weights.matching import counterparts
 from lapis.weights.merge.recipes.recipe import Input, Recipe, Slice
+from lapis.wording import format_count
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,8 @@ def place(recipe: Recipe, models: Mapping[str, Checkpoint]) -> Placing:
     _account_for_the_rest(result, models, slices)
     copied = Counter((each.tower, each.sources[0][0].model) for each in result.placed if each.tower)
     for (tower, model), count in copied.items():
-        result.notes.append(f"{count} tensors of {tower} are copied from {model}: merged is the language model")
+        what = format_count(count, f"tensor of {tower} is", f"tensors of {tower} are")
+        result.notes.append(f"{what} copied from {model}: merged is the language model")
     return result
 
 

@@ -18,6 +18,7 @@ from lapis.parsing import quoted
 from lapis.text.tokenizer.vocabulary import Vocabulary
 from lapis.weights.engine.sources import Stored, as_bytes, columns_of
 from lapis.weights.merge.recipes.recipe import Tokens
+from lapis.wording import format_count
 
 Row = tuple[tuple[str, int], ...]
 """(model, row) whose mean a row is; nothing stands for zeros."""
@@ -73,7 +74,7 @@ def output_words(
     if added:
         result.document = result.document or json.loads(json.dumps(models[donor].json("tokenizer.json")))
         result.document.setdefault("added_tokens", []).extend(added)
-        result.notes.append(f"{len(added)} tokens were added to the tokenizer of {donor}")
+        result.notes.append(f"{format_count(len(added), 'token was', 'tokens were')} added to the tokenizer of {donor}")
     multiple = tokens.pad_to_multiple_of
     result.rows = -(-max(result.free, result.rows) // multiple) * multiple
     return result

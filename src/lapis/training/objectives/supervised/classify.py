@@ -27,6 +27,7 @@ from lapis.text.corpus.pictures import Pictures, pictures
 from lapis.text.rows.sequences import Together, encode_framed, together
 from lapis.text.tokenizer.tokenizer import Tokenizer
 from lapis.training.objectives.objective import Cursor, DataPlace, Loss, Objective, in_order, random_of
+from lapis.wording import format_count
 
 
 @dataclass(frozen=True)
@@ -177,7 +178,8 @@ class Classify(Objective):
         config = model.config
         if config.head != "classes" or config.classes != len(self.class_names):
             raise ConfigError(
-                f"classify: the model's head is {config.head} of {config.classes}, {len(self.class_names)} classes are "
+                f"classify: the model's head is {config.head} of {config.classes}, "
+                f"{format_count(len(self.class_names), 'class is', 'classes are')} "
                 'needed; put them on with: lapis.model.transformer.put_head(model, "classes", objective.class_names)'
             )
         if isinstance(self.examples.inputs, Pictures):

@@ -39,6 +39,7 @@ from lapis.text.tokenizer.tokenizer import Tokenizer
 from lapis.training.loop.progress import LogLines
 from lapis.training.objectives.objective import Cursor, DataPlace, Loss, Objective
 from lapis.training.objectives.supervised.cross_entropy import head_cross_entropy
+from lapis.wording import format_count, format_packed
 
 NAMED_TOKENS = 16  # of a batch that a guard names
 
@@ -123,7 +124,8 @@ class NextToken(Objective):
     def coverage(self) -> list[str]:
         """How much of the data carries loss, and how much is held out."""
         held_out = [
-            f"{len(held.rows):,} rows" + (f" of {name}" if name else "") for name, held in self.held_out.items()
+            format_count(len(held.rows), "row") + (f" of {name}" if name else "")
+            for name, held in self.held_out.items()
         ]
         return [*lines(self.examples), *([f"held out: {', '.join(held_out)}"] if held_out else [])]
 
@@ -295,12 +297,12 @@ def packing_progress() -> Iterator[Report | None]:
         yield None
     elif sys.stderr.isatty():
         with Console(stderr=True).status("reading data") as status:
-            yield lambda texts, tokens: status.update(f"packing: {texts:,} texts, {tokens:,} tokens")
+            yield lambda texts, tokens: status.update(f"packing: {format_packed(texts, tokens)}")
     else:
         lines = LogLines("data")
         lines.stage("reading")
         try:
-            yield lambda texts, tokens: lines.stage(f"packing: {texts:,} texts, {tokens:,} tokens")
+            yield lambda texts, tokens: lines.stage(f"packing: {format_packed(texts, tokens)}")
         finally:
             lines.close()
 

@@ -18,6 +18,7 @@ from lapis.families.base import Part
 from lapis.text.tokenizer.tokenizer import Tokenizer
 from lapis.weights.engine.sources import Stored, read_rows
 from lapis.weights.merge.mixture.recipe import DRAWN, MixtureRecipe
+from lapis.wording import format_count
 
 PromptStates = Callable[[Sequence[Sequence[int]]], Tensor]
 """Ids of prompts -> [L, D]: what stands for them in the stream before each layer."""
@@ -66,7 +67,7 @@ def parallel_note(gates: Tensor) -> list[str]:
     layers = [layer for layer, condition in enumerate(conditions.tolist()) if not condition <= PARALLEL]
     if not layers:
         return []
-    where = "all layers" if len(layers) == len(gates) else f"{len(layers)} of {len(gates)} layers"
+    where = "all layers" if len(layers) == len(gates) else f"{len(layers)} of {format_count(len(gates), 'layer')}"
     return [
         f"gates are nearly parallel in {where} (condition number up to {float(conditions.max()):.3g}): some experts "
         "will hardly be chosen; give prompts that differ more"

@@ -26,6 +26,7 @@ from lapis.parsing import quoted
 from lapis.weights.merge.recipes.parameters import only
 from lapis.weights.merge.recipes.recipe import Recipe, read_dtype, read_list, read_text, read_whole
 from lapis.weights.merge.recipes.stages import RecipeLike
+from lapis.wording import format_count
 
 METHOD = "moe"
 GATE_MODES = {
@@ -105,7 +106,8 @@ def parse_mixture(document: Mapping[str, Any], where: str = "recipe") -> Mixture
     active = read_whole(document.get("experts_per_token", 2), f"{where}: experts_per_token")
     if not 1 <= active <= len(experts):
         raise ConfigError(
-            f"{where}: experts_per_token is {active} of {len(experts)} experts; give at most {len(experts)}"
+            f"{where}: experts_per_token is {active} of {format_count(len(experts), 'expert')}; give at most "
+            f"{len(experts)}"
         )
     if mode not in DRAWN:
         _check_prompts(experts, shared, mode, where)

@@ -23,6 +23,7 @@ from lapis.config import load_yaml_documents
 from lapis.errors import ConfigError
 from lapis.weights.merge.recipes.expression import parse_expression
 from lapis.weights.merge.recipes.recipe import Recipe, parse_recipe
+from lapis.wording import format_count
 
 MOST = 64  # stages of one recipe
 _DEEPEST = 16  # recipes within recipes
@@ -68,7 +69,9 @@ def parse_stages(documents: list[_Document], where: str = "recipe") -> Recipe:
         else:
             named[name] = document
     if len(last) > 1:
-        raise ConfigError(f"{where}: {len(last)} documents have no name; name all but the one that is the output")
+        raise ConfigError(
+            f"{where}: {format_count(len(last), 'document')} without a name; name all but the one that is the output"
+        )
     written = {"stages": dict(named)} if named else {}
     for name in list(named):
         named[name] = _without_nested(named[name], named, name, where)
