@@ -67,7 +67,7 @@ def train(
             expected = f"{format_time(result.predicted['seconds'])} and {size(result.predicted['memory_bytes'])}"
             taken = f"{format_time(result.seconds)} and {size(result.memory_bytes)}"
             steps = result.predicted["after_steps"]
-            line(f"predicted after {format_count(steps, 'step')}: {expected}; it took {taken}", "dim")
+            line(f"predicted after {format_count(int(steps), 'step')}: {expected}; it took {taken}", "dim")
         for sentence in (result.overfitting, result.ended):
             if sentence:
                 line(sentence)
