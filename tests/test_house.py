@@ -327,7 +327,8 @@ MANY = {
     "tour/page.py": "chats", "weights/merge/recipes/recipe.py": "layers",
 }  # fmt: skip
 COUNTED = re.compile(
-    r" (chats|documents|files|layers|matrices|new tokens|problems|replies|steps|tensors|texts|threads)\b"
+    r" (changes|chats|documents|files|layers|matrices|new tokens|problems|replies|results|shards|steps|tensors|texts|"
+    r"threads)\b"
 )
 
 

@@ -15,3 +15,16 @@ def format_count(count: int, one: str, many: str = "") -> str:
 def format_packed(texts: int, tokens: int) -> str:
     """How far packing is: "1 text, 12 tokens"."""
     return f"{format_count(texts, 'text')}, {format_count(tokens, 'token')}"
+
+
+def format_part(part: int, whole: int, one: str, single: str, several: str) -> str:
+    """Some of a number: "1 of 3 shards is missing".
+
+    Args:
+        part: How many of them.
+        whole: How many there are.
+        one: What one of them is.
+        single: What stands behind, where `part` is 1 ("is missing").
+        several: The same for others ("are missing").
+    """
+    return f"{part:,} of {format_count(whole, one)} {single if part == 1 else several}"

@@ -299,7 +299,7 @@ def test_an_index_without_its_shard_on_the_hub(hub, files):
     index = {"metadata": {}, "weight_map": {"a": "model-00001-of-00002.safetensors"}}
     side = {name: body for name, body in files["base"].items() if name != WEIGHTS}
     hub.put("aina/half", {**side, f"{WEIGHTS}.index.json": json.dumps(index).encode()})
-    with pytest.raises(CheckpointError, match=r"^aina/half: 1 of 1 shards are missing: .*; ask its owner"):
+    with pytest.raises(CheckpointError, match=r"^aina/half: 1 of 1 shard is missing: .*; ask its owner"):
         lapis.open("aina/half")
 
 

@@ -63,7 +63,7 @@ def test_fault_09_a_tensor_in_two_shards(folder: Path) -> None:
 
 def test_fault_20_a_missing_shard(folder: Path) -> None:
     (folder / "model-00002-of-00002.safetensors").unlink()
-    refused(folder, "1 of 2 shards are missing: model-00002-of-00002")
+    refused(folder, "1 of 2 shards is missing: model-00002-of-00002")
 
 
 def test_fault_21_the_index_names_a_tensor_that_the_shard_lacks(folder: Path) -> None:

@@ -87,7 +87,7 @@ def test_diff_says_what_rounding_alone_would_do(run: Run, models: dict[str, Path
         model.blocks[0].mlp.up.weight[0, 0] *= 1.01
     save(model, tmp_path / "b", torch.bfloat16)
     status, out, _ = run("diff", tmp_path / "a", tmp_path / "b")
-    assert status == 0 and "1 of 1 changes are below the rounding floor" in out
+    assert status == 0 and "1 of 1 change is below the rounding floor" in out
 
 
 def test_rounding_is_said_with_the_remedy(run: Run, models: dict[str, Path], tmp_path: Path) -> None:

@@ -101,7 +101,7 @@ def test_a_number_too_large_for_the_dtype_that_was_asked_for(folders: SimpleName
     (tmp_path / "config.json").write_bytes((folders.good / "config.json").read_bytes())
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     assert load(tmp_path, torch.float32) and load(tmp_path, torch.bfloat16)
-    with pytest.raises(CheckpointError, match=r"model\.norm\.weight holds 1 numbers too large for float16"):
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight holds 1 number too large for float16"):
         load(tmp_path, torch.float16)
 
 

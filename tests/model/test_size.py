@@ -49,6 +49,7 @@ PUBLISHED = {
     "gemma-4-e2b": 4_628_569_379, "gemma-4-e4b": 7_463_013_418, "gemma-4-31b": 30_697_345_340,
     "gemma-4-26b-a4b": 25_233_141_790,  # each with a scalar of each layer, which transformers calls a buffer
     "qwen3.5-35b-a3b": 34_660_610_688, "qwen3-next-80b-a3b": 79_674_391_296,
+    "ministral-3-3b": 3_429_006_336, "ministral-3-8b": 8_489_553_920,  # of which the language model
     "afm-4.5b": 4_619_189_760, "afm-4.5b-base": 4_619_184_640,
     "qwen2.5-7b": 7_615_616_512, "qwen3-1.7b": 1_720_574_976,
 }  # fmt: skip

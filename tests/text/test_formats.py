@@ -453,5 +453,5 @@ def test_replies_with_a_verdict_each(
     assert "1 desirable and 2 undesirable replies; the desirable ones are read again" in data.notices
     with pytest.raises(DataError, match=r"holds one reply and a verdict .*, which KTO learns from"):
         Paired.read(path, tokenizer, 64)
-    with pytest.raises(DataError, match="all 1 replies have one verdict; both are needed"):
+    with pytest.raises(DataError, match="all 1 reply has one verdict; both are needed"):
         pairs_of_verdicts(write(tmp_path, good))

@@ -39,7 +39,7 @@ def test_all_formats_give_the_same_examples(tmp_path: Path) -> None:
         ("x.tsv", "", "the file is empty"),
         ("x.tsv", "label\ttext\n", "holds no examples"),
         ("x.tsv", "lable\ttext\nham\ta\n", 'needs one column "label"; did you mean "lable"'),
-        ("x.tsv", "label\ttext\nham\ta\nham b\n", "line 3: has 1 columns; the header has 2"),
+        ("x.tsv", "label\ttext\nham\ta\nham b\n", "line 3: has 1 column; the header has 2"),
         ("x.tsv", "label\ttext\nham\t \n", "line 2: text is"),
         ("x.tsv", b"label\ttext\nham\t\xff\n", "line 2: not UTF-8 at byte 15"),
         ("x.tsv", b"label\ttext\nham\ta\0\n", "line 2: a NUL byte"),

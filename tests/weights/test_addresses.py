@@ -113,7 +113,7 @@ def test_an_index_without_its_shard(web):
     index = {"metadata": {}, "weight_map": {"a": "model-00001-of-00002.safetensors"}}
     web.files["/models/base/model.safetensors.index.json"] = json.dumps(index).encode()
     assert refused(web.models["base"]) == (
-        f"{web.models['base']}: 1 of 1 shards are missing: model-00001-of-00002.safetensors; ask its owner for the "
+        f"{web.models['base']}: 1 of 1 shard is missing: model-00001-of-00002.safetensors; ask its owner for the "
         "whole model"
     )
 

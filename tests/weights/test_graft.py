@@ -351,7 +351,7 @@ def test_fault_19_an_overflow_in_rounding_stops_the_graft(trio, folders, tmp_pat
         tensors = load_file(path)
         tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = 60000.0
         save_file(tensors, path, metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match="1 results are NaN or too large"):
+    with pytest.raises(CheckpointError, match="1 result is NaN or too large"):
         graft(**models, out=tmp_path / "out")
 
 

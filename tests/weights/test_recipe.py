@@ -116,7 +116,7 @@ WRONG = {
     'dtype is "bfloat17"; did you mean "bfloat16"?': {"dtype": "bfloat17"},
     "exactly one of models, slices and modules; there are 0": {"models": None},
     "one stands twice among the inputs": {"models": [{"model": "one"}, {"model": "one"}]},
-    "slerp takes 1 models besides the base; there are 2": {"merge_method": "slerp"},
+    "slerp takes 1 model besides the base, and is given 2": {"merge_method": "slerp"},
     "give tokenizer_source or tokenizer, not both": {"tokenizer_source": "base", "tokenizer": {"source": "base"}},
     "expected the folder or the name of a model": {"models": [{"parameters": {"weight": 1}}]},
     "source is ''; expected the folder or the name": {

@@ -23,7 +23,7 @@ from lapis.checkpoint.tensor_file import (
 )
 from lapis.errors import CheckpointError
 from lapis.families import find
-from lapis.wording import format_count
+from lapis.wording import format_count, format_part
 
 if TYPE_CHECKING:
     from lapis.checkpoint.remote.model import RemoteModel
@@ -173,7 +173,8 @@ def _weight_files(
         if missing:
             remedy = "fetch, or upload, the whole model" if snapshot is None else "ask its owner for the whole model"
             raise CheckpointError(
-                f"{place}: {len(missing)} of {len(files)} shards are missing: {', '.join(missing[:4]):.400}; {remedy}"
+                f"{place}: {format_part(len(missing), len(files), 'shard', 'is', 'are')} missing: "
+                f"{', '.join(missing[:4]):.400}; {remedy}"
             )
         if SINGLE in present and SINGLE not in files:
             _refuse_ambiguous(root, files, header_of)
@@ -183,7 +184,9 @@ def _weight_files(
     else:
         files = [name for name in present if SHARD_NAME.fullmatch(name)]
         if files and len(files) != int(SHARD_NAME.fullmatch(files[0])[2]):  # type: ignore[index]
-            raise CheckpointError(f"{place}: {len(files)} shards, but {files[0]} says otherwise; fetch the others")
+            raise CheckpointError(
+                f"{place}: {format_count(len(files), 'shard')}, but {files[0]} says otherwise; fetch the others"
+            )
     if not files:
         if pickles:
             raise CheckpointError(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from lapis.generation.options import Runtime
-from lapis.wording import format_count
+from lapis.wording import format_part
 
 if TYPE_CHECKING:
     from lapis.model.transformer import Transformer
@@ -73,8 +73,10 @@ def classify(
     ]  # fmt: skip
     remarks = [*([note] if note else []), *opened.notes]
     if cut := sum(p.cut for p in predictions):
-        was = "is longer than the context and was" if cut == 1 else "are longer than the context and were"
-        remarks.append(f"{cut} of {format_count(len(rows), 'text')} {was} cut at their end")
+        long = "longer than the context and"
+        remarks.append(
+            format_part(cut, len(rows), "text", f"is {long} was cut at its", f"are {long} were cut at their") + " end"
+        )
     result = {"model": model, **(rows[0] if file is None else {}), "results": rows, "notes": remarks}
     show(result, json, lambda: _print(rows, file is None))
     if not json:

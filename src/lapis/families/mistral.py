@@ -44,6 +44,15 @@ def _growth(config: ModelConfig) -> dict[str, Any]:
     return {"attention.temperature_scale": config.rope.query_growth} if config.rope.query_growth else {}
 
 
+def _stretched(dim: int, layers: int, ffn_dim: int, *, tied: bool = False) -> dict[str, Any]:
+    """Of Ministral 3 the language model."""
+    yarn = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 16384,
+            "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.1}  # fmt: skip
+    return preset("ministral3", dim, layers, 32, 8, ffn_dim, 131072, 262144, theta=1e6, tied=tied, head_dim=128,
+                  rope_parameters=yarn, sliding_window=None)  # fmt: skip
+
+
 FAMILY = llama_like(
     name="mistral",
     model_types=tuple(CLASSES),
@@ -56,6 +65,8 @@ FAMILY = llama_like(
         "mistral-7b": preset("mistral", 4096, 32, 32, 8, 14336, 32000, 32768, sliding_window=4096),
         "ministral-8b": preset("ministral", 4096, 36, 32, 8, 12288, 131072, 32768, theta=1e8, head_dim=128,
                                sliding_window=32768),
+        "ministral-3-3b": _stretched(3072, 26, 9216, tied=True),
+        "ministral-3-8b": _stretched(4096, 34, 14336),
     },
     gguf={
         **{kind: Gguf("llama", permuted=True, computes={**ROTARY, "mlp": ("swiglu",)})

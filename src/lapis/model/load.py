@@ -24,6 +24,7 @@ from lapis.families.config import Head, ModelConfig
 from lapis.model.adapter import attach
 from lapis.model.check import disk_layout, plan_load
 from lapis.model.transformer import Transformer
+from lapis.wording import format_count
 
 CHUNK = 1 << 20  # elements converted at a time
 AHEAD = 2  # tensors that are read while one is put in place
@@ -192,7 +193,7 @@ def _read(checkpoint: Checkpoint, name: str, dtype: torch.dtype, piece_N: Tensor
             values_N.copy_(raw_N.view(kind))
         if not finite(values_N):
             count, own = int((~values_N.isfinite()).sum()), kind == dtype or not finite(raw_N.view(kind))
-            what = f"{count:,} NaN or Inf" if own else f"{count:,} numbers too large for {str(dtype)[6:]}"
+            what = f"{count:,} NaN or Inf" if own else f"{format_count(count, 'number')} too large for {str(dtype)[6:]}"
             where = f"elements {first:,} to {first + len(values_N):,}"
             remedy = "fetch it again" if own else "give another dtype"
             raise CheckpointError(f"{checkpoint.source}: {name} holds {what} ({where}); {remedy}")

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from lapis.checkpoint.files import read_json
 from lapis.errors import CheckpointError, ConfigError, DataError, MissingExtra
 from lapis.parsing import quoted
+from lapis.wording import format_count
 
 if TYPE_CHECKING:
     import torch
@@ -136,7 +137,8 @@ def _of_arrays(pixels: Any, labels: Any, name: str, mean: Numbers, std: Numbers)
         )
     if labels.shape != (len(pixels),) or labels.dtype.kind not in "iuU":
         raise DataError(
-            f"{name}: {len(pixels)} pictures, labels {labels.shape} of {labels.dtype}; expected one word or number each"
+            f"{name}: {format_count(len(pixels), 'picture')}, labels {labels.shape} of {labels.dtype}; expected one "
+            "word or number each"
         )
     if pixels.dtype != np.uint8:
         if pixels.dtype.kind not in "fiu":

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lapis.errors import CheckpointError, ConfigError, MissingExtra
 from lapis.families.base import Part
 from lapis.weights.diff.measures import Sums, direction, ratio
-from lapis.wording import format_count
+from lapis.wording import format_count, format_part
 
 if TYPE_CHECKING:
     import pandas
@@ -185,7 +185,10 @@ class DiffTable:
         """How many changes are smaller than what rounding does; "" where none is."""
         changed = [cell for cell in self.by("layer", "component") if cell["relative_norm"]]
         below = sum(cell["relative_norm"] < cell["rounding_floor"] for cell in changed)
-        return f"{below:,} of {len(changed):,} changes are below the rounding floor, and say little" if below else ""
+        low = "below the rounding floor, and"
+        return (
+            format_part(below, len(changed), "change", f"is {low} says", f"are {low} say") + " little" if below else ""
+        )
 
     def plot(self, rows: bool = False) -> "go.Figure":
         """A picture: layer by component, or, with rows, how far each token's row moved."""

@@ -8,8 +8,7 @@ threshold) declares passes; these run over the same tiles before its result does
 
 Memory: THREADS x TILE x (4 x inputs + 20) bytes, whatever the model's size; a row longer than a tile makes the tile
 one row. Methods with passes keep up to twice HOLD bytes of inputs besides, so that these are read once; from servers
-AHEAD bytes are on their way (ahead.py). Leaves out: what is computed (graft.py, methods.py) and where to write
-(checkpoint/commit.py).
+AHEAD bytes are on their way (ahead.py). Leaves out: what is computed, and where to write (checkpoint/commit.py).
 """
 
 import threading
@@ -30,18 +29,9 @@ from lapis.weights.engine.downloads import Downloads
 from lapis.weights.engine.journal import Crc32, Journal, Progress
 from lapis.weights.engine.outputs import Account, Figures, Kernel, Output, read_again
 from lapis.weights.engine.sources import COMPUTABLE
-from lapis.weights.engine.tiles import (
-    THREADS,
-    Buffer,
-    Held,
-    Reader,
-    Tile,
-    dot,
-    one_thread_each,
-    read_checksum,
-    spans,
-)
+from lapis.weights.engine.tiles import THREADS, Buffer, Held, Reader, Tile, dot, one_thread_each, read_checksum, spans
 from lapis.weights.engine.writer import Writer
+from lapis.wording import format_count
 
 __all__ = ["Account", "Figures", "Kernel", "Output", "stream"]
 
@@ -349,7 +339,8 @@ class _Streaming:
                     where = f"{source.name} in {source.role} holds {bad:,} NaN or Inf"
                     break
             else:
-                where = f"{task.output.name}: {count:,} results are NaN or too large for {task.output.dtype}"
+                several = format_count(count, "result is", "results are")
+                where = f"{task.output.name}: {several} NaN or too large for {task.output.dtype}"
             raise CheckpointError(f"{where} (elements {task.first:,} to {task.last:,}); --allow-nonfinite keeps them")
         return count
 

@@ -233,7 +233,8 @@ def _check_inputs(method: Method, within: Slice, base: str | None, where: str) -
         beside = " besides the base" if method.base != "ignored" else ""
         most = method.most or 0
         needs = f"{method.least} or more" if method.most is None else " to ".join(str(n) for n in {method.least, most})
-        raise ConfigError(f"{where}: {method.name} takes {needs} models{beside}; there are {count}")
+        noun = "model" if needs == "1" else "models"
+        raise ConfigError(f"{where}: {method.name} takes {needs} {noun}{beside}, and is given {count}")
 
 
 def _tokens(document: Mapping[str, Any], where: str) -> Tokens | None:

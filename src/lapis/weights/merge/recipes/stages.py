@@ -69,9 +69,8 @@ def parse_stages(documents: list[_Document], where: str = "recipe") -> Recipe:
         else:
             named[name] = document
     if len(last) > 1:
-        raise ConfigError(
-            f"{where}: {format_count(len(last), 'document')} without a name; name all but the one that is the output"
-        )
+        what = format_count(len(last), "document has", "documents have")
+        raise ConfigError(f"{where}: {what} no name; name all but the one that is the output")
     written = {"stages": dict(named)} if named else {}
     for name in list(named):
         named[name] = _without_nested(named[name], named, name, where)
