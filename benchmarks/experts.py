@@ -4,8 +4,8 @@
 
 Weights and ids are random, in float32, in the shape of a small Qwen3-MoE. transformers runs with eager attention and
 eager experts, and with what it chooses by itself. A round runs each engine once, forward alone and then with the
-backward pass of a loss; the figure is the best round, in seconds of the processor (of all threads), since other work
-on the machine takes time of the clock and hardly any of that. `products alone` is what no engine that makes them can go
+backward pass of a loss; the figure is the median round, in seconds of the processor (of all threads), since other work
+on the machine takes time of the clock and less of that. `products alone` is what no engine that makes them can go
 below: all matrix products of a pass, each expert's over an even share of the rows, and attention, on arrays that are
 there already; nothing is sorted, gathered, normed, weighed or added. Leaves out: GPUs, generation, other engines.
 """
@@ -15,9 +15,11 @@ import os
 import platform
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
+from statistics import median
 
 import torch
 import torch.nn.functional as F
@@ -111,7 +113,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="keep the table in benchmarks/results/experts.md")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    best: dict[tuple[str, bool], float] = {}
+    spent: dict[tuple[str, bool], list[float]] = defaultdict(list)
     products = Products(options.batch, options.length)
     with tempfile.TemporaryDirectory() as folder:
         made = engines(Path(folder))
@@ -123,22 +125,21 @@ def main() -> None:
         for _ in range(options.rounds):
             for learn in (False, True):
                 for name, logits_of in made.items():
-                    spent = seconds(logits_of, ids_BT, learn)
-                    best[name, learn] = min(spent, best.get((name, learn), spent))
-                spent = products.seconds(learn)
-                best[ALONE, learn] = min(spent, best.get((ALONE, learn), spent))
+                    spent[name, learn].append(seconds(logits_of, ids_BT, learn))
+                spent[ALONE, learn].append(products.seconds(learn))
+    middle = {key: median(rounds) for key, rounds in spent.items()}
     tokens = options.batch * options.length
     lines = ["| tokens per processor second | forward | lapis' ratio | forward and backward | lapis' ratio |",
              "|---|---:|---:|---:|---:|"]  # fmt: skip
     for name in (*made, ALONE):
-        cells = [f"{tokens / best[name, learn]:,.0f} | {best[name, learn] / best['lapis', learn]:.2f}"
+        cells = [f"{tokens / middle[name, learn]:,.0f} | {middle[name, learn] / middle['lapis', learn]:.2f}"
                  for learn in (False, True)]  # fmt: skip
         lines.append(f"| {name} | {' | '.join(cells)} |")
     size = f"{SHAPE['layers']} layers of {EXPERTS} experts of {SHAPE['dim']} x {SHAPE['ffn_dim']}, {ACTIVE} active"
     head = (
         f"{date.today()}: {processor()}, {os.cpu_count()} cores, {options.threads} thread(s), {platform.system()}, "
         f"torch {torch.__version__}, float32; {options.batch} x {options.length} tokens, {size}; best of "
-        f"{options.rounds}."
+        f"{options.rounds}; load average {os.getloadavg()[0]:.0f}."
     )
     print("\n".join([head, "", *lines]))
     if options.write:

@@ -287,6 +287,7 @@ class Family:
         except ConfigError as error:
             raise CheckpointError(str(error)) from None
         if notes is not None:
+            fields.known.add("quantization_config")  # of the tensors: model/check.py says what becomes of it
             notes.extend(fields.notes())
         return shape
 

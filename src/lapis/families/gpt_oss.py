@@ -36,7 +36,6 @@ def read_config(fields: Fields) -> dict[str, Any]:
     fields.only("swiglu_alpha", ALPHA)
     fields.only("swiglu_limit", LIMIT)
     fields.known.update(("experts_per_token", "initial_context_length"))
-    fields.only("quantization_config", None)
     window, window_layers = read_window(fields, layers, tuple(range(0, layers, 2)))
     return {
         **read_decoder(fields, head_dim=64, theta=150_000.0),

@@ -77,7 +77,9 @@ def plan_load(checkpoint: Checkpoint, *, head: Head | None = None, classes: int 
             f"{checkpoint.source}: config.json says {format_count(config.layers, 'layer')}, the tensors have "
             f"{layers}; fetch both again"
         )
-    experts = experts_of(rule for _, rule, _ in tensors.values())
+    stacked = {checkpoint.index[name].shape[0] for name, rule, _ in tensors.values()
+               if rule.component.startswith("mlp.experts.") and rule.expert is None}  # fmt: skip
+    experts = max(stacked, default=experts_of(rule for _, rule, _ in tensors.values()))
     if config.experts is not None and experts not in (0, config.experts.count):
         raise CheckpointError(
             f"{checkpoint.source}: config.json says {format_count(config.experts.count, 'expert')}, the tensors "
@@ -127,9 +129,11 @@ def plan_load(checkpoint: Checkpoint, *, head: Head | None = None, classes: int 
     if quantized:
         others = f" and {len(quantized) - 1} more are quantized" if len(quantized) > 1 else ""
         problems.insert(0, f"{quantized[0]}{others}: such weights cannot be run here; convert them to bfloat16")
-    elif to_run and (method := _quantization(checkpoint)):
-        problems.insert(0, f"config.json: quantization_config is {method}; lapis runs 16-bit weights and wider: give "
-                           "the unquantized model, or take the field out where the tensors are it")  # fmt: skip
+    elif method := _quantization(checkpoint):
+        line = (f"config.json: quantization_config is {method}; lapis runs 16-bit weights and wider: give the "
+                "unquantized model, or take the field out where the tensors are it")  # fmt: skip
+        problems[:0] = [line] * to_run
+        notes += [line] * (not to_run)
     if problems:
         more = f" ... and {len(problems) - MOST_LISTED} more" if len(problems) > MOST_LISTED else ""
         raise CheckpointError(f"{checkpoint.source}: {'; '.join(problems[:MOST_LISTED])}{more}")

@@ -15,9 +15,10 @@ from lapis.checkpoint import Checkpoint
 from lapis.checkpoint.commit import sha256_of
 from lapis.checkpoint.towers import language_config
 from lapis.errors import CheckpointError
-from lapis.families import find
-from lapis.families.config import ModelConfig, Rope
+from lapis.families import Family, find
+from lapis.families.config import ModelConfig
 from lapis.families.fields import GENERIC, TOKENS
+from lapis.parsing import quoted
 from lapis.text.tokenizer.vocabulary import Vocabulary
 from lapis.weights.engine.fp8 import is_number
 from lapis.weights.engine.sources import Stored, as_bytes
@@ -26,7 +27,8 @@ from lapis.weights.matching import counterparts, embedding_rows
 from lapis.wording import format_count
 
 # fields that make the same shapes mean another computation
-_DECISIVE = ("model_type", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act", "sliding_window")
+_ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "activation")
+_DECISIVE = ("model_type", "num_attention_heads", "num_key_value_heads", "head_dim", "sliding_window", *_ACTIVATIONS)
 # fields of a parsed config that `_DECISIVE` covers, that shapes show, or that change no arithmetic
 _COVERED = {"family", "heads", "kv_heads", "head_dim", "layers", "dim", "ffn_dim", "vocab", "context", "extra", "head",
             "classes", "image"}  # fmt: skip
@@ -38,6 +40,9 @@ _NO_ARITHMETIC = GENERIC | set(TOKENS) | set(_DECISIVE) | {
     "audio_config", "rope_theta", "rope_scaling", "rope_parameters",
 }  # fmt: skip
 _PARSED = {"mlp", "window", "window_layers"}  # decisive as well, and spelled in several ways
+_QUANTIZED = ("fp8", "fbgemm_fp8", "compressed-tensors", "mxfp4", "bitsandbytes", "gptq", "awq")
+_EXPERTS = ("mlp.router", "mlp.experts.")
+_NUMBERS = ("F64", "F32", "BF16", "F16")
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
 _WIDTH, _FFN = ("hidden_size", "n_embd"), ("intermediate_size", "n_inner")
 _UNREAD = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json", "tokenizer.tiktoken")
@@ -60,7 +65,7 @@ def check_configs(inputs: Mapping[str, Checkpoint], owner: str = "onto") -> tupl
             more, differences = compare_configs(owner, onto, role, checkpoint)
             problems += [f"{line}; both must be fine-tunes of one model" for line in more]
             notes += [f"{line}; {owner}'s is kept" for line in differences]
-    notes += family_notes(onto)
+    notes += family_notes(onto) + quantization_notes(inputs.values())
     dtypes = {role: sorted({info.dtype for info in c.index.values()}) for role, c in inputs.items()}
     if len({tuple(names) for names in dtypes.values()}) > 1:
         spelled = ", ".join(f"{role} {'/'.join(names)}" for role, names in dtypes.items())
@@ -81,7 +86,7 @@ def compare_configs(
     decisive = {key: pair for key, pair in decisive.items() if pair[0] != pair[1] and None not in pair}
     if shapes[0] is not None and shapes[1] is not None:
         one, two = shapes[0], shapes[1]
-        decisive = {key: pair for key, pair in decisive.items() if key not in ("hidden_act", "sliding_window")}
+        decisive = {key: pair for key, pair in decisive.items() if key not in ("sliding_window", *_ACTIVATIONS)}
         decisive |= _differing(one, two, {"mlp", "window", "window_layers"})
         decisive |= _differing(one, two, _PARSED)
         rest = _differing(one, two, {f.name for f in dataclasses.fields(one)} - _COVERED - _PARSED)
@@ -99,14 +104,17 @@ def compare_configs(
 
 
 def missing_tensors(inputs: Mapping[str, Checkpoint], owner: str | None = None) -> list[str]:
-    """A line for each tensor that a model's config.json asks for and its folder lacks.
+    """A line for each tensor of a model that its config.json asks for, and that is not there, or of another shape.
 
     owner: the model with which the others are compared, for the wording.
     """
     problems = []
     for role, checkpoint in inputs.items():
         config = language_config(checkpoint.config)
-        family = find(config)
+        family, types, layers = find(config), config.get("layer_types"), config.get("num_hidden_layers")
+        if isinstance(types, list) and isinstance(layers, int) and len(types) != layers:
+            problems.append(f"{role}: config.json: layer_types names {len(types):,} layers, num_hidden_layers is "
+                            f"{layers:,}; fetch config.json again")  # fmt: skip
         if family is None:
             continue
         try:
@@ -115,6 +123,9 @@ def missing_tensors(inputs: Mapping[str, Checkpoint], owner: str | None = None) 
             continue  # its own commands refuse it; shapes are compared all the same
         spellings = {name for full in checkpoint.names for name in (full, checkpoint.towers.inner(full)) if name}
         there = {family.canonical(name) for name in spellings}
+        if odd := _of_another_shape(checkpoint, family, names):
+            more = f", and {len(odd) - 1:,} more differ" if len(odd) > 1 else ""
+            problems.append(f"{role}: {odd[0]} by config.json{more}; fetch both again")
         for name in names:
             if name in there or family.stacked(name) in there:
                 continue
@@ -125,12 +136,38 @@ def missing_tensors(inputs: Mapping[str, Checkpoint], owner: str | None = None) 
     return problems
 
 
+def _of_another_shape(checkpoint: Checkpoint, family: Family, names: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """What config.json gives another shape than it has, of routers and experts that lie as numbers.
+
+    Other sizes are compared between models, and by `check_sizes`.
+    """
+    odd = []
+    for name in (n for n in checkpoint.names if checkpoint.part(n).component.startswith(_EXPERTS)):
+        own, info = family.canonical(checkpoint.towers.inner(name) or name), checkpoint.info(name)
+        expected = names.get(own or "", info.shape)
+        if info.dtype in _NUMBERS and info.shape != expected:
+            odd.append(f"{name} is {_x(info.shape)} but {_x(expected)}")
+    return odd
+
+
 def family_notes(checkpoint: Checkpoint) -> list[str]:
     """Lines where the architecture is not known, and where a folder holds more than a language model."""
     notes = []
     if find(language_config(checkpoint.config)) is None:
         kind = checkpoint.config.get("model_type")
         notes.append(f"model_type {kind} is not known here: layers and components are read from the tensors' names")
+    return notes
+
+
+def quantization_notes(checkpoints: Iterable[Checkpoint]) -> list[str]:
+    """Lines where config.json says that weights are quantized in a way that is not known."""
+    notes = []
+    for checkpoint in checkpoints:
+        settings = checkpoint.config.get("quantization_config")
+        method = settings.get("quant_method") if isinstance(settings, Mapping) else settings
+        if settings is not None and method not in _QUANTIZED:
+            notes.append(f"quantization_config of {checkpoint.source} is {quoted(method)}, which is not known: its "
+                         "tensors are taken for the numbers that they hold")  # fmt: skip
     return notes
 
 
@@ -313,11 +350,11 @@ def _shape(config: Mapping[str, Any]) -> ModelConfig | None:
 
 
 def _differing(one: ModelConfig, two: ModelConfig, names: Iterable[str]) -> dict[str, tuple[Any, Any]]:
-    """Fields that differ; those of rotary positions by themselves."""
+    """Fields that differ; those of rotary positions, experts and the like by themselves."""
     result: dict[str, tuple[Any, Any]] = {}
     for name in sorted(names):
         a, b = getattr(one, name), getattr(two, name)
-        if isinstance(a, Rope) and isinstance(b, Rope):
+        if dataclasses.is_dataclass(a) and type(a) is type(b):
             pairs = {f"{name}_{f.name}": (getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(a)}
             result |= {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
         elif a != b:

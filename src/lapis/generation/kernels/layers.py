@@ -84,16 +84,19 @@ class ReadyMlp(nn.Module):
     def __init__(self, mlp: Mlp, gate_up: nn.Module, down: nn.Module) -> None:
         super().__init__()
         self.gate_up, self.down, self.act, self.gated = gate_up, down, mlp.act, mlp.gate is not None
+        self.biased = mlp.down.bias is not None
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor, weights: Tensor | None = None) -> Tensor:
         inner_BTF: Tensor = self.gate_up(x_BTD)
         if self.gated:
             gate_BTF, up_BTF = inner_BTF.chunk(2, -1)
             inner_BTF = self.act(gate_BTF).mul_(up_BTF)
         else:
             inner_BTF = self.act(inner_BTF)
+        if weights is not None and not self.biased:
+            inner_BTF, weights = inner_BTF.mul_(weights), None
         out_BTD: Tensor = self.down(inner_BTF)
-        return out_BTD
+        return out_BTD if weights is None else out_BTD * weights
 
 
 class ReadyNorm(nn.Module):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lapis.errors import ConfigError
 from lapis.families.config import Experts, ModelConfig
+from lapis.model.blocks.norm import compute_dtype
 from lapis.model.blocks.standard import Architecture, Mlp, TransformerBlock
 
 
@@ -71,15 +72,31 @@ class MixtureOfExperts(nn.Module):
         learns, active = torch.is_grad_enabled(), chosen_NK.shape[1]
         order_R = chosen_NK.flatten().argsort(stable=True)
         sizes = torch.bincount(chosen_NK.flatten(), minlength=len(self.experts)).tolist()
-        tokens = torch.split(order_R // active, sizes)
-        weights = torch.split(weights_NK.flatten()[order_R, None], sizes)
-        gathered = torch.split(x_ND.index_select(0, torch.cat(tokens)), sizes) if learns else None
+        tokens = list(torch.split(order_R // active, sizes))
+        weights = list(torch.split(weights_NK.flatten()[order_R, None], sizes))
+        if x_ND.device.type == "cpu" and compute_dtype(x_ND) == torch.bfloat16:
+            for number, size in enumerate(sizes):
+                more = few_shapes(size) - size
+                tokens[number] = F.pad(tokens[number], (0, more))  # the first token, whose weight here is 0
+                weights[number] = F.pad(weights[number], (0, 0, 0, more))
+        padded = [len(numbers) for numbers in tokens]
+        gathered = torch.split(x_ND.index_select(0, torch.cat(tokens)), padded) if learns else None
         out_ND = torch.zeros_like(x_ND)
         for number, expert in enumerate(self.experts):
             if sizes[number] or learns:
                 own = x_ND.index_select(0, tokens[number]) if gathered is None else gathered[number]
-                out_ND.index_add_(0, tokens[number], (expert(own) * weights[number]).to(out_ND.dtype))
+                real, mixed = slice(sizes[number]), expert(own, weights[number]).to(out_ND.dtype)
+                out_ND.index_add_(0, tokens[number][real], mixed[real])
         return out_ND
+
+
+def few_shapes(rows: int) -> int:
+    """The rows that a product in bfloat16 is given: a power of two or a multiple of 64, as oneDNN keeps each kernel.
+
+    Args:
+        rows: That there are.
+    """
+    return min(rows, 1) << (rows - 1).bit_length() if rows <= 64 else -(-rows // 64) * 64
 
 
 def choose(logits_NE: Tensor, settings: Experts) -> tuple[Tensor, Tensor]:

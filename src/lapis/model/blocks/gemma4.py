@@ -18,7 +18,7 @@ from lapis.model.blocks.gemma3 import SandwichBlock
 from lapis.model.blocks.norm import RMSNorm, make_norm
 from lapis.model.blocks.rope import rotate
 from lapis.model.blocks.stacked import StackedExperts, StackedLinear
-from lapis.model.blocks.standard import ACTIVATIONS, Architecture, Mlp
+from lapis.model.blocks.standard import ACTIVATIONS, Architecture, Mlp, times
 from lapis.model.cache import Cache
 
 
@@ -90,7 +90,7 @@ class GatedExperts(StackedExperts):
 
     def inner(self, both_N2F: Tensor) -> Tensor:
         gate_NF, up_NF = both_N2F.chunk(2, -1)
-        return self.act(gate_NF) * up_NF
+        return times(self.act(gate_NF), up_NF)
 
 
 class MlpBesideExperts(MixtureOfExperts):

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lapis.model.blocks.standard import times
+
 Layer = Callable[[Tensor], Tensor]
 
 
@@ -92,13 +94,16 @@ class StackedExperts(nn.Module):
     def __len__(self) -> int:
         return len(self.down.weight)
 
-    def __iter__(self) -> Iterator[Layer]:
-        """What each expert says of tokens, [N, D] -> [N, D]."""
+    def __iter__(self) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
+        """What each expert says of tokens [N, D], times the weights of these [N, 1]."""
         for gate_up, down in zip(self.gate_up.layers(), self.down.layers(), strict=True):
             yield partial(self._one, gate_up=gate_up, down=down)
 
-    def _one(self, x_ND: Tensor, gate_up: Layer, down: Layer) -> Tensor:
-        return down(self.inner(gate_up(x_ND)))
+    def _one(self, x_ND: Tensor, weights_N1: Tensor, gate_up: Layer, down: Layer) -> Tensor:
+        inner_NF = self.inner(gate_up(x_ND))
+        if self.down.bias is not None:
+            return down(inner_NF) * weights_N1
+        return down(times(inner_NF, weights_N1.to(inner_NF.dtype)))
 
     def inner(self, both_N2F: Tensor) -> Tensor:
         """Gate and up of tokens -> what `down` reads, [N, F]."""

@@ -6,6 +6,7 @@ Shapes: B batch, T time, D model dim.
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -41,11 +42,19 @@ class Mlp(nn.Module):
         self.down = nn.Linear(width, config.dim, bias=bias)
         self.act = act or ACTIVATIONS[activation]
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor, weights: Tensor | None = None) -> Tensor:
+        """weights: What each output is multiplied by; where `down` has no bias its narrower input is instead."""
         up: Tensor = self.up(x_BTD)
-        inner = self.act(up) if self.gate is None else self.act(self.gate(x_BTD)) * up
+        inner = self.act(up) if self.gate is None else times(self.act(self.gate(x_BTD)), up)
+        if weights is not None and self.down.bias is None:
+            inner, weights = times(inner, weights.to(inner.dtype)), None
         out: Tensor = self.down(inner)
-        return out
+        return out if weights is None else out * weights
+
+
+def times(fresh: Tensor, other: Tensor) -> Tensor:
+    """fresh * other, in the memory of the former where no gradient is computed."""
+    return fresh * other if torch.is_grad_enabled() else fresh.mul_(other)
 
 
 class Norms(nn.Module):

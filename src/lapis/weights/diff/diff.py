@@ -13,7 +13,7 @@ import numpy as np
 
 from lapis.errors import CheckpointError
 from lapis.text.tokenizer.vocabulary import Vocabulary, open_vocabulary
-from lapis.weights.checks import compare_configs, family_notes, missing_tensors
+from lapis.weights.checks import compare_configs, family_notes, missing_tensors, quantization_notes
 from lapis.weights.diff.directions import directions as read_directions
 from lapis.weights.diff.measures import direction, mantissa, ratio
 from lapis.weights.diff.pairs import Comparison, TensorPair, pair_up
@@ -60,7 +60,7 @@ def diff(
     words = (open_vocabulary(one), open_vocabulary(two))
     names = counterparts(one, two)
     notes = [f"{role}: {note}" for role, model in (("a", one), ("b", two)) for note in model.notes]
-    notes += family_notes(one)
+    notes += family_notes(one) + quantization_notes((one, two))
     decisive, others = compare_configs("a", one, "b", two)
     notes += [f"{line}: the same weights compute something else" for line in decisive + others]
     pairs, mismatched = pair_up(one, two, names, words, rows, notes)
