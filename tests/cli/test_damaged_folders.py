@@ -83,7 +83,7 @@ def test_layer_types_of_another_length(typed: Typed) -> None:
     for command in RUNS:
         assert f"expected a list of {layers} names" in typed(command)[1]
     for command in ("diff", "merge"):
-        line = f"config.json: layer_types names {layers + 1} layers, num_hidden_layers is {layers}; fetch"
+        line = f"config.json: layer_types has {layers + 1} entries, num_hidden_layers is {layers}; fetch"
         assert line in typed(command)[1]
 
 

@@ -247,3 +247,15 @@ def test_attention_beside_experts_that_peft_does_not_find(family: str, tmp_path:
     write_adapter(model, tmp_path / "adapter")
     torch.testing.assert_close(model(IDS), logits(as_peft(family, tmp_path / "base", tmp_path / "adapter")),
                                rtol=0, atol=1e-5)  # fmt: skip
+
+
+def test_a_stack_that_the_base_holds_apart_is_one_line(tmp_path: Path) -> None:
+    """Of Qwen3-MoE, whose experts transformers stacks and folders do not, PEFT can adapt the stack itself."""
+    save(Transformer(MIXTURES["qwen3_moe"]), tmp_path / "base")
+    config = peft.LoraConfig(r=2, target_modules=[], target_parameters=["experts.down_proj"])
+    base = shape_of("qwen3_moe").from_pretrained(tmp_path / "base", dtype=torch.float32)
+    peft.get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
+    for read in (load, lambda adapter: fuse(adapter, tmp_path / "fused")):
+        with pytest.raises(CheckpointError, match=r"down_proj is adapted as all experts in one .*give the merge"):
+            read(tmp_path / "adapter")
+    assert not (tmp_path / "fused").exists()

@@ -15,6 +15,8 @@ from lapis.parsing import quoted
 PARAMETERS = ("gate_up_proj", "down_proj")  # in the order in which PEFT puts adapters around them
 EXPERTS = ".experts"  # what such a module is called, where target_parameters does not name it
 _INNER = ".base_layer"
+APART = ("is adapted as all experts in one tensor, and the base holds each expert apart; merge the two in PEFT "
+         "(merge_and_unload) and give the merged model")  # fmt: skip
 
 
 def shortest(targets: Collection[str], everything: Collection[str], least: int = 1) -> list[str]:

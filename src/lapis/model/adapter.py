@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lapis.checkpoint.adapter import CONFIG, LEAD, WEIGHTS, open_adapter
-from lapis.checkpoint.adapter_names import short_name, shortest, stem_of
+from lapis.checkpoint.adapter_names import APART, short_name, shortest, stem_of
 from lapis.checkpoint.store import Adapter
 from lapis.checkpoint.tensor_file import write_tensors
 from lapis.errors import CheckpointError, ConfigError
@@ -321,6 +321,8 @@ def _linear(model: Transformer, name: str) -> nn.Linear:
 def _places(model: Transformer, family: Family, adapter: Adapter, module: str) -> tuple[Rule, list[str]]:
     """The rule that an adapted module falls under, and the modules here that it is."""
     matched = family.match(adapter.tensor(module))
+    if matched is None and module in adapter.stacked:
+        raise CheckpointError(f"{adapter.root}: {module} {APART}")
     if matched is None or (matched[1] is not None and matched[1] >= model.config.layers):
         raise CheckpointError(f"{adapter.root}: {module} is no module of the base ({family.name})")
     rule, layer = matched

@@ -113,7 +113,7 @@ def missing_tensors(inputs: Mapping[str, Checkpoint], owner: str | None = None) 
         config = language_config(checkpoint.config)
         family, types, layers = find(config), config.get("layer_types"), config.get("num_hidden_layers")
         if isinstance(types, list) and isinstance(layers, int) and len(types) != layers:
-            problems.append(f"{role}: config.json: layer_types names {len(types):,} layers, num_hidden_layers is "
+            problems.append(f"{role}: config.json: layer_types has {len(types):,} entries, num_hidden_layers is "
                             f"{layers:,}; fetch config.json again")  # fmt: skip
         if family is None:
             continue

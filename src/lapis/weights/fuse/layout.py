@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from lapis.checkpoint import Checkpoint
+from lapis.checkpoint.adapter_names import APART
 from lapis.checkpoint.store import Adapter
 from lapis.checkpoint.tensor_file import torch_dtype
 from lapis.errors import CheckpointError
@@ -89,7 +90,9 @@ class FuseLayout:
             CheckpointError: With everything that does not fit.
         """
         for kind, names in (("adapts", self.modules), ("has rows for", self.rows)):
-            self.problems += [f"the adapter {kind} {name}, which the base lacks" for name in names.keys() - self.names]
+            self.problems += [f"{name} {APART}" if name in self.adapter.stacked else
+                              f"the adapter {kind} {name}, which the base lacks"
+                              for name in names.keys() - self.names]  # fmt: skip
         outputs = [made for name in self.names if (made := self._output(name)) is not None]
         dtype = max((output.dtype for output in outputs), key=lambda d: sum(o.dtype == d for o in outputs))
         for name in sorted(self.whole.keys() - self.names):
