@@ -1,6 +1,8 @@
 """What later steps of the field give the recipe of a new model, in small, each with three seeds.
 
     python benchmarks/recipe.py [--seeds 0,1,2] [--only "NorMuon"] [--write]      needs LAPIS_DATA with corpus/en
+    python benchmarks/recipe.py --seconds 24 --only recipe --only "8 rows a step"   as many steps as 24 seconds of a
+                                                                                    processor buy, and not equal tokens
 
 One shape: 4 layers, 192 wide, vocabulary 2048; 48 steps of 16 rows of 256 tokens in bfloat16, so that a run takes about
 half a minute of a processor. All runs of a seed see the same tokens and begin from the same weights; held-out text is
@@ -9,9 +11,11 @@ half a minute of a processor. All runs of a seed see the same tokens and begin f
 
 import argparse
 import json
+import math
 import os
 import statistics
 import sys
+import time
 from datetime import date
 from itertools import pairwise
 from pathlib import Path
@@ -22,10 +26,12 @@ from train import machine
 from train_loss import learn, text
 
 from lapis.training.config import MuonOptions
+from lapis.training.loop.loop import TrainingRun
 
 CONTEXT, VOCAB, BATCH, STEPS, RATE, WIDTH = 256, 2048, 16, 48, 5e-3, 192
 SHAPE = {"dim": WIDTH, "layers": 4, "heads": 4, "context": CONTEXT, "ffn_dim": 512, "family": "qwen3", "qk_norm": True,
          "tied": True}  # fmt: skip
+ARCEE = {"family": "arcee", "mlp": "relu2", "ffn_dim": 768, "qk_norm": False}
 NARROW = 0.1 * (768 / WIDTH) ** 2  # the recipe's weight decay where it is that of a model of GPT-2's width
 _FALLING = {"muon": MuonOptions(cautious=True, falling=True), "weight_decay": NARROW}
 
@@ -46,9 +52,9 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "8 rows a step": ({}, of_batch(8)),
     "32 rows a step": ({}, of_batch(32)),
     "16 rows a step, a quarter more steps": ({}, {"steps": STEPS * 5 // 4}),
+    "8 rows a step, Arcee's block": (ARCEE, of_batch(8)),
     "rows that begin with a document": ({}, {"pieces": True}),
-    "Arcee's block: ReLU^2, no gate, no QK-norm": (
-        {"family": "arcee", "mlp": "relu2", "ffn_dim": 768, "qk_norm": False}, {}),
+    "Arcee's block: ReLU^2, no gate, no QK-norm": (ARCEE, {}),
     "all of Muon's steps": ({}, {"muon": MuonOptions("polar", True, True, True), "weight_decay": NARROW}),
     "all of Muon's steps, 8 rows": (
         {}, {**of_batch(8), "muon": MuonOptions("polar", True, True, True), "weight_decay": NARROW}),
@@ -88,6 +94,7 @@ def begun_with_documents(sources: list[Path], tokenizer: Any) -> Any:
 
 def measure(given: argparse.Namespace) -> None:
     tokenizer, rows = text(given, VOCAB)
+    paces = pace(given, given.only or list(VARIANTS), tokenizer, rows) if given.seconds else {}
     for seed in map(int, given.seeds.split(",")):
         for name, (shape, settings) in VARIANTS.items():
             place = given.folder / f"{seed}-{''.join(c if c.isalnum() else '_' for c in name)}.json"
@@ -97,22 +104,55 @@ def measure(given: argparse.Namespace) -> None:
             used = begun_with_documents([given.data / "corpus/en/train.jsonl"], tokenizer) if own.pop("pieces", False) \
                 else rows  # fmt: skip
             given.seed = seed
-            found = learn({**SHAPE, **shape}, {"lr": RATE, "batch": BATCH, **own}, True, own.get("steps", STEPS), given,
-                          given.folder / "running" / place.stem, tokenizer, used, 150_000)  # fmt: skip
-            place.write_text(json.dumps({"name": name, "seed": seed, **found}, indent=1))
+            out = given.folder / "running" / place.stem
+            steps = own.get("steps", STEPS)
+            whole = {**SHAPE, **shape}, {"lr": RATE, "batch": BATCH, **own}
+            if given.seconds:
+                whole[1]["steps"] = steps = round(given.seconds / paces[name])
+            found = learn(*whole, True, steps, given, out, tokenizer, used, 150_000)
+            place.write_text(json.dumps({"name": name, "seed": seed, "steps": steps, **found}, indent=1))
             print(f"{seed} {name:50} {found['bits_per_byte']:.4f}  {found['processor_seconds']:.0f} s", file=sys.stderr,
                   flush=True)  # fmt: skip
 
 
-def table(folder: Path) -> list[str]:
-    """The dated lines."""
+def pace(given: argparse.Namespace, names: list[str], tokenizer: Any, rows: Any) -> dict[str, float]:
+    """Seconds of a processor for a step of each: all in turn, three times, the least median of eight steps."""
+    place = given.folder / "pace.json"
+    known: dict[str, float] = json.loads(place.read_text()) if place.exists() else {}
+    used: list[float] = []
+    step = TrainingRun.step
+
+    def timed(self: TrainingRun, batches: Any) -> bool:
+        began = time.process_time()
+        done = step(self, batches)
+        used.append(time.process_time() - began)
+        return done
+
+    TrainingRun.step = timed  # type: ignore[method-assign]
+    given.seed = 0
+    for name in [name for name in names if name not in known] * 3:
+        used.clear()
+        shape, settings = VARIANTS[name]
+        plain = {key: value for key, value in settings.items() if key != "pieces"}
+        whole = {**SHAPE, **shape}, {"lr": RATE, "batch": BATCH, **plain, "steps": 11}
+        learn(*whole, True, 11, given, given.folder / "running" / "pace", tokenizer, rows, 1000)
+        known[name] = min(known.get(name, math.inf), statistics.median(used[3:]))
+    TrainingRun.step = step  # type: ignore[method-assign]
+    place.write_text(json.dumps(known, indent=1))
+    return known
+
+
+def table(folder: Path, seconds: float) -> list[str]:
+    """The dated lines. seconds: of the steps, where they are equal and not the tokens."""
     runs = [json.loads(path.read_text()) for path in sorted(folder.glob("*-*.json"))]
     plain = {run["seed"]: run["bits_per_byte"] for run in runs if run["name"] == "recipe"}
+    much = f"{STEPS * BATCH * CONTEXT:,} tokens of corpus/en in steps of {BATCH} rows where nothing else is said"
+    if seconds:
+        much = f"corpus/en for {seconds:g} seconds of a processor, in steps of {BATCH} rows where nothing else is said"
     lines = [f"## {date.today()}, {machine()}, one thread", "",
-             f"4 layers, {WIDTH} wide, vocabulary {VOCAB}; {STEPS * BATCH * CONTEXT:,} tokens of corpus/en in steps of "
-             f"{BATCH} rows where nothing else is said.", "",
-             "| run | bits per byte, by seed | against the recipe, by seed | mean | all say so | processor seconds |",
-             "|---|---|---|--:|---|--:|"]  # fmt: skip
+             f"4 layers, {WIDTH} wide, vocabulary {VOCAB}; {much}.", "",
+             "| run | steps | bits per byte, by seed | against the recipe, by seed | mean | all say so "
+             "| processor seconds |", "|---|--:|---|---|--:|---|--:|"]  # fmt: skip
     for name in VARIANTS:
         same = [run for run in runs if run["name"] == name and run["seed"] in plain]
         if same:
@@ -120,7 +160,8 @@ def table(folder: Path) -> list[str]:
             agree = "" if name == "recipe" or not (max(apart) < 0 or min(apart) > 0) else "better" if max(apart) < 0 \
                 else "worse"  # fmt: skip
             lines.append(
-                f"| {name} | {', '.join(format(run['bits_per_byte'], '.3f') for run in same)} | "
+                f"| {name} | {same[0].get('steps', '')} | "
+                f"{', '.join(format(run['bits_per_byte'], '.3f') for run in same)} | "
                 f"{', '.join(f'{gap:+.3f}' for gap in apart)} | {statistics.mean(apart):+.3f} | {agree} | "
                 f"{statistics.median(run['processor_seconds'] for run in same):.0f} |"
             )
@@ -131,6 +172,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--only", action="append", help="only these runs")
+    parser.add_argument("--seconds", type=float, default=0.0, help="of a processor for the steps of each run")
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("LAPIS_DATA", "../shared/data")))
     parser.add_argument("--folder", type=Path, default=Path("runs/bench-recipe"))
     parser.add_argument("--write", action="store_true", help="adds the table to benchmarks/results/recipe.md")
@@ -138,7 +180,7 @@ def main() -> None:
     given.folder.mkdir(parents=True, exist_ok=True)
     given.threads = 1
     measure(given)
-    lines = table(given.folder)
+    lines = table(given.folder, given.seconds)
     print("\n".join(lines))
     if given.write:
         add_table(__file__, "Later steps of the field, in small", lines)

@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 
 from lapis.checkpoint.commit import verify
+from lapis.cli.main import main
 from lapis.cli.system_errors import MEANINGS, system_error
+from lapis.errors import OutputError
 
 LAPIS = [sys.executable, "-m", "lapis"]
 
@@ -94,6 +96,21 @@ def test_a_signal_while_modules_are_imported(tmp_path: Path, number: signal.Sign
             assert ended == (1, f"lapis: {tmp_path / 'none'}: there is no such folder; give a folder\n")
             break  # too late: the work was done
         assert ended == (128 + number, "lapis: stopped\n")
+
+
+def test_a_signal_behind_an_error_leaves_its_line(monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    """torchrun ends the first process by SIGTERM as soon as another has ended, also while it says why."""
+
+    def refuses(*_: Any, **__: Any) -> None:
+        try:
+            raise OutputError("out: the disk is full; make room")
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("lapis.cli.main.make_app", lambda: refuses)
+    with pytest.raises(SystemExit) as ended:
+        main([])
+    assert ended.value.code == 1 and capfd.readouterr().err == "lapis: out: the disk is full; make room\n"
 
 
 def test_too_few_open_files(text: Path) -> None:

@@ -189,7 +189,7 @@ def test_as_it_is_typed(run: Lapis) -> None:
     assert json.loads(run("train", "run.yaml", *paper, "--json")[1])["fits"] is True
     for wrong, message in {
         ("--budget", "1 min"): "train: --budget is for --plan-only, which prints the settings to give; add it",
-        ("--plan-only", "--gpus", "4"): "--gpus needs --tflops, --bandwidth too: machines that are not here cannot",
+        ("--plan-only", "--gpus", "4"): "about machines that are not here and cannot be measured; add --tflops 989",
         (*paper, "--budget", "1 min"): "--budget is for this machine; without --gpus it is measured",
         (*paper, "lora={rank: 2}"): "on paper all weights are trained; leave out lora, tune, freeze and plan",
         ("--plan-only", "--gpus", "0", "--tflops", "1", "--bandwidth", "1"): "gpus is 0; it must be above 0",

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 
+from lapis.checkpoint.commit import sha256_of
 from lapis.checkpoint.tensor_file import read_tensors, write_tensors
 from lapis.config import load_yaml, override
 from lapis.errors import DataError, OutputError, TrainingError
@@ -108,9 +109,36 @@ def test_fault_64_damaged_newest_falls_back_aloud(
 def test_fault_64_all_damaged_is_refused(stopped: Path, new_model: Make, objective: Causal, tmp_path: Path) -> None:
     for folder in ("step-3", "step-6"):
         (stopped / folder / "state.json").write_text("{}")
-    with pytest.raises(TrainingError, match=r"no checkpoint in .* is whole; start anew with --fresh"):
+    with pytest.raises(TrainingError, match=r"is whole \(step-6: state.json; step-3: state.json damaged\); start anew"):
         resumed(new_model, objective, tmp_path / "out")
     assert resumed(new_model, objective, tmp_path / "out", fresh=True)[1] == []
+
+
+@pytest.mark.parametrize("content", [None, "{", "{}"])
+def test_fault_64_a_damaged_record_is_read_elsewhere(
+    stopped: Path, new_model: Make, objective: Causal, tmp_path: Path, content: str | None
+) -> None:
+    """Each checkpoint says what the run was begun with, too."""
+    (stopped / "run.json").unlink() if content is None else (stopped / "run.json").write_text(content)
+    with pytest.raises(TrainingError, match=r"differs: config.lr was 0.01, is 0.02"):
+        resumed(new_model, objective, tmp_path / "out", replace(CONFIG, lr=0.02))
+    (stopped / "run.json").unlink()
+    parts, notes = resumed(new_model, objective, tmp_path / "out")
+    assert "run.json is lost or damaged; " in notes[0] and "step-6/state.json says what" in notes[0]
+    assert parts == resumed(new_model, objective, tmp_path / "whole")[0]
+
+
+def test_a_checkpoint_of_a_newer_lapis_is_refused(
+    stopped: Path, new_model: Make, objective: Causal, tmp_path: Path
+) -> None:
+    """As a newer lapis would write it: whole, and of another format."""
+    place, manifest = stopped / "step-6" / "state.json", stopped / "step-6" / "lapis-manifest.json"
+    place.write_text(place.read_text().replace('"format": 1', '"format": 2'))
+    listed = json.loads(manifest.read_text())
+    listed["files"]["state.json"] = {"size": place.stat().st_size, "sha256": sha256_of(place)}
+    manifest.write_text(json.dumps(listed))
+    with pytest.raises(TrainingError, match=r"step-6 is a checkpoint of format 2; this lapis reads format 1; install"):
+        resumed(new_model, objective, tmp_path / "out")
 
 
 def test_fault_61_killed_while_saving_uses_the_checkpoint_before(

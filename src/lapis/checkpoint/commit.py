@@ -79,7 +79,7 @@ def commit(
     try:
         if not resumable:
             _empty(staging.path)
-        _check_space(out.parent, needs_bytes - _allocated(staging.path))
+        check_space(out, needs_bytes - _allocated(staging.path))
         with disk_errors(out):
             yield staging
             _seal(staging)
@@ -187,10 +187,12 @@ def _allocated(folder: Path) -> int:
     return sum(entry.stat().st_blocks * 512 for entry in folder.rglob("*") if entry.is_file())
 
 
-def _check_space(place: Path, needs_bytes: int) -> None:
-    free = shutil.disk_usage(place).free
+def check_space(out: Path, needs_bytes: int) -> None:
+    """Raises OutputError where the disk on which `out` is to lie has less."""
+    free = shutil.disk_usage(next(folder for folder in out.parents if folder.exists())).free
     if needs_bytes > free:
-        raise OutputError(f"{place}: {needs_bytes / 1e9:,.1f} GB are needed and {free / 1e9:,.1f} GB are free")
+        need, has = (f"{n / 1e9:,.1f} GB" if n >= 1e9 else f"{n / 1e6:,.1f} MB" for n in (needs_bytes, free))
+        raise OutputError(f"{out}: {need} are needed and {has} are free; make room, or give another --out")
 
 
 def _seal(staging: Staging) -> None:
@@ -224,15 +226,22 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def verify(folder: Path) -> list[str]:
-    """Names of the files of a committed folder that are missing, cut or changed. Reads everything."""
+def verify(folder: Path, share: tuple[int, int] = (0, 1)) -> list[str]:
+    """Names of the files of a committed folder that are missing, cut or changed. Reads everything.
+
+    share: (i, n) reads the i-th of n shares of about the same size, of which every file is in one.
+    """
     files = json.loads((folder / MANIFEST).read_bytes())["files"]
-    wrong = []
-    for name, entry in files.items():
+    wrong, loads = [], [0] * share[1]
+    for name, entry in sorted(files.items(), key=lambda file: (-int(file[1]["size"]), file[0])):
+        least = loads.index(min(loads))
+        loads[least] += int(entry["size"])
+        if least != share[0]:
+            continue
         path = folder / name
         if not path.is_file() or path.stat().st_size != entry["size"] or sha256_of(path) != entry["sha256"]:
             wrong.append(name)
-    return wrong
+    return sorted(wrong)
 
 
 def _move(staging: Staging, out: Path, overwrite: bool) -> None:

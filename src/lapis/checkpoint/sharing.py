@@ -22,7 +22,7 @@ from typing import Any
 import lapis.errors
 from lapis.checkpoint.commit import commit
 from lapis.checkpoint.files import read_json
-from lapis.checkpoint.staging import BUILD, JOURNAL, Busy, JobName, Staging, claim, job_of, staging_of, try_lock
+from lapis.checkpoint.staging import BUILD, JOURNAL, Busy, JobName, Staging, busy, claim, job_of, staging_of, try_lock
 from lapis.config import environment_number
 from lapis.errors import LapisError, OutputError
 
@@ -107,7 +107,7 @@ def joined(job: SharedJob) -> Iterator[bool]:
             if not _same(handle, staging) or not (job.journal / "plan.json").is_file():
                 continue
             if not job.is_there:
-                raise Busy(f"{job.out.parent}: another lapis is writing {staging.name}; wait for it")
+                raise busy(staging)
             yield True
             return
         finally:

@@ -256,6 +256,12 @@ def disk_errors(out: Path) -> Iterator[None]:
         raise
 
 
+def busy(staging: Path) -> Busy:
+    """The refusal where another process works on the output of a staging folder."""
+    out = staging.with_name(staging.name.removeprefix(".").removesuffix(".lapis"))
+    return Busy(f"{out}: another lapis is writing it; wait for it, or give another --out")
+
+
 def lock(staging: Path) -> int:
     """Makes the staging folder and locks it against a second writer; the lock dies with the process."""
     with disk_errors(staging):
@@ -271,7 +277,7 @@ def lock(staging: Path) -> int:
                 raise
             try:
                 if not try_lock(handle):
-                    raise Busy(f"{staging.parent}: another lapis is writing {staging.name}; wait for it")
+                    raise busy(staging)
                 if os.stat(staging).st_ino == os.fstat(handle).st_ino:  # not renamed away in between
                     if not os.access(staging, os.W_OK):
                         raise OutputError(f"{staging}: cannot be written; give another --out")

@@ -138,6 +138,8 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt):
+                if isinstance(error.__context__, LapisError):  # it was on its way: torchrun ends all where one has
+                    _end(str(error.__context__), 1)
                 _end("stopped", 128 + (received or [signal.SIGINT])[-1])
             line = system_error(error)
             if line is None:

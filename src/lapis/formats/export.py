@@ -7,7 +7,6 @@ does not have, and classifiers.
 
 import math
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -18,8 +17,8 @@ from typing import Any
 import torch
 
 from lapis.checkpoint import Checkpoint
-from lapis.checkpoint.commit import check_output, commit_file
-from lapis.errors import CheckpointError, ConfigError, OutputError
+from lapis.checkpoint.commit import check_output, check_space, commit_file
+from lapis.errors import CheckpointError, ConfigError
 from lapis.families import Family, ModelConfig
 from lapis.families.gguf import Gguf
 from lapis.formats.gguf.header import TENSOR_TYPES, read_gguf
@@ -141,7 +140,7 @@ def export_gguf(
     places = _places(checkpoint, family, config)
     lists = list_keys(family, layout, config, lambda name: float(checkpoint.read(places[name][0]).float()))
     fields = {**fields, **lists}
-    _check_space(place, total)
+    check_space(place, total)
     with ExitStack() as stack:
         temporary = stack.enter_context(commit_file(place, overwrite=overwrite))
         writer = _begin(temporary, layout, checkpoint, {**_general(type), **_prefixed(layout, keys), **fields})
@@ -338,10 +337,3 @@ def _packed(checkpoint: Checkpoint, places: list[tuple[str, int]], tensor: Place
             yield torch.from_numpy(values).to(torch.bfloat16).view(torch.uint8).numpy()
         else:
             yield quantized(values.reshape(-1, tensor.columns), kind)
-
-
-def _check_space(out: Path, needs_bytes: int) -> None:
-    parent = next(folder for folder in out.parents if folder.exists())
-    free = shutil.disk_usage(parent).free
-    if needs_bytes > free:
-        raise OutputError(f"{out}: {needs_bytes / 1e9:,.1f} GB are needed and {free / 1e9:,.1f} GB are free")

@@ -179,7 +179,8 @@ class TrainConfig:
                 raise ConfigError(f"train: track is {quoted(name)}; {nearest(name, TRACKERS)}")
         if self.batch % self.accumulate:
             raise ConfigError(
-                f"train: batch {self.batch} does not divide into accumulate {self.accumulate} equal parts"
+                f"train: batch {self.batch} does not divide into accumulate {self.accumulate} equal parts; give "
+                f"batch={-(-self.batch // self.accumulate) * self.accumulate}"
             )
 
     def decisive(self) -> dict[str, Any]:

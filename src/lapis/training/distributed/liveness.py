@@ -11,8 +11,11 @@ time, a run whose pauses are long by nature gets longer. A process that has died
 import atexit
 import datetime
 import os
+import socket
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
@@ -25,6 +28,7 @@ PATIENCE = "LAPIS_PATIENCE"  # in the environment: seconds, of which the next li
 _PATIENCE = 600
 _BEAT = 2.0  # seconds between two looks
 _SILENCE = 20.0  # seconds after which a process counts as stopped
+_ANSWER = 60.0  # seconds in which the store answers, where something listens at its port
 _NOTE_AFTER = 5.0  # seconds after which it is told who is waited for at the start
 _LONGEST = 20  # times the longest pause between two steps forward so far is none without an end, if no time was set
 _GRACE = 4.0  # seconds that the others leave to the one that says it
@@ -48,18 +52,27 @@ def meet(rank: int, size: int, host: str, port: int) -> Store:
         port: Of the store.
 
     Raises:
-        TrainingError: In the first process that is there, with the ranks that did not come in `patience()` seconds; the
-            others end without a word. RuntimeError where the store cannot be made.
+        TrainingError: In the first process that is there, with the ranks that did not come in `patience()` seconds, or
+            where another program has the port; the others end without a word. RuntimeError where the store cannot be
+            made.
     """
     end, holds = time.monotonic() + patience(), rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    try:
-        store = _store(host, port, patience(), holds)
-    except RuntimeError as error:
-        if rank == 0:
-            raise
-        if rank != 1 and os.environ.get("LOCAL_RANK", "0") != "0":  # one of each machine says it
-            raise SystemExit(1) from None
-        raise TrainingError(_missing([0], size, host, port)) from error
+    store, why = None, _missing([0], size, host, port)
+    if holds or _somebody_answers(host, port, end):
+        try:
+            with nullcontext() if holds else _quiet():
+                store = _store(host, port, patience() if holds else min(patience(), _ANSWER), holds)
+        except RuntimeError:
+            if rank == 0:
+                raise
+            why = (
+                f"train: {host}:{port}: what answers there is not the first process of this run: the port is in use; "
+                "give torchrun another port: --master-port N"
+            )
+    if store is None:
+        if rank > 1 and os.environ.get("LOCAL_RANK", "0") != "0":  # one of each machine says it
+            raise SystemExit(1)
+        raise TrainingError(why)
     here = [f"at/{other}" for other in range(size)]
     store.set(here[rank], place())
     next_note = time.monotonic() + _NOTE_AFTER
@@ -76,6 +89,31 @@ def meet(rank: int, size: int, host: str, port: int) -> Store:
             next_note = now + max(60.0, _NOTE_AFTER)
         time.sleep(0.05)
     return store
+
+
+def _somebody_answers(host: str, port: int, end: float) -> bool:
+    """Waits until something listens there. False where nothing does by `end` (of time.monotonic)."""
+    while time.monotonic() < end:
+        try:
+            socket.create_connection((host, port), timeout=max(0.1, end - time.monotonic())).close()
+            return True
+        except OSError:
+            time.sleep(0.1)
+    return False
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Inside, nothing comes to standard error: torch prints its own stack before it raises what is told in a line."""
+    before = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
+        os.close(nowhere)
 
 
 def _store(host: str, port: int, seconds: float, holds: bool) -> Store:
@@ -107,6 +145,7 @@ class ProcessWatch:
         self.ended = threading.Event()
         self.answered = time.monotonic()  # when the store did
         self.broken = False  # whether a connection to another process is
+        self.last_good: Callable[[], Path | None] = lambda: None  # the newest checkpoint
         self.patience, self.forgiving = patience(), PATIENCE not in os.environ
         self.beats = threading.Thread(target=self._beat, daemon=True)
         self.guard = threading.Thread(target=self._guard, daemon=True)
@@ -157,6 +196,11 @@ class ProcessWatch:
             return before == [self.store.add(self._key(rank), 0) for rank in range(self.rank)]
         except RuntimeError:  # the first process held the store
             return self.rank == 1
+
+    def again(self) -> str:
+        """How the run goes on."""
+        newest = self.last_good()
+        return f"run the same command again to go on from the last checkpoint{f', {newest}' if newest else ''}"
 
     def _key(self, rank: int) -> str:
         return f"alive/{rank}"
@@ -221,11 +265,7 @@ class ProcessWatch:
 
     def _end(self, ranks: list[int], why: str) -> None:
         if self.rank == min(rank for rank in range(self.size) if rank not in ranks):
-            line = (
-                f"lapis: train: rank {_names(ranks)} {why} run the same command again to go on from the last "
-                "checkpoint\n"
-            )
-            os.write(2, line.encode())
+            os.write(2, f"lapis: train: rank {_names(ranks)} {why} {self.again()}\n".encode())
         else:
             time.sleep(_GRACE)
         os._exit(1)  # the main thread waits where nothing can wake it

@@ -15,6 +15,7 @@ import os
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -153,11 +154,11 @@ class Processes:
             leave()
         if not self.leads and not any(watch.is_first_alive() for watch in _watches):
             leave()
+        again = "run the same command again"
         for watch in _watches:
-            watch.broken = True
+            watch.broken, again = True, watch.again()
         raise TrainingError(
-            "train: another process of this run has ended; run the same command again to go on from the last "
-            f"checkpoint ({str(error).splitlines()[0][:100]})"
+            f"train: another process of this run has ended; {again} ({str(error).splitlines()[0][:100]})"
         ) from None
 
 
@@ -172,8 +173,13 @@ def leave() -> NoReturn:
 
 
 @contextmanager
-def errors_end_all() -> Iterator[None]:
-    """A LapisError that leaves this block ends the other processes, too, and they say nothing."""
+def errors_end_all(last_good: Callable[[], Path | None]) -> Iterator[None]:
+    """A LapisError that leaves this block ends the other processes, too, and they say nothing.
+
+    last_good: The newest checkpoint, for whoever tells that another process has ended.
+    """
+    for watch in _watches:
+        watch.last_good = last_good
     try:
         yield
     except LapisError:

@@ -3,11 +3,13 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lapis.checkpoint.commit import MANIFEST, inode, verify
 from lapis.errors import TrainingError
 from lapis.model.transformer import Transformer
 from lapis.training.config import TrainConfig
@@ -36,14 +38,35 @@ def earlier_run(
     if world.size > 1 and any(other != description for other in world.gather(description)):
         raise TrainingError("train: the processes of this run do not read the same data; give each the same files")
     if journal is None:
+        while sent := world.from_lead(None):
+            world.gather(_verify_share(world, Path(sent[0]), sent[1]))
         return {}, {}, None
     start = {"model": weights_digest(model), **describe(model)}
     identity = json.loads(json.dumps({"config": config.decisive(), **start, **description}))
     facts = journal.earlier(identity) or {}
-    newest = journal.newest() if facts else None
+    newest = journal.newest(partial(_verify_together, world)) if facts else None
+    world.from_lead(None)
     for warning in journal.warnings:
         watch.note(f"train: {warning}")
     return identity, facts, newest
+
+
+def _verify_together(world: Processes, folder: Path) -> list[str]:
+    """The files of a checkpoint that are damaged, in the first process; each process reads a share of them."""
+    if world.size == 1:
+        return verify(folder)
+    number = inode(folder / MANIFEST)
+    world.from_lead([str(folder), number])
+    doubtful = any(world.gather(_verify_share(world, folder, number)))
+    return verify(folder) if doubtful else []  # what another one does not see, or finds damaged, may be on its own disk
+
+
+def _verify_share(world: Processes, folder: Path, number: int | None) -> list[str]:
+    """The same of this process' share. number: what tells that it is the first one's folder and no copy."""
+    try:
+        return verify(folder, (world.rank, world.size)) if inode(folder / MANIFEST) == number else [MANIFEST]
+    except (OSError, ValueError, KeyError, TypeError):
+        return [MANIFEST]
 
 
 def shared_out(

@@ -19,11 +19,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lapis.checkpoint.commit import commit
-from lapis.checkpoint.files import read_json
 from lapis.errors import LapisError, OutputError, TrainingError
 from lapis.training.distributed.forward import waiting
 from lapis.training.distributed.parallel import Processes
 from lapis.training.distributed.pieces import is_piece, own, piece_like
+from lapis.training.loop.changes import refuse_newer
 from lapis.training.loop.state import SHARDS, CheckpointJournal, Saves, TrainState, plain_tensors, write_numbers
 
 _FACTS, _FORMAT = "shards.json", 1
@@ -33,12 +33,7 @@ def has_shards(folder: Path) -> bool:
     """Whether a checkpoint holds pieces. Raises TrainingError where a newer lapis wrote it."""
     if not (folder / SHARDS).is_dir():
         return False
-    written = read_json(folder / _FACTS).get("format")
-    if not isinstance(written, int) or written > _FORMAT:
-        raise TrainingError(
-            f"train: {folder} is a checkpoint of format {written}; this lapis reads format {_FORMAT}; install a newer "
-            "one, or start anew with --fresh"
-        )
+    refuse_newer(folder, _FACTS, _FORMAT)
     return True
 
 

@@ -34,8 +34,12 @@ class ForecastOptions:
             given = "budget" if self.budget is not None else paper[0]
             raise ConfigError(f"train: --{given} is for --plan-only, which prints the settings to give; add it")
         if paper and len(paper) < 3:
-            lacking = ", ".join(f"--{name}" for name in ("gpus", "tflops", "bandwidth") if name not in paper)
-            raise ConfigError(f"train: --{paper[0]} needs {lacking} too: machines that are not here cannot be measured")
+            known = {"gpus": "--gpus N", "tflops": "--tflops 989 (an H100)", "bandwidth": "--bandwidth 50 (GB/s)"}
+            lacking = " and ".join(text for name, text in known.items() if name not in paper)
+            raise ConfigError(
+                f"train: --{paper[0]} {getattr(self, paper[0]):g} is about machines that are not here and cannot be "
+                f"measured; add {lacking}, as docs/scale.md has them"
+            )
         if paper and self.budget is not None:
             raise ConfigError("train: --budget is for this machine; without --gpus it is measured")
         for name in (*paper, "gpu_memory"):

@@ -5,10 +5,12 @@ A change that is allowed is noted with its step, and stays with the run: in its 
 
 import json
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
+from lapis.checkpoint.files import read_json
 from lapis.config import nearest
-from lapis.errors import ConfigError
+from lapis.errors import ConfigError, TrainingError
 from lapis.parsing import quoted
 
 # what a checkpoint is made of, or is measured once: with another of these it could not be gone on with
@@ -52,6 +54,16 @@ def check_allowed(allowed: Collection[str], keys: Collection[str]) -> None:
             raise ConfigError(f"train: --allow-change {name}: it is settled when a run begins; start anew with --fresh")
         if name not in {*keys, "data", "valid"}:
             raise ConfigError(f"train: --allow-change {quoted(name)}: {nearest(name, {*keys, 'data', 'valid'})}")
+
+
+def refuse_newer(folder: Path, name: str, known: int) -> None:
+    """Raises TrainingError where a newer lapis wrote a checkpoint. name: of the file that holds its format."""
+    written = read_json(folder / name).get("format", 1)  # before the format was written, there was one
+    if not isinstance(written, int) or written > known:
+        raise TrainingError(
+            f"train: {folder} is a checkpoint of format {written}; this lapis reads format {known}; install a newer "
+            "one, or start anew with --fresh"
+        )
 
 
 def _short(value: Any) -> str:

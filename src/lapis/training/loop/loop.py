@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -32,7 +33,7 @@ from lapis.training.loop.estimate import PREDICTED_AFTER, predict, show_estimate
 from lapis.training.loop.guards import StepGuard
 from lapis.training.loop.held_out import Evaluator, overfitting
 from lapis.training.loop.progress import Silent, Watch, live, show_share, watcher
-from lapis.training.loop.state import CheckpointJournal, TrainState, clean_journal
+from lapis.training.loop.state import CheckpointJournal, TrainState, clean_journal, newest_of
 from lapis.training.loop.stop_request import StopRequest, StopSignal, stop_requests
 from lapis.training.loop.tracking import tracked
 from lapis.training.loop.update import Batches, Updater
@@ -75,9 +76,9 @@ def train(
         OutputError: Where `out` cannot be written.
     """
     out = Path(out)
-    world = parallel.join()
+    world, last_good = parallel.join(), partial(newest_of, out)
     if not world.leads:
-        with parallel.errors_end_all(), stop_requests(immediate=False) as request:
+        with parallel.errors_end_all(last_good), stop_requests(immediate=False) as request:
             run = TrainingRun(model, objective, config, world, None, Silent(), request, device)
             result = run.go(out)
             run.write(None, result)
@@ -88,7 +89,7 @@ def train(
     copies = 3 + (config.ema > 0) + config.best + bool(config.limits)  # that a checkpoint holds
     try:
         with (
-            parallel.errors_end_all(),
+            parallel.errors_end_all(last_good),
             commit(
                 out,
                 kind="training",
@@ -132,8 +133,8 @@ class TrainingRun:
         parts = config.accumulate * world.size
         if config.batch % parts:
             raise ConfigError(
-                f"train: batch {config.batch} does not divide into {parts} equal parts "
-                f"(accumulate {config.accumulate}, {world.size} processes)"
+                f"train: batch {config.batch} does not divide into {parts} equal parts (accumulate "
+                f"{config.accumulate}, {world.size} processes); give batch={-(-config.batch // parts) * parts}"
             )
         self.request = request
         objective.heard = show_share(self.watch, "starting")

@@ -8,8 +8,8 @@ that is shared out over processes are written and read by distributed/sharded_st
 import hashlib
 import json
 import shutil
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,12 +19,12 @@ from torch import Tensor
 
 from lapis.checkpoint.commit import MANIFEST, commit, commit_file, verify
 from lapis.checkpoint.files import read_json
-from lapis.checkpoint.staging import JOURNAL, Staging
+from lapis.checkpoint.staging import JOURNAL, Staging, staging_of
 from lapis.checkpoint.tensor_file import read_tensors, write_tensors
 from lapis.errors import LapisError, OutputError, TrainingError
 from lapis.model.transformer import Transformer
 from lapis.training.distributed.sharding import Sharding
-from lapis.training.loop.changes import SETTLED, differences
+from lapis.training.loop.changes import SETTLED, differences, refuse_newer
 from lapis.training.loop.guards import StepGuard
 from lapis.training.objectives.objective import Objective
 from lapis.training.optim.optimizers import Average, Optimizers, Schedule
@@ -34,6 +34,7 @@ from lapis.training.setup import lora
 _STATE, _OPTIMIZER, _RNG, _LOG = "state.json", "optimizer.safetensors", "rng.safetensors", "log.jsonl"
 _BEST, _AVERAGE, _OBJECTIVE = "best.safetensors", "average.safetensors", "objective.safetensors"
 _WITHIN = "within.safetensors"
+_FORMAT = 1  # of a checkpoint, in state.json; higher where an older lapis would read it wrongly
 SHARDS = "shards"  # the folder of pieces, in a checkpoint that has them in place of whole tensors
 
 
@@ -157,8 +158,9 @@ def write_numbers(state: TrainState, folder: Path, facts: Mapping[str, Any], tok
     write_curve(folder / _LOG, state.log)
     if tensors := state.objective.state_tensors():
         write_tensors(folder / _OBJECTIVE, tensors)
-    numbers = {"step": state.step, "cursor": state.cursor, "seconds": state.seconds, "tokens": state.tokens,
-               "predicted": state.predicted, "guard": state.guard.to_json(), **state.evaluations()}  # fmt: skip
+    numbers = {"format": _FORMAT, "step": state.step, "cursor": state.cursor, "seconds": state.seconds,
+               "tokens": state.tokens, "predicted": state.predicted, "guard": state.guard.to_json(),
+               **state.evaluations()}  # fmt: skip
     text = json.dumps({**numbers, "schedule": asdict(state.schedule), "facts": facts}, indent=1, ensure_ascii=False)
     (folder / _STATE).write_text(text + "\n", encoding="utf-8")
 
@@ -222,8 +224,7 @@ class CheckpointJournal:
     @property
     def checkpoints(self) -> list[Path]:
         """step-N folders, the newest first."""
-        folders = [path for path in self.folder.glob("step-*") if path.name[5:].isdigit()]
-        return sorted(folders, key=lambda path: int(path.name[5:]), reverse=True)
+        return _checkpoints(self.folder)
 
     def begin(self, facts: Mapping[str, Any]) -> None:
         """Record what the run is, before its first step."""
@@ -239,8 +240,8 @@ class CheckpointJournal:
         path = self.folder / "run.json"
         if not path.exists() and not self.checkpoints:
             return None
-        facts: dict[str, Any] = read_json(path)
-        changes = differences(facts["wanted"], request)
+        facts = self._recorded(path)
+        changes = differences(facts.get("wanted", {}), request)
         if not changes or not self.checkpoints:
             return None if changes else facts
         if refused := [change for change in changes if change.name not in self.allowed]:
@@ -259,12 +260,32 @@ class CheckpointJournal:
         self.begin(facts)
         return facts
 
-    def newest(self) -> Path | None:
+    def _recorded(self, path: Path) -> dict[str, Any]:
+        """What run.json holds, or, where that is lost or damaged, the newest checkpoint; nothing without one."""
+        for place in (path, *(checkpoint / _STATE for checkpoint in self.checkpoints)):
+            with suppress(LapisError, KeyError, TypeError):
+                written = read_json(place)
+                facts: dict[str, Any] = written if place == path else written["facts"]
+                if {"threads", "precision"} <= {*facts} and isinstance(facts["wanted"], dict):
+                    if place != path:
+                        self.warnings.append(f"{path} is lost or damaged; {place} says what the run was begun with")
+                        self.begin(facts)
+                    return facts
+        if not self.checkpoints:
+            return {}
+        raise TrainingError(f"train: {path} is lost or damaged, as is each checkpoint; start anew with --fresh")
+
+    def newest(self, check: Callable[[Path], list[str]] = verify) -> Path | None:
         """The newest checkpoint that is whole. A damaged one is passed over, with a line in `warnings`.
 
-        Raises TrainingError where a checkpoint lacks a file (a lost optimizer or rng must not start anew in silence),
-        or where none is whole.
+        Args:
+            check: Names the files of a checkpoint that are damaged.
+
+        Raises:
+            TrainingError: Where a checkpoint lacks a file (a lost optimizer or rng must not start anew in silence), a
+                newer lapis wrote it, or none is whole.
         """
+        passed_over: list[str] = []
         for path in self.checkpoints:
             try:
                 listed = set(read_json(path / MANIFEST)["files"])
@@ -277,16 +298,21 @@ class CheckpointJournal:
                         f"train: {path} lacks {', '.join(sorted(missing))}; going on without would change the result. "
                         "Put it back, delete this checkpoint to use the one before, or start anew with --fresh"
                     )
-                damaged = verify(path)
+                damaged = check(path)
             except (LapisError, ValueError, KeyError, TypeError, OSError) as error:
                 if isinstance(error, TrainingError):
                     raise
                 damaged = [MANIFEST]
             if not damaged:
+                refuse_newer(path, _STATE, _FORMAT)
                 return path
+            passed_over.append(f"{path.name}: {', '.join(damaged)}")
             self.warnings.append(f"{path} is damaged ({', '.join(damaged)}); falling back to the checkpoint before it")
-        if self.warnings:
-            raise TrainingError(f"train: no checkpoint in {self.folder} is whole; start anew with --fresh")
+        if passed_over:
+            raise TrainingError(
+                f"train: no checkpoint in {self.folder} is whole ({'; '.join(passed_over)} damaged); start anew with "
+                "--fresh"
+            )
         return None
 
     def write(self, state: TrainState, facts: Mapping[str, Any], tokenizer: Saves | None, keep: int) -> Path:
@@ -313,6 +339,17 @@ class CheckpointJournal:
         """Half a sentence that names the newest checkpoint."""
         checkpoints = self.checkpoints
         return f"the last good checkpoint is {checkpoints[0]}" if checkpoints else "no checkpoint was saved yet"
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """step-N folders, the newest first."""
+    folders = [path for path in folder.glob("step-*") if path.name[5:].isdigit()]
+    return sorted(folders, key=lambda path: int(path.name[5:]), reverse=True)
+
+
+def newest_of(out: Path) -> Path | None:
+    """The newest checkpoint of the unfinished run that is to become `out`."""
+    return next(iter(_checkpoints(staging_of(out.absolute()) / JOURNAL)), None)
 
 
 @contextmanager
