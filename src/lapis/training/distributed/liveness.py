@@ -15,7 +15,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
@@ -58,17 +58,14 @@ def meet(rank: int, size: int, host: str, port: int) -> Store:
     """
     end, holds = time.monotonic() + patience(), rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     store, why = None, _missing([0], size, host, port)
-    if holds or _somebody_answers(host, port, end):
-        try:
-            with nullcontext() if holds else _quiet():
-                store = _store(host, port, patience() if holds else min(patience(), _ANSWER), holds)
-        except RuntimeError:
-            if rank == 0:
-                raise
-            why = (
-                f"train: {host}:{port}: what answers there is not the first process of this run: the port is in use; "
-                "give torchrun another port: --master-port N"
-            )
+    if holds:
+        store = _store(host, port, patience(), True)
+    elif _somebody_listens(host, port, end):
+        store = _answering_store(host, port, min(patience(), _ANSWER))
+        why = (
+            f"train: {host}:{port}: what listens there is not the first process of this run: the port is in use; give "
+            "torchrun another port: --master-port N"
+        )
     if store is None:
         if rank > 1 and os.environ.get("LOCAL_RANK", "0") != "0":  # one of each machine says it
             raise SystemExit(1)
@@ -91,7 +88,7 @@ def meet(rank: int, size: int, host: str, port: int) -> Store:
     return store
 
 
-def _somebody_answers(host: str, port: int, end: float) -> bool:
+def _somebody_listens(host: str, port: int, end: float) -> bool:
     """Waits until something listens there. False where nothing does by `end` (of time.monotonic)."""
     while time.monotonic() < end:
         try:
@@ -114,6 +111,21 @@ def _quiet() -> Iterator[None]:
         os.dup2(before, 2)
         os.close(before)
         os.close(nowhere)
+
+
+def _answering_store(host: str, port: int, seconds: float) -> Store | None:
+    """The same as `_store`, for a port that somebody listens at; None where that is another program."""
+    made: list[Store] = []
+
+    def connect() -> None:
+        with suppress(RuntimeError):
+            made.append(_store(host, port, seconds, False))
+
+    with _quiet():
+        thread = threading.Thread(target=connect, daemon=True)  # torch waits for ever for one that is silent
+        thread.start()
+        thread.join(seconds)
+    return made[0] if made else None
 
 
 def _store(host: str, port: int, seconds: float, holds: bool) -> Store:
