@@ -30,6 +30,7 @@ batch: 8
 lr: 0.003
 threads: 1
 precision: float32
+compile: "off"
 log_every: 1
 sample_every: 0
 """

@@ -238,6 +238,7 @@ batch: 4
 lr: 0.003
 threads: 1
 precision: float32
+compile: "off"
 save_every: 7
 sample_every: 0
 log_every: 10
