@@ -1,8 +1,9 @@
 """What later steps of the field give the recipe of a new model, in small, each with three seeds.
 
     python benchmarks/recipe.py [--seeds 0,1,2] [--only "NorMuon"] [--write]      needs LAPIS_DATA with corpus/en
-    python benchmarks/recipe.py --seconds 24 --only recipe --only "8 rows a step"   as many steps as 24 seconds of a
-                                                                                    processor buy, and not equal tokens
+    python benchmarks/recipe.py --equal-time --folder runs/bench-recipe-time --only recipe --only "8 rows a step"
+                                          as many steps of each as 48 of the recipe take of a processor, and not as many
+                                          tokens
 
 One shape: 4 layers, 192 wide, vocabulary 2048; 48 steps of 16 rows of 256 tokens in bfloat16, so that a run takes about
 half a minute of a processor. All runs of a seed see the same tokens and begin from the same weights; held-out text is
@@ -94,7 +95,7 @@ def begun_with_documents(sources: list[Path], tokenizer: Any) -> Any:
 
 def measure(given: argparse.Namespace) -> None:
     tokenizer, rows = text(given, VOCAB)
-    paces = pace(given, given.only or list(VARIANTS), tokenizer, rows) if given.seconds else {}
+    paces = pace(given, ["recipe", *(given.only or VARIANTS)], tokenizer, rows) if given.equal_time else {}
     for seed in map(int, given.seeds.split(",")):
         for name, (shape, settings) in VARIANTS.items():
             place = given.folder / f"{seed}-{''.join(c if c.isalnum() else '_' for c in name)}.json"
@@ -107,8 +108,8 @@ def measure(given: argparse.Namespace) -> None:
             out = given.folder / "running" / place.stem
             steps = own.get("steps", STEPS)
             whole = {**SHAPE, **shape}, {"lr": RATE, "batch": BATCH, **own}
-            if given.seconds:
-                whole[1]["steps"] = steps = round(given.seconds / paces[name])
+            if paces:
+                whole[1]["steps"] = steps = round(STEPS * paces["recipe"] / paces[name])
             found = learn(*whole, True, steps, given, out, tokenizer, used, 150_000)
             place.write_text(json.dumps({"name": name, "seed": seed, "steps": steps, **found}, indent=1))
             print(f"{seed} {name:50} {found['bits_per_byte']:.4f}  {found['processor_seconds']:.0f} s", file=sys.stderr,
@@ -130,7 +131,7 @@ def pace(given: argparse.Namespace, names: list[str], tokenizer: Any, rows: Any)
 
     TrainingRun.step = timed  # type: ignore[method-assign]
     given.seed = 0
-    for name in [name for name in names if name not in known] * 3:
+    for name in [name for name in dict.fromkeys(names) if name not in known] * 3:
         used.clear()
         shape, settings = VARIANTS[name]
         plain = {key: value for key, value in settings.items() if key != "pieces"}
@@ -142,13 +143,13 @@ def pace(given: argparse.Namespace, names: list[str], tokenizer: Any, rows: Any)
     return known
 
 
-def table(folder: Path, seconds: float) -> list[str]:
-    """The dated lines. seconds: of the steps, where they are equal and not the tokens."""
+def table(folder: Path, equal_time: bool) -> list[str]:
+    """The dated lines. equal_time: the steps of all runs took as long, and not as many tokens."""
     runs = [json.loads(path.read_text()) for path in sorted(folder.glob("*-*.json"))]
     plain = {run["seed"]: run["bits_per_byte"] for run in runs if run["name"] == "recipe"}
     much = f"{STEPS * BATCH * CONTEXT:,} tokens of corpus/en in steps of {BATCH} rows where nothing else is said"
-    if seconds:
-        much = f"corpus/en for {seconds:g} seconds of a processor, in steps of {BATCH} rows where nothing else is said"
+    if equal_time:
+        much = f"as long as {STEPS} steps of the recipe take of a processor; {BATCH} rows where nothing else is said"
     lines = [f"## {date.today()}, {machine()}, one thread", "",
              f"4 layers, {WIDTH} wide, vocabulary {VOCAB}; {much}.", "",
              "| run | steps | bits per byte, by seed | against the recipe, by seed | mean | all say so "
@@ -172,7 +173,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--only", action="append", help="only these runs")
-    parser.add_argument("--seconds", type=float, default=0.0, help="of a processor for the steps of each run")
+    parser.add_argument("--equal-time", action="store_true", help="steps of equal time in all, and not of equal tokens")
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("LAPIS_DATA", "../shared/data")))
     parser.add_argument("--folder", type=Path, default=Path("runs/bench-recipe"))
     parser.add_argument("--write", action="store_true", help="adds the table to benchmarks/results/recipe.md")
@@ -180,7 +181,7 @@ def main() -> None:
     given.folder.mkdir(parents=True, exist_ok=True)
     given.threads = 1
     measure(given)
-    lines = table(given.folder, given.seconds)
+    lines = table(given.folder, given.equal_time)
     print("\n".join(lines))
     if given.write:
         add_table(__file__, "Later steps of the field, in small", lines)
