@@ -245,6 +245,18 @@ def test_a_byte_that_is_another_is_found_and_nothing_is_kept(hub, tmp_path):
     merge(place, tmp_path / "out")
 
 
+def test_a_hub_that_is_down_is_said_once(hub, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    for role, run in (
+        ("base (o/base), chat (o/chat), onto (o/onto)", lambda: graft(**there(), out=tmp_path / "out")),
+        ("o/base, o/chat, o/onto", lambda: merge(recipe(tmp_path / "r.yaml", there()), tmp_path / "out")),
+    ):
+        with pytest.raises(CheckpointError) as caught:
+            run()
+        assert f": {role}: there is no such folder" in str(caught.value)
+        assert str(caught.value).count("http://127.0.0.1:9: the server was tried") == 1
+
+
 def test_a_revision_that_moved_is_not_mixed(hub, tmp_path):
     """Between two runs of a job: other weights are refused, other words beside them are not."""
     place, out = recipe(tmp_path / "there.yaml", there()), tmp_path / "out"

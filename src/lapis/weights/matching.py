@@ -22,8 +22,25 @@ def open_models(models: Mapping[str, Model], what: str) -> dict[str, Checkpoint]
     """
     opened, refused = open_each(models)
     if refused:
-        raise CheckpointError(format_problems(what, [f"{role}: {error}" for role, error in refused.items()]))
+        raise CheckpointError(format_problems(what, refusals(models, refused)))
     return opened
+
+
+def refusals(models: Mapping[str, Model], refused: Mapping[str, CheckpointError]) -> list[str]:
+    """Why models cannot be opened, by role; those with one reason, as a hub that is down, stand in one line."""
+    same: dict[str, list[tuple[str, str]]] = {}
+    for role, error in refused.items():
+        model = models[role]
+        source = model.source if isinstance(model, Checkpoint) else str(model)
+        same.setdefault(str(error).removeprefix(f"{source}: "), []).append((role, source))
+    lines = []
+    for reason, those in same.items():
+        (role, source), *others = those
+        if others:
+            lines.append(f"{', '.join(r if r == s else f'{r} ({s})' for r, s in those)}: {reason}")
+        else:
+            lines.append(str(refused[role]) if role == source else f"{role}: {refused[role]}")
+    return lines
 
 
 def format_problems(what: str, problems: list[str]) -> str:

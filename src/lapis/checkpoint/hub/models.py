@@ -17,6 +17,7 @@ from lapis.checkpoint.hub.repository import (
     REVISION,
     Repository,
     cache_of,
+    endpoint,
     fetch,
     list_files,
     remember,
@@ -94,7 +95,7 @@ def open_snapshot(source: str, repo: str, revision: str | None) -> Snapshot:
     except Refused:
         raise
     except CheckpointError as error:
-        return _from_cache(source, repo, revision, str(error).removeprefix(f"{source}: "))
+        return _from_cache(source, repo, revision, f"{endpoint()}: {str(error).removeprefix(f'{source}: ')}")
     if revision != repository.commit:
         remember(repository, revision or "main")
     sizes = {name: file.size or 0 for name, file in repository.files.items()}

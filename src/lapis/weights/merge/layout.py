@@ -73,7 +73,8 @@ class Layout:
             other = self.vocabularies[model]
             if first is None or other is None:
                 blind = models[0] if first is None else model
-                self.notes.append(f"{blind} has no tokenizer.json: rows are taken to stand for the same tokens")
+                note = f"{blind} has no tokenizer.json: rows are taken to stand for the same tokens"
+                self.notes += [note] if note not in self.notes else []
             elif (how := relation(first, other)) in ("permuted", "different"):
                 problems.append(
                     f"the tokens of {models[0]} and {model} stand in {how} rows; set tokenizer_source: base or union"

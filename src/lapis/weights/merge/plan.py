@@ -33,7 +33,7 @@ from lapis.weights.engine.job import Entry, disk_bytes
 from lapis.weights.engine.outputs import Output
 from lapis.weights.engine.tiles import THREADS, TILE
 from lapis.weights.fuse.opening import computed_checkpoint, open_each, open_model
-from lapis.weights.matching import format_problems
+from lapis.weights.matching import format_problems, refusals
 from lapis.weights.merge.layout import Layout, sharded
 from lapis.weights.merge.placing import place
 from lapis.weights.merge.recipes.recipe import Recipe
@@ -218,9 +218,10 @@ def _lay_out(
 
 
 def _open(recipe: Recipe, opened: dict[str, Checkpoint]) -> tuple[dict[str, Checkpoint], list[str]]:
-    more, refused = open_each({model: model for model in recipe.models if model not in opened})
+    models = {model: model for model in recipe.models if model not in opened}
+    more, refused = open_each(models)
     opened |= more
-    problems = [str(error) for error in refused.values()]
+    problems = refusals(models, refused)
     return {model: opened[model] for model in recipe.models if model in opened}, problems
 
 
