@@ -140,7 +140,7 @@ def test_each_line_of_a_file_is_classified(folders: SimpleNamespace, capsys: pyt
     result = json.loads(out)
     assert status == 0 and [row["input"] for row in result["results"]][:3] == TEXTS and len(result["results"]) == 4
     assert result["results"][1]["probabilities"] == pytest.approx(json.loads(one)["probabilities"], abs=1e-5)
-    assert result["results"][3]["cut"] and "1 of 4 texts are longer" in result["notes"][-1]
+    assert result["results"][3]["cut"] and "1 of 4 texts is longer" in result["notes"][-1]
     status, out, _ = run(capsys, "classify", folders.classes, "--file", folders.text, "--json")
     assert [row["label"] for row in json.loads(out)["results"]] == [row["label"] for row in result["results"][:3]]
 
