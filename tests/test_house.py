@@ -337,8 +337,9 @@ def test_one_is_one() -> None:
     wrong = []
     for path in sources():
         for node in ast.walk(tree(path)):
-            parts = node.values if isinstance(node, ast.JoinedStr) else []
-            for value, behind in pairwise(parts):
+            if not isinstance(node, ast.JoinedStr):
+                continue
+            for value, behind in pairwise(node.values):
                 noun = COUNTED.match(str(behind.value)) if isinstance(behind, ast.Constant) else None
                 if noun and isinstance(value, ast.FormattedValue) and MANY.get(place(path)) != noun[1]:
                     constant = isinstance(value.value, ast.Name) and value.value.id.isupper()

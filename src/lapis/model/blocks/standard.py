@@ -35,18 +35,18 @@ class Mlp(nn.Module):
 
     def __init__(self, config: ModelConfig, act: Activation | None = None, width: int = 0) -> None:
         super().__init__()
-        bias, width = config.bias in ("mlp", "all"), width or config.ffn_dim
+        self.biased, width = config.bias in ("mlp", "all"), width or config.ffn_dim
         gated, activation = MLP_KINDS[config.mlp]
-        self.gate = nn.Linear(config.dim, width, bias=bias) if gated else None
-        self.up = nn.Linear(config.dim, width, bias=bias)
-        self.down = nn.Linear(width, config.dim, bias=bias)
+        self.gate = nn.Linear(config.dim, width, bias=self.biased) if gated else None
+        self.up = nn.Linear(config.dim, width, bias=self.biased)
+        self.down = nn.Linear(width, config.dim, bias=self.biased)
         self.act = act or ACTIVATIONS[activation]
 
     def forward(self, x_BTD: Tensor, weights: Tensor | None = None) -> Tensor:
         """weights: What each output is multiplied by; where `down` has no bias its narrower input is instead."""
         up: Tensor = self.up(x_BTD)
         inner = self.act(up) if self.gate is None else times(self.act(self.gate(x_BTD)), up)
-        if weights is not None and self.down.bias is None:
+        if weights is not None and not self.biased:
             inner, weights = times(inner, weights.to(inner.dtype)), None
         out: Tensor = self.down(inner)
         return out if weights is None else out * weights
