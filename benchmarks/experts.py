@@ -138,7 +138,7 @@ def main() -> None:
     size = f"{SHAPE['layers']} layers of {EXPERTS} experts of {SHAPE['dim']} x {SHAPE['ffn_dim']}, {ACTIVE} active"
     head = (
         f"{date.today()}: {processor()}, {os.cpu_count()} cores, {options.threads} thread(s), {platform.system()}, "
-        f"torch {torch.__version__}, float32; {options.batch} x {options.length} tokens, {size}; best of "
+        f"torch {torch.__version__}, float32; {options.batch} x {options.length} tokens, {size}; median of "
         f"{options.rounds}; load average {os.getloadavg()[0]:.0f}."
     )
     print("\n".join([head, "", *lines]))
