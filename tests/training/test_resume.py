@@ -9,7 +9,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -198,22 +199,36 @@ def test_fault_71_a_clock_that_jumps_has_no_effect(
     assert resumed(new_model, objective, tmp_path / "out")[0] == resumed(new_model, objective, tmp_path / "whole")[0]
 
 
-def test_fault_63_full_disk_keeps_the_old_checkpoint(
-    stopped: Path, new_model: Make, objective: Causal, tmp_path: Path
-) -> None:
-    """A limit on the size of files stands in for the disk's end; the weights are the first file that is too large."""
-    model = stopped / "step-6" / "model.safetensors"
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """A limit on the size of files, in bytes, which stands in for the disk's end."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (model.stat().st_size // 2, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
-        with pytest.raises(OutputError, match=r"the disk is full .*; the last good checkpoint is .*step-6"):
-            resumed(new_model, objective, tmp_path / "out")
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_fault_63_full_disk_keeps_the_old_checkpoint(
+    stopped: Path, new_model: Make, objective: Causal, tmp_path: Path
+) -> None:
+    """The weights are the first file that is too large."""
+    model = stopped / "step-6" / "model.safetensors"
+    with files_of_at_most(model.stat().st_size // 2):
+        with pytest.raises(OutputError, match=r"the disk is full .*; the last good checkpoint is .*step-6"):
+            resumed(new_model, objective, tmp_path / "out")
     parts, notes = resumed(new_model, objective, tmp_path / "out")
     assert "step-6" in notes[0] and parts == resumed(new_model, objective, tmp_path / "whole")[0]
+
+
+def test_fault_63_a_full_disk_is_no_damaged_record(stopped: Path) -> None:
+    """run.json is written anew from a checkpoint; "start anew" would be the wrong thing to say where that fails."""
+    (stopped / "run.json").unlink()
+    with files_of_at_most(16), pytest.raises(OutputError, match=r"run\.json: the disk is full"):
+        CheckpointJournal(stopped).earlier({})
 
 
 def test_tensors_go_out_and_back(tmp_path: Path) -> None:

@@ -264,16 +264,17 @@ class CheckpointJournal:
         """What run.json holds, or, where that is lost or damaged, the newest checkpoint; nothing without one."""
         for place in (path, *(checkpoint / _STATE for checkpoint in self.checkpoints)):
             with suppress(LapisError, KeyError, TypeError):
-                written = read_json(place)
-                facts: dict[str, Any] = written if place == path else written["facts"]
+                facts: dict[str, Any] = read_json(place) if place == path else read_json(place)["facts"]
                 if {"threads", "precision"} <= {*facts} and isinstance(facts["wanted"], dict):
-                    if place != path:
-                        self.warnings.append(f"{path} is lost or damaged; {place} says what the run was begun with")
-                        self.begin(facts)
-                    return facts
-        if not self.checkpoints:
+                    break
+        else:
+            if self.checkpoints:
+                raise TrainingError(f"train: {path} is lost or damaged, as is each checkpoint; start anew with --fresh")
             return {}
-        raise TrainingError(f"train: {path} is lost or damaged, as is each checkpoint; start anew with --fresh")
+        if place != path:
+            self.warnings.append(f"{path} is lost or damaged; {place} says what the run was begun with")
+            self.begin(facts)
+        return facts
 
     def newest(self, check: Callable[[Path], list[str]] = verify) -> Path | None:
         """The newest checkpoint that is whole. A damaged one is passed over, with a line in `warnings`.
