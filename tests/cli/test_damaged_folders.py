@@ -96,6 +96,15 @@ def test_more_experts_than_there_are(typed: Typed) -> None:
         assert "is 4x16 but 6x16 by config.json, and " in typed(command)[1]
 
 
+def test_experts_without_dimensions(typed: Typed) -> None:
+    tensors = load_file("bad/model.safetensors")
+    name = next(name for name in tensors if "experts" in name and "down_proj" in name and "bias" not in name)
+    save_file({**tensors, name: torch.zeros(())}, "bad/model.safetensors", {"format": "pt"})
+    for command in (*RUNS, "diff", "merge"):
+        status, text = typed(command)
+        assert status == 1 and f"{name} is a scalar but " in text
+
+
 def test_a_router_of_another_shape(typed: Typed) -> None:
     tensors = load_file("bad/model.safetensors")
     name = [name for name in tensors if tensors[name].shape == (4, 16) and "experts" not in name][-1]

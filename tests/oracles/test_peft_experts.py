@@ -206,6 +206,7 @@ def test_what_peft_has_not_beside_stacked_experts(setting: dict[str, Any], text:
         ({"target_parameters": None}, "the rank of model.layers.0.mlp.experts.base_layer is 3 here, and 12 by"),
         ({"use_dora": True}, "use_dora is True, which does not go with target_parameters"),
         ({"r": 5}, "the rank of model.layers.0.mlp.experts.gate_up_proj is 5 here, and 12 by"),
+        ({"rank_pattern": {"down_proj": 0.5}}, "of model.layers.0.mlp.experts.down_proj is 0.5 here, and 12 by"),
         ({"r": 2}, "has adapters of 6 experts of 48x16; the base has 4 of 48x16"),
     ],
 )
@@ -249,13 +250,14 @@ def test_attention_beside_experts_that_peft_does_not_find(family: str, tmp_path:
                                rtol=0, atol=1e-5)  # fmt: skip
 
 
-def test_a_stack_that_the_base_holds_apart_is_one_line(tmp_path: Path) -> None:
-    """Of Qwen3-MoE, whose experts transformers stacks and folders do not, PEFT can adapt the stack itself."""
-    save(Transformer(MIXTURES["qwen3_moe"]), tmp_path / "base")
+@pytest.mark.parametrize(("family", "remedy"), [("qwen3_moe", "give the merged model"), ("qwen3_5_moe", "lapis fuse")])
+def test_a_stack_that_the_base_holds_apart_is_one_line(family: str, remedy: str, tmp_path: Path) -> None:
+    """PEFT can adapt what transformers stacks. Folders of Qwen3-MoE do not; those of Qwen3.5 may, and are fused."""
+    save(Transformer(models.SHAPES[family]), tmp_path / "base")
     config = peft.LoraConfig(r=2, target_modules=[], target_parameters=["experts.down_proj"])
-    base = shape_of("qwen3_moe").from_pretrained(tmp_path / "base", dtype=torch.float32)
+    base = shape_of(family).from_pretrained(tmp_path / "base", dtype=torch.float32)
     peft.get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
-    for read in (load, lambda adapter: fuse(adapter, tmp_path / "fused")):
-        with pytest.raises(CheckpointError, match=r"down_proj is adapted as all experts in one .*give the merge"):
+    for read, end in ((load, remedy), (lambda adapter: fuse(adapter, tmp_path / "fused"), "give the merged model")):
+        with pytest.raises(CheckpointError, match=f"down_proj is adapted as all experts in one .*{end}"):
             read(tmp_path / "adapter")
     assert not (tmp_path / "fused").exists()

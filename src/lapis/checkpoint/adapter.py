@@ -205,7 +205,7 @@ def _read_patterns(adapter: Adapter) -> None:
         adapter.alphas[module] = float(alphas.get(module, adapter.config["lora_alpha"]))
         rank, rows = ranks.get(module, adapter.config["r"]), adapter.weights.info(adapter.pairs[module]["A"]).shape[0]
         stacked = module in adapter.stacked  # then it has the rows of all experts
-        if (rows % int(rank) if stacked else rank != rows) or not rows:
+        if rank != int(rank) or (rows % rank if stacked else rank != rows) or not rows:
             raise CheckpointError(f"{place}: the rank of {module} is {rank} here, and {rows} by its tensors")
         adapter.ranks[module] = int(rank)
 

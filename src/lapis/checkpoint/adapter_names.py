@@ -17,6 +17,7 @@ EXPERTS = ".experts"  # what such a module is called, where target_parameters do
 _INNER = ".base_layer"
 APART = ("is adapted as all experts in one tensor, and the base holds each expert apart; merge the two in PEFT "
          "(merge_and_unload) and give the merged model")  # fmt: skip
+RUNS_APART = "is adapted as all experts in one tensor, and run here expert by expert; make it a model with: lapis fuse"
 
 
 def shortest(targets: Collection[str], everything: Collection[str], least: int = 1) -> list[str]:

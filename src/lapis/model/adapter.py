@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lapis.checkpoint.adapter import CONFIG, LEAD, WEIGHTS, open_adapter
-from lapis.checkpoint.adapter_names import APART, short_name, shortest, stem_of
+from lapis.checkpoint.adapter_names import APART, RUNS_APART, short_name, shortest, stem_of
 from lapis.checkpoint.store import Adapter
 from lapis.checkpoint.tensor_file import write_tensors
 from lapis.errors import CheckpointError, ConfigError
@@ -331,7 +331,8 @@ def _places(model: Transformer, family: Family, adapter: Adapter, module: str) -
         for name in names:
             model.get_submodule(name)
     except AttributeError:
-        raise CheckpointError(f"{adapter.root}: {module} is no module of the base as it is") from None
+        why = RUNS_APART if module in adapter.stacked else "is no module of the base as it is"
+        raise CheckpointError(f"{adapter.root}: {module} {why}") from None
     return rule, names
 
 

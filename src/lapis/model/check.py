@@ -77,7 +77,7 @@ def plan_load(checkpoint: Checkpoint, *, head: Head | None = None, classes: int 
             f"{checkpoint.source}: config.json says {format_count(config.layers, 'layer')}, the tensors have "
             f"{layers}; fetch both again"
         )
-    stacked = {checkpoint.index[name].shape[0] for name, rule, _ in tensors.values()
+    stacked = {count for name, rule, _ in tensors.values() for count in checkpoint.index[name].shape[:1]
                if rule.component.startswith("mlp.experts.") and rule.expert is None}  # fmt: skip
     experts = max(stacked, default=experts_of(rule for _, rule, _ in tensors.values()))
     if config.experts is not None and experts not in (0, config.experts.count):
@@ -132,8 +132,10 @@ def plan_load(checkpoint: Checkpoint, *, head: Head | None = None, classes: int 
     elif method := _quantization(checkpoint):
         line = (f"config.json: quantization_config is {method}; lapis runs 16-bit weights and wider: give the "
                 "unquantized model, or take the field out where the tensors are it")  # fmt: skip
-        problems[:0] = [line] * to_run
-        notes += [line] * (not to_run)
+        if to_run:
+            problems.insert(0, line)
+        else:
+            notes.append(line)
     if problems:
         more = f" ... and {len(problems) - MOST_LISTED} more" if len(problems) > MOST_LISTED else ""
         raise CheckpointError(f"{checkpoint.source}: {'; '.join(problems[:MOST_LISTED])}{more}")
