@@ -87,7 +87,6 @@ def compare_configs(
     if shapes[0] is not None and shapes[1] is not None:
         one, two = shapes[0], shapes[1]
         decisive = {key: pair for key, pair in decisive.items() if key not in ("sliding_window", *_ACTIVATIONS)}
-        decisive |= _differing(one, two, {"mlp", "window", "window_layers"})
         decisive |= _differing(one, two, _PARSED)
         rest = _differing(one, two, {f.name for f in dataclasses.fields(one)} - _COVERED - _PARSED)
     else:
