@@ -170,10 +170,10 @@ def activation_bytes(config: ModelConfig, context: int, width: int = 2) -> int:
     inner, inner_kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
     matrices = 4 if config.gated else 2
     mlp = matrices * config.ffn_dim
-    if config.experts is not None:  # of each chosen one also what goes in, what comes out, and that weighted
+    if config.experts is not None:  # of each chosen one also what goes in, what comes out, and the weighted input of `down`
         dense = len(config.experts.dense_layers)
         beside = config.experts.shared_dim + (config.experts.dense_dim if config.experts.beside else 0)
-        sparse = config.experts.active * (mlp + 3 * config.dim) + matrices * beside
+        sparse = config.experts.active * (mlp + config.ffn_dim + 2 * config.dim) + matrices * beside
         mlp = ((config.layers - dense) * sparse + dense * matrices * config.experts.dense_dim) // config.layers
     attending = config.layers if config.delta is None else config.layers - len(config.delta.layers)
     attention = 2 * inner + 2 * inner_kv if config.delta is None else 4 * inner + 2 * inner_kv  # there it has a gate
