@@ -90,7 +90,7 @@ def test_a_signal_while_modules_are_imported(tmp_path: Path, number: signal.Sign
         process.send_signal(number)
         error_text = process.communicate(timeout=60)[1]
         ended = (process.returncode, error_text)
-        if process.returncode == -number and not error_text:
+        if process.returncode == -number and "/lapis/" not in error_text:
             continue  # Python itself had hardly begun
         if "there is no such folder" in error_text:
             assert ended == (1, f"lapis: {tmp_path / 'none'}: there is no such folder; give a folder\n")
