@@ -155,6 +155,7 @@ class ProcessWatch:
         self.rank, self.size = rank, size
         self.store = _store(host, port, _SILENCE, False)  # the run's own connection may be waiting for something
         self.ended = threading.Event()
+        self.left = threading.Event()  # whether this process has left the run
         self.answered = time.monotonic()  # when the store did
         self.broken = False  # whether a connection to another process is
         self.last_good: Callable[[], Path | None] = lambda: None  # the newest checkpoint
@@ -168,6 +169,7 @@ class ProcessWatch:
 
     def stop(self) -> None:
         """Says that this process is done, so that nobody misses it."""
+        self.left.set()
         if self.ended.is_set():
             return
         self.ended.set()
@@ -261,7 +263,9 @@ class ProcessWatch:
                               f"{_names(waiting)} waits for it; see what it computes (a reward, a source of data), "
                               f"give it more time with {PATIENCE}=SECONDS, or")  # fmt: skip
         except RuntimeError:
-            self.ended.set()  # the store's holder has ended, which shows in all connections to it
+            self.ended.set()  # the store's holder has ended, which shows in all connections to it,
+            if not self.left.wait(self.patience):  # to a process that comes to use one
+                os._exit(1)
 
     def _guard(self) -> None:
         """The store itself is silent: the first process holds it, where torchrun does not."""
