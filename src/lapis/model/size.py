@@ -170,7 +170,7 @@ def activation_bytes(config: ModelConfig, context: int, width: int = 2) -> int:
     inner, inner_kv = config.heads * config.head_dim, config.kv_heads * config.head_dim
     matrices = 4 if config.gated else 2
     mlp = matrices * config.ffn_dim
-    if config.experts is not None:  # of each chosen one also what goes in, what comes out, and the weighted input of `down`
+    if config.experts is not None:  # of each chosen one also what goes in and out, and the weighted input of `down`
         dense = len(config.experts.dense_layers)
         beside = config.experts.shared_dim + (config.experts.dense_dim if config.experts.beside else 0)
         sparse = config.experts.active * (mlp + config.ffn_dim + 2 * config.dim) + matrices * beside
