@@ -33,6 +33,15 @@ def test_characters_are_replaced_as_sentencepiece_does() -> None:
         assert ours.replaced(text) == theirs.normalize(text)
 
 
+def test_a_map_without_its_last_zero_is_refused() -> None:
+    """Its last text would have lost a byte in silence."""
+    whole, cut = CharacterMap(characters()), characters().rstrip(b"\0")
+    last = cut.rpartition(b"\0")[2].decode()
+    letter = next(letter for letter in map(chr, range(0xE000, 0x30000)) if whole.replaced(letter) == last != letter)
+    with pytest.raises(lapis.CheckpointError, match="points beyond its end"):
+        CharacterMap(cut).replaced(letter)
+
+
 def test_spaces_and_unknown_letters_by_hand() -> None:
     assert spaced("  a  b ", True, True) == "▁a▁b" and spaced(" a", True, False) == "▁▁a"
     assert spaced("a b", False, False) == "a▁b" and spaced("  ", True, True) == spaced("", True, False) == ""

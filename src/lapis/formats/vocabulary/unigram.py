@@ -14,6 +14,9 @@ SPACE = "▁"
 UNKNOWN_PENALTY = 10.0  # of a character that no piece spells, below the worst score
 
 
+BEYOND = "tokenizer.ggml.precompiled_charsmap points beyond its end; fetch the file again"
+
+
 class CharacterMap:
     """What is written for what. raw: of a file; an empty one changes nothing."""
 
@@ -32,7 +35,10 @@ class CharacterMap:
         while at < len(raw):
             length, begin = self._longest(raw, at) if self.units else (0, 0)
             if length:
-                out += self.texts[begin : self.texts.find(b"\0", begin)]
+                end = self.texts.find(b"\0", begin)
+                if end < 0:
+                    raise CheckpointError(BEYOND)
+                out += self.texts[begin:end]
             else:
                 length = 1 + sum(byte & 0xC0 == 0x80 for byte in raw[at + 1 : at + 4][: _more(raw[at])])
                 out += raw[at : at + length]
@@ -50,13 +56,11 @@ class CharacterMap:
             node ^= _base(unit)
             if unit >> 8 & 1:
                 longest = end - start + 1, self._unit(node) & 0x7FFFFFFF
-        if longest[1] >= max(len(self.texts), 1):
-            raise CheckpointError("tokenizer.ggml.precompiled_charsmap points beyond its end; fetch the file again")
         return longest
 
     def _unit(self, index: int) -> int:
         if index >= len(self.units):
-            raise CheckpointError("tokenizer.ggml.precompiled_charsmap points beyond its end; fetch the file again")
+            raise CheckpointError(BEYOND)
         return self.units[index]
 
 
