@@ -183,7 +183,7 @@ def test_faults_60_and_63_a_full_disk_and_a_kill_leave_nothing(place: Path) -> N
     assert sorted(p.name for p in place.iterdir()) == before
     (place / "big.txt").write_text("Saya suka makan nasi lemak.\n" * 800_000)  # seconds of work
     killed = subprocess.Popen([*command[:5], "big.txt", *command[5:]], cwd=place)
-    while not (place / ".out.lapis").exists() and killed.poll() is None:
+    while not (place / ".out.lapis/.journal/plan.json").exists() and killed.poll() is None:  # what it does is written
         time.sleep(0.02)
     killed.kill()
     assert killed.wait() == -signal.SIGKILL
