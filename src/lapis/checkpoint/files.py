@@ -33,7 +33,7 @@ def contained(root: Path, relative: str) -> Path:
     try:
         mode = real.stat().st_mode
     except FileNotFoundError:
-        raise CheckpointError(f"{root}: {relative} is missing") from None
+        raise CheckpointError(f"{root}: {relative} is missing; give a folder that has it") from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
     if not stat.S_ISREG(mode):
