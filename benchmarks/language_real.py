@@ -240,6 +240,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, help="what a case has without it; each with an --out of its own")
     parser.add_argument("--rates", nargs="*", default=[], metavar="NAME=RATE", help="with, without, rows; the same")
     parser.add_argument("--context", type=int, help="of a row; the same")
+    parser.add_argument("--batch", type=int, help="rows of a step; the same")
     parser.add_argument("--seeds", type=int, nargs="*", help="all that a case has without it")
     parser.add_argument("--ways", nargs="*", choices=WAYS, default=WAYS)
     parser.add_argument("--do", choices=["train", "score", "write"], help="one of the steps; all without it")
@@ -250,6 +251,8 @@ def main() -> None:
         cases = {name: replace(case, seconds=options.seconds) for name, case in cases.items()}
     if options.context:
         cases = {name: replace(case, context=options.context) for name, case in cases.items()}
+    if options.batch:
+        cases = {name: replace(case, batch=options.batch) for name, case in cases.items()}
     rates = {name: float(rate) for name, rate in (each.split("=") for each in options.rates)}
     cases = {name: replace(case, rates={**case.rates, **rates}) for name, case in cases.items()}
     benches = [Bench(case, name, options.out, models) for name, case in cases.items()]

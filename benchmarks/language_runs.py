@@ -103,7 +103,7 @@ def run(out: Path, **settings: Any) -> Path:
     return out
 
 
-def paces(place: Path, arms: Mapping[str, Mapping[str, Any]], rounds: int = 2, steps: int = 2) -> dict[str, float]:
+def paces(place: Path, arms: Mapping[str, Mapping[str, Any]], rounds: int = 2, steps: int = 5) -> dict[str, float]:
     """Processor seconds for a step of each training: the median of a few steps, tried in turn; kept at `place`."""
     known = dict(json.loads(place.read_text())) if place.exists() else {}
     found: dict[str, list[float]] = {name: [] for name in arms if name not in known}

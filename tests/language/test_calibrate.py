@@ -1,6 +1,7 @@
 """Calibrated rows: as likely as they are frequent, by a recomputation in float64, and nothing else is changed."""
 
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -78,3 +79,21 @@ def test_text_without_new_tokens_is_refused(tmp_path: Path) -> None:
     rows = torch.zeros(20, 32)
     with pytest.raises(DataError, match="nothing to calibrate"):
         calibrate(checkpoint, base, gained, ["0 1 2", "3 4 5"], rows, rows, tied=True)
+
+
+def test_rows_stay_where_other_documents_became_harder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lapis.language.rows.calibrate.PLACES", 250)
+    source, text = make(tmp_path / "base", 0), write(tmp_path / "ms.jsonl", MALAY)
+    extend(source, [text], tmp_path / "means", add=40)
+    base = ExtendableTokenizer.open(source)
+    gained = base.read_extension(tmp_path / "means")
+    rows = load(tmp_path / "means", torch.float32).embed.weight.detach()[gained.first :]
+    written, other, figures = " ".join(MALAY[:90]), " ".join(MALAY[90:]), " ".join(map(str, range(400)))
+    first = next(seed for seed in range(9) if Random(seed).sample(range(2), 2) == [0, 1])
+
+    def moved(*texts: str) -> bool:
+        return calibrate(open_checkpoint(source), base, gained, texts, rows, rows, tied=True, seed=first) is not rows
+
+    assert moved(written)
+    assert moved(written, other)
+    assert not moved(written, figures)

@@ -6,10 +6,11 @@ its new tokens, and each row is moved along one direction until its token is, on
 (iterative scaling, Darroch and Ratcliff 1972). It is the shortest along which last hidden states of the language lie at
 1 and those of replay text at 0. Hidden states have a large part in common, so a small move is enough, and the other
 side of a tied row hardly feels it. Where it does, and text became less likely, or where a model does not tell the
-languages apart, and replay text did, rows stay means. Rows of old tokens are not touched.
+languages apart, and replay text did, rows stay means; that is judged on documents by which no row was moved. Rows of old
+tokens are not touched.
 
 After a training the same is done once more (`calibrate_again`): rows that were hardly read stayed where they were while
-the hidden states that they score moved.
+the hidden states that they score moved. After a long one there is little of that left to mend, and rows often stay.
 
 Shapes: R places, S places of replay text, D model dim, N new tokens, V old tokens.
 """
@@ -79,20 +80,21 @@ def calibrate(
         DataError: Where the text holds none of the new tokens.
     """
     model = load(checkpoint, torch.float32)
-    first, written = gained.first, _rows(base, gained, texts, seed, PLACES)
+    first, (written, judged) = gained.first, _rows(base, gained, texts, seed, PLACES)
     if not any(i >= first for ids in written for i in ids):
         raise DataError("extend: the text holds none of the new tokens, so there is nothing to calibrate their rows by")
-    known = _rows(base, gained, replay, seed, PLACES // 4)
+    known, judged_known = _rows(base, gained, replay, seed, PLACES // 4)
     with torch.no_grad():
         language, others = (_read(model, rows, embed_ND, first, progress) for rows in (written, known))
         along_D = direction(language.hidden_RD, others.hidden_RD)
         shares_N = token_shares(base, gained, texts)
         cap = cast(LanguageHead, model.head).cap
         moved_ND = scaled_rows(language.hidden_RD, language.old_R, score_ND, shares_N, along_D, cap)
-        before = [place.nats(model, score_ND, first) for place in (language, others)]
+        unread = [_read(model, rows, embed_ND, first, progress) for rows in (judged, judged_known)]
+        before = [places.nats(model, score_ND, first) for places in unread]
         if tied:
-            language, others = (_read(model, rows, moved_ND, first, progress) for rows in (written, known))
-        after = [place.nats(model, moved_ND, first) for place in (language, others)]
+            unread = [_read(model, rows, moved_ND, first, progress) for rows in (judged, judged_known)]
+        after = [places.nats(model, moved_ND, first) for places in unread]
     return moved_ND if after[0] < before[0] and after[1] <= (1 + COST) * before[1] else score_ND
 
 
@@ -206,18 +208,24 @@ def scaled_rows(
 
 def _rows(
     base: ExtendableTokenizer, gained: Extension, texts: Sequence[str], seed: int, places: int
-) -> list[list[int]]:
-    """The beginnings of documents in new tokens, in a random order, so many tokens in all."""
+) -> tuple[list[list[int]], list[list[int]]]:
+    """The beginnings of documents in new tokens, in a random order, so many tokens in all; and as many of others by which
+    a result is judged: the same where all were needed."""
     backend, lead = base.extended(gained), document_lead(base)
-    rows: list[list[int]] = []
-    for number in Random(seed).sample(range(len(texts)), len(texts)):
-        ids = lead + backend.encode(texts[number], add_special_tokens=False).ids[: min(LENGTH, places)]
-        if len(ids) > 1:
-            rows.append(ids)
-            places -= len(ids) - 1
-        if places <= 0:
-            break
-    return rows
+    order = iter(Random(seed).sample(range(len(texts)), len(texts)))
+
+    def drawn() -> list[list[int]]:
+        rows: list[list[int]] = []
+        left = places
+        while left > 0 and (number := next(order, None)) is not None:
+            ids = lead + backend.encode(texts[number], add_special_tokens=False).ids[: min(LENGTH, left)]
+            if len(ids) > 1:
+                rows.append(ids)
+                left -= len(ids) - 1
+        return rows
+
+    written = drawn()
+    return written, drawn() or written
 
 
 def _read(model: Transformer, rows: list[list[int]], embed_ND: Tensor, first: int, progress: Report) -> Places:
