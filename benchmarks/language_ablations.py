@@ -14,6 +14,7 @@ import argparse
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from language_runs import (
     DATA,
@@ -31,7 +32,11 @@ from language_runs import (
 )
 
 import lapis
+from lapis.checkpoint import open_checkpoint
 from lapis.language.extend import Init
+from lapis.language.rows.calibrate import calibrate_again
+from lapis.text.corpus import corpus
+from lapis.text.tokenizer.extend import ExtendableTokenizer
 from lapis.text.tokenizer.tokenizer import train_tokenizer
 
 SHAPE = {"dim": 128, "layers": 4, "heads": 4, "kv_heads": 2, "ffn_dim": 352, "context": 256, "family": "qwen3",
@@ -49,7 +54,8 @@ HELD_BYTES = 40_000
 @dataclass(frozen=True)
 class Arm:
     """What `lapis adapt` would be told. rows_rate: of embedding and head, times that of the blocks. old_rows: Whether
-    the rows of old tokens are trained with everything else."""
+    the rows of old tokens are trained with everything else. share_rows: Whether new rows learn from those of tokens
+    that have characters in common. again: Whether new tokens are calibrated again at the end."""
 
     init: Init | None = None
     embedded: float = 0.2
@@ -62,6 +68,8 @@ class Arm:
     old_rows: bool = True
     tied: bool = True
     extended: bool = True
+    share_rows: bool = False
+    again: bool = False
 
 
 NEW = "old rows frozen, new 10x"
@@ -70,7 +78,24 @@ MORE: dict[str, dict[str, float]] = {
     "merge back 0.1": {"merge_back": 0.1}, "merge back 0.25": {"merge_back": 0.25}, "lr 0.003, new 3x":
     {"lr": 3e-3, "rows_rate": 3.0},
 }  # fmt: skip
+ADAPT = Arm("calibrated", old_rows=False, rows_rate=10.0, rows_lr=1e-2, share_rows=True, again=True)  # as by default
+DEFAULT = "as lapis adapt does it"
+OTHER: dict[str, dict[str, Any]] = {
+    "not calibrated again": {"again": False},
+    "not embedded first": {"embedded": 0.0},
+    "not embedded first, not calibrated again": {"embedded": 0.0, "again": False},
+    "rows begin as means": {"init": None, "again": False},
+    "rows begin distilled": {"init": "distilled", "again": False},
+    "rows begin at random": {"init": "random", "again": False},
+    "rows share nothing": {"share_rows": False},
+    "new 3x": {"rows_rate": 3.0, "rows_lr": 3e-3},
+    "replay 0.25": {"replay": 0.25},
+    "ema 0.98": {"ema": 0.98},
+    "merge back 0.1": {"merge_back": 0.1},
+}
 ARMS = {
+    DEFAULT: ADAPT,
+    **{f"{DEFAULT}, {what}": replace(ADAPT, **more) for what, more in OTHER.items()},
     "first": Arm(),
     "no new tokens": Arm(extended=False, embedded=0.0),
     **{f"lr {rate:g}": Arm(lr=rate) for rate in (3e-4, 3e-3)},
@@ -88,6 +113,7 @@ ARMS = {
     "ema 0.98": Arm(ema=0.98),
     "merge back 0.1": Arm(merge_back=0.1),
     "merge back 0.25": Arm(merge_back=0.25),
+    "untied, calibrated": Arm("calibrated", tied=False),
     "untied, mean": Arm("mean", tied=False),
     "untied, mean-norm": Arm("mean-norm", tied=False),
     "untied, distilled": Arm("distilled", tied=False),
@@ -102,8 +128,8 @@ def base_of(root: Path, seed: int, tied: bool) -> Path:
 def place_of(root: Path, arm: Arm, seed: int) -> Path:
     """Where an arm's model lies."""
     place = root / f"seed-{seed}" / f"adapted-{embedded_name(arm)}-{arm.lr}-{arm.rows_rate}-{arm.replay}-{arm.ema}"
-    if not arm.old_rows:
-        place = place.with_name(f"{place.name}-new")
+    for said, what in ((not arm.old_rows, "new"), (arm.share_rows, "shared"), (arm.again, "again")):
+        place = place.with_name(f"{place.name}-{what}") if said else place
     return place.with_name(f"merged-{place.name}-{arm.merge_back}") if arm.merge_back else place
 
 
@@ -113,7 +139,7 @@ def start_name(arm: Arm) -> str:
 
 
 def embedded_name(arm: Arm) -> str:
-    return f"{start_name(arm)}-{arm.embedded}-{arm.rows_lr}"
+    return f"{start_name(arm)}-{arm.embedded}-{arm.rows_lr}" + ("-shared" if arm.share_rows else "")
 
 
 def make_base(root: Path, seed: int, tied: bool) -> Path:
@@ -134,11 +160,18 @@ def make(root: Path, arm: Arm, seed: int) -> Path:
         if not start.is_dir():
             say(f"extending {start}")
             lapis.extend(base, KOREAN, start, add=ADDED, init=arm.init, seed=seed, snippets=SNIPPETS)
+    if arm.again:
+        if not result.is_dir():
+            trained, own = make(root, replace(arm, again=False), seed), ExtendableTokenizer.open(base)
+            korean, english = ([each.text for each in corpus.documents(files)] for files in (KOREAN, [ENGLISH]))
+            calibrate_again(open_checkpoint(trained), own, own.read_extension(start), korean, result, replay=english,
+                            seed=seed)  # fmt: skip
+        return result
     new_rows = list(range(VOCABULARY, VOCABULARY + ADDED))
     alone = round(arm.embedded * STEPS)
     if alone:
         start = run(place / f"embedded-{embedded_name(arm)}", model=str(start), data=[*map(str, KOREAN)], steps=alone,
-                    lr=arm.rows_lr, freeze=["all"], tokens=new_rows, seed=seed,
+                    lr=arm.rows_lr, freeze=["all"], tokens=new_rows, share_rows=arm.share_rows, seed=seed,
                     **ROWS)  # fmt: skip
     if arm.merge_back:
         if not result.is_dir():
@@ -147,7 +180,11 @@ def make(root: Path, arm: Arm, seed: int) -> Path:
         return result
     rate = arm.lr * arm.rows_rate
     rates = {"embed": rate} | ({} if arm.tied else {"head": rate}) if arm.rows_rate != 1 else {}
-    frozen = {} if arm.old_rows else {"freeze": ["embed"] if arm.tied else ["embed", "head"], "tokens": new_rows}
+    frozen = (
+        {}
+        if arm.old_rows
+        else {"freeze": ["embed"] if arm.tied else ["embed", "head"], "tokens": new_rows, "share_rows": arm.share_rows}
+    )
     return run(result, **frozen, model=str(start), steps=STEPS - alone, lr=arm.lr, rates=rates, ema=arm.ema, seed=seed,
                data=mixture(KOREAN, arm.replay), **ROWS)  # fmt: skip
 
@@ -174,8 +211,9 @@ def main() -> None:
 
 
 TABLES = {
+    "The defaults, and one other setting": (DEFAULT, *(f"{DEFAULT}, {what}" for what in OTHER)),
     "How new rows begin, head tied": ("first", "init distilled", "init random"),
-    "How new rows begin, head of its own": ("untied, mean", "untied, mean-norm", "untied, distilled", "untied, random"),
+    "How new rows begin, head of its own": tuple(name for name in ARMS if name.startswith("untied")),
     "Rates": (
         "first",
         "rows 10x",

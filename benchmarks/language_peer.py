@@ -8,7 +8,6 @@ linear warm-up and a cosine. Text, share of English, rows, peak rate, precision 
 whose seconds hold the extension, too. Both are scored by the same function, on documents that no step reads.
 """
 
-import argparse
 import json
 import math
 import time
@@ -18,8 +17,8 @@ from random import Random
 from typing import Any
 
 import torch
-from language_real import CONTEXT, Bench
-from language_runs import ENGLISH, bits_per_byte, keep, kept, models_folder, say, table
+from language_real import CONTEXT, Bench, benches, case_options
+from language_runs import ENGLISH, bits_per_byte, keep, kept, say, table
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -64,7 +63,7 @@ def train(bench: Bench, out: Path) -> dict[str, float]:
     torch.manual_seed(0)
     tokenizer, model = extended(bench)
     model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=bench.case.lr, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=bench.case.rates["with"], betas=(0.9, 0.95), weight_decay=0.1)
     steps = 0
     low = json.loads((bench.root / "with-0" / "training.json").read_text())["precision"] == "bf16"
     prepared = time.process_time() - begun
@@ -74,7 +73,7 @@ def train(bench: Bench, out: Path) -> dict[str, float]:
             break
         scale = min(1.0, max(spent, 0.01) / WARMUP) * 0.5 * (1 + math.cos(math.pi * spent))
         for group in optimizer.param_groups:
-            group["lr"] = bench.case.lr * scale
+            group["lr"] = bench.case.rates["with"] * scale
         with torch.autocast("cpu", torch.bfloat16, enabled=low):
             loss = model(input_ids=ids_BT, labels=ids_BT).loss
         loss.backward()
@@ -90,12 +89,8 @@ def train(bench: Bench, out: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/language-real"))
-    parser.add_argument("--models", type=Path, help="their folder; LAPIS_MODELS without it")
-    parser.add_argument("--do", choices=["train", "score", "write"], help="one of the steps; all without it")
-    options = parser.parse_args()
-    bench = Bench(CASE, options.out, models_folder(options.models))
+    options = case_options(__doc__).parse_args()
+    [bench] = benches(options, [CASE])
     place = bench.root / "peer"
     if options.do in ("train", None):
         kept(bench.root / "peer.json", lambda: train(bench, place))

@@ -232,38 +232,42 @@ def curves(bench: Bench) -> list[str]:
     return table(["model", "processor s", "bits per byte", "English"], rows)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def case_options(about: str | None) -> argparse.ArgumentParser:
+    """The options that say which models, and how long they are trained."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/language-real"))
     parser.add_argument("--models", type=Path, help="their folder; LAPIS_MODELS without it")
-    parser.add_argument("--only", nargs="*", choices=CASES, default=list(CASES))
     parser.add_argument("--seconds", type=float, help="what a case has without it; each with an --out of its own")
     parser.add_argument("--rates", nargs="*", default=[], metavar="NAME=RATE", help="with, without, rows; the same")
     parser.add_argument("--context", type=int, help="of a row; the same")
     parser.add_argument("--batch", type=int, help="rows of a step; the same")
+    parser.add_argument("--do", choices=["train", "score", "write"], help="one of the steps; all without it")
+    return parser
+
+
+def benches(options: argparse.Namespace, names: Sequence[str]) -> list[Bench]:
+    """The named cases, changed as the options say."""
+    given = {name: getattr(options, name) for name in ("seconds", "context", "batch") if getattr(options, name)}
+    rates = {name: float(rate) for name, rate in (each.split("=") for each in options.rates)}
+    cases = {name: replace(CASES[name], rates={**CASES[name].rates, **rates}, **given) for name in names}
+    return [Bench(case, name, options.out, models_folder(options.models)) for name, case in cases.items()]
+
+
+def main() -> None:
+    parser = case_options(__doc__)
+    parser.add_argument("--only", nargs="*", choices=CASES, default=list(CASES))
     parser.add_argument("--seeds", type=int, nargs="*", help="all that a case has without it")
     parser.add_argument("--ways", nargs="*", choices=WAYS, default=WAYS)
-    parser.add_argument("--do", choices=["train", "score", "write"], help="one of the steps; all without it")
     options = parser.parse_args()
-    models = models_folder(options.models)
-    cases = {name: CASES[name] for name in options.only}
-    if options.seconds:
-        cases = {name: replace(case, seconds=options.seconds) for name, case in cases.items()}
-    if options.context:
-        cases = {name: replace(case, context=options.context) for name, case in cases.items()}
-    if options.batch:
-        cases = {name: replace(case, batch=options.batch) for name, case in cases.items()}
-    rates = {name: float(rate) for name, rate in (each.split("=") for each in options.rates)}
-    cases = {name: replace(case, rates={**case.rates, **rates}) for name, case in cases.items()}
-    benches = [Bench(case, name, options.out, models) for name, case in cases.items()]
-    for bench in benches:
+    chosen = benches(options, options.only)
+    for bench in chosen:
         if options.do in ("train", None):
             bench.train(bench.case.seeds if options.seeds is None else options.seeds, options.ways)
         if options.do in ("score", None):
             bench.scores()
     if options.do == "train":
         return
-    text = [line for bench in benches for line in lines(bench)]
+    text = [line for bench in chosen for line in lines(bench)]
     print("\n".join(text))
     if options.do == "write":
         keep(__file__, "A language with new tokens and without", text)
