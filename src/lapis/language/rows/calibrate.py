@@ -6,8 +6,8 @@ its new tokens, and each row is moved along one direction until its token is, on
 (iterative scaling, Darroch and Ratcliff 1972). It is the shortest along which last hidden states of the language lie at
 1 and those of replay text at 0. Hidden states have a large part in common, so a small move is enough, and the other
 side of a tied row hardly feels it. Where it does, and text became less likely, or where a model does not tell the
-languages apart, and replay text did, rows stay means; that is judged on documents by which no row was moved. Rows of old
-tokens are not touched.
+languages apart, and replay text did, rows stay means; that is judged on documents by which no row was moved. Rows of
+old tokens are not touched.
 
 After a training the same is done once more (`calibrate_again`): rows that were hardly read stayed where they were while
 the hidden states that they score moved. After a long one there is little of that left to mend, and rows often stay.
@@ -209,8 +209,8 @@ def scaled_rows(
 def _rows(
     base: ExtendableTokenizer, gained: Extension, texts: Sequence[str], seed: int, places: int
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """The beginnings of documents in new tokens, in a random order, so many tokens in all; and as many of others by which
-    a result is judged: the same where all were needed."""
+    """The beginnings of documents in new tokens, in a random order, so many tokens in all; and as many of others by
+    which a result is judged: the same where all were needed."""
     backend, lead = base.extended(gained), document_lead(base)
     order = iter(Random(seed).sample(range(len(texts)), len(texts)))
 
