@@ -18,7 +18,7 @@ from lapis.language.card.folder import gather, licence_of, models_of, read_chats
 from lapis.language.card.naming import main_language, name_languages
 from lapis.language.card.readme import readme
 from lapis.language.card.scores import HeldOutText, score_model
-from lapis.report.pages.card import FIGURES, card_page
+from lapis.report.pages.card import FIGURES, card_page, without_folders
 
 from .conftest import ENGLISH, MALAY, make, write
 
@@ -124,6 +124,42 @@ def test_the_readme_is_a_model_card_of_the_hub(adapted: Path, tmp_path: Path) ->
     head = ModelCard(readme(card)).data.to_dict()
     assert head["license"] == "apache-2.0" and head["base_model"] == ["owner/base", "owner/chat"]
     assert head["base_model_relation"] == "merge" and "````text\n```\n# not" in readme(card)
+
+    secret = "/home/me/secret/scales.yaml"
+    nested = {"warmup": 3, "files": [secret, {secret: Path(secret)}]}
+    card["how"] |= {"settings": {"scale": secret, "train": nested}, "data": {f"text: {secret}": "0f"}}
+    card["how"] |= {"models": {"base": {secret: "0a"}}}
+    for text in (readme(card), card_page(card).render().replace("<wbr>", "")):
+        assert "secret" not in text and "/home" not in text and str(adapted) not in text
+        assert "text: scales.yaml" in text and "base: scales.yaml" in text and text.count("scales.yaml") == 6
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("/home/me/a place/scales.yaml", "scales.yaml"),
+        ("by /home/me/a place/scales.yaml", "by scales.yaml"),
+        ("one/two/scales.yaml", "scales.yaml"),
+        ("one/scales.yaml", "scales.yaml"),
+        ("../one", "one"),
+        ("~/one/two/", "two"),
+        ("file:///one/a.yaml", "a.yaml"),
+        ("C:\\Users\\me\\a.yaml", "a.yaml"),
+        ("attn=/one/a.yaml,mlp=one/b.yaml", "attn=a.yaml,mlp=b.yaml"),
+        ("attn=0.5,12-23.mlp=0", "attn=0.5,12-23.mlp=0"),
+        ("owner/model", "owner/model"),
+        ("owner/model@v1.0", "owner/model@v1.0"),
+        ("hub:owner/texts/ms", "hub:owner/texts/ms"),
+        ("https://host.org/a/b.yaml", "https://host.org/a/b.yaml"),
+        ("target/bits_per_byte", "target/bits_per_byte"),
+        ("and/or, 1 / 2", "and/or, 1 / 2"),
+        ("", ""),
+        (0.5, 0.5),
+        (None, None),
+    ],
+)
+def test_a_card_tells_no_folder_of_a_machine(given: object, told: object) -> None:
+    assert without_folders(given) == told
 
 
 def test_a_card_of_an_adaptation_from_the_command_line(
