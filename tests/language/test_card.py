@@ -1,5 +1,6 @@
 """The card: figures with honest intervals, every score in both languages, and a README that the hub understands."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -316,6 +317,41 @@ def test_what_makes_no_card_is_refused(adapted: Path, tmp_path: Path) -> None:
     task.write_text("group: many\n")
     with pytest.raises(ConfigError, match="names no task"):
         read_questions([task])
+
+
+@pytest.mark.parametrize("scored", [0, -5])
+def test_less_than_a_byte_cannot_be_scored(
+    scored: int, adapted: Path, tmp_path: Path, run: Callable[..., tuple[int, str, str]]
+) -> None:
+    text = adapted / "ms.jsonl"
+    status, _, error = run("card", adapted / "base", "--text", text, "--scored", scored, "--out", tmp_path / "card")
+    assert status == 1 and error == f"lapis: card: --scored is {scored}; give 1 or more\n"
+
+
+def test_every_file_that_was_read_has_its_digest(adapted: Path, tmp_path: Path) -> None:
+    def digest(path: Path) -> str:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+
+    one, two, other = (tmp_path / name / "valid.jsonl" for name in ("a", "b", "c"))
+    for number, path in enumerate((one, two, other)):
+        path.parent.mkdir()
+        write(path, MALAY[number : number + 9])
+    chats, questions = adapted / "chats.jsonl", adapted / "questions.jsonl"
+    given = {"text": [one, two], "replay": [other], "chats": [chats]}
+    assert gather([adapted / "base"], given, 800).how["data"] == {
+        "text: valid.jsonl": digest(one), "text: valid.jsonl (2)": digest(two), "replay: valid.jsonl": digest(other),
+        "chats: chats.jsonl": digest(chats),
+    }  # fmt: skip
+    parts = [f"{part}.jsonl" for name in ("text", "replay") for part in (name, f"{name}.held", f"{name}.spare")]
+    texts = {name: digest(adapted / "out" / "measure" / name) for name in parts}
+    read = {"chats: chats.jsonl": digest(chats), "replay_chats: chats.jsonl": digest(chats)}
+    asked = {"choices: questions.jsonl": digest(questions)}
+    assert gather([adapted / "out"], {}, 800).how["data"] == texts | read | asked
+    mine = shutil.copy(chats, tmp_path / "mine.jsonl")
+    instead = gather([adapted / "out"], {"chats": [mine], "text": [one]}, 800).how["data"]
+    del read["chats: chats.jsonl"]
+    mines = {"chats: mine.jsonl": digest(chats), "text: valid.jsonl": digest(one)}
+    assert instead == texts | read | asked | mines
 
 
 def test_a_licence_is_what_the_base_states(tmp_path: Path) -> None:
