@@ -1,9 +1,11 @@
 """The card: figures with honest intervals, every score in both languages, and a README that the hub understands."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,14 +13,15 @@ from huggingface_hub import ModelCard, metadata_load
 
 from lapis.errors import ConfigError, DataError
 from lapis.language.adapt import adapt
+from lapis.language.card import card as card_module
 from lapis.language.card import scores
 from lapis.language.card.bootstrap import Counts, change, difference, ratio, share_of_way
 from lapis.language.card.card import make_card
 from lapis.language.card.folder import gather, licence_of, models_of, read_chats, read_questions
 from lapis.language.card.naming import main_language, name_languages
 from lapis.language.card.readme import readme
-from lapis.language.card.scores import HeldOutText, score_model
-from lapis.report.pages.card import FIGURES, card_page
+from lapis.language.card.scores import HeldOutText, Measured, score_model
+from lapis.report.pages.card import FIGURES, card_page, without_folders
 
 from .conftest import ENGLISH, MALAY, make, write
 
@@ -125,6 +128,42 @@ def test_the_readme_is_a_model_card_of_the_hub(adapted: Path, tmp_path: Path) ->
     assert head["license"] == "apache-2.0" and head["base_model"] == ["owner/base", "owner/chat"]
     assert head["base_model_relation"] == "merge" and "````text\n```\n# not" in readme(card)
 
+    secret = "/home/me/secret/scales.yaml"
+    nested = {"warmup": 3, "files": [secret, {secret: Path(secret)}]}
+    card["how"] |= {"settings": {"scale": secret, "train": nested}, "data": {f"text: {secret}": "0f"}}
+    card["how"] |= {"models": {"base": {secret: "0a"}}}
+    for text in (readme(card), card_page(card).render().replace("<wbr>", "")):
+        assert "secret" not in text and "/home" not in text and str(adapted) not in text
+        assert "text: scales.yaml" in text and "base: scales.yaml" in text and text.count("scales.yaml") == 6
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("/home/me/a place/scales.yaml", "scales.yaml"),
+        ("by /home/me/a place/scales.yaml", "by scales.yaml"),
+        ("one/two/scales.yaml", "scales.yaml"),
+        ("one/scales.yaml", "scales.yaml"),
+        ("../one", "one"),
+        ("~/one/two/", "two"),
+        ("file:///one/a.yaml", "a.yaml"),
+        ("C:\\Users\\me\\a.yaml", "a.yaml"),
+        ("attn=/one/a.yaml,mlp=one/b.yaml", "attn=a.yaml,mlp=b.yaml"),
+        ("attn=0.5,12-23.mlp=0", "attn=0.5,12-23.mlp=0"),
+        ("owner/model", "owner/model"),
+        ("owner/model@v1.0", "owner/model@v1.0"),
+        ("hub:owner/texts/ms", "hub:owner/texts/ms"),
+        ("https://host.org/a/b.yaml", "https://host.org/a/b.yaml"),
+        ("target/bits_per_byte", "target/bits_per_byte"),
+        ("and/or, 1 / 2", "and/or, 1 / 2"),
+        ("", ""),
+        (0.5, 0.5),
+        (None, None),
+    ],
+)
+def test_a_card_tells_no_folder_of_a_machine(given: object, told: object) -> None:
+    assert without_folders(given) == told
+
 
 def test_a_card_of_an_adaptation_from_the_command_line(
     adapted: Path, tmp_path: Path, run: Callable[..., tuple[int, str, str]]
@@ -157,6 +196,33 @@ def test_a_gap_is_measured_against_a_tuned_model(adapted: Path) -> None:
     else:
         assert "no likelier" in card["reasons"]["gap_closed"]
     assert card["cost"] is None and "no replay text" in card["reasons"]["cost"]
+
+
+@pytest.mark.parametrize(
+    ("steps", "closed"),
+    [
+        ({"base": 4.0, "adapted": 2.0, "merged": 3.0, "grafted": 2.5}, 0.25),
+        ({"base": 4.0, "adapted": 2.0, "merged": 3.0, "calibrated": 3.5, "restored": 3.0}, 0.2),
+        ({"base": 4.0, "adapted": 2.0, "grafted": 1.5}, 0.5),
+        ({"base": 4.0, "adapted": 2.0, "merged": 3.0}, None),
+    ],
+)
+def test_a_gap_begins_at_the_last_model_before_the_graft(
+    steps: dict[str, float], closed: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here a folder is how many bits of a byte its model needs."""
+
+    def measured(folder: float, *_: object) -> Measured:
+        counts = {key: Counts([folder], [1.0]) for key in ("bits_per_byte", "response_bits_per_byte")}
+        return Measured({"target": counts}, {"target": []})
+
+    monkeypatch.setattr(card_module, "score_model", measured)
+    monkeypatch.setattr(card_module, "time_models", lambda *_: None)
+    monkeypatch.setattr(card_module, "_templates", lambda _: {})
+    models: dict[str, Any] = {**steps}
+    tuned: Any = 1.0
+    card = make_card(models, {"target": HeldOutText(MALAY[:5])}, tuned=tuned)
+    assert card["gap_closed"] == (None if closed is None else pytest.approx(closed))
 
 
 @pytest.mark.parametrize("memory", [0, 1 << 40])
@@ -251,6 +317,41 @@ def test_what_makes_no_card_is_refused(adapted: Path, tmp_path: Path) -> None:
     task.write_text("group: many\n")
     with pytest.raises(ConfigError, match="names no task"):
         read_questions([task])
+
+
+@pytest.mark.parametrize("scored", [0, -5])
+def test_less_than_a_byte_cannot_be_scored(
+    scored: int, adapted: Path, tmp_path: Path, run: Callable[..., tuple[int, str, str]]
+) -> None:
+    text = adapted / "ms.jsonl"
+    status, _, error = run("card", adapted / "base", "--text", text, "--scored", scored, "--out", tmp_path / "card")
+    assert status == 1 and error == f"lapis: card: --scored is {scored}; give 1 or more\n"
+
+
+def test_every_file_that_was_read_has_its_digest(adapted: Path, tmp_path: Path) -> None:
+    def digest(path: Path) -> str:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+
+    one, two, other = (tmp_path / name / "valid.jsonl" for name in ("a", "b", "c"))
+    for number, path in enumerate((one, two, other)):
+        path.parent.mkdir()
+        write(path, MALAY[number : number + 9])
+    chats, questions = adapted / "chats.jsonl", adapted / "questions.jsonl"
+    given = {"text": [one, two], "replay": [other], "chats": [chats]}
+    assert gather([adapted / "base"], given, 800).how["data"] == {
+        "text: valid.jsonl": digest(one), "text: valid.jsonl (2)": digest(two), "replay: valid.jsonl": digest(other),
+        "chats: chats.jsonl": digest(chats),
+    }  # fmt: skip
+    parts = [f"{part}.jsonl" for name in ("text", "replay") for part in (name, f"{name}.held", f"{name}.spare")]
+    texts = {name: digest(adapted / "out" / "measure" / name) for name in parts}
+    read = {"chats: chats.jsonl": digest(chats), "replay_chats: chats.jsonl": digest(chats)}
+    asked = {"choices: questions.jsonl": digest(questions)}
+    assert gather([adapted / "out"], {}, 800).how["data"] == texts | read | asked
+    mine = shutil.copy(chats, tmp_path / "mine.jsonl")
+    instead = gather([adapted / "out"], {"chats": [mine], "text": [one]}, 800).how["data"]
+    del read["chats: chats.jsonl"]
+    mines = {"chats: mine.jsonl": digest(chats), "text: valid.jsonl": digest(one)}
+    assert instead == texts | read | asked | mines
 
 
 def test_a_licence_is_what_the_base_states(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@
     merged/     that, mixed with what it was trained from  (where merge_back is given)
     calibrated/ that, new tokens as likely as they are     (where new rows began so)
     restored/   that, with chat's rows for its template    (where the chat model itself is trained)
+    worded/     that, with rows for chat's own tokens      (where scale is "plan", and chat has any)
     planned/    a scale for each component                 (where scale is "plan")
     grafted/    the last model + scale x (chat - base)     (where a chat model is given)
     card/       two languages side by side, from base to end
@@ -21,7 +22,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from lapis.checkpoint.files import read_json
 from lapis.config import dump_yaml, load_yaml
 from lapis.errors import DataError
 from lapis.language.card.card import make_card, write_card
-from lapis.language.card.folder import PARTS, held_out_of, how_made, measured_files, parents_of
+from lapis.language.card.folder import PARTS, added_tokens, held_out_of, how_made, measured_files, parents_of
 from lapis.language.extend import add_rows, open_source
 from lapis.language.fertility import Report, fertility
 from lapis.language.inputs import check_inputs, stamps
@@ -126,7 +127,7 @@ class _Adaptation:
         if plan.draws_replay:
             steps.run("replay", {"tokens": plan.drawn_tokens, "seed": plan.seed, **how}, last, self._draw_replay)
             last = ["replay"]
-        added = self._added()
+        added = added_tokens(steps.out, plan)
         if added:
             self.note(f"tokenizer: {format_count(added, 'new token')}")
             steps.run("tokenizer", {"add": added}, last, self._tokenizer)
@@ -198,13 +199,8 @@ class _Adaptation:
             write_texts(staging.path / "replay.jsonl", (each.text for each in drawn[few:] or drawn))
             self._measure_base(staging.path)
 
-    def _added(self) -> int:
-        if self.plan.vocab != "auto":
-            return int(self.plan.vocab)
-        return int(read_json(self.steps.done["measure"] / "fertility.json")["recommendation"]["add"])
-
     def _tokenizer(self, folder: Path, overwrite: bool) -> None:
-        add = self._added()
+        add = added_tokens(self.steps.out, self.plan)
         base = ExtendableTokenizer.open(open_source(self.plan.source)[0])
         with self.bar("learning merges") as report:
             counts = base.count_words(document.text for document in corpus.documents(self._text("text")))
@@ -355,11 +351,11 @@ class _Adaptation:
         def make(folder: Path, overwrite: bool) -> None:
             self.note("card: measuring every step in each language")
             with self.bar("measuring") as report, commit(folder, kind="adapt", overwrite=overwrite) as staging:
-                how = how_made(out, settings)
-                write_card(staging.path, make_card(models, held_out_of(out, settings), how=how, progress=report))
+                how, held = how_made(out, plan), held_out_of(out, plan)
+                write_card(staging.path, make_card(models, held, how=how, progress=report))
 
         fields = {name: settings[name] for name in ("scored", "language", "license")}
-        after = {"files": stamps(measured_files(settings)), **fields}
+        after = {"files": stamps(chain.from_iterable(measured_files(settings).values())), **fields}
         card = self.steps.run("card", after, ["measure", *last], make)
         written = read_json(card / "card.json")
         if written["cost"] is not None and written["cost"] > plan.cost:

@@ -181,7 +181,8 @@ class AdaptPlan:
         names += ["adapted", *(["merged"] if self.merged_back else [])]
         names += ["calibrated"] if self.vocab and self.calibrates else []
         names += ["restored"] if self.onto == "chat" else []
-        names += [*(["planned"] if self.grafts and self.scale == "plan" else []), *(["grafted"] if self.grafts else [])]
+        names += ["worded", "planned"] if self.grafts and self.scale == "plan" else []
+        names += ["grafted"] if self.grafts else []
         return [*names, *(["card"] if self.card else [])]
 
     def steps(self, share: float, context: int) -> int:

@@ -135,11 +135,11 @@ def _changes(before: Mapping[str, Mapping[str, Counts]], after: Mapping[str, Map
 def _gap_closed(
     counts: Mapping[str, Mapping[str, Mapping[str, Counts]]], models: list[str]
 ) -> tuple[Figure | None, str]:
-    """How much of the way from the model before the last step to the tuned one the last step went, or why not."""
+    """How much of the way from the last model that was not grafted to the tuned one the last step went, or why not."""
     if TUNED not in counts:
         return None, "no model tuned on chats of the language was given (lapis card --tuned), so there is no yardstick"
     group, _, _ = models[-1].rpartition("/")  # of several adaptations the last one's
-    named = [f"{group}/{step}" if group else step for step in ("calibrated", "adapted")]
+    named = [f"{group}/{step}" if group else step for step in ("calibrated", "merged", "adapted")]
     adapted = next((name for name in named if name in models), "")
     before = adapted or (models[-2] if len(models) > 1 else "")
     if not before or before == models[-1]:

@@ -2,8 +2,9 @@
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,16 +17,15 @@ from lapis.errors import ConfigError, DataError
 from lapis.evaluation.chats import prompt_of
 from lapis.evaluation.choices import Choice, read_choices
 from lapis.language.card.scores import HeldOutText
-from lapis.language.plan import PLAN
+from lapis.language.plan import PLAN, AdaptPlan, read_plan
 from lapis.language.texts import first_bytes
 from lapis.text.corpus import corpus
 from lapis.text.corpus.files import files
 from lapis.weights.delta.beside import card_license
+from lapis.weights.graft.layout import plan_graft
 
 TEXTS = ("measure", "replay")  # steps that hold texts; the second one where a model drew its replay itself
 PARTS = {"target": "text", "replay": "replay"}  # language -> what its files in measure/ are called
-# of steps that hold a model; others come after these
-ORDER = ("start", "embedded", "adapted", "merged", "calibrated", "restored", "worded", "grafted")
 MEASURED = ("chats", "replay_chats", "choices", "replay_choices")  # keys of a plan whose files a card reads
 CHATS = 32  # that models are measured on
 QUESTIONS = 500
@@ -38,11 +38,36 @@ def is_adaptation(folder: Path) -> bool:
 
 
 def models_of(folder: Path) -> dict[str, str | Path]:
-    """The models of an adaptation in their order: the base, the chat model, and every step that holds a model."""
-    plan = load_yaml(folder / PLAN)
-    steps = [place for place in folder.iterdir() if any(place.glob("*.safetensors")) and not place.name.startswith(".")]
-    steps.sort(key=lambda place: (ORDER.index(place.name) if place.name in ORDER else len(ORDER), place.name))
-    return {**parents_of(plan), **{place.name: place for place in steps}}
+    """The models of an adaptation in their order: the base, the chat model, and its plan's steps that hold a model."""
+    plan = _plan_of(folder)
+    steps = [folder / name for name in steps_of(folder, plan)]
+    return {**parents_of(vars(plan)), **{step.name: step for step in steps if any(step.glob("*.safetensors"))}}
+
+
+def _plan_of(folder: Path) -> AdaptPlan:
+    return read_plan(load_yaml(folder / PLAN), str(folder / PLAN))
+
+
+def steps_of(folder: Path, plan: AdaptPlan) -> list[str]:
+    """The steps that a plan has; the folder may hold others, of an earlier plan.
+
+    Args:
+        folder: Of the adaptation, whose text was measured.
+        plan: Its settings.
+    """
+    names = replace(plan, vocab=added_tokens(folder, plan)).step_names
+    if "worded" in names and (folder / "worded").is_dir():
+        assert plan.chat is not None
+        if not plan_graft(plan.base, plan.chat, plan.base).new_tokens:
+            names.remove("worded")
+    return names
+
+
+def added_tokens(folder: Path, plan: AdaptPlan) -> int:
+    """How many new tokens an adaptation has: so many as its plan says, or as measuring the text has recommended."""
+    if plan.vocab != "auto":
+        return plan.vocab
+    return int(read_json(folder / "measure" / "fertility.json")["recommendation"]["add"])
 
 
 def parents_of(plan: Mapping[str, Any]) -> dict[str, str | Path]:
@@ -50,19 +75,26 @@ def parents_of(plan: Mapping[str, Any]) -> dict[str, str | Path]:
     return {name: str(plan[name]) for name in ("base", "chat") if plan.get(name)}
 
 
-def held_out_of(folder: Path, plan: Mapping[str, Any]) -> dict[str, HeldOutText]:
+def held_out_of(folder: Path, plan: AdaptPlan, given: Mapping[str, Any] | None = None) -> dict[str, HeldOutText]:
     """The held-out material of an adaptation, by language.
 
     Args:
         folder: Of the adaptation.
-        plan: Its settings, as plan.yaml has them.
+        plan: Its settings.
+        given: Keys in place of the plan's: chats, choices, language, ...
     """
-    held = {}
+    held, settings = {}, {**vars(plan), **(given or {})}
     for name, part in PARTS.items():
-        file = next((place for step in TEXTS if (place := folder / step / f"{part}.held.jsonl").is_file()), None)
+        places = (step / f"{part}.held.jsonl" for step in _texts_of(folder, plan))
+        file = next((place for place in places if place.is_file()), None)
         if file is not None:
-            held[name] = _held_out(name, [document.text for document in corpus.documents(file)], plan)
+            held[name] = _held_out(name, [document.text for document in corpus.documents(file)], settings)
     return held
+
+
+def _texts_of(folder: Path, plan: AdaptPlan) -> list[Path]:
+    """The steps of a plan that hold texts."""
+    return [folder / name for name in TEXTS if name in plan.step_names]
 
 
 def _held_out(name: str, texts: list[str], plan: Mapping[str, Any]) -> HeldOutText:
@@ -103,35 +135,38 @@ def read_questions(paths: Paths) -> tuple[list[Choice], list[Path]]:
     return questions, tasks
 
 
-def measured_files(plan: Mapping[str, Any]) -> list[Path]:
-    """The files besides the text that models are measured on: chats, and questions.
+def measured_files(plan: Mapping[str, Any]) -> dict[str, list[Path]]:
+    """The files besides the text that models are measured on, by their key: chats, and questions.
 
     Args:
         plan: With the keys of MEASURED, where they are given.
     """
-    chats = [path for key in MEASURED if "chats" in key and plan.get(key) for path in files(list(plan[key]))]
-    return chats + [Path(path) for key in MEASURED if "choices" in key for path in plan.get(key) or ()]
+    given = {key: list(plan[key]) for key in MEASURED if plan.get(key)}
+    return {key: files(paths) if "chats" in key else list(map(Path, paths)) for key, paths in given.items()}
 
 
-def how_made(folder: Path, plan: Mapping[str, Any]) -> dict[str, Any]:
-    """How an adaptation was made: what README.md says of it, without the places of this machine.
+def how_made(folder: Path, plan: AdaptPlan, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """How an adaptation was made, and on which files it was measured: what a card says of it.
 
     Args:
         folder: Of the adaptation.
         plan: Its settings.
+        given: Files that are read in place of the plan's: text, replay, chats, choices, ...
     """
-    vocab = plan.get("vocab", "auto")
-    added = read_json(folder / "measure" / "fertility.json")["recommendation"]["add"] if vocab == "auto" else vocab
-    parents = parents_of(plan)
+    settings = vars(plan)
+    parents = parents_of(settings)
     places = ("base", "chat", "out", "text", "replay", "chats", "replay_chats", "choices", "replay_choices", "language")
-    shown = {key: value for key, value in plan.items() if key not in places and value not in (None, "", {}, [], ())}
+    shown = {key: value for key, value in settings.items() if key not in places and value not in (None, "", {}, [], ())}
+    added = added_tokens(folder, plan)
+    texts = [path for step in _texts_of(folder, plan) for path in sorted(step.glob("*.jsonl"))]
+    measured = {**{key: settings[key] for key in MEASURED}, **(given or {})}
     return {
         "title": folder.name,
-        "language": plan.get("language") or "",
-        "license": plan.get("license") or licence_of(plan["base"]),
+        "language": plan.language,
+        "license": plan.license or licence_of(plan.base),
         "base_models": public_names(map(str, parents.values())),
         "settings": {**{role: Path(source).name for role, source in parents.items()}, "new tokens": added, **shown},
-        "data": {path.name: _sha256(path) for step in TEXTS for path in sorted((folder / step).glob("*.jsonl"))},
+        "data": {**{path.name: _sha256(path) for path in texts}, **_digests(measured)},
         "models": {role: digests_of(source) for role, source in parents.items()},
     }
 
@@ -170,8 +205,11 @@ def gather(folders: Sequence[Path], given: Mapping[str, Any], scored: int) -> Ca
         scored: Bytes of each given text that are scored.
 
     Raises:
-        ConfigError: Where there is no text, or two models have one name even with that of the folder they lie in.
+        ConfigError: Where there is no text, or no byte of it is to be scored, or two models have one name even with
+            that of the folder they lie in.
     """
+    if scored < 1:
+        raise ConfigError(f"card: --scored is {scored}; give 1 or more")
     models: dict[str, str | Path] = {}
     held: dict[str, HeldOutText] = {}
     how: dict[str, Any] = {}
@@ -188,8 +226,8 @@ def gather(folders: Sequence[Path], given: Mapping[str, Any], scored: int) -> Ca
                 raise ConfigError(f"card: two of these models are called {name}; give each folder a name of its own")
             models[name] = place
         if adapted and not held:
-            settings = load_yaml(folder / PLAN)
-            held, how = held_out_of(folder, {**settings, **given}), how_made(folder, settings)
+            plan = _plan_of(folder)
+            settings, held, how = vars(plan), held_out_of(folder, plan, given), how_made(folder, plan, given)
     if not models:
         raise ConfigError("card: no model is named; give a folder of lapis adapt, or model folders")
     if not held and not given.get("text"):
@@ -206,6 +244,12 @@ def gather(folders: Sequence[Path], given: Mapping[str, Any], scored: int) -> Ca
 
 
 def _digests(given: Mapping[str, Any]) -> dict[str, str]:
-    """sha256 of the files that a user named."""
-    texts = [path for part in PARTS.values() for path in (files(list(given[part])) if given.get(part) else ())]
-    return {path.name: _sha256(path) for path in [*texts, *measured_files(given)]}
+    """sha256 of the files that a user named, by what they are for and their names; a name that recurs is numbered."""
+    texts = {part: files(list(given[part])) for part in PARTS.values() if given.get(part)}
+    digests: dict[str, str] = {}
+    met: Counter[str] = Counter()
+    for part, paths in {**texts, **measured_files(given)}.items():
+        for name, path in ((f"{part}: {path.name}", path) for path in paths):
+            met[name] += 1
+            digests[name if met[name] == 1 else f"{name} ({met[name]})"] = _sha256(path)
+    return digests

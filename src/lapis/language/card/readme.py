@@ -1,6 +1,6 @@
 """The model card as hubs read it: the object of `lapis card --json` in, README.md out, YAML first.
 
-Nothing of this machine's folders is in it: models of the hub by their ids, others by the last part of their names.
+Nothing of this machine's folders is in it: models of the hub by their ids, all else by the last part of its name.
 What models wrote stands in fences, so that no reply can be read as part of the page.
 """
 
@@ -11,10 +11,19 @@ from typing import Any
 
 import yaml
 
-from lapis.report.pages.card import CODE, FIGURES, TOKEN_BOUND, counted, spelled, spelled_change, title_of
+from lapis.report.pages.card import (
+    CODE,
+    FIGURES,
+    HUB_ID,
+    TOKEN_BOUND,
+    counted,
+    spelled,
+    spelled_change,
+    title_of,
+    without_folders,
+)
 from lapis.wording import format_count
 
-HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*")
 USE = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -45,10 +54,11 @@ def readme(card: Mapping[str, Any]) -> str:
         lines += ["", "## Replies", "", "The likeliest token each time; the same prompts for every model.", ""]
         lines += ["<details><summary>Show them</summary>", "", *_replies(card, (first, last)), "</details>"]
     lines += ["", "## How it was made", "", "| | |", "|---|---|"]
-    lines += [f"| {_plain(key)} | {_plain(value)} |" for key, value in (how.get("settings") or {}).items()]
-    lines += [f"| {_plain(name)} (sha256) | `{digest}` |" for name, digest in (how.get("data") or {}).items()]
+    settings, named = how.get("settings") or {}, {**(how.get("data") or {})}
     for role, files in (how.get("models") or {}).items():
-        lines += [f"| {_plain(role)}: {_plain(name)} (sha256) | `{digest}` |" for name, digest in files.items()]
+        named |= {f"{role}: {name}": digest for name, digest in files.items()}
+    lines += [f"| {_plain(key)} | {_plain(without_folders(value))} |" for key, value in settings.items()]
+    lines += [f"| {_plain(without_folders(name))} (sha256) | `{digest}` |" for name, digest in named.items()]
     lines += ["", "## Licence", ""]
     licence = how.get("license")
     lines.append(
