@@ -15,7 +15,7 @@ from lapis.families.config import ModelConfig, Rope
 from lapis.language.extend import extend
 from lapis.language.fertility import fertility
 from lapis.language.recommend import COUNTED, ENOUGH, Curve, knee_of, recommend
-from lapis.language.texts import is_held_out, read_texts
+from lapis.language.texts import first_bytes, is_held_out, read_texts
 from lapis.model.load import save
 from lapis.model.size import measure
 from lapis.model.transformer import Transformer
@@ -164,3 +164,9 @@ def test_the_page_names_what_is_recommended_and_marks_its_row() -> None:
     assert "2,000 more tokens would save 60%" in page
     marked = page.split('<tr class="mark"')
     assert len(marked) == 2 and "2,000" in marked[1].split("</tr>")[0]
+
+
+def test_texts_are_cut_at_a_character_and_hold_one() -> None:
+    assert list(first_bytes(["한국", "어"], 3)) == ["한"]
+    assert list(first_bytes(["한국", "어"], 8)) == ["한국", "어"]
+    assert list(first_bytes(["한국", "어"], 1)) == ["한"]

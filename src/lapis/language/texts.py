@@ -62,7 +62,7 @@ def pieces(text: str) -> Iterator[str]:
 
 
 def first_bytes(texts: Iterable[str], size: int | None) -> Iterator[str]:
-    """Texts until they have `size` bytes; the last one is cut."""
+    """Texts until they have `size` bytes; the last one is cut, and has one character at least."""
     left = size
     for text in texts:
         if left is None:
@@ -70,7 +70,7 @@ def first_bytes(texts: Iterable[str], size: int | None) -> Iterator[str]:
             continue
         raw = text.encode(errors="replace")
         if len(raw) >= left:
-            yield raw[:left].decode(errors="ignore")
+            yield raw[:left].decode(errors="ignore") or text[:1]
             return
         left -= len(raw)
         yield text
