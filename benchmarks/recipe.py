@@ -4,10 +4,12 @@
     python benchmarks/recipe.py --equal-time --folder runs/bench-recipe-time --only recipe --only "8 rows a step"
                                           as many steps of each as 48 of the recipe take of a processor, and not as many
                                           tokens
+    python benchmarks/recipe.py --equal-time --shape train --folder runs/bench-recipe-train    the shape of train.py
 
 One shape: 4 layers, 192 wide, vocabulary 2048; 48 steps of 16 rows of 256 tokens in bfloat16, so that a run takes about
-half a minute of a processor. All runs of a seed see the same tokens and begin from the same weights; held-out text is
-150 kB. Each leaves a JSON file in --folder, and what is there is not run again. A step helps where all seeds say so.
+half a minute of a processor. Or that of train.py, in the 70 steps that two threads made in 1.2 minutes. All runs of a
+seed see the same tokens and begin from the same weights; held-out text is 150 or 300 kB. Each leaves a JSON file in
+--folder, and what is there is not run again. A step helps where all seeds say so.
 """
 
 import argparse
@@ -23,27 +25,37 @@ from pathlib import Path
 from typing import Any
 
 from results_file import add_table
-from train import machine
+from train import RECIPE, machine
 from train_loss import learn, text
 
 from lapis.training.config import MuonOptions
 from lapis.training.loop.loop import TrainingRun
 
-CONTEXT, VOCAB, BATCH, STEPS, RATE, WIDTH = 256, 2048, 16, 48, 5e-3, 192
-SHAPE = {"dim": WIDTH, "layers": 4, "heads": 4, "context": CONTEXT, "ffn_dim": 512, "family": "qwen3", "qk_norm": True,
+CONTEXT, BATCH, RATE, WIDTH = 256, 16, 5e-3, 192
+SMALL = {"dim": WIDTH, "layers": 4, "heads": 4, "context": CONTEXT, "ffn_dim": 512, "family": "qwen3", "qk_norm": True,
          "tied": True}  # fmt: skip
-ARCEE = {"family": "arcee", "mlp": "relu2", "ffn_dim": 768, "qk_norm": False}
+# --shape -> what it is, vocabulary, steps of 16 rows, bytes of held-out text
+SHAPES: dict[str, tuple[dict[str, Any], int, int, int]] = {
+    "small": (SMALL, 2048, 48, 150_000),
+    "train": (RECIPE, RECIPE["vocab"], 70, 300_000),
+}
 NARROW = 0.1 * (768 / WIDTH) ** 2  # the recipe's weight decay where it is that of a model of GPT-2's width
 _FALLING = {"muon": MuonOptions(cautious=True, falling=True), "weight_decay": NARROW}
 
 
-def of_batch(rows: int) -> dict[str, Any]:
-    """The same tokens in steps of so many rows; the rate goes with the root of the batch."""
-    return {"batch": rows, "steps": STEPS * BATCH // rows, "lr": RATE * (rows / BATCH) ** 0.5}
+def of_batch(rows: int, share: float = 1.0) -> dict[str, Any]:
+    """So many rows a step, for a share of the recipe's tokens; the rate goes with the root of the batch."""
+    return {"batch": rows, "tokens": share, "lr": RATE * (rows / BATCH) ** 0.5}
 
 
-# name -> shape, settings; "pieces" is how rows are laid
-VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+def arcee(shape: dict[str, Any]) -> dict[str, Any]:
+    """Its block, of as many parameters."""
+    return {"family": "arcee", "mlp": "relu2", "ffn_dim": shape["ffn_dim"] * 3 // 2, "qk_norm": False}
+
+
+NARROWER = {"dim": 256, "heads": 4, "ffn_dim": 704}
+# name -> what of the shape is other, settings; "tokens" is a share of the recipe's, "pieces" is how rows are laid
+VARIANTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "recipe": ({}, {}),
     "Polar Express' coefficients": ({}, {"muon": MuonOptions("polar")}),
     "NorMuon": ({}, {"muon": MuonOptions(by_neuron=True)}),
@@ -52,10 +64,14 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "average of the weights, 0.9": ({}, {"ema": 0.9}),
     "8 rows a step": ({}, of_batch(8)),
     "32 rows a step": ({}, of_batch(32)),
-    "16 rows a step, a quarter more steps": ({}, {"steps": STEPS * 5 // 4}),
-    "8 rows a step, Arcee's block": (ARCEE, of_batch(8)),
+    "16 rows a step, a quarter more steps": ({}, of_batch(16, 1.25)),
+    "8 rows a step, Arcee's block": (arcee, of_batch(8)),
+    "8 rows a step, 256 wide": (NARROWER, of_batch(8)),
+    "rows of tokens at twice the rate": ({}, {"rates": {"embed": 2 * RATE}}),
+    "a rate of 0.008": ({}, {"lr": 8e-3}),
+    "no clipping": ({}, {"clip": 0.0}),
     "rows that begin with a document": ({}, {"pieces": True}),
-    "Arcee's block: ReLU^2, no gate, no QK-norm": (ARCEE, {}),
+    "Arcee's block: ReLU^2, no gate, no QK-norm": (arcee, {}),
     "all of Muon's steps": ({}, {"muon": MuonOptions("polar", True, True, True), "weight_decay": NARROW}),
     "all of Muon's steps, 8 rows": (
         {}, {**of_batch(8), "muon": MuonOptions("polar", True, True, True), "weight_decay": NARROW}),
@@ -93,24 +109,32 @@ def begun_with_documents(sources: list[Path], tokenizer: Any) -> Any:
     return Rows(info, arrays)
 
 
+def whole(name: str, given: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any], bool, float]:
+    """Of a variant: the shape, settings, whether rows are laid as pieces, and its share of the recipe's tokens."""
+    shape = SHAPES[given.shape][0]
+    other, settings = VARIANTS[name]
+    own = {"lr": RATE, "batch": BATCH, **settings}
+    pieces, share = own.pop("pieces", False), own.pop("tokens", 1.0)
+    return {**shape, **(other(shape) if callable(other) else other)}, own, pieces, share
+
+
 def measure(given: argparse.Namespace) -> None:
-    tokenizer, rows = text(given, VOCAB)
+    _, vocabulary, usual, scored = SHAPES[given.shape]
+    tokenizer, rows = text(given, vocabulary)
     paces = pace(given, ["recipe", *(given.only or VARIANTS)], tokenizer, rows) if given.equal_time else {}
     for seed in map(int, given.seeds.split(",")):
-        for name, (shape, settings) in VARIANTS.items():
+        for name in VARIANTS:
             place = given.folder / f"{seed}-{''.join(c if c.isalnum() else '_' for c in name)}.json"
             if place.exists() or (given.only and name not in given.only):
                 continue
-            own = dict(settings)
-            used = begun_with_documents([given.data / "corpus/en/train.jsonl"], tokenizer) if own.pop("pieces", False) \
-                else rows  # fmt: skip
+            shape, own, pieces, share = whole(name, given)
+            used = begun_with_documents([given.data / "corpus/en/train.jsonl"], tokenizer) if pieces else rows
             given.seed = seed
             out = given.folder / "running" / place.stem
-            steps = own.get("steps", STEPS)
-            whole = {**SHAPE, **shape}, {"lr": RATE, "batch": BATCH, **own}
+            steps = round(usual * share * BATCH / own["batch"])
             if paces:
-                whole[1]["steps"] = steps = round(STEPS * paces["recipe"] / paces[name])
-            found = learn(*whole, True, steps, given, out, tokenizer, used, 150_000)
+                steps = round(usual * paces["recipe"] / paces[name])
+            found = learn(shape, own, True, steps, given, out, tokenizer, used, scored)
             place.write_text(json.dumps({"name": name, "seed": seed, "steps": steps, **found}, indent=1))
             print(f"{seed} {name:50} {found['bits_per_byte']:.4f}  {found['processor_seconds']:.0f} s", file=sys.stderr,
                   flush=True)  # fmt: skip
@@ -133,25 +157,24 @@ def pace(given: argparse.Namespace, names: list[str], tokenizer: Any, rows: Any)
     given.seed = 0
     for name in [name for name in dict.fromkeys(names) if name not in known] * 3:
         used.clear()
-        shape, settings = VARIANTS[name]
-        plain = {key: value for key, value in settings.items() if key != "pieces"}
-        whole = {**SHAPE, **shape}, {"lr": RATE, "batch": BATCH, **plain, "steps": 11}
-        learn(*whole, True, 11, given, given.folder / "running" / "pace", tokenizer, rows, 1000)
+        shape, own, _, _ = whole(name, given)
+        learn(shape, own, True, 11, given, given.folder / "running" / "pace", tokenizer, rows, 1000)
         known[name] = min(known.get(name, math.inf), statistics.median(used[3:]))
     TrainingRun.step = step  # type: ignore[method-assign]
     place.write_text(json.dumps(known, indent=1))
     return known
 
 
-def table(folder: Path, equal_time: bool) -> list[str]:
-    """The dated lines. equal_time: the steps of all runs took as long, and not as many tokens."""
-    runs = [json.loads(path.read_text()) for path in sorted(folder.glob("*-*.json"))]
+def table(given: argparse.Namespace) -> list[str]:
+    """The dated lines."""
+    shape, vocabulary, usual, _ = SHAPES[given.shape]
+    runs = [json.loads(path.read_text()) for path in sorted(given.folder.glob("*-*.json"))]
     plain = {run["seed"]: run["bits_per_byte"] for run in runs if run["name"] == "recipe"}
-    much = f"{STEPS * BATCH * CONTEXT:,} tokens of corpus/en in steps of {BATCH} rows where nothing else is said"
-    if equal_time:
-        much = f"as long as {STEPS} steps of the recipe take of a processor; {BATCH} rows where nothing else is said"
+    much = f"{usual * BATCH * CONTEXT:,} tokens of corpus/en in steps of {BATCH} rows where nothing else is said"
+    if given.equal_time:
+        much = f"as long as {usual} steps of the recipe take of a processor; {BATCH} rows where nothing else is said"
     lines = [f"## {date.today()}, {machine()}, one thread", "",
-             f"4 layers, {WIDTH} wide, vocabulary {VOCAB}; {much}.", "",
+             f"{shape['layers']} layers, {shape['dim']} wide, vocabulary {vocabulary}; {much}.", "",
              "| run | steps | bits per byte, by seed | against the recipe, by seed | mean | all say so "
              "| processor seconds |", "|---|--:|---|---|--:|---|--:|"]  # fmt: skip
     for name in VARIANTS:
@@ -174,6 +197,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--only", action="append", help="only these runs")
     parser.add_argument("--equal-time", action="store_true", help="steps of equal time in all, and not of equal tokens")
+    parser.add_argument("--shape", choices=SHAPES, default="small", help="each with a --folder of its own")
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("LAPIS_DATA", "../shared/data")))
     parser.add_argument("--folder", type=Path, default=Path("runs/bench-recipe"))
     parser.add_argument("--write", action="store_true", help="adds the table to benchmarks/results/recipe.md")
@@ -181,7 +205,7 @@ def main() -> None:
     given.folder.mkdir(parents=True, exist_ok=True)
     given.threads = 1
     measure(given)
-    lines = table(given.folder, given.equal_time)
+    lines = table(given)
     print("\n".join(lines))
     if given.write:
         add_table(__file__, "Later steps of the field, in small", lines)
