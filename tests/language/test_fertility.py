@@ -72,6 +72,20 @@ def test_figures_are_by_their_definitions(model: Path, korean: Path, english: Pa
     assert target["characters_per_second"] > 0
 
 
+def test_one_text_as_both_languages_has_one_set_of_figures(model: Path, korean: Path) -> None:
+    """All of them are of held-out documents; the share of the vocabulary grows with what is read."""
+    target, replay = fertility(model, [korean], replay=[korean], run=False).languages.values()
+    assert target == replay
+    used = {i for text in KOREAN if is_held_out(text) for i in Tokenizer.open(model).encode(text)}
+    assert target["vocabulary_share"] == len(used) / Tokenizer.open(model).vocab_size
+
+
+def test_so_few_bytes_cannot_be_scored(model: Path, korean: Path, run: Callable[..., tuple[int, str, str]]) -> None:
+    for scored in (0, -5):
+        status, _, error = run("fertility", model, korean, "--scored", scored)
+        assert (status, error) == (1, f"lapis: fertility: scored is {scored}; give 1 byte or more\n")
+
+
 def test_the_curve_is_what_extending_brings(model: Path, korean: Path, tmp_path: Path) -> None:
     result = fertility(model, [korean], run=False)
     learn, held = read_texts([korean])
