@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -221,6 +222,20 @@ def test_minutes_are_tokens_at_the_measured_speed() -> None:
     plan = AdaptPlan("b", ("t",), "o", minutes=2.0, tokens_per_second=100.0, batch=4, context=50)
     assert plan.trained_tokens == 12_000 and plan.steps(0.25, 50) == 15 and plan.steps(1e-9, 50) == 1
     assert AdaptPlan("b", ("t",), "o", tokens=5, tokens_per_second=100.0).trained_tokens == 5
+
+
+def test_the_time_that_is_told_counts_evaluations() -> None:
+    """Each reads the held-out text of each language, at a third of what a trained token costs."""
+    how: dict[str, Any] = {"tokens": 60_000, "tokens_per_second": 10.0, "scored": 2_400, "batch": 2, "context": 100}
+    told = "about {:.0f} minutes at 10 tokens a second, evaluations included"
+    both = AdaptPlan("b", ("t",), "o", ("r",), vocab=0, **how)  # 300 steps, measured every 30 on 600 tokens of each
+    assert both.time_of(1) == told.format((60_000 + 11 * 2 * 600 / 3) / 10 / 60)  # the start, from which `cost` counts
+    assert replace(both, replay=()).time_of(1) == told.format((60_000 + 10 * 600 / 3) / 10 / 60)
+    assert replace(both, train={"eval_every": 0}).time_of(1) == told.format((60_000 + 2 * 600 / 3) / 10 / 60)
+    assert replace(both, train={"eval_every": 7}).time_of(1) == told.format((60_000 + 44 * 2 * 600 / 3) / 10 / 60)
+    assert both.time_of(0.5) == told.format((30_000 + 11 * 2 * 600 / 3) / 10 / 60)  # as often in half the steps
+    assert both.time_of(0.5, 0.5) == told.format((60_000 + 22 * 2 * 600 / 3) / 10 / 60)  # of two trainings
+    assert AdaptPlan("b", ("t",), "o").time_of(1) == ""
 
 
 def test_merged_back_is_between_both(plan: Callable[..., dict[str, Any]], tmp_path: Path) -> None:

@@ -56,7 +56,6 @@ from lapis.weights.merge.merge import merge
 from lapis.wording import format_count
 
 Bar = Callable[[str], AbstractContextManager[Report]]
-EVALUATIONS = 10  # of a training on the way, unless train says otherwise
 PROMPTS = 64  # to which chat replies where scales are learned
 BITS = "replay/bits_per_byte"
 
@@ -100,7 +99,8 @@ def adapt(
         path.write_text(dump_yaml(settings), encoding="utf-8")
     if dry_run:
         return {"plan": str(out / PLAN), "steps": {name: str(out / name) for name in plan.step_names}, "dry_run": True}
-    note(f"training: {plan.trained_tokens:,} tokens, {plan.time_of(1)}")
+    shares = (plan.embedded, 1 - plan.embedded) if plan.vocab and plan.embedded else (1.0,)
+    note(f"training: {plan.trained_tokens:,} tokens, {plan.time_of(*shares)}")
     return _Adaptation(plan, Steps(out), bar, note).run()
 
 
@@ -256,7 +256,7 @@ class _Adaptation:
         sources[1] |= {"special": "trusted"} if plan.draws_replay else {}
         settings: dict[str, Any] = {
             "objective": "causal", "model": str(model), "steps": steps, "batch": plan.batch, "context": context,
-            "seed": plan.seed, "eval_every": max(1, steps // EVALUATIONS), **how, **plan.train,
+            "seed": plan.seed, "eval_every": plan.eval_every(steps), **how, **plan.train,
             "data": sources if mixed else [text], "valid": {name: str(path) for name, path in self._held().items()},
         }  # fmt: skip
         if plan.replay and settings["eval_every"] and not alone:

@@ -6,6 +6,7 @@ by `tokens_per_second`, which is measured once and stays in plan.yaml. Leaves ou
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import ceil
 from typing import Any, Literal
 
 from lapis.config import build
@@ -14,6 +15,8 @@ from lapis.language.extend import Init
 from lapis.language.replay import SELF
 
 PLAN = "plan.yaml"
+EVALUATIONS = 10  # of a training on the way, unless train says otherwise
+BYTES = 4  # of a token, about
 # settings of a training -> what says them here; the rest of `train` goes to both trainings as it is
 _SETTLED = {
     "objective": "causal", "model": "base", "new": "base", "data": "text and replay", "valid": "text and replay",
@@ -164,14 +167,28 @@ class AdaptPlan:
     @property
     def drawn_tokens(self) -> int:
         """How many tokens of replay the model draws itself: as many as are read, and held-out ones."""
-        return int(self.replay_share * self.trained_tokens + self.scored / 4)
+        return int(self.replay_share * self.trained_tokens + self.scored / BYTES)
 
-    def time_of(self, share: float) -> str:
-        """About how long a share of the tokens takes; "" where nobody has measured."""
+    def eval_every(self, steps: int) -> int:
+        """Steps between the evaluations of a training of so many; 0 where there is one at its end alone."""
+        every = self.train.get("eval_every")
+        return every if isinstance(every, int) and every >= 0 else max(1, steps // EVALUATIONS)
+
+    def time_of(self, *shares: float) -> str:
+        """About how long trainings take that read these shares of the tokens; "" where nobody has measured.
+
+        Evaluations count: each reads the held-out text, and a token that is read costs a third of one that is trained.
+        """
         if self.tokens_per_second is None:
             return ""
-        minutes = self.trained_tokens * share / self.tokens_per_second / 60
-        return f"about {minutes:,.0f} minutes at {self.tokens_per_second:,.0f} tokens a second"
+        tokens = self.trained_tokens * sum(shares)
+        for share in shares:
+            steps = self.steps(share, self.context)
+            every = self.eval_every(steps)
+            times = ceil(steps / every) + bool(self.replay) if every else 1  # with replay one of the start, too
+            tokens += times * self.scored / BYTES * (2 if self.replay else 1) / 3
+        minutes = tokens / self.tokens_per_second / 60
+        return f"about {minutes:,.0f} minutes at {self.tokens_per_second:,.0f} tokens a second, evaluations included"
 
     @property
     def step_names(self) -> list[str]:
