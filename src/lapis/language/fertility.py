@@ -27,17 +27,16 @@ from lapis.families import ModelConfig, find
 from lapis.generation.generate import Decoding
 from lapis.generation.options import DecodingRuntime, Sampling
 from lapis.generation.ready import open_ready
-from lapis.language.extend import open_source
+from lapis.language.extend import carried, open_source
 from lapis.language.recommend import Curve, knee_of, recommend
 from lapis.language.texts import first_bytes, read_texts
 from lapis.model.reading.readable import ReadableModel
 from lapis.model.size import measure
 from lapis.model.threads import settle_threads
-from lapis.text.tokenizer.extend import LEAST, ExtendableTokenizer
+from lapis.text.tokenizer.extend import ExtendableTokenizer
 from lapis.text.tokenizer.folder import BYTE_OF
 from lapis.text.tokenizer.tokenizer import Tokenizer
 from lapis.text.tokenizer.vocabulary import BYTE_TOKEN, read_vocabulary
-from lapis.wording import format_count
 
 Report = Callable[[float, float | None, str], None]
 POINTS = (0, 1000, 2000, 5000, 10_000, 20_000, 30_000, 45_000)  # of the curve
@@ -248,8 +247,7 @@ def _add_curve(
             }
         )
     if not gained.enough:
-        what = format_count(len(gained.tokens), "new token that occurs", "new tokens that occur")
-        result.notes.append(f"the text carries {what} {LEAST} times or more")
+        result.notes.append(carried(gained))
     if counts.cut_marks:
         result.notes.append(
             f"the tokenizer's splitting cuts {counts.cut_marks / counts.marks:.0%} of letters from their marks"

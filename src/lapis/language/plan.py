@@ -64,7 +64,7 @@ class AdaptPlan:
         train: More settings of both trainings (`lapis train`), such as {warmup: 20, precision: float32}. accumulate is
             chosen by the free memory where it is not given, and kept in plan.yaml.
         scale: Of the graft: a number, what `lapis graft --scale` takes, or "plan", which learns one for each component
-            (`lapis plan --onto`) on replies of chat to text of the language.
+            (`lapis plan --onto`) on replies of chat to text of the language. Where nothing is grafted it stays 1.
         cost: By which share bits per byte of the replay text may rise: training ends where they rise more, and what the
             result costs beyond it is told.
         scored: Bytes of held-out text of each language that models are measured on.
@@ -120,6 +120,11 @@ class AdaptPlan:
                 raise ConfigError(f"adapt: {name} is {value:g}; it must be above 0")
         if self.chat is None and (self.onto == "chat" or self.scale == "plan"):
             raise ConfigError("adapt: chat is missing; onto: chat and scale: plan need the chat version of base")
+        if not self.grafts and self.scale not in (1, "1", "1.0"):
+            what, other = ("onto: chat", "onto: base") if self.chat else ("a plan without chat", "chat")
+            raise ConfigError(
+                f"adapt: scale is {self.scale}, and {what} grafts nothing; leave scale out, or give {other}"
+            )
         if self.cost < 0:
             raise ConfigError(f"adapt: cost is {self.cost:g}; it is a share, from 0 on")
         for name in self.train:
