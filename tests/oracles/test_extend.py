@@ -175,6 +175,7 @@ def test_what_cannot_be_is_refused_in_one_line(tmp_path: Path, malay: Path) -> N
         assert not out.exists()
 
 
+@pytest.mark.real_model
 @pytest.mark.real_data
 @pytest.mark.skipif(not REAL.is_dir(), reason="LAPIS_MODELS names no folder of real models")
 @pytest.mark.parametrize("name", ["smollm2-it", "gemma3"])
