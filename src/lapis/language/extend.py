@@ -12,12 +12,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lapis.checkpoint import Checkpoint, open_checkpoint
 from lapis.checkpoint.commit import check_output, commit
 from lapis.checkpoint.hub.models import local_folder
 from lapis.errors import ConfigError, DataError
+from lapis.language.rows.init import Init
 from lapis.language.texts import first_bytes
 from lapis.text.corpus.labels import bare_texts
 from lapis.text.tokenizer.extend import LEAST, ExtendableTokenizer, Extension, changed_share
@@ -26,7 +27,6 @@ from lapis.weights.engine.job import MergeResult
 from lapis.weights.rows import check_init, first_rows, token_tables, write_grown
 from lapis.wording import format_count
 
-Init = Literal["mean", "mean-norm", "calibrated", "distilled", "random"]
 Report = Callable[[float, float | None, str], None]
 SNIPPETS = 100  # of text that a distilled row is trained on (Dobler et al., arXiv:2505.20133)
 SAMPLE = 2_000_000  # bytes of text that are cut by both tokenizers, to tell what was won and what changed
@@ -168,19 +168,19 @@ def carried(gained: Extension, least: int = LEAST) -> str:
     return f"the text carries {what} {least} times or more"
 
 
-def require_enough(gained: Extension, wanted: str, option: str, more: str, least: int = LEAST) -> None:
+def require_enough(gained: Extension, goal: str, option: str, more: str, least: int = LEAST) -> None:
     """Raises DataError where a text carries fewer new tokens than were asked for.
 
     Args:
         gained: What was learned.
-        wanted: What was asked for, as in "extend: add is 5,000".
+        goal: What was asked for, as in "extend: add is 5,000".
         option: What stands before a number that can be had, as in "--add ".
         more: What else helps.
         least: Times that a token must occur.
     """
     if not gained.enough:
         fewer = f"{option}{len(gained.tokens)}, " if gained.tokens else ""
-        raise DataError(f"{wanted}, and {carried(gained, least)}; give {fewer}{more}")
+        raise DataError(f"{goal}, and {carried(gained, least)}; give {fewer}{more}")
 
 
 def open_source(model: str | os.PathLike[str]) -> tuple[Path, Checkpoint | None]:

@@ -89,9 +89,9 @@ def check_inputs(plan: AdaptPlan, out: Path) -> list[str]:
 
 def _named(plan: AdaptPlan) -> list[str]:
     """What is told of texts where the plan names the language. Raises DataError where none of the text is in it."""
-    code, told = plan.language, list[str]()
+    code, notes = plan.language, list[str]()
     if code not in KNOWN:
-        told.append(f"language: whether the text is {quoted(code)} was not looked at; known are {', '.join(KNOWN)}")
+        notes.append(f"language: whether the text is {quoted(code)} was not looked at; known are {', '.join(KNOWN)}")
     else:
         share = share_in_language(code, _some(_documents(plan.text)))
         if share < NONE:
@@ -100,10 +100,10 @@ def _named(plan: AdaptPlan) -> list[str]:
                 "--language"
             )
         if share < MOSTLY:
-            told.append(f"text: {share:.0%} of the documents look like {code}; the rest is another language")
+            notes.append(f"text: {share:.0%} of the documents look like {code}; the rest is another language")
     if "replay" in plan.texts and main_language(_some(_documents(plan.replay))) in (code, TWINS.get(code, code)):
-        told.append("replay: looks to be in the language of the text; give text of what the model knew before")
-    return told
+        notes.append("replay: looks to be in the language of the text; give text of what the model knew before")
+    return notes
 
 
 def _unnamed(plan: AdaptPlan) -> list[str]:
@@ -115,10 +115,10 @@ def _unnamed(plan: AdaptPlan) -> list[str]:
     same = most == other != "" and most_of_it >= MOSTLY
     if share >= MOSTLY and not same:
         return []
-    told = [f"{name or 'no language that is built in'} ({part:.0%})" for name, part in list(shares.items())[:NAMED]]
+    looks = [f"{name or 'no language that is built in'} ({part:.0%})" for name, part in list(shares.items())[:NAMED]]
     if len(shares) > NAMED:
-        told.append(f"others ({sum(list(shares.values())[NAMED:]):.0%})")
-    listed = f"text: looks like {', '.join(told)}"
+        looks.append(f"others ({sum(list(shares.values())[NAMED:]):.0%})")
+    listed = f"text: looks like {', '.join(looks)}"
     if same:
         return [
             f"{listed}, and the replay text like {most}; give text of the language to learn, and replay text of what "

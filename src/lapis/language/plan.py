@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from lapis.config import build
 from lapis.errors import ConfigError
-from lapis.language.extend import Init
 from lapis.language.replay import SELF
+from lapis.language.rows.init import Init
 
 PLAN = "plan.yaml"
 EVALUATIONS = 10  # of a training on the way, unless train says otherwise
