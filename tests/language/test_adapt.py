@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,14 @@ from lapis.model.check import read_config
 from lapis.model.load import load
 from lapis.model.size import activation_bytes, measure
 from lapis.report.pages.card import card_page
+from lapis.text.tokenizer.extend import ExtendableTokenizer, changed_share
 from lapis.text.tokenizer.tokenizer import Tokenizer
 from lapis.training.loop.progress import Silent
 from lapis.training.optim.optimizers import Average
 from lapis.training.run import read_settings
 from lapis.training.run import run as train
 
-from .conftest import ENGLISH, MALAY, STEP, TINY, make, write
+from .conftest import ENGLISH, MALAY, STEP, SUBJECTS, TINY, make, write
 
 
 def times(out: Path) -> dict[str, int]:
@@ -221,6 +223,53 @@ def test_minutes_are_tokens_at_the_measured_speed() -> None:
     plan = AdaptPlan("b", ("t",), "o", minutes=2.0, tokens_per_second=100.0, batch=4, context=50)
     assert plan.trained_tokens == 12_000 and plan.steps(0.25, 50) == 15 and plan.steps(1e-9, 50) == 1
     assert AdaptPlan("b", ("t",), "o", tokens=5, tokens_per_second=100.0).trained_tokens == 5
+
+
+def test_what_is_found_out_on_the_way_is_told(plan: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    """That marks are cut from letters, that the text carries no more tokens, how much of the replay text changes."""
+    hindi = "हिन्दी भाषा में लिखी हुई किताबें पढ़ना अच्छा है"
+    text = str(write(tmp_path / "both.jsonl", [*MALAY, *[f"{hindi} {word}" for word in SUBJECTS * 5]]))
+    remarks: list[str] = []
+    adapt(plan(text=[text], chat=None, card=False, tokens=128, language=""), note=remarks.append)
+    written = json.loads((tmp_path / "out" / "measure" / "fertility.json").read_text())
+    assert [f"measure: {note}" for note in written["notes"]] == [r for r in remarks if r.startswith("measure: ")][-2:]
+    assert any(r.startswith("measure: the text carries ") for r in remarks)
+    assert any(r.startswith("measure: the tokenizer's splitting cuts ") for r in remarks)
+    base = ExtendableTokenizer.open(Path(plan()["base"]))
+    grown = base.extended(base.read_extension(tmp_path / "out" / "tokenizer"))
+    replay = [json.loads(line)["text"] for line in (tmp_path / "out" / "measure" / "replay.jsonl").open()]
+    share = changed_share(base.backend, grown, replay)
+    assert share > 0
+    assert f"tokenizer: {share:.2%} of the replay text's characters are in other tokens than before" in remarks
+    alone: list[str] = []
+    adapt(plan(chat=None, card=False, tokens=128, replay=[], out=str(tmp_path / "alone")), note=alone.append)
+    assert not any("replay text" in remark for remark in alone)
+
+
+def test_a_scale_is_refused_where_nothing_is_grafted(plan: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    for changes, line in (
+        ({"onto": "chat", "scale": 0.5}, "adapt: scale is 0.5, and onto: chat grafts nothing; leave scale out"),
+        ({"onto": "chat", "scale": "plan"}, "adapt: scale is plan, and onto: chat grafts nothing; leave scale out"),
+        ({"chat": None, "scale": "attn=1"}, "adapt: scale is attn=1, and a plan without chat grafts nothing; "),
+    ):
+        with pytest.raises(ConfigError, match=line):
+            adapt(plan(**changes))
+    for changes in ({"onto": "chat"}, {"chat": None}, {"chat": None, "scale": 1.0}):  # as plan.yaml has it by default
+        adapt(plan(**changes, out=str(tmp_path / f"out-{'-'.join(changes)}")), dry_run=True)
+
+
+def test_the_time_that_is_told_counts_evaluations() -> None:
+    """Each reads the held-out text of each language, at a third of what a trained token costs."""
+    how: dict[str, Any] = {"tokens": 60_000, "tokens_per_second": 10.0, "scored": 2_400, "batch": 2, "context": 100}
+    told = "about {:.0f} minutes at 10 tokens a second, evaluations included"
+    both = AdaptPlan("b", ("t",), "o", ("r",), vocab=0, **how)  # 300 steps, measured every 30 on 600 tokens of each
+    assert both.time_of(1) == told.format((60_000 + 11 * 2 * 600 / 3) / 10 / 60)  # the start, from which `cost` counts
+    assert replace(both, replay=()).time_of(1) == told.format((60_000 + 10 * 600 / 3) / 10 / 60)
+    assert replace(both, train={"eval_every": 0}).time_of(1) == told.format((60_000 + 2 * 600 / 3) / 10 / 60)
+    assert replace(both, train={"eval_every": 7}).time_of(1) == told.format((60_000 + 44 * 2 * 600 / 3) / 10 / 60)
+    assert both.time_of(0.5) == told.format((30_000 + 11 * 2 * 600 / 3) / 10 / 60)  # as often in half the steps
+    assert both.time_of(0.5, 0.5) == told.format((60_000 + 22 * 2 * 600 / 3) / 10 / 60)  # of two trainings
+    assert AdaptPlan("b", ("t",), "o").time_of(1) == ""
 
 
 def test_merged_back_is_between_both(plan: Callable[..., dict[str, Any]], tmp_path: Path) -> None:

@@ -62,6 +62,47 @@ def test_text_that_is_mostly_another_language_is_told(typed: Callable[..., tuple
     assert status == 0 and "text: 27% of the documents look like ms; the rest is another language" in err
 
 
+def test_languages_of_text_are_told_where_nobody_names_one(
+    typed: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
+    english, malay = ENGLISH[300:460], MALAY[:60]
+    korean = str(write(tmp_path / "ko.jsonl", ["나는 오늘 학교에서 친구들과 함께 밥을 먹었습니다."] * 30))
+    shares = "text: looks like en (73%), id or ms (27%); all of it is learned, so leave out other languages"
+    mixed = str(write(tmp_path / "mixed.jsonl", [*english, *malay]))
+    alone = str(write(tmp_path / "alone.jsonl", english))
+    book = tmp_path / "book.txt"  # one document, which is looked at in pieces
+    book.write_text("\n".join([*english * 8, *malay * 8]))
+    for number, (text, changes, told) in enumerate(
+        (
+            (mixed, {"replay": [korean]}, shares),
+            (mixed, {"replay": []}, shares),
+            (str(book), {"replay": [korean]}, shares),
+            (mixed, {}, "text: looks like en (73%), id or ms (27%), and the replay text like en; give text"),
+            (alone, {}, "text: looks like en (100%), and the replay text like en; give text of the language to learn"),
+        )
+    ):
+        status, err = typed("--dry-run", f"out={tmp_path / str(number)}", text=[text], language="", **changes)
+        assert status == 0 and told in err and len(err.splitlines()) == 1, err
+    several = [
+        *english[:50],
+        *malay[:40],
+        *["나는 오늘 밥을 먹었습니다."] * 10,
+        *["Столиця України — Київ, він стоїть."] * 4,
+    ]
+    text = [str(write(tmp_path / "several.jsonl", [*several, *["Ο σκύλος είναι εδώ και τρώει."] * 3]))]
+    status, err = typed("--dry-run", f"out={tmp_path / 'several'}", text=text, language="", replay=[])
+    assert status == 0 and "looks like en (47%), id or ms (37%), ko (9%), others (7%); all of it" in err, err
+
+
+def test_text_of_one_language_is_not_remarked_on(typed: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
+    """Nor is text of a language that is not known, where all of it looks alike."""
+    khmer = str(write(tmp_path / "km.jsonl", ["ភាសាខ្មែរ គឺជាភាសាផ្លូវការ"] * 30))
+    nothing = str(write(tmp_path / "blank.jsonl", [" "] * 3))
+    for changes in ({}, {"text": [khmer]}, {"text": [nothing]}):
+        status, err = typed("--dry-run", language="", **changes)
+        assert (status, err) == (0, "")
+
+
 def test_replay_that_is_the_targets(typed: Callable[..., tuple[int, str]], plan: Plan, tmp_path: Path) -> None:
     assert "100% of the replay documents stand in the target's text" in refused(typed(replay=plan()["text"]))
     some = str(write(tmp_path / "some.jsonl", [*ENGLISH[:40], *MALAY[:20]]))
@@ -71,8 +112,12 @@ def test_replay_that_is_the_targets(typed: Callable[..., tuple[int, str]], plan:
 
 def test_replay_in_the_target_language_is_told(typed: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
     others = [text.replace("bermain dengan", "duduk bersama") for text in MALAY]
-    told = "replay: looks to be in the language of the text; give text of what the model knew before"
-    for number, language in enumerate(("ms", "")):
+    for number, (language, told) in enumerate(
+        (
+            ("ms", "replay: looks to be in the language of the text; give text of what the model knew before"),
+            ("", "text: looks like id or ms (100%), and the replay text like id or ms; give text of the language to"),
+        )
+    ):
         replay = [str(write(tmp_path / "others.jsonl", others))]
         status, err = typed("--dry-run", f"out={tmp_path / str(number)}", replay=replay, language=language)
         assert status == 0 and told in err, err

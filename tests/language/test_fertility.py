@@ -1,6 +1,7 @@
 """What a language costs: every figure by its definition, a curve that encoding confirms, and when not to extend."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from lapis.model.transformer import Transformer
 from lapis.report.pages.fertility import fertility_page
 from lapis.text.tokenizer.tokenizer import Tokenizer, train_tokenizer
 
+REAL = Path(os.environ.get("LAPIS_MODELS", "/nowhere"))
 ENGLISH = "The old house stands by the river, and the children of the village play in its garden every day. "
 PLACES = ["학교에서", "집에서", "공원에서", "시장에서", "도서관에서"]
 KOREAN = [
@@ -70,6 +72,34 @@ def test_figures_are_by_their_definitions(model: Path, korean: Path, english: Pa
     assert target["single_byte_share"] > 0.7 > 0.05 > result.languages["replay"]["single_byte_share"]
     assert target["bits_per_byte"] > 1 and result.languages["replay"]["bits_per_byte"] > 1
     assert target["characters_per_second"] > 0
+
+
+def test_one_text_as_both_languages_has_one_set_of_figures(model: Path, korean: Path) -> None:
+    """All of them are of held-out documents; the share of the vocabulary grows with what is read."""
+    target, replay = fertility(model, [korean], replay=[korean], run=False).languages.values()
+    assert target == replay
+    used = {i for text in KOREAN if is_held_out(text) for i in Tokenizer.open(model).encode(text)}
+    assert target["vocabulary_share"] == len(used) / Tokenizer.open(model).vocab_size
+
+
+@pytest.mark.real_model
+@pytest.mark.real_data
+@pytest.mark.skipif(not REAL.is_dir(), reason="LAPIS_MODELS names no folder of real models")
+def test_a_model_that_knows_malay_is_not_to_be_extended(data_dir: Path) -> None:
+    """The figures are those of docs/evidence/language.md."""
+    result = fertility(REAL / "gemma3", [data_dir / "corpus" / "ms" / "train.jsonl"], run=False)
+    assert result.languages["target"]["tokens_per_byte"] == pytest.approx(0.237, abs=5e-4)
+    assert result.languages["target"]["bits_per_byte"] is None
+    add, reason = result.recommendation["add"], result.recommendation["reason"]
+    assert add == 0 and reason.startswith("do not extend: the 95 new tokens that occur 100 times or more"), reason
+    assert "would save 8.4% of tokens, below 10%" in reason
+    assert [point["added"] for point in result.curve][-1] == 2_533
+
+
+def test_so_few_bytes_cannot_be_scored(model: Path, korean: Path, run: Callable[..., tuple[int, str, str]]) -> None:
+    for scored in (0, -5):
+        status, _, error = run("fertility", model, korean, "--scored", scored)
+        assert (status, error) == (1, f"lapis: fertility: scored is {scored}; give 1 byte or more\n")
 
 
 def test_the_curve_is_what_extending_brings(model: Path, korean: Path, tmp_path: Path) -> None:

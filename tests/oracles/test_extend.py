@@ -166,6 +166,7 @@ def test_what_cannot_be_is_refused_in_one_line(tmp_path: Path, malay: Path) -> N
     source, out = make(tmp_path / "base", tied=True), tmp_path / "out"
     for options, error, text in (
         ({"add": 5000}, DataError, "the text carries"),
+        ({"add": 5, "least": 9999}, DataError, "carries 0 new tokens that occur 9999 times or more; give more"),
         ({"add": 5, "init": "mean-norm"}, ConfigError, "head is tied"),
         ({"add": 5, "only_target": True}, ConfigError, "--replay"),
         ({"add": 0}, ConfigError, "1 or more"),
@@ -175,6 +176,7 @@ def test_what_cannot_be_is_refused_in_one_line(tmp_path: Path, malay: Path) -> N
         assert not out.exists()
 
 
+@pytest.mark.real_model
 @pytest.mark.real_data
 @pytest.mark.skipif(not REAL.is_dir(), reason="LAPIS_MODELS names no folder of real models")
 @pytest.mark.parametrize("name", ["smollm2-it", "gemma3"])

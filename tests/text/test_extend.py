@@ -217,7 +217,13 @@ def test_marks_stay_with_their_letters(byte_level: Path, metaspace: Path) -> Non
     assert (cut.marks, cut.cut_marks) == (counts.marks, counts.marks)  # GPT-2's splitting, which must stay
 
 
-@pytest.mark.parametrize("text", [*HINDI[:1], "ภาษาไทยไม่มีการเว้นวรรคระหว่างคำ ที่นี่ที่นั่น", "الْعَرَبِيَّةُ لُغَةٌ جَمِيلَةٌ"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *HINDI[:1], "ภาษาไทยไม่มีการเว้นวรรคระหว่างคำ ที่นี่ที่นั่น", "الْعَرَبِيَّةُ لُغَةٌ جَمِيلَةٌ",
+        "பிள்ளைகள் பள்ளியில் தமிழ்க் கதைகளைக் கேட்கிறார்கள்",
+    ],
+)  # fmt: skip
 def test_a_trained_tokenizer_keeps_marks_with_letters(text: str) -> None:
     trained = train_tokenizer([text] * 20, 420)
     assert len(trained.encode(text)) <= len(text.split()) + 2

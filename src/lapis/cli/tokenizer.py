@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any, Literal
 
+from lapis.language.rows.init import Init
 from lapis.wording import format_count
 
 
@@ -71,7 +72,7 @@ def extend(
     *,
     add: int,
     out: Path,
-    init: Literal["mean", "mean-norm", "calibrated", "distilled", "random"] | None = None,
+    init: Init | None = None,
     replay: list[Path] | None = None,
     only_target: bool = False,
     least: int = 5,

@@ -30,10 +30,9 @@ from lapis.checkpoint import open_checkpoint
 from lapis.checkpoint.commit import commit, commit_file
 from lapis.checkpoint.files import read_json
 from lapis.config import dump_yaml, load_yaml
-from lapis.errors import DataError
 from lapis.language.card.card import make_card, write_card
 from lapis.language.card.folder import PARTS, added_tokens, held_out_of, how_made, measured_files, parents_of
-from lapis.language.extend import add_rows, open_source
+from lapis.language.extend import SAMPLE, add_rows, open_source, require_enough
 from lapis.language.fertility import Report, fertility
 from lapis.language.inputs import check_inputs, stamps
 from lapis.language.machine import with_earlier_measures, with_measures
@@ -47,7 +46,7 @@ from lapis.planning.plan import plan as plan_pieces
 from lapis.report.pages.fertility import fertility_page
 from lapis.text.corpus import corpus
 from lapis.text.corpus.files import files
-from lapis.text.tokenizer.extend import ExtendableTokenizer
+from lapis.text.tokenizer.extend import ExtendableTokenizer, changed_share
 from lapis.text.tokenizer.folder import write_json
 from lapis.training.run import read_settings
 from lapis.training.run import run as train
@@ -57,7 +56,6 @@ from lapis.weights.merge.merge import merge
 from lapis.wording import format_count
 
 Bar = Callable[[str], AbstractContextManager[Report]]
-EVALUATIONS = 10  # of a training on the way, unless train says otherwise
 PROMPTS = 64  # to which chat replies where scales are learned
 BITS = "replay/bits_per_byte"
 
@@ -101,7 +99,8 @@ def adapt(
         path.write_text(dump_yaml(settings), encoding="utf-8")
     if dry_run:
         return {"plan": str(out / PLAN), "steps": {name: str(out / name) for name in plan.step_names}, "dry_run": True}
-    note(f"training: {plan.trained_tokens:,} tokens, {plan.time_of(1)}")
+    shares = (plan.embedded, 1 - plan.embedded) if plan.vocab and plan.embedded else (1.0,)
+    note(f"training: {plan.trained_tokens:,} tokens, {plan.time_of(*shares)}")
     return _Adaptation(plan, Steps(out), bar, note).run()
 
 
@@ -179,7 +178,8 @@ class _Adaptation:
                 write_texts(staging.path / f"{name}.spare.jsonl", after_bytes(held, plan.scored))
             if "replay" in plan.texts:
                 self._measure_base(staging.path)
-        self.note(measured.recommendation["reason"])
+        for remark in (*(f"measure: {note}" for note in measured.notes), measured.recommendation["reason"]):
+            self.note(remark)
 
     def _measure_base(self, folder: Path) -> None:
         """Bits per byte of the held-out replay text in a folder, before anything is trained."""
@@ -205,11 +205,11 @@ class _Adaptation:
         with self.bar("learning merges") as report:
             counts = base.count_words(document.text for document in corpus.documents(self._text("text")))
             gained = base.learn(counts, add, progress=lambda done, total: report(done, total, "learning merges"))
-        if not gained.enough:
-            raise DataError(
-                f"adapt: vocab is {add:,}, and the text carries "
-                f"{format_count(len(gained.tokens), 'new token')}; give vocab: {len(gained.tokens)}, or more text"
-            )
+        require_enough(gained, f"adapt: vocab is {add:,}", "vocab: ", "or more text")
+        if self.plan.replay:
+            replay = first_bytes((document.text for document in corpus.documents(self._text("replay"))), SAMPLE)
+            share = changed_share(base.backend, base.extended(gained), replay)
+            self.note(f"tokenizer: {share:.2%} of the replay text's characters are in other tokens than before")
         with commit(folder, kind="adapt", overwrite=overwrite) as staging:
             base.copy_files(staging.path)
             base.write(staging.path, gained)
@@ -252,7 +252,7 @@ class _Adaptation:
         sources[1] |= {"special": "trusted"} if plan.draws_replay else {}
         settings: dict[str, Any] = {
             "objective": "causal", "model": str(model), "steps": steps, "batch": plan.batch, "context": context,
-            "seed": plan.seed, "eval_every": max(1, steps // EVALUATIONS), **how, **plan.train,
+            "seed": plan.seed, "eval_every": plan.eval_every(steps), **how, **plan.train,
             "data": sources if mixed else [text], "valid": {name: str(path) for name, path in self._held().items()},
         }  # fmt: skip
         if plan.replay and settings["eval_every"] and not alone:

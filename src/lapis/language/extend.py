@@ -12,12 +12,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lapis.checkpoint import Checkpoint, open_checkpoint
 from lapis.checkpoint.commit import check_output, commit
 from lapis.checkpoint.hub.models import local_folder
 from lapis.errors import ConfigError, DataError
+from lapis.language.rows.init import Init
 from lapis.language.texts import first_bytes
 from lapis.text.corpus.labels import bare_texts
 from lapis.text.tokenizer.extend import LEAST, ExtendableTokenizer, Extension, changed_share
@@ -26,10 +27,9 @@ from lapis.weights.engine.job import MergeResult
 from lapis.weights.rows import check_init, first_rows, token_tables, write_grown
 from lapis.wording import format_count
 
-Init = Literal["mean", "mean-norm", "calibrated", "distilled", "random"]
 Report = Callable[[float, float | None, str], None]
 SNIPPETS = 100  # of text that a distilled row is trained on (Dobler et al., arXiv:2505.20133)
-_SAMPLE = 2_000_000  # bytes of text that are cut by both tokenizers, to tell what was won and what changed
+SAMPLE = 2_000_000  # bytes of text that are cut by both tokenizers, to tell what was won and what changed
 
 
 @dataclass
@@ -131,15 +131,10 @@ def extend(
     gained = base.learn(
         counts, add, least=least, replay=held, progress=lambda done, total: progress(done, total, "learning merges")
     )
-    if not gained.enough:
-        raise DataError(
-            f"extend: add is {add:,}, and the text carries "
-            f"{format_count(len(gained.tokens), 'new token that occurs', 'new tokens that occur')} {least} times; "
-            f"give --add {len(gained.tokens)}, more text, or a smaller --least"
-        )
+    require_enough(gained, f"extend: add is {add:,}", "--add ", "more text, or a smaller --least", least)
     progress(0, None, "comparing")
     new = base.extended(gained)
-    sample = list(first_bytes(bare_texts(files), _SAMPLE))
+    sample = list(first_bytes(bare_texts(files), SAMPLE))
     size = sum(len(text.encode()) for text in sample)
     result = ExtendResult(
         str(out), len(gained.tokens), gained.first,
@@ -147,7 +142,7 @@ def extend(
             name: sum(len(e.ids) for e in backend.encode_batch(sample, add_special_tokens=False)) / size
             for name, backend in (("before", base.backend), ("after", new))
         },
-        changed_share(base.backend, new, first_bytes(bare_texts(replay), _SAMPLE)) if replay else None,
+        changed_share(base.backend, new, first_bytes(bare_texts(replay), SAMPLE)) if replay else None,
         cut_marks=counts.cut_marks / counts.marks if counts.marks else None,
         examples=[text for token in gained.tokens if "\ufffd" not in (text := base.text(token))][:20],
     )  # fmt: skip
@@ -165,6 +160,27 @@ def extend(
         _write_model(result, checkpoint, base, gained, init, files, replay, snippets, seed, overwrite, progress)
     result.seconds = time.monotonic() - started
     return result
+
+
+def carried(gained: Extension, least: int = LEAST) -> str:
+    """What a text carries, in a sentence."""
+    what = format_count(len(gained.tokens), "new token that occurs", "new tokens that occur")
+    return f"the text carries {what} {least} times or more"
+
+
+def require_enough(gained: Extension, goal: str, option: str, more: str, least: int = LEAST) -> None:
+    """Raises DataError where a text carries fewer new tokens than were asked for.
+
+    Args:
+        gained: What was learned.
+        goal: What was asked for, as in "extend: add is 5,000".
+        option: What stands before a number that can be had, as in "--add ".
+        more: What else helps.
+        least: Times that a token must occur.
+    """
+    if not gained.enough:
+        fewer = f"{option}{len(gained.tokens)}, " if gained.tokens else ""
+        raise DataError(f"{goal}, and {carried(gained, least)}; give {fewer}{more}")
 
 
 def open_source(model: str | os.PathLike[str]) -> tuple[Path, Checkpoint | None]:

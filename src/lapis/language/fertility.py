@@ -21,23 +21,22 @@ import numpy as np
 
 from lapis.checkpoint import Checkpoint
 from lapis.checkpoint.towers import language_config
-from lapis.errors import CheckpointError
+from lapis.errors import CheckpointError, ConfigError
 from lapis.evaluation.text import score_text
 from lapis.families import ModelConfig, find
 from lapis.generation.generate import Decoding
 from lapis.generation.options import DecodingRuntime, Sampling
 from lapis.generation.ready import open_ready
-from lapis.language.extend import open_source
+from lapis.language.extend import carried, open_source
 from lapis.language.recommend import Curve, knee_of, recommend
 from lapis.language.texts import first_bytes, read_texts
 from lapis.model.reading.readable import ReadableModel
 from lapis.model.size import measure
 from lapis.model.threads import settle_threads
-from lapis.text.tokenizer.extend import LEAST, ExtendableTokenizer
+from lapis.text.tokenizer.extend import ExtendableTokenizer
 from lapis.text.tokenizer.folder import BYTE_OF
 from lapis.text.tokenizer.tokenizer import Tokenizer
 from lapis.text.tokenizer.vocabulary import BYTE_TOKEN, read_vocabulary
-from lapis.wording import format_count
 
 Report = Callable[[float, float | None, str], None]
 POINTS = (0, 1000, 2000, 5000, 10_000, 20_000, 30_000, 45_000)  # of the curve
@@ -95,25 +94,27 @@ def fertility(
         progress: Called with what is done, what there is to do (None where nobody knows), and what it is.
 
     Raises:
+        ConfigError: Where less than a byte is to be scored.
         DataError: Where there is no text.
         CheckpointError: For a folder that is damaged.
     """
+    if scored < 1:
+        raise ConfigError(f"fertility: scored is {scored}; give 1 byte or more")
     progress(0, None, "reading text")
     learn, held = read_texts(files, _TEXT)
     texts = {"target": held}
     if replay:
         texts["replay"] = read_texts(replay, _TEXT)[1]
-    whole = {"target": learn + held}
     folder, checkpoint = open_source(model)
     other_folder, other = open_source(folder if against is None else against)
     Tokenizer.open(other_folder)  # what is wrong with it is told before the first is measured
-    result = Fertility(str(model), _languages(folder, texts, whole))
+    result = Fertility(str(model), _languages(folder, texts))
     config = _shape(checkpoint)
     speed = None
     if run and checkpoint is not None and config is not None and config.causal:
         speed = _run(model, texts, result.languages, scored, progress)
     if against is not None:
-        result.against = {"model": str(against), "languages": _languages(other_folder, texts, whole)}
+        result.against = {"model": str(against), "languages": _languages(other_folder, texts)}
         other_config = _shape(other)
         if run and other_config is not None and other_config.causal:
             _run(against, texts, result.against["languages"], scored, progress)
@@ -126,15 +127,12 @@ def fertility(
     return result
 
 
-def _languages(folder: Path, texts: dict[str, list[str]], whole: dict[str, list[str]]) -> dict[str, dict[str, Any]]:
+def _languages(folder: Path, texts: dict[str, list[str]]) -> dict[str, dict[str, Any]]:
     tokenizer, vocabulary = Tokenizer.open(folder), read_vocabulary(folder)
     byte_level = vocabulary is not None and vocabulary.byte_level
     result = {}
     for name, held in texts.items():
         ids = Counter(i for each in tokenizer.encode_batch(held) for i in each)
-        used = set(ids)
-        if name in whole:
-            used.update(i for each in tokenizer.encode_batch(whole[name]) for i in each)
         tokens, size = ids.total(), sum(len(text.encode()) for text in held)
         characters, words = sum(map(len, held)), sum(len(text.split()) for text in held)
         single = sum(times for i, times in ids.items() if _is_byte(tokenizer.token(i), byte_level))
@@ -145,7 +143,7 @@ def _languages(folder: Path, texts: dict[str, list[str]], whole: dict[str, list[
             "tokens_per_character": tokens / characters,
             "tokens_per_word": tokens / words if characters < _SPACED * words else None,
             "single_byte_share": single / tokens,
-            "vocabulary_share": len(used) / tokenizer.vocab_size,
+            "vocabulary_share": len(ids) / tokenizer.vocab_size,
             "bits_per_byte": None,
             "characters_per_second": None,
         }
@@ -249,8 +247,7 @@ def _add_curve(
             }
         )
     if not gained.enough:
-        what = format_count(len(gained.tokens), "new token that occurs", "new tokens that occur")
-        result.notes.append(f"the text carries {what} {LEAST} times or more")
+        result.notes.append(carried(gained))
     if counts.cut_marks:
         result.notes.append(
             f"the tokenizer's splitting cuts {counts.cut_marks / counts.marks:.0%} of letters from their marks"

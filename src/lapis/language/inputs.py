@@ -9,10 +9,10 @@ from typing import Any
 from lapis.checkpoint.commit import check_output
 from lapis.errors import CheckpointError, ConfigError, DataError, OutputError
 from lapis.language.card.folder import read_chats, read_questions
-from lapis.language.card.naming import KNOWN, LOOKED_AT, MOSTLY, main_language, share_in_language
+from lapis.language.card.naming import KNOWN, LOOKED_AT, MOSTLY, language_shares, main_language, share_in_language
 from lapis.language.extend import open_source
 from lapis.language.plan import PLAN, AdaptPlan
-from lapis.language.texts import first_bytes
+from lapis.language.texts import FEW, first_bytes, pieces
 from lapis.model.check import plan_load
 from lapis.parsing import quoted
 from lapis.text.corpus.files import files
@@ -26,6 +26,7 @@ from lapis.weights.graft.scale import read_scale
 NONE = 0.02  # share of documents in the language; below that the text is another one's
 SAME = 0.1  # share of the replay documents that may stand in the target's text, too
 READ = 20_000_000  # bytes of a text that are looked at
+NAMED = 3  # languages whose shares are told
 
 
 def check_inputs(plan: AdaptPlan, out: Path) -> list[str]:
@@ -63,7 +64,7 @@ def check_inputs(plan: AdaptPlan, out: Path) -> list[str]:
         raise ConfigError(
             f"adapt: {source}: names no eos_token, which stands between documents; name one in tokenizer_config.json"
         )
-    notes = [*plan_load(checkpoint).notes, *_other_language(plan), *_same_language(plan)]
+    notes = [*plan_load(checkpoint).notes, *(_named(plan) if plan.language else _unnamed(plan))]
     for chats, choices in ((plan.chats, plan.choices), (plan.replay_chats, plan.replay_choices)):
         read_chats(chats)
         read_questions(choices)
@@ -86,44 +87,63 @@ def check_inputs(plan: AdaptPlan, out: Path) -> list[str]:
     return notes
 
 
-def _other_language(plan: AdaptPlan) -> list[str]:
-    """What is told where the text is mostly another language than the plan's. Raises DataError where all of it is."""
-    if not plan.language:
+def _named(plan: AdaptPlan) -> list[str]:
+    """What is told of texts where the plan names the language. Raises DataError where none of the text is in it."""
+    code, notes = plan.language, list[str]()
+    if code not in KNOWN:
+        notes.append(f"language: whether the text is {quoted(code)} was not looked at; known are {', '.join(KNOWN)}")
+    else:
+        share = share_in_language(code, _some(_documents(plan.text)))
+        if share < NONE:
+            raise DataError(
+                f"adapt: {share:.0%} of the documents of the text look like {code}; give text of it, or another "
+                "--language"
+            )
+        if share < MOSTLY:
+            notes.append(f"text: {share:.0%} of the documents look like {code}; the rest is another language")
+    if "replay" in plan.texts and main_language(_some(_documents(plan.replay))) in (code, TWINS.get(code, code)):
+        notes.append("replay: looks to be in the language of the text; give text of what the model knew before")
+    return notes
+
+
+def _unnamed(plan: AdaptPlan) -> list[str]:
+    """What is told where nobody said what the language is: the shares of a text that no language has most of, or most
+    of which is in the language of the replay text."""
+    shares = language_shares(_some(_parts(plan.text))) or {"": 1.0}
+    known = language_shares(_some(_parts(plan.texts.get("replay", ())))) or {"": 1.0}
+    (most, share), (other, most_of_it) = (next(iter(each.items())) for each in (shares, known))
+    same = most == other != "" and most_of_it >= MOSTLY
+    if share >= MOSTLY and not same:
         return []
-    if plan.language not in KNOWN:
+    looks = [f"{name or 'no language that is built in'} ({part:.0%})" for name, part in list(shares.items())[:NAMED]]
+    if len(shares) > NAMED:
+        looks.append(f"others ({sum(list(shares.values())[NAMED:]):.0%})")
+    listed = f"text: looks like {', '.join(looks)}"
+    if same:
         return [
-            f"language: whether the text is {quoted(plan.language)} was not looked at; known are {', '.join(KNOWN)}"
+            f"{listed}, and the replay text like {most}; give text of the language to learn, and replay text of what "
+            "the model knew before"
         ]
-    share = share_in_language(plan.language, _some(plan.text))
-    if share < NONE:
-        raise DataError(
-            f"adapt: {share:.0%} of the documents of the text look like {plan.language}; give text of it, or another "
-            "--language"
-        )
-    if share >= MOSTLY:
-        return []
-    return [f"text: {share:.0%} of the documents look like {plan.language}; the rest is another language"]
+    return [
+        f"{listed}; all of it is learned, so leave out other languages (one that is not built in looks like several)"
+    ]
 
 
-def _same_language(plan: AdaptPlan) -> list[str]:
-    """What is told where the replay text is in the language that the model is adapted to."""
-    if "replay" not in plan.texts:
-        return []
-    target, known = plan.language or main_language(_some(plan.text)), main_language(_some(plan.replay))
-    if not known or known not in (target, TWINS.get(target)):
-        return []
-    return ["replay: looks to be in the language of the text; give text of what the model knew before"]
-
-
-def _some(paths: Iterable[str]) -> list[str]:
+def _some(documents: Iterable[str]) -> list[str]:
     """Documents from all of a text."""
-    texts = list(_documents(paths))
+    texts = list(documents)
     few = min(len(texts), LOOKED_AT)
     return [texts[i * len(texts) // few] for i in range(few)]
 
 
 def _documents(paths: Iterable[str]) -> Iterable[str]:
     return first_bytes(bare_texts(list(paths)), READ)
+
+
+def _parts(paths: Iterable[str]) -> list[str]:
+    """Documents, cut where there are few of them, as they are cut to hold some out."""
+    texts = [text for text in _documents(paths) if text.strip()]
+    return texts if len(texts) >= FEW else [piece for text in texts for piece in pieces(text)]
 
 
 def _digest(text: str) -> bytes:

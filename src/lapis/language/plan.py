@@ -6,14 +6,17 @@ by `tokens_per_second`, which is measured once and stays in plan.yaml. Leaves ou
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import ceil
 from typing import Any, Literal
 
 from lapis.config import build
 from lapis.errors import ConfigError
-from lapis.language.extend import Init
 from lapis.language.replay import SELF
+from lapis.language.rows.init import Init
 
 PLAN = "plan.yaml"
+EVALUATIONS = 10  # of a training on the way, unless train says otherwise
+BYTES = 4  # of a token, about
 # settings of a training -> what says them here; the rest of `train` goes to both trainings as it is
 _SETTLED = {
     "objective": "causal", "model": "base", "new": "base", "data": "text and replay", "valid": "text and replay",
@@ -61,7 +64,7 @@ class AdaptPlan:
         train: More settings of both trainings (`lapis train`), such as {warmup: 20, precision: float32}. accumulate is
             chosen by the free memory where it is not given, and kept in plan.yaml.
         scale: Of the graft: a number, what `lapis graft --scale` takes, or "plan", which learns one for each component
-            (`lapis plan --onto`) on replies of chat to text of the language.
+            (`lapis plan --onto`) on replies of chat to text of the language. Where nothing is grafted it stays 1.
         cost: By which share bits per byte of the replay text may rise: training ends where they rise more, and what the
             result costs beyond it is told.
         scored: Bytes of held-out text of each language that models are measured on.
@@ -117,6 +120,11 @@ class AdaptPlan:
                 raise ConfigError(f"adapt: {name} is {value:g}; it must be above 0")
         if self.chat is None and (self.onto == "chat" or self.scale == "plan"):
             raise ConfigError("adapt: chat is missing; onto: chat and scale: plan need the chat version of base")
+        if not self.grafts and self.scale not in (1, "1", "1.0"):
+            what, other = ("onto: chat", "onto: base") if self.chat else ("a plan without chat", "chat")
+            raise ConfigError(
+                f"adapt: scale is {self.scale}, and {what} grafts nothing; leave scale out, or give {other}"
+            )
         if self.cost < 0:
             raise ConfigError(f"adapt: cost is {self.cost:g}; it is a share, from 0 on")
         for name in self.train:
@@ -164,14 +172,28 @@ class AdaptPlan:
     @property
     def drawn_tokens(self) -> int:
         """How many tokens of replay the model draws itself: as many as are read, and held-out ones."""
-        return int(self.replay_share * self.trained_tokens + self.scored / 4)
+        return int(self.replay_share * self.trained_tokens + self.scored / BYTES)
 
-    def time_of(self, share: float) -> str:
-        """About how long a share of the tokens takes; "" where nobody has measured."""
+    def eval_every(self, steps: int) -> int:
+        """Steps between the evaluations of a training of so many; 0 where there is one at its end alone."""
+        every = self.train.get("eval_every")
+        return every if isinstance(every, int) and every >= 0 else max(1, steps // EVALUATIONS)
+
+    def time_of(self, *shares: float) -> str:
+        """About how long trainings take that read these shares of the tokens; "" where nobody has measured.
+
+        Evaluations count: each reads the held-out text, and a token that is read costs a third of one that is trained.
+        """
         if self.tokens_per_second is None:
             return ""
-        minutes = self.trained_tokens * share / self.tokens_per_second / 60
-        return f"about {minutes:,.0f} minutes at {self.tokens_per_second:,.0f} tokens a second"
+        tokens = self.trained_tokens * sum(shares)
+        for share in shares:
+            steps = self.steps(share, self.context)
+            every = self.eval_every(steps)
+            times = ceil(steps / every) + bool(self.replay) if every else 1  # with replay one of the start, too
+            tokens += times * self.scored / BYTES * (2 if self.replay else 1) / 3
+        minutes = tokens / self.tokens_per_second / 60
+        return f"about {minutes:,.0f} minutes at {self.tokens_per_second:,.0f} tokens a second, evaluations included"
 
     @property
     def step_names(self) -> list[str]:

@@ -6,8 +6,10 @@
 
 A new row begins as the mean of the rows of the old tokens that spelled the token. Means of several rows are shorter
 than rows are, so an embedding's are scaled to the typical length (`mean-norm`): what a block sees then has the size
-that it learned for. Rows that score tokens stay means: scaled up, a new token's logits would be too. A tied embedding
-is both, and stays a mean. Rows that were padding are taken first. Leaves out: rows that are trained (language/).
+that it learned for. Rows that score tokens stay means: scaled up, a new token's logits would be too. NVIDIA's tokenizer
+extension for Nemotron scales the one side and not the other for the same reason. A tied embedding is both, and stays a
+mean. Rows that were padding are taken first. Leaves out: rows that are trained (language/), and rows after a donor
+model that has the token (orthogonal matching pursuit, Goddard and Fernandes Neto, arXiv:2506.06607).
 """
 
 import hashlib
@@ -36,7 +38,7 @@ from lapis.weights.merge.layout import sharded
 from lapis.weights.tokenizer_files import copy_tokenizer_files, write_index
 from lapis.wording import format_count
 
-Init = Literal["mean", "mean-norm", "random"]
+SimpleInit = Literal["mean", "mean-norm", "random"]  # ways to begin without running the model
 _BLOCK = 1 << 22  # elements that are read at a time
 
 
@@ -106,7 +108,11 @@ def check_init(init: str | None, tables: TokenTables) -> None:
 
 
 def first_rows(
-    checkpoint: Checkpoint, tables: TokenTables, pieces: Sequence[Sequence[int]], init: Init | None, seed: int = 0
+    checkpoint: Checkpoint,
+    tables: TokenTables,
+    pieces: Sequence[Sequence[int]],
+    init: SimpleInit | None,
+    seed: int = 0,
 ) -> dict[str, Tensor]:
     """What new rows begin with, by tensor: float32, [new tokens, columns].
 

@@ -57,6 +57,17 @@ def main_language(texts: Iterable[str]) -> str:
     return code if near >= MOSTLY * counts.total() else ""
 
 
+def language_shares(texts: Iterable[str]) -> dict[str, float]:
+    """What some texts look like -> the share of them that does, the largest first.
+
+    Malay and Indonesian are one ("id or ms"), since nobody said which it is; "" is no language that is known.
+    """
+    languages = Languages({}, detector(KNOWN))
+    codes = [languages.of(text) for text in islice(texts, LOOKED_AT)]
+    counts = Counter(" or ".join(sorted((code, TWINS[code]))) if code in TWINS else code for code in codes)
+    return {name: count / len(codes) for name, count in counts.most_common()}
+
+
 def share_in_language(code: str, texts: Iterable[str]) -> float:
     """The share of texts that look like a language more than like any other that is known.
 

@@ -1,12 +1,13 @@
-"""A tokenizer that knows more of a language: merges are learned on text as it leaves it, and appended (continued BPE).
+"""A tokenizer that knows more of a language: merges are learned on text as it leaves it, and appended.
 
     base = ExtendableTokenizer.open(folder)
     counts = base.count_words(texts)                 the text as the old tokenizer cuts it
     gained = base.learn(counts, 10_000)              new tokens and their merges, which rank after all old ones
     base.write(staging, gained)                      the folder's tokenizer files, extended
 
-Old tokens keep their ids; new ones come after them and after added tokens. How text is split into pieces stays as it
-is, so no merge reaches over the border of two pieces. Byte-level BPE, and BPE over characters that falls back to bytes
+This is continued BPE (Purason et al., arXiv:2512.03989; their pruning of old tokens is not done here). Old tokens keep
+their ids; new ones come after them and after added tokens. How text is split into pieces stays as it is, so no merge
+reaches over the border of two pieces. Byte-level BPE, and BPE over characters that falls back to bytes
 (SentencePiece's), can be extended: they spell any text and have an order of merges to append to. Only words are
 learned: what holds an ASCII digit, or nothing but ASCII punctuation and white space, stays as it was cut.
 """
