@@ -1,6 +1,8 @@
 """The same work by hand: transformers, tokenizers and a plain loop beside lapis, at equal processor seconds.
 
-    python benchmarks/language_peer.py --out runs/language-real [--do train|score|write]    after language_real.py
+    python benchmarks/language_peer.py --out runs/language-real [--seed 0] [--do train|score|write]
+
+After language_real.py, with the same options, which say how long.
 
 The tokenizer gains tokens as most scripts do it: a new BPE is trained on the text, and its tokens that the old one
 lacks are added with `add_tokens`; `resize_token_embeddings` makes their rows. Then AdamW trains everything, with a
@@ -45,9 +47,9 @@ def extended(bench: Bench) -> tuple[Any, Any]:
     return tokenizer, model
 
 
-def batches(tokenizer: Any, bench: Bench) -> Iterator[Tensor]:
+def batches(tokenizer: Any, bench: Bench, seed: int) -> Iterator[Tensor]:
     """Rows of CONTEXT tokens, a share of them English, in a random order, without end."""
-    random = Random(0)
+    random = Random(seed)
     sources = []
     for paths in (bench.files, [ENGLISH]):
         ids = [i for text in texts(paths) for i in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
@@ -57,17 +59,17 @@ def batches(tokenizer: Any, bench: Bench) -> Iterator[Tensor]:
         yield torch.stack([rows[random.randrange(len(rows))] for rows in chosen])
 
 
-def train(bench: Bench, out: Path) -> dict[str, float]:
+def train(bench: Bench, out: Path, seed: int) -> dict[str, float]:
     """Trains until the processor seconds are spent, and saves the model."""
     begun = time.process_time()
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     tokenizer, model = extended(bench)
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=bench.case.rates["with"], betas=(0.9, 0.95), weight_decay=0.1)
     steps = 0
-    low = json.loads((bench.root / "with-0" / "training.json").read_text())["precision"] == "bf16"
+    low = json.loads((bench.root / f"with-{seed}" / "training.json").read_text())["precision"] == "bf16"
     prepared = time.process_time() - begun
-    for ids_BT in batches(tokenizer, bench):
+    for ids_BT in batches(tokenizer, bench, seed):
         spent = (time.process_time() - begun) / bench.case.seconds
         if spent >= 1:
             break
@@ -89,23 +91,25 @@ def train(bench: Bench, out: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    options = case_options(__doc__).parse_args()
+    parser = case_options(__doc__)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
     [bench] = benches(options, [CASE])
-    place = bench.root / "peer"
+    place = bench.root / f"peer-{options.seed}"
     if options.do in ("train", None):
-        kept(bench.root / "peer.json", lambda: train(bench, place))
+        kept(place.with_suffix(".json"), lambda: train(bench, place, options.seed))
     if options.do == "train":
         return
     scores = bench.scores()
-    scores["peer"] = kept(bench.root / "scores-peer.json", lambda: bits_per_byte(place, bench.texts, CONTEXT))
-    names = {"base": "before", "with-0": "lapis", "peer": "transformers, tokenizers, a plain loop"}
+    scores["peer"] = kept(bench.root / f"scores-{place.name}.json", lambda: bits_per_byte(place, bench.texts, CONTEXT))
+    names = {"base": "before", f"with-{options.seed}": "lapis", "peer": "transformers, tokenizers, a plain loop"}
     rows = [
         [what, f"{scores[name]['target']:.3f}", f"{scores[name]['target tokens']:.3f}", f"{scores[name]['en']:.3f}",
          f"{scores[name]['en'] / scores['base']['en'] - 1:+.1%}", f"{scores[name]['en tokens']:.3f}"]
         for name, what in names.items()
     ]  # fmt: skip
     head = ["", "bits per byte", "tokens per byte", "English", "cost", "English, tokens per byte"]
-    how = json.loads((bench.root / "peer.json").read_text())
+    how = json.loads(place.with_suffix(".json").read_text())
     text = [*table(head, rows), "", f"Peer: {how['steps']} steps in {how['seconds']:.0f} processor seconds, "
             f"{how['prepared']:.0f} of them before the first step."]  # fmt: skip
     print("\n".join(text))
