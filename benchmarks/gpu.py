@@ -161,7 +161,7 @@ def parity(note: Note) -> None:
             theirs.config._experts_implementation = "eager"
             return load(folder, dtype, device())(given).double().cpu(), theirs(given).logits.double().cpu()
 
-        def apart(logits: torch.Tensor) -> float:  # of the nearer tokens: where rounding chose another expert, it is far
+        def apart(logits: torch.Tensor) -> float:  # where rounding chose another expert, a token is far away
             return (logits - expected).abs().amax(-1).quantile(0.25).item()
 
         (a, b), rounded = both(torch.float32), both(torch.bfloat16)
@@ -546,8 +546,12 @@ def machine() -> dict[str, Any]:
 def table(result: dict[str, Any]) -> Iterator[str]:
     """Every figure in a line."""
     here = result["machine"]
-    yield f"## {here['date'][:10]}, {here['gpu'] or here['processor']}, torch {here['torch']}, Python {here['python']}"
+    place = here["gpu"] or f"a CPU and no GPU ({here['processor']})"
+    yield f"## {here['date'][:10]}, {place}, torch {here['torch']}, Python {here['python']}"
     yield ""
+    if not here["gpu"]:
+        yield "From a CPU, in the smaller form: it shows that the script works, and not what a GPU gives."
+        yield ""
     for name, part in result["sections"].items():
         yield f"**{name}** ({part['seconds']:.0f} s{', ' + part['failed'] if 'failed' in part else ''})"
         yield ""

@@ -139,4 +139,8 @@ def test_the_table_has_every_figure(gpu: Any) -> None:
         "faults": ["serve: no time was left"],
     }  # fmt: skip
     text = "\n".join(gpu.table(json.loads(json.dumps(result))))
+    assert text.startswith("## 2026-01-01, H100, torch 2.11") and "From a CPU" not in text
     assert "| a | 0.5 |  |" in text and "| b |  | OutOfMemoryError: x |" in text and "no time was left" in text
+    here = {**result["machine"], "gpu": None, "processor": "EPYC"}
+    heading, _, line = list(gpu.table({**result, "machine": here}))[:3]
+    assert "a CPU and no GPU (EPYC)" in heading and "not what a GPU gives" in line
