@@ -34,6 +34,8 @@ from hardware import processor
 from results_file import add_table
 from train import NoTokenizer, peak_flops
 
+from lapis.wording import format_count
+
 BUDGET = 480.0  # seconds, for everything
 Note = Callable[..., None]  # note(name, figure=...): a line of the result, at once
 
@@ -250,8 +252,8 @@ def decode(note: Note) -> None:
                 return {"tokens_per_second": rows * tokens / (seconds[2] - seconds[1])}
 
             for rows in (1, 8, 64) if cuda() else (1,):
-                attempt(note, f"{name} lapis, {rows} rows", lambda r=rows: lapis_rate(r))  # type: ignore[misc]
-                attempt(note, f"{name} transformers, {rows} rows", lambda r=rows: peer_rate(r))  # type: ignore[misc]
+                attempt(note, f"{name} lapis, {format_count(rows, 'row')}", lambda r=rows: lapis_rate(r))  # type: ignore[misc]
+                attempt(note, f"{name} transformers, {format_count(rows, 'row')}", lambda r=rows: peer_rate(r))  # type: ignore[misc]
             if cuda():
                 attempt(note, f"{name} transformers, CUDA graphs, 1 row",
                         lambda: peer_rate(1, cache_implementation="static"))  # fmt: skip
@@ -298,8 +300,8 @@ def serve(note: Note) -> None:
 
         asyncio.run(rate(1))
         for clients in (1, 8, 64) if cuda() else (2,):
-            attempt(note, f"{name}, {clients} clients", lambda c=clients: asyncio.run(rate(c)))  # type: ignore[misc]
-            attempt(note, f"{name} transformers, {clients} rows", lambda r=clients: peer_rate(r))  # type: ignore[misc]
+            attempt(note, f"{name}, {format_count(clients, 'client')}", lambda c=clients: asyncio.run(rate(c)))  # type: ignore[misc]
+            attempt(note, f"{name} transformers, {format_count(clients, 'row')}", lambda r=clients: peer_rate(r))  # type: ignore[misc]
 
 
 def weights(note: Note) -> None:
@@ -379,8 +381,8 @@ def resume(note: Note) -> None:
 
 
 SECTIONS: dict[str, tuple[Callable[[Note], None], float]] = {  # with its limit in seconds
-    "parity": (parity, 60), "train": (train, 120), "fsdp": (fsdp, 80), "adapters": (adapters, 60),
-    "decode": (decode, 90), "serve": (serve, 60), "weights": (weights, 40), "resume": (resume, 90),
+    "parity": (parity, 120), "train": (train, 120), "fsdp": (fsdp, 80), "adapters": (adapters, 60),
+    "decode": (decode, 90), "serve": (serve, 60), "weights": (weights, 40), "resume": (resume, 120),
 }  # fmt: skip
 
 
@@ -467,7 +469,7 @@ def train_small(place: Path, out: str) -> None:
     settings = {
         "objective": "causal", "new": {"dim": 128, "layers": 4, "heads": 4, "ffn_dim": 256, "tied": True},
         "tokenizer": str(place / "tok"), "data": str(place / "texts.jsonl"), "context": 64, "out": str(place / out),
-        "steps": 200 if cuda() else 40, "batch": 16, "save_every": 5, "sample_every": 0, "threads": 1, "compile": "off",
+        "steps": 200 if cuda() else 16, "batch": 16, "save_every": 5, "sample_every": 0, "threads": 1, "compile": "off",
         "precision": "bf16" if cuda() else "float32",
     }  # fmt: skip
     run(read_settings(settings, "gpu"), watch=Silent())

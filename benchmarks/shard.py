@@ -448,8 +448,8 @@ def table(results: dict[str, Any], steps: int) -> list[str]:
     if "pauses" in (figures := results.get("pause", {})):
         longest = max(figures["pauses"], key=whole)
         lines += ["", f"A checkpoint (7 M parameters, two processes) stops the training for {whole(longest):.3f} s at "
-                  f"most: {longest['wait']:.3f} s until the one before it is written, and {longest['copy']:.3f} s to copy; a "
-                  f"step takes {figures['step']:.3f} s."]  # fmt: skip
+                  f"most: {longest['wait']:.3f} s until the one before it is written, and {longest['copy']:.3f} s to "
+                  f"copy; a step takes {figures['step']:.3f} s."]  # fmt: skip
     return lines
 
 
