@@ -5,14 +5,17 @@
 Needs torch, transformers, safetensors, tokenizers, huggingface_hub, rich, PyYAML and numpy, and no data: texts, models
 and their weights are made here. Every section runs in a process of its own with a limit of its own; one that fails or
 takes too long is noted as such, and the next goes on. What a section has measured by then counts: it prints one JSON
-object per figure. Without a GPU everything runs in a smaller form on the CPU. Prints a table to standard error and one
-JSON object to standard output; --write adds the table to results/gpu.md.
+object per figure. Without a GPU everything runs in a smaller form on the CPU. Merges and diffs lapis computes on the
+CPU, with a GPU or without. Prints a table to standard error and one JSON object to standard output; --write adds the
+table to results/gpu.md. Exits with 1 where a section or a figure failed, or a figure is beyond its bound; what the
+machine lacks (a library, a GPU) is noted as absent, and fails nothing.
 """
 
 import argparse
 import asyncio
 import contextlib
 import datetime
+import importlib.util
 import json
 import math
 import os
@@ -31,40 +34,16 @@ from hardware import processor
 from results_file import add_table
 from train import NoTokenizer, peak_flops
 
+from lapis.wording import format_count
+
 BUDGET = 480.0  # seconds, for everything
 Note = Callable[..., None]  # note(name, figure=...): a line of the result, at once
 
-DECODER = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 3,
-           "intermediate_size": 80, "vocab_size": 97, "max_position_embeddings": 64}  # fmt: skip
-ENCODER = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 80}
-PADDED = {**DECODER, "pad_token_id": 96}
-WINDOW = {"sliding_window": 5}
-# a family -> its class in transformers, and its config's options; every kind of block once
-FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("LlamaForCausalLM", {**DECODER, "attention_bias": True, "mlp_bias": True}),
-    "mistral": ("MistralForCausalLM", {**DECODER, **WINDOW}),
-    "ministral": ("MinistralForCausalLM", {**DECODER, **WINDOW, "head_dim": 8,
-                                           "layer_types": ["full_attention", *["sliding_attention"] * 2]}),
-    "ministral3": ("Ministral3ForCausalLM", {**PADDED, "head_dim": 16, "rope_parameters": {
-        "rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 8,
-        "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}}),
-    "qwen2": ("Qwen2ForCausalLM", {**DECODER, "tie_word_embeddings": True}),
-    "qwen3": ("Qwen3ForCausalLM", {**DECODER, "head_dim": 32}),
-    "gemma3": ("Gemma3ForCausalLM", {**PADDED, **WINDOW, "num_hidden_layers": 4, "head_dim": 16,
-                                     "query_pre_attn_scalar": 24, "sliding_window_pattern": 3}),
-    "smollm3": ("SmolLM3ForCausalLM", {**PADDED, "num_hidden_layers": 4, "bos_token_id": 1, "eos_token_id": 2}),
-    "olmo2": ("Olmo2ForCausalLM", DECODER),
-    "olmo3": ("Olmo3ForCausalLM", {**DECODER, **WINDOW, "num_hidden_layers": 5}),
-    "exaone4": ("Exaone4ForCausalLM", {**DECODER, **WINDOW, "num_hidden_layers": 5}),
-    "starcoder2": ("Starcoder2ForCausalLM", DECODER),
-    "granite": ("GraniteForCausalLM", {**DECODER, "attention_multiplier": 0.125, "residual_multiplier": 0.22,
-                                       "logits_scaling": 8.0, "embedding_multiplier": 12.0}),
-    "phi3": ("Phi3ForCausalLM", PADDED),
-    "apertus": ("ApertusForCausalLM", DECODER),
-    "gpt2": ("GPT2LMHeadModel", {"n_embd": 48, "n_layer": 3, "n_head": 3, "vocab_size": 97, "n_positions": 40}),
-    "bert": ("BertForMaskedLM", {**ENCODER, "vocab_size": 97, "max_position_embeddings": 40}),
-    "vit": ("ViTForImageClassification", {**ENCODER, "image_size": 24, "patch_size": 8, "num_labels": 7}),
-}  # fmt: skip
+ROOT = Path(__file__).parents[1]
+EQUAL = 1e-4  # of a logit in float32, beside transformers
+ROUNDED = 3.0  # in bfloat16: how many times as far from float64 as transformers is
+RESUMED = {"cpu": 0.0, "cuda": 1e-3}  # of a weight: not every CUDA kernel has a form that repeats its sums
+MERGED, COMPARED = 1e-4, 1e-6  # the share of a merge's numbers that are rounded otherwise; a gap of a diff's figures
 SHAPES = {
     "124 M": {"dim": 768, "layers": 12, "heads": 12, "ffn_dim": 2048, "vocab": 50304, "context": 1024},
     "1 B": {"dim": 2048, "layers": 16, "heads": 16, "ffn_dim": 8192, "vocab": 50304, "context": 2048},
@@ -155,39 +134,47 @@ def training(model: Any, name: str, steps: int, **options: Any) -> dict[str, Any
 
 
 def parity(note: Note) -> None:
-    """The largest difference of a logit to transformers on the same device, in float32 and in bfloat16."""
+    """Every model_type beside transformers on the same device: the largest difference of a logit in float32, and in
+    bfloat16 how far ours and theirs are from float64 at the tokens where they are nearest, a quarter of all."""
     import transformers
 
     from lapis.model.load import load
 
+    if str(ROOT) not in sys.path:
+        sys.path.insert(0, str(ROOT))
+    from tests.oracles.small_models import MODELS, make_theirs
+
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.backends.cuda.matmul.allow_tf32 = False
-    for name, (kind, options) in FAMILIES.items():
+
+    def compare(kind: str, options: dict[str, Any], folder: str) -> dict[str, float]:
+        exact = make_theirs(kind, options)
+        exact.save_pretrained(folder)
+        exact.config._experts_implementation = "eager"  # others have no float64
+        torch.manual_seed(1)
+        image = "image_size" in options
+        inputs = torch.randn(2, 3, 24, 24) if image else torch.randint(3, 96, (2, 20))  # no token is padding
+        expected = exact.double()(inputs.double() if image else inputs).logits
+
+        def both(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+            given = inputs.to(device(), dtype) if image else inputs.to(device())
+            theirs = type(exact).from_pretrained(folder, dtype=dtype).to(device()).eval()
+            theirs.config._experts_implementation = "eager"
+            return load(folder, dtype, device())(given).double().cpu(), theirs(given).logits.double().cpu()
+
+        def apart(logits: torch.Tensor) -> float:  # where rounding chose another expert, a token is far away
+            return (logits - expected).abs().amax(-1).quantile(0.25).item()
+
+        (a, b), rounded = both(torch.float32), both(torch.bfloat16)
+        return {"float32": (a - b).abs().max().item(), "bfloat16": apart(rounded[0]), "theirs": apart(rounded[1])}
+
+    for name, (kind, options) in MODELS.items():
         if not hasattr(transformers, kind):
-            note(name, skipped=f"transformers {transformers.__version__} has no {kind}")
+            note(name, absent=f"transformers {transformers.__version__} has no {kind}")
             continue
-        try:
-            figures: dict[str, Any] = {}
-            with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-                make = getattr(transformers, kind)
-                torch.manual_seed(0)
-                theirs = make(make.config_class(**options)).eval()
-                for parameter in theirs.parameters():  # away from 1 and 0, so that a mix-up shows
-                    parameter.add_(torch.randn_like(parameter) * (0.1 if parameter.dim() == 1 else 0.04))
-                theirs.save_pretrained(folder)
-                torch.manual_seed(1)
-                inputs = torch.randn(2, 3, 24, 24) if name == "vit" else torch.randint(0, 96, (2, 20))
-                exact = theirs.double()(inputs.double() if name == "vit" else inputs).logits
-                for dtype in (torch.float32, torch.bfloat16):
-                    ours, peer = load(folder, dtype, device()), theirs.to(device(), dtype)
-                    given = inputs.to(device(), dtype) if name == "vit" else inputs.to(device())
-                    a, b = ours(given).double().cpu(), peer(given).logits.double().cpu()
-                    figures[str(dtype)[6:]] = (a - b).abs().max().item()
-                    figures[f"{str(dtype)[6:]}_to_float64"] = (a - exact).abs().max().item()
-            note(name, **figures)
-        except Exception as error:
-            note(name, failed=f"{type(error).__name__}: {error}"[:300])
+        with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+            attempt(note, name, lambda k=kind, o=options, f=folder: compare(k, o, f))  # type: ignore[misc]
 
 
 def train(note: Note) -> None:
@@ -221,6 +208,9 @@ def adapters(note: Note) -> None:
 
     name = sizes()[-1]
     for base in ("float32", "bfloat16", "nf4"):
+        if base == "nf4" and (lacking := lacks_nf4()):
+            note(f"{name} LoRA over {base}", absent=lacking)
+            continue
 
         def act(base: str = base) -> dict[str, Any]:
             config = lora.LoraConfig(rank=16, base=base)
@@ -234,21 +224,17 @@ def adapters(note: Note) -> None:
 
 def decode(note: Note) -> None:
     """Tokens per second of greedy decoding: lapis, transformers, and transformers in CUDA graphs (a static cache)."""
-    import transformers
-
     from lapis.generation.generate import Decoding
     from lapis.generation.options import Sampling
     from lapis.generation.ready import ready
     from lapis.model.load import load
 
     tokens, dtype = (128, torch.bfloat16) if cuda() else (8, torch.float32)
-    transformers.logging.set_verbosity_error()
     for name in sizes():
         with tempfile.TemporaryDirectory() as folder:
             write_model(name, Path(folder), dtype)
             ours = ready(load(folder, dtype, device()))
-            theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device()).eval()
-            theirs.generation_config.eos_token_id = None
+            theirs = peer_model(folder, dtype)
 
             def lapis_rate(rows: int, model: Any = ours) -> dict[str, Any]:
                 decoding = Decoding(model, prompts(rows), Sampling(temperature=0, max_tokens=tokens + 4), range(rows))
@@ -262,36 +248,29 @@ def decode(note: Note) -> None:
                 return {"tokens_per_second": rows * tokens / (time.perf_counter() - started)}
 
             def peer_rate(rows: int, model: Any = theirs, **options: Any) -> dict[str, Any]:
-                ids_BT = torch.tensor(prompts(rows), device=device())
-                given = {"attention_mask": torch.ones_like(ids_BT), "do_sample": False, "pad_token_id": 0, **options}
-                seconds = []
-                for count in (4, 4, tokens + 4):  # the first one compiles
-                    settle()
-                    started = time.perf_counter()
-                    model.generate(ids_BT, max_new_tokens=count, min_new_tokens=count, **given)
-                    settle()
-                    seconds.append(time.perf_counter() - started)
+                seconds = [peer_seconds(model, rows, count, **options) for count in (4, 4, tokens + 4)]  # one compiles
                 return {"tokens_per_second": rows * tokens / (seconds[2] - seconds[1])}
 
             for rows in (1, 8, 64) if cuda() else (1,):
-                attempt(note, f"{name} lapis, {rows} rows", lambda r=rows: lapis_rate(r))  # type: ignore[misc]
-                attempt(note, f"{name} transformers, {rows} rows", lambda r=rows: peer_rate(r))  # type: ignore[misc]
+                attempt(note, f"{name} lapis, {format_count(rows, 'row')}", lambda r=rows: lapis_rate(r))  # type: ignore[misc]
+                attempt(note, f"{name} transformers, {format_count(rows, 'row')}", lambda r=rows: peer_rate(r))  # type: ignore[misc]
             if cuda():
                 attempt(note, f"{name} transformers, CUDA graphs, 1 row",
                         lambda: peer_rate(1, cache_implementation="static"))  # fmt: skip
 
 
 def serve(note: Note) -> None:
-    """Tokens per second of the server's engine, without HTTP: clients that each want a reply, at once."""
+    """Tokens per second of the server's engine, without HTTP: clients that each want a reply, at once. Beside it
+    `generate` of transformers with as many rows, which all start and end together."""
     from lapis.generation.options import DecodingRuntime, Sampling
     from lapis.serving.engine.engine import Engine
     from lapis.serving.engine.order import Order
     from lapis.serving.engine.served import open_models
 
-    name, tokens = sizes()[0], 128 if cuda() else 8
+    name, tokens, dtype = sizes()[0], 128 if cuda() else 8, torch.bfloat16 if cuda() else torch.float32
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "model"
-        write_model(name, folder, torch.bfloat16 if cuda() else torch.float32)
+        write_model(name, folder, dtype)
         (served,) = open_models([str(folder)], DecodingRuntime(), 64, 512 if cuda() else 64)
 
         async def rate(clients: int) -> dict[str, Any]:
@@ -313,8 +292,16 @@ def serve(note: Note) -> None:
             finally:
                 await asyncio.to_thread(engine.stop)
 
+        theirs = peer_model(folder, dtype)
+        peer_seconds(theirs, 1, 4)  # a first call, in which kernels are loaded
+
+        def peer_rate(rows: int) -> dict[str, Any]:
+            return {"tokens_per_second": rows * tokens / peer_seconds(theirs, rows, tokens), "tokens": rows * tokens}
+
+        asyncio.run(rate(1))
         for clients in (1, 8, 64) if cuda() else (2,):
-            attempt(note, f"{name}, {clients} clients", lambda c=clients: asyncio.run(rate(c)))  # type: ignore[misc]
+            attempt(note, f"{name}, {format_count(clients, 'client')}", lambda c=clients: asyncio.run(rate(c)))  # type: ignore[misc]
+            attempt(note, f"{name} transformers, {format_count(clients, 'row')}", lambda r=clients: peer_rate(r))  # type: ignore[misc]
 
 
 def weights(note: Note) -> None:
@@ -367,8 +354,10 @@ def resume(note: Note) -> None:
     with tempfile.TemporaryDirectory() as place:
         started = time.perf_counter()
         write_texts(Path(place))
-        one = subprocess.Popen([sys.executable, __file__, "--run", place, "--out", "one"])
-        other = subprocess.Popen([sys.executable, __file__, "--run", place, "--out", "other"])
+        command = [sys.executable, __file__, "--run", place, "--out"]
+        environment = {**os.environ, "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # with which cuBLAS repeats its sums
+        one = subprocess.Popen([*command, "one"], env=environment)
+        other = subprocess.Popen([*command, "other"], env=environment)
         try:
             while not list(Path(place, ".other.lapis", ".journal").glob("step-*/state.json")):
                 if other.poll() is not None:
@@ -376,11 +365,14 @@ def resume(note: Note) -> None:
                 time.sleep(0.02)
             other.send_signal(signal.SIGKILL)
             other.wait()
-            again = subprocess.run([sys.executable, __file__, "--run", place, "--out", "other"], check=False)
+            again = subprocess.run([*command, "other"], env=environment, check=False)
             codes = [one.wait(), again.returncode]
         finally:
             for child in (one, other):
                 child.kill()
+        if any(codes):
+            note("killed and resumed", failed=f"the runs ended with {codes[0]} and {codes[1]}", codes=codes)
+            return
         from lapis.model.load import load
 
         a, b = (load(Path(place) / out).state_dict() for out in ("one", "other"))
@@ -389,12 +381,19 @@ def resume(note: Note) -> None:
 
 
 SECTIONS: dict[str, tuple[Callable[[Note], None], float]] = {  # with its limit in seconds
-    "parity": (parity, 60), "train": (train, 120), "fsdp": (fsdp, 80), "adapters": (adapters, 60),
-    "decode": (decode, 90), "serve": (serve, 40), "weights": (weights, 40), "resume": (resume, 90),
+    "parity": (parity, 120), "train": (train, 120), "fsdp": (fsdp, 80), "adapters": (adapters, 60),
+    "decode": (decode, 90), "serve": (serve, 60), "weights": (weights, 40), "resume": (resume, 120),
 }  # fmt: skip
 
 
 # -- what sections share
+
+
+def lacks_nf4() -> str:
+    """What NF4 needs and this machine has not; "" where it has all."""
+    if not cuda():
+        return "no CUDA GPU"
+    return "" if importlib.util.find_spec("bitsandbytes") else "bitsandbytes is not installed"
 
 
 def attempt(note: Note, name: str, act: Callable[[], dict[str, Any]]) -> None:
@@ -406,6 +405,27 @@ def attempt(note: Note, name: str, act: Callable[[], dict[str, Any]]) -> None:
     note(name, **figures)
     if cuda():
         torch.cuda.empty_cache()
+
+
+def peer_model(folder: Path | str, dtype: torch.dtype) -> Any:
+    """A folder as transformers runs it, with no token that ends a reply."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device()).eval()
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def peer_seconds(model: Any, rows: int, count: int, **options: Any) -> float:
+    """How long its `generate` takes for so many tokens of each of so many prompts."""
+    ids_BT = torch.tensor(prompts(rows), device=device())
+    given = {"attention_mask": torch.ones_like(ids_BT), "do_sample": False, "pad_token_id": 0, **options}
+    settle()
+    started = time.perf_counter()
+    model.generate(ids_BT, max_new_tokens=count, min_new_tokens=count, **given)
+    settle()
+    return time.perf_counter() - started
 
 
 def prompts(rows: int) -> list[list[int]]:
@@ -441,14 +461,15 @@ def write_texts(place: Path) -> None:
 
 
 def train_small(place: Path, out: str) -> None:
-    """The run that `resume` kills."""
+    """The run that `resume` kills. Kernels repeat their sums bit for bit where torch has such."""
     from lapis.training.loop.progress import Silent
     from lapis.training.run import read_settings, run
 
+    torch.use_deterministic_algorithms(cuda(), warn_only=True)
     settings = {
         "objective": "causal", "new": {"dim": 128, "layers": 4, "heads": 4, "ffn_dim": 256, "tied": True},
         "tokenizer": str(place / "tok"), "data": str(place / "texts.jsonl"), "context": 64, "out": str(place / out),
-        "steps": 200 if cuda() else 40, "batch": 16, "save_every": 5, "sample_every": 0, "threads": 1, "compile": "off",
+        "steps": 200 if cuda() else 16, "batch": 16, "save_every": 5, "sample_every": 0, "threads": 1, "compile": "off",
         "precision": "bf16" if cuda() else "float32",
     }  # fmt: skip
     run(read_settings(settings, "gpu"), watch=Silent())
@@ -487,6 +508,34 @@ def section(name: str, seconds: float) -> dict[str, Any]:
     return {"seconds": time.monotonic() - started, "figures": figures, **({"failed": why} if why else {})}
 
 
+def faults(result: dict[str, Any]) -> Iterator[str]:
+    """What is wrong, a line each: sections and figures that failed, and figures beyond their bounds."""
+    for name, part in result["sections"].items():
+        if "failed" in part:
+            yield f"{name}: {part['failed']}"
+        elif not part["figures"]:
+            yield f"{name}: no figure"
+        for what, figures in part["figures"].items():
+            if why := figures.get("failed") or beyond(name, figures, "cuda" if result["machine"]["gpu"] else "cpu"):
+                yield f"{name}, {what}: {why}"
+
+
+def beyond(section: str, figures: dict[str, Any], kind: str) -> str:
+    """How a figure is beyond its bound; "" where it is not, or where there is none. kind: of device.
+
+    A figure that is no number (NaN) is beyond any bound.
+    """
+    bounds: dict[str, float] = {}
+    if section == "parity":
+        bounds = {"float32": EQUAL, "bfloat16": ROUNDED * figures.get("theirs", 0.0)}
+    elif section == "resume":
+        bounds = {"largest_difference": RESUMED[kind]}
+    elif section == "weights":
+        bounds = {"unequal": MERGED * figures.get("of", 0), "norm_gap": COMPARED, "cosine_gap": COMPARED}
+    return "; ".join(f"{name} is {shown(figures[name])}, more than {shown(bound)}"
+                     for name, bound in bounds.items() if name in figures and not figures[name] <= bound)  # fmt: skip
+
+
 def machine() -> dict[str, Any]:
     memory = torch.cuda.get_device_properties(0).total_memory / 1e9 if cuda() else None
     return {
@@ -499,8 +548,12 @@ def machine() -> dict[str, Any]:
 def table(result: dict[str, Any]) -> Iterator[str]:
     """Every figure in a line."""
     here = result["machine"]
-    yield f"## {here['date'][:10]}, {here['gpu'] or here['processor']}, torch {here['torch']}, Python {here['python']}"
+    place = here["gpu"] or f"a CPU and no GPU ({here['processor']})"
+    yield f"## {here['date'][:10]}, {place}, torch {here['torch']}, Python {here['python']}"
     yield ""
+    if not here["gpu"]:
+        yield "From a CPU, in the smaller form: it shows that the script works, and not what a GPU gives."
+        yield ""
     for name, part in result["sections"].items():
         yield f"**{name}** ({part['seconds']:.0f} s{', ' + part['failed'] if 'failed' in part else ''})"
         yield ""
@@ -510,6 +563,7 @@ def table(result: dict[str, Any]) -> Iterator[str]:
         for what, figures in part["figures"].items():
             yield f"| {what} | {' | '.join(shown(figures.get(key)) for key in keys)} |"
         yield ""
+    yield from (f"- **beyond its bound, or failed**: {fault}" for fault in result["faults"])
 
 
 def shown(value: Any) -> str:
@@ -548,12 +602,13 @@ def main() -> int:
         print(f"{name}: {result['sections'][name]['seconds']:.0f} s", file=sys.stderr, flush=True)
         if given.json:  # after every section, so that nothing is lost where the whole is ended from outside
             given.json.write_text(json.dumps(result, indent=1) + "\n")
+    result["faults"] = list(faults(result))
     lines = list(table(result))
     print("\n".join(lines), file=sys.stderr)
     if given.write:
         add_table(__file__, "One GPU", lines)
     print(json.dumps(result))
-    return int(any("failed" in part for part in result["sections"].values()))
+    return int(bool(result["faults"]))
 
 
 if __name__ == "__main__":

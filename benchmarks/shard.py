@@ -40,6 +40,7 @@ TEXTS = [
     f"The cat number {i} sat on the mat and counted to {i * 7 % 13}. It slept under tree {i % 5}." for i in range(90)
 ]
 SHAPE = {"dim": 32, "layers": 2, "heads": 4, "kv_heads": 2, "ffn_dim": 48, "tied": True, "context": 96}
+PAUSED = {"dim": 256, "layers": 8, "heads": 4, "ffn_dim": 768}  # 7 M parameters, for `pause`
 BOUND = 1e-5  # of a loss, for 50 steps
 RESUMED = 1e-6  # of a weight, after a run that went on with other numbers of processes
 ENDS = 30.0  # seconds, in which all have ended after one has died
@@ -329,18 +330,22 @@ def elastic(place: Path, steps: int) -> dict[str, Any]:
             "loss": max(abs(a - b) for a, b in zip(losses(one), losses(out), strict=True))}  # fmt: skip
 
 
-def pause(place: Path) -> dict[str, Any]:
-    """How long training stands still for a checkpoint, in steps: a model of 7 M parameters, two processes."""
+def pause(place: Path, last: int = 13, shape: dict[str, Any] = PAUSED) -> dict[str, Any]:
+    """How long training stands still for a checkpoint: until the one before it is written, and to copy the state.
+
+    Two processes; a checkpoint after each three of `last` steps.
+    """
     figures = place / "pauses.json"
 
     def before() -> None:
         begin, seconds = ShardedSaves.begin, []
 
         def timed(self: Any, *given: Any) -> Path:
-            self.finish()
             started = time.perf_counter()
+            self.finish()  # as `begin` does first
+            written = time.perf_counter()
             folder = begin(self, *given)
-            seconds.append(time.perf_counter() - started)
+            seconds.append({"wait": written - started, "copy": time.perf_counter() - written})
             if os.environ["RANK"] == "0":
                 figures.write_text(json.dumps(seconds))
             return folder
@@ -349,8 +354,8 @@ def pause(place: Path) -> dict[str, Any]:
 
     out = place / "pause"
     shutil.rmtree(out, ignore_errors=True)
-    wanted = {**settings(place, "causal", 13), "new": {"dim": 256, "layers": 8, "heads": 4, "ffn_dim": 768},
-              "save_every": 3, "shard": "full", "out": str(out), "batch": 16}  # fmt: skip
+    wanted = {**settings(place, "causal", last), "new": shape, "save_every": 3, "shard": "full", "out": str(out),
+              "batch": 16}  # fmt: skip
     codes, shown = Ranks(2, wanted, before=before).end()
     if any(codes):
         return {"codes": codes, "shown": shown[-2000:]}
@@ -411,10 +416,15 @@ def good(name: str, figures: dict[str, Any]) -> bool:
     if name.startswith(("killed", "stopped", "hangs")):
         return all(figures["codes"]) and figures["seconds"] < ENDS and len(figures["lines"]) == 1
     if name == "pause":
-        return max(figures.get("pauses", [9e9])) <= figures.get("step", 0)
+        return "pauses" in figures and max(map(whole, figures["pauses"])) <= figures["step"]
     if name.startswith("resume") and not (figures.get("tokens_equal") and figures["weights"] <= RESUMED):
         return False
     return bool(figures.get("loss", 1.0) <= BOUND)
+
+
+def whole(pause: dict[str, float]) -> float:
+    """Seconds of a pause."""
+    return pause["wait"] + pause["copy"]
 
 
 def table(results: dict[str, Any], steps: int) -> list[str]:
@@ -436,9 +446,10 @@ def table(results: dict[str, Any], steps: int) -> list[str]:
             said = "; ".join(line.partition(" ([")[0] for line in r["lines"])[:160]
             lines.append(f"| {name} | {r['seconds']:.1f} | {' '.join(map(str, r['codes']))} | {said} |")
     if "pauses" in (figures := results.get("pause", {})):
-        longest = max(figures["pauses"])
-        lines += ["", f"A checkpoint (7 M parameters, two processes) stops the training for {longest:.3f} s at most; a "
-                  f"step takes {figures['step']:.3f} s."]  # fmt: skip
+        longest = max(figures["pauses"], key=whole)
+        lines += ["", f"A checkpoint (7 M parameters, two processes) stops the training for {whole(longest):.3f} s at "
+                  f"most: {longest['wait']:.3f} s until the one before it is written, and {longest['copy']:.3f} s to "
+                  f"copy; a step takes {figures['step']:.3f} s."]  # fmt: skip
     return lines
 
 

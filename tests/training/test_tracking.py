@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -91,6 +92,24 @@ def test_tensorboard_gets_every_number(new_model: Make, objective: Causal, tmp_p
         row["step"]: pytest.approx(row["held_out"]["valid_loss"], rel=1e-6) for row in result.log
     }  # the last one, too
     assert {"lr", "grad_norm", "tokens_per_second"} <= set(board.Tags()["scalars"])
+
+
+def test_tensorboard_shows_a_step_once(new_model: Make, objective: Causal, tmp_path: Path) -> None:
+    """Of a run that was stopped beyond its checkpoint, and of one that starts anew in the same place."""
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed (pip install 'lapis[track]')")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config, board = replace(CONFIG, track=("tensorboard",)), EventAccumulator(str(tmp_path / "tensorboard" / "out"))
+    config = replace(config, save_every=4, log_every=1)
+    for watch, steps in ((Stopping(6), [1, 2, 3, 4, 5]), (Silent(), [1, 2, 3, 4, 5, 6])):
+        with suppress(EndedError):
+            train(new_model(), objective, config, tmp_path / "out", watch=watch)
+        board.Reload()
+        assert [event.step for event in board.Scalars("loss")] == steps
+    shorter = replace(config, steps=3)
+    train(new_model(), objective, shorter, tmp_path / "out", watch=Silent(), overwrite=True)
+    board.Reload()
+    assert [event.step for event in board.Scalars("loss")] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("name", [name for name in TRACKERS if find_spec(name) is None])

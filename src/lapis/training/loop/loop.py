@@ -35,7 +35,7 @@ from lapis.training.loop.held_out import Evaluator, overfitting
 from lapis.training.loop.progress import Silent, Watch, live, show_share, watcher
 from lapis.training.loop.state import CheckpointJournal, TrainState, clean_journal, newest_of
 from lapis.training.loop.stop_request import StopRequest, StopSignal, stop_requests
-from lapis.training.loop.tracking import tracked
+from lapis.training.loop.tracking import TrackedWatch, check_installed
 from lapis.training.loop.update import Batches, Updater
 from lapis.training.objectives.objective import Objective
 from lapis.training.optim.optimizers import Average, Optimizers, Schedule
@@ -85,7 +85,8 @@ def train(
             world.gather(None)  # until the first process has written
             return result
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    watch = tracked(watch or watcher(out.name), config, out)
+    check_installed(config.track)
+    watch = TrackedWatch(watch or watcher(out.name))
     copies = 3 + (config.ema > 0) + config.best + bool(config.limits)  # that a checkpoint holds
     try:
         with (
@@ -103,6 +104,8 @@ def train(
             watch.keep_file(journal.folder)
             try:
                 run = TrainingRun(model, objective, config, world, journal, watch, request, device)
+                with request.at_once():  # a server may take its time
+                    watch.open_trackers(config, out, journal.folder, run.newest)
                 result = run.go(out)
             except StopSignal:
                 raise TrainingError(

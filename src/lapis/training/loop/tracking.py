@@ -1,23 +1,27 @@
 """Where the learning curve goes while a run is at work: metrics.jsonl beside the checkpoints, and trackers by name.
 
 TensorBoard, Weights & Biases and Trackio get every number of an entry under its own name, held-out ones under
-`held_out/`, with the step. A tracker that fails ends no run: a line says so. Their files lie beside the output
-(TensorBoard's in `tensorboard/NAME`), since the output itself is written at the end, whole.
+`held_out/`, with the step. A tracker that fails, at its start too, ends no run: a line says so. Their files lie
+beside the output (TensorBoard's in `tensorboard/NAME`), since the output itself is written at the end, whole.
 """
 
-import hashlib
 import json
+import secrets
+import sys
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from contextlib import redirect_stdout
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from lapis.checkpoint.commit import commit_file
 from lapis.errors import MissingExtra
 from lapis.training.config import TrainConfig
 from lapis.training.loop.progress import LiveWatch, Watch, live
 
 METRICS = "metrics.jsonl"
+_IDENTITY = "tracked-as"  # the file beside it that holds the name of the run at trackers
 PROJECT = "lapis"
 
 Send = Callable[[dict[str, float], int], None]
@@ -30,17 +34,50 @@ class Tracker:
         self.name, self.send, self.finish = name, send, finish
 
 
+@dataclass(frozen=True)
+class Tracked:
+    """The run that a tracker is opened for.
+
+    Attributes:
+        out: Where its result will be.
+        settings: Shown with it.
+        step: Steps done, in the checkpoint that it goes on from.
+        identity: The same for all parts of a run that was stopped and went on, and another for one that starts anew.
+    """
+
+    out: Path
+    settings: dict[str, Any]
+    step: int
+    identity: str
+
+
 class TrackedWatch(LiveWatch):
     """A watch whose entries also go to a file and to trackers."""
 
-    def __init__(self, inner: Watch, trackers: list[Tracker]) -> None:
-        self.inner, self.trackers = inner, trackers
+    def __init__(self, inner: Watch, trackers: list[Tracker] | None = None) -> None:
+        self.inner, self.trackers = inner, trackers or []
         self._file: Path | None = None
         self._stepped = False
 
     def keep_file(self, folder: Path) -> None:
         """From now on entries are appended to metrics.jsonl in this folder."""
         self._file = folder / METRICS
+
+    def open_trackers(self, config: TrainConfig, out: Path, folder: Path, newest: Path | None) -> None:
+        """From now on entries go to the trackers of `config.track`, too; of one that cannot be opened a line says so.
+
+        Args:
+            config: The run's.
+            out: Where its result will be.
+            folder: Its journal, which is there until the run is done.
+            newest: The checkpoint that it goes on from; None for one that starts.
+        """
+        if not config.track:
+            return
+        step = int(newest.name.removeprefix("step-")) if newest is not None else 0
+        run = Tracked(out, asdict(config), step, _identity(folder, step))
+        for name in dict.fromkeys(config.track):
+            self._try(name, lambda name=name: self.trackers.append(_OPENERS[name](run)))  # type: ignore[misc]
 
     def stage(self, text: str) -> None:
         live(self.inner).stage(text)
@@ -68,28 +105,23 @@ class TrackedWatch(LiveWatch):
     def close(self) -> None:
         self.inner.close()
         for tracker in self.trackers:
-            self._try(tracker, tracker.finish)
+            self._try(tracker.name, tracker.finish)
         self.trackers = []
 
     def _send(self, values: dict[str, float], step: int) -> None:
         for tracker in list(self.trackers):
-            if not self._try(tracker, lambda tracker=tracker: tracker.send(values, step)):  # type: ignore[misc]
+            if not self._try(tracker.name, lambda tracker=tracker: tracker.send(values, step)):  # type: ignore[misc]
                 self.trackers.remove(tracker)
 
-    def _try(self, tracker: Tracker, act: Callable[[], object]) -> bool:
+    def _try(self, name: str, act: Callable[[], object]) -> bool:
         try:
-            act()
+            with redirect_stdout(sys.stderr):  # standard output is for the result of the command
+                act()
         except Exception as error:  # whatever a library or its network raises
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            self.inner.note(f"train: {tracker.name} failed ({reason:.100}); the run goes on without it")
+            self.inner.note(f"train: {name} failed ({reason:.100}); the run goes on without it")
             return False
         return True
-
-
-def tracked(watch: Watch, config: TrainConfig, out: Path) -> TrackedWatch:
-    """The watch, with the trackers of `config.track`. Raises MissingExtra for one that is not installed."""
-    check_installed(config.track)
-    return TrackedWatch(watch, [_OPENERS[name](out, asdict(config)) for name in dict.fromkeys(config.track)])
 
 
 def check_installed(names: tuple[str, ...]) -> None:
@@ -113,16 +145,21 @@ def _cut(path: Path, step: int) -> None:
         path.write_text("".join(before), encoding="utf-8")
 
 
-def _identity(out: Path) -> str:
-    """The same for every part of a run that was stopped and went on."""
-    return hashlib.sha256(str(out.absolute()).encode()).hexdigest()[:16]
+def _identity(folder: Path, step: int) -> str:
+    """The name of a run at trackers, which its journal keeps; a new one where it starts with its first step."""
+    place = folder / _IDENTITY
+    if not step or not place.exists():
+        with commit_file(place, overwrite=True) as temporary:
+            temporary.write_text(secrets.token_hex(8), encoding="utf-8")
+    return place.read_text(encoding="utf-8")
 
 
-def _tensorboard(out: Path, settings: dict[str, Any]) -> Tracker:
+def _tensorboard(run: Tracked) -> Tracker:
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(str(out.parent / "tensorboard" / out.name))
-    writer.add_text("config", f"```\n{json.dumps(settings, indent=1, default=str)}\n```")
+    place, first = run.out.parent / "tensorboard" / run.out.name, run.step + 1 if run.step else 0
+    writer = SummaryWriter(str(place), purge_step=first)  # hides what was sent of these steps before
+    writer.add_text("config", f"```\n{json.dumps(run.settings, indent=1, default=str)}\n```", run.step)
 
     def send(values: dict[str, float], step: int) -> None:
         for name, value in values.items():
@@ -132,22 +169,23 @@ def _tensorboard(out: Path, settings: dict[str, Any]) -> Tracker:
     return Tracker("tensorboard", send, writer.close)
 
 
-def _wandb(out: Path, settings: dict[str, Any]) -> Tracker:
+def _wandb(run: Tracked) -> Tracker:
     import wandb
 
-    run = wandb.init(project=PROJECT, name=out.name, dir=str(out.absolute().parent), id=_identity(out), resume="allow",
-                     config=settings)  # fmt: skip
-    return Tracker("wandb", lambda values, step: run.log(values, step=step), run.finish)
+    there = wandb.init(project=PROJECT, name=run.out.name, dir=str(run.out.absolute().parent), id=run.identity,
+                       resume="allow", config=run.settings)  # fmt: skip
+    return Tracker("wandb", lambda values, step: there.log(values, step=step), there.finish)
 
 
-def _trackio(out: Path, settings: dict[str, Any]) -> Tracker:
+def _trackio(run: Tracked) -> Tracker:
     import trackio
 
-    trackio.init(project=PROJECT, name=f"{out.name}-{_identity(out)[:4]}", resume="allow", config=settings)
+    name = f"{run.out.name}-{run.identity[:4]}"
+    trackio.init(project=PROJECT, name=name, resume="allow", config=run.settings)
     return Tracker("trackio", lambda values, step: trackio.log(values, step=step), trackio.finish)
 
 
-_OPENERS: dict[str, Callable[[Path, dict[str, Any]], Tracker]] = {
+_OPENERS: dict[str, Callable[[Tracked], Tracker]] = {
     "tensorboard": _tensorboard,
     "wandb": _wandb,
     "trackio": _trackio,
