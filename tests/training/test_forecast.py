@@ -1,6 +1,7 @@
 """What a run will take: measured against the run itself, on paper against published runs, within budgets."""
 
 import json
+import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from lapis.config import load_yaml, override
 from lapis.errors import ConfigError, TrainingError
 from lapis.families import PRESETS, find
 from lapis.training.config import TrainConfig
@@ -68,6 +70,20 @@ def test_a_budget_of_flops_or_time_sets_the_steps() -> None:
     assert half.settings == {"steps": 20} and half.tokens == whole.tokens // 2
     hour = plan(settings(), Budget.parse("1 hour"), watch=Silent())
     assert hour.settings["steps"] == hour.steps and hour.seconds == pytest.approx(3600, rel=0.01)
+
+
+@pytest.mark.parametrize("bound", [{"minutes": 10}, {"epochs": 2}, {"steps": 40}])
+def test_the_settings_of_a_budget_are_those_of_a_run(bound: dict[str, Any], run: Lapis) -> None:
+    """What is printed replaces the bound that the file has, and keeps what the command line said beside it."""
+    others = {name: value for name, value in SETTINGS.items() if name != "steps"}
+    Path("a run.yaml").write_text(json.dumps({**others, **bound}))
+    given = ["train", "a run.yaml", "out=my run", "optimizer=adamw", "eval_every=0"]
+    status, out, _ = run(*given, "--plan-only", "--budget", "1e10 flops")
+    printed = shlex.split(next(line for line in out.splitlines() if "within the budget: " in line).split(": ", 1)[1])
+    assert status == 0 and printed[:3] == ["lapis", *given[:2]]
+    how = read_settings(override(load_yaml("a run.yaml"), printed[3:]), "run.yaml")
+    assert (how.minutes, how.epochs, how.out, how.optimizer) == (None, None, "my run", "adamw") and how.steps
+    assert [word for word in printed if word.endswith("=null")] == [f"{name}=null" for name in bound if name != "steps"]
 
 
 def test_a_budget_of_memory_cuts_a_step_into_parts() -> None:

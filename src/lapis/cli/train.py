@@ -1,5 +1,6 @@
 """`lapis train`: a YAML file and key=value."""
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -51,7 +52,8 @@ def train(
     given = override(load_yaml(config), settings)
     how = read_settings(given, str(config))
     if costs.plan_only:
-        show_costs(how, config, costs, json, choose_batch="batch" not in given and "accumulate" not in given)
+        command = ["lapis", "train", str(config), *settings]
+        show_costs(how, command, costs, json, choose_batch="batch" not in given and "accumulate" not in given)
         return
     result = run(how, overwrite=overwrite, fresh=fresh, allow_change=allow_change or ())
     head = objective_class(how.objective).head
@@ -86,8 +88,13 @@ def train(
         show({"out": str(result.out), **result.figures()}, json, render)
 
 
-def show_costs(how: "RunConfig", config: Path, costs: ForecastOptions, json: bool, *, choose_batch: bool) -> None:
-    """What the run will take: on paper for GPUs that are not here, measured on this machine else."""
+def show_costs(
+    how: "RunConfig", command: list[str], costs: ForecastOptions, json: bool, *, choose_batch: bool
+) -> None:  # fmt: skip
+    """What the run will take: on paper for GPUs that are not here, measured on this machine else.
+
+    command: What starts the run, without options.
+    """
     from lapis.cli.output import show
     from lapis.training.forecast.budget import Budget
     from lapis.training.run import plan, plan_on_paper
@@ -98,10 +105,10 @@ def show_costs(how: "RunConfig", config: Path, costs: ForecastOptions, json: boo
         return
     budget = None if costs.budget is None else Budget.parse(costs.budget)
     measured = plan(how, budget, choose_batch=choose_batch)
-    show(measured.to_json(), json, lambda: render_measured(measured, config))
+    show(measured.to_json(), json, lambda: render_measured(measured, command))
 
 
-def render_measured(forecast: "Forecast", config: Path) -> None:
+def render_measured(forecast: "Forecast", command: list[str]) -> None:
     from lapis.cli.output import line, size, table
     from lapis.training.loop.progress import format_time
 
@@ -116,8 +123,8 @@ def render_measured(forecast: "Forecast", config: Path) -> None:
     table("Memory at its peak", ("of", "bytes"), [*rows, ("in all", size(memory.total))])
     line(f"a checkpoint: {size(forecast.checkpoint_bytes)} on disk")
     if forecast.settings:
-        given = " ".join(f"{name}={value}" for name, value in forecast.settings.items())
-        line(f"within the budget: lapis train {config} {given}")
+        kept = [word for word in command[3:] if word.partition("=")[0] not in forecast.settings]
+        line(f"within the budget: {shlex.join([*command[:3], *kept, *forecast.assignments])}")
 
 
 def render_paper(forecast: "PaperForecast") -> None:

@@ -70,7 +70,8 @@ class Forecast:
         checkpoint_bytes: Of one checkpoint on disk.
         free_bytes: Of memory, beside the run at its peak.
         threads, precision, compile: How a step is computed.
-        settings: What a budget changed: keys of the run's settings and their values.
+        settings: What a budget changed: keys of the run's settings and their values; None for a bound of time or of
+            epochs in whose place steps stand.
     """
 
     steps: int
@@ -85,6 +86,11 @@ class Forecast:
     precision: str
     compile: bool
     settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def assignments(self) -> list[str]:
+        """`settings` as they are given on a command line."""
+        return [f"{name}={'null' if value is None else value}" for name, value in self.settings.items()]
 
     def to_json(self) -> dict[str, Any]:
         """The object that `lapis train --plan-only --json` prints."""
@@ -121,10 +127,11 @@ def forecast(
     if steps < 1:
         what = f"{each:.3g} seconds" if budget.kind == "seconds" else f"{each:.3g} FLOPs"
         raise TrainingError(f"train: one step takes {what}, which is more than {budget.text}; lower batch or context")
+    bounds = {name: None for name in ("minutes", "epochs") if getattr(config, name) is not None}
     share = steps / result.steps
     return replace(
         result, steps=steps, tokens=int(result.tokens * share), seconds=result.seconds * share,
-        flops=result.flops * share, settings={"steps": steps, **chosen},
+        flops=result.flops * share, settings={**bounds, "steps": steps, **chosen},
     )  # fmt: skip
 
 
