@@ -16,7 +16,7 @@ from lapis.families import PRESETS, find
 from lapis.training.config import TrainConfig
 from lapis.training.forecast.budget import Budget
 from lapis.training.forecast.measured import best_tokens
-from lapis.training.forecast.memory import MemoryWatch
+from lapis.training.forecast.memory import MemoryWatch, peak
 from lapis.training.forecast.options import ForecastOptions
 from lapis.training.forecast.paper import PaperForecast, on_paper
 from lapis.training.loop.progress import Silent
@@ -231,3 +231,37 @@ def test_predictions_survive_a_stop(monkeypatch: pytest.MonkeyPatch) -> None:
 
     result = run(how, watch=Listen())
     assert any("going on from" in text for text in told) and result.predicted["after_steps"] == 5
+
+
+def test_a_run_bounded_by_time_says_how_many_steps_it_expects(run: Lapis) -> None:
+    """Its seconds are given; what its first steps predict is how many of them there will be, and the memory."""
+    given = {name: value for name, value in SETTINGS.items() if name != "steps"}
+    Path("run.yaml").write_text(json.dumps({**given, "minutes": 0.03, "optimizer": "adamw"}))
+    status, out, _ = run("train", "run.yaml")
+    times = json.loads(Path("run/times.json").read_text())
+    expected, steps = times["predicted"], times["curve"][-1]["step"]
+    assert status == 0 and expected["after_steps"] == 5 and expected["seconds"] == pytest.approx(1.8)
+    assert steps / 4 < expected["steps"] < steps * 4 and 0 < expected["memory_bytes"] <= times["memory_bytes"]
+    assert f"predicted after 5 steps: {expected['steps']:,.0f} steps, 0:02 and" in out and f"took {steps:,} steps" in out
+    page = Path("run/certificate.html").read_text()
+    assert "bounded by time" in page and "too short" not in page and str(expected["steps"]) in page
+
+
+def test_a_run_that_ends_before_a_prediction_says_so() -> None:
+    result = run(settings(steps=2), watch=Silent())
+    assert result.predicted == {}
+    why = json.loads(Path("run/certificate.json").read_text())["not_predicted"]
+    assert why == "The run ended after 2 steps; what it takes is predicted after 5."
+    assert why in Path("run/certificate.html").read_text()
+
+
+def test_memory_is_of_the_device_that_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU what its allocator held at most, as the forecast counts it, and not the memory of the machine."""
+    monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda device: 123)
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert peak(gpu) == 123 and peak(cpu) > 1_000_000
+    asked: list[torch.device] = []
+    monkeypatch.setattr("lapis.training.loop.estimate.peak", lambda device: asked.append(device) or 1)
+    monkeypatch.setattr("lapis.training.loop.loop.peak", lambda device: asked.append(device) or 2)
+    result = run(settings(steps=6), watch=Silent())
+    assert asked == [cpu, cpu] and (result.predicted["memory_bytes"], result.memory_bytes) == (1, 2)

@@ -1,8 +1,9 @@
 """`lapis train`: a YAML file and key=value."""
 
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
@@ -58,6 +59,10 @@ def train(
     result = run(how, overwrite=overwrite, fresh=fresh, allow_change=allow_change or ())
     head = objective_class(how.objective).head
 
+    def told(figures: Mapping[str, Any]) -> str:
+        steps = f"{format_count(int(figures['steps']), 'step')}, " if "steps" in result.predicted else ""
+        return f"{steps}{format_time(figures['seconds'])} and {size(figures['memory_bytes'])}"
+
     def render() -> None:
         text = f"{result.out}: {format_count(result.steps, 'step')}, loss {result.loss:.3f}"
         if result.bits_per_byte is not None:
@@ -66,10 +71,8 @@ def train(
             text += f", held-out {name.replace('_', ' ')} {value:.4g}"
         line(f"{text}, {result.tokens_per_second:,.0f} tokens/s, {result.seconds:,.0f} s")
         if result.predicted:
-            expected = f"{format_time(result.predicted['seconds'])} and {size(result.predicted['memory_bytes'])}"
-            taken = f"{format_time(result.seconds)} and {size(result.memory_bytes)}"
-            steps = result.predicted["after_steps"]
-            line(f"predicted after {format_count(int(steps), 'step')}: {expected}; it took {taken}", "dim")
+            after = format_count(int(result.predicted["after_steps"]), "step")
+            line(f"predicted after {after}: {told(result.predicted)}; it took {told(vars(result))}", "dim")
         for sentence in (result.overfitting, result.ended):
             if sentence:
                 line(sentence)

@@ -88,15 +88,16 @@ def _add_checks(page: Page, checks: Sequence[Row]) -> None:
 
 
 def _add_cost(page: Page, facts: Mapping[str, Any]) -> None:
-    expected, taken = facts.get("predicted") or {}, facts["taken"]
-    text = (
-        f"Predicted after step {expected['after_steps']:,}, beside what the whole run took."
-        if expected
-        else "The run was too short to be predicted."
-    )
+    expected, taken = facts.get("predicted") or {}, {**facts["taken"], "steps": facts["steps"]}
+    text = facts.get("not_predicted") or "Nothing was predicted."
+    if expected:
+        text = f"Predicted after step {expected['after_steps']:,}, beside what the whole run took."
+        text += " It was bounded by time, and its steps were predicted." if "steps" in expected else ""
     page.section("What it took", text)
     rows = []
-    for label, key, unit in (("seconds", "seconds", 1.0), ("peak memory", "memory_bytes", 1e6)):
+    for label, key, unit in (("seconds", "seconds", 1.0), ("steps", "steps", 1.0), ("peak memory", "memory_bytes", 1e6)):
+        if key == "steps" and key not in expected:
+            continue
         row: dict[str, Any] = {"of": label + (", MB" if unit > 1 else ""), "taken": round(taken[key] / unit, 1)}
         if expected:
             row |= {"predicted": round(expected[key] / unit, 1), "off": expected[key] / max(taken[key], 1e-9) - 1}

@@ -16,6 +16,7 @@ from lapis.model.transformer import Transformer
 from lapis.report.pages.certificate import certificate_page
 from lapis.training.certificate.checks import Check
 from lapis.training.config import TrainConfig
+from lapis.training.loop.estimate import why_not_predicted
 from lapis.training.loop.state import weights_digest
 from lapis.training.objectives.objective import Objective
 from lapis.training.result import TrainResult
@@ -53,6 +54,7 @@ def certificate(
             "threads": result.threads, "precision": result.precision,
         },
         "predicted": result.predicted,
+        "not_predicted": "" if result.predicted else why_not_predicted(result.steps),
         "taken": {"seconds": result.seconds, "memory_bytes": result.memory_bytes},
         "steps": result.steps,
         "tokens": result.tokens,

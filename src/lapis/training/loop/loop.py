@@ -220,7 +220,8 @@ class TrainingRun:
             if config.eval_every:
                 state.log[-1]["held_out"] = held_out
         best = state.within.step if state.left else state.best.step if config.best else None
-        measured = {"threads": self.facts["threads"], "precision": self.updater.precision, "memory_bytes": peak()}
+        measured = {"threads": self.facts["threads"], "precision": self.updater.precision}
+        measured["memory_bytes"] = peak(state.device)
         noted = {"skipped": state.guard.skipped, "changes": self.facts.get("changes", [])}
         return TrainResult.of(
             state.log, out=out, steps=state.step, tokens=state.tokens, seconds=state.seconds, held_out=held_out,
@@ -290,7 +291,7 @@ class TrainingRun:
             self.window.steps += 1
             self._fit_budget()
             if state.step == PREDICTED_AFTER:
-                predict(state, self.window.pace, self.evaluator.seconds_left())
+                predict(state, config, self.window.pace, self.evaluator.seconds_left())
             self._show_notes()
             done = state.step == state.schedule.total
             live(self.watch).step({**self._row(), "evaluated": self.evaluator.latest})
