@@ -204,7 +204,7 @@ def test_as_it_is_typed(run: Lapis) -> None:
     assert status == 0 and "on 4 GPUs" in out and "counted as shard: full" in out
     assert json.loads(run("train", "run.yaml", *paper, "--json")[1])["fits"] is True
     for wrong, message in {
-        ("--budget", "1 min"): "train: --budget is for --plan-only, which prints the settings to give; add it",
+        ("--budget", "1 min"): "train: --budget '1 min' is for --plan-only; add it, or leave --budget out",
         ("--plan-only", "--gpus", "4"): "about machines that are not here and cannot be measured; add --tflops 989",
         (*paper, "--budget", "1 min"): "--budget is for this machine; without --gpus it is measured",
         (*paper, "lora={rank: 2}"): "on paper all weights are trained; leave out lora, tune, freeze and plan",
@@ -212,6 +212,32 @@ def test_as_it_is_typed(run: Lapis) -> None:
     }.items():
         status, out, error = run("train", "run.yaml", *wrong)
         assert status == 1 and not out and message in error and error.count("\n") == 1, error
+
+
+PLAN, GPUS = ("--plan-only",), ("--gpus", "4", "--tflops", "100", "--bandwidth", "10")
+NEITHER = "is about machines that are not here and cannot be measured; add --gpus N and --tflops 989 (an H100) and --ba"
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (("--efficiency", "0.4"), "train: --efficiency 0.4 is for --plan-only; add it, or leave --efficiency out"),
+        (("--gpu-memory", "40"), "train: --gpu-memory 40 is for --plan-only; add it, or leave --gpu-memory out"),
+        (GPUS, "train: --gpus 4 is for --plan-only; add it, or leave --gpus out"),
+        ((*PLAN, "--efficiency", "0.4"), f"train: --efficiency 0.4 {NEITHER}"),
+        ((*PLAN, "--gpu-memory", "40", "--budget", "1 min"), f"train: --gpu-memory 40 {NEITHER}"),
+        ((*PLAN, "--gpus", "4", "--tflops", "9"), "cannot be measured; add --bandwidth 50 (GB/s), as docs/scale.md has"),
+        ((*PLAN, "--html", "x.html"), "train: --html x.html has no effect with --plan-only, which writes nothing"),
+        ((*PLAN, "--fresh"), "train: --fresh has no effect with --plan-only, which writes nothing and looks at no "),
+        ((*PLAN, *GPUS, "--allow-change", "lr"), "train: --allow-change lr has no effect with --plan-only, which"),
+        ((*PLAN, "--budget", "0.000001 s"), "seconds, which is more than 0.000001 s; lower batch or context"),
+    ],
+)
+def test_what_cannot_be_forecast_is_refused_in_a_line(given: tuple[str, ...], message: str, run: Lapis) -> None:
+    Path("run.yaml").write_text(json.dumps(SETTINGS))
+    status, out, error = run("train", "run.yaml", *given)
+    assert status == 1 and not out and message in error and error.count("\n") == 1, error
+    assert not Path("run").exists() and not Path("x.html").exists()
 
 
 def test_predictions_survive_a_stop(monkeypatch: pytest.MonkeyPatch) -> None:

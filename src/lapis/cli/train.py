@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
+from lapis.errors import ConfigError
 from lapis.training.forecast.options import ForecastOptions
 from lapis.wording import format_count
 
@@ -48,6 +49,8 @@ def train(
     from lapis.training.objectives import objective_class
     from lapis.training.run import read_settings, run
 
+    if costs.plan_only:
+        refuse_beside_plan({"--html": html, "--fresh": fresh, "--allow-change": " ".join(allow_change or ())})
     if html is not None:
         check_output(html, overwrite=overwrite, option="--html")
     given = override(load_yaml(config), settings)
@@ -89,6 +92,17 @@ def train(
         write_page(run_page(written.log, written.facts, written.name), html, overwrite=overwrite)
     if leads():
         show({"out": str(result.out), **result.figures()}, json, render)
+
+
+def refuse_beside_plan(given: Mapping[str, Path | str | bool | None]) -> None:
+    """Raises ConfigError for an option of a run, by its name, that has a value."""
+    for option, value in given.items():
+        if value:
+            shown = option if value is True else f"{option} {value}"
+            raise ConfigError(
+                f"train: {shown} has no effect with --plan-only, which writes nothing and looks at no earlier run; "
+                "leave it out"
+            )
 
 
 def show_costs(

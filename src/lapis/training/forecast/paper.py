@@ -13,7 +13,7 @@ from lapis.errors import TrainingError
 from lapis.families.config import ModelConfig
 from lapis.model.size import Size, activation_bytes, measure
 from lapis.training.config import TrainConfig
-from lapis.training.forecast.options import ForecastOptions
+from lapis.training.forecast.options import EFFICIENCY, GPU_MEMORY, ForecastOptions
 
 WEIGHT, WIRE, STATES = 4, 2, {"adamw": 2, "muon": 1, "sgd": 1}  # bytes; bytes on the wire; states of a weight
 RECOMPUTED = {"none": 0.0, "selective": 0.5, "whole": 1.0}  # the share of forward passes that are done again
@@ -83,7 +83,7 @@ def on_paper(model: ModelConfig, context: int, config: TrainConfig, machines: Fo
     tokens = config.batch * context
     needed = 3 * size.flops_per_token * tokens
     done = needed * (1 + RECOMPUTED[config.checkpointing] / 3)
-    computing = done / (gpus * tflops * 1e12 * machines.efficiency)
+    computing = done / (gpus * tflops * 1e12 * (machines.efficiency or EFFICIENCY))
     others = (gpus - 1) / gpus
     # weights come twice for each micro-batch, summed gradients go in float32 once a step
     moved = size.total * others * (2 * WIRE * config.accumulate + WEIGHT)
@@ -99,7 +99,7 @@ def on_paper(model: ModelConfig, context: int, config: TrainConfig, machines: Fo
         computing=computing, communicating=communicating, tokens_per_second=tokens / seconds / gpus,
         mfu=needed / (seconds * gpus * tflops * 1e12), bytes_per_step=moved, memory_bytes=memory,
         checkpoint_bytes=size.total * WEIGHT * (1 + STATES[config.optimizer] + (config.ema > 0)),
-        levers=_levers(memory, machines.gpu_memory * 1e9, rows, config),
+        levers=_levers(memory, (machines.gpu_memory or GPU_MEMORY) * 1e9, rows, config),
     )  # fmt: skip
 
 
