@@ -54,6 +54,30 @@ def test_a_forecast_counts_what_the_run_then_does() -> None:
     assert "predicted" not in Path("run/training.json").read_text()
 
 
+@pytest.mark.parametrize("changes, later", [({}, 0), ({"ema": 0.9, "best": True, "eval_every": 9, "valid": 0.1}, 1)])
+def test_parts_of_memory_add_up_to_its_peak(
+    changes: dict[str, Any], later: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU, too, the weights are there before the watch begins; of copies the best weights come after it ends."""
+
+    class OnGpu:
+        def __init__(self, device: torch.device) -> None:
+            self.device, self.peak, self.held = torch.device("cuda"), 9_000_000, 1_000_000
+
+    monkeypatch.setattr("lapis.training.forecast.measured.MemoryWatch", OnGpu)
+    monkeypatch.setattr("lapis.training.forecast.measured.available", lambda device: 1 << 30)
+    memory = plan(settings(**changes), watch=Silent()).memory
+    assert memory.process == 1_000_000 - memory.weights
+    assert memory.copies == (2 if changes else 0) * memory.weights
+    assert memory.total == 9_000_000 + later * memory.weights
+
+
+def test_weights_in_bfloat16_are_counted_as_they_are_held() -> None:
+    whole, half = (plan(settings(weights=kind, optimizer="adamw"), watch=Silent()) for kind in ("float32", "bf16"))
+    assert half.memory.weights * 2 == whole.memory.weights and half.memory.gradients == half.memory.weights
+    assert half.memory.optimizer == pytest.approx(2 * half.memory.weights, rel=0.01)
+
+
 def test_flops_of_frozen_weights_are_four_not_six() -> None:
     whole = plan(settings(optimizer="adamw"), watch=Silent())
     run(settings(out="base", steps=2), watch=Silent())

@@ -38,6 +38,7 @@ from lapis.training.loop.stop_request import StopRequest, StopSignal, stop_reque
 from lapis.training.loop.tracking import tracked
 from lapis.training.loop.update import Batches, Updater
 from lapis.training.objectives.objective import Objective
+from lapis.training.optim.footprint import checkpoint_bytes, weight_bytes
 from lapis.training.optim.optimizers import Average, Optimizers, Schedule
 from lapis.training.optim.rates import peak_rates
 from lapis.training.result import TrainResult, Window, write_result
@@ -84,9 +85,8 @@ def train(
             run.write(None, result)
             world.gather(None)  # until the first process has written
             return result
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
     watch = tracked(watch or watcher(out.name), config, out)
-    copies = 3 + (config.ema > 0) + config.best + bool(config.limits)  # that a checkpoint holds
+    needed = checkpoint_bytes(model, config) * config.keep + 4 * weight_bytes(model)
     try:
         with (
             parallel.errors_end_all(last_good),
@@ -95,7 +95,7 @@ def train(
                 kind="training",
                 overwrite=overwrite,
                 resumable=True,
-                needs_bytes=(copies * config.keep + 4) * weights,
+                needs_bytes=needed,
             ) as staging,  # fmt: skip
             clean_journal(staging, fresh, allow_change) as journal,
             stop_requests(immediate=world.size == 1) as request,
