@@ -62,7 +62,7 @@ def train(
     result = run(how, overwrite=overwrite, fresh=fresh, allow_change=allow_change or ())
     head = objective_class(how.objective).head
 
-    def told(figures: Mapping[str, Any]) -> str:
+    def format_cost(figures: Mapping[str, Any]) -> str:
         steps = f"{format_count(int(figures['steps']), 'step')}, " if "steps" in result.predicted else ""
         return f"{steps}{format_time(figures['seconds'])} and {size(figures['memory_bytes'])}"
 
@@ -75,7 +75,8 @@ def train(
         line(f"{text}, {result.tokens_per_second:,.0f} tokens/s, {result.seconds:,.0f} s")
         if result.predicted:
             after = format_count(int(result.predicted["after_steps"]), "step")
-            line(f"predicted after {after}: {told(result.predicted)}; it took {told(vars(result))}", "dim")
+            expected, taken = format_cost(result.predicted), format_cost(vars(result))
+            line(f"predicted after {after}: {expected}; it took {taken}", "dim")
         for sentence in (result.overfitting, result.ended):
             if sentence:
                 line(sentence)
@@ -140,8 +141,8 @@ def render_measured(forecast: "Forecast", command: list[str]) -> None:
     table("Memory at its peak", ("of", "bytes"), [*rows, ("in all", size(memory.total))])
     line(f"a checkpoint: {size(forecast.checkpoint_bytes)} on disk")
     if forecast.settings:
-        kept = [word for word in command[3:] if word.partition("=")[0] not in forecast.settings]
-        line(f"within the budget: {shlex.join([*command[:3], *kept, *forecast.assignments])}")
+        others = [word for word in command[3:] if word.partition("=")[0] not in forecast.settings]
+        line(f"within the budget: {shlex.join([*command[:3], *others, *forecast.assignments])}")
 
 
 def render_paper(forecast: "PaperForecast") -> None:

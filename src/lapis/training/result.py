@@ -132,8 +132,8 @@ class TrainResult:
         memory_bytes: The most that the process has held, of the GPU where it trains on one, else of the machine.
         skipped: Batches that a guard left out: step, what was wrong, and which of the data they were.
         changes: Settings that were another when the run went on: after which step, and what.
-        predicted: What `seconds` and `memory_bytes` were to be, by the first steps (`after_steps`), and `steps` of a run
-            that is bounded by time; empty in runs of fewer steps.
+        predicted: What `seconds` and `memory_bytes` were to be, by the first steps (`after_steps`), and `steps` where
+            the run is bounded by time; empty in runs of fewer steps.
     """
 
     out: Path

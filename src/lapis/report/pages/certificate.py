@@ -95,9 +95,8 @@ def _add_cost(page: Page, facts: Mapping[str, Any]) -> None:
         text += " It was bounded by time, and its steps were predicted." if "steps" in expected else ""
     page.section("What it took", text)
     rows = []
-    for label, key, unit in (("seconds", "seconds", 1.0), ("steps", "steps", 1.0), ("peak memory", "memory_bytes", 1e6)):
-        if key == "steps" and key not in expected:
-            continue
+    steps = [("steps", "steps", 1.0)] if "steps" in expected else []
+    for label, key, unit in (("seconds", "seconds", 1.0), *steps, ("peak memory", "memory_bytes", 1e6)):
         row: dict[str, Any] = {"of": label + (", MB" if unit > 1 else ""), "taken": round(taken[key] / unit, 1)}
         if expected:
             row |= {"predicted": round(expected[key] / unit, 1), "off": expected[key] / max(taken[key], 1e-9) - 1}

@@ -93,9 +93,9 @@ def on_paper(model: ModelConfig, context: int, config: TrainConfig, machines: Fo
     communicating = moved / (bandwidth * 1e9)
     seconds = max(computing, communicating)
     matrices = _hidden(model)
-    kept = WEIGHT * optimizer_size(config.optimizer, matrices, size.total - matrices)
+    optimizer = WEIGHT * optimizer_size(config.optimizer, matrices, size.total - matrices)
     memory = {
-        "held": round((size.total * WEIGHT * (2 + copies(config)) + kept) / gpus),
+        "held": round((size.total * WEIGHT * (2 + copies(config)) + optimizer) / gpus),
         "gathered": 0 if gpus == 1 else BUFFERS * max(size.block, size.group("embed"), size.group("head")) * WIRE,
         "activations": rows * _activations(model, size, context, config.checkpointing),
     }
@@ -103,7 +103,7 @@ def on_paper(model: ModelConfig, context: int, config: TrainConfig, machines: Fo
         gpus=gpus, parameters=size.total, steps=config.steps, tokens_per_step=tokens, seconds_per_step=seconds,
         computing=computing, communicating=communicating, tokens_per_second=tokens / seconds / gpus,
         mfu=needed / (seconds * gpus * tflops * 1e12), bytes_per_step=moved, memory_bytes=memory,
-        checkpoint_bytes=size.total * WEIGHT * (1 + copies(config)) + kept,
+        checkpoint_bytes=size.total * WEIGHT * (1 + copies(config)) + optimizer,
         levers=_levers(memory, (machines.gpu_memory or GPU_MEMORY) * 1e9, rows, config),
     )  # fmt: skip
 
