@@ -10,6 +10,7 @@ from torch import nn
 
 from lapis.errors import ConfigError
 from lapis.families.config import ModelConfig
+from lapis.model.lora import LoraConfig, wrap
 from lapis.model.transformer import Transformer
 from lapis.training.config import MuonOptions, TrainConfig
 from lapis.training.distributed.sharding import state_bytes
@@ -251,7 +252,11 @@ def test_the_state_of_an_optimizer_is_counted_before_it_is(kind: Any, frozen: st
     weights, trained = weight_bytes(model), trained_bytes(model)
     assert copies(config) == 3 and state_bytes(model.to("meta"), config) == weights + held + 4 * trained
     assert checkpoint_bytes(model, config) == weights + held + 3 * trained
-    if not frozen:
+    if frozen:
+        adapted = Transformer(shape)
+        wrap(adapted, LoraConfig(rank=2, targets=("attn",)), "base")
+        assert checkpoint_bytes(adapted, config) < checkpoint_bytes(model, config) / 8
+    else:
         paper = on_paper(shape, 64, config, ForecastOptions(True, gpus=1, tflops=1.0, bandwidth=1.0))
         assert paper.memory_bytes["held"] == weights + held + 4 * trained
         assert paper.checkpoint_bytes == weights + held + 3 * trained

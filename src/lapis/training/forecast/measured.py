@@ -22,7 +22,7 @@ from lapis.training.loop.loop import TrainingRun
 from lapis.training.loop.progress import Watch
 from lapis.training.loop.stop_request import StopSignal, stop_requests
 from lapis.training.objectives.objective import Objective
-from lapis.training.optim.footprint import copies, trained_bytes, weight_bytes
+from lapis.training.optim.footprint import copies, trained_bytes, weight_bytes, written_bytes
 from lapis.training.setup.blocks import compiled
 from lapis.training.setup.probe import available
 
@@ -228,7 +228,7 @@ def _probe(start: Start, config: TrainConfig, watch: Watch, *, least: bool = Fal
         seconds_per_step=each,
         flops=size.flops_per_token * tokens * steps * (2 + min(1.0, share)),
         memory=parts,
-        checkpoint_bytes=(trained if share < 1 and model.adapted else weights) + optimizer + copied,
+        checkpoint_bytes=written_bytes(model) + optimizer + copied,
         free_bytes=available(memory.device),
         threads=int(run.facts["threads"]),
         precision=str(run.facts["precision"]),

@@ -8,7 +8,7 @@ Under torchrun every process runs this loop, the first one writes, and the weigh
 """
 
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
@@ -21,8 +21,8 @@ from lapis.checkpoint.commit import commit
 from lapis.errors import ConfigError, TrainingError
 from lapis.model.threads import choose_threads, threads
 from lapis.model.transformer import Transformer
-from lapis.training.certificate.certificate import write_certificate
-from lapis.training.certificate.checks import Check, are_due, run_checks
+from lapis.training.certificate.certificate import Circumstances, write_certificate
+from lapis.training.certificate.checks import SHARED, Check, run_checks, why_unchecked
 from lapis.training.config import TrainConfig
 from lapis.training.distributed import parallel
 from lapis.training.distributed.resume import earlier_run, go_on, shared_out
@@ -38,7 +38,7 @@ from lapis.training.loop.stop_request import StopRequest, StopSignal, stop_reque
 from lapis.training.loop.tracking import tracked
 from lapis.training.loop.update import Batches, Updater
 from lapis.training.objectives.objective import Objective
-from lapis.training.optim.footprint import checkpoint_bytes, weight_bytes
+from lapis.training.optim.footprint import checkpoint_bytes, written_bytes
 from lapis.training.optim.optimizers import Average, Optimizers, Schedule
 from lapis.training.optim.rates import peak_rates
 from lapis.training.result import TrainResult, Window, write_result
@@ -53,7 +53,7 @@ _SAVE_SECONDS = 300.0
 def train(
     model: Transformer, objective: Objective, config: TrainConfig, out: Path | str, *,
     overwrite: bool = False, fresh: bool = False, allow_change: Collection[str] = (), watch: Watch | None = None,
-    device: torch.device | None = None,
+    device: torch.device | None = None, origin: Mapping[str, Any] | None = None,
 ) -> TrainResult:  # fmt: skip
     """Train `model` in place and put the result at `out` as a model folder, with log.jsonl, training.json, times.json.
 
@@ -67,6 +67,7 @@ def train(
         allow_change: Settings ("lr", "data") in which this run may differ from the one that it goes on with.
         watch: What shows progress; by default a bar on a terminal, lines elsewhere.
         device: Where the pieces go of a model that is shared out over processes; by default where the model is.
+        origin: Where the model comes from and which parts are to be trained, as the certificate says it.
 
     Returns:
         The figures of the run.
@@ -86,17 +87,11 @@ def train(
             world.gather(None)  # until the first process has written
             return result
     watch = tracked(watch or watcher(out.name), config, out)
-    needed = checkpoint_bytes(model, config) * config.keep + 4 * weight_bytes(model)
+    needed = checkpoint_bytes(model, config) * config.keep + 4 * written_bytes(model)
     try:
         with (
             parallel.errors_end_all(last_good),
-            commit(
-                out,
-                kind="training",
-                overwrite=overwrite,
-                resumable=True,
-                needs_bytes=needed,
-            ) as staging,  # fmt: skip
+            commit(out, kind="training", overwrite=overwrite, resumable=True, needs_bytes=needed) as staging,
             clean_journal(staging, fresh, allow_change) as journal,
             stop_requests(immediate=world.size == 1) as request,
         ):
@@ -109,7 +104,7 @@ def train(
                     f"train: stopped by {request.signal} before a step was done; {journal.last_good()}. Run the same "
                     "command again"
                 ) from None
-            run.write(staging.path, result)
+            run.write(staging.path, result, origin)
         try:
             world.gather(None)
         except TrainingError:  # the result is there all the same
@@ -141,10 +136,13 @@ class TrainingRun:
         with request.at_once(), self._threads_of_begin():
             objective.begin(model, journal.folder if journal else None)
             self.identity, self.facts, self.newest = earlier_run(model, objective, config, world, journal, watch)
-        where = device or next(model.parameters()).device
-        sharding = shared_out(model, objective, config, world, self.facts, self.newest, where)
+        self.device = device or next(model.parameters()).device
+        sharding = shared_out(model, objective, config, world, self.facts, self.newest, self.device)
         if sharding is not None:
             self.watch.note(f"train: weights, gradients and optimizer are shared out over {world.size} processes")
+            if config.certify == "on":
+                remedy = "give shard=none where they fit"
+                self.watch.note(f"train: certify is on, and nothing is checked: {SHARED}; {remedy}")
         elif config.shard in ("full", "hybrid"):
             self.watch.note(
                 f"train: shard is {config.shard}, and one process holds everything; start more of them with torchrun "
@@ -210,7 +208,7 @@ class TrainingRun:
                 self._steps()
             if self.saves is not None:
                 self.saves.finish()
-            elif self.journal and are_due(state, config, self.world.size):
+            elif self.journal and not why_unchecked(state, config, self.world.size):
                 live(self.watch).stage("checking what ought not to matter")
                 self.checks = run_checks(state, config, self.updater.precision, self.journal.folder)
             held_out = self._unless_stopped(self.evaluator.result)
@@ -229,7 +227,7 @@ class TrainingRun:
             predicted=state.predicted, **noted, **measured,
         )  # fmt: skip
 
-    def write(self, folder: Path | None, result: TrainResult) -> None:
+    def write(self, folder: Path | None, result: TrainResult, origin: Mapping[str, Any] | None = None) -> None:
         """The result, into a folder that the caller commits. folder: None in processes that only give their pieces."""
         live(self.watch).stage("writing the result")
         sharding = self.state.sharding
@@ -242,7 +240,10 @@ class TrainingRun:
                 if folder is not None:
                     run = self.model, self.objective, self.config, folder, result
                     write_result(*run)
-                    write_certificate(*run, self.facts["wanted"]["model"], self.checks)
+                    size = self.world.size
+                    why = why_unchecked(self.state, self.config, size)
+                    start = self.facts["wanted"]["model"]
+                    write_certificate(*run, Circumstances(start, origin or {}, self.device, size, why), self.checks)
 
         self._unless_stopped(act)
 

@@ -8,6 +8,7 @@ from typing import Literal
 
 from torch import nn
 
+from lapis.model.lora import of
 from lapis.training.config import TrainConfig
 from lapis.training.optim.muon import hidden_matrices
 
@@ -46,6 +47,9 @@ def weight_bytes(model: nn.Module) -> int:
 
 def checkpoint_bytes(model: nn.Module, config: TrainConfig) -> int:
     """Of a checkpoint on disk: the model, or its adapter; the optimizer, and copies."""
-    trained = trained_bytes(model)
-    written = weight_bytes(model) if getattr(model, "adapted", None) is None else trained
-    return written + optimizer_bytes(model, config.optimizer) + copies(config) * trained
+    return written_bytes(model) + optimizer_bytes(model, config.optimizer) + copies(config) * trained_bytes(model)
+
+
+def written_bytes(model: nn.Module) -> int:
+    """Of the folder that a run writes: the model, or its adapter."""
+    return weight_bytes(model) if of(model) is None else trained_bytes(model)
