@@ -2,8 +2,10 @@
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,12 +18,14 @@ from lapis.text.corpus.corpus import Document
 from lapis.text.corpus.pairs import Pair
 from lapis.text.tokenizer.tokenizer import Tokenizer
 from lapis.training.certificate.certificate import CERTIFICATE, PAGE
-from lapis.training.certificate.checks import LEAST_STEPS
+from lapis.training.certificate.checks import LEAST_STEPS, why_unchecked
 from lapis.training.config import TrainConfig
+from lapis.training.distributed.sharding import Sharding
 from lapis.training.loop.loop import train
 from lapis.training.loop.progress import Silent
 from lapis.training.objectives.preference.preference import DPO, KTO, ORPO, SimPO
 from lapis.training.objectives.supervised.next_token import Causal
+from lapis.training.run import read_settings, run
 from lapis.training.setup.select import select_parts
 
 Make = Callable[[], Transformer]
@@ -145,3 +149,65 @@ def test_a_short_run_is_checked_only_where_asked(new_model: Make, objective: Cau
     computed = checks(certified(new_model, objective, long, tmp_path / "long"))
     assert computed["accumulated or not"]["why_not"] == "a micro-batch has one row"
     assert computed["packed or not"]["holds"] and computed["saved and restored"]["holds"]
+
+
+def test_it_names_the_model_its_parts_and_the_options(data_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(data_folder)
+    common = {
+        "objective": "causal", "data": "texts.jsonl", "context": 32, "steps": 2, "batch": 2, "threads": 1,
+        "precision": "float32", "sample_every": 0,
+    }  # fmt: skip
+    shape = {"dim": 32, "layers": 2, "heads": 2, "ffn_dim": 48}
+    run(read_settings({**common, "new": shape, "tokenizer": "tok", "out": "base"}, "here"), watch=Silent())
+    base = json.loads(Path("base", CERTIFICATE).read_text())
+    assert base["origin"] == {"new": shape, "tokenizer": "tok", "zero_init": True}
+    assert base["options"].items() >= {"context": 32, "valid": None, "field": None}.items()
+    assert base["trained"]["parameters"] == base["trained"]["of"] > 10_000
+    assert base["machine"]["processes"] == 1 and len(base["machine"]["device_name"]) > 3
+    assert base["not_checked"] == "the run has 2 steps, and by themselves those of 50 or more are checked"
+    changes = {"model": "base", "valid": 0.1, "certify": "off"}
+    adapter = read_settings({**common, **changes, "out": "a", "lora": {"rank": 2, "targets": ["attn"]}}, "here")
+    run(adapter, watch=Silent())
+    part = read_settings({**common, **changes, "out": "p", "tune": ["layers.0"], "freeze": ["layers.0.mlp"]}, "here")
+    run(part, watch=Silent())
+    adapted, tuned = (json.loads(Path(folder, CERTIFICATE).read_text()) for folder in ("a", "p"))
+    assert adapted["origin"]["model"] == "base" and adapted["origin"]["lora"]["rank"] == 2
+    assert adapted["trained"]["lora"]["targets"] == ["attn"] and adapted["trained"]["parameters"] < 3000
+    assert tuned["origin"] == {"model": "base", "tune": ["layers.0"], "freeze": ["layers.0.mlp"]}
+    assert tuned["options"]["valid"] == 0.1 and tuned["not_checked"] == "certify is off"
+    page = Path("p", PAGE).read_text()
+    for text in ("layers.0.mlp", "certify is off", "parameters were trained", base["machine"]["device_name"]):
+        assert text in page, text
+
+
+def test_checks_that_cannot_be_made_are_told_of(
+    new_model: Make, objective: Causal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Whole(Sharding):
+        """As if a state were shared out, in one process."""
+
+        def begin_part(self, last: bool) -> None:
+            pass
+
+        def settle(self) -> None:
+            pass
+
+        def whole_weights(self, here: bool) -> Any:
+            return nullcontext()
+
+    notes: list[str] = []
+
+    class Listen(Silent):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    monkeypatch.setattr("lapis.training.loop.loop.shared_out", lambda model, *rest: Whole(model))
+    monkeypatch.setattr("lapis.training.loop.loop.ShardedSaves", lambda world: SimpleNamespace(finish=lambda: None))
+    train(new_model(), objective, CONFIG, tmp_path / "out", watch=Listen())
+    why = "weights are shared out over processes, and checks are of a run that holds them whole"
+    assert f"train: certify is on, and nothing is checked: {why}; give shard=none where they fit" in notes
+    facts = json.loads((tmp_path / "out" / CERTIFICATE).read_text())
+    assert facts["checks"] == [] and facts["not_checked"] == why and why in (tmp_path / "out" / PAGE).read_text()
+    state: Any = SimpleNamespace(step=80, sharding=None)
+    assert why_unchecked(state, replace(CONFIG, certify="auto"), 2).startswith("the run has 2 processes, and by them")
+    assert not why_unchecked(state, CONFIG, 2) and not why_unchecked(state, replace(CONFIG, certify="auto"), 1)

@@ -1,6 +1,7 @@
 """What a run will take: measured against the run itself, on paper against published runs, within budgets."""
 
 import json
+import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 
+from lapis.config import load_yaml, override
 from lapis.errors import ConfigError, TrainingError
 from lapis.families import PRESETS, find
 from lapis.training.config import TrainConfig
 from lapis.training.forecast.budget import Budget
 from lapis.training.forecast.measured import best_tokens
-from lapis.training.forecast.memory import MemoryWatch
+from lapis.training.forecast.memory import MemoryWatch, peak
 from lapis.training.forecast.options import ForecastOptions
 from lapis.training.forecast.paper import PaperForecast, on_paper
 from lapis.training.loop.progress import Silent
@@ -52,6 +54,30 @@ def test_a_forecast_counts_what_the_run_then_does() -> None:
     assert "predicted" not in Path("run/training.json").read_text()
 
 
+@pytest.mark.parametrize("changes, later", [({}, 0), ({"ema": 0.9, "best": True, "eval_every": 9, "valid": 0.1}, 1)])
+def test_parts_of_memory_add_up_to_its_peak(
+    changes: dict[str, Any], later: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU, too, the weights are there before the watch begins; of copies the best weights come after it ends."""
+
+    class OnGpu:
+        def __init__(self, device: torch.device) -> None:
+            self.device, self.peak, self.held = torch.device("cuda"), 9_000_000, 1_000_000
+
+    monkeypatch.setattr("lapis.training.forecast.measured.MemoryWatch", OnGpu)
+    monkeypatch.setattr("lapis.training.forecast.measured.available", lambda device: 1 << 30)
+    memory = plan(settings(**changes), watch=Silent()).memory
+    assert memory.process == 1_000_000 - memory.weights
+    assert memory.copies == (2 if changes else 0) * memory.weights
+    assert memory.total == 9_000_000 + later * memory.weights
+
+
+def test_weights_in_bfloat16_are_counted_as_they_are_held() -> None:
+    whole, half = (plan(settings(weights=kind, optimizer="adamw"), watch=Silent()) for kind in ("float32", "bf16"))
+    assert half.memory.weights * 2 == whole.memory.weights and half.memory.gradients == half.memory.weights
+    assert half.memory.optimizer == pytest.approx(2 * half.memory.weights, rel=0.01)
+
+
 def test_flops_of_frozen_weights_are_four_not_six() -> None:
     whole = plan(settings(optimizer="adamw"), watch=Silent())
     run(settings(out="base", steps=2), watch=Silent())
@@ -68,6 +94,20 @@ def test_a_budget_of_flops_or_time_sets_the_steps() -> None:
     assert half.settings == {"steps": 20} and half.tokens == whole.tokens // 2
     hour = plan(settings(), Budget.parse("1 hour"), watch=Silent())
     assert hour.settings["steps"] == hour.steps and hour.seconds == pytest.approx(3600, rel=0.01)
+
+
+@pytest.mark.parametrize("bound", [{"minutes": 10}, {"epochs": 2}, {"steps": 40}])
+def test_the_settings_of_a_budget_are_those_of_a_run(bound: dict[str, Any], run: Lapis) -> None:
+    """What is printed replaces the bound that the file has, and keeps what the command line said beside it."""
+    others = {name: value for name, value in SETTINGS.items() if name != "steps"}
+    Path("a run.yaml").write_text(json.dumps({**others, **bound}))
+    given = ["train", "a run.yaml", "out=my run", "optimizer=adamw", "eval_every=0"]
+    status, out, _ = run(*given, "--plan-only", "--budget", "1e10 flops")
+    printed = shlex.split(next(line for line in out.splitlines() if "within the budget: " in line).split(": ", 1)[1])
+    assert status == 0 and printed[:3] == ["lapis", *given[:2]]
+    how = read_settings(override(load_yaml("a run.yaml"), printed[3:]), "run.yaml")
+    assert (how.minutes, how.epochs, how.out, how.optimizer) == (None, None, "my run", "adamw") and how.steps
+    assert [word for word in printed if word.endswith("=null")] == [f"{name}=null" for name in bound if name != "steps"]
 
 
 def test_a_budget_of_memory_cuts_a_step_into_parts() -> None:
@@ -188,7 +228,7 @@ def test_as_it_is_typed(run: Lapis) -> None:
     assert status == 0 and "on 4 GPUs" in out and "counted as shard: full" in out
     assert json.loads(run("train", "run.yaml", *paper, "--json")[1])["fits"] is True
     for wrong, message in {
-        ("--budget", "1 min"): "train: --budget is for --plan-only, which prints the settings to give; add it",
+        ("--budget", "1 min"): "train: --budget '1 min' is for --plan-only; add it, or leave --budget out",
         ("--plan-only", "--gpus", "4"): "about machines that are not here and cannot be measured; add --tflops 989",
         (*paper, "--budget", "1 min"): "--budget is for this machine; without --gpus it is measured",
         (*paper, "lora={rank: 2}"): "on paper all weights are trained; leave out lora, tune, freeze and plan",
@@ -196,6 +236,32 @@ def test_as_it_is_typed(run: Lapis) -> None:
     }.items():
         status, out, error = run("train", "run.yaml", *wrong)
         assert status == 1 and not out and message in error and error.count("\n") == 1, error
+
+
+PLAN, GPUS = ("--plan-only",), ("--gpus", "4", "--tflops", "100", "--bandwidth", "10")
+NEITHER = "is about machines that are not here and cannot be measured; add --gpus N and --tflops 989 (an H100) and --ba"
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (("--efficiency", "0.4"), "train: --efficiency 0.4 is for --plan-only; add it, or leave --efficiency out"),
+        (("--gpu-memory", "40"), "train: --gpu-memory 40 is for --plan-only; add it, or leave --gpu-memory out"),
+        (GPUS, "train: --gpus 4 is for --plan-only; add it, or leave --gpus out"),
+        ((*PLAN, "--efficiency", "0.4"), f"train: --efficiency 0.4 {NEITHER}"),
+        ((*PLAN, "--gpu-memory", "40", "--budget", "1 min"), f"train: --gpu-memory 40 {NEITHER}"),
+        ((*PLAN, "--gpus", "4", "--tflops", "9"), "cannot be measured; add --bandwidth 50 (GB/s), as "),
+        ((*PLAN, "--html", "x.html"), "train: --html x.html has no effect with --plan-only, which writes nothing"),
+        ((*PLAN, "--fresh"), "train: --fresh has no effect with --plan-only, which writes nothing and looks at no "),
+        ((*PLAN, *GPUS, "--allow-change", "lr"), "train: --allow-change lr has no effect with --plan-only, which"),
+        ((*PLAN, "--budget", "0.000001 s"), "seconds, which is more than 0.000001 s; lower batch or context"),
+    ],
+)
+def test_what_cannot_be_forecast_is_refused_in_a_line(given: tuple[str, ...], message: str, run: Lapis) -> None:
+    Path("run.yaml").write_text(json.dumps(SETTINGS))
+    status, out, error = run("train", "run.yaml", *given)
+    assert status == 1 and not out and message in error and error.count("\n") == 1, error
+    assert not Path("run").exists() and not Path("x.html").exists()
 
 
 def test_predictions_survive_a_stop(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,3 +281,37 @@ def test_predictions_survive_a_stop(monkeypatch: pytest.MonkeyPatch) -> None:
 
     result = run(how, watch=Listen())
     assert any("going on from" in text for text in told) and result.predicted["after_steps"] == 5
+
+
+def test_a_run_bounded_by_time_says_how_many_steps_it_expects(run: Lapis) -> None:
+    """Its seconds are given; what its first steps predict is how many of them there will be, and the memory."""
+    given = {name: value for name, value in SETTINGS.items() if name != "steps"}
+    Path("run.yaml").write_text(json.dumps({**given, "minutes": 0.03, "optimizer": "adamw"}))
+    status, out, _ = run("train", "run.yaml")
+    times = json.loads(Path("run/times.json").read_text())
+    expected, steps = times["predicted"], times["curve"][-1]["step"]
+    assert status == 0 and expected["after_steps"] == 5 and expected["seconds"] == pytest.approx(1.8)
+    assert steps / 4 < expected["steps"] < steps * 4 and 0 < expected["memory_bytes"] <= times["memory_bytes"]
+    assert f"predicted after 5 steps: {expected['steps']:,} steps, 0:02 and" in out and f"took {steps:,} steps" in out
+    page = Path("run/certificate.html").read_text()
+    assert "bounded by time" in page and "too short" not in page and str(expected["steps"]) in page
+
+
+def test_a_run_that_ends_before_a_prediction_says_so() -> None:
+    result = run(settings(steps=2), watch=Silent())
+    assert result.predicted == {}
+    why = json.loads(Path("run/certificate.json").read_text())["not_predicted"]
+    assert why == "The run ended after 2 steps; what it takes is predicted after 5."
+    assert why in Path("run/certificate.html").read_text()
+
+
+def test_memory_is_of_the_device_that_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU what its allocator held at most, as the forecast counts it, and not the memory of the machine."""
+    monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda device: 123)
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert peak(gpu) == 123 and peak(cpu) > 1_000_000
+    asked: list[torch.device] = []
+    monkeypatch.setattr("lapis.training.loop.estimate.peak", lambda device: asked.append(device) or 1)
+    monkeypatch.setattr("lapis.training.loop.loop.peak", lambda device: asked.append(device) or 2)
+    result = run(settings(steps=6), watch=Silent())
+    assert asked == [cpu, cpu] and (result.predicted["memory_bytes"], result.memory_bytes) == (1, 2)

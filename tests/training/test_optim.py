@@ -1,5 +1,7 @@
 """Optimizers against torch's own, state by name, and the schedule as a function."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -8,8 +10,13 @@ from torch import nn
 
 from lapis.errors import ConfigError
 from lapis.families.config import ModelConfig
+from lapis.model.lora import LoraConfig, wrap
 from lapis.model.transformer import Transformer
 from lapis.training.config import MuonOptions, TrainConfig
+from lapis.training.distributed.sharding import state_bytes
+from lapis.training.forecast.options import ForecastOptions
+from lapis.training.forecast.paper import on_paper
+from lapis.training.optim.footprint import checkpoint_bytes, copies, optimizer_bytes, trained_bytes, weight_bytes
 from lapis.training.optim.muon import _POLAR, Muon, hidden_matrices, orthogonalize
 from lapis.training.optim.optimizers import Optimizers, Schedule
 from lapis.training.optim.rates import rates_by_name
@@ -226,3 +233,30 @@ def test_rates_that_cannot_be_are_refused() -> None:
     for rates, text in (({"embed": 0}, "above 0"), ({"head": 1e-4}, "head"), ({"9.mlp": 1e-4}, "9.mlp")):
         with pytest.raises(ConfigError, match=text):
             rates_by_name(rates, names, 1e-3)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon", "sgd"])
+@pytest.mark.parametrize("frozen", ["", "embed"])
+def test_the_state_of_an_optimizer_is_counted_before_it_is(kind: Any, frozen: str) -> None:
+    """By its own tensors, but for counts of steps; on paper from the shape, for sharing out from an empty model."""
+    shape = ModelConfig(dim=32, layers=3, heads=4, kv_heads=2, ffn_dim=48, vocab=300, context=64)
+    model = Transformer(shape)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not frozen or not name.startswith(frozen))
+        parameter.grad = torch.zeros_like(parameter)
+    optimizers = Optimizers(model, kind, 0.1, 0.1)
+    optimizers.step(1.0)
+    held = sum(t.nbytes for name, t in optimizers.tensors().items() if not name.endswith("/step"))
+    assert optimizer_bytes(model, kind) == held
+    config = TrainConfig(steps=1, optimizer=kind, ema=0.9, eval_every=1, best=True, limits={"nll": 1.0})
+    weights, trained = weight_bytes(model), trained_bytes(model)
+    assert copies(config) == 3 and state_bytes(model.to("meta"), config) == weights + held + 4 * trained
+    assert checkpoint_bytes(model, config) == weights + held + 3 * trained
+    if frozen:
+        adapted = Transformer(shape)
+        wrap(adapted, LoraConfig(rank=2, targets=("attn",)), "base")
+        assert checkpoint_bytes(adapted, config) < checkpoint_bytes(model, config) / 8
+    else:
+        paper = on_paper(shape, 64, config, ForecastOptions(True, gpus=1, tflops=1.0, bandwidth=1.0))
+        assert paper.memory_bytes["held"] == weights + held + 4 * trained
+        assert paper.checkpoint_bytes == weights + held + 3 * trained

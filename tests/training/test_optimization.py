@@ -146,6 +146,9 @@ def test_fault_72_a_batch_that_cannot_fit_names_the_levers(
     monkeypatch.setattr(probe, "available", lambda device: 100_000)
     with pytest.raises(TrainingError, match="train a LoRA, or freeze a part"):
         trained(new_model, objective, replace(CONFIG, batch=1), tmp_path / "out")
+    copied = replace(CONFIG, batch=1, eval_every=1, best=True, limits={"valid_loss": 9.0})
+    with pytest.raises(TrainingError, match="for gradients, optimizer and copies"):
+        trained(new_model, objective, copied, tmp_path / "out")
     assert not (tmp_path / "out").exists() and not (tmp_path / ".out.lapis").exists()
 
 

@@ -1,10 +1,13 @@
 """`lapis train`: a YAML file and key=value."""
 
+import shlex
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
+from lapis.errors import ConfigError
 from lapis.training.forecast.options import ForecastOptions
 from lapis.wording import format_count
 
@@ -46,15 +49,22 @@ def train(
     from lapis.training.objectives import objective_class
     from lapis.training.run import read_settings, run
 
+    if costs.plan_only:
+        refuse_beside_plan({"--html": html, "--fresh": fresh, "--allow-change": " ".join(allow_change or ())})
     if html is not None:
         check_output(html, overwrite=overwrite, option="--html")
     given = override(load_yaml(config), settings)
     how = read_settings(given, str(config))
     if costs.plan_only:
-        show_costs(how, config, costs, json, choose_batch="batch" not in given and "accumulate" not in given)
+        command = ["lapis", "train", str(config), *settings]
+        show_costs(how, command, costs, json, choose_batch="batch" not in given and "accumulate" not in given)
         return
     result = run(how, overwrite=overwrite, fresh=fresh, allow_change=allow_change or ())
     head = objective_class(how.objective).head
+
+    def format_cost(figures: Mapping[str, Any]) -> str:
+        steps = f"{format_count(int(figures['steps']), 'step')}, " if "steps" in result.predicted else ""
+        return f"{steps}{format_time(figures['seconds'])} and {size(figures['memory_bytes'])}"
 
     def render() -> None:
         text = f"{result.out}: {format_count(result.steps, 'step')}, loss {result.loss:.3f}"
@@ -64,10 +74,9 @@ def train(
             text += f", held-out {name.replace('_', ' ')} {value:.4g}"
         line(f"{text}, {result.tokens_per_second:,.0f} tokens/s, {result.seconds:,.0f} s")
         if result.predicted:
-            expected = f"{format_time(result.predicted['seconds'])} and {size(result.predicted['memory_bytes'])}"
-            taken = f"{format_time(result.seconds)} and {size(result.memory_bytes)}"
-            steps = result.predicted["after_steps"]
-            line(f"predicted after {format_count(int(steps), 'step')}: {expected}; it took {taken}", "dim")
+            after = format_count(int(result.predicted["after_steps"]), "step")
+            expected, taken = format_cost(result.predicted), format_cost(vars(result))
+            line(f"predicted after {after}: {expected}; it took {taken}", "dim")
         for sentence in (result.overfitting, result.ended):
             if sentence:
                 line(sentence)
@@ -86,8 +95,24 @@ def train(
         show({"out": str(result.out), **result.figures()}, json, render)
 
 
-def show_costs(how: "RunConfig", config: Path, costs: ForecastOptions, json: bool, *, choose_batch: bool) -> None:
-    """What the run will take: on paper for GPUs that are not here, measured on this machine else."""
+def refuse_beside_plan(given: Mapping[str, Path | str | bool | None]) -> None:
+    """Raises ConfigError for an option of a run, by its name, that has a value."""
+    for option, value in given.items():
+        if value:
+            shown = option if value is True else f"{option} {value}"
+            raise ConfigError(
+                f"train: {shown} has no effect with --plan-only, which writes nothing and looks at no earlier run; "
+                "leave it out"
+            )
+
+
+def show_costs(
+    how: "RunConfig", command: list[str], costs: ForecastOptions, json: bool, *, choose_batch: bool
+) -> None:  # fmt: skip
+    """What the run will take: on paper for GPUs that are not here, measured on this machine else.
+
+    command: What starts the run, without options.
+    """
     from lapis.cli.output import show
     from lapis.training.forecast.budget import Budget
     from lapis.training.run import plan, plan_on_paper
@@ -98,10 +123,10 @@ def show_costs(how: "RunConfig", config: Path, costs: ForecastOptions, json: boo
         return
     budget = None if costs.budget is None else Budget.parse(costs.budget)
     measured = plan(how, budget, choose_batch=choose_batch)
-    show(measured.to_json(), json, lambda: render_measured(measured, config))
+    show(measured.to_json(), json, lambda: render_measured(measured, command))
 
 
-def render_measured(forecast: "Forecast", config: Path) -> None:
+def render_measured(forecast: "Forecast", command: list[str]) -> None:
     from lapis.cli.output import line, size, table
     from lapis.training.loop.progress import format_time
 
@@ -116,8 +141,8 @@ def render_measured(forecast: "Forecast", config: Path) -> None:
     table("Memory at its peak", ("of", "bytes"), [*rows, ("in all", size(memory.total))])
     line(f"a checkpoint: {size(forecast.checkpoint_bytes)} on disk")
     if forecast.settings:
-        given = " ".join(f"{name}={value}" for name, value in forecast.settings.items())
-        line(f"within the budget: lapis train {config} {given}")
+        others = [word for word in command[3:] if word.partition("=")[0] not in forecast.settings]
+        line(f"within the budget: {shlex.join([*command[:3], *others, *forecast.assignments])}")
 
 
 def render_paper(forecast: "PaperForecast") -> None:

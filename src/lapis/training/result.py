@@ -129,11 +129,11 @@ class TrainResult:
         overfitting: A sentence where the held-out loss rose again while the run went on.
         start: Held-out metrics before the first step, where there were limits.
         ended: Why the run ended early, or with other weights than the last; None where it did not.
-        memory_bytes: The most that the process has held.
+        memory_bytes: The most that the process has held, of the GPU where it trains on one, else of the machine.
         skipped: Batches that a guard left out: step, what was wrong, and which of the data they were.
         changes: Settings that were another when the run went on: after which step, and what.
-        predicted: What `seconds` and `memory_bytes` were to be, by the first steps (`after_steps`); empty in short
-            runs.
+        predicted: What `seconds` and `memory_bytes` were to be, by the first steps (`after_steps`), and `steps` where
+            the run is bounded by time; empty in runs of fewer steps.
     """
 
     out: Path

@@ -99,6 +99,14 @@ class RunConfig(TrainConfig):
         if (self.model is None) == (self.new is None):
             raise ConfigError("train: give one of model (a folder) and new (the shape of a model to make)")
 
+    @property
+    def origin(self) -> dict[str, Any]:
+        """Where the model comes from and which parts of it are trained, as JSON; what says nothing is left out."""
+        names = ("model", "new", "tokenizer", "zero_init", "tune", "freeze", "tokens", "share_rows", "plan")
+        given = {name: getattr(self, name) for name in names if name != "zero_init" or self.new is not None}
+        given["lora"] = None if self.lora is None else dataclasses.asdict(self.lora)
+        return {name: value for name, value in given.items() if value}
+
 
 def read_settings(settings: Mapping[str, Any], where: str) -> RunConfig:
     """A run's settings from the flat mapping of a file, in which the objective's options are among the rest.
@@ -158,7 +166,7 @@ def run(
         for note in model.notes:
             watch.note(f"model: {note}")
         result = train(model, objective, settings, config.out, overwrite=overwrite, fresh=fresh,
-                       allow_change=allow_change, watch=watch, device=device)  # fmt: skip
+                       allow_change=allow_change, watch=watch, device=device, origin=config.origin)  # fmt: skip
     finally:
         watch.close()
     parallel.disconnect()

@@ -58,19 +58,21 @@ def certificate_page(facts: Mapping[str, Any], log: Sequence[Row]) -> Page:
     ])  # fmt: skip
     if len([row for row in log if row.get("loss") is not None]) > 1:
         page.drawing(_curve(log), style=_STYLE)
-    _add_checks(page, checks)
+    _add_checks(page, checks, str(facts.get("not_checked") or ""))
     _add_cost(page, facts)
     _add_origin(page, facts)
     return page
 
 
-def _add_checks(page: Page, checks: Sequence[Row]) -> None:
+def _add_checks(page: Page, checks: Sequence[Row], why_not: str) -> None:
     page.section(
         "What ought not to matter",
         "Each line was computed in two ways on this run's last weights and its own data. The difference is relative; "
         "0 is the same bytes."
         if checks
-        else "Nothing was checked: the run was short or had several processes. `certify: on` checks every run of one.",
+        else f"Nothing was checked: {why_not}."
+        if why_not
+        else "Nothing was checked.",
     )
     rows = [
         {
@@ -88,15 +90,15 @@ def _add_checks(page: Page, checks: Sequence[Row]) -> None:
 
 
 def _add_cost(page: Page, facts: Mapping[str, Any]) -> None:
-    expected, taken = facts.get("predicted") or {}, facts["taken"]
-    text = (
-        f"Predicted after step {expected['after_steps']:,}, beside what the whole run took."
-        if expected
-        else "The run was too short to be predicted."
-    )
+    expected, taken = facts.get("predicted") or {}, {**facts["taken"], "steps": facts["steps"]}
+    text = facts.get("not_predicted") or "Nothing was predicted."
+    if expected:
+        text = f"Predicted after step {expected['after_steps']:,}, beside what the whole run took."
+        text += " It was bounded by time, and its steps were predicted." if "steps" in expected else ""
     page.section("What it took", text)
     rows = []
-    for label, key, unit in (("seconds", "seconds", 1.0), ("peak memory", "memory_bytes", 1e6)):
+    steps = [("steps", "steps", 1.0)] if "steps" in expected else []
+    for label, key, unit in (("seconds", "seconds", 1.0), *steps, ("peak memory", "memory_bytes", 1e6)):
         row: dict[str, Any] = {"of": label + (", MB" if unit > 1 else ""), "taken": round(taken[key] / unit, 1)}
         if expected:
             row |= {"predicted": round(expected[key] / unit, 1), "off": expected[key] / max(taken[key], 1e-9) - 1}
@@ -108,6 +110,11 @@ def _add_cost(page: Page, facts: Mapping[str, Any]) -> None:
 
 def _add_origin(page: Page, facts: Mapping[str, Any]) -> None:
     page.section("From what", "\n\n".join(f"{line}." for line in facts.get("coverage") or []))
+    trained = facts.get("trained") or {}
+    if trained:
+        page.text(f"{trained['parameters']:,} of {trained['of']:,} parameters were trained.")
+    began = {**(facts.get("origin") or {}), **(facts.get("options") or {})}
+    page.table(_settings(began), ["setting", "value"], "The model, its parts, and the objective's options")
     data = facts.get("data")
     digests = [{"of": f"data: {name}", "sha256": _digest(value)} for name, value in _leaves(data)]
     digests += [{"of": f"held out: {name}", "sha256": _digest(value)} for name, value in _leaves(facts.get("valid"))]
@@ -120,9 +127,13 @@ def _add_origin(page: Page, facts: Mapping[str, Any]) -> None:
         page.table(facts["changes"], [Column("what"), Column("after_step")], "Changed on the way")
     if facts.get("skipped"):
         page.table(facts["skipped"], [Column("step"), "what", "batch"], "Batches that were left out")
-    settings = [{"setting": key, "value": str(value)} for key, value in facts["config"].items()
-                if value not in (None, "", {}, [], ())]  # fmt: skip
-    page.table(settings, ["setting", "value"], folded="Settings, the seed among them")
+    page.table(_settings(facts["config"]), ["setting", "value"], folded="Settings, the seed among them")
+
+
+def _settings(values: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Rows of those that say something."""
+    return [{"setting": key, "value": str(value)} for key, value in values.items()
+            if value not in (None, "", {}, [], ())]  # fmt: skip
 
 
 def _leaves(value: Any) -> list[tuple[str, Any]]:

@@ -22,11 +22,13 @@ from lapis.training.loop.held_out import untouched
 from lapis.training.loop.state import TrainState, restore, save
 from lapis.training.objectives.objective import SMALL_BATCH, FirstRows
 from lapis.training.setup.blocks import autocast
+from lapis.wording import format_count
 
 LEAST_STEPS = 50  # of a run that is checked without being asked to be
 MOST_BYTES = 2 << 30  # of a checkpoint that is written for this
 STEPS = 2  # that are done before and after it
 ROWS = 4  # of the batch that is computed whole and in parts, at most
+SHARED = "weights are shared out over processes, and checks are of a run that holds them whole"
 _EQUAL = {"float32": 1e-4, "bf16": 5e-2}  # of relative differences: what the order of sums may make
 
 
@@ -57,9 +59,21 @@ class Check:
         return {**asdict(self), "holds": self.holds}
 
 
-def are_due(state: TrainState, config: TrainConfig, processes: int) -> bool:
-    """Whether a run is checked: where it was asked for, or by itself where it is long enough that the cost is small."""
-    return config.certify == "on" or (config.certify == "auto" and processes == 1 and state.step >= LEAST_STEPS)
+def why_unchecked(state: TrainState, config: TrainConfig, processes: int) -> str:
+    """Why a run that has done its steps is not checked, as half a sentence; "" where it is.
+
+    It is where that was asked for, and by itself where it is long enough that the cost is small.
+    """
+    if config.certify == "off":
+        return "certify is off"
+    if state.sharding is not None:
+        return SHARED
+    if config.certify == "auto" and processes > 1:
+        return f"the run has {processes} processes, and by themselves those of one are checked"
+    if config.certify == "auto" and state.step < LEAST_STEPS:
+        steps = format_count(state.step, "step")
+        return f"the run has {steps}, and by themselves those of {LEAST_STEPS} or more are checked"
+    return ""
 
 
 def run_checks(state: TrainState, config: TrainConfig, precision: str, folder: Path) -> list[Check]:

@@ -26,6 +26,7 @@ from lapis.training.config import TrainConfig
 from lapis.training.distributed.forward import waiting
 from lapis.training.distributed.parallel import Processes
 from lapis.training.distributed.pieces import own, piece_like, whole
+from lapis.training.optim.footprint import copies, optimizer_bytes, trained_bytes, weight_bytes
 
 Sharded = Literal["full", "hybrid"]
 
@@ -78,11 +79,8 @@ def choose_sharding(config: TrainConfig, world: Processes, model: Transformer, c
 
 
 def state_bytes(model: nn.Module, config: TrainConfig) -> int:
-    """Bytes of weights, gradients, optimizer and copies of what is trained, in float32, as the forecast counts them."""
-    states = {"adamw": 2, "muon": 1, "sgd": 1}[config.optimizer]
-    copies = (config.ema > 0) + config.best + bool(config.limits)
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    return weights + 4 * (1 + states + copies) * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    """Bytes of weights, gradients, optimizer and copies of what is trained, as the forecast counts them."""
+    return weight_bytes(model) + (1 + copies(config)) * trained_bytes(model) + optimizer_bytes(model, config.optimizer)
 
 
 def gradients_fit(model: nn.Module) -> bool:

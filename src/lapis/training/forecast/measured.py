@@ -22,6 +22,7 @@ from lapis.training.loop.loop import TrainingRun
 from lapis.training.loop.progress import Watch
 from lapis.training.loop.stop_request import StopSignal, stop_requests
 from lapis.training.objectives.objective import Objective
+from lapis.training.optim.footprint import copies, trained_bytes, weight_bytes, written_bytes
 from lapis.training.setup.blocks import compiled
 from lapis.training.setup.probe import available
 
@@ -70,7 +71,8 @@ class Forecast:
         checkpoint_bytes: Of one checkpoint on disk.
         free_bytes: Of memory, beside the run at its peak.
         threads, precision, compile: How a step is computed.
-        settings: What a budget changed: keys of the run's settings and their values.
+        settings: What a budget changed: keys of the run's settings and their values; None for a bound of time or of
+            epochs in whose place steps stand.
     """
 
     steps: int
@@ -85,6 +87,11 @@ class Forecast:
     precision: str
     compile: bool
     settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def assignments(self) -> list[str]:
+        """`settings` as they are given on a command line."""
+        return [f"{name}={'null' if value is None else value}" for name, value in self.settings.items()]
 
     def to_json(self) -> dict[str, Any]:
         """The object that `lapis train --plan-only --json` prints."""
@@ -121,10 +128,11 @@ def forecast(
     if steps < 1:
         what = f"{each:.3g} seconds" if budget.kind == "seconds" else f"{each:.3g} FLOPs"
         raise TrainingError(f"train: one step takes {what}, which is more than {budget.text}; lower batch or context")
+    bounds = {name: None for name in ("minutes", "epochs") if getattr(config, name) is not None}
     share = steps / result.steps
     return replace(
         result, steps=steps, tokens=int(result.tokens * share), seconds=result.seconds * share,
-        flops=result.flops * share, settings={"steps": steps, **chosen},
+        flops=result.flops * share, settings={**bounds, "steps": steps, **chosen},
     )  # fmt: skip
 
 
@@ -195,16 +203,17 @@ def _probe(start: Start, config: TrainConfig, watch: Watch, *, least: bool = Fal
     """The first steps of a run. least: as few of them as show the memory."""
     objective, model = start()
     memory = MemoryWatch(next(model.parameters()).device)
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    process = max(0, memory.held - weight_bytes(model))
     with stop_requests() as request:
         run = TrainingRun(model, objective, config, Processes(), None, watch, request)
         times, evaluating = _first_steps(run, 1 if least else STEPS, 0.0 if least else SECONDS)
-    optimizer = sum(t.numel() * t.element_size() for t in run.state.optimizers.tensors().values())
-    copies = ((config.ema > 0) + config.best + bool(config.limits)) * trained
-    process = max(0, memory.held - (weights if memory.device.type == "cpu" else 0))
-    counted = process + weights + trained + optimizer
-    parts = RunMemory(process, weights, trained, optimizer, copies, max(0, memory.peak - counted))
+    weights, trained = weight_bytes(model), trained_bytes(model)  # in the precision that the run gave them
+    optimizer = sum(t.nbytes for t in run.state.optimizers.tensors().values())
+    state = run.state
+    now = sum(t.nbytes for group in (state.average.tensors, state.within.weights) for t in group.values())
+    copied = max(now, copies(config) * trained)
+    counted = process + weights + trained + optimizer + now
+    parts = RunMemory(process, weights, trained, optimizer, copied, max(0, memory.peak - counted))
     each = statistics.median(times)
     minutes = (config.minutes or 0) * 60
     steps = run.state.schedule.total or max(1, round(minutes / each))
@@ -219,7 +228,7 @@ def _probe(start: Start, config: TrainConfig, watch: Watch, *, least: bool = Fal
         seconds_per_step=each,
         flops=size.flops_per_token * tokens * steps * (2 + min(1.0, share)),
         memory=parts,
-        checkpoint_bytes=(trained if share < 1 and model.adapted else weights) + optimizer + copies,
+        checkpoint_bytes=written_bytes(model) + optimizer + copied,
         free_bytes=available(memory.device),
         threads=int(run.facts["threads"]),
         precision=str(run.facts["precision"]),

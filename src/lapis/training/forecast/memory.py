@@ -1,4 +1,5 @@
-"""The most memory that this process has held, watched for a while. Linux; elsewhere the peak since its start."""
+"""The most memory that this process has held, of a GPU or of the machine. On Linux it is watched for a while; elsewhere
+a CPU's is the peak since the process began."""
 
 import ctypes
 import gc
@@ -29,19 +30,21 @@ class MemoryWatch:
             Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
         except OSError:
             pass
-        self.held = _status("VmRSS") or peak()
+        self.held = _status("VmRSS") or peak(device)
 
     @property
     def peak(self) -> int:
         """Bytes."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
-        return _status("VmHWM") or peak()
+        return peak(self.device)
 
 
-def peak() -> int:
-    """The most bytes of memory that this process has held since it began."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+def peak(device: torch.device) -> int:
+    """The most bytes that this process has held of a GPU, or of the machine's memory, since it began, or since a
+    `MemoryWatch` did."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    since_start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return _status("VmHWM") or since_start
 
 
 def _give_back() -> None:

@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 from lapis.config import check_numbers
 from lapis.errors import ConfigError
+from lapis.parsing import quoted
+
+EFFICIENCY, GPU_MEMORY = 0.4, 80.0  # where they are not given
 
 
 @dataclass(frozen=True)
@@ -21,29 +24,39 @@ class ForecastOptions:
     """What a GPU does at most in bfloat16, in 10^12 FLOPs per second: 312 (A100), 989 (H100)."""
     bandwidth: float | None = None
     """Bytes that a GPU sends and receives in the slowest link between them, in GB per second: 50 is 400 Gbit/s."""
-    efficiency: float = 0.4
-    """The share of these FLOPs that products, attention and what lies between reach together; docs/scale.md has it
-    beside published runs."""
-    gpu_memory: float = 80.0
-    """Of a GPU, in GB."""
+    efficiency: float | None = None
+    """The share of these FLOPs that products, attention and what lies between reach together, by default 0.4;
+    docs/scale.md has it beside published runs."""
+    gpu_memory: float | None = None
+    """Of a GPU, in GB, by default 80."""
 
     def __post_init__(self) -> None:
         check_numbers(self, "train")
-        paper = [name for name in ("gpus", "tflops", "bandwidth") if getattr(self, name) is not None]
-        if (self.budget is not None or paper) and not self.plan_only:
-            given = "budget" if self.budget is not None else paper[0]
-            raise ConfigError(f"train: --{given} is for --plan-only, which prints the settings to give; add it")
-        if paper and len(paper) < 3:
-            known = {"gpus": "--gpus N", "tflops": "--tflops 989 (an H100)", "bandwidth": "--bandwidth 50 (GB/s)"}
-            lacking = " and ".join(text for name, text in known.items() if name not in paper)
+        about = {name: value for name, value in vars(self).items() if value is not None and name != "plan_only"}
+        if about and not self.plan_only:
+            given, option = next(iter(about)), _spelled(next(iter(about)))
             raise ConfigError(
-                f"train: --{paper[0]} {getattr(self, paper[0]):g} is about machines that are not here and cannot be "
-                f"measured; add {lacking}, as docs/scale.md has them"
+                f"train: {option} {_shown(about[given])} is for --plan-only; add it, or leave {option} out"
+            )
+        paper = [name for name in about if name != "budget"]
+        needed = {"gpus": "--gpus N", "tflops": "--tflops 989 (an H100)", "bandwidth": "--bandwidth 50 (GB/s)"}
+        if paper and (lacking := [text for name, text in needed.items() if name not in paper]):
+            raise ConfigError(
+                f"train: {_spelled(paper[0])} {_shown(about[paper[0]])} is about machines that are not here and cannot "
+                f"be measured; add {' and '.join(lacking)}, as docs/scale.md has them"
             )
         if paper and self.budget is not None:
             raise ConfigError("train: --budget is for this machine; without --gpus it is measured")
-        for name in (*paper, "gpu_memory"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"train: {name} is {getattr(self, name)}; it must be above 0")
-        if not 0 < self.efficiency <= 1:
+        for name in paper:
+            if about[name] <= 0:
+                raise ConfigError(f"train: {name} is {about[name]}; it must be above 0")
+        if self.efficiency is not None and self.efficiency > 1:
             raise ConfigError(f"train: efficiency is {self.efficiency}; it is a share, above 0, at most 1")
+
+
+def _spelled(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _shown(value: float | str) -> str:
+    return quoted(value) if isinstance(value, str) else f"{value:g}"

@@ -7,15 +7,18 @@ so a step takes the longer of the two. Leaves out: tensor and pipeline paralleli
 """
 
 from dataclasses import asdict, dataclass
+from math import prod
 from typing import Any
 
 from lapis.errors import TrainingError
+from lapis.families import parameter_shapes, part_of
 from lapis.families.config import ModelConfig
 from lapis.model.size import Size, activation_bytes, measure
 from lapis.training.config import TrainConfig
-from lapis.training.forecast.options import ForecastOptions
+from lapis.training.forecast.options import EFFICIENCY, GPU_MEMORY, ForecastOptions
+from lapis.training.optim.footprint import copies, optimizer_size
 
-WEIGHT, WIRE, STATES = 4, 2, {"adamw": 2, "muon": 1, "sgd": 1}  # bytes; bytes on the wire; states of a weight
+WEIGHT, WIRE = 4, 2  # bytes; bytes on the wire
 RECOMPUTED = {"none": 0.0, "selective": 0.5, "whole": 1.0}  # the share of forward passes that are done again
 BUFFERS = 3  # blocks whose whole weights are on a GPU at once: one computes, one comes, one's gradients go
 
@@ -83,14 +86,16 @@ def on_paper(model: ModelConfig, context: int, config: TrainConfig, machines: Fo
     tokens = config.batch * context
     needed = 3 * size.flops_per_token * tokens
     done = needed * (1 + RECOMPUTED[config.checkpointing] / 3)
-    computing = done / (gpus * tflops * 1e12 * machines.efficiency)
+    computing = done / (gpus * tflops * 1e12 * (machines.efficiency or EFFICIENCY))
     others = (gpus - 1) / gpus
     # weights come twice for each micro-batch, summed gradients go in float32 once a step
     moved = size.total * others * (2 * WIRE * config.accumulate + WEIGHT)
     communicating = moved / (bandwidth * 1e9)
     seconds = max(computing, communicating)
+    matrices = _hidden(model)
+    optimizer = WEIGHT * optimizer_size(config.optimizer, matrices, size.total - matrices)
     memory = {
-        "held": round(size.total * WEIGHT * (2 + STATES[config.optimizer] + (config.ema > 0)) / gpus),
+        "held": round((size.total * WEIGHT * (2 + copies(config)) + optimizer) / gpus),
         "gathered": 0 if gpus == 1 else BUFFERS * max(size.block, size.group("embed"), size.group("head")) * WIRE,
         "activations": rows * _activations(model, size, context, config.checkpointing),
     }
@@ -98,9 +103,18 @@ def on_paper(model: ModelConfig, context: int, config: TrainConfig, machines: Fo
         gpus=gpus, parameters=size.total, steps=config.steps, tokens_per_step=tokens, seconds_per_step=seconds,
         computing=computing, communicating=communicating, tokens_per_second=tokens / seconds / gpus,
         mfu=needed / (seconds * gpus * tflops * 1e12), bytes_per_step=moved, memory_bytes=memory,
-        checkpoint_bytes=size.total * WEIGHT * (1 + STATES[config.optimizer] + (config.ema > 0)),
-        levers=_levers(memory, machines.gpu_memory * 1e9, rows, config),
+        checkpoint_bytes=size.total * WEIGHT * (1 + copies(config)) + optimizer,
+        levers=_levers(memory, (machines.gpu_memory or GPU_MEMORY) * 1e9, rows, config),
     )  # fmt: skip
+
+
+def _hidden(model: ModelConfig) -> int:
+    """Parameters in the matrices inside blocks."""
+    count, kinds = 0, model.kinds
+    for name, shape in parameter_shapes(model).items():
+        if len(shape) == 2 and (layer := part_of(name).layer) is not None:
+            count += prod(shape) * kinds.count(layer)
+    return count
 
 
 def _activations(model: ModelConfig, size: Size, context: int, checkpointing: str) -> int:

@@ -8,7 +8,7 @@ Under torchrun every process runs this loop, the first one writes, and the weigh
 """
 
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
@@ -21,8 +21,8 @@ from lapis.checkpoint.commit import commit
 from lapis.errors import ConfigError, TrainingError
 from lapis.model.threads import choose_threads, threads
 from lapis.model.transformer import Transformer
-from lapis.training.certificate.certificate import write_certificate
-from lapis.training.certificate.checks import Check, are_due, run_checks
+from lapis.training.certificate.certificate import Circumstances, write_certificate
+from lapis.training.certificate.checks import SHARED, Check, run_checks, why_unchecked
 from lapis.training.config import TrainConfig
 from lapis.training.distributed import parallel
 from lapis.training.distributed.resume import earlier_run, go_on, shared_out
@@ -38,6 +38,7 @@ from lapis.training.loop.stop_request import StopRequest, StopSignal, stop_reque
 from lapis.training.loop.tracking import TrackedWatch, check_installed
 from lapis.training.loop.update import Batches, Updater
 from lapis.training.objectives.objective import Objective
+from lapis.training.optim.footprint import checkpoint_bytes, written_bytes
 from lapis.training.optim.optimizers import Average, Optimizers, Schedule
 from lapis.training.optim.rates import peak_rates
 from lapis.training.result import TrainResult, Window, write_result
@@ -52,7 +53,7 @@ _SAVE_SECONDS = 300.0
 def train(
     model: Transformer, objective: Objective, config: TrainConfig, out: Path | str, *,
     overwrite: bool = False, fresh: bool = False, allow_change: Collection[str] = (), watch: Watch | None = None,
-    device: torch.device | None = None,
+    device: torch.device | None = None, origin: Mapping[str, Any] | None = None,
 ) -> TrainResult:  # fmt: skip
     """Train `model` in place and put the result at `out` as a model folder, with log.jsonl, training.json, times.json.
 
@@ -66,6 +67,7 @@ def train(
         allow_change: Settings ("lr", "data") in which this run may differ from the one that it goes on with.
         watch: What shows progress; by default a bar on a terminal, lines elsewhere.
         device: Where the pieces go of a model that is shared out over processes; by default where the model is.
+        origin: Where the model comes from and which parts are to be trained, as the certificate says it.
 
     Returns:
         The figures of the run.
@@ -84,20 +86,13 @@ def train(
             run.write(None, result)
             world.gather(None)  # until the first process has written
             return result
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
     check_installed(config.track)
     watch = TrackedWatch(watch or watcher(out.name))
-    copies = 3 + (config.ema > 0) + config.best + bool(config.limits)  # that a checkpoint holds
+    needed = checkpoint_bytes(model, config) * config.keep + 4 * written_bytes(model)
     try:
         with (
             parallel.errors_end_all(last_good),
-            commit(
-                out,
-                kind="training",
-                overwrite=overwrite,
-                resumable=True,
-                needs_bytes=(copies * config.keep + 4) * weights,
-            ) as staging,  # fmt: skip
+            commit(out, kind="training", overwrite=overwrite, resumable=True, needs_bytes=needed) as staging,
             clean_journal(staging, fresh, allow_change) as journal,
             stop_requests(immediate=world.size == 1) as request,
         ):
@@ -112,7 +107,7 @@ def train(
                     f"train: stopped by {request.signal} before a step was done; {journal.last_good()}. Run the same "
                     "command again"
                 ) from None
-            run.write(staging.path, result)
+            run.write(staging.path, result, origin)
         try:
             world.gather(None)
         except TrainingError:  # the result is there all the same
@@ -144,10 +139,13 @@ class TrainingRun:
         with request.at_once(), self._threads_of_begin():
             objective.begin(model, journal.folder if journal else None)
             self.identity, self.facts, self.newest = earlier_run(model, objective, config, world, journal, watch)
-        where = device or next(model.parameters()).device
-        sharding = shared_out(model, objective, config, world, self.facts, self.newest, where)
+        self.device = device or next(model.parameters()).device
+        sharding = shared_out(model, objective, config, world, self.facts, self.newest, self.device)
         if sharding is not None:
             self.watch.note(f"train: weights, gradients and optimizer are shared out over {world.size} processes")
+            if config.certify == "on":
+                remedy = "give shard=none where they fit"
+                self.watch.note(f"train: certify is on, and nothing is checked: {SHARED}; {remedy}")
         elif config.shard in ("full", "hybrid"):
             self.watch.note(
                 f"train: shard is {config.shard}, and one process holds everything; start more of them with torchrun "
@@ -213,7 +211,7 @@ class TrainingRun:
                 self._steps()
             if self.saves is not None:
                 self.saves.finish()
-            elif self.journal and are_due(state, config, self.world.size):
+            elif self.journal and not why_unchecked(state, config, self.world.size):
                 live(self.watch).stage("checking what ought not to matter")
                 self.checks = run_checks(state, config, self.updater.precision, self.journal.folder)
             held_out = self._unless_stopped(self.evaluator.result)
@@ -223,7 +221,8 @@ class TrainingRun:
             if config.eval_every:
                 state.log[-1]["held_out"] = held_out
         best = state.within.step if state.left else state.best.step if config.best else None
-        measured = {"threads": self.facts["threads"], "precision": self.updater.precision, "memory_bytes": peak()}
+        measured = {"threads": self.facts["threads"], "precision": self.updater.precision}
+        measured["memory_bytes"] = peak(state.device)
         noted = {"skipped": state.guard.skipped, "changes": self.facts.get("changes", [])}
         return TrainResult.of(
             state.log, out=out, steps=state.step, tokens=state.tokens, seconds=state.seconds, held_out=held_out,
@@ -231,7 +230,7 @@ class TrainingRun:
             predicted=state.predicted, **noted, **measured,
         )  # fmt: skip
 
-    def write(self, folder: Path | None, result: TrainResult) -> None:
+    def write(self, folder: Path | None, result: TrainResult, origin: Mapping[str, Any] | None = None) -> None:
         """The result, into a folder that the caller commits. folder: None in processes that only give their pieces."""
         live(self.watch).stage("writing the result")
         sharding = self.state.sharding
@@ -244,7 +243,10 @@ class TrainingRun:
                 if folder is not None:
                     run = self.model, self.objective, self.config, folder, result
                     write_result(*run)
-                    write_certificate(*run, self.facts["wanted"]["model"], self.checks)
+                    size = self.world.size
+                    why = why_unchecked(self.state, self.config, size)
+                    start = self.facts["wanted"]["model"]
+                    write_certificate(*run, Circumstances(start, origin or {}, self.device, size, why), self.checks)
 
         self._unless_stopped(act)
 
@@ -293,7 +295,7 @@ class TrainingRun:
             self.window.steps += 1
             self._fit_budget()
             if state.step == PREDICTED_AFTER:
-                predict(state, self.window.pace, self.evaluator.seconds_left())
+                predict(state, config, self.window.pace, self.evaluator.seconds_left())
             self._show_notes()
             done = state.step == state.schedule.total
             live(self.watch).step({**self._row(), "evaluated": self.evaluator.latest})

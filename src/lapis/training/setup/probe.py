@@ -26,6 +26,8 @@ from lapis.training.loop.state import TrainState
 from lapis.training.loop.update import out_of_memory_named
 from lapis.training.objectives.objective import SMALL_BATCH, Objective
 from lapis.training.objectives.supervised.next_token import summed_cross_entropy
+from lapis.training.optim.footprint import copies, optimizer_size
+from lapis.training.optim.muon import hidden_matrices
 from lapis.training.setup.blocks import TooSlow, autocast, compiled, stoppable
 from lapis.wording import format_count
 
@@ -235,14 +237,17 @@ def training_speed(model: Transformer, threads: int = 0, precision: str = "auto"
 
 
 def require_room(state: TrainState, objective: Objective, config: TrainConfig, precision: str) -> None:
-    """Raises TrainingError with what helps where the gradients, the optimizer and a micro-batch exceed what is free.
+    """Raises TrainingError with what helps where gradients, optimizer, copies and a micro-batch exceed what is free.
 
     Measures only where a generous estimate comes near, and says nothing where that takes too long.
     """
     free = available(state.device)
     trained = state.optimizers.parameters
-    states = {"adamw": 2, "muon": 1, "sgd": 1}[config.optimizer]
-    held = sum(p.numel() * p.element_size() for p in trained) * (1 + states)
+    matrices = sum(p.nbytes for p in hidden_matrices(state.model))
+    whole = sum(p.nbytes for p in trained)
+    later = copies(config) - (config.ema > 0)  # the average is there already
+    held = whole * (1 + later) + optimizer_size(config.optimizer, matrices, whole - matrices)
+    what = "gradients, optimizer and copies" if later else "gradients and optimizer"
     shape = state.model.config
     length = min(shape.context, objective.context)
     if held + state.rows * activation_bytes(shape, length, 4) < free / 2:
@@ -272,7 +277,7 @@ def require_room(state: TrainState, objective: Objective, config: TrainConfig, p
             levers.append("set weights to bf16")
     raise TrainingError(
         f"train: a step needs about {(held + step) / 1e9:.1f} GB ({step / 1e9:.1f} GB for "
-        f"{format_count(state.rows, 'row')}, {held / 1e9:.1f} GB for gradients and optimizer) and {free / 1e9:.1f} GB "
+        f"{format_count(state.rows, 'row')}, {held / 1e9:.1f} GB for {what}) and {free / 1e9:.1f} GB "
         f"are free; {', or '.join(levers)}"
     )
 
