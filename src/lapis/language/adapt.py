@@ -19,6 +19,7 @@ changed; a run that is stopped goes on with the same command.
 """
 
 import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
@@ -334,10 +335,17 @@ class _Adaptation:
                 write_lines(chats, draw_replies(chat, [first_sentence(text) for text in texts]))
                 spare = self._text("text").with_suffix(".spare.jsonl")  # on which no model is measured
                 held = spare if spare.stat().st_size else self._held()["target"]
-                plan_pieces(
-                    plan.base, chat, chats=chats, text=held, onto=onto, cost=plan.cost or 1e-3,
+                base, lent = plan.base, staging.path / "base"
+                if plan_graft(base, chat, base).new_tokens:  # chats are measured on base, too
+                    graft(base, chat, base, lent, 0.0)
+                    base = str(lent)
+                learned = plan_pieces(
+                    base, chat, chats=chats, text=held, onto=onto, cost=plan.cost or 1e-3,
                     pieces="components", seed=plan.seed, progress=lambda what, done, total: report(done, total, what),
-                ).save(staging.path / PLAN)  # fmt: skip
+                )  # fmt: skip
+                shutil.rmtree(lent, ignore_errors=True)
+                learned.base = str(plan.base)
+                learned.save(staging.path / PLAN)
 
         self.steps.run("planned", {"cost": plan.cost, "seed": plan.seed, **self.inputs}, last, make)
         return ["planned"]
