@@ -103,6 +103,13 @@ def journal_of(out: Path) -> Path:
     return out.with_name(f".{out.name}.lapis") / ".journal"
 
 
+def free_port() -> int:
+    """One that nobody listens at."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return int(free.getsockname()[1])
+
+
 class Ranks:
     """The processes of one run, as forks.
 
@@ -114,10 +121,8 @@ class Ranks:
         watch: type[Silent] = Silent,
     ) -> None:  # fmt: skip
         self.folder = Path(tempfile.mkdtemp(prefix="shard-"))
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
-        world = {"WORLD_SIZE": size, "MASTER_ADDR": "localhost", "MASTER_PORT": port, "LOCAL_WORLD_SIZE": local or size}
+        world = {"WORLD_SIZE": size, "MASTER_ADDR": "localhost", "MASTER_PORT": free_port(),
+                 "LOCAL_WORLD_SIZE": local or size}  # fmt: skip
         self.watch = watch
         self.ids = [self._fork(rank, world, wanted, before) for rank in range(size)]
         self.codes: dict[int, int] = {}

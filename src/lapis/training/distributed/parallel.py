@@ -207,10 +207,10 @@ def join() -> Processes:
     if cuda:
         torch.cuda.set_device(environment_number("LOCAL_RANK", 0))
     try:
-        store = meet(rank, size, host, port)
+        store, turn = meet(rank, size, host, port)
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE)
-        _watches.append(watch_processes(rank, size, host, port))
+        _watches.append(watch_processes(rank, size, host, port, turn))
     except (RuntimeError, ValueError) as error:
         if rank != 0:
             leave()
