@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,8 @@ import pytest
 import torch
 
 from lapis.checkpoint.commit import MANIFEST
+from lapis.cli.main import main
+from lapis.config import dump_yaml
 from lapis.errors import ConfigError, TrainingError
 from lapis.training.distributed.pieces import own, piece_like, scale, total_norm, whole
 from lapis.training.distributed.sharded_state import has_shards
@@ -144,6 +147,28 @@ def refusal(bench: Any, place: Path, case: str, **more: Any) -> str:
     codes, shown = bench.Ranks(2, {**bench.settings(place, case, 4), "out": str(place / "refused"), **more}).end()
     assert codes == [1, 1] and len(shown.strip().splitlines()) == 1, shown
     return str(shown)
+
+
+def test_what_all_processes_refuse_is_told_once(bench: Any, place: Path) -> None:
+    """As it is typed: an unknown key, a plan of several; and what the second alone cannot read is told by that one."""
+    yaml = place / "typed.yaml"
+    yaml.write_text(dump_yaml({**bench.settings(place, "causal", 4), "out": str(place / "typed")}))
+
+    def typed(*settings: str, missing: str = "") -> str:
+        def command() -> None:
+            sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
+            main(["train", str(yaml.with_stem("missing") if os.environ["RANK"] == missing else yaml), *settings])
+
+        codes, shown = bench.Ranks(2, {}, before=command).end()
+        assert codes == [1, 1] and len(shown.strip().splitlines()) == 1, shown
+        return str(shown)
+
+    assert 'typed.yaml: unknown key "lrr"; did you mean "lr"?' in typed("lrr=3")
+    assert "missing.yaml" in typed(missing="0") and "missing.yaml" in typed(missing="1")
+    line = typed("--plan-only")
+    assert "--plan-only measures one process, and torchrun has started 2; start it without torchrun" in line
+    assert "--gpus N for several, on paper" in line
+    assert typed("--plan-only", "--gpus", "4", "--tflops", "100", "--bandwidth", "10") == line
 
 
 def test_what_cannot_be_shared_out_is_one_line(bench: Any, place: Path) -> None:
