@@ -1,12 +1,14 @@
 """A run whose state is shared out over processes has the losses, the weights and the folder of one process."""
 
 import errno
+import hashlib
 import json
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,6 +20,12 @@ from lapis.checkpoint.commit import MANIFEST
 from lapis.cli.main import main
 from lapis.config import dump_yaml
 from lapis.errors import ConfigError, TrainingError
+from lapis.families.config import ModelConfig
+from lapis.model.size import activation_bytes
+from lapis.model.transformer import Transformer
+from lapis.training.config import TrainConfig
+from lapis.training.distributed import sharding
+from lapis.training.distributed.parallel import Processes
 from lapis.training.distributed.pieces import own, piece_like, scale, total_norm, whole
 from lapis.training.distributed.sharded_state import has_shards
 from lapis.training.loop.progress import Silent
@@ -55,15 +63,16 @@ def test_hybrid_of_two_machines_has_the_losses_of_one(bench: Any, place: Path) -
 def test_four_processes_then_two_then_one(bench: Any, place: Path) -> None:
     """Four write pieces, two cut them anew, and one joins theirs and reads the rest of the data."""
     figures = bench.resume(place, 20, (4, 2, 1))
-    assert figures["tokens_equal"] and figures["loss"] <= 1e-5 and figures["weights"] <= 1e-6, figures
+    assert figures["data_equal"] and figures["loss"] <= 1e-5 and figures["weights"] <= 1e-6, figures
     first, second = figures["stops"]
     assert first["codes"] == [1] * 4 and second["codes"] == [1] * 2 and 0 < first["step"] < second["step"] < 20
     assert "Run the same command again" in first["shown"]
 
 
-def test_whole_checkpoint_is_cut_for_two_processes(bench: Any, place: Path) -> None:
-    figures = bench.resume(place, 20, (1, 2))
-    assert figures["tokens_equal"] and figures["loss"] <= 1e-5 and figures["weights"] <= 1e-5, figures
+@pytest.mark.parametrize(("case", "sizes"), [("causal", (1, 2)), ("chat", (2, 1)), ("lora", (1, 2))])
+def test_a_checkpoint_is_cut_or_joined(bench: Any, place: Path, case: str, sizes: tuple[int, ...]) -> None:
+    figures = bench.resume(place, 12, sizes, case)
+    assert figures["data_equal"] and figures["loss"] <= 1e-5 and figures["weights"] <= 1e-5, figures
 
 
 def test_fault_69_a_killed_rank_ends_all(bench: Any, place: Path) -> None:
@@ -142,9 +151,10 @@ def ended(agent: int, seconds: float) -> int:
     return os.waitstatus_to_exitcode(found[1])
 
 
-def refusal(bench: Any, place: Path, case: str, **more: Any) -> str:
-    """What two processes say, in one line, before both end with 1."""
-    codes, shown = bench.Ranks(2, {**bench.settings(place, case, 4), "out": str(place / "refused"), **more}).end()
+def refusal(bench: Any, place: Path, case: str, before: Callable[[], None] | None = None, **more: Any) -> str:
+    """What two processes say, in one line, before both end with 1. before: called in each."""
+    given = {**bench.settings(place, case, 4), "out": str(place / "refused"), **more}
+    codes, shown = bench.Ranks(2, given, before=before).end()
     assert codes == [1, 1] and len(shown.strip().splitlines()) == 1, shown
     return str(shown)
 
@@ -178,6 +188,12 @@ def test_what_cannot_be_shared_out_is_one_line(bench: Any, place: Path) -> None:
     assert "weights: bf16 and shard: full do not go together" in line and "use weights: float32" in line
 
 
+def test_a_batch_that_does_not_divide_names_what_does(bench: Any, place: Path) -> None:
+    line = refusal(bench, place, "causal", batch=9)
+    assert "batch 9 does not divide over 2 processes (accumulate 1); start 1 or 3 of them, or give batch=10," in line
+    assert "to which an interrupted run changes with --allow-change batch" in line
+
+
 def killed(ranks: Any) -> str:
     """Ends processes by SIGKILL; returns what they said."""
     for rank in ranks.alive():
@@ -186,7 +202,7 @@ def killed(ranks: Any) -> str:
 
 
 def test_what_the_first_process_refuses_ends_all_in_a_line(bench: Any, place: Path) -> None:
-    """An output in use and a changed setting; a checkpoint of which a byte has flipped is passed over aloud."""
+    """An output in use, a changed setting, a newer format; a checkpoint with a flipped byte is passed over aloud."""
     out = place / "stopped"
     given = {"steps": 100_000, "save_every": 4, "keep": 9, "shard": "full", "out": str(out)}
     ranks, journal = bench.Ranks(2, {**bench.settings(place, "causal", 4), **given}), bench.journal_of(out)
@@ -197,41 +213,88 @@ def test_what_the_first_process_refuses_ends_all_in_a_line(bench: Any, place: Pa
     line = refusal(bench, place, "causal", **{**given, "lr": 1e-3})
     assert "config.lr was 0.003, is 0.001. Undo the change to go on with it, allow it with --allow-change lr" in line
     newest = max(journal.glob("step-*"), key=lambda folder: int(folder.name[5:]))
+    before = {name: (newest / name).read_bytes() for name in ("state.json", MANIFEST)}
+    listed = json.loads(before[MANIFEST])
+    newer = before["state.json"].replace(b'"format": 1', b'"format": 2')
+    listed["files"]["state.json"] = {"size": len(newer), "sha256": hashlib.sha256(newer).hexdigest()}
+    (newest / "state.json").write_bytes(newer)
+    (newest / MANIFEST).write_text(json.dumps(listed))
+    line = refusal(bench, place, "causal", **given)
+    assert f"{newest} is a checkpoint of format 2; this lapis reads format 1; install a newer" in line
+    for name, content in before.items():
+        (newest / name).write_bytes(content)
     largest = max(newest.glob("**/*.safetensors"), key=lambda path: path.stat().st_size)
     content = bytearray(largest.read_bytes())
     content[-1] ^= 1
     largest.write_bytes(content)
     notes = bench.Ranks(2, {**bench.settings(place, "causal", 4), **given}, watch=bench.Told)
-    before = {folder.name for folder in journal.glob("step-*")}
-    while {folder.name for folder in journal.glob("step-*")} <= before:
+    known = {folder.name for folder in journal.glob("step-*")}
+    while {folder.name for folder in journal.glob("step-*")} <= known:
         assert notes.alive(), notes.end()
         time.sleep(0.02)
     line = f"{newest} is damaged ({largest.relative_to(newest)}); falling back to the checkpoint before it"
     assert line in killed(notes)
 
 
-def test_fault_63_a_full_disk_under_one_piece_ends_all(bench: Any, place: Path) -> None:
-    """The second process cannot write its pieces of the second checkpoint."""
-    out = place / "disk"
+@pytest.mark.parametrize("shard", ["full", "none"])
+def test_fault_63_a_full_disk_under_one_piece_ends_all(bench: Any, place: Path, shard: str) -> None:
+    """The second process cannot write its pieces of the second checkpoint, or the first one the whole of it."""
+    out = place / f"disk-{shard}"
 
     def before() -> None:
         from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter as Writer
 
-        write, saves = Writer.write_data, []
+        from lapis.training.loop import state
 
-        def fails(self: Any, *given: Any) -> Any:
-            saves.append(1)
-            if os.environ["RANK"] == "1" and len(saves) == 2:
+        fails_in, owner, name = ("1", Writer, "write_data") if shard == "full" else ("0", state, "write_tensors")
+        write = getattr(owner, name)
+
+        def fails(*given: Any, **named: Any) -> Any:
+            if os.environ["RANK"] == fails_in and list(journal.glob("step-3/state.json")):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            return write(self, *given)
+            return write(*given, **named)
 
-        Writer.write_data = fails
+        setattr(owner, name, fails)
 
-    given = {"steps": 100_000, "save_every": 3, "shard": "full", "out": str(out)}
-    codes, shown = bench.Ranks(2, {**bench.settings(place, "causal", 4), **given}, before=before).end()
-    assert codes == [1, 1] and len(shown.strip().splitlines()) == 1, shown
-    assert "No space left on device" in shown and f"the last good checkpoint is {bench.journal_of(out)}/step-3" in shown
-    assert {path.name for path in bench.journal_of(out).glob("step-*")} == {"step-3"}
+    journal = bench.journal_of(out)
+    given = {"steps": 12, "save_every": 3, "shard": shard, "compile": "off", "out": str(out)}
+    shown = refusal(bench, place, "causal", before, **given)
+    assert "No space left on device" in shown and f"the last good checkpoint is {journal}/step-3" in shown
+    assert {path.name for path in journal.glob("step-*")} == {"step-3"}
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_the_last_checkpoints_are_kept(bench: Any, place: Path, size: int) -> None:
+    """Plain ones of one process, and pieces of two: the newest `keep` are there when a run is stopped."""
+    out = place / f"kept{size}"
+
+    def before() -> None:
+        update = Updater.update
+
+        def stops(self: Any, *given: Any) -> Any:
+            if self.state.step == 14:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return update(self, *given)
+
+        Updater.update = stops  # type: ignore[method-assign]
+
+    given = {"save_every": 4, "keep": 2, "shard": "full", "compile": "off", "out": str(out)}
+    codes, shown = bench.Ranks(size, {**bench.settings(place, "causal", 1000), **given}, before=before).end()
+    kept = sorted(int(folder.name[5:]) for folder in bench.journal_of(out).glob("step-*"))
+    assert codes == [1] * size and kept in ([12, 14], [12, 15]), (codes, kept, shown)
+
+
+def test_auto_shares_out_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    with torch.device("meta"):
+        model = Transformer(ModelConfig(dim=32, layers=2, heads=4, kv_heads=2, ffn_dim=48, vocab=300, context=64))
+    config, world = TrainConfig(steps=1, batch=8, accumulate=2), Processes(0, 2)
+    needed = sharding.state_bytes(model, config) + 2 * activation_bytes(model.config, 32, 4)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    for memory, how in ((needed / 0.8 + 1, None), (needed / 0.8 - 1, "full")):
+        monkeypatch.setattr(sharding, "device_bytes", lambda memory=memory: memory)
+        assert sharding.choose_sharding(config, world, model, 32) == how
+        assert sharding.choose_sharding(config, Processes(), model, 32) is None
+        assert sharding.choose_sharding(replace(config, shard="full"), world, model, 32) == "full"
 
 
 def test_an_unknown_way_to_share_is_refused(place: Path, bench: Any) -> None:

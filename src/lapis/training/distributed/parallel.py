@@ -228,6 +228,20 @@ def disconnect() -> None:
         dist.destroy_process_group()
 
 
+def check_shares(batch: int, accumulate: int, size: int) -> None:
+    """Raises ConfigError where a step's rows do not divide over the processes, with the numbers of them that do."""
+    each = batch // accumulate  # rows of a part, which a process computes alone or shares
+    if each % size:
+        works = [count for count in range(1, each + 1) if each % count == 0]
+        near = [*[count for count in works if count < size][-1:], *[count for count in works if count > size][:1]]
+        parts = accumulate * size
+        raise ConfigError(
+            f"train: batch {batch} does not divide over {size} processes (accumulate {accumulate}); start "
+            f"{' or '.join(map(str, near))} of them, or give batch={-(-batch // parts) * parts}, to which an "
+            "interrupted run changes with --allow-change batch"
+        )
+
+
 def seed_step(seed: int, step: int, rank: int) -> None:
     """torch's generators for a step of a process that is not the first: a function of the three, so never saved."""
     mixed = (seed * 1_000_003 + step) * 65_537 + rank
