@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from lapis.model.load import load
 from lapis.text.tokenizer.tokenizer import train_tokenizer
 from lapis.training.distributed.sharded_state import ShardedSaves
 from lapis.training.loop.progress import Silent
+from lapis.training.loop.update import Updater
 from lapis.training.run import read_settings, run
 
 TEXTS = [
@@ -104,6 +106,13 @@ def journal_of(out: Path) -> Path:
     return out.with_name(f".{out.name}.lapis") / ".journal"
 
 
+def free_port() -> int:
+    """One that nobody listens at."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return int(free.getsockname()[1])
+
+
 class Ranks:
     """The processes of one run, as forks.
 
@@ -115,10 +124,8 @@ class Ranks:
         watch: type[Silent] = Silent,
     ) -> None:  # fmt: skip
         self.folder = Path(tempfile.mkdtemp(prefix="shard-"))
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
-        world = {"WORLD_SIZE": size, "MASTER_ADDR": "localhost", "MASTER_PORT": port, "LOCAL_WORLD_SIZE": local or size}
+        world = {"WORLD_SIZE": size, "MASTER_ADDR": "localhost", "MASTER_PORT": free_port(),
+                 "LOCAL_WORLD_SIZE": local or size}  # fmt: skip
         self.watch = watch
         self.ids = [self._fork(rank, world, wanted, before) for rank in range(size)]
         self.codes: dict[int, int] = {}
@@ -205,36 +212,57 @@ def compare(place: Path, case: str, steps: int, size: int, **more: Any) -> dict[
     return {"loss": loss, "weights": furthest(one, out), "seconds": time.monotonic() - started}
 
 
-def resume(place: Path, steps: int, sizes: tuple[int, ...] = (4, 2, 1)) -> dict[str, Any]:
+def resume(place: Path, steps: int, sizes: tuple[int, ...] = (4, 2, 1), case: str = "causal") -> dict[str, Any]:
     """One run, stopped by SIGTERM and gone on with by other numbers of processes."""
-    wanted = {**settings(place, "causal", steps), "save_every": 5, "optimizer": "adamw"}
-    one = Path(wanted["out"])
-    if not one.exists():
-        train_here(place, wanted)
-    out, at, pieces = place / "resumed", 0, place / "pieces"
-    shutil.rmtree(pieces, ignore_errors=True)
+    wanted = {**settings(place, case, steps), "save_every": 5, "optimizer": "adamw"}
+    one, out, at, pieces = place / f"{case}-whole", place / "resumed", 0, place / "pieces"
+    for folder in (one, out, pieces):
+        shutil.rmtree(folder, ignore_errors=True)
     pieces.mkdir()
-    shutil.rmtree(out, ignore_errors=True)
+    read = place / "read-whole.jsonl", place / "read.jsonl"
+    for file in read:
+        file.unlink(missing_ok=True)
+    codes, shown = Ranks(1, {**wanted, "out": str(one)}, before=lambda: note_cursors(read[0])).end()
+    if any(codes):
+        return {"codes": codes, "shown": shown[-2000:]}
     wanted |= {"out": str(out), "shard": "full"}
     journal, stops = journal_of(out), []
+
+    def before(size: int) -> None:
+        count_reads(pieces / str(size))
+        note_cursors(read[1])
+
     for size in sizes[:-1]:
-        ranks = Ranks(size, wanted, before=lambda size=size: count_reads(pieces / str(size)))  # type: ignore[misc]
+        ranks = Ranks(size, wanted, before=partial(before, size))
         ranks.wait_for(journal, at)
         os.kill(ranks.ids[-1], signal.SIGTERM)
         codes, shown = ranks.end()
         at = max(int(path.name[5:]) for path in journal.glob("step-*"))
         stops.append({"processes": size, "step": at, "codes": codes, "shown": shown.strip()[-300:]})
-    codes, shown = Ranks(sizes[-1], wanted, before=lambda: count_reads(pieces / str(sizes[-1]))).end()
+    codes, shown = Ranks(sizes[-1], wanted, before=partial(before, sizes[-1])).end()
     if any(codes):
         return {"stops": stops, "codes": codes, "shown": shown[-2000:]}
-    facts = [json.loads((folder / "training.json").read_text()) for folder in (one, out)]
     curves = losses(one), losses(out)
     return {
-        "stops": stops, "tokens_equal": facts[0]["tokens"] == facts[1]["tokens"],
+        "stops": stops, "data_equal": read[0].read_text() == read[1].read_text(),
         "loss": max(abs(a - b) for a, b in zip(*curves, strict=True)), "weights": furthest(one, out),
         "read": {int(folder.name): max(float(file.read_text()) for file in folder.iterdir())
                  for folder in sorted(pieces.iterdir())},
     }  # fmt: skip
+
+
+def note_cursors(file: Path) -> None:
+    """From now on the first process adds a line for each step: the place in the data after it."""
+    update = Updater.update
+
+    def noted(self: Any, *given: Any) -> Any:
+        sums = update(self, *given)
+        if sums is not None and os.environ["RANK"] == "0":
+            with file.open("a") as lines:
+                lines.write(json.dumps([self.state.step, sums.cursor]) + "\n")
+        return sums
+
+    Updater.update = noted  # type: ignore[method-assign]
 
 
 def count_reads(folder: Path) -> None:
@@ -417,7 +445,7 @@ def good(name: str, figures: dict[str, Any]) -> bool:
         return all(figures["codes"]) and figures["seconds"] < ENDS and len(figures["lines"]) == 1
     if name == "pause":
         return "pauses" in figures and max(map(whole, figures["pauses"])) <= figures["step"]
-    if name.startswith("resume") and not (figures.get("tokens_equal") and figures["weights"] <= RESUMED):
+    if name.startswith("resume") and not (figures.get("data_equal") and figures["weights"] <= RESUMED):
         return False
     return bool(figures.get("loss", 1.0) <= BOUND)
 

@@ -44,20 +44,24 @@ def train(
     from lapis.checkpoint.commit import check_output
     from lapis.cli.output import line, show, size
     from lapis.config import load_yaml, override
-    from lapis.training.distributed.parallel import leads
+    from lapis.training.distributed.parallel import join, leads
     from lapis.training.loop.progress import format_time
     from lapis.training.objectives import objective_class
     from lapis.training.run import read_settings, run
 
-    if costs.plan_only:
-        refuse_beside_plan({"--html": html, "--fresh": fresh, "--allow-change": " ".join(allow_change or ())})
-    if html is not None:
-        check_output(html, overwrite=overwrite, option="--html")
-    given = override(load_yaml(config), settings)
-    how = read_settings(given, str(config))
+    def read() -> "tuple[RunConfig, bool]":
+        if costs.plan_only:
+            refuse_beside_plan({"--html": html, "--fresh": fresh, "--allow-change": " ".join(allow_change or ())})
+        if html is not None:
+            check_output(html, overwrite=overwrite, option="--html")
+        given = override(load_yaml(config), settings)
+        return read_settings(given, str(config)), "batch" not in given and "accumulate" not in given
+
+    world = join()  # first of all, so that what is wrong for all of them is told once
+    how, choose_batch = world.together(read)
     if costs.plan_only:
         command = ["lapis", "train", str(config), *settings]
-        show_costs(how, command, costs, json, choose_batch="batch" not in given and "accumulate" not in given)
+        world.together(lambda: show_costs(how, command, costs, json, choose_batch=choose_batch))
         return
     result = run(how, overwrite=overwrite, fresh=fresh, allow_change=allow_change or ())
     head = objective_class(how.objective).head

@@ -149,9 +149,10 @@ def run(
         allow_change: Keys in which this run may differ from the one that it goes on with.
         watch: What shows progress.
     """
-    check_allowed(allow_change, {entry.name for entry in dataclasses.fields(TrainConfig)} | {*config.options})
-    check_installed(config.track)
     world = parallel.join()
+    keys = {entry.name for entry in dataclasses.fields(TrainConfig)} | {*config.options}
+    world.together(lambda: check_allowed(allow_change, keys))
+    world.together(lambda: check_installed(config.track))
     settings = TrainConfig(**{entry.name: getattr(config, entry.name) for entry in dataclasses.fields(TrainConfig)})
     starting = watch or (LogLines(Path(config.out).name) if world.leads and not sys.stderr.isatty() else Silent())
     try:
@@ -176,14 +177,18 @@ def run(
 def plan(
     config: RunConfig, budget: Budget | None = None, *, choose_batch: bool = False, watch: Watch | None = None
 ) -> Forecast:
-    """What the run would take on this machine, by its first steps; nothing is written. Raises what `run` does.
+    """What the run would take on this machine, by its first steps; nothing is written. Raises what `run` does, too.
 
     Args:
         config: The run's.
         budget: Steps, or how a step is cut, are chosen so that the run keeps within.
         choose_batch: A budget of time or FLOPs chooses the batch of a new language model, too.
         watch: What shows progress.
+
+    Raises:
+        ConfigError: Where torchrun has started several processes.
     """
+    _check_alone()
     alone = config.new is not None and objective_class(config.objective).head == "language"
     settings = TrainConfig(**{entry.name: getattr(config, entry.name) for entry in dataclasses.fields(TrainConfig)})
     shown = watch or watcher(Path(config.out).name)
@@ -205,10 +210,12 @@ def plan_on_paper(config: RunConfig, machines: ForecastOptions) -> PaperForecast
         machines: How many GPUs, and what one does.
 
     Raises:
-        ConfigError: Where the shape is not known without a tokenizer, or only a part of the model is trained.
+        ConfigError: Where the shape is not known without a tokenizer, or only a part of the model is trained; and
+            under torchrun.
     """
     from lapis.model.check import read_config
 
+    _check_alone()
     if config.lora or config.tune or config.freeze or config.plan:
         raise ConfigError("train: on paper all weights are trained; leave out lora, tune, freeze and plan")
     if config.model is not None:
@@ -219,6 +226,15 @@ def plan_on_paper(config: RunConfig, machines: ForecastOptions) -> PaperForecast
     context = config.context or min(objective_class(config.objective).context, shape.context)
     settings = TrainConfig(**{entry.name: getattr(config, entry.name) for entry in dataclasses.fields(TrainConfig)})
     return on_paper(shape, context, settings, machines)
+
+
+def _check_alone() -> None:
+    """Raises ConfigError where torchrun has started several processes: a plan is one process' own."""
+    if (size := parallel.join().size) > 1:
+        raise ConfigError(
+            f"train: --plan-only measures one process, and torchrun has started {size}; start it without torchrun, "
+            "with --gpus N for several, on paper"
+        )
 
 
 def _sized(config: RunConfig) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import os
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -42,8 +43,12 @@ def patience() -> int:
     return max(1, environment_number(PATIENCE, _PATIENCE))
 
 
-def meet(rank: int, size: int, host: str, port: int) -> Store:
-    """Where all processes of a run have met: the store for their messages.
+def meet(rank: int, size: int, host: str, port: int) -> tuple[Store, int]:
+    """Where all processes of a run have met.
+
+    The store may have served an earlier round of them: torchrun --max-restarts keeps it, and the count of restarts that
+    it gives differs between machines. So the first process numbers the round, and tells the number to each process that
+    shows itself with a name that no other ever had; what an earlier round left there has another number.
 
     Args:
         rank: This process'.
@@ -51,25 +56,32 @@ def meet(rank: int, size: int, host: str, port: int) -> Store:
         host: Where the store is.
         port: Of the store.
 
+    Returns:
+        The store for their messages, and the number of the round.
+
     Raises:
         TrainingError: In the first process that is there, with the ranks that did not come in `patience()` seconds, or
             where another program has the port; the others end without a word. RuntimeError where the store cannot be
             made.
     """
     end, holds = time.monotonic() + patience(), rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    store, why = None, _missing([0], size, host, port)
+    plain, turn, why = None, None, _missing([0], size, host, port)
     if holds:
-        store = _store(host, port, patience(), True)
+        plain = _store(host, port, patience(), True)
     elif _somebody_listens(host, port, end):
-        store = _answering_store(host, port, min(patience(), _ANSWER))
-        why = (
-            f"train: {host}:{port}: what listens there is not the first process of this run: the port is in use; give "
-            "torchrun another port: --master-port N"
-        )
-    if store is None:
+        plain = _answering_store(host, port, min(patience(), _ANSWER))
+        if plain is None:
+            why = (
+                f"train: {host}:{port}: what listens there is not the first process of this run: the port is in use; "
+                "give torchrun another port: --master-port N"
+            )
+    if plain is not None:
+        turn = plain.add("lapis/rounds", 1) if rank == 0 else _round_of_first(plain, rank, size, end)
+    if plain is None or turn is None:
         if rank > 1 and os.environ.get("LOCAL_RANK", "0") != "0":  # one of each machine says it
             raise SystemExit(1)
         raise TrainingError(why)
+    store = PrefixStore(_prefix(turn), plain)
     here = [f"at/{other}" for other in range(size)]
     store.set(here[rank], place())
     next_note = time.monotonic() + _NOTE_AFTER
@@ -81,11 +93,44 @@ def meet(rank: int, size: int, host: str, port: int) -> Store:
                 raise TrainingError(_missing(absent, size, host, port))
             time.sleep(_GRACE)  # the store may be that one's
             raise SystemExit(1)
+        if rank == 0:
+            _tell_round(plain, absent, turn)
         if first and now > next_note:
-            os.write(2, f"train: waiting for rank {_names(absent)} of {size}, {end - now:.0f} seconds more\n".encode())
+            _note_waiting(absent, size, end - now)
             next_note = now + max(60.0, _NOTE_AFTER)
         time.sleep(0.05)
-    return store
+    return store, turn
+
+
+def _prefix(turn: int) -> str:
+    """Of the keys of a round in the store."""
+    return f"lapis/{turn}"
+
+
+def _tell_round(store: Store, ranks: list[int], turn: int) -> None:
+    """The first process answers whoever has come. The names of an earlier round's may be among them: nobody listens."""
+    for key in [f"lapis/came/{rank}" for rank in ranks]:
+        if store.check([key]):
+            store.set(f"lapis/round/{store.get(key).decode()}", str(turn))
+
+
+def _round_of_first(store: Store, rank: int, size: int, end: float) -> int | None:
+    """The number of the round that the first process tells this one; None where it does not by `end`."""
+    name, next_note = uuid.uuid4().hex, time.monotonic() + _NOTE_AFTER
+    store.set(f"lapis/came/{rank}", name)
+    while not store.check([answer := f"lapis/round/{name}"]):
+        now = time.monotonic()
+        if now > end:
+            return None
+        if rank == 1 and now > next_note:
+            _note_waiting([0], size, end - now)
+            next_note = now + max(60.0, _NOTE_AFTER)
+        time.sleep(0.05)
+    return int(store.get(answer))
+
+
+def _note_waiting(ranks: list[int], size: int, seconds: float) -> None:
+    os.write(2, f"train: waiting for rank {_names(ranks)} of {size}, {seconds:.0f} seconds more\n".encode())
 
 
 def _somebody_listens(host: str, port: int, end: float) -> bool:
@@ -129,12 +174,11 @@ def _answering_store(host: str, port: int, seconds: float) -> Store | None:
 
 
 def _store(host: str, port: int, seconds: float, holds: bool) -> Store:
-    """A connection to the store of this run, and of this attempt of torchrun. holds: this process has the store."""
-    store = TCPStore(
+    """A connection to the store of this run. holds: this process has the store."""
+    return TCPStore(
         host, port, is_master=holds, wait_for_workers=False, timeout=datetime.timedelta(seconds=seconds),
         multi_tenant=True,
     )  # fmt: skip
-    return PrefixStore(f"lapis/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def _missing(ranks: list[int], size: int, host: str, port: int) -> str:
@@ -151,9 +195,10 @@ def _names(ranks: list[int]) -> str:
 class ProcessWatch:
     """Over the processes of a run, from one of them. `start` begins it."""
 
-    def __init__(self, rank: int, size: int, host: str, port: int) -> None:
+    def __init__(self, rank: int, size: int, host: str, port: int, turn: int) -> None:
         self.rank, self.size = rank, size
-        self.store = _store(host, port, _SILENCE, False)  # the run's own connection may be waiting for something
+        plain = _store(host, port, _SILENCE, False)  # the run's own connection may be waiting for something
+        self.store = PrefixStore(_prefix(turn), plain)
         self.ended = threading.Event()
         self.left = threading.Event()  # whether this process has left the run
         self.answered = time.monotonic()  # when the store did
@@ -296,7 +341,7 @@ def _bytes_moved() -> int:
         return 0
 
 
-def watch_processes(rank: int, size: int, host: str, port: int) -> ProcessWatch:
+def watch_processes(rank: int, size: int, host: str, port: int, turn: int) -> ProcessWatch:
     """Begins to watch the processes of a run, which have met.
 
     Args:
@@ -304,11 +349,12 @@ def watch_processes(rank: int, size: int, host: str, port: int) -> ProcessWatch:
         size: How many there are.
         host: Where the store is.
         port: Of the store.
+        turn: The round in which they met.
 
     Returns:
         The watch, which ends with `stop`, or when Python ends.
     """
-    watch = ProcessWatch(rank, size, host, port)
+    watch = ProcessWatch(rank, size, host, port, turn)
     watch.start()
     atexit.register(watch.stop)
     return watch

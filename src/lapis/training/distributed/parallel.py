@@ -207,10 +207,10 @@ def join() -> Processes:
     if cuda:
         torch.cuda.set_device(environment_number("LOCAL_RANK", 0))
     try:
-        store = meet(rank, size, host, port)
+        store, turn = meet(rank, size, host, port)
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE)
-        _watches.append(watch_processes(rank, size, host, port))
+        _watches.append(watch_processes(rank, size, host, port, turn))
     except (RuntimeError, ValueError) as error:
         if rank != 0:
             leave()
@@ -226,6 +226,20 @@ def disconnect() -> None:
         while _watches:
             _watches.pop().stop()
         dist.destroy_process_group()
+
+
+def check_shares(batch: int, accumulate: int, size: int) -> None:
+    """Raises ConfigError where a step's rows do not divide over the processes, with the numbers of them that do."""
+    each = batch // accumulate  # rows of a part, which a process computes alone or shares
+    if each % size:
+        works = [count for count in range(1, each + 1) if each % count == 0]
+        near = [*[count for count in works if count < size][-1:], *[count for count in works if count > size][:1]]
+        parts = accumulate * size
+        raise ConfigError(
+            f"train: batch {batch} does not divide over {size} processes (accumulate {accumulate}); start "
+            f"{' or '.join(map(str, near))} of them, or give batch={-(-batch // parts) * parts}, to which an "
+            "interrupted run changes with --allow-change batch"
+        )
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

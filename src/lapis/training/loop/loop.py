@@ -18,7 +18,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 
 from lapis.checkpoint.commit import commit
-from lapis.errors import ConfigError, TrainingError
+from lapis.errors import TrainingError
 from lapis.model.threads import choose_threads, threads
 from lapis.model.transformer import Transformer
 from lapis.training.certificate.certificate import Circumstances, write_certificate
@@ -129,11 +129,7 @@ class TrainingRun:
         self.started = time.monotonic()
         self._set_dtype()
         parts = config.accumulate * world.size
-        if config.batch % parts:
-            raise ConfigError(
-                f"train: batch {config.batch} does not divide into {parts} equal parts (accumulate "
-                f"{config.accumulate}, {world.size} processes); give batch={-(-config.batch // parts) * parts}"
-            )
+        world.together(lambda: parallel.check_shares(config.batch, config.accumulate, world.size))
         self.request = request
         objective.heard = show_share(self.watch, "starting")
         with request.at_once(), self._threads_of_begin():
