@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hardware import processor as processor_name
 from results_file import add_table
 
 from lapis.text.tokenizer.tokenizer import train_tokenizer
@@ -109,7 +110,11 @@ def main() -> int:
     if given.write:
         date = time.strftime("%Y-%m-%d")
         title = "What --plan-only predicts, beside what the run takes"
-        add_table(__file__, title, [f"## {date}", "", "Two processor cores, one thread, float32.", "", *table])
+        add_table(
+            __file__,
+            title,
+            [f"## {date}, {processor_name()}, {os.cpu_count()} cores", "", "One thread, float32.", "", *table],
+        )
     return 0
 
 

@@ -67,6 +67,8 @@ VARIANTS: dict[str, tuple[Any, dict[str, Any]]] = {
     "16 rows a step, a quarter more steps": ({}, of_batch(16, 1.25)),
     "8 rows a step, Arcee's block": (arcee, of_batch(8)),
     "8 rows a step, 256 wide": (NARROWER, of_batch(8)),
+    "8 rows a step, 256 wide, rows of tokens at twice the rate": (
+        NARROWER, {**of_batch(8), "rates": {"embed": 2 * RATE * 0.5**0.5}}),
     "rows of tokens at twice the rate": ({}, {"rates": {"embed": 2 * RATE}}),
     "a rate of 0.008": ({}, {"lr": 8e-3}),
     "no clipping": ({}, {"clip": 0.0}),
