@@ -196,11 +196,12 @@ def lines(bench: Bench) -> list[str]:
     for name, found in scores.items():
         trained = bench.root / name.replace("with-", "trained-")
         steps = seconds_of(trained) if beside(trained).exists() else []
+        read = len(steps) * (1 - case.replay)  # steps' worth of the language
         rows.append([
             name, f"{found['target']:.3f}", f"{1 - found['target'] / base['target']:+.1%}", f"{found['en']:.3f}",
             f"{found['en'] / base['en'] - 1:+.1%}", f"{found['target tokens']:.3f}", str(len(steps) or ""),
             f"{sum(steps):.0f}" if steps else "",
-            f"{len(steps) * case.batch * case.context / found['target tokens'] / 1e3:.0f} KB" if steps else "",
+            f"{read * case.batch * case.context / found['target tokens'] / 1e3:.0f} KB" if steps else "",
         ])  # fmt: skip
     head = ["model", "bits per byte", "won", "English", "cost", "tokens per byte", "steps", "processor s", "text read"]
     result = [
