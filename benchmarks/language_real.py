@@ -210,7 +210,7 @@ def lines(bench: Bench) -> list[str]:
         "",
         *table(head, rows),
     ]
-    if case.on_the_way:
+    if case.on_the_way and case.seeds[0] in {int(name.rpartition("-")[2]) for name in scores if "-" in name}:
         result += ["", "On the way, by the training's own figure, which counts where a document is cut off, too:", ""]
         result += curves(bench)
     if case.speed and all((bench.root / f"{way}-0").is_dir() for way in WAYS):
