@@ -210,9 +210,9 @@ def lines(bench: Bench) -> list[str]:
         "",
         *table(head, rows),
     ]
-    if case.on_the_way and case.seeds[0] in {int(name.rpartition("-")[2]) for name in scores if "-" in name}:
+    if case.on_the_way and len(on_the_way := curves(bench)) > 2:  # more than a head
         result += ["", "On the way, by the training's own figure, which counts where a document is cut off, too:", ""]
-        result += curves(bench)
+        result += on_the_way
     if case.speed and all((bench.root / f"{way}-0").is_dir() for way in WAYS):
         speeds = {name: statistics.median(each) for name, each in bench.speeds().items()}
         without, new = speeds["without"], speeds["with"]
