@@ -128,8 +128,11 @@ def test_experts_in_one_tensor_are_pefts(
     ours, expected = (load_file(tmp_path / f / "adapter_model.safetensors") for f in ("gradients", "theirs"))
     assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in expected.items()}
     for name, tensor in expected.items():
-        assert tensor.abs().max() > 1e-3
-        torch.testing.assert_close(ours[name], tensor, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        largest = float(tensor.abs().max())  # a small sum of large terms is rounded like these
+        assert largest > 1e-3
+        torch.testing.assert_close(
+            ours[name], tensor, rtol=1e-4, atol=1e-5 * max(1.0, largest), msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize("targets", STACKS, ids=str)
