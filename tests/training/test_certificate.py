@@ -49,6 +49,22 @@ def checks(certificate: dict[str, Any]) -> dict[str, Any]:
     return {check["name"]: check for check in certificate["checks"]}
 
 
+def test_options_that_are_objects_are_left_out(
+    new_model: Make, tokenizer: Tokenizer, documents: list[Document], tmp_path: Path
+) -> None:
+    """A reward or held-out data may be an object that holds a tokenizer, or every text: neither belongs on a page."""
+    objective = Causal(tokenizer, documents, context=32, valid=documents[:2])
+    config = replace(CONFIG, certify="off")
+    assert certified(new_model, objective, config, tmp_path / "texts")["options"].keys() == {
+        "context",
+        "field",
+        "workers",
+    }
+    objective: Any = Causal(tokenizer, documents, context=32)
+    objective.field = Causal(tokenizer, documents, context=32)  # any dataclass that holds a tokenizer
+    assert "field" not in certified(new_model, objective, config, tmp_path / "object")["options"]
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_checks_hold_and_leave_the_run_as_it_was(
     new_model: Make, objective: Causal, tmp_path: Path, optimizer: Any

@@ -7,7 +7,8 @@ bytes whenever the run is made again.
 import json
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, is_dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -112,17 +113,27 @@ def device_name(device: torch.device) -> str:
 
 def _options(objective: Objective) -> dict[str, Any]:
     """The objective's options as JSON, but for data that was given as objects."""
-    values = {name: getattr(objective, name) for name in options(type(objective))}
-    plain = {name: asdict(value) if is_dataclass(value) else value for name, value in values.items()}  # type: ignore[arg-type]
-    return {name: json.loads(json.dumps(value, default=str)) for name, value in plain.items() if _is_plain(value)}
+    found: dict[str, Any] = {}
+    for name in options(type(objective)):
+        value = getattr(objective, name)
+        if is_dataclass(value) and not isinstance(value, type):
+            value = {field.name: getattr(value, field.name) for field in fields(value)}
+        with suppress(TypeError):
+            found[name] = _as_json(value)
+    return found
 
 
-def _is_plain(value: Any) -> bool:
+def _as_json(value: Any) -> Any:
+    """Raises TypeError for what is neither text, a number nor made of such."""
     if isinstance(value, Mapping):
-        return all(map(_is_plain, value.values()))
+        return {str(key): _as_json(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, (bool, int, float, str, Path))
+        return [_as_json(each) for each in value]
+    if isinstance(value, Path):
+        return str(value)
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f"{type(value).__name__} is no JSON")
 
 
 def write_certificate(
