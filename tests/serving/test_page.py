@@ -131,7 +131,7 @@ def test_the_inside_can_be_open_while_the_reply_grows(visitor, endless):
     options = visitor.turn().locator("[role=option]")
     options.nth(5).wait_for()
     early = options.count()
-    options.nth(early + 10).wait_for(state="attached", timeout=10_000)
+    options.nth(early + 10).wait_for(state="attached", timeout=60_000)
     visitor.page.locator("#stop").click()
     visitor.settle()
     assert options.count() > early + 10
