@@ -19,16 +19,12 @@ from train import BATCH, GPT2, LOOPS, RECIPE, SIZES, STEP_TOKENS, machine
 
 SCORED = 300_000  # bytes of held-out text
 ADAMW = {"optimizer": "adamw", "lr": 1e-3, "schedule": "cosine"}
-EIGHT = {"batch": 8, "lr": 0.005 * 0.5**0.5}  # a step takes half the time of one of 16 rows, to 2 %
-ARCEE = {**RECIPE, "family": "arcee", "mlp": "relu2", "ffn_dim": 1536, "qk_norm": False}
+# what less than two minutes give, and shapes whose steps take another time: recipe.py --shape train
 # name -> (minutes, at the speed of which loop, shape, settings, zero-initialised projections)
 RUNS: dict[str, tuple[float, str, dict[str, Any], dict[str, Any], bool]] = {
     "baseline, GPT-2 shape, AdamW, 10 minutes": (10, LOOPS[1], GPT2, ADAMW, False),
     "lapis, 4 minutes": (4, LOOPS[3], RECIPE, {}, True),
     "lapis, 3 minutes": (3, LOOPS[3], RECIPE, {}, True),
-    "lapis, 1.2 minutes": (1.2, LOOPS[3], RECIPE, {}, True),
-    "lapis, 1.2 minutes, 8 rows a step": (1.2, LOOPS[3], RECIPE, EIGHT, True),
-    "lapis, 1.2 minutes, 8 rows a step, Arcee's block": (1.2, LOOPS[3], ARCEE, EIGHT, True),
 }
 _PARTS = {
     "recipe": (RECIPE, {}, True),
