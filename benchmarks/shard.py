@@ -228,12 +228,14 @@ def resume(place: Path, steps: int, sizes: tuple[int, ...] = (4, 2, 1), case: st
     wanted |= {"out": str(out), "shard": "full"}
     journal, stops = journal_of(out), []
 
-    def before(size: int) -> None:
+    def before(size: int, slow: bool = False) -> None:
         count_reads(pieces / str(size))
         note_cursors(read[1])
+        if slow:
+            slow_steps()
 
     for size in sizes[:-1]:
-        ranks = Ranks(size, wanted, before=partial(before, size))
+        ranks = Ranks(size, wanted, before=partial(before, size, slow=True))
         ranks.wait_for(journal, at)
         os.kill(ranks.ids[-1], signal.SIGTERM)
         codes, shown = ranks.end()
@@ -249,6 +251,17 @@ def resume(place: Path, steps: int, sizes: tuple[int, ...] = (4, 2, 1), case: st
         "read": {int(folder.name): max(float(file.read_text()) for file in folder.iterdir())
                  for folder in sorted(pieces.iterdir())},
     }  # fmt: skip
+
+
+def slow_steps(seconds: float = 0.2) -> None:
+    """From now on each step takes a while, so that a signal comes before the last one on a busy machine, too."""
+    update = Updater.update
+
+    def slowed(self: Any, *given: Any) -> Any:
+        time.sleep(seconds)
+        return update(self, *given)
+
+    Updater.update = slowed  # type: ignore[method-assign]
 
 
 def note_cursors(file: Path) -> None:
