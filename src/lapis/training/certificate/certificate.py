@@ -113,14 +113,14 @@ def device_name(device: torch.device) -> str:
 
 def _options(objective: Objective) -> dict[str, Any]:
     """The objective's options as JSON, but for data that was given as objects."""
-    said: dict[str, Any] = {}
+    plain: dict[str, Any] = {}
     for name in options(type(objective)):
         value = getattr(objective, name)
         if is_dataclass(value) and not isinstance(value, type):
             value = {field.name: getattr(value, field.name) for field in fields(value)}
         with suppress(TypeError):
-            said[name] = _as_json(value)
-    return said
+            plain[name] = _as_json(value)
+    return plain
 
 
 def _as_json(value: Any) -> Any:
