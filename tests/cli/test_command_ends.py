@@ -154,3 +154,26 @@ def test_memory_depth_and_libraries_of_other_languages() -> None:
     full = system_error(Exception("I/O error: No space left on device (os error 28)"))
     assert "No space left on device; the disk or the quota is full" in str(full)
     assert system_error(ValueError("a bug")) is None and system_error(RuntimeError("a bug")) is None
+
+
+def test_ctrl_c_while_an_object_ends_is_not_lost() -> None:
+    """Python prints what is raised there and goes on, so the signal is raised once more."""
+    script = """
+import os, signal, time
+from lapis.cli import main
+class Reader:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+def work():
+    Reader()
+    time.sleep(20)
+    print("went on")
+with main._stop_signals():
+    try:
+        work()
+    except KeyboardInterrupt:
+        print("stopped")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.stdout, done.stderr) == ("stopped\n", "")

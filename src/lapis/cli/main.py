@@ -152,7 +152,9 @@ def _stop_signals() -> Iterator[list[int]]:
     """While inside, SIGINT and SIGTERM both raise KeyboardInterrupt. Yields the numbers that came so far.
 
     One that comes while a module is imported or a thread is started waits until that is done: libraries swallow what is
-    raised in an import, or make other errors of it, and a thread that may or may not run cannot be joined.
+    raised in an import, or make other errors of it, and a thread that may or may not run cannot be joined. One that
+    comes while an object ends, such as a generator that nobody read to its end, is raised once more: Python would print
+    it and go on.
     """
     received: list[int] = []
 
@@ -162,20 +164,31 @@ def _stop_signals() -> Iterator[list[int]]:
         while frame is not None:
             code = frame.f_code
             if code.co_filename == "<frozen importlib._bootstrap>" or code is threading.Thread.start.__code__:
-                signal.signal(signal.SIGALRM, receive)
-                signal.setitimer(signal.ITIMER_REAL, _LOOK_AGAIN)
+                look_again()
                 return
             frame = frame.f_back
         raise KeyboardInterrupt
+
+    def look_again() -> None:
+        signal.signal(signal.SIGALRM, receive)
+        signal.setitimer(signal.ITIMER_REAL, _LOOK_AGAIN)
+
+    def raised_in_vain(unraisable: "sys.UnraisableHookArgs") -> None:
+        if received and issubclass(unraisable.exc_type, KeyboardInterrupt):
+            look_again()
+        else:
+            hook(unraisable)
 
     if threading.current_thread() is not threading.main_thread():
         yield received
         return
     listened = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]  # nohup
     before = {number: signal.signal(number, receive) for number in listened}
+    hook, sys.unraisablehook = sys.unraisablehook, raised_in_vain
     try:
         yield received
     finally:
+        sys.unraisablehook = hook
         signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
             signal.signal(number, handler)
