@@ -204,8 +204,9 @@ class _Warnings(logging.Handler):
 
 
 def _end(message: str, status: int) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):  # this is the end already
-        if threading.current_thread() is threading.main_thread():
+    if threading.current_thread() is threading.main_thread():  # this is the end already
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
     if sys.stderr is not None:  # closed
         with suppress(OSError):
