@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from huggingface_hub import ModelCard, metadata_load
 
-from lapis.errors import ConfigError, DataError
+from lapis.errors import CheckpointError, ConfigError, DataError
 from lapis.language.adapt import adapt
 from lapis.language.card import card as card_module
 from lapis.language.card import scores
@@ -302,6 +302,8 @@ def test_questions_of_belebele_include_and_mmlu(tmp_path: Path) -> None:
 def test_what_makes_no_card_is_refused(adapted: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--text is missing"):
         gather([adapted / "base"], {}, 1000)
+    with pytest.raises(CheckpointError, match="there is no such folder"):
+        gather([tmp_path / "none"], {}, 1000)
     second = tmp_path / "elchat"
     shutil.copytree(adapted / "out", second)
     names = list(gather([adapted / "out", second, adapted / "base"], {}, 1000).models)  # both ways in one table

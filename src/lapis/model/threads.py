@@ -2,6 +2,7 @@
 
     settle_threads()              before a command computes with a model
     with threads(1): ...          torch's threads set, and put back
+    processor_fields()            what the system says of the processor
 
 Threads of a busy machine wait for each other at every product: on two cores that other work kept busy, two took seven
 times as long as one. So more than one are taken only where they are faster now. `OMP_NUM_THREADS` (or
@@ -13,6 +14,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -76,3 +78,9 @@ def fastest(counts: list[int]) -> int:
                     done[count] += products
                     spent[count] += time.perf_counter() - start
     return max(counts, key=lambda count: done[count] / spent[count])
+
+
+def processor_fields() -> dict[str, str]:
+    """/proc/cpuinfo of the first processor: field -> what stands behind it. Raises OSError where there is none."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").partition("\n\n")[0].splitlines()
+    return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}

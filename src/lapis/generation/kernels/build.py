@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lapis.model.threads import processor_fields
+
 SOURCE = Path(__file__).with_name("kernels.c")
 FLAGS = ("-O2", "-march=native", "-ffp-contract=fast", "-fPIC", "-fopenmp")
 SECONDS = 30  # after which a compiler is given up
@@ -71,12 +73,9 @@ def has_bfloat16() -> bool:
 
 
 def processor_flags() -> set[str]:
-    """What /proc/cpuinfo says that the processor can do; x86 calls it flags, ARM Features."""
-    for line in Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines():
-        name, _, words = line.partition(":")
-        if name.strip() in ("flags", "Features"):
-            return set(words.split())
-    return set()
+    """What the processor can do; x86 calls it flags, ARM Features."""
+    fields = processor_fields()
+    return set((fields.get("flags") or fields.get("Features", "")).split())
 
 
 def _compile(defines: tuple[str, ...]) -> ctypes.CDLL:

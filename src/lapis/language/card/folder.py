@@ -231,6 +231,8 @@ def gather(folders: Sequence[Path], given: Mapping[str, Any], scored: int) -> Ca
     if not models:
         raise ConfigError("card: no model is named; give a folder of lapis adapt, or model folders")
     if not held and not given.get("text"):
+        for place in models.values():
+            open_checkpoint(place)  # one that is not there is told first
         raise ConfigError("card: --text is missing; give held-out text of the language, or a folder of lapis adapt")
     for name, part in PARTS.items():
         if paths := given.get(part):

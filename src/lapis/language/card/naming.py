@@ -50,8 +50,7 @@ def name_languages(held: Mapping[str, HeldOutText]) -> Languages:
 
 def main_language(texts: Iterable[str]) -> str:
     """The code of the language that most of some texts are in; "" where there is no such one."""
-    languages = Languages({}, detector(KNOWN))
-    counts = Counter(languages.of(text) for text in islice(texts, LOOKED_AT))
+    counts = Counter(_codes(texts))
     code = counts.most_common(1)[0][0] if counts else ""
     near = counts[code] + counts[TWINS.get(code, "-")]
     return code if near >= MOSTLY * counts.total() else ""
@@ -62,10 +61,15 @@ def language_shares(texts: Iterable[str]) -> dict[str, float]:
 
     Malay and Indonesian are one ("id or ms"), since nobody said which it is; "" is no language that is known.
     """
-    languages = Languages({}, detector(KNOWN))
-    codes = [languages.of(text) for text in islice(texts, LOOKED_AT)]
+    codes = _codes(texts)
     counts = Counter(" or ".join(sorted((code, TWINS[code]))) if code in TWINS else code for code in codes)
     return {name: count / len(codes) for name, count in counts.most_common()}
+
+
+def _codes(texts: Iterable[str]) -> list[str]:
+    """What the first of some texts look like."""
+    languages = Languages({}, detector(KNOWN))
+    return [languages.of(text) for text in islice(texts, LOOKED_AT)]
 
 
 def share_in_language(code: str, texts: Iterable[str]) -> float:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 import lapis
+from lapis.model.threads import processor_fields
 from lapis.model.transformer import Transformer
 from lapis.report.pages.certificate import certificate_page
 from lapis.training.certificate.checks import Check
@@ -103,11 +104,9 @@ def device_name(device: torch.device) -> str:
     """What the maker calls a GPU, or this machine's processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    named = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    named = ""
+    with suppress(OSError):
+        named = processor_fields().get("model name", "")
     return named or platform.processor() or platform.machine()
 
 
