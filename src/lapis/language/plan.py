@@ -13,6 +13,7 @@ from lapis.config import build
 from lapis.errors import ConfigError
 from lapis.language.replay import SELF
 from lapis.language.rows.init import Init
+from lapis.wording import format_count
 
 PLAN = "plan.yaml"
 EVALUATIONS = 10  # of a training on the way, unless train says otherwise
@@ -192,8 +193,9 @@ class AdaptPlan:
             every = self.eval_every(steps)
             times = ceil(steps / every) + bool(self.replay) if every else 1  # with replay one of the start, too
             tokens += times * self.scored / BYTES * (2 if self.replay else 1) / 3
-        minutes = tokens / self.tokens_per_second / 60
-        return f"about {minutes:,.0f} minutes at {self.tokens_per_second:,.0f} tokens a second, evaluations included"
+        minutes = round(tokens / self.tokens_per_second / 60)
+        told = f"about {format_count(minutes, 'minute')}" if minutes else "less than a minute"
+        return f"{told} at {self.tokens_per_second:,.0f} tokens a second, evaluations included"
 
     @property
     def step_names(self) -> list[str]:
