@@ -185,8 +185,9 @@ def test_how_much_is_trained_is_counted_in_tokens(plan: Callable[..., dict[str, 
     settings = plan(chat=None, card=False, embedded=0.25)
     adapt(settings, note=remarks.append)
     assert [steps_of(out / name) for name in ("embedded", "adapted")] == [3, 9]
-    speed = yaml.safe_load((out / "plan.yaml").read_text())["tokens_per_second"]
-    assert speed > 0 and f"training: {12 * STEP:,} tokens, about" in " ".join(remarks)
+    measured = read_plan(yaml.safe_load((out / "plan.yaml").read_text()))
+    speed, length = measured.tokens_per_second, measured.time_of(0.25, 0.75)
+    assert speed and length and f"training: {12 * STEP:,} tokens, {length}" in remarks
 
     seen = times(out)
     adapt(settings)  # measured no second time

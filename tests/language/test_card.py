@@ -21,7 +21,7 @@ from lapis.language.card.folder import gather, licence_of, models_of, read_chats
 from lapis.language.card.naming import main_language, name_languages
 from lapis.language.card.readme import readme
 from lapis.language.card.scores import HeldOutText, Measured, score_model
-from lapis.report.pages.card import FIGURES, card_page, without_folders
+from lapis.report.pages.card import FIGURES, card_page, counted, without_folders
 
 from .conftest import ENGLISH, MALAY, make, write
 
@@ -366,3 +366,8 @@ def test_a_licence_is_what_the_base_states(tmp_path: Path) -> None:
     ):
         (folder / "README.md").write_text(text)
         assert licence_of(folder) == stated
+
+
+def test_what_scores_are_measured_on_is_counted() -> None:
+    assert [counted("bits_per_byte", n) for n in (1, 2)] == ["1 document", "2 documents"]
+    assert [counted("in_language", *n) for n in ((1, 1), (1, 3))] == ["1 reply", "1–3 replies"]

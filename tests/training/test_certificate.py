@@ -14,6 +14,7 @@ import torch
 from lapis.errors import TrainingError
 from lapis.model import lora
 from lapis.model.transformer import Transformer
+from lapis.report.pages.certificate import certificate_page
 from lapis.text.corpus.corpus import Document
 from lapis.text.corpus.pairs import Pair
 from lapis.text.tokenizer.tokenizer import Tokenizer
@@ -188,6 +189,8 @@ def test_it_names_the_model_its_parts_and_the_options(data_folder: Path, monkeyp
     assert adapted["trained"]["lora"]["targets"] == ["attn"] and adapted["trained"]["parameters"] < 3000
     assert tuned["origin"] == {"model": "base", "tune": ["layers.0"], "freeze": ["layers.0.mlp"]}
     assert tuned["options"]["valid"] == 0.1 and tuned["not_checked"] == "certify is off"
+    many = certificate_page({**tuned, "origin": {"tokens": list(range(49152, 59152))}}, []).render()
+    assert "49152, 49153, …, 59151 (10,000 in all)" in many and "49154" not in many
     page = Path("p", PAGE).read_text()
     for text in ("layers.0.mlp", "certify is off", "parameters were trained", base["machine"]["device_name"]):
         assert text in page, text

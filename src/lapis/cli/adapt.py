@@ -95,7 +95,8 @@ def adapt(
         if "card" not in result:
             line(f"not measured; next: lapis card {result['out']} --out DIR")
             return
-        line(f"bits per byte of the language: {result['won']:.1%} fewer")
+        won = result["won"]
+        line(f"bits per byte of the language: {abs(won):.1%} {'fewer' if won >= 0 else 'more'} than before")
         if result["cost"] is not None:
             line(f"bits per byte of the replay text: {result['cost']:+.1%}")
         line(f"card: {result['card']}")

@@ -194,8 +194,8 @@ class AdaptPlan:
             times = ceil(steps / every) + bool(self.replay) if every else 1  # with replay one of the start, too
             tokens += times * self.scored / BYTES * (2 if self.replay else 1) / 3
         minutes = round(tokens / self.tokens_per_second / 60)
-        told = f"about {format_count(minutes, 'minute')}" if minutes else "less than a minute"
-        return f"{told} at {self.tokens_per_second:,.0f} tokens a second, evaluations included"
+        length = f"about {format_count(minutes, 'minute')}" if minutes else "less than a minute"
+        return f"{length} at {self.tokens_per_second:,.0f} tokens a second, evaluations included"
 
     @property
     def step_names(self) -> list[str]:

@@ -101,7 +101,7 @@ def _changes(card: Mapping[str, Any], first: str, last: str) -> list[str]:
         cells = []
         for each in changes.values():
             value, interval = spelled_change(key, each[key]) if key in each else ("–", "")
-            cells.append(f"{value} ({interval}; {each[key]['n']} {counted(key)})" if interval else value)
+            cells.append(f"{value} ({interval}; {counted(key, each[key]['n'])})" if interval else value)
         lines.append(_line([f"{label} ({better} is better)", *cells]))
     if gap := card["gap"]:
         low, high = gap["interval"]
@@ -119,9 +119,7 @@ def _scores(scores: Mapping[str, Any], language: str) -> list[str]:
         known = [each[language][key] for each in scores.values() if key in each[language]]
         if known:
             cells = [spelled(key, each[language][key]) if key in each[language] else "–" for each in scores.values()]
-            lines.append(
-                _line([f"{label} ({better} is better)", *cells, f"{max(f['n'] for f in known)} {counted(key)}"])
-            )
+            lines.append(_line([f"{label} ({better} is better)", *cells, counted(key, max(f["n"] for f in known))]))
     return lines
 
 

@@ -27,8 +27,9 @@ FIGURES = {
     "choices": ("questions answered right", ".1%", "more"),
 }
 COUNTED = {
-    "stop_rate": "replies", "in_language": "replies", "choices": "questions", "response_bits_per_byte": "chats",
-    "response_nll": "chats", "characters_per_second": "texts",
+    "stop_rate": ("reply", "replies"), "in_language": ("reply", "replies"), "choices": ("question", "questions"),
+    "response_bits_per_byte": ("chat", "chats"), "response_nll": ("chat", "chats"),
+    "characters_per_second": ("text", "texts"),
 }  # fmt: skip
 SHARES = ("stop_rate", "in_language", "choices")  # changes of these are points
 TOKEN_BOUND = ("response_nll",)  # not to be compared where tokenizers differ
@@ -121,9 +122,12 @@ def written(key: str, value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else format(value, FIGURES[key][1])
 
 
-def counted(key: str) -> str:
-    """What a score is measured on."""
-    return COUNTED.get(key, "documents")
+def counted(key: str, least: int, most: int | None = None) -> str:
+    """What a score is measured on: "1 document", or "2–3 documents" where models differ."""
+    one, many = COUNTED.get(key, ("document", "documents"))
+    if most is None or most == least:
+        return format_count(least, one, many)
+    return f"{least:,}–{format_count(most, one, many)}"
 
 
 def spelled_change(key: str, figure: Mapping[str, Any]) -> tuple[str, str]:
@@ -169,7 +173,7 @@ def _stat(card: Mapping[str, Any], language: str, key: str, ends: tuple[str, str
     before, after = (written(key, card["scores"][name][language][key]["value"]) for name in ends)
     value, interval = spelled_change(key, figure)
     number, _, unit = value.partition("\u00a0")
-    note = f"{before} → {after}; {interval} {unit}; {figure['n']} {counted(key)}"
+    note = f"{before} → {after}; {interval} {unit}; {counted(key, figure['n'])}"
     return f"{label} ({better} is better)", value if unit == "%" else number, note
 
 
@@ -180,10 +184,10 @@ def _table(page: Page, card: Mapping[str, Any], language: str) -> None:
     for key, (label, _, better) in FIGURES.items():
         known = {name: figures[key] for name, figures in scores.items() if key in figures}
         if known:
-            counts = sorted({figure["n"] for figure in known.values()})
+            counts = [figure["n"] for figure in known.values()]
             row = {"score": f"{label}\N{NO-BREAK SPACE}{'↓' if better == 'less' else '↑'}"}
             row |= {name: spelled(key, figure) for name, figure in known.items()}
-            row["n"] = f"{'–'.join(map(str, counts[:: max(1, len(counts) - 1)]))} {counted(key)}"
+            row["n"] = counted(key, min(counts), max(counts))
             rows.append(row)
     chance = next((f["choices"]["chance"] for f in scores.values() if "chance" in f.get("choices", {})), None)
     caption = "↓ less is better, ↑ more is better. Nats per token compare only where tokens per byte are equal."

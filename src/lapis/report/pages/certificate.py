@@ -15,6 +15,7 @@ from lapis.report.page import Page
 from lapis.report.theme import Row
 
 WIDTH, HEIGHT = 600, 200  # of the drawing, which is stretched to its box
+_LISTED = 12  # entries of a list that are shown
 _STYLE = """
 .curve { display: grid; grid-template-columns: auto 1fr; column-gap: .6rem; max-width: 52rem; margin: 1.6rem 0 .6rem; }
 .curve div { display: flex; justify-content: space-between; color: var(--quiet); font-size: .8rem; line-height: 1; }
@@ -132,8 +133,17 @@ def _add_origin(page: Page, facts: Mapping[str, Any]) -> None:
 
 def _settings(values: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Rows of those that say something."""
-    return [{"setting": key, "value": str(value)} for key, value in values.items()
+    return [{"setting": key, "value": _spelled(value)} for key, value in values.items()
             if value not in (None, "", {}, [], ())]  # fmt: skip
+
+
+def _spelled(value: Any) -> str:
+    """A setting; of a long list its ends and how much it holds, for all of it is in certificate.json."""
+    if not isinstance(value, (list, tuple)):
+        return str(value)
+    if len(value) <= _LISTED:
+        return ", ".join(map(str, value))
+    return f"{value[0]}, {value[1]}, …, {value[-1]} ({len(value):,} in all)"
 
 
 def _leaves(value: Any) -> list[tuple[str, Any]]:
