@@ -113,6 +113,21 @@ def test_a_signal_behind_an_error_leaves_its_line(monkeypatch: pytest.MonkeyPatc
     assert ended.value.code == 1 and capfd.readouterr().err == "lapis: out: the disk is full; make room\n"
 
 
+def test_wrong_usage_is_said_by_the_first_process(tmp_path: Path) -> None:
+    """All that torchrun started read the same command; the others end when the first has had its time to say it."""
+    ended = [lapis("train", tmp_path, "--gpus", "many", env={**os.environ, "RANK": rank}) for rank in ("0", "1")]
+    line = 'lapis: Invalid value for --gpus: unable to convert "many" into int. (see lapis train --help)\n'
+    assert [(done.returncode, done.stderr) for done in ended] == [(2, line), (2, "")]
+
+
+@pytest.mark.parametrize(
+    ("words", "helps"), [("merg", "lapis"), ("delta foo", "lapis delta"), ("delta show", "lapis delta show")]
+)
+def test_wrong_usage_names_the_help_of_its_command(words: str, helps: str) -> None:
+    done = lapis(*words.split())
+    assert done.returncode == 2 and one_line(done).endswith(f" (see {helps} --help)\n")
+
+
 def test_too_few_open_files(text: Path) -> None:
     script = (
         "import resource, lapis.cli.main, lapis.cli.data\n"

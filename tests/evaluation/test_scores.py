@@ -1,5 +1,6 @@
 """Scores against a plain computation, one sequence and one token at a time."""
 
+import gzip
 import json
 import math
 from pathlib import Path
@@ -134,6 +135,26 @@ def test_choices_take_the_likeliest(model: Transformer, tokenizer: Tokenizer) ->
     best = costs.index(min(costs))
     result = score_choices(model, tokenizer, [Choice("The ", choices, best), Choice("The ", choices, (best + 1) % 3)])
     assert result["accuracy"] == 0.5 and result["n"] == 2
+
+
+def test_questions_come_in_all_kinds_of_records(tmp_path: Path) -> None:
+    """Belebele and INCLUDE are parquet on the hub."""
+    pytest.importorskip("pyarrow")
+    import pyarrow
+    from pyarrow import parquet
+
+    records = [{"prompt": "a", "choices": ["x", "y"], "answer": n} for n in (0, 1)]
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    (tmp_path / "c.jsonl").write_text(lines)
+    (tmp_path / "d.json").write_text(json.dumps(records))
+    (tmp_path / "e.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "f.parquet")
+    expected = [Choice("a", ("x", "y"), n) for n in (0, 1)]
+    for path in tmp_path.iterdir():
+        assert read_choices(path) == expected
+    (tmp_path / "g.csv").write_text("prompt\n")
+    with pytest.raises(DataError, match=r'files that end in "\.csv" are not read; questions are read from \.jsonl, '):
+        read_choices(tmp_path / "g.csv")
 
 
 @pytest.mark.parametrize("record, message", [

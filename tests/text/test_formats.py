@@ -277,7 +277,7 @@ def test_json_files_that_people_have(tmp_path: Path) -> None:
     assert files(tmp_path) == [path], "of a folder, arrays are data and settings are not"
     for raw, message in (
         (path.read_bytes()[:2000], "the array ends too early, after item"),
-        (b"[]", "is empty; there is nothing to read"),
+        (b"[]", "is empty; give another file, or leave it out"),
         (b'[{"text": "a"}, {"text": }]', "item 2: not JSON at column"),
         (b'[{"text": "a\xff"}]', "item 1: not UTF-8 at byte 12"),
         (b'{\n "a": 1\n}', "is neither an array of records nor one object in each line"),

@@ -32,8 +32,8 @@ def card(
         replay: Held-out text of what the models knew before.
         chats: Chats of the language, to measure replies on.
         replay_chats: Chats of what the models knew.
-        choices: Questions of multiple choice in the language: jsonl (also Belebele's and INCLUDE's records), or task
-            files of lm-evaluation-harness (.yaml; they may name Python that is run).
+        choices: Questions of multiple choice in the language: jsonl, JSON or parquet (also Belebele's and INCLUDE's
+            records), or task files of lm-evaluation-harness (.yaml; they may name Python that is run).
         replay_choices: The same in what the models knew.
         tuned: A model tuned on chats of the language: the yardstick of the gap that was closed.
         language: A code such as ms.

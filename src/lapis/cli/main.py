@@ -8,9 +8,11 @@ A command's module is imported when the command is run, so `lapis --help` is qui
 import atexit
 import gc
 import logging
+import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -62,6 +64,7 @@ COMMANDS = {
     "serve": ("lapis.cli.serve:serve", "Serve models behind OpenAI's API, with a page to talk to them."),
 }
 
+_FIRST_SPEAKS = 2.0  # seconds that the first of several processes has to say what all would
 _LOOK_AGAIN = 0.02  # seconds until a signal that came during an import is looked at again
 GROUPS = {
     "tokenizer": "Train a tokenizer, or extend one.",
@@ -128,7 +131,8 @@ def main(arguments: list[str] | None = None) -> None:
                 make_app()(arguments, exit_on_error=False, print_error=False, result_action="return_none")
                 sys.stdout.flush()
         except CycloptsError as error:
-            _end(f"{error} (see lapis --help)", 2)
+            command = " ".join(["lapis", *(error.command_chain or ())])
+            _end(f"{error} (see {command} --help)", 2, alike=True)
         except NotShown as error:
             discard(sys.stdout)
             _end(str(error), 1)
@@ -203,12 +207,15 @@ class _Warnings(logging.Handler):
                 print(for_terminal(" ".join(record.getMessage().split()))[:LONGEST], file=sys.stderr)
 
 
-def _end(message: str, status: int) -> None:
+def _end(message: str, status: int, *, alike: bool = False) -> None:
+    """Exits with a line. alike: All processes that torchrun started end with it; the first alone says it."""
     if threading.current_thread() is threading.main_thread():  # this is the end already
         signal.setitimer(signal.ITIMER_REAL, 0)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
-    if sys.stderr is not None:  # closed
+    if alike and os.environ.get("RANK", "0") != "0":
+        time.sleep(_FIRST_SPEAKS)  # torchrun ends all where one has ended
+    elif sys.stderr is not None:  # closed
         with suppress(OSError):
             print("lapis: " + for_terminal(" ".join(message.split()))[:LONGEST], file=sys.stderr)
     sys.exit(status)

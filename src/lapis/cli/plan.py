@@ -42,7 +42,7 @@ def plan(
         merge: A recipe of lapis merge, in place of base and chat; --out is the recipe with the scales that were found.
         chats: jsonl of chats to measure with; without them the choice rests on the tensors alone.
         text: Files of plain text that the model should not lose.
-        choices: jsonl of questions of fact that it should not lose.
+        choices: jsonl, JSON or parquet of questions of fact that it should not lose.
         onto: The model of a coming graft: measure there, and learn a scale for each piece.
         out: Write the plan here, for `lapis train` (plan: FILE) and `lapis graft --scale FILE`.
         html: Write a page with the scatter, the choice and the control.

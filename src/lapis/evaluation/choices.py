@@ -1,9 +1,10 @@
 """Multiple choice by log-probability: the choice that the model finds likeliest is its answer.
 
-A record is one line of jsonl: `prompt` (text) or `messages` (a chat), `choices` (texts), `answer` (an index from 0).
-Records of Belebele, of INCLUDE and of MMLU's kind are read as they are, and asked with lm-evaluation-harness' words.
-A choice's score is the summed log-probability of its tokens after the prompt (as in lm-evaluation-harness: acc), and
-the same divided by its bytes (acc_norm), which does not favor short choices. Leaves out: few-shot prompts.
+A record (of jsonl, JSON or parquet) has `prompt` (text) or `messages` (a chat), `choices` (texts) and `answer` (an
+index from 0). Records of Belebele, of INCLUDE and of MMLU's kind are read as they are, and asked in the words of
+lm-evaluation-harness. A choice's score is the summed log-probability of its tokens after the prompt (as in
+lm-evaluation-harness: acc), and the same divided by its bytes (acc_norm), which does not favor short choices. Leaves
+out: few-shot prompts.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,8 +15,11 @@ from typing import Any
 from lapis.errors import DataError
 from lapis.model.reading.readable import ReadableModel
 from lapis.model.scoring import Precision, Progress, ScoredSequence, nll
-from lapis.parsing import ParseError, parse_json, quoted
+from lapis.parsing import quoted
 from lapis.text.chat.chat import encode_prompt
+from lapis.text.corpus.file_stream import RECORDS, at
+from lapis.text.corpus.files import files
+from lapis.text.corpus.records import records
 from lapis.text.tokenizer.tokenizer import Tokenizer
 
 LETTERS = "ABCDEFGHIJ"
@@ -77,27 +81,15 @@ def mark_choices(
 
 
 def read_choices(path: Path | str) -> list[Choice]:
-    """The questions of a jsonl file. Raises DataError naming line and field."""
-    path = Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except FileNotFoundError:
-        raise DataError(f"{path}: there is no such file; give a file of questions") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 at byte {error.start}; convert the file to UTF-8") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}; give a file of questions") from None
-    questions = [_question(line, f"{path} line {n}") for n, line in enumerate(lines, 1) if line.strip()]
-    if not questions:
-        raise DataError(f"{path}: is empty; there is nothing to read")
-    return questions
+    """The questions of a file of records (.jsonl, .json, .parquet; .gz and .zst of the former), or of all in a folder.
+
+    Raises DataError naming record and field.
+    """
+    listed = files(path, RECORDS, "questions are read from")
+    return [_question(record, at(file, number)) for file in listed for number, record in records(file)]
 
 
-def _question(line: str, where: str) -> Choice:
-    try:
-        record = parse_json(line, constants=False)
-    except ParseError as error:
-        raise DataError(f"{where}: {error}") from None
+def _question(record: Any, where: str) -> Choice:
     if not isinstance(record, dict):
         raise DataError(f"{where}: is not an object; expected prompt, choices and answer")
     if "question" in record and "prompt" not in record and "messages" not in record:

@@ -20,7 +20,7 @@ class EvalOptions:
     chats: tuple[Path, ...] = ()
     """jsonl of chats: response NLL, and the share of greedy replies that end."""
     choices: Path | None = None
-    """jsonl of prompt (or messages), choices and answer: accuracy."""
+    """jsonl, JSON or parquet of prompt (or messages), choices and answer: accuracy."""
     classes: Path | None = None
     """Labeled texts (tsv, csv, jsonl) or pictures (npz, a folder of class folders): accuracy, F1, confusion."""
     pairs: tuple[Path, ...] = ()

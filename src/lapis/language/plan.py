@@ -41,7 +41,8 @@ class AdaptPlan:
             lost (ElChat, Yamaguchi et al., arXiv:2412.11704).
         chats: Chats of the language, to measure replies on.
         replay_chats: Chats of what the model knew.
-        choices: Questions of multiple choice in the language: jsonl, or task files of lm-evaluation-harness.
+        choices: Questions of multiple choice in the language: jsonl, JSON or parquet, or task files of
+            lm-evaluation-harness.
         replay_choices: The same in what the model knew.
         vocab: New tokens; "auto" takes the recommendation of the first step, 0 adds none.
         init: How new rows begin (`lapis tokenizer extend --init`).

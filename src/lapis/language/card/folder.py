@@ -118,7 +118,7 @@ def read_chats(paths: Paths) -> list[corpus.ChatRecord]:
 
 
 def read_questions(paths: Paths) -> tuple[list[Choice], list[Path]]:
-    """Questions of multiple choice: those of jsonl files, and the task files of lm-evaluation-harness.
+    """Questions of multiple choice: those of files of records, and the task files of lm-evaluation-harness.
 
     Args:
         paths: Files; what ends in .yaml or .yml is a task file.

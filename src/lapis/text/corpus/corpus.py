@@ -28,7 +28,7 @@ from lapis.text.corpus.chat_records import (
 )
 from lapis.text.corpus.file_stream import PIECE, RECORDS, OpenedFile, at, suffix
 from lapis.text.corpus.files import Source, files
-from lapis.text.corpus.records import checked_text, not_utf8, records, refuse_nul, spelled
+from lapis.text.corpus.records import checked_text, empty, not_utf8, records, refuse_nul, spelled
 
 TEXT_FIELDS = ("text", "content", "body", "document", "article", "raw_content")
 Kind = Literal["documents", "chats"]
@@ -167,7 +167,7 @@ def _pieces(path: Path, first: int, last: int | None) -> Iterator[Document]:
                 line += held.count("\n", 0, cut)
                 held, rest = held[cut:], True
     if not any_text:
-        raise DataError(f"{path}: is empty; there is nothing to read")
+        raise empty(path)
     yield Document(held, path, line, more=last is not None, rest=rest)
 
 

@@ -42,12 +42,12 @@ class Labeled:
 def labeled(paths: Source | Iterable[Source]) -> Iterator[Labeled]:
     """Every example of the files. Raises DataError where one is empty, damaged, or lacks label or text."""
     for path in files(paths, LABELED, "labeled texts are"):
-        empty = True
+        any_example = False
         for line, label, text in _table(path) if suffix(path) in TABLES else _records(path):
-            empty = False
+            any_example = True
             yield Labeled(_words(text, "text", path, line), _label(label, path, line), path, line)
-        if empty:
-            raise DataError(f"{path}: holds no examples; there is nothing to read")
+        if not any_example:
+            raise DataError(f"{path}: holds no examples; give another file, or leave it out")
 
 
 def bare_texts(paths: Source | Iterable[Source]) -> Iterator[str]:

@@ -57,7 +57,7 @@ def records(
                 yield number, _parse(raw, path, number, position)
             position += len(raw)
     if not count and first == 0 and last is None:
-        raise DataError(f"{path}: is empty; there is nothing to read")
+        raise empty(path)
 
 
 def _is_array(path: Path) -> bool:
@@ -97,7 +97,7 @@ def _items(path: Path) -> Iterator[tuple[int, Any]]:
             yield number, _parse(raw[start:end], path, number, place + start)
             start = end
     if not number:
-        raise DataError(f"{path}: is empty; there is nothing to read")
+        raise empty(path)
 
 
 def _item_end(raw: bytes, start: int) -> int | None:
@@ -146,7 +146,7 @@ def _rows(
         groups = range(first, opened.num_row_groups if last is None else last)
         number = sum(opened.metadata.row_group(i).num_rows for i in range(first))
         if not opened.metadata.num_rows:
-            raise DataError(f"{path}: is empty; there is nothing to read")
+            raise empty(path)
         names = opened.schema_arrow.names
         if len(set(names)) != len(names):
             twice = next(name for name in names if names.count(name) > 1)
@@ -192,6 +192,11 @@ def _parse(raw: bytes, path: Path, number: int, position: int) -> Any:
         raise not_utf8(path, number, position + error.start, error) from None
     except ParseError as error:
         raise DataError(f"{where}: {error}") from None
+
+
+def empty(path: Path) -> DataError:
+    """The refusal of a file without anything to read."""
+    return DataError(f"{path}: is empty; give another file, or leave it out")
 
 
 def not_utf8(path: Path, line: int, byte: int, error: UnicodeDecodeError) -> DataError:
