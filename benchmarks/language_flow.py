@@ -1,6 +1,6 @@
 """The whole flow on a real model: a graft, ElChat's way, and tuning on the language's own instructions, side by side.
 
-    python benchmarks/language_flow.py --out runs/language-flow [--model DIR] [--add N] [--do train|score|write]
+    python benchmarks/language_flow.py --out runs/language-flow [--model DIR] [--add N] [--seed S] [--do STEP]
 
 chat      base tuned on English instructions
 adapted   base continued on Malay, a tenth of English beside it; with --add, after it gained so many Malay tokens, so
@@ -61,11 +61,13 @@ MALAY = DATA / "corpus/ms/train.jsonl"
 
 class Flow:
     """The models of a flow, in a folder. seconds: of the processor, for each training. batch: Rows of a step. add:
-    Tokens that adapted gains. scored: Chats of each language, of which a third is answered."""
+    Tokens that adapted gains. scored: Chats of each language, of which a third is answered. seed: Of each training."""
 
-    def __init__(self, root: Path, base: Path, seconds: float, lr: float, *, batch: int, add: int, scored: int) -> None:
+    def __init__(
+        self, root: Path, base: Path, seconds: float, lr: float, *, batch: int, add: int, scored: int, seed: int
+    ) -> None:
         self.root, self.base, self.seconds, self.lr = root, base, seconds, lr
-        self.batch, self.add, self.scored = batch, add, scored
+        self.batch, self.add, self.scored, self.seed = batch, add, scored, seed
         root.mkdir(parents=True, exist_ok=True)
         self.chats = {code: self._chats(code, "") for code in KINDS}
         if add and not (root / "start").is_dir():
@@ -101,7 +103,7 @@ class Flow:
         if name == "adapted" and self.add:
             start = self.root / "start"
         shared = {"context": CONTEXT, "batch": self.batch, "lr": self.lr, "log_every": 5,
-                  "precision": PRECISION}  # fmt: skip
+                  "precision": PRECISION, "seed": self.seed}  # fmt: skip
         if name in ("chat", "tuned"):
             code = "ms" if name == "tuned" else "en"
             how = {"objective": "chat", "data": [str(self.chats[code])], "tokenizer": str(self._templated(start))}
@@ -173,7 +175,8 @@ def lines(flow: Flow) -> list[str]:
     head = ["model", "replies en", "replies ms", "gap closed, ms", "stops en", "stops ms", "bits ms", "bits en", "cost",
             "steps", "processor s"]  # fmt: skip
     added = f", adapted with {flow.add:,} new tokens" if flow.add else ""
-    return [f"{flow.base.name}{added}, {flow.seconds:.0f} processor seconds for each training.", "", *table(head, rows)]
+    how = f"{flow.base.name}{added}, {flow.seconds:.0f} processor seconds for each training, seed {flow.seed}."
+    return [how, "", *table(head, rows)]
 
 
 def main() -> None:
@@ -185,10 +188,11 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--add", type=int, default=0, help="Malay tokens that adapted gains")
     parser.add_argument("--scored", type=int, default=24, help="chats of each language that are scored")
+    parser.add_argument("--seed", type=int, default=0, help="of each training; each with an --out of its own")
     parser.add_argument("--do", choices=["train", "score", "write"], help="one of the steps; all without it")
     options = parser.parse_args()
     flow = Flow(options.out, options.model or models_folder() / "smollm2-it", options.seconds, options.lr,
-                batch=options.batch, add=options.add, scored=options.scored)  # fmt: skip
+                batch=options.batch, add=options.add, scored=options.scored, seed=options.seed)  # fmt: skip
     if options.do in ("train", None):
         flow.train()
     if options.do != "train":

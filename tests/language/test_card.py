@@ -21,7 +21,8 @@ from lapis.language.card.folder import gather, licence_of, models_of, read_chats
 from lapis.language.card.naming import main_language, name_languages
 from lapis.language.card.readme import readme
 from lapis.language.card.scores import HeldOutText, Measured, score_model
-from lapis.report.pages.card import FIGURES, card_page, counted, without_folders
+from lapis.report.pages.card import FIGURES, card_page, counted
+from lapis.wording import without_folders
 
 from .conftest import ENGLISH, MALAY, make, write
 

@@ -122,7 +122,25 @@ def test_the_account_lists_every_tensor_of_every_input(family, tmp_path):
     assert torch.equal(out["model.layers.2.mlp.up_proj.weight"], two["model.layers.1.mlp.up_proj.weight"])
     assert torch.equal(out["model.embed_tokens.weight"], one["model.embed_tokens.weight"])
     assert torch.equal(out["lm_head.weight"], two["lm_head.weight"])
-    assert (tmp_path / "out" / "README.md").is_file()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert str(tmp_path) not in card and "tags: [lapis, merge]" in card and "| one | `one` |" in card
+    assert "{'sources': [{'model': 'two', 'layer_range': [0, 2]}]}]` |" in card
+
+
+@pytest.mark.parametrize("above", ["", "a folder/"])
+def test_the_card_of_a_formula_names_no_folder(trio, tmp_path, monkeypatch, above):
+    (tmp_path / "with" / above).mkdir(parents=True, exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    names = {role: f"with/{above}{role}" for role in ("base", "chat", "onto")}
+    for role, folder in trio(tied=False).items():
+        folder.rename(tmp_path / names[role])
+    formula = "{onto} + 0.8*({chat} - {base})"
+    quoted = {role: f"'{name}'" if " " in name else name for role, name in names.items()}
+    for number, places in enumerate((quoted, {role: repr(str(tmp_path / name)) for role, name in names.items()})):
+        merge(formula.format(**places), tmp_path / f"out{number}")
+        card = (tmp_path / f"out{number}" / "README.md").read_text()
+        assert "with" not in card.partition("---\n\n")[2] and str(tmp_path) not in card
+        assert all(f"`{role}`" in card for role in names)
 
 
 def test_an_unknown_architecture_with_experts_merges_by_name(tmp_path):

@@ -28,9 +28,10 @@ from lapis.checkpoint.tensor_file import INDEX, torch_dtype
 from lapis.checkpoint.towers import change_language_config, language_config
 from lapis.errors import CheckpointError, ConfigError
 from lapis.families import find
+from lapis.weights.account import Entry, count, write_account
 from lapis.weights.config_fields import carried_config
-from lapis.weights.engine.job import Entry, MergeResult, count, disk_bytes, produce, write_account
-from lapis.weights.engine.outputs import Account, Output
+from lapis.weights.engine.job import MergeResult, produce
+from lapis.weights.engine.outputs import Account, Output, disk_bytes
 from lapis.weights.engine.sources import RowsOf, Stored, columns_of
 from lapis.weights.engine.tiles import checksum
 from lapis.weights.matching import embedding_rows

@@ -14,15 +14,13 @@ import yaml
 from lapis.report.pages.card import (
     CODE,
     FIGURES,
-    HUB_ID,
     TOKEN_BOUND,
     counted,
     spelled,
     spelled_change,
     title_of,
-    without_folders,
 )
-from lapis.wording import format_count
+from lapis.wording import HUB_ID, format_count, without_folders
 
 USE = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer

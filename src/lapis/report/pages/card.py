@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from pathlib import PurePath
 from typing import Any
 
 from lapis.report import plots
 from lapis.report.markup import Column
 from lapis.report.page import Page
-from lapis.wording import format_count
+from lapis.wording import format_count, without_folders
 
 # score -> what it is called, how it is written, and which way is better
 FIGURES = {
@@ -35,13 +34,6 @@ SHARES = ("stop_rate", "in_language", "choices")  # changes of these are points
 TOKEN_BOUND = ("response_nll",)  # not to be compared where tokenizers differ
 TITLES = {"target": "The language", "replay": "What it knew before"}
 CODE = re.compile(r"[a-z]{2,3}")
-HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*")
-# the folders of a path that is known by its beginning (/a, ~/a, ../a, C:\a); their names may have spaces
-ROOTED = re.compile(
-    r"""(?<![^\s"'`,;=|()\[\]{}<>])((file:)?|~[\w.-]*|\.{1,2}|[A-Za-z]:)[/\\]([^"'`,;|<>]*[/\\])?(?=[^\s/\\])"""
-)
-WORD = re.compile(r"""[^\s"'`,;=|()\[\]{}<>]+""")
-FILE = re.compile(r"\.(csv|gguf|gz|html|jsonl?|md|parquet|py|safetensors|toml|tsv|txt|ya?ml|zst)$", re.IGNORECASE)
 
 
 def card_page(card: Mapping[str, Any]) -> Page:
@@ -84,31 +76,6 @@ def title_of(card: Mapping[str, Any], language: str) -> str:
     code = card["languages"].get(language, "")
     title = TITLES.get(language, language)
     return f"{title} ({code})" if CODE.fullmatch(code) else title
-
-
-def without_folders(value: Any) -> Any:
-    """A setting as others may read it: of each path the last part, since folders of a machine are its owner's business.
-
-    Args:
-        value: Text, a path, or a list or mapping of such. Ids of the hub, its data sets and addresses stay, and so does
-            all that is no text.
-    """
-    if isinstance(value, Mapping):
-        return {without_folders(key): without_folders(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [without_folders(each) for each in value]
-    if isinstance(value, PurePath):
-        return value.name
-    if not isinstance(value, str):
-        return value
-    return WORD.sub(lambda word: _last_part(word[0]), ROOTED.sub("", value))
-
-
-def _last_part(word: str) -> str:
-    named = HUB_ID.fullmatch(word.partition("@")[0]) and not FILE.search(word)
-    if named or word.startswith("hub:") or "://" in word:
-        return word
-    return word.rstrip("/").rpartition("/")[2] or word
 
 
 def spelled(key: str, figure: Mapping[str, Any]) -> str:

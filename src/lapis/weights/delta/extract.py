@@ -29,6 +29,7 @@ from lapis.checkpoint.tensor_file import DELTA, dtype_name
 from lapis.errors import CheckpointError, LapisError
 from lapis.text.chat.template_tokens import template_tokens
 from lapis.text.tokenizer.vocabulary import Vocabulary, open_vocabulary
+from lapis.weights.account import identity
 from lapis.weights.checks import check_configs, check_parents, check_same_tokens, check_tensors, check_vocabularies
 from lapis.weights.delta.adapter import write_adapter
 from lapis.weights.delta.beside import card_license, write_beside
@@ -39,7 +40,7 @@ from lapis.weights.delta.kin import digest_of, take_sample
 from lapis.weights.delta.ranks import encode_together, join_pieces
 from lapis.weights.delta.writing import Item, ItemFigures, Written, figures_or_longest, write_items
 from lapis.weights.engine.fp8 import is_scale
-from lapis.weights.engine.job import JobResult, identity, input_files, job_name
+from lapis.weights.engine.job import JobResult, input_files, job_name
 from lapis.weights.engine.journal import Journal
 from lapis.weights.engine.ranks import forget_alone
 from lapis.weights.engine.sources import RowsOf, Stored, columns_of, read_rows

@@ -19,9 +19,10 @@ from lapis.checkpoint.staging import Staging, disk_errors
 from lapis.errors import LapisError
 from lapis.parsing import finite_json
 from lapis.text.tokenizer.folder import write_json
+from lapis.weights.account import identity
 from lapis.weights.diff.pairs import Comparison, TensorPair
 from lapis.weights.diff.table import DiffTable
-from lapis.weights.engine.job import identity, input_files, job_name
+from lapis.weights.engine.job import input_files, job_name
 from lapis.weights.engine.ranks import PART
 
 TABLE, SUMS = "diff.json", "sums.json"  # what `lapis diff --json` prints; what it was computed from

@@ -10,11 +10,9 @@ import json
 import logging
 import os
 import resource
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from math import sqrt
 from pathlib import Path
 from typing import Any
 
@@ -22,37 +20,23 @@ from lapis import __version__
 from lapis.checkpoint import Checkpoint
 from lapis.checkpoint.commit import MANIFEST, check_output, commit, sha256_of
 from lapis.checkpoint.files import read_json, stamp
-from lapis.checkpoint.hub.models import public_names, shown_name
 from lapis.checkpoint.remote.ranges import DigestMismatch
 from lapis.checkpoint.remote.shared_memory import keeping
 from lapis.checkpoint.sharing import SharedJob, finish, process_count
 from lapis.checkpoint.staging import JOURNAL, JobName, Staging, staging_of
-from lapis.checkpoint.tensor_file import header_bytes
 from lapis.checkpoint.towers import language_levels
 from lapis.errors import CheckpointError, LapisError
-from lapis.text.tokenizer.folder import write_json
+from lapis.weights.account import identity, lost_in_all
 from lapis.weights.engine.journal import Identity, Journal
-from lapis.weights.engine.outputs import Account, Figures, Output
+from lapis.weights.engine.outputs import Account, Output
 from lapis.weights.engine.ranks import account_of, division, forget_digests, lay_out, write_together
 from lapis.weights.engine.stream import stream
 from lapis.weights.engine.tiles import TILE
 from lapis.weights.tokenizer_files import ACCOUNT
-from lapis.wording import format_count
 
 DIVIDED = (1, 8, 64)  # processes for which a dry run says what each would do
 
 log = logging.getLogger("lapis")
-
-
-@dataclass(frozen=True)
-class Entry:
-    """What becomes of one tensor. action: merged, copied or skipped; reason: why, where it is not merged."""
-
-    name: str
-    action: str
-    reason: str = ""
-    scale: Any = None
-    role: str = "onto"
 
 
 @dataclass
@@ -89,104 +73,6 @@ class MergeResult(JobResult):
     vocabulary: dict[str, Any] = field(default_factory=dict)
     smoke: dict[str, Any] | None = None
     division: list[dict[str, int]] | None = None
-
-
-def identity(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Which model an input was: source, commit where its folder tells, digest of its headers, bytes."""
-    result: dict[str, Any] = {"source": checkpoint.source}
-    if checkpoint.root.resolve().parent.name == "snapshots":
-        result["commit"] = checkpoint.root.resolve().name
-    return result | {"headers_sha256": checkpoint.digest(), "bytes": checkpoint.nbytes}
-
-
-def count(entries: Sequence[Entry]) -> dict[str, int]:
-    seen = Counter(entry.action for entry in entries)
-    return {action: seen[action] for action in ("merged", "copied", "skipped")}
-
-
-def lost_in_all(figures: Mapping[str, Figures]) -> float | None:
-    """The share of the whole delta lost to rounding, over all tensors that have one."""
-    seen = [f for f in figures.values() if f.has_delta]
-    delta = sum(f.delta_sq for f in seen)
-    return (sqrt(sum(f.error_sq for f in seen) / delta) if delta else 0.0) if seen else None
-
-
-def write_account(
-    folder: Path,
-    command: str,
-    recipe: Mapping[str, Any],
-    inputs: Mapping[str, Checkpoint],
-    entries: Sequence[Entry],
-    figures: Mapping[str, Figures],
-    notes: Sequence[str],
-    **more: Any,
-) -> None:
-    """lapis-merge.json and README.md in `folder`. more: further sections of the account (vocabulary, ...)."""
-    tensors, skipped = [], []
-    for entry in entries:
-        line: dict[str, Any] = {"name": entry.name, "action": entry.action}
-        if entry.action == "skipped":
-            skipped.append({"role": entry.role, "name": entry.name, "reason": entry.reason})
-            continue
-        if entry.reason:
-            line["reason"] = entry.reason
-        if entry.scale is not None:
-            line["scale"] = entry.scale
-        seen = figures.get(entry.name)
-        if seen and seen.has_delta:
-            line |= {"delta_norm": sqrt(seen.delta_sq), "lost_to_rounding": seen.lost}
-        if seen and seen.nonfinite:
-            line["nonfinite"] = seen.nonfinite
-        tensors.append(line)
-    document = {
-        "lapis": __version__,
-        "command": command,
-        "recipe": dict(recipe),
-        "inputs": {role: identity(checkpoint) for role, checkpoint in inputs.items()},
-        "counts": count(entries),
-        "lost_to_rounding": lost_in_all(figures),
-        **more,
-        "notes": list(notes),
-        "tensors": tensors,
-        "skipped": skipped,
-    }
-    write_json(folder / ACCOUNT, document)
-    (folder / "README.md").write_text(_card(command, document), encoding="utf-8")
-
-
-def _card(command: str, document: Mapping[str, Any]) -> str:
-    inputs, counts, lost = document["inputs"], document["counts"], document["lost_to_rounding"]
-    parents = public_names(entry["source"] for entry in inputs.values())
-    base_model = "".join(["base_model:\n", *(f"  - {name}\n" for name in dict.fromkeys(parents))]) if parents else ""
-    rows = "\n".join(
-        f"| {role} | `{shown_name(entry['source'])}` | {entry['bytes'] / 1e9:,.2f} GB | "
-        f"`{entry['headers_sha256'][:16]}` |"
-        for role, entry in inputs.items()
-    )
-    recipe = "\n".join(f"| {key} | `{value}` |" for key, value in document["recipe"].items())
-    notes = "\n".join(f"- {note}" for note in document["notes"])
-    rounding = "" if lost is None else f" Rounding to the stored dtype took {lost:.2%} of the difference (by norm)."
-    return f"""---
-{base_model}library_name: transformers
-tags: [lapis, merge, {command}]
----
-
-# Made by lapis {document["lapis"]}: {command}
-
-{format_count(counts["merged"], "tensor was", "tensors were")} merged, {counts["copied"]} copied.{rounding}
-
-| input | source | size | headers (sha256) |
-|---|---|---|---|
-{rows}
-
-| setting | value |
-|---|---|
-{recipe}
-
-{notes}
-
-What became of every tensor is in `{ACCOUNT}`.
-"""
 
 
 def produce(
@@ -390,9 +276,3 @@ def with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
         level |= {name: dtype for name in ("dtype", "torch_dtype") if name in level}
     named = any(name in level for level in levels for name in ("dtype", "torch_dtype"))
     return result if named else {**result, "torch_dtype": dtype}
-
-
-def disk_bytes(files: Mapping[str, Sequence[Output]]) -> int:
-    """How much of the disk the files of a job need, in bytes, with room for what lies beside the weights."""
-    heads = sum(len(header_bytes({o.name: ("U8", o.shape) for o in each}, {})) for each in files.values())
-    return sum(output.nbytes for outputs in files.values() for output in outputs) + heads + (64 << 20)

@@ -1,12 +1,13 @@
 """What the engine is asked for, and what it says of it: an output tensor, its kernel, the figures of one run."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod, sqrt
 from typing import Any
 
 import torch
 
+from lapis.checkpoint.tensor_file import header_bytes
 from lapis.weights.engine.sources import Source
 from lapis.weights.engine.tiles import Buffer, Tile, read_checksum, spans
 
@@ -102,3 +103,9 @@ def read_again(outputs: Sequence[Output], head: int, first: int, last: int) -> i
                         total += output.patch(a, b, buffer.of(b - a, output.dtype))
         offset += output.nbytes
     return total
+
+
+def disk_bytes(files: Mapping[str, Sequence[Output]]) -> int:
+    """How much of the disk the files of a job need, in bytes, with room for what lies beside the weights."""
+    heads = sum(len(header_bytes({o.name: ("U8", o.shape) for o in each}, {})) for each in files.values())
+    return sum(output.nbytes for outputs in files.values() for output in outputs) + heads + (64 << 20)

@@ -29,8 +29,9 @@ from lapis.text.tokenizer.folder import (
     read_templates,
     write_json,
 )
+from lapis.weights.account import count, write_account
 from lapis.weights.checks import missing_tensors
-from lapis.weights.engine.job import MergeResult, count, produce, write_account
+from lapis.weights.engine.job import MergeResult, produce
 from lapis.weights.engine.outputs import Account
 from lapis.weights.fuse.layout import FuseLayout, refuse_quantized
 from lapis.weights.matching import format_problems

@@ -19,8 +19,9 @@ from lapis.checkpoint.store import Adapter
 from lapis.checkpoint.tensor_file import torch_dtype
 from lapis.errors import CheckpointError
 from lapis.families.config import ModelConfig, class_fields
+from lapis.weights.account import Entry
 from lapis.weights.config_fields import carried_config, settled_tie
-from lapis.weights.engine.job import Entry, with_dtype
+from lapis.weights.engine.job import with_dtype
 from lapis.weights.engine.outputs import Output
 from lapis.weights.engine.sources import COMPUTABLE, Source, Stored
 from lapis.weights.fuse.low_rank import LowRank, StackedLowRank, patch_rows, rounding

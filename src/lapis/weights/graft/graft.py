@@ -20,9 +20,10 @@ from typing import Any, Literal
 
 from lapis.checkpoint.tensor_file import INDEX
 from lapis.checkpoint.towers import change_language_config
+from lapis.weights.account import count, write_account
 from lapis.weights.config_fields import carried_config, settled_tie
 from lapis.weights.engine.fp8 import without_quantization
-from lapis.weights.engine.job import MergeResult, count, produce, with_dtype, write_account
+from lapis.weights.engine.job import MergeResult, produce, with_dtype
 from lapis.weights.engine.outputs import Account
 from lapis.weights.graft.layout import GraftPlan, ScaleLike, plan_graft
 from lapis.weights.matching import Model

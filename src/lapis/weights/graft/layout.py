@@ -19,6 +19,7 @@ from lapis.families import find
 from lapis.families.base import Part
 from lapis.text.chat.template_tokens import template_tokens
 from lapis.text.tokenizer.vocabulary import Vocabulary, differences, open_vocabulary, relation
+from lapis.weights.account import Entry
 from lapis.weights.checks import (
     check_configs,
     check_parents,
@@ -27,8 +28,7 @@ from lapis.weights.checks import (
     check_vocabularies,
 )
 from lapis.weights.engine.fp8 import is_scale
-from lapis.weights.engine.job import Entry, disk_bytes
-from lapis.weights.engine.outputs import Kernel, Output, unchanged
+from lapis.weights.engine.outputs import Kernel, Output, disk_bytes, unchanged
 from lapis.weights.engine.sources import COMPUTABLE, RowsOf, Source, Stored, columns_of, read_rows
 from lapis.weights.engine.tiles import THREADS, TILE, checksum
 from lapis.weights.graft.differences import Differences, ModelDifferences

@@ -14,8 +14,8 @@ import torch
 from lapis.checkpoint import Checkpoint
 from lapis.errors import ConfigError
 from lapis.text.tokenizer.vocabulary import Vocabulary, relation
+from lapis.weights.account import Entry
 from lapis.weights.engine.fp8 import is_number
-from lapis.weights.engine.job import Entry
 from lapis.weights.engine.outputs import Kernel, Output, unchanged
 from lapis.weights.engine.sources import COMPUTABLE, Source, Stored
 from lapis.weights.matching import embedding_rows, is_vocabulary

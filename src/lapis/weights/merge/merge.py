@@ -19,7 +19,8 @@ from lapis.checkpoint.commit import check_output
 from lapis.checkpoint.sharing import process_count
 from lapis.checkpoint.staging import is_made
 from lapis.errors import LapisError
-from lapis.weights.engine.job import MergeResult, count, input_files, is_output, produce, write_account
+from lapis.weights.account import count, write_account
+from lapis.weights.engine.job import MergeResult, input_files, is_output, produce
 from lapis.weights.engine.outputs import Account
 from lapis.weights.merge.mixture.gates import StatesOf
 from lapis.weights.merge.mixture.mixture import merge_experts

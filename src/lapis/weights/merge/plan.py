@@ -20,6 +20,7 @@ from lapis.errors import CheckpointError, ConfigError, LapisError
 from lapis.families import find
 from lapis.text.tokenizer.folder import write_json
 from lapis.text.tokenizer.vocabulary import open_vocabulary
+from lapis.weights.account import Entry
 from lapis.weights.checks import (
     UNRELATED,
     check_configs,
@@ -29,8 +30,7 @@ from lapis.weights.checks import (
     kinship,
 )
 from lapis.weights.config_fields import settled_tie
-from lapis.weights.engine.job import Entry, disk_bytes
-from lapis.weights.engine.outputs import Output
+from lapis.weights.engine.outputs import Output, disk_bytes
 from lapis.weights.engine.tiles import THREADS, TILE
 from lapis.weights.fuse.opening import computed_checkpoint, open_each, open_model
 from lapis.weights.matching import format_problems, refusals

@@ -15,10 +15,10 @@ from lapis.families.base import Family, Part
 from lapis.families.config import Experts
 from lapis.families.fields import MOST_LAYERS
 from lapis.parsing import quoted
+from lapis.weights.account import Entry
 from lapis.weights.checks import UNRELATED, check_sizes, kinship
 from lapis.weights.config_fields import settled_tie
 from lapis.weights.engine.fp8 import is_number, is_scale, without_quantization
-from lapis.weights.engine.job import Entry
 from lapis.weights.engine.outputs import Kernel, Output, unchanged
 from lapis.weights.engine.sources import Stored, as_bytes
 from lapis.weights.engine.tiles import Tile

@@ -10,8 +10,9 @@ from lapis.checkpoint.commit import check_output
 from lapis.checkpoint.tensor_file import INDEX
 from lapis.errors import CheckpointError
 from lapis.text.tokenizer.folder import write_json
-from lapis.weights.engine.job import MergeResult, count, disk_bytes, produce, write_account
-from lapis.weights.engine.outputs import Account
+from lapis.weights.account import count, write_account
+from lapis.weights.engine.job import MergeResult, produce
+from lapis.weights.engine.outputs import Account, disk_bytes
 from lapis.weights.engine.tiles import THREADS, TILE
 from lapis.weights.fuse.opening import open_each
 from lapis.weights.matching import format_problems
