@@ -131,9 +131,10 @@ def test_a_recommendation_is_what_can_be_learned_or_counted() -> None:
     falling = np.linspace(1.0, 0.5, 1001)
     counts = np.array([ENOUGH] * 400 + [COUNTED] * 300 + [COUNTED - 1] * 300)
     assert recommend(Curve(falling, counts))["add"] == 700
-    assert "400 of them occur 100 times or more in this text, the others 10 or more" in recommend(
-        Curve(falling, counts)
-    )["reason"]
+    assert (
+        "400 of them occur 100 times or more in this text, the others 10 or more"
+        in recommend(Curve(falling, counts))["reason"]
+    )
     assert recommend(Curve(falling, np.array([ENOUGH] * 1000)))["reason"] == (
         "1,000 new tokens save 50% of tokens; each occurs 100 times or more in this text"
     )
