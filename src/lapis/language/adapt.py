@@ -91,7 +91,7 @@ def adapt(
     out = Path(plan.out)
     for remark in check_inputs(plan, out):
         note(remark)
-    plan = with_earlier_measures(plan, out)
+    plan = with_earlier_measures(plan, out, note)
     if not dry_run:
         with bar("measuring how fast this machine trains"):
             plan = with_measures(plan)
