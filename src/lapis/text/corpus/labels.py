@@ -52,7 +52,7 @@ def labeled(paths: Source | Iterable[Source]) -> Iterator[Labeled]:
 
 
 def bare_texts(paths: Source | Iterable[Source]) -> Iterator[str]:
-    """All text of files of documents, chats and labeled tables alike, each file once; for tokenizers and pre-training."""
+    """All text of documents, chats and labeled tables alike, for tokenizers and pre-training; each file once."""
     met: set[str] = set()
     for path in [paths] if isinstance(paths, (str, Path)) else paths:
         is_table = suffix(Path(path)) in TABLES
