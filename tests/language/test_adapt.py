@@ -153,9 +153,10 @@ def test_a_dry_run_writes_a_plan_that_can_be_run(
     settings = plan(chat=None, vocab=0, chats=[])
     options = [f"--{key}={settings[key]}" for key in ("base", "out", "vocab")]
     options += ["--text", settings["text"][0], "--replay", settings["replay"][0], "--dry-run", "--json"]
-    options += ["rows_lr=2e-3", "train.warmup=3", "--lr", "5e-5"]  # settings need no file
-    status, output, error = run("adapt", *options)
-    assert status == 0, error
+    options += ["train.warmup=3", "--lr", "5e-5"]
+    for first in ("rows_lr=2e-3", f"base={settings['base']}"):  # settings need no file, and may hold a path
+        status, output, error = run("adapt", first, *options, "rows_lr=2e-3")
+        assert status == 0, error
     assert list(json.loads(output)["steps"]) == ["measure", "adapted", "card"]
     written = yaml.safe_load((tmp_path / "out" / "plan.yaml").read_text())
     given = {key: settings[key] for key in ("base", "out", "vocab", "text", "replay")}
@@ -218,6 +219,21 @@ def test_a_step_is_computed_in_parts_that_have_room(
     assert chosen(1, train={"accumulate": 1}) == 1
     assert chosen(1, train={"checkpointing": "whole"}) is None
     assert chosen(1, batch=2) == 2  # a row alone, however little is free
+
+
+def test_measures_of_another_model_are_made_again(plan: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    """A plan.yaml holds what was found out, so that going on with it is the same run; with another model it is not."""
+    settings = plan(chat=None, vocab=0, minutes=1.0, train={**TINY, "accumulate": 4}, tokens_per_second=1000.0)
+    adapt(settings, dry_run=True)
+    remarks: list[str] = []
+    adapt({**settings, "batch": 6}, dry_run=True, note=remarks.append)  # does not divide into 4 parts
+    written = yaml.safe_load((tmp_path / "out" / "plan.yaml").read_text())
+    assert "accumulate" not in written["train"] and written["tokens_per_second"] == 1000.0
+    assert "accumulate: batch 6 does not divide into 4 parts; the number is chosen anew" in remarks
+    adapt({**settings, "base": plan()["chat"]}, dry_run=True, note=remarks.append)
+    written = yaml.safe_load((tmp_path / "out" / "plan.yaml").read_text())
+    assert written["tokens_per_second"] is None
+    assert "tokens_per_second: 1,000 is of another model; it is measured anew" in remarks
 
 
 def test_minutes_are_tokens_at_the_measured_speed() -> None:

@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer as Rust
 from tokenizers import models, pre_tokenizers, trainers
+
+from lapis.language.adapt import adapt
 
 from .conftest import ENGLISH, MALAY, make, write
 
@@ -216,3 +219,63 @@ def test_a_step_that_was_edited_by_hand(typed: Callable[..., tuple[int, str]], t
     assert weights.read_bytes() == edited
     shutil.rmtree(tmp_path / "out" / "adapted")
     assert typed(**brief)[0] == 0 and weights.read_bytes() == raw
+
+
+def test_settings_that_change_nothing_are_told(plan: Plan) -> None:
+    told = {
+        "minutes": ({"minutes": 3, "tokens": 2000, "tokens_per_second": 100.0},
+                    "tokens: 2,000 is not used, since minutes is 3; minutes=null goes by tokens"),
+        "replay": ({"replay": [], "cost": 0.01, "replay_share": 0.5},
+                   "replay_share, cost: not used, since there is no replay text"),
+        "rows": ({"vocab": 0, "rows_lr": 0.5}, "embedded, rows_lr: not used, since no tokens are added"),
+        "watch": ({"cost": 0.2, "train": {"eval_every": 0}},
+                  "cost: ends no training, since train: eval_every is 0; it is held against the card alone"),
+        "step": ({"tokens": 100}, "training: 100 tokens in all, and a step reads 128; each training takes one step all "
+                 "the same, so give more tokens, or a smaller batch or context"),
+    }  # fmt: skip
+    for changes, line in told.values():
+        remarks: list[str] = []
+        adapt(plan(**changes), dry_run=True, note=remarks.append)
+        assert line in remarks, remarks
+    remarks = []
+    adapt(plan(replay=[], scale="plan", cost=0.01), dry_run=True, note=remarks.append)  # a plan of scales reads cost
+    adapt(plan(), dry_run=True, note=remarks.append)
+    assert not any("not used" in remark or "step" in remark for remark in remarks)
+
+
+def test_chats_beside_no_replay_text_are_refused(typed: Callable[..., tuple[int, str]], plan: Plan) -> None:
+    for key in ("replay_chats", "replay_choices"):
+        line = refused(typed(replay=[], **{key: plan()["chats"]}))
+        assert f"adapt: {key} is measured beside replay text, and there is none; give replay, or leave it out" in line
+
+
+def test_an_output_among_the_text_is_refused(typed: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
+    """The next run would read what this one held out."""
+    text = tmp_path / "ms"
+    text.mkdir()
+    write(text / "a.jsonl", MALAY)
+    line = refused(typed(text=[str(text)], out=str(text / "runs" / "out")))
+    assert f"lies in {text}, which is read as text; give another --out" in line and not (text / "runs").exists()
+    (tmp_path / "out" / "measure").mkdir(parents=True)
+    (tmp_path / "out" / "plan.yaml").write_text("{}")
+    write(tmp_path / "out" / "measure" / "text.jsonl", MALAY)
+    assert f"out lies in {tmp_path}/**/text.jsonl" in refused(typed(text=[f"{tmp_path}/**/text.jsonl"]))
+
+
+def test_a_plan_is_the_same_wherever_it_is_read(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Paths in it are whole, so that one that is spelled in another way repeats no step."""
+    whole = plan(vocab=0, chat=None, chats=[], card=False, text=[str(tmp_path / "m*.jsonl")])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "self").write_text("a file of that name is not meant")
+    spelled = {"base": "out/../base", "text": ["m*.jsonl"], "out": "./out"}
+    (tmp_path / "out").mkdir()
+    adapt({**whole, **spelled, "replay": ["self"]}, dry_run=True)
+    written = yaml.safe_load((tmp_path / "out" / "plan.yaml").read_text())
+    assert written == {**written, **{key: whole[key] for key in spelled}, "replay": ["self"]}
+    adapt({**whole, **spelled})
+    before = (tmp_path / "out" / "adapted" / "training.json").stat().st_mtime_ns
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    adapt(tmp_path / "out" / "plan.yaml")
+    adapt(whole)
+    assert (tmp_path / "out" / "adapted" / "training.json").stat().st_mtime_ns == before

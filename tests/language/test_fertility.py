@@ -23,6 +23,8 @@ from lapis.model.transformer import Transformer
 from lapis.report.pages.fertility import fertility_page
 from lapis.text.tokenizer.tokenizer import Tokenizer, train_tokenizer
 
+from .conftest import write
+
 REAL = Path(os.environ.get("LAPIS_MODELS", "/nowhere"))
 ENGLISH = "The old house stands by the river, and the children of the village play in its garden every day. "
 PLACES = ["학교에서", "집에서", "공원에서", "시장에서", "도서관에서"]
@@ -48,9 +50,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def korean(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "ko.jsonl"
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in KOREAN))
-    return path
+    return write(tmp_path_factory.mktemp("text") / "ko.jsonl", KOREAN)
 
 
 @pytest.fixture(scope="module")
@@ -131,8 +131,22 @@ def test_a_recommendation_is_what_can_be_learned_or_counted() -> None:
     falling = np.linspace(1.0, 0.5, 1001)
     counts = np.array([ENOUGH] * 400 + [COUNTED] * 300 + [COUNTED - 1] * 300)
     assert recommend(Curve(falling, counts))["add"] == 700
-    assert "400 of them occur 100 times" in recommend(Curve(falling, counts))["reason"]
-    assert recommend(Curve(falling, np.array([ENOUGH] * 1000), falling + np.linspace(0, 1, 1001)))["add"] == 0
+    assert (
+        "400 of them occur 100 times or more in this text, the others 10 or more"
+        in recommend(Curve(falling, counts))["reason"]
+    )
+    assert recommend(Curve(falling, np.array([ENOUGH] * 1000)))["reason"] == (
+        "1,000 new tokens save 50% of tokens; each occurs 100 times or more in this text"
+    )
+    rare_characters = np.array([5] * 300 + [ENOUGH] * 700)  # which come before all merges
+    assert recommend(Curve(falling, rare_characters))["reason"].endswith(
+        "; 400 of them occur 100 times or more in this text, the others 5 or more"
+    )
+    dear = recommend(Curve(falling, np.array([ENOUGH] * 1000), falling + np.linspace(0, 1, 1001)))
+    assert dear["add"] == 0 and dear["reason"] == (
+        "do not extend: FLOPs per byte are fewest with 0 new tokens, which save 0.0% of tokens, below 10%; rows of "
+        "more cost more than shorter text spares"
+    )
     few = recommend(Curve(falling, np.array([ENOUGH] * 90 + [COUNTED] * 910)))
     assert few["add"] == 0 and "do not extend" in few["reason"] and "too seldom" in few["reason"]
     flat = recommend(Curve(np.linspace(1.0, 0.95, 1001), np.array([1000] * 1000)))
@@ -156,6 +170,21 @@ def test_the_same_documents_are_held_out_each_time(korean: Path, english: Path) 
         one = korean.with_name("one.txt")
         one.write_text("one short text")
         read_texts([one])
+
+
+def test_no_text_that_is_learned_from_is_held_out(tmp_path: Path) -> None:
+    """However often it is there, and whichever side chance has put all of few texts on."""
+    learned, chosen = (next(t for t in KOREAN if is_held_out(t) is held) for held in (False, True))
+    file = tmp_path / "few.jsonl"
+    for text in (learned, chosen):
+        write(file, [text] * 10)
+        with pytest.raises(DataError, match="holds 1 text; give at least 2"):
+            read_texts([file])
+    for held in (False, True):
+        one, other = [text for text in KOREAN if is_held_out(text) is held][:2]
+        write(file, [one, other, one, other])
+        learn, kept = read_texts([file, file])
+        assert {*learn} | {*kept} == {one, other} and len(learn) == len(kept) == 2, "a file counts once"
 
 
 def test_a_tokenizer_that_cannot_be_extended_is_measured(tmp_path: Path, korean: Path) -> None:

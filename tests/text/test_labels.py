@@ -31,6 +31,8 @@ def test_all_formats_give_the_same_examples(tmp_path: Path) -> None:
         assert [(e.label, e.text) for e in result] == ROWS, name
         assert [e.line for e in result] == ([1, 2, 3] if ".json" in name else [2, 3, 4])
     assert list(bare_texts(tmp_path / "a.tsv")) == list(bare_texts([tmp_path / "a.jsonl"])) == [b for _, b in ROWS]
+    twice = [tmp_path / "a.tsv", tmp_path / ".." / tmp_path.name / "a.tsv", str(tmp_path / "*.tsv")]
+    assert list(bare_texts(twice)) == [b for _, b in ROWS]
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,8 @@ def adapt(
     from lapis.language.adapt import adapt as run
     from lapis.language.plan import read_plan
 
-    if plan and "=" in plan.name and not plan.exists():  # no file: the first of the settings
+    key, equals, _ = str(plan or "").partition("=")
+    if plan and equals and "/" not in key and not plan.exists():  # no file: the first of the settings
         plan, settings = None, (str(plan), *settings)
     given = {
         "base": base, "chat": chat, "text": text, "replay": replay, "chats": chats, "tokens": tokens,

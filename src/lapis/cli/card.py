@@ -39,7 +39,7 @@ def card(
         language: A code such as ms.
         license: For the model card, as hubs spell it, such as apache-2.0.
         base_model: owner/name on the hub of what a local folder was started from; may be given again.
-        scored: Bytes of text of each language that are scored.
+        scored: Bytes of each given text that are scored; of an adaptation's own all that it held out is.
         overwrite: Replace the folder if it exists.
         json: Print one JSON object.
     """
@@ -67,7 +67,8 @@ def card(
             if any(value for value, _ in cells) and key not in TOKEN_BOUND:
                 rows.append((label, *(f"{value} ({interval})" if value else "" for value, interval in cells)))
         first = next(iter(result["steps"]))
-        table(f"{first} to {result['result']}", ["", *(title_of(result, name) for name in changes)], rows)
+        if changes:
+            table(f"{first} to {result['result']}", ["", *(title_of(result, name) for name in changes)], rows)
         if result["gap_closed"] is not None:
             line(f"gap closed: {result['gap_closed']:.0%}")
         for key, why in result["reasons"].items():

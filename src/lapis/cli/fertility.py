@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from lapis.wording import format_count
+
 
 def fertility(
     model: str,
@@ -54,7 +56,8 @@ def fertility(
                 "With more tokens", [label for _, label in points],
                 [[number(row.get(key)) for key, _ in points] for row in result.curve],
             )  # fmt: skip
-            line(f"the curve bends at about {number(result.knee)} tokens")
+            if result.knee:
+                line(f"the curve bends at about {format_count(result.knee, 'token')}")
         line(result.recommendation["reason"], "bold")
         notes(result.notes)
 

@@ -112,6 +112,10 @@ def extend(
     started = time.monotonic()
     if add < 1 or least < 1 or snippets < 1:
         raise ConfigError(f"extend: add is {add}, least {least}, snippets {snippets}; each must be 1 or more")
+    if snippets != SNIPPETS and init != "distilled":
+        raise ConfigError(
+            "extend: snippets are what distilled rows are trained on; give init distilled, or leave them out"
+        )
     if only_target and not replay:
         raise ConfigError("extend: only_target leaves the ids of replay text as they are; give that text with --replay")
     folder, checkpoint = open_source(model)

@@ -1,32 +1,56 @@
 """What an adaptation reads, looked at before anything is computed: a plan in, a refusal or a remark out."""
 
+import glob
 import hashlib
 import os
 from collections.abc import Iterable
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from lapis.checkpoint.commit import check_output
 from lapis.errors import CheckpointError, ConfigError, DataError, OutputError
-from lapis.language.card.folder import read_chats, read_questions
+from lapis.language.card.folder import MEASURED, read_chats, read_questions
 from lapis.language.card.naming import KNOWN, LOOKED_AT, MOSTLY, language_shares, main_language, share_in_language
 from lapis.language.extend import open_source
 from lapis.language.plan import PLAN, AdaptPlan
+from lapis.language.replay import SELF
 from lapis.language.texts import FEW, first_bytes, pieces
-from lapis.model.check import plan_load
+from lapis.model.check import plan_load, read_config
 from lapis.parsing import quoted
-from lapis.text.corpus.files import files
+from lapis.text.corpus.files import HUB, files
 from lapis.text.corpus.labels import bare_texts
 from lapis.text.tokenizer.extend import ExtendableTokenizer
 from lapis.text.tokenizer.tokenizer import Tokenizer
 from lapis.training.rewards.language import TWINS
 from lapis.weights.graft.layout import plan_graft
 from lapis.weights.graft.scale import read_scale
+from lapis.wording import format_count
 
 NONE = 0.02  # share of documents in the language; below that the text is another one's
 SAME = 0.1  # share of the replay documents that may stand in the target's text, too
 READ = 20_000_000  # bytes of a text that are looked at
 NAMED = 3  # languages whose shares are told
+
+
+def with_whole_paths(plan: AdaptPlan) -> AdaptPlan:
+    """The plan with whole paths, so that it is the same plan wherever it is read, however a path was spelled."""
+
+    def whole(place: str) -> str:
+        return os.path.abspath(place) if os.path.exists(place) else place
+
+    def whole_text(place: str) -> str:
+        if place == SELF or place.startswith(HUB):
+            return place
+        return os.path.abspath(place) if glob.has_magic(place) else whole(place)
+
+    changed: dict[str, Any] = {"base": whole(plan.base), "out": os.path.abspath(plan.out)}
+    for name in ("text", "replay", *MEASURED):
+        changed[name] = tuple(map(whole_text, getattr(plan, name)))
+    for name in ("chat", "scale"):
+        if isinstance(value := getattr(plan, name), str) and value != "plan":
+            changed[name] = whole(value)
+    return replace(plan, **changed)
 
 
 def check_inputs(plan: AdaptPlan, out: Path) -> list[str]:
@@ -58,13 +82,19 @@ def check_inputs(plan: AdaptPlan, out: Path) -> list[str]:
     if plan.vocab not in ("auto", 0):
         ExtendableTokenizer.open(source)
     for paths in plan.texts.values():
+        _refuse_own_steps(paths, out)
         for file in files(list(paths)):
             next(iter(_documents([str(file)])), None)  # a file that is empty or holds no text is refused
     if Tokenizer.open(source).eos_id is None:
         raise ConfigError(
             f"adapt: {source}: names no eos_token, which stands between documents; name one in tokenizer_config.json"
         )
-    notes = [*plan_load(checkpoint).notes, *(_named(plan) if plan.language else _unnamed(plan))]
+    notes = [*_unused(plan), *plan_load(checkpoint).notes, *(_named(plan) if plan.language else _unnamed(plan))]
+    for name in ("replay_chats", "replay_choices"):
+        if getattr(plan, name) and not plan.replay:
+            raise ConfigError(
+                f"adapt: {name} is measured beside replay text, and there is none; give replay, or leave it out"
+            )
     for chats, choices in ((plan.chats, plan.choices), (plan.replay_chats, plan.replay_choices)):
         read_chats(chats)
         read_questions(choices)
@@ -84,6 +114,43 @@ def check_inputs(plan: AdaptPlan, out: Path) -> list[str]:
             why, another, _ = str(error).partition("; is it another release?")
             remedy = "; give the chat version of base" if another else ""
             raise CheckpointError(f"adapt: {why.removeprefix('graft: ')}{remedy}") from None
+    return notes
+
+
+def _refuse_own_steps(paths: Iterable[str], out: Path) -> None:
+    """Raises OutputError where the folder of the steps is among what is read as text: a later run would read its own
+    held-out text."""
+    for path in paths:
+        within = out.is_relative_to(os.path.abspath(path)) and os.path.isdir(path)
+        if within or any(Path(os.path.abspath(file)).is_relative_to(out) for file in files([path])):
+            raise OutputError(f"{out}: adapt: out lies in {path}, which is read as text; give another --out")
+
+
+def _unused(plan: AdaptPlan) -> list[str]:
+    """Lines about settings that somebody gave, and that change nothing beside others."""
+    given = {one.name for one in fields(plan) if getattr(plan, one.name) != one.default}
+    notes = []
+    if plan.minutes is not None and "tokens" in given:
+        notes.append(
+            f"tokens: {plan.tokens:,} is not used, since minutes is {plan.minutes:g}; minutes=null goes by tokens"
+        )
+    for why, names in (
+        (
+            "there is no replay text",
+            () if plan.replay else ("replay_share", *(["cost"] if plan.scale != "plan" else [])),
+        ),
+        ("no tokens are added", () if plan.vocab else ("init", "embedded", "rows_lr", "old_rows", "calibrate_again")),
+    ):
+        if idle := [name for name in names if name in given]:
+            notes.append(f"{', '.join(idle)}: not used, since {why}")
+    if plan.replay and "cost" in given and plan.train.get("eval_every") == 0:
+        notes.append("cost: ends no training, since train: eval_every is 0; it is held against the card alone")
+    size = plan.batch * min(plan.context, read_config(plan.source).context)
+    if plan.trained_tokens < size and (plan.minutes is None or plan.tokens_per_second is not None):
+        notes.append(
+            f"training: {format_count(plan.trained_tokens, 'token')} in all, and a step reads {size:,}; each training "
+            "takes one step all the same, so give more tokens, or a smaller batch or context"
+        )
     return notes
 
 

@@ -3,8 +3,11 @@
 Both stay in plan.yaml, so that a run that goes on later is the same run, however busy the machine is then.
 """
 
+import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,20 +23,34 @@ _HELD = 4  # float32 numbers for each parameter: its weight, its gradient and tw
 _MEMORY = {"accumulate", "checkpointing"}  # settings of a training by which somebody has chosen already
 
 
-def with_earlier_measures(plan: AdaptPlan, out: Path) -> AdaptPlan:
-    """The plan with what an earlier call of the same adaptation has found out, where it does not say so itself."""
+def with_earlier_measures(plan: AdaptPlan, out: Path, note: Callable[[str], None]) -> AdaptPlan:
+    """The plan with what an earlier call of the same adaptation has found out, where it does not say so itself; without
+    it where the plan has another model, or a batch that does not divide so, for plan.yaml holds both."""
     if not (out / PLAN).is_file():
         return plan
     before = load_yaml(out / PLAN)
-    if any(before.get(name) != getattr(plan, name) for name in ("base", "chat", "onto", "context", "batch")):
-        return plan
     speed, train = before.get("tokens_per_second"), before.get("train")
+    parts = train.get("accumulate") if isinstance(train, dict) else None
+    is_other = any(_whole(before.get(name)) != _whole(getattr(plan, name)) for name in ("base", "chat", "onto"))
+    sizes = [name for name in ("context", "batch") if before.get(name) != getattr(plan, name)]
+    if is_other and plan.tokens_per_second is not None and plan.tokens_per_second == speed:
+        note(f"tokens_per_second: {speed:,g} is of another model; it is measured anew")
+        plan = replace(plan, tokens_per_second=None)
+    if "batch" in sizes and isinstance(parts, int) and plan.train.get("accumulate") == parts and plan.batch % parts:
+        note(f"accumulate: batch {plan.batch} does not divide into {parts} parts; the number is chosen anew")
+        plan = replace(plan, train={name: value for name, value in plan.train.items() if name != "accumulate"})
+    if is_other or sizes:
+        return plan
     if plan.tokens_per_second is None and isinstance(speed, (int, float)) and speed > 0:
         plan = replace(plan, tokens_per_second=float(speed))
-    parts = train.get("accumulate") if isinstance(train, dict) else None
     if not _MEMORY & plan.train.keys() and isinstance(parts, int):
         plan = replace(plan, train={**plan.train, "accumulate": parts})
     return plan
+
+
+def _whole(place: Any) -> Any:
+    """A path as a plan keeps it, since a user may write a plan.yaml as well."""
+    return os.path.abspath(place) if isinstance(place, str) else place
 
 
 def with_measures(plan: AdaptPlan) -> AdaptPlan:

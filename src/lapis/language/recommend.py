@@ -42,17 +42,25 @@ def recommend(curve: Curve) -> dict[str, Any]:
     if most < WORTH:
         return {"add": 0, "reason": f"do not extend: all that this text could teach would save {most:.1%} of tokens, "
                 f"and below {WORTH:.0%} new rows are not worth their training"}  # fmt: skip
-    if saved[round_down(int(np.argmin(cost[: learnable + 1])))] < WORTH:
+    fewest = round_down(int(np.argmin(cost[: learnable + 1])))
+    if saved[fewest] < WORTH <= saved[learnable]:
+        what = format_count(fewest, "new token, which saves", "new tokens, which save")
+        return {"add": 0, "reason": f"do not extend: FLOPs per byte are fewest with {what} {saved[fewest]:.1%} of "
+                f"tokens, below {WORTH:.0%}; rows of more cost more than shorter text spares"}  # fmt: skip
+    if saved[fewest] < WORTH:
         what = format_count(learnable, "new token that occurs", "new tokens that occur")
         return {"add": 0, "reason": f"do not extend: the {what} {ENOUGH} times or more in "
                 f"this text would save {saved[learnable]:.1%} of tokens, below {WORTH:.0%}, and rarer ones occur too "
                 "seldom to be learned"}  # fmt: skip
     best = round_down(int(np.argmin(cost[: counted + 1])))
     fewer = "" if curve.flops_per_byte is None else f" and {1 - cost[best] / cost[0]:.0%} of FLOPs per byte"
-    often = min(best, learnable)
+    taken = curve.counts[:best]  # characters that the vocabulary lacked come before merges, however rare they are
+    often = int((taken >= ENOUGH).sum())
+    occur = f"{often:,} of them occur {ENOUGH} times or more in this text, the others {taken.min()} or more"
+    if often == best:
+        occur = f"each occurs {ENOUGH} times or more in this text"
     what = format_count(best, "new token saves", "new tokens save")
-    return {"add": best, "reason": f"{what} {saved[best]:.0%} of tokens{fewer}; {often:,} of them "
-            f"occur {ENOUGH} times or more in this text, the others {COUNTED}"}  # fmt: skip
+    return {"add": best, "reason": f"{what} {saved[best]:.0%} of tokens{fewer}; {occur}"}
 
 
 def knee_of(values: NDArray[np.float64]) -> int:

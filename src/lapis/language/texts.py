@@ -35,12 +35,14 @@ def read_texts(files: Sequence[str | Path], most: int | None = None) -> tuple[li
     held: list[str] = []
     for text in texts:
         (held if is_held_out(text) else learn).append(text)
-    if not held and len(learn) > 1:
-        held.append(learn.pop())
+    for some, none in ((learn, held), (held, learn)):
+        if some and not none:  # of few texts chance put all on one side
+            none += [text for text in some if text == some[-1]]
+            some[:] = [text for text in some if text != none[0]]
     if not learn or not held:
         named = ", ".join(map(str, files))
-        listed = format_count(len(texts), "text")
-        raise DataError(f"{named}: holds {listed}; give at least 2, to learn from one and hold one out")
+        listed = format_count(len(set(texts)), "text")
+        raise DataError(f"{named}: holds {listed}; give at least 2 that differ, to learn from one and hold one out")
     return learn, held
 
 

@@ -8,6 +8,7 @@ import math
 import platform
 from collections.abc import Callable, Mapping
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,10 @@ def make_card(
     for name, folder in listed.items():
         measured[name] = score_model(folder, languages, template, partial(_relabel, progress, name))
         for language, replies in measured[name].replies.items():
-            marks = [float(named.detect(reply)[named.codes[language]] >= SURE) for reply in replies]
-            measured[name].counts[language]["in_language"] = Counts(marks, [1.0] * len(marks))
+            code = named.codes[language]
+            marks = [float(reply is not None and named.detect(reply)[code] >= SURE) for reply in replies]
+            given = [float(reply is not None) for reply in replies]
+            measured[name].counts[language]["in_language"] = Counts(marks, given)
     time_models(listed, languages, measured, progress)
     first, last = next(iter(models)), list(models)[-1]
     counts = {name: one.counts for name, one in measured.items()}
@@ -162,9 +165,9 @@ def _shown(
     for language, held in languages.items():
         for number, prompt in enumerate(held.prompts()[:PROMPTS]):
             given = {
-                name: one.replies[language][number]
+                name: reply
                 for name, one in measured.items()
-                if number < len(one.replies.get(language, ()))
+                if (reply := next(islice(one.replies.get(language, ()), number, None), None)) is not None
             }
             if given:
                 spoken = {name: named.of(reply) for name, reply in given.items()}

@@ -161,7 +161,7 @@ def how_made(folder: Path, plan: AdaptPlan, given: Mapping[str, Any] | None = No
     texts = [path for step in _texts_of(folder, plan) for path in sorted(step.glob("*.jsonl"))]
     measured = {**{key: settings[key] for key in MEASURED}, **(given or {})}
     return {
-        "title": folder.name,
+        "title": Path(os.path.abspath(folder)).name,
         "language": plan.language,
         "license": plan.license or licence_of(plan.base),
         "base_models": public_names(map(str, parents.values())),
@@ -238,6 +238,11 @@ def gather(folders: Sequence[Path], given: Mapping[str, Any], scored: int) -> Ca
         if paths := given.get(part):
             texts = list(first_bytes((document.text for document in corpus.documents(list(paths))), scored))
             held[name] = _held_out(name, texts, {**settings, **given})
+    for key, option in (("replay_chats", "--replay-chats"), ("replay_choices", "--replay-choices")):
+        if given.get(key) and "replay" not in held:
+            raise ConfigError(
+                f"card: {option} is measured beside replay text, and there is none; give --replay, or leave it out"
+            )
     if not how:
         name, first = next(iter(models.items()))
         how = {"license": licence_of(first), "data": _digests(given), "models": {name: digests_of(first)}}

@@ -15,12 +15,14 @@ from lapis.report.pages.card import (
     CODE,
     FIGURES,
     TOKEN_BOUND,
+    WAY,
     counted,
     spelled,
     spelled_change,
+    spelled_gap,
     title_of,
 )
-from lapis.wording import HUB_ID, format_count, without_folders
+from lapis.wording import HUB_ID, without_folders
 
 USE = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -41,7 +43,8 @@ def readme(card: Mapping[str, Any]) -> str:
     first, last = next(iter(scores)), card["result"]
     lines = ["---", yaml.safe_dump(metadata(card), allow_unicode=True, sort_keys=True).strip(), "---", ""]
     title = how.get("title") or PurePath(card["steps"][last]).parent.name or last
-    lines += [f"# {_plain(title)}", "", f"Made by lapis {card['lapis']}, from {_plain(first)} to {_plain(last)}.", ""]
+    way = f", from {_plain(first)} to {_plain(last)}" if first != last else ""
+    lines += [f"# {_plain(title)}", "", f"Made by lapis {card['lapis']}{way}.", ""]
     lines += ["## What was won, and what was lost", "", *_changes(card, first, last), ""]
     lines += ["## Scores", "", "In brackets: 95 % bootstrap intervals over what was measured on."]
     for language in scores[first]:
@@ -93,6 +96,7 @@ def _changes(card: Mapping[str, Any], first: str, last: str) -> list[str]:
     changes = card["changes"].get(last, {})
     heads = [title_of(card, language) for language in changes]
     lines = [_line([f"from {_plain(first)} to {_plain(last)}", *heads]), "|---" * (1 + len(changes)) + "|"]
+    lines = lines if changes else []
     for key, (label, _, better) in FIGURES.items():
         if key in TOKEN_BOUND or not any(key in each for each in changes.values()):
             continue
@@ -101,11 +105,9 @@ def _changes(card: Mapping[str, Any], first: str, last: str) -> list[str]:
             value, interval = spelled_change(key, each[key]) if key in each else ("–", "")
             cells.append(f"{value} ({interval}; {counted(key, each[key]['n'])})" if interval else value)
         lines.append(_line([f"{label} ({better} is better)", *cells]))
-    if gap := card["gap"]:
-        low, high = gap["interval"]
-        size = format_count(gap["n"], "chat")
-        lines += ["", f"Gap closed: {gap['value']:.0%} ({low:.0%} to {high:.0%}; {size}) of the way to a "
-                  "model tuned on chats of the language, by bits per byte of the replies that were given."]  # fmt: skip
+    if card["gap"]:
+        value, measured = spelled_gap(card["gap"])
+        lines += ["", f"{value} ({measured}) {WAY}."]
     for key, why in card["reasons"].items():
         lines += ["", f"{key.replace('_', ' ').capitalize()}: not known; {why}."]
     return lines
@@ -117,7 +119,8 @@ def _scores(scores: Mapping[str, Any], language: str) -> list[str]:
         known = [each[language][key] for each in scores.values() if key in each[language]]
         if known:
             cells = [spelled(key, each[language][key]) if key in each[language] else "–" for each in scores.values()]
-            lines.append(_line([f"{label} ({better} is better)", *cells, counted(key, max(f["n"] for f in known))]))
+            counts = [figure["n"] for figure in known]
+            lines.append(_line([f"{label} ({better} is better)", *cells, counted(key, min(counts), max(counts))]))
     return lines
 
 

@@ -36,6 +36,7 @@ REPLY = 240  # bytes of a reply, by the model's tokens per byte of the language
 TIMED = 4  # texts behind which generation is timed
 ROUNDS = 3  # in each of which every model is timed behind each of them
 WORDS = 8  # of a document, where it begins a continuation
+BEGINNING = 80  # characters of it at most, for languages without spaces
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class HeldOutText:
         """What the models are given to reply to, or to go on with: the same for all of them."""
         if self.chats:
             return [str(prompt_of(chat.messages)[-1]["content"]) for chat in self.chats]
-        return [" ".join(text.split()[:WORDS]) for text in self.texts[:PROMPTS]]
+        return [" ".join(text.split()[:WORDS])[:BEGINNING] for text in self.texts[:PROMPTS]]
 
     def chance(self) -> float | None:
         """The accuracy of guessing, where that is known."""
@@ -73,12 +74,12 @@ class Measured:
 
     Attributes:
         counts: Language -> score -> what was counted.
-        replies: Language -> replies to its prompts.
+        replies: Language -> replies to its prompts; None to one that is longer than the context.
         notes: What could not be measured, and why.
     """
 
     counts: dict[str, dict[str, Counts]] = field(default_factory=dict)
-    replies: dict[str, list[str]] = field(default_factory=dict)
+    replies: dict[str, list[str | None]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
@@ -119,7 +120,7 @@ def score_model(
             )
             ended = [0.0 if reply is None else float(reply.stop_reason == "end") for reply in replies]
             counts["stop_rate"] = Counts(ended, [float(reply is not None) for reply in replies])
-            measured.replies[name] = ["" if reply is None else reply.text for reply in replies]
+            measured.replies[name] = [None if reply is None else reply.text for reply in replies]
         elif not held.chats:
             measured.replies[name] = [reply.text for reply in of_model.continuations(of_model.room(counts))]
         if held.choices or held.tasks:

@@ -30,8 +30,10 @@ COUNTED = {
     "response_bits_per_byte": ("chat", "chats"), "response_nll": ("chat", "chats"),
     "characters_per_second": ("text", "texts"),
 }  # fmt: skip
+NO_INTERVAL = "no interval"  # of one document, or one chat: nobody knows how much another would differ
 SHARES = ("stop_rate", "in_language", "choices")  # changes of these are points
 TOKEN_BOUND = ("response_nll",)  # not to be compared where tokenizers differ
+WAY = "of the way to the model that was tuned on chats of the language, by bits per byte of the replies that were given"
 TITLES = {"target": "The language", "replay": "What it knew before"}
 CODE = re.compile(r"[a-z]{2,3}")
 
@@ -41,8 +43,9 @@ def card_page(card: Mapping[str, Any]) -> Page:
     scores, last = card["scores"], card["result"]
     first = next(iter(scores))
     title = card["how"].get("title")
+    way = f"from {first} to {last}" if first != last else first
     page = Page(
-        f"{title}: from {first} to {last}" if title else f"From {first} to {last}",
+        f"{title}: {way}" if title else f"{way[:1].upper()}{way[1:]}",
         "Two languages, measured alike on text that nothing was learned from. Counted for a byte of text, so that "
         "models with different tokenizers compare. In brackets: 95\u00a0% bootstrap intervals.",
     )
@@ -81,7 +84,8 @@ def title_of(card: Mapping[str, Any], language: str) -> str:
 def spelled(key: str, figure: Mapping[str, Any]) -> str:
     """A score with its interval."""
     low, high = (written(key, end) for end in figure["interval"])
-    return f"{written(key, figure['value'])} ({low}\u2060–\u2060{high})"
+    interval = f"{low}\u2060–\u2060{high}" if figure["n"] > 1 else NO_INTERVAL
+    return f"{written(key, figure['value'])} ({interval})"
 
 
 def written(key: str, value: float) -> str:
@@ -104,13 +108,21 @@ def spelled_change(key: str, figure: Mapping[str, Any]) -> tuple[str, str]:
     value, low, high = (
         f"{number:+.{digits}f}".replace("-", "−") if round(number, digits) else "0" for number in values
     )
-    return f"{value}\u00a0{'points' if key in SHARES else '%'}", f"{low} to {high}"
+    interval = f"{low} to {high}" if figure["n"] > 1 else NO_INTERVAL
+    return f"{value}\u00a0{'points' if key in SHARES else '%'}", interval
+
+
+def spelled_gap(gap: Mapping[str, Any]) -> tuple[str, str]:
+    """How much of the gap was closed; its interval, and the chats that it was measured on."""
+    low, high = gap["interval"]
+    interval = f"{low:.0%} to {high:.0%}" if gap["n"] > 1 else NO_INTERVAL
+    return f"Gap closed: {gap['value']:.0%}", f"{interval}; {format_count(gap['n'], 'chat')}"
 
 
 def _won_and_lost(page: Page, card: Mapping[str, Any], first: str, last: str) -> None:
     """A column for each language with the same figures in the same size."""
     changes = card["changes"].get(last, {})
-    page.section("What was won, and what was lost", f"What changed from {first} to {last}.")
+    page.section("What was won, and what was lost", f"What changed from {first} to {last}." if changes else "")
 
     def column(language: str) -> None:
         page.text(f"**{title_of(card, language)}**")
@@ -124,12 +136,8 @@ def _won_and_lost(page: Page, card: Mapping[str, Any], first: str, last: str) ->
 
     page.beside(*((lambda name=name: column(name)) for name in changes))
     if gap := card["gap"]:
-        low, high = gap["interval"]
-        page.text(
-            f"**Gap closed: {gap['value']:.0%}** ({low:.0%} to {high:.0%}, {format_count(gap['n'], 'chat')}) of "
-            "the way to the model that was tuned on chats of the language, by bits per byte of the replies that were "
-            "given."
-        )
+        value, measured = spelled_gap(gap)
+        page.text(f"**{value}** ({measured}) {WAY}.")
     for key, why in card["reasons"].items():
         page.text(f"{key.replace('_', ' ').capitalize()}: not known. {why[:1].upper()}{why[1:]}.")
 
@@ -140,7 +148,8 @@ def _stat(card: Mapping[str, Any], language: str, key: str, ends: tuple[str, str
     before, after = (written(key, card["scores"][name][language][key]["value"]) for name in ends)
     value, interval = spelled_change(key, figure)
     number, _, unit = value.partition("\u00a0")
-    note = f"{before} → {after}; {interval} {unit}; {counted(key, figure['n'])}"
+    interval = interval if interval == NO_INTERVAL else f"{interval} {unit}"
+    note = f"{before} → {after}; {interval}; {counted(key, figure['n'])}"
     return f"{label} ({better} is better)", value if unit == "%" else number, note
 
 

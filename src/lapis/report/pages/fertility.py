@@ -13,6 +13,7 @@ from lapis.report.figures.scores import short as in_short
 from lapis.report.markup import Column
 from lapis.report.page import Page
 from lapis.report.pages.sections import short
+from lapis.wording import format_count
 
 LANGUAGES = (
     ("name", "text"), ("documents", "documents"), ("bytes", "bytes"), ("tokens_per_byte", "tokens per byte"),
@@ -66,7 +67,7 @@ def fertility_page(result: Mapping[str, Any]) -> Page:
         named = chosen["add"] or max(row["added"] for row in curve)
         row = min(curve, key=lambda row: abs(row["added"] - named))
         title = f"{row['added']:,} more tokens would save {row['saved']:.0%} of what this language costs"
-        caption = f"The curve bends at about {result['knee']:,} tokens." if result.get("knee") else ""
+        caption = f"The curve bends at about {format_count(result['knee'], 'token')}." if result.get("knee") else ""
         page.figure(plots.fertility_curve(curve, title, mark=chosen["add"]), caption)
         page.table(curve, _columns(CURVE, curve), "The curve in numbers", mark=[str(chosen["add"])])
     for note in result.get("notes") or ():

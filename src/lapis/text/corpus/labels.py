@@ -8,6 +8,7 @@ stand for the files in them. A label is a word or a whole number. What is wrong 
 import codecs
 import csv
 import io
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,12 +52,14 @@ def labeled(paths: Source | Iterable[Source]) -> Iterator[Labeled]:
 
 
 def bare_texts(paths: Source | Iterable[Source]) -> Iterator[str]:
-    """All text of files of documents, chats and labeled tables alike, for tokenizers and pre-training."""
+    """All text of documents, chats and labeled tables alike, for tokenizers and pre-training; each file once."""
+    met: set[str] = set()
     for path in [paths] if isinstance(paths, (str, Path)) else paths:
-        if suffix(Path(path)) in TABLES:
-            yield from (example.text for example in labeled(path))
-        else:
-            yield from texts(path)
+        is_table = suffix(Path(path)) in TABLES
+        for file in files(path, LABELED, "labeled texts are") if is_table else files(path):
+            if (place := os.path.abspath(file)) not in met:
+                met.add(place)
+                yield from (example.text for example in labeled(file)) if is_table else texts(file)
 
 
 def classes_of(labels: Iterable[str]) -> list[str]:
