@@ -19,7 +19,7 @@ import torch
 from lapis.checkpoint.commit import MANIFEST
 from lapis.cli.main import main
 from lapis.config import dump_yaml
-from lapis.errors import ConfigError, TrainingError
+from lapis.errors import ConfigError, DataError, TrainingError
 from lapis.families.config import ModelConfig
 from lapis.model.size import activation_bytes
 from lapis.model.transformer import Transformer
@@ -31,6 +31,7 @@ from lapis.training.distributed.sharded_state import has_shards
 from lapis.training.loop.progress import Silent
 from lapis.training.loop.update import Updater
 from lapis.training.objectives.supervised.cross_entropy import head_cross_entropy
+from lapis.training.objectives.supervised.next_token import Causal
 from lapis.training.run import read_settings, run
 
 
@@ -179,6 +180,24 @@ def test_what_all_processes_refuse_is_told_once(bench: Any, place: Path) -> None
     assert "--plan-only measures one process, and torchrun has started 2; start it without torchrun" in line
     assert "--gpus N for several, on paper" in line
     assert typed("--plan-only", "--gpus", "4", "--tflops", "100", "--bandwidth", "10") == line
+
+
+@pytest.mark.parametrize("ranks", ["1", "012"])
+def test_an_error_of_any_process_is_told_once(bench: Any, place: Path, ranks: str) -> None:
+    """Of the second alone of three; and of all alike, which the first tells."""
+    loss = Causal.loss
+
+    def fails(self: Causal, *given: Any) -> Any:
+        if os.environ["RANK"] in ranks:
+            raise DataError(f"rank {os.environ['RANK']} cannot")
+        return loss(self, *given)
+
+    def before() -> None:
+        Causal.loss = fails  # type: ignore[method-assign]
+
+    given = {**bench.settings(place, "causal", 4), "out": str(place / "fails"), "batch": 9, "shard": "full"}
+    codes, shown = bench.Ranks(3, given, before=before).end(60)
+    assert codes == [1, 1, 1] and shown == f"DataError: rank {ranks[0]} cannot\n", shown
 
 
 def test_what_cannot_be_shared_out_is_one_line(bench: Any, place: Path) -> None:
