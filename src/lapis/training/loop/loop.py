@@ -28,12 +28,12 @@ from lapis.training.distributed import parallel
 from lapis.training.distributed.resume import earlier_run, go_on, shared_out
 from lapis.training.distributed.sharded_state import ShardedSaves
 from lapis.training.forecast.memory import peak
-from lapis.training.loop.changes import SCHEDULED
+from lapis.training.loop.changes import rescheduled
 from lapis.training.loop.estimate import PREDICTED_AFTER, predict, show_estimate
 from lapis.training.loop.guards import StepGuard
 from lapis.training.loop.held_out import Evaluator, overfitting
 from lapis.training.loop.progress import Silent, Watch, live, show_share, watcher
-from lapis.training.loop.state import CheckpointJournal, TrainState, clean_journal, newest_of
+from lapis.training.loop.state import STATE, CheckpointJournal, TrainState, clean_journal, newest_of
 from lapis.training.loop.stop_request import StopRequest, StopSignal, stop_requests
 from lapis.training.loop.tracking import TrackedWatch, check_installed
 from lapis.training.loop.update import Batches, Updater
@@ -268,8 +268,8 @@ class TrainingRun:
         self.facts = world.from_lead(self.facts)
         self.updater.precision = str(self.facts["precision"])
         state.optimizers.set_precision(self.updater.precision)
-        rescheduled = bool(self.journal and self.journal.changed & SCHEDULED)
-        go_on(state, world, self.newest, state.schedule if rescheduled else None)
+        anew = self.newest is not None and rescheduled(self.newest / STATE, self.identity)
+        go_on(state, world, self.newest, state.schedule if anew else None)
         if self.newest is not None:
             self.watch.note(f"train: going on from {self.newest}")
 
