@@ -14,10 +14,10 @@ from lapis.config import load_yaml, override
 from lapis.errors import ConfigError, TrainingError
 from lapis.families import PRESETS, find
 from lapis.training.config import TrainConfig
+from lapis.training.forecast import measured
 from lapis.training.forecast.budget import Budget
 from lapis.training.forecast.measured import best_tokens
 from lapis.training.forecast.memory import MemoryWatch, peak
-from lapis.training.forecast import measured
 from lapis.training.forecast.options import ForecastOptions
 from lapis.training.forecast.paper import PaperForecast, on_paper
 from lapis.training.loop.progress import Silent
