@@ -35,7 +35,7 @@ _LONGEST = 20  # times the longest pause between two steps forward so far is non
 _GRACE = 4.0  # seconds that the others leave to the one that says it
 _FIRST = 0.5  # seconds that they leave to the first process, to say what would end all of them
 _OVER = "over"  # in the store: one process has ended the run, and says why
-_TOLD = "told"  # in the store: how many processes would say why
+_TELLERS = "tellers"  # in the store: how many processes would say why
 _ENDED = 1 << 40  # added to its number by a process that is done
 _MEGABYTE = 1_000_000
 
@@ -240,7 +240,7 @@ class ProcessWatch:
             time.sleep(_FIRST)
         others, until = {*range(1, self.size)} - {self.rank}, time.monotonic() + 2 * _BEAT
         try:
-            self.tells = self.tells or self.store.add(_TOLD, 1) == 1
+            self.tells = self.tells or self.store.add(_TELLERS, 1) == 1
             if self.tells:
                 self.store.set(_OVER, str(self.rank))
                 while time.monotonic() < until and any(self.store.add(self._key(rank), 0) < _ENDED for rank in others):
