@@ -14,6 +14,7 @@ from lapis.config import load_yaml, override
 from lapis.errors import ConfigError, TrainingError
 from lapis.families import PRESETS, find
 from lapis.training.config import TrainConfig
+from lapis.training.forecast import measured
 from lapis.training.forecast.budget import Budget
 from lapis.training.forecast.measured import best_tokens
 from lapis.training.forecast.memory import MemoryWatch, peak
@@ -76,6 +77,10 @@ def test_weights_in_bfloat16_are_counted_as_they_are_held() -> None:
     whole, half = (plan(settings(weights=kind, optimizer="adamw"), watch=Silent()) for kind in ("float32", "bf16"))
     assert half.memory.weights * 2 == whole.memory.weights and half.memory.gradients == half.memory.weights
     assert half.memory.optimizer == pytest.approx(2 * half.memory.weights, rel=0.01)
+    kept = {"ema": 0.9, "best": True, "eval_every": 9, "valid": 0.1}  # the average is in float32
+    more = plan(settings(weights="bf16", optimizer="adamw", **kept), watch=Silent())
+    assert more.memory.copies == 3 * half.memory.weights
+    assert more.checkpoint_bytes - half.checkpoint_bytes == more.memory.copies
 
 
 def test_flops_of_frozen_weights_are_four_not_six() -> None:
@@ -94,6 +99,17 @@ def test_a_budget_of_flops_or_time_sets_the_steps() -> None:
     assert half.settings == {"steps": 20} and half.tokens == whole.tokens // 2
     hour = plan(settings(), Budget.parse("1 hour"), watch=Silent())
     assert hour.settings["steps"] == hour.steps and hour.seconds == pytest.approx(3600, rel=0.01)
+
+
+@pytest.mark.parametrize(("every", "steps", "seconds"), [(0, 500, 60.0), (10, 45, 54.5), (1000, 454, 55.4)])
+def test_a_budget_of_time_counts_each_evaluation_once(
+    every: int, steps: int, seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step takes 0.1 seconds here, what is held out 10, of which the one at the end has no step to share it."""
+    first_steps = measured._first_steps
+    monkeypatch.setattr(measured, "_first_steps", lambda *given: (first_steps(*given)[0] and [0.1, 0.1], 10.0))
+    result = plan(settings(valid=0.1, eval_every=every), Budget.parse("60 s"), watch=Silent())
+    assert result.steps == result.settings["steps"] == steps and result.seconds == pytest.approx(seconds)
 
 
 @pytest.mark.parametrize("bound", [{"minutes": 10}, {"epochs": 2}, {"steps": 40}])

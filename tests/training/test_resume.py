@@ -29,7 +29,7 @@ from lapis.text.tokenizer.tokenizer import Tokenizer
 from lapis.training.config import TrainConfig
 from lapis.training.loop.loop import train
 from lapis.training.loop.progress import Silent
-from lapis.training.loop.state import CheckpointJournal
+from lapis.training.loop.state import CheckpointJournal, newest_of
 from lapis.training.objectives.supervised.next_token import Causal
 from lapis.training.run import read_settings, run
 
@@ -105,6 +105,32 @@ def test_fault_64_damaged_newest_falls_back_aloud(
     parts, notes = resumed(new_model, objective, tmp_path / "out")
     assert "step-6 is damaged (model.safetensors)" in notes[0] and "step-3" in notes[1]
     assert parts == resumed(new_model, objective, tmp_path / "whole")[0]
+
+
+def test_a_damaged_checkpoint_is_never_the_last_good(
+    stopped: Path, new_model: Make, objective: Causal, tmp_path: Path
+) -> None:
+    """Neither named as that, nor kept in place of a whole one."""
+    weights = stopped / "step-6" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
+    journal = CheckpointJournal(stopped)
+    assert journal.newest() == stopped / "step-3" and journal.last_good().endswith("step-3")
+    assert newest_of(tmp_path / "out") == stopped / "step-3" and (stopped / "damaged-step-6").is_dir()
+    with pytest.raises(StopError):
+        train(new_model(), objective, replace(CONFIG, keep=1, save_every=4), tmp_path / "out", watch=Heard(stop_at=6))
+    assert [path.name for path in stopped.glob("*step-*")] == ["step-4"]
+
+
+def test_an_allowed_change_of_length_outlives_a_kill(
+    stopped: Path, new_model: Make, objective: Causal, tmp_path: Path
+) -> None:
+    longer, allow = replace(CONFIG, steps=20), {"allow_change": ("steps",)}
+    with pytest.raises(StopError):  # before its first checkpoint
+        train(new_model(), objective, longer, tmp_path / "out", watch=Heard(stop_at=9), **allow)
+    assert not (stopped / "step-9").exists()
+    resumed(new_model, objective, tmp_path / "out", longer)
+    log = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert log[-1]["step"] == 20
 
 
 def test_fault_64_all_damaged_is_refused(stopped: Path, new_model: Make, objective: Causal, tmp_path: Path) -> None:

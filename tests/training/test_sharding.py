@@ -19,7 +19,7 @@ import torch
 from lapis.checkpoint.commit import MANIFEST
 from lapis.cli.main import main
 from lapis.config import dump_yaml
-from lapis.errors import ConfigError, TrainingError
+from lapis.errors import ConfigError, DataError, TrainingError
 from lapis.families.config import ModelConfig
 from lapis.model.size import activation_bytes
 from lapis.model.transformer import Transformer
@@ -27,10 +27,11 @@ from lapis.training.config import TrainConfig
 from lapis.training.distributed import sharding
 from lapis.training.distributed.parallel import Processes
 from lapis.training.distributed.pieces import own, piece_like, scale, total_norm, whole
-from lapis.training.distributed.sharded_state import has_shards
+from lapis.training.distributed.sharded_state import ShardedSaves, has_shards
 from lapis.training.loop.progress import Silent
 from lapis.training.loop.update import Updater
 from lapis.training.objectives.supervised.cross_entropy import head_cross_entropy
+from lapis.training.objectives.supervised.next_token import Causal
 from lapis.training.run import read_settings, run
 
 
@@ -179,6 +180,49 @@ def test_what_all_processes_refuse_is_told_once(bench: Any, place: Path) -> None
     assert "--plan-only measures one process, and torchrun has started 2; start it without torchrun" in line
     assert "--gpus N for several, on paper" in line
     assert typed("--plan-only", "--gpus", "4", "--tflops", "100", "--bandwidth", "10") == line
+
+
+@pytest.mark.parametrize("ranks", ["1", "012"])
+def test_an_error_of_any_process_is_told_once(bench: Any, place: Path, ranks: str) -> None:
+    """Of the second alone of three; and of all alike, which the first tells."""
+    loss = Causal.loss
+
+    def fails(self: Causal, *given: Any) -> Any:
+        if os.environ["RANK"] in ranks:
+            raise DataError(f"rank {os.environ['RANK']} cannot")
+        return loss(self, *given)
+
+    def before() -> None:
+        Causal.loss = fails  # type: ignore[method-assign]
+
+    given = {**bench.settings(place, "causal", 4), "out": str(place / "fails"), "batch": 9, "shard": "full"}
+    codes, shown = bench.Ranks(3, given, before=before).end(60)
+    assert codes == [1, 1, 1] and shown == f"DataError: rank {ranks[0]} cannot\n", shown
+
+
+@pytest.mark.parametrize("fault", ["nan", "error"])
+def test_a_checkpoint_that_is_being_written_is_not_lost(bench: Any, place: Path, fault: str) -> None:
+    """Where the run ends by a fault meanwhile: it is waited for, and a guard names it."""
+    out, loss, commit, calls = place / f"slow-{fault}", Causal.loss, ShardedSaves._commit, list[int]()
+
+    def slow(self: ShardedSaves, *given: Any) -> None:
+        time.sleep(2)
+        commit(self, *given)
+
+    def breaks(self: Causal, *given: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 5 and fault == "error":
+            raise DataError("it broke")
+        total, *rest = loss(self, *given)
+        return (total * float("nan") if len(calls) == 5 else total, *rest)
+
+    def before() -> None:
+        Causal.loss, ShardedSaves._commit = breaks, slow  # type: ignore[method-assign]
+
+    given = {**bench.settings(place, "causal", 8), "out": str(out), "shard": "full", "save_every": 4}
+    codes, shown = bench.Ranks(2, given, before=before).end(60)
+    assert codes == [1, 1] and (bench.journal_of(out) / "step-4" / "state.json").exists(), shown
+    assert fault == "error" or f"the last good checkpoint is {bench.journal_of(out)}/step-4" in shown, shown
 
 
 def test_what_cannot_be_shared_out_is_one_line(bench: Any, place: Path) -> None:

@@ -33,7 +33,9 @@ _ANSWER = 60.0  # seconds in which the store answers, where something listens at
 _NOTE_AFTER = 5.0  # seconds after which it is told who is waited for at the start
 _LONGEST = 20  # times the longest pause between two steps forward so far is none without an end, if no time was set
 _GRACE = 4.0  # seconds that the others leave to the one that says it
+_FIRST = 0.5  # seconds that they leave to the first process, to say what would end all of them
 _OVER = "over"  # in the store: one process has ended the run, and says why
+_TELLERS = "tellers"  # in the store: how many processes would say why
 _ENDED = 1 << 40  # added to its number by a process that is done
 _MEGABYTE = 1_000_000
 
@@ -203,6 +205,7 @@ class ProcessWatch:
         self.left = threading.Event()  # whether this process has left the run
         self.answered = time.monotonic()  # when the store did
         self.broken = False  # whether a connection to another process is
+        self.tells = False  # whether this process says why the run has ended
         self.last_good: Callable[[], Path | None] = lambda: None  # the newest checkpoint
         self.patience, self.forgiving = patience(), PATIENCE not in os.environ
         self.beats = threading.Thread(target=self._beat, daemon=True)
@@ -225,20 +228,26 @@ class ProcessWatch:
             except RuntimeError:
                 pass  # its holder has ended first
 
-    def end_others(self) -> None:
+    def end_others(self) -> bool:
         """Has the other processes end without a word, since this one says why, and waits for them.
 
         The first one, which writes, is left to notice it as a broken connection, so that it can put things in order.
+        Returns whether this process is the one that says it: where several fail alike, only the first of them does.
         """
         if self.broken:
-            return  # all have noticed by themselves
+            return True  # all have noticed by themselves
+        if self.rank:
+            time.sleep(_FIRST)
         others, until = {*range(1, self.size)} - {self.rank}, time.monotonic() + 2 * _BEAT
         try:
-            self.store.set(_OVER, str(self.rank))
-            while time.monotonic() < until and any(self.store.add(self._key(rank), 0) < _ENDED for rank in others):
-                time.sleep(0.02)
+            self.tells = self.tells or self.store.add(_TELLERS, 1) == 1
+            if self.tells:
+                self.store.set(_OVER, str(self.rank))
+                while time.monotonic() < until and any(self.store.add(self._key(rank), 0) < _ENDED for rank in others):
+                    time.sleep(0.02)
         except RuntimeError:
-            return  # the store's holder has ended first
+            return True  # the store's holder has ended first
+        return self.tells
 
     def is_over(self) -> bool:
         """Whether another process has ended the run, and says why."""
@@ -289,7 +298,7 @@ class ProcessWatch:
                         longest[rank] = max(longest[rank], 0.0 if waits(places[rank]) else now - forward[rank])
                         places[rank], forward[rank] = announced[rank], now
                 self.answered = time.monotonic()
-                if self.rank and self.store.check([_OVER]):
+                if self.rank and not self.tells and self.store.check([_OVER]):
                     self.store.add(self._key(self.rank), _ENDED)
                     os._exit(1)
                 silent = [rank for rank in ranks if now - moved[rank] > _SILENCE]

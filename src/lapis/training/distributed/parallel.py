@@ -174,7 +174,7 @@ def leave() -> NoReturn:
 
 @contextmanager
 def errors_end_all(last_good: Callable[[], Path | None]) -> Iterator[None]:
-    """A LapisError that leaves this block ends the other processes, too, and they say nothing.
+    """A LapisError that leaves this block ends the other processes, too, and they say nothing, be it theirs as well.
 
     last_good: The newest checkpoint, for whoever tells that another process has ended.
     """
@@ -183,8 +183,8 @@ def errors_end_all(last_good: Callable[[], Path | None]) -> Iterator[None]:
     try:
         yield
     except LapisError:
-        for watch in _watches:
-            watch.end_others()
+        if not all(watch.end_others() for watch in _watches):
+            leave()
         raise
 
 

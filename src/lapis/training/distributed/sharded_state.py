@@ -101,12 +101,17 @@ class ShardedSaves:
         except BaseException as error:
             self._error = error
 
+    def wait(self) -> None:
+        """Waits for what is being written, so that it counts as the last checkpoint, too; asks no other process."""
+        if self._thread is not None:
+            with waiting():
+                self._thread.join()
+
     def finish(self) -> None:
         """Waits for what is being written. Raises OutputError in one process where it failed in any."""
         if self._thread is None:
             return
-        with waiting():
-            self._thread.join()
+        self.wait()
         error, self._thread, self._error = self._error, None, None
         shown = None
         if error is not None:

@@ -26,7 +26,7 @@ from lapis.training.config import TrainConfig
 from lapis.training.distributed.forward import waiting
 from lapis.training.distributed.parallel import Processes
 from lapis.training.distributed.pieces import own, piece_like, whole
-from lapis.training.optim.footprint import copies, optimizer_bytes, trained_bytes, weight_bytes
+from lapis.training.optim.footprint import copy_bytes, optimizer_bytes, trained_bytes, weight_bytes
 
 Sharded = Literal["full", "hybrid"]
 
@@ -80,7 +80,8 @@ def choose_sharding(config: TrainConfig, world: Processes, model: Transformer, c
 
 def state_bytes(model: nn.Module, config: TrainConfig) -> int:
     """Bytes of weights, gradients, optimizer and copies of what is trained, as the forecast counts them."""
-    return weight_bytes(model) + (1 + copies(config)) * trained_bytes(model) + optimizer_bytes(model, config.optimizer)
+    beside = trained_bytes(model) + optimizer_bytes(model, config.optimizer) + copy_bytes(model, config)
+    return weight_bytes(model) + beside
 
 
 def gradients_fit(model: nn.Module) -> bool:

@@ -22,7 +22,7 @@ from lapis.training.loop.loop import TrainingRun
 from lapis.training.loop.progress import Watch
 from lapis.training.loop.stop_request import StopSignal, stop_requests
 from lapis.training.objectives.objective import Objective
-from lapis.training.optim.footprint import copies, trained_bytes, weight_bytes, written_bytes
+from lapis.training.optim.footprint import copy_bytes, trained_bytes, weight_bytes, written_bytes
 from lapis.training.setup.blocks import compiled
 from lapis.training.setup.probe import available
 
@@ -65,6 +65,7 @@ class Forecast:
         tokens: Positions that they compute.
         seconds: Of steps and held-out evaluations.
         seconds_per_step: The median of those measured.
+        seconds_per_evaluation: Of what is held out, once.
         flops: Of all steps: 2 FLOPs per weight and token forward, as many for the gradients of activations, and as many
             for those of what is trained.
         memory: At the peak.
@@ -79,6 +80,7 @@ class Forecast:
     tokens: int
     seconds: float
     seconds_per_step: float
+    seconds_per_evaluation: float
     flops: float
     memory: RunMemory
     checkpoint_bytes: int
@@ -119,19 +121,22 @@ def forecast(
     if budget is None:
         return result
     chosen: dict[str, Any] = {}
-    each = _each(result, budget)
-    if choose_batch and each < budget.amount:
-        chosen = _batch(config, result, budget.amount / each * result.tokens / result.steps)
+    each, once = _costs(result, config, budget)
+    if choose_batch and each + once < budget.amount:
+        chosen = _batch(config, result, (budget.amount - once) / each * result.tokens / result.steps)
         result = _probe(start, replace(config, **chosen), watch) if chosen else result
-        each = _each(result, budget)
-    steps = int(budget.amount / each)
+        each, once = _costs(result, config, budget)
+    steps = int((budget.amount - once) / each)
     if steps < 1:
-        what = f"{each:.3g} seconds" if budget.kind == "seconds" else f"{each:.3g} FLOPs"
-        raise TrainingError(f"train: one step takes {what}, which is more than {budget.text}; lower batch or context")
+        what = "one step takes" if not once else "one step and what is held out take"
+        unit = "seconds" if budget.kind == "seconds" else "FLOPs"
+        raise TrainingError(
+            f"train: {what} {each + once:.3g} {unit}, which is more than {budget.text}; lower batch or context"
+        )
     bounds = {name: None for name in ("minutes", "epochs") if getattr(config, name) is not None}
     share = steps / result.steps
     return replace(
-        result, steps=steps, tokens=int(result.tokens * share), seconds=result.seconds * share,
+        result, steps=steps, tokens=int(result.tokens * share), seconds=_seconds(result, config, steps),
         flops=result.flops * share, settings={**bounds, "steps": steps, **chosen},
     )  # fmt: skip
 
@@ -142,9 +147,18 @@ def best_tokens(tokens: float) -> float:
     return 2048 * math.pow(tokens / 196_608, 0.383)
 
 
-def _each(result: Forecast, budget: Budget) -> float:
-    """What a step takes of a budget."""
-    return (result.seconds if budget.kind == "seconds" else result.flops) / result.steps
+def _costs(result: Forecast, config: TrainConfig, budget: Budget) -> tuple[float, float]:
+    """What each step takes of a budget, with its share of the evaluations on the way, and what is there once."""
+    if budget.kind != "seconds":
+        return result.flops / result.steps, 0.0
+    every, once = config.eval_every, result.seconds_per_evaluation
+    return result.seconds_per_step + (once / every if every else 0.0), once * (1 + bool(config.limits))
+
+
+def _seconds(result: Forecast, config: TrainConfig, steps: int) -> float:
+    """Of so many steps, the evaluations between them, the one at the end, and with limits the one at the start."""
+    evaluations = 1 + bool(config.limits) + ((steps - 1) // config.eval_every if config.eval_every else 0)
+    return result.seconds_per_step * steps + result.seconds_per_evaluation * evaluations
 
 
 def _batch(config: TrainConfig, result: Forecast, tokens: float) -> dict[str, Any]:
@@ -193,10 +207,10 @@ def _first_steps(run: TrainingRun, most: int, seconds: float) -> tuple[list[floa
                     run.step(batches)
                     times.append(time.perf_counter() - start)
             start = time.perf_counter()
-            run.evaluator.metrics()
+            held_out = run.evaluator.metrics()
     except StopSignal:
         raise TrainingError(f"train: stopped by {run.request.signal}; nothing was written") from None
-    return times[1:], time.perf_counter() - start
+    return times[1:], time.perf_counter() - start if held_out else 0.0
 
 
 def _probe(start: Start, config: TrainConfig, watch: Watch, *, least: bool = False) -> Forecast:
@@ -211,21 +225,22 @@ def _probe(start: Start, config: TrainConfig, watch: Watch, *, least: bool = Fal
     optimizer = sum(t.nbytes for t in run.state.optimizers.tensors().values())
     state = run.state
     now = sum(t.nbytes for group in (state.average.tensors, state.within.weights) for t in group.values())
-    copied = max(now, copies(config) * trained)
+    copied = max(now, copy_bytes(model, config))
     counted = process + weights + trained + optimizer + now
     parts = RunMemory(process, weights, trained, optimizer, copied, max(0, memory.peak - counted))
     each = statistics.median(times)
     minutes = (config.minutes or 0) * 60
-    steps = run.state.schedule.total or max(1, round(minutes / each))
+    share_of_evaluation = evaluating / config.eval_every if config.eval_every else 0.0
+    steps = run.state.schedule.total or max(1, round(minutes / (each + share_of_evaluation)))
     tokens = run.window.sums.get("tokens", 0.0) / (len(times) + 1)
-    evaluations = steps // config.eval_every + 1 if config.eval_every else 1
     size = measure(model.config, min(objective.context, model.config.context))
     share = sum(p.numel() for p in model.parameters() if p.requires_grad) / sum(p.numel() for p in model.parameters())
-    return Forecast(
+    result = Forecast(
         steps=steps,
         tokens=int(tokens * steps),
-        seconds=each * steps + evaluating * evaluations,
+        seconds=0.0,
         seconds_per_step=each,
+        seconds_per_evaluation=evaluating,
         flops=size.flops_per_token * tokens * steps * (2 + min(1.0, share)),
         memory=parts,
         checkpoint_bytes=written_bytes(model) + optimizer + copied,
@@ -234,3 +249,4 @@ def _probe(start: Start, config: TrainConfig, watch: Watch, *, least: bool = Fal
         precision=str(run.facts["precision"]),
         compile=bool(run.facts.get("compile")),
     )
+    return replace(result, seconds=_seconds(result, config, steps))

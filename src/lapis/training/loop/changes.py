@@ -47,6 +47,13 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
     return changes
 
 
+def rescheduled(numbers: Path, request: Mapping[str, Any]) -> bool:
+    """Whether a run has another schedule than the checkpoint that it goes on from, which an earlier try at going on may
+    have been killed before replacing. numbers: the checkpoint's state.json. request: what the run is started with."""
+    changes = differences(read_json(numbers)["facts"].get("wanted", {}), request)
+    return any(change.name in SCHEDULED for change in changes)
+
+
 def check_allowed(allowed: Collection[str], keys: Collection[str]) -> None:
     """Raises ConfigError for a name that no run has, or that no run can change. keys: of the settings."""
     for name in allowed:

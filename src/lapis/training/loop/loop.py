@@ -28,12 +28,12 @@ from lapis.training.distributed import parallel
 from lapis.training.distributed.resume import earlier_run, go_on, shared_out
 from lapis.training.distributed.sharded_state import ShardedSaves
 from lapis.training.forecast.memory import peak
-from lapis.training.loop.changes import SCHEDULED
+from lapis.training.loop.changes import rescheduled
 from lapis.training.loop.estimate import PREDICTED_AFTER, predict, show_estimate
 from lapis.training.loop.guards import StepGuard
 from lapis.training.loop.held_out import Evaluator, overfitting
 from lapis.training.loop.progress import Silent, Watch, live, show_share, watcher
-from lapis.training.loop.state import CheckpointJournal, TrainState, clean_journal, newest_of
+from lapis.training.loop.state import STATE, CheckpointJournal, TrainState, clean_journal, newest_of
 from lapis.training.loop.stop_request import StopRequest, StopSignal, stop_requests
 from lapis.training.loop.tracking import TrackedWatch, check_installed
 from lapis.training.loop.update import Batches, Updater
@@ -46,7 +46,6 @@ from lapis.training.setup.blocks import compiled, recomputed, stoppable
 from lapis.training.setup.probe import measure_speed, settled
 
 T = TypeVar("T")
-
 _SAVE_SECONDS = 300.0
 
 
@@ -197,7 +196,11 @@ class TrainingRun:
             with threads(self.facts["threads"]) if cpu else nullcontext():
                 with self.request.at_once():
                     self.evaluator.begin()
-                yield
+                try:
+                    yield
+                finally:  # whatever ends the run, a checkpoint that was begun is not lost
+                    if self.saves is not None:
+                        self.saves.wait()
 
     def go(self, out: Path) -> TrainResult:
         """All steps, and the held-out metrics of the result."""
@@ -217,8 +220,8 @@ class TrainingRun:
             if config.eval_every:
                 state.log[-1]["held_out"] = held_out
         best = state.within.step if state.left else state.best.step if config.best else None
-        measured = {"threads": self.facts["threads"], "precision": self.updater.precision}
-        measured["memory_bytes"] = peak(state.device)
+        memory = peak(state.device)
+        measured = {"threads": self.facts["threads"], "precision": self.updater.precision, "memory_bytes": memory}
         noted = {"skipped": state.guard.skipped, "changes": self.facts.get("changes", [])}
         return TrainResult.of(
             state.log, out=out, steps=state.step, tokens=state.tokens, seconds=state.seconds, held_out=held_out,
@@ -239,9 +242,8 @@ class TrainingRun:
                 if folder is not None:
                     run = self.model, self.objective, self.config, folder, result
                     write_result(*run)
-                    size = self.world.size
+                    start, size = self.facts["wanted"]["model"], self.world.size
                     why = why_unchecked(self.state, self.config, size)
-                    start = self.facts["wanted"]["model"]
                     write_certificate(*run, Circumstances(start, origin or {}, self.device, size, why), self.checks)
 
         self._unless_stopped(act)
@@ -268,8 +270,8 @@ class TrainingRun:
         self.facts = world.from_lead(self.facts)
         self.updater.precision = str(self.facts["precision"])
         state.optimizers.set_precision(self.updater.precision)
-        rescheduled = bool(self.journal and self.journal.changed & SCHEDULED)
-        go_on(state, world, self.newest, state.schedule if rescheduled else None)
+        anew = self.newest is not None and rescheduled(self.newest / STATE, self.identity)
+        go_on(state, world, self.newest, state.schedule if anew else None)
         if self.newest is not None:
             self.watch.note(f"train: going on from {self.newest}")
 
@@ -323,7 +325,7 @@ class TrainingRun:
         if not self.world.leads:
             parallel.seed_step(state.seed, state.step, self.world.rank)
         scale = state.schedule.scale(state.step)
-        sums = self.updater.update(batches, scale, self.journal.last_good() if self.journal else "")
+        sums = self.updater.update(batches, scale, self._last_good)
         if sums is None:
             return False
         state.step, state.cursor = state.step + 1, sums.cursor
@@ -331,6 +333,11 @@ class TrainingRun:
         self.window.add(sums.loss, sums.count, sums.norm, sums.metrics, sums.parts)
         self.window.scale = scale
         return True
+
+    def _last_good(self) -> str:
+        if self.saves is not None:
+            self.saves.wait()
+        return self.journal.last_good() if self.journal else ""
 
     def _fit_budget(self) -> None:
         state, config = self.state, self.config
@@ -380,11 +387,9 @@ class TrainingRun:
 
     def _save_and_stop(self) -> NoReturn:
         state = self.state
+        place = self._save() if self.saves is not None or self.journal is not None else None
         if self.saves is not None:
-            place = self._save()
             self.saves.finish()
-        elif self.journal is not None:
-            place = self._save()
         if self.journal is None:
             parallel.leave()
         of = f" of {state.schedule.total}" if state.schedule.total else ""

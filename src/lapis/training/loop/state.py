@@ -31,7 +31,7 @@ from lapis.training.optim.optimizers import Average, Optimizers, Schedule
 from lapis.training.result import read_curve, write_curve
 from lapis.training.setup import lora
 
-_STATE, _OPTIMIZER, _RNG, _LOG = "state.json", "optimizer.safetensors", "rng.safetensors", "log.jsonl"
+STATE, _OPTIMIZER, _RNG, _LOG = "state.json", "optimizer.safetensors", "rng.safetensors", "log.jsonl"
 _BEST, _AVERAGE, _OBJECTIVE = "best.safetensors", "average.safetensors", "objective.safetensors"
 _WITHIN = "within.safetensors"
 _FORMAT = 1  # of a checkpoint, in state.json; higher where an older lapis would read it wrongly
@@ -162,7 +162,7 @@ def write_numbers(state: TrainState, folder: Path, facts: Mapping[str, Any], tok
                "tokens": state.tokens, "predicted": state.predicted, "guard": state.guard.to_json(),
                **state.evaluations()}  # fmt: skip
     text = json.dumps({**numbers, "schedule": asdict(state.schedule), "facts": facts}, indent=1, ensure_ascii=False)
-    (folder / _STATE).write_text(text + "\n", encoding="utf-8")
+    (folder / STATE).write_text(text + "\n", encoding="utf-8")
 
 
 def restore(state: TrainState, folder: Path) -> None:
@@ -187,7 +187,7 @@ def plain_tensors(folder: Path) -> dict[str, Tensor]:
 def restore_numbers(state: TrainState, folder: Path) -> None:
     """The reverse of `write_numbers`."""
     set_rng_state(read_tensors(folder / _RNG), state.device)
-    numbers = read_json(folder / _STATE)
+    numbers = read_json(folder / STATE)
     weights = state.best.weights, state.within.weights
     state.step, state.cursor = numbers["step"], numbers["cursor"]
     state.seconds, state.tokens = numbers["seconds"], numbers["tokens"]
@@ -210,13 +210,11 @@ class CheckpointJournal:
 
     Attributes:
         warnings: Lines for a reader.
-        changed: Settings in which this rerun differs.
     """
 
     def __init__(self, folder: Path, allowed: Collection[str] = ()) -> None:
         self.folder, self.allowed = folder, allowed
         self.warnings: list[str] = []
-        self.changed: set[str] = set()
         folder.mkdir(exist_ok=True)
         for leftover in folder.glob(".*.lapis"):  # a save that was killed
             shutil.rmtree(leftover)
@@ -252,7 +250,6 @@ class CheckpointJournal:
                 f"{'; '.join(change.line for change in refused)}. Undo the change to go on with it, "
                 f"{f'allow it with{options}, ' if options else ''}or start anew with --fresh"
             )
-        self.changed = {change.name for change in changes}
         after = int(self.checkpoints[0].name.removeprefix("step-"))
         noted = [{"after_step": after, "what": change.line} for change in changes]
         self.warnings += [f"{entry['what']}, which was allowed, from step {after + 1} on" for entry in noted]
@@ -262,7 +259,7 @@ class CheckpointJournal:
 
     def _recorded(self, path: Path) -> dict[str, Any]:
         """What run.json holds, or, where that is lost or damaged, the newest checkpoint; nothing without one."""
-        for place in (path, *(checkpoint / _STATE for checkpoint in self.checkpoints)):
+        for place in (path, *(checkpoint / STATE for checkpoint in self.checkpoints)):
             with suppress(LapisError, KeyError, TypeError):
                 facts: dict[str, Any] = read_json(place) if place == path else read_json(place)["facts"]
                 if {"threads", "precision"} <= {*facts} and isinstance(facts["wanted"], dict):
@@ -277,7 +274,7 @@ class CheckpointJournal:
         return facts
 
     def newest(self, check: Callable[[Path], list[str]] = verify) -> Path | None:
-        """The newest checkpoint that is whole. A damaged one is passed over, with a line in `warnings`.
+        """The newest checkpoint that is whole. A damaged one is passed over, with a line in `warnings`, and put aside.
 
         Args:
             check: Names the files of a checkpoint that are damaged.
@@ -286,12 +283,12 @@ class CheckpointJournal:
             TrainingError: Where a checkpoint lacks a file (a lost optimizer or rng must not start anew in silence), a
                 newer lapis wrote it, or none is whole.
         """
-        passed_over: list[str] = []
+        passed_over: dict[str, str] = {}
         for path in self.checkpoints:
             try:
                 listed = set(read_json(path / MANIFEST)["files"])
                 cut = any(name.startswith(f"{SHARDS}/") for name in listed)
-                missing = {_STATE, _RNG, _LOG, *([] if cut else [_OPTIMIZER]), *listed} - {
+                missing = {STATE, _RNG, _LOG, *([] if cut else [_OPTIMIZER]), *listed} - {
                     name for name in listed if (path / name).exists()
                 }
                 if missing:
@@ -305,14 +302,17 @@ class CheckpointJournal:
                     raise
                 damaged = [MANIFEST]
             if not damaged:
-                refuse_newer(path, _STATE, _FORMAT)
+                refuse_newer(path, STATE, _FORMAT)
+                for name in passed_over:
+                    shutil.rmtree(self.folder / f"damaged-{name}", ignore_errors=True)
+                    (self.folder / name).rename(self.folder / f"damaged-{name}")  # the newest is the last good one
                 return path
-            passed_over.append(f"{path.name}: {', '.join(damaged)}")
+            passed_over[path.name] = ", ".join(damaged)
             self.warnings.append(f"{path} is damaged ({', '.join(damaged)}); falling back to the checkpoint before it")
         if passed_over:
+            which = "; ".join(f"{name}: {files}" for name, files in passed_over.items())
             raise TrainingError(
-                f"train: no checkpoint in {self.folder} is whole ({'; '.join(passed_over)} damaged); start anew with "
-                "--fresh"
+                f"train: no checkpoint in {self.folder} is whole ({which} damaged); start anew with --fresh"
             )
         return None
 
@@ -331,8 +331,8 @@ class CheckpointJournal:
         return self.folder / f"step-{step}"
 
     def prune(self, keep: int) -> None:
-        """Deletes all checkpoints but the newest `keep`."""
-        for old in self.checkpoints[keep:]:
+        """Deletes all checkpoints but the newest `keep`, and what was put aside."""
+        for old in [*self.checkpoints[keep:], *self.folder.glob("damaged-*")]:
             shutil.rmtree(old)
         shutil.rmtree(self.folder.with_name(f"{JOURNAL}-before"), ignore_errors=True)  # a fresh start has taken over
 

@@ -6,7 +6,7 @@ accumulation nor the number of processes changes it.
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -85,7 +85,7 @@ class Updater:
         """The signal for which all processes stop, or None."""
         return self.request.signal if self.world.size == 1 else self._stop
 
-    def update(self, batches: Batches, scale: float, last_good: str) -> StepSums | None:
+    def update(self, batches: Batches, scale: float, last_good: Callable[[], str]) -> StepSums | None:
         """One update at `scale` times the peak learning rate; None where a stop was requested before it was whole.
 
         Raises TrainingError for a step at which a guard stops the run, or where nothing is supervised.
@@ -123,7 +123,9 @@ class Updater:
         """What every process holds all of; gradients of pieces are summed as they come (distributed/sharding.py)."""
         return [p for p in self.state.optimizers.parameters if not is_piece(p)]
 
-    def _goes_on(self, fault: Fault, sums: StepSums, skipped: list[dict[str, Any]], last_good: str) -> bool:
+    def _goes_on(
+        self, fault: Fault, sums: StepSums, skipped: list[dict[str, Any]], last_good: Callable[[], str]
+    ) -> bool:  # fmt: skip
         """Whether the step is done all the same; False where its batch is left out, which `skipped` then says.
 
         Raises TrainingError where the run stops.
@@ -133,11 +135,11 @@ class Updater:
         if fault.act == "stop" or len(skipped) == most:
             why = f" after {most} batches in a row that were left out" if fault.act == "skip" else ""
             error = TrainingError(
-                f"train: {fault.what} at step {step}{why}; {last_good}. The batch: {where}. Lower lr (now "
+                f"train: {fault.what} at step {step}{why}; {last_good()}. The batch: {where}. Lower lr (now "
                 f"{self.config.lr:g}), look at the data, or set guards to leave such batches out"
             )
             self.world.raise_once([True] * self.world.size, error)  # all see the same sums, one says so
-        done = "it is left out" if fault.act == "skip" else f"it is learned from all the same; {last_good}"
+        done = "it is left out" if fault.act == "skip" else f"it is learned from all the same; {last_good()}"
         self.state.objective.notes.append(f"{fault.what} at step {step}. The batch: {where}; {done}")
         if fault.act == "skip":
             skipped.append({"step": step, "what": fault.what, "batch": where})

@@ -29,6 +29,14 @@ def copies(config: TrainConfig) -> int:
     return (config.ema > 0) + config.best + bool(config.limits)
 
 
+def copy_bytes(model: nn.Module, config: TrainConfig) -> int:
+    """Of these copies: an average is in float32, the others are in the precision of the weights."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return (config.ema > 0) * 4 * sum(p.numel() for p in trained) + (config.best + bool(config.limits)) * sum(
+        p.nbytes for p in trained
+    )
+
+
 def optimizer_bytes(model: nn.Module, kind: Literal["adamw", "muon", "sgd"]) -> int:
     """Of the optimizer of what a model trains, in the precision of its weights, which may be on the meta device."""
     matrices = sum(p.nbytes for p in hidden_matrices(model))
@@ -47,7 +55,7 @@ def weight_bytes(model: nn.Module) -> int:
 
 def checkpoint_bytes(model: nn.Module, config: TrainConfig) -> int:
     """Of a checkpoint on disk: the model, or its adapter; the optimizer, and copies."""
-    return written_bytes(model) + optimizer_bytes(model, config.optimizer) + copies(config) * trained_bytes(model)
+    return written_bytes(model) + optimizer_bytes(model, config.optimizer) + copy_bytes(model, config)
 
 
 def written_bytes(model: nn.Module) -> int:
