@@ -107,7 +107,12 @@ def test_what_cannot_be_watched_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match='watch_metric is "acuracy"; did you mean "accuracy"'):
         train(
-            new_model(), make(), replace(CONFIG, watch_metric="acuracy"), tmp_path / "out", watch=Silent(), fresh=True
+            new_model(),
+            make(),
+            replace(CONFIG, watch_metric="acuracy", best=True),
+            tmp_path / "out",
+            watch=Silent(),
+            fresh=True,
         )
     with pytest.raises(TrainingError, match="the objective has no held-out data"):
         train(new_model(), Causal(tokenizer, documents, context=32), CONFIG, tmp_path / "two", watch=Silent())

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 import lapis
 from lapis.checkpoint.commit import commit
@@ -113,6 +114,14 @@ def test_a_rerun_with_another_adapter_is_refused(
         go(Stop())
     with pytest.raises(TrainingError, match=r"lora\.alpha was null, is 3"):
         go(Silent(), alpha=3.0)
+
+
+def test_an_adapter_is_saved_in_the_type_that_is_asked_for(start: Start, tmp_path: Path) -> None:
+    for name in ("float32", "bfloat16"):
+        start(name, lora={"rank": 2}, save_dtype=name)
+    full, half = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("float32", "bfloat16"))
+    assert {name: tensor.bfloat16() for name, tensor in full.items()}.keys() == half.keys()
+    assert all(torch.equal(full[name].bfloat16(), tensor) for name, tensor in half.items())
 
 
 def test_an_adapter_can_be_trained_on(start: Start, tmp_path: Path) -> None:

@@ -47,13 +47,13 @@ from lapis.model.transformer import Transformer
 _TASKS = {"lm": "CAUSAL_LM", "classes": "SEQ_CLS", "scalar": "SEQ_CLS"}
 
 
-def write_adapter(model: Transformer, folder: Path | str) -> None:
-    """adapter_config.json and adapter_model.safetensors, as PEFT writes them, into a folder (made if not there)."""
+def write_adapter(model: Transformer, folder: Path | str, dtype: torch.dtype | None = None) -> None:
+    """What PEFT writes, into a folder (made if not there). dtype: of the tensors; None = as the model holds them."""
     adapted = of(model)
     assert adapted is not None, "wrap the model first"
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors, config = _tensors(model), _config(model, adapted)
+    tensors, config = {name: tensor.to(dtype) for name, tensor in _tensors(model).items()}, _config(model, adapted)
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     write_tensors(folder / WEIGHTS, tensors, {"format": "pt", **_labels(model)})
 

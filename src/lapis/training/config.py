@@ -170,6 +170,14 @@ class TrainConfig:
             raise ConfigError(f"train: decay is {self.decay}; it is a share of the run, from 0 to 1")
         if (self.early_stop or self.best) and not self.eval_every:
             raise ConfigError("train: early_stop and best need eval_every, the steps between evaluations")
+        if self.watch_metric and not (self.early_stop or self.best):
+            raise ConfigError(
+                f"train: watch_metric is {quoted(self.watch_metric)}, and nothing looks at it; give early_stop or best"
+            )
+        if self.decay != TrainConfig.decay and self.schedule != "wsd":
+            raise ConfigError(
+                f"train: decay is {self.decay}, and schedule is {self.schedule}; give schedule: wsd, or leave decay out"
+            )
         if self.limits and not self.eval_every:
             raise ConfigError("train: limits need eval_every, the steps between evaluations")
         for name, limit in self.limits.items():

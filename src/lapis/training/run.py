@@ -98,6 +98,10 @@ class RunConfig(TrainConfig):
             raise ConfigError(f"objective is {quoted(self.objective)}; {nearest(self.objective, OBJECTIVES)}")
         if (self.model is None) == (self.new is None):
             raise ConfigError("train: give one of model (a folder) and new (the shape of a model to make)")
+        if self.eval_every and self.options.get("valid", "") is None:
+            raise ConfigError(
+                f"train: eval_every is {self.eval_every}, and nothing is held out; give valid, or leave eval_every out"
+            )
 
     @property
     def origin(self) -> dict[str, Any]:
@@ -149,6 +153,11 @@ def run(
         allow_change: Keys in which this run may differ from the one that it goes on with.
         watch: What shows progress.
     """
+    if fresh and allow_change:
+        raise ConfigError(
+            f"train: --fresh forgets the run before, so that --allow-change {' '.join(allow_change)} has no effect; "
+            "leave one out"
+        )
     world = parallel.join()
     keys = {entry.name for entry in dataclasses.fields(TrainConfig)} | {*config.options}
     world.together(lambda: check_allowed(allow_change, keys))

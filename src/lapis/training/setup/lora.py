@@ -89,11 +89,11 @@ def read_names(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def save(model: Transformer, folder: Path | str, dtype: torch.dtype | None = None) -> None:
-    """What was trained: an adapter folder, or the model where it has no adapter. dtype: of a model's weights."""
+    """What was trained: an adapter folder, or the model where it has no adapter. dtype: of what is written."""
     if of(model) is None:
         save_model(model, folder, dtype=dtype, state=whole_parameters(model))
     else:
-        write_adapter(model, folder)
+        write_adapter(model, folder, dtype)
 
 
 def restore(model: Transformer, folder: Path | str) -> None:
