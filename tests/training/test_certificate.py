@@ -165,6 +165,17 @@ def test_a_short_run_is_checked_only_where_asked(new_model: Make, objective: Cau
     assert computed["packed or not"]["holds"] and computed["saved and restored"]["holds"]
 
 
+def test_a_run_does_not_end_where_memory_lacks_for_its_checks(
+    new_model: Make, objective: Causal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lapis.training.certificate.checks.available", lambda device: 1000)
+    computed = checks(certified(new_model, objective, CONFIG, tmp_path / "out"))
+    for name, what in (("accumulated or not", "two gradients have"), ("saved and restored", "a checkpoint has")):
+        why = computed[name]["why_not"]
+        assert why.startswith(what) and why.endswith("GB, and 0.00 GB of memory are free")
+    assert computed["packed or not"]["holds"]
+
+
 def test_it_names_the_model_its_parts_and_the_options(data_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(data_folder)
     common = {
@@ -218,7 +229,8 @@ def test_checks_that_cannot_be_made_are_told_of(
             notes.append(text)
 
     monkeypatch.setattr("lapis.training.loop.loop.shared_out", lambda model, *rest: Whole(model))
-    monkeypatch.setattr("lapis.training.loop.loop.ShardedSaves", lambda world: SimpleNamespace(finish=lambda: None))
+    saves = SimpleNamespace(finish=lambda: None, wait=lambda: None)
+    monkeypatch.setattr("lapis.training.loop.loop.ShardedSaves", lambda world: saves)
     train(new_model(), objective, CONFIG, tmp_path / "out", watch=Listen())
     why = "weights are shared out over processes, and checks are of a run that holds them whole"
     assert f"train: certify is on, and nothing is checked: {why}; give shard=none where they fit" in notes

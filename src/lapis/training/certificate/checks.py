@@ -21,7 +21,9 @@ from lapis.training.config import TrainConfig
 from lapis.training.loop.held_out import untouched
 from lapis.training.loop.state import TrainState, restore, save
 from lapis.training.objectives.objective import SMALL_BATCH, FirstRows
+from lapis.training.optim.footprint import trained_bytes
 from lapis.training.setup.blocks import autocast
+from lapis.training.setup.probe import available
 from lapis.wording import format_count
 
 LEAST_STEPS = 50  # of a run that is checked without being asked to be
@@ -103,6 +105,8 @@ def run_checks(state: TrainState, config: TrainConfig, precision: str, folder: P
             checks.append(Check(name, how, why_not="replies would be drawn for it"))
         elif size > MOST_BYTES:
             checks.append(Check(name, how, why_not=f"a checkpoint has {size / 1e9:.1f} GB"))
+        elif lack := _lack(state, size):
+            checks.append(Check(name, how, why_not=f"a checkpoint has {lack}"))
         else:
             checks.append(Check(name, how, checker.restored(folder / "checked")))
     return checks
@@ -123,11 +127,13 @@ class _Checker:
             return Check(name, how, why_not="the loss of a batch is more than the sum over its rows")
         if self.rows < 2:
             return Check(name, how, why_not="a micro-batch has one row")
+        if lack := _lack(self.state, 2 * trained_bytes(self.state.model)):
+            return Check(name, how, why_not=f"two gradients have {lack}")
         whole = self._gradient(self._batches(self.rows, 1))
         parts = self._gradient(self._batches(1, self.rows))
-        apart = torch.stack([(a - b).double().square().sum() for a, b in zip(whole, parts, strict=True)]).sum()
-        size = torch.stack([a.double().square().sum() for a in whole]).sum()
-        return Check(name, how, math.sqrt(apart.item() / max(size.item(), 1e-300)), limit)
+        apart = torch.stack([_norm(a.float() - b.float()) for a, b in zip(whole, parts, strict=True)]).norm()
+        size = torch.stack([_norm(a) for a in whole]).norm()
+        return Check(name, how, (apart / size.clamp(min=1e-150)).item(), limit)
 
     def packed(self, limit: float) -> Check:
         """The loss of a row that holds several texts, and of each of these by itself."""
@@ -142,7 +148,7 @@ class _Checker:
                     (one, count), (other, counted) = self._loss([row]), self._loss(texts)
                     if count != counted:
                         return Check(name, f"{how}: {count} and {counted} targets", math.inf, limit)
-                    return Check(name, f"{how} ({len(texts)} of them)", abs(one - other) / abs(one), limit)
+                    return Check(name, f"{how} ({len(texts)} of them)", abs(one - other) / max(abs(one), 1e-150), limit)
         return Check(name, how, why_not="no row that was looked at holds several texts")
 
     def restored(self, folder: Path) -> float:
@@ -188,11 +194,11 @@ class _Checker:
         return max(1, count)
 
     def _gradient(self, batches: Sequence[Any]) -> list[Tensor]:
-        """Of each trained parameter, in float32."""
+        """Of each trained parameter."""
         parameters, count = self.state.optimizers.parameters, self._backward(batches)
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad / count for p in parameters]
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad.div_(count) for p in parameters]
         self.state.optimizers.clear()
-        return [gradient.float() for gradient in gradients]
+        return gradients
 
     def _steps(self) -> None:
         """Some updates at the peak rate, on the first rows."""
@@ -213,3 +219,15 @@ class _Checker:
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         return digest.hexdigest()
+
+
+def _lack(state: TrainState, needed: int) -> str:
+    """So many bytes and those that are free, where these are fewer: no run is to end for its certificate's sake."""
+    free = available(state.device)
+    return f"{needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB of memory are free" if free < needed else ""
+
+
+def _norm(tensor: Tensor) -> Tensor:
+    """Of all entries, summed in float64."""
+    norm: Tensor = torch.linalg.vector_norm(tensor, dtype=torch.float64)
+    return norm

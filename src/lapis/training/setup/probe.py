@@ -285,7 +285,8 @@ def require_room(state: TrainState, objective: Objective, config: TrainConfig, p
 def available(device: torch.device) -> int:
     """Bytes that this process may still take: of the GPU, or of the machine or its container."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        in_reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + in_reserve
     free = free_memory()
     return 1 << 62 if free is None else free
 
