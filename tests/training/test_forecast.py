@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -180,11 +180,12 @@ def test_a_budget_that_says_nothing_is_refused(text: str) -> None:
 
 
 def published(
-    name: str, gpus: int, rows: int, checkpointing: Any, context: int = 8192, **machine: Any
-) -> PaperForecast:
+    name: str, gpus: int, rows: int, checkpointing: Any, context: int = 8192, *, how: Mapping[str, Any] = {},
+    **machine: Any,
+) -> PaperForecast:  # fmt: skip
     family = find(PRESETS[name])
     assert family is not None
-    config = TrainConfig(steps=10, batch=gpus * rows, checkpointing=checkpointing)
+    config = TrainConfig(steps=10, batch=gpus * rows, checkpointing=checkpointing, **how)
     return on_paper(family.read_config(PRESETS[name]), context, config, ForecastOptions(True, gpus=gpus, **machine))
 
 
@@ -212,6 +213,12 @@ def test_on_paper_more_gpus_hold_less_and_a_slow_network_bounds() -> None:
     eight, many = (published("llama-3-8b", gpus, 1, "whole", **H100, **FAST) for gpus in (8, 64))
     assert many.memory_bytes["held"] * 8 == pytest.approx(eight.memory_bytes["held"], rel=1e-6)
     assert many.checkpoint_bytes == eight.checkpoint_bytes == 8_030_261_248 * 12
+    half = published("llama-3-8b", 8, 1, "whole", **H100, **FAST, how={"weights": "bf16", "ema": 0.99})
+    assert half.checkpoint_bytes == 8_030_261_248 * (6 + 4)  # an average is in float32
+    assert half.memory_bytes["held"] == 8_030_261_248 * (8 + 4) // 8
+    full = published("llama-3-8b", 8, 1, "whole", **H100, **FAST, how={"precision": "float32"})
+    assert full.memory_bytes["gathered"] == 2 * eight.memory_bytes["gathered"]
+    assert full.bytes_per_step == pytest.approx(eight.bytes_per_step * (2 * 4 + 4) / (2 * 2 + 4))
     slow = published("llama-3-8b", 8, 1, "whole", **H100, bandwidth=1.0)
     assert slow.seconds_per_step == slow.communicating > slow.computing and slow.mfu < eight.mfu
     alone = published("llama-3.2-1b", 1, 1, "none", **H100, **FAST)

@@ -1,9 +1,10 @@
 """What a run would take on GPUs that are not here: arithmetic on the shape of the model, with every weight sharded.
 
 The arithmetic of fully sharded data parallel training (Zhao et al. 2023, arXiv:2304.11277): each GPU keeps a share of
-the weights (float32), gradients and optimizer, gathers a block's weights in bfloat16 before it computes with them,
-forward and backward, and gets its share of the summed gradients. Gathering the next block goes on while one computes,
-so a step takes the longer of the two. Leaves out: tensor and pipeline parallelism, input, checkpoints, failures.
+the weights, gradients and optimizer (in float32, or as `weights` says), gathers a block's weights in bfloat16 (or
+float32, as `precision` says) before it computes with them, forward and backward, and gets its share of the summed
+gradients. Gathering the next block goes on while one computes, so a step takes the longer of the two. Leaves out:
+tensor and pipeline parallelism, input, checkpoints, failures.
 """
 
 from dataclasses import asdict, dataclass
@@ -13,12 +14,14 @@ from typing import Any
 from lapis.errors import TrainingError
 from lapis.families import parameter_shapes, part_of
 from lapis.families.config import ModelConfig
-from lapis.model.size import Size, activation_bytes, measure
+from lapis.model.size import activation_bytes, measure
 from lapis.training.config import TrainConfig
 from lapis.training.forecast.options import EFFICIENCY, GPU_MEMORY, ForecastOptions
-from lapis.training.optim.footprint import copies, optimizer_size
+from lapis.training.optim.footprint import copied_size, optimizer_size
 
-WEIGHT, WIRE = 4, 2  # bytes; bytes on the wire
+WEIGHT = {"float32": 4, "bf16": 2}  # bytes of a weight, its gradient and each number of the optimizer
+WIRE = {"auto": 2, "bf16": 2, "float32": 4}  # bytes of a weight on the wire, and of an activation
+SUM = 4  # bytes of a gradient on the wire
 RECOMPUTED = {"none": 0.0, "selective": 0.5, "whole": 1.0}  # the share of forward passes that are done again
 BUFFERS = 3  # blocks whose whole weights are on a GPU at once: one computes, one comes, one's gradients go
 
@@ -87,23 +90,25 @@ def on_paper(model: ModelConfig, context: int, config: TrainConfig, machines: Fo
     needed = 3 * size.flops_per_token * tokens
     done = needed * (1 + RECOMPUTED[config.checkpointing] / 3)
     computing = done / (gpus * tflops * 1e12 * (machines.efficiency or EFFICIENCY))
-    others = (gpus - 1) / gpus
+    others, wire = (gpus - 1) / gpus, WIRE[config.precision]
     # weights come twice for each micro-batch, summed gradients go in float32 once a step
-    moved = size.total * others * (2 * WIRE * config.accumulate + WEIGHT)
+    moved = size.total * others * (2 * wire * config.accumulate + SUM)
     communicating = moved / (bandwidth * 1e9)
     seconds = max(computing, communicating)
     matrices = _hidden(model)
-    optimizer = WEIGHT * optimizer_size(config.optimizer, matrices, size.total - matrices)
+    weight = WEIGHT[config.weights]
+    optimizer = weight * optimizer_size(config.optimizer, matrices, size.total - matrices)
+    saved = size.total * weight + optimizer + copied_size(config, size.total, size.total * weight)
     memory = {
-        "held": round((size.total * WEIGHT * (2 + copies(config)) + optimizer) / gpus),
-        "gathered": 0 if gpus == 1 else BUFFERS * max(size.block, size.group("embed"), size.group("head")) * WIRE,
-        "activations": rows * _activations(model, size, context, config.checkpointing),
+        "held": round((size.total * weight + saved) / gpus),
+        "gathered": 0 if gpus == 1 else BUFFERS * max(size.block, size.group("embed"), size.group("head")) * wire,
+        "activations": rows * _activations(model, context, config.checkpointing, wire),
     }
     return PaperForecast(
         gpus=gpus, parameters=size.total, steps=config.steps, tokens_per_step=tokens, seconds_per_step=seconds,
         computing=computing, communicating=communicating, tokens_per_second=tokens / seconds / gpus,
         mfu=needed / (seconds * gpus * tflops * 1e12), bytes_per_step=moved, memory_bytes=memory,
-        checkpoint_bytes=size.total * WEIGHT * (1 + copies(config)) + optimizer,
+        checkpoint_bytes=saved,
         levers=_levers(memory, (machines.gpu_memory or GPU_MEMORY) * 1e9, rows, config),
     )  # fmt: skip
 
@@ -117,12 +122,12 @@ def _hidden(model: ModelConfig) -> int:
     return count
 
 
-def _activations(model: ModelConfig, size: Size, context: int, checkpointing: str) -> int:
+def _activations(model: ModelConfig, context: int, checkpointing: str, width: int) -> int:
     """Bytes that one row keeps: of a block that is computed again, only what enters it, and one such block whole."""
-    whole = activation_bytes(model, context)
+    whole = activation_bytes(model, context, width)
     logits = model.vocab * 4 * context if model.head in ("lm", "masked") else 0
     block = (whole - logits) / model.layers
-    entering = context * model.dim * WIRE
+    entering = context * model.dim * width
     again = RECOMPUTED[checkpointing]
     blocks = model.layers * (again * entering + (1 - again) * block) + (block if again else 0)
     return round(blocks + logits)

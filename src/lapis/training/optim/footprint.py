@@ -24,17 +24,21 @@ def optimizer_size(kind: Literal["adamw", "muon", "sgd"], matrices: int, others:
     return {"adamw": 2 * (matrices + others), "muon": matrices + 2 * others, "sgd": matrices + others}[kind]
 
 
-def copies(config: TrainConfig) -> int:
-    """How often what is trained is kept besides: an average, the best weights, the last within the limits."""
-    return (config.ema > 0) + config.best + bool(config.limits)
+def copied_size(config: TrainConfig, numbers: int, held: int) -> int:
+    """Bytes of what is kept of what is trained: an average in float32, the best weights, the last within the limits.
+
+    Args:
+        config: Of the run.
+        numbers: How many numbers are trained.
+        held: Their bytes in the precision of the weights.
+    """
+    return (config.ema > 0) * 4 * numbers + (config.best + bool(config.limits)) * held
 
 
 def copy_bytes(model: nn.Module, config: TrainConfig) -> int:
-    """Of these copies: an average is in float32, the others are in the precision of the weights."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return (config.ema > 0) * 4 * sum(p.numel() for p in trained) + (config.best + bool(config.limits)) * sum(
-        p.nbytes for p in trained
-    )
+    """Of these copies of what a model trains."""
+    numbers = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return copied_size(config, numbers, trained_bytes(model))
 
 
 def optimizer_bytes(model: nn.Module, kind: Literal["adamw", "muon", "sgd"]) -> int:

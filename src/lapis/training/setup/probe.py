@@ -26,7 +26,7 @@ from lapis.training.loop.state import TrainState
 from lapis.training.loop.update import out_of_memory_named
 from lapis.training.objectives.objective import SMALL_BATCH, Objective
 from lapis.training.objectives.supervised.next_token import summed_cross_entropy
-from lapis.training.optim.footprint import copies, optimizer_size
+from lapis.training.optim.footprint import optimizer_size
 from lapis.training.optim.muon import hidden_matrices
 from lapis.training.setup.blocks import TooSlow, autocast, compiled, stoppable
 from lapis.wording import format_count
@@ -245,7 +245,7 @@ def require_room(state: TrainState, objective: Objective, config: TrainConfig, p
     trained = state.optimizers.parameters
     matrices = sum(p.nbytes for p in hidden_matrices(state.model))
     whole = sum(p.nbytes for p in trained)
-    later = copies(config) - (config.ema > 0)  # the average is there already
+    later = config.best + bool(config.limits)  # an average is there already
     held = whole * (1 + later) + optimizer_size(config.optimizer, matrices, whole - matrices)
     what = "gradients, optimizer and copies" if later else "gradients and optimizer"
     shape = state.model.config
