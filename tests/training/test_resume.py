@@ -97,6 +97,20 @@ def test_resumed_equals_uninterrupted(new_model: Make, objective: Causal, tmp_pa
     assert curve == expected
 
 
+def test_the_curve_does_not_tell_when_a_run_was_saved(new_model: Make, objective: Causal, tmp_path: Path) -> None:
+    """Saves and samples come by the clock, where nobody counts them in steps."""
+    config = replace(CONFIG, log_every=5)
+    resumed(new_model, objective, tmp_path / "once", replace(config, save_every=100))
+    resumed(new_model, objective, tmp_path / "often", replace(config, save_every=2, sample_every=1e-9))
+    with pytest.raises(StopError):
+        train(new_model(), objective, replace(config, save_every=4), tmp_path / "cut", watch=Heard(stop_at=10))
+    resumed(new_model, objective, tmp_path / "cut", replace(config, save_every=3))
+    curves = [(tmp_path / name / "log.jsonl").read_bytes() for name in ("once", "often", "cut")]
+    assert curves[0] == curves[1] == curves[2]
+    assert [json.loads(line)["step"] for line in curves[0].splitlines()] == [5, 10, 12]
+    assert any("sample" in row for row in json.loads((tmp_path / "often" / "times.json").read_text())["curve"])
+
+
 def test_fault_64_damaged_newest_falls_back_aloud(
     stopped: Path, new_model: Make, objective: Causal, tmp_path: Path
 ) -> None:

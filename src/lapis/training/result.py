@@ -23,7 +23,7 @@ from lapis.training.setup import lora
 Row = dict[str, Any]
 
 TIMES = "times.json"
-OF_TIME = ("share", "tokens_per_second", "seconds", "train_seconds", "seconds_left")  # of a row of the curve
+OF_TIME = ("share", "tokens_per_second", "seconds", "train_seconds", "seconds_left", "sample")  # of a row of the curve
 OF_MACHINE = (*OF_TIME, "predicted", "memory_bytes")  # of a result
 
 
@@ -48,6 +48,14 @@ class Window:
         self.loss, self.count, self.norm = self.loss + loss, self.count + count, norm
         for name, value in sums.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
+
+    def to_json(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {name: value for name, value in vars(self).items() if name != "means"}
+
+    def restore(self, numbers: Mapping[str, Any]) -> None:
+        """The reverse of `to_json`."""
+        vars(self).update(numbers)
 
     @property
     def pace(self) -> float:

@@ -155,13 +155,13 @@ class TrainingRun:
         self.state = TrainState(
             model, objective, optimizers, Schedule.of(config, objective.rows), average, StepGuard(config.guards),
             rows=config.batch // parts, parts=parts, seed=config.seed, sharding=sharding,
+            window=Window(means=objective.means),
         )  # fmt: skip
         if not self.state.optimizers.parameters:
             raise TrainingError("train: every weight is frozen; leave some to train")
         self.updater = Updater(self.state, objective, config, world, request)
         self.updater.watch = live(watch)
         self.evaluator = Evaluator(self.state, config, world, watch)
-        self.window = Window(means=objective.means)
         self.checks: list[Check] = []
 
     def _threads_of_begin(self) -> AbstractContextManager[None]:
@@ -281,7 +281,7 @@ class TrainingRun:
         saved = sampled = time.monotonic()
         if state.ended:
             return
-        if self._evaluation_is_due() and "held_out" not in state.log[-1] and self._evaluate():
+        if self._evaluation_is_due() and self._evaluate():
             return  # stopped while it evaluated
         show_estimate(state, self.facts, config.batch, self.watch)
         while state.schedule.total is None or state.step < state.schedule.total:
@@ -289,11 +289,11 @@ class TrainingRun:
             if not self.step(batches):  # the weights are those of the last whole step
                 self._save_and_stop()
             state.seconds = time.monotonic() - self.started
-            self.window.seconds += time.perf_counter() - start
-            self.window.steps += 1
+            self.state.window.seconds += time.perf_counter() - start
+            self.state.window.steps += 1
             self._fit_budget()
             if state.step == PREDICTED_AFTER:
-                predict(state, config, self.window.pace, self.evaluator.seconds_left())
+                predict(state, config, self.state.window.pace, self.evaluator.seconds_left())
             self._show_notes()
             done = state.step == state.schedule.total
             live(self.watch).step({**self._row(), "evaluated": self.evaluator.latest})
@@ -316,8 +316,11 @@ class TrainingRun:
                 sampled = now
 
     def _evaluation_is_due(self) -> bool:
-        step, every = self.state.step, self.config.eval_every
-        return bool(every and step and step % every == 0 and step != self.state.schedule.total)
+        state, every = self.state, self.config.eval_every
+        row = state.log[-1] if state.log else {}
+        done = row.get("step") == state.step and "held_out" in row  # before the checkpoint that the run goes on from
+        due = bool(every and state.step and state.step % every == 0) and state.step != state.schedule.total
+        return due and not done
 
     def step(self, batches: Batches) -> bool:
         """One update; False where a stop was requested before it was whole."""
@@ -330,8 +333,8 @@ class TrainingRun:
             return False
         state.step, state.cursor = state.step + 1, sums.cursor
         state.average.update(state.step)
-        self.window.add(sums.loss, sums.count, sums.norm, sums.metrics, sums.parts)
-        self.window.scale = scale
+        self.state.window.add(sums.loss, sums.count, sums.norm, sums.metrics, sums.parts)
+        self.state.window.scale = scale
         return True
 
     def _last_good(self) -> str:
@@ -343,22 +346,22 @@ class TrainingRun:
         state, config = self.state, self.config
         if config.minutes is None or state.schedule.total is not None:
             return
-        state.schedule.fit_budget(config, state.step, state.seconds, self.window.pace)
+        state.schedule.fit_budget(config, state.step, state.seconds, self.state.window.pace)
         if self.world.size > 1:
             state.schedule = Schedule(**self.world.from_lead(asdict(state.schedule)))
 
     def _log(self) -> None:
-        state, window = self.state, self.window
+        state, window = self.state, self.state.window
         state.tokens += int(window.sums.get("tokens", 0))
         row = self._row()
         state.log.append(row)
         self.watch.row(row)
-        self.window = Window(window.pace, window.means)
+        state.window = Window(window.pace, window.means)
 
     def _row(self) -> dict[str, Any]:
         """The entry of the curve as it is now."""
         state = self.state
-        row = self.window.row(
+        row = self.state.window.row(
             self.config, step=state.step, total=state.schedule.total, tokens=state.tokens, seconds=state.seconds
         )
         return {**row, "seconds_left": row["seconds_left"] + self.evaluator.seconds_left()}
@@ -371,14 +374,12 @@ class TrainingRun:
     def _evaluate(self) -> bool:
         """One evaluation within the run; True where the run should stop early."""
         metrics, stop = self._unless_stopped(self.evaluator.step)
-        if self.window.steps:
+        if self.state.window.steps:
             self._log()
         self.state.log[-1]["held_out"] = metrics
         return stop
 
     def _save(self) -> Path:
-        if self.window.steps:
-            self._log()  # a checkpoint holds the whole curve so far
         state, tokenizer, keep = self.state, self.objective.tokenizer, self.config.keep
         if self.saves is not None:
             return self.saves.begin(state, self.journal, self.facts, tokenizer, keep)

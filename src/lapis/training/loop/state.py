@@ -28,12 +28,11 @@ from lapis.training.loop.changes import SETTLED, differences, refuse_newer
 from lapis.training.loop.guards import StepGuard
 from lapis.training.objectives.objective import Objective
 from lapis.training.optim.optimizers import Average, Optimizers, Schedule
-from lapis.training.result import read_curve, write_curve
+from lapis.training.result import Window, read_curve, write_curve
 from lapis.training.setup import lora
 
 STATE, _OPTIMIZER, _RNG, _LOG = "state.json", "optimizer.safetensors", "rng.safetensors", "log.jsonl"
-_BEST, _AVERAGE, _OBJECTIVE = "best.safetensors", "average.safetensors", "objective.safetensors"
-_WITHIN = "within.safetensors"
+_BEST, _AVERAGE, _OBJECTIVE, _WITHIN = (f"{name}.safetensors" for name in ("best", "average", "objective", "within"))
 _FORMAT = 1  # of a checkpoint, in state.json; higher where an older lapis would read it wrongly
 SHARDS = "shards"  # the folder of pieces, in a checkpoint that has them in place of whole tensors
 
@@ -80,7 +79,7 @@ class TrainState:
         cursor: The objective's place in its data, as JSON.
         seconds: Time spent, over all restarts.
         tokens: Positions computed.
-        log: The learning curve, one mapping per entry.
+        log: The learning curve, one mapping per entry; `window` has the sums for the next.
         best: The best evaluation so far.
         within: The last evaluation within the limits.
         start: Held-out metrics before the first step, where there are limits.
@@ -104,6 +103,7 @@ class TrainState:
     seconds: float = 0.0
     tokens: int = 0
     log: list[dict[str, Any]] = field(default_factory=list)
+    window: Window = field(default_factory=Window)
     best: Best = field(default_factory=Best)
     within: Best = field(default_factory=Best)
     start: dict[str, float] = field(default_factory=dict)
@@ -160,7 +160,7 @@ def write_numbers(state: TrainState, folder: Path, facts: Mapping[str, Any], tok
         write_tensors(folder / _OBJECTIVE, tensors)
     numbers = {"format": _FORMAT, "step": state.step, "cursor": state.cursor, "seconds": state.seconds,
                "tokens": state.tokens, "predicted": state.predicted, "guard": state.guard.to_json(),
-               **state.evaluations()}  # fmt: skip
+               "window": state.window.to_json(), **state.evaluations()}  # fmt: skip
     text = json.dumps({**numbers, "schedule": asdict(state.schedule), "facts": facts}, indent=1, ensure_ascii=False)
     (folder / STATE).write_text(text + "\n", encoding="utf-8")
 
@@ -190,8 +190,8 @@ def restore_numbers(state: TrainState, folder: Path) -> None:
     numbers = read_json(folder / STATE)
     weights = state.best.weights, state.within.weights
     state.step, state.cursor = numbers["step"], numbers["cursor"]
-    state.seconds, state.tokens = numbers["seconds"], numbers["tokens"]
-    state.predicted = numbers.get("predicted", {})
+    state.seconds, state.tokens, state.predicted = numbers["seconds"], numbers["tokens"], numbers.get("predicted", {})
+    state.window.restore(numbers.get("window", {}))
     state.guard.restore(numbers.get("guard", {}))
     state.schedule = Schedule(**numbers["schedule"])
     state.log = read_curve(folder / _LOG)
