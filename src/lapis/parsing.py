@@ -68,7 +68,7 @@ def parse_json(text: str | bytes, *, constants: bool = True) -> Any:
             parse_constant=None if constants else _refuse_constant,
         )
     except json.JSONDecodeError as error:
-        place = f"line {error.lineno}, column {error.colno}" if "\n" in text else f"column {error.colno}"
+        place = f"line {error.lineno}, column {error.colno}" if "\n" in text.strip() else f"column {error.colno}"
         raise ParseError(f"not JSON at {place}: {error.msg}") from None
     except RecursionError:
         raise ParseError("nested too deeply") from None

@@ -287,6 +287,7 @@ def test_the_time_that_is_told_counts_evaluations() -> None:
     assert both.time_of(0.5) == told.format((30_000 + 11 * 2 * 600 / 3) / 10 / 60)  # as often in half the steps
     assert both.time_of(0.5, 0.5) == told.format((60_000 + 22 * 2 * 600 / 3) / 10 / 60)  # of two trainings
     assert AdaptPlan("b", ("t",), "o").time_of(1) == ""
+    assert replace(both, tokens=150).tokens_of(0.5, 0.5) == 2 * 2 * 100  # whole steps, of which each takes one
     assert replace(both, tokens_per_second=1000.0).time_of(1).startswith("about 1 minute at 1,000 tokens")
     assert replace(both, tokens_per_second=1e4).time_of(1).startswith("less than a minute at 10,000 tokens")
 

@@ -113,6 +113,12 @@ def test_replay_that_is_the_targets(typed: Callable[..., tuple[int, str]], plan:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_chat_model_that_is_the_base_is_refused(typed: Callable[..., tuple[int, str]], plan: Plan) -> None:
+    base = plan()["base"]
+    line = refused(typed(chat=base, base=f"{base}/../{Path(base).name}"))
+    assert f"adapt: chat is {base}, which is the base itself, so that chat - base is nothing; leave chat out" in line
+
+
 def test_replay_in_the_target_language_is_told(typed: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
     others = [text.replace("bermain dengan", "duduk bersama") for text in MALAY]
     for number, (language, told) in enumerate(

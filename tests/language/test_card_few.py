@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
 from lapis.errors import ConfigError
 from lapis.language.card.card import make_card
@@ -75,6 +76,16 @@ def test_chats_of_replay_without_its_text_are_refused(tmp_path: Path) -> None:
     assert (
         len(gather([base], {"text": [text], "replay": [replay], "replay_chats": chats}, 1000).held["replay"].chats) == 1
     )
+
+
+def test_an_adaptation_that_is_not_finished_is_told(tmp_path: Path) -> None:
+    plan = {"base": str(make(tmp_path / "base", 0)), "text": ["t"], "out": str(tmp_path / "ko"), "vocab": 0}
+    (tmp_path / "ko" / "measure").mkdir(parents=True)
+    (tmp_path / "ko" / "plan.yaml").write_text(yaml.safe_dump(plan))
+    text = {"text": [write(tmp_path / "ms.jsonl", MALAY[:4])]}
+    assert gather([tmp_path / "ko"], text, 1000).notes == {"ko": ["is not finished: it has no adapted yet"]}
+    (tmp_path / "ko" / "adapted").mkdir()
+    assert gather([tmp_path / "ko"], text, 1000).notes == {}
 
 
 def test_an_adaptation_has_its_name_from_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from lapis.model.transformer import Transformer
 from lapis.report.pages.fertility import fertility_page
 from lapis.text.tokenizer.tokenizer import Tokenizer, train_tokenizer
 
-from .conftest import write
+from .conftest import make, write
 
 REAL = Path(os.environ.get("LAPIS_MODELS", "/nowhere"))
 ENGLISH = "The old house stands by the river, and the children of the village play in its garden every day. "
@@ -149,6 +149,8 @@ def test_a_recommendation_is_what_can_be_learned_or_counted() -> None:
     )
     few = recommend(Curve(falling, np.array([ENOUGH] * 90 + [COUNTED] * 910)))
     assert few["add"] == 0 and "do not extend" in few["reason"] and "too seldom" in few["reason"]
+    none = recommend(Curve(falling, np.array([ENOUGH - 1] * 1000)))
+    assert none["reason"].startswith(f"do not extend: no new token occurs {ENOUGH} times in this text, and rarer")
     flat = recommend(Curve(np.linspace(1.0, 0.95, 1001), np.array([1000] * 1000)))
     assert flat["add"] == 0 and "save 5.0% of tokens" in flat["reason"]
     assert recommend(Curve(np.array([1.0]), np.array([], int)))["add"] == 0
@@ -185,6 +187,11 @@ def test_no_text_that_is_learned_from_is_held_out(tmp_path: Path) -> None:
         write(file, [one, other, one, other])
         learn, kept = read_texts([file, file])
         assert {*learn} | {*kept} == {one, other} and len(learn) == len(kept) == 2, "a file counts once"
+
+
+def test_replay_of_the_language_itself_is_told(tmp_path: Path, korean: Path) -> None:
+    notes = fertility(make(tmp_path / "base", 0), [korean], replay=[korean], run=False).notes
+    assert any("100% of the replay documents stand in the target's text, too; replay is text of" in n for n in notes)
 
 
 def test_a_tokenizer_that_cannot_be_extended_is_measured(tmp_path: Path, korean: Path) -> None:
@@ -229,3 +236,7 @@ def test_texts_are_cut_at_a_character_and_hold_one() -> None:
     assert list(first_bytes(["한국", "어"], 3)) == ["한"]
     assert list(first_bytes(["한국", "어"], 8)) == ["한국", "어"]
     assert list(first_bytes(["한국", "어"], 1)) == ["한"]
+    one, other = "a" * 300, "b" * 300
+    assert list(first_bytes([one, other], 550)) == [one, "b" * 250]
+    assert list(first_bytes([one, other], 350)) == [one], "a scrap of a document is none"
+    assert list(first_bytes([one, "b", other], 301)) == [one, "b"]

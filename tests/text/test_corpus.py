@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from lapis.errors import DataError, MissingExtra
 from lapis.text.corpus import corpus
 from lapis.text.corpus.corpus import chats, documents, files, kind_of, texts
+from lapis.text.corpus.labels import bare_texts
 
 GOOD = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
 
@@ -85,7 +86,9 @@ def test_fault_48_invalid_utf8_has_line_and_byte(tmp_path: Path) -> None:
     assert "line 2: not UTF-8 at byte 24 (0xe9)" in refused(documents, put(tmp_path, "a.jsonl", record))
     long = b"ab\n" * 1_000_000 + b"\x80"
     assert "line 1000001: not UTF-8 at byte 3000000 (0x80)" in refused(documents, put(tmp_path, "long.txt", long))
-    assert "is it text in UTF-8?" in refused(documents, put(tmp_path, "utf16.txt", "text".encode("utf-16")))
+    assert "is UTF-16; convert the file to UTF-8" in refused(
+        documents, put(tmp_path, "utf16.txt", "text".encode("utf-16"))
+    )
 
 
 def test_fault_49_byte_order_mark_is_stripped(tmp_path: Path) -> None:
@@ -96,6 +99,9 @@ def test_fault_49_byte_order_mark_is_stripped(tmp_path: Path) -> None:
 def test_fault_50_nul_bytes_are_reported(tmp_path: Path) -> None:
     assert "line 2: a NUL byte at byte 3" in refused(documents, put(tmp_path, "a.txt", b"ab\n\0c"))
     assert "line 1: a NUL byte at byte 9" in refused(documents, put(tmp_path, "a.jsonl", b'{"text":"\0"}'))
+    for name, kind in (("u.txt", "utf-16"), ("u.jsonl", "utf-16-le"), ("u.csv", "utf-16-be")):
+        line = refused(bare_texts, put(tmp_path, name, "label,text\nham,한국어".encode(kind)))
+        assert line.endswith(f"{name} line 1: is UTF-16; convert the file to UTF-8")
     assert "text holds a NUL" in refused(documents, put(tmp_path, "b.jsonl", b'{"text":"a\\u0000"}'))
 
 
@@ -181,7 +187,9 @@ def test_fault_54_twins_and_nan_are_not_json(tmp_path: Path) -> None:
         assert f"line 1: {word} is not JSON" in refused(
             documents, put(tmp_path, "b.jsonl", f'{{"text":"a","x":{word}}}')
         )
-    assert "line 2: not JSON at column 10" in refused(documents, put(tmp_path, "c.jsonl", '{"text":"a"}\n{"text": a}'))
+    assert "line 2: not JSON at column 10: Expecting value; mend or remove it" in refused(
+        documents, put(tmp_path, "c.jsonl", '{"text":"a"}\n{"text": a}\n')
+    )
     assert "nested too deeply" in refused(documents, put(tmp_path, "d.jsonl", '{"text":' + "[" * 200_000))
 
 

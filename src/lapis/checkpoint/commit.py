@@ -96,7 +96,7 @@ def commit(
 def commit_file(path: Path | str, *, overwrite: bool = False) -> Iterator[Path]:
     """Writes one file and puts it at `path` in one step. Yields the temporary path to write to."""
     path = Path(os.path.abspath(path))
-    check_output(path, overwrite=overwrite)
+    check_file(path, overwrite=overwrite)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         _sweep_temporary(path)
@@ -149,6 +149,15 @@ def check_output(
     if os.path.lexists(out) and not overwrite and not (out.is_dir() and not any(out.iterdir())):
         raise OutputError(f"{out}: exists already; give another {option}, or --overwrite")
     _check_writable(out, option)
+
+
+def check_file(
+    out: Path, *, overwrite: bool = False, inputs: Iterable[Path | str] = (), option: str = "--out"
+) -> None:  # fmt: skip
+    """`check_output` of a file: a folder in its place is refused, an empty one too, and whether or not `overwrite`."""
+    if out.is_dir():
+        raise OutputError(f"{out}: is a folder; give the name of a file to {option}")
+    check_output(out, overwrite=overwrite, inputs=inputs, option=option)
 
 
 def _check_writable(out: Path, option: str) -> None:

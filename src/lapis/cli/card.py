@@ -44,7 +44,7 @@ def card(
         json: Print one JSON object.
     """
     from lapis.checkpoint.commit import check_output, commit
-    from lapis.cli.output import line, progress, show, table
+    from lapis.cli.output import line, notes, progress, show, table
     from lapis.language.card.card import make_card, write_card
     from lapis.language.card.folder import gather
     from lapis.report.pages.card import FIGURES, TOKEN_BOUND, spelled_change, title_of
@@ -56,7 +56,9 @@ def card(
     check_output(out, overwrite=overwrite, inputs=models)
     gathered = gather(models, {key: value for key, value in given.items() if value is not None}, scored)
     with progress("measuring") as report, commit(out, kind="card", overwrite=overwrite) as staging:
-        result = make_card(gathered.models, gathered.held, tuned=tuned, how=gathered.how, progress=report)
+        result = make_card(
+            gathered.models, gathered.held, tuned=tuned, how=gathered.how, notes=gathered.notes, progress=report
+        )
         write_card(staging.path, result)
 
     def render() -> None:
@@ -73,6 +75,8 @@ def card(
             line(f"gap closed: {result['gap_closed']:.0%}")
         for key, why in result["reasons"].items():
             line(f"{key.replace('_', ' ')}: not known; {why}", "dim")
+        for name, many in result["notes"].items():
+            notes(f"{name} {note}" for note in many)
         line(f"card: {out / 'index.html'}")
 
     show({**result, "out": str(out), "card": str(out / "index.html")}, json, render)

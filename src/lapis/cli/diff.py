@@ -67,7 +67,7 @@ def diff(
     json
         Print one JSON object.
     """
-    from lapis.checkpoint.commit import check_output
+    from lapis.checkpoint.commit import check_file
     from lapis.checkpoint.sharing import process_count
     from lapis.errors import ConfigError
     from lapis.weights.diff.diff import diff as run
@@ -83,7 +83,7 @@ def diff(
         raise ConfigError("diff: --vectors is for --activations FILES, from which they are")
     for option, file in (("--html", html), ("--vectors", vectors)):
         if file is not None and not environment_number("RANK", 0):
-            check_output(file, overwrite=overwrite, inputs=[a, b, *others], option=option)
+            check_file(file, overwrite=overwrite, inputs=[a, b, *others], option=option)
     with progress("reading") as report:
         if others:
             descent = lineage(a, [b, *others], progress=report)

@@ -35,7 +35,7 @@ def explain(
         overwrite: Replace an existing page.
         json: Print one JSON object.
     """
-    from lapis.checkpoint.commit import check_output
+    from lapis.checkpoint.commit import check_file
     from lapis.cli.output import line, progress, show, write_page
     from lapis.generation.ready import choose_common_dtype, choose_device
     from lapis.inside.explain.explain import explain as run
@@ -44,7 +44,7 @@ def explain(
 
     sources = [model, *([against] if against else [])]
     if html is not None:
-        check_output(html, overwrite=overwrite, inputs=sources, option="--html")
+        check_file(html, overwrite=overwrite, inputs=sources, option="--html")
     turns: Any = [{"role": "user", "content": text}] if chat else text
     device = choose_device(runtime.device)
     settle_threads(device)

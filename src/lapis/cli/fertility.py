@@ -32,13 +32,13 @@ def fertility(
         overwrite: Replace an existing page.
         json: Print one JSON object.
     """
-    from lapis.checkpoint.commit import check_output
+    from lapis.checkpoint.commit import check_file
     from lapis.cli.output import line, notes, number, progress, show, table, write_page
     from lapis.language.fertility import fertility as measure
     from lapis.report.pages.fertility import CURVE, LANGUAGES, fertility_page, language_rows
 
     if html is not None:
-        check_output(html, overwrite=overwrite, inputs=[model], option="--html")
+        check_file(html, overwrite=overwrite, inputs=[model], option="--html")
     with progress("opening") as report:
         result = measure(model, files, replay=replay or (), against=against, run=run, scored=scored, progress=report)
     shown = result.to_json()
@@ -60,5 +60,7 @@ def fertility(
                 line(f"the curve bends at about {format_count(result.knee, 'token')}")
         line(result.recommendation["reason"], "bold")
         notes(result.notes)
+        if add := result.recommendation["add"]:
+            line(f"next: lapis tokenizer extend {model} FILES --add {add} --out DIR, or all of it: lapis adapt", "dim")
 
     show(shown, json, render)

@@ -4,7 +4,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lapis.checkpoint.commit import check_output
+from lapis.checkpoint.commit import check_file
 from lapis.cli.output import line, number, show, size, table, write_page
 from lapis.errors import ConfigError
 from lapis.wording import format_count
@@ -34,7 +34,7 @@ def inspect(
         json: Print one JSON object.
     """
     if html is not None:
-        check_output(html, overwrite=overwrite, option="--html")
+        check_file(html, overwrite=overwrite, option="--html")
     if mixers is not None:
         compare_mixers(mixers, html, json, overwrite=overwrite)
         return

@@ -50,7 +50,7 @@ def lens(
         overwrite: Replace an existing page or tuned lens.
         json: Print one JSON object.
     """
-    from lapis.checkpoint.commit import check_output
+    from lapis.checkpoint.commit import check_file, check_output
     from lapis.cli.output import line, progress, show
     from lapis.errors import ConfigError
     from lapis.generation.ready import choose_common_dtype, choose_device
@@ -68,9 +68,10 @@ def lens(
     if tune and tuned is None:
         raise ConfigError("lens: --tune makes a tuned lens; say with --tuned DIR where it is to lie")
     sources = [model, *([against] if against else [])]
-    for option, out in (("--html", html), ("--tuned", tuned if tune else None)):
-        if out is not None:
-            check_output(out, overwrite=overwrite, inputs=sources, option=option)
+    if html is not None:
+        check_file(html, overwrite=overwrite, inputs=sources, option="--html")
+    if tune and tuned is not None:
+        check_output(tuned, overwrite=overwrite, inputs=sources, option="--tuned")
     turns: Any = [{"role": "user", "content": prompt}] if chat else prompt
     if html is not None:
         options = options.for_page()

@@ -53,7 +53,7 @@ def plan(
 
     import torch
 
-    from lapis.checkpoint.commit import check_output
+    from lapis.checkpoint.commit import check_file
     from lapis.cli.output import line, progress, show, write_page
     from lapis.errors import ConfigError
     from lapis.model.threads import settle_threads
@@ -61,9 +61,9 @@ def plan(
     from lapis.report.pages.plan import plan_page
 
     if out is not None:
-        check_output(out, overwrite=overwrite)
+        check_file(out, overwrite=overwrite)
     if html is not None:
-        check_output(html, overwrite=overwrite, option="--html")
+        check_file(html, overwrite=overwrite, option="--html")
     if chats is not None:
         settle_threads(torch.device("cpu"))
     journal = None if out is None else out.parent / f".{out.name}.journal"

@@ -12,14 +12,14 @@ def report(*folders: Path, out: Path, overwrite: bool = False, json: bool = Fals
         overwrite: Replace it if it exists.
         json: Print one JSON object.
     """
-    from lapis.checkpoint.commit import check_output
+    from lapis.checkpoint.commit import check_file
     from lapis.cli.output import notes, show, write_page
     from lapis.errors import ConfigError
     from lapis.report.pages.working_folder import report_of
 
     if not folders:
         raise ConfigError("report: no folder given; lapis report DIR... --out FILE")
-    check_output(out, overwrite=overwrite)
+    check_file(out, overwrite=overwrite)
     page = report_of(folders)
     write_page(page, out, overwrite=overwrite)
     show({"out": str(out), "sections": page.sections}, json, lambda: notes(page.sections))

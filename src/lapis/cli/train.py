@@ -41,7 +41,7 @@ def train(
         html: Write a page with the curves to this file.
         json: Print one JSON object.
     """
-    from lapis.checkpoint.commit import check_output
+    from lapis.checkpoint.commit import check_file
     from lapis.cli.output import line, show, size
     from lapis.config import load_yaml, override
     from lapis.training.distributed.parallel import join, leads
@@ -53,7 +53,7 @@ def train(
         if costs.plan_only:
             refuse_beside_plan({"--html": html, "--fresh": fresh, "--allow-change": " ".join(allow_change or ())})
         if html is not None:
-            check_output(html, overwrite=overwrite, option="--html")
+            check_file(html, overwrite=overwrite, option="--html")
         given = override(load_yaml(config), settings)
         return read_settings(given, str(config)), "batch" not in given and "accumulate" not in given
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from lapis.checkpoint import Checkpoint
-from lapis.checkpoint.commit import check_output, check_space, commit_file
+from lapis.checkpoint.commit import check_file, check_space, commit_file
 from lapis.errors import CheckpointError, ConfigError
 from lapis.families import Family, ModelConfig
 from lapis.families.gguf import Gguf
@@ -108,7 +108,7 @@ def export_gguf(
     place = Path(os.path.abspath(out))
     beside = place.with_name("Modelfile")
     for path in (place, beside) if ollama else (place,):
-        check_output(path, overwrite=overwrite, option="--gguf")
+        check_file(path, overwrite=overwrite, option="--gguf")
     checkpoint = open_model(model)
     plan = plan_load(checkpoint)
     notes = [*checkpoint.notes, *plan.notes]

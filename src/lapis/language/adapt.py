@@ -102,7 +102,7 @@ def adapt(
     if dry_run:
         return {"plan": str(out / PLAN), "steps": {name: str(out / name) for name in plan.step_names}, "dry_run": True}
     shares = (plan.embedded, 1 - plan.embedded) if plan.vocab and plan.embedded else (1.0,)
-    note(f"training: {plan.trained_tokens:,} tokens, {plan.time_of(*shares)}")
+    note(f"training: {plan.tokens_of(*shares):,} tokens, {plan.time_of(*shares)}")
     return _Adaptation(plan, Steps(out), bar, note).run()
 
 

@@ -110,8 +110,9 @@ def extend(
         OutputError: Where `out` cannot be written.
     """
     started = time.monotonic()
-    if add < 1 or least < 1 or snippets < 1:
-        raise ConfigError(f"extend: add is {add}, least {least}, snippets {snippets}; each must be 1 or more")
+    for name, value in (("add", add), ("least", least), ("snippets", snippets)):
+        if value < 1:
+            raise ConfigError(f"extend: {name} is {value}; give 1 or more")
     if snippets != SNIPPETS and init != "distilled":
         raise ConfigError(
             "extend: snippets are what distilled rows are trained on; give init distilled, or leave them out"

@@ -29,7 +29,7 @@ from lapis.generation.options import DecodingRuntime, Sampling
 from lapis.generation.ready import open_ready
 from lapis.language.extend import carried, open_source
 from lapis.language.recommend import Curve, knee_of, recommend
-from lapis.language.texts import first_bytes, read_texts
+from lapis.language.texts import first_bytes, read_texts, same_as_target
 from lapis.model.reading.readable import ReadableModel
 from lapis.model.size import measure
 from lapis.model.threads import settle_threads
@@ -109,6 +109,8 @@ def fertility(
     other_folder, other = open_source(folder if against is None else against)
     Tokenizer.open(other_folder)  # what is wrong with it is told before the first is measured
     result = Fertility(str(model), _languages(folder, texts))
+    if why := same_as_target([*learn, *held], texts.get("replay", ())):
+        result.notes.append(why)
     config = _shape(checkpoint)
     speed = None
     if run and checkpoint is not None and config is not None and config.causal:

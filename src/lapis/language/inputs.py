@@ -1,7 +1,6 @@
 """What an adaptation reads, looked at before anything is computed: a plan in, a refusal or a remark out."""
 
 import glob
-import hashlib
 import os
 from collections.abc import Iterable
 from dataclasses import fields, replace
@@ -15,7 +14,7 @@ from lapis.language.card.naming import KNOWN, LOOKED_AT, MOSTLY, language_shares
 from lapis.language.extend import open_source
 from lapis.language.plan import PLAN, AdaptPlan
 from lapis.language.replay import SELF
-from lapis.language.texts import FEW, first_bytes, pieces
+from lapis.language.texts import FEW, first_bytes, pieces, same_as_target
 from lapis.model.check import plan_load, read_config
 from lapis.parsing import quoted
 from lapis.text.corpus.files import HUB, files
@@ -28,7 +27,6 @@ from lapis.weights.graft.scale import read_scale
 from lapis.wording import format_count
 
 NONE = 0.02  # share of documents in the language; below that the text is another one's
-SAME = 0.1  # share of the replay documents that may stand in the target's text, too
 READ = 20_000_000  # bytes of a text that are looked at
 NAMED = 3  # languages whose shares are told
 
@@ -99,14 +97,13 @@ def check_inputs(plan: AdaptPlan, out: Path) -> list[str]:
         read_chats(chats)
         read_questions(choices)
     if "replay" in plan.texts:
-        target = {_digest(text) for text in _documents(plan.text)}
-        replayed = [_digest(text) for text in _documents(plan.replay)]
-        share = sum(digest in target for digest in replayed) / max(1, len(replayed))
-        if share > SAME:
-            raise DataError(
-                f"adapt: {share:.0%} of the replay documents stand in the target's text, too; replay is text of what "
-                "the model knew before, so give other files"
-            )
+        if why := same_as_target(_documents(plan.text), _documents(plan.replay)):
+            raise DataError(f"adapt: {why}")
+    if plan.grafts and _place(plan.chat) == _place(plan.base):
+        raise ConfigError(
+            f"adapt: chat is {plan.chat}, which is the base itself, so that chat - base is nothing; leave chat out, or "
+            "give the base that it was tuned from"
+        )
     if plan.chat is not None:
         try:
             plan_graft(plan.base, plan.chat, plan.base)
@@ -213,8 +210,9 @@ def _parts(paths: Iterable[str]) -> list[str]:
     return texts if len(texts) >= FEW else [piece for text in texts for piece in pieces(text)]
 
 
-def _digest(text: str) -> bytes:
-    return hashlib.sha256(text.strip().encode(errors="replace")).digest()
+def _place(model: str | None) -> str:
+    """Where a model lies, or its name on the hub."""
+    return os.path.realpath(model) if model and os.path.exists(model) else str(model)
 
 
 def stamps(places: Iterable[str | Path]) -> list[list[Any]]:

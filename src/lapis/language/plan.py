@@ -181,6 +181,10 @@ class AdaptPlan:
         every = self.train.get("eval_every")
         return every if isinstance(every, int) and every >= 0 else max(1, steps // EVALUATIONS)
 
+    def tokens_of(self, *shares: float) -> int:
+        """How many tokens trainings read, in whole steps, that are to read these shares of them."""
+        return sum(self.steps(share, self.context) for share in shares) * self.batch * self.context
+
     def time_of(self, *shares: float) -> str:
         """About how long trainings take that read these shares of the tokens; "" where nobody has measured.
 
@@ -188,7 +192,7 @@ class AdaptPlan:
         """
         if self.tokens_per_second is None:
             return ""
-        tokens = self.trained_tokens * sum(shares)
+        tokens: float = self.tokens_of(*shares)
         for share in shares:
             steps = self.steps(share, self.context)
             every = self.eval_every(steps)

@@ -47,6 +47,9 @@ def recommend(curve: Curve) -> dict[str, Any]:
         what = format_count(fewest, "new token, which saves", "new tokens, which save")
         return {"add": 0, "reason": f"do not extend: FLOPs per byte are fewest with {what} {saved[fewest]:.1%} of "
                 f"tokens, below {WORTH:.0%}; rows of more cost more than shorter text spares"}  # fmt: skip
+    if not learnable:
+        return {"add": 0, "reason": f"do not extend: no new token occurs {ENOUGH} times in this text, and rarer ones "
+                "occur too seldom to be learned"}  # fmt: skip
     if saved[fewest] < WORTH:
         what = format_count(learnable, "new token that occurs", "new tokens that occur")
         return {"add": 0, "reason": f"do not extend: the {what} {ENOUGH} times or more in "

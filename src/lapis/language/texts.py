@@ -16,6 +16,8 @@ from lapis.wording import format_count
 SHARE = 20  # one document in so many is held out
 FEW = 200  # documents: below that, long ones are cut, so that something can be held out
 PIECE = 2000  # characters of a piece of such a document
+SCRAP = 200  # bytes: less of a document than that says nothing of its language
+SAME = 0.1  # share of the replay documents that may stand in the target's text, too
 
 
 def read_texts(files: Sequence[str | Path], most: int | None = None) -> tuple[list[str], list[str]]:
@@ -46,6 +48,21 @@ def read_texts(files: Sequence[str | Path], most: int | None = None) -> tuple[li
     return learn, held
 
 
+def same_as_target(texts: Iterable[str], replay: Iterable[str]) -> str:
+    """A sentence where replay documents are the target's; "" where hardly one is."""
+    target = {_digest(text) for text in texts}
+    replayed = [_digest(text) for text in replay]
+    share = sum(digest in target for digest in replayed) / max(1, len(replayed))
+    if share <= SAME:
+        return ""
+    remedy = "replay is text of what the model knew before, so give other files"
+    return f"{share:.0%} of the replay documents stand in the target's text, too; {remedy}"
+
+
+def _digest(text: str) -> bytes:
+    return sha256(text.strip().encode(errors="replace")).digest()
+
+
 def is_held_out(text: str) -> bool:
     """Whether a document belongs to those that are held out."""
     return sha256(text.encode(errors="replace")).digest()[0] % SHARE == 0
@@ -64,15 +81,17 @@ def pieces(text: str) -> Iterator[str]:
 
 
 def first_bytes(texts: Iterable[str], size: int | None) -> Iterator[str]:
-    """Texts until they have `size` bytes; the last one is cut, and has one character at least."""
+    """Texts until they have `size` bytes. The last one is cut, and left out where only a scrap of it would be left; one
+    alone has one character at least."""
     left = size
-    for text in texts:
+    for number, text in enumerate(texts):
         if left is None:
             yield text
             continue
         raw = text.encode(errors="replace")
         if len(raw) >= left:
-            yield raw[:left].decode(errors="ignore") or text[:1]
+            if not number or left >= SCRAP or len(raw) < SCRAP:
+                yield raw[:left].decode(errors="ignore") or text[:1]
             return
         left -= len(raw)
         yield text

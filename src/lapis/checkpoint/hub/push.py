@@ -73,6 +73,8 @@ def push(
     """
     if not _NAME.fullmatch(name) or ".." in name:
         raise ConfigError(f'push: "{name}" is no name on the hub; give owner/name')
+    if os.path.isfile(folder):
+        raise CheckpointError(f"push: {folder} is a file; give the folder that holds it")
     what = shipment(folder, card)
     listed(what)
     result: dict[str, Any] = {

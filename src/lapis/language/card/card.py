@@ -32,6 +32,7 @@ def make_card(
     *,
     tuned: str | Path | None = None,
     how: Mapping[str, Any] | None = None,
+    notes: Mapping[str, list[str]] | None = None,
     progress: Report = lambda done, total, label: None,
 ) -> dict[str, Any]:
     """Measures models side by side.
@@ -41,6 +42,7 @@ def make_card(
         languages: "target", and "replay" where something should be kept -> what is measured on.
         tuned: A model that was tuned on chats of the language: the yardstick of `gap_closed`.
         how: How the result was made: settings, files with digests, seeds, for the card to say.
+        notes: What else the card is to say, by what it is about.
         progress: Called with what is done, what there is to do, and what it is.
 
     Returns:
@@ -88,7 +90,7 @@ def make_card(
         "cost": None if cost is None else cost["value"],
         "reasons": reasons,
         "replies": _shown(languages, measured, named),
-        "notes": {name: one.notes for name, one in measured.items() if one.notes},
+        "notes": {**(notes or {}), **{name: one.notes for name, one in measured.items() if one.notes}},
         "how": dict(how or {}),
     }
 

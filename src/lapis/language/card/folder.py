@@ -4,7 +4,7 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -189,11 +189,18 @@ def _sha256(path: Path) -> str:
 
 @dataclass(frozen=True)
 class CardInputs:
-    """What a card is made of. models: Name -> folder. held: Language -> material. how: As README.md tells it."""
+    """What a card is made of. models: Name -> folder. held: Language -> material. how: As README.md tells it.
+    notes: Of folders, what a reader should know."""
 
     models: dict[str, str | Path]
     held: dict[str, HeldOutText]
     how: dict[str, Any]
+    notes: dict[str, list[str]] = field(default_factory=dict)
+
+
+def unfinished(folder: Path) -> list[str]:
+    """The steps before the card that the folder of an adaptation does not hold yet."""
+    return [name for name in steps_of(folder, _plan_of(folder)) if name != "card" and not (folder / name).is_dir()]
 
 
 def gather(folders: Sequence[Path], given: Mapping[str, Any], scored: int) -> CardInputs:
@@ -214,8 +221,11 @@ def gather(folders: Sequence[Path], given: Mapping[str, Any], scored: int) -> Ca
     held: dict[str, HeldOutText] = {}
     how: dict[str, Any] = {}
     settings: dict[str, Any] = {}
+    notes: dict[str, list[str]] = {}
     for folder in folders:
         adapted = is_adaptation(folder)
+        if adapted and (missing := unfinished(folder)):
+            notes[folder.resolve().name] = [f"is not finished: it has no {', '.join(missing)} yet"]
         named = models_of(folder) if adapted else {folder.resolve().name: folder}
         beside = folder.resolve() if adapted else folder.resolve().parent
         for name, place in named.items():
@@ -247,7 +257,7 @@ def gather(folders: Sequence[Path], given: Mapping[str, Any], scored: int) -> Ca
         name, first = next(iter(models.items()))
         how = {"license": licence_of(first), "data": _digests(given), "models": {name: digests_of(first)}}
     stated = {key: given[key] for key in ("language", "license", "base_models") if given.get(key)}
-    return CardInputs(models, held, {**how, **stated})
+    return CardInputs(models, held, {**how, **stated}, notes)
 
 
 def _digests(given: Mapping[str, Any]) -> dict[str, str]:

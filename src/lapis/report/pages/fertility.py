@@ -66,7 +66,7 @@ def fertility_page(result: Mapping[str, Any]) -> Page:
         page.section("With more tokens", "Merges are learned on the rest of the text, and appended to the tokenizer's.")
         named = chosen["add"] or max(row["added"] for row in curve)
         row = min(curve, key=lambda row: abs(row["added"] - named))
-        title = f"{row['added']:,} more tokens would save {row['saved']:.0%} of what this language costs"
+        title = f"{row['added']:,} more tokens would save {row['saved']:.0%} of this language's tokens"
         caption = f"The curve bends at about {format_count(result['knee'], 'token')}." if result.get("knee") else ""
         page.figure(plots.fertility_curve(curve, title, mark=chosen["add"]), caption)
         page.table(curve, _columns(CURVE, curve), "The curve in numbers", mark=[str(chosen["add"])])

@@ -191,7 +191,7 @@ def _parse(raw: bytes, path: Path, number: int, position: int) -> Any:
     except UnicodeDecodeError as error:
         raise not_utf8(path, number, position + error.start, error) from None
     except ParseError as error:
-        raise DataError(f"{where}: {error}") from None
+        raise DataError(f"{where}: {error}; mend or remove it") from None
 
 
 def empty(path: Path) -> DataError:
@@ -209,6 +209,9 @@ def not_utf8(path: Path, line: int, byte: int, error: UnicodeDecodeError) -> Dat
 def refuse_nul(raw: bytes, path: Path, line: int, position: int) -> None:
     """Raises DataError where `raw`, which begins at this line and byte of the file, holds a zero byte."""
     place = raw.find(b"\0")
+    marked = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    if place >= 0 and (marked or raw.count(0) > len(raw) / 4):
+        raise DataError(f"{at(path, line)}: is UTF-16; convert the file to UTF-8")
     if place >= 0:
         line += 0 if suffix(path) == ".json" else raw.count(b"\n", 0, place)
         raise DataError(
