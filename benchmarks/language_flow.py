@@ -5,7 +5,7 @@
 chat      base tuned on English instructions
 adapted   base continued on Malay, a tenth of English beside it; with --add, after it gained so many Malay tokens, so
           that chat is grafted across tokenizers; rows stay as they begin, since no new one is read often enough
-grafted   adapted + chat - base; no training
+grafted   adapted + chat - base; no training; with --scale beside it, as grafted-0.5, adapted + 0.5 * (chat - base)
 elchat    chat continued on Malay as base was, then mixed half and half with chat and given the rows of chat's
           template, which is what `lapis adapt --onto chat` does (ElChat, arXiv:2412.11704)
 tuned     adapted tuned on Malay instructions: what the others are measured against
@@ -19,6 +19,7 @@ import argparse
 import json
 import math
 import shutil
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from random import Random
@@ -61,13 +62,16 @@ MALAY = DATA / "corpus/ms/train.jsonl"
 
 class Flow:
     """The models of a flow, in a folder. seconds: of the processor, for each training. batch: Rows of a step. add:
-    Tokens that adapted gains. scored: Chats of each language, of which a third is answered. seed: Of each training."""
+    Tokens that adapted gains. scored: Chats of each language, of which a third is answered. seed: Of each training.
+    scales: Of further grafts."""
 
     def __init__(
-        self, root: Path, base: Path, seconds: float, lr: float, *, batch: int, add: int, scored: int, seed: int
-    ) -> None:
+        self, root: Path, base: Path, seconds: float, lr: float, *, batch: int, add: int, scored: int, seed: int,
+        scales: Sequence[float] = (),
+    ) -> None:  # fmt: skip
         self.root, self.base, self.seconds, self.lr = root, base, seconds, lr
         self.batch, self.add, self.scored, self.seed = batch, add, scored, seed
+        self.grafts = {"grafted": 1.0} | {f"grafted-{scale:g}": scale for scale in scales}
         root.mkdir(parents=True, exist_ok=True)
         self.chats = {code: self._chats(code, "") for code in KINDS}
         if add and not (root / "start").is_dir():
@@ -119,8 +123,9 @@ class Flow:
         for name in TRAINED:
             seconds = pace["chat" if name in ("chat", "tuned") else "adapted"]
             run(self.root / name, **self.settings(name), steps=max(1, round(self.seconds / seconds)))
-        if not (self.root / "grafted").is_dir():
-            lapis.graft(self.base, self.root / "chat", self.root / "adapted", self.root / "grafted")
+        for name, scale in self.grafts.items():
+            if not (self.root / name).is_dir():
+                lapis.graft(self.base, self.root / "chat", self.root / "adapted", self.root / name, scale)
         if not (self.root / "elchat").is_dir():
             mixed, chat = self.root / "elchat-mixed", self.root / "chat"
             if not mixed.is_dir():
@@ -130,7 +135,7 @@ class Flow:
     def scores(self) -> dict[str, dict[str, Any]]:
         """Of the models that are there."""
         places = {"base": self.base} | {
-            name: self.root / name for name in ("chat", "adapted", "grafted", "elchat-trained", "elchat", "tuned")
+            name: self.root / name for name in ("chat", "adapted", *self.grafts, "elchat-trained", "elchat", "tuned")
         }
         files = {"ms": DATA / "corpus/ms/valid.jsonl", "en": HELD_ENGLISH}
         texts = {name: held_out([file], self.scored * BYTES_PER_CHAT, DOCUMENTS) for name, file in files.items()}
@@ -189,10 +194,12 @@ def main() -> None:
     parser.add_argument("--add", type=int, default=0, help="Malay tokens that adapted gains")
     parser.add_argument("--scored", type=int, default=24, help="chats of each language that are scored")
     parser.add_argument("--seed", type=int, default=0, help="of each training; each with an --out of its own")
+    parser.add_argument("--scale", type=float, nargs="*", default=[], help="of further grafts")
     parser.add_argument("--do", choices=["train", "score", "write"], help="one of the steps; all without it")
     options = parser.parse_args()
     flow = Flow(options.out, options.model or models_folder() / "smollm2-it", options.seconds, options.lr,
-                batch=options.batch, add=options.add, scored=options.scored, seed=options.seed)  # fmt: skip
+                batch=options.batch, add=options.add, scored=options.scored, seed=options.seed,
+                scales=options.scale)  # fmt: skip
     if options.do in ("train", None):
         flow.train()
     if options.do != "train":

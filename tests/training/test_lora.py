@@ -27,7 +27,10 @@ from lapis.training.setup.lora import LoraConfig, of, off, token_rows, wrap
 from lapis.training.setup.select import choose
 from tests.model.conftest import SHAPES
 
-RUN = {"steps": 6, "batch": 4, "lr": 3e-3, "precision": "float32", "threads": 1, "sample_every": 0.0, "save_every": 3}
+RUN = {
+    "steps": 6, "batch": 4, "lr": 3e-3, "precision": "float32", "threads": 1, "sample_every": 0.0, "save_every": 3,
+    "log_every": 3,
+}  # fmt: skip
 Start = Callable[..., Any]
 
 
