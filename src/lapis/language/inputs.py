@@ -12,7 +12,7 @@ from lapis.errors import CheckpointError, ConfigError, DataError, OutputError
 from lapis.language.card.folder import MEASURED, read_chats, read_questions
 from lapis.language.card.naming import KNOWN, LOOKED_AT, MOSTLY, language_shares, main_language, share_in_language
 from lapis.language.extend import open_source
-from lapis.language.plan import PLAN, AdaptPlan
+from lapis.language.plan import PLAN, AdaptPlan, whole_path
 from lapis.language.replay import SELF
 from lapis.language.texts import FEW, first_bytes, pieces, same_as_target
 from lapis.model.check import plan_load, read_config
@@ -34,20 +34,17 @@ NAMED = 3  # languages whose shares are told
 def with_whole_paths(plan: AdaptPlan) -> AdaptPlan:
     """The plan with whole paths, so that it is the same plan wherever it is read, however a path was spelled."""
 
-    def whole(place: str) -> str:
-        return os.path.abspath(place) if os.path.exists(place) else place
-
     def whole_text(place: str) -> str:
         if place == SELF or place.startswith(HUB):
             return place
-        return os.path.abspath(place) if glob.has_magic(place) else whole(place)
+        return os.path.abspath(place) if glob.has_magic(place) else whole_path(place)
 
-    changed: dict[str, Any] = {"base": whole(plan.base), "out": os.path.abspath(plan.out)}
+    changed: dict[str, Any] = {"base": whole_path(plan.base), "out": os.path.abspath(plan.out)}
     for name in ("text", "replay", *MEASURED):
         changed[name] = tuple(map(whole_text, getattr(plan, name)))
     for name in ("chat", "scale"):
         if isinstance(value := getattr(plan, name), str) and value != "plan":
-            changed[name] = whole(value)
+            changed[name] = whole_path(value)
     return replace(plan, **changed)
 
 
@@ -99,7 +96,7 @@ def check_inputs(plan: AdaptPlan, out: Path) -> list[str]:
     if "replay" in plan.texts:
         if why := same_as_target(_documents(plan.text), _documents(plan.replay)):
             raise DataError(f"adapt: {why}")
-    if plan.grafts and _place(plan.chat) == _place(plan.base):
+    if plan.grafts and os.path.realpath(str(plan.chat)) == os.path.realpath(plan.base):
         raise ConfigError(
             f"adapt: chat is {plan.chat}, which is the base itself, so that chat - base is nothing; leave chat out, or "
             "give the base that it was tuned from"
@@ -131,14 +128,12 @@ def _unused(plan: AdaptPlan) -> list[str]:
         notes.append(
             f"tokens: {plan.tokens:,} is not used, since minutes is {plan.minutes:g}; minutes=null goes by tokens"
         )
-    for why, names in (
-        (
-            "there is no replay text",
-            () if plan.replay else ("replay_share", *(["cost"] if plan.scale != "plan" else [])),
-        ),
-        ("no tokens are added", () if plan.vocab else ("init", "embedded", "rows_lr", "old_rows", "calibrate_again")),
-    ):
-        if idle := [name for name in names if name in given]:
+    of_rows = ["init", "embedded", "rows_lr", "old_rows", "calibrate_again"]
+    of_replay = ["replay_share", "cost"] if plan.scale != "plan" else ["replay_share"]
+    for is_used, names, why in (
+        (plan.replay, of_replay, "there is no replay text"), (plan.vocab, of_rows, "no tokens are added")
+    ):  # fmt: skip
+        if not is_used and (idle := [name for name in names if name in given]):
             notes.append(f"{', '.join(idle)}: not used, since {why}")
     if plan.replay and "cost" in given and plan.train.get("eval_every") == 0:
         notes.append("cost: ends no training, since train: eval_every is 0; it is held against the card alone")
@@ -208,11 +203,6 @@ def _parts(paths: Iterable[str]) -> list[str]:
     """Documents, cut where there are few of them, as they are cut to hold some out."""
     texts = [text for text in _documents(paths) if text.strip()]
     return texts if len(texts) >= FEW else [piece for text in texts for piece in pieces(text)]
-
-
-def _place(model: str | None) -> str:
-    """Where a model lies, or its name on the hub."""
-    return os.path.realpath(model) if model and os.path.exists(model) else str(model)
 
 
 def stamps(places: Iterable[str | Path]) -> list[list[Any]]:

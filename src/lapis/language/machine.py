@@ -3,17 +3,15 @@
 Both stay in plan.yaml, so that a run that goes on later is the same run, however busy the machine is then.
 """
 
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from lapis.config import load_yaml
 from lapis.generation.ready import choose_device
-from lapis.language.plan import PLAN, AdaptPlan
+from lapis.language.plan import PLAN, AdaptPlan, whole_path
 from lapis.model.check import read_config
 from lapis.model.load import load
 from lapis.model.size import activation_bytes, measure
@@ -31,7 +29,9 @@ def with_earlier_measures(plan: AdaptPlan, out: Path, note: Callable[[str], None
     before = load_yaml(out / PLAN)
     speed, train = before.get("tokens_per_second"), before.get("train")
     parts = train.get("accumulate") if isinstance(train, dict) else None
-    is_other = any(_whole(before.get(name)) != _whole(getattr(plan, name)) for name in ("base", "chat", "onto"))
+    models = {name: before.get(name) for name in ("base", "chat")}
+    models = {name: whole_path(value) if isinstance(value, str) else value for name, value in models.items()}
+    is_other = before.get("onto") != plan.onto or models != {"base": plan.base, "chat": plan.chat}
     sizes = [name for name in ("context", "batch") if before.get(name) != getattr(plan, name)]
     if is_other and plan.tokens_per_second is not None and plan.tokens_per_second == speed:
         note(f"tokens_per_second: {speed:,g} is of another model; it is measured anew")
@@ -46,11 +46,6 @@ def with_earlier_measures(plan: AdaptPlan, out: Path, note: Callable[[str], None
     if not _MEMORY & plan.train.keys() and isinstance(parts, int):
         plan = replace(plan, train={**plan.train, "accumulate": parts})
     return plan
-
-
-def _whole(place: Any) -> Any:
-    """A path as a plan keeps it, since a user may write a plan.yaml as well."""
-    return os.path.abspath(place) if isinstance(place, str) else place
 
 
 def with_measures(plan: AdaptPlan) -> AdaptPlan:

@@ -4,6 +4,7 @@ How much is trained is a number of tokens, so that a run is the same on a busy m
 by `tokens_per_second`, which is measured once and stays in plan.yaml. Leaves out: the flow itself (adapt.py).
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import ceil
@@ -217,6 +218,11 @@ class AdaptPlan:
     def steps(self, share: float, context: int) -> int:
         """Steps of a training that reads a share of the tokens, in rows of `context` tokens."""
         return max(1, round(self.trained_tokens * share / (self.batch * context)))
+
+
+def whole_path(place: str) -> str:
+    """A path from the root, where something is there; a name of the hub, or a text that is no path, as it is."""
+    return os.path.abspath(place) if os.path.exists(place) else place
 
 
 def read_plan(settings: Mapping[str, Any], where: str = "adapt") -> AdaptPlan:

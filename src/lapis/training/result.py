@@ -55,7 +55,8 @@ class Window:
 
     def restore(self, numbers: Mapping[str, Any]) -> None:
         """The reverse of `to_json`."""
-        vars(self).update(numbers)
+        for name in self.to_json().keys() & numbers.keys():
+            setattr(self, name, numbers[name])
 
     @property
     def pace(self) -> float:
