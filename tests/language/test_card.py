@@ -177,6 +177,7 @@ def test_a_card_of_an_adaptation_from_the_command_line(
     result = json.loads(output)
     assert list(result["scores"]) == ["base", "chat", "start", "embedded", "adapted", "calibrated", "grafted", "tuned"]
     assert result["gap_closed"] is None and "no gap to close" in result["reasons"]["gap_closed"]
+    assert "out" not in result["notes"]  # it is finished
     assert sorted(path.name for path in (tmp_path / "card").iterdir()) == [
         "README.md", "card.json", "index.html", "lapis-manifest.json",
     ]  # fmt: skip
