@@ -69,6 +69,7 @@ def run_chapters(chapters: Sequence[Chapter], report: Callable[[str], None] = la
             "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",
             "PLOTLY_RENDERER": "plotly_mimetype",
+            "TMPDIR": scratch,  # chapters write whole models beside themselves
         }
         notebook = new_notebook(cells=cells)
         by_file = Config({"KernelManager": {"transport": "ipc"}})  # no port of this machine listens to what cells say
