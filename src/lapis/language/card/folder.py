@@ -27,6 +27,7 @@ from lapis.weights.graft.layout import plan_graft
 TEXTS = ("measure", "replay")  # steps that hold texts; the second one where a model drew its replay itself
 PARTS = {"target": "text", "replay": "replay"}  # language -> what its files in measure/ are called
 MEASURED = ("chats", "replay_chats", "choices", "replay_choices")  # keys of a plan whose files a card reads
+UNGRAFTED = ("adapted", "merged", "calibrated")  # steps whose model is adapted, in their order, before chat is added
 CHATS = 32  # that models are measured on
 QUESTIONS = 500
 Paths = Sequence[str | Path]
@@ -190,12 +191,36 @@ def _sha256(path: Path) -> str:
 @dataclass(frozen=True)
 class CardInputs:
     """What a card is made of. models: Name -> folder. held: Language -> material. how: As README.md tells it.
-    notes: Of folders, what a reader should know."""
+    notes: Of folders, what a reader should know. gap_from: Where the gap that was closed begins (`gap_start`)."""
 
     models: dict[str, str | Path]
     held: dict[str, HeldOutText]
     how: dict[str, Any]
     notes: dict[str, list[str]] = field(default_factory=dict)
+    gap_from: str | None = None
+
+
+def gap_start(models: Mapping[str, str | Path]) -> str | None:
+    """What the first model that was adapted without chat is called, so that ways to a chat model begin alike.
+
+    Args:
+        models: Name -> folder.
+
+    Returns:
+        The last step before the graft of the first adaptation of a base; "" where there are adaptations of a chat
+        model alone, whose models could chat from the start; None where no model is known to be a step.
+    """
+    found: dict[Path, str] = {}
+    of_chat = False
+    for name, place in models.items():
+        folder = Path(os.path.abspath(place))
+        if is_adaptation(folder.parent) and _plan_of(folder.parent).onto == "chat":
+            of_chat = True
+        elif (step := name.rpartition("/")[2]) in UNGRAFTED and step == folder.name:
+            other = found.get(folder.parent, name)
+            if UNGRAFTED.index(step) >= UNGRAFTED.index(other.rpartition("/")[2]):
+                found[folder.parent] = name
+    return next(iter(found.values()), "" if of_chat else None)
 
 
 def unfinished(folder: Path) -> list[str]:
@@ -257,7 +282,7 @@ def gather(folders: Sequence[Path], given: Mapping[str, Any], scored: int) -> Ca
         name, first = next(iter(models.items()))
         how = {"license": licence_of(first), "data": _digests(given), "models": {name: digests_of(first)}}
     stated = {key: given[key] for key in ("language", "license", "base_models") if given.get(key)}
-    return CardInputs(models, held, {**how, **stated}, notes)
+    return CardInputs(models, held, {**how, **stated}, notes, gap_start(models))
 
 
 def _digests(given: Mapping[str, Any]) -> dict[str, str]:
