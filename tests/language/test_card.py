@@ -5,7 +5,6 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,14 +12,13 @@ from huggingface_hub import ModelCard, metadata_load
 
 from lapis.errors import CheckpointError, ConfigError, DataError
 from lapis.language.adapt import adapt
-from lapis.language.card import card as card_module
 from lapis.language.card import scores
 from lapis.language.card.bootstrap import Counts, change, difference, ratio, share_of_way
 from lapis.language.card.card import make_card
 from lapis.language.card.folder import gather, licence_of, models_of, read_chats, read_questions
 from lapis.language.card.naming import main_language, name_languages
 from lapis.language.card.readme import readme
-from lapis.language.card.scores import HeldOutText, Measured, score_model
+from lapis.language.card.scores import HeldOutText, score_model
 from lapis.report.pages.card import FIGURES, card_page, counted
 from lapis.wording import without_folders
 

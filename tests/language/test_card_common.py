@@ -57,7 +57,9 @@ def card(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     place = tmp_path_factory.mktemp("common")
     base = make(place / "base", 0)
     extend(base, [write(place / "ms.jsonl", MALAY)], place / "start", add=60)
-    chats = read_chats([talk(place / "chats.jsonl", "Apa itu?", "Kucing?", "kanak-kanak itu bermain di dalam taman setiap hari")])
+    chats = read_chats(
+        [talk(place / "chats.jsonl", "Apa itu?", "Kucing?", "kanak-kanak itu bermain di dalam taman setiap hari")]
+    )
     held = {"target": HeldOutText(MALAY[:4], chats, code="ms")}
     return make_card({"base": base, "start": place / "start"}, held, tuned=place / "start")
 

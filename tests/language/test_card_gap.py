@@ -35,8 +35,8 @@ def adaptation(folder: Path, onto: str, *steps: str) -> Path:
         ({"adapted": "ms/adapted", "calibrated": "ms/calibrated", "grafted": "ms/grafted"}, "calibrated"),
         ({"calibrated": "ms/calibrated", "adapted": "ms/adapted", "restored": "elchat/restored"}, "calibrated"),
         (
-            {"adapted": "ms/adapted", "merged": "ms/merged", "grafted": "ms/grafted", "elchat/adapted": "elchat/adapted",
-             "elchat/merged": "elchat/merged", "restored": "elchat/restored"},
+            {"adapted": "ms/adapted", "merged": "ms/merged", "grafted": "ms/grafted",
+             "elchat/adapted": "elchat/adapted", "elchat/merged": "elchat/merged", "restored": "elchat/restored"},
             "merged",
         ),
         (
