@@ -23,7 +23,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ from lapis.language.plan import PLAN, AdaptPlan, read_plan
 from lapis.language.replay import bits_per_byte, draw_replies, draw_texts
 from lapis.language.rows.calibrate import calibrate_again
 from lapis.language.steps import Steps
-from lapis.language.texts import after_bytes, first_bytes, first_sentence, read_texts, write_lines, write_texts
+from lapis.language.texts import after_bytes, first_bytes, first_sentence, read_texts, spread, write_lines, write_texts
 from lapis.model.check import read_config
 from lapis.planning.plan import plan as plan_pieces
 from lapis.report.pages.fertility import fertility_page
@@ -209,7 +209,7 @@ class _Adaptation:
             gained = base.learn(counts, add, progress=lambda done, total: report(done, total, "learning merges"))
         require_enough(gained, f"adapt: vocab is {add:,}", "vocab: ", "or more text")
         if self.plan.replay:
-            replay = first_bytes((document.text for document in corpus.documents(self._text("replay"))), SAMPLE)
+            replay = first_bytes(spread(document.text for document in corpus.documents(self._text("replay"))), SAMPLE)
             share = changed_share(base.backend, base.extended(gained), replay)
             self.note(f"tokenizer: {share:.2%} of the replay text's characters are in other tokens than before")
         with commit(folder, kind="adapt", overwrite=overwrite) as staging:
@@ -331,7 +331,7 @@ class _Adaptation:
         def make(folder: Path, overwrite: bool) -> None:
             self.note("planned: learning a scale for each component")
             with self.bar("planning") as report, commit(folder, kind="adapt", overwrite=overwrite) as staging:
-                texts = [document.text for document in islice(corpus.documents(self._text("text")), PROMPTS)]
+                texts = spread(document.text for document in corpus.documents(self._text("text")))[:PROMPTS]
                 chats = staging.path / "chats.jsonl"
                 write_lines(chats, draw_replies(chat, [first_sentence(text) for text in texts]))
                 spare = self._text("text").with_suffix(".spare.jsonl")  # on which no model is measured

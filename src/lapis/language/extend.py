@@ -19,7 +19,7 @@ from lapis.checkpoint.commit import check_output, commit
 from lapis.checkpoint.hub.models import local_folder
 from lapis.errors import ConfigError, DataError
 from lapis.language.rows.init import Init
-from lapis.language.texts import first_bytes
+from lapis.language.texts import from_each
 from lapis.text.corpus.labels import bare_texts
 from lapis.text.tokenizer.extend import LEAST, ExtendableTokenizer, Extension, changed_share
 from lapis.text.tokenizer.roundtrip import holds_only_tokenizer
@@ -139,7 +139,7 @@ def extend(
     require_enough(gained, f"extend: add is {add:,}", "--add ", "more text, or a smaller --least", least)
     progress(0, None, "comparing")
     new = base.extended(gained)
-    sample = list(first_bytes(bare_texts(files), SAMPLE))
+    sample = list(from_each(files, SAMPLE))
     size = sum(len(text.encode()) for text in sample)
     result = ExtendResult(
         str(out), len(gained.tokens), gained.first,
@@ -147,7 +147,7 @@ def extend(
             name: sum(len(e.ids) for e in backend.encode_batch(sample, add_special_tokens=False)) / size
             for name, backend in (("before", base.backend), ("after", new))
         },
-        changed_share(base.backend, new, first_bytes(bare_texts(replay), SAMPLE)) if replay else None,
+        changed_share(base.backend, new, from_each(replay, SAMPLE)) if replay else None,
         cut_marks=counts.cut_marks / counts.marks if counts.marks else None,
         examples=[text for token in gained.tokens if "\ufffd" not in (text := base.text(token))][:20],
     )  # fmt: skip

@@ -5,7 +5,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from lapis.evaluation.chats import prompt_of
 from lapis.evaluation.choices import Choice, read_choices
 from lapis.language.card.scores import HeldOutText
 from lapis.language.plan import PLAN, AdaptPlan, read_plan
-from lapis.language.texts import first_bytes
+from lapis.language.texts import first_bytes, spread
 from lapis.text.corpus import corpus
 from lapis.text.corpus.files import files
 from lapis.weights.delta.beside import card_license
@@ -106,8 +106,11 @@ def _held_out(name: str, texts: list[str], plan: Mapping[str, Any]) -> HeldOutTe
 
 
 def read_chats(paths: Paths) -> list[corpus.ChatRecord]:
-    """The chats that models are measured on. Raises DataError where one of them has no reply of the assistant's."""
-    chats = list(islice(corpus.chats(list(paths)), CHATS)) if paths else []
+    """The chats that models are measured on, of all files by turns, in the order of their names. Raises DataError where
+    one of them has no reply of the assistant's."""
+    opened = [corpus.chats(file) for file in sorted(files(list(paths)))] if paths else []
+    turns = chain.from_iterable(zip_longest(*opened))
+    chats = list(islice((chat for chat in turns if chat is not None), CHATS))
     for chat in chats:
         try:
             prompt_of(chat.messages)
@@ -271,8 +274,8 @@ def gather(folders: Sequence[Path], given: Mapping[str, Any], scored: int) -> Ca
         raise ConfigError("card: --text is missing; give held-out text of the language, or a folder of lapis adapt")
     for name, part in PARTS.items():
         if paths := given.get(part):
-            texts = list(first_bytes((document.text for document in corpus.documents(list(paths))), scored))
-            held[name] = _held_out(name, texts, {**settings, **given})
+            texts = spread(document.text for document in corpus.documents(list(paths)))
+            held[name] = _held_out(name, list(first_bytes(texts, scored)), {**settings, **given})
     for key, option in (("replay_chats", "--replay-chats"), ("replay_choices", "--replay-choices")):
         if given.get(key) and "replay" not in held:
             raise ConfigError(
