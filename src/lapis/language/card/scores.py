@@ -189,7 +189,7 @@ class _Measuring:
 
     def text(self) -> dict[str, Counts]:
         tokenizer, texts = self.tokenizer, self.held.texts
-        lead = tokenizer.bos_id if tokenizer.adds_bos or tokenizer.eos_id is None else tokenizer.eos_id
+        lead = tokenizer.document_lead
         windows: list[ScoredSequence] = []
         owner: list[int] = []
         tokens, sizes = [], [float(len(text.encode())) for text in texts]

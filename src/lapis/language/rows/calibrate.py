@@ -27,13 +27,14 @@ from torch import Tensor
 
 from lapis.checkpoint import Checkpoint
 from lapis.errors import DataError
-from lapis.language.rows.grown import GrownEmbed, document_lead
+from lapis.language.rows.grown import GrownEmbed
 from lapis.language.texts import first_bytes
 from lapis.model.blocks.attention import capped
 from lapis.model.heads import LanguageHead
 from lapis.model.load import load
 from lapis.model.transformer import Transformer
 from lapis.text.tokenizer.extend import ExtendableTokenizer, Extension
+from lapis.text.tokenizer.tokenizer import Tokenizer
 from lapis.weights.rows import token_tables, write_grown
 
 PLACES = 1024  # tokens of text that the model reads
@@ -211,7 +212,8 @@ def _rows(
 ) -> tuple[list[list[int]], list[list[int]]]:
     """The beginnings of documents in new tokens, in a random order, so many tokens in all; and as many of others by
     which a result is judged: the same where all were needed."""
-    backend, lead = base.extended(gained), document_lead(base)
+    backend, begin = base.extended(gained), Tokenizer.open(base.source).document_lead
+    lead = [] if begin is None else [begin]
     order = iter(Random(seed).sample(range(len(texts)), len(texts)))
 
     def drawn() -> list[list[int]]:

@@ -241,7 +241,7 @@ class _ShardWork:
 def _write_documents(items: Iterator[Any], work: _ShardWork) -> tuple[dict[str, int], int]:
     """Counts and rows of what was written."""
     tokenizer, shape, sink = work.tokenizer, work.shape, work.sink
-    lead = tokenizer.bos_id if tokenizer.adds_bos else tokenizer.eos_id
+    lead = tokenizer.document_lead
     wide = _wide(tokenizer)
     trusted = shape.special == "trusted"
     border = lead if trusted and lead == tokenizer.eos_id else None  # an end-of-text in the text begins a document
