@@ -210,7 +210,7 @@ class _Adaptation:
         require_enough(gained, f"adapt: vocab is {add:,}", "vocab: ", "or more text")
         if self.plan.replay:
             replay = first_bytes(spread(document.text for document in corpus.documents(self._text("replay"))), SAMPLE)
-            share = changed_share(base.backend, base.extended(gained), replay)
+            share = changed_share(base.backend, base.extended(gained), replay, special=self.plan.draws_replay)
             self.note(f"tokenizer: {share:.2%} of the replay text's characters are in other tokens than before")
         with commit(folder, kind="adapt", overwrite=overwrite) as staging:
             base.copy_files(staging.path)
@@ -224,8 +224,8 @@ class _Adaptation:
         with self.bar("making rows") as report:
             made = add_rows(
                 checkpoint, base, gained, folder, init=self.plan.init, files=[self._text("text")],
-                replay=[self._text("replay")] if self.plan.replay else [], seed=self.plan.seed, overwrite=overwrite,
-                progress=report,
+                replay=[self._text("replay")] if self.plan.replay else [], trusted=self.plan.draws_replay,
+                seed=self.plan.seed, overwrite=overwrite, progress=report,
             )  # fmt: skip
         for remark in made.notes:
             self.note(f"start: {remark}")
@@ -290,7 +290,8 @@ class _Adaptation:
             with self.bar("reading text") as report:
                 moved = calibrate_again(
                     open_checkpoint(trained), base, base.read_extension(self.steps.done["tokenizer"]), texts["text"],
-                    folder, replay=texts.get("replay", ()), seed=self.plan.seed, overwrite=overwrite, progress=report,
+                    folder, replay=texts.get("replay", ()), trusted=self.plan.draws_replay, seed=self.plan.seed,
+                    overwrite=overwrite, progress=report,
                 )  # fmt: skip
             if not moved:
                 self.note("calibrated: rows stay as they were trained; moved, they made text less likely")

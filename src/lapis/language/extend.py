@@ -222,6 +222,7 @@ def add_rows(
     init: Init | None = None,
     files: Sequence[str | Path] = (),
     replay: Sequence[str | Path] = (),
+    trusted: bool = False,
     snippets: int = SNIPPETS,
     seed: int = 0,
     recipe: Mapping[str, Any] | None = None,
@@ -238,6 +239,7 @@ def add_rows(
         init: How rows begin; the arguments from here on are those of `extend`.
         files: Text that rows are calibrated by or distilled from.
         replay: Text in which calibrated rows leave new tokens unlikely.
+        trusted: Whether special tokens that the replay text spells are tokens.
         snippets: Stretches of it for each distilled row.
         seed: Of random rows, of the choice of text, and of the order of snippets.
         recipe: More for the account of the output.
@@ -267,7 +269,7 @@ def add_rows(
         means_ND = rows[trained]
         rows[trained] = calibrate(
             checkpoint, base, gained, list(bare_texts(files)), rows[tables.embed], rows[trained], tied=tables.tied,
-            replay=list(bare_texts(replay)) if replay else (), seed=seed, progress=progress,
+            replay=list(bare_texts(replay)) if replay else (), trusted=trusted, seed=seed, progress=progress,
         )  # fmt: skip
         if rows[trained] is means_ND:
             notes.append("new rows stay means: moved to their tokens' frequencies, they made text less likely")

@@ -253,6 +253,8 @@ def _write_documents(items: Iterator[Any], work: _ShardWork) -> tuple[dict[str, 
         starts: list[int] = []
         for document, ids in zip(batch, encoded, strict=True):
             if not (going_on or document.rest):
+                if trusted and ids[:1] == [lead]:  # the text has it already
+                    ids = ids[1:]
                 if not ids and not document.more:
                     empty += 1
                     continue
