@@ -43,8 +43,8 @@ class Counts:
 
 def common(*many: Counts) -> tuple[Counts, ...]:
     """The same counts of those documents alone that all of them have measured."""
-    kept = [place for place, sizes in enumerate(zip(*(one.sizes for one in many), strict=True)) if min(sizes) > 0]
-    return tuple(Counts([one.numbers[i] for i in kept], [one.sizes[i] for i in kept]) for one in many)
+    shared = [place for place, sizes in enumerate(zip(*(one.sizes for one in many), strict=True)) if min(sizes) > 0]
+    return tuple(Counts([one.numbers[i] for i in shared], [one.sizes[i] for i in shared]) for one in many)
 
 
 def ratio(counts: Counts) -> Figure:
@@ -71,11 +71,11 @@ def difference(before: Counts, after: Counts) -> Figure:
 def share_of_way(start: Counts, reached: Counts, end: Counts) -> Figure:
     """How much of the way from `start` down to `end` was gone, on the documents that all three have; NaN where there
     is no way down."""
-    kept = common(start, reached, end)
-    (a, many_a), (b, many_b), (c, many_c) = (one.sampled() for one in kept)
+    shared = common(start, reached, end)
+    (a, many_a), (b, many_b), (c, many_c) = (one.sampled() for one in shared)
     with np.errstate(invalid="ignore", divide="ignore"):
         way = (a - b) / (a - c) if a > c else math.nan
-        return _figure(way, (many_a - many_b) / (many_a - many_c), kept[0].n)
+        return _figure(way, (many_a - many_b) / (many_a - many_c), shared[0].n)
 
 
 def _figure(value: float, samples: Floats, count: int) -> Figure:

@@ -213,17 +213,17 @@ def gap_start(models: Mapping[str, str | Path]) -> str | None:
         The last step before the graft of the first adaptation of a base; "" where there are adaptations of a chat
         model alone, whose models could chat from the start; None where no model is known to be a step.
     """
-    found: dict[Path, str] = {}
+    starts: dict[Path, str] = {}
     of_chat = False
     for name, place in models.items():
         folder = Path(os.path.abspath(place))
         if is_adaptation(folder.parent) and _plan_of(folder.parent).onto == "chat":
             of_chat = True
         elif (step := name.rpartition("/")[2]) in UNGRAFTED and step == folder.name:
-            other = found.get(folder.parent, name)
+            other = starts.get(folder.parent, name)
             if UNGRAFTED.index(step) >= UNGRAFTED.index(other.rpartition("/")[2]):
-                found[folder.parent] = name
-    return next(iter(found.values()), "" if of_chat else None)
+                starts[folder.parent] = name
+    return next(iter(starts.values()), "" if of_chat else None)
 
 
 def unfinished(folder: Path) -> list[str]:

@@ -338,8 +338,14 @@ class ExtendableTokenizer:
 def changed_share(
     old: tokenizers.Tokenizer, new: tokenizers.Tokenizer, texts: Iterable[str], special: bool = False
 ) -> float:
-    """The share of a text's characters whose tokens are others with the new tokenizer than with the old one. special:
-    What spells a special token in it is that token; else it is plain text, as it is for both afterwards."""
+    """The share of a text's characters whose tokens are others with the new tokenizer than with the old one.
+
+    Args:
+        old: The tokenizer.
+        new: It with more tokens.
+        texts: The text.
+        special: What spells a special token in it is that token; else it is plain text, as it is for both afterwards.
+    """
     old.encode_special_tokens = new.encode_special_tokens = not special
     changed = total = 0
     for batch in batches(texts):
