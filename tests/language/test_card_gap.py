@@ -90,7 +90,7 @@ def test_both_ways_have_their_gap_in_one_table(closed: Callable[..., dict[str, A
     page, text = card_page(card).render(), readme(card)
     for shown in (page, text):
         assert "75%" in shown and "of the way from merged to the model that was tuned on chats" in shown
-        assert shown.count("25% (25% to 25%)") == 1 and shown.count("-50% (-50% to -50%)") == 1
+        assert shown.count("25% (25% to 25%)") == 1 and shown.count("−50% (−50% to −50%)") == 1
 
 
 @pytest.mark.parametrize(

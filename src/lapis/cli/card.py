@@ -48,7 +48,7 @@ def card(
     from lapis.cli.output import line, notes, progress, show, table
     from lapis.language.card.card import TUNED, make_card, write_card
     from lapis.language.card.folder import gather
-    from lapis.report.pages.card import FIGURES, TOKEN_BOUND, spelled_change, title_of
+    from lapis.report.pages.card import FIGURES, TOKEN_BOUND, spelled_change, spelled_gap, title_of
 
     given = {
         "text": text, "replay": replay, "chats": chats, "replay_chats": replay_chats, "choices": choices,
@@ -73,8 +73,8 @@ def card(
         first = next(iter(result["steps"]))
         if changes:
             table(f"{first} to {result['result']}", ["", *(title_of(result, name) for name in changes)], rows)
-        if result["gap_closed"] is not None:
-            line(f"gap closed: {result['gap_closed']:.0%} of the way from {result['gap_from']} to {TUNED}")
+        if result["gap"] is not None:
+            line(f"gap closed: {spelled_gap(result['gap'])[0]} of the way from {result['gap_from']} to {TUNED}")
         for key, why in result["reasons"].items():
             line(f"{key.replace('_', ' ')}: not known; {why}", "dim")
         for name, many in result["notes"].items():

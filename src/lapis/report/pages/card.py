@@ -117,8 +117,8 @@ def spelled_change(key: str, figure: Mapping[str, Any]) -> tuple[str, str]:
 
 def spelled_gap(gap: Mapping[str, Any]) -> tuple[str, str]:
     """How much of the gap was closed, and its interval."""
-    low, high = gap["interval"]
-    return f"{gap['value']:.0%}", f"{low:.0%} to {high:.0%}" if gap["n"] > 1 else NO_INTERVAL
+    value, low, high = (f"{round(100 * share):,}%".replace("-", "−") for share in (gap["value"], *gap["interval"]))
+    return value, f"{low} to {high}" if gap["n"] > 1 else NO_INTERVAL
 
 
 def way_of(card: Mapping[str, Any]) -> str:
