@@ -11,8 +11,8 @@ elchat    chat continued on Malay as base was, then mixed half and half with cha
 tuned     adapted tuned on Malay instructions: what the others are measured against
 
 Every training has the same processor seconds on one thread. Scored on documents and chats that no step reads, replies
-in bits per byte too, which compare across tokenizers. The gap closed is the share of the way from adapted's to tuned's;
-the cost is what English text takes in bits.
+in bits per byte too, which compare across tokenizers. The gap closed is the share of the way from adapted's to tuned's,
+for ElChat's way, too, as on a card of both; the cost is what English text takes in bits.
 """
 
 import argparse
@@ -155,6 +155,8 @@ class Flow:
             chats = list(islice(corpus.chats([self._chats(code, ".valid")]), self.scored))
             replies = answer(model, tokenizer, chats[: -(-self.scored // 3)], max_tokens=REPLY)
             part = score_chats(model, tokenizer, chats, replies=replies)
+            if part["cut"]:  # models would be measured on different chats, and bits would be of a part of the bytes
+                raise SystemExit(f"{place}: {part['cut']} of the chats do not fit; lower SHORT")
             size = sum(len(each["content"].encode()) for chat in chats for each in chat.messages
                        if each["role"] == "assistant")  # fmt: skip
             bits = part["response_nll"] * part["tokens"] / math.log(2) / size

@@ -5,7 +5,6 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,14 +12,13 @@ from huggingface_hub import ModelCard, metadata_load
 
 from lapis.errors import CheckpointError, ConfigError, DataError
 from lapis.language.adapt import adapt
-from lapis.language.card import card as card_module
 from lapis.language.card import scores
 from lapis.language.card.bootstrap import Counts, change, difference, ratio, share_of_way
 from lapis.language.card.card import make_card
 from lapis.language.card.folder import gather, licence_of, models_of, read_chats, read_questions
 from lapis.language.card.naming import main_language, name_languages
 from lapis.language.card.readme import readme
-from lapis.language.card.scores import HeldOutText, Measured, score_model
+from lapis.language.card.scores import HeldOutText, score_model
 from lapis.report.pages.card import FIGURES, card_page, counted
 from lapis.wording import without_folders
 
@@ -98,7 +96,7 @@ def test_every_score_of_both_languages_is_on_the_card(adapted: Path) -> None:
         assert all(f["interval"][0] <= f["value"] <= f["interval"][1] for one in each.values() for f in one.values())
     fewer = card["changes"]["grafted"]["target"]["tokens_per_byte"]
     assert fewer["value"] < 0 and fewer["interval"][0] <= fewer["value"] <= fewer["interval"][1]
-    assert card["notes"]["base"] == ["1 question(s) of target are longer than its context and were left out"]
+    assert card["notes"]["base"] == ["1 question of target is longer than its context and was left out"]
     assert card["gap_closed"] is None and "--tuned" in card["reasons"]["gap_closed"]
     replies = [row for row in card["replies"] if row["language"] == "target"]
     assert len(replies) == 5 and all(list(row["replies"]) == names == list(row["spoken"]) for row in replies)
@@ -198,33 +196,6 @@ def test_a_gap_is_measured_against_a_tuned_model(adapted: Path) -> None:
     else:
         assert "no likelier" in card["reasons"]["gap_closed"]
     assert card["cost"] is None and "no replay text" in card["reasons"]["cost"]
-
-
-@pytest.mark.parametrize(
-    ("steps", "closed"),
-    [
-        ({"base": 4.0, "adapted": 2.0, "merged": 3.0, "grafted": 2.5}, 0.25),
-        ({"base": 4.0, "adapted": 2.0, "merged": 3.0, "calibrated": 3.5, "restored": 3.0}, 0.2),
-        ({"base": 4.0, "adapted": 2.0, "grafted": 1.5}, 0.5),
-        ({"base": 4.0, "adapted": 2.0, "merged": 3.0}, None),
-    ],
-)
-def test_a_gap_begins_at_the_last_model_before_the_graft(
-    steps: dict[str, float], closed: float | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Here a folder is how many bits of a byte its model needs."""
-
-    def measured(folder: float, *_: object) -> Measured:
-        counts = {key: Counts([folder], [1.0]) for key in ("bits_per_byte", "response_bits_per_byte")}
-        return Measured({"target": counts}, {"target": []})
-
-    monkeypatch.setattr(card_module, "score_model", measured)
-    monkeypatch.setattr(card_module, "time_models", lambda *_: None)
-    monkeypatch.setattr(card_module, "_templates", lambda _: {})
-    models: dict[str, Any] = {**steps}
-    tuned: Any = 1.0
-    card = make_card(models, {"target": HeldOutText(MALAY[:5])}, tuned=tuned)
-    assert card["gap_closed"] == (None if closed is None else pytest.approx(closed))
 
 
 @pytest.mark.parametrize("memory", [0, 1 << 40])

@@ -14,7 +14,7 @@ from lapis.language.card.readme import readme
 from lapis.language.card.scores import HeldOutText
 from lapis.language.extend import extend
 from lapis.language.plan import read_plan
-from lapis.report.pages.card import card_page, spelled, spelled_change, spelled_gap
+from lapis.report.pages.card import card_page, gap_line, spelled, spelled_change, spelled_gap
 
 from .conftest import ENGLISH, MALAY, make, write
 
@@ -31,8 +31,12 @@ def talk(path: Path, *prompts: str) -> Path:
 def test_one_alone_has_no_interval() -> None:
     assert spelled("bits_per_byte", ALONE) == "0.500 (no interval)"
     assert spelled_change("stop_rate", ALONE) == ("+50\u00a0points", "no interval")
-    assert spelled_gap(ALONE) == ("Gap closed: 50%", "no interval; 1 chat")
-    assert spelled_gap(MANY) == ("Gap closed: 50%", "25% to 75%; 3 chats")
+    assert spelled_gap(ALONE) == ("50%", "no interval") and spelled_gap(MANY) == ("50%", "25% to 75%")
+    less = {"value": -0.004, "interval": [-0.5, 0.004], "n": 3}
+    assert spelled_gap(less) == ("0%", "−50% to 0%")
+    of, way = {"gap": ALONE, "gap_from": "adapted"}, "of the way from adapted to the model that was tuned on chats of"
+    assert gap_line(of)[0] == "Gap closed: 50%" and gap_line(of)[1].startswith(f"(no interval; 1 chat) {way}")
+    assert gap_line({**of, "gap": MANY})[1].startswith(f"(25% to 75%; 3 chats) {way}")
 
 
 def test_a_chat_that_does_not_fit_is_no_reply(tmp_path: Path) -> None:

@@ -35,7 +35,8 @@ def card(
         choices: Questions of multiple choice in the language: jsonl, JSON or parquet (also Belebele's and INCLUDE's
             records), or task files of lm-evaluation-harness (.yaml; they may name Python that is run).
         replay_choices: The same in what the models knew.
-        tuned: A model tuned on chats of the language: the yardstick of the gap that was closed.
+        tuned: A model tuned on chats of the language: the yardstick of the gap that was closed. It begins at the first
+            model here that was adapted without chat.
         language: A code such as ms.
         license: For the model card, as hubs spell it, such as apache-2.0.
         base_model: owner/name on the hub of what a local folder was started from; may be given again.
@@ -45,9 +46,9 @@ def card(
     """
     from lapis.checkpoint.commit import check_output, commit
     from lapis.cli.output import line, notes, progress, show, table
-    from lapis.language.card.card import make_card, write_card
+    from lapis.language.card.card import TUNED, make_card, write_card
     from lapis.language.card.folder import gather
-    from lapis.report.pages.card import FIGURES, TOKEN_BOUND, spelled_change, title_of
+    from lapis.report.pages.card import FIGURES, TOKEN_BOUND, spelled_change, spelled_gap, title_of
 
     given = {
         "text": text, "replay": replay, "chats": chats, "replay_chats": replay_chats, "choices": choices,
@@ -57,8 +58,9 @@ def card(
     gathered = gather(models, {key: value for key, value in given.items() if value is not None}, scored)
     with progress("measuring") as report, commit(out, kind="card", overwrite=overwrite) as staging:
         result = make_card(
-            gathered.models, gathered.held, tuned=tuned, how=gathered.how, notes=gathered.notes, progress=report
-        )
+            gathered.models, gathered.held, tuned=tuned, gap_from=gathered.gap_from, how=gathered.how,
+            notes=gathered.notes, progress=report,
+        )  # fmt: skip
         write_card(staging.path, result)
 
     def render() -> None:
@@ -71,8 +73,8 @@ def card(
         first = next(iter(result["steps"]))
         if changes:
             table(f"{first} to {result['result']}", ["", *(title_of(result, name) for name in changes)], rows)
-        if result["gap_closed"] is not None:
-            line(f"gap closed: {result['gap_closed']:.0%}")
+        if result["gap"] is not None:
+            line(f"gap closed: {spelled_gap(result['gap'])[0]} of the way from {result['gap_from']} to {TUNED}")
         for key, why in result["reasons"].items():
             line(f"{key.replace('_', ' ')}: not known; {why}", "dim")
         for name, many in result["notes"].items():

@@ -148,8 +148,8 @@ def _scored(tokenizer: Tokenizer, question: Choice, text: str, context: int) -> 
         shared = next(
             (i for i, (a, b) in enumerate(zip(before, ids, strict=False)) if a != b), min(len(before), len(ids))
         )
-        if shared == 0 and tokenizer.eos_id is not None:
-            ids, shared = [tokenizer.eos_id, *ids], 1
+        if shared == 0 and tokenizer.document_lead is not None:
+            ids, shared = [tokenizer.document_lead, *ids], 1
     else:
         before = encode_prompt(tokenizer, question.prompt)
         ids, shared = before + tokenizer.encode(text), len(before)

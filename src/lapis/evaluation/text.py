@@ -33,7 +33,7 @@ def score_text(
     """
     context = min(context or model.config.context, model.config.context)
     windows: list[ScoredSequence] = []
-    lead = tokenizer.bos_id if tokenizer.adds_bos or tokenizer.eos_id is None else tokenizer.eos_id
+    lead = tokenizer.document_lead
     if lead is None:
         raise DataError(f"{tokenizer.source}: has no token that a document begins with (eos_token or bos_token)")
     size = count = 0

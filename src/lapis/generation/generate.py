@@ -146,9 +146,8 @@ def encode(model: ReadableModel, tokenizer: Tokenizer, prompt: Prompt) -> list[i
         raise ConfigError(f"generate: a {config.family} model with the head {config.head} does not continue text")
     if isinstance(prompt, str):
         ids = tokenizer.encode(prompt, add_special_tokens=True)
-        if not ids:  # an empty text begins as training documents do
-            start = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
-            ids = [] if start is None else [start]
+        if not ids and tokenizer.document_lead is not None:  # an empty text begins as training documents do
+            ids = [tokenizer.document_lead]
     elif prompt and isinstance(prompt[0], Mapping):
         ids = encode_prompt(tokenizer, cast(Sequence[Mapping[str, Any]], prompt))
     else:

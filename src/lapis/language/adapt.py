@@ -23,7 +23,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ from lapis.language.plan import PLAN, AdaptPlan, read_plan
 from lapis.language.replay import bits_per_byte, draw_replies, draw_texts
 from lapis.language.rows.calibrate import calibrate_again
 from lapis.language.steps import Steps
-from lapis.language.texts import after_bytes, first_bytes, first_sentence, read_texts, write_lines, write_texts
+from lapis.language.texts import after_bytes, first_bytes, first_sentence, read_texts, spread, write_lines, write_texts
 from lapis.model.check import read_config
 from lapis.planning.plan import plan as plan_pieces
 from lapis.report.pages.fertility import fertility_page
@@ -209,8 +209,8 @@ class _Adaptation:
             gained = base.learn(counts, add, progress=lambda done, total: report(done, total, "learning merges"))
         require_enough(gained, f"adapt: vocab is {add:,}", "vocab: ", "or more text")
         if self.plan.replay:
-            replay = first_bytes((document.text for document in corpus.documents(self._text("replay"))), SAMPLE)
-            share = changed_share(base.backend, base.extended(gained), replay)
+            replay = first_bytes(spread(document.text for document in corpus.documents(self._text("replay"))), SAMPLE)
+            share = changed_share(base.backend, base.extended(gained), replay, special=self.plan.draws_replay)
             self.note(f"tokenizer: {share:.2%} of the replay text's characters are in other tokens than before")
         with commit(folder, kind="adapt", overwrite=overwrite) as staging:
             base.copy_files(staging.path)
@@ -224,8 +224,8 @@ class _Adaptation:
         with self.bar("making rows") as report:
             made = add_rows(
                 checkpoint, base, gained, folder, init=self.plan.init, files=[self._text("text")],
-                replay=[self._text("replay")] if self.plan.replay else [], seed=self.plan.seed, overwrite=overwrite,
-                progress=report,
+                replay=[self._text("replay")] if self.plan.replay else [], trusted=self.plan.draws_replay,
+                seed=self.plan.seed, overwrite=overwrite, progress=report,
             )  # fmt: skip
         for remark in made.notes:
             self.note(f"start: {remark}")
@@ -290,7 +290,8 @@ class _Adaptation:
             with self.bar("reading text") as report:
                 moved = calibrate_again(
                     open_checkpoint(trained), base, base.read_extension(self.steps.done["tokenizer"]), texts["text"],
-                    folder, replay=texts.get("replay", ()), seed=self.plan.seed, overwrite=overwrite, progress=report,
+                    folder, replay=texts.get("replay", ()), trusted=self.plan.draws_replay, seed=self.plan.seed,
+                    overwrite=overwrite, progress=report,
                 )  # fmt: skip
             if not moved:
                 self.note("calibrated: rows stay as they were trained; moved, they made text less likely")
@@ -331,7 +332,7 @@ class _Adaptation:
         def make(folder: Path, overwrite: bool) -> None:
             self.note("planned: learning a scale for each component")
             with self.bar("planning") as report, commit(folder, kind="adapt", overwrite=overwrite) as staging:
-                texts = [document.text for document in islice(corpus.documents(self._text("text")), PROMPTS)]
+                texts = spread(document.text for document in corpus.documents(self._text("text")))[:PROMPTS]
                 chats = staging.path / "chats.jsonl"
                 write_lines(chats, draw_replies(chat, [first_sentence(text) for text in texts]))
                 spare = self._text("text").with_suffix(".spare.jsonl")  # on which no model is measured

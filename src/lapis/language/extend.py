@@ -19,7 +19,7 @@ from lapis.checkpoint.commit import check_output, commit
 from lapis.checkpoint.hub.models import local_folder
 from lapis.errors import ConfigError, DataError
 from lapis.language.rows.init import Init
-from lapis.language.texts import first_bytes
+from lapis.language.texts import from_each
 from lapis.text.corpus.labels import bare_texts
 from lapis.text.tokenizer.extend import LEAST, ExtendableTokenizer, Extension, changed_share
 from lapis.text.tokenizer.roundtrip import holds_only_tokenizer
@@ -139,7 +139,7 @@ def extend(
     require_enough(gained, f"extend: add is {add:,}", "--add ", "more text, or a smaller --least", least)
     progress(0, None, "comparing")
     new = base.extended(gained)
-    sample = list(first_bytes(bare_texts(files), SAMPLE))
+    sample = list(from_each(files, SAMPLE))
     size = sum(len(text.encode()) for text in sample)
     result = ExtendResult(
         str(out), len(gained.tokens), gained.first,
@@ -147,7 +147,7 @@ def extend(
             name: sum(len(e.ids) for e in backend.encode_batch(sample, add_special_tokens=False)) / size
             for name, backend in (("before", base.backend), ("after", new))
         },
-        changed_share(base.backend, new, first_bytes(bare_texts(replay), SAMPLE)) if replay else None,
+        changed_share(base.backend, new, from_each(replay, SAMPLE)) if replay else None,
         cut_marks=counts.cut_marks / counts.marks if counts.marks else None,
         examples=[text for token in gained.tokens if "\ufffd" not in (text := base.text(token))][:20],
     )  # fmt: skip
@@ -222,6 +222,7 @@ def add_rows(
     init: Init | None = None,
     files: Sequence[str | Path] = (),
     replay: Sequence[str | Path] = (),
+    trusted: bool = False,
     snippets: int = SNIPPETS,
     seed: int = 0,
     recipe: Mapping[str, Any] | None = None,
@@ -238,6 +239,7 @@ def add_rows(
         init: How rows begin; the arguments from here on are those of `extend`.
         files: Text that rows are calibrated by or distilled from.
         replay: Text in which calibrated rows leave new tokens unlikely.
+        trusted: Whether special tokens that the replay text spells are tokens.
         snippets: Stretches of it for each distilled row.
         seed: Of random rows, of the choice of text, and of the order of snippets.
         recipe: More for the account of the output.
@@ -267,7 +269,7 @@ def add_rows(
         means_ND = rows[trained]
         rows[trained] = calibrate(
             checkpoint, base, gained, list(bare_texts(files)), rows[tables.embed], rows[trained], tied=tables.tied,
-            replay=list(bare_texts(replay)) if replay else (), seed=seed, progress=progress,
+            replay=list(bare_texts(replay)) if replay else (), trusted=trusted, seed=seed, progress=progress,
         )  # fmt: skip
         if rows[trained] is means_ND:
             notes.append("new rows stay means: moved to their tokens' frequencies, they made text less likely")

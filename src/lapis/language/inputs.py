@@ -14,11 +14,10 @@ from lapis.language.card.naming import KNOWN, LOOKED_AT, MOSTLY, language_shares
 from lapis.language.extend import open_source
 from lapis.language.plan import PLAN, AdaptPlan, whole_path
 from lapis.language.replay import SELF
-from lapis.language.texts import FEW, first_bytes, pieces, same_as_target
+from lapis.language.texts import FEW, from_each, pieces, same_as_target
 from lapis.model.check import plan_load, read_config
 from lapis.parsing import quoted
 from lapis.text.corpus.files import HUB, files
-from lapis.text.corpus.labels import bare_texts
 from lapis.text.tokenizer.extend import ExtendableTokenizer
 from lapis.text.tokenizer.tokenizer import Tokenizer
 from lapis.training.rewards.language import TWINS
@@ -196,7 +195,7 @@ def _some(documents: Iterable[str]) -> list[str]:
 
 
 def _documents(paths: Iterable[str]) -> Iterable[str]:
-    return first_bytes(bare_texts(list(paths)), READ)
+    return from_each(list(paths), READ)
 
 
 def _parts(paths: Iterable[str]) -> list[str]:

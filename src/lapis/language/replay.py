@@ -36,8 +36,8 @@ Report = Callable[[float, float | None, str], None]
 
 @dataclass(frozen=True)
 class Drawn:
-    """A text that a model drew. text: As it is read again, special tokens and all. plain: Without what the template
-    writes. tokens: How many were drawn."""
+    """A text that a model drew. text: As it is read again, special tokens and all, behind what a document begins with.
+    plain: Without what the template writes. tokens: How many were drawn."""
 
     text: str
     plain: str
@@ -148,6 +148,8 @@ def _fitting(tokenizer: Tokenizer, text: str, room: int) -> dict[str, str] | Non
 def _exchange(tokenizer: Tokenizer, turn: list[dict[str, str]], reply: Reply) -> Drawn:
     answer = reply.text.replace("\0", "")
     text = render(tokenizer, [*turn, {"role": "assistant", "content": answer}])
+    if tokenizer.document_lead is not None:  # whoever reads a document puts it there
+        text = text.removeprefix(tokenizer.token(tokenizer.document_lead))
     return Drawn(text, f"{turn[0]['content']}\n\n{answer}", len(reply.ids) + reply.prompt_tokens)
 
 

@@ -1,16 +1,18 @@
 """Text of a language, part of it held out: files in, texts to learn from and texts to measure on out.
 
-Which document is held out depends on its text alone, so that every step of an adaptation holds out the same ones.
+Which document is held out depends on its text alone, so that every step of an adaptation holds out the same ones; so
+does their order, so that the first of them are of all files. Where a part of a text is enough, each file gives of it.
 """
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from lapis.errors import DataError
-from lapis.text.corpus.labels import bare_texts
+from lapis.text.corpus.labels import bare_texts, text_files
 from lapis.wording import format_count
 
 SHARE = 20  # one document in so many is held out
@@ -21,16 +23,16 @@ SAME = 0.1  # share of the replay documents that may stand in the target's text,
 
 
 def read_texts(files: Sequence[str | Path], most: int | None = None) -> tuple[list[str], list[str]]:
-    """Texts to learn from, and held-out texts.
+    """Texts to learn from, in their order, and held-out texts, by their digests.
 
     Args:
         files: Files, folders, globs.
-        most: Bytes that are read at most.
+        most: Bytes that are read at most, of each file by its size.
 
     Raises:
         DataError: Where there is no text, or too little to hold some out.
     """
-    texts = [text for text in first_bytes(bare_texts(files), most) if text.strip()]
+    texts = [text for text in from_each(files, most) if text.strip()]
     if len(texts) < FEW:
         texts = [piece for text in texts for piece in pieces(text)]
     learn: list[str] = []
@@ -45,7 +47,25 @@ def read_texts(files: Sequence[str | Path], most: int | None = None) -> tuple[li
         named = ", ".join(map(str, files))
         listed = format_count(len(set(texts)), "text")
         raise DataError(f"{named}: holds {listed}; give at least 2 that differ, to learn from one and hold one out")
-    return learn, held
+    return learn, spread(held)
+
+
+def from_each(files: Sequence[str | Path], most: int | None) -> Iterator[str]:
+    """Texts of files, `most` bytes in all: of each file the beginning, as much as its size is of all sizes.
+
+    Args:
+        files: Files, folders, globs; of plain files that have fewer bytes together all texts are read.
+        most: None reads all.
+    """
+    listed = text_files(files)
+    sizes = [max(1, file.stat().st_size) for file in listed]
+    for file, size in zip(listed, sizes, strict=True):
+        yield from first_bytes(bare_texts(file), None if most is None else math.ceil(most * size / sum(sizes)))
+
+
+def spread(texts: Iterable[str]) -> list[str]:
+    """Texts in an order that does not depend on the files that they are from: the first ones are of all files."""
+    return sorted(texts, key=lambda text: sha256(text.encode(errors="replace")).digest())
 
 
 def same_as_target(texts: Iterable[str], replay: Iterable[str]) -> str:

@@ -152,7 +152,7 @@ def _sequences(
     tokenizer: Tokenizer, text: Files | None, chats: Files | None, context: int, tokens: int
 ) -> Iterator[ScoredSequence]:
     """Chats and windows of text by turns, until there are so many tokens."""
-    lead = tokenizer.eos_id if tokenizer.eos_id is not None and not tokenizer.adds_bos else tokenizer.bos_id
+    lead = tokenizer.document_lead
 
     def windows() -> Iterator[ScoredSequence]:
         for document in corpus.documents(text) if text is not None else ():

@@ -81,7 +81,7 @@ def make_held_out(
             prompts.append(chat)
     if not sequences:
         raise DataError(f"plan: no chat has an assistant token within its first {context} tokens; give other --chats")
-    lead = tokenizer.eos_id if tokenizer.eos_id is not None and not tokenizer.adds_bos else tokenizer.bos_id
+    lead = tokenizer.document_lead
     windows: list[ScoredSequence] = []
     size, room = 0, max(limit * TEXT_TOKENS, 1)
     for text in texts:

@@ -1,8 +1,8 @@
 """Figures with their intervals: what was counted in each document in, a value and its 95 % bootstrap interval out.
 
-A bootstrap sample draws as many documents as there are, with replacement (Efron 1979); 1,000 samples from a fixed seed.
-Two models that were measured on the same documents are compared on the same samples, so that what makes a document hard
-does not count as a difference.
+A bootstrap sample draws as many documents as were measured, with replacement (Efron 1979); 1,000 samples from a fixed
+seed. Models are compared on the documents that all of them were measured on, and on the same samples of these, so that
+neither what makes a document hard nor what did not fit into one of them counts as a difference.
 """
 
 import math
@@ -31,11 +31,20 @@ class Counts:
         return sum(size > 0 for size in self.sizes)
 
     def sampled(self) -> tuple[float, Floats]:
-        """sum(numbers) / sum(sizes) of all documents, and of each bootstrap sample (NaN where nothing was measured)."""
-        top, bottom = np.array(self.numbers, float), np.array(self.sizes, float)
+        """sum(numbers) / sum(sizes) of the documents that were measured, and of each bootstrap sample of them; NaN
+        where there are none."""
+        sizes = np.array(self.sizes, float)
+        top, bottom = np.array(self.numbers, float)[sizes > 0], sizes[sizes > 0]
+        if not len(top):
+            return math.nan, np.full(SAMPLES, math.nan)
         drawn = np.random.default_rng(0).integers(0, len(top), (SAMPLES, len(top)))
-        with np.errstate(invalid="ignore", divide="ignore"):
-            return float(top.sum() / bottom.sum()), top[drawn].sum(1) / bottom[drawn].sum(1)
+        return float(top.sum() / bottom.sum()), top[drawn].sum(1) / bottom[drawn].sum(1)
+
+
+def common(*many: Counts) -> tuple[Counts, ...]:
+    """The same counts of those documents alone that all of them have measured."""
+    shared = [place for place, sizes in enumerate(zip(*(one.sizes for one in many), strict=True)) if min(sizes) > 0]
+    return tuple(Counts([one.numbers[i] for i in shared], [one.sizes[i] for i in shared]) for one in many)
 
 
 def ratio(counts: Counts) -> Figure:
@@ -44,23 +53,29 @@ def ratio(counts: Counts) -> Figure:
 
 
 def change(before: Counts, after: Counts) -> Figure:
-    """By which share `after` lies above `before`, on the same documents."""
-    (old, olds), (new, news) = before.sampled(), after.sampled()
+    """By which share `after` lies above `before`, on the documents that both have; "before" and "after" are theirs."""
+    old, new = common(before, after)
+    (a, many_a), (b, many_b) = old.sampled(), new.sampled()
     with np.errstate(invalid="ignore", divide="ignore"):
-        return _figure(new / old - 1 if old else math.nan, news / olds - 1, min(before.n, after.n))
+        figure = _figure(b / a - 1 if a else math.nan, many_b / many_a - 1, old.n)
+    return {**figure, "before": a, "after": b}
 
 
 def difference(before: Counts, after: Counts) -> Figure:
-    """How much `after` lies above `before`, on the same documents."""
-    (old, olds), (new, news) = before.sampled(), after.sampled()
-    return _figure(new - old, news - olds, min(before.n, after.n))
+    """How much `after` lies above `before`, on the documents that both have; "before" and "after" are theirs."""
+    old, new = common(before, after)
+    (a, many_a), (b, many_b) = old.sampled(), new.sampled()
+    return {**_figure(b - a, many_b - many_a, old.n), "before": a, "after": b}
 
 
 def share_of_way(start: Counts, reached: Counts, end: Counts) -> Figure:
-    """How much of the way from `start` down to `end` was gone, on the same documents."""
-    (a, many_a), (b, many_b), (c, many_c) = start.sampled(), reached.sampled(), end.sampled()
+    """How much of the way from `start` down to `end` was gone, on the documents that all three have; NaN where there
+    is no way down."""
+    shared = common(start, reached, end)
+    (a, many_a), (b, many_b), (c, many_c) = (one.sampled() for one in shared)
     with np.errstate(invalid="ignore", divide="ignore"):
-        return _figure((a - b) / (a - c), (many_a - many_b) / (many_a - many_c), min(start.n, reached.n, end.n))
+        way = (a - b) / (a - c) if a > c else math.nan
+        return _figure(way, (many_a - many_b) / (many_a - many_c), shared[0].n)
 
 
 def _figure(value: float, samples: Floats, count: int) -> Figure:

@@ -31,6 +31,7 @@ def make_card(
     languages: Mapping[str, HeldOutText],
     *,
     tuned: str | Path | None = None,
+    gap_from: str | None = None,
     how: Mapping[str, Any] | None = None,
     notes: Mapping[str, list[str]] | None = None,
     progress: Report = lambda done, total, label: None,
@@ -41,6 +42,8 @@ def make_card(
         models: What each is called -> its folder, the first one that was started from, the last one the result.
         languages: "target", and "replay" where something should be kept -> what is measured on.
         tuned: A model that was tuned on chats of the language: the yardstick of `gap_closed`.
+        gap_from: What `models` calls the model that was adapted and cannot chat yet, where the gap begins; "" where
+            there is none. By default the last but one.
         how: How the result was made: settings, files with digests, seeds, for the card to say.
         notes: What else the card is to say, by what it is about.
         progress: Called with what is done, what there is to do, and what it is.
@@ -48,8 +51,9 @@ def make_card(
     Returns:
         `steps`, `languages` (name -> code), `scores` (model -> language -> score -> figure), `changes` (the same, from
         the first model on), `won` and `cost` (the shares by which bits per byte of the target fell and of the replay
-        text rose), `gap_closed` (of the way from before the last step to `tuned`, by bits per byte of the replies
-        that were given), `reasons` (why one of these is None), `replies`, `notes`, `how`.
+        text rose), `gap_closed` (of the way from `gap_from` to `tuned`, by bits per byte of the replies that were
+        given), `gaps` (the same of every model, with intervals), `reasons` (why one of these is None), `replies`,
+        `notes`, `how`.
     """
     listed = {**models, **({TUNED: tuned} if tuned is not None else {})}
     template = next((own for name in reversed(listed) if (own := _templates(listed[name]))), None)
@@ -67,7 +71,9 @@ def make_card(
     first, last = next(iter(models)), list(models)[-1]
     counts = {name: one.counts for name, one in measured.items()}
     changes = {name: _changes(counts[first], counts[name]) for name in listed if name != first}
-    gap, why = _gap_closed(counts, list(models))
+    begin = gap_from if gap_from is not None or len(models) < 2 else list(models)[-2]
+    gaps, why = _gaps_closed(counts, begin, last)
+    gap = gaps.get(last)
     cost = changes.get(last, {}).get("replay", {}).get("bits_per_byte")
     reasons = {"gap_closed": why} if gap is None else {}
     if cost is None:
@@ -86,6 +92,8 @@ def make_card(
         "changes": changes,
         "gap_closed": None if gap is None else gap["value"],
         "gap": gap,
+        "gap_from": begin or None,
+        "gaps": gaps,
         "won": None if won is None else -won["value"],
         "cost": None if cost is None else cost["value"],
         "reasons": reasons,
@@ -137,26 +145,30 @@ def _changes(before: Mapping[str, Mapping[str, Counts]], after: Mapping[str, Map
     return changes
 
 
-def _gap_closed(
-    counts: Mapping[str, Mapping[str, Mapping[str, Counts]]], models: list[str]
-) -> tuple[Figure | None, str]:
-    """How much of the way from the last model that was not grafted to the tuned one the last step went, or why not."""
+def _gaps_closed(
+    counts: Mapping[str, Mapping[str, Mapping[str, Counts]]], begin: str | None, last: str
+) -> tuple[dict[str, Figure], str]:
+    """How much of the way from one model to the tuned one each of the others went; why nobody knows it of the last."""
     if TUNED not in counts:
-        return None, "no model tuned on chats of the language was given (lapis card --tuned), so there is no yardstick"
-    group, _, _ = models[-1].rpartition("/")  # of several adaptations the last one's
-    named = [f"{group}/{step}" if group else step for step in ("calibrated", "merged", "adapted")]
-    adapted = next((name for name in named if name in models), "")
-    before = adapted or (models[-2] if len(models) > 1 else "")
-    if not before or before == models[-1]:
-        return None, "there is no step after the adaptation whose way could be measured"
+        return {}, "no model tuned on chats of the language was given (lapis card --tuned), so there is no yardstick"
+    if begin == "":
+        return {}, (
+            "it begins at a model that was adapted without chat, and there is none among these; name the folder of an "
+            "adaptation with onto: base, too"
+        )
+    if begin in (None, last):
+        return {}, "there is no step after the adaptation whose way could be measured"
     key = "response_bits_per_byte"
-    of = [counts[name]["target"].get(key) for name in (before, models[-1], TUNED)]
-    if any(one is None or not one.n for one in of):
-        return None, "there are no chats of the language to measure replies on"
-    start, reached, end = (one for one in of if one is not None)
-    if ratio(start)["value"] <= ratio(end)["value"]:
-        return None, f"{TUNED} finds the replies no likelier than {before} does, so there is no gap to close"
-    return share_of_way(start, reached, end), ""
+    of = {name: each["target"][key] for name, each in counts.items() if key in each["target"]}
+    if not {begin, last, TUNED} <= of.keys() or not all(of[name].n for name in (begin, last, TUNED)):
+        return {}, "there are no chats of the language to measure replies on"
+    ways = {name: share_of_way(of[begin], one, of[TUNED]) for name, one in of.items() if name not in (begin, TUNED)}
+    if not ways[last]["n"]:
+        return {}, f"no chat of the language fits into the contexts of {begin}, {last} and {TUNED} alike"
+    known = {name: way for name, way in ways.items() if math.isfinite(way["value"])}
+    if last not in known:
+        return known, f"{TUNED} finds the replies no likelier than {begin} does, so there is no gap to close"
+    return known, ""
 
 
 def _shown(

@@ -5,7 +5,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from lapis.evaluation.chats import prompt_of
 from lapis.evaluation.choices import Choice, read_choices
 from lapis.language.card.scores import HeldOutText
 from lapis.language.plan import PLAN, AdaptPlan, read_plan
-from lapis.language.texts import first_bytes
+from lapis.language.texts import first_bytes, spread
 from lapis.text.corpus import corpus
 from lapis.text.corpus.files import files
 from lapis.weights.delta.beside import card_license
@@ -27,6 +27,7 @@ from lapis.weights.graft.layout import plan_graft
 TEXTS = ("measure", "replay")  # steps that hold texts; the second one where a model drew its replay itself
 PARTS = {"target": "text", "replay": "replay"}  # language -> what its files in measure/ are called
 MEASURED = ("chats", "replay_chats", "choices", "replay_choices")  # keys of a plan whose files a card reads
+UNGRAFTED = ("adapted", "merged", "calibrated")  # steps whose model is adapted, in their order, before chat is added
 CHATS = 32  # that models are measured on
 QUESTIONS = 500
 Paths = Sequence[str | Path]
@@ -105,8 +106,11 @@ def _held_out(name: str, texts: list[str], plan: Mapping[str, Any]) -> HeldOutTe
 
 
 def read_chats(paths: Paths) -> list[corpus.ChatRecord]:
-    """The chats that models are measured on. Raises DataError where one of them has no reply of the assistant's."""
-    chats = list(islice(corpus.chats(list(paths)), CHATS)) if paths else []
+    """The chats that models are measured on, of all files by turns, in the order of their names. Raises DataError where
+    one of them has no reply of the assistant's."""
+    opened = [corpus.chats(file) for file in sorted(files(list(paths)))] if paths else []
+    turns = chain.from_iterable(zip_longest(*opened))
+    chats = list(islice((chat for chat in turns if chat is not None), CHATS))
     for chat in chats:
         try:
             prompt_of(chat.messages)
@@ -190,12 +194,36 @@ def _sha256(path: Path) -> str:
 @dataclass(frozen=True)
 class CardInputs:
     """What a card is made of. models: Name -> folder. held: Language -> material. how: As README.md tells it.
-    notes: Of folders, what a reader should know."""
+    notes: Of folders, what a reader should know. gap_from: Where the gap that was closed begins (`gap_start`)."""
 
     models: dict[str, str | Path]
     held: dict[str, HeldOutText]
     how: dict[str, Any]
     notes: dict[str, list[str]] = field(default_factory=dict)
+    gap_from: str | None = None
+
+
+def gap_start(models: Mapping[str, str | Path]) -> str | None:
+    """What the first model that was adapted without chat is called, so that ways to a chat model begin alike.
+
+    Args:
+        models: Name -> folder.
+
+    Returns:
+        The last step before the graft of the first adaptation of a base; "" where there are adaptations of a chat
+        model alone, whose models could chat from the start; None where no model is known to be a step.
+    """
+    starts: dict[Path, str] = {}
+    of_chat = False
+    for name, place in models.items():
+        folder = Path(os.path.abspath(place))
+        if is_adaptation(folder.parent) and _plan_of(folder.parent).onto == "chat":
+            of_chat = True
+        elif (step := name.rpartition("/")[2]) in UNGRAFTED and step == folder.name:
+            other = starts.get(folder.parent, name)
+            if UNGRAFTED.index(step) >= UNGRAFTED.index(other.rpartition("/")[2]):
+                starts[folder.parent] = name
+    return next(iter(starts.values()), "" if of_chat else None)
 
 
 def unfinished(folder: Path) -> list[str]:
@@ -246,8 +274,8 @@ def gather(folders: Sequence[Path], given: Mapping[str, Any], scored: int) -> Ca
         raise ConfigError("card: --text is missing; give held-out text of the language, or a folder of lapis adapt")
     for name, part in PARTS.items():
         if paths := given.get(part):
-            texts = list(first_bytes((document.text for document in corpus.documents(list(paths))), scored))
-            held[name] = _held_out(name, texts, {**settings, **given})
+            texts = spread(document.text for document in corpus.documents(list(paths)))
+            held[name] = _held_out(name, list(first_bytes(texts, scored)), {**settings, **given})
     for key, option in (("replay_chats", "--replay-chats"), ("replay_choices", "--replay-choices")):
         if given.get(key) and "replay" not in held:
             raise ConfigError(
@@ -257,7 +285,7 @@ def gather(folders: Sequence[Path], given: Mapping[str, Any], scored: int) -> Ca
         name, first = next(iter(models.items()))
         how = {"license": licence_of(first), "data": _digests(given), "models": {name: digests_of(first)}}
     stated = {key: given[key] for key in ("language", "license", "base_models") if given.get(key)}
-    return CardInputs(models, held, {**how, **stated}, notes)
+    return CardInputs(models, held, {**how, **stated}, notes, gap_start(models))
 
 
 def _digests(given: Mapping[str, Any]) -> dict[str, str]:

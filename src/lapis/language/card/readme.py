@@ -15,11 +15,12 @@ from lapis.report.pages.card import (
     CODE,
     FIGURES,
     TOKEN_BOUND,
-    WAY,
+    UNEVEN,
     counted,
+    gap_line,
+    gap_row,
     spelled,
     spelled_change,
-    spelled_gap,
     title_of,
 )
 from lapis.wording import HUB_ID, without_folders
@@ -48,7 +49,7 @@ def readme(card: Mapping[str, Any]) -> str:
     lines += ["## What was won, and what was lost", "", *_changes(card, first, last), ""]
     lines += ["## Scores", "", "In brackets: 95 % bootstrap intervals over what was measured on."]
     for language in scores[first]:
-        lines += ["", f"### {title_of(card, language)}", "", *_scores(scores, language)]
+        lines += ["", f"### {title_of(card, language)}", "", *_scores(card, language)]
     notes = [f"- {_plain(name)}: {_plain(note)}" for name, many in card["notes"].items() for note in many]
     lines += ["", *notes, *([""] if notes else []), f"Characters per second: on {_plain(card['machine'])}."]
     if card["replies"]:
@@ -106,22 +107,27 @@ def _changes(card: Mapping[str, Any], first: str, last: str) -> list[str]:
             cells.append(f"{value} ({interval}; {counted(key, each[key]['n'])})" if interval else value)
         lines.append(_line([f"{label} ({better} is better)", *cells]))
     if card["gap"]:
-        value, measured = spelled_gap(card["gap"])
-        lines += ["", f"{value} ({measured}) {WAY}."]
+        lines += ["", _plain(" ".join(gap_line(card)))]
     for key, why in card["reasons"].items():
         lines += ["", f"{key.replace('_', ' ').capitalize()}: not known; {why}."]
     return lines
 
 
-def _scores(scores: Mapping[str, Any], language: str) -> list[str]:
+def _scores(card: Mapping[str, Any], language: str) -> list[str]:
+    scores = card["scores"]
     lines = [_line(["", *map(_plain, scores), "measured on"]), "|---" * (2 + len(scores)) + "|"]
+    uneven = False
     for key, (label, _, better) in FIGURES.items():
         known = [each[language][key] for each in scores.values() if key in each[language]]
         if known:
             cells = [spelled(key, each[language][key]) if key in each[language] else "–" for each in scores.values()]
             counts = [figure["n"] for figure in known]
             lines.append(_line([f"{label} ({better} is better)", *cells, counted(key, min(counts), max(counts))]))
-    return lines
+            uneven |= min(counts) < max(counts)
+    gaps, chats = gap_row(card) if language == "target" else ({}, "")
+    if gaps:
+        lines.append(_line(["gap closed (more is better)", *(gaps.get(name, "–") for name in scores), chats]))
+    return [*lines, *(["", UNEVEN] if uneven else [])]
 
 
 def _line(cells: Iterable[str]) -> str:

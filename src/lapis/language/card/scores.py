@@ -19,7 +19,7 @@ from lapis.errors import DataError
 from lapis.evaluation.chats import answer, encode_record, prompt_of
 from lapis.evaluation.choices import Choice, mark_choices, scored_choices
 from lapis.evaluation.text import windows_of
-from lapis.generation.generate import Reply, generate_batch
+from lapis.generation.generate import generate_batch
 from lapis.generation.options import DecodingRuntime, Sampling
 from lapis.generation.ready import choose_device, open_ready
 from lapis.language.card.bootstrap import Counts
@@ -29,6 +29,7 @@ from lapis.model.scoring import ScoredSequence, nll
 from lapis.model.size import free_memory
 from lapis.text.corpus.corpus import ChatRecord
 from lapis.text.tokenizer.tokenizer import Tokenizer
+from lapis.wording import format_count
 
 Report = Callable[[float, float | None, str], None]
 PROMPTS = 10  # whose replies are shown
@@ -74,7 +75,7 @@ class Measured:
 
     Attributes:
         counts: Language -> score -> what was counted.
-        replies: Language -> replies to its prompts; None to one that is longer than the context.
+        replies: Language -> replies to its prompts; None to one that is longer than the context, or has no token.
         notes: What could not be measured, and why.
     """
 
@@ -115,6 +116,8 @@ def score_model(
             counts |= (given := of_model.likelihoods())
             if not given:
                 measured.notes.append(f"no chat of {name} fits into its context of {model.config.context} tokens")
+            elif left := len(held.chats) - given["response_nll"].n:
+                measured.notes.append(_left_out(left, f"chat of {name} is", f"chats of {name} are"))
             replies = answer(
                 model, tokenizer, held.chats, max_tokens=of_model.room(counts), progress=of_model.report("replies")
             )
@@ -122,11 +125,11 @@ def score_model(
             counts["stop_rate"] = Counts(ended, [float(reply is not None) for reply in replies])
             measured.replies[name] = [None if reply is None else reply.text for reply in replies]
         elif not held.chats:
-            measured.replies[name] = [reply.text for reply in of_model.continuations(of_model.room(counts))]
+            measured.replies[name] = of_model.continuations(of_model.room(counts))
         if held.choices or held.tasks:
             counts["choices"] = of_model.questions()
             if left := int(len(counts["choices"].sizes) - sum(counts["choices"].sizes)):
-                measured.notes.append(f"{left} question(s) of {name} are longer than its context and were left out")
+                measured.notes.append(_left_out(left, f"question of {name} is", f"questions of {name} are"))
     return measured
 
 
@@ -186,7 +189,7 @@ class _Measuring:
 
     def text(self) -> dict[str, Counts]:
         tokenizer, texts = self.tokenizer, self.held.texts
-        lead = tokenizer.bos_id if tokenizer.adds_bos or tokenizer.eos_id is None else tokenizer.eos_id
+        lead = tokenizer.document_lead
         windows: list[ScoredSequence] = []
         owner: list[int] = []
         tokens, sizes = [], [float(len(text.encode())) for text in texts]
@@ -225,12 +228,16 @@ class _Measuring:
             "response_bits_per_byte": Counts([value / math.log(2) for value in spent], sizes),
         }
 
-    def continuations(self, room: int) -> list[Reply]:
+    def continuations(self, room: int) -> list[str | None]:
+        """What follows each prompt; None where it has no token."""
         prompts = [self.tokenizer.encode(text, add_special_tokens=True) for text in self.held.prompts()]
         fitting = [ids[: max(1, self.model.config.context - room - 1)] for ids in prompts if ids]
-        return generate_batch(
-            self.model, self.tokenizer, fitting, Sampling(max_tokens=room), progress=self.report("continuations")
+        replies = iter(
+            generate_batch(
+                self.model, self.tokenizer, fitting, Sampling(max_tokens=room), progress=self.report("continuations")
+            )
         )
+        return [next(replies).text if ids else None for ids in prompts]
 
     def questions(self) -> Counts:
         fits = [self._fits(question) for question in self.held.choices]
@@ -250,6 +257,10 @@ class _Measuring:
         except DataError:
             return False
         return True
+
+
+def _left_out(count: int, one: str, many: str) -> str:
+    return f"{format_count(count, one, many)} longer than its context and {'was' if count == 1 else 'were'} left out"
 
 
 def _bytes_replied(chat: ChatRecord) -> int:

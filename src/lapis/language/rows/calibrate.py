@@ -27,13 +27,14 @@ from torch import Tensor
 
 from lapis.checkpoint import Checkpoint
 from lapis.errors import DataError
-from lapis.language.rows.grown import GrownEmbed, document_lead
+from lapis.language.rows.grown import GrownEmbed
 from lapis.language.texts import first_bytes
 from lapis.model.blocks.attention import capped
 from lapis.model.heads import LanguageHead
 from lapis.model.load import load
 from lapis.model.transformer import Transformer
 from lapis.text.tokenizer.extend import ExtendableTokenizer, Extension
+from lapis.text.tokenizer.tokenizer import Tokenizer
 from lapis.weights.rows import token_tables, write_grown
 
 PLACES = 1024  # tokens of text that the model reads
@@ -56,6 +57,7 @@ def calibrate(
     *,
     tied: bool,
     replay: Sequence[str] = (),
+    trusted: bool = False,
     seed: int = 0,
     progress: Report = lambda done, total, label: None,
 ) -> Tensor:
@@ -70,6 +72,7 @@ def calibrate(
         score_ND: The rows that score them, float32; the same where the head is tied.
         tied: Whether it is.
         replay: Text in which new tokens are to be as unlikely as they were.
+        trusted: Whether special tokens that the replay text spells are tokens, as in chats that a model drew.
         seed: Of the choice of text that is read.
         progress: Called with places read and in all.
 
@@ -83,7 +86,7 @@ def calibrate(
     first, (written, judged) = gained.first, _rows(base, gained, texts, seed, PLACES)
     if not any(i >= first for ids in written for i in ids):
         raise DataError("extend: the text holds none of the new tokens, so there is nothing to calibrate their rows by")
-    known, judged_known = _rows(base, gained, replay, seed, PLACES // 4)
+    known, judged_known = _rows(base, gained, replay, seed, PLACES // 4, trusted)
     with torch.no_grad():
         language, others = (_read(model, rows, embed_ND, first, progress) for rows in (written, known))
         along_D = direction(language.hidden_RD, others.hidden_RD)
@@ -106,6 +109,7 @@ def calibrate_again(
     out: str | os.PathLike[str],
     *,
     replay: Sequence[str] = (),
+    trusted: bool = False,
     seed: int = 0,
     overwrite: bool = False,
     progress: Report = lambda done, total, label: None,
@@ -119,6 +123,7 @@ def calibrate_again(
         texts: Text of the language.
         out: A new folder.
         replay: Text that is to become no harder.
+        trusted: Whether special tokens that the replay text spells are tokens.
         seed: Of the choice of text that is read.
         overwrite: Swap an existing folder for the new one, whole.
         progress: Called with what is done, what there is to do, and what it is.
@@ -138,8 +143,8 @@ def calibrate_again(
         span = (gained.first * width, (gained.first + count) * width)
         rows[name] = checkpoint.read_range(name, *span).view(count, width).float()
     moved_ND = calibrate(
-        checkpoint, base, gained, texts, rows[tables.embed], rows[scored], tied=tables.tied, replay=replay, seed=seed,
-        progress=progress,
+        checkpoint, base, gained, texts, rows[tables.embed], rows[scored], tied=tables.tied, replay=replay,
+        trusted=trusted, seed=seed, progress=progress,
     )  # fmt: skip
     write_grown(
         checkpoint, out, tables, dict.fromkeys((scored, *tables.copies), moved_ND), gained.first, lambda folder: [],
@@ -207,18 +212,21 @@ def scaled_rows(
 
 
 def _rows(
-    base: ExtendableTokenizer, gained: Extension, texts: Sequence[str], seed: int, places: int
+    base: ExtendableTokenizer, gained: Extension, texts: Sequence[str], seed: int, places: int, trusted: bool = False
 ) -> tuple[list[list[int]], list[list[int]]]:
     """The beginnings of documents in new tokens, in a random order, so many tokens in all; and as many of others by
-    which a result is judged: the same where all were needed."""
-    backend, lead = base.extended(gained), document_lead(base)
+    which a result is judged: the same where all were needed. trusted: Special tokens that they spell are tokens."""
+    backend, begin = base.extended(gained), Tokenizer.open(base.source).document_lead
+    lead = [] if begin is None else [begin]
+    backend.encode_special_tokens = not trusted
     order = iter(Random(seed).sample(range(len(texts)), len(texts)))
 
     def drawn() -> list[list[int]]:
         rows: list[list[int]] = []
         left = places
         while left > 0 and (number := next(order, None)) is not None:
-            ids = lead + backend.encode(texts[number], add_special_tokens=False).ids[: min(LENGTH, left)]
+            ids = backend.encode(texts[number], add_special_tokens=False).ids
+            ids = (ids if lead and ids[:1] == lead else lead + ids)[: len(lead) + min(LENGTH, left)]
             if len(ids) > 1:
                 rows.append(ids)
                 left -= len(ids) - 1

@@ -19,10 +19,11 @@ from torch import Tensor
 
 from lapis.checkpoint import Checkpoint
 from lapis.errors import DataError
-from lapis.language.rows.grown import GrownEmbed, document_lead
+from lapis.language.rows.grown import GrownEmbed
 from lapis.model.load import load
 from lapis.model.transformer import Transformer
 from lapis.text.tokenizer.extend import ExtendableTokenizer, Extension
+from lapis.text.tokenizer.tokenizer import Tokenizer
 from lapis.text.tokenizer.vocabulary import BYTE_TOKEN
 from lapis.text.tokenizer.words import batches
 
@@ -72,8 +73,9 @@ def distill(
     Raises:
         DataError: Where the text holds none of the new tokens.
     """
-    lead = document_lead(base)
-    chosen = choose_snippets(snippets_of(base, gained, texts, lead), gained, snippets, seed)
+    lead = Tokenizer.open(base.source).document_lead
+    candidates = snippets_of(base, gained, texts, [] if lead is None else [lead])
+    chosen = choose_snippets(candidates, gained, snippets, seed)
     if not chosen:
         raise DataError("extend: the text holds none of the new tokens, so there is nothing to distill them from")
     torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""A model that reads new tokens before it is written: an embedding with more rows, and what a document begins with.
+"""A model that reads new tokens before it is written: an embedding with more rows.
 
 Shapes: B rows of text, T places, D model dim, N new tokens.
 """
@@ -7,8 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from lapis.model.transformer import Embed
-from lapis.text.tokenizer.extend import ExtendableTokenizer
-from lapis.text.tokenizer.folder import read_named_tokens
 
 
 class GrownEmbed(nn.Module):
@@ -34,10 +32,3 @@ class GrownEmbed(nn.Module):
         own_BTD = nn.functional.embedding((ids_BT - self.first).clamp_min(0), self.rows).to(x_BTD.dtype)
         difference_BTD = (own_BTD - self.inner.weight[0]) * self.inner.scale
         return torch.where(new_BT[..., None], x_BTD + difference_BTD, x_BTD)
-
-
-def document_lead(base: ExtendableTokenizer) -> list[int]:
-    """What a document begins with: the BOS token where the tokenizer has one, else the end of the one before."""
-    named = read_named_tokens(base.source)
-    token = named.get("bos_token") or named.get("eos_token")
-    return [base.ids[token]] if token in base.ids else []

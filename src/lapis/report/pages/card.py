@@ -33,7 +33,10 @@ COUNTED = {
 NO_INTERVAL = "no interval"  # of one document, or one chat: nobody knows how much another would differ
 SHARES = ("stop_rate", "in_language", "choices")  # changes of these are points
 TOKEN_BOUND = ("response_nll",)  # not to be compared where tokenizers differ
-WAY = "of the way to the model that was tuned on chats of the language, by bits per byte of the replies that were given"
+UNEVEN = (
+    "Where models were measured on different numbers, their scores do not compare; changes are those of what both were "
+    "measured on."
+)
 TITLES = {"target": "The language", "replay": "What it knew before"}
 CODE = re.compile(r"[a-z]{2,3}")
 
@@ -113,10 +116,30 @@ def spelled_change(key: str, figure: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def spelled_gap(gap: Mapping[str, Any]) -> tuple[str, str]:
-    """How much of the gap was closed; its interval, and the chats that it was measured on."""
-    low, high = gap["interval"]
-    interval = f"{low:.0%} to {high:.0%}" if gap["n"] > 1 else NO_INTERVAL
-    return f"Gap closed: {gap['value']:.0%}", f"{interval}; {format_count(gap['n'], 'chat')}"
+    """How much of the gap was closed, and its interval."""
+    value, low, high = (f"{round(100 * share):,}%".replace("-", "−") for share in (gap["value"], *gap["interval"]))
+    return value, f"{low} to {high}" if gap["n"] > 1 else NO_INTERVAL
+
+
+def way_of(card: Mapping[str, Any]) -> str:
+    """Of which way the gap is: it begins at one model for all that are compared."""
+    return (
+        f"of the way from {card['gap_from']} to the model that was tuned on chats of the language, by bits per byte of "
+        "the replies that were given"
+    )
+
+
+def gap_line(card: Mapping[str, Any]) -> tuple[str, str]:
+    """How much of the gap the result closed, and what else is to be said of that."""
+    value, interval = spelled_gap(card["gap"])
+    return f"Gap closed: {value}", f"({interval}; {format_count(card['gap']['n'], 'chat')}) {way_of(card)}."
+
+
+def gap_row(card: Mapping[str, Any]) -> tuple[dict[str, str], str]:
+    """Of each model how much of the gap it closed, and on how many chats; nothing where nobody knows."""
+    counts = [gap["n"] for gap in card["gaps"].values()]
+    cells = {name: "{} ({})".format(*spelled_gap(gap)) for name, gap in card["gaps"].items()}
+    return cells, counted("response_bits_per_byte", min(counts), max(counts)) if counts else ""
 
 
 def _won_and_lost(page: Page, card: Mapping[str, Any], first: str, last: str) -> None:
@@ -126,26 +149,19 @@ def _won_and_lost(page: Page, card: Mapping[str, Any], first: str, last: str) ->
 
     def column(language: str) -> None:
         page.text(f"**{title_of(card, language)}**")
-        page.stats(
-            [
-                _stat(card, language, key, (first, last))
-                for key in FIGURES
-                if key in changes[language] and key not in TOKEN_BOUND
-            ]
-        )
+        figures = changes[language]
+        page.stats([_stat(key, figures[key]) for key in FIGURES if key in figures and key not in TOKEN_BOUND])
 
     page.beside(*((lambda name=name: column(name)) for name in changes))
-    if gap := card["gap"]:
-        value, measured = spelled_gap(gap)
-        page.text(f"**{value}** ({measured}) {WAY}.")
+    if card["gap"]:
+        page.text("**{}** {}".format(*gap_line(card)))
     for key, why in card["reasons"].items():
         page.text(f"{key.replace('_', ' ').capitalize()}: not known. {why[:1].upper()}{why[1:]}.")
 
 
-def _stat(card: Mapping[str, Any], language: str, key: str, ends: tuple[str, str]) -> tuple[str, str, str]:
-    figure = card["changes"][ends[1]][language][key]
+def _stat(key: str, figure: Mapping[str, Any]) -> tuple[str, str, str]:
     label, _, better = FIGURES[key]
-    before, after = (written(key, card["scores"][name][language][key]["value"]) for name in ends)
+    before, after = (written(key, figure[side]) for side in ("before", "after"))
     value, interval = spelled_change(key, figure)
     number, _, unit = value.partition("\u00a0")
     interval = interval if interval == NO_INTERVAL else f"{interval} {unit}"
@@ -155,7 +171,7 @@ def _stat(card: Mapping[str, Any], language: str, key: str, ends: tuple[str, str
 
 def _table(page: Page, card: Mapping[str, Any], language: str) -> None:
     """A row for each score, a column for each model."""
-    rows = []
+    rows, uneven = [], False
     scores = {name: each[language] for name, each in card["scores"].items()}
     for key, (label, _, better) in FIGURES.items():
         known = {name: figures[key] for name, figures in scores.items() if key in figures}
@@ -165,8 +181,16 @@ def _table(page: Page, card: Mapping[str, Any], language: str) -> None:
             row |= {name: spelled(key, figure) for name, figure in known.items()}
             row["n"] = counted(key, min(counts), max(counts))
             rows.append(row)
+            uneven |= min(counts) < max(counts)
+    cells, chats = gap_row(card) if language == "target" else ({}, "")
+    if cells:
+        rows.append({"score": "gap closed\N{NO-BREAK SPACE}↑", **cells, "n": chats})
     chance = next((f["choices"]["chance"] for f in scores.values() if "chance" in f.get("choices", {})), None)
     caption = "↓ less is better, ↑ more is better. Nats per token compare only where tokens per byte are equal."
+    if uneven:
+        caption += f" {UNEVEN}"
+    if cells:
+        caption += f" Gap closed: {way_of(card)}."
     if chance is not None:
         caption += f" Guessing answers {chance:.0%} of the questions right."
     if any("characters_per_second" in figures for figures in scores.values()):

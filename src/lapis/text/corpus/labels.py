@@ -53,13 +53,21 @@ def labeled(paths: Source | Iterable[Source]) -> Iterator[Labeled]:
 
 def bare_texts(paths: Source | Iterable[Source]) -> Iterator[str]:
     """All text of documents, chats and labeled tables alike, for tokenizers and pre-training; each file once."""
-    met: set[str] = set()
+    for file in text_files(paths):
+        if suffix(file) in TABLES:
+            yield from (example.text for example in labeled(file))
+        else:
+            yield from texts(file)
+
+
+def text_files(paths: Source | Iterable[Source]) -> list[Path]:
+    """The files that `bare_texts` reads, each once."""
+    listed: dict[str, Path] = {}
     for path in [paths] if isinstance(paths, (str, Path)) else paths:
         is_table = suffix(Path(path)) in TABLES
         for file in files(path, LABELED, "labeled texts are") if is_table else files(path):
-            if (place := os.path.abspath(file)) not in met:
-                met.add(place)
-                yield from (example.text for example in labeled(file)) if is_table else texts(file)
+            listed.setdefault(os.path.abspath(file), file)
+    return list(listed.values())
 
 
 def classes_of(labels: Iterable[str]) -> list[str]:

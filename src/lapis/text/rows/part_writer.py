@@ -241,7 +241,7 @@ class _ShardWork:
 def _write_documents(items: Iterator[Any], work: _ShardWork) -> tuple[dict[str, int], int]:
     """Counts and rows of what was written."""
     tokenizer, shape, sink = work.tokenizer, work.shape, work.sink
-    lead = tokenizer.bos_id if tokenizer.adds_bos else tokenizer.eos_id
+    lead = tokenizer.document_lead
     wide = _wide(tokenizer)
     trusted = shape.special == "trusted"
     border = lead if trusted and lead == tokenizer.eos_id else None  # an end-of-text in the text begins a document
@@ -253,6 +253,8 @@ def _write_documents(items: Iterator[Any], work: _ShardWork) -> tuple[dict[str, 
         starts: list[int] = []
         for document, ids in zip(batch, encoded, strict=True):
             if not (going_on or document.rest):
+                if trusted and ids[:1] == [lead]:  # the text has it already
+                    ids = ids[1:]
                 if not ids and not document.more:
                     empty += 1
                     continue

@@ -335,8 +335,18 @@ class ExtendableTokenizer:
         return bool(_LETTER.search(text)) or any(i >= self.size for i in word)
 
 
-def changed_share(old: tokenizers.Tokenizer, new: tokenizers.Tokenizer, texts: Iterable[str]) -> float:
-    """The share of a text's characters whose tokens are others with the new tokenizer than with the old one."""
+def changed_share(
+    old: tokenizers.Tokenizer, new: tokenizers.Tokenizer, texts: Iterable[str], special: bool = False
+) -> float:
+    """The share of a text's characters whose tokens are others with the new tokenizer than with the old one.
+
+    Args:
+        old: The tokenizer.
+        new: It with more tokens.
+        texts: The text.
+        special: What spells a special token in it is that token; else it is plain text, as it is for both afterwards.
+    """
+    old.encode_special_tokens = new.encode_special_tokens = not special
     changed = total = 0
     for batch in batches(texts):
         pairs = zip(
@@ -353,6 +363,7 @@ def changed_share(old: tokenizers.Tokenizer, new: tokenizers.Tokenizer, texts: I
                 if (token, (first, last)) not in same:
                     touched[first:last] = True
             changed += int(touched.sum())
+    old.encode_special_tokens = new.encode_special_tokens = True
     return changed / max(total, 1)
 
 

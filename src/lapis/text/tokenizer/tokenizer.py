@@ -257,6 +257,12 @@ class Tokenizer:
         """True where the tokenizer itself begins every text with its BOS token."""
         return self.bos_id is not None and self.encode("a", add_special_tokens=True)[:1] == [self.bos_id]
 
+    @property
+    def document_lead(self) -> int | None:
+        """The id behind which a document is trained and scored: BOS where the tokenizer adds it, else the end of the
+        document before; None where it names neither."""
+        return self.bos_id if self.adds_bos or self.eos_id is None else self.eos_id
+
     @cached_property
     def end_ids(self) -> tuple[int, ...]:
         """Every id that ends a reply: eos, what generation_config says, and what closes a turn in the template."""
