@@ -182,8 +182,8 @@ def test_what_all_processes_refuse_is_told_once(bench: Any, place: Path) -> None
     assert typed("--plan-only", "--gpus", "4", "--tflops", "100", "--bandwidth", "10") == line
 
 
-@pytest.mark.parametrize("ranks", ["1", "012"])
-def test_an_error_of_any_process_is_told_once(bench: Any, place: Path, ranks: str) -> None:
+@pytest.mark.parametrize(("ranks", "shard"), [("1", "full"), ("012", "full"), ("1", "none")])
+def test_an_error_of_any_process_is_told_once(bench: Any, place: Path, ranks: str, shard: str) -> None:
     """Of the second alone of three; and of all alike, which the first tells."""
     loss = Causal.loss
 
@@ -195,7 +195,7 @@ def test_an_error_of_any_process_is_told_once(bench: Any, place: Path, ranks: st
     def before() -> None:
         Causal.loss = fails  # type: ignore[method-assign]
 
-    given = {**bench.settings(place, "causal", 4), "out": str(place / "fails"), "batch": 9, "shard": "full"}
+    given = {**bench.settings(place, "causal", 4), "out": str(place / "fails"), "batch": 9, "shard": shard}
     codes, shown = bench.Ranks(3, given, before=before).end(60)
     assert codes == [1, 1, 1] and shown == f"DataError: rank {ranks[0]} cannot\n", shown
 
