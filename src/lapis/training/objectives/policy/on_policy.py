@@ -284,17 +284,20 @@ class OnPolicy(Objective):
                  for name, values in scores.parts.items()}  # fmt: skip
         experience = Experience(rollouts, rewards_B, parts)
         if self._reference is not None:
-            experience = self._with_reference(self._reference, model, experience)
+            experience = self._with_reference(self._reference, model, experience, turn)
         experience = self.with_advantages(model, experience, turn)
         self._guard(turn, experience)
         return experience
 
-    def _with_reference(self, reference: Reference, policy: Transformer, experience: Experience) -> Experience:
-        """The experience with the reference's log-probabilities."""
+    def _with_reference(
+        self, reference: Reference, policy: Transformer, experience: Experience, turn: MicroBatch
+    ) -> Experience:
+        """The experience with the reference's log-probabilities. Raises ConfigError where the policy, before it has
+        learned, is far from a folder."""
         model, as_reference = reference.on(policy)
         with as_reference:
             reference_BR = reference_log_probabilities(model, experience, self.temperature)
-        if not reference.compared:
+        if turn.round == 0 and reference.source != "start":
             rollouts = experience.rollouts
             sum_of_nats = ((rollouts.logprobs_BR - reference_BR) * rollouts.mask_BR).sum().double()
             nats, tokens = sum_over_processes(torch.stack((sum_of_nats, rollouts.mask_BR.sum().double()))).tolist()
