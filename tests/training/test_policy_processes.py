@@ -86,6 +86,7 @@ def test_what_one_process_refuses_in_a_step_ends_all(
     bench: Any, place: Path, owner: Any, name: str, fault: Any, line: str
 ) -> None:
     """Before each place where the processes exchange figures: replies and rewards, the reference, all replies."""
+
     def before() -> None:
         if os.environ["RANK"] == "1":
             collect = OnPolicy._collect
