@@ -1,4 +1,4 @@
-"""What may be another when a run goes on: held-out data is told from other, and replies keep what they were made with."""
+"""What may be another when a run goes on: held-out data is told from other; replies keep what they were made with."""
 
 import json
 import shutil
@@ -163,7 +163,7 @@ def test_replies_keep_what_they_were_made_with(
     kind: Any, config: dict[str, Any], options: dict[str, Any], line: str, new_model: Make, tokenizer: Tokenizer,
     tmp_path: Path,
 ) -> None:  # fmt: skip
-    """A change that is allowed waits until no step learns from earlier replies; refused, it leaves the run as it was."""
+    """A change that is allowed waits until no step learns from earlier replies; refused, it leaves the run alone."""
 
     def go(stop: int, options: dict[str, Any], more: dict[str, Any], **allow: Any) -> None:
         given = {"rewards": ["length"], "context": 64, "max_tokens": 8, "group": 2, "updates": 3, **options}
