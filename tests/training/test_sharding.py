@@ -70,10 +70,12 @@ def test_four_processes_then_two_then_one(bench: Any, place: Path) -> None:
     assert "Run the same command again" in first["shown"]
 
 
-@pytest.mark.parametrize(("case", "sizes"), [("causal", (1, 2)), ("chat", (2, 1)), ("lora", (1, 2))])
+@pytest.mark.parametrize(("case", "sizes"), [
+    ("causal", (1, 2)), ("chat", (2, 1)), ("lora", (1, 2)), ("dpo", (2, 1)),
+])  # fmt: skip
 def test_a_checkpoint_is_cut_or_joined(bench: Any, place: Path, case: str, sizes: tuple[int, ...]) -> None:
     figures = bench.resume(place, 12, sizes, case)
-    assert figures["data_equal"] and figures["loss"] <= 1e-5 and figures["weights"] <= 1e-5, figures
+    assert figures["data_equal"] and figures["loss"] <= 1e-5 and figures["weights"] <= 1e-6, figures
 
 
 def test_fault_69_a_killed_rank_ends_all(bench: Any, place: Path) -> None:

@@ -45,7 +45,7 @@ def completed(old: Mapping[str, Any], new: Mapping[str, Any], warnings: list[str
         new: What the run goes on with.
         warnings: Gets a line where there is held-out data.
     """
-    held_out = [wanted.get("counts", {}).get("held_out") for wanted in (old, new)]
+    held_out = [entry.get("counts", {}).get("held_out") for entry in (old, new)]
     if "valid" in old or "valid" not in new or held_out[0] != held_out[1]:
         return dict(old)
     if new["valid"]:
