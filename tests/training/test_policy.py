@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from lapis.text.tokenizer.tokenizer import Tokenizer
 from lapis.training.config import TrainConfig
 from lapis.training.loop.loop import train
 from lapis.training.loop.progress import Silent
+from lapis.training.objectives import reference
 from lapis.training.objectives.policy.policy import GRPO, PPO, RLOO
 from lapis.training.objectives.policy.rollouts import sample_rollouts, score_replies
 from lapis.training.run import read_settings, run
@@ -198,6 +200,28 @@ def test_another_reference_of_the_same_shape_is_another_run(
     again = objective(GRPO, tokenizer, reference=str(place))
     with pytest.raises(TrainingError, match=r"differs: reference was \w+, is \w+"):
         train(new_model(), again, settings(), tmp_path / "out", watch=Silent())
+
+
+def test_a_trained_policy_is_not_held_to_its_parent(
+    new_model: Make, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is compared with the folder before the first step, and not again where a run goes on."""
+    monkeypatch.setattr(reference, "_FAR", 0.05)
+    save(new_model(), tmp_path / "parent")
+    tokenizer.save(tmp_path / "parent")
+
+    def made() -> Any:
+        return objective(GRPO, tokenizer, reference=str(tmp_path / "parent"), updates=1)
+
+    fast = replace(settings(4), lr=0.1)
+    whole = train(new_model(), made(), fast, tmp_path / "whole", watch=Silent())
+    assert whole.log[2]["metrics"]["kl"] > 0.1
+    stopped = made()
+    with pytest.raises(TrainingError, match=r"stopped by the test after step 2"):
+        train(new_model(), stopped, fast, tmp_path / "parts", watch=StopsAfter(stopped, 2))
+    train(new_model(), made(), fast, tmp_path / "parts", watch=Silent())
+    name = "model.safetensors"
+    assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
 
 
 def test_a_reward_that_raises_hangs_or_is_nan_is_counted(new_model: Make, tokenizer: Tokenizer, tmp_path: Path) -> None:

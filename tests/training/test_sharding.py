@@ -70,10 +70,12 @@ def test_four_processes_then_two_then_one(bench: Any, place: Path) -> None:
     assert "Run the same command again" in first["shown"]
 
 
-@pytest.mark.parametrize(("case", "sizes"), [("causal", (1, 2)), ("chat", (2, 1)), ("lora", (1, 2))])
+@pytest.mark.parametrize(("case", "sizes"), [
+    ("causal", (1, 2)), ("chat", (2, 1)), ("lora", (1, 2)), ("dpo", (2, 1)),
+])  # fmt: skip
 def test_a_checkpoint_is_cut_or_joined(bench: Any, place: Path, case: str, sizes: tuple[int, ...]) -> None:
     figures = bench.resume(place, 12, sizes, case)
-    assert figures["data_equal"] and figures["loss"] <= 1e-5 and figures["weights"] <= 1e-5, figures
+    assert figures["data_equal"] and figures["loss"] <= 1e-5 and figures["weights"] <= 1e-6, figures
 
 
 def test_fault_69_a_killed_rank_ends_all(bench: Any, place: Path) -> None:
@@ -182,8 +184,8 @@ def test_what_all_processes_refuse_is_told_once(bench: Any, place: Path) -> None
     assert typed("--plan-only", "--gpus", "4", "--tflops", "100", "--bandwidth", "10") == line
 
 
-@pytest.mark.parametrize("ranks", ["1", "012"])
-def test_an_error_of_any_process_is_told_once(bench: Any, place: Path, ranks: str) -> None:
+@pytest.mark.parametrize(("ranks", "shard"), [("1", "full"), ("012", "full"), ("1", "none")])
+def test_an_error_of_any_process_is_told_once(bench: Any, place: Path, ranks: str, shard: str) -> None:
     """Of the second alone of three; and of all alike, which the first tells."""
     loss = Causal.loss
 
@@ -195,7 +197,7 @@ def test_an_error_of_any_process_is_told_once(bench: Any, place: Path, ranks: st
     def before() -> None:
         Causal.loss = fails  # type: ignore[method-assign]
 
-    given = {**bench.settings(place, "causal", 4), "out": str(place / "fails"), "batch": 9, "shard": "full"}
+    given = {**bench.settings(place, "causal", 4), "out": str(place / "fails"), "batch": 9, "shard": shard}
     codes, shown = bench.Ranks(3, given, before=before).end(60)
     assert codes == [1, 1, 1] and shown == f"DataError: rank {ranks[0]} cannot\n", shown
 

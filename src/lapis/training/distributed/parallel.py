@@ -36,6 +36,11 @@ _PATIENCE = datetime.timedelta(hours=2)  # for the others while one process save
 _watches: list[ProcessWatch] = []  # over the processes: none, or one, which belongs to torch's one process group
 
 
+class StepLeft(BaseException):
+    """Another process has left the step, for a stop or a fault, before it was whole; what it says comes at the step's
+    end. Not an Exception, so that no code in between takes it for a fault of its own."""
+
+
 class Processes:
     """The processes of a run: this one's rank of size. With size 1 every method is the plain thing, at no cost."""
 
@@ -58,6 +63,21 @@ class Processes:
             if max(lengths) > _SHORT:
                 received = [b"-" * 8 + part for part in self._all_gather(sent, max(lengths))]
         return [json.loads(part[8 : 8 + length]) for part, length in zip(received, lengths, strict=True)]
+
+    def gather_within(self, value: Any) -> list[Any]:
+        """`gather` in the midst of a step. Raises StepLeft where another process is at the end of it already."""
+        received = self.gather({"within": value})
+        if not all("within" in each for each in received):
+            raise StepLeft
+        return [each["within"] for each in received]
+
+    def gather_at_end(self, value: Any) -> list[Any]:
+        """`gather` when the step is over for this process, be it whole or left; those that wait for this one in the
+        midst of it (`gather_within`) are told so, and come here, too."""
+        received = self.gather({"end": value})
+        while not all("end" in each for each in received):
+            received = self.gather({"end": value})
+        return [each["end"] for each in received]
 
     def _all_gather(self, sent: bytes, size: int) -> list[bytes]:
         own = torch.frombuffer(bytearray(sent.ljust(size, b" ")), dtype=torch.uint8)
@@ -84,6 +104,8 @@ class Processes:
     def raise_once(self, failed: list[bool], error: LapisError | None) -> None:
         """Ends all processes where one failed. The lowest rank that failed raises its error, the others are silent."""
         if any(failed):
+            for watch in _watches:
+                watch.all_know()
             if error is not None and failed.index(True) == self.rank:
                 raise error
             leave()
@@ -255,11 +277,12 @@ def own_parts(parts: int) -> list[int]:
 
 
 def sum_over_processes(sums: Tensor) -> Tensor:
-    """The vector, summed over all processes; every process must call this."""
+    """The vector, summed over all processes; every process must call this within a step. Raises StepLeft where one has
+    left it."""
     world = join()
     if world.size == 1:
         return sums
-    shares = torch.tensor(world.gather(sums.tolist()), dtype=sums.dtype, device=sums.device)
+    shares = torch.tensor(world.gather_within(sums.tolist()), dtype=sums.dtype, device=sums.device)
     return shares.sum(0)
 
 

@@ -10,14 +10,16 @@ from typing import Any
 import torch
 
 from lapis.checkpoint.commit import MANIFEST, inode, verify
+from lapis.checkpoint.files import read_json
 from lapis.errors import TrainingError
 from lapis.model.transformer import Transformer
 from lapis.training.config import TrainConfig
 from lapis.training.distributed.parallel import Processes
 from lapis.training.distributed.sharded_state import cut_checkpoint, has_shards, put_tensors, read_shards
 from lapis.training.distributed.sharding import Sharding, choose_sharding, gradients_fit, share_out
+from lapis.training.loop.changes import completed, differences
 from lapis.training.loop.progress import Watch
-from lapis.training.loop.state import CheckpointJournal, TrainState, restore, restore_numbers, weights_digest
+from lapis.training.loop.state import STATE, CheckpointJournal, TrainState, restore, restore_numbers, weights_digest
 from lapis.training.objectives.objective import Objective
 from lapis.training.optim.optimizers import Schedule
 from lapis.training.setup import lora
@@ -45,6 +47,12 @@ def earlier_run(
     identity = json.loads(json.dumps({"config": config.decisive(), **start, **description}))
     facts = journal.earlier(identity) or {}
     newest = journal.newest(partial(_verify_together, world)) if facts else None
+    if newest is not None:
+        numbers = read_json(newest / STATE)
+        changes = differences(completed(numbers["facts"].get("wanted", {}), identity, []), identity)
+        if numbers["cursor"] is not None:
+            objective.check_changes({change.name: change.line for change in changes}, numbers["cursor"])
+        journal.begin(facts)
     world.from_lead(None)
     for warning in journal.warnings:
         watch.note(f"train: {warning}")

@@ -38,7 +38,8 @@ def has_shards(folder: Path) -> bool:
 
 
 class ShardedSaves:
-    """Writes checkpoints, one at a time, in a thread beside the training."""
+    """Writes checkpoints in a thread beside the training, one at a time: a save that comes before the one before it is
+    written waits for that, so that which checkpoints there are does not depend on the disk."""
 
     def __init__(self, world: Processes) -> None:
         self.world = world

@@ -17,7 +17,7 @@ from lapis.parsing import quoted
 SETTLED = ("objective", "model", "lora", "trained", "tokens", "tokenizer", "context", "optimizer", "weights", "ema",
            "seed", "threads", "precision", "compile")  # fmt: skip
 SCHEDULED = frozenset({"steps", "epochs", "minutes", "warmup", "schedule", "decay", "batch", "data"})
-_FOLLOWS = {"counts": "data"}  # what changes with what
+_FOLLOWS = {"counts": "data", "counts.held_out": "valid"}  # what changes with what
 
 
 class Change(NamedTuple):
@@ -30,8 +30,30 @@ class Change(NamedTuple):
     def name(self) -> str:
         """The key as a settings file has it, without what lies within it."""
         first, _, rest = self.key.partition(".")
+        if self.key in _FOLLOWS:
+            return _FOLLOWS[self.key]
         name = rest.partition(".")[0] if first in ("config", "options") else first
         return _FOLLOWS.get(name, name)
+
+
+def completed(old: Mapping[str, Any], new: Mapping[str, Any], warnings: list[str]) -> dict[str, Any]:
+    """What a run was started with. An older lapis noted no digests of held-out data for most objectives, nor all
+    options: what it did not note is taken to be what it is now.
+
+    Args:
+        old: As it was noted.
+        new: What the run goes on with.
+        warnings: Gets a line where there is held-out data.
+    """
+    held_out = [entry.get("counts", {}).get("held_out") for entry in (old, new)]
+    if "valid" in old or "valid" not in new or held_out[0] != held_out[1]:
+        return dict(old)
+    if new["valid"]:
+        warnings.append("the lapis that began this run noted no digest of its held-out data, which is taken as it is")
+    noted = {"valid": new["valid"]}
+    if isinstance(old.get("options"), Mapping) and isinstance(new.get("options"), Mapping):
+        noted["options"] = {**new["options"], **old["options"]}
+    return {**old, **noted}
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[Change]:
@@ -42,7 +64,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
         if isinstance(was, Mapping) and isinstance(now, Mapping):
             changes += differences(was, now, f"{prefix}{key}.")
         elif was != now:
-            name = f"{prefix}{key}"
+            name = f"{prefix}{key}".rstrip(".")  # the only one of some that could have names has none
             changes.append(Change(name, f"{name} was {_short(was)}, is {_short(now)}"))
     return changes
 

@@ -24,7 +24,7 @@ from lapis.checkpoint.tensor_file import read_tensors, write_tensors
 from lapis.errors import LapisError, OutputError, TrainingError
 from lapis.model.transformer import Transformer
 from lapis.training.distributed.sharding import Sharding
-from lapis.training.loop.changes import SETTLED, differences, refuse_newer
+from lapis.training.loop.changes import SETTLED, completed, differences, refuse_newer
 from lapis.training.loop.guards import StepGuard
 from lapis.training.objectives.objective import Objective
 from lapis.training.optim.optimizers import Average, Optimizers, Schedule
@@ -233,13 +233,14 @@ class CheckpointJournal:
         """What an interrupted run recorded, or None where there is nothing to go on from.
 
         Raises TrainingError with the differences where `request` is another run than the one that was interrupted, but
-        for what is allowed.
+        for what is allowed; `begin` records it.
         """
         path = self.folder / "run.json"
         if not path.exists() and not self.checkpoints:
             return None
         facts = self._recorded(path)
-        changes = differences(facts.get("wanted", {}), request)
+        facts |= {"wanted": completed(facts.get("wanted", {}), request, self.warnings)}
+        changes = differences(facts["wanted"], request)
         if not changes or not self.checkpoints:
             return None if changes else facts
         if refused := [change for change in changes if change.name not in self.allowed]:
@@ -253,9 +254,7 @@ class CheckpointJournal:
         after = int(self.checkpoints[0].name.removeprefix("step-"))
         noted = [{"after_step": after, "what": change.line} for change in changes]
         self.warnings += [f"{entry['what']}, which was allowed, from step {after + 1} on" for entry in noted]
-        facts |= {"wanted": dict(request), "changes": [*facts.get("changes", ()), *noted]}
-        self.begin(facts)
-        return facts
+        return facts | {"wanted": dict(request), "changes": [*facts.get("changes", ()), *noted]}
 
     def _recorded(self, path: Path) -> dict[str, Any]:
         """What run.json holds, or, where that is lost or damaged, the newest checkpoint; nothing without one."""

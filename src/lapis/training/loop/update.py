@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lapis.errors import LapisError, TrainingError
 from lapis.training.config import TrainConfig
-from lapis.training.distributed.parallel import Processes
+from lapis.training.distributed.parallel import Processes, StepLeft
 from lapis.training.distributed.pieces import is_piece, total_norm
 from lapis.training.distributed.pieces import scale as scale_gradients
 from lapis.training.loop.guards import Fault
@@ -163,6 +163,8 @@ class Updater:
                 self._compute(batches, own)
         except StopSignal:
             return None
+        except StepLeft:
+            pass  # the other says why
         except LapisError as raised:
             if self.world.size == 1 or self.state.sharding is not None:  # the others are within a block
                 raise
@@ -174,7 +176,7 @@ class Updater:
             "sums": [own.loss, own.count, own.parts, own.metrics], "whole": own.cursor is not None,
             "stop": self.request.signal, "without": without, "failed": error is not None,
         }  # fmt: skip
-        shares = self.world.gather(share)
+        shares = self.world.gather_at_end(share)
         self.world.raise_once([each["failed"] for each in shares], error)
         self._stop = next((each["stop"] for each in shares if each["stop"]), None)
         if not all(each["whole"] for each in shares):

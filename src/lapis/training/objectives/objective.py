@@ -118,6 +118,15 @@ class Objective(ABC):
         """
         return None
 
+    def check_changes(self, changes: Mapping[str, str], cursor: Cursor) -> None:
+        """Raises TrainingError where a run cannot go on from its place in the data with other settings.
+
+        Args:
+            changes: `key was X, is Y` of what was allowed to change, by the setting's name.
+            cursor: What came with the last batch that was learned from.
+        """
+        return None
+
     @abstractmethod
     def batches(self, state: DataPlace) -> Iterator[tuple[Any, Cursor]]:
         """Micro-batches of `state.rows` rows from `state.cursor` on, without end, each with the cursor after it."""

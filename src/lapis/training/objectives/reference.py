@@ -49,7 +49,6 @@ class Reference:
         digest: sha256 of a folder's weights, known after `begin`; "" for "start", whose weights the run records itself.
         notes: Lines to show to the user.
         model: The second model in memory; None where the policy with its adapter off is the reference.
-        compared: Whether a folder has been compared with the policy's first replies; "start" need not be.
 
     Raises:
         ConfigError: For a folder whose tokenizer is not the policy's.
@@ -59,7 +58,6 @@ class Reference:
         self.source, self.tokenizer = source, tokenizer
         self.digest, self.notes = "", list[str]()
         self.model: Transformer | None = None
-        self.compared = source == "start"
         check_tokenizer(source, tokenizer)
 
     def begin(self, policy: Transformer) -> None:
@@ -85,7 +83,6 @@ class Reference:
         if nats > _FAR:
             raise _no_parent(self.source, f"it differs by {nats:.2f} nats per token from the policy before its first "
                              "step")  # fmt: skip
-        self.compared = True
 
 
 def reply_references(

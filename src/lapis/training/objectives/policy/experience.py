@@ -122,13 +122,14 @@ def reference_log_probabilities(model: Transformer, experience: Experience, temp
 
 def gather_experience(own: list[int], experience: Experience) -> Experience:
     """The experience of all processes in the order of the step's parts, so that one of them can save it all, and any
-    number of processes can go on from it. own: the parts that `experience` is of."""
+    number of processes can go on from it. own: the parts that `experience` is of. Raises StepLeft as
+    `sum_over_processes` does."""
     world = join()
     if world.size == 1:
         return experience
     sent = {name: [str(t.dtype)[6:], t.tolist()] for name, t in experience.tensors().items()}
     pieces: dict[int, Experience] = {}
-    for parts, received in world.gather([own, sent]):
+    for parts, received in world.gather_within([own, sent]):
         tensors = {name: torch.tensor(value, dtype=getattr(torch, kind)) for name, (kind, value) in received.items()}
         piece = Experience.of(tensors)
         size = len(piece) // len(parts)

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -30,8 +30,10 @@ from lapis.training.objectives.policy.prompts import Prompt, Prompts, Replier, r
 from lapis.training.objectives.policy.rollouts import ReplyScores, Rollouts, score_replies
 from lapis.training.objectives.reference import Reference
 from lapis.training.rewards import Judge, Scores, make_judge
+from lapis.wording import format_count
 
 _SHOWN = 8  # prompts whose replies before and after go into the result
+_OF_REPLIES = ("batch", "group", "rewards", "temperature")  # settings that replies are made with
 
 
 @dataclass(frozen=True)
@@ -139,8 +141,8 @@ class OnPolicy(Objective):
     # the hooks of Objective
 
     def describe(self) -> dict[str, Any]:
-        without_effect = ("data", "valid", "reward_guards", "reward_seconds")  # on the weights
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in without_effect}
+        left_out = ("data", "valid", "reward_guards", "reward_seconds")  # told by a digest, or without effect
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
         options = {name: value for name, value in values.items() if isinstance(value, (bool, int, float, str))}
         counts = {"prompts": len(self.prompts.rows), "dropped_prompts": self.prompts.dropped}
         if self._reference is not None and self._reference.digest:
@@ -148,6 +150,7 @@ class OnPolicy(Objective):
         return {
             "objective": self.name,
             "data": self.prompts.digest(),
+            "valid": {} if self.held_out is None else {"": self.held_out.digest()},
             "counts": counts,
             "rewards": self.judge.described,
             "tokenizer": self.tokenizer.digest(),
@@ -160,6 +163,16 @@ class OnPolicy(Objective):
             self.notes += self._reference.notes
         self._model = model
         self._before = self.replier.likeliest(model, self._shown(), self.heard)
+
+    def check_changes(self, changes: Mapping[str, str], cursor: Cursor) -> None:
+        """Refuses what replies were made with, where there are steps left that learn from them."""
+        fixed = [line for name, line in changes.items() if name in _OF_REPLIES]
+        if fixed and (left := self.updates - cursor["update"]) > 0 and cursor["update"]:
+            steps = f"{format_count(left, 'more step learns', 'more steps learn')}"
+            raise TrainingError(
+                f"train: {'; '.join(fixed)}, but {steps} from replies that are there already; undo the change until "
+                "the run is past them, or start anew with --fresh"
+            )
 
     def batches(self, state: DataPlace) -> Iterator[tuple[MicroBatch, Cursor]]:
         cursor = state.cursor or {"order": None, "round": 0, "update": 0, "part": 0}
@@ -259,8 +272,8 @@ class OnPolicy(Objective):
         self.watching = Guards.of({name[7:]: value for name, value in tensors.items() if name.startswith("guards.")})
         experience = {name[11:]: value for name, value in tensors.items() if name.startswith("experience.")}
         if experience:
-            parts = {name: experience.pop(f"parts.{name}") for name in self.judge.names}
-            experience |= {f"parts.{name}": value for name, value in parts.items()}  # in the order of the settings
+            parts = [f"parts.{name}" for name in self.judge.names if f"parts.{name}" in experience]
+            experience |= {name: experience.pop(name) for name in parts}  # in the order of the settings
             self._experience = int(tensors["round"]), Experience.of(experience)
             self._gap = float(tensors.get("gap", 0.0))
 
@@ -284,17 +297,20 @@ class OnPolicy(Objective):
                  for name, values in scores.parts.items()}  # fmt: skip
         experience = Experience(rollouts, rewards_B, parts)
         if self._reference is not None:
-            experience = self._with_reference(self._reference, model, experience)
+            experience = self._with_reference(self._reference, model, experience, turn)
         experience = self.with_advantages(model, experience, turn)
         self._guard(turn, experience)
         return experience
 
-    def _with_reference(self, reference: Reference, policy: Transformer, experience: Experience) -> Experience:
-        """The experience with the reference's log-probabilities."""
+    def _with_reference(
+        self, reference: Reference, policy: Transformer, experience: Experience, turn: MicroBatch
+    ) -> Experience:
+        """The experience with the reference's log-probabilities. Raises ConfigError where the policy, before it has
+        learned, is far from a folder."""
         model, as_reference = reference.on(policy)
         with as_reference:
             reference_BR = reference_log_probabilities(model, experience, self.temperature)
-        if not reference.compared:
+        if turn.round == 0 and reference.source != "start":
             rollouts = experience.rollouts
             sum_of_nats = ((rollouts.logprobs_BR - reference_BR) * rollouts.mask_BR).sum().double()
             nats, tokens = sum_over_processes(torch.stack((sum_of_nats, rollouts.mask_BR.sum().double()))).tolist()

@@ -87,6 +87,7 @@ class Pairwise(Objective):
         return {
             "objective": self.name,
             "data": self.examples.digest,
+            "valid": {} if self.held_out is None else {"": self.held_out.digest},
             "counts": counts,
             "context": self.context,
             "options": self.own_options,

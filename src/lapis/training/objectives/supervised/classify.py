@@ -29,6 +29,8 @@ from lapis.text.tokenizer.tokenizer import Tokenizer
 from lapis.training.objectives.objective import Cursor, DataPlace, Loss, Objective, in_order, random_of
 from lapis.wording import format_count
 
+_DESCRIBED = ("dropout", "smoothing", "hide", "shift", "positive", "resize", "mean", "std")
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -109,10 +111,11 @@ class Classify(Objective):
         return {
             "objective": "classify",
             "data": self.examples.digest,
+            "valid": {} if self.held_out is None else {"": self.held_out.digest},
             "classes": self.class_names,
             "counts": counts,
             "context": self.context,
-            "options": {name: getattr(self, name) for name in ("dropout", "smoothing", "hide", "shift")},
+            "options": {name: getattr(self, name) for name in _DESCRIBED},
             "tokenizer": self.tokenizer.digest() if self.tokenizer else None,
         }
 

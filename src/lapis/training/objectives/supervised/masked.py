@@ -77,6 +77,7 @@ class Masked(Objective):
         return {
             "objective": "masked",
             "data": self.examples.digest,
+            "valid": {} if self.held_out is None else {"": self.held_out.digest},
             "counts": {"rows": self.rows, **self.examples.counts},
             "context": self.context,
             "options": {name: getattr(self, name) for name in ("share", "whole_words", "dropout")},
