@@ -1,7 +1,9 @@
 """What a run will take: measured against the run itself, on paper against published runs, within budgets."""
 
 import json
+import os
 import shlex
+import signal
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +23,8 @@ from lapis.training.forecast.memory import MemoryWatch, peak
 from lapis.training.forecast.options import ForecastOptions
 from lapis.training.forecast.paper import PaperForecast, on_paper
 from lapis.training.loop.progress import Silent
+from lapis.training.loop.update import Updater
+from lapis.training.objectives.supervised.next_token import Causal
 from lapis.training.run import plan, read_settings, run
 
 Lapis = Callable[..., tuple[int, str, str]]
@@ -259,6 +263,26 @@ def test_as_it_is_typed(run: Lapis) -> None:
     }.items():
         status, out, error = run("train", "run.yaml", *wrong)
         assert status == 1 and not out and message in error and error.count("\n") == 1, error
+
+
+@pytest.mark.parametrize("owner, name, at", [(Updater, "_compute", 3), (Causal, "begin", 1)])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_plan_as_any_command(
+    owner: Any, name: str, at: int, number: signal.Signals, run: Lapis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within a step, and before the first one; a step that is not whole says nothing of the time that one takes."""
+    act, calls = getattr(owner, name), [at]
+
+    def stops(*given: Any) -> Any:
+        calls[0] -= 1
+        if not calls[0]:
+            os.kill(os.getpid(), number)
+        return act(*given)
+
+    monkeypatch.setattr(owner, name, stops)
+    Path("run.yaml").write_text(json.dumps(SETTINGS))
+    status, out, error = run("train", "run.yaml", "--plan-only", "--json")
+    assert (status, out) == (128 + number, "") and error.splitlines()[-1] == "lapis: stopped"
 
 
 PLAN, GPUS = ("--plan-only",), ("--gpus", "4", "--tflops", "100", "--bandwidth", "10")

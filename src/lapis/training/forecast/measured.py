@@ -20,7 +20,7 @@ from lapis.training.forecast.budget import Budget
 from lapis.training.forecast.memory import MemoryWatch
 from lapis.training.loop.loop import TrainingRun
 from lapis.training.loop.progress import Watch
-from lapis.training.loop.stop_request import StopSignal, stop_requests
+from lapis.training.loop.stop_request import StopRequest
 from lapis.training.objectives.objective import Objective
 from lapis.training.optim.footprint import copy_bytes, trained_bytes, weight_bytes, written_bytes
 from lapis.training.setup.blocks import compiled
@@ -198,18 +198,15 @@ def _within(start: Start, config: TrainConfig, watch: Watch, budget: Budget) -> 
 def _first_steps(run: TrainingRun, most: int, seconds: float) -> tuple[list[float], float]:
     """Seconds of each of some first steps, after one that warms up, and of an evaluation of what is held out."""
     times: list[float] = []
-    try:
-        with run.request.at_once(), run.computing():
-            with compiled(run.model, bool(run.facts.get("compile"))):
-                batches = run.objective.batches(run.state)
-                while len(times) <= most and (len(times) < 3 or sum(times) < seconds):
-                    start = time.perf_counter()
-                    run.step(batches)
-                    times.append(time.perf_counter() - start)
-            start = time.perf_counter()
-            held_out = run.evaluator.metrics()
-    except StopSignal:
-        raise TrainingError(f"train: stopped by {run.request.signal}; nothing was written") from None
+    with run.computing():
+        with compiled(run.model, bool(run.facts.get("compile"))):
+            batches = run.objective.batches(run.state)
+            while len(times) <= most and (len(times) < 3 or sum(times) < seconds):
+                start = time.perf_counter()
+                run.step(batches)
+                times.append(time.perf_counter() - start)
+        start = time.perf_counter()
+        held_out = run.evaluator.metrics()
     return times[1:], time.perf_counter() - start if held_out else 0.0
 
 
@@ -218,9 +215,8 @@ def _probe(start: Start, config: TrainConfig, watch: Watch, *, least: bool = Fal
     objective, model = start()
     memory = MemoryWatch(next(model.parameters()).device)
     process = max(0, memory.held - weight_bytes(model))
-    with stop_requests() as request:
-        run = TrainingRun(model, objective, config, Processes(), None, watch, request)
-        times, evaluating = _first_steps(run, 1 if least else STEPS, 0.0 if least else SECONDS)
+    run = TrainingRun(model, objective, config, Processes(), None, watch, StopRequest())  # nothing is saved at a signal
+    times, evaluating = _first_steps(run, 1 if least else STEPS, 0.0 if least else SECONDS)
     weights, trained = weight_bytes(model), trained_bytes(model)  # in the precision that the run gave them
     optimizer = sum(t.nbytes for t in run.state.optimizers.tensors().values())
     state = run.state
