@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import signal
 from collections.abc import Callable, Mapping
@@ -142,6 +143,31 @@ def test_a_budget_of_memory_cuts_a_step_into_parts() -> None:
         plan(wide, Budget.parse("20 MB"), watch=Silent())
     with pytest.raises(TrainingError, match=r"one step takes .* FLOPs, which is more than 9 flops; lower batch"):
         plan(wide, Budget.parse("9 flops"), watch=Silent())
+
+
+LORA, HALF = {"lora": {"rank": 2}}, {"weights": "bf16"}
+
+
+@pytest.mark.parametrize("changes, remedies", [
+    ({}, "lower context, freeze a part, train a LoRA (which needs model), or set weights to bf16"),
+    (HALF, "lower context, freeze a part, or train a LoRA (which needs model)"),
+    ({"optimizer": "sgd", "tune": ["layers.0"]}, "lower context, freeze more, or train a LoRA (which needs model)"),
+    (LORA, "lower context, hold the base in bfloat16 (lora.base), or set weights to bf16"),
+    (LORA | HALF, "lower context"), ({"lora": {"rank": 2, "base": "bfloat16"}}, "lower context"),
+])  # fmt: skip
+def test_a_budget_of_memory_names_what_would_help(changes: dict[str, Any], remedies: str) -> None:
+    if changes:
+        run(settings(out="base", steps=1), watch=Silent())
+    how = settings(optimizer="adamw") if not changes else settings(
+        **{"new": None, "model": "base", "tokenizer": None, "optimizer": "adamw", **changes})  # fmt: skip
+    with pytest.raises(TrainingError, match=re.escape(f"which is more than 20 MB; {remedies}") + "$"):
+        plan(how, Budget.parse("20 MB"), watch=Silent())
+
+
+def test_a_budget_of_time_is_not_met_by_a_smaller_row() -> None:
+    for batch, remedy in ((1, "lower context"), (2, "lower batch or context")):
+        with pytest.raises(TrainingError, match=rf"which is more than 9 flops; {remedy}$"):
+            plan(settings(batch=batch), Budget.parse("9 flops"), watch=Silent())
 
 
 def test_a_budget_chooses_the_batch_of_a_new_model() -> None:
