@@ -284,7 +284,7 @@ class TrainingRun:
             return
         if self._evaluation_is_due() and self._evaluate():
             return  # stopped while it evaluated
-        show_estimate(state, self.facts, config.batch, self.watch)
+        show_estimate(state, self.facts, config.batch // self.world.size, self.watch)
         while state.schedule.total is None or state.step < state.schedule.total:
             start = time.perf_counter()
             self._unless_stopped(partial(self.step, batches))
