@@ -3,6 +3,7 @@
 The metrics are the objective's (`evaluate`); this file has them measured without a trace in the run, and compares them.
 """
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from lapis.training.loop.progress import Watch, live, show_share
 from lapis.training.loop.state import Best, TrainState
 from lapis.training.loop.stop_request import StopRequest
 from lapis.training.objectives.objective import Objective
+from lapis.wording import format_count
 
 RISE = 1.01  # over the lowest held-out loss, from which a run counts as over-fitting
 LESS_IS_BETTER = ("loss", "nll", "perplexity", "error", "bits", "kl")
@@ -110,7 +112,9 @@ class Evaluator:
             update_best(state.best, state.step, name, metrics[name], state.model, config.best and self._takes_part)
         self._warn_of_overfitting(metrics)
         if config.early_stop and state.best.stale >= config.early_stop:
-            state.ended = f"{name} was best at step {state.best.step} ({state.best.value:.4g}); stopped early"
+            best = f"best at step {state.best.step} ({state.best.value:.4g})"
+            none = f"no number in {format_count(state.best.stale, 'evaluation')}"
+            state.ended = f"{name} was {none if state.best.step is None else best}; stopped early"
             self.watch.note(f"train: {state.ended}")
         return metrics, bool(state.ended)
 
@@ -206,7 +210,8 @@ def overfitting(log: Sequence[Mapping[str, Any]]) -> str | None:
 
     log: rows of the learning curve, with `step` and where it was measured `held_out`.
     """
-    points = [(row["step"], row["held_out"]["valid_loss"]) for row in log if "valid_loss" in row.get("held_out", {})]
+    losses = [(row["step"], row.get("held_out", {}).get("valid_loss", math.nan)) for row in log]
+    points = [(step, loss) for step, loss in losses if math.isfinite(loss)]
     if len(points) < 2:
         return None
     step, lowest = min(points, key=lambda point: point[1])
@@ -247,8 +252,9 @@ def less_is_better(name: str) -> bool:
 
 
 def update_best(best: Best, step: int, name: str, value: float, model: nn.Module, keep: bool) -> None:
-    """Notes an evaluation in `best`; with `keep`, with a copy of the trained weights where it is the best one."""
-    if best.step is None or better(name, value, best.value):
+    """Notes an evaluation in `best`; with `keep`, with a copy of the trained weights where it is the best one, which what
+    is no number never is."""
+    if not math.isnan(value) and (best.step is None or better(name, value, best.value)):
         best.step, best.value, best.stale = step, value, 0
         if keep:
             best.weights = trained_weights(model)
