@@ -148,7 +148,7 @@ def test_a_run_that_was_stopped_at_its_end_can_be_longer(
     train(new_model(), make(), replace(config, steps=8), tmp_path / "whole", watch=Silent())
     stopped = make()
     stopped.method, stopped.at = method, at
-    with pytest.raises(TrainingError, match="stopped by SIGTERM after step 4 of 4; saved in .*step-4"):
+    with pytest.raises(TrainingError, match=r"stopped by SIGTERM after step 4 of 4; saved in .*step-4"):
         train(new_model(), stopped, config, tmp_path / "out", watch=Silent())
     checkpoint = tmp_path / ".out.lapis" / ".journal" / "step-4"
     weights = (read_tensors(folder / "model.safetensors") for folder in (checkpoint, tmp_path / "plain"))

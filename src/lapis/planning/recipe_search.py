@@ -122,8 +122,8 @@ def search_recipe(
         recipe: A YAML file; its documents' plain numbers of weight, lambda, t and scale are searched.
         chats: Files of chats.
         text: Files of plain text.
-        evaluations: Settings that each of the three ways tries; the search may end before, with its smallest step. This and the options after it are those of
-            `lapis.planning.options.SearchOptions`.
+        evaluations: Settings that each of the three ways tries; the search may end before, with its smallest step.
+            This and the options after it are those of `lapis.planning.options.SearchOptions`.
         progress: Called with what is done, the evaluations so far and how many there may be.
         journal: A file that keeps what was measured, so that the same call goes on where it was killed.
 
@@ -269,8 +269,8 @@ def at_random(draw: random.Random) -> Callable[[Sequence[Knob], int], Any]:
 
 
 def grid(knobs: Sequence[Knob], count: int) -> Any:
-    """As many even places in each range as there are evaluations for, the first ranges one more where that fits, and what
-    is left on the diagonal; where there are not even two, all knobs by one factor."""
+    """As many even places in each range as there are evaluations for, in the first ranges one more where that fits;
+    what is left lies on the diagonal. Where there are not even two, all knobs by one factor."""
     places = [int(count ** (1 / len(knobs)) + 1e-9)] * len(knobs)
     if places[0] < 2:
         for i in range(count):

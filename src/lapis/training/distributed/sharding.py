@@ -95,7 +95,7 @@ def gradients_fit(model: nn.Module, memory: int) -> bool:
 
 def least_memory(world: Processes) -> int:
     """The memory of the process that has least, by which all decide alike. All must call this together."""
-    return min(world.gather(world.together(device_bytes)))
+    return int(min(world.gather(world.together(device_bytes))))
 
 
 def device_bytes() -> int:

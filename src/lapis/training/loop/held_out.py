@@ -49,8 +49,10 @@ class Evaluator:
         return self.world.leads or self.state.sharding is not None
 
     def metrics(self) -> dict[str, float]:
-        """The held-out metrics of the weights as they are; empty where nothing is held out. A stop is obeyed here, where
-        nothing of the run changes, and not while its outcome is noted."""
+        """The held-out metrics of the weights as they are; empty where nothing is held out.
+
+        A stop is obeyed here, where nothing of the run changes, and not while the outcome is noted.
+        """
         metrics: dict[str, float] = {}
         if self._takes_part:
             started = time.monotonic()
@@ -252,8 +254,8 @@ def less_is_better(name: str) -> bool:
 
 
 def update_best(best: Best, step: int, name: str, value: float, model: nn.Module, keep: bool) -> None:
-    """Notes an evaluation in `best`; with `keep`, with a copy of the trained weights where it is the best one, which what
-    is no number never is."""
+    """Notes an evaluation in `best`; with `keep`, with a copy of the trained weights where it is the best one. What is
+    no number never is."""
     if not math.isnan(value) and (best.step is None or better(name, value, best.value)):
         best.step, best.value, best.stale = step, value, 0
         if keep:
