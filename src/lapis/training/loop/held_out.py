@@ -128,8 +128,8 @@ class Evaluator:
         """
         state = self.state
         others = bool(state.average.tensors or state.best.weights or state.within.weights)
-        kept = others and self.world.size == 1  # several processes are not stopped from here on
-        self._last = trained_weights(state.model) if kept else {}, state.ended, state.left
+        alone = self.world.size == 1  # several processes are not stopped from here on
+        self._last = trained_weights(state.model) if others and alone else {}, state.ended, state.left
         if state.left:
             put_weights(state.model, state.within.weights)
         elif self.config.best and state.best.weights:
