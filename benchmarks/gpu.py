@@ -99,7 +99,7 @@ def training(model: Any, name: str, steps: int, **options: Any) -> dict[str, Any
     from lapis.training.distributed import parallel
     from lapis.training.loop.loop import TrainingRun
     from lapis.training.loop.progress import Silent
-    from lapis.training.loop.stop_request import stop_requests
+    from lapis.training.loop.stop_request import StopRequest
     from lapis.training.objectives.supervised.next_token import Causal
     from lapis.training.setup.blocks import compiled
 
@@ -110,15 +110,14 @@ def training(model: Any, name: str, steps: int, **options: Any) -> dict[str, Any
     if cuda():
         torch.cuda.reset_peak_memory_stats()
     times = []
-    with stop_requests() as request:
-        run = TrainingRun(model, objective, config, parallel.join(), None, Silent(), request, device())
-        with run.computing(), compiled(run.model, bool(run.facts.get("compile"))):
-            batches = objective.batches(run.state)
-            for _ in range(steps):
-                started = time.perf_counter()
-                run.step(batches)
-                settle()
-                times.append(time.perf_counter() - started)
+    run = TrainingRun(model, objective, config, parallel.join(), None, Silent(), StopRequest(), device())
+    with run.computing(), compiled(run.model, bool(run.facts.get("compile"))):
+        batches = objective.batches(run.state)
+        for _ in range(steps):
+            started = time.perf_counter()
+            run.step(batches)
+            settle()
+            times.append(time.perf_counter() - started)
     from lapis.model.size import measure
 
     tokens = config.batch * SHAPES[name]["context"]

@@ -27,14 +27,12 @@ CHROMIUM = (
 @pytest.fixture(scope="session", autouse=True)
 def scratch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What tests and their processes write beside their own folders goes with the folders of the tests, killed or not."""
-    before = os.environ.get("TMPDIR"), tempfile.tempdir
-    os.environ["TMPDIR"] = tempfile.tempdir = str(tmp_path_factory.mktemp("beside"))
-    yield
-    shutil.rmtree(tempfile.tempdir, ignore_errors=True)
-    os.environ.pop("TMPDIR")
-    if before[0] is not None:
-        os.environ["TMPDIR"] = before[0]
-    tempfile.tempdir = before[1]
+    with pytest.MonkeyPatch.context() as patch:
+        place = tmp_path_factory.mktemp("beside")
+        patch.setenv("TMPDIR", str(place))
+        patch.setattr(tempfile, "tempdir", str(place))
+        yield
+        shutil.rmtree(place, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

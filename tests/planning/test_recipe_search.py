@@ -14,7 +14,7 @@ from lapis.families.config import ModelConfig
 from lapis.model.load import save
 from lapis.model.transformer import Transformer
 from lapis.planning import recipe_search
-from lapis.planning.recipe_search import Knob, at_random, compass, grid, knobs_of, search_recipe
+from lapis.planning.recipe_search import Knob, MergeSearch, at_random, compass, grid, knobs_of, search_recipe
 from lapis.text.tokenizer.tokenizer import train_tokenizer
 from lapis.weights.merge.merge import merge
 
@@ -154,6 +154,27 @@ def test_controls_stay_in_the_range_and_the_count():
         tried = settings_of(way, lambda values: 0.0, count)
         assert len(tried) == count and all(0 <= value <= 1 for values in tried for value in values)
     assert settings_of(grid, lambda values: 0.0, 4) == [(0, 0), (0, 1), (1, 0), (1, 1)]
+
+
+@pytest.mark.parametrize("knobs", [1, 2, 3, 4])
+def test_a_grid_tries_as_many_settings_as_it_is_given(knobs):
+    for count in (*range(1, 33), 100):
+        tried = list(grid([Knob("a", (0,), 0.5, 0.0, 1.0)] * knobs, count))
+        assert len(tried) == len(set(tried)) == count
+        assert all(0 <= value <= 1 for values in tried for value in values)
+    axes = [len({values[i] for values in list(grid(KNOBS * 2, 24))[:24]}) for i in range(4)]
+    assert axes == [3, 2, 2, 2]  # 24 of 3 x 2 x 2 x 2
+
+
+def test_the_finding_says_how_many_settings_each_way_tried():
+    tried = [{"by": way} for way, count in (("start", 1), ("search", 12), ("random", 16), ("grid", 1))
+             for _ in range(count)]  # fmt: skip
+    confirmed = {way: {"score": score} for way, score in (("start", 0), ("search", -0.1), ("random", 0.1), ("grid", 0))}
+    found = MergeSearch("recipe.yaml", [], tried=tried, confirmed=confirmed).finding()
+    assert found == (
+        "on chats and texts that were not searched on, the search made the recipe 9.5% better in 12 evaluations "
+        "(random 10.5% worse in 16 and grid 0.0% better in 1)"
+    )
 
 
 def test_knobs_are_plain_numbers_of_scales_in_all_stages(world):

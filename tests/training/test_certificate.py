@@ -1,6 +1,9 @@
 """The certificate: its checks agree with a second computation, find what is broken, and leave the run as it was."""
 
+import errno
 import json
+import os
+import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -11,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from lapis.errors import TrainingError
+from lapis.errors import OutputError, TrainingError
 from lapis.model import lora
 from lapis.model.transformer import Transformer
 from lapis.report.pages.certificate import certificate_page
@@ -19,7 +22,7 @@ from lapis.text.corpus.corpus import Document
 from lapis.text.corpus.pairs import Pair
 from lapis.text.tokenizer.tokenizer import Tokenizer
 from lapis.training.certificate.certificate import CERTIFICATE, PAGE
-from lapis.training.certificate.checks import LEAST_STEPS, why_unchecked
+from lapis.training.certificate.checks import LEAST_STEPS, run_checks, why_unchecked
 from lapis.training.config import TrainConfig
 from lapis.training.distributed.sharding import Sharding
 from lapis.training.loop.loop import train
@@ -174,6 +177,33 @@ def test_a_run_does_not_end_where_memory_lacks_for_its_checks(
         why = computed[name]["why_not"]
         assert why.startswith(what) and why.endswith("GB, and 0.00 GB of memory are free")
     assert computed["packed or not"]["holds"]
+
+
+@pytest.mark.parametrize("place, why", [
+    ("lapis.training.certificate.checks.save", r"a checkpoint could not be written: out: the disk is full"),
+    ("lapis.training.loop.state.write_tensors", r"a checkpoint could not be written: No space left on device"),
+    ("lapis.training.certificate.checks.disk_usage", r"a checkpoint has 0\.00 GB, and 0\.00 GB of the disk are free"),
+])  # fmt: skip
+def test_a_run_does_not_end_where_the_disk_lacks_for_its_checks(
+    place: str, why: str, new_model: Make, objective: Causal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*given: Any) -> None:
+        if place.endswith("save"):
+            raise OutputError("out: the disk is full")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def checked(*given: Any) -> Any:  # the disk is full from here on, and empty again afterwards
+        with monkeypatch.context() as patch:
+            patch.setattr(place, fails if "disk" not in place else lambda folder: SimpleNamespace(free=1000))
+            return run_checks(*given)
+
+    monkeypatch.setattr("lapis.training.loop.loop.run_checks", checked)
+    facts = certified(new_model, objective, CONFIG, tmp_path / "out")
+    computed = checks(facts)
+    assert re.fullmatch(why, computed["saved and restored"]["why_not"]), computed
+    assert computed["accumulated or not"]["holds"] and computed["packed or not"]["holds"]
+    without = certified(new_model, objective, replace(CONFIG, certify="off"), tmp_path / "without")
+    assert without["weights"] == facts["weights"] and not (tmp_path / ".out.lapis").exists()
 
 
 def test_it_names_the_model_its_parts_and_the_options(data_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

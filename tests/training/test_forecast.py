@@ -1,7 +1,10 @@
 """What a run will take: measured against the run itself, on paper against published runs, within budgets."""
 
 import json
+import os
+import re
 import shlex
+import signal
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +24,8 @@ from lapis.training.forecast.memory import MemoryWatch, peak
 from lapis.training.forecast.options import ForecastOptions
 from lapis.training.forecast.paper import PaperForecast, on_paper
 from lapis.training.loop.progress import Silent
+from lapis.training.loop.update import Updater
+from lapis.training.objectives.supervised.next_token import Causal
 from lapis.training.run import plan, read_settings, run
 
 Lapis = Callable[..., tuple[int, str, str]]
@@ -138,6 +143,31 @@ def test_a_budget_of_memory_cuts_a_step_into_parts() -> None:
         plan(wide, Budget.parse("20 MB"), watch=Silent())
     with pytest.raises(TrainingError, match=r"one step takes .* FLOPs, which is more than 9 flops; lower batch"):
         plan(wide, Budget.parse("9 flops"), watch=Silent())
+
+
+LORA, HALF = {"lora": {"rank": 2}}, {"weights": "bf16"}
+
+
+@pytest.mark.parametrize("changes, remedies", [
+    ({}, "lower context, freeze a part, train a LoRA (which needs model), or set weights to bf16"),
+    (HALF, "lower context, freeze a part, or train a LoRA (which needs model)"),
+    ({"optimizer": "sgd", "tune": ["layers.0"]}, "lower context, freeze more, or train a LoRA (which needs model)"),
+    (LORA, "lower context, hold the base in bfloat16 (lora.base), or set weights to bf16"),
+    (LORA | HALF, "lower context"), ({"lora": {"rank": 2, "base": "bfloat16"}}, "lower context"),
+])  # fmt: skip
+def test_a_budget_of_memory_names_what_would_help(changes: dict[str, Any], remedies: str) -> None:
+    if changes:
+        run(settings(out="base", steps=1), watch=Silent())
+    how = settings(optimizer="adamw") if not changes else settings(
+        **{"new": None, "model": "base", "tokenizer": None, "optimizer": "adamw", **changes})  # fmt: skip
+    with pytest.raises(TrainingError, match=re.escape(f"which is more than 20 MB; {remedies}") + "$"):
+        plan(how, Budget.parse("20 MB"), watch=Silent())
+
+
+def test_a_budget_of_time_is_not_met_by_a_smaller_row() -> None:
+    for batch, remedy in ((1, "lower context"), (2, "lower batch or context")):
+        with pytest.raises(TrainingError, match=rf"which is more than 9 flops; {remedy}$"):
+            plan(settings(batch=batch), Budget.parse("9 flops"), watch=Silent())
 
 
 def test_a_budget_chooses_the_batch_of_a_new_model() -> None:
@@ -259,6 +289,26 @@ def test_as_it_is_typed(run: Lapis) -> None:
     }.items():
         status, out, error = run("train", "run.yaml", *wrong)
         assert status == 1 and not out and message in error and error.count("\n") == 1, error
+
+
+@pytest.mark.parametrize("owner, name, at", [(Updater, "_compute", 3), (Causal, "begin", 1)])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_plan_as_any_command(
+    owner: Any, name: str, at: int, number: signal.Signals, run: Lapis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within a step, and before the first one; a step that is not whole says nothing of the time that one takes."""
+    act, calls = getattr(owner, name), [at]
+
+    def stops(*given: Any) -> Any:
+        calls[0] -= 1
+        if not calls[0]:
+            os.kill(os.getpid(), number)
+        return act(*given)
+
+    monkeypatch.setattr(owner, name, stops)
+    Path("run.yaml").write_text(json.dumps(SETTINGS))
+    status, out, error = run("train", "run.yaml", "--plan-only", "--json")
+    assert (status, out) == (128 + number, "") and error.splitlines()[-1] == "lapis: stopped"
 
 
 PLAN, GPUS = ("--plan-only",), ("--gpus", "4", "--tflops", "100", "--bandwidth", "10")

@@ -1,6 +1,7 @@
 """Held-out figures: early stop, the best weights, and both over a restart."""
 
 import json
+import math
 import re
 import time
 from collections.abc import Callable
@@ -15,14 +16,16 @@ from torch import Tensor
 from lapis.errors import ConfigError, TrainingError
 from lapis.model.load import load
 from lapis.model.transformer import Transformer
+from lapis.report.pages.certificate import certificate_page
 from lapis.report.pages.training import run_page
 from lapis.text.corpus.corpus import ChatRecord, Document
 from lapis.text.rows.rows import IGNORE
 from lapis.text.tokenizer.tokenizer import Tokenizer
 from lapis.training.config import TrainConfig
-from lapis.training.loop.held_out import better, overfitting, watched_metric
+from lapis.training.loop.held_out import better, overfitting, update_best, watched_metric
 from lapis.training.loop.loop import train
 from lapis.training.loop.progress import Silent, format_row
+from lapis.training.loop.state import Best
 from lapis.training.objectives.objective import FirstRows
 from lapis.training.objectives.supervised.next_token import Causal, Chat
 
@@ -124,6 +127,34 @@ def test_what_is_better() -> None:
     assert better("accuracy", 0.9, 0.8) and not better("accuracy", float("nan"), 0.8)
     assert better("valid_loss", 1.0, 2.0) and better("bits_per_byte", 1.0, 2.0) and better("test/nll", 1.0, 2.0)
     assert watched_metric({"b": 1.0, "a": 2.0}, "") == "b"
+
+
+@pytest.mark.parametrize("name, values, best", [
+    ("reward", [math.nan, 0.5, 0.9, math.nan], (3, 0.9, 1)), ("loss", [math.nan, 0.9, 0.5], (3, 0.5, 0)),
+    ("loss", [math.nan, math.nan], (None, 0.0, 2)),
+])  # fmt: skip
+def test_what_is_no_number_is_never_the_best(name: str, values: list[float], best: Any, new_model: Make) -> None:
+    model, found = new_model(), Best()
+    for step, value in enumerate(values, 1):
+        update_best(found, step, name, value, model, True)
+    assert (found.step, found.value, found.stale) == best and bool(found.weights) == (best[0] is not None)
+
+
+def test_a_run_that_measures_no_number_says_so(new_model: Make, make: Callable[[], Scored], tmp_path: Path) -> None:
+    objective, model = make(), new_model()
+    objective.values = iter([math.nan] * 20)
+    result = train(model, objective, replace(CONFIG, early_stop=2, best=True), tmp_path / "out", watch=Silent())
+    assert (result.steps, result.best_step) == (4, None)
+    assert result.ended == "accuracy was no number in 2 evaluations; stopped early"
+    losses = [{"step": i, "held_out": {"valid_loss": loss}} for i, loss in enumerate((math.nan, 2.0, 1.9, math.nan))]
+    assert overfitting(losses) is None
+    rises = [*losses, {"step": 9, "held_out": {"valid_loss": 3.0}}]
+    assert "lowest at step 2 (1.900) and rose to 3.000" in (overfitting(rises) or "")
+    rows = [{"loss": math.nan, "tokens": 9, "seconds": 1.0, **row} for row in rises]
+    assert "lowest at step 2, at 1.900, and rose to 3.000" in run_page(rows, {}, "out").render()
+    facts = json.loads((tmp_path / "out" / "certificate.json").read_text())
+    assert "nan" not in re.findall('class="held-out" d="(.*?)"', certificate_page(facts, rows).render())[0]
+    assert "<svg" not in certificate_page(facts, [rows[0], rows[3]]).render()
 
 
 @pytest.mark.parametrize("kind", ["causal", "chat"])

@@ -143,13 +143,30 @@ def test_fault_72_a_batch_that_cannot_fit_names_the_levers(
     monkeypatch.setattr(probe, "available", lambda device: 700_000)
     with pytest.raises(TrainingError, match=r"needs about .* are free; raise accumulate .*checkpointing to whole"):
         trained(new_model, objective, CONFIG, tmp_path / "out")
+    smaller = replace(CONFIG, batch=1, checkpointing="whole")
     monkeypatch.setattr(probe, "available", lambda device: 100_000)
-    with pytest.raises(TrainingError, match="train a LoRA, or freeze a part"):
-        trained(new_model, objective, replace(CONFIG, batch=1), tmp_path / "out")
+    for config, ways in ((smaller, "freeze a part, train a LoRA .*, or set weights to bf16"),
+                         (replace(smaller, weights="bf16"), r"freeze a part, or train a LoRA \(which needs model\)"),
+                         (replace(smaller, optimizer="sgd"), r"freeze a part, or train a LoRA .*")):  # fmt: skip
+        with pytest.raises(TrainingError, match=f"are free; {ways}$"):
+            trained(new_model, objective, config, tmp_path / "out")
     copied = replace(CONFIG, batch=1, eval_every=1, best=True, limits={"valid_loss": 9.0})
     with pytest.raises(TrainingError, match="for gradients, optimizer and copies"):
         trained(new_model, objective, copied, tmp_path / "out")
     assert not (tmp_path / "out").exists() and not (tmp_path / ".out.lapis").exists()
+
+
+def test_processes_of_a_machine_share_what_is_free(
+    new_model: Make, objective: Causal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step that fits beside no other process does not fit twice."""
+    monkeypatch.setattr(probe, "available", lambda device: 700_000)
+    monkeypatch.setattr(probe, "_saved", lambda *given: (9000 * given[-1], given[-1]))
+    config = replace(CONFIG, batch=1, steps=1, checkpointing="whole")
+    trained(new_model, objective, config, tmp_path / "one")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(TrainingError, match=r"are free for each of 2 processes; lower context$"):
+        trained(new_model, objective, replace(config, optimizer="sgd"), tmp_path / "two")
 
 
 def test_compiling_is_tried_only_where_the_run_is_long(new_model: Make) -> None:

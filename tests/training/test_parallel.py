@@ -103,6 +103,23 @@ def test_blocks_that_are_shared_out_run_compiled(place: Path, monkeypatch: pytes
     assert losses(place / "out") == pytest.approx(losses(place / "one"), abs=1e-5)
 
 
+PACED = """
+import sys
+from lapis.training.loop import loop
+loop.measure_speed = lambda *_: {"threads": 1, "precision": "float32", "compile": False, "seconds_per_token": 1.0}
+from lapis.cli.main import main
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(("size", "expected"), [(1, "4:16 for a step, 8:32 left"), (2, "2:08 for a step, 4:16 left")])
+def test_a_step_of_two_processes_is_expected_in_half_the_time(place: Path, size: int, expected: str) -> None:
+    processes = start(place, size, command=["-c", PACED, "train", "run.yaml", "steps=2", "shard=none"])
+    errors = finish(processes)
+    assert [process.returncode for process in processes] == [0] * size, errors
+    assert f"train: step 1 of 2: about {expected}" in errors[0], errors
+
+
 def test_two_processes_end_within_the_limits_of_one(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
     birds = [json.dumps({"text": f"Birds sing {i} songs over the sea."}) for i in range(40)]

@@ -336,11 +336,24 @@ def test_auto_shares_out_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> N
     config, world = TrainConfig(steps=1, batch=8, accumulate=2), Processes(0, 2)
     needed = sharding.state_bytes(model, config) + 2 * activation_bytes(model.config, 32, 4)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    for memory, how in ((needed / 0.8 + 1, None), (needed / 0.8 - 1, "full")):
-        monkeypatch.setattr(sharding, "device_bytes", lambda memory=memory: memory)
-        assert sharding.choose_sharding(config, world, model, 32) == how
-        assert sharding.choose_sharding(config, Processes(), model, 32) is None
-        assert sharding.choose_sharding(replace(config, shard="full"), world, model, 32) == "full"
+    for memory, how in ((int(needed / 0.8) + 1, None), (int(needed / 0.8) - 1, "full")):
+        assert sharding.choose_sharding(config, world, model, 32, memory) == how
+        assert sharding.choose_sharding(config, Processes(), model, 32, memory) is None
+        assert sharding.choose_sharding(replace(config, shard="full"), world, model, 32, memory) == "full"
+
+
+@pytest.mark.parametrize("short", [0, 1])
+def test_processes_with_unequal_memory_decide_alike(short: int, bench: Any, place: Path) -> None:
+    """What does not fit one of them is shared out by all, and their gradients are added up at the same moments."""
+
+    def before() -> None:
+        memory = 1000 if int(os.environ["RANK"]) == short else 1 << 40
+        sharding.device_bytes = lambda: memory  # type: ignore[assignment]
+
+    given = {"compile": "off", "out": str(place / f"unequal-{short}")}
+    ranks = bench.Ranks(2, {**bench.settings(place, "muon", 2), **given}, before=before, watch=bench.Told)
+    codes, shown = ranks.end(60)
+    assert codes == [0, 0] and "shared out over 2 processes" in shown, shown
 
 
 def test_an_unknown_way_to_share_is_refused(place: Path, bench: Any) -> None:

@@ -1,5 +1,6 @@
 """Stops are obeyed at once and lose nothing; measuring takes a slice; progress shows from the beginning."""
 
+import json
 import os
 import signal
 import time
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from lapis.checkpoint.tensor_file import read_tensors
 from lapis.errors import TrainingError
 from lapis.model.transformer import Transformer, put_head
 from lapis.text.corpus.corpus import ChatRecord, Document
@@ -77,8 +79,6 @@ class Stops(Causal):
 
 
 def result(folder: Path) -> tuple[bytes, list[tuple[Any, Any]]]:
-    import json
-
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     return (folder / "model.safetensors").read_bytes(), [(row["loss"], row.get("held_out")) for row in rows]
 
@@ -115,6 +115,48 @@ def test_a_stop_within_a_step_loses_nothing(
         train(new_model(), stopped, config, tmp_path / "parts", watch=Silent())
     train(new_model(), make(), config, tmp_path / "parts", watch=Silent())
     assert result(tmp_path / "parts") == result(tmp_path / "whole")
+
+
+class Drifts(Stops):
+    """Its held-out error is how far the weights have come."""
+
+    def evaluate(self, model: Transformer) -> dict[str, float]:
+        self._call("evaluate")
+        weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+        self.start: torch.Tensor = self.__dict__.get("start", weights)
+        return {"error": (weights - self.start).norm().item()}
+
+
+@pytest.mark.parametrize("changes, method, at", [
+    ({"ema": 0.5}, "evaluate", 2), ({"ema": 0.5, "early_stop": 2}, "write", 1), ({"best": True}, "evaluate", 2),
+    ({"best": True}, "write", 1), ({"limits": {"error": 1e-9}, "eval_every": 4}, "evaluate", 3),
+])  # fmt: skip
+def test_a_run_that_was_stopped_at_its_end_can_be_longer(
+    changes: dict[str, Any], method: str, at: int, new_model: Make, tokenizer: Tokenizer, documents: list[Document],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    """What is saved then are the weights of the last step, and not the average or the best ones, which end a run."""
+    plain = replace(CONFIG, steps=4, eval_every=2, schedule="constant")
+    config = replace(plain, **changes)
+
+    def make() -> Drifts:
+        objective = Drifts(tokenizer, documents, context=32)
+        objective.evaluate(new_model())
+        return objective
+
+    train(new_model(), make(), plain, tmp_path / "plain", watch=Silent())
+    train(new_model(), make(), replace(config, steps=8), tmp_path / "whole", watch=Silent())
+    stopped = make()
+    stopped.method, stopped.at = method, at
+    with pytest.raises(TrainingError, match=r"stopped by SIGTERM after step 4 of 4; saved in .*step-4"):
+        train(new_model(), stopped, config, tmp_path / "out", watch=Silent())
+    checkpoint = tmp_path / ".out.lapis" / ".journal" / "step-4"
+    weights = (read_tensors(folder / "model.safetensors") for folder in (checkpoint, tmp_path / "plain"))
+    assert all(torch.equal(*pair) for pair in zip(*(w.values() for w in weights), strict=True))
+    saved = json.loads((checkpoint / "state.json").read_text())
+    assert (saved["ended"], saved["left"]) == ("", False)
+    train(new_model(), make(), replace(config, steps=8), tmp_path / "out", allow_change=["steps"], watch=Silent())
+    assert result(tmp_path / "out") == result(tmp_path / "whole")
 
 
 def test_a_stop_before_the_first_step_leaves_nothing(

@@ -16,6 +16,7 @@ import math
 import os
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -39,6 +40,7 @@ from lapis.wording import format_count
 
 SEARCHED = ("weight", "lambda", "t", "scale")
 _FIRST_STEP, _LAST_STEP = 0.25, 0.01  # of a knob's range
+_GOLDEN = (math.sqrt(5) - 1) / 2  # multiples of it lie evenly between 0 and 1, and on no place of a grid
 
 Values = tuple[float, ...]
 Document = dict[str, Any]
@@ -81,13 +83,14 @@ class MergeSearch:
     documents: list[Document] = field(default_factory=list)
 
     def finding(self) -> str:
-        """What the search won, beside the controls, in a sentence."""
+        """What the search won, beside the controls, and in how many settings each, in a sentence."""
         start = self.confirmed["start"]["score"]
-        won = {way: start - figures["score"] for way, figures in self.confirmed.items() if way != "start"}
-        others = " and ".join(f"{way} {_percent(won[way])}" for way in ("random", "grid") if way in won)
+        won = {way: _percent(start - figures["score"]) for way, figures in self.confirmed.items()}
+        tries = Counter(row["by"] for row in self.tried)
+        others = " and ".join(f"{way} {won[way]} in {tries[way]:,}" for way in ("random", "grid") if way in won)
         return (
-            f"on chats and texts that were not searched on, the search made the recipe {_percent(won['search'])} "
-            f"({others}, with as many evaluations each)"
+            f"on chats and texts that were not searched on, the search made the recipe {won['search']} in "
+            f"{format_count(tries['search'], 'evaluation')} ({others})"
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -119,8 +122,8 @@ def search_recipe(
         recipe: A YAML file; its documents' plain numbers of weight, lambda, t and scale are searched.
         chats: Files of chats.
         text: Files of plain text.
-        evaluations: Settings that each of the three ways tries. This and the options after it are those of
-            `lapis.planning.options.SearchOptions`.
+        evaluations: Settings that each of the three ways tries; the search may end before, with its smallest step.
+            This and the options after it are those of `lapis.planning.options.SearchOptions`.
         progress: Called with what is done, the evaluations so far and how many there may be.
         journal: A file that keeps what was measured, so that the same call goes on where it was killed.
 
@@ -266,15 +269,20 @@ def at_random(draw: random.Random) -> Callable[[Sequence[Knob], int], Any]:
 
 
 def grid(knobs: Sequence[Knob], count: int) -> Any:
-    """As many even places in each range as there are evaluations for; where not even two, all knobs by one factor."""
-    places = int(count ** (1 / len(knobs)) + 1e-9)
-    if places >= 2:
-        axes = [[knob.low + (knob.high - knob.low) * i / (places - 1) for i in range(places)] for knob in knobs]
-        for values in itertools.product(*axes):
-            yield tuple(values)
-    else:
+    """As many even places in each range as there are evaluations for, in the first ranges one more where that fits;
+    what is left lies on the diagonal. Where there are not even two, all knobs by one factor."""
+    places = [int(count ** (1 / len(knobs)) + 1e-9)] * len(knobs)
+    if places[0] < 2:
         for i in range(count):
             yield tuple(min(k.high, max(k.low, k.value * 1.5 * (i + 1) / count)) for k in knobs)
+        return
+    for i, own in enumerate(places):
+        if math.prod(places) // own * (own + 1) <= count:
+            places[i] += 1
+    shares = itertools.product(*([i / (own - 1) for i in range(own)] for own in places))
+    left = ([(i + 1) * _GOLDEN % 1] * len(knobs) for i in range(count - math.prod(places)))
+    for each in (*shares, *left):
+        yield tuple(k.low + (k.high - k.low) * share for k, share in zip(knobs, each, strict=True))
 
 
 class _Trial:

@@ -34,7 +34,7 @@ from lapis.text.rows.rows import MANIFEST, Rows
 from lapis.text.tokenizer.tokenizer import Tokenizer
 from lapis.training.config import TrainConfig
 from lapis.training.distributed import parallel
-from lapis.training.distributed.sharding import choose_sharding
+from lapis.training.distributed.sharding import choose_sharding, least_memory
 from lapis.training.forecast.budget import Budget
 from lapis.training.forecast.measured import Forecast, forecast
 from lapis.training.forecast.options import ForecastOptions
@@ -164,8 +164,9 @@ def run(
     world.together(lambda: check_installed(config.track))
     settings = TrainConfig(**{entry.name: getattr(config, entry.name) for entry in dataclasses.fields(TrainConfig)})
     starting = watch or (LogLines(Path(config.out).name) if world.leads and not sys.stderr.isatty() else Silent())
+    memory = least_memory(world)
     try:
-        objective, model, device = world.together(lambda: _start(config, overwrite, world, starting))
+        objective, model, device = world.together(lambda: _start(config, overwrite, world, memory, starting))
     finally:
         if starting is not watch:
             starting.close()
@@ -203,7 +204,7 @@ def plan(
     shown = watch or watcher(Path(config.out).name)
     try:
         return forecast(
-            lambda: _start(config, True, parallel.Processes(), shown)[:2], settings, shown, budget,
+            lambda: _start(config, True, parallel.Processes(), 0, shown)[:2], settings, shown, budget,
             choose_batch=choose_batch and alone,
         )  # fmt: skip
     finally:
@@ -261,11 +262,12 @@ def _tokenizer_rows(config: RunConfig) -> int:
 
 
 def _start(
-    config: RunConfig, overwrite: bool, world: parallel.Processes, watch: Watch
+    config: RunConfig, overwrite: bool, world: parallel.Processes, memory: int, watch: Watch
 ) -> tuple[Objective, Transformer, torch.device]:
     """The objective, the model, and where it will be trained. Whatever is wrong with files and settings is found here.
 
     A model that will be shared out is whole in the first process alone, and in the memory of the machine.
+    memory: Of the process that has least; one that is alone shares nothing out.
     """
     if world.leads:
         inputs = [Path(place) for place in (config.model, config.tokenizer) if place is not None]
@@ -289,7 +291,7 @@ def _start(
         return model
 
     def is_large(model: Transformer) -> bool:
-        return choose_sharding(config, world, model, min(context, model.config.context)) is not None
+        return choose_sharding(config, world, model, min(context, model.config.context), memory) is not None
 
     if dist.is_initialized() and _starts_empty(config, objective):
         outline = begin(weights=False)

@@ -162,11 +162,13 @@ def _small(value: float) -> str:
 
 
 def _curve(log: Sequence[Row]) -> str:
-    """The loss by step as SVG, held-out losses as dots."""
+    """The loss by step as SVG, held-out losses as dots; "" where none is a number."""
     points = [(row["step"], row["loss"]) for row in log if row.get("loss") is not None]
     dots = [(row["step"], loss) for row in log for loss in [(row.get("held_out") or {}).get("valid_loss")]
-            if isinstance(loss, int | float)]  # fmt: skip
+            if isinstance(loss, int | float) and math.isfinite(loss)]  # fmt: skip
     values = [value for _, value in (*points, *dots) if math.isfinite(value)]
+    if not values:
+        return ""
     low, high, last = min(values), max(values), max(step for step, _ in points)
     spread = (high - low) or 1.0
 

@@ -6,6 +6,7 @@ figures/curves.py only names the known ones as a reader would. Files are read in
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -87,8 +88,9 @@ class Run:
 
     @property
     def held_out(self) -> list[tuple[Row, float]]:
-        """(row, held-out loss) of each measurement."""
-        return [(row, loss) for row in self.rows if (loss := _held_out_loss(row)) is not None]
+        """(row, held-out loss) of each measurement that gave a number."""
+        losses = ((row, _held_out_loss(row)) for row in self.rows)
+        return [(row, loss) for row, loss in losses if loss is not None and math.isfinite(loss)]
 
 
 def run_page(log: Sequence[Row], facts: Mapping[str, Any], name: str) -> Page:

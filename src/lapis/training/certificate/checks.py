@@ -7,21 +7,21 @@ generators and the place in the data are put back from that checkpoint, and comp
 
 import hashlib
 import math
-import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from shutil import disk_usage, rmtree
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lapis.errors import TrainingError
+from lapis.errors import OutputError, TrainingError
 from lapis.training.config import TrainConfig
 from lapis.training.loop.held_out import untouched
 from lapis.training.loop.state import TrainState, restore, save
 from lapis.training.objectives.objective import SMALL_BATCH, FirstRows
-from lapis.training.optim.footprint import trained_bytes
+from lapis.training.optim.footprint import trained_bytes, weight_bytes, written_bytes
 from lapis.training.setup.blocks import autocast
 from lapis.training.setup.probe import available
 from lapis.wording import format_count
@@ -95,8 +95,9 @@ def run_checks(state: TrainState, config: TrainConfig, precision: str, folder: P
     with untouched(state):
         checks = [checker.accumulated(limit), checker.packed(limit)]
         state.optimizers.clear()
-        size = sum(p.numel() * p.element_size() for p in model.parameters())
-        size += sum(t.numel() * t.element_size() for t in state.optimizers.tensors().values())
+        groups = state.optimizers.tensors(), state.average.tensors, state.best.weights, state.within.weights
+        beside = sum(tensor.nbytes for group in groups for tensor in group.values())
+        size, written, free = weight_bytes(model) + beside, written_bytes(model) + beside, disk_usage(folder).free
         name, how = (
             "saved and restored",
             f"{STEPS} more steps from the state and from its checkpoint, all bytes",
@@ -107,6 +108,11 @@ def run_checks(state: TrainState, config: TrainConfig, precision: str, folder: P
             checks.append(Check(name, how, why_not=f"a checkpoint has {size / 1e9:.1f} GB"))
         elif lack := _lack(state, size):
             checks.append(Check(name, how, why_not=f"a checkpoint has {lack}"))
+        elif written > free:
+            text = f"{written / 1e9:.2f} GB, and {free / 1e9:.2f} GB of the disk are free"
+            checks.append(Check(name, how, why_not=f"a checkpoint has {text}"))
+        elif reason := checker.unsaved(folder / "checked"):
+            checks.append(Check(name, how, why_not=f"a checkpoint could not be written: {reason}"))
         else:
             checks.append(Check(name, how, checker.restored(folder / "checked")))
     return checks
@@ -151,10 +157,18 @@ class _Checker:
                     return Check(name, f"{how} ({len(texts)} of them)", abs(one - other) / max(abs(one), 1e-150), limit)
         return Check(name, how, why_not="no row that was looked at holds several texts")
 
+    def unsaved(self, folder: Path) -> str:
+        """Writes a checkpoint; why that could not be done, "" where it was."""
+        try:
+            save(self.state, folder, {}, None)
+        except (OutputError, OSError) as error:
+            cause = error if isinstance(error, OSError) else error.__cause__
+            return getattr(cause, "strerror", None) or str(error)
+        return ""
+
     def restored(self, folder: Path) -> float:
-        """0 where steps from a checkpoint give the bytes of steps without one, 1 where they do not."""
+        """0 where steps from a checkpoint give the bytes of steps without one, 1 where they do not. Removes it."""
         state, before = self.state, self._digest()
-        save(state, folder, {}, None)
         try:
             self._steps()
             expected = self._digest()
@@ -165,7 +179,7 @@ class _Checker:
             result = self._digest()
             restore(state, folder)
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            rmtree(folder, ignore_errors=True)
         return float(result != expected)
 
     def _batches(self, rows: int, count: int) -> list[Any]:

@@ -16,7 +16,7 @@ from lapis.model.transformer import Transformer
 from lapis.training.config import TrainConfig
 from lapis.training.distributed.parallel import Processes
 from lapis.training.distributed.sharded_state import cut_checkpoint, has_shards, put_tensors, read_shards
-from lapis.training.distributed.sharding import Sharding, choose_sharding, gradients_fit, share_out
+from lapis.training.distributed.sharding import Sharding, choose_sharding, gradients_fit, least_memory, share_out
 from lapis.training.loop.changes import completed, differences
 from lapis.training.loop.progress import Watch
 from lapis.training.loop.state import STATE, CheckpointJournal, TrainState, restore, restore_numbers, weights_digest
@@ -85,14 +85,15 @@ def shared_out(
 
     facts, newest: What `earlier_run` gives. device: Where the pieces go. Raises what `choose_sharding` does.
     """
-    how = world.together(lambda: choose_sharding(config, world, model, min(objective.context, model.config.context)))
+    context, memory = min(objective.context, model.config.context), least_memory(world)
+    how = world.together(lambda: choose_sharding(config, world, model, context, memory))
     if how is None:
         return None
     precision = world.from_lead(facts.get("precision") or settled(config, device)["precision"])
     if newest is not None and not has_shards(newest):
         lora.restore(model, newest)  # while its tensors are whole
     sharding = share_out(model, world, how, precision, device)
-    sharding.hold_back = config.accumulate > 1 and gradients_fit(model)
+    sharding.hold_back = config.accumulate > 1 and gradients_fit(model, memory)
     return sharding
 
 

@@ -37,7 +37,9 @@ _ALL_GATHER: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_i
 _REDUCE_SCATTER: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-def choose_sharding(config: TrainConfig, world: Processes, model: Transformer, context: int) -> Sharded | None:
+def choose_sharding(
+    config: TrainConfig, world: Processes, model: Transformer, context: int, memory: int
+) -> Sharded | None:  # fmt: skip
     """How the run's state is shared out; None where each process holds all of it. A function of what all know.
 
     Args:
@@ -45,6 +47,7 @@ def choose_sharding(config: TrainConfig, world: Processes, model: Transformer, c
         world: The processes.
         model: As it will be trained; its weights may be on the meta device.
         context: Tokens of a row.
+        memory: Of the process that has least (`least_memory`).
 
     Raises:
         ConfigError: For `hybrid` where there is one machine, or machines with different numbers of processes, and for
@@ -75,7 +78,7 @@ def choose_sharding(config: TrainConfig, world: Processes, model: Transformer, c
         return None
     rows = config.batch // (config.accumulate * world.size)
     needed = state_bytes(model, config) + rows * activation_bytes(model.config, context, 4)
-    return "full" if needed > _ROOM * device_bytes() else None
+    return "full" if needed > _ROOM * memory else None
 
 
 def state_bytes(model: nn.Module, config: TrainConfig) -> int:
@@ -84,9 +87,15 @@ def state_bytes(model: nn.Module, config: TrainConfig) -> int:
     return weight_bytes(model) + beside
 
 
-def gradients_fit(model: nn.Module) -> bool:
-    """Whether the gradients of all that is trained may be held whole, in float32, until the end of a step."""
-    return 4 * sum(p.numel() for p in model.parameters() if p.requires_grad) < _HELD_BACK * device_bytes()
+def gradients_fit(model: nn.Module, memory: int) -> bool:
+    """Whether the gradients of all that is trained may be held whole, in float32, until the end of a step.
+    memory: As in `choose_sharding`."""
+    return 4 * sum(p.numel() for p in model.parameters() if p.requires_grad) < _HELD_BACK * memory
+
+
+def least_memory(world: Processes) -> int:
+    """The memory of the process that has least, by which all decide alike. All must call this together."""
+    return int(min(world.gather(world.together(device_bytes))))
 
 
 def device_bytes() -> int:

@@ -20,11 +20,12 @@ from lapis.training.forecast.budget import Budget
 from lapis.training.forecast.memory import MemoryWatch
 from lapis.training.loop.loop import TrainingRun
 from lapis.training.loop.progress import Watch
-from lapis.training.loop.stop_request import StopSignal, stop_requests
+from lapis.training.loop.stop_request import StopRequest
 from lapis.training.objectives.objective import Objective
 from lapis.training.optim.footprint import copy_bytes, trained_bytes, weight_bytes, written_bytes
 from lapis.training.setup.blocks import compiled
 from lapis.training.setup.probe import available
+from lapis.training.setup.remedies import either, for_the_state, smaller_rows
 
 STEPS, SECONDS = 5, 30.0  # of a probe, at most; two steps are always done, after one that warms up
 
@@ -131,7 +132,7 @@ def forecast(
         what = "one step takes" if not once else "one step and what is held out take"
         unit = "seconds" if budget.kind == "seconds" else "FLOPs"
         raise TrainingError(
-            f"train: {what} {each + once:.3g} {unit}, which is more than {budget.text}; lower batch or context"
+            f"train: {what} {each + once:.3g} {unit}, which is more than {budget.text}; {smaller_rows(config.batch)}"
         )
     bounds = {name: None for name in ("minutes", "epochs") if getattr(config, name) is not None}
     share = steps / result.steps
@@ -175,11 +176,17 @@ def _batch(config: TrainConfig, result: Forecast, tokens: float) -> dict[str, An
 
 def _within(start: Start, config: TrainConfig, watch: Watch, budget: Budget) -> Forecast:
     """The run with `accumulate`, and where that is not enough `checkpointing`, so that a step fits into the memory."""
-    least = 0
+    least, ways = 0, list[str]()
+
+    def begin() -> tuple[Objective, Transformer]:
+        objective, model = start()
+        ways[:] = for_the_state(config, model)
+        return objective, model
+
     for checkpointing in dict.fromkeys((config.checkpointing, "whole")):
         whole = replace(config, checkpointing=checkpointing)
         one, two = (
-            _probe(start, replace(whole, batch=rows, accumulate=1), watch, least=True).memory.total for rows in (1, 2)
+            _probe(begin, replace(whole, batch=rows, accumulate=1), watch, least=True).memory.total for rows in (1, 2)
         )
         least = one
         rows = 1 + (budget.amount - one) / max(two - one, 1)
@@ -190,26 +197,23 @@ def _within(start: Start, config: TrainConfig, watch: Watch, budget: Budget) -> 
                 chosen = {"accumulate": accumulate, "checkpointing": checkpointing}
                 return replace(result, settings={n: v for n, v in chosen.items() if v != getattr(config, n)})
     raise TrainingError(
-        f"train: even one row at a time takes {least / 1e9:.2f} GB, which is more than {budget.text}; lower context, "
-        "train a LoRA, or set weights to bf16"
+        f"train: even one row at a time takes {least / 1e9:.2f} GB, which is more than {budget.text}; "
+        f"{either([smaller_rows(1), *ways])}"
     )
 
 
 def _first_steps(run: TrainingRun, most: int, seconds: float) -> tuple[list[float], float]:
     """Seconds of each of some first steps, after one that warms up, and of an evaluation of what is held out."""
     times: list[float] = []
-    try:
-        with run.request.at_once(), run.computing():
-            with compiled(run.model, bool(run.facts.get("compile"))):
-                batches = run.objective.batches(run.state)
-                while len(times) <= most and (len(times) < 3 or sum(times) < seconds):
-                    start = time.perf_counter()
-                    run.step(batches)
-                    times.append(time.perf_counter() - start)
-            start = time.perf_counter()
-            held_out = run.evaluator.metrics()
-    except StopSignal:
-        raise TrainingError(f"train: stopped by {run.request.signal}; nothing was written") from None
+    with run.computing():
+        with compiled(run.model, bool(run.facts.get("compile"))):
+            batches = run.objective.batches(run.state)
+            while len(times) <= most and (len(times) < 3 or sum(times) < seconds):
+                start = time.perf_counter()
+                run.step(batches)
+                times.append(time.perf_counter() - start)
+        start = time.perf_counter()
+        held_out = run.evaluator.metrics()
     return times[1:], time.perf_counter() - start if held_out else 0.0
 
 
@@ -218,9 +222,8 @@ def _probe(start: Start, config: TrainConfig, watch: Watch, *, least: bool = Fal
     objective, model = start()
     memory = MemoryWatch(next(model.parameters()).device)
     process = max(0, memory.held - weight_bytes(model))
-    with stop_requests() as request:
-        run = TrainingRun(model, objective, config, Processes(), None, watch, request)
-        times, evaluating = _first_steps(run, 1 if least else STEPS, 0.0 if least else SECONDS)
+    run = TrainingRun(model, objective, config, Processes(), None, watch, StopRequest())  # nothing is saved at a signal
+    times, evaluating = _first_steps(run, 1 if least else STEPS, 0.0 if least else SECONDS)
     weights, trained = weight_bytes(model), trained_bytes(model)  # in the precision that the run gave them
     optimizer = sum(t.nbytes for t in run.state.optimizers.tensors().values())
     state = run.state

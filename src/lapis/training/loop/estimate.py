@@ -13,13 +13,13 @@ PREDICTED_AFTER = 5  # steps
 _LONG = 2.0  # seconds of a step, from which a line says so
 
 
-def show_estimate(state: TrainState, facts: Mapping[str, Any], batch: int, watch: Watch) -> None:
-    """Shows what the measured speed says of a step of `batch` rows, before the first one."""
+def show_estimate(state: TrainState, facts: Mapping[str, Any], rows: int, watch: Watch) -> None:
+    """Shows what the measured speed says of a step, before the first one. rows: That one process computes in it."""
     total = state.schedule.total
     text = f"step {state.step + 1:,}" + (f" of {total:,}" if total else "")
     pace = facts.get("seconds_per_token")
     if pace and total:
-        seconds = float(pace) * batch * state.objective.tokens_per_row
+        seconds = float(pace) * rows * state.objective.tokens_per_row
         text += f": about {format_time(seconds)} for a step, {format_time(seconds * (total - state.step))} left"
         if seconds > _LONG:
             watch.note(f"train: {text}")

@@ -3,6 +3,7 @@
 The metrics are the objective's (`evaluate`); this file has them measured without a trace in the run, and compares them.
 """
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,9 @@ from lapis.training.config import TrainConfig
 from lapis.training.distributed.parallel import Processes
 from lapis.training.loop.progress import Watch, live, show_share
 from lapis.training.loop.state import Best, TrainState
+from lapis.training.loop.stop_request import StopRequest
 from lapis.training.objectives.objective import Objective
+from lapis.wording import format_count
 
 RISE = 1.01  # over the lowest held-out loss, from which a run counts as over-fitting
 LESS_IS_BETTER = ("loss", "nll", "perplexity", "error", "bits", "kl")
@@ -28,8 +31,11 @@ class Evaluator:
     """Evaluates a run on the objective's held-out data. All know the result; the first process computes it, or all of
     them alike where each holds a piece of the weights."""
 
-    def __init__(self, state: TrainState, config: TrainConfig, world: Processes, watch: Watch) -> None:
-        self.state, self.config, self.world, self.watch = state, config, world, watch
+    def __init__(
+        self, state: TrainState, config: TrainConfig, world: Processes, watch: Watch, request: StopRequest
+    ) -> None:  # fmt: skip
+        self.state, self.config, self.world, self.watch, self.request = state, config, world, watch, request
+        self._last: tuple[dict[str, Tensor], str, bool] | None = None  # as the last step left it
         self._warned = False
         self._seconds = 0.0  # of the last evaluation
         self.latest: dict[str, float] = {}
@@ -43,13 +49,17 @@ class Evaluator:
         return self.world.leads or self.state.sharding is not None
 
     def metrics(self) -> dict[str, float]:
-        """The held-out metrics of the weights as they are; empty where nothing is held out."""
+        """The held-out metrics of the weights as they are; empty where nothing is held out.
+
+        A stop is obeyed here, where nothing of the run changes, and not while the outcome is noted.
+        """
         metrics: dict[str, float] = {}
         if self._takes_part:
             started = time.monotonic()
             self.objective.heard = show_share(self.watch, "evaluating held-out data", self._seconds)
             with self.world.connected(), untouched(self.state), torch.no_grad(), self.state.gathered():
-                metrics = {name: float(value) for name, value in self.objective.evaluate(self.state.model).items()}
+                with self.request.at_once():
+                    metrics = {name: float(value) for name, value in self.objective.evaluate(self.state.model).items()}
             self._seconds = time.monotonic() - started
             self.state.settle()
         return dict(self.world.from_lead(metrics))
@@ -104,7 +114,9 @@ class Evaluator:
             update_best(state.best, state.step, name, metrics[name], state.model, config.best and self._takes_part)
         self._warn_of_overfitting(metrics)
         if config.early_stop and state.best.stale >= config.early_stop:
-            state.ended = f"{name} was best at step {state.best.step} ({state.best.value:.4g}); stopped early"
+            best = f"best at step {state.best.step} ({state.best.value:.4g})"
+            none = f"no number in {format_count(state.best.stale, 'evaluation')}"
+            state.ended = f"{name} was {none if state.best.step is None else best}; stopped early"
             self.watch.note(f"train: {state.ended}")
         return metrics, bool(state.ended)
 
@@ -112,9 +124,12 @@ class Evaluator:
         """Gives the model the weights that the run ends with, and measures these.
 
         They are the best ones, where that was asked for; after the limits were left those of the last evaluation
-        within; else the last ones, or their average.
+        within; else the last ones, or their average. `put_back` undoes it.
         """
         state = self.state
+        others = bool(state.average.tensors or state.best.weights or state.within.weights)
+        alone = self.world.size == 1  # several processes are not stopped from here on
+        self._last = trained_weights(state.model) if others and alone else {}, state.ended, state.left
         if state.left:
             put_weights(state.model, state.within.weights)
         elif self.config.best and state.best.weights:
@@ -126,6 +141,12 @@ class Evaluator:
             put_weights(state.model, state.within.weights)
             metrics = self.metrics()
         return metrics
+
+    def put_back(self) -> None:
+        """Gives the model the weights of the last step again, for a run that is stopped at its end and may go on."""
+        if self._last is not None:
+            weights, self.state.ended, self.state.left = self._last
+            put_weights(self.state.model, weights)
 
     def _left(self, metrics: Mapping[str, float]) -> bool:
         """Whether a metric is beyond its limit now and none was at an earlier evaluation; notes why the run ends."""
@@ -177,7 +198,7 @@ class Evaluator:
     def sample(self) -> None:
         """Shows what the model writes now."""
         live(self.watch).stage("writing a sample")
-        with untouched(self.state):
+        with untouched(self.state), self.request.at_once():
             text = self.objective.sample(self.state.model)
         text = " ".join(text.split())
         if text:
@@ -191,7 +212,8 @@ def overfitting(log: Sequence[Mapping[str, Any]]) -> str | None:
 
     log: rows of the learning curve, with `step` and where it was measured `held_out`.
     """
-    points = [(row["step"], row["held_out"]["valid_loss"]) for row in log if "valid_loss" in row.get("held_out", {})]
+    losses = [(row["step"], row.get("held_out", {}).get("valid_loss", math.nan)) for row in log]
+    points = [(step, loss) for step, loss in losses if math.isfinite(loss)]
     if len(points) < 2:
         return None
     step, lowest = min(points, key=lambda point: point[1])
@@ -232,8 +254,9 @@ def less_is_better(name: str) -> bool:
 
 
 def update_best(best: Best, step: int, name: str, value: float, model: nn.Module, keep: bool) -> None:
-    """Notes an evaluation in `best`; with `keep`, with a copy of the trained weights where it is the best one."""
-    if best.step is None or better(name, value, best.value):
+    """Notes an evaluation in `best`; with `keep`, with a copy of the trained weights where it is the best one. What is
+    no number never is."""
+    if not math.isnan(value) and (best.step is None or better(name, value, best.value)):
         best.step, best.value, best.stale = step, value, 0
         if keep:
             best.weights = trained_weights(model)

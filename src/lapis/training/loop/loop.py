@@ -161,7 +161,7 @@ class TrainingRun:
             raise TrainingError("train: every weight is frozen; leave some to train")
         self.updater = Updater(self.state, objective, config, world, request)
         self.updater.watch = live(watch)
-        self.evaluator = Evaluator(self.state, config, world, watch)
+        self.evaluator = Evaluator(self.state, config, world, watch, request)
         self.checks: list[Check] = []
 
     def _threads_of_begin(self) -> AbstractContextManager[None]:
@@ -194,8 +194,7 @@ class TrainingRun:
             self.started = time.monotonic() - state.seconds  # measuring is no part of a budget; an earlier run is
             cpu = state.device.type == "cpu"
             with threads(self.facts["threads"]) if cpu else nullcontext():
-                with self.request.at_once():
-                    self.evaluator.begin()
+                self.evaluator.begin()
                 try:
                     yield
                 finally:  # whatever ends the run, a checkpoint that was begun is not lost
@@ -215,17 +214,18 @@ class TrainingRun:
                 self.checks = run_checks(state, config, self.updater.precision, self.journal.folder)
             held_out = self._unless_stopped(self.evaluator.result)
         self.model.eval()
+        log = state.log
         if held_out and not config.best and not state.ended:  # so that both curves reach the end
             live(self.watch).evaluated(state.step, held_out)
             if config.eval_every:
-                state.log[-1]["held_out"] = held_out
+                log = [*log[:-1], {**log[-1], "held_out": held_out}]
         best = state.within.step if state.left else state.best.step if config.best else None
         memory = peak(state.device)
         measured = {"threads": self.facts["threads"], "precision": self.updater.precision, "memory_bytes": memory}
         noted = {"skipped": state.guard.skipped, "changes": self.facts.get("changes", [])}
         return TrainResult.of(
-            state.log, out=out, steps=state.step, tokens=state.tokens, seconds=state.seconds, held_out=held_out,
-            best_step=best, start=state.start, ended=state.ended or None, overfitting=overfitting(state.log),
+            log, out=out, steps=state.step, tokens=state.tokens, seconds=state.seconds, held_out=held_out,
+            best_step=best, start=state.start, ended=state.ended or None, overfitting=overfitting(log),
             predicted=state.predicted, **noted, **measured,
         )  # fmt: skip
 
@@ -235,10 +235,11 @@ class TrainingRun:
         sharding = self.state.sharding
 
         def act() -> None:
-            with self.state.gathered():
+            with self.state.gathered(), self.request.at_once():
                 if folder is not None:
                     self.objective.write(folder)
-            with nullcontext() if sharding is None else sharding.whole_weights(folder is not None):
+            whole = nullcontext() if sharding is None else sharding.whole_weights(folder is not None)
+            with whole, self.request.at_once():
                 if folder is not None:
                     run = self.model, self.objective, self.config, folder, result
                     write_result(*run)
@@ -249,11 +250,11 @@ class TrainingRun:
         self._unless_stopped(act)
 
     def _unless_stopped(self, act: Callable[[], T]) -> T:
-        """`act()`, which changes nothing that is saved; a stop on the way saves what was trained and ends the run."""
+        """`act()`; a stop on the way saves what the last whole step has left, and ends the run."""
         try:
-            with self.request.at_once():
-                return act()
+            return act()
         except StopSignal:
+            self.evaluator.put_back()
             self._save_and_stop()
 
     def _begin(self) -> None:
@@ -283,11 +284,10 @@ class TrainingRun:
             return
         if self._evaluation_is_due() and self._evaluate():
             return  # stopped while it evaluated
-        show_estimate(state, self.facts, config.batch, self.watch)
+        show_estimate(state, self.facts, config.batch // self.world.size, self.watch)
         while state.schedule.total is None or state.step < state.schedule.total:
             start = time.perf_counter()
-            if not self.step(batches):  # the weights are those of the last whole step
-                self._save_and_stop()
+            self._unless_stopped(partial(self.step, batches))
             state.seconds = time.monotonic() - self.started
             self.state.window.seconds += time.perf_counter() - start
             self.state.window.steps += 1
@@ -322,20 +322,19 @@ class TrainingRun:
         due = bool(every and state.step and state.step % every == 0) and state.step != state.schedule.total
         return due and not done
 
-    def step(self, batches: Batches) -> bool:
-        """One update; False where a stop was requested before it was whole."""
+    def step(self, batches: Batches) -> None:
+        """One update. Raises StopSignal where a stop was requested before it was whole; then it is as if not begun."""
         state = self.state
         if not self.world.leads:
             parallel.seed_step(state.seed, state.step, self.world.rank)
         scale = state.schedule.scale(state.step)
         sums = self.updater.update(batches, scale, self._last_good)
         if sums is None:
-            return False
+            raise StopSignal
         state.step, state.cursor = state.step + 1, sums.cursor
         state.average.update(state.step)
         self.state.window.add(sums.loss, sums.count, sums.norm, sums.metrics, sums.parts)
         self.state.window.scale = scale
-        return True
 
     def _last_good(self) -> str:
         if self.saves is not None:

@@ -26,6 +26,7 @@ from lapis.training.loop.stop_request import StopRequest, StopSignal
 from lapis.training.objectives.balance import balance_loss, coefficient, watched_choices
 from lapis.training.objectives.objective import Objective
 from lapis.training.setup.blocks import autocast
+from lapis.training.setup.remedies import either, for_a_step, for_the_state
 
 _LONG = 2.0  # seconds of a step, from which its parts are shown
 
@@ -200,7 +201,7 @@ class Updater:
                 return
             if sharding is not None:
                 sharding.begin_part(number // self.world.size == parts - 1)
-            with out_of_memory_named():
+            with out_of_memory_named(self.state, self.config):
                 loss, count, metrics = self._loss(batch)
                 own.add(0.0, 0, 0, metrics)
                 if count:
@@ -229,14 +230,12 @@ class Updater:
 
 
 @contextmanager
-def out_of_memory_named() -> Iterator[None]:
+def out_of_memory_named(state: TrainState, config: TrainConfig) -> Iterator[None]:
     """Out of memory as one line that names what helps."""
     try:
         yield
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            raise TrainingError(
-                "train: out of memory; raise accumulate (the result is the same), set checkpointing to whole, lower "
-                "batch or the context, or train a LoRA"
-            ) from None
+            ways = [*for_a_step(config, state.rows), *for_the_state(config, state.model)]
+            raise TrainingError(f"train: out of memory; {either(ways)}") from None
         raise

@@ -29,6 +29,7 @@ from lapis.training.objectives.supervised.next_token import summed_cross_entropy
 from lapis.training.optim.footprint import optimizer_size
 from lapis.training.optim.muon import hidden_matrices
 from lapis.training.setup.blocks import TooSlow, autocast, compiled, stoppable
+from lapis.training.setup.remedies import either, for_a_step, for_the_state
 from lapis.wording import format_count
 
 Precision = Literal["float32", "bf16"]
@@ -184,7 +185,7 @@ def measure_speed(state: TrainState, config: TrainConfig, watch: Watch) -> dict[
 
         return loss
 
-    with out_of_memory_named():
+    with out_of_memory_named(state, config):
         likely = "float32" if state.device.type == "cpu" else "bf16"
         require_room(state, objective, config, likely if config.precision == "auto" else config.precision)
         tokens, probe = _FEW, Probe(model, compute(_FEW), budget=SECONDS / 2)
@@ -237,11 +238,13 @@ def training_speed(model: Transformer, threads: int = 0, precision: str = "auto"
 
 
 def require_room(state: TrainState, objective: Objective, config: TrainConfig, precision: str) -> None:
-    """Raises TrainingError with what helps where gradients, optimizer, copies and a micro-batch exceed what is free.
+    """Raises TrainingError with what helps where gradients, optimizer, copies and a micro-batch exceed what is free,
+    of which each process of this machine has its share.
 
     Measures only where a generous estimate comes near, and says nothing where that takes too long.
     """
-    free = available(state.device)
+    sharing = environment_number("LOCAL_WORLD_SIZE", 1) if state.device.type == "cpu" else 1
+    free = available(state.device) // sharing
     trained = state.optimizers.parameters
     matrices = sum(p.nbytes for p in hidden_matrices(state.model))
     whole = sum(p.nbytes for p in trained)
@@ -264,21 +267,13 @@ def require_room(state: TrainState, objective: Objective, config: TrainConfig, p
     step = int(max(0.0, less - per_token * few) + per_token * state.rows * objective.tokens_per_row)
     if held + step <= free:
         return
-    levers = []
-    if step > held:
-        if state.rows > 1:
-            levers.append("raise accumulate (the result is the same)")
-        if config.checkpointing != "whole":
-            levers.append("set checkpointing to whole (the same result, a third slower)")
-        levers.append("lower batch or context")
-    else:
-        levers.append("train a LoRA, or freeze a part")
-        if config.weights == "float32":
-            levers.append("set weights to bf16")
+    smaller = for_a_step(config, state.rows)
+    ways = smaller if step > held else for_the_state(config, state.model) or smaller
+    each = f" for each of {sharing} processes" if sharing > 1 else ""
     raise TrainingError(
         f"train: a step needs about {(held + step) / 1e9:.1f} GB ({step / 1e9:.1f} GB for "
         f"{format_count(state.rows, 'row')}, {held / 1e9:.1f} GB for {what}) and {free / 1e9:.1f} GB "
-        f"are free; {', or '.join(levers)}"
+        f"are free{each}; {either(ways)}"
     )
 
 
