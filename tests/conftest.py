@@ -26,7 +26,7 @@ CHROMIUM = (
 
 @pytest.fixture(scope="session", autouse=True)
 def scratch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What tests and their processes write beside their own folders goes with the folders of the tests, killed or not."""
+    """What tests and their processes write elsewhere goes with the folders of the tests, killed or not."""
     with pytest.MonkeyPatch.context() as patch:
         place = tmp_path_factory.mktemp("beside")
         patch.setenv("TMPDIR", str(place))
