@@ -19,6 +19,7 @@ from lapis.language.training.held_out import divide_drawn, halves
 from lapis.text.rows.mixture import Mixture
 from lapis.text.rows.rows import Rows
 from lapis.training.optim.optimizers import Optimizers
+from lapis.weights.graft.graft import graft
 
 from .conftest import MALAY, TINY
 
@@ -95,8 +96,6 @@ def test_a_step_cut_while_removing_another_begins_anew(tmp_path: Path, monkeypat
 def test_a_stopped_graft_begins_anew_with_another_scale(
     plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    graft = flow.graft
-
     def stop(*given: Any, progress: Callable[[float, float], None], **more: Any) -> Any:
         def cut(done: float, total: float) -> None:
             if done >= total / 2:
