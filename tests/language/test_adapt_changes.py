@@ -1,13 +1,14 @@
 """What a changed setting has begin anew, what it leaves as it is, and what nothing is learned from and measured on."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lapis.errors import DataError
+from lapis.errors import DataError, TrainingError
 from lapis.language import adapt as flow
 from lapis.language.adapt import adapt
 from lapis.language.card.folder import held_out_of, how_made
@@ -62,6 +63,21 @@ def test_a_stopped_training_begins_anew_with_other_settings(
         assert all(weights(cut, step) == weights(whole, step) for step in ("embedded", "adapted")), changes
         told = "embedded: begins anew, since what it reads or a setting has changed since it was stopped" in remarks
         assert told == bool(changes)  # the same settings go on
+
+
+def test_a_damaged_checkpoint_is_refused_with_a_remedy(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that this command has, in place of an option of `lapis train`."""
+    settings = plan(chat=None, card=False, train={**TINY, "save_every": 1}, tokens_per_second=1e3)
+    stopped(settings, monkeypatch)
+    staging = tmp_path / "out" / ".embedded.lapis"
+    for checkpoint in (staging / ".journal").glob("step-*"):
+        (checkpoint / "rng.safetensors").unlink()
+    with pytest.raises(TrainingError, match=rf"or remove {staging} to start anew$"):
+        adapt(settings)
+    shutil.rmtree(staging)
+    adapt(settings)
 
 
 def test_a_step_cut_while_removing_another_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

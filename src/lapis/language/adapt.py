@@ -31,6 +31,7 @@ from lapis.checkpoint import open_checkpoint
 from lapis.checkpoint.commit import commit, commit_file
 from lapis.checkpoint.files import read_json
 from lapis.config import dump_yaml, load_yaml
+from lapis.errors import TrainingError
 from lapis.language.card.card import make_card, write_card
 from lapis.language.card.folder import PARTS, added_tokens, held_out_of, how_made, measured_files, parents_of
 from lapis.language.extend import SAMPLE, add_rows, open_source, require_enough
@@ -43,7 +44,7 @@ from lapis.language.steps import Steps
 from lapis.language.texts import after_bytes, first_bytes, first_sentence, read_texts, write_lines, write_texts
 from lapis.language.training.held_out import divide_drawn, halves
 from lapis.language.training.machine import with_earlier_measures, with_measures
-from lapis.language.training.settings import BITS, check_trainings, deciding, training_settings
+from lapis.language.training.settings import BITS, check_trainings, deciding, training_settings, with_own_remedy
 from lapis.model.check import read_config
 from lapis.planning.plan import plan as plan_pieces
 from lapis.report.pages.fertility import fertility_page
@@ -247,7 +248,10 @@ class _Adaptation:
         def make(folder: Path, overwrite: bool) -> None:
             what = "new rows alone" if name == "embedded" else "everything"
             self.note(f"{name}: training {what}, {format_count(settings['steps'], 'step')}, {plan.time_of(share)}")
-            train(read_settings({**settings, "out": str(folder)}, f"adapt: {name}"), overwrite=overwrite)
+            try:
+                train(read_settings({**settings, "out": str(folder)}, f"adapt: {name}"), overwrite=overwrite)
+            except TrainingError as error:
+                raise TrainingError(with_own_remedy(str(error), folder)) from error
 
         self.models[name] = self.steps.run(name, {**deciding(settings), **self.inputs}, after, make)
 

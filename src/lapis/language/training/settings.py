@@ -4,6 +4,7 @@
 follows the other, the second has another seed, so that it does not begin with the rows that the first one read.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 
+from lapis.checkpoint.staging import staging_of
 from lapis.errors import ConfigError
 from lapis.generation.ready import choose_device
 from lapis.language.plan import AdaptPlan
@@ -105,6 +107,12 @@ def check_trainings(plan: AdaptPlan) -> None:
             outline, lora_config=lora, tune=config.tune, freeze=config.freeze, tokens=config.tokens, plan=config.plan,
             base=plan.source, tokenizer=Tokenizer.open(plan.source) if lora else None,
         )  # fmt: skip
+
+
+def with_own_remedy(refusal: str, folder: Path) -> str:
+    """What a training refuses, without the options of `lapis train` that an adaptation lacks. folder: Its result."""
+    without = re.sub(r"allow it with( --allow-change \w+)+, ", "", refusal)
+    return without.replace("start anew with --fresh", f"remove {staging_of(folder)} to start anew")
 
 
 def _rows_alone(plan: AdaptPlan, new_rows: Sequence[int]) -> dict[str, Any]:
