@@ -12,6 +12,7 @@ everything, the base too.
 
 import argparse
 import json
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,12 @@ from language_runs import (
 
 import lapis
 from lapis.checkpoint import open_checkpoint
+from lapis.checkpoint.files import read_json
 from lapis.language.extend import Init
+from lapis.language.replay import draw_texts
 from lapis.language.rows.calibrate import calibrate_again
+from lapis.language.texts import write_texts
+from lapis.language.training.settings import SEED_APART
 from lapis.text.corpus import corpus
 from lapis.text.tokenizer.extend import ExtendableTokenizer
 from lapis.text.tokenizer.tokenizer import train_tokenizer
@@ -55,7 +60,8 @@ HELD_BYTES = 40_000
 class Arm:
     """What `lapis adapt` would be told. rows_rate: of embedding and head, times that of the blocks. old_rows: Whether
     the rows of old tokens are trained with everything else. share_rows: Whether new rows learn from those of tokens
-    that have characters in common. again: Whether new tokens are calibrated again at the end."""
+    that have characters in common. again: Whether new tokens are calibrated again at the end. drawn: Whether replay is
+    text that the base draws itself, in place of English."""
 
     init: Init | None = None
     embedded: float = 0.2
@@ -70,6 +76,7 @@ class Arm:
     extended: bool = True
     share_rows: bool = False
     again: bool = False
+    drawn: bool = False
 
 
 NEW = "old rows frozen, new 10x"
@@ -89,6 +96,8 @@ OTHER: dict[str, dict[str, Any]] = {
     "rows begin at random": {"init": "random", "again": False},
     "rows share nothing": {"share_rows": False},
     "new 3x": {"rows_rate": 3.0, "rows_lr": 3e-3},
+    "replay 0": {"replay": 0.0},
+    "replay 0.1 of its own": {"drawn": True},
     "replay 0.25": {"replay": 0.25},
     "ema 0.98": {"ema": 0.98},
     "merge back 0.1": {"merge_back": 0.1},
@@ -128,7 +137,8 @@ def base_of(root: Path, seed: int, tied: bool) -> Path:
 def place_of(root: Path, arm: Arm, seed: int) -> Path:
     """Where an arm's model lies."""
     place = root / f"seed-{seed}" / f"adapted-{embedded_name(arm)}-{arm.lr}-{arm.rows_rate}-{arm.replay}-{arm.ema}"
-    for said, what in ((not arm.old_rows, "new"), (arm.share_rows, "shared"), (arm.again, "again")):
+    marks = ((not arm.old_rows, "new"), (arm.share_rows, "shared"), (arm.again, "again"), (arm.drawn, "drawn"))
+    for said, what in marks:
         place = place.with_name(f"{place.name}-{what}") if said else place
     return place.with_name(f"merged-{place.name}-{arm.merge_back}") if arm.merge_back else place
 
@@ -151,6 +161,19 @@ def make_base(root: Path, seed: int, tied: bool) -> Path:
                data=[str(ENGLISH)], steps=BASE_STEPS, **ROWS)  # fmt: skip
 
 
+def drawn_text(root: Path, base: Path, tokens: int, seed: int) -> Path:
+    """Text that a base draws itself. It goes without the chat template of its tokenizer, which it never read."""
+    plain, file = root / f"{base.name}-plain", root / f"drawn-{seed}.jsonl"
+    if not file.exists():
+        shutil.copytree(base, plain, ignore=shutil.ignore_patterns("*.jinja", "additional_chat_templates"))
+        config = plain / "tokenizer_config.json"
+        kept_fields = {key: value for key, value in read_json(config).items() if key != "chat_template"}
+        config.write_text(json.dumps(kept_fields))
+        say(f"drawing {file}")
+        write_texts(file, (each.text for each in draw_texts(plain, tokens, seed)))
+    return file
+
+
 def make(root: Path, arm: Arm, seed: int) -> Path:
     """The model of an arm: extended, its rows trained alone, everything trained, merged."""
     start = base = make_base(root, seed, arm.tied)
@@ -159,11 +182,13 @@ def make(root: Path, arm: Arm, seed: int) -> Path:
         start = place / f"start-{start_name(arm)}"
         if not start.is_dir():
             say(f"extending {start}")
-            lapis.extend(base, KOREAN, start, add=ADDED, init=arm.init, seed=seed, snippets=SNIPPETS)
+            snippets = {"snippets": SNIPPETS} if arm.init == "distilled" else {}
+            lapis.extend(base, KOREAN, start, add=ADDED, init=arm.init, seed=seed, **snippets)
     if arm.again:
         if not result.is_dir():
             trained, own = make(root, replace(arm, again=False), seed), ExtendableTokenizer.open(base)
-            korean, english = ([each.text for each in corpus.documents(files)] for files in (KOREAN, [ENGLISH]))
+            known = root / f"drawn-{seed}.jsonl" if arm.drawn else ENGLISH
+            korean, english = ([each.text for each in corpus.documents(files)] for files in (KOREAN, [known]))
             calibrate_again(open_checkpoint(trained), own, own.read_extension(start), korean, result, replay=english,
                             seed=seed)  # fmt: skip
         return result
@@ -185,8 +210,13 @@ def make(root: Path, arm: Arm, seed: int) -> Path:
         if arm.old_rows
         else {"freeze": ["embed"] if arm.tied else ["embed", "head"], "tokens": new_rows, "share_rows": arm.share_rows}
     )
-    return run(result, **frozen, model=str(start), steps=STEPS - alone, lr=arm.lr, rates=rates, ema=arm.ema, seed=seed,
-               data=mixture(KOREAN, arm.replay), **ROWS)  # fmt: skip
+    data: Any = mixture(KOREAN, arm.replay)
+    if arm.drawn:
+        tokens = round(arm.replay * (STEPS - alone) * ROWS["batch"] * CONTEXT)
+        drawn = {"path": str(drawn_text(root, base, tokens, seed)), "weight": arm.replay, "special": "trusted"}
+        data = [*({"path": path, "weight": share} for path, share in data.items() if path != str(ENGLISH)), drawn]
+    return run(result, **frozen, model=str(start), steps=STEPS - alone, lr=arm.lr, rates=rates, ema=arm.ema,
+               seed=seed + SEED_APART * bool(alone), data=data, **ROWS)  # fmt: skip
 
 
 def main() -> None:

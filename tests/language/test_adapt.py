@@ -11,14 +11,14 @@ import pytest
 import torch
 import yaml
 
-from lapis.errors import CheckpointError, ConfigError, DataError, OutputError
-from lapis.language import machine
+from lapis.errors import CheckpointError, ConfigError, DataError, LapisError, OutputError
 from lapis.language.adapt import adapt
 from lapis.language.card.naming import share_in_language
 from lapis.language.card.readme import readme
 from lapis.language.plan import AdaptPlan, read_plan
 from lapis.language.replay import draw_texts
 from lapis.language.steps import Steps
+from lapis.language.training import machine
 from lapis.model.check import read_config
 from lapis.model.load import load
 from lapis.model.size import activation_bytes, measure
@@ -137,6 +137,20 @@ def test_what_cannot_be_is_refused_before_anything_is_done(plan: Callable[..., d
         ({"merge_back": 1.0}, ConfigError, "merge_back"),
         ({"train": {"lr": 1e-3}}, ConfigError, "train: lr is settled by lr and rows_lr of the plan"),
         ({"train": {"steps": 5}}, ConfigError, "train: steps is settled by tokens of the plan"),
+        ({"train": {"warmpu": 3}}, ConfigError, 'adapt: train: unknown key "warmpu"; did you mean "warmup"'),
+        ({"train": {"warmup": -1}}, ConfigError, "warmup is -1"),
+        ({"train": {"threads": "all"}}, ConfigError, "threads"),
+        ({"train": {"early_stop": 2, "eval_every": 0}}, ConfigError, "early_stop and best need eval_every"),
+        ({"train": {"accumulate": 3}}, ConfigError, "batch 4 does not divide into accumulate 3"),
+        ({"train": {"tune": ["atn"]}}, ConfigError, "atn"),
+        ({"train": {"plan": "nowhere.yaml"}}, ConfigError, "train: plan says what is trained, and so does adapt"),
+        ({"train": {"plan": "nowhere.yaml"}, "vocab": 0}, LapisError, "nowhere.yaml"),
+        ({"train": {"best": True, "watch_metric": "target/loss"}}, ConfigError, "watch_metric is"),
+        ({"train": {"field": "body"}}, ConfigError, "train: field is settled by text and replay of the plan"),
+        ({"train": {"device": "cuda:99", "accumulate": 1}}, ConfigError, "device is"),
+        ({"train": {"lora": {"rank": 4}}}, ConfigError, "train: lora makes an adapter, which gains no tokens"),
+        ({"train": {"lora": {"rnk": 4}}, "vocab": 0, "chat": None}, ConfigError, "rnk"),
+        ({"train": {"lora": {"tokens": ["<a>"]}}, "vocab": 0, "chat": None}, ConfigError, '"<a>" is no token'),
     ):
         with pytest.raises(error, match=text):
             adapt(plan(**changes))

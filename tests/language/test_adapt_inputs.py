@@ -119,6 +119,14 @@ def test_a_chat_model_that_is_the_base_is_refused(typed: Callable[..., tuple[int
     assert f"adapt: chat is {base}, which is the base itself, so that chat - base is nothing; leave chat out" in line
 
 
+def test_a_setting_of_trainings_that_is_none_is_refused(typed: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
+    """Before anything is measured, whether it stands in the file or is typed, and by a dry run, too."""
+    for arguments in (("train.warmpu=3",), ("train.warmpu=3", "--dry-run")):
+        assert 'adapt: train: unknown key "warmpu"; did you mean "warmup"' in refused(typed(*arguments))
+    assert "train: log_every is 0; it must be above 0" in refused(typed("train.log_every=0"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_replay_in_the_target_language_is_told(typed: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
     others = [text.replace("bermain dengan", "duduk bersama") for text in MALAY]
     for number, (language, told) in enumerate(

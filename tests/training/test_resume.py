@@ -27,6 +27,7 @@ from lapis.text.corpus.corpus import Document
 from lapis.text.rows.packing import pack
 from lapis.text.tokenizer.tokenizer import Tokenizer
 from lapis.training.config import TrainConfig
+from lapis.training.loop.changes import differences
 from lapis.training.loop.loop import train
 from lapis.training.loop.progress import Silent
 from lapis.training.loop.state import CheckpointJournal, newest_of
@@ -209,6 +210,13 @@ def test_fault_68_changed_config_is_refused_with_the_difference(
     with pytest.raises(TrainingError, match=r"differs: config.lr was 0.01, is 0.02; config.steps was 12, is 13"):
         resumed(new_model, objective, tmp_path / "out", replace(CONFIG, lr=0.02, steps=13))
     resumed(new_model, objective, tmp_path / "out", replace(CONFIG, save_every=5, keep=1, log_every=2))
+
+
+def test_a_changed_list_is_told_by_its_ends() -> None:
+    lines = [change.line for change in differences({"tokens": [*range(40)]}, {"tokens": [*range(30)]})]
+    assert lines == ["tokens was [0, ..., 39] of 40, is [0, ..., 29] of 30"]
+    alike = differences({"tokens": [1, 2, 3, 4, 5]}, {"tokens": [1, 2, 9, 4, 5]})
+    assert alike[0].line == "tokens was [1, ..., 5] of 5, is [1, ..., 5] of 5, with others between"
 
 
 def test_fault_59_changed_data_is_refused(

@@ -205,6 +205,24 @@ def is_made(out: Path) -> bool:
     return out.is_dir()
 
 
+def give_up(out: Path) -> None:
+    """Removes what an interrupted job has left of an output, so that another job can begin there. What another user, or
+    no lapis, put there stays.
+
+    Raises:
+        OutputError: Where another process is writing it.
+    """
+    root = staging_of(Path(os.path.abspath(out)))
+    if not root.is_dir() or root.is_symlink() or root.lstat().st_uid != os.geteuid() or kind_of(root) is None:
+        return
+    handle = lock(root)
+    try:
+        with disk_errors(root):
+            drop(root)
+    finally:
+        os.close(handle)
+
+
 def drop(root: Path) -> None:
     """Removes a staging folder."""
     _empty(root)

@@ -31,17 +31,20 @@ from lapis.checkpoint import open_checkpoint
 from lapis.checkpoint.commit import commit, commit_file
 from lapis.checkpoint.files import read_json
 from lapis.config import dump_yaml, load_yaml
+from lapis.errors import TrainingError
 from lapis.language.card.card import make_card, write_card
 from lapis.language.card.folder import PARTS, added_tokens, held_out_of, how_made, measured_files, parents_of
 from lapis.language.extend import SAMPLE, add_rows, open_source, require_enough
 from lapis.language.fertility import Report, fertility
 from lapis.language.inputs import check_inputs, stamps, with_whole_paths
-from lapis.language.machine import with_earlier_measures, with_measures
 from lapis.language.plan import PLAN, AdaptPlan, read_plan
 from lapis.language.replay import bits_per_byte, draw_replies, draw_texts
 from lapis.language.rows.calibrate import calibrate_again
 from lapis.language.steps import Steps
 from lapis.language.texts import after_bytes, first_bytes, first_sentence, read_texts, spread, write_lines, write_texts
+from lapis.language.training.held_out import divide_drawn, halves
+from lapis.language.training.machine import with_earlier_measures, with_measures
+from lapis.language.training.settings import BITS, check_trainings, deciding, training_settings, with_own_remedy
 from lapis.model.check import read_config
 from lapis.planning.plan import plan as plan_pieces
 from lapis.report.pages.fertility import fertility_page
@@ -58,7 +61,6 @@ from lapis.wording import format_count
 
 Bar = Callable[[str], AbstractContextManager[Report]]
 PROMPTS = 64  # to which chat replies where scales are learned
-BITS = "replay/bits_per_byte"
 
 
 def adapt(
@@ -92,6 +94,7 @@ def adapt(
     for remark in check_inputs(plan, out):
         note(remark)
     plan = with_earlier_measures(plan, out, note)
+    check_trainings(plan)
     if not dry_run:
         with bar("measuring how fast this machine trains"):
             plan = with_measures(plan)
@@ -103,7 +106,7 @@ def adapt(
         return {"plan": str(out / PLAN), "steps": {name: str(out / name) for name in plan.step_names}, "dry_run": True}
     shares = (plan.embedded, 1 - plan.embedded) if plan.vocab and plan.embedded else (1.0,)
     note(f"training: {plan.tokens_of(*shares):,} tokens, {plan.time_of(*shares)}")
-    return _Adaptation(plan, Steps(out), bar, note).run()
+    return _Adaptation(plan, Steps(out, note), bar, note).run()
 
 
 class _Adaptation:
@@ -136,12 +139,10 @@ class _Adaptation:
             self.models["start"] = steps.done["start"]
             last = ["start"]
             if plan.embedded:
-                alone = {"lr": plan.rows_lr, "freeze": ["all"], "tokens": self._new_rows, "share_rows": True}
-                self._train("embedded", steps.done["start"], plan.embedded, alone, last)
+                self._train("embedded", plan.embedded, self._new_rows, last)
                 last = ["embedded"]
-        share = 1 - plan.embedded if added else 1.0
-        rates = self._rates_of_rows() if added and not plan.old_rows else {}
-        self._train("adapted", self.last_model, share, {"lr": plan.lr, "ema": plan.ema, **rates}, last)
+        rows = self._new_rows if added else []
+        self._train("adapted", 1 - plan.embedded if added else 1.0, rows, last)
         last = ["adapted"]
         if share := plan.merged_back:
             self.note(f"merged: {1 - share:g} x adapted + {share:g} x what it was trained from")
@@ -195,11 +196,12 @@ class _Adaptation:
         self.note("replay: drawing text from the model itself")
         with self.bar("drawing text") as report, commit(folder, kind="adapt", overwrite=overwrite) as staging:
             drawn = draw_texts(plan.source, plan.drawn_tokens, plan.seed, report)
-            few = max(1, len(drawn) // 10)
-            held = first_bytes((each.plain for each in drawn[:few]), plan.scored)
-            write_texts(staging.path / "replay.held.jsonl", held)
-            write_texts(staging.path / "replay.jsonl", (each.text for each in drawn[few:] or drawn))
+            learn, held = divide_drawn(drawn, str(plan.source))
+            write_texts(staging.path / "replay.held.jsonl", first_bytes((each.plain for each in held), plan.scored))
+            write_texts(staging.path / "replay.jsonl", (each.text for each in learn))
             self._measure_base(staging.path)
+        if repeated := len(drawn) - len(learn) - len(held):
+            self.note(f"replay: left out {format_count(repeated, 'text')} that the model had drawn before")
 
     def _tokenizer(self, folder: Path, overwrite: bool) -> None:
         add = added_tokens(self.steps.out, self.plan)
@@ -230,12 +232,6 @@ class _Adaptation:
         for remark in made.notes:
             self.note(f"start: {remark}")
 
-    def _rates_of_rows(self) -> dict[str, Any]:
-        """Settings that train new rows at their own rate, and leave old ones as they are."""
-        tables = ["embed"] if read_config(str(self.last_model)).tied else ["embed", "head"]
-        rates = dict.fromkeys(tables, self.plan.rows_lr)
-        return {"freeze": tables, "tokens": self._new_rows, "share_rows": True, "rates": rates}
-
     @cached_property
     def _new_rows(self) -> list[int]:
         """The ids of new tokens."""
@@ -243,31 +239,21 @@ class _Adaptation:
         gained = base.read_extension(self.steps.done["tokenizer"])
         return list(range(gained.first, gained.first + len(gained.tokens)))
 
-    def _train(self, name: str, model: str | Path, share: float, how: Mapping[str, Any], after: Sequence[str]) -> None:
-        """Trains `model` on a share of the tokens: new rows alone ("embedded"), or everything that `how` leaves."""
-        plan, alone = self.plan, name == "embedded"
-        text, replay = str(self._text("text")), str(self._text("replay"))
-        mixed = bool(plan.replay) and plan.replay_share > 0 and not alone
-        context = self._context(model)
-        steps = plan.steps(share, context)
-        sources = [{"path": text, "weight": 1 - plan.replay_share}, {"path": replay, "weight": plan.replay_share}]
-        sources[1] |= {"special": "trusted"} if plan.draws_replay else {}
-        settings: dict[str, Any] = {
-            "objective": "causal", "model": str(model), "steps": steps, "batch": plan.batch, "context": context,
-            "seed": plan.seed, "eval_every": plan.eval_every(steps), **how, **plan.train,
-            "data": sources if mixed else [text], "valid": {name: str(path) for name, path in self._held().items()},
-        }  # fmt: skip
-        if plan.replay and settings["eval_every"] and not alone:
-            settings["limits"] = {BITS: round(self._base_bits() * (1 + plan.cost), 6)}
+    def _train(self, name: str, share: float, new_rows: Sequence[int], after: Sequence[str]) -> None:
+        """Trains the newest model on a share of the tokens: new rows alone ("embedded"), or everything ("adapted")."""
+        plan, bits = self.plan, self._base_bits() if self.plan.replay else None
+        model = str(self.last_model)
+        settings = training_settings(plan, name, model, share, new_rows, self._text, self._held(), bits)
 
         def make(folder: Path, overwrite: bool) -> None:
-            what = "new rows alone" if alone else "everything"
+            what = "new rows alone" if name == "embedded" else "everything"
             self.note(f"{name}: training {what}, {format_count(settings['steps'], 'step')}, {plan.time_of(share)}")
-            train(read_settings({**settings, "out": str(folder)}, f"adapt: {name}"), overwrite=overwrite)
+            try:
+                train(read_settings({**settings, "out": str(folder)}, f"adapt: {name}"), overwrite=overwrite)
+            except TrainingError as error:
+                raise TrainingError(with_own_remedy(str(error), folder)) from error
 
-        described = {key: value for key, value in settings.items() if key not in ("data", "model", "valid")}
-        described |= {"mixed": plan.replay_share if mixed else 0}
-        self.models[name] = self.steps.run(name, {**described, **self.inputs}, after, make)
+        self.models[name] = self.steps.run(name, {**deciding(settings), **self.inputs}, after, make)
 
     def _merge_back(self, folder: Path, overwrite: bool) -> None:
         *_, before, trained = self.models.values()
@@ -328,6 +314,8 @@ class _Adaptation:
         if plan_graft(plan.base, plan.chat, self.last_model).new_tokens:  # a plan needs rows for them
             last = [self._add_chat("worded", {}, last)]
         chat, onto = plan.chat, self.last_model
+        spare = self._text("text").with_suffix(".spare.jsonl")  # on which no model is measured
+        scarce = not spare.stat().st_size
 
         def make(folder: Path, overwrite: bool) -> None:
             self.note("planned: learning a scale for each component")
@@ -335,21 +323,27 @@ class _Adaptation:
                 texts = spread(document.text for document in corpus.documents(self._text("text")))[:PROMPTS]
                 chats = staging.path / "chats.jsonl"
                 write_lines(chats, draw_replies(chat, [first_sentence(text) for text in texts]))
-                spare = self._text("text").with_suffix(".spare.jsonl")  # on which no model is measured
-                held = spare if spare.stat().st_size else self._held()["target"]
+                text = spare
+                if scarce:
+                    measured, learned_from = halves([each.text for each in corpus.documents(self._held()["target"])])
+                    text = staging.path / "text.spare.jsonl"
+                    write_texts(text, learned_from)
+                    write_texts(staging.path / "text.held.jsonl", measured)
+                    self.note("planned: half of the held-out text is learned from; the card measures on the other half")
                 base, lent = plan.base, staging.path / "base"
                 if plan_graft(base, chat, base).new_tokens:  # chats are measured on base, too
                     graft(base, chat, base, lent, 0.0)
                     base = str(lent)
                 learned = plan_pieces(
-                    base, chat, chats=chats, text=held, onto=onto, cost=plan.cost or 1e-3,
+                    base, chat, chats=chats, text=text, onto=onto, cost=plan.cost or 1e-3,
                     pieces="components", seed=plan.seed, progress=lambda what, done, total: report(done, total, what),
                 )  # fmt: skip
                 shutil.rmtree(lent, ignore_errors=True)
                 learned.base = str(plan.base)
                 learned.save(staging.path / PLAN)
 
-        self.steps.run("planned", {"cost": plan.cost, "seed": plan.seed, **self.inputs}, last, make)
+        how = {"cost": plan.cost, "seed": plan.seed, **({"halves": True} if scarce else {})}
+        self.steps.run("planned", {**how, **self.inputs}, last, make)
         return ["planned"]
 
     def _card(self, last: list[str]) -> dict[str, Any]:

@@ -22,9 +22,10 @@ BYTES = 4  # of a token, about
 # settings of a training -> what says them here; the rest of `train` goes to both trainings as it is
 _SETTLED = {
     "objective": "causal", "model": "base", "new": "base", "data": "text and replay", "valid": "text and replay",
-    "tokenizer": "vocab", "out": "out", "steps": "tokens", "epochs": "tokens", "minutes": "minutes", "batch": "batch",
-    "context": "context", "lr": "lr and rows_lr", "ema": "ema", "seed": "seed", "limits": "cost", "freeze": "old_rows",
-    "tokens": "old_rows", "share_rows": "old_rows", "rates": "lr, rows_lr and old_rows",
+    "field": "text and replay", "tokenizer": "vocab", "out": "out", "steps": "tokens", "epochs": "tokens",
+    "minutes": "minutes", "batch": "batch", "context": "context", "lr": "lr and rows_lr", "ema": "ema", "seed": "seed",
+    "limits": "cost", "freeze": "old_rows", "tokens": "old_rows", "share_rows": "old_rows",
+    "rates": "lr, rows_lr and old_rows",
 }  # fmt: skip
 
 
@@ -72,7 +73,7 @@ class AdaptPlan:
             result costs beyond it is told.
         scored: Bytes of held-out text of each language that models are measured on.
         card: Whether every model is measured at the end; `lapis card` does it later.
-        seed: Of everything.
+        seed: Of everything; of the training that follows another, a million more.
     """
 
     base: str

@@ -4,7 +4,8 @@
     folder = steps.run("start", settings, after=["tokenizer"], make=lambda folder, overwrite: ...)
 
 A note beside the steps says what a step was made from. It is written before the step begins, so that a kill at any
-moment leaves a step that is whole or not there. Leaves out what the steps are (adapt.py).
+moment leaves a step that is whole or not there. A step that was stopped goes on, unless what it reads has changed: then
+what is there of it is removed. Leaves out what the steps are (adapt.py).
 """
 
 import hashlib
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lapis.checkpoint.commit import commit_file
-from lapis.checkpoint.staging import is_made
+from lapis.checkpoint.staging import give_up, is_made, staging_of
 from lapis.errors import OutputError
 
 NOTES = ".steps"
@@ -22,10 +23,11 @@ Stamps = dict[str, list[int]]
 
 
 class Steps:
-    """The steps of one folder. done: Name -> folder, in the order in which they were run."""
+    """The steps of one folder. done: Name -> folder, in the order in which they were run. tell: Called with a line
+    where something that was half done is removed."""
 
-    def __init__(self, out: Path) -> None:
-        self.out = out
+    def __init__(self, out: Path, tell: Callable[[str], None] = lambda line: None) -> None:
+        self.out, self.tell = out, tell
         self.done: dict[str, Path] = {}
         self._keys: dict[str, str] = {}
 
@@ -58,7 +60,12 @@ class Steps:
                 f"{folder}: {changed} was changed since it was written; remove the folder to have it made again"
             )
         elif not exists or stopped or note["key"] != key:
-            self._write(name, key, None, stamps_of(folder) if exists else None)
+            before = stamps_of(folder) if exists else None
+            if note and (note["key"] != key or note.get("removing")) and staging_of(folder).is_dir():
+                self.tell(f"{name}: begins anew, since what it reads or a setting has changed since it was stopped")
+                self._write(name, key, None, before, removing=True)  # which a kill may cut short
+                give_up(folder)
+            self._write(name, key, None, before)
             make(folder, exists)
             self._write(name, key, stamps_of(folder))
         self.done[name], self._keys[name] = folder, key
@@ -68,9 +75,12 @@ class Steps:
         path = self.out / NOTES / f"{name}.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
-    def _write(self, name: str, key: str, stamps: Stamps | None, replaces: Stamps | None = None) -> None:
+    def _write(
+        self, name: str, key: str, stamps: Stamps | None, replaces: Stamps | None = None, *, removing: bool = False
+    ) -> None:
+        note = {"key": key, "stamps": stamps, "replaces": replaces, **({"removing": True} if removing else {})}
         with commit_file(self.out / NOTES / f"{name}.json", overwrite=True) as path:
-            path.write_text(json.dumps({"key": key, "stamps": stamps, "replaces": replaces}), encoding="utf-8")
+            path.write_text(json.dumps(note), encoding="utf-8")
 
 
 def stamps_of(folder: Path) -> Stamps:

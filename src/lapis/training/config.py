@@ -12,6 +12,8 @@ Shape = Literal["wsd", "constant", "cosine", "linear"]
 
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
+# options on which no trained weight depends
+WITHOUT_EFFECT = ("save_every", "keep", "log_every", "sample_every", "save_dtype", "shard", "certify", "track")
 
 
 @dataclass(frozen=True)
@@ -194,7 +196,6 @@ class TrainConfig:
 
     def decisive(self) -> dict[str, Any]:
         """The options that the weights depend on; a rerun that differs in one of them is another run."""
-        without_effect = ("save_every", "keep", "log_every", "sample_every", "save_dtype", "shard", "certify", "track")
-        options = {name: value for name, value in vars(self).items() if name not in without_effect}
+        options = {name: value for name, value in vars(self).items() if name not in WITHOUT_EFFECT}
         groups = {"guards": (options.pop("guards"), GuardOptions()), "muon": (options.pop("muon"), MuonOptions())}
         return {**options, **{name: asdict(given) for name, (given, plain) in groups.items() if given != plain}}

@@ -24,7 +24,8 @@ from lapis.text.corpus.files import files
 from lapis.weights.delta.beside import card_license
 from lapis.weights.graft.layout import plan_graft
 
-TEXTS = ("measure", "replay")  # steps that hold texts; the second one where a model drew its replay itself
+# steps that hold texts: the second where a model drew its replay itself, the last where scales are learned on a part
+TEXTS = ("measure", "replay", "planned")
 PARTS = {"target": "text", "replay": "replay"}  # language -> what its files in measure/ are called
 MEASURED = ("chats", "replay_chats", "choices", "replay_choices")  # keys of a plan whose files a card reads
 UNGRAFTED = ("adapted", "merged", "calibrated")  # steps whose model is adapted, in their order, before chat is added
@@ -86,7 +87,7 @@ def held_out_of(folder: Path, plan: AdaptPlan, given: Mapping[str, Any] | None =
     """
     held, settings = {}, {**vars(plan), **(given or {})}
     for name, part in PARTS.items():
-        places = (step / f"{part}.held.jsonl" for step in _texts_of(folder, plan))
+        places = (step / f"{part}.held.jsonl" for step in reversed(_texts_of(folder, plan)))
         file = next((place for place in places if place.is_file()), None)
         if file is not None:
             held[name] = _held_out(name, [document.text for document in corpus.documents(file)], settings)

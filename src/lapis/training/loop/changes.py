@@ -18,6 +18,7 @@ SETTLED = ("objective", "model", "lora", "trained", "tokens", "tokenizer", "cont
            "seed", "threads", "precision", "compile")  # fmt: skip
 SCHEDULED = frozenset({"steps", "epochs", "minutes", "warmup", "schedule", "decay", "batch", "data"})
 _FOLLOWS = {"counts": "data", "counts.held_out": "valid"}  # what changes with what
+MOST_NAMED = 4  # entries of a list
 
 
 class Change(NamedTuple):
@@ -65,7 +66,9 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
             changes += differences(was, now, f"{prefix}{key}.")
         elif was != now:
             name = f"{prefix}{key}".rstrip(".")  # the only one of some that could have names has none
-            changes.append(Change(name, f"{name} was {_short(was)}, is {_short(now)}"))
+            before, after = _short(was), _short(now)
+            between = ", with others between" if before == after else ""
+            changes.append(Change(name, f"{name} was {before}, is {after}{between}"))
     return changes
 
 
@@ -96,5 +99,7 @@ def refuse_newer(folder: Path, name: str, known: int) -> None:
 
 
 def _short(value: Any) -> str:
-    """A value as JSON; of a digest the first figures."""
+    """A value as JSON; of a digest the first figures, of many entries the first and the last."""
+    if isinstance(value, list) and len(value) > MOST_NAMED:
+        return f"[{json.dumps(value[0])}, ..., {json.dumps(value[-1])}] of {len(value):,}"
     return value[:12] if isinstance(value, str) and len(value) == 64 else json.dumps(value)

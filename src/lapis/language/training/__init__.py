@@ -1,0 +1,1 @@
+"""A plan and a machine in, the settings of both trainings and the texts that they read out."""
