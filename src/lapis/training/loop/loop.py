@@ -42,7 +42,7 @@ from lapis.training.optim.footprint import checkpoint_bytes, written_bytes
 from lapis.training.optim.optimizers import Average, Optimizers, Schedule
 from lapis.training.optim.rates import peak_rates
 from lapis.training.result import TrainResult, Window, write_result
-from lapis.training.setup.blocks import compiled, recomputed, stoppable
+from lapis.training.setup.blocks import check_compiles, compiled, recomputed, stoppable
 from lapis.training.setup.probe import measure_speed, settled
 
 T = TypeVar("T")
@@ -129,6 +129,7 @@ class TrainingRun:
         self._set_dtype()
         parts = config.accumulate * world.size
         world.together(lambda: parallel.check_shares(config.batch, config.accumulate, world.size))
+        world.together(lambda: check_compiles(model, objective, config.compile))
         self.request = request
         objective.heard = show_share(self.watch, "starting")
         with request.at_once(), self._threads_of_begin():

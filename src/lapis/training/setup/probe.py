@@ -28,7 +28,7 @@ from lapis.training.objectives.objective import SMALL_BATCH, Objective
 from lapis.training.objectives.supervised.next_token import summed_cross_entropy
 from lapis.training.optim.footprint import optimizer_size
 from lapis.training.optim.muon import hidden_matrices
-from lapis.training.setup.blocks import TooSlow, autocast, compiled, stoppable
+from lapis.training.setup.blocks import TooSlow, autocast, compiled, compiler_failed, stoppable
 from lapis.wording import format_count
 
 Precision = Literal["float32", "bf16"]
@@ -154,11 +154,10 @@ class Probe:
         try:
             with compiled(self.model, True):
                 return replace(self, budget=math.inf).seconds(count, precision)
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, TrainingError):
             raise
-        except Exception as error:  # the compiler's own kinds differ between versions of torch
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
-            raise TrainingError(f"train: torch.compile failed ({reason}); set compile to off") from None
+        except Exception as error:
+            raise compiler_failed(error) from None
 
 
 def measure_speed(state: TrainState, config: TrainConfig, watch: Watch) -> dict[str, Any]:
