@@ -116,7 +116,9 @@ def test_a_signal_behind_an_error_leaves_its_line(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_the_first_process_says_that_all_are_stopped(rank: str) -> None:
     """torchrun ends the others by SIGTERM where the first has refused, which it has said; some still import."""
-    interrupted = "import os, signal, lapis.cli.main as m; m.make_app = lambda: lambda *_, **__: os.kill(os.getpid(), 15)"
+    interrupted = (
+        "import os, signal, lapis.cli.main as m; m.make_app = lambda: lambda *_, **__: os.kill(os.getpid(), 15)"
+    )
     for script in ("from lapis.__main__ import _stop; _stop(15, None)", f"{interrupted}; m.main([])"):
         done = subprocess.run(
             [sys.executable, "-c", script], env={**os.environ, "RANK": rank}, capture_output=True, text=True, timeout=60

@@ -30,6 +30,23 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
+def set_dtype(model: Transformer, weights: str) -> str:
+    """Gives weights the type that they are trained in; returns a line where what is trained had a smaller one, else "".
+
+    weights: "bf16", or "float32" for what is trained.
+    """
+    if weights == "bf16":
+        model.bfloat16()
+        return ""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    small = {p.dtype for p in trained} - {torch.float32, torch.float64}
+    if not small:
+        return ""
+    for parameter in trained:  # small updates would be lost in the rounding of such weights
+        parameter.data = parameter.data.float()
+    return f"train: {', '.join(sorted(map(str, small)))} weights are trained as float32"
+
+
 @contextmanager
 def recomputed(model: Transformer, kind: Recompute) -> Iterator[None]:
     """While inside, blocks that compute gradients keep less. The model's code knows nothing of it."""

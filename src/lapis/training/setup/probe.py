@@ -9,6 +9,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from lapis.config import environment_number
 from lapis.errors import TrainingError
 from lapis.model.size import activation_bytes, free_memory
-from lapis.model.threads import thread_counts, threads
+from lapis.model.threads import choose_threads, thread_counts, threads
 from lapis.model.transformer import Transformer
 from lapis.training.config import TrainConfig
 from lapis.training.loop.progress import Watch, live
@@ -204,6 +205,14 @@ def measure_speed(state: TrainState, config: TrainConfig, watch: Watch) -> dict[
     state.optimizers.clear()
     facts: dict[str, Any] = {"threads": count, "precision": precision, "compile": compile_}
     return facts if seconds is None else {**facts, "seconds_per_token": seconds / tokens}
+
+
+def threads_of_begin(model: Transformer, objective: Objective, config: TrainConfig) -> AbstractContextManager[None]:
+    """Those with which an objective computes before the steps are measured."""
+    device = next(model.parameters()).device
+    if not objective.computes_first or device.type != "cpu":
+        return nullcontext()
+    return threads(config.threads or choose_threads(device))
 
 
 def settled(config: TrainConfig, device: torch.device) -> dict[str, Any]:
