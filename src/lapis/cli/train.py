@@ -162,8 +162,12 @@ def render_paper(forecast: "PaperForecast") -> None:
     parts = f"computing {forecast.computing:.3g}, communicating {forecast.communicating:.3g}"
     each = f"{forecast.seconds_per_step:.3g} s ({parts}: {size(forecast.bytes_per_step)} by each GPU)"
     line(f"a step of {forecast.tokens_per_step:,} tokens: {each}")
+    if forecast.updating:
+        line(f"of it {forecast.updating:.3g} s for Muon's updates, which each GPU gathers and makes orthogonal")
     if forecast.steps:
         line(f"{format_count(forecast.steps, 'step')}: about {format_time(forecast.seconds_per_step * forecast.steps)}")
+    sent = [(name, size(value)) for name, value in forecast.bytes_by_part.items() if value]
+    table("Sent by a GPU", ("of", "bytes"), [*sent, ("in all", size(forecast.bytes_per_step))])
     rows = [(name, size(value)) for name, value in forecast.memory_bytes.items()]
     table("Memory of a GPU", ("of", "bytes"), [*rows, ("in all", size(sum(forecast.memory_bytes.values())))])
     line(f"a checkpoint: {size(forecast.checkpoint_bytes)} on disk")
