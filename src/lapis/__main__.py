@@ -28,7 +28,8 @@ def main() -> None:
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
-    os.write(2, b"lapis: stopped\n")
+    if os.environ.get("RANK", "0") == "0":  # torchrun ends the others where the first has ended, and said why
+        os.write(2, b"lapis: stopped\n")
     os._exit(128 + number)
 
 

@@ -113,6 +113,19 @@ def test_a_signal_behind_an_error_leaves_its_line(monkeypatch: pytest.MonkeyPatc
     assert ended.value.code == 1 and capfd.readouterr().err == "lapis: out: the disk is full; make room\n"
 
 
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_the_first_process_says_that_all_are_stopped(rank: str) -> None:
+    """torchrun ends the others by SIGTERM where the first has refused, which it has said; some still import."""
+    interrupted = (
+        "import os, signal, lapis.cli.main as m; m.make_app = lambda: lambda *_, **__: os.kill(os.getpid(), 15)"
+    )
+    for script in ("from lapis.__main__ import _stop; _stop(15, None)", f"{interrupted}; m.main([])"):
+        done = subprocess.run(
+            [sys.executable, "-c", script], env={**os.environ, "RANK": rank}, capture_output=True, text=True, timeout=60
+        )
+        assert (done.returncode, done.stderr) == (143, "" if rank == "1" else "lapis: stopped\n")
+
+
 def test_wrong_usage_is_said_by_the_first_process(tmp_path: Path) -> None:
     """All that torchrun started read the same command; the others end when the first has had its time to say it."""
     ended = [lapis("train", tmp_path, "--gpus", "many", env={**os.environ, "RANK": rank}) for rank in ("0", "1")]

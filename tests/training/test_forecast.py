@@ -279,6 +279,9 @@ def test_as_it_is_typed(run: Lapis) -> None:
     paper = ["--plan-only", "--gpus", "4", "--tflops", "100", "--bandwidth", "10"]
     status, out, _ = run("train", "run.yaml", *paper)
     assert status == 0 and "on 4 GPUs" in out and "counted as shard: full" in out
+    assert "Sent by a GPU" in out and "updates" in out and "s for Muon's updates, which each GPU gathers" in out
+    status, out, _ = run("train", "run.yaml", *paper, "optimizer=adamw")
+    assert status == 0 and "gradients" in out and "updates" not in out
     assert json.loads(run("train", "run.yaml", *paper, "--json")[1])["fits"] is True
     for wrong, message in {
         ("--budget", "1 min"): "train: --budget '1 min' is for --plan-only; add it, or leave --budget out",

@@ -1,5 +1,6 @@
 """The loop: divided once, measured without a trace, stopped with a reason."""
 
+import errno
 import json
 import os
 import signal
@@ -166,6 +167,27 @@ def test_fault_66_nan_stops_and_names_the_last_good(new_model: Make, objective: 
     assert not (tmp_path / "out").exists()
     good = load(tmp_path / ".out.lapis" / ".journal" / "step-4")
     assert all(p.isfinite().all() for p in good.parameters())
+
+
+@pytest.mark.parametrize("what", ["curve", "result"])
+def test_fault_63_a_full_disk_names_the_last_good(
+    what: str, new_model: Make, objective: Causal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where an entry of the curve, or the result itself, has no room."""
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    class Full(Silent):
+        def row(self, row: Any) -> None:
+            if row["step"] == 6 and what == "curve":
+                full()
+
+    if what == "result":
+        monkeypatch.setattr("lapis.training.loop.loop.write_result", full)
+    last = tmp_path / ".out.lapis" / ".journal" / "step-4"
+    with pytest.raises(OutputError, match=rf"the disk is full .* again; the last good checkpoint is {last}$"):
+        train(new_model(), objective, replace(CONFIG, save_every=2), tmp_path / "out", watch=Full())
 
 
 def test_fault_72_out_of_memory_names_the_lever(new_model: Make, objective: Causal, tmp_path: Path) -> None:

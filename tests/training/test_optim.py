@@ -1,5 +1,6 @@
 """Optimizers against torch's own, state by name, and the schedule as a function."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lapis.errors import ConfigError
 from lapis.families.config import ModelConfig
@@ -16,6 +18,7 @@ from lapis.training.config import MuonOptions, TrainConfig
 from lapis.training.distributed.sharding import state_bytes
 from lapis.training.forecast.options import ForecastOptions
 from lapis.training.forecast.paper import on_paper
+from lapis.training.optim import muon as muon_module
 from lapis.training.optim.footprint import checkpoint_bytes, optimizer_bytes, trained_bytes, weight_bytes
 from lapis.training.optim.muon import _POLAR, Muon, hidden_matrices, orthogonalize
 from lapis.training.optim.optimizers import Optimizers, Schedule
@@ -260,3 +263,77 @@ def test_the_state_of_an_optimizer_is_counted_before_it_is(kind: Any, frozen: st
         paper = on_paper(shape, 64, config, ForecastOptions(True, gpus=1, tflops=1.0, bandwidth=1.0))
         assert paper.memory_bytes["held"] == weights + held + 4 * trained
         assert paper.checkpoint_bytes == weights + held + 3 * trained
+
+
+class Traffic(TorchDispatchMode):
+    """Adds up what is gathered from all processes, in bytes, and what the products of matrices take, in FLOPs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gathered, self.flops, self.others = 0, 0, set[str]()
+
+    def __torch_dispatch__(self, call: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result, name = call(*args, **(kwargs or {})), str(call)
+        if "all_gather" in name:
+            self.gathered += result.nbytes
+        elif "c10d" in name and "wait" not in name and "wrap" not in name:
+            self.others.add(name)
+        if "bmm" in name:
+            self.flops += 2 * args[-2].shape[2] * result.numel()
+        return result
+
+
+@pytest.mark.parametrize("precision", ["bf16", "float32"])
+@pytest.mark.parametrize("by_neuron", [False, True])
+def test_muon_sends_and_computes_what_the_paper_counts(precision: Any, by_neuron: bool) -> None:
+    """A model whose weights four processes share, of which this one alone is there."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    shape = ModelConfig(dim=32, layers=2, heads=4, kv_heads=4, ffn_dim=48, vocab=64, context=32)
+    options = MuonOptions(by_neuron=by_neuron)
+    config = TrainConfig(steps=1, batch=4, optimizer="muon", muon=options, precision=precision)
+    machines = ForecastOptions(True, gpus=4, tflops=1.0, bandwidth=1.0)
+    paper = on_paper(shape, 32, config, machines)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    try:
+        mesh, mine = init_device_mesh("cpu", (4,)), []
+        for matrix in hidden_matrices(Transformer(shape)):
+            pieces = [distribute_tensor(matrix.detach(), mesh, [Shard(0)], src_data_rank=None) for _ in range(2)]
+            mine.append(nn.Parameter(pieces[0]))
+            mine[-1].grad = pieces[1]
+        muon = Muon(mine, lr=0.1, options=options)
+        muon.exact = precision == "float32"
+        with Traffic() as traffic:
+            muon.step()
+    finally:
+        dist.destroy_process_group()
+    assert paper.bytes_by_part["updates"] == traffic.gathered * 3 / 4 > 0 and not traffic.others
+    assert paper.updating == pytest.approx(traffic.flops / 0.4e12 + traffic.gathered * 3 / 4 / 1e9)
+    adamw = on_paper(shape, 32, replace(config, optimizer="adamw", muon=MuonOptions()), machines)
+    assert adamw.updating == adamw.bytes_by_part["updates"] == 0 and adamw.seconds_per_step < paper.seconds_per_step
+    assert paper.bytes_per_step == sum(paper.bytes_by_part.values()) > adamw.bytes_per_step
+
+
+def test_muon_makes_few_matrices_orthogonal_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole ones of a large model would not fit into a GPU that holds a piece of each; the updates are the same."""
+    results, stacks = [], []
+    make = muon_module.orthogonalize
+
+    def counted(stack_NSL: torch.Tensor, *given: Any) -> torch.Tensor:
+        stacks.append(len(stack_NSL))
+        return make(stack_NSL, *given)
+
+    monkeypatch.setattr(muon_module, "orthogonalize", counted)
+    for most in (1 << 26, 250, 1):
+        monkeypatch.setattr(muon_module, "_AT_ONCE", most)
+        torch.manual_seed(0)
+        parameters = [nn.Parameter(torch.randn(8, 12)) for _ in range(5)]
+        for parameter in parameters:
+            parameter.grad = torch.randn(8, 12)
+        Muon(parameters, lr=0.1).step()
+        results.append(torch.stack(list(parameters)).detach())
+    assert stacks == [5, 2, 2, 1, 1, 1, 1, 1, 1]
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from lapis.training.objectives.supervised.next_token import Causal
 from lapis.training.optim.optimizers import Average, Schedule
 from lapis.training.optim.rounding import RoundedAdamW, round_into_
 from lapis.training.setup import probe
+from lapis.training.setup.blocks import compiled
 from lapis.training.setup.probe import Probe, training_speed
 from tests.model.conftest import SHAPES
 
@@ -182,6 +184,37 @@ def test_compiling_is_tried_only_where_the_run_is_long(new_model: Make) -> None:
         probe.compiling_pays("on", 1, "float32", 1, None)
     quick = Probe(model, lambda: model(torch.tensor([[1, 2]])).sum())
     assert quick.compiling_pays("auto", 1, "float32", 101, None) == (False, None)
+
+
+def test_compile_on_is_refused_where_nothing_compiles(
+    new_model: Make, objective: Causal, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An objective whose replies grow token by token, and experts; auto leaves both as they are without a word."""
+    on = replace(CONFIG, steps=1, compile="on")
+    refused = r"train: compile is on, and .* cannot run compiled: {}; leave compile out, or give compile: off$"
+    shape = replace(SHAPES["qwen3_moe"], vocab=tokenizer.rows, context=32, window=None, window_layers=None)
+    with pytest.raises(ConfigError, match=refused.format("the shapes in its experts follow the tokens")):
+        train(Transformer(shape), objective, on, tmp_path / "out", watch=Silent())
+    monkeypatch.setattr(Causal, "compiles", False)
+    with pytest.raises(ConfigError, match=refused.format("replies grow token by token")):
+        train(new_model(), objective, on, tmp_path / "out", watch=Silent())
+    assert list(tmp_path.iterdir()) == []
+    train(new_model(), objective, replace(on, compile="auto"), tmp_path / "out", watch=Silent())
+
+
+def test_a_compiler_that_fails_in_a_step_is_one_line(new_model: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where weights are shared out nothing is compiled before the first step."""
+
+    def broken(graph: Any, inputs: Any) -> None:
+        raise RuntimeError("no compiler\nhere")
+
+    model = new_model()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=broken))
+    with pytest.raises(TrainingError, match=r"^train: torch.compile failed \(.*no compiler\); set compile to off$"):
+        with compiled(model, True):
+            model(torch.tensor([[1, 2]]))
+    with pytest.raises(RuntimeError, match="mine"), compiled(model, True):
+        raise RuntimeError("mine")
 
 
 def test_a_speed_is_measured_where_choosing_took_all_the_time(monkeypatch: pytest.MonkeyPatch) -> None:

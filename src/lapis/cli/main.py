@@ -144,7 +144,7 @@ def main(arguments: list[str] | None = None) -> None:
             if isinstance(error, KeyboardInterrupt):
                 if isinstance(error.__context__, LapisError):  # it was on its way: torchrun ends all where one has
                     _end(str(error.__context__), 1)
-                _end("stopped", 128 + (received or [signal.SIGINT])[-1])
+                _end("stopped" if _is_first() else "", 128 + (received or [signal.SIGINT])[-1])
             line = system_error(error)
             if line is None:
                 raise
@@ -208,14 +208,19 @@ class _Warnings(logging.Handler):
 
 
 def _end(message: str, status: int, *, alike: bool = False) -> None:
-    """Exits with a line. alike: All processes that torchrun started end with it; the first alone says it."""
+    """Exits with a line, or "" without. alike: All processes that torchrun started end with it; the first says it."""
     if threading.current_thread() is threading.main_thread():  # this is the end already
         signal.setitimer(signal.ITIMER_REAL, 0)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
-    if alike and os.environ.get("RANK", "0") != "0":
+    if alike and not _is_first():
         time.sleep(_FIRST_SPEAKS)  # torchrun ends all where one has ended
-    elif sys.stderr is not None:  # closed
+    elif message and sys.stderr is not None:  # closed
         with suppress(OSError):
             print("lapis: " + for_terminal(" ".join(message.split()))[:LONGEST], file=sys.stderr)
     sys.exit(status)
+
+
+def _is_first() -> bool:
+    """Whether this is the first of the processes that torchrun started, or the only one."""
+    return os.environ.get("RANK", "0") == "0"

@@ -135,7 +135,8 @@ def render_measured(forecast: "Forecast", command: list[str]) -> None:
     from lapis.training.loop.progress import format_time
 
     threads = format_count(forecast.threads, "thread")
-    pace = f"{forecast.seconds_per_step:.3g} s for a step; {threads}, {forecast.precision}"
+    evaluation = f", {forecast.seconds_per_evaluation:.3g} s for an evaluation" * (forecast.seconds_per_evaluation > 0)
+    pace = f"{forecast.seconds_per_step:.3g} s for a step{evaluation}; {threads}, {forecast.precision}"
     work = (
         f"{format_count(forecast.steps, 'step')}, {format_count(forecast.tokens, 'token')}, {forecast.flops:.3g} FLOPs"
     )
@@ -143,7 +144,7 @@ def render_measured(forecast: "Forecast", command: list[str]) -> None:
     memory = forecast.memory
     rows = [(name, size(value)) for name, value in vars(memory).items() if value]
     table("Memory at its peak", ("of", "bytes"), [*rows, ("in all", size(memory.total))])
-    line(f"a checkpoint: {size(forecast.checkpoint_bytes)} on disk")
+    line(f"a checkpoint: {size(forecast.checkpoint_bytes)} on disk, {forecast.seconds_per_checkpoint:.2g} s")
     if forecast.settings:
         others = [word for word in command[3:] if word.partition("=")[0] not in forecast.settings]
         line(f"within the budget: {shlex.join([*command[:3], *others, *forecast.assignments])}")
@@ -161,8 +162,12 @@ def render_paper(forecast: "PaperForecast") -> None:
     parts = f"computing {forecast.computing:.3g}, communicating {forecast.communicating:.3g}"
     each = f"{forecast.seconds_per_step:.3g} s ({parts}: {size(forecast.bytes_per_step)} by each GPU)"
     line(f"a step of {forecast.tokens_per_step:,} tokens: {each}")
+    if forecast.updating:
+        line(f"of it {forecast.updating:.3g} s for Muon's updates, which each GPU gathers and makes orthogonal")
     if forecast.steps:
         line(f"{format_count(forecast.steps, 'step')}: about {format_time(forecast.seconds_per_step * forecast.steps)}")
+    sent = [(name, size(value)) for name, value in forecast.bytes_by_part.items() if value]
+    table("Sent by a GPU", ("of", "bytes"), [*sent, ("in all", size(forecast.bytes_per_step))])
     rows = [(name, size(value)) for name, value in forecast.memory_bytes.items()]
     table("Memory of a GPU", ("of", "bytes"), [*rows, ("in all", size(sum(forecast.memory_bytes.values())))])
     line(f"a checkpoint: {size(forecast.checkpoint_bytes)} on disk")

@@ -85,7 +85,7 @@ class TrainConfig:
         weights: "bf16" has no float32 copy of the weights; updates are rounded at random (optim/rounding.py).
         checkpointing: Compute the activations of every second block, or of all, twice, to save memory.
         compile: torch.compile for the blocks; "auto" where the run is long enough and it proves faster, and never where
-            it is shared out ("full", "hybrid").
+            it is shared out ("full", "hybrid"). "on" is refused for experts, and where replies are generated.
         shard: Of several processes each holds a share of weights, gradients and optimizer ("full"; "hybrid": within a
             machine), or all of it ("none"); "auto" shares out what does not fit whole.
         save_every: Steps between checkpoints; 0 = every five minutes.

@@ -127,7 +127,7 @@ class TrainResult:
         loss: Of the last entry of the curve, per supervised count (nats per token for texts).
         bits_per_byte: Of the last entry, for texts.
         tokens: Positions computed.
-        seconds: Time spent, over all restarts.
+        seconds: Spent on steps, evaluations and checkpoints, over all restarts.
         tokens_per_second: While updating.
         threads: What was used, so that a next run of the same shape need not measure.
         precision: The same.

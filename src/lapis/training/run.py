@@ -205,7 +205,7 @@ def plan(
     try:
         return forecast(
             lambda: _start(config, True, parallel.Processes(), 0, shown)[:2], settings, shown, budget,
-            choose_batch=choose_batch and alone,
+            choose_batch=choose_batch and alone, out=Path(config.out),
         )  # fmt: skip
     finally:
         if shown is not watch:

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lapis.config import environment_number
-from lapis.errors import ConfigError, LapisError, TrainingError
+from lapis.errors import ConfigError, LapisError, OutputError, TrainingError
 from lapis.training.distributed.forward import waiting
 from lapis.training.distributed.liveness import ProcessWatch, meet, watch_processes
 
@@ -198,16 +198,19 @@ def leave() -> NoReturn:
 def errors_end_all(last_good: Callable[[], Path | None]) -> Iterator[None]:
     """A LapisError that leaves this block ends the other processes, too, and they say nothing, be it theirs as well.
 
-    last_good: The newest checkpoint, for whoever tells that another process has ended.
+    last_good: The newest checkpoint, for whoever tells that another process has ended, or that a disk is full.
     """
     for watch in _watches:
         watch.last_good = last_good
     try:
         yield
-    except LapisError:
+    except LapisError as error:
         if not all(watch.end_others() for watch in _watches):
             leave()
-        raise
+        newest = last_good() if type(error) is OutputError else None  # one that is in use is another run's
+        if newest is None or str(newest) in str(error):
+            raise
+        raise OutputError(f"{error}; the last good checkpoint is {newest}") from None
 
 
 def join() -> Processes:

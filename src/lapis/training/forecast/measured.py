@@ -1,7 +1,7 @@
 """What a run will take on this machine: its first steps are done and measured, and thrown away.
 
-They are real steps on the run's own data, so nothing of the model, the objective or the machine has to be known here.
-Leaves out the seconds in which checkpoints are written.
+They are real steps on the run's own data, so nothing of the model, the objective or the machine has to be known here;
+what is held out is evaluated once, and the disk is tried with a file that has no name and is gone at once.
 """
 
 import math
@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from lapis.errors import TrainingError
@@ -18,6 +19,7 @@ from lapis.training.config import TrainConfig
 from lapis.training.distributed.parallel import Processes
 from lapis.training.forecast.budget import Budget
 from lapis.training.forecast.memory import MemoryWatch
+from lapis.training.forecast.pauses import Pauses, seconds_to_save
 from lapis.training.loop.loop import TrainingRun
 from lapis.training.loop.progress import Watch
 from lapis.training.loop.stop_request import StopRequest
@@ -64,9 +66,10 @@ class Forecast:
     Attributes:
         steps: Updates of the weights.
         tokens: Positions that they compute.
-        seconds: Of steps and held-out evaluations.
+        seconds: Of steps, held-out evaluations and checkpoints.
         seconds_per_step: The median of those measured.
         seconds_per_evaluation: Of what is held out, once.
+        seconds_per_checkpoint: Until it is on the disk, as a smaller file showed it.
         flops: Of all steps: 2 FLOPs per weight and token forward, as many for the gradients of activations, and as many
             for those of what is trained.
         memory: At the peak.
@@ -82,6 +85,7 @@ class Forecast:
     seconds: float
     seconds_per_step: float
     seconds_per_evaluation: float
+    seconds_per_checkpoint: float
     flops: float
     memory: RunMemory
     checkpoint_bytes: int
@@ -102,8 +106,9 @@ class Forecast:
 
 
 def forecast(
-    start: Start, config: TrainConfig, watch: Watch, budget: Budget | None = None, *, choose_batch: bool = False
-) -> Forecast:
+    start: Start, config: TrainConfig, watch: Watch, budget: Budget | None = None, *, choose_batch: bool = False,
+    out: Path | None = None,
+) -> Forecast:  # fmt: skip
     """Measures a run's first steps.
 
     Args:
@@ -112,20 +117,21 @@ def forecast(
         watch: Hears what is done.
         budget: Settings are chosen so that the run keeps within.
         choose_batch: A budget of time or FLOPs chooses the batch, too, by the tokens that it buys (`best_tokens`).
+        out: Where the run will write its checkpoints; None leaves their seconds out.
 
     Raises:
         TrainingError: For a budget that nothing fits.
     """
     if budget is not None and budget.kind == "bytes":
-        return _within(start, config, watch, budget)
-    result = _probe(start, config, watch)
+        return _within(start, config, watch, budget, out)
+    result = _probe(start, config, watch, out)
     if budget is None:
         return result
     chosen: dict[str, Any] = {}
     each, once = _costs(result, config, budget)
     if choose_batch and each + once < budget.amount:
         chosen = _batch(config, result, (budget.amount - once) / each * result.tokens / result.steps)
-        result = _probe(start, replace(config, **chosen), watch) if chosen else result
+        result = _probe(start, replace(config, **chosen), watch, out) if chosen else result
         each, once = _costs(result, config, budget)
     steps = int((budget.amount - once) / each)
     if steps < 1:
@@ -149,17 +155,22 @@ def best_tokens(tokens: float) -> float:
 
 
 def _costs(result: Forecast, config: TrainConfig, budget: Budget) -> tuple[float, float]:
-    """What each step takes of a budget, with its share of the evaluations on the way, and what is there once."""
+    """What each step takes of a budget, with its share of what comes between steps, and what is there once."""
     if budget.kind != "seconds":
         return result.flops / result.steps, 0.0
-    every, once = config.eval_every, result.seconds_per_evaluation
-    return result.seconds_per_step + (once / every if every else 0.0), once * (1 + bool(config.limits))
+    pauses = _pauses(result)
+    once = pauses.evaluating * (1 + bool(config.limits)) + pauses.timed(config, budget.amount)
+    return result.seconds_per_step + pauses.share(config), once
 
 
 def _seconds(result: Forecast, config: TrainConfig, steps: int) -> float:
-    """Of so many steps, the evaluations between them, the one at the end, and with limits the one at the start."""
-    evaluations = 1 + bool(config.limits) + ((steps - 1) // config.eval_every if config.eval_every else 0)
-    return result.seconds_per_step * steps + result.seconds_per_evaluation * evaluations
+    """Of so many steps, what comes between them, the evaluation at the end, and with limits the one at the start."""
+    pauses, pace = _pauses(result), result.seconds_per_step
+    return pace * steps + pauses.to_come(config, 0, steps, pace) + pauses.evaluating * bool(config.limits)
+
+
+def _pauses(result: Forecast) -> Pauses:
+    return Pauses(result.seconds_per_evaluation, result.seconds_per_checkpoint)
 
 
 def _batch(config: TrainConfig, result: Forecast, tokens: float) -> dict[str, Any]:
@@ -174,7 +185,7 @@ def _batch(config: TrainConfig, result: Forecast, tokens: float) -> dict[str, An
     return {name: value for name, value in chosen.items() if value != getattr(config, name)}
 
 
-def _within(start: Start, config: TrainConfig, watch: Watch, budget: Budget) -> Forecast:
+def _within(start: Start, config: TrainConfig, watch: Watch, budget: Budget, out: Path | None) -> Forecast:
     """The run with `accumulate`, and where that is not enough `checkpointing`, so that a step fits into the memory."""
     least, ways = 0, list[str]()
 
@@ -192,7 +203,7 @@ def _within(start: Start, config: TrainConfig, watch: Watch, budget: Budget) -> 
         rows = 1 + (budget.amount - one) / max(two - one, 1)
         parts = [n for n in range(config.accumulate, config.batch + 1) if config.batch % n == 0]
         for accumulate in (n for n in parts if one <= budget.amount and config.batch / n <= rows):
-            result = _probe(start, replace(whole, accumulate=accumulate), watch)
+            result = _probe(start, replace(whole, accumulate=accumulate), watch, out)
             if result.memory.total <= budget.amount:
                 chosen = {"accumulate": accumulate, "checkpointing": checkpointing}
                 return replace(result, settings={n: v for n, v in chosen.items() if v != getattr(config, n)})
@@ -217,8 +228,10 @@ def _first_steps(run: TrainingRun, most: int, seconds: float) -> tuple[list[floa
     return times[1:], time.perf_counter() - start if held_out else 0.0
 
 
-def _probe(start: Start, config: TrainConfig, watch: Watch, *, least: bool = False) -> Forecast:
-    """The first steps of a run. least: as few of them as show the memory."""
+def _probe(
+    start: Start, config: TrainConfig, watch: Watch, out: Path | None = None, *, least: bool = False
+) -> Forecast:  # fmt: skip
+    """The first steps of a run. out: as for `forecast`; least: as few of them as show the memory."""
     objective, model = start()
     memory = MemoryWatch(next(model.parameters()).device)
     process = max(0, memory.held - weight_bytes(model))
@@ -232,9 +245,9 @@ def _probe(start: Start, config: TrainConfig, watch: Watch, *, least: bool = Fal
     counted = process + weights + trained + optimizer + now
     parts = RunMemory(process, weights, trained, optimizer, copied, max(0, memory.peak - counted))
     each = statistics.median(times)
-    minutes = (config.minutes or 0) * 60
-    share_of_evaluation = evaluating / config.eval_every if config.eval_every else 0.0
-    steps = run.state.schedule.total or max(1, round(minutes / (each + share_of_evaluation)))
+    checkpoint = written_bytes(model) + optimizer + copied
+    pauses = Pauses(evaluating, 0.0 if out is None else seconds_to_save(out.parent, checkpoint))
+    steps = run.state.schedule.total or max(1, pauses.steps_within(config, each, (config.minutes or 0) * 60))
     tokens = run.state.window.sums.get("tokens", 0.0) / (len(times) + 1)
     size = measure(model.config, min(objective.context, model.config.context))
     share = sum(p.numel() for p in model.parameters() if p.requires_grad) / sum(p.numel() for p in model.parameters())
@@ -244,9 +257,10 @@ def _probe(start: Start, config: TrainConfig, watch: Watch, *, least: bool = Fal
         seconds=0.0,
         seconds_per_step=each,
         seconds_per_evaluation=evaluating,
+        seconds_per_checkpoint=pauses.saving,
         flops=size.flops_per_token * tokens * steps * (2 + min(1.0, share)),
         memory=parts,
-        checkpoint_bytes=written_bytes(model) + optimizer + copied,
+        checkpoint_bytes=checkpoint,
         free_bytes=available(memory.device),
         threads=int(run.facts["threads"]),
         precision=str(run.facts["precision"]),

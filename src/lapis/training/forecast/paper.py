@@ -3,8 +3,9 @@
 The arithmetic of fully sharded data parallel training (Zhao et al. 2023, arXiv:2304.11277): each GPU keeps a share of
 the weights, gradients and optimizer (in float32, or as `weights` says), gathers a block's weights in bfloat16 (or
 float32, as `precision` says) before it computes with them, forward and backward, and gets its share of the summed
-gradients. Gathering the next block goes on while one computes, so a step takes the longer of the two. Leaves out:
-tensor and pipeline parallelism, input, checkpoints, failures.
+gradients. Gathering the next block goes on while one computes, so a step takes the longer of the two. After that Muon
+has every GPU gather the updates of all matrices inside blocks, and make them orthogonal (optim/muon.py). Leaves out:
+tensor and pipeline parallelism, evaluations, input, checkpoints, failures.
 """
 
 from dataclasses import asdict, dataclass
@@ -18,6 +19,7 @@ from lapis.model.size import activation_bytes, measure
 from lapis.training.config import TrainConfig
 from lapis.training.forecast.options import EFFICIENCY, GPU_MEMORY, ForecastOptions
 from lapis.training.optim.footprint import copied_size, optimizer_size
+from lapis.training.optim.muon import orthogonalize_flops
 
 WEIGHT = {"float32": 4, "bf16": 2}  # bytes of a weight, its gradient and each number of the optimizer
 WIRE = {"auto": 2, "bf16": 2, "float32": 4}  # bytes of a weight on the wire, and of an activation
@@ -31,10 +33,13 @@ class PaperForecast:
     """A step on `gpus` GPUs, and a run of `steps` of them.
 
     Attributes:
-        seconds_per_step: The longer of `computing` and `communicating`.
+        seconds_per_step: The longer of `computing` and `communicating`, but for what of both is `updating`, which comes
+            after.
+        updating: Gathering Muon's updates and making them orthogonal, one after the other; 0 with another optimizer.
         tokens_per_second: Of each GPU.
         mfu: Of the FLOPs that the GPUs could do, the share that the model needs (without recomputing).
         bytes_per_step: That a GPU sends, and receives.
+        bytes_by_part: Of these: `weights` that are gathered, `gradients` that are summed, and `updates` of Muon.
         memory_bytes: Of a GPU: `held` (weights, gradients, optimizer, its share), `gathered` (whole blocks) and
             `activations` of a micro-batch.
         checkpoint_bytes: Of one checkpoint, in all.
@@ -48,9 +53,11 @@ class PaperForecast:
     seconds_per_step: float
     computing: float
     communicating: float
+    updating: float
     tokens_per_second: float
     mfu: float
     bytes_per_step: float
+    bytes_by_part: dict[str, float]
     memory_bytes: dict[str, int]
     checkpoint_bytes: int
     levers: str
@@ -89,13 +96,19 @@ def on_paper(model: ModelConfig, context: int, config: TrainConfig, machines: Fo
     tokens = config.batch * context
     needed = 3 * size.flops_per_token * tokens
     done = needed * (1 + RECOMPUTED[config.checkpointing] / 3)
-    computing = done / (gpus * tflops * 1e12 * (machines.efficiency or EFFICIENCY))
     others, wire = (gpus - 1) / gpus, WIRE[config.precision]
+    matrices, orthogonalizing = _hidden(model)
+    muon = config.optimizer == "muon"
     # weights come twice for each micro-batch, summed gradients go in float32 once a step
-    moved = size.total * others * (2 * wire * config.accumulate + SUM)
-    communicating = moved / (bandwidth * 1e9)
-    seconds = max(computing, communicating)
-    matrices = _hidden(model)
+    moved = {
+        "weights": size.total * others * 2 * wire * config.accumulate,
+        "gradients": size.total * others * SUM,
+        "updates": matrices * others * wire * muon,
+    }
+    speed, link = tflops * 1e12 * (machines.efficiency or EFFICIENCY), bandwidth * 1e9
+    alone, gathering = orthogonalizing * muon / speed, moved["updates"] / link  # every GPU does all of it
+    computing, communicating = done / (gpus * speed), sum(moved.values()) / link - gathering
+    seconds = max(computing, communicating) + alone + gathering
     weight = WEIGHT[config.weights]
     optimizer = weight * optimizer_size(config.optimizer, matrices, size.total - matrices)
     saved = size.total * weight + optimizer + copied_size(config, size.total, size.total * weight)
@@ -106,20 +119,21 @@ def on_paper(model: ModelConfig, context: int, config: TrainConfig, machines: Fo
     }
     return PaperForecast(
         gpus=gpus, parameters=size.total, steps=config.steps, tokens_per_step=tokens, seconds_per_step=seconds,
-        computing=computing, communicating=communicating, tokens_per_second=tokens / seconds / gpus,
-        mfu=needed / (seconds * gpus * tflops * 1e12), bytes_per_step=moved, memory_bytes=memory,
-        checkpoint_bytes=saved,
+        computing=computing + alone, communicating=communicating + gathering, updating=alone + gathering,
+        tokens_per_second=tokens / seconds / gpus, mfu=needed / (seconds * gpus * tflops * 1e12),
+        bytes_per_step=sum(moved.values()), bytes_by_part=moved, memory_bytes=memory, checkpoint_bytes=saved,
         levers=_levers(memory, (machines.gpu_memory or GPU_MEMORY) * 1e9, rows, config),
     )  # fmt: skip
 
 
-def _hidden(model: ModelConfig) -> int:
-    """Parameters in the matrices inside blocks."""
-    count, kinds = 0, model.kinds
+def _hidden(model: ModelConfig) -> tuple[int, int]:
+    """Parameters in the matrices inside blocks, and the FLOPs of making them orthogonal."""
+    count, flops, kinds = 0, 0, model.kinds
     for name, shape in parameter_shapes(model).items():
         if len(shape) == 2 and (layer := part_of(name).layer) is not None:
-            count += prod(shape) * kinds.count(layer)
-    return count
+            times = kinds.count(layer)
+            count, flops = count + prod(shape) * times, flops + orthogonalize_flops(min(shape), max(shape)) * times
+    return count, flops
 
 
 def _activations(model: ModelConfig, context: int, checkpointing: str, width: int) -> int:

@@ -5,8 +5,8 @@ The metrics are the objective's (`evaluate`); this file has them measured withou
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -23,13 +23,23 @@ from lapis.training.loop.stop_request import StopRequest
 from lapis.training.objectives.objective import Objective
 from lapis.wording import format_count
 
+_SHARE = 0.05  # of an evaluation, from which the time of a whole one is known
 RISE = 1.01  # over the lowest held-out loss, from which a run counts as over-fitting
 LESS_IS_BETTER = ("loss", "nll", "perplexity", "error", "bits", "kl")
 
 
+class _Enough(Exception):
+    """So much of an evaluation is done that its time is known."""
+
+
 class Evaluator:
     """Evaluates a run on the objective's held-out data. All know the result; the first process computes it, or all of
-    them alike where each holds a piece of the weights."""
+    them alike where each holds a piece of the weights.
+
+    Attributes:
+        latest: Metrics of the last evaluation within the run.
+        seconds: That an evaluation takes; 0 in a process that computes none, and while none is known.
+    """
 
     def __init__(
         self, state: TrainState, config: TrainConfig, world: Processes, watch: Watch, request: StopRequest
@@ -37,7 +47,7 @@ class Evaluator:
         self.state, self.config, self.world, self.watch, self.request = state, config, world, watch, request
         self._last: tuple[dict[str, Tensor], str, bool] | None = None  # as the last step left it
         self._warned = False
-        self._seconds = 0.0  # of the last evaluation
+        self.seconds = 0.0
         self.latest: dict[str, float] = {}
 
     @property
@@ -56,13 +66,36 @@ class Evaluator:
         metrics: dict[str, float] = {}
         if self._takes_part:
             started = time.monotonic()
-            self.objective.heard = show_share(self.watch, "evaluating held-out data", self._seconds)
+            metrics = self._evaluate(show_share(self.watch, "evaluating held-out data", self.seconds))
+            self.seconds = time.monotonic() - started
+        return dict(self.world.from_lead(metrics))
+
+    def _evaluate(self, heard: Callable[[int, int], None]) -> dict[str, float]:
+        self.objective.heard = heard
+        try:
             with self.world.connected(), untouched(self.state), torch.no_grad(), self.state.gathered():
                 with self.request.at_once():
-                    metrics = {name: float(value) for name, value in self.objective.evaluate(self.state.model).items()}
-            self._seconds = time.monotonic() - started
+                    return {name: float(value) for name, value in self.objective.evaluate(self.state.model).items()}
+        finally:
             self.state.settle()
-        return dict(self.world.from_lead(metrics))
+
+    def measure(self) -> None:
+        """Notes how long an evaluation takes, where none was yet, by the first twentieth of one; asks no process."""
+        if self.seconds or not self._takes_part:
+            return
+        show, share, started = show_share(self.watch, "measuring an evaluation"), 1.0, time.monotonic()
+
+        def hear(done: int, total: int) -> None:
+            nonlocal share
+            show(done, total)
+            if done >= max(1.0, _SHARE * total):
+                share = done / total
+                raise _Enough
+
+        with suppress(_Enough):
+            if not self._evaluate(hear):
+                return
+        self.seconds = (time.monotonic() - started) / share
 
     def begin(self) -> None:
         """Measures the start, from which limits count; nothing where there are none, or where it is known.
@@ -84,12 +117,14 @@ class Evaluator:
         else:
             self._keep_within()
 
-    def seconds_left(self) -> float:
-        """Seconds of the evaluations to come, as long as the last one took; 0 where none was or no end is fixed."""
-        total, every = self.state.schedule.total, self.config.eval_every
-        if total is None or not every:
-            return 0.0
-        return self._seconds * (total // every - self.state.step // every + (total % every > 0))
+    @property
+    def is_due(self) -> bool:
+        """Whether one comes before the next step."""
+        state, every = self.state, self.config.eval_every
+        row = state.log[-1] if state.log else {}
+        done = row.get("step") == state.step and "held_out" in row  # before the checkpoint that the run goes on from
+        due = bool(every and state.step and state.step % every == 0) and state.step != state.schedule.total
+        return due and not done
 
     def step(self) -> tuple[dict[str, float], bool]:
         """One evaluation within the run.

@@ -7,9 +7,11 @@ Under torchrun every process runs this loop, the first one writes, and the weigh
 (distributed/parallel.py), which they may share out (distributed/sharding.py). The update itself is in update.py.
 """
 
+import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -19,7 +21,7 @@ import torch
 
 from lapis.checkpoint.commit import commit
 from lapis.errors import TrainingError
-from lapis.model.threads import choose_threads, threads
+from lapis.model.threads import threads
 from lapis.model.transformer import Transformer
 from lapis.training.certificate.certificate import Circumstances, write_certificate
 from lapis.training.certificate.checks import SHARED, Check, run_checks, why_unchecked
@@ -28,6 +30,7 @@ from lapis.training.distributed import parallel
 from lapis.training.distributed.resume import earlier_run, go_on, shared_out
 from lapis.training.distributed.sharded_state import ShardedSaves
 from lapis.training.forecast.memory import peak
+from lapis.training.forecast.pauses import SAVE_SECONDS, Pauses
 from lapis.training.loop.changes import rescheduled
 from lapis.training.loop.estimate import PREDICTED_AFTER, predict, show_estimate
 from lapis.training.loop.guards import StepGuard
@@ -39,14 +42,13 @@ from lapis.training.loop.tracking import TrackedWatch, check_installed
 from lapis.training.loop.update import Batches, Updater
 from lapis.training.objectives.objective import Objective
 from lapis.training.optim.footprint import checkpoint_bytes, written_bytes
-from lapis.training.optim.optimizers import Average, Optimizers, Schedule
+from lapis.training.optim.optimizers import FITTED_AFTER, Average, Optimizers, Schedule
 from lapis.training.optim.rates import peak_rates
 from lapis.training.result import TrainResult, Window, write_result
-from lapis.training.setup.blocks import compiled, recomputed, stoppable
-from lapis.training.setup.probe import measure_speed, settled
+from lapis.training.setup.blocks import check_compiles, compiled, recomputed, set_dtype, stoppable
+from lapis.training.setup.probe import measure_speed, settled, threads_of_begin
 
 T = TypeVar("T")
-_SAVE_SECONDS = 300.0
 
 
 def train(
@@ -126,12 +128,14 @@ class TrainingRun:
         self.model, self.objective, self.config, self.world = model, objective, config, world
         self.journal, self.watch = journal, watch
         self.started = time.monotonic()
-        self._set_dtype()
+        if changed := set_dtype(model, config.weights):
+            watch.note(changed)
         parts = config.accumulate * world.size
         world.together(lambda: parallel.check_shares(config.batch, config.accumulate, world.size))
+        world.together(lambda: check_compiles(model, objective, config.compile))
         self.request = request
         objective.heard = show_share(self.watch, "starting")
-        with request.at_once(), self._threads_of_begin():
+        with request.at_once(), threads_of_begin(model, objective, config):
             objective.begin(model, journal.folder if journal else None)
             self.identity, self.facts, self.newest = earlier_run(model, objective, config, world, journal, watch)
         self.device = device or next(model.parameters()).device
@@ -163,24 +167,8 @@ class TrainingRun:
         self.updater.watch = live(watch)
         self.evaluator = Evaluator(self.state, config, world, watch, request)
         self.checks: list[Check] = []
-
-    def _threads_of_begin(self) -> AbstractContextManager[None]:
-        """Those with which an objective computes before the steps are measured."""
-        device = next(self.model.parameters()).device
-        if not self.objective.computes_first or device.type != "cpu":
-            return nullcontext()
-        return threads(self.config.threads or choose_threads(device))
-
-    def _set_dtype(self) -> None:
-        trained = {p.dtype for p in self.model.parameters() if p.requires_grad}
-        if self.config.weights == "bf16":
-            self.model.bfloat16()
-        elif trained - {torch.float32, torch.float64}:  # small updates would be lost in the rounding of such weights
-            named = ", ".join(sorted(str(kind) for kind in trained if kind not in (torch.float32, torch.float64)))
-            self.watch.note(f"train: {named} weights are trained as float32")
-            for parameter in self.model.parameters():
-                if parameter.requires_grad:
-                    parameter.data = parameter.data.float()
+        self.saving = 0.0  # seconds of the last checkpoint for which the steps waited
+        self.took = deque[float](maxlen=PREDICTED_AFTER - 1)  # seconds of the last steps
 
     @contextmanager
     def computing(self) -> Iterator[None]:
@@ -213,6 +201,7 @@ class TrainingRun:
                 live(self.watch).stage("checking what ought not to matter")
                 self.checks = run_checks(state, config, self.updater.precision, self.journal.folder)
             held_out = self._unless_stopped(self.evaluator.result)
+        seconds = state.seconds + (self.evaluator.seconds if held_out else 0.0)
         self.model.eval()
         log = state.log
         if held_out and not config.best and not state.ended:  # so that both curves reach the end
@@ -220,13 +209,11 @@ class TrainingRun:
             if config.eval_every:
                 log = [*log[:-1], {**log[-1], "held_out": held_out}]
         best = state.within.step if state.left else state.best.step if config.best else None
-        memory = peak(state.device)
-        measured = {"threads": self.facts["threads"], "precision": self.updater.precision, "memory_bytes": memory}
-        noted = {"skipped": state.guard.skipped, "changes": self.facts.get("changes", [])}
         return TrainResult.of(
-            log, out=out, steps=state.step, tokens=state.tokens, seconds=state.seconds, held_out=held_out,
+            log, out=out, steps=state.step, tokens=state.tokens, seconds=seconds, held_out=held_out,
             best_step=best, start=state.start, ended=state.ended or None, overfitting=overfitting(log),
-            predicted=state.predicted, **noted, **measured,
+            predicted=state.predicted, memory_bytes=peak(state.device), skipped=state.guard.skipped,
+            changes=self.facts.get("changes", []), threads=self.facts["threads"], precision=self.updater.precision,
         )  # fmt: skip
 
     def write(self, folder: Path | None, result: TrainResult, origin: Mapping[str, Any] | None = None) -> None:
@@ -282,29 +269,30 @@ class TrainingRun:
         saved = sampled = time.monotonic()
         if state.ended:
             return
-        if self._evaluation_is_due() and self._evaluate():
+        if self.evaluator.is_due and self._evaluate():
             return  # stopped while it evaluated
         show_estimate(state, self.facts, config.batch // self.world.size, self.watch)
         while state.schedule.total is None or state.step < state.schedule.total:
             start = time.perf_counter()
             self._unless_stopped(partial(self.step, batches))
             state.seconds = time.monotonic() - self.started
-            self.state.window.seconds += time.perf_counter() - start
+            self.took.append(time.perf_counter() - start)
+            self.state.window.seconds += self.took[-1]
             self.state.window.steps += 1
             self._fit_budget()
             if state.step == PREDICTED_AFTER:
-                predict(state, config, self.state.window.pace, self.evaluator.seconds_left())
+                self._predict()
             self._show_notes()
             done = state.step == state.schedule.total
             live(self.watch).step({**self._row(), "evaluated": self.evaluator.latest})
             if done or state.step % config.log_every == 0:
                 self._log()
-            if not done and self._evaluation_is_due() and self._evaluate():
+            if not done and self.evaluator.is_due and self._evaluate():
                 return
             if (self.updater.stop or self.objective.halt) and not done:
                 self._save_and_stop()
             now = time.monotonic()
-            due = state.step % config.save_every == 0 if config.save_every else now - saved > _SAVE_SECONDS
+            due = state.step % config.save_every == 0 if config.save_every else now - saved > SAVE_SECONDS
             if self.saves is not None and not config.save_every:
                 due = self.world.from_lead(due)
             if due and not done and (self.journal is not None or self.saves is not None):
@@ -314,13 +302,6 @@ class TrainingRun:
             if sample and config.sample_every and now - sampled > config.sample_every and not done:
                 self._unless_stopped(self.evaluator.sample)
                 sampled = now
-
-    def _evaluation_is_due(self) -> bool:
-        state, every = self.state, self.config.eval_every
-        row = state.log[-1] if state.log else {}
-        done = row.get("step") == state.step and "held_out" in row  # before the checkpoint that the run goes on from
-        due = bool(every and state.step and state.step % every == 0) and state.step != state.schedule.total
-        return due and not done
 
     def step(self, batches: Batches) -> None:
         """One update. Raises StopSignal where a stop was requested before it was whole; then it is as if not begun."""
@@ -345,9 +326,24 @@ class TrainingRun:
         state, config = self.state, self.config
         if config.minutes is None or state.schedule.total is not None:
             return
-        state.schedule.fit_budget(config, state.step, state.seconds, self.state.window.pace)
+        if config.eval_every and state.step == FITTED_AFTER:
+            self._measure_evaluation()
+        state.schedule.fit_budget(config, state.step, state.seconds, state.window.pace + self._pauses.share(config))
         if self.world.size > 1:
             state.schedule = Schedule(**self.world.from_lead(asdict(state.schedule)))
+
+    @property
+    def _pauses(self) -> Pauses:
+        return Pauses(self.evaluator.seconds, self.saving)
+
+    def _measure_evaluation(self) -> None:
+        self._unless_stopped(self.evaluator.measure)
+        self.state.seconds = time.monotonic() - self.started
+
+    def _predict(self) -> None:
+        self._measure_evaluation()
+        place = self.journal.folder if self.journal is not None and self.saves is None else None
+        predict(self.state, self.config, statistics.median(self.took), self._pauses, place)
 
     def _log(self) -> None:
         state, window = self.state, self.state.window
@@ -363,7 +359,8 @@ class TrainingRun:
         row = self.state.window.row(
             self.config, step=state.step, total=state.schedule.total, tokens=state.tokens, seconds=state.seconds
         )
-        return {**row, "seconds_left": row["seconds_left"] + self.evaluator.seconds_left()}
+        more = self._pauses.to_come(self.config, state.step, state.schedule.total, state.window.pace)
+        return {**row, "seconds_left": row["seconds_left"] + more}
 
     def _show_notes(self) -> None:
         for note in self.objective.notes:
@@ -383,7 +380,10 @@ class TrainingRun:
         if self.saves is not None:
             return self.saves.begin(state, self.journal, self.facts, tokenizer, keep)
         assert self.journal is not None
-        return self.journal.write(state, self.facts, tokenizer, keep)
+        started = time.monotonic()
+        folder = self.journal.write(state, self.facts, tokenizer, keep)
+        self.saving = time.monotonic() - started
+        return folder
 
     def _save_and_stop(self) -> NoReturn:
         state = self.state

@@ -29,6 +29,7 @@ _POLAR = [
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 ]
 _MARGIN = 1.02  # that a matrix is smaller than 1 by
+_AT_ONCE = 1 << 26  # numbers in the matrices that are made orthogonal together
 _NEURON_DECAY = 0.95  # of the running mean of squares of a neuron's updates
 
 
@@ -38,7 +39,7 @@ class Muon(torch.optim.Optimizer):
     As torch.optim.Muon with `match_rms_adamw` (Liu et al. 2025, "Muon is scalable", equation 4: the update has the
     size of an AdamW update, so that one learning rate serves both), but matrices of one shape are made orthogonal
     together: at the size of the tour that takes 0.6x the time. Where a process holds a piece of each matrix, updates
-    are gathered and made orthogonal in every process, which keeps its piece.
+    are gathered, some matrices at a time, and made orthogonal in every process, which keeps its piece.
     """
 
     def __init__(
@@ -60,28 +61,36 @@ class Muon(torch.optim.Optimizer):
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     alike[tuple(sorted(parameter.shape))].append(parameter)
-            for (_, long), parameters in alike.items():
-                gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-                buffers = [self._buffer(parameter) for parameter in parameters]
-                torch._foreach_lerp_([own(b) for b in buffers], [own(g) for g in gradients], 1 - momentum)
-                updates = [whole(update) for update in torch._foreach_lerp(gradients, buffers, momentum)]
-                kind = torch.float32 if self.exact else torch.bfloat16
-                stacked = torch.stack([(u if u.shape[0] <= u.shape[1] else u.T).to(kind) for u in updates])
-                orthogonal = orthogonalize(stacked, self.options.coefficients)
-                orthogonal = orthogonal.to(torch.promote_types(parameters[0].dtype, torch.float32))
-                rate, decay = 0.2 * lr * math.sqrt(long), lr * group["weight_decay"]
-                decay *= self.share if self.options.falling else 1.0
-                for parameter, update in zip(parameters, orthogonal, strict=True):
-                    turned = update if parameter.shape[0] <= parameter.shape[1] else update.T
-                    if self.options.by_neuron:
-                        turned = self._evened(parameter, turned)
-                    mine = own(piece_like(turned, parameter))
-                    if parameter.dtype == torch.bfloat16:
-                        generator = generator or torch.Generator(parameter.device).manual_seed(self.seed)
-                        moved = self._shrunk(parameter.float(), mine, decay).add_(mine, alpha=-rate)
-                        round_into_(parameter, moved, generator)
-                    else:
-                        self._shrunk(own(parameter), mine, decay).add_(mine, alpha=-rate)
+            for (short, long), all_alike in alike.items():
+                each = max(1, _AT_ONCE // (short * long))
+                for first in range(0, len(all_alike), each):
+                    parameters = all_alike[first : first + each]
+                    orthogonal = self._orthogonal(parameters, momentum)
+                    rate, decay = 0.2 * lr * math.sqrt(long), lr * group["weight_decay"]
+                    decay *= self.share if self.options.falling else 1.0
+                    for parameter, update in zip(parameters, orthogonal, strict=True):
+                        turned = update if parameter.shape[0] <= parameter.shape[1] else update.T
+                        if self.options.by_neuron:
+                            turned = self._evened(parameter, turned)
+                        mine = own(piece_like(turned, parameter))
+                        if parameter.dtype == torch.bfloat16:
+                            generator = generator or torch.Generator(parameter.device).manual_seed(self.seed)
+                            moved = self._shrunk(parameter.float(), mine, decay).add_(mine, alpha=-rate)
+                            round_into_(parameter, moved, generator)
+                        else:
+                            self._shrunk(own(parameter), mine, decay).add_(mine, alpha=-rate)
+
+    def _orthogonal(self, parameters: list[Tensor], momentum: float) -> Tensor:
+        """The updates of matrices of one shape, lying; whole ones, in every process."""
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        buffers = [self._buffer(parameter) for parameter in parameters]
+        torch._foreach_lerp_([own(b) for b in buffers], [own(g) for g in gradients], 1 - momentum)
+        kind = torch.float32 if self.exact else torch.bfloat16
+        updates = [whole(update.to(kind)) for update in torch._foreach_lerp(gradients, buffers, momentum)]
+        stacked = torch.stack([u if u.shape[0] <= u.shape[1] else u.T for u in updates])
+        del updates
+        orthogonal = orthogonalize(stacked, self.options.coefficients)
+        return orthogonal.to(torch.promote_types(parameters[0].dtype, torch.float32))
 
     def _shrunk(self, weights: Tensor, update: Tensor, decay: float) -> Tensor:
         """Weight decay, in place. Cautious: only where the update makes a weight smaller, too (Chen et al. 2025,
@@ -126,6 +135,11 @@ def orthogonalize(stack_NSL: Tensor, coefficients: str = "jordan") -> Tensor:
         poly = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, poly, x, beta=a)
     return x
+
+
+def orthogonalize_flops(short: int, long: int) -> int:
+    """Of `orthogonalize` for one matrix of so many rows and columns."""
+    return _ROUNDS * (4 * short * short * long + 2 * short**3)
 
 
 def hidden_matrices(model: nn.Module) -> set[nn.Parameter]:

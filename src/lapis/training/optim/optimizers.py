@@ -21,6 +21,8 @@ from lapis.training.optim.muon import Muon, hidden_matrices
 from lapis.training.optim.rounding import RoundedAdamW
 from lapis.training.optim.rows import RowsAdamW
 
+FITTED_AFTER = 3  # steps, from which a run that is bounded by time knows how fast they are
+
 
 class Optimizers:
     """One or two optimizers that act as one; state is named by the parameter, not by a number.
@@ -175,13 +177,13 @@ class Schedule:
             config: With `minutes`.
             step: Steps done.
             seconds: Spent so far.
-            pace: Seconds of a step.
+            pace: Seconds of a step, with its share of what comes between steps.
         """
         budget = (config.minutes or 0.0) * 60
-        if step == 3:
+        if step == FITTED_AFTER:
             self.warmup = min(config.warmup, int(budget / pace / 10))
         tail = config.decay if config.schedule == "wsd" else 0.0
-        if seconds + pace > budget * (1 - tail) or (step >= 3 and self.needs_total):
+        if seconds + pace > budget * (1 - tail) or (step >= FITTED_AFTER and self.needs_total):
             left = max(0, int((budget - seconds) / pace))
             self.decay, self.total = left, step + left
 

@@ -9,6 +9,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from lapis.config import environment_number
 from lapis.errors import TrainingError
 from lapis.model.size import activation_bytes, free_memory
-from lapis.model.threads import thread_counts, threads
+from lapis.model.threads import choose_threads, thread_counts, threads
 from lapis.model.transformer import Transformer
 from lapis.training.config import TrainConfig
 from lapis.training.loop.progress import Watch, live
@@ -28,7 +29,7 @@ from lapis.training.objectives.objective import SMALL_BATCH, Objective
 from lapis.training.objectives.supervised.next_token import summed_cross_entropy
 from lapis.training.optim.footprint import optimizer_size
 from lapis.training.optim.muon import hidden_matrices
-from lapis.training.setup.blocks import TooSlow, autocast, compiled, stoppable
+from lapis.training.setup.blocks import TooSlow, autocast, compiled, compiler_failed, stoppable
 from lapis.training.setup.remedies import either, for_a_step, for_the_state
 from lapis.wording import format_count
 
@@ -155,11 +156,10 @@ class Probe:
         try:
             with compiled(self.model, True):
                 return replace(self, budget=math.inf).seconds(count, precision)
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, TrainingError):
             raise
-        except Exception as error:  # the compiler's own kinds differ between versions of torch
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
-            raise TrainingError(f"train: torch.compile failed ({reason}); set compile to off") from None
+        except Exception as error:
+            raise compiler_failed(error) from None
 
 
 def measure_speed(state: TrainState, config: TrainConfig, watch: Watch) -> dict[str, Any]:
@@ -206,6 +206,14 @@ def measure_speed(state: TrainState, config: TrainConfig, watch: Watch) -> dict[
     state.optimizers.clear()
     facts: dict[str, Any] = {"threads": count, "precision": precision, "compile": compile_}
     return facts if seconds is None else {**facts, "seconds_per_token": seconds / tokens}
+
+
+def threads_of_begin(model: Transformer, objective: Objective, config: TrainConfig) -> AbstractContextManager[None]:
+    """Those with which an objective computes before the steps are measured."""
+    device = next(model.parameters()).device
+    if not objective.computes_first or device.type != "cpu":
+        return nullcontext()
+    return threads(config.threads or choose_threads(device))
 
 
 def settled(config: TrainConfig, device: torch.device) -> dict[str, Any]:
