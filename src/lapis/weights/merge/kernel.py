@@ -65,12 +65,23 @@ def kernel_of(
     def sweep(tile: Tile, reduction: Reduction | None) -> tuple[Any, ...]:
         return (reduction or begin)(block(tile))  # type: ignore[operator]
 
-    def fold(_step: int, parts: list[tuple[Any, ...]], _state: Any) -> Reduction | Elementwise:
-        assert not isinstance(steps, Elementwise)
+    running, noted = steps, False
+
+    def fold(step: int, parts: list[tuple[Any, ...]], _state: Any) -> Reduction | Elementwise:
+        """A stage whose passes were forgotten makes them again, so the first of them begins anew."""
+        nonlocal running, noted
+        if step == 0 and running is None:
+            running = method.start(parameters, models)
+            assert not isinstance(running, Elementwise)
+            next(running)
+        assert running is not None and not isinstance(running, Elementwise)
         try:
-            return steps.send(total(parts))
+            return running.send(total(parts))
         except StopIteration as end:
-            note(method_notes, end.value)
+            running = None
+            if not noted:
+                note(method_notes, end.value)
+            noted = True
             last: Elementwise = end.value
             return last
 
