@@ -22,11 +22,25 @@ CHROMIUM = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync"
 ).split()
+# The names of options in the text of a page inside which a line breaks
+BROKEN_OPTIONS = """() => {
+  const broken = [], walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT), range = new Range();
+  while (walker.nextNode()) {
+    const node = walker.currentNode;
+    if (node.parentElement.closest("script, style")) continue;
+    for (const match of node.data.matchAll(/--[a-z][a-z-]*/g)) {
+      range.setStart(node, match.index);
+      range.setEnd(node, match.index + match[0].length);
+      if (new Set([...range.getClientRects()].map(box => box.top)).size > 1) broken.push(match[0]);
+    }
+  }
+  return broken;
+}"""
 
 
 @pytest.fixture(scope="session", autouse=True)
 def scratch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What tests and their processes write beside their own folders goes with the folders of the tests, killed or not."""
+    """What tests and their processes write beside their own folders goes with those of the tests, killed or not."""
     before = os.environ.get("TMPDIR"), tempfile.tempdir
     os.environ["TMPDIR"] = tempfile.tempdir = str(tmp_path_factory.mktemp("beside"))
     yield
@@ -80,3 +94,22 @@ def run(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]
         return int(status), *capfd.readouterr()
 
     return call
+
+
+@pytest.fixture
+def check_narrow(browser: Any) -> Iterator[Callable[..., None]]:
+    """check_narrow(html) -> nothing is wider than the screen, and no line breaks inside the name of an option."""
+    context = browser.new_context()
+
+    def check(html: str, widths: tuple[int, ...] = (1280, 400)) -> None:
+        page = context.new_page()
+        for width in widths:
+            page.set_viewport_size({"width": width, "height": 900})
+            page.set_content(html)
+            page.wait_for_selector("html[data-ready]", timeout=60_000)
+            assert page.evaluate("document.documentElement.scrollWidth") == width
+            assert page.evaluate(BROKEN_OPTIONS) == []
+        page.close()
+
+    yield check
+    context.close()

@@ -54,11 +54,12 @@ def card(
         "replay_choices": replay_choices, "language": language, "license": license, "base_models": base_model,
     }  # fmt: skip
     check_output(out, overwrite=overwrite, inputs=models)
-    gathered = gather(models, {key: value for key, value in given.items() if value is not None}, scored)
+    gathered = gather(models, {key: value for key, value in given.items() if value is not None}, scored, tuned)
     with progress("measuring") as report, commit(out, kind="card", overwrite=overwrite) as staging:
         result = make_card(
-            gathered.models, gathered.held, tuned=tuned, how=gathered.how, notes=gathered.notes, progress=report
-        )
+            gathered.models, gathered.held, tuned=tuned, adapted=gathered.adapted, how=gathered.how,
+            notes=gathered.notes, progress=report,
+        )  # fmt: skip
         write_card(staging.path, result)
 
     def render() -> None:

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from lapis import __version__
+from lapis.errors import ConfigError
 from lapis.generation.ready import choose_device
 from lapis.language.card.bootstrap import Counts, Figure, change, difference, ratio, share_of_way
+from lapis.language.card.folder import ADAPTED, TUNED
 from lapis.language.card.naming import SURE, Languages, name_languages
 from lapis.language.card.readme import readme
 from lapis.language.card.scores import PROMPTS, HeldOutText, Measured, score_model, time_models
@@ -23,7 +25,6 @@ from lapis.report.pages.card import SHARES, card_page
 from lapis.text.tokenizer.folder import read_templates, write_json
 
 Report = Callable[[float, float | None, str], None]
-TUNED = "tuned"
 
 
 def make_card(
@@ -31,6 +32,7 @@ def make_card(
     languages: Mapping[str, HeldOutText],
     *,
     tuned: str | Path | None = None,
+    adapted: str = "",
     how: Mapping[str, Any] | None = None,
     notes: Mapping[str, list[str]] | None = None,
     progress: Report = lambda done, total, label: None,
@@ -41,6 +43,7 @@ def make_card(
         models: What each is called -> its folder, the first one that was started from, the last one the result.
         languages: "target", and "replay" where something should be kept -> what is measured on.
         tuned: A model that was tuned on chats of the language: the yardstick of `gap_closed`.
+        adapted: The model at which that begins; by default the one that is called so, or the last but one.
         how: How the result was made: settings, files with digests, seeds, for the card to say.
         notes: What else the card is to say, by what it is about.
         progress: Called with what is done, what there is to do, and what it is.
@@ -51,6 +54,8 @@ def make_card(
         text rose), `gap_closed` (of the way from before the last step to `tuned`, by bits per byte of the replies
         that were given), `reasons` (why one of these is None), `replies`, `notes`, `how`.
     """
+    if tuned is not None and TUNED in models:
+        raise ConfigError(f"card: a model is called {TUNED}, as the yardstick is; give it another name")
     listed = {**models, **({TUNED: tuned} if tuned is not None else {})}
     template = next((own for name in reversed(listed) if (own := _templates(listed[name]))), None)
     named = name_languages(languages)
@@ -67,7 +72,7 @@ def make_card(
     first, last = next(iter(models)), list(models)[-1]
     counts = {name: one.counts for name, one in measured.items()}
     changes = {name: _changes(counts[first], counts[name]) for name in listed if name != first}
-    gap, why = _gap_closed(counts, list(models))
+    gap, why = _gap_closed(counts, list(models), adapted)
     cost = changes.get(last, {}).get("replay", {}).get("bits_per_byte")
     reasons = {"gap_closed": why} if gap is None else {}
     if cost is None:
@@ -138,17 +143,16 @@ def _changes(before: Mapping[str, Mapping[str, Counts]], after: Mapping[str, Map
 
 
 def _gap_closed(
-    counts: Mapping[str, Mapping[str, Mapping[str, Counts]]], models: list[str]
+    counts: Mapping[str, Mapping[str, Mapping[str, Counts]]], models: list[str], adapted: str
 ) -> tuple[Figure | None, str]:
     """How much of the way from the last model that was not grafted to the tuned one the last step went, or why not."""
     if TUNED not in counts:
         return None, "no model tuned on chats of the language was given (lapis card --tuned), so there is no yardstick"
-    group, _, _ = models[-1].rpartition("/")  # of several adaptations the last one's
-    named = [f"{group}/{step}" if group else step for step in ("calibrated", "merged", "adapted")]
-    adapted = next((name for name in named if name in models), "")
+    adapted = adapted or next((name for name in ADAPTED if name in models), "")
     before = adapted or (models[-2] if len(models) > 1 else "")
     if not before or before == models[-1]:
-        return None, "there is no step after the adaptation whose way could be measured"
+        last = f"{before}, the adapted model" if before else "the only model"
+        return None, f"there is no step after {last}, whose way could be measured"
     key = "response_bits_per_byte"
     of = [counts[name]["target"].get(key) for name in (before, models[-1], TUNED)]
     if any(one is None or not one.n for one in of):

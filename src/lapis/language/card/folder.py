@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -27,6 +27,8 @@ from lapis.weights.graft.layout import plan_graft
 TEXTS = ("measure", "replay")  # steps that hold texts; the second one where a model drew its replay itself
 PARTS = {"target": "text", "replay": "replay"}  # language -> what its files in measure/ are called
 MEASURED = ("chats", "replay_chats", "choices", "replay_choices")  # keys of a plan whose files a card reads
+ADAPTED = ("calibrated", "merged", "adapted")  # steps, the last before chat is grafted first
+TUNED = "tuned"  # what the yardstick of the gap is called
 CHATS = 32  # that models are measured on
 QUESTIONS = 500
 Paths = Sequence[str | Path]
@@ -190,12 +192,14 @@ def _sha256(path: Path) -> str:
 @dataclass(frozen=True)
 class CardInputs:
     """What a card is made of. models: Name -> folder. held: Language -> material. how: As README.md tells it.
-    notes: Of folders, what a reader should know."""
+    notes: Of folders, what a reader should know. adapted: The name of the adapted model, where a folder of an
+    adaptation says which it is."""
 
     models: dict[str, str | Path]
     held: dict[str, HeldOutText]
     how: dict[str, Any]
     notes: dict[str, list[str]] = field(default_factory=dict)
+    adapted: str = ""
 
 
 def unfinished(folder: Path) -> list[str]:
@@ -203,39 +207,49 @@ def unfinished(folder: Path) -> list[str]:
     return [name for name in steps_of(folder, _plan_of(folder)) if name != "card" and not (folder / name).is_dir()]
 
 
-def gather(folders: Sequence[Path], given: Mapping[str, Any], scored: int) -> CardInputs:
+def gather(folders: Sequence[Path], given: Mapping[str, Any], scored: int, tuned: Path | None = None) -> CardInputs:
     """Models and held-out material of what a user named.
+
+    A model has its step's name in an adaptation, and else that of its folder; where two would have one name, or a
+    folder that of a step or of the yardstick, the name of the folder around it stands before it.
 
     Args:
         folders: Of an adaptation, of models, or both.
         given: Keys of a plan in place of those of the adaptation's own: text, replay, chats, choices, language, ...
         scored: Bytes of each given text that are scored.
+        tuned: The yardstick, which is none of the models.
 
     Raises:
         ConfigError: Where there is no text, or no byte of it is to be scored, or two models have one name even with
-            that of the folder they lie in.
+            that of the folder they lie in, or one is the yardstick.
     """
     if scored < 1:
         raise ConfigError(f"card: --scored is {scored}; give 1 or more")
+    adaptations = {folder: models_of(folder) for folder in folders if is_adaptation(folder)}
+    steps = {os.path.abspath(place): name for own in adaptations.values() for name, place in own.items()}
+    reserved = {*steps.values(), *([TUNED] if tuned is not None else [])}
     models: dict[str, str | Path] = {}
     held: dict[str, HeldOutText] = {}
     how: dict[str, Any] = {}
     settings: dict[str, Any] = {}
     notes: dict[str, list[str]] = {}
+    adapted = ""
     for folder in folders:
-        adapted = is_adaptation(folder)
-        if adapted and (missing := unfinished(folder)):
-            notes[folder.resolve().name] = [f"is not finished: it has no {', '.join(missing)} yet"]
-        named = models_of(folder) if adapted else {folder.resolve().name: folder}
-        beside = folder.resolve() if adapted else folder.resolve().parent
-        for name, place in named.items():
-            if os.path.abspath(models.get(name, "")) == os.path.abspath(place):
-                continue  # two adaptations of one base
-            name = f"{beside.name}/{name}" if name in models else name
-            if name in models:
-                raise ConfigError(f"card: two of these models are called {name}; give each folder a name of its own")
-            models[name] = place
-        if adapted and not held:
+        own, beside = adaptations.get(folder), folder.resolve()
+        if own is None:
+            if tuned is not None and beside == tuned.resolve():
+                raise ConfigError(
+                    f"card: {folder} is among the models and is --tuned; name it once, since --tuned shows it, too"
+                )
+            step = steps.get(os.path.abspath(folder))
+            _add(models, step or beside.name, folder, beside.parent.name, () if step else reserved)
+            continue
+        shown = {name: _add(models, name, place, beside.name) for name, place in own.items()}
+        adapted = next((shown[step] for step in ADAPTED if step in shown), "")
+        if missing := unfinished(folder):
+            named = beside.name if beside.name not in models else f"the adaptation {beside.name}"
+            notes[named] = [f"is not finished: it has no {', '.join(missing)} yet"]
+        if not held:
             plan = _plan_of(folder)
             settings, held, how = vars(plan), held_out_of(folder, plan, given), how_made(folder, plan, given)
     if not models:
@@ -257,7 +271,22 @@ def gather(folders: Sequence[Path], given: Mapping[str, Any], scored: int) -> Ca
         name, first = next(iter(models.items()))
         how = {"license": licence_of(first), "data": _digests(given), "models": {name: digests_of(first)}}
     stated = {key: given[key] for key in ("language", "license", "base_models") if given.get(key)}
-    return CardInputs(models, held, {**how, **stated}, notes)
+    return CardInputs(models, held, {**how, **stated}, notes, adapted)
+
+
+def _add(
+    models: dict[str, str | Path], name: str, place: str | Path, beside: str, reserved: Container[str] = ()
+) -> str:
+    """Adds a model to others, unless it is there already; what it is called there."""
+    whole = os.path.abspath(place)
+    there = next((other for other, model in models.items() if os.path.abspath(model) == whole), None)
+    if there is not None:  # two adaptations of one base
+        return there
+    name = f"{beside}/{name}" if name in models or name in reserved else name
+    if name in models:
+        raise ConfigError(f"card: two of these models are called {name}; give each folder a name of its own")
+    models[name] = place
+    return name
 
 
 def _digests(given: Mapping[str, Any]) -> dict[str, str]:

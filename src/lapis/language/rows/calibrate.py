@@ -235,9 +235,7 @@ def _rows(
     return written, drawn() or written
 
 
-def _read(
-    model: Transformer, rows: list[list[int]], embed_ND: Tensor, first: int, heard: Callable[[], None]
-) -> Places:
+def _read(model: Transformer, rows: list[list[int]], embed_ND: Tensor, first: int, heard: Callable[[], None]) -> Places:
     """All places but the last of each row. The model may have rows for new tokens already, which do not count.
 
     heard: Called before each row.
