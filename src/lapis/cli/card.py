@@ -48,12 +48,15 @@ def card(
     from lapis.language.card.card import make_card, write_card
     from lapis.language.card.folder import gather
     from lapis.report.pages.card import FIGURES, TOKEN_BOUND, spelled_change, title_of
+    from lapis.text.corpus.files import check_kept
 
     given = {
         "text": text, "replay": replay, "chats": chats, "replay_chats": replay_chats, "choices": choices,
         "replay_choices": replay_choices, "language": language, "license": license, "base_models": base_model,
     }  # fmt: skip
-    check_output(out, overwrite=overwrite, inputs=models)
+    check_output(out, overwrite=overwrite, inputs=[*models, *([tuned] if tuned is not None else [])])
+    read = (text, replay, chats, replay_chats, choices, replay_choices)
+    check_kept(out, [path for paths in read for path in paths or ()])
     gathered = gather(models, {key: value for key, value in given.items() if value is not None}, scored, tuned)
     with progress("measuring") as report, commit(out, kind="card", overwrite=overwrite) as staging:
         result = make_card(
