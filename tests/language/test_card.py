@@ -338,7 +338,7 @@ def test_every_file_that_was_read_has_its_digest(adapted: Path, tmp_path: Path) 
     one, two, other = (tmp_path / name / "valid.jsonl" for name in ("a", "b", "c"))
     for number, path in enumerate((one, two, other)):
         path.parent.mkdir()
-        write(path, MALAY[number : number + 9])
+        write(path, MALAY[20 * number : 20 * number + 9])
     chats, questions = adapted / "chats.jsonl", adapted / "questions.jsonl"
     given = {"text": [one, two], "replay": [other], "chats": [chats]}
     assert gather([adapted / "base"], given, 800).how["data"] == {

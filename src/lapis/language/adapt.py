@@ -35,7 +35,7 @@ from lapis.language.card.card import make_card, write_card
 from lapis.language.card.folder import PARTS, added_tokens, held_out_of, how_made, measured_files, parents_of
 from lapis.language.extend import SAMPLE, add_rows, open_source, require_enough
 from lapis.language.fertility import Report, fertility
-from lapis.language.inputs import check_inputs, stamps, with_whole_paths
+from lapis.language.inputs import check_inputs, check_trainings, stamps, with_whole_paths
 from lapis.language.machine import with_earlier_measures, with_measures
 from lapis.language.plan import PLAN, AdaptPlan, read_plan
 from lapis.language.replay import bits_per_byte, draw_replies, draw_texts
@@ -92,6 +92,7 @@ def adapt(
     for remark in check_inputs(plan, out):
         note(remark)
     plan = with_earlier_measures(plan, out, note)
+    check_trainings(plan)
     if not dry_run:
         with bar("measuring how fast this machine trains"):
             plan = with_measures(plan)

@@ -14,7 +14,7 @@ from lapis.language.card.naming import KNOWN, LOOKED_AT, MOSTLY, language_shares
 from lapis.language.extend import open_source
 from lapis.language.plan import PLAN, AdaptPlan, whole_path
 from lapis.language.replay import SELF
-from lapis.language.texts import FEW, first_bytes, pieces, same_as_target
+from lapis.language.texts import FEW, first_bytes, pieces, read_texts, same_as_target
 from lapis.model.check import plan_load, read_config
 from lapis.parsing import quoted
 from lapis.text.corpus.files import HUB, files
@@ -22,12 +22,14 @@ from lapis.text.corpus.labels import bare_texts
 from lapis.text.tokenizer.extend import ExtendableTokenizer
 from lapis.text.tokenizer.tokenizer import Tokenizer
 from lapis.training.rewards.language import TWINS
+from lapis.training.run import read_settings
 from lapis.weights.graft.layout import plan_graft
 from lapis.weights.graft.scale import read_scale
 from lapis.wording import format_count
 
 NONE = 0.02  # share of documents in the language; below that the text is another one's
 READ = 20_000_000  # bytes of a text that are looked at
+SHOWN = 0.01  # share of a language that is told
 NAMED = 3  # languages whose shares are told
 
 
@@ -80,6 +82,7 @@ def check_inputs(plan: AdaptPlan, out: Path) -> list[str]:
         _refuse_own_steps(paths, out)
         for file in files(list(paths)):
             next(iter(_documents([str(file)])), None)  # a file that is empty or holds no text is refused
+        read_texts(paths, READ)  # so are texts of which none can be held out
     if Tokenizer.open(source).eos_id is None:
         raise ConfigError(
             f"adapt: {source}: names no eos_token, which stands between documents; name one in tokenizer_config.json"
@@ -111,6 +114,15 @@ def check_inputs(plan: AdaptPlan, out: Path) -> list[str]:
     return notes
 
 
+def check_trainings(plan: AdaptPlan) -> None:
+    """Raises ConfigError for settings that no training takes."""
+    settings = {
+        "objective": "causal", "model": plan.base, "out": plan.out, "steps": 1, "batch": plan.batch,
+        "context": plan.context, "valid": {"target": plan.text[0]}, **plan.train,
+    }  # fmt: skip
+    read_settings(settings, "adapt: train")
+
+
 def _refuse_own_steps(paths: Iterable[str], out: Path) -> None:
     """Raises OutputError where the folder of the steps is among what is read as text: a later run would read its own
     held-out text."""
@@ -137,7 +149,10 @@ def _unused(plan: AdaptPlan) -> list[str]:
             notes.append(f"{', '.join(idle)}: not used, since {why}")
     if plan.replay and "cost" in given and plan.train.get("eval_every") == 0:
         notes.append("cost: ends no training, since train: eval_every is 0; it is held against the card alone")
-    size = plan.batch * min(plan.context, read_config(plan.source).context)
+    most = read_config(plan.source).context
+    if "context" in given and plan.context > most:
+        notes.append(f"context: {plan.context:,} tokens are more than the model reads; rows of {most:,} are taken")
+    size = plan.batch * min(plan.context, most)
     if plan.trained_tokens < size and (plan.minutes is None or plan.tokens_per_second is not None):
         notes.append(
             f"training: {format_count(plan.trained_tokens, 'token')} in all, and a step reads {size:,}; each training "
@@ -174,9 +189,10 @@ def _unnamed(plan: AdaptPlan) -> list[str]:
     same = most == other != "" and most_of_it >= MOSTLY
     if share >= MOSTLY and not same:
         return []
-    looks = [f"{name or 'no language that is built in'} ({part:.0%})" for name, part in list(shares.items())[:NAMED]]
-    if len(shares) > NAMED:
-        looks.append(f"others ({sum(list(shares.values())[NAMED:]):.0%})")
+    shown = [(name, part) for name, part in shares.items() if part >= SHOWN][:NAMED]
+    looks = [f"{name or 'no language that is built in'} ({part:.0%})" for name, part in shown]
+    if (rest := 1 - sum(part for _, part in shown)) >= SHOWN:
+        looks.append(f"others ({rest:.0%})")
     listed = f"text: looks like {', '.join(looks)}"
     if same:
         return [

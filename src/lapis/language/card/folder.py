@@ -18,11 +18,12 @@ from lapis.evaluation.chats import prompt_of
 from lapis.evaluation.choices import Choice, read_choices
 from lapis.language.card.scores import HeldOutText
 from lapis.language.plan import PLAN, AdaptPlan, read_plan
-from lapis.language.texts import first_bytes
+from lapis.language.texts import first_bytes, same_as_target
 from lapis.text.corpus import corpus
 from lapis.text.corpus.files import files
 from lapis.weights.delta.beside import card_license
 from lapis.weights.graft.layout import plan_graft
+from lapis.wording import HUB_ID
 
 TEXTS = ("measure", "replay")  # steps that hold texts; the second one where a model drew its replay itself
 PARTS = {"target": "text", "replay": "replay"}  # language -> what its files in measure/ are called
@@ -254,14 +255,19 @@ def gather(folders: Sequence[Path], given: Mapping[str, Any], scored: int, tuned
             settings, held, how = vars(plan), held_out_of(folder, plan, given), how_made(folder, plan, given)
     if not models:
         raise ConfigError("card: no model is named; give a folder of lapis adapt, or model folders")
+    for place in (*models.values(), *([tuned] if tuned is not None else [])):
+        open_checkpoint(place, adapters=True)  # one that is no model is told before any is measured
     if not held and not given.get("text"):
-        for place in models.values():
-            open_checkpoint(place)  # one that is not there is told first
         raise ConfigError("card: --text is missing; give held-out text of the language, or a folder of lapis adapt")
     for name, part in PARTS.items():
         if paths := given.get(part):
             texts = list(first_bytes((document.text for document in corpus.documents(list(paths))), scored))
             held[name] = _held_out(name, texts, {**settings, **given})
+    if any(given.get(part) for part in PARTS.values()) and len(held) > 1:
+        if why := same_as_target(*(held[name].texts for name in PARTS)):
+            raise DataError(f"card: {why}")
+    if wrong := [name for name in given.get("base_models") or () if not HUB_ID.fullmatch(name)]:
+        raise ConfigError(f"card: --base-model is {wrong[0]}; give its name on the hub, owner/name")
     for key, option in (("replay_chats", "--replay-chats"), ("replay_choices", "--replay-choices")):
         if given.get(key) and "replay" not in held:
             raise ConfigError(
