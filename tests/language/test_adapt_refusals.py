@@ -1,5 +1,6 @@
 """What is refused or told before anything is computed: settings of trainings, text that is too little, steps in the way."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,10 @@ def test_what_a_card_cannot_measure_is_refused_first(tmp_path: Path) -> None:
     for models, tuned in (([base, tmp_path / "none"], None), ([base], tmp_path / "none")):
         with pytest.raises(CheckpointError, match="none: config.json is missing; give the folder of a model"):
             gather(models, given, 1000, tuned)
+    shutil.copytree(base, tmp_path / "wordless")
+    (tmp_path / "wordless" / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match="wordless: there is no tokenizer.json"):
+        gather([base, tmp_path / "wordless"], given, 1000)
     with pytest.raises(DataError, match="card: 100% of the replay documents stand in the target's text, too; replay is"):
         gather([base], {**given, "replay": [text]}, 1000)
     replay = write(tmp_path / "en.jsonl", ENGLISH[:50])

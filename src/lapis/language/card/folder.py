@@ -21,6 +21,7 @@ from lapis.language.plan import PLAN, AdaptPlan, read_plan
 from lapis.language.texts import first_bytes, same_as_target
 from lapis.text.corpus import corpus
 from lapis.text.corpus.files import files
+from lapis.text.tokenizer.tokenizer import Tokenizer
 from lapis.weights.delta.beside import card_license
 from lapis.weights.graft.layout import plan_graft
 from lapis.wording import HUB_ID
@@ -256,7 +257,7 @@ def gather(folders: Sequence[Path], given: Mapping[str, Any], scored: int, tuned
     if not models:
         raise ConfigError("card: no model is named; give a folder of lapis adapt, or model folders")
     for place in (*models.values(), *([tuned] if tuned is not None else [])):
-        open_checkpoint(place, adapters=True)  # one that is no model is told before any is measured
+        Tokenizer.open(open_checkpoint(place, adapters=True))  # what is no model is told before any is measured
     if not held and not given.get("text"):
         raise ConfigError("card: --text is missing; give held-out text of the language, or a folder of lapis adapt")
     for name, part in PARTS.items():

@@ -87,7 +87,8 @@ def check_kept(out: str | os.PathLike[str], paths: Iterable[Source], option: str
             around = os.path.isdir(place) and whole.is_relative_to(os.path.realpath(place))
             inside = [path for path in place.rglob("*") if _is_data(path, place, KINDS)] if around else []
             if any(Path(os.path.realpath(each)).is_relative_to(whole) for each in (place, *inside)):
-                raise OutputError(f"{out}: {place}, which is read, lies there; give another {option}")
+                what = "is read" if place == Path(out) else f"{place}, which is read, lies there"
+                raise OutputError(f"{out}: {what}; give another {option}")
 
 
 def _is_data(path: Path, root: Path, kinds: Sequence[str]) -> bool:
