@@ -69,7 +69,9 @@ def test_languages_of_text_are_told_where_nobody_names_one(
     typed: Callable[..., tuple[int, str]], tmp_path: Path
 ) -> None:
     english, malay = ENGLISH[300:460], MALAY[:60]
-    korean = str(write(tmp_path / "ko.jsonl", [f"나는 오늘 학교에서 친구들과 함께 밥을 {n} 번 먹었습니다." for n in range(30)]))
+    korean = str(
+        write(tmp_path / "ko.jsonl", [f"나는 오늘 학교에서 친구들과 함께 밥을 {n} 번 먹었습니다." for n in range(30)])
+    )
     shares = "text: looks like en (73%), id or ms (27%); all of it is learned, so leave out other languages"
     mixed = str(write(tmp_path / "mixed.jsonl", [*english, *malay]))
     alone = str(write(tmp_path / "alone.jsonl", english))

@@ -1,4 +1,4 @@
-"""What is refused or told before anything is computed: settings of trainings, text that is too little, steps in the way."""
+"""What is refused or told before anything is computed: settings of trainings, too little text, files in the way."""
 
 import shutil
 from collections.abc import Callable
@@ -24,7 +24,10 @@ Plan = Callable[..., dict[str, Any]]
         ({"train": {"warmup": "long"}}, "adapt: train: warmup is 'long'; expected a whole number"),
         ({"train": {"optimizer": "sgdx"}}, "adapt: train: optimizer is 'sgdx'; did you mean \"sgd\"?"),
         ({"context": 1}, "adapt: context is 1; give 2 tokens or more"),
-        ({"replay": ["self", "en"]}, "adapt: replay is self, en; give self alone, which has the model draw it, or files"),
+        (
+            {"replay": ["self", "en"]},
+            "adapt: replay is self, en; give self alone, which has the model draw it, or files",
+        ),
     ],
 )
 def test_settings_are_looked_at_before_the_first_step(plan: Plan, changes: dict[str, Any], why: str) -> None:
@@ -40,7 +43,7 @@ def test_too_little_text_is_refused_before_the_first_step(plan: Plan, tmp_path: 
     for changes, count in (({"text": [str(one)]}, "1 text"), ({"text": [str(blank)]}, "0 texts")):
         with pytest.raises(DataError, match=f"holds {count}; give at least 2 that differ, to learn from one and hold"):
             adapt(plan(**changes, replay=[], language=""), dry_run=True)
-    with pytest.raises(DataError, match="one.jsonl: holds 1 text; give at least 2"):
+    with pytest.raises(DataError, match=r"one\.jsonl: holds 1 text; give at least 2"):
         adapt(plan(replay=[str(one)], text=[str(write(tmp_path / "others.jsonl", MALAY[5:]))]), dry_run=True)
     assert not (tmp_path / "out").exists()
 
@@ -69,7 +72,7 @@ def test_languages_with_hardly_a_share_are_others(plan: Plan, tmp_path: Path) ->
     assert "(0%)" not in told and told.startswith("text: looks like id or ms (50%), ko (50%); all of it")
 
 
-def test_replay_that_is_the_text_is_told_where_tokens_are_learned(tmp_path: Path) -> None:
+def test_replay_that_is_the_text_is_told_by_extend(tmp_path: Path) -> None:
     base, text = make(tmp_path / "base", 0), write(tmp_path / "ms.jsonl", MALAY)
     result = extend(base, [text], tmp_path / "out", add=5, replay=[text])
     assert any(note.startswith("100% of the replay documents stand in the target's text") for note in result.notes)
@@ -83,13 +86,15 @@ def test_what_a_card_cannot_measure_is_refused_first(tmp_path: Path) -> None:
     (tmp_path / "none").mkdir()
     given = {"text": [text]}
     for models, tuned in (([base, tmp_path / "none"], None), ([base], tmp_path / "none")):
-        with pytest.raises(CheckpointError, match="none: config.json is missing; give the folder of a model"):
+        with pytest.raises(CheckpointError, match=r"none: config\.json is missing; give the folder of a model"):
             gather(models, given, 1000, tuned)
     shutil.copytree(base, tmp_path / "wordless")
     (tmp_path / "wordless" / "tokenizer.json").unlink()
-    with pytest.raises(CheckpointError, match="wordless: there is no tokenizer.json"):
+    with pytest.raises(CheckpointError, match=r"wordless: there is no tokenizer\.json"):
         gather([base, tmp_path / "wordless"], given, 1000)
-    with pytest.raises(DataError, match="card: 100% of the replay documents stand in the target's text, too; replay is"):
+    with pytest.raises(
+        DataError, match="card: 100% of the replay documents stand in the target's text, too; replay is"
+    ):
         gather([base], {**given, "replay": [text]}, 1000)
     replay = write(tmp_path / "en.jsonl", ENGLISH[:50])
     assert list(gather([base], {**given, "replay": [replay]}, 1000).held) == ["target", "replay"]

@@ -47,7 +47,7 @@ def test_a_folder_that_is_called_as_a_step_has_another_name(place: Path) -> None
         names(place, "ms", "mine/start", "other/mine/start")
 
 
-def test_a_folder_that_is_called_as_the_yardstick_has_another_name(place: Path) -> None:
+def test_a_folder_called_as_the_yardstick_has_another_name(place: Path) -> None:
     assert names(place, "models/base", "mine/tuned") == ["base", "tuned"]
     assert names(place, "models/base", "mine/tuned", tuned="yard/stick") == ["base", "mine/tuned"]
     with pytest.raises(ConfigError, match="mine/tuned is among the models and is --tuned; name it once, since --tuned"):

@@ -48,7 +48,7 @@ def card(
     from lapis.language.card.card import make_card, write_card
     from lapis.language.card.folder import gather
     from lapis.report.pages.card import FIGURES, TOKEN_BOUND, spelled_change, title_of
-    from lapis.text.corpus.files import check_kept
+    from lapis.text.corpus.files import refuse_replacing
 
     given = {
         "text": text, "replay": replay, "chats": chats, "replay_chats": replay_chats, "choices": choices,
@@ -56,7 +56,7 @@ def card(
     }  # fmt: skip
     check_output(out, overwrite=overwrite, inputs=[*models, *([tuned] if tuned is not None else [])])
     read = (text, replay, chats, replay_chats, choices, replay_choices)
-    check_kept(out, [path for paths in read for path in paths or ()])
+    refuse_replacing(out, [path for paths in read for path in paths or ()])
     gathered = gather(models, {key: value for key, value in given.items() if value is not None}, scored, tuned)
     with progress("measuring") as report, commit(out, kind="card", overwrite=overwrite) as staging:
         result = make_card(

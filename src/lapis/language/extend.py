@@ -20,7 +20,7 @@ from lapis.checkpoint.hub.models import local_folder
 from lapis.errors import ConfigError, DataError
 from lapis.language.rows.init import Init
 from lapis.language.texts import first_bytes, same_as_target
-from lapis.text.corpus.files import check_kept
+from lapis.text.corpus.files import refuse_replacing
 from lapis.text.corpus.labels import bare_texts
 from lapis.text.tokenizer.extend import LEAST, ExtendableTokenizer, Extension, changed_share
 from lapis.text.tokenizer.roundtrip import holds_only_tokenizer
@@ -122,7 +122,7 @@ def extend(
         raise ConfigError("extend: only_target leaves the ids of replay text as they are; give that text with --replay")
     folder, checkpoint = open_source(model)
     check_output(Path(os.path.abspath(out)), overwrite=overwrite, inputs=[folder])
-    check_kept(out, [*files, *replay])
+    refuse_replacing(out, [*files, *replay])
     tables = None if checkpoint is None else token_tables(checkpoint)
     if tables is None and init is not None:
         raise ConfigError(f"extend: init says how rows of a model begin, and {model} holds a tokenizer alone")

@@ -82,7 +82,6 @@ def check_inputs(plan: AdaptPlan, out: Path) -> list[str]:
         _refuse_own_steps(paths, out)
         for file in files(list(paths)):
             next(iter(_documents([str(file)])), None)  # a file that is empty or holds no text is refused
-        read_texts(paths, READ)  # so are texts of which none can be held out
     if Tokenizer.open(source).eos_id is None:
         raise ConfigError(
             f"adapt: {source}: names no eos_token, which stands between documents; name one in tokenizer_config.json"
@@ -111,6 +110,8 @@ def check_inputs(plan: AdaptPlan, out: Path) -> list[str]:
             why, another, _ = str(error).partition("; is it another release?")
             remedy = "; give the chat version of base" if another else ""
             raise CheckpointError(f"adapt: {why.removeprefix('graft: ')}{remedy}") from None
+    for paths in plan.texts.values():
+        read_texts(paths, READ)  # of too little nothing can be held out
     return notes
 
 

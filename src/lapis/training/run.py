@@ -30,7 +30,7 @@ from lapis.errors import ConfigError
 from lapis.families.config import ModelConfig
 from lapis.model.transformer import Transformer
 from lapis.parsing import quoted
-from lapis.text.corpus.files import check_kept
+from lapis.text.corpus.files import refuse_replacing
 from lapis.text.rows.rows import MANIFEST, Rows
 from lapis.text.tokenizer.tokenizer import Tokenizer
 from lapis.training.config import TrainConfig
@@ -271,7 +271,7 @@ def _start(
     if world.leads:
         inputs = [Path(place) for place in (config.model, config.tokenizer) if place is not None]
         check_output(Path(config.out), overwrite=overwrite, inputs=inputs, option="out=FOLDER")
-        check_kept(config.out, _places([config.data, config.options.get("valid")]), "out=FOLDER")
+        refuse_replacing(config.out, _places([config.data, config.options.get("valid")]), "out=FOLDER")
     objective, context = _objective(config, _tokenizer(config))
     live(watch).stage("opening the model")
     device = _device(config.device)

@@ -70,7 +70,7 @@ def files(paths: Source | Iterable[Source], kinds: Sequence[str] = KINDS, what: 
     return list(listed)
 
 
-def check_kept(out: str | os.PathLike[str], paths: Iterable[Source], option: str = "--out") -> None:
+def refuse_replacing(out: str | os.PathLike[str], paths: Iterable[Source], option: str = "--out") -> None:
     """Raises OutputError where what is written at `out` would replace something that is read: it exists nowhere else.
 
     Args:
