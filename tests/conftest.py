@@ -22,7 +22,6 @@ CHROMIUM = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync"
 ).split()
-# The names of options in the text of a page inside which a line breaks
 BROKEN_OPTIONS = """() => {
   const broken = [], walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT), range = new Range();
   while (walker.nextNode()) {
@@ -94,6 +93,12 @@ def run(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]
         return int(status), *capfd.readouterr()
 
     return call
+
+
+@pytest.fixture(scope="session")
+def broken_options() -> str:
+    """JavaScript that lists the names of options in the text of a page inside which a line breaks."""
+    return BROKEN_OPTIONS
 
 
 @pytest.fixture
