@@ -22,6 +22,19 @@ CHROMIUM = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync"
 ).split()
+BROKEN_OPTIONS = """() => {
+  const broken = [], walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT), range = new Range();
+  while (walker.nextNode()) {
+    const node = walker.currentNode;
+    if (node.parentElement.closest("script, style")) continue;
+    for (const match of node.data.matchAll(/--[a-z][a-z-]*/g)) {
+      range.setStart(node, match.index);
+      range.setEnd(node, match.index + match[0].length);
+      if (new Set([...range.getClientRects()].map(box => box.top)).size > 1) broken.push(match[0]);
+    }
+  }
+  return broken;
+}"""
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -78,3 +91,29 @@ def run(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]
         return int(status), *capfd.readouterr()
 
     return call
+
+
+@pytest.fixture(scope="session")
+def broken_options() -> str:
+    """JavaScript that lists the names of options in the text of a page inside which a line breaks."""
+    return BROKEN_OPTIONS
+
+
+@pytest.fixture
+def check_narrow(browser: Any) -> Iterator[Callable[..., None]]:
+    """check_narrow(html) -> nothing is wider than the screen, and no line breaks inside the name of an option."""
+    context = browser.new_context()
+
+    def check(html: str, widths: tuple[int, ...] = (1280, 400)) -> None:
+        page = context.new_page()
+        for width in widths:
+            page.set_viewport_size({"width": width, "height": 900})
+            page.set_content(html)
+            if 'id="plotly"' in html:
+                page.wait_for_selector("html[data-ready]", timeout=60_000)  # its pictures are drawn
+            assert page.evaluate("document.documentElement.scrollWidth") == width
+            assert page.evaluate(BROKEN_OPTIONS) == []
+        page.close()
+
+    yield check
+    context.close()

@@ -66,8 +66,9 @@ def test_what_does_not_fit_is_told(settings: dict[str, object], says: str) -> No
     ("text", "says"),
     [
         ("a: [1, 2", "c.yaml:2: not YAML"),
-        ("- 1", "holds list"),
-        ("a: 1\na: 2", 'c.yaml:2: not YAML: the key "a" stands twice'),
+        ("- 1", "c.yaml: holds a list; give a file of key: value lines"),
+        ("hello", "c.yaml: holds only 'hello'; give a file of key: value lines"),
+        ("a: 1\na: 2", 'c.yaml:2: the key "a" stands twice; leave one of them out'),
     ],
 )
 def test_damaged_yaml(tmp_path: Path, text: str, says: str) -> None:

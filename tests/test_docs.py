@@ -64,6 +64,11 @@ def test_links_lead_to_files(page: Path) -> None:
     assert not missing
 
 
+@pytest.mark.parametrize("page", [page for page in PAGES if page.parent.name == "docs" and page.name != "api.md"])
+def test_lines_are_short_but_in_tables(page: Path) -> None:
+    assert not [line for line in page.read_text(encoding="utf-8").splitlines() if len(line) > 120 and line[0] != "|"]
+
+
 def test_every_term_has_its_five_forms() -> None:
     glossary = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")
     section = glossary.partition("## Five languages")[2].partition("How each is written")[0]

@@ -84,7 +84,7 @@ def load_yaml_documents(path: Path | str) -> list[dict[str, Any]]:
 
 def _mapping(loaded: Any, path: Path | str) -> dict[str, Any]:
     if not isinstance(loaded, dict):
-        content = "nothing" if loaded is None else type(loaded).__name__
+        content = "nothing" if loaded is None else "a list" if isinstance(loaded, list) else f"only {quoted(loaded)}"
         raise ConfigError(f"{path}: holds {content}; give a file of key: value lines")
     return loaded
 
@@ -131,7 +131,8 @@ def _parse(text: str, where: str, read: Callable[["_Loader"], Any]) -> Any:
         mark = getattr(error, "problem_mark", None)
         place = f"{where}:{mark.line + 1}" if mark else where
         problem = getattr(error, "problem", None) or " ".join(str(error).split())
-        raise ConfigError(f"{place}: not YAML: {problem:.200}") from None
+        kind = "" if problem.endswith(_TWICE) else "not YAML: "  # which takes the last of them
+        raise ConfigError(f"{place}: {kind}{problem:.200}") from None
     except RecursionError:
         raise ConfigError(f"{where}: lists and mappings are nested too deeply") from None
     except (KeyError, ValueError, TypeError, AttributeError, IndexError) as error:  # a tag over what is no such value
@@ -308,6 +309,7 @@ _INT = re.compile(r"[-+]?(?:[0-9]+(?:_[0-9]+)*|0x[0-9a-fA-F_]+|0o[0-7_]+|0b[01_]
 _FLOAT = re.compile(
     r"[-+]?(?:(?:[0-9]+(?:_[0-9]+)*)(?:\.[0-9_]*)?|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
 )
+_TWICE = '" stands twice; leave one of them out'
 _PLAIN = {  # tag -> pattern of a plain word and its first characters, tried in this order
     "null": (re.compile(r"~|null|Null|NULL|"), ["~", "n", "N", ""]),
     "bool": (re.compile(r"true|True|TRUE|false|False|FALSE"), list("tTfF")),
@@ -350,9 +352,8 @@ class _Loader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = getattr(key_node, "value", None)
             if isinstance(key, str) and key in seen and key != "<<":
-                raise yaml.MarkedYAMLError(
-                    problem=f'the key "{key:.60}" stands twice', problem_mark=key_node.start_mark
-                )
+                problem = f'the key "{key:.60}{_TWICE}'
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key_node.start_mark)
             seen.add(str(key))
         return super().construct_mapping(node, deep)
 

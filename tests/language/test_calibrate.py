@@ -97,3 +97,18 @@ def test_rows_stay_where_other_documents_became_harder(tmp_path: Path, monkeypat
     assert moved(written)
     assert moved(written, other)
     assert not moved(written, figures)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_one_bar_shows_all_that_is_read(tied: bool, tmp_path: Path) -> None:
+    source, text = make(tmp_path / "base", 0, tied=tied), write(tmp_path / "ms.jsonl", MALAY)
+    shown: list[tuple[float, float | None]] = []
+
+    def progress(done: float, total: float | None, label: str) -> None:
+        if label == "reading text in new tokens":
+            shown.append((done, total))
+
+    replay = write(tmp_path / "en.jsonl", ENGLISH[:100])
+    extend(source, [text], tmp_path / "out", add=40, init="calibrated", replay=[replay], progress=progress)
+    (total,) = {total for _, total in shown}
+    assert [done for done, _ in shown] == list(range(len(shown))) and total == len(shown)

@@ -282,8 +282,7 @@ def test_what_makes_no_card_is_refused(adapted: Path, tmp_path: Path) -> None:
     names = list(gather([adapted / "out", second, adapted / "base"], {}, 1000).models)  # both ways in one table
     steps = ["start", "embedded", "adapted", "calibrated", "grafted"]
     assert names == ["base", "chat", *steps, *(f"elchat/{step}" for step in steps)]
-    with pytest.raises(ConfigError, match="two of these models are called elchat/start"):
-        gather([adapted / "out", second, second / "start"], {}, 1000)
+    assert list(gather([adapted / "out", second, second / "start"], {}, 1000).models) == names  # it is there
     chats = tmp_path / "chats.jsonl"
     chats.write_text(json.dumps({"messages": [{"role": "assistant", "content": "Ya."}]}) + "\n")
     with pytest.raises(DataError, match=r"chats.jsonl line 1.*no reply of the assistant"):
@@ -310,7 +309,7 @@ def test_every_file_that_was_read_has_its_digest(adapted: Path, tmp_path: Path) 
     one, two, other = (tmp_path / name / "valid.jsonl" for name in ("a", "b", "c"))
     for number, path in enumerate((one, two, other)):
         path.parent.mkdir()
-        write(path, MALAY[number : number + 9])
+        write(path, MALAY[20 * number : 20 * number + 9])
     chats, questions = adapted / "chats.jsonl", adapted / "questions.jsonl"
     given = {"text": [one, two], "replay": [other], "chats": [chats]}
     assert gather([adapted / "base"], given, 800).how["data"] == {

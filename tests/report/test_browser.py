@@ -127,3 +127,11 @@ def test_tables_sort_and_pictures_are_saved(visit):
     with page.expect_download() as download:
         page.locator("button.keep").nth(1).click()
     assert download.value.suggested_filename == "curves.png"
+
+
+def test_no_line_breaks_inside_the_name_of_an_option(check_narrow):
+    words = "give a model with `--tuned`, or `lapis card runs/ms --replay-chats FILE --base-model owner/name`, or"
+    text = " ".join(f"{'x' * n} {words} {'y' * n}" for n in range(1, 40)) + " lapis card --tuned"
+    page = Page("Options `--tuned`", text, footer=text).section(text, text).stats([(text, "1", text)])
+    page.table([{"option --replay-choices": text}], ["option --replay-choices"], text, caption=text)
+    check_narrow(page.render(), (1280, *range(400, 320, -9)))

@@ -31,7 +31,7 @@ def pages(studio) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_it_draws_and_answers(name, pages, browser):
+def test_it_draws_and_answers(name, pages, browser, broken_options):
     for width, scheme in WAYS:
         complaints: list[str] = []
         context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
@@ -43,6 +43,7 @@ def test_it_draws_and_answers(name, pages, browser):
         plots = page.locator(".plot")
         assert plots.count() == page.locator(f".plot[data-drawn={scheme}]").count() > 0
         assert page.evaluate("document.documentElement.scrollWidth") == width
+        assert page.evaluate(broken_options) == []
         for i in range(plots.count() if width == 1280 else 0):
             plot = plots.nth(i)
             plot.evaluate("plot => plot.scrollIntoView({block: 'center', behavior: 'instant'})")

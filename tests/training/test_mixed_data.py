@@ -80,4 +80,5 @@ def test_chats_are_mixed_too_and_coverage_is_told(
     assert "rows of 64 tokens from 24 chats" in shares[0] and "of tokens carry loss" in shares[1]
     counts = objective.examples.counts
     assert f"{counts['supervised'] / counts['tokens']:.1%} of tokens" in shares[1]
+    assert Chat(tokenizer, chats[:1], context=64).coverage()[0].endswith(" from 1 chat")
     assert objective.sample(new_model())

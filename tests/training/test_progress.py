@@ -10,7 +10,7 @@ from lapis.text.corpus.corpus import ChatRecord, Document
 from lapis.text.corpus.labels import Labeled
 from lapis.text.corpus.pairs import Pair
 from lapis.text.tokenizer.tokenizer import Tokenizer, train_tokenizer
-from lapis.training.loop.progress import Silent, show_share
+from lapis.training.loop.progress import LogLines, Silent, show_share
 from lapis.training.objectives import OBJECTIVES, objective_class
 from lapis.training.setup.start import start_model
 
@@ -70,3 +70,13 @@ def test_each_objective_says_how_far_an_evaluation_is(
     assert objective.evaluate(model)
     shares = [int(text.split("  ")[1].rstrip("%")) for text in watch.texts if "%" in text]
     assert shares and shares == sorted(shares) and shares[-1] <= 100
+
+
+def test_a_run_of_one_step_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"step": 1, "loss": 1.5, "share": 1.0, "tokens_per_second": 8.0, "seconds_left": 0.0}
+    for first, lines in ((row, 1), ({**row, "share": 0.5}, 2)):
+        watch = LogLines("run")
+        watch.step(first)
+        watch.row(row)
+        watch.close()
+        assert capsys.readouterr().err.count("run") == lines

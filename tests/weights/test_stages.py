@@ -115,6 +115,18 @@ def test_methods_that_sweep_are_equal_in_stages(family, tmp_path, monkeypatch, t
         assert all(torch.equal(one[name], other[name]) for name in one), method
 
 
+def test_a_tensor_of_a_stage_is_read_again_later(family, monkeypatch):
+    """A thread may be behind while others are tensors ahead, when what its tensor's passes gave is forgotten."""
+    monkeypatch.setattr("lapis.weights.engine.tiles.TILE", 50)
+    first = ties(family, merge_method="della") | {"parameters": TIES | {"epsilon": 0.1}}
+    plan = plan_merge(slerp(family, first), seed=3)
+    (stage,) = (plan.inputs[name] for name in plan.stages)
+    names = [name for name, info in stage.index.items() if len(info.shape) == 2]
+    assert len(names) > 4
+    once, again = ([stage.read(name) for name in names] for _ in range(2))
+    assert all(map(torch.equal, once, again))
+
+
 def test_a_vocabulary_that_a_stage_makes_goes_on(family, tmp_path):
     """The stage's own tokens, rows and template are what the next one sees."""
     base = weights(1, vocab=41, tied=False)
@@ -243,3 +255,40 @@ def test_a_process_that_comes_late_needs_no_stages(family, tmp_path, monkeypatch
     before, written = all_bytes(out), len(stages)
     assert merge(recipe, out, stage_memory=0).sha256 == first.sha256
     assert len(stages) == written and all_bytes(out) == before and not list(tmp_path.glob(".*"))
+
+
+STOPPED = """
+import os, sys
+from lapis.cli.main import main
+from lapis.weights.engine import job
+real, number = job.stream, int(sys.argv.pop(1))
+def stream(*arguments, **named):
+    os.kill(os.getpid(), number)
+    return real(*arguments, **named)
+job.stream = stream if number else real
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(("number", "status"), [(0, 1), (signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_nothing_stays_of_stages_however_a_command_ends(family, tmp_path, number, status):
+    """Refused because of the last stage, or stopped: the folder that stages have beside them is removed."""
+    each, beside = documents(family), tmp_path / "beside"
+    beside.mkdir()
+    if status == 1:
+        each[-1]["models"][0]["model"] = str(tmp_path / "none")
+    command = [sys.executable, "-c", STOPPED, str(number), "merge", str(recipe_file(tmp_path / "recipe.yaml", each))]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path / "out")], env={**os.environ, "TMPDIR": str(beside)}, capture_output=True
+    )
+    assert done.returncode == status, done.stderr
+    assert list(beside.iterdir()) == []
+
+
+def test_nothing_stays_of_stages_whose_plan_is_dropped(family, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "beside"))
+    (tmp_path / "beside").mkdir()
+    plan = plan_merge(recipe_file(tmp_path / "recipe.yaml", documents(family)))
+    assert len(list((tmp_path / "beside").iterdir())) == 1
+    del plan
+    assert list((tmp_path / "beside").iterdir()) == []

@@ -46,16 +46,19 @@ def card(
     """
     from lapis.checkpoint.commit import check_output, commit
     from lapis.cli.output import line, notes, progress, show, table
-    from lapis.language.card.card import TUNED, make_card, write_card
-    from lapis.language.card.folder import gather
+    from lapis.language.card.card import make_card, write_card
+    from lapis.language.card.folder import TUNED, gather
     from lapis.report.pages.card import FIGURES, TOKEN_BOUND, spelled_change, spelled_gap, title_of
+    from lapis.text.corpus.files import refuse_replacing
 
     given = {
         "text": text, "replay": replay, "chats": chats, "replay_chats": replay_chats, "choices": choices,
         "replay_choices": replay_choices, "language": language, "license": license, "base_models": base_model,
     }  # fmt: skip
-    check_output(out, overwrite=overwrite, inputs=models)
-    gathered = gather(models, {key: value for key, value in given.items() if value is not None}, scored)
+    check_output(out, overwrite=overwrite, inputs=[*models, *([tuned] if tuned is not None else [])])
+    read = (text, replay, chats, replay_chats, choices, replay_choices)
+    refuse_replacing(out, [path for paths in read for path in paths or ()])
+    gathered = gather(models, {key: value for key, value in given.items() if value is not None}, scored, tuned)
     with progress("measuring") as report, commit(out, kind="card", overwrite=overwrite) as staging:
         result = make_card(
             gathered.models, gathered.held, tuned=tuned, gap_from=gathered.gap_from, how=gathered.how,

@@ -53,12 +53,14 @@ def pack(
     from lapis.cli.system_errors import system_error
     from lapis.config import environment_number
     from lapis.errors import LapisError
+    from lapis.text.corpus.files import refuse_replacing
     from lapis.text.rows.coverage import figures, lines
     from lapis.text.rows.packing import pack as pack_files
     from lapis.text.tokenizer.tokenizer import Tokenizer
 
     alone = environment_number("WORLD_SIZE", 1) <= 1
     check_output(out, overwrite=overwrite or not alone, inputs=[tokenizer])  # another rank may be done already
+    refuse_replacing(out, files)
     opened = Tokenizer.open(tokenizer)
     begin = time.monotonic()
     with progress("packing") as shown:

@@ -36,9 +36,11 @@ def fertility(
     from lapis.cli.output import line, notes, number, progress, show, table, write_page
     from lapis.language.fertility import fertility as measure
     from lapis.report.pages.fertility import CURVE, LANGUAGES, fertility_page, language_rows
+    from lapis.text.corpus.files import refuse_replacing
 
     if html is not None:
         check_file(html, overwrite=overwrite, inputs=[model], option="--html")
+        refuse_replacing(html, [*files, *(replay or ())], "--html")
     with progress("opening") as report:
         result = measure(model, files, replay=replay or (), against=against, run=run, scored=scored, progress=report)
     shown = result.to_json()

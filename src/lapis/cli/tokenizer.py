@@ -31,10 +31,12 @@ def train(
 
     from lapis.checkpoint.commit import check_output, commit
     from lapis.cli.output import line, number, progress, show
+    from lapis.text.corpus.files import refuse_replacing
     from lapis.text.corpus.labels import bare_texts
     from lapis.text.tokenizer.tokenizer import train_tokenizer
 
     check_output(out, overwrite=overwrite)
+    refuse_replacing(out, files)
     begin = time.monotonic()
     read = {"bytes": 0}
 

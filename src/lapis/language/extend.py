@@ -19,7 +19,8 @@ from lapis.checkpoint.commit import check_output, commit
 from lapis.checkpoint.hub.models import local_folder
 from lapis.errors import ConfigError, DataError
 from lapis.language.rows.init import Init
-from lapis.language.texts import from_each
+from lapis.language.texts import from_each, same_as_target
+from lapis.text.corpus.files import refuse_replacing
 from lapis.text.corpus.labels import bare_texts
 from lapis.text.tokenizer.extend import LEAST, ExtendableTokenizer, Extension, changed_share
 from lapis.text.tokenizer.roundtrip import holds_only_tokenizer
@@ -121,6 +122,7 @@ def extend(
         raise ConfigError("extend: only_target leaves the ids of replay text as they are; give that text with --replay")
     folder, checkpoint = open_source(model)
     check_output(Path(os.path.abspath(out)), overwrite=overwrite, inputs=[folder])
+    refuse_replacing(out, [*files, *replay])
     tables = None if checkpoint is None else token_tables(checkpoint)
     if tables is None and init is not None:
         raise ConfigError(f"extend: init says how rows of a model begin, and {model} holds a tokenizer alone")
@@ -136,7 +138,8 @@ def extend(
     gained = base.learn(
         counts, add, least=least, replay=held, progress=lambda done, total: progress(done, total, "learning merges")
     )
-    require_enough(gained, f"extend: add is {add:,}", "--add ", "more text, or a smaller --least", least)
+    lacking = " and that the replay text lacks" if only_target else ""
+    require_enough(gained, f"extend: add is {add:,}", "--add ", "more text, or a smaller --least", least, lacking)
     progress(0, None, "comparing")
     new = base.extended(gained)
     sample = list(from_each(files, SAMPLE))
@@ -156,6 +159,8 @@ def extend(
             f"the tokenizer's splitting cuts {result.cut_marks:.0%} of letters from their combining marks; it stays as "
             "it is, so no new token holds both"
         )
+    if replay and (why := same_as_target(sample, from_each(replay, SAMPLE))):
+        result.notes.append(why)
     if tables is None or checkpoint is None:
         with commit(Path(out), kind="tokenizer", overwrite=overwrite) as staging:
             base.copy_files(staging.path)
@@ -173,7 +178,9 @@ def carried(gained: Extension, least: int = LEAST) -> str:
     return f"the text carries {what} {least} times or more"
 
 
-def require_enough(gained: Extension, goal: str, option: str, more: str, least: int = LEAST) -> None:
+def require_enough(
+    gained: Extension, goal: str, option: str, more: str, least: int = LEAST, lacking: str = ""
+) -> None:  # fmt: skip
     """Raises DataError where a text carries fewer new tokens than were asked for.
 
     Args:
@@ -182,10 +189,11 @@ def require_enough(gained: Extension, goal: str, option: str, more: str, least: 
         option: What stands before a number that can be had, as in "--add ".
         more: What else helps.
         least: Times that a token must occur.
+        lacking: What else is asked of one.
     """
     if not gained.enough:
         fewer = f"{option}{len(gained.tokens)}, " if gained.tokens else ""
-        raise DataError(f"{goal}, and {carried(gained, least)}; give {fewer}{more}")
+        raise DataError(f"{goal}, and {carried(gained, least)}{lacking}; give {fewer}{more}")
 
 
 def open_source(model: str | os.PathLike[str]) -> tuple[Path, Checkpoint | None]:

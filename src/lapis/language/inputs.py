@@ -14,7 +14,7 @@ from lapis.language.card.naming import KNOWN, LOOKED_AT, MOSTLY, language_shares
 from lapis.language.extend import open_source
 from lapis.language.plan import PLAN, AdaptPlan, whole_path
 from lapis.language.replay import SELF
-from lapis.language.texts import FEW, from_each, pieces, same_as_target
+from lapis.language.texts import FEW, from_each, pieces, read_texts, same_as_target
 from lapis.model.check import plan_load, read_config
 from lapis.parsing import quoted
 from lapis.text.corpus.files import HUB, files
@@ -27,6 +27,7 @@ from lapis.wording import format_count
 
 NONE = 0.02  # share of documents in the language; below that the text is another one's
 READ = 20_000_000  # bytes of a text that are looked at
+SHOWN = 0.01  # share of a language that is told
 NAMED = 3  # languages whose shares are told
 
 
@@ -107,6 +108,8 @@ def check_inputs(plan: AdaptPlan, out: Path) -> list[str]:
             why, another, _ = str(error).partition("; is it another release?")
             remedy = "; give the chat version of base" if another else ""
             raise CheckpointError(f"adapt: {why.removeprefix('graft: ')}{remedy}") from None
+    for paths in plan.texts.values():
+        read_texts(paths, READ)  # of too little nothing can be held out
     return notes
 
 
@@ -136,7 +139,10 @@ def _unused(plan: AdaptPlan) -> list[str]:
             notes.append(f"{', '.join(idle)}: not used, since {why}")
     if plan.replay and "cost" in given and plan.train.get("eval_every") == 0:
         notes.append("cost: ends no training, since train: eval_every is 0; it is held against the card alone")
-    size = plan.batch * min(plan.context, read_config(plan.source).context)
+    most = read_config(plan.source).context
+    if "context" in given and plan.context > most:
+        notes.append(f"context: {plan.context:,} tokens are more than the model reads; rows of {most:,} are taken")
+    size = plan.batch * min(plan.context, most)
     if plan.trained_tokens < size and (plan.minutes is None or plan.tokens_per_second is not None):
         notes.append(
             f"training: {format_count(plan.trained_tokens, 'token')} in all, and a step reads {size:,}; each training "
@@ -173,9 +179,10 @@ def _unnamed(plan: AdaptPlan) -> list[str]:
     same = most == other != "" and most_of_it >= MOSTLY
     if share >= MOSTLY and not same:
         return []
-    looks = [f"{name or 'no language that is built in'} ({part:.0%})" for name, part in list(shares.items())[:NAMED]]
-    if len(shares) > NAMED:
-        looks.append(f"others ({sum(list(shares.values())[NAMED:]):.0%})")
+    shown = [(name, part) for name, part in shares.items() if part >= SHOWN][:NAMED]
+    looks = [f"{name or 'no language that is built in'} ({part:.0%})" for name, part in shown]
+    if (rest := 1 - sum(part for _, part in shown)) >= SHOWN:
+        looks.append(f"others ({rest:.0%})")
     listed = f"text: looks like {', '.join(looks)}"
     if same:
         return [

@@ -122,6 +122,12 @@ class AdaptPlan:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ConfigError(f"adapt: {name} is {value:g}; it must be above 0")
+        if self.context < 2:
+            raise ConfigError(f"adapt: context is {self.context}; give 2 tokens or more")
+        if SELF in self.replay and len(self.replay) > 1:
+            raise ConfigError(
+                f"adapt: replay is {', '.join(self.replay)}; give self alone, which has the model draw it, or files"
+            )
         if self.chat is None and (self.onto == "chat" or self.scale == "plan"):
             raise ConfigError("adapt: chat is missing; onto: chat and scale: plan need the chat version of base")
         if not self.grafts and self.scale not in (1, "1", "1.0"):

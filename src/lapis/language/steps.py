@@ -10,6 +10,7 @@ what is there of it is removed. Leaves out what the steps are (adapt.py).
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,8 @@ class Steps:
             OutputError: Where the folder was not made here, or was changed since.
         """
         folder = self.out / name
+        if os.path.lexists(folder) and not folder.is_dir():
+            raise OutputError(f"{folder}: is a file in the place of a step; remove it to have the step made")
         parts = [name, settings, [self._keys[step] for step in after]]
         key = hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
         note = self._read(name)

@@ -16,6 +16,8 @@ from typing import Any, Literal
 
 Row = Mapping[str, Any]
 
+OPTION = re.compile(r"(?<![\w-])--?[A-Za-z][\w-]{0,30}(?![\w-])")  # longer ones would not fit into a narrow screen
+
 
 @dataclass(frozen=True)
 class Column:
@@ -62,9 +64,14 @@ def breakable(name: str) -> str:
     return re.sub(r"(?<=\w)([./_]+)(?=\w)", r"\1<wbr>", escape(name)) if len(name) > 12 else escape(name)
 
 
+def unbroken(safe: str) -> str:
+    """Escaped text in which no line breaks inside the name of an option: `--tuned` would break after its dashes."""
+    return OPTION.sub(lambda name: f'<span class="whole">{name[0]}</span>', safe)
+
+
 def prose(text: str) -> str:
     """Our own text: `code` and **strong** are honored, everything else is escaped."""
-    safe = escape(text.strip())
+    safe = unbroken(escape(text.strip()))
     safe = re.sub(r"`([^`]+)`", r"<code>\1</code>", safe)
     return re.sub(r"\*\*([^*]+)\*\*", r"<strong>\1</strong>", safe)
 
@@ -98,7 +105,7 @@ def table(
         cells = []
         for i, head in enumerate(heads):
             value = row.get(head.key)
-            text = breakable(head.show(value)) if i == 0 else escape(head.show(value))
+            text = unbroken(breakable(head.show(value)) if i == 0 else escape(head.show(value)))
             css = ["number"] if numeric[i] else []
             if best[i] is not None and value == best[i]:
                 css.append("best")
@@ -147,7 +154,7 @@ def _head(heads: Sequence[Column], numeric: Sequence[bool], sortable: bool) -> l
     cells = []
     css = ("", ' class="number"')
     for i, head in enumerate(heads):
-        label = escape(head.heading) + (f" <small>{escape(head.unit)}</small>" if head.unit else "")
+        label = unbroken(escape(head.heading)) + (f" <small>{escape(head.unit)}</small>" if head.unit else "")
         if sortable:
             label = f'<button class="sort" type="button">{label}</button>'
         cells.append(f'<th scope="col" data-column="{i}"{css[numeric[i]]}>{label}</th>')

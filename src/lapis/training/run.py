@@ -30,6 +30,7 @@ from lapis.errors import ConfigError
 from lapis.families.config import ModelConfig
 from lapis.model.transformer import Transformer
 from lapis.parsing import quoted
+from lapis.text.corpus.files import refuse_replacing
 from lapis.text.rows.rows import MANIFEST, Rows
 from lapis.text.tokenizer.tokenizer import Tokenizer
 from lapis.training.config import TrainConfig
@@ -272,6 +273,7 @@ def _start(
     if world.leads:
         inputs = [Path(place) for place in (config.model, config.tokenizer) if place is not None]
         check_output(Path(config.out), overwrite=overwrite, inputs=inputs, option="out=FOLDER")
+        refuse_replacing(config.out, _places([config.data, config.options.get("valid")]), "out=FOLDER")
     objective, context = _objective(config, _tokenizer(config))
     live(watch).stage("opening the model")
     device = _device(config.device)
@@ -324,6 +326,15 @@ def _tokenizer(config: RunConfig) -> Tokenizer | None:
     if optional:
         return None
     raise ConfigError("train: a new model needs tokenizer, a folder; make one with: lapis tokenizer train")
+
+
+def _places(data: Any) -> list[str | Path]:
+    """Every path that `data` or `valid` names, however they are written (text/rows/data_sources.py)."""
+    if isinstance(data, (str, Path)):
+        return [data]
+    if isinstance(data, Mapping):
+        return [place for key, value in data.items() for place in (*_places(key), *_places(value))]
+    return [place for each in data for place in _places(each)] if isinstance(data, (list, tuple)) else []
 
 
 def _has_tokenizer(place: str) -> bool:

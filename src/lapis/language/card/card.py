@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from lapis import __version__
+from lapis.errors import ConfigError
 from lapis.generation.ready import choose_device
 from lapis.language.card.bootstrap import Counts, Figure, change, difference, ratio, share_of_way
+from lapis.language.card.folder import TUNED
 from lapis.language.card.naming import SURE, Languages, name_languages
 from lapis.language.card.readme import readme
 from lapis.language.card.scores import PROMPTS, HeldOutText, Measured, score_model, time_models
@@ -23,7 +25,6 @@ from lapis.report.pages.card import SHARES, card_page
 from lapis.text.tokenizer.folder import read_templates, write_json
 
 Report = Callable[[float, float | None, str], None]
-TUNED = "tuned"
 
 
 def make_card(
@@ -55,6 +56,8 @@ def make_card(
         given), `gaps` (the same of every model, with intervals), `reasons` (why one of these is None), `replies`,
         `notes`, `how`.
     """
+    if tuned is not None and TUNED in models:
+        raise ConfigError(f"card: a model is called {TUNED}, as the yardstick is; give it another name")
     listed = {**models, **({TUNED: tuned} if tuned is not None else {})}
     template = next((own for name in reversed(listed) if (own := _templates(listed[name]))), None)
     named = name_languages(languages)

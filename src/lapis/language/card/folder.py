@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice, zip_longest
 from pathlib import Path
@@ -18,17 +18,20 @@ from lapis.evaluation.chats import prompt_of
 from lapis.evaluation.choices import Choice, read_choices
 from lapis.language.card.scores import HeldOutText
 from lapis.language.plan import PLAN, AdaptPlan, read_plan
-from lapis.language.texts import first_bytes, spread
+from lapis.language.texts import first_bytes, same_as_target, spread
 from lapis.text.corpus import corpus
 from lapis.text.corpus.files import files
+from lapis.text.tokenizer.tokenizer import Tokenizer
 from lapis.weights.delta.beside import card_license
 from lapis.weights.graft.layout import plan_graft
+from lapis.wording import HUB_ID
 
 # steps that hold texts: the second where a model drew its replay itself, the last where scales are learned on a part
 TEXTS = ("measure", "replay", "planned")
 PARTS = {"target": "text", "replay": "replay"}  # language -> what its files in measure/ are called
 MEASURED = ("chats", "replay_chats", "choices", "replay_choices")  # keys of a plan whose files a card reads
 UNGRAFTED = ("adapted", "merged", "calibrated")  # steps whose model is adapted, in their order, before chat is added
+TUNED = "tuned"  # what the yardstick of the gap is called
 CHATS = 32  # that models are measured on
 QUESTIONS = 500
 Paths = Sequence[str | Path]
@@ -211,8 +214,8 @@ def gap_start(models: Mapping[str, str | Path]) -> str | None:
         models: Name -> folder.
 
     Returns:
-        The last step before the graft of the first adaptation of a base; "" where there are adaptations of a chat
-        model alone, whose models could chat from the start; None where no model is known to be a step.
+        The last step before the graft of the first adaptation of a base, or a model that is called as such a step is;
+        "" where there are adaptations of a chat model alone, whose models could chat from the start; None without any.
     """
     starts: dict[Path, str] = {}
     of_chat = False
@@ -224,7 +227,8 @@ def gap_start(models: Mapping[str, str | Path]) -> str | None:
             other = starts.get(folder.parent, name)
             if UNGRAFTED.index(step) >= UNGRAFTED.index(other.rpartition("/")[2]):
                 starts[folder.parent] = name
-    return next(iter(starts.values()), "" if of_chat else None)
+    first = sorted(starts, key=lambda around: not is_adaptation(around))
+    return starts[first[0]] if first else "" if of_chat else None
 
 
 def unfinished(folder: Path) -> list[str]:
@@ -232,51 +236,65 @@ def unfinished(folder: Path) -> list[str]:
     return [name for name in steps_of(folder, _plan_of(folder)) if name != "card" and not (folder / name).is_dir()]
 
 
-def gather(folders: Sequence[Path], given: Mapping[str, Any], scored: int) -> CardInputs:
+def gather(folders: Sequence[Path], given: Mapping[str, Any], scored: int, tuned: Path | None = None) -> CardInputs:
     """Models and held-out material of what a user named.
+
+    A model has its step's name in an adaptation, and else that of its folder; where two would have one name, or a
+    folder that of a step or of the yardstick, the name of the folder around it stands before it.
 
     Args:
         folders: Of an adaptation, of models, or both.
         given: Keys of a plan in place of those of the adaptation's own: text, replay, chats, choices, language, ...
         scored: Bytes of each given text that are scored.
+        tuned: The yardstick, which is none of the models.
 
     Raises:
         ConfigError: Where there is no text, or no byte of it is to be scored, or two models have one name even with
-            that of the folder they lie in.
+            that of the folder they lie in, or one is the yardstick.
     """
     if scored < 1:
         raise ConfigError(f"card: --scored is {scored}; give 1 or more")
+    adaptations = {folder: models_of(folder) for folder in folders if is_adaptation(folder)}
+    steps = {os.path.abspath(place): name for own in adaptations.values() for name, place in own.items()}
+    reserved = {*steps.values(), *([TUNED] if tuned is not None else [])}
     models: dict[str, str | Path] = {}
     held: dict[str, HeldOutText] = {}
     how: dict[str, Any] = {}
     settings: dict[str, Any] = {}
     notes: dict[str, list[str]] = {}
     for folder in folders:
-        adapted = is_adaptation(folder)
-        if adapted and (missing := unfinished(folder)):
-            notes[folder.resolve().name] = [f"is not finished: it has no {', '.join(missing)} yet"]
-        named = models_of(folder) if adapted else {folder.resolve().name: folder}
-        beside = folder.resolve() if adapted else folder.resolve().parent
-        for name, place in named.items():
-            if os.path.abspath(models.get(name, "")) == os.path.abspath(place):
-                continue  # two adaptations of one base
-            name = f"{beside.name}/{name}" if name in models else name
-            if name in models:
-                raise ConfigError(f"card: two of these models are called {name}; give each folder a name of its own")
-            models[name] = place
-        if adapted and not held:
+        own, beside = adaptations.get(folder), folder.resolve()
+        if own is None:
+            if tuned is not None and beside == tuned.resolve():
+                raise ConfigError(
+                    f"card: {folder} is among the models and is --tuned; name it once, since --tuned shows it, too"
+                )
+            step = steps.get(os.path.abspath(folder))
+            _add(models, step or beside.name, folder, beside.parent.name, () if step else reserved)
+            continue
+        for name, place in own.items():
+            _add(models, name, place, beside.name)
+        if missing := unfinished(folder):
+            named = beside.name if beside.name not in models else f"the adaptation {beside.name}"
+            notes[named] = [f"is not finished: it has no {', '.join(missing)} yet"]
+        if not held:
             plan = _plan_of(folder)
             settings, held, how = vars(plan), held_out_of(folder, plan, given), how_made(folder, plan, given)
     if not models:
         raise ConfigError("card: no model is named; give a folder of lapis adapt, or model folders")
+    for place in (*models.values(), *([tuned] if tuned is not None else [])):
+        Tokenizer.open(open_checkpoint(place, adapters=True))  # what is no model is told before any is measured
     if not held and not given.get("text"):
-        for place in models.values():
-            open_checkpoint(place)  # one that is not there is told first
         raise ConfigError("card: --text is missing; give held-out text of the language, or a folder of lapis adapt")
     for name, part in PARTS.items():
         if paths := given.get(part):
             texts = spread(document.text for document in corpus.documents(list(paths)))
             held[name] = _held_out(name, list(first_bytes(texts, scored)), {**settings, **given})
+    if any(given.get(part) for part in PARTS.values()) and len(held) > 1:
+        if why := same_as_target(*(held[name].texts for name in PARTS)):
+            raise DataError(f"card: {why}")
+    if wrong := [name for name in given.get("base_models") or () if not HUB_ID.fullmatch(name)]:
+        raise ConfigError(f"card: --base-model is {wrong[0]}; give its name on the hub, owner/name")
     for key, option in (("replay_chats", "--replay-chats"), ("replay_choices", "--replay-choices")):
         if given.get(key) and "replay" not in held:
             raise ConfigError(
@@ -287,6 +305,18 @@ def gather(folders: Sequence[Path], given: Mapping[str, Any], scored: int) -> Ca
         how = {"license": licence_of(first), "data": _digests(given), "models": {name: digests_of(first)}}
     stated = {key: given[key] for key in ("language", "license", "base_models") if given.get(key)}
     return CardInputs(models, held, {**how, **stated}, notes, gap_start(models))
+
+
+def _add(
+    models: dict[str, str | Path], name: str, place: str | Path, beside: str, reserved: Container[str] = ()
+) -> None:
+    """Adds a model to others, unless it is there already."""
+    if os.path.abspath(place) in map(os.path.abspath, models.values()):  # two adaptations of one base
+        return
+    name = f"{beside}/{name}" if name in models or name in reserved else name
+    if name in models:
+        raise ConfigError(f"card: two of these models are called {name}; give each folder a name of its own")
+    models[name] = place
 
 
 def _digests(given: Mapping[str, Any]) -> dict[str, str]:

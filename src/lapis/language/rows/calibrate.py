@@ -42,6 +42,7 @@ LENGTH = 256  # tokens of a text at most
 COUNTED = 2_000_000  # bytes of text in which tokens are counted
 COST = 0.01  # by which replay text may become harder
 ROUNDS, STRIDE = 20, 0.8  # of scaling, and the share of each correction that is made
+LABEL = "reading text in new tokens"
 _AT_ONCE = 64  # places whose old logits exist at once
 
 Report = Callable[[float, float | None, str], None]
@@ -74,7 +75,7 @@ def calibrate(
         replay: Text in which new tokens are to be as unlikely as they were.
         trusted: Whether special tokens that the replay text spells are tokens, as in chats that a model drew.
         seed: Of the choice of text that is read.
-        progress: Called with places read and in all.
+        progress: Called with texts read and in all, over all that the model reads.
 
     Returns:
         The rows that score new tokens, float32, [N, D].
@@ -87,16 +88,22 @@ def calibrate(
     if not any(i >= first for ids in written for i in ids):
         raise DataError("extend: the text holds none of the new tokens, so there is nothing to calibrate their rows by")
     known, judged_known = _rows(base, gained, replay, seed, PLACES // 4, trusted)
+    total = sum(map(len, (written, known, *(1 + tied) * (judged, judged_known))))
+    numbers = iter(range(total))
+
+    def read(rows: list[list[int]], new_ND: Tensor) -> Places:
+        return _read(model, rows, new_ND, first, lambda: progress(next(numbers), total, LABEL))
+
     with torch.no_grad():
-        language, others = (_read(model, rows, embed_ND, first, progress) for rows in (written, known))
+        language, others = (read(rows, embed_ND) for rows in (written, known))
         along_D = direction(language.hidden_RD, others.hidden_RD)
         shares_N = token_shares(base, gained, texts)
         cap = cast(LanguageHead, model.head).cap
         moved_ND = scaled_rows(language.hidden_RD, language.old_R, score_ND, shares_N, along_D, cap)
-        unread = [_read(model, rows, embed_ND, first, progress) for rows in (judged, judged_known)]
+        unread = [read(rows, embed_ND) for rows in (judged, judged_known)]
         before = [places.nats(model, score_ND, first) for places in unread]
         if tied:
-            unread = [_read(model, rows, moved_ND, first, progress) for rows in (judged, judged_known)]
+            unread = [read(rows, moved_ND) for rows in (judged, judged_known)]
         after = [places.nats(model, moved_ND, first) for places in unread]
     return moved_ND if after[0] < before[0] and after[1] <= (1 + COST) * before[1] else score_ND
 
@@ -236,13 +243,16 @@ def _rows(
     return written, drawn() or written
 
 
-def _read(model: Transformer, rows: list[list[int]], embed_ND: Tensor, first: int, progress: Report) -> Places:
-    """All places but the last of each row. The model may have rows for new tokens already, which do not count."""
+def _read(model: Transformer, rows: list[list[int]], embed_ND: Tensor, first: int, heard: Callable[[], None]) -> Places:
+    """All places but the last of each row. The model may have rows for new tokens already, which do not count.
+
+    heard: Called before each row.
+    """
     inner = model.embed
     setattr(model, "embed", GrownEmbed(inner, embed_ND, first))  # noqa: B010  (stands in for another module)
     hidden = [torch.zeros(0, embed_ND.shape[1])]
-    for done, ids in enumerate(rows):
-        progress(done, len(rows), "reading text in new tokens")
+    for ids in rows:
+        heard()
         hidden.append(model.hidden(torch.tensor([ids[:-1]]))[0])
     model.embed = inner
     hidden_RD = torch.cat(hidden)

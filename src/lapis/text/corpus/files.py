@@ -21,7 +21,7 @@ from lapis.checkpoint.files import read_json
 from lapis.checkpoint.hub.repository import COMMIT, HubFile, Repository, fetch, list_files, safe_name
 from lapis.checkpoint.remote.requests import Refused
 from lapis.config import nearest
-from lapis.errors import CheckpointError, DataError
+from lapis.errors import CheckpointError, DataError, OutputError
 from lapis.text.corpus.file_stream import KINDS, OpenedFile, cache_folder, suffix
 
 HUB = "hub:"
@@ -68,6 +68,27 @@ def files(paths: Source | Iterable[Source], kinds: Sequence[str] = KINDS, what: 
     if not listed:
         raise DataError("no files were given")
     return list(listed)
+
+
+def refuse_replacing(out: str | os.PathLike[str], paths: Iterable[Source], option: str = "--out") -> None:
+    """Raises OutputError where what is written at `out` would replace something that is read: it exists nowhere else.
+
+    Args:
+        out: A file or folder, which may be there already.
+        paths: As `files` reads them, or any other files; what is not there is not looked at.
+        option: What names `out` on the command line.
+    """
+    whole = Path(os.path.realpath(out))
+    if not os.path.lexists(whole):
+        return
+    for source in paths:
+        there = [str(source)] if os.path.lexists(source) else glob.glob(str(source), recursive=True)
+        for place in map(Path, there):
+            around = os.path.isdir(place) and whole.is_relative_to(os.path.realpath(place))
+            inside = [path for path in place.rglob("*") if _is_data(path, place, KINDS)] if around else []
+            if any(Path(os.path.realpath(each)).is_relative_to(whole) for each in (place, *inside)):
+                what = "is read" if place == Path(out) else f"{place}, which is read, lies there"
+                raise OutputError(f"{out}: {what}; give another {option}")
 
 
 def _is_data(path: Path, root: Path, kinds: Sequence[str]) -> bool:

@@ -32,7 +32,8 @@ def lines(data: Data) -> list[str]:
     counts, shares = data.counts, coverage(data)
     texts = counts["chats"] if data.chats else counts["documents"]
     result = [
-        f"{format_count(len(data), 'row')} of {data.length:,} tokens from {texts:,} {data.info['kind']}",
+        f"{format_count(len(data), 'row')} of {data.length:,} tokens from "
+        f"{format_count(texts, data.info['kind'].removesuffix('s'))}",
         f"{shares['supervised']:.1%} of tokens carry loss, {shares['padding']:.1%} of places are padding, "
         f"{shares['cut']:.1%} of tokens were cut",
     ]

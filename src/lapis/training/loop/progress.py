@@ -103,7 +103,7 @@ class LogLines(LiveWatch):
     def step(self, row: Mapping[str, Any]) -> None:
         self._text = f"{row['share']:4.0%}  {format_row(row)}"
         self._start()
-        if not self._stepped:
+        if not self._stepped and row["share"] < 1:  # the last one is an entry of the curve
             self._stepped = True
             self.note(f"{self.label}  {self._text}")
 

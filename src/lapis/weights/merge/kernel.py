@@ -15,7 +15,7 @@ from lapis.weights.engine.sources import Source, read_rows
 from lapis.weights.engine.stream import Kernel
 from lapis.weights.engine.tiles import Tile
 from lapis.weights.merge.methods import Method
-from lapis.weights.merge.methods.block import Block, Elementwise, Reduction, total
+from lapis.weights.merge.methods.block import Block, Elementwise, Reduction, Steps, total
 
 
 def kernel_of(
@@ -65,12 +65,24 @@ def kernel_of(
     def sweep(tile: Tile, reduction: Reduction | None) -> tuple[Any, ...]:
         return (reduction or begin)(block(tile))  # type: ignore[operator]
 
-    def fold(_step: int, parts: list[tuple[Any, ...]], _state: Any) -> Reduction | Elementwise:
-        assert not isinstance(steps, Elementwise)
+    running: Steps | None = None if isinstance(steps, Elementwise) else steps
+    noted = False
+
+    def fold(step: int, parts: list[tuple[Any, ...]], _state: Any) -> Reduction | Elementwise:
+        """A stage whose passes were forgotten makes them again, so the first of them begins anew."""
+        nonlocal running, noted
+        if running is None:
+            again = method.start(parameters, models)
+            assert step == 0 and not isinstance(again, Elementwise)
+            running = again
+            next(running)
         try:
-            return steps.send(total(parts))
+            return running.send(total(parts))
         except StopIteration as end:
-            note(method_notes, end.value)
+            running = None
+            if not noted:
+                note(method_notes, end.value)
+            noted = True
             last: Elementwise = end.value
             return last
 
