@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +14,8 @@ from hypothesis import settings
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # xdist fills the cores; also what makes sums repeat bit for bit
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells have it ignored by what runs in their background
 
 settings.register_profile("lapis", deadline=None)  # how long a case takes says how busy the machine is
 settings.load_profile("lapis")

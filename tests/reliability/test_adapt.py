@@ -29,7 +29,6 @@ STOP = """
 import os, signal, threading, time
 from pathlib import Path
 from lapis.cli.main import main
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background ignores it
 def press():
     while not Path({place!r}).exists():
         time.sleep(0.002)
