@@ -9,11 +9,11 @@ Leaves out: how documents become rows (text/rows/packing.py).
 
 import json
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lapis.checkpoint.commit import commit
 from lapis.errors import DataError
@@ -22,6 +22,7 @@ from lapis.tour.ask import PRACTICE
 from lapis.tour.world import World
 
 ENGLISH = "en"
+T = TypeVar("T")
 ReportShare = Callable[[float], None]
 """Gets the share of a piece of work that is done."""
 
@@ -105,17 +106,26 @@ class Material:
     def held_out_texts(self, language: str, characters: int) -> tuple[list[str], list[str]]:
         """Two disjoint halves of the held-out documents, for choosing and for reporting, of `characters` each at most.
 
-        Documents are cut into pieces of about 2,000 characters at paragraph ends, which then go to either half in turn.
+        Documents are cut into pieces of about 2,000 characters at paragraph ends. Pieces from all over the files then
+        go to either half in turn.
         """
         halves: tuple[list[str], list[str]] = ([], [])
         sizes = [0, 0]
-        for document in documents(self.texts(language, held_out=True)):
-            for piece in _pieces(document.text, 2000):
-                half = 0 if sizes[0] <= sizes[1] else 1
-                if sizes[half] + len(piece) <= characters:
-                    halves[half].append(piece)
-                    sizes[half] += len(piece)
+        texts = documents(self.texts(language, held_out=True))
+        pieces = [piece for document in texts for piece in _pieces(document.text, 2000)]
+        chosen = evenly(range(len(pieces)), 2 * characters * len(pieces) // max(1, sum(map(len, pieces))))
+        for number in [*chosen, *sorted({*range(len(pieces))} - {*chosen})]:  # the others where these are too long
+            piece, half = pieces[number], 0 if sizes[0] <= sizes[1] else 1
+            if sizes[half] + len(piece) <= characters:
+                halves[half].append(piece)
+                sizes[half] += len(piece)
         return halves
+
+
+def evenly(items: Sequence[T], most: int) -> list[T]:
+    """At most so many, as far apart as can be: files are often sorted by source, and their beginning is of one kind."""
+    count = min(len(items), most)
+    return [items[number * len(items) // count] for number in range(count)]
 
 
 def write_world(

@@ -22,7 +22,7 @@ from lapis.model.load import load
 from lapis.model.transformer import Transformer
 from lapis.text.corpus.corpus import ChatRecord, chats
 from lapis.text.tokenizer.tokenizer import Tokenizer
-from lapis.tour.material import ENGLISH, Material, ReportShare
+from lapis.tour.material import ENGLISH, Material, ReportShare, evenly
 from lapis.tour.world import Question, score
 from lapis.weights.graft.graft import graft
 
@@ -126,7 +126,7 @@ def held_out_halves(
     """
     questions, talks = (max(least, round(most * share)) for most in (QUESTIONS, CHATS))
     texts = {name: material.held_out_texts(name, round(CHARACTERS * share)) for name in material.languages}
-    records = {name: list(chats(material.chats(name, held_out=True)))[: 2 * talks] for name in material.languages}
+    records = {name: evenly(list(chats(material.chats(name, held_out=True))), 2 * talks) for name in material.languages}
     prompts = {name: _prompts(material.questions(name), records[name]) for name in material.languages}
     first, second = (
         HeldOutMaterial(

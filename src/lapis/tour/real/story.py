@@ -25,7 +25,7 @@ from lapis.training.setup.select import select_parts
 
 TOKENS = 30_000  # about ten minutes of two cores with a model of 135 million parameters
 SHARES = {"chat": 0.3, "adapted": 0.4, "tuned": 0.3}
-RECIPE = LearningRates(0.0, 5e-5, 1e-4, 2, 2, target_in_base=0.0, rows_of_text=0)  # of AdamW; many small steps
+RECIPE = LearningRates(0.0, 5e-5, 5e-5, 2, 2, target_in_base=0.0, rows_of_text=0)  # of AdamW; many small steps
 MEASURED_WELL = 150_000  # tokens from which on the held-out material is used in full
 LEAST_HELD_OUT = 0.06  # of it: a piece of text has up to 2,000 characters, and both halves need one
 FORWARD = 0.25  # what reading a token costs, where learning it costs 1

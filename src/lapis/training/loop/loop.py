@@ -252,12 +252,12 @@ class TrainingRun:
                 self.facts = measure_speed(state, self.config, self.watch)
             else:
                 self.facts = settled(self.config, state.device)
+            self.facts["dither"] = self.updater.needs_dither()
             if self.journal is not None:
                 self.facts = {"wanted": self.identity, **self.facts}
                 self.journal.begin(self.facts)
         self.facts = world.from_lead(self.facts)
-        self.updater.precision = str(self.facts["precision"])
-        state.optimizers.set_precision(self.updater.precision)
+        self.updater.begin(self.facts)
         anew = self.newest is not None and rescheduled(self.newest / STATE, self.identity)
         go_on(state, world, self.newest, state.schedule if anew else None)
         if self.newest is not None:

@@ -6,7 +6,7 @@ accumulation nor the number of processes changes it.
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +25,7 @@ from lapis.training.loop.state import TrainState, rng_state, set_rng_state
 from lapis.training.loop.stop_request import StopRequest, StopSignal
 from lapis.training.objectives.balance import balance_loss, coefficient, watched_choices
 from lapis.training.objectives.objective import Objective
+from lapis.training.optim.dither import Dither, hold_bfloat16, multiplied
 from lapis.training.setup.blocks import autocast
 from lapis.training.setup.remedies import either, for_a_step, for_the_state
 
@@ -67,12 +68,13 @@ class Updater:
     """Computes gradients and hands them to the optimizers.
 
     Attributes:
-        precision: Of the forward pass, set before a step.
+        precision: Of the forward pass.
         watch: Hears how far a long step is.
     """
 
     precision = "float32"
     watch: LiveWatch = Silent()
+    _dither = Dither()
 
     def __init__(
         self, state: TrainState, objective: Objective, config: TrainConfig, world: Processes, request: StopRequest
@@ -85,6 +87,17 @@ class Updater:
     def stop(self) -> str | None:
         """The signal for which all processes stop, or None."""
         return self.request.signal if self.world.size == 1 else self._stop
+
+    def needs_dither(self) -> bool:
+        """Whether the weights that the run starts from lie on bfloat16 numbers, so that small updates would be lost."""
+        return hold_bfloat16(multiplied(self.state.model))
+
+    def begin(self, facts: Mapping[str, Any]) -> None:
+        """Before the first step. facts: of the run, which say how it computes."""
+        self.precision = str(facts["precision"])
+        self.state.optimizers.set_precision(self.precision)
+        if self.precision == "bf16" and facts.get("dither"):
+            self._dither = Dither(multiplied(self.state.model))
 
     def update(self, batches: Batches, scale: float, last_good: Callable[[], str]) -> StepSums | None:
         """One update at `scale` times the peak learning rate; None where a stop was requested before it was whole.
@@ -160,7 +173,7 @@ class Updater:
         """The shares of all processes, added up; None where one of them stops."""
         own, error = StepSums(), None
         try:
-            with self.request.at_once(), self.world.connected():
+            with self._dither.applied(), self.request.at_once(), self.world.connected():
                 self._compute(batches, own)
         except StopSignal:
             return None
