@@ -288,6 +288,10 @@ def test_as_it_is_typed(run: Lapis) -> None:
         ("--plan-only", "--gpus", "4"): "about machines that are not here and cannot be measured; add --tflops 989",
         (*paper, "--budget", "1 min"): "--budget is for this machine; without --gpus it is measured",
         (*paper, "lora={rank: 2}"): "on paper all weights are trained; leave out lora, tune, freeze and plan",
+        (*paper, "objective=dpo"): "reads each row once, and dpo does more; give one of causal, chat, masked, classify",
+        (*paper, "shard=none"): "shard is none, and on paper each GPU holds its share; give shard: full",
+        (*paper, "shard=hybrid"): "shard is hybrid, and on paper each GPU holds its share; give shard: full",
+        (*paper, "weights=bf16"): "on paper each GPU holds its share; give weights: float32, or --gpus 1",
         ("--plan-only", "--gpus", "0", "--tflops", "1", "--bandwidth", "1"): "gpus is 0; it must be above 0",
     }.items():
         status, out, error = run("train", "run.yaml", *wrong)

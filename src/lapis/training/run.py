@@ -51,6 +51,8 @@ from lapis.training.setup.lora import LoraConfig, read_names
 from lapis.training.setup.select import select_parts
 from lapis.training.setup.start import FRESH, preset_shape, start_model
 
+ON_PAPER = ("causal", "chat", "masked", "classify")  # objectives whose step reads each row once
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(TrainConfig):
@@ -221,12 +223,24 @@ def plan_on_paper(config: RunConfig, machines: ForecastOptions) -> PaperForecast
         machines: How many GPUs, and what one does.
 
     Raises:
-        ConfigError: Where the shape is not known without a tokenizer, or only a part of the model is trained; and
-            under torchrun.
+        ConfigError: Where the shape is not known without a tokenizer, or only a part of the model is trained; for
+            settings of which this arithmetic knows nothing; and under torchrun.
     """
     from lapis.model.check import read_config
 
     _check_alone()
+    if config.objective not in ON_PAPER:
+        raise ConfigError(
+            f"train: on paper a step reads each row once, and {config.objective} does more; give one of "
+            f"{', '.join(ON_PAPER)}, or plan on this machine, without --gpus"
+        )
+    if config.shard in ("none", "hybrid"):
+        raise ConfigError(f"train: shard is {config.shard}, and on paper each GPU holds its share; give shard: full")
+    if config.weights == "bf16" and machines.gpus != 1:
+        raise ConfigError(
+            "train: weights: bf16 are not shared out, since updates are rounded at random over whole matrices, and on "
+            "paper each GPU holds its share; give weights: float32, or --gpus 1"
+        )
     if config.lora or config.tune or config.freeze or config.plan:
         raise ConfigError("train: on paper all weights are trained; leave out lora, tune, freeze and plan")
     if config.model is not None:
