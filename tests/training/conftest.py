@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,12 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 TEXTS = [
     f"The cat number {i} sat on the mat and counted to {i * 7 % 13}. It slept under tree {i % 5}." for i in range(90)
 ]
+SMALL_RUN = {
+    "objective": "causal", "new": {"dim": 32, "layers": 1, "heads": 2, "ffn_dim": 48}, "tokenizer": "tok",
+    "data": "texts.jsonl", "context": 64, "out": "run", "steps": 40, "batch": 4, "threads": 1, "precision": "float32",
+    "sample_every": 0, "compile": "off",
+}  # fmt: skip
+"""Settings of a run within `data_folder`."""
 
 
 @pytest.fixture(scope="session")
@@ -86,6 +93,26 @@ def benchmark_module() -> Callable[[str], ModuleType]:
         return module
 
     return open_module
+
+
+@pytest.fixture
+def here(data_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(data_folder)
+
+
+@pytest.fixture(scope="module")
+def bench(benchmark_module: Callable[[str], ModuleType]) -> ModuleType:
+    """benchmarks/shard.py, whose processes, settings and runs tests of several processes take, with fewer steps."""
+    return benchmark_module("shard")
+
+
+@pytest.fixture(scope="module")
+def place(bench: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what the runs of `bench` read."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("shard")
+    bench.prepare(folder)
+    return folder
 
 
 @pytest.fixture(autouse=True)

@@ -28,17 +28,11 @@ from lapis.training.loop.update import Updater
 from lapis.training.objectives.supervised.next_token import Causal
 from lapis.training.run import plan, read_settings, run
 
+from .conftest import SMALL_RUN
+
 Lapis = Callable[..., tuple[int, str, str]]
-SETTINGS = {
-    "objective": "causal", "new": {"dim": 64, "layers": 2, "heads": 4, "ffn_dim": 96}, "tokenizer": "tok",
-    "data": "texts.jsonl", "context": 64, "out": "run", "steps": 40, "batch": 8, "threads": 1, "precision": "float32",
-    "sample_every": 0, "compile": "off",
-}  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def here(data_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(data_folder)
+SETTINGS = {**SMALL_RUN, "new": {"dim": 64, "layers": 2, "heads": 4, "ffn_dim": 96}, "batch": 8}
+pytestmark = pytest.mark.usefixtures("here")
 
 
 def settings(**changes: Any) -> Any:

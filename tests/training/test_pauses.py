@@ -19,20 +19,13 @@ from lapis.training.loop.progress import Silent
 from lapis.training.objectives.supervised import next_token
 from lapis.training.run import plan, read_settings, run
 
-SETTINGS = {
-    "objective": "causal", "new": {"dim": 32, "layers": 1, "heads": 2, "ffn_dim": 48}, "tokenizer": "tok",
-    "data": "texts.jsonl", "context": 64, "out": "run", "steps": 40, "batch": 4, "threads": 1, "precision": "float32",
-    "sample_every": 0, "compile": "off",
-}  # fmt: skip
+from .conftest import SMALL_RUN
 
-
-@pytest.fixture(autouse=True)
-def here(data_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(data_folder)
+pytestmark = pytest.mark.usefixtures("here")
 
 
 def settings(**changes: Any) -> Any:
-    return read_settings({**SETTINGS, **changes}, "run.yaml")
+    return read_settings({**SMALL_RUN, **changes}, "run.yaml")
 
 
 @pytest.mark.parametrize(("every", "steps", "seconds"), [(0, 500, 60.0), (20, 83, 58.3), (1000, 454, 55.4)])

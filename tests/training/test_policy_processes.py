@@ -5,30 +5,14 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
-import torch
 
 from lapis.errors import TrainingError
 from lapis.training.objectives.policy import on_policy
 from lapis.training.objectives.policy.on_policy import OnPolicy
 from lapis.training.objectives.policy.prompts import Replier
-
-
-@pytest.fixture(scope="module")
-def bench(benchmark_module: Callable[[str], ModuleType]) -> ModuleType:
-    """benchmarks/shard.py, whose processes and settings these are."""
-    return benchmark_module("shard")
-
-
-@pytest.fixture(scope="module")
-def place(bench: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("policy")
-    bench.prepare(folder)
-    return folder
 
 
 def run_grpo(

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -33,20 +32,6 @@ from lapis.training.loop.update import Updater
 from lapis.training.objectives.supervised.cross_entropy import head_cross_entropy
 from lapis.training.objectives.supervised.next_token import Causal
 from lapis.training.run import read_settings, run
-
-
-@pytest.fixture(scope="module")
-def bench(benchmark_module: Callable[[str], ModuleType]) -> ModuleType:
-    """benchmarks/shard.py, whose runs these are, with fewer steps."""
-    return benchmark_module("shard")
-
-
-@pytest.fixture(scope="module")
-def place(bench: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("shard")
-    bench.prepare(folder)
-    return folder
 
 
 @pytest.mark.parametrize("case", ["muon", "lora", "grpo"])
